@@ -1,0 +1,39 @@
+# make demo    prune a real model and look at the result
+# make test    all default tests
+# make check   lint, types, import rules, and the numbers in the docs
+# make bench   the measurements behind the README's table (needs an hour)
+# Each sets up .venv by itself. PYTHON names the interpreter to set it up with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+PYTEST_OPTIONS ?=
+
+.PHONY: demo test check bench setup clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/secateur demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q $(PYTEST_OPTIONS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python benchmarks/baselines.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

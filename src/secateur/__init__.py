@@ -1,0 +1,58 @@
+"""Secateur: the open toolkit for pruning large language models.
+
+    import secateur
+
+    report = secateur.prune("smollm2-135m", method="wanda", sparsity=0.5, output="pruned",
+                            calibration="boolq-calibration", samples=64, sequence_length=512)
+    print(report.sparsity, secateur.evaluate("pruned", text="boolq-held-out").perplexity)
+
+Names are imported when they are first used, so that `import secateur` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.errors import SecateurError
+    from secateur.workflows import evaluate, plan, prune
+    from secateur.sparsity.methods import compose
+    from secateur.sparsity.scores import scores
+    from secateur.sparsity.solvers import solvers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SecateurError",
+    "__version__",
+    "compose",
+    "evaluate",
+    "plan",
+    "prune",
+    "scores",
+    "solvers",
+]
+
+HOMES = {
+    "SecateurError": "secateur.errors",
+    "compose": "secateur.sparsity.methods",
+    "evaluate": "secateur.workflows",
+    "plan": "secateur.workflows",
+    "prune": "secateur.workflows",
+    "scores": "secateur.sparsity.scores",
+    "solvers": "secateur.sparsity.solvers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home."""
+    if name not in HOMES:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

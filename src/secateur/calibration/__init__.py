@@ -1,0 +1,1 @@
+"""Calibration: text → token windows → running statistics of the inputs of each linear."""

@@ -1,0 +1,257 @@
+"""Texts to calibrate on or to judge with, from wherever they lie.
+
+| source                          | documents                                                    |
+|---------------------------------|--------------------------------------------------------------|
+| `FILE.txt`, `.md`, `.raw`       | the whole file is one document                               |
+| `FILE.jsonl`                    | one document a line, its field `text` (or another)           |
+| a folder                        | those of all such files in it, in the order of their paths   |
+| `boolq-calibration`, `-held-out`| a sample: one passage each                                   |
+| `c4`                            | web pages of the first shard of C4's English part            |
+| `wikitext2`                     | WikiText-2 raw: one document, its rows joined by two newlines|
+| `hub:org/name[@revision]`       | one document a row of that data set                          |
+
+Files may also be compressed (`.gz`). A data set is read from its `train` split to calibrate and
+from its `test` or `validation` split to judge, unless a split is named.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from secateur.errors import SourceError
+from secateur.models.samples import TEXTS, sample_text
+from secateur.registry import did_you_mean
+
+__all__ = ["KNOWN_DATASETS", "JoinedText", "read_documents", "read_text"]
+
+TEXT_SUFFIXES = (".txt", ".md", ".raw")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+HUB_DATASET = re.compile(r"hub:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set on the hub, and how its rows make a text.
+
+    Args:
+        repo: its id.
+        config: which of its configurations.
+        calibrate: the split, and file of it, to calibrate on; the file is None for all.
+        judge: the same, to judge with.
+        one_document: the rows are lines of one long text rather than documents.
+    """
+
+    repo: str
+    config: str | None = None
+    revision: str | None = None
+    calibrate: tuple[str, str | None] = ("train", None)
+    judge: tuple[str, str | None] = ("test", None)
+    one_document: bool = False
+
+
+KNOWN_DATASETS: dict[str, HubDataset] = {
+    "c4": HubDataset(
+        "allenai/c4",
+        calibrate=("train", "en/c4-train.00000-of-01024.json.gz"),
+        judge=("validation", "en/c4-validation.00000-of-00008.json.gz"),
+    ),
+    "wikitext2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", one_document=True),
+}
+"""Data sets that can be named without their hub id."""
+
+
+@dataclass(frozen=True)
+class JoinedText:
+    """One text to judge with, and what has to be said about it beside a perplexity.
+
+    Args:
+        text: the whole text.
+        dataset: the source and, for a data set, its split.
+        join: how documents were joined.
+    """
+
+    text: str
+    dataset: str
+    join: str
+
+
+def read_documents(
+    source: str, *, field: str = "text", split: str | None = None, config: str | None = None
+) -> Sequence[str]:
+    """The documents of a source, to calibrate on.
+
+    Args:
+        source: as in the table above.
+        field: the field or column that holds the text, in JSON lines and data sets.
+        split: the split of a data set on the hub; by default `train`.
+        config: the configuration of a data set on the hub.
+
+    Returns:
+        The documents. Those of a data set on the hub stay on disk until they are asked for.
+
+    Raises:
+        SourceError: there is no such source, it cannot be reached, it has no text, or a line of
+            it is malformed or has no such field.
+    """
+    dataset = hub_dataset(source, config)
+    if dataset is not None:
+        return hub_documents(dataset, split or dataset.calibrate[0], field)
+    return local_documents(source, field)
+
+
+def read_text(
+    source: str, *, field: str = "text", split: str | None = None, config: str | None = None
+) -> JoinedText:
+    """A source as one text, to judge with; the arguments are those of `read_documents`.
+
+    A single text file is left as it is. Documents are joined by two newlines.
+
+    Raises:
+        SourceError: as `read_documents`.
+    """
+    dataset = hub_dataset(source, config)
+    if dataset is None:
+        documents = local_documents(source, field)
+        name, unit = source, "documents"
+    else:
+        split = split or dataset.judge[0]
+        documents = hub_documents(dataset, split, field)
+        name = f"{dataset.repo} {dataset.config or ''} {split}".replace("  ", " ")
+        unit = "rows"
+    whole = len(documents) == 1 and not (dataset and dataset.one_document)
+    join = "one text, as it is" if whole else f"{unit} joined by two newlines"
+    return JoinedText(BLANK_LINE.join(documents), name, join)
+
+
+def local_documents(source: str, field: str) -> list[str]:
+    """The documents of a file, a folder or a sample."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        documents = list(file_documents(path, field))
+    elif path.is_dir():
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and bare_suffix(p)]
+        documents = [text for p in files for text in file_documents(p, field)]
+    elif source in TEXTS:
+        documents = sample_text(source)
+    else:
+        raise SourceError(
+            f"no text is named {source!r}",
+            where=str(path.absolute()),
+            remedy=f"name a file ({', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}), a folder, a data "
+            f"set as hub:org/name, or {did_you_mean(source, [*TEXTS, *KNOWN_DATASETS])}",
+        )
+    if not any(text.strip() for text in documents):
+        raise SourceError(
+            f"{source} holds no text",
+            where=str(path.absolute()),
+            remedy=f"name a file that has some, of kind {', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}",
+        )
+    return documents
+
+
+def bare_suffix(path: Path) -> str | None:
+    """The suffix of a text file with `.gz` taken off, or None if it is not a kind that is read."""
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return suffix if suffix in TEXT_SUFFIXES + LINE_SUFFIXES else None
+
+
+def file_documents(path: Path, field: str) -> Iterator[str]:
+    """The documents of one file."""
+    suffix = bare_suffix(path)
+    if suffix is None:
+        raise SourceError(
+            f"{path.name} is not a kind of text that is read",
+            where=str(path),
+            remedy=f"name a file ending in {', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)} "
+            "(or one of these and .gz), or a .safetensors file of windows to calibrate on",
+        )
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with cast("IO[str]", opener(path, "rt", encoding="utf-8-sig")) as lines:
+            if suffix in TEXT_SUFFIXES:
+                yield lines.read()
+            else:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield line_document(line, f"{path}:{number}", field)
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise SourceError(
+            f"{path.name} cannot be read as UTF-8 text: {error}",
+            where=str(path),
+            remedy="convert it to UTF-8, or copy it again",
+        ) from None
+
+
+def line_document(line: str, where: str, field: str) -> str:
+    """The text of one JSON line."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise SourceError(
+            f"the line is not JSON: {error}",
+            where=where,
+            remedy="write one JSON object a line, or name the file .txt if it is plain text",
+        ) from None
+    if not isinstance(row, dict):
+        raise SourceError(
+            f"the line is a JSON {type(row).__name__}, not an object",
+            where=where,
+            remedy=f'write one object a line, as {{"{field}": "..."}}',
+        )
+    if not isinstance(row.get(field), str):
+        fault = f"is a {type(row[field]).__name__}, not text" if field in row else "is not there"
+        raise SourceError(
+            f"the field {field!r} {fault}; the line has: {', '.join(row) or 'no field'}",
+            where=where,
+            remedy="name the field that holds the text",
+        )
+    return cast(str, row[field])
+
+
+def hub_dataset(source: str, config: str | None) -> HubDataset | None:
+    """What a source means on the hub, or None if it is a file, a folder or a sample."""
+    if Path(source).expanduser().exists():
+        return None
+    if source in KNOWN_DATASETS:
+        return KNOWN_DATASETS[source]
+    named = HUB_DATASET.fullmatch(source)
+    return HubDataset(named["repo"], config, named["revision"]) if named else None
+
+
+def hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[str]:
+    """The documents of one split of a data set on the hub."""
+    import datasets
+
+    shards = dict([dataset.calibrate, dataset.judge])
+    options = {"data_files": {split: shards[split]}} if shards.get(split) else {}
+    where = f"hub: {dataset.repo} {dataset.config or ''} split {split}"
+    try:
+        rows = datasets.load_dataset(
+            dataset.repo, dataset.config, split=split, revision=dataset.revision, **options
+        )
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise SourceError(
+            f"the data set cannot be had: {(str(error).strip().splitlines() or ['?'])[0]}",
+            where=where,
+            remedy="check the network and the spelling; or name a local .jsonl or .txt file, or a "
+            f"sample text ({', '.join(TEXTS)})",
+        ) from error
+    except ValueError as error:  # an unknown split or configuration
+        raise SourceError(
+            str(error), where=where, remedy="name one that the data set has"
+        ) from error
+    if field not in rows.column_names:
+        raise SourceError(
+            f"the data set has no column {field!r}; it has: {', '.join(rows.column_names)}",
+            where=where,
+            remedy="name the column that holds the text",
+        )
+    texts: Sequence[str] = rows[field]
+    return [BLANK_LINE.join(texts)] if dataset.one_document else texts

@@ -1,0 +1,45 @@
+"""`secateur inspect`: what a model is made of, and where its zeros are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from secateur.cli import options as o
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or named sample.")],
+    layer: Annotated[
+        int, typer.Option(help="List the linears of this decoder layer; -1 for all.")
+    ] = 0,
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.Json = False,
+) -> None:
+    """Show family, sizes, linears and the sparsity really stored, layer by layer."""
+    from secateur.cli.rendering import mib, print_json, print_table
+    from secateur.workflows import inspect_model
+
+    audit = inspect_model(model, trust_remote_code=trust_remote_code)
+    if as_json:
+        print_json({"model": model, **audit.to_json()})
+        return
+    rows = [
+        ("family", audit.family),
+        ("decoder layers", str(audit.num_hidden_layers)),
+        ("parameters", f"{audit.parameters:,}"),
+        ("weight files", mib(audit.file_bytes)),
+        ("stored as", ", ".join(f"{k} ({mib(v)})" for k, v in audit.dtypes.items())),
+        ("zeros in decoder matrices", f"{audit.sparsity:.4%}"),
+    ]
+    print_table(model, ("", ""), rows, numbers=2)
+    marked = f".{layer}."
+    shown = [x for x in audit.linears if layer < 0 or marked in x.name]
+    print_table(
+        "linears" if layer < 0 else f"linears of decoder layer {layer}",
+        ("name", "out", "in", "zeros"),
+        [(x.name, str(x.shape[0]), str(x.shape[1]), f"{x.sparsity:.4%}") for x in shown],
+    )

@@ -1,0 +1,48 @@
+"""`secateur methods`: what there is to choose from."""
+
+from __future__ import annotations
+
+from secateur.cli import options as o
+
+__all__ = ["methods"]
+
+
+def methods(as_json: o.Json = False) -> None:
+    """List methods, scores, patterns and solvers."""
+    from secateur.cli.rendering import print_json, print_table
+    from secateur.sparsity.methods import methods as known
+    from secateur.sparsity.patterns import patterns
+    from secateur.sparsity.scores import scores
+    from secateur.sparsity.solvers import solvers
+
+    if as_json:
+        print_json(
+            {
+                "methods": {name: entry.to_json() for name, entry in known.items()},
+                "scores": {name: sorted(scores[name].requires) for name in scores},
+                "solvers": {name: sorted(solvers[name].requires) for name in solvers},
+                "patterns": patterns.names(),
+            }
+        )
+        return
+    print_table(
+        "methods: secateur prune MODEL --method NAME",
+        ("name", "score", "solver", "scope", "what it does", "paper"),
+        [
+            (name, m.score, m.solver, m.scope, m.description, m.paper)
+            for name, m in known.items()
+        ],
+        numbers=6,
+    )
+    print_table(
+        "parts: --score NAME --solver NAME --pattern TEXT",
+        ("kind", "name", "needs"),
+        [
+            *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
+            *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
+            ("pattern", "unstructured", "scope row, layer or global"),
+            ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
+            ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
+        ],
+        numbers=3,
+    )

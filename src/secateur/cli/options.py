@@ -1,0 +1,141 @@
+"""Options that several verbs share, and how they become a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from secateur.errors import RecipeError
+
+if TYPE_CHECKING:
+    from secateur.recipes.schema import PruneRecipe
+
+__all__ = ["recipe_from"]
+
+# typer reads these annotations at run time on Python 3.10, hence Optional instead of `| None`.
+ModelArgument = Annotated[
+    str, typer.Argument(help="Hub id, folder, GGUF file, named sample, or a recipe (*.yaml).")
+]
+Method = Annotated[
+    Optional[str], typer.Option(help="A famous name; `secateur methods` lists them. [sparsegpt]")
+]
+ScoreName = Annotated[
+    Optional[str], typer.Option("--score", help="A score, for a composition of your own.")
+]
+SolverName = Annotated[
+    Optional[str], typer.Option("--solver", help="A solver, for a composition of your own.")
+]
+Sparsity = Annotated[Optional[float], typer.Option(help="Fraction of zeros, 0 to 1.")]
+PatternText = Annotated[
+    Optional[str],
+    typer.Option("--pattern", help="unstructured, N:M (N kept of M), or ROWSxCOLUMNS blocks."),
+]
+Scope = Annotated[
+    Optional[str], typer.Option(help="Scores compete within: row, layer or global.")
+]
+Include = Annotated[
+    Optional[list[str]], typer.Option(help="Glob of linears to prune; may be repeated.")
+]
+Exclude = Annotated[
+    Optional[list[str]], typer.Option(help="Glob of linears to leave dense; may be repeated.")
+]
+Override = Annotated[
+    Optional[list[str]],
+    typer.Option(help="GLOB=SPARSITY, for exceptions; may be repeated. 0 keeps dense."),
+]
+Sequential = Annotated[
+    Optional[str],
+    typer.Option(help="group: prune as statistics arrive, one pass. layer: as the papers, two."),
+]
+CalibrationSource = Annotated[
+    Optional[str],
+    typer.Option(
+        "--calibration",
+        help="JSONL or text file, folder, hub data set, named text, or safetensors windows. [c4]",
+    ),
+]
+Samples = Annotated[Optional[int], typer.Option(help="Calibration windows. [128]")]
+SequenceLength = Annotated[
+    Optional[int], typer.Option(help="Tokens per window. [2048, or the model's length]")
+]
+Seed = Annotated[Optional[int], typer.Option(help="Seed of the choice of windows. [0]")]
+Packing = Annotated[Optional[str], typer.Option(help="concatenate or random-crop.")]
+Field = Annotated[
+    Optional[str], typer.Option("--field", help="Field of a JSONL line that holds the text.")
+]
+Budget = Annotated[
+    Optional[float], typer.Option("--memory-budget-gib", help="Peak resident memory allowed.")
+]
+ActivationsPlace = Annotated[
+    Optional[str], typer.Option("--activations", help="auto, memory or disk.")
+]
+MicroBatch = Annotated[Optional[int], typer.Option(help="Tokens that pass a layer at once. [2048]")]
+Device = Annotated[Optional[str], typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[Optional[str], typer.Option(help="Of weights dequantized from GGUF. [float32]")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code in the checkpoint run.")
+]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", help="KEY=VALUE of the recipe, for example memory.budget_gib=6."),
+]
+Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+
+SECTIONS = {
+    "samples": "calibration",
+    "sequence_length": "calibration",
+    "seed": "calibration",
+    "packing": "calibration",
+    "field": "calibration",
+    "source": "calibration",
+    "budget_gib": "memory",
+    "activations": "memory",
+    "micro_batch_tokens": "memory",
+}
+
+
+def recipe_from(model: str, assignments: list[str] | None, **options: Any) -> PruneRecipe:
+    """The recipe that a first argument and options describe; options that are None say nothing.
+
+    Args:
+        model: a model, or the path of a recipe file.
+        assignments: values of `--set`.
+        **options: fields of the recipe, or of its sections.
+    """
+    from secateur.recipes.reading import build_recipe, is_recipe_file, read_recipe_file
+
+    values: dict[str, Any] = {"model": model}
+    where = None
+    if is_recipe_file(model):
+        values, where = read_recipe_file(Path(model)), model
+    overrides = options.pop("overrides", None)
+    if overrides:
+        options["overrides"] = dict(parse_override(text) for text in overrides)
+    for key, value in options.items():
+        if value is None or value is False:
+            continue
+        if key in SECTIONS:
+            values.setdefault(SECTIONS[key], {})[key] = value
+        else:
+            values[key] = value
+    return build_recipe(values, tuple(assignments or ()), where)
+
+
+def parse_override(text: str) -> tuple[str, float]:
+    """Read GLOB=SPARSITY.
+
+    Raises:
+        RecipeError: it is not written like this.
+    """
+    glob, equals, number = text.rpartition("=")
+    try:
+        if equals:
+            return glob, float(number)
+    except ValueError:
+        pass
+    raise RecipeError(
+        f"--override {text!r} is not GLOB=SPARSITY",
+        remedy="for example --override 'model.layers.0.*=0.3'",
+    )

@@ -1,0 +1,66 @@
+"""`secateur plan`: what a run would need, without doing it."""
+
+from __future__ import annotations
+
+from secateur.cli import options as o
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: o.ModelArgument,
+    method: o.Method = None,
+    sparsity: o.Sparsity = None,
+    pattern: o.PatternText = None,
+    scope: o.Scope = None,
+    sequential: o.Sequential = None,
+    calibration: o.CalibrationSource = None,
+    samples: o.Samples = None,
+    sequence_length: o.SequenceLength = None,
+    memory_budget_gib: o.Budget = None,
+    activations: o.ActivationsPlace = None,
+    micro_batch_tokens: o.MicroBatch = None,
+    device: o.Device = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    assignments: o.Set = None,
+    as_json: o.Json = False,
+) -> None:
+    """Tell what pruning would need: memory, disk, work. Reads no weights and writes nothing."""
+    recipe = o.recipe_from(
+        model,
+        assignments,
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        scope=scope,
+        sequential=sequential,
+        source=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        budget_gib=memory_budget_gib,
+        activations=activations,
+        micro_batch_tokens=micro_batch_tokens,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    from secateur.cli.rendering import gib, mib, print_json, print_table
+    from secateur.workflows import plan_recipe
+
+    found, where = plan_recipe(recipe)
+    if as_json:
+        print_json({**found.to_json(), "activations": where})
+        return
+    rows = [
+        ("decoder layers", f"{found.num_hidden_layers}"),
+        ("weights that can be pruned", f"{found.prunable_weights:,}"),
+        ("calibration tokens", f"{found.calibration_tokens:,}"),
+        ("work", f"{found.flops / 1e12:.1f} TFLOP"),
+        ("disk", gib(found.disk_bytes)),
+        ("memory: the program itself", mib(found.process_bytes)),
+        ("memory: one decoder layer", mib(found.layer_bytes)),
+        (f"memory: hidden states (in {where})", mib(found.activation_bytes)),
+        ("memory: forwards", mib(found.forward_bytes)),
+        ("memory: statistics and solver", mib(found.solve_bytes)),
+        ("peak memory", gib(found.peak_bytes)),
+    ]
+    print_table("plan", ("", ""), rows)

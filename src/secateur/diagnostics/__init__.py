@@ -1,0 +1,1 @@
+"""Diagnostics: is the model what it claims to be?"""

@@ -1,0 +1,153 @@
+"""The sparsity audit: reads a saved checkpoint again and counts.
+
+Nothing the run remembers is trusted. Every matrix is read from the files; its zeros must contain a
+set of zeros that the pattern allows, of the size that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import VerificationError
+from secateur.models.architecture import describe, linears_of
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton, stored_names
+from secateur.sparsity.patterns import Pattern
+
+__all__ = ["Audit", "LinearCount", "audit_checkpoint", "verify"]
+
+
+@dataclass(frozen=True)
+class LinearCount:
+    """The zeros of one matrix as stored."""
+
+    name: str
+    shape: tuple[int, int]
+    zeros: int
+    weights: int
+    misplaced: int = 0
+    """Weights that are not zero although the pattern needs them to be."""
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / self.weights
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The zeros of a checkpoint.
+
+    Attributes:
+        linears: every matrix of the decoder layers.
+        parameters: all parameters of the model, embeddings included.
+        file_bytes: size of the weight files.
+    """
+
+    linears: list[LinearCount]
+    parameters: int
+    file_bytes: int
+    family: str = ""
+    num_hidden_layers: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the matrices of the decoder layers."""
+        weights = sum(x.weights for x in self.linears)
+        return sum(x.zeros for x in self.linears) / weights if weights else 0.0
+
+    @property
+    def misplaced(self) -> list[LinearCount]:
+        """Matrices that break their pattern."""
+        return [x for x in self.linears if x.misplaced]
+
+    def to_json(self) -> dict[str, Any]:
+        """All counts."""
+        return {
+            "family": self.family,
+            "num_hidden_layers": self.num_hidden_layers,
+            "parameters": self.parameters,
+            "file_bytes": self.file_bytes,
+            "dtypes": self.dtypes,
+            "decoder_sparsity": self.sparsity,
+            "linears": [{**asdict(x), "sparsity": x.sparsity} for x in self.linears],
+        }
+
+
+def audit_checkpoint(
+    folder: Path,
+    pattern: Pattern | None = None,
+    sparsity_of: Mapping[str, float] | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Audit:
+    """Count the zeros of every decoder matrix, one matrix in memory at a time.
+
+    Args:
+        folder: a checkpoint.
+        pattern: the pattern its zeros must contain; None only counts.
+        sparsity_of: the sparsity of each linear by name, for the pattern.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+    """
+    reader = CheckpointReader(folder)
+    model = build_skeleton(folder, trust_remote_code=trust_remote_code)
+    architecture = describe(model)
+    stored = stored_names(model, reader)
+    counts = []
+    for index, layer in enumerate(architecture.layers(model)):
+        for linear in linears_of(layer, architecture.layer_name(index)).values():
+            tensor = reader.read(stored[f"{linear.name}.weight"])
+            weight = tensor.t() if linear.transposed else tensor
+            asked = (sparsity_of or {}).get(linear.name, 0.0)
+            counts.append(count(linear.name, weight, pattern, asked))
+    dtypes: dict[str, int] = {}
+    for entry in reader.entries.values():
+        dtype = str(entry.dtype).removeprefix("torch.")
+        dtypes[dtype] = dtypes.get(dtype, 0) + entry.size_bytes
+    return Audit(
+        counts,
+        parameters=sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values()),
+        file_bytes=sum(file.stat().st_size for file in reader.files),
+        family=architecture.family,
+        num_hidden_layers=len(architecture.layers(model)),
+        dtypes=dtypes,
+    )
+
+
+def count(name: str, weight: Tensor, pattern: Pattern | None, sparsity: float) -> LinearCount:
+    """Count one matrix.
+
+    The pattern, given the score 1 for weights that are not zero and 0 for those that are, prunes
+    zeros first. So whatever it prunes beyond them is misplaced.
+    """
+    nonzero = weight != 0
+    out, columns = weight.shape
+    misplaced = 0
+    if pattern is not None and sparsity > 0:
+        mask = pattern.mask(nonzero.to(torch.float32), sparsity)
+        misplaced = int((nonzero & ~mask).sum())
+    zeros = weight.numel() - int(nonzero.sum())
+    return LinearCount(name, (out, columns), zeros, weight.numel(), misplaced)
+
+
+def verify(audit: Audit) -> None:
+    """Refuse a checkpoint whose zeros are not where the pattern needs them.
+
+    Raises:
+        VerificationError: naming the worst matrix.
+    """
+    if audit.misplaced:
+        worst = max(audit.misplaced, key=lambda x: x.misplaced)
+        raise VerificationError(
+            f"{len(audit.misplaced)} matrices break their pattern; in the worst one "
+            f"{worst.misplaced} of {worst.weights} weights are not zero and should be",
+            where=worst.name,
+            remedy="the files were changed after pruning, or this is a fault in secateur",
+        )

@@ -1,0 +1,185 @@
+"""How calibration passes through one decoder layer.
+
+Two orders, both with one decoder layer and one running micro-batch at a time:
+
+* `by_layer`, as in the papers: one pass with dense weights gathers the statistics of every linear
+  of the layer, all linears are pruned, a second pass with pruned weights makes the next inputs.
+* `by_group`, the default: a single pass. Every micro-batch's forward is halted at the first group
+  of linears it reaches; when all have arrived, the statistics of that group are complete, it is
+  pruned, and the forwards go on with pruned weights to the next group. Later groups of the same
+  layer so see what they will see in the pruned model, at half the work.
+
+Halting a forward in the middle of somebody else's `forward()` needs a stack of its own for each:
+greenlets give that within one thread, so that grad mode, thread pools and the order of all
+operations stay as they are in a plain call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from secateur.engine.residency import LiveTensors, ParkingLot
+from secateur.errors import ArchitectureError
+from secateur.models.architecture import Linear
+
+__all__ = ["by_group", "by_layer", "find_groups"]
+
+Forward = Callable[[], None]
+Gather = Callable[[int, Tensor], None]
+
+
+class SharedInputs:
+    """Hooks on the linears of a layer: tells once per group and forward which input arrives.
+
+    Args:
+        groups: the linears of the layer, by shared input.
+        arrived: called with the group's index and the input of its first linear.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Linear]], arrived: Gather) -> None:
+        self.arrived = arrived
+        self.seen: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.handles = [
+            linear.module.register_forward_pre_hook(self.hook(index, linear))
+            for index, group in enumerate(groups)
+            for linear in group
+        ]
+
+    def hook(self, group: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """The hook of one linear."""
+
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            mark = (x.untyped_storage()._cdata, tuple(x.shape))
+            if group not in self.seen:
+                self.seen[group] = mark
+                self.arrived(group, x)
+            elif self.seen[group] != mark:
+                raise ArchitectureError(
+                    "this linear does not receive the input its group shares",
+                    where=linear.name,
+                    remedy="correct `groups` of its family in secateur/models/families",
+                )
+
+        return before
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def by_layer(groups: Sequence[Sequence[Linear]], forwards: Sequence[Forward], gather: Gather) -> None:
+    """One pass in which the input of every group is gathered; weights do not change.
+
+    Args:
+        groups: the linears of the layer, by shared input.
+        forwards: one call per micro-batch.
+        gather: called with a group's index and its input, once per micro-batch.
+    """
+    inputs = SharedInputs(groups, gather)
+    try:
+        for forward in forwards:
+            inputs.seen = {}
+            forward()
+    finally:
+        inputs.remove()
+
+
+def by_group(
+    groups: Sequence[Sequence[Linear]],
+    forwards: Sequence[Forward],
+    gather: Gather,
+    prune: Callable[[int], None],
+    live: LiveTensors | None = None,
+    lot: ParkingLot | None = None,
+    *,
+    outputs_needed: bool = True,
+) -> None:
+    """One pass in which each group is pruned as soon as all micro-batches have reached it.
+
+    Args:
+        groups: the linears of the layer, by shared input.
+        forwards: one call per micro-batch.
+        gather: called with a group's index and its input, once per micro-batch.
+        prune: called with a group's index when its input is known from all micro-batches.
+        live: watches the tensors of halted forwards, where these are to be parked.
+        lot: where they are parked.
+        outputs_needed: False ends the forwards after the last group, as nothing follows.
+
+    Raises:
+        ArchitectureError: the micro-batches do not reach the groups in the same order.
+    """
+    hub = getcurrent()
+    inputs = SharedInputs(groups, lambda group, x: hub.switch((group, x)))
+    seen: list[dict[int, tuple[int, tuple[int, ...]]]] = [{} for _ in forwards]
+    alive = [{} for _ in forwards]  # type: ignore[var-annotated]
+    halted = [(index, greenlet(forward, parent=hub)) for index, forward in enumerate(forwards)]
+    watch: AbstractContextManager[object] = live if live is not None else nullcontext()
+    left = len(groups)
+    try:
+        while halted and (left or outputs_needed):
+            reached: set[int] = set()
+            waiting = []
+            for index, running in halted:
+                inputs.seen = seen[index]
+                if live is not None and lot is not None:
+                    lot.bring_back(index)
+                    live.current = alive[index]
+                with watch:
+                    arrival = running.switch()
+                if running.dead:
+                    reached.add(-1)
+                    continue
+                gather(*arrival)
+                reached.add(arrival[0])
+                del arrival
+                if live is not None and lot is not None:
+                    lot.park(index, live.live())
+                    alive[index] = live.current
+                waiting.append((index, running))
+            halted = waiting
+            if len(reached) > 1:
+                raise ArchitectureError(
+                    "micro-batches do not pass the linears of a layer in the same order",
+                    where=groups[max(reached)][0].name,
+                    remedy="run with --sequential layer",
+                )
+            if halted:
+                prune(reached.pop())
+                left -= 1
+    finally:
+        inputs.remove()
+        for _, running in halted:
+            running.throw(GreenletExit)
+
+
+def find_groups(linears: Sequence[Linear], forward: Forward) -> list[list[Linear]]:
+    """Which linears share an input, found by running the layer once; in the order they run.
+
+    Args:
+        linears: all linears of the layer.
+        forward: runs the layer on a sample of its input.
+    """
+    arrivals: dict[tuple[int, tuple[int, ...]], list[Linear]] = {}
+    keep: list[Tensor] = []  # an input that is freed could lend its address to another
+
+    def watch(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            keep.append(args[0])
+            mark = (args[0].untyped_storage()._cdata, tuple(args[0].shape))
+            arrivals.setdefault(mark, []).append(linear)
+
+        return before
+
+    handles = [linear.module.register_forward_pre_hook(watch(linear)) for linear in linears]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(arrivals.values())

@@ -1,0 +1,218 @@
+"""Foretells what a run will need, before it begins: memory, disk, work.
+
+The part that is hard to know, what a forward keeps alive, is not estimated but rehearsed: one
+micro-batch passes through a decoder layer on the meta device, where tensors have sizes but no
+content, while every operation is watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
+from secateur.engine.meter import resident_bytes
+from secateur.engine.residency import LiveTensors
+from secateur.engine.surgery import INPUT_STATISTICS
+from secateur.engine.targets import Target
+from secateur.models.architecture import linears_of
+from secateur.sparsity.methods import Method
+
+__all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
+
+SOLVE_COPIES = {"zero": 4, "obs": 7}
+"""Float32 copies of the largest weight at the height of scoring, masking and solving, measured."""
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernels do it: the [sequence, sequence] matrix is never made."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Replace attention by its output alone."""
+        if func is scaled_dot_product_attention:
+            query, value = args[0], args[2]
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one micro-batch keeps alive in one decoder layer.
+
+    Attributes:
+        running_bytes: the most at any moment, input included.
+        halted_bytes: the most at any group of linears, where forwards wait for each other.
+    """
+
+    running_bytes: int
+    halted_bytes: int
+
+
+def rehearse(
+    layer: nn.Module, groups: Sequence[Sequence[str]] | None, hidden: Tensor, call: LayerCall
+) -> Rehearsal:
+    """Pass one micro-batch through a layer on the meta device.
+
+    Args:
+        layer: a decoder layer with its parameters on the meta device.
+        groups: linears by shared input; None counts a halt at every linear.
+        hidden: an input of the layer, for its shape and dtype.
+        call: how the layer is called.
+    """
+    meta = torch.device("meta")
+    call = call.to(meta)
+    live = LiveTensors([*layer.parameters(), *layer.buffers(), *call.tensors()])
+    halted = [0]
+    linears = linears_of(layer, "")
+    first = [group[0] for group in groups] if groups else list(linears)
+    handles = [
+        linears[name].module.register_forward_pre_hook(
+            lambda module, args: halted.append(live.live_bytes())
+        )
+        for name in first
+        if name in linears
+    ]
+    buffers = {name: buffer for name, buffer in layer.named_buffers()}
+    try:
+        with torch.no_grad(), live, FusedAttention():
+            x = torch.empty(hidden.shape, dtype=hidden.dtype, device=meta)
+            layer.to(meta)
+            call_layer(layer, x, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, buffer in buffers.items():
+            path, _, leaf = name.rpartition(".")
+            layer.get_submodule(path)._buffers[leaf] = buffer
+    return Rehearsal(live.peak_bytes, max(halted))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need. All sizes in bytes.
+
+    Attributes:
+        process_bytes: the program itself, with model skeleton and calibration tokens.
+        layer_bytes: the weights of the largest decoder layer.
+        activation_bytes: hidden states held in memory.
+        forward_bytes: running and halted forwards.
+        solve_bytes: statistics, scores and solver of the largest linear.
+        disk_bytes: the result, and what is kept to resume.
+        flops: floating-point operations of the forwards.
+    """
+
+    process_bytes: int
+    layer_bytes: int
+    activation_bytes: int
+    forward_bytes: int
+    solve_bytes: int
+    disk_bytes: int
+    flops: int
+    num_hidden_layers: int
+    prunable_weights: int
+    calibration_tokens: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The estimate of peak resident memory."""
+        return (
+            self.process_bytes
+            + self.layer_bytes
+            + self.activation_bytes
+            + self.forward_bytes
+            + self.solve_bytes
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """All figures."""
+        return {"peak_bytes": self.peak_bytes, **asdict(self)}
+
+
+def plan_run(
+    target: Target,
+    method: Method,
+    windows: Tensor | None,
+    *,
+    sequential: str,
+    micro_batch_tokens: int,
+    activations: str,
+    output_bytes: int,
+) -> Plan:
+    """Plan a run over a checkpoint whose layers are still empty.
+
+    Args:
+        target: the model; its layers on the meta device.
+        method: score, pattern and solver.
+        windows: calibration tokens, or None.
+        sequential: `group` or `layer`.
+        micro_batch_tokens: tokens that pass through a layer at once.
+        activations: `memory` or `disk`.
+        output_bytes: size of the files written.
+    """
+    layers = target.layers
+    linears = [list(linears_of(x, target.architecture.layer_name(i)).values()) for i, x in enumerate(layers)]
+    shapes = [linear.shape for layer in linears for linear in layer]
+    layer_bytes = max(
+        sum(p.numel() for p in layer.parameters()) * target.dtype.itemsize for layer in layers
+    )
+    prunable = sum(out * columns for out, columns in shapes)
+    solve = SOLVE_COPIES.get(method.solver_name, 7) * 4 * max(o * i for o, i in shapes)
+    if "gram" in method.requires:
+        solve += 4 * 4 * max(i for _, i in shapes) ** 2
+    activation = forward = tokens = 0
+    disk = output_bytes
+    if windows is not None:
+        tokens = windows.numel()
+        hidden, rehearsals = rehearse_model(target, windows, micro_batch_tokens)
+        stored = tokens * hidden.shape[-1] * hidden.dtype.itemsize
+        disk += 2 * stored
+        running = max(r.running_bytes for r in rehearsals)
+        batch_tokens = hidden.shape[0] * hidden.shape[1]
+        forward = running
+        if activations == "memory":
+            activation = stored
+        if method.requires & INPUT_STATISTICS and sequential == "group" and activations == "memory":
+            # A halted forward's own input is a view of the stored hidden states.
+            own = batch_tokens * hidden.shape[-1] * hidden.dtype.itemsize
+            halted = max(r.halted_bytes for r in rehearsals) - own
+            forward += halted * (tokens // batch_tokens)
+        if method.requires - INPUT_STATISTICS:
+            disk += 8 * prunable + len(layers) * stored
+            solve += 2 * 4 * prunable // len(layers)
+    return Plan(
+        process_bytes=resident_bytes(),
+        layer_bytes=layer_bytes,
+        activation_bytes=activation,
+        forward_bytes=forward,
+        solve_bytes=solve,
+        disk_bytes=disk,
+        flops=2 * prunable * tokens * (1 if sequential == "group" else 2),
+        num_hidden_layers=len(layers),
+        prunable_weights=prunable,
+        calibration_tokens=tokens,
+    )
+
+
+def rehearse_model(
+    target: Target, windows: Tensor, micro_batch_tokens: int
+) -> tuple[Tensor, list[Rehearsal]]:
+    """Rehearse one micro-batch in each kind of layer: kinds differ in how they are called."""
+    size = min(max(1, micro_batch_tokens // windows.shape[1]), windows.shape[0])
+    ids = windows[:size].to(target.device)
+    with target.outside():
+        hidden = first_inputs(target.model, target.layers, ids)
+        calls = layer_calls(target.model, target.layers, [ids])
+    kinds = {}
+    for layer, call in zip(target.layers, calls, strict=True):
+        kind = tuple(tuple(t.shape) for t in call.tensors())
+        kinds.setdefault(kind, (layer, call))
+    groups = target.architecture.groups
+    return hidden, [rehearse(layer, groups, hidden, call) for layer, call in kinds.values()]

@@ -1,0 +1,122 @@
+"""Which tensors a forward keeps alive, how large they are, and how to put them aside.
+
+A forward that is halted half-way holds tensors in its Python frames that nobody can reach by name.
+`LiveTensors` watches every operation and so knows the storages that are still alive. That serves
+two ends: the memory plan counts their bytes in a rehearsal on the meta device, and a run with
+little memory parks them on disk (or, from a GPU, in host memory) until the forward goes on. A
+parked storage is resized to nothing in place, as sharded training does, so every view of it
+comes back whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from secateur.models.checkpoint import read_all, write_all
+
+__all__ = ["LiveTensors", "ParkingLot"]
+
+
+class LiveTensors(TorchDispatchMode):
+    """Watches operations and knows which of the storages they made are alive.
+
+    Args:
+        permanent: tensors whose storages are never counted (weights, shared arguments).
+    """
+
+    def __init__(self, permanent: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.permanent = {t.untyped_storage()._cdata for t in permanent}
+        self.current: dict[int, StorageWeakRef] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and note the storages of its results."""
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self.note(value)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes())
+        return out
+
+    def note(self, tensor: Tensor) -> None:
+        """Count this tensor's storage from now on."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.permanent:
+            self.current[storage._cdata] = StorageWeakRef(storage)
+
+    def live(self) -> list[torch.UntypedStorage]:
+        """The storages still alive; those that are gone are forgotten."""
+        alive = {key: ref for key, ref in self.current.items() if not ref.expired()}
+        self.current = alive
+        storages = [torch.UntypedStorage._new_with_weak_ptr(r.cdata) for r in alive.values()]
+        return [s for s in storages if s is not None]
+
+    def live_bytes(self) -> int:
+        """The size of all storages still alive."""
+        return sum(storage.nbytes() for storage in self.live())
+
+
+class ParkingLot:
+    """Puts a halted forward's tensors aside and brings them back.
+
+    Args:
+        folder: parked on disk there, or in host memory when None (for forwards on a GPU).
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.parked: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
+        self.saved: dict[int, list[Tensor]] = {}
+
+    def park(self, forward: int, storages: list[torch.UntypedStorage]) -> None:
+        """Free the memory of these storages, keeping their content."""
+        storages = [storage for storage in storages if storage.nbytes()]
+        self.parked[forward] = [(storage, storage.nbytes()) for storage in storages]
+        if self.folder is None:
+            self.saved[forward] = [content(s).to("cpu", copy=True) for s in storages]
+        else:
+            with self.file(forward).open("wb", buffering=0) as stream:
+                for storage in storages:
+                    # A copy: torch never again resizes a storage whose bytes were lent out.
+                    write_all(stream, content(storage).to("cpu", copy=True))
+        for storage in storages:
+            storage.resize_(0)
+
+    def bring_back(self, forward: int) -> None:
+        """Fill the storages of a parked forward again; one that is not parked is left alone."""
+        if forward not in self.parked:
+            return
+        kept = self.parked.pop(forward)
+        for storage, size in kept:
+            storage.resize_(size)
+        if self.folder is None:
+            for (storage, _), saved in zip(kept, self.saved.pop(forward), strict=True):
+                content(storage).copy_(saved)
+            return
+        with self.file(forward).open("rb", buffering=0) as stream:
+            for storage, size in kept:
+                host = torch.empty(size, dtype=torch.uint8)
+                read_all(stream, host)
+                content(storage).copy_(host)
+        self.file(forward).unlink()
+
+    def file(self, forward: int) -> Path:
+        """Where one forward is parked on disk."""
+        assert self.folder is not None
+        return self.folder / f"parked-{forward:05d}.bin"
+
+
+def content(storage: torch.UntypedStorage) -> Tensor:
+    """The bytes of a storage as a tensor that shares its memory."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,320 @@
+"""The story of a run.
+
+    first inputs ─► for each decoder layer: read it ─► gather, prune ─► next inputs ─► write, ledger
+
+Magnitude needs no calibration and skips the forwards; Taylor and OBD get their gradients from a
+pass of their own before (`gradients`); the global scope settles beforehand how much each linear
+loses (`survey`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from secateur.engine.activations import Activations
+from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
+from secateur.engine.forwards import by_group, by_layer, find_groups
+from secateur.engine.ledger import Ledger
+from secateur.engine.progress import Progress
+from secateur.engine.residency import LiveTensors, ParkingLot
+from secateur.engine.selection import Selection
+from secateur.engine.surgery import (
+    INPUT_STATISTICS,
+    GroupStatistics,
+    LinearRecord,
+    check_finite,
+    prune_group,
+)
+from secateur.engine.targets import Target
+from secateur.errors import RecipeError
+from secateur.models.architecture import Linear, linears_of
+from secateur.sparsity.methods import Method
+
+__all__ = ["Run", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the work is done; none of it changes what is asked of the result.
+
+    Attributes:
+        sequential: `group` prunes each group of linears before the next one's statistics are
+            gathered, in one pass; `layer` gathers for a whole layer first, as the papers do.
+        micro_batch_tokens: tokens that pass through a layer at once.
+        activations: `memory` or `disk`: where hidden states wait.
+        work: folder for hidden states, ledger and gradients; None only for a run in memory.
+    """
+
+    sequential: str = "group"
+    micro_batch_tokens: int = 2048
+    activations: str = "memory"
+    work: Path | None = None
+
+
+class Run:
+    """One pruning run over all decoder layers of a target.
+
+    Args:
+        target: the model.
+        method: score, pattern and solver.
+        sparsity: asked of every linear that has no sparsity of its own.
+        selection: which linears, with what exceptions.
+        windows: calibration tokens [samples, sequence_length], or None if the method needs none.
+        settings: how the work is done.
+        ledger: where finished layers are entered.
+        progress: told of every step.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        method: Method,
+        sparsity: float,
+        selection: Selection,
+        windows: Tensor | None,
+        settings: Settings,
+        ledger: Ledger,
+        progress: Progress,
+    ) -> None:
+        self.target, self.method, self.settings = target, method, settings
+        self.windows, self.ledger, self.progress = windows, ledger, progress
+        self.selection, self.sparsity = selection, sparsity
+        self.activations: Activations | None = None
+        self.calls: dict[int, list[LayerCall]] = {}
+        self.groups: Sequence[Sequence[str]] | None = target.architecture.groups
+        self.sparsity_of = self.plan_sparsity()
+
+    # -- what is asked of each linear ----------------------------------------------------------
+
+    def plan_sparsity(self) -> dict[str, float]:
+        """The sparsity of every linear, 0 for those left dense.
+
+        Raises:
+            RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
+        """
+        shapes = {
+            linear.name: linear.shape
+            for index, layer in enumerate(self.target.layers)
+            for linear in linears_of(layer, self.target.architecture.layer_name(index)).values()
+        }
+        self.selection.check(shapes)
+        asked = {}
+        for name, shape in shapes.items():
+            own = self.selection.override(name)
+            asked[name] = 0.0
+            if self.selection.selects(name):
+                asked[name] = self.sparsity if own is None else own
+            if asked[name] > 0:
+                try:
+                    self.method.pattern.check(shape, asked[name])
+                except RecipeError:
+                    raise
+                except Exception as error:
+                    if getattr(error, "where", "") is None:
+                        raise type(error)(
+                            error.what, where=name, remedy=error.remedy  # type: ignore[attr-defined]
+                        ) from None
+                    raise
+        return asked
+
+    @property
+    def input_statistics(self) -> frozenset[str]:
+        """The statistics of inputs that have to be gathered on the way."""
+        return self.method.requires & INPUT_STATISTICS
+
+    # -- batches --------------------------------------------------------------------------------
+
+    def batches(self) -> list[slice]:
+        """The micro-batches, as ranges of calibration windows."""
+        assert self.windows is not None
+        samples, length = self.windows.shape
+        size = max(1, self.settings.micro_batch_tokens // length)
+        return [slice(i, min(i + size, samples)) for i in range(0, samples, size)]
+
+    def call(self, index: int, batch: slice) -> LayerCall:
+        """How a layer is called for a micro-batch."""
+        return self.calls[batch.stop - batch.start][index]
+
+    def record_calls(self) -> None:
+        """Learn how the model calls its layers, for each size of micro-batch."""
+        assert self.windows is not None
+        with self.target.outside():
+            sizes = {b.stop - b.start for b in self.batches()}
+            for size in sizes:
+                same = [b for b in self.batches() if b.stop - b.start == size][:2]
+                ids = [self.windows[b].to(self.target.device) for b in same]
+                calls = layer_calls(self.target.model, self.target.layers, ids)
+                self.calls[size] = [call.to(self.target.device) for call in calls]
+
+    def calls_of_one_window(self) -> list[LayerCall]:
+        """How each layer is called for a single window."""
+        assert self.windows is not None
+        with self.target.outside():
+            ids = [self.windows[i : i + 1].to(self.target.device) for i in range(2)]
+            calls = layer_calls(self.target.model, self.target.layers, [x for x in ids if len(x)])
+        return [call.to(self.target.device) for call in calls]
+
+    def fill_first_inputs(self) -> None:
+        """Compute the inputs of the first decoder layer for all windows."""
+        assert self.windows is not None and self.activations is not None
+        with self.target.outside():
+            for batch in self.batches():
+                ids = self.windows[batch].to(self.target.device)
+                self.activations.write(
+                    batch, first_inputs(self.target.model, self.target.layers, ids)
+                )
+
+    def open_activations(self) -> Activations:
+        """Hidden states for all windows, in memory or on disk as the settings say."""
+        assert self.windows is not None
+        samples, length = self.windows.shape
+        with self.target.outside():
+            ids = self.windows[:1].to(self.target.device)
+            hidden = first_inputs(self.target.model, self.target.layers, ids)
+        shape = (samples, length, hidden.shape[-1])
+        in_memory = self.settings.activations == "memory"
+        return Activations(shape, hidden.dtype, self.settings.work, in_memory)
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def execute(self, done: int = 0) -> None:
+        """Prune every layer from number `done` on."""
+        layers = self.target.layers
+        if self.input_statistics and done < len(layers):
+            self.record_calls()
+            self.activations = self.open_activations()
+            if done and self.activations.has(done):
+                self.activations.resume(done)
+            else:
+                # Without stored inputs everything is done again; the result is the same.
+                done = 0
+                self.ledger.begin()
+                self.fill_first_inputs()
+                self.activations.advance(0)
+        steps = len(self.batches()) if self.input_statistics else 1
+        self.progress.start("pruning", steps * (len(layers) - done))
+        for index in range(done, len(layers)):
+            self.prune_layer(index)
+        if self.activations is not None:
+            self.activations.forget(len(layers))
+        self.progress.finish()
+
+    def prune_layer(self, index: int) -> None:
+        """One decoder layer, from reading it to the ledger."""
+        started = time.perf_counter()
+        name = self.target.architecture.layer_name(index)
+        with self.target.layer(index) as layer:
+            linears = linears_of(layer, name)
+            check_finite(list(linears.values()))
+            records = self.pass_layer(index, layer, linears)
+            self.target.commit(index, [record.name for record in records])
+        if self.activations is not None:
+            self.activations.advance(index + 1)
+        self.ledger.finish_layer(
+            index, [record.to_json() for record in records], time.perf_counter() - started
+        )
+        if self.activations is not None:
+            self.activations.forget(index)
+
+    def pass_layer(
+        self, index: int, layer: nn.Module, linears: Mapping[str, Linear]
+    ) -> list[LinearRecord]:
+        """Gather, prune and propagate one layer."""
+        own = self.own_statistics(index)
+        records: list[LinearRecord] = []
+        if not self.input_statistics:
+            for linear in linears.values():
+                records += prune_group([linear], {}, own, self.method, self.sparsity_of)
+            self.progress.step(note=f"layer {index}")
+            return records
+        groups = self.grouped(index, layer, linears)
+        gathered = [
+            GroupStatistics(self.input_statistics, group[0], self.target.device)
+            for group in groups
+        ]
+
+        def gather(group: int, x: Tensor) -> None:
+            gathered[group].update(x)
+
+        def prune(group: int) -> None:
+            shared = gathered[group].value()
+            gathered[group].running.clear()
+            records.extend(prune_group(groups[group], shared, own, self.method, self.sparsity_of))
+
+        last = index == len(self.target.layers) - 1
+        forwards = [self.forward(index, layer, batch, write=not last) for batch in self.batches()]
+        if self.settings.sequential == "group":
+            live, lot = self.parking(layer, index)
+            by_group(groups, forwards, gather, prune, live, lot, outputs_needed=not last)
+        else:
+            dense = [self.forward(index, layer, b, write=False) for b in self.batches()]
+            by_layer(groups, dense, gather)
+            for group in range(len(groups)):
+                prune(group)
+            if not last:
+                for forward in forwards:
+                    forward()
+        return records
+
+    def grouped(
+        self, index: int, layer: nn.Module, linears: Mapping[str, Linear]
+    ) -> list[list[Linear]]:
+        """The linears to prune, by shared input; groups that stay dense are left out."""
+        if self.groups is None:
+            assert self.activations is not None
+            hidden = self.activations.read(slice(0, 1)).to(self.target.device)
+            call = self.calls[min(self.calls)][index]
+            found = find_groups(list(linears.values()), lambda: call_layer(layer, hidden, call))
+            by_module = {id(linear.module): name for name, linear in linears.items()}
+            self.groups = [[by_module[id(x.module)] for x in group] for group in found]
+        groups = [[linears[name] for name in group if name in linears] for group in self.groups]
+        return [g for g in groups if any(self.sparsity_of[x.name] > 0 for x in g)]
+
+    def forward(
+        self, index: int, layer: nn.Module, batch: slice, *, write: bool
+    ) -> Callable[[], None]:
+        """The forward of one micro-batch through a layer."""
+
+        def run() -> None:
+            assert self.activations is not None
+            hidden = self.activations.read(batch).to(self.target.device)
+            if self.live is not None:
+                self.live.note(hidden)
+            out = call_layer(layer, hidden, self.call(index, batch))
+            if write:
+                self.activations.write(batch, out)
+            self.progress.step(note=f"layer {index}")
+
+        return run
+
+    live: LiveTensors | None = None
+
+    def parking(self, layer: nn.Module, index: int) -> tuple[LiveTensors | None, ParkingLot | None]:
+        """Where halted forwards are put: nowhere, when memory holds them."""
+        on_disk = self.settings.activations == "disk"
+        if not on_disk and self.target.device.type == "cpu":
+            return None, None
+        kept = [*layer.parameters(), *layer.buffers()]
+        for calls in self.calls.values():
+            kept += calls[index].tensors()
+        self.live = LiveTensors(kept)
+        return self.live, ParkingLot(self.settings.work if on_disk else None)
+
+    def own_statistics(self, index: int) -> Callable[[Linear], dict[str, Tensor]]:
+        """Statistics of each linear itself, from the gradient pass."""
+        wanted = self.method.requires - INPUT_STATISTICS
+        if not wanted:
+            return lambda linear: {}
+        assert self.settings.work is not None
+        stored = load_file(self.settings.work / f"gradients-{index:04d}.safetensors")
+        return lambda linear: {
+            name: stored[f"{linear.name}/{name}"].to(self.target.device) for name in wanted
+        }

@@ -1,0 +1,58 @@
+"""Which linears are pruned, and how much of each: names, globs and exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from secateur.errors import RecipeError
+from secateur.registry import did_you_mean
+
+__all__ = ["Selection"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Globs over the full names of linears, for example `model.layers.*.mlp.*`.
+
+    Attributes:
+        include: a linear is pruned if one of these matches.
+        exclude: unless one of these matches.
+        overrides: a sparsity of its own for linears that match; the last match counts, 0 keeps
+            a linear dense.
+    """
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, float] = field(default_factory=dict)
+
+    def selects(self, name: str) -> bool:
+        """Whether a linear is pruned at all."""
+        chosen = any(fnmatchcase(name, glob) for glob in self.include)
+        return chosen and not any(fnmatchcase(name, glob) for glob in self.exclude)
+
+    def override(self, name: str) -> float | None:
+        """The sparsity of its own that a linear has, if any."""
+        own = [s for glob, s in self.overrides.items() if fnmatchcase(name, glob)]
+        return own[-1] if own else None
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse globs that match nothing: they are spelling mistakes.
+
+        Raises:
+            RecipeError: listing all of them.
+        """
+        names = list(names)
+        globs = [*self.include, *self.exclude, *self.overrides]
+        idle = [g for g in globs if not any(fnmatchcase(n, g) for n in names)]
+        if idle:
+            raise RecipeError(
+                f"no linear matches {', '.join(map(repr, idle))}",
+                remedy=did_you_mean(idle[0], names[: 2 * 8]) + (" …" if len(names) > 16 else ""),
+            )
+        if not any(self.selects(n) for n in names):
+            raise RecipeError(
+                "include and exclude leave no linear to prune",
+                remedy="loosen them; `secateur inspect MODEL` lists the names",
+            )

@@ -1,0 +1,169 @@
+"""What is done to one group of linears once the statistics of its input are complete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.statistics import statistics
+from secateur.errors import NumericalError, VerificationError
+from secateur.models.architecture import Linear
+from secateur.sparsity.methods import Method
+
+__all__ = ["GroupStatistics", "LinearRecord", "check_finite", "prune_group"]
+
+INPUT_STATISTICS = frozenset({"column_norm", "gram"})
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What became of one linear.
+
+    Attributes:
+        name: its full name.
+        shape: (out, in).
+        asked: the sparsity asked of it.
+        pruned: how many weights the mask removes.
+        zeros: how many weights are zero afterwards (a source may have zeros of its own).
+        error: relative squared error of its output on the calibration inputs, where known.
+        seconds: spent on scoring, masking and solving.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    asked: float
+    pruned: int
+    zeros: int
+    error: float | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written to the ledger."""
+        return asdict(self)
+
+
+class GroupStatistics:
+    """Running statistics of the input that a group of linears shares."""
+
+    def __init__(self, names: frozenset[str], linear: Linear, device: torch.device) -> None:
+        self.running = {
+            name: statistics[name](linear.shape[1], device)  # type: ignore[call-arg]
+            for name in sorted(names & INPUT_STATISTICS)
+        }
+
+    def update(self, x: Tensor) -> None:
+        """Add the inputs of one micro-batch, of any leading shape."""
+        flat = x.reshape(-1, x.shape[-1])
+        for statistic in self.running.values():
+            statistic.update(flat)
+
+    def value(self) -> dict[str, Tensor]:
+        """The statistics so far."""
+        return {name: statistic.value() for name, statistic in self.running.items()}
+
+
+def check_finite(linears: Sequence[Linear]) -> None:
+    """Refuse weights that are NaN or infinite before work is spent on them.
+
+    Raises:
+        NumericalError: naming the tensor and how many values are bad.
+    """
+    for linear in linears:
+        weight = linear.weight
+        # One reduction decides; only a bad matrix is looked at in detail.
+        if not torch.isfinite(weight.sum(dtype=torch.float32)):
+            bad = int((~torch.isfinite(weight)).sum())
+            if bad:
+                raise NumericalError(
+                    f"{bad} of {weight.numel()} weights are NaN or infinite",
+                    where=f"{linear.name}.weight",
+                    remedy="the checkpoint is damaged: get it again, or mend it before pruning",
+                )
+
+
+def prune_group(
+    linears: Sequence[Linear],
+    shared: Mapping[str, Tensor],
+    own: Callable[[Linear], Mapping[str, Tensor]],
+    method: Method,
+    sparsity_of: Mapping[str, float],
+) -> list[LinearRecord]:
+    """Prune linears that share an input.
+
+    Args:
+        linears: the linears to prune.
+        shared: statistics of their input.
+        own: statistics of each linear itself (gradient, fisher).
+        method: how.
+        sparsity_of: the sparsity of each linear, by name; 0 leaves a linear untouched.
+    """
+    wanted = [linear for linear in linears if sparsity_of[linear.name] > 0]
+    if not wanted:
+        return []
+    check_statistics(wanted[0], shared)
+    prepared = method.solver.prepare(shared)
+    records = []
+    for linear in wanted:
+        started = time.perf_counter()
+        sparsity = sparsity_of[linear.name]
+        weight = linear.weight
+        mask = None
+        if not method.solver_selects:
+            score = method.score(weight, {**shared, **own(linear)})
+            mask = method.pattern.mask(score, sparsity)
+        solution = method.solver.solve(weight, prepared, method.pattern, sparsity, mask=mask)
+        linear.assign(solution.weight)
+        records.append(verified(linear, method, sparsity, solution, started))
+    return records
+
+
+def check_statistics(linear: Linear, shared: Mapping[str, Tensor]) -> None:
+    """Refuse statistics that overflowed: the scores would be meaningless.
+
+    Raises:
+        NumericalError: naming the linear.
+    """
+    for name, value in shared.items():
+        if not torch.isfinite(value).all():
+            raise NumericalError(
+                f"the {name} of its calibration inputs is NaN or infinite",
+                where=linear.name,
+                remedy="the model itself overflows on this text: try --device cpu, or a "
+                "checkpoint in float32 or bfloat16 instead of float16",
+            )
+
+
+def verified(
+    linear: Linear, method: Method, sparsity: float, solution: Any, started: float
+) -> LinearRecord:
+    """Count the zeros of a linear as stored, against what its pattern promises.
+
+    Raises:
+        VerificationError: fewer zeros than asked, or not finite.
+    """
+    weight = linear.weight
+    expected = method.pattern.pruned(linear.shape, sparsity)
+    pruned = weight.numel() - int(solution.mask.sum())
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    if pruned != expected or zeros < expected:
+        raise VerificationError(
+            f"{expected} zeros were asked for, the mask has {pruned}, the weight {zeros}",
+            where=linear.name,
+            remedy="this is a fault in secateur or in a plug-in; please report it",
+        )
+    if not torch.isfinite(weight.sum(dtype=torch.float32)):
+        check_finite([linear])
+    return LinearRecord(
+        linear.name,
+        linear.shape,
+        sparsity,
+        pruned,
+        zeros,
+        solution.error,
+        time.perf_counter() - started,
+    )

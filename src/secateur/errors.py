@@ -1,0 +1,95 @@
+"""Every error Secateur raises on purpose, and the exit code each one ends a command with.
+
+    SecateurError                exit 1  the run failed
+    ├── RecipeError              exit 2  options or recipe do not make sense
+    ├── SourceError              exit 2  the named model, text or data set cannot be had
+    ├── PatternError             exit 2  this pattern cannot hold this sparsity, score or shape
+    │   └── ShapeError           exit 2  a matrix does not divide into groups or blocks
+    ├── CheckpointError          exit 1  a file is damaged, incomplete or of an unsafe kind
+    ├── ArchitectureError        exit 1  the model is not a decoder this library understands
+    ├── NumericalError           exit 1  NaN, Inf or a matrix that cannot be factorised
+    ├── MemoryBudgetError        exit 1  the plan does not fit the memory or disk that is there
+    └── VerificationError        exit 3  the result is not what was asked for
+
+Each message says what happened (with numbers), where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArchitectureError",
+    "CheckpointError",
+    "MemoryBudgetError",
+    "NumericalError",
+    "PatternError",
+    "RecipeError",
+    "SecateurError",
+    "ShapeError",
+    "SourceError",
+    "VerificationError",
+]
+
+
+class SecateurError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        what: what happened, with the numbers.
+        where: the tensor, file or option concerned.
+        remedy: what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        parts = [what]
+        if where:
+            parts.append(f"  where: {where}")
+        if remedy:
+            parts.append(f"  remedy: {remedy}")
+        super().__init__("\n".join(parts))
+
+
+class RecipeError(SecateurError):
+    """Options or recipe do not make sense; all faults found are listed at once."""
+
+    exit_code = 2
+
+
+class SourceError(SecateurError):
+    """The named model, text or data set cannot be had."""
+
+    exit_code = 2
+
+
+class PatternError(SecateurError):
+    """This pattern cannot hold this sparsity, or cannot be combined with this score or solver."""
+
+    exit_code = 2
+
+
+class ShapeError(PatternError):
+    """A matrix does not divide into the groups or blocks of a pattern."""
+
+
+class CheckpointError(SecateurError):
+    """A checkpoint file is damaged, incomplete or of an unsafe kind."""
+
+
+class ArchitectureError(SecateurError):
+    """The model is not a decoder this library understands."""
+
+
+class NumericalError(SecateurError):
+    """NaN or Inf where there may be none, or a matrix that cannot be factorised."""
+
+
+class MemoryBudgetError(SecateurError):
+    """The plan does not fit the memory or disk that is there."""
+
+
+class VerificationError(SecateurError):
+    """The result was measured and is not what was asked for."""
+
+    exit_code = 3

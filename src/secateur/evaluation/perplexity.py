@@ -1,0 +1,255 @@
+"""Perplexity of a language model on a text.
+
+    perplexity = exp( − 1/N · Σ log p(tokenᵢ | the tokens before it in its window) )
+
+The protocol: the text is one stream, tokenised once with the tokenizer's default special tokens,
+and cut into windows that do not overlap; the last partial window is dropped. Within a window of S
+tokens the model predicts tokens 2 to S, so N = windows · (S − 1). Perplexities can be compared
+only where data set, join, sequence length and tokenizer are the same: `protocol` records them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.models.tokenizer import Tokenizer, token_ids
+from secateur.types import Windows
+
+__all__ = ["PerplexityResult", "evaluation_windows", "perplexity", "protocol"]
+
+TOKENS_PER_FORWARD = 2048
+LOGITS_BYTES = 64 * 2**20
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity and what it was measured on.
+
+    Args:
+        perplexity: exp of the mean loss; infinite where that overflows.
+        mean_loss: nats per predicted token.
+        tokens: predicted tokens, one less than its length for each window.
+        windows: number of windows.
+        sequence_length: tokens in each window.
+        standard_error: of the mean loss, over windows; None for a single window.
+        seconds: time the measurement took.
+    """
+
+    perplexity: float
+    mean_loss: float
+    tokens: int
+    windows: int
+    sequence_length: int
+    standard_error: float | None
+    seconds: float
+
+
+def evaluation_windows(
+    text: str, tokenizer: Tokenizer, sequence_length: int, *, max_windows: int | None = None
+) -> Windows:
+    """Cut a text into windows that do not overlap; the last partial one is dropped.
+
+    Args:
+        text: the whole text, tokenised once.
+        tokenizer: used with its default special tokens.
+        sequence_length: tokens in a window, at least 2.
+        max_windows: only the first so many; all by default.
+
+    Returns:
+        Token ids [windows, sequence_length], int64.
+
+    Raises:
+        RecipeError: the sequence length is below 2.
+        SourceError: the text is shorter than one window.
+    """
+    if sequence_length < 2 or (max_windows is not None and max_windows < 1):
+        raise RecipeError(
+            f"sequence_length {sequence_length}, windows {max_windows}: nothing to predict",
+            remedy="give a sequence_length of 2 or more and at least one window",
+        )
+    ids = token_ids(tokenizer, [text])[0]
+    count = len(ids) // sequence_length
+    if count == 0:
+        raise SourceError(
+            f"the text has {len(ids)} tokens, one window needs {sequence_length}",
+            remedy="name a longer text or a shorter sequence length",
+        )
+    count = min(count, max_windows or count)
+    return torch.tensor(ids[: count * sequence_length]).view(count, sequence_length)
+
+
+def protocol(
+    windows: Windows, *, dataset: str, join: str, tokenizer: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What must be printed with a perplexity, as JSON values.
+
+    Args:
+        windows: from `evaluation_windows`.
+        dataset: data set and split, or file.
+        join: how its documents were joined.
+        tokenizer: the name of the model it belongs to.
+        dtype: of the model's weights.
+    """
+    count, length = windows.shape
+    return {
+        "dataset": dataset,
+        "join": join,
+        "sequence_length": length,
+        "windows": count,
+        "tokens": count * (length - 1),
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokenizer": tokenizer,
+    }
+
+
+def perplexity(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Measure the perplexity of a causal language model on windows.
+
+    The loss is computed in float32. Where the model's logits are nothing but its output head
+    applied to its last hidden state, which is tried out first, they are made for a few tokens at
+    a time and take at most 64 MiB; otherwise those of a whole batch are in memory.
+
+    Args:
+        model: a transformers model, or any module that maps ids [batch, sequence] to logits or to
+            an object with `logits`; it runs where its weights are.
+        windows: token ids [windows, sequence_length].
+        batch_size: windows in one forward; by default about 2048 tokens.
+        progress: called with the windows done and their total after each forward.
+
+    Raises:
+        NumericalError: the loss of a window is not a number, or infinite.
+        RecipeError: windows are shorter than 2, or longer than the model's context.
+        SourceError: a token id is not in the model's vocabulary.
+    """
+    count, length = windows.shape
+    check_windows(model, windows)
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
+    losses: list[float] = []
+    started = time.perf_counter()
+    with torch.inference_mode(), evaluating(model):
+        parts = body_and_head(model, windows[:1, :PROBE_TOKENS].to(device))
+        for batch in windows.split(batch_size):
+            losses += window_losses(model, parts, batch.to(device)).tolist()
+            if progress is not None:
+                progress(len(losses), count)
+    seconds = time.perf_counter() - started
+    for number, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"the loss is {loss}",
+                where=f"window {number} of {count}",
+                remedy="a weight or activation overflowed: evaluate in float32 or bfloat16, "
+                "and run 'secateur diagnose' on the model",
+            )
+    values = torch.tensor(losses, dtype=torch.float64)
+    mean = values.mean().item()
+    return PerplexityResult(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        mean_loss=mean,
+        tokens=count * (length - 1),
+        windows=count,
+        sequence_length=length,
+        standard_error=values.std().item() / math.sqrt(count) if count > 1 else None,
+        seconds=seconds,
+    )
+
+
+def check_windows(model: nn.Module, windows: Windows) -> None:
+    """Check windows against the model's vocabulary and context before anything runs."""
+    length = windows.shape[1]
+    config = getattr(model, "config", None)
+    context = getattr(config, "max_position_embeddings", None)
+    if length < 2 or (isinstance(context, int) and length > context):
+        raise RecipeError(
+            f"windows of {length} tokens, the model reads 2 to {context}",
+            remedy=f"give a sequence length of at most {context}",
+        )
+    vocabulary = getattr(config, "vocab_size", None)
+    highest = int(windows.max())
+    if isinstance(vocabulary, int) and highest >= vocabulary:
+        raise SourceError(
+            f"token id {highest} in the windows, the model's vocabulary has {vocabulary}",
+            remedy="make the windows with the tokenizer of this model",
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, each module set back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+Parts = tuple[Callable[[Tensor], Tensor], nn.Module]
+
+
+def body_and_head(model: nn.Module, probe: Tensor) -> Parts | None:
+    """The model as a body (ids → last hidden state) and an output head, if that is all it is.
+
+    Some families scale or cap their logits, or scale the hidden state; leaving that out would
+    give a wrong number without a warning. So both ways are run on a few tokens and must agree.
+    """
+    body = getattr(model, "base_model", model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if body is model or not isinstance(head, nn.Module):
+        return None
+    takes_cache = "use_cache" in inspect.signature(body.forward).parameters
+    options = {"use_cache": False} if takes_cache else {}
+
+    def hidden(ids: Tensor) -> Tensor:
+        return body(input_ids=ids, **options).last_hidden_state
+
+    parts_logits, logits = head(hidden(probe)), forward_logits(model, probe)
+    same = parts_logits.shape == logits.shape and torch.allclose(
+        parts_logits.float(), logits.float(), rtol=1e-5, atol=1e-6, equal_nan=True
+    )
+    return (hidden, head) if same else None
+
+
+def forward_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits [batch, sequence, vocabulary] of a whole forward."""
+    result = model(ids)
+    return result if isinstance(result, Tensor) else result.logits
+
+
+def window_losses(model: nn.Module, parts: Parts | None, ids: Tensor) -> Tensor:
+    """The mean loss of each window of a batch, float64 [batch]."""
+    if parts is None:
+        states, head = forward_logits(model, ids), nn.Identity()
+        vocabulary = states.shape[-1]
+    else:
+        states, head = parts[0](ids), parts[1]
+        vocabulary = model.config.vocab_size
+    states = states[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].reshape(-1).to(states.device)
+    chunk = max(1, LOGITS_BYTES // (4 * vocabulary))
+    losses = [
+        functional.cross_entropy(head(rows).float(), target, reduction="none")
+        for rows, target in zip(states.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.cat(losses).view(len(ids), -1).double().mean(dim=1)

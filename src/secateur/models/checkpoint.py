@@ -1,0 +1,299 @@
+"""Safetensors folders: read a tensor at a time, and patch a copy in place.
+
+A pruned model has the same tensors, shapes and dtypes as its source. So the output is a byte copy
+of the source in which the pruned tensors are overwritten at their offsets: whatever was not pruned
+is bit-identical by construction, and writing costs no memory.
+
+The byte layout (8-byte little-endian header length, JSON header, data) is read here directly,
+rather than through the memory map of the safetensors library, because mapped pages count as
+resident memory and because an in-place write needs the offsets.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError, MemoryBudgetError
+
+__all__ = [
+    "CheckpointReader",
+    "PatchedCopy",
+    "TensorEntry",
+    "copied_files",
+    "disk_error",
+    "read_all",
+    "read_header",
+    "shard_files",
+    "write_all",
+]
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, first byte, size in bytes, dtype and shape."""
+
+    file: Path
+    offset: int
+    size_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Read and check the header of one safetensors file against the size of the file.
+
+    Raises:
+        CheckpointError: the file is truncated, or not a safetensors file.
+    """
+    size = file.stat().st_size
+    remedy = "copy or download the file again"
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"not a whole safetensors file: {size} bytes, header length {length}",
+                where=str(file),
+                remedy=remedy,
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(
+                f"the header is not JSON: {error}", where=str(file), remedy=remedy
+            ) from None
+    entries = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r} has the unknown dtype {entry['dtype']}", where=str(file)
+            )
+        start, end = entry["data_offsets"]
+        entries[name] = TensorEntry(
+            file, 8 + length + start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"])
+        )
+    expected = max((e.offset + e.size_bytes for e in entries.values()), default=8 + length)
+    if expected != size:
+        raise CheckpointError(
+            f"the file has {size} bytes, its header speaks of {expected}",
+            where=str(file),
+            remedy=remedy,
+        )
+    return entries
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in order, each checked to be there.
+
+    Raises:
+        CheckpointError: there are none, or the index names files that are missing.
+    """
+    index = folder / INDEX_NAME
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"the index of shards cannot be read: {error!r}", where=str(index)
+            ) from None
+        missing = [n for n in names if not (folder / n).exists()]
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing)}",
+                where=str(folder),
+                remedy="copy or download the missing files",
+            )
+        return [folder / n for n in names]
+    if (folder / SINGLE_NAME).exists():
+        return [folder / SINGLE_NAME]
+    pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
+    if pickled:
+        raise CheckpointError(
+            f"the weights are pickles ({', '.join(pickled)}), which can run code when loaded",
+            where=str(folder),
+            remedy="convert them to safetensors where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)",
+        )
+    raise CheckpointError(
+        f"no {SINGLE_NAME} and no {INDEX_NAME}",
+        where=str(folder),
+        remedy="name a folder written by save_pretrained",
+    )
+
+
+class CheckpointReader:
+    """Reads a safetensors folder one tensor at a time.
+
+    Args:
+        folder: holds `model.safetensors`, or shards and their index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = shard_files(folder)
+        self.entries: dict[str, TensorEntry] = {}
+        for file in self.files:
+            self.entries.update(read_header(file))
+
+    @property
+    def total_bytes(self) -> int:
+        """The size of all tensors."""
+        return sum(entry.size_bytes for entry in self.entries.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.offset)
+            read_all(stream, tensor)
+        return tensor
+
+    def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as views of the file: only the pages that are touched take memory."""
+        from safetensors import safe_open
+
+        for file in self.files:
+            wanted = [n for n in names if self.entries[n].file == file]
+            if wanted:
+                with safe_open(file, framework="pt") as opened:
+                    for name in wanted:
+                        yield name, opened.get_tensor(name)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable and without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def read_all(stream: FileIO, tensor: Tensor) -> None:
+    """Fill a contiguous CPU tensor from an unbuffered file, from where it stands.
+
+    Raises:
+        CheckpointError: the file ends first.
+    """
+    view = as_bytes(tensor)
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])
+        if not count:
+            raise CheckpointError(f"the file ends {len(view) - done} bytes early", where=stream.name)
+        done += count
+
+
+def write_all(stream: FileIO, tensor: Tensor) -> None:
+    """Write the bytes of a contiguous CPU tensor to an unbuffered file, where it stands."""
+    view = as_bytes(tensor)
+    done = 0
+    while done < len(view):
+        done += stream.write(view[done:])
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """What belongs to a model besides its weights: configuration, tokenizer, licence."""
+    suffixes = {".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"}
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.is_file()
+        and (p.suffix in suffixes or p.name.upper().startswith(("LICENSE", "NOTICE")))
+    )
+
+
+class PatchedCopy:
+    """A copy of a checkpoint whose tensors can be overwritten in place.
+
+    Args:
+        source: the checkpoint copied.
+        folder: where the copy lies, or will be made by `create`.
+    """
+
+    def __init__(self, source: CheckpointReader, folder: Path) -> None:
+        self.source, self.folder = source, folder
+        self._dirty: set[Path] = set()
+
+    def create(self) -> None:
+        """Copy all files; whatever lay under their names is replaced.
+
+        Raises:
+            MemoryBudgetError: the disk is full.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for file in [*copied_files(self.source.folder), *self.source.files]:
+                target = self.folder / file.name
+                target.unlink(missing_ok=True)
+                shutil.copyfile(file, target)
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Overwrite one tensor; it is cast to the dtype that is stored.
+
+        Raises:
+            CheckpointError: another shape than the one stored.
+            MemoryBudgetError: the disk is full.
+        """
+        entry = self.source.entries[name]
+        if tuple(tensor.shape) != entry.shape:
+            raise CheckpointError(
+                f"{name}: shape {tuple(tensor.shape)} where {entry.shape} is stored",
+                where=str(entry.file),
+            )
+        file = self.folder / entry.file.name
+        try:
+            with file.open("r+b", buffering=0) as stream:
+                stream.seek(entry.offset)
+                write_all(stream, tensor.detach().to("cpu", entry.dtype).contiguous())
+        except OSError as error:
+            raise disk_error(error, file) from error
+        self._dirty.add(file)
+
+    def sync(self) -> None:
+        """Return when everything written so far would survive a power cut."""
+        for file in self._dirty:
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        self._dirty.clear()
+
+
+def disk_error(error: OSError, where: Path) -> Exception:
+    """What a failed write means to the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(where if where.exists() else where.parent).free
+        return MemoryBudgetError(
+            f"the disk is full ({free / 2**20:.0f} MiB free)",
+            where=str(where),
+            remedy="free some space and run again with --resume, or choose another --output",
+        )
+    return CheckpointError(f"cannot write: {error}", where=str(where))

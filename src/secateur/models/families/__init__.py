@@ -1,0 +1,1 @@
+"""Model families, one small declarative file each; found by `secateur.models.architecture.families`."""

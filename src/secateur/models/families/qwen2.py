@@ -1,0 +1,7 @@
+"""Qwen2 and Qwen2.5: Llama's layout with biases on q, k and v."""
+
+from secateur.models.architecture import SPLIT_ATTENTION_GATED_FFN, Family, families
+
+QWEN2 = families.register("qwen2")(
+    Family(model_types=("qwen2",), layers="model.layers", groups=SPLIT_ATTENTION_GATED_FFN)
+)

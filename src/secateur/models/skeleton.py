@@ -1,0 +1,144 @@
+"""A model without its weights: every module in place, every parameter on the meta device.
+
+Layers are filled from the checkpoint when their turn comes and emptied afterwards, so that memory
+holds one decoder layer at a time, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import ArchitectureError, CheckpointError
+from secateur.models.checkpoint import CheckpointReader
+
+__all__ = ["build_skeleton", "empty", "fill", "quiet_transformers", "stored_names"]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own advice off the user's terminal: it is about choices made here."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model a checkpoint describes, parameters on the meta device, buffers real.
+
+    Raises:
+        ArchitectureError: transformers knows no causal language model of this type, or the
+            checkpoint wants to run code of its own and `trust_remote_code` is False.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            # Buffers such as rotary frequencies are not stored in checkpoints, so they are made.
+            with init_empty_weights(include_buffers=False), no_init_weights():
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=config.dtype, trust_remote_code=trust_remote_code
+                )
+        except (ValueError, KeyError, ImportError, AttributeError) as error:
+            raise ArchitectureError(
+                f"transformers cannot build this model: {str(error).splitlines()[0]}",
+                where=str(folder / "config.json"),
+                remedy="only decoders that AutoModelForCausalLM knows can be pruned; for code that "
+                "comes with a checkpoint you trust, pass --trust-remote-code",
+            ) from error
+    return model.eval()
+
+
+def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
+    """Map each parameter of the model to the name it is stored under.
+
+    Checkpoints may omit or add the base model's prefix, or use names from before a renaming;
+    transformers' own table of renamings decides.
+
+    Raises:
+        CheckpointError: a parameter of a decoder layer is not stored.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    parameters = dict(model.named_parameters())
+    mapping = {}
+    for stored in reader.entries:
+        name, _ = rename_source_key(
+            stored, renamings, [], model.base_model_prefix, dict(model.state_dict())
+        )
+        if name in parameters:
+            mapping[name] = stored
+            expected, found = tuple(parameters[name].shape), reader.entries[stored].shape
+            if expected != found:
+                raise CheckpointError(
+                    f"{stored}: shape {found} is stored, config.json asks for {expected}",
+                    where=str(reader.entries[stored].file),
+                    remedy="the configuration and the weights are of different models",
+                )
+    return mapping
+
+
+def fill(
+    module: nn.Module,
+    prefix: str,
+    reader: CheckpointReader,
+    names: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give every parameter of `module` its stored values.
+
+    Args:
+        module: a part of the skeleton.
+        prefix: its name within the model.
+        reader: the checkpoint.
+        names: from `stored_names`.
+        device: where the values go.
+        dtype: of the computation; None for the dtype stored.
+
+    Raises:
+        CheckpointError: a parameter is not stored.
+    """
+    for name, _ in list(module.named_parameters()):
+        full = f"{prefix}.{name}"
+        if full not in names:
+            raise CheckpointError(
+                f"the checkpoint does not hold {full}",
+                where=str(reader.folder),
+                remedy="the file is incomplete, or of another model than config.json says",
+            )
+        value = reader.read(names[full]).to(device, dtype)
+        assign(module, name, value)
+
+
+def empty(module: nn.Module) -> None:
+    """Send every parameter of `module` back to the meta device, freeing its memory."""
+    for name, parameter in list(module.named_parameters()):
+        assign(module, name, parameter.to("meta"))
+
+
+def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a tensor in place of a parameter."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path) if path else module
+    owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,114 @@
+"""From a YAML file and command-line options to a recipe; all faults are listed at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from secateur.errors import RecipeError
+from secateur.recipes.schema import PruneRecipe
+
+__all__ = ["build_recipe", "dump_recipe", "is_recipe_file", "read_recipe_file"]
+
+
+def is_recipe_file(text: str) -> bool:
+    """Whether a command's first argument names a recipe rather than a model."""
+    return text.endswith((".yaml", ".yml"))
+
+
+def read_recipe_file(file: Path) -> dict[str, Any]:
+    """The mapping written in a YAML file.
+
+    Raises:
+        RecipeError: there is no such file, or it is not a mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"the recipe cannot be read: {error.strerror}", where=str(file)
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe is not YAML: {error}", where=str(file)) from error
+    if not isinstance(content, dict):
+        raise RecipeError(
+            "a recipe is a mapping of keys to values",
+            where=str(file),
+            remedy="write for example 'model: smollm2-135m'",
+        )
+    return content
+
+
+def set_value(values: dict[str, Any], assignment: str) -> None:
+    """Apply one `--set section.key=value`; the value is read as YAML.
+
+    Raises:
+        RecipeError: it is not an assignment.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise RecipeError(
+            f"--set {assignment!r} is not KEY=VALUE", remedy="for example --set memory.budget_gib=6"
+        )
+    *sections, key = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {assignment!r}: {section!r} holds a value, not keys")
+    values[key] = yaml.safe_load(text)
+
+
+def build_recipe(
+    values: Mapping[str, Any], assignments: tuple[str, ...] = (), where: str | None = None
+) -> PruneRecipe:
+    """Make a recipe of nested values and `--set` assignments.
+
+    Raises:
+        RecipeError: listing every fault, with near names for unknown keys.
+    """
+    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for assignment in assignments:
+        set_value(merged, assignment)
+    try:
+        return PruneRecipe(**merged)
+    except ValidationError as error:
+        faults = [fault_text(fault) for fault in error.errors()]
+        raise RecipeError(
+            f"{len(faults)} fault{'s' * (len(faults) > 1)} in the recipe:\n    "
+            + "\n    ".join(faults),
+            where=where,
+        ) from None
+
+
+def fault_text(fault: Any) -> str:
+    """One fault, told in a line."""
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = known_keys(fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{path}: missing"
+    return f"{path}: {fault['msg']} (got {fault['input']!r})"
+
+
+def known_keys(path: tuple[Any, ...]) -> list[str]:
+    """The keys a section of the recipe has."""
+    model: type[BaseModel] = PruneRecipe
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)
+
+
+def dump_recipe(recipe: PruneRecipe) -> str:
+    """The recipe as YAML, every default written out."""
+    values = recipe.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

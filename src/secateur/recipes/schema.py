@@ -1,0 +1,81 @@
+"""The fields of a recipe, their defaults, and what each means."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Calibration", "Memory", "PruneRecipe"]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, not silence; a recipe does not change once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(Strict):
+    """Which text the statistics are gathered on."""
+
+    source: str = Field(
+        "c4",
+        description="JSONL or text file, folder of texts, hub data set, named text, "
+        "or a safetensors file of windows",
+    )
+    field: str = Field("text", description="the field of a JSONL line that holds the text")
+    samples: int = Field(128, gt=0, description="number of windows")
+    sequence_length: int | None = Field(
+        None, gt=1, description="tokens per window; 2048, or less if the model is shorter"
+    )
+    seed: int = Field(0, ge=0, description="seed of the choice of windows")
+    packing: Literal["concatenate", "random-crop"] = Field(
+        "concatenate",
+        description="join documents and cut, or crop long documents at random as the papers do",
+    )
+
+
+class Memory(Strict):
+    """How much memory the run may take."""
+
+    budget_gib: float | None = Field(
+        None, gt=0, description="peak resident memory in GiB; default four fifths of what is free"
+    )
+    activations: Literal["auto", "memory", "disk"] = Field(
+        "auto", description="where hidden states wait"
+    )
+    micro_batch_tokens: int = Field(2048, gt=0, description="tokens that pass a layer at once")
+
+
+class PruneRecipe(Strict):
+    """One pruning run."""
+
+    model: str = Field(description="hub id, folder, GGUF file, or named sample")
+    output: str | None = Field(None, description="folder for the pruned model; must not exist")
+    method: str | None = Field(
+        None, description="a famous name: `secateur methods` lists them; default sparsegpt"
+    )
+    score: str | None = Field(None, description="score, for a composition of your own")
+    solver: str | None = Field(None, description="solver, for a composition of your own")
+    sparsity: float | None = Field(None, description="fraction of zeros, 0 to 1")
+    pattern: str = Field("unstructured", description="unstructured, N:M, or block as ROWSxCOLUMNS")
+    scope: Literal["row", "layer", "global"] | None = Field(
+        None, description="the set within which scores compete; default: as the method's paper"
+    )
+    include: tuple[str, ...] = Field(("*",), description="globs of linears to prune")
+    exclude: tuple[str, ...] = Field((), description="globs of linears to leave dense")
+    overrides: dict[str, float] = Field(
+        default_factory=dict, description="sparsity by glob, for exceptions"
+    )
+    sequential: Literal["group", "layer"] = Field(
+        "group", description="gather statistics group by group in one pass, or layer by layer in two"
+    )
+    calibration: Calibration = Field(default_factory=Calibration)
+    memory: Memory = Field(default_factory=Memory)
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="of weights dequantized from GGUF; other sources keep theirs"
+    )
+    trust_remote_code: bool = Field(
+        False, description="let code that comes with the checkpoint run"
+    )

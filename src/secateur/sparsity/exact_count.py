@@ -1,0 +1,109 @@
+"""Exact counts: prune precisely as many weights as asked, also when scores are equal."""
+
+from __future__ import annotations
+
+from decimal import ROUND_HALF_UP, Decimal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32
+from torch import Tensor
+
+from secateur.errors import PatternError
+
+__all__ = ["keep_largest", "pruned_count"]
+
+# Up to this many scores a row, comparing all pairs is faster than any selection (measured: 2.7 ms
+# against 6 ms for 221 000 groups of 4, equal at about 10).
+_PAIRWISE_WIDTH = 8
+# Rows are handled in chunks of about this many scores, so that temporaries stay small and in cache.
+_CHUNK = 2**19
+
+
+def pruned_count(total: int, sparsity: float) -> int:
+    """The number of zeros that comes nearest to `sparsity` of `total`, halves rounded up.
+
+    The sparsity is read as the decimal number a person would write for it, so that 0.7 of 45 is
+    31.5 and rounds to 32, although the double nearest to 0.7 lies below it. For every whole
+    0 <= k <= total, `pruned_count(total, k / total) == k`.
+
+    Args:
+        total: how many weights or blocks there are.
+        sparsity: the fraction of zeros.
+    """
+    exact = Decimal(repr(float(sparsity))) * total
+    return int(exact.to_integral_value(rounding=ROUND_HALF_UP))
+
+
+def keep_largest(score: Float32[Tensor, "groups n"], pruned: int) -> Bool[Tensor, "groups n"]:
+    """Mask of the largest scores of each row: exactly `pruned` entries of every row are False.
+
+    Of equal scores the one with the lower index is pruned first, so the result is that of a
+    stable ascending sort. Infinite scores are ordered as numbers; NaN has no order and must be
+    refused before (the patterns do).
+
+    Args:
+        score: float32 [groups, n]; each row is one competition.
+        pruned: how many entries of each row to prune, 0 <= pruned <= n.
+
+    Returns:
+        bool [groups, n], True = kept.
+
+    Raises:
+        PatternError: more entries are to be pruned than there are.
+    """
+    groups, n = score.shape
+    if not 0 <= pruned <= n:
+        raise PatternError(f"cannot prune {pruned} of {n} weights")
+    keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    if pruned in (0, n):
+        return keep.fill_(pruned == 0)
+    select = _by_pairs if n <= _PAIRWISE_WIDTH else _by_threshold
+    rows = max(1, _CHUNK // n) if score.is_cpu else groups
+    for start in range(0, groups, rows):
+        keep[start : start + rows] = select(score[start : start + rows].detach(), pruned)
+    return keep
+
+
+def _by_pairs(score: Tensor, pruned: int) -> Tensor:
+    """For short rows: rank every entry by comparing it with all others of its row."""
+    columns = score.t().contiguous()  # each comparison then runs over contiguous memory
+    n = columns.shape[0]
+    rank = torch.zeros(columns.shape, dtype=torch.int8, device=score.device)
+    for i in range(n - 1):
+        later_is_larger = columns[i + 1 :] >= columns[i]  # on a tie, i comes first
+        rank[i + 1 :] += later_is_larger
+        rank[i] += (n - 1 - i) - later_is_larger.sum(0, dtype=torch.int8)
+    return (rank >= pruned).t()
+
+
+def _by_threshold(score: Tensor, pruned: int) -> Tensor:
+    """For long rows: keep what exceeds the `pruned`-th smallest, then settle the ties."""
+    if score.is_cpu:
+        # numpy's partition is 2.5 to 5 times as fast as torch.kthvalue and 10 times as a sort.
+        ordered = np.partition(score.numpy(), pruned - 1, axis=1)
+        threshold = torch.from_numpy(ordered[:, pruned - 1 : pruned].copy())
+    else:
+        threshold = torch.kthvalue(score, pruned, dim=1, keepdim=True).values
+    keep = score > threshold
+    missing = (score.shape[1] - pruned) - _count(keep)
+    tied_rows = missing.nonzero()[:, 0]
+    if len(tied_rows):
+        keep[tied_rows] |= _last_ties(score[tied_rows] == threshold[tied_rows], missing[tied_rows])
+    return keep
+
+
+def _last_ties(equal: Tensor, kept: Tensor) -> Tensor:
+    """Of the True entries of each row, only the last `kept`: lower indices are pruned first."""
+    pruned = _count(equal) - kept
+    if len(equal) == 1:  # one huge row: list the ties, an index for every entry would be far larger
+        positions = equal[0].nonzero()[:, 0]
+        return torch.zeros_like(equal).index_fill_(1, positions[int(pruned) :], True)
+    return equal & (equal.cumsum(1, dtype=torch.int32) > pruned[:, None])
+
+
+def _count(mask: Tensor) -> Tensor:
+    """True entries per row; numpy counts bytes 9 times as fast as torch on the CPU."""
+    if mask.is_cpu:
+        return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+    return mask.sum(1)

@@ -1,0 +1,145 @@
+"""The Hessian of the layer-wise squared error: damped, factorised, and used to measure outputs.
+
+For ‖(W − Ŵ)X‖² every row of W has the same Hessian 2XXᵀ. The factor 2 cancels in all methods
+here, so H = gram + damping · mean(diag(gram)) · I.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float32
+from torch import Tensor
+
+from secateur.errors import NumericalError, RecipeError
+from secateur.types import Gram, Weight
+
+__all__ = ["check_damping", "inverse_factor", "output_energy", "relative_output_error"]
+
+# L_jj² / H_jj is the share of column j that the other columns do not explain. Below these shares
+# the subtraction that made the pivot has lost nearly all digits of the dtype: the factor is noise.
+_SMALLEST_PIVOT = {torch.float32: 1e-5, torch.float64: 1e-12}
+_RECURSION_WIDTH = 256
+_CHUNK_COLUMNS = 256
+
+
+def check_damping(damping: float) -> None:
+    """Refuse a damping that is negative or no number.
+
+    Raises:
+        RecipeError: the damping is not a finite number >= 0.
+    """
+    if not 0 <= damping < float("inf"):
+        raise RecipeError(
+            f"damping is {damping}",
+            remedy="give a fraction of the mean diagonal of the gram, for example 0.01",
+        )
+
+
+def inverse_factor(
+    gram: Gram, damping: float
+) -> tuple[Float32[Tensor, "in in"], Bool[Tensor, " in"]]:
+    """The upper triangular U with UᵀU = H⁻¹, H = gram + damping · mean(diag(gram)) · I.
+
+    SparseGPT factorises H, inverts it and factorises the inverse. The same U is the inverse of
+    the upper triangular R with H = RRᵀ, which needs one factorisation and one triangular
+    inverse: faster, and H⁻¹ itself, the least accurate of the three, is never formed.
+
+    Args:
+        gram: float32 [in, in].
+        damping: fraction of the mean diagonal added to the diagonal.
+
+    Returns:
+        U, float32 [in, in], and the dead columns, bool [in]: inputs that were zero for every
+        calibration token. They get H_jj = 1, as in SparseGPT, and touch no other column.
+
+    Raises:
+        NumericalError: the gram is not finite, is zero everywhere, or is not positive definite
+            even in float64. Nothing is put in the place of an inverse that does not exist.
+    """
+    diagonal = gram.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise NumericalError(
+            f"{int((~torch.isfinite(diagonal)).sum())} of {len(diagonal)} calibration inputs "
+            "are infinite or not a number",
+            remedy="load the model in bfloat16 or float32; look for an overflow in the "
+            "layers before this one",
+        )
+    dead = diagonal == 0
+    if dead.all():
+        raise NumericalError(
+            "every calibration input of this linear is zero",
+            remedy="use more calibration tokens (an expert may never have been chosen), or leave "
+            "this linear out",
+        )
+    damped = torch.where(dead, torch.ones_like(diagonal), diagonal + damping * diagonal.mean())
+    for dtype in (torch.float32, torch.float64):
+        factor = _factorise(gram.to(dtype, copy=True), damped.to(dtype))
+        if factor is not None:
+            return factor.float(), dead
+    raise NumericalError(
+        f"the gram of {len(diagonal)} inputs is not positive definite with damping {damping}",
+        remedy="use more calibration tokens, or a larger damping (0.01 is usual, try 0.1)",
+    )
+
+
+def _factorise(hessian: Tensor, damped: Tensor) -> Tensor | None:
+    """U with UᵀU = H⁻¹, or None if it cannot be had in this precision."""
+    hessian.diagonal().copy_(damped)
+    # Lower and upper swap when rows and columns are reversed: JHJ = LLᵀ gives H = RRᵀ, R = JLJ.
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    upper = lower.flip(0, 1)
+    shares = upper.diagonal().square() / damped
+    if int(failed) or not bool((shares > _SMALLEST_PIVOT[hessian.dtype]).all()):
+        return None
+    inverse = _invert_upper(upper)
+    return inverse if bool(torch.isfinite(inverse).all()) else None
+
+
+def _invert_upper(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix by halves, so that nearly all work is in matmuls."""
+    n = len(upper)
+    if n <= _RECURSION_WIDTH:
+        identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True)
+    half = n // 2
+    inverse = torch.zeros_like(upper, memory_format=torch.contiguous_format)
+    inverse[:half, :half] = _invert_upper(upper[:half, :half])
+    inverse[half:, half:] = _invert_upper(upper[half:, half:])
+    corner = inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:]
+    inverse[:half, half:] = corner.neg_()
+    return inverse
+
+
+def output_energy(weight: Weight, gram: Gram) -> float:
+    """‖WX‖² = tr(W · gram · Wᵀ), summed over all outputs and calibration tokens.
+
+    The gram is symmetric, so only its upper half is multiplied.
+
+    Args:
+        weight: [out, in], any floating dtype; computed in float32, summed in float64.
+        gram: float32 [in, in].
+    """
+    weight = weight.detach().float()
+    energy = 0.0
+    for start in range(0, weight.shape[1], _CHUNK_COLUMNS):
+        stop = start + _CHUNK_COLUMNS
+        product = weight[:, start:stop] @ gram[start:stop, start:]
+        product *= weight[:, start:]
+        product[:, _CHUNK_COLUMNS:] *= 2  # stands for itself and its mirror image
+        energy += float(product.sum(dtype=torch.float64))
+    return energy
+
+
+def relative_output_error(weight: Weight, new_weight: Weight, gram: Gram) -> float:
+    """‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs; 0.0 if the outputs are all zero.
+
+    Args:
+        weight: W [out, in], any floating dtype.
+        new_weight: Ŵ [out, in], any floating dtype.
+        gram: float32 [in, in], without damping.
+    """
+    whole = output_energy(weight, gram)
+    if whole <= 0:
+        return 0.0
+    change = new_weight.detach().float() - weight.detach().float()
+    return max(0.0, output_energy(change, gram) / whole)

@@ -1,0 +1,221 @@
+"""The famous names: each pruning method is a score, a solver and a scope put together.
+
+    wanda      = score `wanda`, pruned weights set to zero, weights compete within a row
+    sparsegpt  = score `obs` and solver `obs`: chooses and repairs column by column
+
+Any score can be combined with any solver and any pattern; `compose` refuses what cannot work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+from secateur.errors import RecipeError
+from secateur.registry import did_you_mean
+from secateur.sparsity.patterns import Pattern, parse_pattern
+from secateur.sparsity.patterns.unstructured import Unstructured
+from secateur.sparsity.scores import ScoreFunction, scores
+from secateur.sparsity.solvers import Solver, solvers
+
+__all__ = ["Method", "NamedMethod", "compose", "methods"]
+
+
+@dataclass(frozen=True)
+class NamedMethod:
+    """A line in the table of methods.
+
+    Attributes:
+        score: name of its score.
+        solver: name of its solver.
+        scope: the scope of unstructured sparsity when none is asked for.
+        description: what it does, in one line.
+        paper: where it comes from.
+    """
+
+    score: str
+    solver: str
+    scope: str
+    description: str
+    paper: str
+
+    def to_json(self) -> dict[str, str]:
+        """The line as plain data."""
+        return asdict(self)
+
+
+methods: Mapping[str, NamedMethod] = MappingProxyType(
+    {
+        "magnitude": NamedMethod(
+            score="magnitude",
+            solver="zero",
+            scope="layer",
+            description="smallest weights first; needs no calibration",
+            paper="Han et al. 2015, arXiv:1506.02626",
+        ),
+        "wanda": NamedMethod(
+            score="wanda",
+            solver="zero",
+            scope="row",
+            description="weight times input norm, compared within each output row",
+            paper="Sun et al. 2023, arXiv:2306.11695",
+        ),
+        "ria": NamedMethod(
+            score="ria",
+            solver="zero",
+            scope="layer",
+            description="weight relative to its row and column, times the root of the input norm",
+            paper="Zhang et al. 2024, ICLR",
+        ),
+        "taylor": NamedMethod(
+            score="taylor",
+            solver="zero",
+            scope="layer",
+            description="first-order change of the loss; needs gradients",
+            paper="Molchanov et al. 2017, arXiv:1611.06440",
+        ),
+        "obd": NamedMethod(
+            score="obd",
+            solver="zero",
+            scope="layer",
+            description="second-order change of the loss by the Fisher diagonal; needs gradients",
+            paper="LeCun et al. 1989, Optimal Brain Damage",
+        ),
+        "obs": NamedMethod(
+            score="obs",
+            solver="zero",
+            scope="layer",
+            description="weights the others could best make up for, without making up for them",
+            paper="Hassibi et al. 1993, Optimal Brain Surgeon",
+        ),
+        "sparsegpt": NamedMethod(
+            score="obs",
+            solver="obs",
+            scope="layer",
+            description="prunes column by column and updates the remaining weights to make up for it",
+            paper="Frantar and Alistarh 2023, arXiv:2301.00774",
+        ),
+    }
+)
+"""The methods by name."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method ready to run.
+
+    Attributes:
+        name: its famous name, or `score+solver` where the pair has none.
+        score_name: the name of the score.
+        score: the score itself.
+        solver_name: the name of the solver.
+        solver: the solver itself.
+        pattern: the zeros that are allowed.
+    """
+
+    name: str
+    score_name: str
+    score: ScoreFunction
+    solver_name: str
+    solver: Solver
+    pattern: Pattern
+
+    @property
+    def solver_selects(self) -> bool:
+        """Whether the solver chooses the mask itself, judging weights as its work changes them."""
+        return self.solver.selects_by == self.score_name
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The statistics to gather; the score needs none of its own where the solver selects."""
+        if self.solver_selects:
+            return self.solver.requires
+        return self.score.requires | self.solver.requires
+
+
+def compose(
+    method: str | None,
+    pattern_text: str,
+    scope: str | None = None,
+    score: str | None = None,
+    solver: str | None = None,
+    **params: Any,
+) -> Method:
+    """Put a method together from names.
+
+    Args:
+        method: a name in `methods`, or None to start from a score alone.
+        pattern_text: `unstructured`, N:M or rows x columns.
+        scope: `row`, `layer` or `global`; None takes the method's own (for unstructured
+            sparsity) or the pattern's.
+        score: takes the place of the method's score.
+        solver: takes the place of the method's solver; `zero` if there is no method.
+        **params: parameters of the score and the solver, such as `a` or `damping`. One that both
+            have is given to both.
+
+    Raises:
+        RecipeError: a name or parameter is unknown or out of range, or there is no score.
+        PatternError: the pattern cannot be read, or cannot have this scope.
+    """
+    if method is not None and method not in methods:
+        raise RecipeError(
+            f"unknown method {method!r}", remedy=did_you_mean(method, sorted(methods))
+        )
+    if method is None and score is None:
+        raise RecipeError(
+            "neither a method nor a score is given",
+            remedy=f"name a method ({', '.join(methods)}) or a score ({', '.join(scores)})",
+        )
+    named = methods[method] if method is not None else None
+    score_name = score or (named.score if named else "")
+    solver_name = solver or (named.solver if named else "zero")
+    score_kind, solver_kind = scores[score_name], solvers[solver_name]
+    _check_params(params, {score_name: score_kind, solver_name: solver_kind})
+
+    pattern = parse_pattern(pattern_text, scope)
+    name = _famous_name(score_name, solver_name)
+    if scope is None and isinstance(pattern, Unstructured):
+        default = named or methods.get(name)
+        pattern = replace(pattern, scope=default.scope if default else pattern.scope)
+    return Method(
+        name=name,
+        score_name=score_name,
+        score=_build(score_kind, params),
+        solver_name=solver_name,
+        solver=_build(solver_kind, params),
+        pattern=pattern,
+    )
+
+
+def _famous_name(score: str, solver: str) -> str:
+    """The name in the table of this pair, or `score+solver`."""
+    for name, named in methods.items():
+        if (named.score, named.solver) == (score, solver):
+            return name
+    return f"{score}+{solver}"
+
+
+def _build(kind: Any, params: Mapping[str, Any]) -> Any:
+    """A part with those of the parameters that it has."""
+    own = {f.name for f in fields(kind)}
+    return kind(**{name: value for name, value in params.items() if name in own})
+
+
+def _check_params(params: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Refuse parameters that neither part has, or that are no numbers where a number is due."""
+    known = {f.name: f.default for kind in kinds.values() for f in fields(kind)}
+    for name, value in params.items():
+        if name not in known:
+            raise RecipeError(
+                f"{' and '.join(dict.fromkeys(kinds))} have no parameter {name!r}",
+                remedy=did_you_mean(name, sorted(known)) if known else "leave it out",
+            )
+        whole = isinstance(known[name], int)
+        fits = isinstance(value, int) or (isinstance(value, float) and not whole)
+        if isinstance(known[name], int | float) and (isinstance(value, bool) or not fits):
+            raise RecipeError(
+                f"{name} is {value!r}, not {'a whole number' if whole else 'a number'}",
+                remedy=f"for example {name}={known[name]}",
+            )

@@ -1,0 +1,131 @@
+"""Patterns: which sets of zeros are allowed? One file each.
+
+A pattern turns a score into a mask (True = kept) with an exact number of zeros, also under ties:
+of equal scores the one with the lower index is pruned first.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from secateur.errors import NumericalError, PatternError
+from secateur.registry import Registry
+from secateur.types import Mask, Score
+
+__all__ = ["Pattern", "check_score", "check_sparsity", "parse_pattern", "patterns"]
+
+
+class Pattern(Protocol):
+    """The contract of a pattern."""
+
+    @property
+    def name(self) -> str:
+        """How the pattern is written in a recipe, for example `unstructured`, `2:4`, `16x1`."""
+        ...
+
+    @property
+    def scope(self) -> str:
+        """The set within which scores compete: `row`, `layer`, `global`, or `group` for N:M."""
+        ...
+
+    @property
+    def columns_together(self) -> int:
+        """How many consecutive columns must be decided at once (1, M, or the block's width)."""
+        ...
+
+    def units(self, score: Score) -> Score:
+        """The scores that compete with each other: of single weights, or of whole blocks.
+
+        Raises:
+            PatternError: the pattern's units compete only within a group (N:M).
+        """
+        ...
+
+    @property
+    def sparsity(self) -> float | None:
+        """The one sparsity the pattern can have (1 − N/M), or None if any can be asked for."""
+        ...
+
+    def check(self, shape: tuple[int, int], sparsity: float) -> None:
+        """Raise PatternError or ShapeError if a matrix [out, in] cannot hold this sparsity."""
+        ...
+
+    def pruned(self, shape: tuple[int, int], sparsity: float) -> int:
+        """The exact number of zeros the mask of a matrix [out, in] will have."""
+        ...
+
+    def mask(self, score: Score, sparsity: float) -> Mask:
+        """The mask of a matrix: True = kept; exactly `pruned(score.shape, sparsity)` zeros."""
+        ...
+
+    def units(self, score: Score) -> Float32[Tensor, "unit_rows unit_columns"]:
+        """The scores of what is pruned as a whole: each weight, or the sum over each block.
+
+        With scope `global` these compete across the model; see `allocation.global_threshold`.
+        """
+        ...
+
+
+class PatternKind(Protocol):
+    """A class of patterns that can read itself from the text in a recipe."""
+
+    def parse(self, text: str, scope: str | None) -> Pattern | None:
+        """The pattern written as `text`, or None when the text is of another kind."""
+        ...
+
+
+patterns: Registry[PatternKind] = Registry("pattern", __name__)
+
+
+def parse_pattern(text: str, scope: str | None = None) -> Pattern:
+    """Read a pattern as written in a recipe: `unstructured`, `2:4`, `16x1`.
+
+    Args:
+        text: the pattern.
+        scope: `row`, `layer` or `global` for patterns that have a choice, None for its default.
+
+    Raises:
+        PatternError: no kind of pattern is written like this, or the scope does not fit.
+    """
+    for name in patterns:
+        pattern = patterns[name].parse(text, scope)
+        if pattern is not None:
+            return pattern
+    raise PatternError(
+        f"no pattern is written {text!r}",
+        remedy="use 'unstructured', N:M (for example '2:4', N kept of M), "
+        "or a block of rows x columns (for example '16x1', '32x32')",
+    )
+
+
+def check_sparsity(sparsity: float, scope: str) -> None:
+    """Refuse a sparsity outside [0, 1); a global threshold may take all of one matrix, so 1 too.
+
+    Raises:
+        PatternError: the sparsity is negative, too large, or not a number.
+    """
+    if not 0 <= sparsity < 1 and not (scope == "global" and sparsity == 1):
+        percent = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        raise PatternError(
+            f"sparsity is {sparsity}",
+            remedy=f"give the fraction of zeros, at least 0 and below 1{percent}",
+        )
+
+
+def check_score(score: Score) -> None:
+    """Refuse scores that have no order.
+
+    Raises:
+        NumericalError: a score is NaN.
+    """
+    missing = torch.isnan(score)
+    if missing.any():
+        raise NumericalError(
+            f"{int(missing.sum())} of {score.numel()} scores are not a number",
+            remedy="look for NaN or infinite weights, or an overflow in the calibration inputs; "
+            "loading the model in bfloat16 or float32 avoids overflow",
+        )

@@ -1,0 +1,116 @@
+"""N:M: N weights kept of every M consecutive ones of a row, as sparse tensor cores read them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from secateur.errors import PatternError, ShapeError
+from secateur.sparsity.exact_count import keep_largest
+from secateur.sparsity.patterns import check_score, check_sparsity, patterns
+from secateur.types import Mask, Score
+
+__all__ = ["NOfM"]
+
+
+@patterns.register("n:m")
+@dataclass(frozen=True)
+class NOfM:
+    """Keeps the `kept` highest scores of every `group` consecutive input weights.
+
+    N counts the weights that are kept, as NVIDIA does: 1:4 has 75 % zeros. The released code of
+    SparseGPT and Wanda counts zeros instead, which is the same only for N = M/2.
+
+    Paper: Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From
+    Scratch", arXiv:2102.04010.
+
+    Args:
+        kept: N.
+        group: M.
+
+    Raises:
+        PatternError: not 1 <= N < M.
+    """
+
+    kept: int
+    group: int
+
+    scope = "group"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.kept < self.group:
+            raise PatternError(
+                f"{self.name} would keep {self.kept} of every {self.group} weights",
+                remedy="N:M keeps N of M, with 1 <= N < M; for example '2:4', '4:8'",
+            )
+
+    @classmethod
+    def parse(cls, text: str, scope: str | None) -> NOfM | None:
+        """Read `N:M`, for example `2:4`; None for any other text.
+
+        Raises:
+            PatternError: not 1 <= N < M, or a scope was given.
+        """
+        written = re.fullmatch(r"(\d+):(\d+)", text)
+        if written is None:
+            return None
+        pattern = cls(int(written[1]), int(written[2]))
+        if scope not in (None, "group"):
+            raise PatternError(
+                f"{text} cannot have scope {scope!r}: its weights compete within each group of "
+                f"{pattern.group}",
+                remedy="leave the scope out",
+            )
+        return pattern
+
+    @property
+    def name(self) -> str:
+        """As written in a recipe: N:M."""
+        return f"{self.kept}:{self.group}"
+
+    @property
+    def columns_together(self) -> int:
+        """M: a group is decided at once."""
+        return self.group
+
+    @property
+    def sparsity(self) -> float:
+        """1 − N/M, the only sparsity this pattern can have."""
+        return 1 - self.kept / self.group
+
+    def check(self, shape: tuple[int, int], sparsity: float) -> None:
+        """Raise ShapeError if M does not divide `in`, PatternError for another sparsity."""
+        check_sparsity(sparsity, self.scope)
+        if abs(sparsity - self.sparsity) > 1e-6:
+            raise PatternError(
+                f"{self.name} always has sparsity {self.sparsity:g}, not {sparsity:g}",
+                remedy="leave the sparsity out, or choose another N:M",
+            )
+        if shape[1] % self.group:
+            raise ShapeError(
+                f"{self.name} needs input sizes divisible by {self.group}, but this matrix has "
+                f"{shape[1]} inputs ({shape[1]} = {shape[1] // self.group} x {self.group} + "
+                f"{shape[1] % self.group})",
+                remedy="leave this matrix out, or choose an M that divides its inputs",
+            )
+
+    def pruned(self, shape: tuple[int, int], sparsity: float) -> int:
+        """The number of zeros in a matrix [out, in]: M − N for every group."""
+        return shape[0] * (shape[1] // self.group) * (self.group - self.kept)
+
+    def units(self, score: Score) -> Score:
+        """The score itself: each weight is pruned for itself."""
+        return score
+
+    def mask(self, score: Score, sparsity: float) -> Mask:
+        """The mask [out, in]; on a tie the lower index of a group is pruned.
+
+        Raises:
+            ShapeError: M does not divide `in`.
+            PatternError: the sparsity is not 1 − N/M.
+            NumericalError: a score is NaN.
+        """
+        self.check(score.shape, sparsity)
+        check_score(score)
+        groups = score.reshape(-1, self.group)
+        return keep_largest(groups, self.group - self.kept).reshape(score.shape)

@@ -1,0 +1,83 @@
+"""Unstructured: any weight may be zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.errors import PatternError
+from secateur.registry import did_you_mean
+from secateur.sparsity.exact_count import keep_largest, pruned_count
+from secateur.sparsity.patterns import check_score, check_sparsity, patterns
+from secateur.types import Mask, Score
+
+__all__ = ["Unstructured"]
+
+_SCOPES = ["row", "layer", "global"]
+
+
+@patterns.register("unstructured")
+@dataclass(frozen=True)
+class Unstructured:
+    """Prunes the lowest scores wherever they are.
+
+    Args:
+        scope: what competes with what. `row`: the weights of one output, each row gets the
+            same number of zeros; `layer`: all weights of the matrix; `global`: all weights of the
+            model, where `allocation.global_threshold` has found how many each matrix loses, so
+            that a single matrix is treated as with `layer`.
+
+    Raises:
+        PatternError: there is no such scope.
+    """
+
+    scope: str = "layer"
+
+    name = "unstructured"
+    columns_together = 1
+    sparsity = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in _SCOPES:
+            raise PatternError(
+                f"unstructured sparsity has no scope {self.scope!r}",
+                remedy=did_you_mean(self.scope, _SCOPES),
+            )
+
+    @classmethod
+    def parse(cls, text: str, scope: str | None) -> Unstructured | None:
+        """Read `unstructured`; None for any other text.
+
+        Raises:
+            PatternError: there is no such scope.
+        """
+        if text != "unstructured":
+            return None
+        return cls() if scope is None else cls(scope)
+
+    def check(self, shape: tuple[int, int], sparsity: float) -> None:
+        """Raise PatternError for a sparsity outside [0, 1); every shape fits."""
+        check_sparsity(sparsity, self.scope)
+
+    def pruned(self, shape: tuple[int, int], sparsity: float) -> int:
+        """The number of zeros in a matrix [out, in]: the nearest whole number, per row or layer."""
+        rows, columns = shape
+        if self.scope == "row":
+            return rows * pruned_count(columns, sparsity)
+        return pruned_count(rows * columns, sparsity)
+
+    def units(self, score: Score) -> Score:
+        """The score itself: each weight is pruned for itself."""
+        return score
+
+    def mask(self, score: Score, sparsity: float) -> Mask:
+        """The mask [out, in] of the highest scores; on a tie the lower index is pruned.
+
+        Raises:
+            PatternError: the sparsity is outside [0, 1).
+            NumericalError: a score is NaN.
+        """
+        self.check(score.shape, sparsity)
+        check_score(score)
+        competing = score if self.scope == "row" else score.reshape(1, -1)
+        count = pruned_count(competing.shape[1], sparsity)
+        return keep_largest(competing, count).reshape(score.shape)

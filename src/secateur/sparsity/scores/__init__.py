@@ -1,0 +1,28 @@
+"""Scores: how important is each weight? One file each; higher = keep.
+
+A score is a frozen dataclass that names the statistics it `requires` and maps a weight [out, in]
+and those statistics to a float32 score [out, in].
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from secateur.registry import Registry
+from secateur.types import Score, Statistics, Weight
+
+__all__ = ["ScoreFunction", "scores"]
+
+
+class ScoreFunction(Protocol):
+    """The contract of a score."""
+
+    requires: ClassVar[frozenset[str]]
+    """Names of the statistics that must be gathered: see `secateur.types.Statistics`."""
+
+    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
+        """Score every weight; must not change its arguments."""
+        ...
+
+
+scores: Registry[type[ScoreFunction]] = Registry("score", __name__)

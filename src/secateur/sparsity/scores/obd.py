@@ -1,0 +1,32 @@
+"""Optimal Brain Damage: how much the loss would change to second order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.sparsity.scores import scores
+from secateur.types import Score, Statistics, Weight
+
+__all__ = ["OBD"]
+
+
+@scores.register("obd")
+@dataclass(frozen=True)
+class OBD:
+    """S_ij = ½ · F_ij · W_ij², float32 [out, in].
+
+    F is the empirical Fisher diagonal: the mean over calibration windows of the squared gradient
+    of the window's loss. It stands in for the diagonal of the loss's Hessian, which OBD uses and
+    a language model cannot afford. The other cheap Hessian, that of the layer-wise squared error,
+    is H_jj = 2‖X_j‖², and ½ · H_jj · W_ij² = (|W_ij| · ‖X_j‖)² is exactly Wanda squared: nothing
+    new. Hence the Fisher.
+
+    Paper: LeCun et al. 1989, "Optimal Brain Damage". Deviation: Fisher for Hessian diagonal.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"fisher"})
+
+    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
+        """Score a weight [out, in] of any floating dtype; reads `fisher`, float32 [out, in]."""
+        return weight.detach().float().square().mul_(statistics["fisher"]).mul_(0.5)

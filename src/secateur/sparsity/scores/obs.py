@@ -1,0 +1,49 @@
+"""Optimal Brain Surgeon: the least output error if the other weights make up for the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.sparsity.hessian import check_damping, inverse_factor
+from secateur.sparsity.scores import scores
+from secateur.types import Score, Statistics, Weight
+
+__all__ = ["OBSScore"]
+
+
+@scores.register("obs")
+@dataclass(frozen=True)
+class OBSScore:
+    """S_ij = W_ij² / [H⁻¹]_jj with H = gram + damping · mean(diag(gram)) · I, float32 [out, in].
+
+    The score holds for removing one weight and re-optimising all others of its row. Columns whose
+    inputs were always zero score 0, since SparseGPT sets their weights to zero.
+
+    Paper: Hassibi et al. 1993, "Optimal Brain Surgeon and General Network Pruning", with the
+    layer-wise Hessian of Frantar and Alistarh 2022, "Optimal Brain Compression",
+    arXiv:2208.11580.
+
+    Args:
+        damping: fraction of the mean diagonal of the gram added to its diagonal.
+
+    Raises:
+        RecipeError: the damping is negative or no number.
+    """
+
+    damping: float = 0.01
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
+        """Score a weight [out, in] of any floating dtype; reads `gram`, float32 [in, in].
+
+        Raises:
+            NumericalError: the damped gram cannot be factorised.
+        """
+        factor, dead = inverse_factor(statistics["gram"], self.damping)
+        inverse_diagonal = factor.square().sum(0)  # H⁻¹ = UᵀU
+        score = weight.detach().float().square().div_(inverse_diagonal)
+        return score.masked_fill_(dead, 0.0)

@@ -1,0 +1,30 @@
+"""Wanda: magnitude times the norm of the input it meets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.sparsity.scores import scores
+from secateur.types import Score, Statistics, Weight
+
+__all__ = ["Wanda"]
+
+
+@scores.register("wanda")
+@dataclass(frozen=True)
+class Wanda:
+    """S_ij = |W_ij| · ‖X_j‖₂, float32 [out, in].
+
+    ‖X_j‖₂ is taken over all calibration tokens (the sum; the released code takes the mean, which
+    orders the weights alike). The paper compares weights within an output row.
+
+    Paper: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models",
+    arXiv:2306.11695.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
+
+    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
+        """Score a weight [out, in] of any floating dtype; reads `column_norm`, float32 [in]."""
+        return weight.detach().float().abs() * statistics["column_norm"]

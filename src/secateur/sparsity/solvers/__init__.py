@@ -1,0 +1,62 @@
+"""Solvers: given the pattern, find the mask and the weights that lose least. One file each.
+
+A solver works in two steps, so that linears with the same input share the costly first one:
+`prepare` looks only at the statistics of the input, `solve` at one weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from secateur.registry import Registry
+from secateur.sparsity.patterns import Pattern
+from secateur.types import Mask, Statistics, Weight
+
+__all__ = ["Solution", "Solver", "solvers"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found for one linear.
+
+    Attributes:
+        weight: the new weight [out, in], float32, exactly zero where the mask is False.
+        mask: True = kept.
+        error: ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs; None where no gram was gathered.
+    """
+
+    weight: Tensor
+    mask: Mask
+    error: float | None
+
+
+class Solver(Protocol):
+    """The contract of a solver."""
+
+    requires: ClassVar[frozenset[str]]
+    """Names of the statistics that must be gathered."""
+
+    selects_by: ClassVar[str | None]
+    """The score by which the solver chooses the mask itself while it works; None if it cannot."""
+
+    def prepare(self, statistics: Statistics) -> Any:
+        """Whatever can be computed from the input alone, once per group of linears."""
+        ...
+
+    def solve(
+        self,
+        weight: Weight,
+        prepared: Any,
+        pattern: Pattern,
+        sparsity: float,
+        *,
+        mask: Mask | None = None,
+    ) -> Solution:
+        """Solve one linear; a given mask is held, otherwise the solver selects one."""
+        ...
+
+
+solvers: Registry[type[Solver]] = Registry("solver", __name__)

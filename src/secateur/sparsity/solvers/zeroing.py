@@ -1,0 +1,47 @@
+"""Zeroing: the pruned weights become zero, the others stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.errors import RecipeError
+from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.solvers import Solution, solvers
+from secateur.types import Mask, Statistics, Weight
+
+__all__ = ["Zeroing"]
+
+
+@solvers.register("zero")
+@dataclass(frozen=True)
+class Zeroing:
+    """Ŵ = mask ⊙ W; needs no statistics and measures no error."""
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    selects_by: ClassVar[str | None] = None
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Nothing to compute from the inputs."""
+
+    def solve(
+        self,
+        weight: Weight,
+        prepared: None,
+        pattern: Pattern,
+        sparsity: float,
+        *,
+        mask: Mask | None = None,
+    ) -> Solution:
+        """Zero a weight [out, in] where the mask is False.
+
+        Raises:
+            RecipeError: no mask was given; this solver cannot choose one.
+        """
+        if mask is None:
+            raise RecipeError(
+                "the solver 'zero' cannot choose which weights to prune",
+                remedy="select a mask by a score first: pattern.mask(score, sparsity)",
+            )
+        pruned = weight.detach().float().masked_fill(~mask, 0.0)
+        return Solution(weight=pruned, mask=mask, error=None)

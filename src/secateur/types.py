@@ -1,0 +1,45 @@
+"""The names of shapes. One vocabulary of axes for every signature in the library.
+
+| axis              | meaning                                             |
+|-------------------|-----------------------------------------------------|
+| `out`, `in`       | rows and columns of a linear's weight, y = x Wᵀ     |
+| `tokens`          | calibration tokens, all windows joined              |
+| `samples`         | calibration windows                                 |
+| `sequence_length` | tokens in one window                                |
+
+The test suite checks these annotations at run time in the `sparsity` and `calibration` rooms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+
+Weight = Float[Tensor, "out in"]
+"""A weight matrix [out, in] of any floating dtype (Conv1D weights are transposed to this form)."""
+
+Score = Float32[Tensor, "out in"]
+"""Importance of each weight, float32; higher = more important."""
+
+Mask = Bool[Tensor, "out in"]
+"""True = kept, False = pruned."""
+
+Gram = Float32[Tensor, "in in"]
+"""XᵀX over all calibration tokens, float32."""
+
+ColumnNorm = Float32[Tensor, " in"]
+"""‖X_j‖₂ of each input feature j over all calibration tokens, float32."""
+
+Inputs = Float[Tensor, "tokens in"]
+"""The inputs of a linear, one row per token."""
+
+Windows = Int64[Tensor, "samples sequence_length"]
+"""Token ids, one calibration or evaluation window per row."""
+
+Statistics = Mapping[str, Tensor]
+"""What was gathered for one linear, by statistic name: `column_norm` [in], `gram` [in, in],
+`gradient` [out, in], `fisher` [out, in]; all float32."""
+
+__all__ = ["ColumnNorm", "Gram", "Inputs", "Mask", "Score", "Statistics", "Weight", "Windows"]

@@ -1,0 +1,156 @@
+"""Judging a model: perplexity, with its protocol."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+from torch import nn
+
+from secateur.engine.progress import Progress, Silent
+from secateur.errors import RecipeError, SourceError
+
+__all__ = ["Evaluation", "Impression", "evaluate", "look_at"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A perplexity, and everything it depends on.
+
+    Attributes:
+        perplexity: exp of the mean loss.
+        mean_loss: nats per token.
+        standard_error: of the mean loss, over windows.
+        protocol: data set, join, sequence length, windows, tokens, dtype, tokenizer.
+        seconds: of the evaluation.
+    """
+
+    perplexity: float
+    mean_loss: float
+    standard_error: float
+    protocol: dict[str, Any]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    *,
+    text: str | Path,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The perplexity of a model on a text.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        text: file, named text or hub data set; all of it is one stream.
+        tokenizer: needed for a loaded model.
+        sequence_length: tokens per window; 2048, or less if the model is shorter.
+        max_windows: judge on the first windows only; the protocol says so.
+        device: auto, cpu, cuda or cuda:N; a loaded model stays where it is.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        progress: told of every step.
+    """
+    from secateur.calibration.documents import evaluation_text
+    from secateur.evaluation.perplexity import evaluation_windows, perplexity
+
+    progress = progress or Silent()
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise RecipeError("a loaded model needs tokenizer=...")
+        loaded = model
+    else:
+        loaded, tokenizer = load_model(str(model), device, trust_remote_code)
+    config: Any = loaded.config
+    longest = getattr(config, "max_position_embeddings", None) or 2048
+    length = sequence_length or min(2048, longest)
+    stream, join = evaluation_text(str(text))
+    windows = evaluation_windows(stream, tokenizer, length)
+    if not len(windows):
+        raise SourceError(
+            f"the text is shorter than one window of {length} tokens",
+            where=str(text),
+            remedy="use a longer text or a smaller --sequence-length",
+        )
+    total = len(windows)
+    windows = windows[:max_windows]
+    result = perplexity(loaded, windows, progress=progress)
+    protocol = {
+        "dataset": str(text),
+        "join": join,
+        "sequence_length": length,
+        "windows": len(windows),
+        "windows_in_text": total,
+        "tokens": result.tokens,
+        "dtype": str(next(loaded.parameters()).dtype).removeprefix("torch."),
+        "tokenizer": type(tokenizer).__name__,
+        "vocab_size": config.vocab_size,
+    }
+    return Evaluation(
+        result.perplexity, result.mean_loss, result.standard_error, protocol, result.seconds
+    )
+
+
+def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model with its tokenizer, ready to judge."""
+    from transformers import AutoModelForCausalLM
+
+    from secateur.models.checkpoint import CheckpointReader
+    from secateur.models.skeleton import quiet_transformers
+    from secateur.models.sources import resolve
+    from secateur.models.tokenizer import load_tokenizer
+    from secateur.workflows.preparing import choose_device
+
+    source = resolve(model, trust_remote_code=trust_remote_code)
+    CheckpointReader(source.folder)  # tells damaged files apart from everything else
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    with quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype="auto", trust_remote_code=trust_remote_code
+        )
+    return loaded.to(choose_device(device)).eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class Impression:
+    """What one look at a model shows: perplexity, zeros, size, and a sentence of its own."""
+
+    evaluation: Evaluation
+    audit: Audit
+    sentence: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Perplexity, zeros, size and sentence."""
+        return {
+            "evaluation": self.evaluation.to_json(),
+            "decoder_sparsity": self.audit.sparsity,
+            "file_bytes": self.audit.file_bytes,
+            "sentence": self.sentence,
+        }
+
+
+def look_at(
+    model: str, text: str, prompt: str, *, max_windows: int, progress: Progress
+) -> Impression:
+    """Judge a model on a text in windows of 512 tokens, count its zeros, let it go on a prompt."""
+    loaded, tokenizer = load_model(model, "auto", trust_remote_code=False)
+    evaluation = evaluate(
+        loaded,
+        text=text,
+        tokenizer=tokenizer,
+        sequence_length=512,
+        max_windows=max_windows,
+        progress=progress,
+    )
+    sentence = generate(loaded, tokenizer, prompt)
+    return Impression(evaluation, inspect_model(model), sentence)

@@ -1,0 +1,223 @@
+"""From a recipe to everything a run needs: source, method, windows, plan."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
+from secateur.engine.plan import Plan, plan_run
+from secateur.engine.selection import Selection
+from secateur.engine.targets import CheckpointTarget, Target
+from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_files
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.schema import Memory, PruneRecipe
+from secateur.sparsity.methods import Method, compose
+
+__all__ = ["Prepared", "check_disk", "choose_device", "choose_plan", "method_of", "prepare"]
+
+DEFAULT_METHOD = "sparsegpt"
+FREE_SHARE = 0.8
+"""Of the memory that is free, what a run may take when nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with everything it names at hand."""
+
+    recipe: PruneRecipe
+    source: LocalCheckpoint
+    reader: CheckpointReader
+    target: CheckpointTarget
+    method: Method
+    selection: Selection
+    sparsity: float
+    windows: Tensor | None
+    calibration: dict[str, Any] | None
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the files the result will have."""
+        files = [*self.reader.files, *copied_files(self.reader.folder)]
+        return sum(file.stat().st_size for file in files)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe asks for.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            f"device {name!r} was asked for, and torch sees no CUDA device here",
+            remedy="use --device cpu, or install a CUDA build of torch",
+        )
+    return device
+
+
+def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
+    """The method and the sparsity a recipe asks for.
+
+    Raises:
+        RecipeError, PatternError: a name is unknown, or the parts do not fit together.
+    """
+    name = recipe.method
+    if name is None and recipe.score is None:
+        name = DEFAULT_METHOD
+    method = compose(
+        name, recipe.pattern, scope=recipe.scope, score=recipe.score, solver=recipe.solver
+    )
+    implied = getattr(method.pattern, "sparsity", None)
+    sparsity = implied if recipe.sparsity is None else recipe.sparsity
+    if sparsity is None:
+        raise RecipeError(
+            f"the pattern {recipe.pattern!r} needs a sparsity",
+            remedy="add --sparsity, for example --sparsity 0.5",
+        )
+    for glob, own in {"": sparsity, **recipe.overrides}.items():
+        if not 0 <= own < 1:
+            raise RecipeError(
+                f"sparsity {own:g} is not a fraction of zeros in [0, 1)",
+                where=f"override {glob!r}" if glob else "--sparsity",
+                remedy="0.5 prunes half of the weights",
+            )
+    return method, sparsity
+
+
+def prepare(
+    recipe: PruneRecipe, output: Path | None = None, stored_windows: Path | None = None
+) -> Prepared:
+    """Fetch, open and check everything a recipe names; writes nothing.
+
+    Args:
+        recipe: the recipe.
+        output: where the patched copy will lie, or None to only plan.
+        stored_windows: windows of an earlier run to use again.
+    """
+    method, sparsity = method_of(recipe)
+    device = choose_device(recipe.device)
+    source = resolve(
+        recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
+    )
+    reader = CheckpointReader(source.folder)
+    target = CheckpointTarget(
+        reader,
+        PatchedCopy(reader, output) if output else None,
+        device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
+    windows, calibration = None, None
+    if method.requires:
+        if stored_windows is not None and stored_windows.exists():
+            windows = load_windows(stored_windows)
+            calibration = {}
+        else:
+            windows, calibration = calibration_windows(recipe, source, target)
+    return Prepared(
+        recipe, source, reader, target, method, selection, sparsity, windows, calibration
+    )
+
+
+def calibration_windows(
+    recipe: PruneRecipe, source: LocalCheckpoint, target: Target
+) -> tuple[Tensor, dict[str, Any]]:
+    """The calibration windows a recipe asks for, and where they come from."""
+    options = recipe.calibration
+    longest = getattr(target.model.config, "max_position_embeddings", None) or 2048
+    length = options.sequence_length or min(2048, longest)
+    if length > longest:
+        raise RecipeError(
+            f"sequence length {length} exceeds the model's {longest} positions",
+            where="calibration.sequence_length",
+            remedy=f"use --sequence-length {longest} or less",
+        )
+    plan = WindowPlan(options.samples, length, options.seed, options.packing)
+    tokenizer = None
+    if not options.source.endswith(".safetensors"):
+        tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
+    windows, provenance = load_calibration(
+        options.source,
+        tokenizer,
+        plan,
+        field=options.field,
+        vocab_size=target.model.config.vocab_size,
+    )
+    return windows, provenance
+
+
+def fingerprint(windows: Tensor | None) -> str | None:
+    """A digest of the calibration tokens."""
+    if windows is None:
+        return None
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+
+
+def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
+    """Plan the run, and let hidden states wait on disk if memory would not hold them.
+
+    Returns:
+        The plan, and `memory` or `disk`.
+
+    Raises:
+        MemoryBudgetError: not even then does the run fit the budget.
+    """
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    budget = memory.budget_gib * 2**30 if memory.budget_gib else FREE_SHARE * free
+    tried = []
+    for activations in ("memory", "disk"):
+        if memory.activations not in ("auto", activations):
+            continue
+        plan = plan_run(
+            prepared.target,
+            prepared.method,
+            prepared.windows,
+            sequential=prepared.recipe.sequential,
+            micro_batch_tokens=memory.micro_batch_tokens,
+            activations=activations,
+            output_bytes=prepared.output_bytes,
+        )
+        if plan.peak_bytes <= budget:
+            return plan, activations
+        tried.append(f"{plan.peak_bytes / 2**30:.2f} GiB with activations in {activations}")
+    raise MemoryBudgetError(
+        f"the run needs {' or '.join(tried)}; the budget is {budget / 2**30:.2f} GiB",
+        remedy="lower --micro-batch-tokens, --samples or --sequence-length, "
+        "or raise --memory-budget-gib",
+    )
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """Refuse a run that would fill the disk.
+
+    Raises:
+        MemoryBudgetError: naming how much is missing.
+    """
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if plan.disk_bytes > free:
+        raise MemoryBudgetError(
+            f"the run needs {plan.disk_bytes / 2**30:.2f} GiB of disk, {free / 2**30:.2f} are free",
+            where=str(place),
+            remedy="free some space, or choose another --output",
+        )

@@ -1,0 +1,406 @@
+"""Pruning, from a recipe to a checked folder, or of a loaded model in place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secateur.calibration.windows import WindowPlan, load_calibration
+from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
+from secateur.engine.gradients import gather_gradients
+from secateur.engine.ledger import Ledger
+from secateur.engine.meter import Meter
+from secateur.engine.plan import Plan
+from secateur.engine.progress import Progress, Silent
+from secateur.engine.run import Run, Settings
+from secateur.engine.selection import Selection
+from secateur.engine.surgery import INPUT_STATISTICS
+from secateur.engine.survey import share_globally
+from secateur.engine.targets import ModelTarget
+from secateur.errors import RecipeError
+from secateur.models.skeleton import quiet_transformers
+from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.schema import PruneRecipe
+from secateur.reporting.manifest import MANIFEST_VERSION, environment
+from secateur.reporting.model_card import model_card
+from secateur.workflows.preparing import (
+    Prepared,
+    check_disk,
+    choose_plan,
+    fingerprint,
+    method_of,
+    prepare,
+)
+
+__all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_recipe"]
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a run did.
+
+    Attributes:
+        sparsity: fraction of zeros in the matrices of the decoder layers.
+        layers: per layer, the records of its linears.
+        manifest: versions, hardware, choices, cost and result; empty for a model pruned in place.
+        output: the folder written, if any.
+    """
+
+    sparsity: float
+    layers: list[dict[str, Any]]
+    manifest: dict[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+
+
+def plan(model: str, **options: Any) -> Plan:
+    """What pruning `model` would need, without doing it; the options are those of `prune`.
+
+    Raises:
+        SecateurError: as `prune` would.
+    """
+    return plan_recipe(build_recipe({"model": model, **nested(options)}))[0]
+
+
+def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
+    """The plan of a recipe, and where its hidden states would wait."""
+    prepared = prepare(recipe)
+    run_of(prepared, Settings(), Ledger(None, {}), Silent())  # refuses what does not fit
+    return choose_plan(prepared, recipe.memory)
+
+
+def prune(
+    model: str | Path | nn.Module,
+    *,
+    output: str | Path | None = None,
+    calibration: str | Path | Tensor = "c4",
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> PruneReport:
+    """Prune a model: a checkpoint into a new folder, or a loaded module in place.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        output: the folder to write; required for a checkpoint, refused for a module.
+        calibration: text, or token windows [samples, sequence_length] for a module.
+        tokenizer: needed for a module when `calibration` is text.
+        progress: told of every step.
+        resume: go on with a stopped run to this output.
+        restart: discard what a stopped run left.
+        overwrite: replace an existing output folder.
+        **options: keys of the recipe (`method`, `sparsity`, `pattern`, `scope`, `include`, …) and
+            of its calibration section (`samples`, `sequence_length`, `seed`, `packing`, `field`).
+
+    Returns:
+        What was done.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    if isinstance(model, nn.Module):
+        if output is not None:
+            raise RecipeError(
+                "a loaded model is pruned in place; `output` is for checkpoints",
+                remedy="call model.save_pretrained(output) afterwards",
+            )
+        return prune_module(model, calibration, tokenizer, progress or Silent(), options)
+    if output is None:
+        raise RecipeError("`output` is missing: the folder for the pruned model")
+    if isinstance(calibration, Tensor):
+        raise RecipeError(
+            "token windows as a tensor are for loaded models",
+            remedy="save them with secateur.calibration.windows.save_windows and pass the file",
+        )
+    values = {"model": str(model), "output": str(output), **nested(options)}
+    values.setdefault("calibration", {}).setdefault("source", str(calibration))
+    return run_recipe(
+        build_recipe(values),
+        progress or Silent(),
+        resume=resume,
+        restart=restart,
+        overwrite=overwrite,
+    )
+
+
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort flat options into the sections of a recipe."""
+    sections = {
+        "calibration": {"samples", "sequence_length", "seed", "packing", "field"},
+        "memory": {"budget_gib", "activations", "micro_batch_tokens"},
+    }
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        home = next((s for s, keys in sections.items() if key in keys), None)
+        if home:
+            values.setdefault(home, {})[key] = value
+        elif key == "calibration" and isinstance(value, str):
+            values.setdefault("calibration", {})["source"] = value
+        else:
+            values[key] = value
+    return values
+
+
+def run_of(prepared: Prepared, settings: Settings, ledger: Ledger, progress: Progress) -> Run:
+    """The run a prepared recipe describes; checks every matrix against the pattern."""
+    return Run(
+        prepared.target,
+        prepared.method,
+        prepared.sparsity,
+        prepared.selection,
+        prepared.windows,
+        settings,
+        ledger,
+        progress,
+    )
+
+
+def carry_out(run: Run, done: int) -> None:
+    """Gradients if the method needs them, shares if the scope is global, then the layers."""
+    if run.method.requires - INPUT_STATISTICS:
+        assert run.windows is not None and run.settings.work is not None
+        calls = run.calls_of_one_window()
+        gather_gradients(run.target, run.windows, calls, run.settings.work, run.progress)
+    if run.method.pattern.scope == "global":
+        share_globally(run)
+    run.execute(done)
+
+
+def run_recipe(
+    recipe: PruneRecipe,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> PruneReport:
+    """Prune a checkpoint into a new folder.
+
+    All work happens in `OUTPUT.partial`, which becomes OUTPUT by one rename when everything is
+    written and verified.
+
+    Args:
+        recipe: the recipe.
+        progress: told of every step.
+        resume: go on with a run that was stopped.
+        restart: discard what a stopped run left.
+        overwrite: replace an existing output folder.
+    """
+    meter = Meter.start()
+    output, partial = places(recipe, resume, restart, overwrite)
+    stored = partial / "secateur" / "windows.safetensors" if resume else None
+    prepared = prepare(recipe, partial, stored)
+    chosen, activations = choose_plan(prepared, recipe.memory)
+    check_disk(chosen, output)
+    work = partial / "work"
+    settings = Settings(recipe.sequential, recipe.memory.micro_batch_tokens, activations, work)
+    ledger = Ledger(partial / "secateur" / "layers.jsonl", identity(prepared))
+    run = run_of(prepared, settings, ledger, progress)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.calibration.seed)
+        carry_out(run, begin(prepared, ledger, partial, resume))
+    audit = audit_checkpoint(
+        partial,
+        prepared.method.pattern,
+        run.sparsity_of,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    verify(audit)
+    manifest = make_manifest(prepared, chosen, activations, audit, meter, resume)
+    finish(manifest, prepared, partial, output, overwrite)
+    return PruneReport(audit.sparsity, ledger.layers, manifest, output)
+
+
+def places(
+    recipe: PruneRecipe, resume: bool, restart: bool, overwrite: bool
+) -> tuple[Path, Path]:
+    """The output folder and the partial one, checked before any work.
+
+    Raises:
+        RecipeError: output missing or taken, or a stopped run lies there.
+    """
+    if recipe.output is None:
+        raise RecipeError("no output folder", remedy="add --output DIR")
+    output = Path(recipe.output)
+    if output.exists() and not overwrite:
+        raise RecipeError(
+            "the output folder exists",
+            where=str(output),
+            remedy="choose another --output, or replace it with --overwrite",
+        )
+    partial = output.with_name(output.name + ".partial")
+    begun = (partial / "secateur" / "layers.jsonl").exists()
+    if resume and not begun:
+        raise RecipeError(
+            "there is no stopped run to resume", where=str(partial), remedy="run without --resume"
+        )
+    if begun and not resume and not restart:
+        raise RecipeError(
+            "a run to this folder was stopped half-way",
+            where=str(partial),
+            remedy="add --resume to go on with it, or --restart to discard it",
+        )
+    return output, partial
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """Everything the pruned weights depend on."""
+    recipe = prepared.recipe.model_dump(mode="json", exclude={"output", "memory", "calibration"})
+    return {
+        **recipe,
+        "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
+        "windows": fingerprint(prepared.windows),
+        "source_files": [[f.name, f.stat().st_size] for f in prepared.reader.files],
+    }
+
+
+def begin(prepared: Prepared, ledger: Ledger, partial: Path, resume: bool) -> int:
+    """Make the partial folder, or go on with it; returns how many layers are done."""
+    if resume:
+        return ledger.resume()
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "work").mkdir(parents=True)
+    (partial / "secateur").mkdir()
+    assert prepared.target.output is not None
+    prepared.target.output.create()
+    if prepared.windows is not None:
+        save_file(
+            {"input_ids": prepared.windows.contiguous()},
+            partial / "secateur" / "windows.safetensors",
+        )
+    source = json.dumps(prepared.calibration)
+    (partial / "secateur" / "calibration.json").write_text(source, encoding="utf-8")
+    ledger.begin()
+    return 0
+
+
+def make_manifest(
+    prepared: Prepared, plan: Plan, activations: str, audit: Audit, meter: Meter, resumed: bool
+) -> dict[str, Any]:
+    """Everything worth knowing about a finished run."""
+    partial = prepared.target.output.folder  # type: ignore[union-attr]
+    method = prepared.method
+    zeros = sum(x.zeros for x in audit.linears)
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "source": {
+            "name": prepared.source.name,
+            "kind": prepared.source.kind,
+            "revision": prepared.source.revision,
+        },
+        "family": audit.family,
+        "method": {
+            "name": method.name,
+            "score": repr(method.score),
+            "solver": repr(method.solver),
+            "pattern": method.pattern.name,
+            "scope": method.pattern.scope,
+            "sequential": prepared.recipe.sequential,
+            "asked_sparsity": prepared.sparsity,
+        },
+        "calibration": json.loads((partial / "secateur" / "calibration.json").read_text()),
+        "calibration_digest": fingerprint(prepared.windows),
+        "environment": environment(prepared.target.device),
+        "plan": {**plan.to_json(), "activations": activations},
+        "cost": {**meter.read(), "resumed": resumed},
+        "result": {
+            "decoder_sparsity": audit.sparsity,
+            "model_sparsity": zeros / audit.parameters,
+            "parameters": audit.parameters,
+            "file_bytes": audit.file_bytes,
+        },
+    }
+
+
+def finish(
+    manifest: dict[str, Any], prepared: Prepared, partial: Path, output: Path, overwrite: bool
+) -> None:
+    """Write recipe, manifest and card, clear the work folder, and give the folder its name."""
+    recipe_yaml = dump_recipe(prepared.recipe)
+    notes = partial / "secateur"
+    (notes / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+    (notes / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    card = model_card(manifest, recipe_yaml, prepared.source.folder)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    (notes / "calibration.json").unlink()
+    shutil.rmtree(partial / "work")
+    if overwrite and output.exists():
+        shutil.rmtree(output)
+    os.rename(partial, output)
+
+
+def prune_module(
+    model: nn.Module,
+    calibration: str | Path | Tensor,
+    tokenizer: Any,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> PruneReport:
+    """Prune a loaded model in place."""
+    recipe = build_recipe({"model": "loaded", **nested(options)})
+    method, sparsity = method_of(recipe)
+    windows = None
+    if method.requires:
+        windows = module_windows(recipe, calibration, tokenizer, model)
+    target = ModelTarget(model)
+    ledger = Ledger(None, {})
+    selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
+    needs_disk = method.requires - INPUT_STATISTICS or method.pattern.scope == "global"
+    scratch: Any = (
+        tempfile.TemporaryDirectory(prefix="secateur-")
+        if needs_disk
+        else contextlib.nullcontext(None)
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        with scratch as folder, quiet_transformers():
+            work = Path(folder) if folder else None
+            settings = Settings(recipe.sequential, recipe.memory.micro_batch_tokens, "memory", work)
+            run = Run(
+                target, method, sparsity, selection, windows, settings, ledger, progress
+            )
+            carry_out(run, 0)
+    finally:
+        model.train(was_training)
+    records: Sequence[dict[str, Any]] = [r for layer in ledger.layers for r in layer["linears"]]
+    zeros = sum(r["zeros"] for r in records)
+    weights = sum(r["shape"][0] * r["shape"][1] for r in records)
+    return PruneReport(zeros / weights if weights else 0.0, ledger.layers)
+
+
+def module_windows(
+    recipe: PruneRecipe, calibration: str | Path | Tensor, tokenizer: Any, model: Any
+) -> Tensor:
+    """Calibration windows for a loaded model."""
+    if isinstance(calibration, Tensor):
+        return calibration.to("cpu", torch.int64)
+    if tokenizer is None:
+        raise RecipeError(
+            "calibration text needs a tokenizer",
+            remedy="pass tokenizer=..., or token windows [samples, sequence_length]",
+        )
+    options = recipe.calibration
+    length = options.sequence_length or min(2048, model.config.max_position_embeddings)
+    plan = WindowPlan(options.samples, length, options.seed, options.packing)
+    windows, _ = load_calibration(
+        str(calibration),
+        tokenizer,
+        plan,
+        field=options.field,
+        vocab_size=model.config.vocab_size,
+    )
+    return windows

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import random
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_tokenizer
+
+from secateur.calibration.windows import (
+    PIECE_CHARACTERS,
+    WindowPlan,
+    cut_pieces,
+    load_calibration,
+    load_windows,
+    make_windows,
+    save_windows,
+)
+from secateur.errors import CheckpointError, RecipeError, SourceError
+
+EOS = 2
+WORDS = [f"w{i}" for i in range(40)]
+
+
+def documents(count: int = 30, words: int = 25, seed: int = 3) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
+
+
+def stream_of(texts: list[str]) -> list[int]:
+    tokenizer = tiny_tokenizer(WORDS)
+    return [i for text in texts for i in [*tokenizer(text)["input_ids"], EOS]]
+
+
+def test_packed_windows_are_the_stream_of_all_documents_cut_up():
+    texts = documents(8, 7)
+    plan = WindowPlan(samples=16, sequence_length=4)  # 8 · (7 + 1) tokens: every one is used
+    windows = make_windows(texts, tiny_tokenizer(WORDS), plan)
+    assert windows.shape == (16, 4)
+    assert windows.dtype == torch.int64
+    assert sorted(windows.flatten().tolist()) == sorted(stream_of(texts))
+    assert (windows == EOS).sum() == 8
+    found = {tuple(w) for w in windows.tolist()}
+    assert all(
+        # documents of 8 tokens with their end: each window is one half of a document
+        tuple(stream_of([t])[start : start + 4]) in found
+        for t in texts
+        for start in (0, 4)
+    )
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "random-crop"])
+def test_the_seed_decides(packing):
+    tokenizer, texts = tiny_tokenizer(WORDS), documents()
+
+    def draw(seed: int) -> torch.Tensor:
+        return make_windows(texts, tokenizer, WindowPlan(12, 9, seed, packing))
+
+    assert torch.equal(draw(5), draw(5))
+    assert not torch.equal(draw(5), draw(6))
+
+
+def test_a_start_token_stays_at_the_head_of_each_document():
+    plan = WindowPlan(samples=4, sequence_length=9)
+    windows = make_windows(documents(4, 7), tiny_tokenizer(WORDS, add_bos=True), plan)
+    assert (windows[:, 0] == 1).all()
+    assert (windows[:, -1] == EOS).all()
+
+
+def test_one_long_file_is_sampled_all_over():
+    lines = [f"w{i * 40 // 60_000} " * 4 + "\n" for i in range(60_000)]
+    windows = make_windows(["".join(lines)], tiny_tokenizer(WORDS), WindowPlan(64, 16))
+    assert len(set(windows.flatten().tolist())) > 5
+    early = windows.float().mean()
+    assert 4 < early < 44
+
+
+def test_pieces_lose_nothing():
+    text = "some words in a line\n" * 9_000 + "x" * 200_000
+    pieces = cut_pieces([text, "  \n ", "short"], PIECE_CHARACTERS)
+    assert "".join(text[a:b] for n, a, b in pieces if n == 0) == text
+    assert [n for n, _, _ in pieces if n] == [2]
+    assert all(0 < b - a <= PIECE_CHARACTERS for _, a, b in pieces)
+    assert text[: pieces[0][2]].endswith("\n")
+
+
+def test_random_crops_are_those_of_the_published_code():
+    tokenizer, length = tiny_tokenizer(WORDS), 20
+    texts = documents(15, 18) + documents(15, 30, seed=4)  # half of them too short
+    windows = make_windows(texts, tokenizer, WindowPlan(10, length, 7, "random-crop"))
+    random.seed(7)
+    for window in windows:
+        while True:
+            i = random.randint(0, len(texts) - 1)
+            ids = tokenizer(texts[i], return_tensors="pt")["input_ids"]
+            if ids.shape[1] > length:
+                break
+        i = random.randint(0, ids.shape[1] - length - 1)
+        assert torch.equal(window, ids[0, i : i + length])
+
+
+def test_long_texts_give_no_warning(caplog, capfd):
+    tokenizer = tiny_tokenizer(WORDS, model_max_length=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_windows(documents(), tokenizer, WindowPlan(2, 20))
+        make_windows(documents(), tokenizer, WindowPlan(2, 20, packing="random-crop"))
+    assert not caplog.records
+    assert "longer" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "random-crop"])
+def test_too_little_text(packing):
+    tokenizer = tiny_tokenizer(WORDS)
+    with pytest.raises(SourceError, match=r"0 windows of 4000 tokens, 3 were asked"):
+        make_windows(documents(), tokenizer, WindowPlan(3, 4000, packing=packing))
+    with pytest.raises(SourceError, match=r"0 windows of 4 tokens"):
+        make_windows([], tokenizer, WindowPlan(3, 4, packing=packing))
+
+
+def test_too_little_text_says_how_much_there_is():
+    with pytest.raises(SourceError, match=r"(?s)gives 7 windows of 100.*enough for --samples 7"):
+        make_windows(documents(), tiny_tokenizer(WORDS), WindowPlan(8, 100))
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"samples": 0}, "samples is 0"),
+        ({"sequence_length": -1}, "sequence_length is -1"),
+        ({"packing": "tight"}, "unknown packing 'tight'"),
+    ],
+)
+def test_bad_plans(values, fault):
+    with pytest.raises(RecipeError, match=fault):
+        WindowPlan(**values)
+
+
+def test_saved_windows_come_back(tmp_path):
+    windows = torch.randint(0, 96, (5, 12))
+    save_windows(windows, tmp_path / "w.safetensors", metadata={"seed": "3"})
+    assert torch.equal(load_windows(tmp_path / "w.safetensors", vocab_size=96), windows)
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fault"),
+    [
+        ({"ids": torch.ones(2, 3, dtype=torch.int64)}, "no tensor 'input_ids'; the file has: ids"),
+        ({"input_ids": torch.ones(2, 3)}, r"torch.float32 of shape \(2, 3\)"),
+        ({"input_ids": torch.ones(6, dtype=torch.int64)}, r"of shape \(6,\)"),
+        ({"input_ids": torch.ones(0, 3, dtype=torch.int64)}, r"of shape \(0, 3\)"),
+        ({"input_ids": torch.tensor([[1, 96]])}, "from 1 to 96, the vocabulary has 96"),
+        ({"input_ids": torch.tensor([[-1, 5]])}, "from -1 to 5"),
+    ],
+)
+def test_bad_window_files(tmp_path, tensors, fault):
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(SourceError, match=fault):
+        load_windows(tmp_path / "w.safetensors", vocab_size=96)
+
+
+def test_damaged_or_absent_window_files(tmp_path):
+    with pytest.raises(SourceError, match="no such file of windows"):
+        load_windows(tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_windows(tmp_path / "w.safetensors")
+
+
+def test_calibration_from_text_and_from_windows_are_the_same(tmp_path):
+    tokenizer = tiny_tokenizer(WORDS)
+    (tmp_path / "t.txt").write_text("\n".join(documents()), encoding="utf-8")
+    plan = WindowPlan(6, 10, seed=4)
+    windows, record = load_calibration(str(tmp_path / "t.txt"), tokenizer, plan)
+    assert record["samples"] == 6
+    assert record["tokens"] == 60
+    assert record["seed"] == 4
+    assert record["documents"] == 1
+    save_windows(windows, tmp_path / "w.safetensors")
+    again, from_file = load_calibration(str(tmp_path / "w.safetensors"), tokenizer, WindowPlan())
+    assert torch.equal(again, windows)
+    assert from_file["sha256"] == record["sha256"]
+    assert from_file["sequence_length"] == 10
+    assert "seed" not in from_file

@@ -1,0 +1,70 @@
+"""A tiny model of every family, built from its configuration in milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as t
+from torch import nn
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WITHOUT_GQA = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+LOCAL = {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
+
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: t.LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True),
+    "mistral": lambda: t.MistralConfig(**SIZES, sliding_window=8),
+    "qwen2": lambda: t.Qwen2Config(**SIZES),
+    "qwen3": lambda: t.Qwen3Config(**SIZES, head_dim=8),
+    "gemma2": lambda: t.Gemma2Config(**SIZES, **LOCAL),
+    "gemma3": lambda: t.Gemma3TextConfig(
+        **SIZES,
+        **LOCAL,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": lambda: t.Phi3Config(**SIZES),
+    "gpt2": lambda: t.GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "opt": lambda: t.OPTConfig(
+        vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=16, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    ),
+    "gpt_neox": lambda: t.GPTNeoXConfig(**WITHOUT_GQA),
+    "olmo2": lambda: t.Olmo2Config(**SIZES),
+    # Not declared anywhere: the generic description has to find its way.
+    "generic": lambda: t.StableLmConfig(**SIZES),
+}  # fmt: skip
+
+
+def tiny_model(family: str, seed: int = 0) -> nn.Module:
+    """A randomly initialised model; norms and biases are not left at their neutral values."""
+    torch.manual_seed(seed)
+    model = t.AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "embed" not in name and "wte" not in name:
+                parameter.mul_(4.0)
+    return model
+
+
+def tiny_windows(samples: int = 6, length: int = 20, seed: int = 1) -> torch.Tensor:
+    """Token windows [samples, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 96, (samples, length), generator=generator)
