@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from zoo import CONFIGS
 
 from secateur.models.skeleton import quiet_transformers
+from zoo import CONFIGS
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = [*string.ascii_letters, *string.digits, " ", "\n", *string.punctuation[:28]]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers as t
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -68,3 +69,18 @@ def tiny_windows(samples: int = 6, length: int = 20, seed: int = 1) -> torch.Ten
     """Token windows [samples, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 96, (samples, length), generator=generator)
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """All matrices of the decoder layers, found without the library."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and name.split(".")[-1] not in ("lm_head", "embed_out", "project_in", "project_out")
+    }
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a matrix as a view [out, in]."""
+    return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.t()

@@ -5,26 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
-from zoo import CONFIGS, tiny_model, tiny_windows
+from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
 from secateur.engine.forwards import find_groups
 from secateur.models.architecture import describe, linears_of
-
-
-def matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """All matrices of the decoder layers, found without the library."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-        and name.split(".")[-1] not in ("lm_head", "embed_out", "project_in", "project_out")
-    }
-
-
-def weight_of(module: nn.Module) -> torch.Tensor:
-    return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.t()
 
 
 def inputs_of(model: nn.Module, names: list[str], windows: torch.Tensor) -> dict:

@@ -117,6 +117,7 @@ def read_text(
         SourceError: as `read_documents`.
     """
     dataset = hub_dataset(source, config)
+    documents: Sequence[str]
     if dataset is None:
         documents = local_documents(source, field)
         name, unit = source, "documents"

@@ -8,17 +8,20 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.calibration.documents import read_documents
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.tokenizer import Tokenizer, token_ids
+from secateur.registry import did_you_mean
 from secateur.types import Windows
 
 __all__ = ["WindowPlan", "load_calibration", "load_windows", "make_windows", "save_windows"]
 
+PACKINGS = ("concatenate", "random-crop")
 PIECE_CHARACTERS = 65_536
 PIECES_AT_ONCE = 32
 MAX_MISSES = 20_000
@@ -43,7 +46,7 @@ class WindowPlan:
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0
-    packing: Literal["concatenate", "random-crop"] = "concatenate"
+    packing: str = "concatenate"
 
     def __post_init__(self) -> None:
         for name in ("samples", "sequence_length"):
@@ -51,9 +54,9 @@ class WindowPlan:
                 raise RecipeError(
                     f"{name} is {getattr(self, name)}", remedy=f"give a {name} of 1 or more"
                 )
-        if self.packing not in ("concatenate", "random-crop"):
+        if self.packing not in PACKINGS:
             raise RecipeError(
-                f"unknown packing {self.packing!r}", remedy="available: concatenate, random-crop"
+                f"unknown packing {self.packing!r}", remedy=did_you_mean(self.packing, [*PACKINGS])
             )
 
 
@@ -83,7 +86,8 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
             f"the text gives {len(windows)} windows of {plan.sequence_length} tokens, "
             f"{plan.samples} were asked",
             where=f"{len(documents)} documents, packing {plan.packing}",
-            remedy="name a longer text, or ask for fewer samples or a shorter sequence length" + fits,
+            remedy="name a longer text, or ask for fewer samples or a shorter sequence length"
+            + fits,
         )
     return torch.tensor(windows, dtype=torch.int64)
 
@@ -154,9 +158,10 @@ def crop_windows(
 
 def load_calibration(
     source: str,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     plan: WindowPlan,
     *,
+    vocab_size: int,
     field: str = "text",
     split: str | None = None,
     config: str | None = None,
@@ -166,8 +171,9 @@ def load_calibration(
     Args:
         source: what `read_documents` takes, or a `.safetensors` file of windows. All windows of
             such a file are used as they are: the file decides their number and length.
-        tokenizer: of the model that will read the windows.
+        tokenizer: of the model that will read the windows; None will do for ready windows.
         plan: how windows are cut from a text.
+        vocab_size: of the model; no token may lie beyond it.
         field: as in `read_documents`.
         split: as in `read_documents`.
         config: as in `read_documents`.
@@ -177,20 +183,29 @@ def load_calibration(
         and the SHA-256 of the windows, by which two runs can be seen to have used the same.
 
     Raises:
-        SourceError: the source cannot be had, or has too little text.
+        SourceError: the source cannot be had, has too little text, or gives tokens that are not in
+            the model's vocabulary.
+        RecipeError: the source is a text and there is no tokenizer.
     """
     record: dict[str, Any] = {"source": source}
     if source.endswith(".safetensors"):
-        windows = load_windows(Path(source).expanduser(), vocab_size=len(tokenizer))
+        windows = load_windows(Path(source).expanduser(), vocab_size=vocab_size)
     else:
+        if tokenizer is None:
+            raise RecipeError(
+                "a text cannot be calibrated on without a tokenizer",
+                where=source,
+                remedy="give the tokenizer, or a .safetensors file of windows",
+            )
         documents = read_documents(source, field=field, split=split, config=config)
         windows = make_windows(documents, tokenizer, plan)
+        check_range(windows, vocab_size, source)
         record |= {"documents": len(documents), **asdict(plan)}
     record |= {
         "samples": windows.shape[0],
         "sequence_length": windows.shape[1],
         "tokens": windows.numel(),
-        "vocabulary": len(tokenizer),
+        "vocabulary": vocab_size,
         "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
     }
     return windows, record
@@ -232,14 +247,19 @@ def load_windows(path: Path, *, vocab_size: int | None = None) -> Windows:
             where=str(path),
             remedy=remedy,
         )
+    check_range(ids, vocab_size, str(path))
+    return ids.to(torch.int64)
+
+
+def check_range(ids: Tensor, vocab_size: int | None, where: str) -> None:
+    """Check that token ids are in a vocabulary; None if only its lower end is known."""
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or (vocab_size is not None and highest >= vocab_size):
         raise SourceError(
             f"token ids from {lowest} to {highest}, the vocabulary has {vocab_size or 'any'}",
-            where=str(path),
+            where=where,
             remedy="make the windows with the tokenizer of this model",
         )
-    return ids.to(torch.int64)
 
 
 def save_windows(

@@ -44,7 +44,7 @@ def evaluate(
         return
     rows = [
         ("perplexity", f"{result.perplexity:.4f}"),
-        ("loss, nats per token", f"{result.mean_loss:.4f} ± {result.standard_error:.4f}"),
+        ("loss, nats per token", f"{result.mean_loss:.4f} ± {result.standard_error or 0:.4f}"),
         ("time", f"{result.seconds:.1f} s"),
         *((f"protocol: {key}", str(value)) for key, value in result.protocol.items()),
     ]

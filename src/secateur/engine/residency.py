@@ -88,8 +88,7 @@ class ParkingLot:
         else:
             with self.file(forward).open("wb", buffering=0) as stream:
                 for storage in storages:
-                    # A copy: torch never again resizes a storage whose bytes were lent out.
-                    write_all(stream, content(storage).to("cpu", copy=True))
+                    write_all(stream, content(storage).cpu())
         for storage in storages:
             storage.resize_(0)
 

@@ -22,6 +22,7 @@ from secateur.engine.activations import Activations
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.forwards import by_group, by_layer, find_groups
 from secateur.engine.ledger import Ledger
+from secateur.engine.pages import reused_pages
 from secateur.engine.progress import Progress
 from secateur.engine.residency import LiveTensors, ParkingLot
 from secateur.engine.selection import Selection
@@ -89,6 +90,7 @@ class Run:
         self.activations: Activations | None = None
         self.calls: dict[int, list[LayerCall]] = {}
         self.groups: Sequence[Sequence[str]] | None = target.architecture.groups
+        self.told = 0
         self.sparsity_of = self.plan_sparsity()
 
     # -- what is asked of each linear ----------------------------------------------------------
@@ -184,6 +186,18 @@ class Run:
 
     # -- the loop -------------------------------------------------------------------------------
 
+    @property
+    def steps_per_layer(self) -> int:
+        """Steps of progress that one layer is worth: one for every forward of a micro-batch."""
+        if not self.input_statistics:
+            return 1
+        return len(self.batches()) * (1 if self.settings.sequential == "group" else 2)
+
+    def step(self, index: int) -> None:
+        """Tell of one step within a layer."""
+        self.told += 1
+        self.progress.step(note=f"layer {index}")
+
     @torch.no_grad()
     def execute(self, done: int = 0) -> None:
         """Prune every layer from number `done` on."""
@@ -199,30 +213,31 @@ class Run:
                 self.ledger.begin()
                 self.fill_first_inputs()
                 self.activations.advance(0)
-        steps = len(self.batches()) if self.input_statistics else 1
-        self.progress.start("pruning", steps * (len(layers) - done))
-        for index in range(done, len(layers)):
-            self.prune_layer(index)
-        if self.activations is not None:
-            self.activations.forget(len(layers))
+        self.progress.start("pruning", self.steps_per_layer * (len(layers) - done))
+        with reused_pages():
+            for index in range(done, len(layers)):
+                self.prune_layer(index)
         self.progress.finish()
 
     def prune_layer(self, index: int) -> None:
         """One decoder layer, from reading it to the ledger."""
         started = time.perf_counter()
+        self.told = 0
         name = self.target.architecture.layer_name(index)
         with self.target.layer(index) as layer:
             linears = linears_of(layer, name)
             check_finite(list(linears.values()))
             records = self.pass_layer(index, layer, linears)
             self.target.commit(index, [record.name for record in records])
-        if self.activations is not None:
+        if self.activations is not None and index + 1 < len(self.target.layers):
             self.activations.advance(index + 1)
         self.ledger.finish_layer(
             index, [record.to_json() for record in records], time.perf_counter() - started
         )
         if self.activations is not None:
             self.activations.forget(index)
+        # The last layer's forwards end early, as nobody needs their outputs.
+        self.progress.step(self.steps_per_layer - self.told, note=f"layer {index}")
 
     def pass_layer(
         self, index: int, layer: nn.Module, linears: Mapping[str, Linear]
@@ -233,7 +248,6 @@ class Run:
         if not self.input_statistics:
             for linear in linears.values():
                 records += prune_group([linear], {}, own, self.method, self.sparsity_of)
-            self.progress.step(note=f"layer {index}")
             return records
         groups = self.grouped(index, layer, linears)
         gathered = [
@@ -291,7 +305,7 @@ class Run:
             out = call_layer(layer, hidden, self.call(index, batch))
             if write:
                 self.activations.write(batch, out)
-            self.progress.step(note=f"layer {index}")
+            self.step(index)
 
         return run
 

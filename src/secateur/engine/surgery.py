@@ -51,8 +51,9 @@ class GroupStatistics:
     """Running statistics of the input that a group of linears shares."""
 
     def __init__(self, names: frozenset[str], linear: Linear, device: torch.device) -> None:
+        self.name = linear.name
         self.running = {
-            name: statistics[name](linear.shape[1], device)  # type: ignore[call-arg]
+            name: statistics[name](linear.shape[1], device)
             for name in sorted(names & INPUT_STATISTICS)
         }
 
@@ -63,8 +64,15 @@ class GroupStatistics:
             statistic.update(flat)
 
     def value(self) -> dict[str, Tensor]:
-        """The statistics so far."""
-        return {name: statistic.value() for name, statistic in self.running.items()}
+        """The statistics so far.
+
+        Raises:
+            NumericalError: the inputs overflowed; names the first linear that receives them.
+        """
+        try:
+            return {name: statistic.value() for name, statistic in self.running.items()}
+        except NumericalError as error:
+            raise NumericalError(error.what, where=self.name, remedy=error.remedy) from None
 
 
 def check_finite(linears: Sequence[Linear]) -> None:
@@ -105,7 +113,6 @@ def prune_group(
     wanted = [linear for linear in linears if sparsity_of[linear.name] > 0]
     if not wanted:
         return []
-    check_statistics(wanted[0], shared)
     prepared = method.solver.prepare(shared)
     records = []
     for linear in wanted:
@@ -120,22 +127,6 @@ def prune_group(
         linear.assign(solution.weight)
         records.append(verified(linear, method, sparsity, solution, started))
     return records
-
-
-def check_statistics(linear: Linear, shared: Mapping[str, Tensor]) -> None:
-    """Refuse statistics that overflowed: the scores would be meaningless.
-
-    Raises:
-        NumericalError: naming the linear.
-    """
-    for name, value in shared.items():
-        if not torch.isfinite(value).all():
-            raise NumericalError(
-                f"the {name} of its calibration inputs is NaN or infinite",
-                where=linear.name,
-                remedy="the model itself overflows on this text: try --device cpu, or a "
-                "checkpoint in float32 or bfloat16 instead of float16",
-            )
 
 
 def verified(

@@ -72,7 +72,7 @@ def score_layers(run: Run, competing: set[str]) -> list[Path]:
         run.activations = run.open_activations()
         run.fill_first_inputs()
         run.activations.advance(0)
-    run.progress.start("global scope", len(target.layers))
+    run.progress.start("global scope", len(target.layers) * forwards_per_layer(run))
     files = []
     for index in range(len(target.layers)):
         file = work / f"scores-{index:04d}.safetensors"
@@ -84,10 +84,16 @@ def score_layers(run: Run, competing: set[str]) -> list[Path]:
         save_file(scores, unfinished)
         unfinished.rename(file)
         files.append(file)
-        run.progress.step(note=f"layer {index}")
+        if not run.input_statistics:
+            run.step(index)
     run.progress.finish()
     run.activations = None
     return files
+
+
+def forwards_per_layer(run: Run) -> int:
+    """Steps of progress that one layer is worth."""
+    return len(run.batches()) if run.input_statistics else 1
 
 
 def score_layer(

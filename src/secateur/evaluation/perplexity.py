@@ -177,7 +177,9 @@ def perplexity(
 def check_windows(model: nn.Module, windows: Windows) -> None:
     """Check windows against the model's vocabulary and context before anything runs."""
     length = windows.shape[1]
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # of a model that also sees or hears
+        config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if length < 2 or (isinstance(context, int) and length > context):
         raise RecipeError(
@@ -205,7 +207,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-Parts = tuple[Callable[[Tensor], Tensor], nn.Module]
+@dataclass(frozen=True)
+class Parts:
+    """A model taken apart: ids → last hidden state, hidden state → logits, and how many logits."""
+
+    body: Callable[[Tensor], Tensor]
+    head: nn.Module
+    vocabulary: int
 
 
 def body_and_head(model: nn.Module, probe: Tensor) -> Parts | None:
@@ -228,7 +236,7 @@ def body_and_head(model: nn.Module, probe: Tensor) -> Parts | None:
     same = parts_logits.shape == logits.shape and torch.allclose(
         parts_logits.float(), logits.float(), rtol=1e-5, atol=1e-6, equal_nan=True
     )
-    return (hidden, head) if same else None
+    return Parts(hidden, head, logits.shape[-1]) if same else None
 
 
 def forward_logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -240,16 +248,15 @@ def forward_logits(model: nn.Module, ids: Tensor) -> Tensor:
 def window_losses(model: nn.Module, parts: Parts | None, ids: Tensor) -> Tensor:
     """The mean loss of each window of a batch, float64 [batch]."""
     if parts is None:
-        states, head = forward_logits(model, ids), nn.Identity()
-        vocabulary = states.shape[-1]
+        states = forward_logits(model, ids)
+        parts = Parts(nn.Identity(), nn.Identity(), states.shape[-1])
     else:
-        states, head = parts[0](ids), parts[1]
-        vocabulary = model.config.vocab_size
+        states = parts.body(ids)
     states = states[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].reshape(-1).to(states.device)
-    chunk = max(1, LOGITS_BYTES // (4 * vocabulary))
+    chunk = max(1, LOGITS_BYTES // (4 * parts.vocabulary))
     losses = [
-        functional.cross_entropy(head(rows).float(), target, reduction="none")
+        functional.cross_entropy(parts.head(rows).float(), target, reduction="none")
         for rows, target in zip(states.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.cat(losses).view(len(ids), -1).double().mean(dim=1)

@@ -11,6 +11,7 @@ resident memory and because an in-place write needs the offsets.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -192,8 +193,13 @@ class CheckpointReader:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable and without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    """The bytes of a contiguous CPU tensor, writable and without a copy; valid while it lives.
+
+    Not by way of numpy: torch never again resizes a storage that numpy has seen, and the storages
+    of halted forwards are resized when they are parked.
+    """
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B")
 
 
 def read_all(stream: FileIO, tensor: Tensor) -> None:

@@ -82,6 +82,11 @@ def resolve(
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}", remedy=did_you_mean(dtype, [*GGUF_DTYPES]))
     name = os.fspath(model)
+    if not name:  # which would be the folder one is in
+        raise SourceError(
+            "the name of the model is empty",
+            remedy=f"name a folder, a .gguf file, a hub id or a sample ({', '.join(MODELS)})",
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         check_folder(path)

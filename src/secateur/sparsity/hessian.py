@@ -116,7 +116,7 @@ def output_energy(weight: Weight, gram: Gram) -> float:
     The gram is symmetric, so only its upper half is multiplied.
 
     Args:
-        weight: [out, in], any floating dtype; computed in float32, summed in float64.
+        weight: [out, in], any floating dtype; computed in float32, rows summed in float64.
         gram: float32 [in, in].
     """
     weight = weight.detach().float()
@@ -126,7 +126,7 @@ def output_energy(weight: Weight, gram: Gram) -> float:
         product = weight[:, start:stop] @ gram[start:stop, start:]
         product *= weight[:, start:]
         product[:, _CHUNK_COLUMNS:] *= 2  # stands for itself and its mirror image
-        energy += float(product.sum(dtype=torch.float64))
+        energy += float(product.sum(1).sum(dtype=torch.float64))
     return energy
 
 

@@ -94,7 +94,7 @@ methods: Mapping[str, NamedMethod] = MappingProxyType(
             score="obs",
             solver="obs",
             scope="layer",
-            description="prunes column by column and updates the remaining weights to make up for it",
+            description="prunes column by column and lets the columns to the right make up for it",
             paper="Frantar and Alistarh 2023, arXiv:2301.00774",
         ),
     }
@@ -198,9 +198,14 @@ def _famous_name(score: str, solver: str) -> str:
 
 
 def _build(kind: Any, params: Mapping[str, Any]) -> Any:
-    """A part with those of the parameters that it has."""
-    own = {f.name for f in fields(kind)}
-    return kind(**{name: value for name, value in params.items() if name in own})
+    """A part with those of the parameters that it has; a whole number may stand for a float."""
+    own = {f.name: f.default for f in fields(kind) if f.name in params}
+    return kind(
+        **{
+            name: float(params[name]) if isinstance(default, float) else params[name]
+            for name, default in own.items()
+        }
+    )
 
 
 def _check_params(params: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:

@@ -9,8 +9,18 @@ from typing import Any
 
 from torch import nn
 
+from secateur.calibration.documents import read_text
+from secateur.diagnostics.audit import Audit
 from secateur.engine.progress import Progress, Silent
-from secateur.errors import RecipeError, SourceError
+from secateur.errors import RecipeError
+from secateur.evaluation.generation import generate
+from secateur.evaluation.perplexity import evaluation_windows, perplexity
+from secateur.evaluation.perplexity import protocol as describe_protocol
+from secateur.models.skeleton import quiet_transformers
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.workflows.inspecting import inspect_model
+from secateur.workflows.preparing import choose_device
 
 __all__ = ["Evaluation", "Impression", "evaluate", "look_at"]
 
@@ -29,7 +39,7 @@ class Evaluation:
 
     perplexity: float
     mean_loss: float
-    standard_error: float
+    standard_error: float | None
     protocol: dict[str, Any]
     seconds: float
 
@@ -61,41 +71,36 @@ def evaluate(
         trust_remote_code: whether code that comes with the checkpoint may run.
         progress: told of every step.
     """
-    from secateur.calibration.documents import evaluation_text
-    from secateur.evaluation.perplexity import evaluation_windows, perplexity
-
     progress = progress or Silent()
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise RecipeError("a loaded model needs tokenizer=...")
-        loaded = model
+        loaded, name = model, type(model).__name__
     else:
         loaded, tokenizer = load_model(str(model), device, trust_remote_code)
-    config: Any = loaded.config
-    longest = getattr(config, "max_position_embeddings", None) or 2048
-    length = sequence_length or min(2048, longest)
-    stream, join = evaluation_text(str(text))
-    windows = evaluation_windows(stream, tokenizer, length)
-    if not len(windows):
-        raise SourceError(
-            f"the text is shorter than one window of {length} tokens",
-            where=str(text),
-            remedy="use a longer text or a smaller --sequence-length",
-        )
-    total = len(windows)
-    windows = windows[:max_windows]
-    result = perplexity(loaded, windows, progress=progress)
-    protocol = {
-        "dataset": str(text),
-        "join": join,
-        "sequence_length": length,
-        "windows": len(windows),
-        "windows_in_text": total,
-        "tokens": result.tokens,
-        "dtype": str(next(loaded.parameters()).dtype).removeprefix("torch."),
-        "tokenizer": type(tokenizer).__name__,
-        "vocab_size": config.vocab_size,
-    }
+        name = str(model)
+    longest = getattr(loaded.config, "max_position_embeddings", None) or 2048
+    joined = read_text(str(text))
+    windows = evaluation_windows(
+        joined.text, tokenizer, sequence_length or min(2048, longest), max_windows=max_windows
+    )
+    progress.start("perplexity", len(windows))
+    told = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        progress.step(done - told, note=f"window {done} of {total}")
+        told = done
+
+    result = perplexity(loaded, windows, progress=tell)
+    progress.finish()
+    protocol = describe_protocol(
+        windows,
+        dataset=joined.dataset,
+        join=joined.join,
+        tokenizer=name,
+        dtype=next(loaded.parameters()).dtype,
+    )
     return Evaluation(
         result.perplexity, result.mean_loss, result.standard_error, protocol, result.seconds
     )
@@ -105,15 +110,8 @@ def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, A
     """A model with its tokenizer, ready to judge."""
     from transformers import AutoModelForCausalLM
 
-    from secateur.models.checkpoint import CheckpointReader
-    from secateur.models.skeleton import quiet_transformers
-    from secateur.models.sources import resolve
-    from secateur.models.tokenizer import load_tokenizer
-    from secateur.workflows.preparing import choose_device
-
     source = resolve(model, trust_remote_code=trust_remote_code)
-    CheckpointReader(source.folder)  # tells damaged files apart from everything else
-    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     with quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype="auto", trust_remote_code=trust_remote_code

@@ -153,7 +153,9 @@ def calibration_windows(
     plan = WindowPlan(options.samples, length, options.seed, options.packing)
     tokenizer = None
     if not options.source.endswith(".safetensors"):
-        tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
+        tokenizer = load_tokenizer(
+            source.folder, trust_remote_code=recipe.trust_remote_code
+        )
     windows, provenance = load_calibration(
         options.source,
         tokenizer,

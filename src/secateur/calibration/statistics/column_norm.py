@@ -10,9 +10,10 @@ from secateur.types import Inputs
 
 __all__ = ["ColumnNorm"]
 
-# On the CPU, tokens are squared in chunks of about this many numbers, which stay in cache: up to
-# 20 times as fast as one pass over [2048, 1536] in bfloat16, and 14 times as vector_norm.
-_CHUNK = 2**19
+# On the CPU, tokens are squared in chunks of about this many numbers: small enough to stay in a
+# core's cache and to be allocated without new pages from the system. 0.4 ns a number, where one
+# pass over [2048, 1536] takes 2 ns and vector_norm over the first axis 4 ns.
+_CHUNK = 2**15
 
 
 @statistics.register("column_norm")

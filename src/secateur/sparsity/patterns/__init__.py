@@ -6,7 +6,7 @@ of equal scores the one with the lower index is pruned first.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32
@@ -19,6 +19,7 @@ from secateur.types import Mask, Score
 __all__ = ["Pattern", "check_score", "check_sparsity", "parse_pattern", "patterns"]
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """The contract of a pattern."""
 
@@ -35,14 +36,6 @@ class Pattern(Protocol):
     @property
     def columns_together(self) -> int:
         """How many consecutive columns must be decided at once (1, M, or the block's width)."""
-        ...
-
-    def units(self, score: Score) -> Score:
-        """The scores that compete with each other: of single weights, or of whole blocks.
-
-        Raises:
-            PatternError: the pattern's units compete only within a group (N:M).
-        """
         ...
 
     @property
@@ -63,13 +56,17 @@ class Pattern(Protocol):
         ...
 
     def units(self, score: Score) -> Float32[Tensor, "unit_rows unit_columns"]:
-        """The scores of what is pruned as a whole: each weight, or the sum over each block.
+        """The scores that compete with each other: of single weights, or of whole blocks.
 
-        With scope `global` these compete across the model; see `allocation.global_threshold`.
+        With scope `global` they compete across the model; see `allocation.global_threshold`.
+
+        Raises:
+            PatternError: the pattern's weights compete only within a group (N:M).
         """
         ...
 
 
+@runtime_checkable
 class PatternKind(Protocol):
     """A class of patterns that can read itself from the text in a recipe."""
 

@@ -106,7 +106,8 @@ class Block:
             PatternError: the sparsity is outside [0, 1).
             NumericalError: the score of a block is NaN.
         """
-        self.check(score.shape, sparsity)
+        rows, columns = score.shape
+        self.check((rows, columns), sparsity)
         blocks = self.units(score)
         check_score(blocks)
         kept = keep_largest(blocks.reshape(1, -1), pruned_count(blocks.numel(), sparsity)).reshape(

@@ -99,8 +99,11 @@ class NOfM:
         return shape[0] * (shape[1] // self.group) * (self.group - self.kept)
 
     def units(self, score: Score) -> Score:
-        """The score itself: each weight is pruned for itself."""
-        return score
+        """Refused: raises PatternError, since weights compete only within their group."""
+        raise PatternError(
+            f"the weights of {self.name} compete only within each group of {self.group}",
+            remedy="a global threshold needs the pattern 'unstructured' or blocks",
+        )
 
     def mask(self, score: Score, sparsity: float) -> Mask:
         """The mask [out, in]; on a tie the lower index of a group is pruned.
@@ -110,7 +113,8 @@ class NOfM:
             PatternError: the sparsity is not 1 − N/M.
             NumericalError: a score is NaN.
         """
-        self.check(score.shape, sparsity)
+        rows, columns = score.shape
+        self.check((rows, columns), sparsity)
         check_score(score)
         groups = score.reshape(-1, self.group)
         return keep_largest(groups, self.group - self.kept).reshape(score.shape)

@@ -76,7 +76,8 @@ class Unstructured:
             PatternError: the sparsity is outside [0, 1).
             NumericalError: a score is NaN.
         """
-        self.check(score.shape, sparsity)
+        rows, columns = score.shape
+        self.check((rows, columns), sparsity)
         check_score(score)
         competing = score if self.scope == "row" else score.reshape(1, -1)
         count = pruned_count(competing.shape[1], sparsity)

@@ -6,7 +6,7 @@ and those statistics to a float32 score [out, in].
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from secateur.registry import Registry
 from secateur.types import Score, Statistics, Weight
@@ -14,6 +14,7 @@ from secateur.types import Score, Statistics, Weight
 __all__ = ["ScoreFunction", "scores"]
 
 
+@runtime_checkable
 class ScoreFunction(Protocol):
     """The contract of a score."""
 

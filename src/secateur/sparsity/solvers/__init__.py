@@ -7,7 +7,7 @@ A solver works in two steps, so that linears with the same input share the costl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ class Solution:
     error: float | None
 
 
+@runtime_checkable
 class Solver(Protocol):
     """The contract of a solver."""
 

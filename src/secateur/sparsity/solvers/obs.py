@@ -115,7 +115,8 @@ class OBS:
                 "the weight holds infinite values or NaN", remedy="check the checkpoint"
             )
         if mask is None:
-            pattern.check(weight.shape, sparsity)
+            rows, inputs = weight.shape
+            pattern.check((rows, inputs), sparsity)
         # Transposed, so that every column of the weight is contiguous during the sweep.
         columns = (
             weight.detach().t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)

@@ -1,0 +1,107 @@
+"""What every registered statistic must do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oracles import scores as oracles
+from secateur.calibration.statistics import statistics
+from secateur.errors import NumericalError
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def gathered(name, batches, in_features):
+    statistic = statistics[name](in_features)
+    for batch in batches:
+        statistic.update(batch)
+    return statistic
+
+
+@pytest.fixture
+def x():
+    return torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) + 0.3
+
+
+@pytest.mark.parametrize("name", list(statistics))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_its_formula(name, dtype, x):
+    x = x.to(dtype)
+    value = gathered(name, x.split(7), 9).value()
+    assert value.dtype == torch.float32
+    expected = getattr(oracles, name)(x).float()
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(statistics))
+def test_merging_equals_seeing_everything(name, x):
+    whole = gathered(name, [x], 9).value()
+    first, second = gathered(name, [x[:20]], 9), gathered(name, x[20:].split(11), 9)
+    before = second.value().clone()
+    first.merge(second)
+    torch.testing.assert_close(first.value(), whole)
+    assert torch.equal(second.value(), before)
+    first.merge(gathered(name, [], 9))
+    torch.testing.assert_close(first.value(), whole)
+
+
+@pytest.mark.parametrize("name", list(statistics))
+def test_order_does_not_matter(name, x):
+    batches = list(x.split(6))
+    forwards, backwards = gathered(name, batches, 9), gathered(name, batches[::-1], 9)
+    torch.testing.assert_close(forwards.value(), backwards.value())
+
+
+@pytest.mark.parametrize("name", list(statistics))
+def test_goes_on_after_a_value_was_read(name, x):
+    statistic = gathered(name, [x[:30]], 9)
+    statistic.value()
+    statistic.update(x[30:])
+    torch.testing.assert_close(statistic.value(), gathered(name, [x], 9).value())
+
+
+@pytest.mark.parametrize("name", list(statistics))
+def test_leaves_inputs_alone_and_repeats_itself(name, x):
+    before = x.clone()
+    one, two = (gathered(name, [x.requires_grad_()], 9).value() for _ in range(2))
+    assert torch.equal(x, before)
+    assert torch.equal(one, two)
+    assert not one.requires_grad
+
+
+@pytest.mark.parametrize("name", list(statistics))
+def test_no_tokens_and_strided_tokens(name, x):
+    assert not gathered(name, [x[:0]], 9).value().any()
+    strided = x.t().contiguous().t()
+    torch.testing.assert_close(
+        gathered(name, [strided[::2]], 9).value(), gathered(name, [x[::2]], 9).value()
+    )
+
+
+@pytest.mark.parametrize("name", list(statistics))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_overflow_is_refused(name, bad, x):
+    x = x.to(torch.float16)
+    x[3, 5] = bad
+    with pytest.raises(NumericalError, match="feature 5"):
+        gathered(name, [x], 9).value()
+
+
+@pytest.mark.parametrize("in_features", [1, 700, 1024, 1300])
+def test_gram_by_blocks_is_symmetric_and_right(in_features):
+    x = torch.randn(6, in_features, generator=torch.Generator().manual_seed(0))
+    value = gathered("gram", x.split(4), in_features).value()
+    assert torch.equal(value, value.t())
+    torch.testing.assert_close(value, oracles.gram(x).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_column_norm_is_the_root_of_the_gram_diagonal(x):
+    norm, gram = gathered("column_norm", [x], 9).value(), gathered("gram", [x], 9).value()
+    torch.testing.assert_close(norm, gram.diagonal().sqrt())
+
+
+def test_column_norm_of_more_tokens_than_one_chunk():
+    x = torch.randn(3000, 301, generator=torch.Generator().manual_seed(0))
+    value = gathered("column_norm", [x], 301).value()
+    torch.testing.assert_close(value, x.double().square().sum(0).sqrt().float())

@@ -1,0 +1,109 @@
+"""Checkpoints are read tensor by tensor, and the copy differs only where it was patched."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from secateur.errors import CheckpointError, MemoryBudgetError
+from secateur.models import checkpoint
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy, read_header
+
+
+def folder_with(path: Path, dtype: torch.dtype = torch.bfloat16, shards: int = 2) -> Path:
+    path.mkdir()
+    torch.manual_seed(0)
+    weight_map = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        tensors = {f"a.{shard}": torch.randn(3, 5, dtype=dtype), f"b.{shard}": torch.ones(7)}
+        save_file(tensors, path / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text("{}")
+    (path / "README.md").write_text("the source's own card")
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reading_equals_the_library(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = folder_with(tmp_path / "m", dtype)
+    reader = CheckpointReader(folder)
+    for file in reader.files:
+        for name, tensor in load_file(file).items():
+            assert torch.equal(reader.read(name), tensor)
+            assert reader.entries[name].dtype == tensor.dtype
+    mapped = dict(reader.mapped(["a.1", "b.0"]))
+    assert torch.equal(mapped["a.1"], reader.read("a.1"))
+    assert reader.total_bytes == 2 * (15 * dtype.itemsize + 28)
+
+
+def test_a_patched_copy_differs_only_where_it_was_patched(tmp_path: Path) -> None:
+    reader = CheckpointReader(folder_with(tmp_path / "m"))
+    copy = PatchedCopy(reader, tmp_path / "copy")
+    copy.create()
+    new = torch.randn(5, 3).t()  # neither contiguous nor of the stored dtype
+    copy.write("a.1", new)
+    copy.sync()
+    after = CheckpointReader(tmp_path / "copy")
+    assert torch.equal(after.read("a.1"), new.bfloat16())
+    for name in ("a.0", "b.0", "b.1"):
+        assert torch.equal(after.read(name), reader.read(name))
+    assert (tmp_path / "copy" / "config.json").exists()
+    assert not (tmp_path / "copy" / "README.md").exists()
+    assert after.files[0].read_bytes() == reader.files[0].read_bytes()
+
+
+def test_a_wrong_shape_is_refused(tmp_path: Path) -> None:
+    reader = CheckpointReader(folder_with(tmp_path / "m"))
+    copy = PatchedCopy(reader, tmp_path / "copy")
+    copy.create()
+    with pytest.raises(CheckpointError, match=r"\(5, 3\) where \(3, 5\) is stored"):
+        copy.write("a.1", torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("cut", [4, 40, -1])
+def test_a_truncated_file_is_told_by_name_and_size(tmp_path: Path, cut: int) -> None:
+    folder = folder_with(tmp_path / "m")
+    file = folder / "model-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match=r"(?s)bytes.*model-00001-of-00002"):
+        CheckpointReader(folder)
+
+
+def test_a_header_that_is_not_json(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes((6).to_bytes(8, "little") + b"{oops}")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        read_header(file)
+
+
+def test_missing_shards_are_listed(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "m")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="1 of 2 shards are missing: model-00002"):
+        CheckpointReader(folder)
+
+
+def test_pickles_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"(?s)can run code.*save_pretrained"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = CheckpointReader(folder_with(tmp_path / "m"))
+    copy = PatchedCopy(reader, tmp_path / "copy")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
+    with pytest.raises(MemoryBudgetError, match=r"(?s)disk is full.*--resume"):
+        copy.create()

