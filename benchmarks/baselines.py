@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import heading, keep, markdown
 
 import secateur
+from hardware import heading, keep, markdown
 
 RUNS = [
     ("magnitude", "unstructured"),
@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--text", default="boolq-held-out")
     parser.add_argument("--windows", type=int, default=96)
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--only", nargs="*", default=None, help="method:pattern, for example wanda:2:4")
+    parser.add_argument(
+        "--only", nargs="*", default=None, help="method:pattern, for example wanda:2:4"
+    )
     parser.add_argument("--paper", action="store_true")
     parser.add_argument("--name", default="baselines")
     args = parser.parse_args()

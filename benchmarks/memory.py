@@ -16,8 +16,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hardware import heading, keep, markdown
 from safetensors.torch import save_file
+
+from hardware import heading, keep, markdown
 
 
 def random_checkpoint(folder: Path, layers: int) -> int:
@@ -123,12 +124,14 @@ def main() -> None:
             ["layers", "checkpoint", "planned peak", "measured peak", "limit: size/4 + 1 GiB"],
             [
                 [
-                    str(r["layers"]), f"{r['checkpoint_bytes'] / g:.2f} GiB",
-                    f"{r['planned_bytes'] / g:.2f} GiB", f"{r['measured_bytes'] / g:.2f} GiB",
+                    str(r["layers"]),
+                    f"{r['checkpoint_bytes'] / g:.2f} GiB",
+                    f"{r['planned_bytes'] / g:.2f} GiB",
+                    f"{r['measured_bytes'] / g:.2f} GiB",
                     f"{r['limit_bytes'] / g:.2f} GiB",
                 ]
                 for r in rows
-            ],  # fmt: skip
+            ],
         )
     )
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.errors import SecateurError
-    from secateur.workflows import evaluate, plan, prune
     from secateur.sparsity.methods import compose
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
+    from secateur.workflows import evaluate, plan, prune
 
 __version__ = "0.1.0"
 

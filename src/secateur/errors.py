@@ -64,7 +64,7 @@ class SourceError(SecateurError):
 
 
 class PatternError(SecateurError):
-    """This pattern cannot hold this sparsity, or cannot be combined with this score or solver."""
+    """The pattern cannot hold this sparsity, or cannot be used with this score or scope."""
 
     exit_code = 2
 

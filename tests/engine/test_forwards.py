@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from zoo import tiny_model, tiny_windows
 
 from secateur.engine.calls import call_layer, first_inputs, layer_calls
 from secateur.engine.forwards import by_group, by_layer
 from secateur.engine.residency import LiveTensors, ParkingLot
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe, linears_of
+from zoo import tiny_model, tiny_windows
 
 
 class Stage:

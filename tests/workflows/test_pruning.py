@@ -1,4 +1,4 @@
-"""The whole way on disk: prune a checkpoint, kill it anywhere, resume it, load it with transformers."""
+"""The whole way on disk: prune, kill anywhere, resume, load with transformers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.progress import Silent
 from secateur.errors import RecipeError, VerificationError
+from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 
 @pytest.fixture
@@ -103,7 +103,9 @@ def test_what_is_not_pruned_is_untouched(source: Path, tmp_path: Path) -> None:
         if not torch.equal(old, new):
             changed[name] = float((new == 0).float().mean())
     kinds = ("gate_proj", "up_proj", "down_proj")
-    expected = {f"model.layers.{i}.mlp.{k}.weight": s for i, s in ((0, 0.5), (2, 0.25)) for k in kinds}
+    expected = {
+        f"model.layers.{i}.mlp.{k}.weight": s for i, s in ((0, 0.5), (2, 0.25)) for k in kinds
+    }
     assert changed == expected
 
 
@@ -164,7 +166,9 @@ def test_stopped_anywhere_and_resumed_gives_the_same_weights(
 
 
 def test_kill_9_and_resume(source: Path, windows: Path, tmp_path: Path) -> None:
-    secateur.prune(source, output=tmp_path / "whole", method="wanda", sparsity=0.5, calibration=windows)
+    secateur.prune(
+        source, output=tmp_path / "whole", method="wanda", sparsity=0.5, calibration=windows
+    )
     script = textwrap.dedent("""
         import os, signal, sys
         import secateur

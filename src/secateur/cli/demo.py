@@ -66,7 +66,11 @@ def show(dense: Any, pruned: Any, report: Any, folder: Path) -> None:
     files = mib(result["file_bytes"])
     rows = [
         ("perplexity", f"{dense.evaluation.perplexity:.2f}", f"{pruned.evaluation.perplexity:.2f}"),
-        ("zeros in decoder matrices", f"{dense.audit.sparsity:.2%}", f"{pruned.audit.sparsity:.2%}"),
+        (
+            "zeros in decoder matrices",
+            f"{dense.audit.sparsity:.2%}",
+            f"{pruned.audit.sparsity:.2%}",
+        ),
         ("pruning time", "", f"{cost['seconds']:.0f} s"),
         ("peak memory while pruning", "", gib(cost["peak_resident_bytes"])),
         ("weight files", mib(dense.audit.file_bytes), files),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,7 @@ def evaluate(
     ] = "wikitext2",
     sequence_length: o.SequenceLength = None,
     max_windows: Annotated[
-        Optional[int], typer.Option(help="Judge on the first windows only.")
+        int | None, typer.Option(help="Judge on the first windows only.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: o.TrustRemoteCode = False,

@@ -28,10 +28,7 @@ def methods(as_json: o.Json = False) -> None:
     print_table(
         "methods: secateur prune MODEL --method NAME",
         ("name", "score", "solver", "scope", "what it does", "paper"),
-        [
-            (name, m.score, m.solver, m.scope, m.description, m.paper)
-            for name, m in known.items()
-        ],
+        [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in known.items()],
         numbers=6,
     )
     print_table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,66 +19,64 @@ ModelArgument = Annotated[
     str, typer.Argument(help="Hub id, folder, GGUF file, named sample, or a recipe (*.yaml).")
 ]
 Method = Annotated[
-    Optional[str], typer.Option(help="A famous name; `secateur methods` lists them. [sparsegpt]")
+    str | None, typer.Option(help="A famous name; `secateur methods` lists them. [sparsegpt]")
 ]
 ScoreName = Annotated[
-    Optional[str], typer.Option("--score", help="A score, for a composition of your own.")
+    str | None, typer.Option("--score", help="A score, for a composition of your own.")
 ]
 SolverName = Annotated[
-    Optional[str], typer.Option("--solver", help="A solver, for a composition of your own.")
+    str | None, typer.Option("--solver", help="A solver, for a composition of your own.")
 ]
-Sparsity = Annotated[Optional[float], typer.Option(help="Fraction of zeros, 0 to 1.")]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")]
 PatternText = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--pattern", help="unstructured, N:M (N kept of M), or ROWSxCOLUMNS blocks."),
 ]
-Scope = Annotated[
-    Optional[str], typer.Option(help="Scores compete within: row, layer or global.")
-]
+Scope = Annotated[str | None, typer.Option(help="Scores compete within: row, layer or global.")]
 Include = Annotated[
-    Optional[list[str]], typer.Option(help="Glob of linears to prune; may be repeated.")
+    list[str] | None, typer.Option(help="Glob of linears to prune; may be repeated.")
 ]
 Exclude = Annotated[
-    Optional[list[str]], typer.Option(help="Glob of linears to leave dense; may be repeated.")
+    list[str] | None, typer.Option(help="Glob of linears to leave dense; may be repeated.")
 ]
 Override = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(help="GLOB=SPARSITY, for exceptions; may be repeated. 0 keeps dense."),
 ]
 Sequential = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="group: prune as statistics arrive, one pass. layer: as the papers, two."),
 ]
 CalibrationSource = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--calibration",
         help="JSONL or text file, folder, hub data set, named text, or safetensors windows. [c4]",
     ),
 ]
-Samples = Annotated[Optional[int], typer.Option(help="Calibration windows. [128]")]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows. [128]")]
 SequenceLength = Annotated[
-    Optional[int], typer.Option(help="Tokens per window. [2048, or the model's length]")
+    int | None, typer.Option(help="Tokens per window. [2048, or the model's length]")
 ]
-Seed = Annotated[Optional[int], typer.Option(help="Seed of the choice of windows. [0]")]
-Packing = Annotated[Optional[str], typer.Option(help="concatenate or random-crop.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the choice of windows. [0]")]
+Packing = Annotated[str | None, typer.Option(help="concatenate or random-crop.")]
 Field = Annotated[
-    Optional[str], typer.Option("--field", help="Field of a JSONL line that holds the text.")
+    str | None, typer.Option("--field", help="Field of a JSONL line that holds the text.")
 ]
 Budget = Annotated[
-    Optional[float], typer.Option("--memory-budget-gib", help="Peak resident memory allowed.")
+    float | None, typer.Option("--memory-budget-gib", help="Peak resident memory allowed.")
 ]
 ActivationsPlace = Annotated[
-    Optional[str], typer.Option("--activations", help="auto, memory or disk.")
+    str | None, typer.Option("--activations", help="auto, memory or disk.")
 ]
-MicroBatch = Annotated[Optional[int], typer.Option(help="Tokens that pass a layer at once. [2048]")]
-Device = Annotated[Optional[str], typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[Optional[str], typer.Option(help="Of weights dequantized from GGUF. [float32]")]
+MicroBatch = Annotated[int | None, typer.Option(help="Tokens that pass a layer at once. [2048]")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option(help="Of weights dequantized from GGUF. [float32]")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code in the checkpoint run.")
 ]
 Set = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", help="KEY=VALUE of the recipe, for example memory.budget_gib=6."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]

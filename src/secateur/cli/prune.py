@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ __all__ = ["prune"]
 def prune(
     model: o.ModelArgument,
     output: Annotated[
-        Optional[str], typer.Option("--output", "-o", help="Folder for the pruned model.")
+        str | None, typer.Option("--output", "-o", help="Folder for the pruned model.")
     ] = None,
     method: o.Method = None,
     sparsity: o.Sparsity = None,
@@ -80,9 +80,7 @@ def prune(
     from secateur.workflows import run_recipe
 
     with ProgressBar() as progress:
-        report = run_recipe(
-            recipe, progress, resume=resume, restart=restart, overwrite=overwrite
-        )
+        report = run_recipe(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
     if as_json:
         print_json({"output": str(report.output), **report.manifest})
         return

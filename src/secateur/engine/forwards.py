@@ -73,7 +73,9 @@ class SharedInputs:
             handle.remove()
 
 
-def by_layer(groups: Sequence[Sequence[Linear]], forwards: Sequence[Forward], gather: Gather) -> None:
+def by_layer(
+    groups: Sequence[Sequence[Linear]], forwards: Sequence[Forward], gather: Gather
+) -> None:
     """One pass in which the input of every group is gathered; weights do not change.
 
     Args:
@@ -158,7 +160,7 @@ def by_group(
             running.throw(GreenletExit)
 
 
-def find_groups(linears: Sequence[Linear], forward: Forward) -> list[list[Linear]]:
+def find_groups(linears: Sequence[Linear], forward: Callable[[], object]) -> list[list[Linear]]:
     """Which linears share an input, found by running the layer once; in the order they run.
 
     Args:

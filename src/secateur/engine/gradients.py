@@ -5,8 +5,8 @@ running each again from its inputs. That is gradient checkpointing at layer gran
 peak is one layer with its gradients, whatever the depth. One window at a time, because the
 empirical Fisher needs the square of each window's own gradient.
 
-Loss of a window: mean cross-entropy of its next tokens, in nats. Gathered per weight, over N windows
-with gradients g_n:
+Loss of a window: mean cross-entropy of its next tokens, in nats. Gathered per weight, over N
+windows with gradients g_n:
 
     gradient = 1/N Σ g_n        fisher = 1/N Σ g_n²
 """
@@ -142,7 +142,7 @@ class GradientPass:
         samples = self.windows.shape[0]
         with self.target.layer(index) as layer, torch.enable_grad():
             linears = list(linears_of(layer, self.target.architecture.layer_name(index)).values())
-            leaves = [linear.module.weight for linear in linears]
+            leaves = [linear.module.get_parameter("weight") for linear in linears]
             wanted_before = [leaf.requires_grad for leaf in leaves]
             for leaf in leaves:
                 leaf.requires_grad_(True)

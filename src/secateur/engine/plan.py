@@ -33,9 +33,7 @@ SOLVE_COPIES = {"zero": 4, "obs": 7}
 class FusedAttention(TorchFunctionMode):
     """Attention as the fused kernels do it: the [sequence, sequence] matrix is never made."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace attention by its output alone."""
         if func is scaled_dot_product_attention:
             query, value = args[0], args[2]
@@ -80,7 +78,7 @@ def rehearse(
         for name in first
         if name in linears
     ]
-    buffers = {name: buffer for name, buffer in layer.named_buffers()}
+    buffers = dict(layer.named_buffers())
     try:
         with torch.no_grad(), live, FusedAttention():
             x = torch.empty(hidden.shape, dtype=hidden.dtype, device=meta)
@@ -158,7 +156,10 @@ def plan_run(
         output_bytes: size of the files written.
     """
     layers = target.layers
-    linears = [list(linears_of(x, target.architecture.layer_name(i)).values()) for i, x in enumerate(layers)]
+    linears = [
+        list(linears_of(x, target.architecture.layer_name(i)).values())
+        for i, x in enumerate(layers)
+    ]
     shapes = [linear.shape for layer in linears for linear in layer]
     layer_bytes = max(
         sum(p.numel() for p in layer.parameters()) * target.dtype.itemsize for layer in layers
@@ -210,7 +211,7 @@ def rehearse_model(
     with target.outside():
         hidden = first_inputs(target.model, target.layers, ids)
         calls = layer_calls(target.model, target.layers, [ids])
-    kinds = {}
+    kinds: dict[Any, tuple[nn.Module, LayerCall]] = {}
     for layer, call in zip(target.layers, calls, strict=True):
         kind = tuple(tuple(t.shape) for t in call.tensors())
         kinds.setdefault(kind, (layer, call))

@@ -38,9 +38,7 @@ class LiveTensors(TorchDispatchMode):
         self.current: dict[int, StorageWeakRef] = {}
         self.peak_bytes = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note the storages of its results."""
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):

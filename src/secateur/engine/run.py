@@ -34,7 +34,7 @@ from secateur.engine.surgery import (
     prune_group,
 )
 from secateur.engine.targets import Target
-from secateur.errors import RecipeError
+from secateur.errors import PatternError
 from secateur.models.architecture import Linear, linears_of
 from secateur.sparsity.methods import Method
 
@@ -116,14 +116,8 @@ class Run:
             if asked[name] > 0:
                 try:
                     self.method.pattern.check(shape, asked[name])
-                except RecipeError:
-                    raise
-                except Exception as error:
-                    if getattr(error, "where", "") is None:
-                        raise type(error)(
-                            error.what, where=name, remedy=error.remedy  # type: ignore[attr-defined]
-                        ) from None
-                    raise
+                except PatternError as error:
+                    raise type(error)(error.what, where=name, remedy=error.remedy) from None
         return asked
 
     @property
@@ -165,7 +159,8 @@ class Run:
 
     def fill_first_inputs(self) -> None:
         """Compute the inputs of the first decoder layer for all windows."""
-        assert self.windows is not None and self.activations is not None
+        assert self.windows is not None
+        assert self.activations is not None
         with self.target.outside():
             for batch in self.batches():
                 ids = self.windows[batch].to(self.target.device)
@@ -251,8 +246,7 @@ class Run:
             return records
         groups = self.grouped(index, layer, linears)
         gathered = [
-            GroupStatistics(self.input_statistics, group[0], self.target.device)
-            for group in groups
+            GroupStatistics(self.input_statistics, group[0], self.target.device) for group in groups
         ]
 
         def gather(group: int, x: Tensor) -> None:

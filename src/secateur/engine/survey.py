@@ -1,8 +1,8 @@
 """The global scope: one look at the whole dense model decides how much each linear loses.
 
-Scores of all linears compete for one budget. They are computed on the dense model and kept on disk;
-two streaming passes find the exact threshold (`sparsity.allocation.global_threshold`). The result is
-a number of zeros per linear; which weights those are is decided layer by layer in the run itself,
+Scores of all linears compete for one budget. They are computed on the dense model and kept on
+disk; two streaming passes find the exact threshold (`sparsity.allocation.global_threshold`). The
+result is a number of zeros per linear; which weights those are is decided layer by layer in the run,
 on the inputs the pruned model really sees. For scores that do not depend on inputs (magnitude,
 gradient) that is exactly the mask of the global threshold.
 """

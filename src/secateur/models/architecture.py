@@ -68,8 +68,8 @@ class Linear:
     @property
     def weight(self) -> Tensor:
         """The weight as a view [out, in]."""
-        stored = self.module.weight.detach()
-        return stored.t() if self.transposed else stored  # type: ignore[operator]
+        stored: Tensor = self.module.get_parameter("weight").detach()
+        return stored.t() if self.transposed else stored
 
     @property
     def shape(self) -> tuple[int, int]:

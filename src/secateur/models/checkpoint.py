@@ -122,7 +122,9 @@ def shard_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"the index of shards cannot be read: {error!r}", where=str(index)
@@ -213,7 +215,9 @@ def read_all(stream: FileIO, tensor: Tensor) -> None:
     while done < len(view):
         count = stream.readinto(view[done:])
         if not count:
-            raise CheckpointError(f"the file ends {len(view) - done} bytes early", where=stream.name)
+            raise CheckpointError(
+                f"the file ends {len(view) - done} bytes early", where=stream.name
+            )
         done += count
 
 

@@ -1,1 +1,1 @@
-"""Recipes: everything a run depends on, written down. The YAML file and the Python objects are one."""
+"""Recipes: everything a run depends on. The YAML file and the Python objects are one."""

@@ -75,7 +75,7 @@ def build_recipe(
     for assignment in assignments:
         set_value(merged, assignment)
     try:
-        return PruneRecipe(**merged)
+        return PruneRecipe.model_validate(merged)
     except ValidationError as error:
         faults = [fault_text(fault) for fault in error.errors()]
         raise RecipeError(

@@ -68,10 +68,11 @@ class PruneRecipe(Strict):
         default_factory=dict, description="sparsity by glob, for exceptions"
     )
     sequential: Literal["group", "layer"] = Field(
-        "group", description="gather statistics group by group in one pass, or layer by layer in two"
+        "group",
+        description="gather statistics group by group in one pass, or layer by layer in two",
     )
-    calibration: Calibration = Field(default_factory=Calibration)
-    memory: Memory = Field(default_factory=Memory)
+    calibration: Calibration = Field(default_factory=lambda: Calibration())
+    memory: Memory = Field(default_factory=lambda: Memory())
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="of weights dequantized from GGUF; other sources keep theirs"

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-import secateur
-
 __all__ = ["MANIFEST_VERSION", "environment"]
 
 MANIFEST_VERSION = 1
@@ -18,9 +16,8 @@ MANIFEST_VERSION = 1
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware a result was made with."""
-    packages = ("torch", "transformers", "safetensors", "numpy")
+    packages = ("secateur", "torch", "transformers", "safetensors", "numpy")
     found: dict[str, Any] = {
-        "secateur": secateur.__version__,
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "system": platform.system(),

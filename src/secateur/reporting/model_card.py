@@ -37,7 +37,9 @@ def model_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Pat
         f"# {source['name']}, pruned to {result['decoder_sparsity']:.1%}",
         "",
         f"Made by [secateur]{{}} {manifest['environment']['secateur']} with "
-        f"**{manifest['method']['name']}** ({describe_method(manifest['method'])}).".replace("{}", ""),
+        f"**{manifest['method']['name']}** ({describe_method(manifest['method'])}).".replace(
+            "{}", ""
+        ),
         "",
         "| | |",
         "|---|---|",

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 from torch import nn
 
 from secateur.calibration.documents import read_text
@@ -113,7 +112,7 @@ def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, A
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     with quiet_transformers():
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype="auto", trust_remote_code=trust_remote_code
         )
     return loaded.to(choose_device(device)).eval(), tokenizer

@@ -114,9 +114,7 @@ def prepare(
     """
     method, sparsity = method_of(recipe)
     device = choose_device(recipe.device)
-    source = resolve(
-        recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
-    )
+    source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
     reader = CheckpointReader(source.folder)
     target = CheckpointTarget(
         reader,
@@ -125,7 +123,8 @@ def prepare(
         trust_remote_code=recipe.trust_remote_code,
     )
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
-    windows, calibration = None, None
+    windows: Tensor | None = None
+    calibration: dict[str, Any] | None = None
     if method.requires:
         if stored_windows is not None and stored_windows.exists():
             windows = load_windows(stored_windows)
@@ -153,9 +152,7 @@ def calibration_windows(
     plan = WindowPlan(options.samples, length, options.seed, options.packing)
     tokenizer = None
     if not options.source.endswith(".safetensors"):
-        tokenizer = load_tokenizer(
-            source.folder, trust_remote_code=recipe.trust_remote_code
-        )
+        tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
     windows, provenance = load_calibration(
         options.source,
         tokenizer,

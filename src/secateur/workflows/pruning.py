@@ -171,7 +171,8 @@ def run_of(prepared: Prepared, settings: Settings, ledger: Ledger, progress: Pro
 def carry_out(run: Run, done: int) -> None:
     """Gradients if the method needs them, shares if the scope is global, then the layers."""
     if run.method.requires - INPUT_STATISTICS:
-        assert run.windows is not None and run.settings.work is not None
+        assert run.windows is not None
+        assert run.settings.work is not None
         calls = run.calls_of_one_window()
         gather_gradients(run.target, run.windows, calls, run.settings.work, run.progress)
     if run.method.pattern.scope == "global":
@@ -224,9 +225,7 @@ def run_recipe(
     return PruneReport(audit.sparsity, ledger.layers, manifest, output)
 
 
-def places(
-    recipe: PruneRecipe, resume: bool, restart: bool, overwrite: bool
-) -> tuple[Path, Path]:
+def places(recipe: PruneRecipe, resume: bool, restart: bool, overwrite: bool) -> tuple[Path, Path]:
     """The output folder and the partial one, checked before any work.
 
     Raises:
@@ -370,9 +369,7 @@ def prune_module(
         with scratch as folder, quiet_transformers():
             work = Path(folder) if folder else None
             settings = Settings(recipe.sequential, recipe.memory.micro_batch_tokens, "memory", work)
-            run = Run(
-                target, method, sparsity, selection, windows, settings, ledger, progress
-            )
+            run = Run(target, method, sparsity, selection, windows, settings, ledger, progress)
             carry_out(run, 0)
     finally:
         model.train(was_training)

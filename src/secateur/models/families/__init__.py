@@ -1,1 +1,1 @@
-"""Model families, one small declarative file each; found by `secateur.models.architecture.families`."""
+"""Model families, one small declarative file each; found by the registry `families`."""

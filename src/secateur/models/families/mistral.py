@@ -3,5 +3,9 @@
 from secateur.models.architecture import SPLIT_ATTENTION_GATED_FFN, Family, families
 
 MISTRAL = families.register("mistral")(
-    Family(model_types=("mistral", "ministral"), layers="model.layers", groups=SPLIT_ATTENTION_GATED_FFN)
+    Family(
+        model_types=("mistral", "ministral"),
+        layers="model.layers",
+        groups=SPLIT_ATTENTION_GATED_FFN,
+    )
 )
