@@ -2,7 +2,7 @@
 
 Scores of all linears compete for one budget. They are computed on the dense model and kept on
 disk; two streaming passes find the exact threshold (`sparsity.allocation.global_threshold`). The
-result is a number of zeros per linear; which weights those are is decided layer by layer in the run,
+result is a number of zeros per linear; which weights those are is decided layer by layer later,
 on the inputs the pruned model really sees. For scores that do not depend on inputs (magnitude,
 gradient) that is exactly the mask of the global threshold.
 """
