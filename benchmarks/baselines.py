@@ -24,16 +24,12 @@ from hardware import heading, keep, markdown
 
 RUNS = [
     ("magnitude", "unstructured"),
-    ("taylor", "unstructured"),
-    ("obd", "unstructured"),
     ("ria", "unstructured"),
     ("wanda", "unstructured"),
-    ("obs", "unstructured"),
     ("sparsegpt", "unstructured"),
     ("wanda", "2:4"),
     ("sparsegpt", "2:4"),
-    ("sparsegpt", "4:8"),
-    ("sparsegpt", "16x1"),
+    ("taylor", "unstructured"),
 ]
 
 
@@ -71,7 +67,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", default="boolq-calibration")
     parser.add_argument("--text", default="boolq-held-out")
-    parser.add_argument("--windows", type=int, default=96)
+    parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument(
         "--only", nargs="*", default=None, help="method:pattern, for example wanda:2:4"

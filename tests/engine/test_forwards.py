@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.engine.calls import call_layer, first_inputs, layer_calls
 from secateur.engine.forwards import by_group, by_layer
-from secateur.engine.residency import LiveTensors, ParkingLot
+from secateur.engine.residency import Parking
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe, linears_of
 from zoo import tiny_model, tiny_windows
@@ -32,13 +32,13 @@ class Stage:
         assert groups is not None
         self.groups = [[linears[name] for name in group] for group in groups]
         self.outputs: dict[int, torch.Tensor] = {}
-        self.live: LiveTensors | None = None
+        self.parking: Parking | None = None
 
     def forward(self, index: int):
         def run() -> None:
             x = self.hidden[index].clone()
-            if self.live is not None:
-                self.live.note(x)
+            if self.parking is not None:
+                self.parking.live.note(x)
             self.outputs[index] = call_layer(self.layer, x, self.call)
 
         return run
@@ -56,19 +56,16 @@ class Stage:
 def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
     stage = Stage()
     expected = stage.plain()
-    lot = None
     if place != "frames":
         kept = [*stage.layer.parameters(), *stage.layer.buffers(), *stage.call.tensors()]
-        stage.live = LiveTensors(kept)
-        lot = ParkingLot(tmp_path if place == "disk" else None)
+        stage.parking = Parking(kept, tmp_path if place == "disk" else None)
     order, pruned = [], []
     by_group(
         stage.groups,
         stage.forwards(),
         lambda group, x: order.append((group, tuple(x.shape))),
         pruned.append,
-        stage.live,
-        lot,
+        stage.parking,
     )
     assert pruned == [0, 1, 2, 3]
     assert [group for group, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -80,16 +77,16 @@ def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_parked_forwards_hold_next_to_nothing(tmp_path: Path) -> None:
     stage = Stage()
-    stage.live = live = LiveTensors([*stage.layer.parameters(), *stage.call.tensors()])
-    lot = ParkingLot(tmp_path)
+    kept = [*stage.layer.parameters(), *stage.call.tensors()]
+    stage.parking = parking = Parking(kept, tmp_path)
     held_while_others_run = []
 
     def gather(group: int, x: torch.Tensor) -> None:
-        parked = [s for kept in lot.parked.values() for s, _ in kept]
+        parked = [s for kept in parking.parked.values() for s, _ in kept]
         held_while_others_run.append(sum(s.nbytes() for s in parked))
-        assert live.live_bytes() >= x.nbytes
+        assert parking.live.live_bytes() >= x.nbytes
 
-    by_group(stage.groups, stage.forwards(), gather, lambda group: None, live, lot)
+    by_group(stage.groups, stage.forwards(), gather, lambda group: None, parking)
     assert held_while_others_run == [0] * 12
 
 

@@ -81,44 +81,45 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 
-SECTIONS = {
-    "samples": "calibration",
-    "sequence_length": "calibration",
-    "seed": "calibration",
-    "packing": "calibration",
-    "field": "calibration",
-    "source": "calibration",
-    "budget_gib": "memory",
-    "activations": "memory",
-    "micro_batch_tokens": "memory",
+PLACES = {
+    "samples": ("calibration", "samples"),
+    "sequence_length": ("calibration", "sequence_length"),
+    "seed": ("calibration", "seed"),
+    "packing": ("calibration", "packing"),
+    "field": ("calibration", "field"),
+    "calibration": ("calibration", "source"),
+    "memory_budget_gib": ("memory", "budget_gib"),
+    "activations": ("memory", "activations"),
+    "micro_batch_tokens": ("memory", "micro_batch_tokens"),
 }
+"""Options that belong to a section of the recipe."""
+
+OF_THE_COMMAND = {"model", "assignments", "override", "resume", "restart", "overwrite", "as_json"}
+"""Options that are not fields of the recipe."""
 
 
-def recipe_from(model: str, assignments: list[str] | None, **options: Any) -> PruneRecipe:
-    """The recipe that a first argument and options describe; options that are None say nothing.
+def recipe_from(given: dict[str, Any]) -> PruneRecipe:
+    """The recipe that a verb's arguments describe; options that are None say nothing.
 
     Args:
-        model: a model, or the path of a recipe file.
-        assignments: values of `--set`.
-        **options: fields of the recipe, or of its sections.
+        given: the arguments of the verb, by name.
     """
     from secateur.recipes.reading import build_recipe, is_recipe_file, read_recipe_file
 
+    model = given["model"]
     values: dict[str, Any] = {"model": model}
     where = None
     if is_recipe_file(model):
         values, where = read_recipe_file(Path(model)), model
-    overrides = options.pop("overrides", None)
-    if overrides:
-        options["overrides"] = dict(parse_override(text) for text in overrides)
-    for key, value in options.items():
-        if value is None or value is False:
+    if given.get("override"):
+        values["overrides"] = dict(parse_override(text) for text in given["override"])
+    for key, value in given.items():
+        if key in OF_THE_COMMAND or value is None or value is False:
             continue
-        if key in SECTIONS:
-            values.setdefault(SECTIONS[key], {})[key] = value
-        else:
-            values[key] = value
-    return build_recipe(values, tuple(assignments or ()), where)
+        section, name = PLACES.get(key, (None, key))
+        home = values if section is None else values.setdefault(section, {})
+        home[name] = value
+    return build_recipe(values, tuple(given.get("assignments") or ()), where)
 
 
 def parse_override(text: str) -> tuple[str, float]:

@@ -26,23 +26,7 @@ def plan(
     as_json: o.Json = False,
 ) -> None:
     """Tell what pruning would need: memory, disk, work. Reads no weights and writes nothing."""
-    recipe = o.recipe_from(
-        model,
-        assignments,
-        method=method,
-        sparsity=sparsity,
-        pattern=pattern,
-        scope=scope,
-        sequential=sequential,
-        source=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        budget_gib=memory_budget_gib,
-        activations=activations,
-        micro_batch_tokens=micro_batch_tokens,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    recipe = o.recipe_from(locals())
     from secateur.cli.rendering import gib, mib, print_json, print_table
     from secateur.workflows import plan_recipe
 

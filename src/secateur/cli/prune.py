@@ -8,6 +8,9 @@ import typer
 
 from secateur.cli import options as o
 
+if TYPE_CHECKING:
+    from secateur.workflows import PruneReport
+
 __all__ = ["prune"]
 
 
@@ -49,34 +52,8 @@ def prune(
     as_json: o.Json = False,
 ) -> None:
     """Prune a model into a new folder that plain transformers loads."""
-    recipe = o.recipe_from(
-        model,
-        assignments,
-        output=output,
-        method=method,
-        sparsity=sparsity,
-        pattern=pattern,
-        scope=scope,
-        score=score,
-        solver=solver,
-        include=include,
-        exclude=exclude,
-        overrides=override,
-        sequential=sequential,
-        source=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        packing=packing,
-        field=field,
-        budget_gib=memory_budget_gib,
-        activations=activations,
-        micro_batch_tokens=micro_batch_tokens,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
-    from secateur.cli.rendering import ProgressBar, gib, mib, print_json, print_table
+    recipe = o.recipe_from(locals())
+    from secateur.cli.rendering import ProgressBar, print_json
     from secateur.workflows import run_recipe
 
     with ProgressBar() as progress:
@@ -84,6 +61,13 @@ def prune(
     if as_json:
         print_json({"output": str(report.output), **report.manifest})
         return
+    show(report)
+
+
+def show(report: PruneReport) -> None:
+    """What was done, for people."""
+    from secateur.cli.rendering import gib, mib, print_table
+
     result, cost = report.manifest["result"], report.manifest["cost"]
     rows = [
         ("method", f"{report.manifest['method']['name']}, {report.manifest['method']['pattern']}"),

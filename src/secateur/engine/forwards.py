@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from secateur.engine.residency import LiveTensors, ParkingLot
+from secateur.engine.residency import Parking
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 
@@ -97,8 +97,7 @@ def by_group(
     forwards: Sequence[Forward],
     gather: Gather,
     prune: Callable[[int], None],
-    live: LiveTensors | None = None,
-    lot: ParkingLot | None = None,
+    parking: Parking | None = None,
     *,
     outputs_needed: bool = True,
 ) -> None:
@@ -109,8 +108,7 @@ def by_group(
         forwards: one call per micro-batch.
         gather: called with a group's index and its input, once per micro-batch.
         prune: called with a group's index when its input is known from all micro-batches.
-        live: watches the tensors of halted forwards, where these are to be parked.
-        lot: where they are parked.
+        parking: where the tensors of halted forwards wait; None leaves them in memory.
         outputs_needed: False ends the forwards after the last group, as nothing follows.
 
     Raises:
@@ -119,9 +117,8 @@ def by_group(
     hub = getcurrent()
     inputs = SharedInputs(groups, lambda group, x: hub.switch((group, x)))
     seen: list[dict[int, tuple[int, tuple[int, ...]]]] = [{} for _ in forwards]
-    alive = [{} for _ in forwards]  # type: ignore[var-annotated]
     halted = [(index, greenlet(forward, parent=hub)) for index, forward in enumerate(forwards)]
-    watch: AbstractContextManager[object] = live if live is not None else nullcontext()
+    watch: AbstractContextManager[object] = parking.live if parking else nullcontext()
     left = len(groups)
     try:
         while halted and (left or outputs_needed):
@@ -129,9 +126,8 @@ def by_group(
             waiting = []
             for index, running in halted:
                 inputs.seen = seen[index]
-                if live is not None and lot is not None:
-                    lot.bring_back(index)
-                    live.current = alive[index]
+                if parking:
+                    parking.bring_back(index)
                 with watch:
                     arrival = running.switch()
                 if running.dead:
@@ -140,9 +136,8 @@ def by_group(
                 gather(*arrival)
                 reached.add(arrival[0])
                 del arrival
-                if live is not None and lot is not None:
-                    lot.park(index, live.live())
-                    alive[index] = live.current
+                if parking:
+                    parking.park(index)
                 waiting.append((index, running))
             halted = waiting
             if len(reached) > 1:

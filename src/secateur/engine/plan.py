@@ -156,50 +156,63 @@ def plan_run(
         output_bytes: size of the files written.
     """
     layers = target.layers
-    linears = [
-        list(linears_of(x, target.architecture.layer_name(i)).values())
-        for i, x in enumerate(layers)
+    shapes = [
+        linear.shape
+        for index, layer in enumerate(layers)
+        for linear in linears_of(layer, target.architecture.layer_name(index)).values()
     ]
-    shapes = [linear.shape for layer in linears for linear in layer]
-    layer_bytes = max(
-        sum(p.numel() for p in layer.parameters()) * target.dtype.itemsize for layer in layers
-    )
     prunable = sum(out * columns for out, columns in shapes)
-    solve = SOLVE_COPIES.get(method.solver_name, 7) * 4 * max(o * i for o, i in shapes)
-    if "gram" in method.requires:
-        solve += 4 * 4 * max(i for _, i in shapes) ** 2
-    activation = forward = tokens = 0
-    disk = output_bytes
+    tokens = windows.numel() if windows is not None else 0
+    stored, forward = 0, 0
     if windows is not None:
-        tokens = windows.numel()
-        hidden, rehearsals = rehearse_model(target, windows, micro_batch_tokens)
-        stored = tokens * hidden.shape[-1] * hidden.dtype.itemsize
-        disk += 2 * stored
-        running = max(r.running_bytes for r in rehearsals)
-        batch_tokens = hidden.shape[0] * hidden.shape[1]
-        forward = running
-        if activations == "memory":
-            activation = stored
-        if method.requires & INPUT_STATISTICS and sequential == "group" and activations == "memory":
-            # A halted forward's own input is a view of the stored hidden states.
-            own = batch_tokens * hidden.shape[-1] * hidden.dtype.itemsize
-            halted = max(r.halted_bytes for r in rehearsals) - own
-            forward += halted * (tokens // batch_tokens)
-        if method.requires - INPUT_STATISTICS:
-            disk += 8 * prunable + len(layers) * stored
-            solve += 2 * 4 * prunable // len(layers)
+        stored, forward = forward_bytes(
+            target, windows, micro_batch_tokens, wait=waits(method, sequential, activations)
+        )
+    own = bool(method.requires - INPUT_STATISTICS)
     return Plan(
         process_bytes=resident_bytes(),
-        layer_bytes=layer_bytes,
-        activation_bytes=activation,
+        layer_bytes=max(
+            sum(p.numel() for p in layer.parameters()) * target.dtype.itemsize for layer in layers
+        ),
+        activation_bytes=stored if activations == "memory" else 0,
         forward_bytes=forward,
-        solve_bytes=solve,
-        disk_bytes=disk,
+        solve_bytes=solve_bytes(method, shapes) + own * 8 * prunable // len(layers),
+        disk_bytes=output_bytes + 2 * stored + own * (8 * prunable + len(layers) * stored),
         flops=2 * prunable * tokens * (1 if sequential == "group" else 2),
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
     )
+
+
+def waits(method: Method, sequential: str, activations: str) -> bool:
+    """Whether halted forwards of all micro-batches wait in memory for each other."""
+    gathered = bool(method.requires & INPUT_STATISTICS)
+    return gathered and sequential == "group" and activations == "memory"
+
+
+def solve_bytes(method: Method, shapes: list[tuple[int, int]]) -> int:
+    """Statistics, scores, masks and solver of the largest linear."""
+    solve = SOLVE_COPIES.get(method.solver_name, 7) * 4 * max(o * i for o, i in shapes)
+    if "gram" in method.requires:
+        solve += 4 * 4 * max(i for _, i in shapes) ** 2
+    return solve
+
+
+def forward_bytes(
+    target: Target, windows: Tensor, micro_batch_tokens: int, *, wait: bool
+) -> tuple[int, int]:
+    """Hidden states of all windows, and what forwards keep alive while they run and wait."""
+    hidden, rehearsals = rehearse_model(target, windows, micro_batch_tokens)
+    batch_tokens = hidden.shape[0] * hidden.shape[1]
+    own = hidden.numel() * hidden.dtype.itemsize
+    stored = own * windows.numel() // batch_tokens
+    forward = max(r.running_bytes for r in rehearsals)
+    if wait:
+        # A halted forward's own input is a view of the stored hidden states.
+        halted = max(r.halted_bytes for r in rehearsals) - own
+        forward += halted * (windows.numel() // batch_tokens)
+    return stored, forward
 
 
 def rehearse_model(

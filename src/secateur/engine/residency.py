@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.models.checkpoint import read_all, write_all
 
-__all__ = ["LiveTensors", "ParkingLot"]
+__all__ = ["LiveTensors", "Parking"]
 
 
 class LiveTensors(TorchDispatchMode):
@@ -65,21 +65,25 @@ class LiveTensors(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self.live())
 
 
-class ParkingLot:
+class Parking:
     """Puts a halted forward's tensors aside and brings them back.
 
     Args:
+        permanent: tensors that stay where they are: weights, shared arguments.
         folder: parked on disk there, or in host memory when None (for forwards on a GPU).
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, permanent: Iterable[Tensor], folder: Path | None) -> None:
+        self.live = LiveTensors(permanent)
         self.folder = folder
+        self.alive: dict[int, dict[int, StorageWeakRef]] = {}
         self.parked: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
         self.saved: dict[int, list[Tensor]] = {}
 
-    def park(self, forward: int, storages: list[torch.UntypedStorage]) -> None:
-        """Free the memory of these storages, keeping their content."""
-        storages = [storage for storage in storages if storage.nbytes()]
+    def park(self, forward: int) -> None:
+        """Free the memory of what the forward that just halted keeps alive."""
+        storages = [storage for storage in self.live.live() if storage.nbytes()]
+        self.alive[forward] = self.live.current
         self.parked[forward] = [(storage, storage.nbytes()) for storage in storages]
         if self.folder is None:
             self.saved[forward] = [content(s).to("cpu", copy=True) for s in storages]
@@ -91,7 +95,8 @@ class ParkingLot:
             storage.resize_(0)
 
     def bring_back(self, forward: int) -> None:
-        """Fill the storages of a parked forward again; one that is not parked is left alone."""
+        """Fill the storages of a parked forward again, and watch on from where it was."""
+        self.live.current = self.alive.get(forward, {})
         if forward not in self.parked:
             return
         kept = self.parked.pop(forward)

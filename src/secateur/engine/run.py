@@ -24,7 +24,7 @@ from secateur.engine.forwards import by_group, by_layer, find_groups
 from secateur.engine.ledger import Ledger
 from secateur.engine.pages import reused_pages
 from secateur.engine.progress import Progress
-from secateur.engine.residency import LiveTensors, ParkingLot
+from secateur.engine.residency import Parking
 from secateur.engine.selection import Selection
 from secateur.engine.surgery import (
     INPUT_STATISTICS,
@@ -90,6 +90,7 @@ class Run:
         self.activations: Activations | None = None
         self.calls: dict[int, list[LayerCall]] = {}
         self.groups: Sequence[Sequence[str]] | None = target.architecture.groups
+        self.parking: Parking | None = None
         self.told = 0
         self.sparsity_of = self.plan_sparsity()
 
@@ -260,8 +261,8 @@ class Run:
         last = index == len(self.target.layers) - 1
         forwards = [self.forward(index, layer, batch, write=not last) for batch in self.batches()]
         if self.settings.sequential == "group":
-            live, lot = self.parking(layer, index)
-            by_group(groups, forwards, gather, prune, live, lot, outputs_needed=not last)
+            self.parking = self.open_parking(index, layer)
+            by_group(groups, forwards, gather, prune, self.parking, outputs_needed=not last)
         else:
             dense = [self.forward(index, layer, b, write=False) for b in self.batches()]
             by_layer(groups, dense, gather)
@@ -294,8 +295,8 @@ class Run:
         def run() -> None:
             assert self.activations is not None
             hidden = self.activations.read(batch).to(self.target.device)
-            if self.live is not None:
-                self.live.note(hidden)
+            if self.parking is not None:
+                self.parking.live.note(hidden)
             out = call_layer(layer, hidden, self.call(index, batch))
             if write:
                 self.activations.write(batch, out)
@@ -303,18 +304,15 @@ class Run:
 
         return run
 
-    live: LiveTensors | None = None
-
-    def parking(self, layer: nn.Module, index: int) -> tuple[LiveTensors | None, ParkingLot | None]:
+    def open_parking(self, index: int, layer: nn.Module) -> Parking | None:
         """Where halted forwards are put: nowhere, when memory holds them."""
         on_disk = self.settings.activations == "disk"
         if not on_disk and self.target.device.type == "cpu":
-            return None, None
-        kept = [*layer.parameters(), *layer.buffers()]
+            return None
+        permanent = [*layer.parameters(), *layer.buffers()]
         for calls in self.calls.values():
-            kept += calls[index].tensors()
-        self.live = LiveTensors(kept)
-        return self.live, ParkingLot(self.settings.work if on_disk else None)
+            permanent += calls[index].tensors()
+        return Parking(permanent, self.settings.work if on_disk else None)
 
     def own_statistics(self, index: int) -> Callable[[Linear], dict[str, Tensor]]:
         """Statistics of each linear itself, from the gradient pass."""

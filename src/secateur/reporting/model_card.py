@@ -8,6 +8,46 @@ from typing import Any
 
 __all__ = ["model_card"]
 
+TEMPLATE = """---
+{front_matter}
+---
+# {source}, pruned to {sparsity}
+
+Made by secateur {version} with **{method[name]}** (score {method[score]}, solver {method[solver]}).
+
+| | |
+|---|---|
+| source | `{source}` ({kind}) |
+| zeros in the decoder's matrices | {decoder_sparsity} |
+| zeros in all parameters | {model_sparsity} |
+| pattern, scope | {method[pattern]}, {method[scope]} |
+| calibration | {calibration} |
+| wall time | {seconds} s on {hardware} |
+| peak memory | {peak} GiB |
+
+The zeros are stored as zeros: this folder is as large as the source, and engines that do not know
+of sparsity run it at the source's speed. Embeddings, norms and output head are the source's.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+```
+
+## Make it again
+
+`secateur prune recipe.yaml --output DIR` with `recipe.yaml`:
+
+```yaml
+{recipe}
+```
+
+The calibration windows are in `secateur/windows.safetensors`; per-layer records in
+`secateur/layers.jsonl`; versions and hardware in `secateur/manifest.json`.
+"""
+
 
 def model_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path) -> str:
     """The text of README.md for the output folder.
@@ -29,59 +69,22 @@ def model_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Pat
         pipeline_tag="text-generation",
         tags=["pruned", "sparse", "secateur", manifest["method"]["name"]],
     )
-    result, cost = manifest["result"], manifest["cost"]
-    lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        f"# {source['name']}, pruned to {result['decoder_sparsity']:.1%}",
-        "",
-        f"Made by [secateur]{{}} {manifest['environment']['secateur']} with "
-        f"**{manifest['method']['name']}** ({describe_method(manifest['method'])}).".replace(
-            "{}", ""
-        ),
-        "",
-        "| | |",
-        "|---|---|",
-        f"| source | `{source['name']}` ({source['kind']}) |",
-        f"| zeros in the decoder's matrices | {result['decoder_sparsity']:.4%} |",
-        f"| zeros in all parameters | {result['model_sparsity']:.4%} |",
-        f"| pattern, scope | {manifest['method']['pattern']}, {manifest['method']['scope']} |",
-        f"| calibration | {describe_calibration(manifest.get('calibration'))} |",
-        f"| wall time | {cost['seconds']:.0f} s on {manifest['environment']['cpu']}, "
-        f"{manifest['environment']['threads']} threads |",
-        f"| peak memory | {cost['peak_resident_bytes'] / 2**30:.2f} GiB |",
-        "",
-        "The zeros are stored as zeros: this folder is as large as the source, and engines that do "
-        "not know of sparsity run it at the source's speed. Embeddings, norms and the output head "
-        "are those of the source.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("DIR")',
-        "```",
-        "",
-        "## Make it again",
-        "",
-        "`secateur prune recipe.yaml --output DIR` with `recipe.yaml`:",
-        "",
-        "```yaml",
-        recipe_yaml.rstrip(),
-        "```",
-        "",
-        "The calibration windows are in `secateur/windows.safetensors`; per-layer records in "
-        "`secateur/layers.jsonl`; versions and hardware in `secateur/manifest.json`.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def describe_method(method: Mapping[str, Any]) -> str:
-    """Score and solver in words."""
-    return f"score {method['score']}, solver {method['solver']}"
+    result, environment = manifest["result"], manifest["environment"]
+    return TEMPLATE.format(
+        front_matter=data.to_yaml(),
+        source=source["name"],
+        kind=source["kind"],
+        sparsity=f"{result['decoder_sparsity']:.1%}",
+        version=environment["secateur"],
+        method=manifest["method"],
+        decoder_sparsity=f"{result['decoder_sparsity']:.4%}",
+        model_sparsity=f"{result['model_sparsity']:.4%}",
+        calibration=describe_calibration(manifest.get("calibration")),
+        seconds=f"{manifest['cost']['seconds']:.0f}",
+        hardware=f"{environment['cpu']}, {environment['threads']} threads",
+        peak=f"{manifest['cost']['peak_resident_bytes'] / 2**30:.2f}",
+        recipe=recipe_yaml.rstrip(),
+    )
 
 
 def describe_calibration(calibration: Mapping[str, Any] | None) -> str:

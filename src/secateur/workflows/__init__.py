@@ -3,9 +3,10 @@
 The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`.
 """
 
+from secateur.reporting.prune_report import PruneReport
 from secateur.workflows.evaluating import Evaluation, evaluate
 from secateur.workflows.inspecting import inspect_model
-from secateur.workflows.pruning import PruneReport, plan, plan_recipe, prune, run_recipe
+from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
 
 __all__ = [
     "Evaluation",

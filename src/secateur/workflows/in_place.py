@@ -1,0 +1,122 @@
+"""Pruning a loaded model in place, and the steps it shares with pruning a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration.windows import WindowPlan, load_calibration
+from secateur.engine.gradients import gather_gradients
+from secateur.engine.ledger import Ledger
+from secateur.engine.progress import Progress
+from secateur.engine.run import Run, Settings
+from secateur.engine.selection import Selection
+from secateur.engine.surgery import INPUT_STATISTICS
+from secateur.engine.survey import share_globally
+from secateur.engine.targets import ModelTarget
+from secateur.errors import RecipeError
+from secateur.models.skeleton import quiet_transformers
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.schema import PruneRecipe
+from secateur.reporting.prune_report import PruneReport
+from secateur.workflows.preparing import method_of
+
+__all__ = ["carry_out", "nested", "prune_module"]
+
+
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort flat options into the sections of a recipe."""
+    sections = {
+        "calibration": {"samples", "sequence_length", "seed", "packing", "field"},
+        "memory": {"budget_gib", "activations", "micro_batch_tokens"},
+    }
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        home = next((s for s, keys in sections.items() if key in keys), None)
+        if home:
+            values.setdefault(home, {})[key] = value
+        elif key == "calibration" and isinstance(value, str):
+            values.setdefault("calibration", {})["source"] = value
+        else:
+            values[key] = value
+    return values
+
+
+def carry_out(run: Run, done: int) -> None:
+    """Gradients if the method needs them, shares if the scope is global, then the layers."""
+    if run.method.requires - INPUT_STATISTICS:
+        assert run.windows is not None
+        assert run.settings.work is not None
+        calls = run.calls_of_one_window()
+        gather_gradients(run.target, run.windows, calls, run.settings.work, run.progress)
+    if run.method.pattern.scope == "global":
+        share_globally(run)
+    run.execute(done)
+
+
+def prune_module(
+    model: nn.Module,
+    calibration: str | Path | Tensor,
+    tokenizer: Any,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> PruneReport:
+    """Prune a loaded model in place."""
+    recipe = build_recipe({"model": "loaded", **nested(options)})
+    method, sparsity = method_of(recipe)
+    windows = None
+    if method.requires:
+        windows = module_windows(recipe, calibration, tokenizer, model)
+    target = ModelTarget(model)
+    ledger = Ledger(None, {})
+    selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
+    needs_disk = method.requires - INPUT_STATISTICS or method.pattern.scope == "global"
+    scratch: Any = (
+        tempfile.TemporaryDirectory(prefix="secateur-")
+        if needs_disk
+        else contextlib.nullcontext(None)
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        with scratch as folder, quiet_transformers():
+            work = Path(folder) if folder else None
+            settings = Settings(recipe.sequential, recipe.memory.micro_batch_tokens, "memory", work)
+            run = Run(target, method, sparsity, selection, windows, settings, ledger, progress)
+            carry_out(run, 0)
+    finally:
+        model.train(was_training)
+    records: Sequence[dict[str, Any]] = [r for layer in ledger.layers for r in layer["linears"]]
+    zeros = sum(r["zeros"] for r in records)
+    weights = sum(r["shape"][0] * r["shape"][1] for r in records)
+    return PruneReport(zeros / weights if weights else 0.0, ledger.layers)
+
+
+def module_windows(
+    recipe: PruneRecipe, calibration: str | Path | Tensor, tokenizer: Any, model: Any
+) -> Tensor:
+    """Calibration windows for a loaded model."""
+    if isinstance(calibration, Tensor):
+        return calibration.to("cpu", torch.int64)
+    if tokenizer is None:
+        raise RecipeError(
+            "calibration text needs a tokenizer",
+            remedy="pass tokenizer=..., or token windows [samples, sequence_length]",
+        )
+    options = recipe.calibration
+    length = options.sequence_length or min(2048, model.config.max_position_embeddings)
+    plan = WindowPlan(options.samples, length, options.seed, options.packing)
+    windows, _ = load_calibration(
+        str(calibration),
+        tokenizer,
+        plan,
+        field=options.field,
+        vocab_size=model.config.vocab_size,
+    )
+    return windows
