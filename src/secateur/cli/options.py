@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["recipe_from"]
 
-# typer reads these annotations at run time on Python 3.10, hence Optional instead of `| None`.
 ModelArgument = Annotated[
     str, typer.Argument(help="Hub id, folder, GGUF file, named sample, or a recipe (*.yaml).")
 ]
