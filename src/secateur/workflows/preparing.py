@@ -103,7 +103,11 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
 
 
 def prepare(
-    recipe: PruneRecipe, output: Path | None = None, stored_windows: Path | None = None
+    recipe: PruneRecipe,
+    output: Path | None = None,
+    stored_windows: Path | None = None,
+    *,
+    only_plan: bool = False,
 ) -> Prepared:
     """Fetch, open and check everything a recipe names; writes nothing.
 
@@ -111,6 +115,7 @@ def prepare(
         recipe: the recipe.
         output: where the patched copy will lie, or None to only plan.
         stored_windows: windows of an earlier run to use again.
+        only_plan: no text is read; blank windows of the asked number and length stand in.
     """
     method, sparsity = method_of(recipe)
     device = choose_device(recipe.device)
@@ -130,14 +135,14 @@ def prepare(
             windows = load_windows(stored_windows)
             calibration = {}
         else:
-            windows, calibration = calibration_windows(recipe, source, target)
+            windows, calibration = calibration_windows(recipe, source, target, only_plan)
     return Prepared(
         recipe, source, reader, target, method, selection, sparsity, windows, calibration
     )
 
 
 def calibration_windows(
-    recipe: PruneRecipe, source: LocalCheckpoint, target: Target
+    recipe: PruneRecipe, source: LocalCheckpoint, target: Target, only_plan: bool
 ) -> tuple[Tensor, dict[str, Any]]:
     """The calibration windows a recipe asks for, and where they come from."""
     options = recipe.calibration
@@ -150,6 +155,8 @@ def calibration_windows(
             remedy=f"use --sequence-length {longest} or less",
         )
     plan = WindowPlan(options.samples, length, options.seed, options.packing)
+    if only_plan and not options.source.endswith(".safetensors"):
+        return torch.zeros((plan.samples, length), dtype=torch.int64), {}
     tokenizer = None
     if not options.source.endswith(".safetensors"):
         tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)

@@ -47,7 +47,7 @@ def plan(model: str, **options: Any) -> Plan:
 
 def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
     """The plan of a recipe, and where its hidden states would wait."""
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, only_plan=True)
     run_of(prepared, Settings(), Ledger(None, {}), Silent())  # refuses what does not fit
     return choose_plan(prepared, recipe.memory)
 
