@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import NumericalError, PatternError, RecipeError
-from secateur.sparsity.allocation import allocations
 from secateur.sparsity.allocation.global_threshold import global_threshold
 from secateur.sparsity.patterns import parse_pattern
 
@@ -106,13 +105,3 @@ def test_changing_scores_are_noticed():
     passes = iter([torch.ones(4), torch.arange(4.0)])
     with pytest.raises(NumericalError, match="changed between"):
         global_threshold(lambda: iter([("a", next(passes))]), 2)
-
-
-@pytest.mark.parametrize("name", list(allocations))
-def test_every_allocation_keeps_the_mean(name):
-    sizes = {"q": 100, "k": 30, "up": 700}
-    given = allocations[name]()(sizes, 0.6)
-    assert given.keys() == sizes.keys()
-    mean = sum(given[n] * sizes[n] for n in sizes) / sum(sizes.values())
-    assert mean == pytest.approx(0.6)
-    assert all(0 <= s < 1 for s in given.values())
