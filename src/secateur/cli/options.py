@@ -80,19 +80,6 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 
-PLACES = {
-    "samples": ("calibration", "samples"),
-    "sequence_length": ("calibration", "sequence_length"),
-    "seed": ("calibration", "seed"),
-    "packing": ("calibration", "packing"),
-    "field": ("calibration", "field"),
-    "calibration": ("calibration", "source"),
-    "memory_budget_gib": ("memory", "budget_gib"),
-    "activations": ("memory", "activations"),
-    "micro_batch_tokens": ("memory", "micro_batch_tokens"),
-}
-"""Options that belong to a section of the recipe."""
-
 OF_THE_COMMAND = {"model", "assignments", "override", "resume", "restart", "overwrite", "as_json"}
 """Options that are not fields of the recipe."""
 
@@ -103,21 +90,31 @@ def recipe_from(given: dict[str, Any]) -> PruneRecipe:
     Args:
         given: the arguments of the verb, by name.
     """
-    from secateur.recipes.reading import build_recipe, is_recipe_file, read_recipe_file
+    from secateur.recipes.reading import (
+        SECTIONS,
+        build_recipe,
+        is_recipe_file,
+        nested,
+        read_recipe_file,
+    )
 
     model = given["model"]
     values: dict[str, Any] = {"model": model}
     where = None
     if is_recipe_file(model):
         values, where = read_recipe_file(Path(model)), model
+    options = {
+        "budget_gib" if key == "memory_budget_gib" else key: value
+        for key, value in given.items()
+        if key not in OF_THE_COMMAND and value is not None and value is not False
+    }
     if given.get("override"):
-        values["overrides"] = dict(parse_override(text) for text in given["override"])
-    for key, value in given.items():
-        if key in OF_THE_COMMAND or value is None or value is False:
-            continue
-        section, name = PLACES.get(key, (None, key))
-        home = values if section is None else values.setdefault(section, {})
-        home[name] = value
+        options["overrides"] = dict(parse_override(text) for text in given["override"])
+    for key, value in nested(options).items():
+        if key in SECTIONS:
+            values.setdefault(key, {}).update(value)
+        else:
+            values[key] = value
     return build_recipe(values, tuple(given.get("assignments") or ()), where)
 
 

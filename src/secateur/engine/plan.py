@@ -67,7 +67,8 @@ def rehearse(
     """
     meta = torch.device("meta")
     call = call.to(meta)
-    live = LiveTensors([*layer.parameters(), *layer.buffers(), *call.tensors()])
+    permanent = [*layer.parameters(), *layer.buffers(), *call.tensors()]
+    live = LiveTensors(permanent, find_peak=True)
     halted = [0]
     linears = linears_of(layer, "")
     first = [group[0] for group in groups] if groups else list(linears)

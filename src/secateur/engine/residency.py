@@ -30,10 +30,12 @@ class LiveTensors(TorchDispatchMode):
 
     Args:
         permanent: tensors whose storages are never counted (weights, shared arguments).
+        find_peak: keep `peak_bytes` up to date, at the price of a count after every operation.
     """
 
-    def __init__(self, permanent: Iterable[Tensor] = ()) -> None:
+    def __init__(self, permanent: Iterable[Tensor], *, find_peak: bool = False) -> None:
         super().__init__()
+        self.find_peak = find_peak
         self.permanent = {t.untyped_storage()._cdata for t in permanent}
         self.current: dict[int, StorageWeakRef] = {}
         self.peak_bytes = 0
@@ -44,7 +46,8 @@ class LiveTensors(TorchDispatchMode):
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self.note(value)
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes())
+        if self.find_peak:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes())
         return out
 
     def note(self, tensor: Tensor) -> None:

@@ -11,9 +11,22 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
-from secateur.recipes.schema import PruneRecipe
+from secateur.recipes.schema import Calibration, Memory, PruneRecipe
 
-__all__ = ["build_recipe", "dump_recipe", "is_recipe_file", "read_recipe_file"]
+__all__ = [
+    "SECTIONS",
+    "build_recipe",
+    "dump_recipe",
+    "is_recipe_file",
+    "nested",
+    "read_recipe_file",
+]
+
+SECTIONS: Mapping[str, frozenset[str]] = {
+    "calibration": frozenset(Calibration.model_fields) - {"source"},
+    "memory": frozenset(Memory.model_fields),
+}
+"""The sections of a recipe, and the options that belong to them."""
 
 
 def is_recipe_file(text: str) -> bool:
@@ -83,6 +96,20 @@ def build_recipe(
             + "\n    ".join(faults),
             where=where,
         ) from None
+
+
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort flat options, as Python and the command line take them, into a recipe's sections."""
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        home = next((name for name, keys in SECTIONS.items() if key in keys), None)
+        if home:
+            values.setdefault(home, {})[key] = value
+        elif key == "calibration" and isinstance(value, str):
+            values.setdefault("calibration", {})["source"] = value
+        else:
+            values[key] = value
+    return values
 
 
 def fault_text(fault: Any) -> str:

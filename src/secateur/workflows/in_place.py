@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.windows import WindowPlan, load_calibration
+from secateur.calibration.windows import load_calibration
 from secateur.engine.gradients import gather_gradients
 from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Progress
@@ -22,30 +22,12 @@ from secateur.engine.survey import share_globally
 from secateur.engine.targets import ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.skeleton import quiet_transformers
-from secateur.recipes.reading import build_recipe
+from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.prune_report import PruneReport
-from secateur.workflows.preparing import method_of
+from secateur.workflows.preparing import method_of, window_plan
 
-__all__ = ["carry_out", "nested", "prune_module"]
-
-
-def nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort flat options into the sections of a recipe."""
-    sections = {
-        "calibration": {"samples", "sequence_length", "seed", "packing", "field"},
-        "memory": {"budget_gib", "activations", "micro_batch_tokens"},
-    }
-    values: dict[str, Any] = {}
-    for key, value in options.items():
-        home = next((s for s, keys in sections.items() if key in keys), None)
-        if home:
-            values.setdefault(home, {})[key] = value
-        elif key == "calibration" and isinstance(value, str):
-            values.setdefault("calibration", {})["source"] = value
-        else:
-            values[key] = value
-    return values
+__all__ = ["carry_out", "prune_module"]
 
 
 def carry_out(run: Run, done: int) -> None:
@@ -109,14 +91,11 @@ def module_windows(
             "calibration text needs a tokenizer",
             remedy="pass tokenizer=..., or token windows [samples, sequence_length]",
         )
-    options = recipe.calibration
-    length = options.sequence_length or min(2048, model.config.max_position_embeddings)
-    plan = WindowPlan(options.samples, length, options.seed, options.packing)
     windows, _ = load_calibration(
         str(calibration),
         tokenizer,
-        plan,
-        field=options.field,
+        window_plan(recipe.calibration, model.config),
+        field=recipe.calibration.field,
         vocab_size=model.config.vocab_size,
     )
     return windows

@@ -20,7 +20,7 @@ from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_files
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.recipes.schema import Memory, PruneRecipe
+from secateur.recipes.schema import Calibration, Memory, PruneRecipe
 from secateur.sparsity.methods import Method, compose
 
 __all__ = ["Prepared", "check_disk", "choose_device", "choose_plan", "method_of", "prepare"]
@@ -146,17 +146,9 @@ def calibration_windows(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The calibration windows a recipe asks for, and where they come from."""
     options = recipe.calibration
-    longest = getattr(target.model.config, "max_position_embeddings", None) or 2048
-    length = options.sequence_length or min(2048, longest)
-    if length > longest:
-        raise RecipeError(
-            f"sequence length {length} exceeds the model's {longest} positions",
-            where="calibration.sequence_length",
-            remedy=f"use --sequence-length {longest} or less",
-        )
-    plan = WindowPlan(options.samples, length, options.seed, options.packing)
+    plan = window_plan(options, target.model.config)
     if only_plan and not options.source.endswith(".safetensors"):
-        return torch.zeros((plan.samples, length), dtype=torch.int64), {}
+        return torch.zeros((plan.samples, plan.sequence_length), dtype=torch.int64), {}
     tokenizer = None
     if not options.source.endswith(".safetensors"):
         tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
@@ -168,6 +160,23 @@ def calibration_windows(
         vocab_size=target.model.config.vocab_size,
     )
     return windows, provenance
+
+
+def window_plan(options: Calibration, config: Any) -> WindowPlan:
+    """How windows are cut for a model of this configuration.
+
+    Raises:
+        RecipeError: the windows asked for are longer than the model reads.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or 2048
+    length = options.sequence_length or min(2048, longest)
+    if length > longest:
+        raise RecipeError(
+            f"sequence length {length} exceeds the model's {longest} positions",
+            where="calibration.sequence_length",
+            remedy=f"use --sequence-length {longest} or less",
+        )
+    return WindowPlan(options.samples, length, options.seed, options.packing)
 
 
 def fingerprint(windows: Tensor | None) -> str | None:

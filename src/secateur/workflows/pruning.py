@@ -19,12 +19,12 @@ from secateur.engine.plan import Plan
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.run import Run, Settings
 from secateur.errors import RecipeError
-from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.manifest import MANIFEST_VERSION, environment
 from secateur.reporting.model_card import model_card
 from secateur.reporting.prune_report import PruneReport
-from secateur.workflows.in_place import carry_out, nested, prune_module
+from secateur.workflows.in_place import carry_out, prune_module
 from secateur.workflows.preparing import (
     Prepared,
     check_disk,
