@@ -74,7 +74,7 @@ def evaluate(
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise RecipeError("a loaded model needs tokenizer=...")
-        loaded, name = model, type(model).__name__
+        loaded, name = model, type(tokenizer).__name__
     else:
         loaded, tokenizer = load_model(str(model), device, trust_remote_code)
         name = str(model)
