@@ -7,13 +7,22 @@ here, so H = gram + damping · mean(diag(gram)) · I.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from secateur.errors import NumericalError, RecipeError
 from secateur.types import Gram, Weight
 
-__all__ = ["check_damping", "inverse_factor", "output_energy", "relative_output_error"]
+__all__ = [
+    "check_damping",
+    "check_gram",
+    "check_weight",
+    "cholesky",
+    "damped_diagonal",
+    "inverse_factor",
+    "output_energy",
+    "relative_output_error",
+]
 
 # L_jj² / H_jj is the share of column j that the other columns do not explain. Below these shares
 # the subtraction that made the pivot has lost nearly all digits of the dtype: the factor is noise.
@@ -35,6 +44,62 @@ def check_damping(damping: float) -> None:
         )
 
 
+def check_gram(gram: Gram) -> None:
+    """Refuse the gram of inputs that overflowed; its diagonal bounds all other entries.
+
+    Raises:
+        NumericalError: a calibration input is infinite or not a number.
+    """
+    bad = ~torch.isfinite(gram.diagonal())
+    if bad.any():
+        raise NumericalError(
+            f"{int(bad.sum())} of {len(gram)} calibration inputs are infinite or not a number",
+            remedy="load the model in bfloat16 or float32; look for an overflow in the "
+            "layers before this one",
+        )
+
+
+def check_weight(weight: Weight) -> None:
+    """Refuse a weight whose errors would have no order.
+
+    Raises:
+        NumericalError: a weight is infinite or not a number.
+    """
+    if not torch.isfinite(weight).all():
+        raise NumericalError(
+            "the weight holds infinite values or NaN", remedy="check the checkpoint"
+        )
+
+
+def damped_diagonal(
+    gram: Gram, damping: float
+) -> tuple[Float32[Tensor, " in"], Bool[Tensor, " in"]]:
+    """The diagonal of H = gram + damping · mean(diag(gram)) · I, and the dead columns.
+
+    Args:
+        gram: float32 [in, in].
+        damping: fraction of the mean diagonal added to the diagonal.
+
+    Returns:
+        diag(H), float32 [in], and the dead columns, bool [in]: inputs that were zero for every
+        calibration token. They get H_jj = 1, as in SparseGPT, and touch no other column.
+
+    Raises:
+        NumericalError: the gram is not finite, or is zero everywhere.
+    """
+    check_gram(gram)
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    if dead.all():
+        raise NumericalError(
+            "every calibration input of this linear is zero",
+            remedy="use more calibration tokens (an expert may never have been chosen), or leave "
+            "this linear out",
+        )
+    damped = diagonal + damping * diagonal.mean()
+    return torch.where(dead, torch.ones_like(diagonal), damped), dead
+
+
 def inverse_factor(
     gram: Gram, damping: float
 ) -> tuple[Float32[Tensor, "in in"], Bool[Tensor, " in"]]:
@@ -49,49 +114,44 @@ def inverse_factor(
         damping: fraction of the mean diagonal added to the diagonal.
 
     Returns:
-        U, float32 [in, in], and the dead columns, bool [in]: inputs that were zero for every
-        calibration token. They get H_jj = 1, as in SparseGPT, and touch no other column.
+        U, float32 [in, in], and the dead columns, bool [in], as in `damped_diagonal`.
 
     Raises:
         NumericalError: the gram is not finite, is zero everywhere, or is not positive definite
             even in float64. Nothing is put in the place of an inverse that does not exist.
     """
-    diagonal = gram.diagonal()
-    if not torch.isfinite(diagonal).all():
-        raise NumericalError(
-            f"{int((~torch.isfinite(diagonal)).sum())} of {len(diagonal)} calibration inputs "
-            "are infinite or not a number",
-            remedy="load the model in bfloat16 or float32; look for an overflow in the "
-            "layers before this one",
-        )
-    dead = diagonal == 0
-    if dead.all():
-        raise NumericalError(
-            "every calibration input of this linear is zero",
-            remedy="use more calibration tokens (an expert may never have been chosen), or leave "
-            "this linear out",
-        )
-    damped = torch.where(dead, torch.ones_like(diagonal), diagonal + damping * diagonal.mean())
+    damped, dead = damped_diagonal(gram, damping)
     for dtype in (torch.float32, torch.float64):
         factor = _factorise(gram.to(dtype, copy=True), damped.to(dtype))
         if factor is not None:
             return factor.float(), dead
     raise NumericalError(
-        f"the gram of {len(diagonal)} inputs is not positive definite with damping {damping}",
+        f"the gram of {len(gram)} inputs is not positive definite with damping {damping}",
         remedy="use more calibration tokens, or a larger damping (0.01 is usual, try 0.1)",
     )
+
+
+def cholesky(hessian: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"] | None:
+    """The lower triangular L with LLᵀ = H, or None if it cannot be had in the dtype of H.
+
+    Args:
+        hessian: one or many symmetric matrices [..., n, n], float32 or float64.
+    """
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    shares = lower.diagonal(dim1=-2, dim2=-1).square() / hessian.diagonal(dim1=-2, dim2=-1)
+    if bool(failed.any()) or not bool((shares > _SMALLEST_PIVOT[hessian.dtype]).all()):
+        return None
+    return lower
 
 
 def _factorise(hessian: Tensor, damped: Tensor) -> Tensor | None:
     """U with UᵀU = H⁻¹, or None if it cannot be had in this precision."""
     hessian.diagonal().copy_(damped)
     # Lower and upper swap when rows and columns are reversed: JHJ = LLᵀ gives H = RRᵀ, R = JLJ.
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    upper = lower.flip(0, 1)
-    shares = upper.diagonal().square() / damped
-    if int(failed) or not bool((shares > _SMALLEST_PIVOT[hessian.dtype]).all()):
+    lower = cholesky(hessian.flip(0, 1))
+    if lower is None:
         return None
-    inverse = _invert_upper(upper)
+    inverse = _invert_upper(lower.flip(0, 1))
     return inverse if bool(torch.isfinite(inverse).all()) else None
 
 

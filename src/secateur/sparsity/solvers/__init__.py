@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from secateur.errors import RecipeError
 from secateur.registry import Registry
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Statistics, Weight
 
-__all__ = ["Solution", "Solver", "solvers"]
+__all__ = ["Solution", "Solver", "required_mask", "solvers"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,17 @@ class Solver(Protocol):
 
 
 solvers: Registry[type[Solver]] = Registry("solver", __name__)
+
+
+def required_mask(mask: Mask | None, solver: str) -> Mask:
+    """The mask, for solvers that cannot choose one.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if mask is None:
+        raise RecipeError(
+            f"the solver {solver!r} cannot choose which weights to prune",
+            remedy="select a mask by a score first: pattern.mask(score, sparsity)",
+        )
+    return mask

@@ -9,8 +9,13 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from secateur.errors import NumericalError, RecipeError
-from secateur.sparsity.hessian import check_damping, inverse_factor, relative_output_error
+from secateur.errors import RecipeError
+from secateur.sparsity.hessian import (
+    check_damping,
+    check_weight,
+    inverse_factor,
+    relative_output_error,
+)
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight
@@ -110,10 +115,7 @@ class OBS:
             PatternError: the pattern cannot hold this sparsity or shape.
             NumericalError: a weight is infinite or not a number.
         """
-        if not torch.isfinite(weight).all():
-            raise NumericalError(
-                "the weight holds infinite values or NaN", remedy="check the checkpoint"
-            )
+        check_weight(weight)
         if mask is None:
             rows, inputs = weight.shape
             pattern.check((rows, inputs), sparsity)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.errors import RecipeError
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, solvers
+from secateur.sparsity.solvers import Solution, required_mask, solvers
 from secateur.types import Mask, Statistics, Weight
 
 __all__ = ["Zeroing"]
@@ -38,10 +37,6 @@ class Zeroing:
         Raises:
             RecipeError: no mask was given; this solver cannot choose one.
         """
-        if mask is None:
-            raise RecipeError(
-                "the solver 'zero' cannot choose which weights to prune",
-                remedy="select a mask by a score first: pattern.mask(score, sparsity)",
-            )
+        mask = required_mask(mask, "zero")
         pruned = weight.detach().float().masked_fill(~mask, 0.0)
         return Solution(weight=pruned, mask=mask, error=None)

@@ -1,0 +1,42 @@
+"""Refinements: is there a better mask with as many zeros? One file each.
+
+A refinement takes a mask that was chosen by a score and returns another that the same pattern
+allows, with the same number of zeros in every row and a smaller error of the layer's outputs.
+Solvers then find the weights that remain.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+from secateur.registry import Registry
+from secateur.sparsity.patterns import Pattern
+from secateur.types import Mask, Statistics, Weight
+
+__all__ = ["Refinement", "refinements"]
+
+
+@runtime_checkable
+class Refinement(Protocol):
+    """The contract of a refinement."""
+
+    requires: ClassVar[frozenset[str]]
+    """Names of the statistics that must be gathered."""
+
+    def refine(
+        self,
+        weight: Weight,
+        mask: Mask,
+        statistics: Statistics,
+        pattern: Pattern,
+        sparsity: float,
+    ) -> Mask:
+        """A mask of the same pattern and counts; must not change its arguments.
+
+        Raises:
+            PatternError: the refinement cannot keep the zeros of this pattern.
+        """
+        ...
+
+
+refinements: Registry[type[Refinement]] = Registry("refinement", __name__)

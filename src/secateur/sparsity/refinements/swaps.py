@@ -1,0 +1,261 @@
+"""Pair swaps (SparseSwaps): prune a kept weight, restore a pruned one, where the error falls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secateur.errors import PatternError, RecipeError
+from secateur.sparsity.hessian import check_gram, check_weight
+from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.refinements import refinements
+from secateur.types import Gram, Mask, Statistics, Weight
+
+__all__ = ["SparseSwaps"]
+
+# Rows swapped together: enough to make the product with the gram efficient, as long as the pairs
+# within N:M groups stay below so many entries.
+_CHUNK_ROWS = 512
+_CHUNK_ENTRIES = 2**24
+# Columns of the gram that are held in float64 at a time.
+_EXACT_COLUMNS = 256
+# A swap must lower the error of its row by this share of what it was at first: less is rounding.
+_LEAST_GAIN = 1e-6
+_NEVER = float("inf")
+
+
+@refinements.register("swaps")
+@dataclass(frozen=True)
+class SparseSwaps:
+    """Lowers the error of a mask by exchanging kept and pruned weights within each row.
+
+    With w a row of W, d = w where pruned and 0 where kept, G the gram and c = Gd, the error of the
+    row is dᵀGd. Pruning a kept p and restoring a pruned q changes it by
+
+        Δ_pq = (w_p² G_pp + 2 w_p c_p) + (w_q² G_qq − 2 w_q c_q) − 2 w_p w_q G_pq.
+
+    Swaps with Δ < 0 are made until a row has none among its candidates, or has made `swaps` of
+    them. Every row, and for N:M every group, keeps its number of zeros, so that the counts of every
+    scope are kept as well. What remains of W is taken to stay as it is: a solver that adjusts it
+    gains less from a swap than the formula says.
+
+    Paper: Zimmer et al. 2025, "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale",
+    arXiv:2512.10922. Deviations: the paper looks at all pairs for every single swap. Here each
+    sweep pairs the `candidates` cheapest weights to prune, each with the best of the `candidates`
+    cheapest to restore (for N:M the best pair of each of so many groups), and then takes one pair
+    after the other, the best first, while all others are corrected by what it changes for them:
+    with δ_s = w_p e_p − w_q e_q, taking s adds 2 δ_sᵀGδ_t to Δ_t. So each swap lowers the error by
+    exactly its Δ, many are made for one product with G, and c never drifts. A row whose error is
+    not lower in float64 in the end, which takes rounding in float32 alone, gets its old mask back.
+
+    Args:
+        swaps: the most swaps in a row.
+        candidates: weights to prune, and weights to restore, considered at once in a row; with as
+            many as there are inputs, and one swap, it is the best of all pairs.
+
+    Raises:
+        RecipeError: swaps or candidates are below 1.
+    """
+
+    swaps: int = 1000
+    candidates: int = 32
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def __post_init__(self) -> None:
+        for name, value in (("swaps", self.swaps), ("candidates", self.candidates)):
+            if value < 1:
+                raise RecipeError(f"{name} is {value}", remedy="give 1 or more")
+
+    def refine(
+        self,
+        weight: Weight,
+        mask: Mask,
+        statistics: Statistics,
+        pattern: Pattern,
+        sparsity: float,
+    ) -> Mask:
+        """A mask with the counts of `mask` in every row or group, and no larger error.
+
+        Args:
+            weight: [out, in] of any floating dtype; computed in float32.
+            mask: bool [out, in], one that the pattern allows; True = kept; not changed.
+            statistics: with `gram`, float32 [in, in], undamped.
+            pattern: unstructured of any scope, or N:M.
+            sparsity: the fraction of zeros; checked, the counts are those of the mask.
+
+        Raises:
+            PatternError: the pattern keeps blocks whole, or cannot hold this sparsity or shape.
+            NumericalError: a weight or a calibration input is infinite or not a number.
+        """
+        rows, inputs = weight.shape
+        group = _swap_width(pattern, (rows, inputs), sparsity)
+        gram = statistics["gram"]
+        check_gram(gram)
+        check_weight(weight)
+        chunk_rows = min(_CHUNK_ROWS, max(1, _CHUNK_ENTRIES // (inputs * (group or 1))))
+        refined = torch.empty_like(mask, memory_format=torch.contiguous_format)
+        for start in range(0, rows, chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            row_weight = weight[chunk].detach().float()
+            kept = self._swap(row_weight, mask[chunk], gram, group)
+            worse = _error_change(row_weight, mask[chunk], kept, gram) > 0
+            refined[chunk] = torch.where(worse[:, None], mask[chunk], kept)
+        return refined
+
+    def _swap(self, weight: Tensor, mask: Tensor, gram: Gram, group: int | None) -> Tensor:
+        """Sweep over the rows that still find a swap, until none does."""
+        kept = mask.clone()
+        left = torch.full((len(weight),), self.swaps, device=weight.device)
+        removed = weight.masked_fill(mask, 0.0)
+        least_gain = _LEAST_GAIN * ((removed @ gram) * removed).sum(1).clamp_(min=0.0)
+        active = torch.arange(len(weight), device=weight.device)
+        while len(active):
+            row_weight, row_kept = weight[active], kept[active]
+            costs = _costs(row_weight, row_kept, gram)
+            if group is None:
+                pairs = _pairs_of_row(row_weight, *costs, gram, self.candidates)
+            else:
+                pairs = _pairs_of_groups(row_weight, *costs, gram, group, self.candidates)
+            taken = _take(row_weight, pairs, gram, left[active], least_gain[active])
+            flips = torch.zeros_like(row_kept, dtype=torch.int8)
+            for columns in (pairs.pruned, pairs.restored):
+                flips.scatter_add_(1, columns, taken.to(torch.int8))
+            kept[active] = row_kept ^ flips.bool()
+            made = taken.sum(1)
+            left[active] -= made
+            active = active[(made > 0) & (left[active] > 0)]
+        return kept
+
+
+class _Pairs(NamedTuple):
+    """Swaps to choose from, each [rows, pairs]; in a row no weight to prune occurs twice."""
+
+    pruned: Tensor
+    """The column of the kept weight p."""
+    restored: Tensor
+    """The column of the pruned weight q."""
+    change: Tensor
+    """Δ_pq; infinite where there is no such pair."""
+
+
+def _swap_width(pattern: Pattern, shape: tuple[int, int], sparsity: float) -> int | None:
+    """The M within which weights may be swapped, or None for a whole row."""
+    pattern.check(shape, sparsity)
+    if pattern.scope == "group":
+        return pattern.columns_together
+    if pattern.units(torch.empty(shape, device="meta")).shape != shape:
+        raise PatternError(
+            f"single weights of {pattern.name} cannot be swapped: its blocks are kept whole",
+            remedy="use swaps with the pattern 'unstructured' or N:M, or leave them out",
+        )
+    return None
+
+
+def _costs(weight: Tensor, kept: Tensor, gram: Gram) -> tuple[Tensor, Tensor]:
+    """What pruning each kept weight costs alone, and restoring each pruned one; else infinite."""
+    linear = weight.masked_fill(kept, 0.0) @ gram
+    linear *= 2 * weight
+    square = weight.square() * gram.diagonal()
+    return (
+        (square + linear).masked_fill_(~kept, _NEVER),
+        (square - linear).masked_fill_(kept, _NEVER),
+    )
+
+
+def _pairs_of_row(
+    weight: Tensor, prune_cost: Tensor, restore_cost: Tensor, gram: Gram, candidates: int
+) -> _Pairs:
+    """The weights cheapest to prune, each with the best of those cheapest to restore."""
+    count = min(candidates, weight.shape[1])
+    prune_cost, pruned = prune_cost.topk(count, largest=False)
+    restore_cost, restored = restore_cost.topk(count, largest=False)
+    change = gram[pruned[:, :, None], restored[:, None, :]]
+    change *= (-2 * weight.gather(1, pruned))[:, :, None]
+    change *= weight.gather(1, restored)[:, None, :]
+    change += prune_cost[:, :, None]
+    change += restore_cost[:, None, :]
+    best, partner = change.min(2)
+    return _Pairs(pruned, restored.gather(1, partner), best)
+
+
+def _pairs_of_groups(
+    weight: Tensor,
+    prune_cost: Tensor,
+    restore_cost: Tensor,
+    gram: Gram,
+    group: int,
+    candidates: int,
+) -> _Pairs:
+    """The best pair of each N:M group, of the groups where it gains most."""
+    rows, inputs = weight.shape
+    groups = inputs // group
+    blocks = gram.reshape(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    of_groups = weight.view(rows, groups, group)
+    change = (-2 * of_groups)[..., :, None] * of_groups[..., None, :]
+    change *= blocks
+    change += prune_cost.view(rows, groups, group, 1)
+    change += restore_cost.view(rows, groups, 1, group)
+    best, place = change.flatten(2).min(2)
+    best, chosen = best.topk(min(candidates, groups), largest=False)
+    place = place.gather(1, chosen)
+    first = chosen * group
+    return _Pairs(first + place // group, first + place % group, best)
+
+
+def _take(weight: Tensor, pairs: _Pairs, gram: Gram, left: Tensor, least_gain: Tensor) -> Tensor:
+    """Which pairs to swap, bool [rows, pairs]: the best first, the others corrected each time.
+
+    Args:
+        weight: [rows, in].
+        pairs: the swaps to choose from.
+        gram: [in, in].
+        left: how many swaps each row may still make.
+        least_gain: what a swap must gain.
+    """
+    rows, count = pairs.change.shape
+    change, left = pairs.change.clone(), left.clone()
+    together = _changes_together(weight, pairs, gram)
+    taken = torch.zeros_like(change, dtype=torch.bool)
+    every = torch.arange(rows, device=weight.device)
+    for _ in range(count):
+        best, index = change.min(1)
+        accepted = (best < -least_gain) & (left > 0)
+        if not accepted.any():
+            break
+        taken[every, index] |= accepted
+        left -= accepted.long()
+        change += together[every, index] * accepted[:, None]
+        # The pair itself is gone, and so are the others that would restore the same weight.
+        same = pairs.restored == pairs.restored.gather(1, index[:, None])
+        change.masked_fill_(same & accepted[:, None], _NEVER)
+    return taken
+
+
+def _changes_together(weight: Tensor, pairs: _Pairs, gram: Gram) -> Tensor:
+    """2 δ_sᵀGδ_t of all pairs s, t: what they change together beyond Δ_s + Δ_t."""
+    rows, count = pairs.change.shape
+    columns = torch.cat([pairs.pruned, pairs.restored], 1)
+    signed = weight.gather(1, columns)
+    signed[:, count:].neg_()
+    products = gram[columns[:, :, None], columns[:, None, :]]
+    products *= (2 * signed)[:, :, None]
+    products *= signed[:, None, :]
+    return products.view(rows, 2, count, 2, count).sum((1, 3))
+
+
+def _error_change(weight: Tensor, before: Tensor, after: Tensor, gram: Gram) -> Tensor:
+    """By how much dᵀGd of each row changes, float64 [rows].
+
+    (d' − d)ᵀG(d' + d) has no large numbers to subtract, as the two errors would be.
+    """
+    old = weight.double().masked_fill_(before, 0.0)
+    new = weight.double().masked_fill_(after, 0.0)
+    difference, total = new - old, new + old
+    change = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for start in range(0, len(gram), _EXACT_COLUMNS):
+        columns = slice(start, start + _EXACT_COLUMNS)
+        change += ((difference @ gram[:, columns].double()) * total[:, columns]).sum(1)
+    return change
