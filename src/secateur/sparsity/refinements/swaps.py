@@ -61,7 +61,7 @@ class SparseSwaps:
     """
 
     swaps: int = 1000
-    candidates: int = 32
+    candidates: int = 16
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def __post_init__(self) -> None:
