@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from secateur.cli import options as o
 
 __all__ = ["methods"]
 
 
 def methods(as_json: o.Json = False) -> None:
-    """List methods, scores, patterns and solvers."""
+    """List methods, scores, patterns, solvers and allocations."""
     from secateur.cli.rendering import print_json, print_table
+    from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import methods as known
     from secateur.sparsity.patterns import patterns
     from secateur.sparsity.scores import scores
@@ -22,6 +25,7 @@ def methods(as_json: o.Json = False) -> None:
                 "scores": {name: sorted(scores[name].requires) for name in scores},
                 "solvers": {name: sorted(solvers[name].requires) for name in solvers},
                 "patterns": patterns.names(),
+                "allocations": allocations.names(),
             }
         )
         return
@@ -32,7 +36,7 @@ def methods(as_json: o.Json = False) -> None:
         numbers=6,
     )
     print_table(
-        "parts: --score NAME --solver NAME --pattern TEXT",
+        "parts: --score NAME --solver NAME --pattern TEXT --allocation NAME",
         ("kind", "name", "needs"),
         [
             *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
@@ -40,6 +44,13 @@ def methods(as_json: o.Json = False) -> None:
             ("pattern", "unstructured", "scope row, layer or global"),
             ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
             ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
+            *(("allocation", n, allocated(allocations[n])) for n in allocations),
         ],
         numbers=3,
     )
+
+
+def allocated(kind: Any) -> str:
+    """What an allocation needs, in words."""
+    needs = [*sorted(kind.requires), *(f"the method's {part}" for part in sorted(kind.uses))]
+    return ", ".join(needs) or "nothing"

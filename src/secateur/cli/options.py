@@ -32,6 +32,13 @@ PatternText = Annotated[
     typer.Option("--pattern", help="unstructured, N:M (N kept of M), or ROWSxCOLUMNS blocks."),
 ]
 Scope = Annotated[str | None, typer.Option(help="Scores compete within: row, layer or global.")]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        help="How much each linear loses: uniform, owl, layer-sensitivity, global, search. "
+        "[uniform]"
+    ),
+]
 Include = Annotated[
     list[str] | None, typer.Option(help="Glob of linears to prune; may be repeated.")
 ]

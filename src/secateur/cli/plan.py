@@ -13,6 +13,7 @@ def plan(
     sparsity: o.Sparsity = None,
     pattern: o.PatternText = None,
     scope: o.Scope = None,
+    allocation: o.Allocation = None,
     sequential: o.Sequential = None,
     calibration: o.CalibrationSource = None,
     samples: o.Samples = None,

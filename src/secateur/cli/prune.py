@@ -23,6 +23,7 @@ def prune(
     sparsity: o.Sparsity = None,
     pattern: o.PatternText = None,
     scope: o.Scope = None,
+    allocation: o.Allocation = None,
     score: o.ScoreName = None,
     solver: o.SolverName = None,
     include: o.Include = None,

@@ -13,7 +13,14 @@ from typing import Any
 
 from secateur.errors import RecipeError
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "write_whole"]
+
+
+def write_whole(file: Path, content: Any) -> None:
+    """Write content as JSON into a file that is there whole or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content), encoding="utf-8")
+    unfinished.rename(file)
 
 
 class Ledger:

@@ -22,6 +22,7 @@ from secateur.engine.residency import LiveTensors
 from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.targets import Target
 from secateur.models.architecture import linears_of
+from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 
 __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
@@ -144,6 +145,7 @@ def plan_run(
     micro_batch_tokens: int,
     activations: str,
     output_bytes: int,
+    allocation: Allocation,
 ) -> Plan:
     """Plan a run over a checkpoint whose layers are still empty.
 
@@ -155,6 +157,7 @@ def plan_run(
         micro_batch_tokens: tokens that pass through a layer at once.
         activations: `memory` or `disk`.
         output_bytes: size of the files written.
+        allocation: what decides how much each linear loses.
     """
     layers = target.layers
     shapes = [
@@ -170,6 +173,7 @@ def plan_run(
             target, windows, micro_batch_tokens, wait=waits(method, sequential, activations)
         )
     own = bool(method.requires - INPUT_STATISTICS)
+    passes = 1 if sequential == "group" else 2
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=max(
@@ -178,8 +182,11 @@ def plan_run(
         activation_bytes=stored if activations == "memory" else 0,
         forward_bytes=forward,
         solve_bytes=solve_bytes(method, shapes) + own * 8 * prunable // len(layers),
-        disk_bytes=output_bytes + 2 * stored + own * (8 * prunable + len(layers) * stored),
-        flops=2 * prunable * tokens * (1 if sequential == "group" else 2),
+        disk_bytes=output_bytes
+        + 2 * stored
+        + own * (8 * prunable + len(layers) * stored)
+        + allocation.disk_bytes(prunable, target.dtype.itemsize),
+        flops=2 * prunable * (allocation.tokens(tokens) + tokens * passes),
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,

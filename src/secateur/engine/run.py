@@ -3,7 +3,7 @@
     first inputs ─► for each decoder layer: read it ─► gather, prune ─► next inputs ─► write, ledger
 
 Magnitude needs no calibration and skips the forwards; Taylor and OBD get their gradients from a
-pass of their own before (`gradients`); the global scope settles beforehand how much each linear
+pass of their own before (`gradients`); an allocation settles beforehand how much each linear
 loses (`survey`).
 """
 
@@ -102,14 +102,14 @@ class Run:
         Raises:
             RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
         """
-        shapes = {
+        self.shapes = {
             linear.name: linear.shape
             for index, layer in enumerate(self.target.layers)
             for linear in linears_of(layer, self.target.architecture.layer_name(index)).values()
         }
-        self.selection.check(shapes)
+        self.selection.check(self.shapes)
         asked = {}
-        for name, shape in shapes.items():
+        for name, shape in self.shapes.items():
             own = self.selection.override(name)
             asked[name] = 0.0
             if self.selection.selects(name):

@@ -1,126 +1,232 @@
-"""The global scope: one look at the whole dense model decides how much each linear loses.
+"""Allocation over a model: one look at the whole dense model decides how much each linear loses.
 
-Scores of all linears compete for one budget. They are computed on the dense model and kept on
-disk; two streaming passes find the exact threshold (`sparsity.allocation.global_threshold`). The
-result is a number of zeros per linear; which weights those are is decided layer by layer later,
-on the inputs the pruned model really sees. For scores that do not depend on inputs (magnitude,
-gradient) that is exactly the mask of the global threshold.
+The dense model passes layer by layer, one in memory. What the allocation keeps of a layer (a
+number for each linear, its scores, or weights solved at several levels) goes to a file, so that a
+killed run goes on behind the last one. The result is a sparsity for each linear; which weights it
+takes is decided layer by layer later, on the inputs the pruned model really sees. For the global
+scope with scores that do not depend on inputs (magnitude, gradient) that is exactly the mask of
+one threshold.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.engine.forwards import by_layer
+from secateur.engine.ledger import write_whole
 from secateur.engine.run import Run
-from secateur.engine.surgery import GroupStatistics, check_finite
+from secateur.engine.search import search_levels
+from secateur.engine.surgery import INPUT_STATISTICS, GroupStatistics, check_finite
 from secateur.models.architecture import Linear, linears_of
-from secateur.sparsity.allocation.global_threshold import global_threshold
+from secateur.sparsity.allocation import Allocation
+from secateur.sparsity.allocation.budget import Grain, settle
+from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.exact_count import pruned_count
 
-__all__ = ["share_globally"]
+__all__ = ["allocate", "settled_allocation"]
 
 
-def share_globally(run: Run) -> None:
-    """Replace the sparsities a run asks of its linears by those of one global threshold.
+def settled_allocation(work: Path) -> Path:
+    """The file in which the sparsity of every linear is kept once it is known."""
+    return work / "allocation.json"
+
+
+def allocate(run: Run, allocation: Allocation) -> None:
+    """Replace the uniform sparsity a run asks of its linears by that of an allocation.
 
     Linears with a sparsity of their own, and those left out, keep it and do not compete.
     """
-    assert run.settings.work is not None
-    settled = run.settings.work / "global-shares.json"
-    if settled.exists():
-        run.sparsity_of.update(json.loads(settled.read_text()))
+    grains = grains_of(run, allocation)
+    if allocation.reach == 0 or not grains:
         return
-    competing = {
-        name
-        for name, sparsity in run.sparsity_of.items()
-        if sparsity > 0 and run.selection.override(name) is None
-    }
-    files = score_layers(run, competing)
-    sizes = {name: score.numel() for name, score in stored_scores(files)}
-    budget = pruned_count(sum(sizes.values()), run.sparsity)
-    counts = global_threshold(partial(stored_scores, files), budget)
-    shares = {name: count / sizes[name] for name, count in counts.items()}
-    run.sparsity_of.update(shares)
-    unfinished = settled.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(shares))
-    unfinished.rename(settled)
-    for file in files:
-        file.unlink()
+    assert run.settings.work is not None
+    settled = settled_allocation(run.settings.work)
+    if not settled.exists():
+        files = survey(run, allocation, grains)
+        found: dict[str, Any] = {}
+        if isinstance(allocation, Search):
+            wished, standing = search_levels(run, allocation, grains, files)
+            found = {"divergence": standing.fitness, "uniform_divergence": standing.uniform}
+        else:
+            wished = allocation.wish(partial(stored, files), grains, run.sparsity)
+        shares = {name: plain(run, name, s) for name, s in settle(wished, grains).items()}
+        write_whole(settled, {"sparsity_of": shares, **found})
+        for file in files:
+            file.unlink()
+    run.sparsity_of.update(json.loads(settled.read_text())["sparsity_of"])
 
 
-def stored_scores(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The scores of all linears, one layer in memory at a time."""
-    for file in files:
-        yield from sorted(load_file(file).items())
+def grains_of(run: Run, allocation: Allocation) -> dict[str, Grain]:
+    """How finely and how far every competing linear can be pruned.
+
+    With the global scope the counts of the linears are those of one running total, so that the
+    whole loses the number nearest to its sparsity.
+    """
+    pattern, grains, seen = run.method.pattern, {}, 0
+    for name, shape in run.shapes.items():
+        if run.sparsity_of[name] <= 0 or run.selection.override(name) is not None:
+            continue
+        pruned, step = pattern.pruned(shape, run.sparsity), pattern.step(shape)
+        if pattern.scope == "global":
+            units = shape[0] * shape[1] // step
+            before, seen = seen, seen + units
+            counts = [pruned_count(total, run.sparsity) for total in (before, seen)]
+            pruned = (counts[1] - counts[0]) * step
+        grains[name] = Grain.around(shape, step, pruned, run.sparsity, allocation.reach)
+    return grains
+
+
+def plain(run: Run, name: str, share: float) -> float:
+    """The sparsity asked of the model, if it prunes as many weights of this linear as `share`."""
+    pattern, shape = run.method.pattern, run.shapes[name]
+    same = pattern.pruned(shape, run.sparsity) == pattern.pruned(shape, share)
+    return run.sparsity if same else share
+
+
+def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """What was kept of all layers, one tensor in memory at a time."""
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
+
+
+def needed_statistics(run: Run, allocation: Allocation) -> frozenset[str]:
+    """The statistics of inputs that the look at the dense model gathers."""
+    names = allocation.requires
+    if "score" in allocation.uses:
+        names |= run.method.score.requires
+    if "solver" in allocation.uses:
+        names |= run.method.requires
+    return names & INPUT_STATISTICS
 
 
 @torch.no_grad()
-def score_layers(run: Run, competing: set[str]) -> list[Path]:
-    """Score every competing linear of the dense model; one file per layer."""
+def survey(run: Run, allocation: Allocation, grains: Mapping[str, Grain]) -> list[Path]:
+    """Let the allocation look at every layer of the dense model; one file per layer."""
     target, work = run.target, run.settings.work
     assert work is not None
-    if run.input_statistics:
-        run.record_calls()
-        run.activations = run.open_activations()
-        run.fill_first_inputs()
-        run.activations.advance(0)
-    run.progress.start("global scope", len(target.layers) * forwards_per_layer(run))
-    files = []
-    for index in range(len(target.layers)):
-        file = work / f"scores-{index:04d}.safetensors"
+    files = [work / f"survey-{i:04d}.safetensors" for i in range(len(target.layers))]
+    names = needed_statistics(run, allocation)
+    start = next((i for i, file in enumerate(files) if not file.exists()), len(files))
+    if start == len(files):
+        return files
+    if names:
+        start = first_inputs_of(run, start)
+    steps = len(run.batches()) if names else 1
+    run.progress.start("allocation: dense model", steps * (len(files) - start))
+    for index in range(start, len(files)):
         with target.layer(index) as layer:
             linears = linears_of(layer, target.architecture.layer_name(index))
             check_finite(list(linears.values()))
-            scores = score_layer(run, index, layer, linears, competing)
-        unfinished = file.with_suffix(".unfinished")
-        save_file(scores, unfinished)
-        unfinished.rename(file)
-        files.append(file)
-        if not run.input_statistics:
+            shared = pass_dense(run, index, layer, linears, names)
+            if not files[index].exists():
+                kept = allocation.look(LayerView(run, index, linears, shared, grains))
+                unfinished = files[index].with_suffix(".unfinished")
+                save_file({k: v.cpu().contiguous() for k, v in kept.items()}, unfinished)
+                unfinished.rename(files[index])
+        if run.activations is not None:
+            if index + 1 < len(files):
+                run.activations.advance(index + 1)
+            run.activations.forget(index)
+        if not names:
             run.step(index)
     run.progress.finish()
     run.activations = None
     return files
 
 
-def forwards_per_layer(run: Run) -> int:
-    """Steps of progress that one layer is worth."""
-    return len(run.batches()) if run.input_statistics else 1
+def first_inputs_of(run: Run, start: int) -> int:
+    """Hidden states that enter layer `start`, or if they are lost layer 0; returns which."""
+    run.record_calls()
+    run.activations = run.open_activations()
+    if run.activations.has(start):
+        run.activations.resume(start)
+        return start
+    run.fill_first_inputs()
+    run.activations.advance(0)
+    return 0
 
 
-def score_layer(
-    run: Run, index: int, layer: torch.nn.Module, linears: dict[str, Linear], competing: set[str]
-) -> dict[str, Tensor]:
-    """The pattern's units of one layer's linears, scored on dense inputs."""
-    own = run.own_statistics(index)
-    shared: dict[str, dict[str, Tensor]] = {}
-    if run.input_statistics:
-        groups = run.grouped(index, layer, linears)
-        gathered = [
-            GroupStatistics(run.input_statistics, group[0], run.target.device) for group in groups
-        ]
-        last = index == len(run.target.layers) - 1
-        forwards = [run.forward(index, layer, b, write=not last) for b in run.batches()]
-        by_layer(groups, forwards, lambda group, x: gathered[group].update(x))
-        assert run.activations is not None
-        if run.activations.held is None and not last:
-            run.activations.advance(index + 1)
-            run.activations.forget(index)
-        for group, statistics in zip(groups, gathered, strict=True):
-            value = statistics.value()
-            shared.update({linear.name: value for linear in group})
-    scores = {}
-    for linear in linears.values():
-        if linear.name in competing:
-            known = {**shared.get(linear.name, {}), **own(linear)}
-            score = run.method.score(linear.weight, known)
-            scores[linear.name] = run.method.pattern.units(score).cpu().contiguous()
-    return scores
+def pass_dense(
+    run: Run,
+    index: int,
+    layer: torch.nn.Module,
+    linears: Mapping[str, Linear],
+    names: frozenset[str],
+) -> dict[str, GroupStatistics]:
+    """Pass all calibration tokens through a dense layer; the statistics of each linear's input."""
+    if not names:
+        return {}
+    groups = run.grouped(index, layer, linears)
+    gathered = [GroupStatistics(names, group[0], run.target.device) for group in groups]
+    last = index == len(run.target.layers) - 1
+    forwards = [run.forward(index, layer, b, write=not last) for b in run.batches()]
+    by_layer(groups, forwards, lambda group, x: gathered[group].update(x))
+    return {
+        linear.name: statistics
+        for group, statistics in zip(groups, gathered, strict=True)
+        for linear in group
+    }
+
+
+class LayerView:
+    """One dense decoder layer, as an allocation sees it (`allocation.DenseLayer`)."""
+
+    def __init__(
+        self,
+        run: Run,
+        index: int,
+        linears: Mapping[str, Linear],
+        shared: Mapping[str, GroupStatistics],
+        grains: Mapping[str, Grain],
+    ) -> None:
+        self.run, self.grains = run, grains
+        self.linears = {linear.name: linear for linear in linears.values()}
+        self.weights = {n: x.weight for n, x in self.linears.items() if n in grains}
+        self.fixed = {
+            n: run.sparsity_of[n]
+            for n in self.linears
+            if n not in grains and run.sparsity_of[n] > 0
+        }
+        values = {id(s): s.value() for s in shared.values()}
+        own = run.own_statistics(index)
+        self.group = {name: id(statistics) for name, statistics in shared.items()}
+        self.statistics = {
+            name: {**values.get(self.group.get(name, 0), {}), **own(linear)}
+            for name, linear in self.linears.items()
+        }
+        self.prepared: tuple[int, Any] | None = None
+
+    def score(self, name: str) -> Tensor:
+        """The pattern's units of the run's score."""
+        method = self.run.method
+        score = method.score(self.linears[name].weight, self.statistics[name])
+        return method.pattern.units(score)
+
+    def solve(self, name: str, sparsity: float) -> Tensor:
+        """The weight as the run would leave it, in the dtype of the model."""
+        method, weight = self.run.method, self.linears[name].weight
+        sparsity = plain(self.run, name, sparsity)
+        if sparsity == 0:
+            return weight
+        group = self.group.get(name, 0)
+        if self.prepared is None or self.prepared[0] != group:
+            # Linears that share an input come one after the other; one factor is in memory.
+            self.prepared = group, method.solver.prepare(self.statistics[name])
+        mask = None
+        if not method.solver_selects:
+            mask = method.pattern.mask(method.score(weight, self.statistics[name]), sparsity)
+        solution = method.solver.solve(
+            weight, self.prepared[1], method.pattern, sparsity, mask=mask
+        )
+        return solution.weight.to(weight.dtype)

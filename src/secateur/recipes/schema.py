@@ -62,6 +62,10 @@ class PruneRecipe(Strict):
     scope: Literal["row", "layer", "global"] | None = Field(
         None, description="the set within which scores compete; default: as the method's paper"
     )
+    allocation: str = Field(
+        "uniform",
+        description="how much each linear loses: uniform, owl, layer-sensitivity, global or search",
+    )
     include: tuple[str, ...] = Field(("*",), description="globs of linears to prune")
     exclude: tuple[str, ...] = Field((), description="globs of linears to leave dense")
     overrides: dict[str, float] = Field(

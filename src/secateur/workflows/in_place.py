@@ -18,27 +18,27 @@ from secateur.engine.progress import Progress
 from secateur.engine.run import Run, Settings
 from secateur.engine.selection import Selection
 from secateur.engine.surgery import INPUT_STATISTICS
-from secateur.engine.survey import share_globally
+from secateur.engine.survey import allocate
 from secateur.engine.targets import ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.prune_report import PruneReport
-from secateur.workflows.preparing import method_of, window_plan
+from secateur.sparsity.allocation import Allocation
+from secateur.workflows.preparing import allocation_of, method_of, window_plan
 
 __all__ = ["carry_out", "prune_module"]
 
 
-def carry_out(run: Run, done: int) -> None:
-    """Gradients if the method needs them, shares if the scope is global, then the layers."""
+def carry_out(run: Run, allocation: Allocation, done: int) -> None:
+    """Gradients if the method needs them, the shares of the linears, then the layers."""
     if run.method.requires - INPUT_STATISTICS:
         assert run.windows is not None
         assert run.settings.work is not None
         calls = run.calls_of_one_window()
         gather_gradients(run.target, run.windows, calls, run.settings.work, run.progress)
-    if run.method.pattern.scope == "global":
-        share_globally(run)
+    allocate(run, allocation)
     run.execute(done)
 
 
@@ -52,13 +52,14 @@ def prune_module(
     """Prune a loaded model in place."""
     recipe = build_recipe({"model": "loaded", **nested(options)})
     method, sparsity = method_of(recipe)
+    allocation = allocation_of(recipe, method)
     windows = None
-    if method.requires:
+    if method.requires | allocation.requires:
         windows = module_windows(recipe, calibration, tokenizer, model)
     target = ModelTarget(model)
     ledger = Ledger(None, {})
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
-    needs_disk = method.requires - INPUT_STATISTICS or method.pattern.scope == "global"
+    needs_disk = method.requires - INPUT_STATISTICS or allocation.reach > 0
     scratch: Any = (
         tempfile.TemporaryDirectory(prefix="secateur-")
         if needs_disk
@@ -71,7 +72,7 @@ def prune_module(
             work = Path(folder) if folder else None
             settings = Settings(recipe.sequential, recipe.memory.micro_batch_tokens, "memory", work)
             run = Run(target, method, sparsity, selection, windows, settings, ledger, progress)
-            carry_out(run, 0)
+            carry_out(run, allocation, 0)
     finally:
         model.train(was_training)
     records: Sequence[dict[str, Any]] = [r for layer in ledger.layers for r in layer["linears"]]

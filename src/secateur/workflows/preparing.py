@@ -21,9 +21,19 @@ from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_fil
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.schema import Calibration, Memory, PruneRecipe
+from secateur.sparsity.allocation import Allocation, allocations
+from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
 
-__all__ = ["Prepared", "check_disk", "choose_device", "choose_plan", "method_of", "prepare"]
+__all__ = [
+    "Prepared",
+    "allocation_of",
+    "check_disk",
+    "choose_device",
+    "choose_plan",
+    "method_of",
+    "prepare",
+]
 
 DEFAULT_METHOD = "sparsegpt"
 FREE_SHARE = 0.8
@@ -39,6 +49,7 @@ class Prepared:
     reader: CheckpointReader
     target: CheckpointTarget
     method: Method
+    allocation: Allocation
     selection: Selection
     sparsity: float
     windows: Tensor | None
@@ -102,6 +113,32 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
     return method, sparsity
 
 
+def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
+    """The allocation a recipe asks for; the global scope is one without floors and caps.
+
+    Raises:
+        RecipeError: the name is unknown, or the pattern leaves nothing to allocate.
+    """
+    allocation = allocations[recipe.allocation]()
+    pattern = method.pattern
+    if allocation.reach > 0 and getattr(pattern, "sparsity", None) is not None:
+        raise RecipeError(
+            f"the pattern {pattern.name} has one sparsity for every linear, so there is nothing "
+            f"for the allocation {recipe.allocation!r} to decide",
+            remedy="use the pattern 'unstructured' or blocks, or leave the allocation out",
+        )
+    if pattern.scope != "global":
+        return allocation
+    if allocation.reach > 0:
+        raise RecipeError(
+            "with the scope 'global' one threshold decides how much each linear loses, so there "
+            f"is nothing for the allocation {recipe.allocation!r} to decide",
+            remedy="leave one of the two out; the allocation 'global' is the threshold with a "
+            "floor and a cap for each linear",
+        )
+    return GlobalThreshold(reach=1.0)
+
+
 def prepare(
     recipe: PruneRecipe,
     output: Path | None = None,
@@ -118,6 +155,7 @@ def prepare(
         only_plan: no text is read; blank windows of the asked number and length stand in.
     """
     method, sparsity = method_of(recipe)
+    allocation = allocation_of(recipe, method)
     device = choose_device(recipe.device)
     source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
     reader = CheckpointReader(source.folder)
@@ -130,14 +168,23 @@ def prepare(
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     windows: Tensor | None = None
     calibration: dict[str, Any] | None = None
-    if method.requires:
+    if method.requires | allocation.requires:
         if stored_windows is not None and stored_windows.exists():
             windows = load_windows(stored_windows)
             calibration = {}
         else:
             windows, calibration = calibration_windows(recipe, source, target, only_plan)
     return Prepared(
-        recipe, source, reader, target, method, selection, sparsity, windows, calibration
+        recipe,
+        source,
+        reader,
+        target,
+        method,
+        allocation,
+        selection,
+        sparsity,
+        windows,
+        calibration,
     )
 
 
@@ -209,6 +256,7 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
             micro_batch_tokens=memory.micro_batch_tokens,
             activations=activations,
             output_bytes=prepared.output_bytes,
+            allocation=prepared.allocation,
         )
         if plan.peak_bytes <= budget:
             return plan, activations

@@ -18,6 +18,7 @@ from secateur.engine.meter import Meter
 from secateur.engine.plan import Plan
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.run import Run, Settings
+from secateur.engine.survey import settled_allocation
 from secateur.errors import RecipeError
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.schema import PruneRecipe
@@ -155,7 +156,7 @@ def run_recipe(
     run = run_of(prepared, settings, ledger, progress)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.calibration.seed)
-        carry_out(run, begin(prepared, ledger, partial, resume))
+        carry_out(run, prepared.allocation, begin(prepared, ledger, partial, resume))
     audit = audit_checkpoint(
         partial,
         prepared.method.pattern,
@@ -253,6 +254,7 @@ def make_manifest(
             "sequential": prepared.recipe.sequential,
             "asked_sparsity": prepared.sparsity,
         },
+        "allocation": describe_allocation(prepared, partial / "work"),
         "calibration": json.loads((partial / "secateur" / "calibration.json").read_text()),
         "calibration_digest": fingerprint(prepared.windows),
         "environment": environment(prepared.target.device),
@@ -265,6 +267,17 @@ def make_manifest(
             "file_bytes": audit.file_bytes,
         },
     }
+
+
+def describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
+    """Which allocation was used, the range of sparsities it gave, and what a search measured."""
+    told = {"name": prepared.recipe.allocation, "parameters": repr(prepared.allocation)}
+    settled = settled_allocation(work)
+    if not settled.exists():
+        return told
+    found = json.loads(settled.read_text())
+    shares = found.pop("sparsity_of").values()
+    return {**told, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
 
 
 def finish(

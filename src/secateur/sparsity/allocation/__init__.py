@@ -1,4 +1,91 @@
 """Allocation: how much sparsity does each linear get, so that the whole gets what was asked?
 
-Uniform sparsity with exceptions by name is the engine's default; what is here finds other shares.
+An allocation works in two steps. `look` sees one decoder layer of the dense model at a time and
+says what to keep of each linear: a number, its scores, or solved weights. `wish` turns what was
+kept of all linears into a sparsity for each; `budget.settle` makes the wish exact, so that the
+whole model loses as many weights as with uniform sparsity. One file each.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from secateur.registry import Registry
+from secateur.sparsity.allocation.budget import Grain
+from secateur.types import Statistics
+
+__all__ = ["Allocation", "DenseLayer", "Kept", "allocations"]
+
+Kept = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Streams what `look` kept, the same pairs in the same order at every call."""
+
+
+@runtime_checkable
+class DenseLayer(Protocol):
+    """One decoder layer of the dense model, as an allocation sees it."""
+
+    @property
+    def grains(self) -> Mapping[str, Grain]:
+        """Of every linear of the model that competes, by full name."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights [out, in] of this layer's linears that compete."""
+        ...
+
+    @property
+    def fixed(self) -> Mapping[str, float]:
+        """Linears of this layer with a sparsity of their own, which they keep."""
+        ...
+
+    @property
+    def statistics(self) -> Mapping[str, Statistics]:
+        """What was gathered of the inputs of each linear of this layer."""
+        ...
+
+    def score(self, name: str) -> Tensor:
+        """The scores of a linear that compete under the run's pattern, by the run's score."""
+        ...
+
+    def solve(self, name: str, sparsity: float) -> Tensor:
+        """The new weight [out, in] of a linear, by the run's own method."""
+        ...
+
+
+@runtime_checkable
+class Allocation(Protocol):
+    """The contract of an allocation."""
+
+    requires: ClassVar[frozenset[str]]
+    """Names of the statistics it reads itself."""
+
+    uses: ClassVar[frozenset[str]]
+    """What it asks of the run's method: `score`, `solver`, both or nothing."""
+
+    @property
+    def reach(self) -> float:
+        """How far the sparsity of a linear may lie from the target; 0 for uniform."""
+        ...
+
+    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+        """What to keep of a layer, by any key that is used once in a model."""
+        ...
+
+    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+        """A sparsity for each linear in `grains`; it need not fit the budget exactly."""
+        ...
+
+    def disk_bytes(self, weights: int, itemsize: int) -> int:
+        """Space that what is kept takes, for so many competing weights of this size."""
+        ...
+
+    def tokens(self, calibration: int) -> int:
+        """Tokens that pass through the model for it, if there are so many calibration tokens."""
+        ...
+
+
+allocations: Registry[type[Allocation]] = Registry("allocation", __name__)

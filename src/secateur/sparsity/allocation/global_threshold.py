@@ -2,21 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError, RecipeError
+from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.sparsity.allocation.budget import Grain
 
-__all__ = ["global_threshold"]
+__all__ = ["GlobalThreshold", "global_threshold"]
 
 _BINS = 2**16
 _INFINITY = 0x7F800000  # the bits of float32 infinity; those of NaN are above
 
 
+@allocations.register("global")
+@dataclass(frozen=True)
+class GlobalThreshold:
+    """One threshold for the scores of all linears, with a floor and a cap for each.
+
+    With n_i(θ) the number of scores of linear i at or below θ, linear i loses
+
+        c_i = clip(n_i(θ), floor_i, cap_i)      floor_i, cap_i = (s ∓ reach) · size_i
+
+    of them, for the one θ at which Σ c_i is the budget. What a cap refuses, a lower threshold
+    would have taken elsewhere; so it is found by moving the threshold, not by spreading a rest.
+
+    Source: global magnitude pruning (Han et al. 2015, arXiv:1506.02626), whose single threshold
+    collapses language models, since scores of different layers are not comparable. Deviation:
+    floor and cap, a choice of ours. With a reach of 1 they bind nothing, and this is the plain
+    global scope.
+
+    Args:
+        reach: how far the sparsity of a linear may lie from the target, from 0 to 1.
+
+    Raises:
+        RecipeError: the reach is out of range.
+    """
+
+    reach: float = 0.15
+    requires: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]] = frozenset({"score"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.reach <= 1:
+            raise RecipeError(f"reach is {self.reach}", remedy="give a number in [0, 1]")
+
+    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+        """The scores of each linear that compete, float32."""
+        return {name: layer.score(name) for name in layer.weights}
+
+    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+        """c_i / size_i; the scores are streamed three times."""
+        sizes = {name: score.numel() for name, score in kept()}
+        # A score stands for one weight, or for a block.
+        weights = sum(g.total for g in grains.values()) // sum(sizes.values())
+        budget = sum(g.uniform * g.weights for g in grains.values()) // weights
+        bounds = {
+            name: (
+                math.ceil(grain.lowest * sizes[name] / grain.units),
+                math.floor(grain.highest * sizes[name] / grain.units),
+            )
+            for name, grain in grains.items()
+        }
+        counts = global_threshold(kept, budget, bounds)
+        return {name: count / sizes[name] for name, count in counts.items()}
+
+    def disk_bytes(self, weights: int, itemsize: int) -> int:
+        """Float32 scores."""
+        return 4 * weights
+
+    def tokens(self, calibration: int) -> int:
+        """One pass, if the score needs inputs."""
+        return calibration
+
+
 def global_threshold(
-    scores: Callable[[], Iterable[tuple[str, Tensor]]], pruned: int
+    scores: Callable[[], Iterable[tuple[str, Tensor]]],
+    pruned: int,
+    bounds: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, int]:
     """How many entries each tensor loses when the `pruned` smallest of all tensors are pruned.
 
@@ -26,51 +94,110 @@ def global_threshold(
     The bits of non-negative float32 numbers, read as integers, are ordered as the numbers. The
     first pass counts the upper 16 bits of all scores and finds those of the threshold; the
     second counts the lower 16 bits among the scores that share them. Memory: the tensor at hand,
-    and 256 KiB for each name.
+    and 512 KiB for each name.
 
     Args:
         scores: called twice; each time yields the same (name, score) pairs in the same order.
             Any shape, float32, >= 0: weights, or the sums over blocks (`Pattern.units`).
         pruned: how many entries to prune over all tensors.
+        bounds: the least and the most entries each tensor loses, by name; None binds nothing.
+            The threshold moves until the bounded counts add up to `pruned`.
 
     Returns:
         The number of entries to prune by name.
 
     Raises:
-        PatternError: more is to be pruned than there is.
+        PatternError: more is to be pruned than there is, or than the bounds allow.
         NumericalError: a score is negative or NaN, or the second pass saw other scores.
         RecipeError: two tensors have the same name.
     """
     sizes: dict[str, int] = {}
-    upper = torch.zeros(_BINS, dtype=torch.int64)
+    upper: dict[str, Tensor] = {}
     for name, bits in _read(scores()):
         sizes[name] = len(bits)
-        upper += _histogram(bits >> 16)
+        upper[name] = _histogram(bits >> 16)
     if not 0 <= pruned <= sum(sizes.values()):
         raise PatternError(f"cannot prune {pruned} of {sum(sizes.values())} weights")
-    if pruned == 0:
-        return dict.fromkeys(sizes, 0)
-    shared, left = _locate(upper, pruned)
+    limits = _Limits.of(sizes, bounds)
+    if not limits.least <= pruned <= limits.most:
+        raise PatternError(
+            f"cannot prune {pruned} weights within bounds that ask for {limits.least} to "
+            f"{limits.most}"
+        )
+    if not sizes:
+        return {}
+    nothing = dict.fromkeys(sizes, 0)
+    shared, below = limits.locate(upper, nothing, pruned)
 
-    below: dict[str, int] = {}
     lower: dict[str, Tensor] = {}
-    seen = torch.zeros_like(upper)
     for name, bits in _read(scores()):
         histogram = _histogram(bits >> 16)
-        seen += histogram
-        below[name] = int(histogram[:shared].sum())
-        lower[name] = _histogram(bits[bits >> 16 == shared] & (_BINS - 1)).int()
-    if list(below) != list(sizes) or not torch.equal(seen, upper):
+        if name not in upper or not torch.equal(histogram, upper[name]):
+            break
+        lower[name] = _histogram(bits[bits >> 16 == shared] & (_BINS - 1))
+    if list(lower) != list(sizes):
         raise NumericalError(
             "the scores changed between the two passes of the global selection",
             remedy="score the same weights with the same calibration both times",
         )
-    threshold, ties = _locate(torch.stack(list(lower.values())).sum(0), left)
+    threshold, below = limits.locate(lower, below, pruned)
+    counts = limits.clip(below)
+    ties = pruned - sum(counts.values())
     for name, histogram in lower.items():
-        equal = min(int(histogram[threshold]), ties)
+        most = min(below[name] + int(histogram[threshold]), limits.highest[name])
+        equal = min(max(most - counts[name], 0), ties)
+        counts[name] += equal
         ties -= equal
-        below[name] += int(histogram[:threshold].sum()) + equal
-    return below
+    return counts
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """The least and the most entries that each tensor loses."""
+
+    lowest: Mapping[str, int]
+    highest: Mapping[str, int]
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int], bounds: Mapping[str, tuple[int, int]] | None) -> _Limits:
+        """Bounds that are given, or all of every tensor."""
+        if bounds is None:
+            return cls(dict.fromkeys(sizes, 0), sizes)
+        return cls({n: bounds[n][0] for n in sizes}, {n: bounds[n][1] for n in sizes})
+
+    @property
+    def least(self) -> int:
+        """Entries that are pruned in any case."""
+        return sum(self.lowest.values())
+
+    @property
+    def most(self) -> int:
+        """Entries that may be pruned."""
+        return sum(self.highest.values())
+
+    def clip(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Counts within the limits."""
+        return {n: min(max(c, self.lowest[n]), self.highest[n]) for n, c in counts.items()}
+
+    def locate(
+        self, histograms: Mapping[str, Tensor], below: Mapping[str, int], pruned: int
+    ) -> tuple[int, dict[str, int]]:
+        """The first bin at whose end at least `pruned` entries are pruned within the limits.
+
+        Args:
+            histograms: counts by bin of each tensor.
+            below: entries of each tensor below all bins.
+            pruned: how many to prune.
+
+        Returns:
+            The bin, and the entries of each tensor below it.
+        """
+        total = torch.zeros(_BINS, dtype=torch.int64)
+        for name, histogram in histograms.items():
+            reached = histogram.cumsum(0, dtype=torch.int64) + below[name]
+            total += reached.clamp_(self.lowest[name], self.highest[name])
+        held = int(torch.searchsorted(total, pruned))
+        return held, {n: below[n] + int(h[:held].sum()) for n, h in histograms.items()}
 
 
 def _read(scores: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -93,12 +220,5 @@ def _read(scores: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _histogram(values: Tensor) -> Tensor:
-    """Counts of the numbers 0 … 65535, int64, on the CPU."""
-    return torch.bincount(values, minlength=_BINS).cpu()
-
-
-def _locate(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin that holds the `rank`-th smallest entry (from 1), and its rank within that bin."""
-    cumulative = histogram.cumsum(0)
-    held = int(torch.searchsorted(cumulative, rank))
-    return held, rank - int(cumulative[held] - histogram[held])
+    """Counts of the numbers 0 … 65535, int32, on the CPU."""
+    return torch.bincount(values, minlength=_BINS).int().cpu()

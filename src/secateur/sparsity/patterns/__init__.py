@@ -51,6 +51,10 @@ class Pattern(Protocol):
         """The exact number of zeros the mask of a matrix [out, in] will have."""
         ...
 
+    def step(self, shape: tuple[int, int]) -> int:
+        """The number of zeros that a matrix [out, in] gains or loses at least, and in multiples."""
+        ...
+
     def mask(self, score: Score, sparsity: float) -> Mask:
         """The mask of a matrix: True = kept; exactly `pruned(score.shape, sparsity)` zeros."""
         ...

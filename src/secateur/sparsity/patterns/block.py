@@ -93,6 +93,10 @@ class Block:
         blocks = (shape[0] // self.rows) * (shape[1] // self.columns)
         return pruned_count(blocks, sparsity) * self.rows * self.columns
 
+    def step(self, shape: tuple[int, int]) -> int:
+        """The weights of a block."""
+        return self.rows * self.columns
+
     def units(self, score: Score) -> Float32[Tensor, "unit_rows unit_columns"]:
         """The sum of the scores of each block, float32 [out / rows, in / columns]."""
         tiles = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))

@@ -98,6 +98,10 @@ class NOfM:
         """The number of zeros in a matrix [out, in]: M − N for every group."""
         return shape[0] * (shape[1] // self.group) * (self.group - self.kept)
 
+    def step(self, shape: tuple[int, int]) -> int:
+        """All that are pruned: the sparsity is fixed."""
+        return self.pruned(shape, self.sparsity)
+
     def units(self, score: Score) -> Score:
         """Refused: raises PatternError, since weights compete only within their group."""
         raise PatternError(

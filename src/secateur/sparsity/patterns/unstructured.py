@@ -65,6 +65,10 @@ class Unstructured:
             return rows * pruned_count(columns, sparsity)
         return pruned_count(rows * columns, sparsity)
 
+    def step(self, shape: tuple[int, int]) -> int:
+        """One weight, or with scope `row` one of each row."""
+        return shape[0] if self.scope == "row" else 1
+
     def units(self, score: Score) -> Score:
         """The score itself: each weight is pruned for itself."""
         return score

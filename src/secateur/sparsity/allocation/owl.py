@@ -1,0 +1,101 @@
+"""OWL: layers whose scores have more outliers are pruned less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import RecipeError
+from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.sparsity.allocation.budget import Grain
+
+__all__ = ["OWL"]
+
+
+@allocations.register("owl")
+@dataclass(frozen=True)
+class OWL:
+    """Outlier weighed layer-wise sparsity.
+
+    With the scores A_ij = |W_ij| · ‖X_j‖₂ of all linears of decoder layer l taken together,
+
+        D_l = share of A above M · mean(A)
+        r_l = (D_l − min D) / (max D − min D) · 2λ
+        s_l = s − (r_l − mean r)
+
+    so that all linears of a layer have one sparsity, and those of all layers lie within 2λ.
+
+    Paper: Yin et al. 2023, "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for
+    Pruning LLMs to High Sparsity", arXiv:2310.05175. Deviations: the mean over layers is weighted
+    by their weights, so that the number of zeros is exact (the same for layers of one size); D is
+    a share, not a percentage, which cancels; equal layers stay uniform, where the released code
+    divides by zero; linears that do not compete (left out, or with a sparsity of their own) are
+    not looked at.
+
+    Args:
+        outlier_multiple: M, above 0.
+        half_range: λ, from 0 up to below 0.5. The paper uses 0.08 for 70 % sparsity.
+
+    Raises:
+        RecipeError: a parameter is out of range.
+    """
+
+    outlier_multiple: float = 5.0
+    half_range: float = 0.08
+    requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
+    uses: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not (self.outlier_multiple > 0 and 0 <= self.half_range < 0.5):
+            raise RecipeError(
+                f"outlier_multiple is {self.outlier_multiple}, half_range {self.half_range}",
+                remedy="give a multiple above 0 and a range in [0, 0.5); the paper has 5 and 0.08",
+            )
+
+    @property
+    def reach(self) -> float:
+        """2λ."""
+        return 2 * self.half_range
+
+    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+        """D_l of the layer, float64 [], for each of its linears; scores are made twice, in turn."""
+        if not layer.weights:
+            return {}
+        total, count, outliers = 0.0, 0, 0
+        for name in layer.weights:
+            score = self.score(layer, name)
+            total += float(score.sum(dtype=torch.float64))
+            count += score.numel()
+        for name in layer.weights:
+            above = self.score(layer, name) > self.outlier_multiple * total / count
+            outliers += int(torch.count_nonzero(above))
+        share = torch.tensor(outliers / count, dtype=torch.float64)
+        return {name: share.clone() for name in layer.weights}
+
+    def score(self, layer: DenseLayer, name: str) -> Tensor:
+        """|W_ij| · ‖X_j‖₂, float32 [out, in]."""
+        return layer.weights[name].float().abs() * layer.statistics[name]["column_norm"]
+
+    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+        """S − (r_l − mean r), the mean weighted by weights."""
+        shares = {name: float(share) for name, share in kept()}
+        least, most = min(shares.values()), max(shares.values())
+        if most == least:
+            return dict.fromkeys(shares, sparsity)
+        r = {n: (d - least) / (most - least) * 2 * self.half_range for n, d in shares.items()}
+        mean = sum(r[n] * g.total for n, g in grains.items()) / sum(
+            g.total for g in grains.values()
+        )
+        return {name: sparsity - (value - mean) for name, value in r.items()}
+
+    def disk_bytes(self, weights: int, itemsize: int) -> int:
+        """A few numbers."""
+        return 0
+
+    def tokens(self, calibration: int) -> int:
+        """One pass."""
+        return calibration

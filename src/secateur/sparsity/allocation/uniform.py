@@ -1,0 +1,41 @@
+"""Uniform: every linear gets the sparsity that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.sparsity.allocation.budget import Grain
+
+__all__ = ["Uniform"]
+
+
+@allocations.register("uniform")
+@dataclass(frozen=True)
+class Uniform:
+    """s_i = s for every linear i; needs no look at the model."""
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]] = frozenset()
+
+    reach = 0.0
+
+    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+        """Nothing to keep."""
+        return {}
+
+    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+        """The same for all."""
+        return dict.fromkeys(grains, sparsity)
+
+    def disk_bytes(self, weights: int, itemsize: int) -> int:
+        """None."""
+        return 0
+
+    def tokens(self, calibration: int) -> int:
+        """None."""
+        return 0
