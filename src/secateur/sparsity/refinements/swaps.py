@@ -49,7 +49,7 @@ class SparseSwaps:
     after the other, the best first, while all others are corrected by what it changes for them:
     with δ_s = w_p e_p − w_q e_q, taking s adds 2 δ_sᵀGδ_t to Δ_t. So each swap lowers the error by
     exactly its Δ, many are made for one product with G, and c never drifts. A row whose error is
-    not lower in float64 in the end, which takes rounding in float32 alone, gets its old mask back.
+    higher in float64 in the end, which only rounding can bring about, gets its old mask back.
 
     Args:
         swaps: the most swaps in a row.
