@@ -318,7 +318,7 @@ def _offspring(
 ) -> list[Candidate]:
     """Different mutants of the best; fewer than asked where a small model has no more."""
     found: dict[Candidate, None] = {}
-    for _ in range(_TRIES * search.offspring):
+    for _ in range(4 * search.offspring):
         mutant = mutate(parent, rungs, random)
         if mutant != parent:
             found[mutant] = None
