@@ -28,9 +28,11 @@ from secateur.models.architecture import Linear, linears_of
 from secateur.sparsity.allocation.budget import Grain
 from secateur.sparsity.allocation.search import Candidate, Ladder, Search, Standing, climb
 
-__all__ = ["Judge", "search_levels"]
+__all__ = ["WINDOW_TOKENS", "Judge", "search_levels"]
 
-_WINDOW_TOKENS = 512
+WINDOW_TOKENS = 512
+"""Tokens that pass through the output head at once: its logits are the largest tensors here."""
+
 _KL_ROWS = 64
 
 
@@ -192,7 +194,7 @@ class Judge:
 
 def cut(windows: Tensor, tokens: int) -> Tensor:
     """Windows of at most 512 tokens, about `tokens` in all, spread over the calibration."""
-    length = min(windows.shape[1], _WINDOW_TOKENS, tokens)
+    length = min(windows.shape[1], WINDOW_TOKENS, tokens)
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     count = min(max(1, tokens // length), len(pieces))
     return pieces[torch.arange(count) * len(pieces) // count]
