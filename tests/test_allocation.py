@@ -276,7 +276,7 @@ def test_the_search_is_never_worse_than_uniform():
 
 def test_a_model_with_nothing_to_trade_stays_uniform():
     standing = list(climb(Search(), rungs_of(1), (0,), lambda c, t, d: [1.0] * len(c)))[-1]
-    assert standing == Standing(12, (0,), 1.0, 1.0)
+    assert standing == Standing(16, (0,), 1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ class Search:
 
     levels: int = 3
     step: float = 0.05
-    generations: int = 12
+    generations: int = 16
     offspring: int = 8
     stages: tuple[tuple[int, int], ...] = ((2, 512), (1, 2048))
     seed: int = 0
