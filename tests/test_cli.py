@@ -135,6 +135,8 @@ BAD = {
     "block does not divide": (["--pattern", "5x5", "--sparsity", "0.5"], 2, "self_attn.q_proj"),
     "two sparsities": (["--pattern", "2:4", "--sparsity", "0.7"], 2, "0.7"),
     "n:m scope": (["--pattern", "2:4", "--scope", "global"], 2, "scope"),
+    "n:m allocation": (["--pattern", "2:4", "--allocation", "owl"], 2, "one sparsity for every"),
+    "allocation": (["--allocation", "ole", "--sparsity", "0.5"], 2, "did you mean 'owl'"),
     "block by row": (["--pattern", "4x4", "--scope", "row", "--sparsity", "0.5"], 2, "row"),
     "include": (["--include", "*.nlp.*", "--sparsity", "0.5"], 2, "no linear matches '*.nlp.*'"),
     "override": (["--override", "x", "--sparsity", "0.5"], 2, "is not GLOB=SPARSITY"),

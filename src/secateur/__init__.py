@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.errors import SecateurError
+    from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import compose
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SecateurError",
     "__version__",
+    "allocations",
     "compose",
     "evaluate",
     "plan",
@@ -35,6 +37,7 @@ __all__ = [
 
 HOMES = {
     "SecateurError": "secateur.errors",
+    "allocations": "secateur.sparsity.allocation",
     "compose": "secateur.sparsity.methods",
     "evaluate": "secateur.workflows",
     "plan": "secateur.workflows",

@@ -138,9 +138,11 @@ class KilledAt:
         {"method": "wanda", "sparsity": 0.5, "sequential": "layer"},
         {"method": "obd", "sparsity": 0.5},
         {"method": "wanda", "sparsity": 0.5, "scope": "global"},
+        {"method": "magnitude", "sparsity": 0.5, "allocation": "owl"},
+        {"method": "wanda", "sparsity": 0.5, "allocation": "search", "activations": "disk"},
         {"method": "magnitude", "sparsity": 0.5},
     ],
-    ids=["wanda", "sparsegpt-disk", "wanda-layer", "obd", "global", "magnitude"],
+    ids=["wanda", "sparsegpt-disk", "wanda-layer", "obd", "global", "owl", "search", "magnitude"],
 )
 def test_stopped_anywhere_and_resumed_gives_the_same_weights(
     options: dict, source: Path, windows: Path, tmp_path: Path
@@ -161,7 +163,8 @@ def test_stopped_anywhere_and_resumed_gives_the_same_weights(
             resumed += 1
             assert digest(out) == digest(tmp_path / "whole"), f"stopped at step {step}"
             assert not partial.exists()
-        step += 1 if options["method"] == "magnitude" else 5
+        searching = options.get("allocation") == "search"
+        step += 17 if searching else 1 if options["method"] == "magnitude" else 5
     assert resumed >= 2
 
 
@@ -241,6 +244,25 @@ def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: 
     )
     assert digest(tmp_path / "again") == digest(out)
     assert again.sparsity == 0.5
+
+
+def test_the_manifest_tells_the_allocation(source: Path, windows: Path, tmp_path: Path) -> None:
+    secateur.prune(
+        source, output=tmp_path / "out", method="wanda", sparsity=0.5, allocation="search",
+        calibration=windows,
+    )  # fmt: skip
+    manifest = json.loads((tmp_path / "out" / "secateur" / "manifest.json").read_text())
+    told = manifest["allocation"]
+    assert told["name"] == "search"
+    assert "generations=16" in told["parameters"]
+    assert told["divergence"] < told["uniform_divergence"]
+    assert 0.3 < told["lowest_sparsity"] < 0.5 < told["highest_sparsity"] < 0.7
+    assert manifest["result"]["decoder_sparsity"] == 0.5
+    with pytest.raises(RecipeError, match="allocation"):
+        secateur.prune(
+            source, output=tmp_path / "out", method="wanda", sparsity=0.5, allocation="best",
+            calibration=windows, overwrite=True,
+        )  # fmt: skip
 
 
 def test_the_audit_finds_zeros_that_were_filled_in(source: Path, tmp_path: Path) -> None:

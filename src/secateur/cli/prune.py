@@ -72,6 +72,7 @@ def show(report: PruneReport) -> None:
     result, cost = report.manifest["result"], report.manifest["cost"]
     rows = [
         ("method", f"{report.manifest['method']['name']}, {report.manifest['method']['pattern']}"),
+        ("allocation", report.manifest["allocation"]["name"]),
         ("zeros in decoder matrices", f"{result['decoder_sparsity']:.4%}"),
         ("zeros in all parameters", f"{result['model_sparsity']:.4%}"),
         ("time", f"{cost['seconds']:.1f} s"),

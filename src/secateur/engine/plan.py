@@ -19,10 +19,12 @@ from torch.overrides import TorchFunctionMode
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.meter import resident_bytes
 from secateur.engine.residency import LiveTensors
+from secateur.engine.search import WINDOW_TOKENS
 from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.targets import Target
 from secateur.models.architecture import linears_of
 from secateur.sparsity.allocation import Allocation
+from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.methods import Method
 
 __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
@@ -104,7 +106,8 @@ class Plan:
         layer_bytes: the weights of the largest decoder layer.
         activation_bytes: hidden states held in memory.
         forward_bytes: running and halted forwards.
-        solve_bytes: statistics, scores and solver of the largest linear.
+        solve_bytes: statistics, scores and solver of the largest linear; or of a whole layer,
+            with what is kept of it, while an allocation looks at the dense model.
         disk_bytes: the result, and what is kept to resume.
         flops: floating-point operations of the forwards.
     """
@@ -181,7 +184,9 @@ def plan_run(
         ),
         activation_bytes=stored if activations == "memory" else 0,
         forward_bytes=forward,
-        solve_bytes=solve_bytes(method, shapes) + own * 8 * prunable // len(layers),
+        solve_bytes=solve_bytes(method, shapes)
+        + own * 8 * prunable // len(layers)
+        + survey_bytes(target, allocation, prunable // len(layers), windows),
         disk_bytes=output_bytes
         + 2 * stored
         + own * (8 * prunable + len(layers) * stored)
@@ -205,6 +210,23 @@ def solve_bytes(method: Method, shapes: list[tuple[int, int]]) -> int:
     if "gram" in method.requires:
         solve += 4 * 4 * max(i for _, i in shapes) ** 2
     return solve
+
+
+def survey_bytes(
+    target: Target, allocation: Allocation, layer_weights: int, windows: Tensor | None
+) -> int:
+    """What a look at one dense layer holds besides the layer: grams, what is kept, logits."""
+    held = allocation.disk_bytes(layer_weights, target.dtype.itemsize)
+    if "gram" in allocation.requires:
+        name = target.architecture.layer_name(0)
+        linears = linears_of(target.layers[0], name)
+        groups = target.architecture.groups or tuple((n,) for n in linears)
+        held += sum(4 * linears[g[0]].shape[1] ** 2 for g in groups if g[0] in linears)
+    if isinstance(allocation, Search) and windows is not None:
+        # Probabilities of the dense model, logits of a candidate, and one of them in the making.
+        tokens = min(WINDOW_TOKENS, windows.shape[1])
+        held += 3 * 4 * tokens * int(target.model.config.vocab_size)
+    return held
 
 
 def forward_bytes(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import kl_div
 
 from secateur.engine.calls import first_inputs, layer_calls, replaced_layers
 from secateur.engine.gradients import Injector
@@ -29,10 +28,12 @@ from secateur.models.architecture import Linear, linears_of
 from secateur.sparsity.allocation.budget import Grain
 from secateur.sparsity.allocation.search import Candidate, Ladder, Search, Standing, climb
 
-__all__ = ["Judge", "search_levels"]
+__all__ = ["WINDOW_TOKENS", "Judge", "search_levels"]
 
-_WINDOW_TOKENS = 512
-_KL_TOKENS = 128  # rows of logits whose probabilities are in memory at once
+WINDOW_TOKENS = 512
+"""Tokens that pass through the output head at once: its logits are the largest tensors here."""
+
+_KL_ROWS = 64
 
 
 @torch.no_grad()
@@ -52,14 +53,7 @@ def search_levels(
     """
     assert run.settings.work is not None
     rungs = search.ladders(grains)
-    errors = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in rungs:
-                if f"{name}/error" in file.keys():  # noqa: SIM118 (no mapping)
-                    errors[name] = float(file.get_tensor(f"{name}/error"))
-    ordered = list(rungs.values())
-    informed = search.informed(errors, rungs)
+    informed = search.informed(stored_errors(files), rungs)
     reached = run.settings.work / "search.json"
     begun = None
     if reached.exists():
@@ -70,12 +64,23 @@ def search_levels(
     run.progress.start("allocation: search", evaluations * len(files))
     judge = Judge(run, rungs, files, search.judged_tokens)
     standing = begun
-    for standing in climb(search, ordered, informed, judge.fitness, begun):
+    for standing in climb(search, list(rungs.values()), informed, judge.fitness, begun):
         write_whole(reached, asdict(standing))
     run.progress.finish()
     assert standing is not None
     levels = zip(rungs.items(), standing.best, strict=True)
     return {name: ladder.sparsity(level) for (name, ladder), level in levels}, standing
+
+
+def stored_errors(files: list[Path]) -> dict[str, float]:
+    """The error of every linear at its target, without reading the weights beside it."""
+    errors = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                if key.endswith("/error"):
+                    errors[key.removesuffix("/error")] = float(file.get_tensor(key))
+    return errors
 
 
 class Judge:
@@ -104,6 +109,7 @@ class Judge:
         rows = range(len(self.windows))
         self.dense = self.last_hidden([None], rows)[None]
 
+    @torch.no_grad()
     def fitness(self, candidates: Sequence[Candidate], tokens: int, draw: int) -> list[float]:
         """The mean divergence of each candidate, in nats per token.
 
@@ -120,11 +126,12 @@ class Judge:
         sums = dict.fromkeys(hidden, 0.0)
         with self.target.outside():
             for place, row in enumerate(rows):
-                dense = self.logits(row, self.dense[row])
+                dense = DenseLogits.of(self.logits(row, self.dense[row]))
                 for candidate, states in hidden.items():
-                    sums[candidate] += divergence(dense, self.logits(row, states[place]))
+                    sums[candidate] += dense.divergence(self.logits(row, states[place]))
         return [sums[candidate] / (count * length) for candidate in candidates]
 
+    @torch.no_grad()
     def last_hidden(
         self, candidates: Sequence[Candidate | None], rows: Sequence[int]
     ) -> dict[Candidate | None, list[Tensor]]:
@@ -187,16 +194,41 @@ class Judge:
 
 def cut(windows: Tensor, tokens: int) -> Tensor:
     """Windows of at most 512 tokens, about `tokens` in all, spread over the calibration."""
-    length = min(windows.shape[1], _WINDOW_TOKENS, tokens)
+    length = min(windows.shape[1], WINDOW_TOKENS, tokens)
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     count = min(max(1, tokens // length), len(pieces))
     return pieces[torch.arange(count) * len(pieces) // count]
 
 
-def divergence(dense: Tensor, other: Tensor) -> float:
-    """Σ over tokens of KL(softmax(dense) ‖ softmax(other)) for logits [tokens, vocabulary]."""
-    total = 0.0
-    for one, two in zip(dense.split(_KL_TOKENS), other.split(_KL_TOKENS), strict=True):
-        log_one, log_two = one.float().log_softmax(-1), two.float().log_softmax(-1)
-        total += float(kl_div(log_two, log_one, reduction="sum", log_target=True))
-    return total
+@dataclass(frozen=True)
+class DenseLogits:
+    """What the dense model predicts for one window, against which candidates are held.
+
+    Attributes:
+        probabilities: p, float32 [tokens, vocabulary].
+        negative_entropy: Σ p · log p of each token, float32 [tokens].
+    """
+
+    probabilities: Tensor
+    negative_entropy: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> DenseLogits:
+        """From logits [tokens, vocabulary]."""
+        log_probabilities = logits.float().log_softmax(-1)
+        probabilities = log_probabilities.exp()
+        return cls(probabilities, log_probabilities.mul_(probabilities).sum(-1))
+
+    def divergence(self, logits: Tensor) -> float:
+        """Σ over tokens of KL(p ‖ softmax(z)) = Σ p · log p + logsumexp(z) − p · z.
+
+        In this form a candidate costs one pass of exponentials, a few rows at a time so that they
+        stay in the cache: five times as fast as from two log-softmaxes.
+        """
+        total = 0.0
+        parts = (self.probabilities, self.negative_entropy, logits)
+        for p, negative_entropy, z in zip(*(x.split(_KL_ROWS) for x in parts), strict=True):
+            z = z.float()
+            each = negative_entropy + z.logsumexp(-1) - (p * z).sum(-1)
+            total += float(each.sum(dtype=torch.float64))
+        return total

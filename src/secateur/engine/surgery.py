@@ -121,8 +121,7 @@ def prune_group(
         weight = linear.weight
         mask = None
         if not method.solver_selects:
-            score = method.score(weight, {**shared, **own(linear)})
-            mask = method.pattern.mask(score, sparsity)
+            mask = method.mask(weight, {**shared, **own(linear)}, sparsity)
         solution = method.solver.solve(weight, prepared, method.pattern, sparsity, mask=mask)
         linear.assign(solution.weight)
         records.append(verified(linear, method, sparsity, solution, started))

@@ -225,7 +225,7 @@ class LayerView:
             self.prepared = group, method.solver.prepare(self.statistics[name])
         mask = None
         if not method.solver_selects:
-            mask = method.pattern.mask(method.score(weight, self.statistics[name]), sparsity)
+            mask = method.mask(weight, self.statistics[name], sparsity)
         solution = method.solver.solve(
             weight, self.prepared[1], method.pattern, sparsity, mask=mask
         )

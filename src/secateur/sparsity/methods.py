@@ -17,8 +17,10 @@ from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.patterns.unstructured import Unstructured
+from secateur.sparsity.refinements import Refinement, refinements
 from secateur.sparsity.scores import ScoreFunction, scores
 from secateur.sparsity.solvers import Solver, solvers
+from secateur.types import Mask, Statistics, Weight
 
 __all__ = ["Method", "NamedMethod", "compose", "methods"]
 
@@ -97,6 +99,13 @@ methods: Mapping[str, NamedMethod] = MappingProxyType(
             description="prunes column by column and lets the columns to the right make up for it",
             paper="Frantar and Alistarh 2023, arXiv:2301.00774",
         ),
+        "alps": NamedMethod(
+            score="wanda",
+            solver="alps",
+            scope="layer",
+            description="finds mask and weights together by ADMM on the layer's error, then refits",
+            paper="Meng et al. 2024, arXiv:2406.07831",
+        ),
     }
 )
 """The methods by name."""
@@ -113,6 +122,8 @@ class Method:
         solver_name: the name of the solver.
         solver: the solver itself.
         pattern: the zeros that are allowed.
+        refinement_name: the name of the refinement, or None.
+        refinement: betters the score's mask before the solver gets it, or None.
     """
 
     name: str
@@ -121,18 +132,28 @@ class Method:
     solver_name: str
     solver: Solver
     pattern: Pattern
+    refinement_name: str | None = None
+    refinement: Refinement | None = None
 
     @property
     def solver_selects(self) -> bool:
         """Whether the solver chooses the mask itself, judging weights as its work changes them."""
-        return self.solver.selects_by == self.score_name
+        return self.refinement is None and self.solver.selects_by == self.score_name
 
     @property
     def requires(self) -> frozenset[str]:
         """The statistics to gather; the score needs none of its own where the solver selects."""
         if self.solver_selects:
             return self.solver.requires
-        return self.score.requires | self.solver.requires
+        refining = self.refinement.requires if self.refinement else frozenset()
+        return self.score.requires | self.solver.requires | refining
+
+    def mask(self, weight: Weight, statistics: Statistics, sparsity: float) -> Mask:
+        """The mask by the score, bettered by the refinement if there is one."""
+        mask = self.pattern.mask(self.score(weight, statistics), sparsity)
+        if self.refinement is None:
+            return mask
+        return self.refinement.refine(weight, mask, statistics, self.pattern, sparsity)
 
 
 def compose(
@@ -141,6 +162,7 @@ def compose(
     scope: str | None = None,
     score: str | None = None,
     solver: str | None = None,
+    refine: str | None = None,
     **params: Any,
 ) -> Method:
     """Put a method together from names.
@@ -152,7 +174,8 @@ def compose(
             sparsity) or the pattern's.
         score: takes the place of the method's score.
         solver: takes the place of the method's solver; `zero` if there is no method.
-        **params: parameters of the score and the solver, such as `a` or `damping`. One that both
+        refine: a refinement of the score's mask; the solver then holds the mask it is given.
+        **params: parameters of the score, the solver and the refinement, such as `a` or `damping`. One that both
             have is given to both.
 
     Raises:
@@ -172,10 +195,13 @@ def compose(
     score_name = score or (named.score if named else "")
     solver_name = solver or (named.solver if named else "zero")
     score_kind, solver_kind = scores[score_name], solvers[solver_name]
-    _check_params(params, {score_name: score_kind, solver_name: solver_kind})
+    kinds = {score_name: score_kind, solver_name: solver_kind}
+    if refine is not None:
+        kinds[refine] = refinements[refine]
+    _check_params(params, kinds)
 
     pattern = parse_pattern(pattern_text, scope)
-    name = _famous_name(score_name, solver_name)
+    name = _famous_name(score_name, solver_name) + (f"+{refine}" if refine else "")
     if scope is None and isinstance(pattern, Unstructured):
         default = named or methods.get(name)
         pattern = replace(pattern, scope=default.scope if default else pattern.scope)
@@ -186,6 +212,8 @@ def compose(
         solver_name=solver_name,
         solver=_build(solver_kind, params),
         pattern=pattern,
+        refinement_name=refine,
+        refinement=_build(refinements[refine], params) if refine is not None else None,
     )
 
 

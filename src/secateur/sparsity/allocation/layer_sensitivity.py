@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -96,8 +97,9 @@ class LayerSensitivity:
 
 def ranks(values: Mapping[str, float]) -> dict[str, float]:
     """The rank of each value from 0, ascending; equal values share the mean of their ranks."""
-    ordered = sorted(values.values())
-    first: dict[float, int] = {}
-    for index, value in enumerate(ordered):
-        first.setdefault(value, index)
-    return {n: first[v] + (ordered.count(v) - 1) / 2 for n, v in values.items()}
+    equal = Counter(values.values())
+    rank_of, below = {}, 0
+    for value in sorted(equal):
+        rank_of[value] = below + (equal[value] - 1) / 2
+        below += equal[value]
+    return {name: rank_of[value] for name, value in values.items()}

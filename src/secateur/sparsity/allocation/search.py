@@ -116,7 +116,7 @@ class Search:
 
     levels: int = 3
     step: float = 0.05
-    generations: int = 12
+    generations: int = 16
     offspring: int = 8
     stages: tuple[tuple[int, int], ...] = ((2, 512), (1, 2048))
     seed: int = 0
@@ -318,7 +318,7 @@ def _offspring(
 ) -> list[Candidate]:
     """Different mutants of the best; fewer than asked where a small model has no more."""
     found: dict[Candidate, None] = {}
-    for _ in range(_TRIES * search.offspring):
+    for _ in range(4 * search.offspring):
         mutant = mutate(parent, rungs, random)
         if mutant != parent:
             found[mutant] = None
