@@ -32,12 +32,15 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def to(self, device: torch.device) -> LayerCall:
-        """The same call with its tensors on another device."""
-        args, kwargs = tree_map(
-            lambda x: x.to(device) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
-        )
-        return LayerCall(args, kwargs)
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
+        """The same call with its tensors on another device, floating ones in another dtype."""
+
+        def moved(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(device, dtype if x.is_floating_point() else None)
+
+        return LayerCall(*tree_map(moved, (self.args, self.kwargs)))
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments."""

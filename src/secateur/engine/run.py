@@ -4,7 +4,8 @@
 
 Magnitude needs no calibration and skips the forwards; Taylor and OBD get their gradients from a
 pass of their own before (`gradients`); an allocation settles beforehand how much each linear
-loses (`survey`).
+loses (`survey`). With reconstruction the dense model's hidden states travel along, and before its
+outputs are passed on, a pruned layer is tuned to give those of the dense one.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from secateur.engine.activations import Activations
-from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
+from secateur.engine.calls import call_layer
 from secateur.engine.forwards import by_group, by_layer, find_groups
 from secateur.engine.ledger import Ledger
 from secateur.engine.pages import reused_pages
+from secateur.engine.passage import Passage
 from secateur.engine.progress import Progress
+from secateur.engine.reconstruction import Reconstruction, output_error, reconstruct
 from secateur.engine.residency import Parking
 from secateur.engine.selection import Selection
 from secateur.engine.surgery import (
@@ -71,6 +73,7 @@ class Run:
         settings: how the work is done.
         ledger: where finished layers are entered.
         progress: told of every step.
+        reconstruction: how pruned layers are tuned; not at all without passes.
     """
 
     def __init__(
@@ -83,12 +86,21 @@ class Run:
         settings: Settings,
         ledger: Ledger,
         progress: Progress,
+        reconstruction: Reconstruction,
     ) -> None:
         self.target, self.method, self.settings = target, method, settings
         self.windows, self.ledger, self.progress = windows, ledger, progress
         self.selection, self.sparsity = selection, sparsity
-        self.activations: Activations | None = None
-        self.calls: dict[int, list[LayerCall]] = {}
+        self.reconstruction = reconstruction
+        self.passage: Passage | None = None
+        if windows is not None:
+            self.passage = Passage(
+                target,
+                windows,
+                settings.micro_batch_tokens,
+                settings.activations == "memory",
+                settings.work,
+            )
         self.groups: Sequence[Sequence[str]] | None = target.architecture.groups
         self.parking: Parking | None = None
         self.told = 0
@@ -126,68 +138,24 @@ class Run:
         """The statistics of inputs that have to be gathered on the way."""
         return self.method.requires & INPUT_STATISTICS
 
-    # -- batches --------------------------------------------------------------------------------
-
-    def batches(self) -> list[slice]:
-        """The micro-batches, as ranges of calibration windows."""
-        assert self.windows is not None
-        samples, length = self.windows.shape
-        size = max(1, self.settings.micro_batch_tokens // length)
-        return [slice(i, min(i + size, samples)) for i in range(0, samples, size)]
-
-    def call(self, index: int, batch: slice) -> LayerCall:
-        """How a layer is called for a micro-batch."""
-        return self.calls[batch.stop - batch.start][index]
-
-    def record_calls(self) -> None:
-        """Learn how the model calls its layers, for each size of micro-batch."""
-        assert self.windows is not None
-        with self.target.outside():
-            sizes = {b.stop - b.start for b in self.batches()}
-            for size in sizes:
-                same = [b for b in self.batches() if b.stop - b.start == size][:2]
-                ids = [self.windows[b].to(self.target.device) for b in same]
-                calls = layer_calls(self.target.model, self.target.layers, ids)
-                self.calls[size] = [call.to(self.target.device) for call in calls]
-
-    def calls_of_one_window(self) -> list[LayerCall]:
-        """How each layer is called for a single window."""
-        assert self.windows is not None
-        with self.target.outside():
-            ids = [self.windows[i : i + 1].to(self.target.device) for i in range(2)]
-            calls = layer_calls(self.target.model, self.target.layers, [x for x in ids if len(x)])
-        return [call.to(self.target.device) for call in calls]
-
-    def fill_first_inputs(self) -> None:
-        """Compute the inputs of the first decoder layer for all windows."""
-        assert self.windows is not None
-        assert self.activations is not None
-        with self.target.outside():
-            for batch in self.batches():
-                ids = self.windows[batch].to(self.target.device)
-                self.activations.write(
-                    batch, first_inputs(self.target.model, self.target.layers, ids)
-                )
-
-    def open_activations(self) -> Activations:
-        """Hidden states for all windows, in memory or on disk as the settings say."""
-        assert self.windows is not None
-        samples, length = self.windows.shape
-        with self.target.outside():
-            ids = self.windows[:1].to(self.target.device)
-            hidden = first_inputs(self.target.model, self.target.layers, ids)
-        shape = (samples, length, hidden.shape[-1])
-        in_memory = self.settings.activations == "memory"
-        return Activations(shape, hidden.dtype, self.settings.work, in_memory)
+    @property
+    def forwards_needed(self) -> bool:
+        """Whether calibration tokens pass through the layers at all."""
+        return bool(self.input_statistics) or self.reconstruction.passes > 0
 
     # -- the loop -------------------------------------------------------------------------------
 
     @property
     def steps_per_layer(self) -> int:
         """Steps of progress that one layer is worth: one for every forward of a micro-batch."""
-        if not self.input_statistics:
+        if not self.forwards_needed:
             return 1
-        return len(self.batches()) * (1 if self.settings.sequential == "group" else 2)
+        forwards = 1 if self.settings.sequential == "group" else 2
+        steps = len(self.batches()) * forwards
+        if self.reconstruction.passes:
+            assert self.windows is not None
+            steps += 2 * len(self.batches()) + self.reconstruction.passes * len(self.windows)
+        return steps
 
     def step(self, index: int) -> None:
         """Tell of one step within a layer."""
@@ -198,17 +166,8 @@ class Run:
     def execute(self, done: int = 0) -> None:
         """Prune every layer from number `done` on."""
         layers = self.target.layers
-        if self.input_statistics and done < len(layers):
-            self.record_calls()
-            self.activations = self.open_activations()
-            if done and self.activations.has(done):
-                self.activations.resume(done)
-            else:
-                # Without stored inputs everything is done again; the result is the same.
-                done = 0
-                self.ledger.begin()
-                self.fill_first_inputs()
-                self.activations.advance(0)
+        if self.forwards_needed and done < len(layers):
+            done = self.open_streams(done)
         self.progress.start("pruning", self.steps_per_layer * (len(layers) - done))
         with reused_pages():
             for index in range(done, len(layers)):
@@ -223,8 +182,14 @@ class Run:
         with self.target.layer(index) as layer:
             linears = linears_of(layer, name)
             check_finite(list(linears.values()))
+            if self.dense is not None:
+                self.pass_dense(index, layer)
             records = self.pass_layer(index, layer, linears)
-            self.target.commit(index, [record.name for record in records])
+            changed = [f"{record.name}.weight" for record in records]
+            if records and self.reconstruction.passes:
+                self.tune_layer(index, layer, [linears_by_name(linears)[r.name] for r in records])
+                changed = [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
+            self.target.commit(index, changed)
         if self.activations is not None and index + 1 < len(self.target.layers):
             self.activations.advance(index + 1)
         self.ledger.finish_layer(
