@@ -180,9 +180,11 @@ class Search:
     def informed(self, errors: Mapping[str, float], rungs: Mapping[str, Ladder]) -> Candidate:
         """A start by sensitivity: of linears of one size, the lower the error the higher the level.
 
-        The linear of rank r among n gets the level `levels · (1 − 2r/(n−1))`, rounded, and the one
-        of rank n−1−r its negative, so the budget is kept.
+        The linear of rank r among n gets the level `top · (1 − 2r/(n−1))`, rounded, and the one of
+        rank n−1−r its negative, so the budget is kept. The top is two thirds of the levels: by
+        default ±0.1, as far as the allocation `layer-sensitivity` goes.
         """
+        top = max(1, round(2 * self.levels / 3))
         level = dict.fromkeys(rungs, 0)
         for unit in {ladder.unit for ladder in rungs.values()}:
             same = {n: errors[n] for n, ladder in rungs.items() if ladder.unit == unit}
@@ -190,7 +192,7 @@ class Search:
             ordered = sorted(same, key=lambda n: order[n])
             for index in range(len(ordered) // 2):
                 robust, tender = ordered[index], ordered[-1 - index]
-                wanted = round(self.levels * (1 - 2 * index / (len(ordered) - 1)))
+                wanted = round(top * (1 - 2 * index / (len(ordered) - 1)))
                 wanted = min(wanted, rungs[robust].highest, -rungs[tender].lowest)
                 if errors[robust] < errors[tender]:
                     level[robust], level[tender] = wanted, -wanted
