@@ -4,9 +4,9 @@
 
 Runs in an environment of its own: torch, safetensors, numpy below 2, and transformers 4.36 (the
 release that the published code was written for). The checkouts are those of locuslab/wanda (which
-carries SparseGPT too) and mazumder-lab/ALPS. What is changed of their code, in memory only: `cuda:0`
-reads as the device asked, `torch.cuda.synchronize` does nothing without CUDA, and the calibration
-windows are those of the file. OUT gets the model and `rival.json`: seconds of the pruning loop
+carries SparseGPT too) and mazumder-lab/ALPS. What is changed of their code, in memory only:
+`cuda:0` reads as the device asked, `torch.cuda.synchronize` does nothing without CUDA, and the
+calibration windows are those of the file. OUT gets the model and `rival.json`: seconds of the pruning loop
 (windows and model already loaded) and peak resident memory of the process.
 """
 

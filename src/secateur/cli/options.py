@@ -17,9 +17,25 @@ __all__ = ["recipe_from"]
 ModelArgument = Annotated[
     str, typer.Argument(help="Hub id, folder, GGUF file, named sample, or a recipe (*.yaml).")
 ]
-Method = Annotated[
-    str | None, typer.Option(help="A famous name; `secateur methods` lists them. [sparsegpt]")
+Effort = Annotated[
+    str | None,
+    typer.Option(help="A preset: fast, balanced or best; fills in what is not given. [balanced]"),
 ]
+Method = Annotated[
+    str | None, typer.Option(help="A famous name; `secateur methods` lists them. [the preset's]")
+]
+Refine = Annotated[str | None, typer.Option(help="Better the score's mask first: swaps.")]
+Asymmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--asymmetric/--symmetric",
+        help="Fit the dense model's outputs, or each matrix's own. [the preset's]",
+    ),
+]
+Passes = Annotated[
+    int | None, typer.Option(help="Passes of tuning each pruned layer. [the preset's]")
+]
+LearningRate = Annotated[float | None, typer.Option(help="Of the tuning. [1e-3]")]
 ScoreName = Annotated[
     str | None, typer.Option("--score", help="A score, for a composition of your own.")
 ]
@@ -113,7 +129,9 @@ def recipe_from(given: dict[str, Any]) -> PruneRecipe:
     options = {
         "budget_gib" if key == "memory_budget_gib" else key: value
         for key, value in given.items()
-        if key not in OF_THE_COMMAND and value is not None and value is not False
+        if key not in OF_THE_COMMAND
+        and value is not None
+        and (value is not False or key == "asymmetric")
     }
     if given.get("override"):
         options["overrides"] = dict(parse_override(text) for text in given["override"])

@@ -9,6 +9,7 @@ __all__ = ["plan"]
 
 def plan(
     model: o.ModelArgument,
+    effort: o.Effort = None,
     method: o.Method = None,
     sparsity: o.Sparsity = None,
     pattern: o.PatternText = None,

@@ -19,6 +19,7 @@ def prune(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder for the pruned model.")
     ] = None,
+    effort: o.Effort = None,
     method: o.Method = None,
     sparsity: o.Sparsity = None,
     pattern: o.PatternText = None,
@@ -26,6 +27,10 @@ def prune(
     allocation: o.Allocation = None,
     score: o.ScoreName = None,
     solver: o.SolverName = None,
+    refine: o.Refine = None,
+    asymmetric: o.Asymmetric = None,
+    passes: o.Passes = None,
+    learning_rate: o.LearningRate = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
     override: o.Override = None,

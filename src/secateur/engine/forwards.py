@@ -11,7 +11,8 @@ Two orders, both with one decoder layer and one running micro-batch at a time:
 
 Halting a forward in the middle of somebody else's `forward()` needs a stack of its own for each:
 greenlets give that within one thread, so that grad mode, thread pools and the order of all
-operations stay as they are in a plain call.
+operations stay as they are in a plain call. Where a group is to be fitted to the dense model, the
+forwards of the dense layer keep pace with those of the pruned one, halted at the same groups.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from secateur.engine.residency import Parking
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 
-__all__ = ["by_group", "by_layer", "find_groups"]
+__all__ = ["HaltingForwards", "by_group", "by_layer", "find_groups"]
 
 Forward = Callable[[], None]
 Gather = Callable[[int, Tensor], None]
@@ -92,12 +93,64 @@ def by_layer(
         inputs.remove()
 
 
+class HaltingForwards:
+    """The forwards of all micro-batches through one layer, halted at each group they reach.
+
+    Args:
+        groups: the linears of the layer, by shared input.
+        forwards: one call per micro-batch.
+        parking: where the tensors of halted forwards wait; None leaves them in memory.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Linear]],
+        forwards: Sequence[Forward],
+        parking: Parking | None,
+    ) -> None:
+        hub = getcurrent()
+        self.parking = parking
+        self.inputs = SharedInputs(groups, lambda group, x: hub.switch((group, x)))
+        self.seen: list[dict[int, tuple[int, tuple[int, ...]]]] = [{} for _ in forwards]
+        self.running = [greenlet(forward, parent=hub) for forward in forwards]
+
+    def advance(self, index: int) -> tuple[int, Tensor] | None:
+        """Let one forward go on to the next group: which, and its input; None at its end."""
+        watch: AbstractContextManager[object] = nullcontext()
+        self.inputs.seen = self.seen[index]
+        if self.parking:
+            self.parking.bring_back(index)
+            watch = self.parking.live
+        with watch:
+            arrival: tuple[int, Tensor] = self.running[index].switch()
+        return None if self.running[index].dead else arrival
+
+    def halt(self, index: int) -> None:
+        """The input that a forward arrived with has been seen; it waits."""
+        if self.parking:
+            self.parking.park(index)
+
+    def finish(self) -> None:
+        """Let all forwards go on to their ends."""
+        for index, running in enumerate(self.running):
+            while not running.dead:
+                if self.advance(index) is not None:
+                    self.halt(index)
+
+    def close(self) -> None:
+        """Give up the forwards that are still halted."""
+        self.inputs.remove()
+        for running in self.running:
+            if not running.dead:
+                running.throw(GreenletExit)
+
+
 def by_group(
     groups: Sequence[Sequence[Linear]],
-    forwards: Sequence[Forward],
-    gather: Gather,
+    halting: HaltingForwards,
+    beside: HaltingForwards | None,
+    gather: Callable[[int, Tensor, Tensor | None], None],
     prune: Callable[[int], None],
-    parking: Parking | None = None,
     *,
     outputs_needed: bool = True,
 ) -> None:
@@ -105,54 +158,44 @@ def by_group(
 
     Args:
         groups: the linears of the layer, by shared input.
-        forwards: one call per micro-batch.
-        gather: called with a group's index and its input, once per micro-batch.
+        halting: the forwards of the layer that is pruned.
+        beside: those of the dense layer, if they keep pace; they are left halted at the end.
+        gather: called with a group's index, its input, and the input that the same group has in
+            the dense model (None without), once per micro-batch.
         prune: called with a group's index when its input is known from all micro-batches.
-        parking: where the tensors of halted forwards wait; None leaves them in memory.
         outputs_needed: False ends the forwards after the last group, as nothing follows.
 
     Raises:
         ArchitectureError: the micro-batches do not reach the groups in the same order.
     """
-    hub = getcurrent()
-    inputs = SharedInputs(groups, lambda group, x: hub.switch((group, x)))
-    seen: list[dict[int, tuple[int, tuple[int, ...]]]] = [{} for _ in forwards]
-    halted = [(index, greenlet(forward, parent=hub)) for index, forward in enumerate(forwards)]
-    watch: AbstractContextManager[object] = parking.live if parking else nullcontext()
     left = len(groups)
-    try:
-        while halted and (left or outputs_needed):
-            reached: set[int] = set()
-            waiting = []
-            for index, running in halted:
-                inputs.seen = seen[index]
-                if parking:
-                    parking.bring_back(index)
-                with watch:
-                    arrival = running.switch()
-                if running.dead:
-                    reached.add(-1)
-                    continue
-                gather(*arrival)
-                reached.add(arrival[0])
-                del arrival
-                if parking:
-                    parking.park(index)
-                waiting.append((index, running))
-            halted = waiting
-            if len(reached) > 1:
-                raise ArchitectureError(
-                    "micro-batches do not pass the linears of a layer in the same order",
-                    where=groups[max(reached)][0].name,
-                    remedy="run with --sequential layer",
-                )
-            if halted:
-                prune(reached.pop())
-                left -= 1
-    finally:
-        inputs.remove()
-        for _, running in halted:
-            running.throw(GreenletExit)
+    halted = list(range(len(halting.running)))
+    while halted and (left or outputs_needed):
+        reached: set[int] = set()
+        waiting = []
+        for index in halted:
+            arrival = halting.advance(index)
+            if arrival is None:
+                reached.add(-1)
+                continue
+            dense = beside.advance(index) if beside else None
+            gather(*arrival, dense[1] if dense else None)
+            reached.update({arrival[0]} if dense is None else {arrival[0], dense[0]})
+            del arrival, dense
+            halting.halt(index)
+            if beside:
+                beside.halt(index)
+            waiting.append(index)
+        halted = waiting
+        if len(reached) > 1:
+            raise ArchitectureError(
+                "micro-batches do not pass the linears of a layer in the same order",
+                where=groups[max(reached)][0].name,
+                remedy="run with --sequential layer",
+            )
+        if halted:
+            prune(reached.pop())
+            left -= 1
 
 
 def find_groups(linears: Sequence[Linear], forward: Callable[[], object]) -> list[list[Linear]]:

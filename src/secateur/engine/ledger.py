@@ -73,9 +73,17 @@ class Ledger:
         self.layers = [line for line in lines[1:] if "layer" in line]
         return len(self.layers)
 
-    def finish_layer(self, index: int, records: list[dict[str, Any]], seconds: float) -> None:
-        """Enter a finished layer."""
+    def finish_layer(
+        self,
+        index: int,
+        records: list[dict[str, Any]],
+        seconds: float,
+        reconstruction: dict[str, float],
+    ) -> None:
+        """Enter a finished layer: its linears, its time, and what tuning it brought."""
         entry = {"layer": index, "seconds": seconds, "linears": records}
+        if reconstruction:
+            entry["reconstruction"] = reconstruction
         self.layers.append(entry)
         self.append(entry)
 

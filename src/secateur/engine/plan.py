@@ -7,7 +7,7 @@ content, while every operation is watched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.meter import resident_bytes
+from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.residency import LiveTensors
+from secateur.engine.run import Settings
 from secateur.engine.search import WINDOW_TOKENS
 from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.targets import Target
@@ -29,7 +31,7 @@ from secateur.sparsity.methods import Method
 
 __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
 
-SOLVE_COPIES = {"zero": 4, "obs": 7}
+SOLVE_COPIES = {"zero": 4, "obs": 7, "alps": 9}
 """Float32 copies of the largest weight at the height of scoring, masking and solving, measured."""
 
 
@@ -91,10 +93,42 @@ def rehearse(
     finally:
         for handle in handles:
             handle.remove()
-        for name, buffer in buffers.items():
-            path, _, leaf = name.rpartition(".")
-            layer.get_submodule(path)._buffers[leaf] = buffer
+        put_back(layer, buffers)
     return Rehearsal(live.peak_bytes, max(halted))
+
+
+def rehearse_tuning(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
+    """What tuning keeps alive besides the layer: one window's forward with all that its backward
+    needs, gradients, the two moments of Adam, and parameters in float32.
+
+    Args:
+        layer: a decoder layer with its parameters on the meta device.
+        hidden: the input of one window, for its shape.
+        call: how the layer is called for one window.
+    """
+    meta, parameters = torch.device("meta"), list(layer.parameters())
+    call = call.to(meta, torch.float32)
+    live = LiveTensors([*parameters, *layer.buffers(), *call.tensors()], find_peak=True)
+    buffers = dict(layer.named_buffers())
+    dtype = parameters[0].dtype
+    layer.to(meta, torch.float32).requires_grad_(True)
+    try:
+        with torch.enable_grad(), live, FusedAttention():
+            x = torch.empty(hidden.shape, dtype=torch.float32, device=meta)
+            out = call_layer(layer, x, call)
+            del out
+    finally:
+        layer.to(dtype).requires_grad_(False)
+        put_back(layer, buffers)
+    weights = 4 * sum(p.numel() for p in parameters)
+    return live.peak_bytes + weights * (3 if dtype == torch.float32 else 4)
+
+
+def put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Give a layer its real buffers again."""
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        layer.get_submodule(path)._buffers[leaf] = buffer
 
 
 @dataclass(frozen=True)
@@ -103,11 +137,12 @@ class Plan:
 
     Attributes:
         process_bytes: the program itself, with model skeleton and calibration tokens.
-        layer_bytes: the weights of the largest decoder layer.
+        layer_bytes: the weights of the largest decoder layer; twice with asymmetric fitting.
         activation_bytes: hidden states held in memory.
         forward_bytes: running and halted forwards.
         solve_bytes: statistics, scores and solver of the largest linear; or of a whole layer,
             with what is kept of it, while an allocation looks at the dense model.
+        tuning_bytes: gradients, moments and one window's forward, while a pruned layer is tuned.
         disk_bytes: the result, and what is kept to resume.
         flops: floating-point operations of the forwards.
     """
@@ -117,6 +152,7 @@ class Plan:
     activation_bytes: int
     forward_bytes: int
     solve_bytes: int
+    tuning_bytes: int
     disk_bytes: int
     flops: int
     num_hidden_layers: int
@@ -130,8 +166,7 @@ class Plan:
             self.process_bytes
             + self.layer_bytes
             + self.activation_bytes
-            + self.forward_bytes
-            + self.solve_bytes
+            + max(self.forward_bytes + self.solve_bytes, self.tuning_bytes)
         )
 
     def to_json(self) -> dict[str, int]:
@@ -143,12 +178,10 @@ def plan_run(
     target: Target,
     method: Method,
     windows: Tensor | None,
-    *,
-    sequential: str,
-    micro_batch_tokens: int,
-    activations: str,
-    output_bytes: int,
+    settings: Settings,
+    reconstruction: Reconstruction,
     allocation: Allocation,
+    output_bytes: int,
 ) -> Plan:
     """Plan a run over a checkpoint whose layers are still empty.
 
@@ -156,11 +189,10 @@ def plan_run(
         target: the model; its layers on the meta device.
         method: score, pattern and solver.
         windows: calibration tokens, or None.
-        sequential: `group` or `layer`.
-        micro_batch_tokens: tokens that pass through a layer at once.
-        activations: `memory` or `disk`.
-        output_bytes: size of the files written.
+        settings: how the work is done.
+        reconstruction: how pruned layers are tuned.
         allocation: what decides how much each linear loses.
+        output_bytes: size of the files written.
     """
     layers = target.layers
     shapes = [
@@ -170,45 +202,56 @@ def plan_run(
     ]
     prunable = sum(out * columns for out, columns in shapes)
     tokens = windows.numel() if windows is not None else 0
-    stored, forward = 0, 0
+    stored, forward, tuning = 0, 0, 0
     if windows is not None:
-        stored, forward = forward_bytes(
-            target, windows, micro_batch_tokens, wait=waits(method, sequential, activations)
-        )
+        stored, forward = forward_bytes(target, windows, settings, waits(method, settings))
+        if reconstruction.passes:
+            hidden, call = calls_of(target, windows[:1])
+            tuning = rehearse_tuning(layers[0], hidden, call[0])
     own = bool(method.requires - INPUT_STATISTICS)
-    passes = 1 if sequential == "group" else 2
+    weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    stored *= 1 + (settings.asymmetric or reconstruction.passes > 0)
     return Plan(
         process_bytes=resident_bytes(),
-        layer_bytes=max(
-            sum(p.numel() for p in layer.parameters()) * target.dtype.itemsize for layer in layers
-        ),
-        activation_bytes=stored if activations == "memory" else 0,
+        layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
+        activation_bytes=stored if settings.activations == "memory" else 0,
         forward_bytes=forward,
-        solve_bytes=solve_bytes(method, shapes)
+        solve_bytes=solve_bytes(method, shapes, settings.asymmetric)
         + own * 8 * prunable // len(layers)
         + survey_bytes(target, allocation, prunable // len(layers), windows),
+        tuning_bytes=tuning,
         disk_bytes=output_bytes
         + 2 * stored
         + own * (8 * prunable + len(layers) * stored)
         + allocation.disk_bytes(prunable, target.dtype.itemsize),
-        flops=2 * prunable * (allocation.tokens(tokens) + tokens * passes),
+        flops=2
+        * prunable
+        * (allocation.tokens(tokens) + tokens * passes(settings, reconstruction)),
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
     )
 
 
-def waits(method: Method, sequential: str, activations: str) -> bool:
-    """Whether halted forwards of all micro-batches wait in memory for each other."""
-    gathered = bool(method.requires & INPUT_STATISTICS)
-    return gathered and sequential == "group" and activations == "memory"
+def passes(settings: Settings, reconstruction: Reconstruction) -> int:
+    """Forwards of all calibration tokens; a forward with its backward counts as three."""
+    plain = 1 if settings.sequential == "group" else 2
+    dense = settings.asymmetric or reconstruction.passes > 0
+    return plain + dense + (2 + 3 * reconstruction.passes if reconstruction.passes else 0)
 
 
-def solve_bytes(method: Method, shapes: list[tuple[int, int]]) -> int:
+def waits(method: Method, settings: Settings) -> int:
+    """How many halted forwards of each micro-batch wait in memory for the others."""
+    gathered = bool(method.requires & INPUT_STATISTICS) or settings.asymmetric
+    halting = gathered and settings.sequential == "group" and settings.activations == "memory"
+    return halting * (1 + settings.asymmetric)
+
+
+def solve_bytes(method: Method, shapes: list[tuple[int, int]], asymmetric: bool) -> int:
     """Statistics, scores, masks and solver of the largest linear."""
     solve = SOLVE_COPIES.get(method.solver_name, 7) * 4 * max(o * i for o, i in shapes)
-    if "gram" in method.requires:
-        solve += 4 * 4 * max(i for _, i in shapes) ** 2
+    if "gram" in method.requires or asymmetric:
+        solve += 4 * (4 + 2 * asymmetric) * max(i for _, i in shapes) ** 2
     return solve
 
 
@@ -230,33 +273,35 @@ def survey_bytes(
 
 
 def forward_bytes(
-    target: Target, windows: Tensor, micro_batch_tokens: int, *, wait: bool
+    target: Target, windows: Tensor, settings: Settings, waiting: int
 ) -> tuple[int, int]:
     """Hidden states of all windows, and what forwards keep alive while they run and wait."""
-    hidden, rehearsals = rehearse_model(target, windows, micro_batch_tokens)
+    size = min(max(1, settings.micro_batch_tokens // windows.shape[1]), windows.shape[0])
+    hidden, calls = calls_of(target, windows[:size])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     own = hidden.numel() * hidden.dtype.itemsize
     stored = own * windows.numel() // batch_tokens
+    rehearsals = rehearse_kinds(target, hidden, calls)
     forward = max(r.running_bytes for r in rehearsals)
-    if wait:
-        # A halted forward's own input is a view of the stored hidden states.
-        halted = max(r.halted_bytes for r in rehearsals) - own
-        forward += halted * (windows.numel() // batch_tokens)
+    # A halted forward's own input is a view of the stored hidden states.
+    halted = max(r.halted_bytes for r in rehearsals) - own
+    forward += waiting * halted * (windows.numel() // batch_tokens)
     return stored, forward
 
 
-def rehearse_model(
-    target: Target, windows: Tensor, micro_batch_tokens: int
-) -> tuple[Tensor, list[Rehearsal]]:
-    """Rehearse one micro-batch in each kind of layer: kinds differ in how they are called."""
-    size = min(max(1, micro_batch_tokens // windows.shape[1]), windows.shape[0])
-    ids = windows[:size].to(target.device)
+def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    """The first layer's inputs for one micro-batch, and how each layer is called for it."""
+    ids = windows.to(target.device)
     with target.outside():
         hidden = first_inputs(target.model, target.layers, ids)
-        calls = layer_calls(target.model, target.layers, [ids])
+        return hidden, layer_calls(target.model, target.layers, [ids])
+
+
+def rehearse_kinds(target: Target, hidden: Tensor, calls: list[LayerCall]) -> list[Rehearsal]:
+    """Rehearse one micro-batch in each kind of layer: kinds differ in how they are called."""
     kinds: dict[Any, tuple[nn.Module, LayerCall]] = {}
     for layer, call in zip(target.layers, calls, strict=True):
         kind = tuple(tuple(t.shape) for t in call.tensors())
         kinds.setdefault(kind, (layer, call))
     groups = target.architecture.groups
-    return hidden, [rehearse(layer, groups, hidden, call) for layer, call in kinds.values()]
+    return [rehearse(layer, groups, hidden, call) for layer, call in kinds.values()]

@@ -11,30 +11,22 @@ outputs are passed on, a pruned layer is tuned to give those of the dense one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur.engine.calls import call_layer
-from secateur.engine.forwards import by_group, by_layer, find_groups
+from secateur.engine.layer_pass import LayerPass
 from secateur.engine.ledger import Ledger
 from secateur.engine.pages import reused_pages
 from secateur.engine.passage import Passage
 from secateur.engine.progress import Progress
-from secateur.engine.reconstruction import Reconstruction, output_error, reconstruct
-from secateur.engine.residency import Parking
+from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.selection import Selection
-from secateur.engine.surgery import (
-    INPUT_STATISTICS,
-    GroupStatistics,
-    LinearRecord,
-    check_finite,
-    prune_group,
-)
+from secateur.engine.surgery import INPUT_STATISTICS, LinearRecord, check_finite
 from secateur.engine.targets import Target
 from secateur.errors import PatternError
 from secateur.models.architecture import Linear, linears_of
@@ -51,11 +43,14 @@ class Settings:
         sequential: `group` prunes each group of linears before the next one's statistics are
             gathered, in one pass; `layer` gathers for a whole layer first, as the papers do.
         micro_batch_tokens: tokens that pass through a layer at once.
+        asymmetric: fit each linear to what the dense model's has for outputs (`dense_target`),
+            not to its own; the dense model's forwards then go along, group by group.
         activations: `memory` or `disk`: where hidden states wait.
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
     """
 
     sequential: str = "group"
+    asymmetric: bool = False
     micro_batch_tokens: int = 2048
     activations: str = "memory"
     work: Path | None = None
@@ -102,7 +97,6 @@ class Run:
                 settings.work,
             )
         self.groups: Sequence[Sequence[str]] | None = target.architecture.groups
-        self.parking: Parking | None = None
         self.told = 0
         self.sparsity_of = self.plan_sparsity()
 
@@ -136,7 +130,13 @@ class Run:
     @property
     def input_statistics(self) -> frozenset[str]:
         """The statistics of inputs that have to be gathered on the way."""
-        return self.method.requires & INPUT_STATISTICS
+        own = {"gram"} if self.settings.asymmetric else set()
+        return self.method.requires & INPUT_STATISTICS | own
+
+    @property
+    def dense_needed(self) -> bool:
+        """Whether the dense model's hidden states go along."""
+        return self.reconstruction.passes > 0 or self.settings.asymmetric
 
     @property
     def forwards_needed(self) -> bool:
@@ -150,11 +150,15 @@ class Run:
         """Steps of progress that one layer is worth: one for every forward of a micro-batch."""
         if not self.forwards_needed:
             return 1
+        assert self.passage is not None
         forwards = 1 if self.settings.sequential == "group" else 2
-        steps = len(self.batches()) * forwards
+        steps = len(self.passage.batches()) * forwards
+        if self.dense_needed:
+            steps += len(self.passage.batches())
         if self.reconstruction.passes:
-            assert self.windows is not None
-            steps += 2 * len(self.batches()) + self.reconstruction.passes * len(self.windows)
+            # a step of the tuning is worth about one: a window forth and back
+            steps += 2 * len(self.passage.batches())
+            steps += self.reconstruction.passes * len(self.passage.windows)
         return steps
 
     def step(self, index: int) -> None:
@@ -167,7 +171,10 @@ class Run:
         """Prune every layer from number `done` on."""
         layers = self.target.layers
         if self.forwards_needed and done < len(layers):
-            done = self.open_streams(done)
+            assert self.passage is not None
+            done = self.passage.open(done, dense=self.dense_needed)
+            if done == 0:  # also where the hidden states of a stopped run are lost
+                self.ledger.begin()
         self.progress.start("pruning", self.steps_per_layer * (len(layers) - done))
         with reused_pages():
             for index in range(done, len(layers)):
@@ -179,105 +186,30 @@ class Run:
         started = time.perf_counter()
         self.told = 0
         name = self.target.architecture.layer_name(index)
+        tuned: dict[str, float] = {}
         with self.target.layer(index) as layer:
-            linears = linears_of(layer, name)
-            check_finite(list(linears.values()))
-            if self.dense is not None:
-                self.pass_dense(index, layer)
-            records = self.pass_layer(index, layer, linears)
+            passing = LayerPass(self, index, layer)
+            check_finite(list(passing.linears.values()))
+            records = passing.prune()
             changed = [f"{record.name}.weight" for record in records]
-            if records and self.reconstruction.passes:
-                self.tune_layer(index, layer, [linears_by_name(linears)[r.name] for r in records])
+            if passing.tunes:
+                tuned = passing.tune()
                 changed = [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
             self.target.commit(index, changed)
-        if self.activations is not None and index + 1 < len(self.target.layers):
-            self.activations.advance(index + 1)
-        self.ledger.finish_layer(
-            index, [record.to_json() for record in records], time.perf_counter() - started
-        )
-        if self.activations is not None:
-            self.activations.forget(index)
+        self.finish_layer(index, records, tuned, started)
+
+    def finish_layer(
+        self, index: int, records: list[LinearRecord], tuned: dict[str, float], started: float
+    ) -> None:
+        """Enter a layer into the ledger when all it leaves behind is safe."""
+        if self.passage is not None and index + 1 < len(self.target.layers):
+            self.passage.advance(index + 1)
+        seconds = time.perf_counter() - started
+        self.ledger.finish_layer(index, [record.to_json() for record in records], seconds, tuned)
+        if self.passage is not None:
+            self.passage.forget(index)
         # The last layer's forwards end early, as nobody needs their outputs.
         self.progress.step(self.steps_per_layer - self.told, note=f"layer {index}")
-
-    def pass_layer(
-        self, index: int, layer: nn.Module, linears: Mapping[str, Linear]
-    ) -> list[LinearRecord]:
-        """Gather, prune and propagate one layer."""
-        own = self.own_statistics(index)
-        records: list[LinearRecord] = []
-        if not self.input_statistics:
-            for linear in linears.values():
-                records += prune_group([linear], {}, own, self.method, self.sparsity_of)
-            return records
-        groups = self.grouped(index, layer, linears)
-        gathered = [
-            GroupStatistics(self.input_statistics, group[0], self.target.device) for group in groups
-        ]
-
-        def gather(group: int, x: Tensor) -> None:
-            gathered[group].update(x)
-
-        def prune(group: int) -> None:
-            shared = gathered[group].value()
-            gathered[group].running.clear()
-            records.extend(prune_group(groups[group], shared, own, self.method, self.sparsity_of))
-
-        last = index == len(self.target.layers) - 1
-        forwards = [self.forward(index, layer, batch, write=not last) for batch in self.batches()]
-        if self.settings.sequential == "group":
-            self.parking = self.open_parking(index, layer)
-            by_group(groups, forwards, gather, prune, self.parking, outputs_needed=not last)
-        else:
-            dense = [self.forward(index, layer, b, write=False) for b in self.batches()]
-            by_layer(groups, dense, gather)
-            for group in range(len(groups)):
-                prune(group)
-            if not last:
-                for forward in forwards:
-                    forward()
-        return records
-
-    def grouped(
-        self, index: int, layer: nn.Module, linears: Mapping[str, Linear]
-    ) -> list[list[Linear]]:
-        """The linears to prune, by shared input; groups that stay dense are left out."""
-        if self.groups is None:
-            assert self.activations is not None
-            hidden = self.activations.read(slice(0, 1)).to(self.target.device)
-            call = self.calls[min(self.calls)][index]
-            found = find_groups(list(linears.values()), lambda: call_layer(layer, hidden, call))
-            by_module = {id(linear.module): name for name, linear in linears.items()}
-            self.groups = [[by_module[id(x.module)] for x in group] for group in found]
-        groups = [[linears[name] for name in group if name in linears] for group in self.groups]
-        return [g for g in groups if any(self.sparsity_of[x.name] > 0 for x in g)]
-
-    def forward(
-        self, index: int, layer: nn.Module, batch: slice, *, write: bool
-    ) -> Callable[[], None]:
-        """The forward of one micro-batch through a layer."""
-
-        def run() -> None:
-            assert self.activations is not None
-            hidden = self.activations.read(batch).to(self.target.device)
-            if self.parking is not None:
-                self.parking.live.note(hidden)
-            out = call_layer(layer, hidden, self.call(index, batch))
-            if write:
-                self.activations.write(batch, out)
-            self.step(index)
-
-        return run
-
-    def open_parking(self, index: int, layer: nn.Module) -> Parking | None:
-        """Where halted forwards are put: nowhere, when memory holds them."""
-        on_disk = self.settings.activations == "disk"
-        if not on_disk and self.target.device.type == "cpu":
-            return None
-        permanent = [*layer.parameters(), *layer.buffers()]
-        for calls in self.calls.values():
-            permanent += calls[index].tensors()
-        return Parking(permanent, self.settings.work if on_disk else None)
 
     def own_statistics(self, index: int) -> Callable[[Linear], dict[str, Tensor]]:
         """Statistics of each linear itself, from the gradient pass."""

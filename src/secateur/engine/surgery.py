@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.cross_gram import CrossGram
 from secateur.calibration.statistics import statistics
 from secateur.errors import NumericalError, VerificationError
 from secateur.models.architecture import Linear
+from secateur.sparsity.dense_target import dense_target
 from secateur.sparsity.methods import Method
 
 __all__ = ["GroupStatistics", "LinearRecord", "check_finite", "prune_group"]
 
 INPUT_STATISTICS = frozenset({"column_norm", "gram"})
+
+
+TARGET_DAMPING = 0.01
+"""How strongly the weights that fit the dense model are drawn towards the dense weights."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +56,24 @@ class LinearRecord:
 class GroupStatistics:
     """Running statistics of the input that a group of linears shares."""
 
-    def __init__(self, names: frozenset[str], linear: Linear, device: torch.device) -> None:
+    def __init__(
+        self, names: frozenset[str], linear: Linear, device: torch.device, *, beside: bool = False
+    ) -> None:
         self.name = linear.name
         self.running = {
             name: statistics[name](linear.shape[1], device)
             for name in sorted(names & INPUT_STATISTICS)
         }
+        self.cross = CrossGram(linear.shape[1], device) if beside else None
 
-    def update(self, x: Tensor) -> None:
-        """Add the inputs of one micro-batch, of any leading shape."""
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add the inputs of one micro-batch, of any leading shape, and those in the dense model."""
         flat = x.reshape(-1, x.shape[-1])
         for statistic in self.running.values():
             statistic.update(flat)
+        if self.cross is not None:
+            assert dense is not None
+            self.cross.update(dense.reshape(flat.shape), flat)
 
     def value(self) -> dict[str, Tensor]:
         """The statistics so far.
@@ -73,6 +85,12 @@ class GroupStatistics:
             return {name: statistic.value() for name, statistic in self.running.items()}
         except NumericalError as error:
             raise NumericalError(error.what, where=self.name, remedy=error.remedy) from None
+
+    def dense_target(self) -> Tensor | None:
+        """By what the weights are multiplied before they are pruned; None: they stay."""
+        if self.cross is None:
+            return None
+        return dense_target(self.running["gram"].value(), self.cross.value(), TARGET_DAMPING)
 
 
 def check_finite(linears: Sequence[Linear]) -> None:
@@ -100,6 +118,7 @@ def prune_group(
     own: Callable[[Linear], Mapping[str, Tensor]],
     method: Method,
     sparsity_of: Mapping[str, float],
+    target: Tensor | None = None,
 ) -> list[LinearRecord]:
     """Prune linears that share an input.
 
@@ -109,6 +128,7 @@ def prune_group(
         own: statistics of each linear itself (gradient, fisher).
         method: how.
         sparsity_of: the sparsity of each linear, by name; 0 leaves a linear untouched.
+        target: of `dense_target`, [in, in]: the weights that are pruned are those times this.
     """
     wanted = [linear for linear in linears if sparsity_of[linear.name] > 0]
     if not wanted:
@@ -118,7 +138,7 @@ def prune_group(
     for linear in wanted:
         started = time.perf_counter()
         sparsity = sparsity_of[linear.name]
-        weight = linear.weight
+        weight = linear.weight if target is None else linear.weight.float() @ target
         mask = None
         if not method.solver_selects:
             mask = method.mask(weight, {**shared, **own(linear)}, sparsity)

@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.engine.forwards import by_layer
+from secateur.engine.layer_pass import LayerPass
 from secateur.engine.ledger import write_whole
 from secateur.engine.run import Run
 from secateur.engine.search import search_levels
 from secateur.engine.surgery import INPUT_STATISTICS, GroupStatistics, check_finite
-from secateur.models.architecture import Linear, linears_of
+from secateur.models.architecture import Linear
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Grain, settle
 from secateur.sparsity.allocation.search import Search
@@ -120,57 +121,43 @@ def survey(run: Run, allocation: Allocation, grains: Mapping[str, Grain]) -> lis
     start = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     if start == len(files):
         return files
-    if names:
-        start = first_inputs_of(run, start)
-    steps = len(run.batches()) if names else 1
+    passage = run.passage if names else None
+    if passage is not None:
+        start = passage.open(start, dense=False)
+    steps = len(passage.batches()) if passage is not None else 1
     run.progress.start("allocation: dense model", steps * (len(files) - start))
     for index in range(start, len(files)):
         with target.layer(index) as layer:
-            linears = linears_of(layer, target.architecture.layer_name(index))
-            check_finite(list(linears.values()))
-            shared = pass_dense(run, index, layer, linears, names)
+            passing = LayerPass(run, index, layer)
+            check_finite(list(passing.linears.values()))
+            shared = gather_dense(passing, names)
             if not files[index].exists():
-                kept = allocation.look(LayerView(run, index, linears, shared, grains))
+                view = LayerView(run, index, passing.linears, shared, grains)
+                kept = allocation.look(view)
                 unfinished = files[index].with_suffix(".unfinished")
                 save_file({k: v.cpu().contiguous() for k, v in kept.items()}, unfinished)
                 unfinished.rename(files[index])
-        if run.activations is not None:
-            if index + 1 < len(files):
-                run.activations.advance(index + 1)
-            run.activations.forget(index)
-        if not names:
+        if passage is None:
             run.step(index)
+            continue
+        if index + 1 < len(files):
+            passage.advance(index + 1)
+        passage.forget(index)
     run.progress.finish()
-    run.activations = None
+    if passage is not None:
+        passage.close()
     return files
 
 
-def first_inputs_of(run: Run, start: int) -> int:
-    """Hidden states that enter layer `start`, or if they are lost layer 0; returns which."""
-    run.record_calls()
-    run.activations = run.open_activations()
-    if run.activations.has(start):
-        run.activations.resume(start)
-        return start
-    run.fill_first_inputs()
-    run.activations.advance(0)
-    return 0
-
-
-def pass_dense(
-    run: Run,
-    index: int,
-    layer: torch.nn.Module,
-    linears: Mapping[str, Linear],
-    names: frozenset[str],
-) -> dict[str, GroupStatistics]:
+def gather_dense(passing: LayerPass, names: frozenset[str]) -> dict[str, GroupStatistics]:
     """Pass all calibration tokens through a dense layer; the statistics of each linear's input."""
     if not names:
         return {}
-    groups = run.grouped(index, layer, linears)
-    gathered = [GroupStatistics(names, group[0], run.target.device) for group in groups]
-    last = index == len(run.target.layers) - 1
-    forwards = [run.forward(index, layer, b, write=not last) for b in run.batches()]
+    assert passing.passage is not None
+    groups, device = passing.grouped(), passing.run.target.device
+    gathered = [GroupStatistics(names, group[0], device) for group in groups]
+    batches = passing.passage.batches()
+    forwards = [passing.forward(batch, write=not passing.last) for batch in batches]
     by_layer(groups, forwards, lambda group, x: gathered[group].update(x))
     return {
         linear.name: statistics

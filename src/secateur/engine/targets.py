@@ -38,7 +38,7 @@ class Target(Protocol):
         ...
 
     def commit(self, index: int, names: list[str]) -> None:
-        """Make the new weights of some linears of the layer in work last."""
+        """Make the new values of some parameters of the layer in work last."""
         ...
 
 
@@ -133,10 +133,9 @@ class CheckpointTarget:
             empty(layer)
 
     def commit(self, index: int, names: list[str]) -> None:
-        """Write the new weights over the old ones in the copy."""
+        """Write the new values over the old ones in the copy."""
         if self.output is None:
             return
         for name in names:
-            parameter = self.model.get_parameter(f"{name}.weight")
-            self.output.write(self.stored[f"{name}.weight"], parameter)
+            self.output.write(self.stored[name], self.model.get_parameter(name))
         self.output.sync()

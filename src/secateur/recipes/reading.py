@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
-from secateur.recipes.schema import Calibration, Memory, PruneRecipe
+from secateur.recipes.presets import filled_in
+from secateur.recipes.schema import Calibration, Memory, PruneRecipe, Reconstruct
 
 __all__ = [
     "SECTIONS",
@@ -25,6 +26,7 @@ __all__ = [
 SECTIONS: Mapping[str, frozenset[str]] = {
     "calibration": frozenset(Calibration.model_fields) - {"source"},
     "memory": frozenset(Memory.model_fields),
+    "reconstruction": frozenset(Reconstruct.model_fields),
 }
 """The sections of a recipe, and the options that belong to them."""
 
@@ -79,7 +81,7 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
 def build_recipe(
     values: Mapping[str, Any], assignments: tuple[str, ...] = (), where: str | None = None
 ) -> PruneRecipe:
-    """Make a recipe of nested values and `--set` assignments.
+    """Make a recipe of nested values and `--set` assignments, its preset filled in.
 
     Raises:
         RecipeError: listing every fault, with near names for unknown keys.
@@ -88,7 +90,7 @@ def build_recipe(
     for assignment in assignments:
         set_value(merged, assignment)
     try:
-        return PruneRecipe.model_validate(merged)
+        return PruneRecipe.model_validate(filled_in(merged))
     except ValidationError as error:
         faults = [fault_text(fault) for fault in error.errors()]
         raise RecipeError(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Calibration", "Memory", "PruneRecipe"]
+__all__ = ["Calibration", "Memory", "PruneRecipe", "Reconstruct"]
 
 
 class Strict(BaseModel):
@@ -47,16 +47,38 @@ class Memory(Strict):
     micro_batch_tokens: int = Field(2048, gt=0, description="tokens that pass a layer at once")
 
 
+class Reconstruct(Strict):
+    """How a pruned layer is tuned to give the dense layer's outputs."""
+
+    passes: int = Field(
+        0, ge=0, description="passes over the calibration windows for each layer; 0: not at all"
+    )
+    learning_rate: float = Field(1e-3, gt=0, lt=1, description="of the first step")
+
+
 class PruneRecipe(Strict):
     """One pruning run."""
 
     model: str = Field(description="hub id, folder, GGUF file, or named sample")
     output: str | None = Field(None, description="folder for the pruned model; must not exist")
+    effort: Literal["fast", "balanced", "best"] | None = Field(
+        None,
+        description="a preset: fills in what is not given; balanced if no method is given either",
+    )
     method: str | None = Field(
-        None, description="a famous name: `secateur methods` lists them; default sparsegpt"
+        None, description="a famous name: `secateur methods` lists them; default: the preset's"
     )
     score: str | None = Field(None, description="score, for a composition of your own")
     solver: str | None = Field(None, description="solver, for a composition of your own")
+    refine: str | None = Field(None, description="refinement of the score's mask, such as swaps")
+    parameters: dict[str, int | float] = Field(
+        default_factory=dict, description="of the score, the solver and the refinement"
+    )
+    asymmetric: bool = Field(
+        False,
+        description="fit the outputs of the dense model on dense inputs, not each matrix's own",
+    )
+    reconstruction: Reconstruct = Field(default_factory=lambda: Reconstruct())
     sparsity: float | None = Field(None, description="fraction of zeros, 0 to 1")
     pattern: str = Field("unstructured", description="unstructured, N:M, or block as ROWSxCOLUMNS")
     scope: Literal["row", "layer", "global"] | None = Field(

@@ -15,7 +15,7 @@ from secateur.calibration.windows import load_calibration
 from secateur.engine.gradients import gather_gradients
 from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Progress
-from secateur.engine.run import Run, Settings
+from secateur.engine.run import Run
 from secateur.engine.selection import Selection
 from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.survey import allocate
@@ -26,7 +26,13 @@ from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.prune_report import PruneReport
 from secateur.sparsity.allocation import Allocation
-from secateur.workflows.preparing import allocation_of, method_of, window_plan
+from secateur.workflows.preparing import (
+    allocation_of,
+    method_of,
+    reconstruction_of,
+    settings_of,
+    window_plan,
+)
 
 __all__ = ["carry_out", "prune_module"]
 
@@ -36,7 +42,8 @@ def carry_out(run: Run, allocation: Allocation, done: int) -> None:
     if run.method.requires - INPUT_STATISTICS:
         assert run.windows is not None
         assert run.settings.work is not None
-        calls = run.calls_of_one_window()
+        assert run.passage is not None
+        calls = run.passage.calls_of_one_window()
         gather_gradients(run.target, run.windows, calls, run.settings.work, run.progress)
     allocate(run, allocation)
     run.execute(done)
@@ -54,7 +61,7 @@ def prune_module(
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
     windows = None
-    if method.requires | allocation.requires:
+    if method.requires | allocation.requires or recipe.reconstruction.passes or recipe.asymmetric:
         windows = module_windows(recipe, calibration, tokenizer, model)
     target = ModelTarget(model)
     ledger = Ledger(None, {})
@@ -70,8 +77,18 @@ def prune_module(
     try:
         with scratch as folder, quiet_transformers():
             work = Path(folder) if folder else None
-            settings = Settings(recipe.sequential, recipe.memory.micro_batch_tokens, "memory", work)
-            run = Run(target, method, sparsity, selection, windows, settings, ledger, progress)
+            settings = settings_of(recipe, "memory", work)
+            run = Run(
+                target,
+                method,
+                sparsity,
+                selection,
+                windows,
+                settings,
+                ledger,
+                progress,
+                reconstruction_of(recipe),
+            )
             carry_out(run, allocation, 0)
     finally:
         model.train(was_training)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
 from secateur.engine.plan import Plan, plan_run
+from secateur.engine.reconstruction import Reconstruction
+from secateur.engine.run import Settings
 from secateur.engine.selection import Selection
 from secateur.engine.targets import CheckpointTarget, Target
 from secateur.errors import MemoryBudgetError, RecipeError
@@ -33,9 +35,10 @@ __all__ = [
     "choose_plan",
     "method_of",
     "prepare",
+    "reconstruction_of",
+    "settings_of",
 ]
 
-DEFAULT_METHOD = "sparsegpt"
 FREE_SHARE = 0.8
 """Of the memory that is free, what a run may take when nobody says otherwise."""
 
@@ -90,11 +93,14 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
     Raises:
         RecipeError, PatternError: a name is unknown, or the parts do not fit together.
     """
-    name = recipe.method
-    if name is None and recipe.score is None:
-        name = DEFAULT_METHOD
     method = compose(
-        name, recipe.pattern, scope=recipe.scope, score=recipe.score, solver=recipe.solver
+        recipe.method,
+        recipe.pattern,
+        scope=recipe.scope,
+        score=recipe.score,
+        solver=recipe.solver,
+        refine=recipe.refine,
+        **recipe.parameters,
     )
     implied = getattr(method.pattern, "sparsity", None)
     sparsity = implied if recipe.sparsity is None else recipe.sparsity
@@ -139,6 +145,33 @@ def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
     return GlobalThreshold(reach=1.0)
 
 
+def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Settings:
+    """How the work of a recipe is done.
+
+    Raises:
+        RecipeError: asymmetric fitting in the papers' order of work.
+    """
+    if recipe.asymmetric and recipe.sequential == "layer":
+        raise RecipeError(
+            "asymmetric fitting needs the inputs of each group as they are after the groups before "
+            "it were pruned; in the order 'layer' they are not known",
+            remedy="use --sequential group, or --symmetric",
+        )
+    return Settings(
+        sequential=recipe.sequential,
+        asymmetric=recipe.asymmetric,
+        micro_batch_tokens=recipe.memory.micro_batch_tokens,
+        activations=activations,
+        work=work,
+    )
+
+
+def reconstruction_of(recipe: PruneRecipe) -> Reconstruction:
+    """How the pruned layers of a recipe are tuned."""
+    how = recipe.reconstruction
+    return Reconstruction(passes=how.passes, learning_rate=how.learning_rate)
+
+
 def prepare(
     recipe: PruneRecipe,
     output: Path | None = None,
@@ -168,7 +201,7 @@ def prepare(
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     windows: Tensor | None = None
     calibration: dict[str, Any] | None = None
-    if method.requires | allocation.requires:
+    if method.requires | allocation.requires or recipe.reconstruction.passes or recipe.asymmetric:
         if stored_windows is not None and stored_windows.exists():
             windows = load_windows(stored_windows)
             calibration = {}
@@ -252,11 +285,10 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
             prepared.target,
             prepared.method,
             prepared.windows,
-            sequential=prepared.recipe.sequential,
-            micro_batch_tokens=memory.micro_batch_tokens,
-            activations=activations,
-            output_bytes=prepared.output_bytes,
-            allocation=prepared.allocation,
+            settings_of(prepared.recipe, activations, None),
+            reconstruction_of(prepared.recipe),
+            prepared.allocation,
+            prepared.output_bytes,
         )
         if plan.peak_bytes <= budget:
             return plan, activations

@@ -32,6 +32,8 @@ from secateur.workflows.preparing import (
     choose_plan,
     fingerprint,
     prepare,
+    reconstruction_of,
+    settings_of,
 )
 
 __all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_recipe"]
@@ -49,7 +51,9 @@ def plan(model: str, **options: Any) -> Plan:
 def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
     """The plan of a recipe, and where its hidden states would wait."""
     prepared = prepare(recipe, only_plan=True)
-    run_of(prepared, Settings(), Ledger(None, {}), Silent())  # refuses what does not fit
+    run_of(
+        prepared, settings_of(recipe, "memory", None), Ledger(None, {}), Silent()
+    )  # refuses what does not fit
     return choose_plan(prepared, recipe.memory)
 
 
@@ -121,6 +125,7 @@ def run_of(prepared: Prepared, settings: Settings, ledger: Ledger, progress: Pro
         settings,
         ledger,
         progress,
+        reconstruction_of(prepared.recipe),
     )
 
 
@@ -151,7 +156,7 @@ def run_recipe(
     chosen, activations = choose_plan(prepared, recipe.memory)
     check_disk(chosen, output)
     work = partial / "work"
-    settings = Settings(recipe.sequential, recipe.memory.micro_batch_tokens, activations, work)
+    settings = settings_of(recipe, activations, work)
     ledger = Ledger(partial / "secateur" / "layers.jsonl", identity(prepared))
     run = run_of(prepared, settings, ledger, progress)
     with torch.random.fork_rng(devices=[]):
@@ -251,7 +256,11 @@ def make_manifest(
             "solver": repr(method.solver),
             "pattern": method.pattern.name,
             "scope": method.pattern.scope,
+            "refinement": repr(method.refinement) if method.refinement else None,
+            "effort": prepared.recipe.effort,
             "sequential": prepared.recipe.sequential,
+            "asymmetric": prepared.recipe.asymmetric,
+            "reconstruction": prepared.recipe.reconstruction.model_dump(),
             "asked_sparsity": prepared.sparsity,
         },
         "allocation": describe_allocation(prepared, partial / "work"),

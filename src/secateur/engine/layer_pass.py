@@ -1,0 +1,255 @@
+"""One decoder layer on its way from dense to pruned.
+
+    inputs ─► halt at each group ─► gather, prune ─► (tune) ─► outputs
+
+With asymmetric fitting a copy of the dense layer keeps pace, so that both inputs of a group are
+known at once. With reconstruction the layer is tuned before its outputs are passed on.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from secateur.engine.activations import Activations
+from secateur.engine.calls import call_layer
+from secateur.engine.forwards import HaltingForwards, by_group, by_layer, find_groups
+from secateur.engine.reconstruction import output_error, reconstruct
+from secateur.engine.residency import Parking
+from secateur.engine.surgery import GroupStatistics, LinearRecord, prune_group
+from secateur.models.architecture import Linear, linears_of
+
+if TYPE_CHECKING:
+    from secateur.engine.run import Run
+
+__all__ = ["LayerPass"]
+
+
+class LayerPass:
+    """The work on one decoder layer.
+
+    Args:
+        run: whose work it is.
+        index: which layer.
+        layer: with its weights.
+    """
+
+    def __init__(self, run: Run, index: int, layer: nn.Module) -> None:
+        self.run, self.index, self.layer = run, index, layer
+        self.passage = run.passage
+        self.linears = linears_of(layer, run.target.architecture.layer_name(index))
+        self.pruned = [x for x in self.linears.values() if run.sparsity_of[x.name] > 0]
+        self.last = index + 1 == len(run.target.layers)
+        self.parking: Parking | None = None
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the layer is tuned: if something of it is pruned."""
+        return bool(self.pruned) and self.run.reconstruction.passes > 0
+
+    def prune(self) -> list[LinearRecord]:
+        """Gather, prune, and propagate the layer unless it is to be tuned first."""
+        run = self.run
+        if run.reconstruction.passes and not run.settings.asymmetric:
+            self.pass_dense()
+        own = run.own_statistics(self.index)
+        if run.input_statistics:
+            return self.prune_on_the_way(own)
+        records: list[LinearRecord] = []
+        for linear in self.linears.values():
+            records += prune_group([linear], {}, own, run.method, run.sparsity_of)
+        if self.outputs_needed and run.reconstruction.passes:
+            self.propagate()
+        return records
+
+    @property
+    def outputs_needed(self) -> bool:
+        """Whether the outputs of the layer as it was pruned are passed on."""
+        return not self.last and not self.tunes
+
+    def prune_on_the_way(
+        self,
+        own: Callable[[Linear], Mapping[str, Tensor]],
+    ) -> list[LinearRecord]:
+        """Prune each group when the inputs of all micro-batches are known."""
+        assert self.passage is not None
+        records: list[LinearRecord] = []
+        groups = self.grouped()
+        run = self.run
+        names, device = run.input_statistics, run.target.device
+        asymmetric = run.settings.asymmetric
+        gathered = [GroupStatistics(names, g[0], device, beside=asymmetric) for g in groups]
+
+        def gather(group: int, x: Tensor, dense: Tensor | None = None) -> None:
+            gathered[group].update(x, dense)
+
+        def prune(group: int) -> None:
+            shared, target = gathered[group].value(), gathered[group].dense_target()
+            gathered[group].running.clear()
+            records.extend(
+                prune_group(groups[group], shared, own, run.method, run.sparsity_of, target)
+            )
+
+        if run.settings.sequential == "group":
+            self.halt_at_groups(groups, gather, prune)
+            return records
+        batches = self.passage.batches()
+        by_layer(groups, [self.forward(b, write=False) for b in batches], gather)
+        for group in range(len(groups)):
+            prune(group)
+        if self.outputs_needed:
+            self.propagate()
+        return records
+
+    def halt_at_groups(
+        self,
+        groups: Sequence[Sequence[Linear]],
+        gather: Callable[[int, Tensor, Tensor | None], None],
+        prune: Callable[[int], None],
+    ) -> None:
+        """One pass, group by group, with the dense layer beside the pruned one if asked for."""
+        assert self.passage is not None
+        write, batches = self.outputs_needed, self.passage.batches()
+        self.parking = self.open_parking(self.layer, self.passage.hidden)
+        forwards = [self.forward(b, write=write) for b in batches]
+        halting = HaltingForwards(groups, forwards, self.parking)
+        beside = self.beside(groups) if self.run.settings.asymmetric else None
+        try:
+            by_group(groups, halting, beside, gather, prune, outputs_needed=write)
+            if beside:
+                beside.finish()
+        finally:
+            halting.close()
+            if beside:
+                beside.close()
+            self.parking = None
+        if beside:
+            assert self.passage.dense is not None
+            self.passage.dense.advance(self.index + 1)
+
+    def beside(self, groups: Sequence[Sequence[Linear]]) -> HaltingForwards:
+        """The forwards of the dense model through a copy of the layer, halted at the same groups."""
+        assert self.passage is not None
+        dense = copy.deepcopy(self.layer)
+        modules = dict(dense.named_modules())
+        names = {id(module): name for name, module in self.layer.named_modules()}
+        same = [[Linear(x.name, modules[names[id(x.module)]]) for x in g] for g in groups]
+        parking = self.open_parking(dense, self.passage.dense)
+        forwards = [
+            functools.partial(self.forward_dense, dense, batch, parking)
+            for batch in self.passage.batches()
+        ]
+        return HaltingForwards(same, forwards, parking)
+
+    def forward_dense(self, layer: nn.Module, batch: slice, parking: Parking | None = None) -> None:
+        """The forward of one micro-batch of the dense model through a dense layer."""
+        passage = self.passage
+        assert passage is not None
+        assert passage.dense is not None
+        hidden = passage.read_dense(batch)
+        if parking is not None:
+            parking.live.note(hidden)
+        passage.dense.write(batch, call_layer(layer, hidden, passage.call(self.index, batch)))
+        self.run.step(self.index)
+
+    def propagate(self) -> None:
+        """Pass all windows through a finished layer."""
+        assert self.passage is not None
+        for batch in self.passage.batches():
+            self.forward(batch, write=True)()
+
+    # -- reconstruction -------------------------------------------------------------------------
+
+    def pass_dense(self) -> None:
+        """Let the dense model's hidden states go through a layer before it is pruned."""
+        assert self.passage is not None
+        assert self.passage.dense is not None
+        for batch in self.passage.batches():
+            self.forward_dense(self.layer, batch)
+        self.passage.dense.advance(self.index + 1)
+
+    def tune(self) -> dict[str, float]:
+        """Tune a pruned layer and propagate it; returns its output error before and after."""
+        passage = self.passage
+        assert passage is not None
+
+        def example(window: int) -> tuple[Tensor, Tensor]:
+            rows = slice(window, window + 1)
+            return passage.read(rows), passage.read_dense(rows)
+
+        errors = {"error_before": self.judge(write=False)}
+        reconstruct(
+            self.layer,
+            self.pruned,
+            len(passage.windows),
+            example,
+            passage.calls[1][self.index],
+            self.run.reconstruction,
+            seed=self.index,
+            tell=lambda: self.run.step(self.index),
+        )
+        errors["error_after"] = self.judge(write=not self.last)
+        return errors
+
+    def judge(self, *, write: bool) -> float:
+        """The mean output error of a layer over all windows; its outputs can be passed on."""
+        passage = self.passage
+        assert passage is not None
+        total = 0.0
+        for batch in passage.batches():
+            out = call_layer(self.layer, passage.read(batch), passage.call(self.index, batch))
+            total += float(output_error(out, passage.read_dense(batch))) * len(out)
+            if write:
+                passage.write(batch, out)
+            self.run.step(self.index)
+        return total / len(passage.windows)
+
+    # -- parts of a pass ------------------------------------------------------------------------
+
+    def grouped(self) -> list[list[Linear]]:
+        """The linears to prune, by shared input; groups that stay dense are left out."""
+        run, linears = self.run, self.linears
+        if run.groups is None:
+            assert self.passage is not None
+            size = min(self.passage.calls)
+            hidden, call = self.passage.read(slice(0, size)), self.passage.calls[size][self.index]
+            found = find_groups(
+                list(linears.values()), lambda: call_layer(self.layer, hidden, call)
+            )
+            by_module = {id(linear.module): name for name, linear in linears.items()}
+            run.groups = [[by_module[id(x.module)] for x in group] for group in found]
+        groups = [[linears[name] for name in group if name in linears] for group in run.groups]
+        return [g for g in groups if any(run.sparsity_of[x.name] > 0 for x in g)]
+
+    def forward(self, batch: slice, *, write: bool) -> Callable[[], None]:
+        """The forward of one micro-batch through a layer."""
+
+        def run() -> None:
+            assert self.passage is not None
+            hidden = self.passage.read(batch)
+            if self.parking is not None:
+                self.parking.live.note(hidden)
+            out = call_layer(self.layer, hidden, self.passage.call(self.index, batch))
+            if write:
+                self.passage.write(batch, out)
+            self.run.step(self.index)
+
+        return run
+
+    def open_parking(self, layer: nn.Module, stream: Activations | None) -> Parking | None:
+        """Where halted forwards are put: nowhere, when memory holds them."""
+        on_disk = self.run.settings.activations == "disk"
+        if not on_disk and self.run.target.device.type == "cpu":
+            return None
+        assert self.passage is not None
+        assert stream is not None
+        permanent = [
+            *layer.parameters(),
+            *layer.buffers(),
+            *self.passage.shared_tensors(self.index),
+        ]
+        return Parking(permanent, stream.folder if on_disk else None)

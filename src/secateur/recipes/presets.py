@@ -1,0 +1,66 @@
+"""Presets: how long to wait for how good a result.
+
+A preset fills in what a recipe leaves open; whatever is given keeps its value. What each brings
+and costs is measured in `benchmarks/presets.py`, and told in docs/methods/presets.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from secateur.errors import RecipeError
+from secateur.registry import did_you_mean
+
+__all__ = ["DEFAULT_EFFORT", "filled_in", "presets"]
+
+DEFAULT_EFFORT = "balanced"
+
+presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fast": {"method": "sparsegpt"},
+        "balanced": {
+            "method": "alps",
+            "parameters": {"iterations": 15, "growth": 1.6},
+            "asymmetric": True,
+        },
+        "best": {
+            "method": "alps",
+            "parameters": {"iterations": 30, "growth": 1.3},
+            "asymmetric": True,
+            "reconstruction": {"passes": 6},
+        },
+    }
+)
+"""What each effort stands for, as values of a recipe."""
+
+_COMPOSITION = {"method", "score", "solver", "refine", "parameters"}
+"""Values that only make sense together: one that is given keeps a preset from the others."""
+
+
+def filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, with those of its preset where it is silent.
+
+    With neither an effort nor a method, a score or a solver, the effort is `balanced`.
+
+    Raises:
+        RecipeError: there is no such effort.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    composed = _COMPOSITION & given.keys()
+    effort = given.get("effort")
+    if effort is None:
+        if composed & {"method", "score", "solver"}:
+            return given
+        effort = DEFAULT_EFFORT
+    if effort not in presets:
+        raise RecipeError(f"unknown effort {effort!r}", remedy=did_you_mean(effort, [*presets]))
+    for key, value in presets[effort].items():
+        if composed and key in _COMPOSITION:
+            continue
+        if isinstance(value, Mapping):
+            given[key] = {**value, **given.get(key, {})}
+        else:
+            given.setdefault(key, value)
+    return {**given, "effort": effort}
