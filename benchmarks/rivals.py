@@ -6,8 +6,8 @@ Runs in an environment of its own: torch, safetensors, numpy below 2, and transf
 release that the published code was written for). The checkouts are those of locuslab/wanda (which
 carries SparseGPT too) and mazumder-lab/ALPS. What is changed of their code, in memory only:
 `cuda:0` reads as the device asked, `torch.cuda.synchronize` does nothing without CUDA, and the
-calibration windows are those of the file. OUT gets the model and `rival.json`: seconds of the pruning loop
-(windows and model already loaded) and peak resident memory of the process.
+calibration windows are those of the file. OUT gets the model and `rival.json`: seconds of the
+pruning loop (windows and model already loaded) and peak resident memory of the process.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur.engine.calls import call_layer, first_inputs, layer_calls
-from secateur.engine.forwards import by_group, by_layer
+from secateur.engine.forwards import HaltingForwards, by_group, by_layer
 from secateur.engine.residency import Parking
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe, linears_of
@@ -46,6 +46,13 @@ class Stage:
     def forwards(self):
         return [self.forward(i) for i in range(len(self.hidden))]
 
+    def pass_by_group(self, gather, prune, *, forwards=None, **options) -> None:
+        halting = HaltingForwards(self.groups, forwards or self.forwards(), self.parking)
+        try:
+            by_group(self.groups, halting, None, gather, prune, **options)
+        finally:
+            halting.close()
+
     def plain(self) -> list[torch.Tensor]:
         with torch.no_grad():
             return [call_layer(self.layer, x, self.call) for x in self.hidden]
@@ -60,13 +67,7 @@ def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
         kept = [*stage.layer.parameters(), *stage.layer.buffers(), *stage.call.tensors()]
         stage.parking = Parking(kept, tmp_path if place == "disk" else None)
     order, pruned = [], []
-    by_group(
-        stage.groups,
-        stage.forwards(),
-        lambda group, x: order.append((group, tuple(x.shape))),
-        pruned.append,
-        stage.parking,
-    )
+    stage.pass_by_group(lambda group, x, _: order.append((group, tuple(x.shape))), pruned.append)
     assert pruned == [0, 1, 2, 3]
     assert [group for group, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     for index, out in enumerate(expected):
@@ -81,12 +82,12 @@ def test_parked_forwards_hold_next_to_nothing(tmp_path: Path) -> None:
     stage.parking = parking = Parking(kept, tmp_path)
     held_while_others_run = []
 
-    def gather(group: int, x: torch.Tensor) -> None:
+    def gather(group: int, x: torch.Tensor, _: None) -> None:
         parked = [s for kept in parking.parked.values() for s, _ in kept]
         held_while_others_run.append(sum(s.nbytes() for s in parked))
         assert parking.live.live_bytes() >= x.nbytes
 
-    by_group(stage.groups, stage.forwards(), gather, lambda group: None, parking)
+    stage.pass_by_group(gather, lambda group: None)
     assert held_while_others_run == [0] * 12
 
 
@@ -99,7 +100,7 @@ def test_later_groups_see_weights_pruned_before_them() -> None:
         for linear in stage.groups[group]:
             linear.assign(torch.zeros(linear.shape))
 
-    by_group(stage.groups, stage.forwards(), lambda g, x: seen.setdefault(g, x.clone()), prune)
+    stage.pass_by_group(lambda g, x, _: seen.setdefault(g, x.clone()), prune)
     # Without q, k and v only the bias of v is left, the same for every token.
     assert torch.allclose(seen[1], seen[1][:, :1].expand_as(seen[1]))
     assert torch.count_nonzero(seen[3]) == 0
@@ -109,13 +110,7 @@ def test_later_groups_see_weights_pruned_before_them() -> None:
 def test_forwards_end_after_the_last_group_when_nothing_follows() -> None:
     stage = Stage()
     reached: list[int] = []
-    by_group(
-        stage.groups,
-        stage.forwards(),
-        lambda group, x: None,
-        reached.append,
-        outputs_needed=False,
-    )
+    stage.pass_by_group(lambda group, x, _: None, reached.append, outputs_needed=False)
     assert reached == [0, 1, 2, 3]
     assert stage.outputs == {}
 
@@ -128,7 +123,9 @@ def test_an_error_in_a_forward_comes_through_and_leaves_no_hook() -> None:
         raise ValueError("broken forward")
 
     with pytest.raises(ValueError, match="broken forward"):
-        by_group(stage.groups, [*stage.forwards(), broken], lambda g, x: None, lambda g: None)
+        stage.pass_by_group(
+            lambda g, x, _: None, lambda g: None, forwards=[*stage.forwards(), broken]
+        )
     assert not any(m._forward_pre_hooks for m in stage.layer.modules())
 
 

@@ -266,7 +266,7 @@ def test_plan_counts_what_an_allocation_needs(tmp_path: Path) -> None:
     save_windows(tiny_windows(), tmp_path / "w.safetensors")
     plans = {
         name: secateur.plan(
-            str(tmp_path / "source"), sparsity=0.5, allocation=name,
+            str(tmp_path / "source"), sparsity=0.5, method="sparsegpt", allocation=name,
             calibration=str(tmp_path / "w.safetensors"),
         )
         for name in ("uniform", *NAMES)

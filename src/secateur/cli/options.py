@@ -106,6 +106,9 @@ Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout
 OF_THE_COMMAND = {"model", "assignments", "override", "resume", "restart", "overwrite", "as_json"}
 """Options that are not fields of the recipe."""
 
+SWITCHES = {"trust_remote_code"}
+"""Options that say nothing when they are off."""
+
 
 def recipe_from(given: dict[str, Any]) -> PruneRecipe:
     """The recipe that a verb's arguments describe; options that are None say nothing.
@@ -129,9 +132,7 @@ def recipe_from(given: dict[str, Any]) -> PruneRecipe:
     options = {
         "budget_gib" if key == "memory_budget_gib" else key: value
         for key, value in given.items()
-        if key not in OF_THE_COMMAND
-        and value is not None
-        and (value is not False or key == "asymmetric")
+        if key not in OF_THE_COMMAND and value is not None and (value or key not in SWITCHES)
     }
     if given.get("override"):
         options["overrides"] = dict(parse_override(text) for text in given["override"])

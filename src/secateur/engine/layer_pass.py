@@ -116,8 +116,9 @@ class LayerPass:
         write, batches = self.outputs_needed, self.passage.batches()
         self.parking = self.open_parking(self.layer, self.passage.hidden)
         forwards = [self.forward(b, write=write) for b in batches]
-        halting = HaltingForwards(groups, forwards, self.parking)
+        # first, for a copy of the layer would take the hooks along
         beside = self.beside(groups) if self.run.settings.asymmetric else None
+        halting = HaltingForwards(groups, forwards, self.parking)
         try:
             by_group(groups, halting, beside, gather, prune, outputs_needed=write)
             if beside:
@@ -132,7 +133,7 @@ class LayerPass:
             self.passage.dense.advance(self.index + 1)
 
     def beside(self, groups: Sequence[Sequence[Linear]]) -> HaltingForwards:
-        """The forwards of the dense model through a copy of the layer, halted at the same groups."""
+        """The dense model's forwards through a copy of the layer, halted at the same groups."""
         assert self.passage is not None
         dense = copy.deepcopy(self.layer)
         modules = dict(dense.named_modules())

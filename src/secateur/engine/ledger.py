@@ -78,7 +78,7 @@ class Ledger:
         index: int,
         records: list[dict[str, Any]],
         seconds: float,
-        reconstruction: dict[str, float],
+        reconstruction: dict[str, float] | None = None,
     ) -> None:
         """Enter a finished layer: its linears, its time, and what tuning it brought."""
         entry = {"layer": index, "seconds": seconds, "linears": records}

@@ -97,7 +97,7 @@ def reconstruct(
         tell: called after every step.
     """
     parameters = [p for p in layer.parameters() if p.is_floating_point()]
-    dtypes = [p.dtype for p in parameters]
+    before = [(p.dtype, p.requires_grad) for p in parameters]
     for p in parameters:
         p.data = p.data.float()
         p.requires_grad_(True)
@@ -123,7 +123,7 @@ def reconstruct(
             optimizer.zero_grad()
             tell()
     finally:
-        for p, dtype in zip(parameters, dtypes, strict=True):
-            p.requires_grad_(False)
+        for p, (dtype, wanted_gradient) in zip(parameters, before, strict=True):
+            p.requires_grad_(wanted_gradient)
             p.grad = None
             p.data = p.data.to(dtype)

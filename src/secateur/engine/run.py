@@ -35,6 +35,9 @@ from secateur.sparsity.methods import Method
 __all__ = ["Run", "Settings"]
 
 
+NO_RECONSTRUCTION = Reconstruction(passes=0)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the work is done; none of it changes what is asked of the result.
@@ -81,7 +84,7 @@ class Run:
         settings: Settings,
         ledger: Ledger,
         progress: Progress,
-        reconstruction: Reconstruction,
+        reconstruction: Reconstruction = NO_RECONSTRUCTION,
     ) -> None:
         self.target, self.method, self.settings = target, method, settings
         self.windows, self.ledger, self.progress = windows, ledger, progress

@@ -22,7 +22,7 @@ __all__ = ["GroupStatistics", "LinearRecord", "check_finite", "prune_group"]
 INPUT_STATISTICS = frozenset({"column_norm", "gram"})
 
 
-TARGET_DAMPING = 0.01
+TARGET_DAMPING = 0.1
 """How strongly the weights that fit the dense model are drawn towards the dense weights."""
 
 

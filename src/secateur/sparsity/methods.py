@@ -175,8 +175,8 @@ def compose(
         score: takes the place of the method's score.
         solver: takes the place of the method's solver; `zero` if there is no method.
         refine: a refinement of the score's mask; the solver then holds the mask it is given.
-        **params: parameters of the score, the solver and the refinement, such as `a` or `damping`. One that both
-            have is given to both.
+        **params: parameters of the score, the solver and the refinement, such as `a` or
+            `damping`. One that several have is given to all of them.
 
     Raises:
         RecipeError: a name or parameter is unknown or out of range, or there is no score.

@@ -1,0 +1,151 @@
+"""Fitting the dense model: the target of solvers, and the tuning of pruned layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import linear as apply_linear
+
+import secateur
+from secateur.engine.calls import call_layer, first_inputs, layer_calls
+from secateur.engine.reconstruction import Reconstruction, output_error
+from secateur.errors import RecipeError
+from secateur.models.architecture import describe, linears_of
+from zoo import tiny_model, tiny_windows
+
+FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
+
+
+@torch.no_grad()
+def hidden_states(model, windows):
+    """The hidden states after every decoder layer, plainly."""
+    layers = describe(model).layers(model)
+    call = layer_calls(model, layers, [windows])
+    states = [first_inputs(model, layers, windows)]
+    for layer, how in zip(layers, call, strict=True):
+        states.append(call_layer(layer, states[-1], how))
+    return states
+
+
+def zeros_of(model):
+    layers = describe(model).layers(model)
+    return {
+        name: x.weight == 0
+        for i, layer in enumerate(layers)
+        for name, x in linears_of(layer, f"{i}").items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuning_lowers_the_error_and_keeps_every_zero(family: str) -> None:
+    windows = tiny_windows(6)
+    dense = hidden_states(tiny_model(family), windows)[-1]
+    plain, tuned = tiny_model(family), tiny_model(family)
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": windows}
+    secateur.prune(plain, **options)
+    report = secateur.prune(tuned, **options, passes=8, learning_rate=3e-3)
+    before = float(output_error(hidden_states(plain, windows)[-1], dense))
+    after = float(output_error(hidden_states(tuned, windows)[-1], dense))
+    assert after < 0.7 * before
+    for layer in report.layers:
+        told = layer["reconstruction"]
+        assert told["error_after"] < told["error_before"]
+    assert after == pytest.approx(report.layers[-1]["reconstruction"]["error_after"], rel=1e-4)
+    for name, zeros in zeros_of(tuned).items():
+        assert int(zeros.sum()) == round(0.5 * zeros.shape[1]) * zeros.shape[0], name
+    assert all(p.requires_grad and p.grad is None for p in tuned.parameters())
+
+
+def test_bfloat16_is_tuned_in_float32_and_stays_bfloat16() -> None:
+    windows = tiny_windows(6)
+    model = tiny_model("llama").to(torch.bfloat16)
+    report = secateur.prune(
+        model, method="magnitude", pattern="2:4", calibration=windows, passes=4
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert report.sparsity == 0.5
+    assert all(
+        x["reconstruction"]["error_after"] < x["reconstruction"]["error_before"]
+        for x in report.layers
+    )
+
+
+def test_layers_left_dense_are_not_tuned() -> None:
+    windows, model, untouched = tiny_windows(4), tiny_model("llama"), tiny_model("llama")
+    layers = describe(model).layers_path
+    report = secateur.prune(
+        model, method="wanda", sparsity=0.5, calibration=windows, passes=2,
+        include=(f"{layers}.1.*",),
+    )  # fmt: skip
+    for before, after in zip(
+        describe(untouched).layers(untouched)[0].parameters(),
+        describe(model).layers(model)[0].parameters(),
+        strict=True,
+    ):
+        assert torch.equal(before, after)
+    assert ["reconstruction" in layer for layer in report.layers][:2] == [False, True]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str) -> None:
+    """Layer 1 sees inputs of a pruned layer 0; its first group is compared with a slow solution."""
+    windows = tiny_windows(6)
+    model, dense = tiny_model(family), tiny_model(family)
+    secateur.prune(
+        model, method="wanda", sparsity=0.5, calibration=windows, asymmetric=True, solver="zero",
+        micro_batch_tokens=windows.shape[1],
+    )  # fmt: skip
+    architecture = describe(model)
+    found, wanted = {}, {}
+    for one, store in ((model, found), (dense, wanted)):
+        layers = architecture.layers(one)
+        calls = layer_calls(one, layers, [windows])
+        group = architecture.groups[0]
+        linears = linears_of(layers[1], "")
+        x = []
+        handle = linears[group[0]].module.register_forward_pre_hook(lambda m, a: x.append(a[0]))
+        call_layer(layers[1], call_layer(layers[0], first_inputs(one, layers, windows), calls[0]),
+                   calls[1])  # fmt: skip
+        handle.remove()
+        store.update(x=x[0].flatten(0, 1).double(), w=linears[group[0]].weight.double())
+    damping = 0.1 * found["x"].square().sum(0).mean()
+    # least squares with rows for the damping: [X̂; √λ I] W* = [X Wᵀ; √λ Wᵀ]
+    eye = damping.sqrt() * torch.eye(found["x"].shape[1], dtype=torch.float64)
+    left = torch.cat([found["x"], eye])
+    right = torch.cat([apply_linear(wanted["x"], wanted["w"]), eye @ wanted["w"].t()])
+    target = torch.linalg.lstsq(left, right).solution.t()
+    kept = found["w"] != 0
+    assert 0 < int((~kept).sum()) < kept.numel()
+    assert torch.allclose(found["w"][kept], target[kept], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found["w"][kept], wanted["w"][kept], rtol=1e-3, atol=1e-4)
+
+
+def test_parking_on_disk_changes_nothing(tmp_path: Path) -> None:
+    source, windows = tmp_path / "source", tiny_windows(6)
+    tiny_model("llama").save_pretrained(source)
+    file = tmp_path / "w.safetensors"
+    secateur.calibration.windows.save_windows(windows, file)
+    found = []
+    for place in ("memory", "disk"):
+        out = tmp_path / place
+        secateur.prune(
+            source, output=out, effort="best", sparsity=0.5, calibration=file, passes=2,
+            activations=place, micro_batch_tokens=40,
+        )  # fmt: skip
+        found.append((out / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(RecipeError, match="order 'layer'"):
+        secateur.prune(
+            tiny_model("llama"), method="wanda", sparsity=0.5, calibration=tiny_windows(2),
+            asymmetric=True, sequential="layer",
+        )  # fmt: skip
+    with pytest.raises(RecipeError, match="learning_rate"):
+        Reconstruction(learning_rate=0.0)
+    with pytest.raises(RecipeError, match="passes"):
+        Reconstruction(passes=-1)
