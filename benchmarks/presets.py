@@ -1,0 +1,178 @@
+"""The presets against the published code of Wanda, SparseGPT and ALPS, and what each part brings.
+
+    python benchmarks/presets.py --calibration c4.jsonl --text wikitext=wiki.txt c4=held-out.txt \\
+        --rivals-python OTHER/bin/python --wanda CHECKOUT --alps CHECKOUT
+
+Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, the seed's) of the
+calibration file; perplexity on non-overlapping windows of 2048 tokens, loss over each window's own
+next tokens; excess = ln(perplexity) − ln(dense perplexity). The rivals get the same windows and are
+run by `rivals.py` in an environment of their own; all results are judged by the same evaluation.
+Seconds are those of pruning alone: the model is loaded and the windows are cut before. One run
+after the other, with nothing else on the machine.
+
+Every finished run is kept in `results/presets.json` at once, and skipped when it is there: the
+table can be made in several sittings. `--only` names rows, `--columns` columns, `--seeds` seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import secateur
+from hardware import RESULTS, heading, keep, markdown
+from secateur.calibration.documents import read_documents
+from secateur.calibration.windows import WindowPlan, make_windows, save_windows
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+
+COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
+           "4:8": (0.5, "4:8")}  # fmt: skip
+RIVALS = ("wanda", "sparsegpt", "alps")
+OURS: dict[str, dict[str, Any]] = {
+    "fast": {"effort": "fast"},
+    "balanced": {"effort": "balanced"},
+    "best": {"effort": "best"},
+    "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
+    "our ALPS": {"method": "alps"},
+    "SparseGPT + asymmetric": {"method": "sparsegpt", "asymmetric": True},
+    "SparseGPT + tuning": {"method": "sparsegpt", "passes": 3},
+    "SparseGPT + asymmetric + tuning": {"method": "sparsegpt", "asymmetric": True, "passes": 3},
+    "ALPS + asymmetric": {"method": "alps", "asymmetric": True},
+    "Wanda + swaps": {"method": "wanda", "refine": "swaps"},
+    "Wanda + swaps + ADMM": {"score": "wanda", "solver": "admm", "refine": "swaps"},
+    "SparseGPT + OWL": {"method": "sparsegpt", "allocation": "owl"},
+    "SparseGPT + layer sensitivity": {"method": "sparsegpt", "allocation": "layer-sensitivity"},
+    "SparseGPT + search": {"method": "sparsegpt", "allocation": "search"},
+}
+
+
+def windows_file(args: argparse.Namespace, seed: int, folder: Path) -> Path:
+    """The calibration windows of a seed, as a file that all methods read."""
+    file = folder / f"windows-{seed}.safetensors"
+    if not file.exists():
+        tokenizer = load_tokenizer(resolve(args.model).folder)
+        plan = WindowPlan(64, 512, seed, "random-crop")
+        save_windows(make_windows(read_documents(args.calibration), tokenizer, plan), file)
+    return file
+
+
+def run_ours(
+    args: argparse.Namespace, row: str, column: str, windows: Path, out: Path
+) -> dict[str, Any]:
+    """Prune with Secateur; what it cost."""
+    sparsity, pattern = COLUMNS[column]
+    report = secateur.prune(
+        args.model,
+        output=out,
+        calibration=windows,
+        pattern=pattern or "unstructured",
+        sparsity=None if pattern else sparsity,
+        **OURS[row],
+    )
+    cost = report.manifest["cost"]
+    return {
+        "seconds": cost["seconds"],
+        "peak_resident_bytes": cost["peak_resident_bytes"],
+        "zeros": report.sparsity,
+    }
+
+
+def run_rival(
+    args: argparse.Namespace, row: str, column: str, windows: Path, out: Path
+) -> dict[str, Any]:
+    """Prune with published code in its own environment; what it cost."""
+    sparsity, pattern = COLUMNS[column]
+    checkout = args.alps if row == "alps" else args.wanda
+    script = Path(__file__).with_name("rivals.py")
+    command = [args.rivals_python, script, row, checkout, resolve(args.model).folder, windows, out]
+    command += ["--pattern", pattern] if pattern else ["--sparsity", sparsity]
+    subprocess.run([str(x) for x in command], check=True, stdout=subprocess.DEVNULL)
+    cost: dict[str, Any] = json.loads((out / "rival.json").read_text(encoding="utf-8"))
+    return {k: cost[k] for k in ("seconds", "peak_resident_bytes", "zeros")}
+
+
+def judge(args: argparse.Namespace, model: str) -> dict[str, float]:
+    """Perplexity on each text."""
+    found = {}
+    for name, file in (text.split("=", 1) for text in args.text):
+        judged = secateur.evaluate(model, text=file, sequence_length=2048, max_windows=args.windows)
+        found[name] = judged.perplexity
+    return found
+
+
+def table(rows: list[dict[str, Any]], text: str) -> str:
+    """Perplexity, excess, seconds and memory by row and column, mean over seeds."""
+    dense = next(r for r in rows if r["row"] == "dense")["perplexity"][text]
+    lines = []
+    names = dict.fromkeys(r["row"] for r in rows if r["row"] != "dense")
+    for name in names:
+        cells = []
+        for column in COLUMNS:
+            runs = [r for r in rows if (r["row"], r["column"]) == (name, column)]
+            if not runs:
+                cells.append("")
+                continue
+            excess = [math.log(r["perplexity"][text] / dense) for r in runs]
+            seconds = sum(r["seconds"] for r in runs) / len(runs)
+            peak = max(r["peak_resident_bytes"] for r in runs) / 2**30
+            mean = sum(excess) / len(excess)
+            spread = f" ± {max(excess) - mean:.3f}" if len(runs) > 1 else ""
+            cells.append(
+                f"{dense * math.exp(mean):.2f} ({mean:.3f}{spread}), {seconds:.0f} s, {peak:.2f} GiB"
+            )
+        lines.append([name, *cells])
+    return f"{text}: dense {dense:.2f}\n" + markdown(["", *COLUMNS], lines)
+
+
+def main() -> None:
+    """Fill the table, as far as asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", default="boolq-calibration")
+    parser.add_argument("--text", nargs="+", default=["boolq=boolq-held-out"])
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--only", nargs="*", default=[*RIVALS, "fast", "balanced", "best"])
+    parser.add_argument("--columns", nargs="*", default=[*COLUMNS])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--rivals-python", type=Path)
+    parser.add_argument("--wanda", type=Path)
+    parser.add_argument("--alps", type=Path)
+    parser.add_argument("--name", default="presets")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    print(heading())
+    stored = RESULTS / f"{args.name}.json"
+    rows = json.loads(stored.read_text(encoding="utf-8"))["rows"] if stored.exists() else []
+    protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
+    if not rows:
+        rows.append({"row": "dense", "column": "", "seed": 0, "perplexity": judge(args, args.model)})
+        keep(args.name, protocol, rows)
+    wanted = [(r, c, s) for s in args.seeds for c in args.columns for r in args.only]
+    done = {(r["row"], r["column"], r["seed"]) for r in rows}
+    for row, column, seed in (w for w in wanted if w not in done):
+        with tempfile.TemporaryDirectory() as scratch:
+            windows = windows_file(args, seed, Path(scratch))
+            out = Path(scratch) / "pruned"
+            run = run_rival if row in RIVALS else run_ours
+            cost = run(args, row, column, windows, out)
+            found = {"row": row, "column": column, "seed": seed, **cost,
+                     "perplexity": judge(args, str(out))}  # fmt: skip
+            shutil.rmtree(out)
+        rows.append(found)
+        keep(args.name, protocol, rows)
+        print(found, flush=True)
+    for text in rows[0]["perplexity"]:
+        print(table(rows, text))
+
+
+if __name__ == "__main__":
+    main()
