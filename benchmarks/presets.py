@@ -154,7 +154,9 @@ def main() -> None:
     rows = json.loads(stored.read_text(encoding="utf-8"))["rows"] if stored.exists() else []
     protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
     if not rows:
-        rows.append({"row": "dense", "column": "", "seed": 0, "perplexity": judge(args, args.model)})
+        rows.append(
+            {"row": "dense", "column": "", "seed": 0, "perplexity": judge(args, args.model)}
+        )
         keep(args.name, protocol, rows)
     wanted = [(r, c, s) for s in args.seeds for c in args.columns for r in args.only]
     done = {(r["row"], r["column"], r["seed"]) for r in rows}

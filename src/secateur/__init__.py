@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import compose
+    from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
     from secateur.workflows import evaluate, plan, prune
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate",
     "plan",
     "prune",
+    "refinements",
     "scores",
     "solvers",
 ]
@@ -42,6 +44,7 @@ HOMES = {
     "evaluate": "secateur.workflows",
     "plan": "secateur.workflows",
     "prune": "secateur.workflows",
+    "refinements": "secateur.sparsity.refinements",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
 }

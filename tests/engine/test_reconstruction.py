@@ -61,9 +61,7 @@ def test_tuning_lowers_the_error_and_keeps_every_zero(family: str) -> None:
 def test_bfloat16_is_tuned_in_float32_and_stays_bfloat16() -> None:
     windows = tiny_windows(6)
     model = tiny_model("llama").to(torch.bfloat16)
-    report = secateur.prune(
-        model, method="magnitude", pattern="2:4", calibration=windows, passes=4
-    )
+    report = secateur.prune(model, method="magnitude", pattern="2:4", calibration=windows, passes=4)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert report.sparsity == 0.5
     assert all(

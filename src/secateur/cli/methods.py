@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from secateur.cli import options as o
@@ -10,11 +11,13 @@ __all__ = ["methods"]
 
 
 def methods(as_json: o.Json = False) -> None:
-    """List methods, scores, patterns, solvers and allocations."""
+    """List presets, methods and their parts."""
     from secateur.cli.rendering import print_json, print_table
+    from secateur.recipes.presets import presets
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import methods as known
     from secateur.sparsity.patterns import patterns
+    from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
 
@@ -24,11 +27,19 @@ def methods(as_json: o.Json = False) -> None:
                 "methods": {name: entry.to_json() for name, entry in known.items()},
                 "scores": {name: sorted(scores[name].requires) for name in scores},
                 "solvers": {name: sorted(solvers[name].requires) for name in solvers},
+                "refinements": {n: sorted(refinements[n].requires) for n in refinements},
                 "patterns": patterns.names(),
                 "allocations": allocations.names(),
+                "presets": {name: dict(presets[name]) for name in presets},
             }
         )
         return
+    print_table(
+        "presets: secateur prune MODEL --effort NAME",
+        ("name", "stands for"),
+        [(name, ", ".join(f"{k}={told(v)}" for k, v in presets[name].items())) for name in presets],
+        numbers=2,
+    )
     print_table(
         "methods: secateur prune MODEL --method NAME",
         ("name", "score", "solver", "scope", "what it does", "paper"),
@@ -36,11 +47,12 @@ def methods(as_json: o.Json = False) -> None:
         numbers=6,
     )
     print_table(
-        "parts: --score NAME --solver NAME --pattern TEXT --allocation NAME",
+        "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME",
         ("kind", "name", "needs"),
         [
             *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
             *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
+            *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
             ("pattern", "unstructured", "scope row, layer or global"),
             ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
             ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
@@ -48,6 +60,13 @@ def methods(as_json: o.Json = False) -> None:
         ],
         numbers=3,
     )
+
+
+def told(value: Any) -> str:
+    """A value of a recipe on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def allocated(kind: Any) -> str:
