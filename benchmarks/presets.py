@@ -126,9 +126,9 @@ def table(rows: list[dict[str, Any]], text: str) -> str:
             peak = max(r["peak_resident_bytes"] for r in runs) / 2**30
             mean = sum(excess) / len(excess)
             spread = f" ± {max(excess) - mean:.3f}" if len(runs) > 1 else ""
-            cells.append(
-                f"{dense * math.exp(mean):.2f} ({mean:.3f}{spread}), {seconds:.0f} s, {peak:.2f} GiB"
-            )
+            perplexity = dense * math.exp(mean)
+            cost = f"{seconds:.0f} s, {peak:.2f} GiB"
+            cells.append(f"{perplexity:.2f} ({mean:.3f}{spread}), {cost}")
         lines.append([name, *cells])
     return f"{text}: dense {dense:.2f}\n" + markdown(["", *COLUMNS], lines)
 
@@ -154,9 +154,8 @@ def main() -> None:
     rows = json.loads(stored.read_text(encoding="utf-8"))["rows"] if stored.exists() else []
     protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
     if not rows:
-        rows.append(
-            {"row": "dense", "column": "", "seed": 0, "perplexity": judge(args, args.model)}
-        )
+        dense = judge(args, args.model)
+        rows.append({"row": "dense", "column": "", "seed": 0, "perplexity": dense})
         keep(args.name, protocol, rows)
     wanted = [(r, c, s) for s in args.seeds for c in args.columns for r in args.only]
     done = {(r["row"], r["column"], r["seed"]) for r in rows}

@@ -8,6 +8,7 @@ import torch
 from secateur.errors import PatternError, RecipeError
 from secateur.sparsity.methods import compose, methods
 from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
 
@@ -145,3 +146,24 @@ def test_n_counts_kept_weights():
 def test_percentages_are_recognised():
     with pytest.raises(PatternError, match=r"did you mean 0\.5\?"):
         parse_pattern("unstructured").check((4, 4), 50.0)
+
+
+def test_a_refinement_betters_the_mask_and_keeps_the_solver_from_choosing() -> None:
+    plain = compose("sparsegpt", "2:4")
+    refined = compose("sparsegpt", "2:4", refine="swaps", swaps=3)
+    assert plain.solver_selects
+    assert not refined.solver_selects
+    assert refined.refinement == refinements["swaps"](swaps=3)
+    assert refined.name == "sparsegpt+swaps"
+    assert refined.requires == {"gram"}
+    draw = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 16, generator=draw), torch.randn(40, 16, generator=draw)
+    statistics = {"gram": x.t() @ x}
+    first, better = plain.mask(weight, statistics, 0.5), refined.mask(weight, statistics, 0.5)
+    assert not torch.equal(first, better)
+    assert ((better * weight - weight) @ x.t()).norm() < ((first * weight - weight) @ x.t()).norm()
+
+
+def test_an_unknown_refinement_gets_a_near_name() -> None:
+    with pytest.raises(RecipeError, match="swaps"):
+        compose("wanda", "2:4", refine="swap")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,9 @@ def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str) -
         calls = layer_calls(one, layers, [windows])
         group = architecture.groups[0]
         linears = linears_of(layers[1], "")
-        x = []
-        handle = linears[group[0]].module.register_forward_pre_hook(lambda m, a: x.append(a[0]))
+        x: list[torch.Tensor] = []
+        keep = functools.partial(lambda to, module, args: to.append(args[0]), x)
+        handle = linears[group[0]].module.register_forward_pre_hook(keep)
         call_layer(layers[1], call_layer(layers[0], first_inputs(one, layers, windows), calls[0]),
                    calls[1])  # fmt: skip
         handle.remove()

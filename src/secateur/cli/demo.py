@@ -20,7 +20,7 @@ PROMPT = "The Eiffel Tower is a famous landmark in"
 def demo(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for it.")] = "demo-run",
     sparsity: Annotated[float, typer.Option(help="Fraction of zeros.")] = 0.5,
-    method: Annotated[str, typer.Option(help="Method.")] = "sparsegpt",
+    effort: Annotated[str, typer.Option(help="Preset: fast, balanced or best.")] = "balanced",
     samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 64,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to judge on.")] = 40,
     as_json: o.Json = False,
@@ -36,11 +36,11 @@ def demo(
     with ProgressBar() as progress:
         stderr.print(f"[bold]1/3[/] judging {MODEL} as it is")
         dense = look_at(MODEL, JUDGING, PROMPT, max_windows=windows, progress=progress)
-        stderr.print(f"[bold]2/3[/] pruning to {sparsity:.0%} with {method}")
+        stderr.print(f"[bold]2/3[/] pruning to {sparsity:.0%} ({effort})")
         report = prune(
             MODEL,
             output=folder,
-            method=method,
+            effort=effort,
             sparsity=sparsity,
             calibration=CALIBRATION,
             samples=samples,

@@ -1,0 +1,58 @@
+"""Presets fill in what a recipe leaves open, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from secateur.errors import RecipeError
+from secateur.recipes.presets import filled_in, presets
+from secateur.recipes.reading import build_recipe
+from secateur.sparsity.methods import compose
+
+
+def recipe(**values):
+    return build_recipe({"model": "m", **values})
+
+
+def test_without_a_method_the_recipe_is_balanced() -> None:
+    found = recipe(sparsity=0.5)
+    assert found.effort == "balanced"
+    assert found.method == presets["balanced"]["method"]
+    assert found.asymmetric is presets["balanced"]["asymmetric"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"method": "wanda"}, {"score": "ria"}, {"solver": "obs", "score": "ria"}]
+)
+def test_a_method_without_an_effort_is_only_that_method(given) -> None:
+    found = recipe(sparsity=0.5, **given)
+    assert found.effort is None
+    assert (found.asymmetric, found.reconstruction.passes, found.parameters) == (False, 0, {})
+
+
+def test_what_is_given_is_kept() -> None:
+    found = recipe(effort="best", reconstruction={"learning_rate": 0.01}, asymmetric=False)
+    assert found.reconstruction.learning_rate == 0.01
+    assert found.reconstruction.passes == presets["best"]["reconstruction"]["passes"]
+    assert found.asymmetric is False
+    assert found.parameters == presets["best"]["parameters"]
+
+
+def test_a_method_with_an_effort_gets_the_rest_but_not_another_methods_parameters() -> None:
+    found = recipe(effort="best", method="wanda")
+    assert (found.method, found.parameters) == ("wanda", {})
+    assert found.reconstruction.passes == presets["best"]["reconstruction"]["passes"]
+
+
+@pytest.mark.parametrize("effort", [*presets])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8", "16x1"])
+def test_a_resolved_recipe_reads_as_itself_and_can_be_composed(effort: str, pattern: str) -> None:
+    found = recipe(effort=effort, pattern=pattern)
+    again = build_recipe(found.model_dump(mode="json"))
+    assert again == found
+    compose(found.method, pattern, refine=found.refine, **found.parameters)
+
+
+def test_an_unknown_effort_gets_a_near_name() -> None:
+    with pytest.raises(RecipeError, match="balanced"):
+        filled_in({"effort": "balancd"})
