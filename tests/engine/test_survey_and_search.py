@@ -31,6 +31,12 @@ NAMES = ["owl", "layer-sensitivity", "global", "search"]
 SMALL = Search(generations=3, offspring=4, stages=((2, 40), (1, 120)))
 
 
+@pytest.fixture(autouse=True)
+def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracles are compared digit by digit, on machines with fast bfloat16 too."""
+    monkeypatch.setattr("secateur.engine.precision._fast_bfloat16", lambda device: False)
+
+
 def run_of(model, work: Path, method="wanda", sparsity=0.5, overrides=None, scope=None) -> Run:
     target = model if isinstance(model, CheckpointTarget) else ModelTarget(model)
     return Run(

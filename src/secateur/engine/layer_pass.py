@@ -13,12 +13,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from secateur.engine.activations import Activations
 from secateur.engine.calls import call_layer
 from secateur.engine.forwards import HaltingForwards, by_group, by_layer, find_groups
-from secateur.engine.reconstruction import output_error, reconstruct
+from secateur.engine.reconstruction import draw_steps, output_error, reconstruct
 from secateur.engine.residency import Parking
 from secateur.engine.surgery import GroupStatistics, LinearRecord, prune_group
 from secateur.models.architecture import Linear, linears_of
@@ -178,19 +179,21 @@ class LayerPass:
         passage = self.passage
         assert passage is not None
 
-        def example(window: int) -> tuple[Tensor, Tensor]:
-            rows = slice(window, window + 1)
-            return passage.read(rows), passage.read_dense(rows)
+        def example(windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+            rows = [slice(w, w + 1) for w in windows]
+            return tuple(torch.cat([read(r) for r in rows]) for read in streams)  # type: ignore[return-value]
 
+        streams = (passage.read, passage.read_dense)
+        size = passage.batches()[0].stop
+        passes = self.run.reconstruction.passes
         errors = {"error_before": self.judge(write=False)}
         reconstruct(
             self.layer,
             self.pruned,
-            len(passage.windows),
+            draw_steps(len(passage.windows), size, passes, seed=self.index),
             example,
-            passage.calls[1][self.index],
+            lambda size: passage.calls[size][self.index],
             self.run.reconstruction,
-            seed=self.index,
             tell=lambda: self.run.step(self.index),
         )
         errors["error_after"] = self.judge(write=not self.last)

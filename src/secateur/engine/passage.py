@@ -81,7 +81,7 @@ class Passage:
         Returns:
             The layer whose inputs are ready: 0 where there are no stored ones.
         """
-        self.record_calls({b.stop - b.start for b in self.batches()} | ({1} if dense else set()))
+        self.record_calls({b.stop - b.start for b in self.batches()})
         streams = self.open_streams(dense)
         if start and all(stream.has(start) for stream in streams):
             for stream in streams:

@@ -98,13 +98,13 @@ def rehearse(
 
 
 def rehearse_tuning(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
-    """What tuning keeps alive besides the layer: one window's forward with all that its backward
+    """What tuning keeps alive besides the layer: a micro-batch's forward with all its backward
     needs, gradients, the two moments of Adam, and parameters in float32.
 
     Args:
         layer: a decoder layer with its parameters on the meta device.
-        hidden: the input of one window, for its shape.
-        call: how the layer is called for one window.
+        hidden: the input of a micro-batch, for its shape.
+        call: how the layer is called for it.
     """
     meta, parameters = torch.device("meta"), list(layer.parameters())
     call = call.to(meta, torch.float32)
@@ -206,7 +206,8 @@ def plan_run(
     if windows is not None:
         stored, forward = forward_bytes(target, windows, settings, waits(method, settings))
         if reconstruction.passes:
-            hidden, call = calls_of(target, windows[:1])
+            size = max(1, settings.micro_batch_tokens // windows.shape[1])
+            hidden, call = calls_of(target, windows[:size])
             tuning = rehearse_tuning(layers[0], hidden, call[0])
     own = bool(method.requires - INPUT_STATISTICS)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)

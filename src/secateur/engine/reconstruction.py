@@ -9,17 +9,18 @@ in memory, with its gradients and the two moments of Adam.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from secateur.engine.calls import LayerCall, call_layer
+from secateur.engine.precision import fast_matmuls
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear
 
-__all__ = ["Reconstruction", "output_error", "reconstruct"]
+__all__ = ["Reconstruction", "draw_steps", "output_error", "reconstruct"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,23 @@ class Reconstruction:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
+    """The windows of every step: each pass sees all of them once, in an order of its own.
+
+    Args:
+        windows: how many there are.
+        size: windows in a step; the last step of a pass may have fewer.
+        passes: over all windows.
+        seed: of the orders.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    steps = []
+    for _ in range(passes):
+        order = torch.randperm(windows, generator=draw).tolist()
+        steps += [order[i : i + size] for i in range(0, windows, size)]
+    return steps
+
+
 def output_error(output: Tensor, target: Tensor) -> Tensor:
     """mean_t ‖output_t − target_t‖² / ‖target_t‖², a scalar, over all tokens t.
 
@@ -77,23 +95,21 @@ def output_error(output: Tensor, target: Tensor) -> Tensor:
 def reconstruct(
     layer: nn.Module,
     pruned: Iterable[Linear],
-    windows: int,
-    example: Callable[[int], tuple[Tensor, Tensor]],
-    call: LayerCall,
+    steps: Sequence[Sequence[int]],
+    example: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
+    call: Callable[[int], LayerCall],
     how: Reconstruction,
-    seed: int,
     tell: Callable[[], None],
 ) -> None:
     """Tune a pruned decoder layer in place.
 
     Args:
-        layer: with its pruned weights; computed in float32 whatever its dtype.
+        layer: with its pruned weights; tuned in float32 whatever its dtype.
         pruned: the linears whose zeros are held.
-        windows: number of calibration windows.
-        example: gives inputs and target of one window, each [1, sequence_length, hidden].
-        call: how the layer is called for one window.
-        how: passes and learning rate.
-        seed: of the order of the windows.
+        steps: the calibration windows of each step.
+        example: gives inputs and target of some windows, each [windows, sequence_length, hidden].
+        call: how the layer is called for so many windows.
+        how: gives the learning rate.
         tell: called after every step.
     """
     parameters = [p for p in layer.parameters() if p.is_floating_point()]
@@ -105,17 +121,17 @@ def reconstruct(
         (linear.module.get_parameter("weight"), linear.module.get_parameter("weight") != 0)
         for linear in pruned
     ]
-    optimizer = torch.optim.Adam(parameters, lr=how.learning_rate)
-    draw = torch.Generator().manual_seed(seed)
-    call = call.to(parameters[0].device, torch.float32)
-    order = torch.cat([torch.randperm(windows, generator=draw) for _ in range(how.passes)])
+    optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, fused=True)
+    device = parameters[0].device
+    calls = {size: call(size).to(device, torch.float32) for size in {len(x) for x in steps}}
     try:
-        for step, window in enumerate(order.tolist()):
-            inputs, target = example(window)
+        for step, windows in enumerate(steps):
+            inputs, target = example(windows)
             for group in optimizer.param_groups:
-                group["lr"] = how.rate(step, len(order))
-            with torch.enable_grad():
-                output_error(call_layer(layer, inputs.float(), call), target).backward()
+                group["lr"] = how.rate(step, len(steps))
+            with torch.enable_grad(), fast_matmuls(device):
+                output = call_layer(layer, inputs.float(), calls[len(windows)])
+                output_error(output, target).backward()
             for weight, mask in held:
                 assert weight.grad is not None
                 weight.grad *= mask  # its moments stay zero, and so does a pruned weight

@@ -159,9 +159,7 @@ class Run:
         if self.dense_needed:
             steps += len(self.passage.batches())
         if self.reconstruction.passes:
-            # a step of the tuning is worth about one: a window forth and back
-            steps += 2 * len(self.passage.batches())
-            steps += self.reconstruction.passes * len(self.passage.windows)
+            steps += (2 + self.reconstruction.passes) * len(self.passage.batches())
         return steps
 
     def step(self, index: int) -> None:

@@ -4,7 +4,8 @@ All candidates of a stage pass the layers in lock-step: a layer is read once, ea
 hidden states pass through it with the candidate's levels, and candidates whose levels so far are
 the same share the work. Of the dense model the last hidden states are kept, not the logits: its
 logits are made again for one window at a time, for all candidates together, which is one more
-output head in a stage and needs no disk.
+output head in a stage and needs no disk. Candidates only have to be ranked, so that rough matmuls
+will do.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.func import functional_call
 from secateur.engine.calls import first_inputs, layer_calls, replaced_layers
 from secateur.engine.gradients import Injector
 from secateur.engine.ledger import write_whole
+from secateur.engine.precision import fast_matmuls
 from secateur.engine.run import Run
 from secateur.models.architecture import Linear, linears_of
 from secateur.sparsity.allocation.budget import Grain
@@ -180,7 +182,8 @@ class Judge:
         prefix = self.target.architecture.layer_name(index) + "."
         instead = {f"{n.removeprefix(prefix)}.weight": w for n, w in weights.items()}
         call = self.calls[index]
-        out = functional_call(layer, instead, (hidden, *call.args), call.kwargs)
+        with fast_matmuls(self.target.device):
+            out = functional_call(layer, instead, (hidden, *call.args), call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def logits(self, row: int, hidden: Tensor) -> Tensor:
@@ -188,7 +191,8 @@ class Judge:
         model, layers = self.target.model, self.target.layers
         ids = self.windows[row : row + 1].to(self.target.device)
         with replaced_layers(layers, [Injector(hidden) for _ in layers]):
-            found: Tensor = model(input_ids=ids, use_cache=False).logits
+            with fast_matmuls(self.target.device):
+                found: Tensor = model(input_ids=ids, use_cache=False).logits
         return found[0]
 
 

@@ -1,0 +1,28 @@
+"""Where a rough product will do: matmuls in bfloat16, on processors that are faster at them.
+
+Not for statistics, nor for the hidden states that are passed on: those are exact in the dtype of
+the model. But a gradient only needs to point the right way, and candidates only need to be ranked.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["fast_matmuls"]
+
+
+def fast_matmuls(device: torch.device) -> torch.autocast:
+    """A context in which matmuls run in bfloat16 if that is faster here: two to five times.
+
+    Everything else, the sums of the residual stream among it, stays in the dtype it has.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=_fast_bfloat16(device))
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Whether the processor itself multiplies bfloat16; where it is emulated it is slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch tells this of a CPU only through private functions; without them float32 is right
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
