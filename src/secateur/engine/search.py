@@ -190,9 +190,9 @@ class Judge:
         """What the model makes of the last layer's output: logits [sequence, vocabulary]."""
         model, layers = self.target.model, self.target.layers
         ids = self.windows[row : row + 1].to(self.target.device)
-        with replaced_layers(layers, [Injector(hidden) for _ in layers]):
-            with fast_matmuls(self.target.device):
-                found: Tensor = model(input_ids=ids, use_cache=False).logits
+        stand_ins: list[nn.Module] = [Injector(hidden) for _ in layers]
+        with replaced_layers(layers, stand_ins), fast_matmuls(self.target.device):
+            found: Tensor = model(input_ids=ids, use_cache=False).logits
         return found[0]
 
 
