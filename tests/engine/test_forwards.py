@@ -67,7 +67,7 @@ def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
         kept = [*stage.layer.parameters(), *stage.layer.buffers(), *stage.call.tensors()]
         stage.parking = Parking(kept, tmp_path if place == "disk" else None)
     order, pruned = [], []
-    stage.pass_by_group(lambda group, x, _: order.append((group, tuple(x.shape))), pruned.append)
+    stage.pass_by_group(lambda i, group, x, _: order.append((group, tuple(x.shape))), pruned.append)
     assert pruned == [0, 1, 2, 3]
     assert [group for group, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     for index, out in enumerate(expected):
@@ -82,7 +82,7 @@ def test_parked_forwards_hold_next_to_nothing(tmp_path: Path) -> None:
     stage.parking = parking = Parking(kept, tmp_path)
     held_while_others_run = []
 
-    def gather(group: int, x: torch.Tensor, _: None) -> None:
+    def gather(_: int, group: int, x: torch.Tensor, dense: None) -> None:
         parked = [s for kept in parking.parked.values() for s, _ in kept]
         held_while_others_run.append(sum(s.nbytes() for s in parked))
         assert parking.live.live_bytes() >= x.nbytes
@@ -100,7 +100,7 @@ def test_later_groups_see_weights_pruned_before_them() -> None:
         for linear in stage.groups[group]:
             linear.assign(torch.zeros(linear.shape))
 
-    stage.pass_by_group(lambda g, x, _: seen.setdefault(g, x.clone()), prune)
+    stage.pass_by_group(lambda i, g, x, _: seen.setdefault(g, x.clone()), prune)
     # Without q, k and v only the bias of v is left, the same for every token.
     assert torch.allclose(seen[1], seen[1][:, :1].expand_as(seen[1]))
     assert torch.count_nonzero(seen[3]) == 0
@@ -110,7 +110,7 @@ def test_later_groups_see_weights_pruned_before_them() -> None:
 def test_forwards_end_after_the_last_group_when_nothing_follows() -> None:
     stage = Stage()
     reached: list[int] = []
-    stage.pass_by_group(lambda group, x, _: None, reached.append, outputs_needed=False)
+    stage.pass_by_group(lambda i, group, x, _: None, reached.append, outputs_needed=False)
     assert reached == [0, 1, 2, 3]
     assert stage.outputs == {}
 
@@ -124,7 +124,7 @@ def test_an_error_in_a_forward_comes_through_and_leaves_no_hook() -> None:
 
     with pytest.raises(ValueError, match="broken forward"):
         stage.pass_by_group(
-            lambda g, x, _: None, lambda g: None, forwards=[*stage.forwards(), broken]
+            lambda i, g, x, _: None, lambda g: None, forwards=[*stage.forwards(), broken]
         )
     assert not any(m._forward_pre_hooks for m in stage.layer.modules())
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import linear as apply_linear
 
 import secateur
 from secateur.engine.calls import call_layer, first_inputs, layer_calls
@@ -87,40 +86,60 @@ def test_layers_left_dense_are_not_tuned() -> None:
     assert ["reconstruction" in layer for layer in report.layers][:2] == [False, True]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox"])
+@pytest.mark.parametrize("group", [0, 1, 3])
 @torch.no_grad()
-def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str) -> None:
-    """Layer 1 sees inputs of a pruned layer 0; its first group is compared with a slow solution."""
+def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str, group: int) -> None:
+    """Layer 1 sees inputs of a pruned layer 0; one of its linears is compared with least squares.
+
+    Wanted are the dense outputs; of a linear that writes to the residual stream, also what is
+    missing there by then.
+    """
     windows = tiny_windows(6)
     model, dense = tiny_model(family), tiny_model(family)
     secateur.prune(
-        model, method="wanda", sparsity=0.5, calibration=windows, asymmetric=True, solver="zero",
-        micro_batch_tokens=windows.shape[1],
+        model, score="wanda", solver="zero", sparsity=0.5, calibration=windows, asymmetric=True,
+        micro_batch_tokens=2 * windows.shape[1],
     )  # fmt: skip
     architecture = describe(model)
-    found, wanted = {}, {}
-    for one, store in ((model, found), (dense, wanted)):
+    groups, writers = architecture.groups, architecture.writers
+    name = groups[group][0]
+    seen = []
+    for one in (model, dense):
         layers = architecture.layers(one)
         calls = layer_calls(one, layers, [windows])
-        group = architecture.groups[0]
         linears = linears_of(layers[1], "")
-        x: list[torch.Tensor] = []
-        keep = functools.partial(lambda to, module, args: to.append(args[0]), x)
-        handle = linears[group[0]].module.register_forward_pre_hook(keep)
-        call_layer(layers[1], call_layer(layers[0], first_inputs(one, layers, windows), calls[0]),
-                   calls[1])  # fmt: skip
-        handle.remove()
-        store.update(x=x[0].flatten(0, 1).double(), w=linears[group[0]].weight.double())
-    damping = 0.1 * found["x"].square().sum(0).mean()
-    # least squares with rows for the damping: [X̂; √λ I] W* = [X Wᵀ; √λ Wᵀ]
-    eye = damping.sqrt() * torch.eye(found["x"].shape[1], dtype=torch.float64)
-    left = torch.cat([found["x"], eye])
-    right = torch.cat([apply_linear(wanted["x"], wanted["w"]), eye @ wanted["w"].t()])
+        found: dict[str, torch.Tensor] = {}
+
+        def keep(part, module, args, out, to):
+            to[part] = args[0].reshape(-1, args[0].shape[-1]).double()
+            to[f"{part}/out"] = out.reshape(-1, out.shape[-1]).double()
+
+        handles = [
+            linears[x].module.register_forward_hook(functools.partial(keep, x, to=found))
+            for x in {name, *writers}
+        ]
+        found["stream"] = call_layer(layers[0], first_inputs(one, layers, windows), calls[0])
+        call_layer(layers[1], found["stream"], calls[1])
+        for handle in handles:
+            handle.remove()
+        seen.append((found, linears[name].weight.double()))
+    (pruned, weight), (before, wanted_weight) = seen
+    wanted = before[name] @ wanted_weight.t()
+    if name in writers:
+        wanted += (before["stream"] - pruned["stream"]).flatten(0, 1).double()
+        for earlier in writers[: writers.index(name)]:
+            wanted += before[f"{earlier}/out"] - pruned[f"{earlier}/out"]
+    # with rows for the damping: [X̂; √λ I] W*ᵀ = [T; √λ Wᵀ]
+    damping = 0.1 * pruned[name].square().sum(0).mean()
+    eye = damping.sqrt() * torch.eye(pruned[name].shape[1], dtype=torch.float64)
+    left = torch.cat([pruned[name], eye])
+    right = torch.cat([wanted, eye @ wanted_weight.t()])
     target = torch.linalg.lstsq(left, right).solution.t()
-    kept = found["w"] != 0
+    kept = weight != 0
     assert 0 < int((~kept).sum()) < kept.numel()
-    assert torch.allclose(found["w"][kept], target[kept], rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(found["w"][kept], wanted["w"][kept], rtol=1e-3, atol=1e-4)
+    assert torch.allclose(weight[kept], target[kept], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(weight[kept], wanted_weight[kept], rtol=1e-3, atol=1e-4)
 
 
 def test_parking_on_disk_changes_nothing(tmp_path: Path) -> None:

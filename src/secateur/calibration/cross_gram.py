@@ -1,4 +1,4 @@
-"""Second moments between the inputs that a linear has in the dense and in the pruned model."""
+"""Second moments between what is wanted of a linear and the inputs it has in the pruned model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ __all__ = ["CrossGram"]
 
 
 class CrossGram:
-    """C = Σ_t x_t x̂_tᵀ, float32 [in, in]: x_t in the dense model, x̂_t in the pruned one.
+    """M = Σ_t y_t x̂_tᵀ, float32 [rows, in]: y_t in the dense model, x̂_t in the pruned one.
 
     Args:
+        rows: the size of y: inputs or outputs of the linear.
         in_features: the number of input features.
         device: where the sums are kept and computed.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(in_features, in_features, device=device)
+    def __init__(self, rows: int, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(rows, in_features, device=device)
 
-    def update(self, dense: Float[Tensor, "tokens in"], pruned: Float[Tensor, "tokens in"]) -> None:
-        """Add the inputs of the same tokens; multiplied and summed in float32."""
-        self.total.addmm_(dense.detach().float().t(), pruned.detach().float())
+    def update(self, wanted: Float[Tensor, "tokens rows"], x: Float[Tensor, "tokens in"]) -> None:
+        """Add y and x̂ of the same tokens; multiplied and summed in float32."""
+        self.total.addmm_(wanted.detach().float().t(), x.detach().float())
 
-    def value(self) -> Float[Tensor, "in in"]:
+    def value(self) -> Float[Tensor, "rows in"]:
         """The running sum itself, not a copy."""
         return self.total

@@ -96,6 +96,9 @@ def by_layer(
 class HaltingForwards:
     """The forwards of all micro-batches through one layer, halted at each group they reach.
 
+    Attributes:
+        current: the forward that runs, or ran last.
+
     Args:
         groups: the linears of the layer, by shared input.
         forwards: one call per micro-batch.
@@ -113,11 +116,12 @@ class HaltingForwards:
         self.inputs = SharedInputs(groups, lambda group, x: hub.switch((group, x)))
         self.seen: list[dict[int, tuple[int, tuple[int, ...]]]] = [{} for _ in forwards]
         self.running = [greenlet(forward, parent=hub) for forward in forwards]
+        self.current = 0
 
     def advance(self, index: int) -> tuple[int, Tensor] | None:
         """Let one forward go on to the next group: which, and its input; None at its end."""
         watch: AbstractContextManager[object] = nullcontext()
-        self.inputs.seen = self.seen[index]
+        self.current, self.inputs.seen = index, self.seen[index]
         if self.parking:
             self.parking.bring_back(index)
             watch = self.parking.live
@@ -149,7 +153,7 @@ def by_group(
     groups: Sequence[Sequence[Linear]],
     halting: HaltingForwards,
     beside: HaltingForwards | None,
-    gather: Callable[[int, Tensor, Tensor | None], None],
+    gather: Callable[[int, int, Tensor, Tensor | None], None],
     prune: Callable[[int], None],
     *,
     outputs_needed: bool = True,
@@ -160,8 +164,8 @@ def by_group(
         groups: the linears of the layer, by shared input.
         halting: the forwards of the layer that is pruned.
         beside: those of the dense layer, if they keep pace; they are left halted at the end.
-        gather: called with a group's index, its input, and the input that the same group has in
-            the dense model (None without), once per micro-batch.
+        gather: called with a forward's index, a group's index, its input, and the input that the
+            same group has in the dense model (None without).
         prune: called with a group's index when its input is known from all micro-batches.
         outputs_needed: False ends the forwards after the last group, as nothing follows.
 
@@ -179,7 +183,7 @@ def by_group(
                 reached.add(-1)
                 continue
             dense = beside.advance(index) if beside else None
-            gather(*arrival, dense[1] if dense else None)
+            gather(index, *arrival, dense[1] if dense else None)
             reached.update({arrival[0]} if dense is None else {arrival[0], dense[0]})
             del arrival, dense
             halting.halt(index)

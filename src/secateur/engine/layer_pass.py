@@ -8,8 +8,6 @@ known at once. With reconstruction the layer is tuned before its outputs are pas
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.activations import Activations
+from secateur.engine.beside import DenseBeside
 from secateur.engine.calls import call_layer
 from secateur.engine.forwards import HaltingForwards, by_group, by_layer, find_groups
 from secateur.engine.reconstruction import draw_steps, output_error, reconstruct
@@ -72,34 +71,37 @@ class LayerPass:
         """Whether the outputs of the layer as it was pruned are passed on."""
         return not self.last and not self.tunes
 
-    def prune_on_the_way(
-        self,
-        own: Callable[[Linear], Mapping[str, Tensor]],
-    ) -> list[LinearRecord]:
+    def prune_on_the_way(self, own: Callable[[Linear], Mapping[str, Tensor]]) -> list[LinearRecord]:
         """Prune each group when the inputs of all micro-batches are known."""
         assert self.passage is not None
-        records: list[LinearRecord] = []
-        groups = self.grouped()
-        run = self.run
+        run, records, groups = self.run, list[LinearRecord](), self.grouped()
         names, device = run.input_statistics, run.target.device
-        asymmetric = run.settings.asymmetric
-        gathered = [GroupStatistics(names, g[0], device, beside=asymmetric) for g in groups]
+        # before there are hooks, for a copy of the layer would take them along
+        beside = self.open_beside(groups) if run.settings.asymmetric else None
+        gathered = [
+            GroupStatistics(names, group[0], device, wanted=beside.rows(index) if beside else 0)
+            for index, group in enumerate(groups)
+        ]
 
-        def gather(group: int, x: Tensor, dense: Tensor | None = None) -> None:
-            gathered[group].update(x, dense)
+        def gather(index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
+            wanted = None
+            if beside and dense is not None:
+                wanted = beside.wanted(index, group, dense)
+            gathered[group].update(x, wanted)
 
         def prune(group: int) -> None:
-            shared, target = gathered[group].value(), gathered[group].dense_target()
+            shared = gathered[group].value()
+            fitted = gathered[group].fitted(writer=beside is not None and beside.writes(group))
             gathered[group].running.clear()
             records.extend(
-                prune_group(groups[group], shared, own, run.method, run.sparsity_of, target)
+                prune_group(groups[group], shared, own, run.method, run.sparsity_of, fitted)
             )
 
         if run.settings.sequential == "group":
-            self.halt_at_groups(groups, gather, prune)
+            self.halt_at_groups(groups, beside, gather, prune)
             return records
-        batches = self.passage.batches()
-        by_layer(groups, [self.forward(b, write=False) for b in batches], gather)
+        dense = [self.forward(b, write=False) for b in self.passage.batches()]
+        by_layer(groups, dense, lambda group, x: gathered[group].update(x))
         for group in range(len(groups)):
             prune(group)
         if self.outputs_needed:
@@ -109,54 +111,41 @@ class LayerPass:
     def halt_at_groups(
         self,
         groups: Sequence[Sequence[Linear]],
-        gather: Callable[[int, Tensor, Tensor | None], None],
+        beside: DenseBeside | None,
+        gather: Callable[[int, int, Tensor, Tensor | None], None],
         prune: Callable[[int], None],
     ) -> None:
-        """One pass, group by group, with the dense layer beside the pruned one if asked for."""
+        """One pass, group by group, with the dense layer beside the pruned one if there is one."""
         assert self.passage is not None
-        write, batches = self.outputs_needed, self.passage.batches()
+        write, finished = self.outputs_needed, False
         self.parking = self.open_parking(self.layer, self.passage.hidden)
-        forwards = [self.forward(b, write=write) for b in batches]
-        # first, for a copy of the layer would take the hooks along
-        beside = self.beside(groups) if self.run.settings.asymmetric else None
+        forwards = [self.forward(b, write=write) for b in self.passage.batches()]
         halting = HaltingForwards(groups, forwards, self.parking)
+        if beside:
+            beside.watch(halting)
+        other = beside.halting if beside else None
         try:
-            by_group(groups, halting, beside, gather, prune, outputs_needed=write)
-            if beside:
-                beside.finish()
+            by_group(groups, halting, other, gather, prune, outputs_needed=write)
+            finished = True
         finally:
             halting.close()
             if beside:
-                beside.close()
+                beside.close(finish=finished)
             self.parking = None
-        if beside:
-            assert self.passage.dense is not None
-            self.passage.dense.advance(self.index + 1)
 
-    def beside(self, groups: Sequence[Sequence[Linear]]) -> HaltingForwards:
-        """The dense model's forwards through a copy of the layer, halted at the same groups."""
-        assert self.passage is not None
-        dense = copy.deepcopy(self.layer)
-        modules = dict(dense.named_modules())
-        names = {id(module): name for name, module in self.layer.named_modules()}
-        same = [[Linear(x.name, modules[names[id(x.module)]]) for x in g] for g in groups]
-        parking = self.open_parking(dense, self.passage.dense)
-        forwards = [
-            functools.partial(self.forward_dense, dense, batch, parking)
-            for batch in self.passage.batches()
-        ]
-        return HaltingForwards(same, forwards, parking)
-
-    def forward_dense(self, layer: nn.Module, batch: slice, parking: Parking | None = None) -> None:
-        """The forward of one micro-batch of the dense model through a dense layer."""
-        passage = self.passage
+    def open_beside(self, groups: Sequence[Sequence[Linear]]) -> DenseBeside:
+        """The dense layer beside the one that is pruned."""
+        passage, writers = self.passage, self.run.target.architecture.writers
         assert passage is not None
-        assert passage.dense is not None
-        hidden = passage.read_dense(batch)
-        if parking is not None:
-            parking.live.note(hidden)
-        passage.dense.write(batch, call_layer(layer, hidden, passage.call(self.index, batch)))
-        self.run.step(self.index)
+        return DenseBeside(
+            self.layer,
+            self.index,
+            groups,
+            [self.linears[name] for name in writers if name in self.linears],
+            passage,
+            lambda dense: self.open_parking(dense, passage.dense),
+            lambda: self.run.step(self.index),
+        )
 
     def propagate(self) -> None:
         """Pass all windows through a finished layer."""
@@ -168,11 +157,13 @@ class LayerPass:
 
     def pass_dense(self) -> None:
         """Let the dense model's hidden states go through a layer before it is pruned."""
-        assert self.passage is not None
-        assert self.passage.dense is not None
-        for batch in self.passage.batches():
-            self.forward_dense(self.layer, batch)
-        self.passage.dense.advance(self.index + 1)
+        passage = self.passage
+        assert passage is not None
+        for batch in passage.batches():
+            call = passage.call(self.index, batch)
+            passage.write_dense(batch, call_layer(self.layer, passage.read_dense(batch), call))
+            self.run.step(self.index)
+        passage.advance_dense(self.index + 1)
 
     def tune(self) -> dict[str, float]:
         """Tune a pruned layer and propagate it; returns its output error before and after."""

@@ -127,6 +127,16 @@ class Passage:
         assert self.hidden is not None
         self.hidden.write(rows, hidden)
 
+    def write_dense(self, rows: slice, hidden: Tensor) -> None:
+        """Outputs of the layer in work, in the dense model."""
+        assert self.dense is not None
+        self.dense.write(rows, hidden)
+
+    def advance_dense(self, layer: int) -> None:
+        """What was written of the dense model is its input of `layer`, and readable as such."""
+        assert self.dense is not None
+        self.dense.advance(layer)
+
     def advance(self, layer: int) -> None:
         """What was written becomes the input of `layer`."""
         if self.hidden is not None:

@@ -57,23 +57,23 @@ class GroupStatistics:
     """Running statistics of the input that a group of linears shares."""
 
     def __init__(
-        self, names: frozenset[str], linear: Linear, device: torch.device, *, beside: bool = False
+        self, names: frozenset[str], linear: Linear, device: torch.device, *, wanted: int = 0
     ) -> None:
         self.name = linear.name
         self.running = {
             name: statistics[name](linear.shape[1], device)
             for name in sorted(names & INPUT_STATISTICS)
         }
-        self.cross = CrossGram(linear.shape[1], device) if beside else None
+        self.cross = CrossGram(wanted, linear.shape[1], device) if wanted else None
 
-    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """Add the inputs of one micro-batch, of any leading shape, and those in the dense model."""
+    def update(self, x: Tensor, wanted: Tensor | None = None) -> None:
+        """Add the inputs of one micro-batch, of any leading shape, and what is wanted of them."""
         flat = x.reshape(-1, x.shape[-1])
         for statistic in self.running.values():
             statistic.update(flat)
         if self.cross is not None:
-            assert dense is not None
-            self.cross.update(dense.reshape(flat.shape), flat)
+            assert wanted is not None
+            self.cross.update(wanted.reshape(len(flat), -1), flat)
 
     def value(self) -> dict[str, Tensor]:
         """The statistics so far.
@@ -86,11 +86,20 @@ class GroupStatistics:
         except NumericalError as error:
             raise NumericalError(error.what, where=self.name, remedy=error.remedy) from None
 
-    def dense_target(self) -> Tensor | None:
-        """By what the weights are multiplied before they are pruned; None: they stay."""
+    def fitted(self, writer: bool) -> Callable[[Linear], Tensor]:
+        """Gives of each linear the weight [out, in] that is to be pruned.
+
+        Args:
+            writer: the outputs wanted of the one linear were gathered, not its dense inputs.
+        """
         if self.cross is None:
-            return None
-        return dense_target(self.running["gram"].value(), self.cross.value(), TARGET_DAMPING)
+            return lambda linear: linear.weight
+        gram, moments = self.running["gram"].value(), self.cross.value()
+        if writer:
+            return lambda x: dense_target(gram, moments, x.weight.float(), TARGET_DAMPING)
+        identity = torch.eye(len(gram), device=gram.device)
+        shared = dense_target(gram, moments, identity, TARGET_DAMPING)
+        return lambda linear: linear.weight.float() @ shared
 
 
 def check_finite(linears: Sequence[Linear]) -> None:
@@ -118,7 +127,7 @@ def prune_group(
     own: Callable[[Linear], Mapping[str, Tensor]],
     method: Method,
     sparsity_of: Mapping[str, float],
-    target: Tensor | None = None,
+    fitted: Callable[[Linear], Tensor] = lambda linear: linear.weight,
 ) -> list[LinearRecord]:
     """Prune linears that share an input.
 
@@ -128,7 +137,7 @@ def prune_group(
         own: statistics of each linear itself (gradient, fisher).
         method: how.
         sparsity_of: the sparsity of each linear, by name; 0 leaves a linear untouched.
-        target: of `dense_target`, [in, in]: the weights that are pruned are those times this.
+        fitted: gives the weight [out, in] that is pruned in the place of a linear's own.
     """
     wanted = [linear for linear in linears if sparsity_of[linear.name] > 0]
     if not wanted:
@@ -138,7 +147,7 @@ def prune_group(
     for linear in wanted:
         started = time.perf_counter()
         sparsity = sparsity_of[linear.name]
-        weight = linear.weight if target is None else linear.weight.float() @ target
+        weight = fitted(linear)
         mask = None
         if not method.solver_selects:
             mask = method.mask(weight, {**shared, **own(linear)}, sparsity)

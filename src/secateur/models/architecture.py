@@ -30,11 +30,14 @@ class Family:
         model_types: `model_type` values of transformers configurations that belong to it.
         layers: the path of the list of decoder layers within the causal language model.
         groups: names of the linears within a decoder layer; those that share an input together.
+        writers: linears whose output is added to the residual stream as it is. Empty where a
+            norm comes between, or where it is not known.
     """
 
     model_types: tuple[str, ...]
     layers: str
     groups: Groups
+    writers: tuple[str, ...] = ()
 
 
 families: Registry[Family] = Registry("family", "secateur.models.families")
@@ -46,6 +49,9 @@ SPLIT_ATTENTION_GATED_FFN: Groups = (
     ("mlp.down_proj",),
 )
 """The layout Llama made common: separate projections, gated feed-forward."""
+
+PRE_NORM_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+"""The linears of that layout that write to the residual stream, where norms come before only."""
 
 
 @dataclass
@@ -91,11 +97,13 @@ class Architecture:
         family: name of the declared family, or `generic`.
         layers_path: path of the list of decoder layers.
         groups: linears by shared input, or None where they have to be found by running a layer.
+        writers: linears whose output is added to the residual stream as it is, as far as known.
     """
 
     family: str
     layers_path: str
     groups: Groups | None
+    writers: tuple[str, ...] = ()
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers."""
@@ -127,7 +135,7 @@ def describe(model: Any) -> Architecture:
     for name in families:
         family = families[name]
         if model_type in family.model_types:
-            return Architecture(name, family.layers, family.groups)
+            return Architecture(name, family.layers, family.groups, family.writers)
     candidates = sorted(candidate_layers(model), key=lambda c: c[1], reverse=True)
     if not candidates:
         raise ArchitectureError(

@@ -13,25 +13,32 @@ __all__ = ["dense_target"]
 
 
 def dense_target(
-    gram: Gram, cross: Float32[Tensor, "in in"], damping: float
-) -> Float32[Tensor, "in in"]:
-    """The matrix K by which a dense weight becomes the one that is to be pruned: W* = WK.
+    gram: Gram,
+    moments: Float32[Tensor, "out in"],
+    anchor: Float32[Tensor, "out in"],
+    damping: float,
+) -> Float32[Tensor, "out in"]:
+    """The weight that is to be pruned, so that outputs T are kept from inputs X̂.
 
-    Inputs X̂ in the pruned model differ from the inputs X of the dense one. A solver that is to
-    keep WX, not WX̂, minimises ‖WX − ŴX̂‖². With G = X̂X̂ᵀ, C = XX̂ᵀ and λ = damping · mean(diag G)
+    With G = X̂X̂ᵀ, M = TX̂ᵀ, λ = damping · mean(diag G) and an anchor A
 
-        K = (C + λI)(G + λI)⁻¹,    ‖WX − ŴX̂‖² + λ‖W − Ŵ‖² = tr((Ŵ − W*)(G + λI)(Ŵ − W*)ᵀ) + rest
+        W* = (M + λA)(G + λI)⁻¹,    ‖T − ŴX̂‖² + λ‖A − Ŵ‖² = tr((Ŵ − W*)(G + λI)(Ŵ − W*)ᵀ) + rest
 
     where the rest does not depend on Ŵ. So every score and solver can do its work on W* as if it
-    were the weight. K is the identity where X̂ = X, and is shared by linears with the same input.
+    were the weight. Inputs X̂ in the pruned model differ from the inputs X of the dense one:
+
+    * T = X, A = I gives a matrix K with W* = WK for T = WX, shared by linears with the same input;
+    * T = WX + H − Ĥ, A = W is for a linear that writes to the residual stream, whose states before
+      it are H in the dense and Ĥ in the pruned model: it then makes up for that difference too.
 
     Paper: Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric
-    Calibration", arXiv:2504.02692, where the same target is used in the column sweep of
-    quantization; here it is solved for at once, and pulled towards W by the damping.
+    Calibration", arXiv:2504.02692, which uses the first in the column sweep of quantization; here
+    it is solved for at once, and pulled towards the anchor by the damping.
 
     Args:
         gram: G = X̂X̂ᵀ, float32 [in, in].
-        cross: C = XX̂ᵀ, float32 [in, in], rows of the dense model.
+        moments: M = TX̂ᵀ, float32 [out, in].
+        anchor: A, float32 [out, in], towards which the damping pulls.
         damping: fraction of the mean diagonal of the gram.
 
     Raises:
@@ -41,7 +48,6 @@ def dense_target(
     shift = torch.where(dead, damped, damping * gram.diagonal().mean())
     hessian = gram.clone()
     hessian.diagonal().copy_(damped)
-    wanted = cross.clone()
-    wanted.diagonal().add_(shift)
+    wanted = moments + anchor * shift
     solved: Tensor = torch.linalg.solve(hessian, wanted.t())
     return solved.t().contiguous()

@@ -7,5 +7,6 @@ GPT2 = families.register("gpt2")(
         model_types=("gpt2",),
         layers="transformer.h",
         groups=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+        writers=("attn.c_proj", "mlp.c_proj"),
     )
 )

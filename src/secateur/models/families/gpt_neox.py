@@ -12,5 +12,6 @@ GPT_NEOX = families.register("gpt_neox")(
             ("mlp.dense_h_to_4h",),
             ("mlp.dense_4h_to_h",),
         ),
+        writers=("attention.dense", "mlp.dense_4h_to_h"),
     )
 )

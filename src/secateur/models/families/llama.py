@@ -1,7 +1,17 @@
 """Llama 1 to 3 and models of the same layout (SmolLM2, TinyLlama, Yi, …)."""
 
-from secateur.models.architecture import SPLIT_ATTENTION_GATED_FFN, Family, families
+from secateur.models.architecture import (
+    PRE_NORM_WRITERS,
+    SPLIT_ATTENTION_GATED_FFN,
+    Family,
+    families,
+)
 
 LLAMA = families.register("llama")(
-    Family(model_types=("llama",), layers="model.layers", groups=SPLIT_ATTENTION_GATED_FFN)
+    Family(
+        model_types=("llama",),
+        layers="model.layers",
+        groups=SPLIT_ATTENTION_GATED_FFN,
+        writers=PRE_NORM_WRITERS,
+    )
 )

@@ -1,11 +1,17 @@
 """Mistral and Ministral: Llama's layout with sliding-window attention."""
 
-from secateur.models.architecture import SPLIT_ATTENTION_GATED_FFN, Family, families
+from secateur.models.architecture import (
+    PRE_NORM_WRITERS,
+    SPLIT_ATTENTION_GATED_FFN,
+    Family,
+    families,
+)
 
 MISTRAL = families.register("mistral")(
     Family(
         model_types=("mistral", "ministral"),
         layers="model.layers",
         groups=SPLIT_ATTENTION_GATED_FFN,
+        writers=PRE_NORM_WRITERS,
     )
 )

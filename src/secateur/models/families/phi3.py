@@ -1,6 +1,6 @@
 """Phi-3 and Phi-4: queries, keys and values in one matrix, gate and up in another."""
 
-from secateur.models.architecture import Family, families
+from secateur.models.architecture import PRE_NORM_WRITERS, Family, families
 
 PHI3 = families.register("phi3")(
     Family(
@@ -12,5 +12,6 @@ PHI3 = families.register("phi3")(
             ("mlp.gate_up_proj",),
             ("mlp.down_proj",),
         ),
+        writers=PRE_NORM_WRITERS,
     )
 )

@@ -1,7 +1,17 @@
 """Qwen2 and Qwen2.5: Llama's layout with biases on q, k and v."""
 
-from secateur.models.architecture import SPLIT_ATTENTION_GATED_FFN, Family, families
+from secateur.models.architecture import (
+    PRE_NORM_WRITERS,
+    SPLIT_ATTENTION_GATED_FFN,
+    Family,
+    families,
+)
 
 QWEN2 = families.register("qwen2")(
-    Family(model_types=("qwen2",), layers="model.layers", groups=SPLIT_ATTENTION_GATED_FFN)
+    Family(
+        model_types=("qwen2",),
+        layers="model.layers",
+        groups=SPLIT_ATTENTION_GATED_FFN,
+        writers=PRE_NORM_WRITERS,
+    )
 )
