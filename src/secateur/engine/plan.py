@@ -287,6 +287,8 @@ def forward_bytes(
     # A halted forward's own input is a view of the stored hidden states.
     halted = max(r.halted_bytes for r in rehearsals) - own
     forward += waiting * halted * (windows.numel() // batch_tokens)
+    if waiting > 1:  # what the writers of both models have added to the residual stream
+        forward += waiting * stored
     return stored, forward
 
 
