@@ -102,11 +102,17 @@ class DenseBeside:
         return len(self.groups[group]) == 1 and self.groups[group][0].name in names
 
     def rows(self, group: int) -> int:
-        """The size of what is wanted of a group, for one token."""
-        return self.groups[group][0].shape[0 if self.writes(group) else 1]
+        """The size of what is wanted of a group, for one token; 0 where nothing is.
 
-    def wanted(self, index: int, group: int, dense: Tensor) -> Tensor:
-        """What is wanted of a group for one micro-batch.
+        Where the writers are known, only they are fitted: they keep the stream near the dense one,
+        and fitting the others too brought nothing more in trials, at twice the cost.
+        """
+        if self.writers:
+            return self.groups[group][0].shape[0] if self.writes(group) else 0
+        return self.groups[group][0].shape[1]
+
+    def wanted(self, index: int, group: int, dense: Tensor) -> Tensor | None:
+        """What is wanted of a group for one micro-batch; None where nothing is.
 
         Args:
             index: of the micro-batch.
@@ -114,7 +120,7 @@ class DenseBeside:
             dense: its input in the dense model.
         """
         if not self.writes(group):
-            return dense
+            return None if self.writers else dense
         batch = self.passage.batches()[index]
         stream = self.passage.read_dense(batch) - self.passage.read(batch)
         earlier = self.written["dense"].so_far(index) - self.written["pruned"].so_far(index)
