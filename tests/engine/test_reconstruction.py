@@ -13,6 +13,7 @@ from secateur.engine.calls import call_layer, first_inputs, layer_calls
 from secateur.engine.reconstruction import Reconstruction, output_error
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, linears_of
+from secateur.sparsity.methods import compose
 from zoo import tiny_model, tiny_windows
 
 FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
@@ -32,9 +33,9 @@ def hidden_states(model, windows):
 def zeros_of(model):
     layers = describe(model).layers(model)
     return {
-        name: x.weight == 0
+        x.name: x.weight == 0
         for i, layer in enumerate(layers)
-        for name, x in linears_of(layer, f"{i}").items()
+        for x in linears_of(layer, f"{i}").values()
     }
 
 
@@ -56,6 +57,37 @@ def test_tuning_lowers_the_error_and_keeps_every_zero(family: str) -> None:
     for name, zeros in zeros_of(tuned).items():
         assert int(zeros.sum()) == round(0.5 * zeros.shape[1]) * zeros.shape[0], name
     assert all(p.requires_grad and p.grad is None for p in tuned.parameters())
+
+
+PATTERNED = [
+    {"method": "wanda", "sparsity": 0.5},
+    {"method": "sparsegpt", "pattern": "2:4"},
+    {"method": "magnitude", "pattern": "4x2", "sparsity": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", PATTERNED)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masks_may_change_but_not_their_pattern(family: str, options: dict) -> None:
+    windows = tiny_windows(6)
+    masks = []
+    for extra in ({}, {"remask": False}, {"remask": True}):
+        model = tiny_model(family)
+        tuning = {"passes": 6, "learning_rate": 1e-2, **extra} if extra else {}
+        secateur.prune(model, calibration=windows, **options, **tuning)
+        masks.append(zeros_of(model))
+    plain, held, changed = masks
+    pattern = compose(options["method"], options.get("pattern", "unstructured")).pattern
+    differ = 0
+    for name, zeros in plain.items():
+        if name.startswith("0."):  # what follows sees other inputs
+            assert torch.equal(held[name], zeros)
+        differ += int((changed[name] != zeros).sum())
+        assert int(changed[name].sum()) == int(zeros.sum())
+        # with the mask as score, the pattern gives the mask back: so it is one it allows
+        again = pattern.mask((~changed[name]).float(), options.get("sparsity", 0.5))
+        assert torch.equal(again, ~changed[name])
+    assert differ > 20
 
 
 def test_bfloat16_is_tuned_in_float32_and_stays_bfloat16() -> None:

@@ -18,7 +18,12 @@ from secateur.engine.activations import Activations
 from secateur.engine.beside import DenseBeside
 from secateur.engine.calls import call_layer
 from secateur.engine.forwards import HaltingForwards, by_group, by_layer, find_groups
-from secateur.engine.reconstruction import draw_steps, output_error, reconstruct
+from secateur.engine.reconstruction import (
+    TunedWeight,
+    draw_steps,
+    output_error,
+    reconstruct,
+)
 from secateur.engine.residency import Parking
 from secateur.engine.surgery import GroupStatistics, LinearRecord, prune_group
 from secateur.models.architecture import Linear, linears_of
@@ -45,6 +50,7 @@ class LayerPass:
         self.pruned = [x for x in self.linears.values() if run.sparsity_of[x.name] > 0]
         self.last = index + 1 == len(run.target.layers)
         self.parking: Parking | None = None
+        self.shadows: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def tunes(self) -> bool:
@@ -61,10 +67,40 @@ class LayerPass:
             return self.prune_on_the_way(own)
         records: list[LinearRecord] = []
         for linear in self.linears.values():
-            records += prune_group([linear], {}, own, run.method, run.sparsity_of)
+            fitted = self.shadowed(lambda linear: linear.weight, {})
+            records += prune_group([linear], {}, own, run.method, run.sparsity_of, fitted)
         if self.outputs_needed and run.reconstruction.passes:
             self.propagate()
         return records
+
+    def shadowed(
+        self, fitted: Callable[[Linear], Tensor], shared: Mapping[str, Tensor]
+    ) -> Callable[[Linear], Tensor]:
+        """Keep what is about to be pruned, and its inputs' norms, where masks may change later."""
+        if not (self.tunes and self.run.reconstruction.remask):
+            return fitted
+
+        def keep(linear: Linear) -> Tensor:
+            weight = fitted(linear)
+            norm = torch.ones(weight.shape[1], device=weight.device)
+            if "column_norm" in shared:
+                norm = shared["column_norm"]
+            elif "gram" in shared:
+                norm = shared["gram"].diagonal().sqrt()
+            self.shadows[linear.name] = weight.clone(), norm
+            return weight
+
+        return keep
+
+    def tuned_weights(self) -> list[TunedWeight]:
+        """The pruned matrices of the layer, ready to be tuned."""
+        run = self.run
+        found = []
+        for linear in self.pruned:
+            shadow, norm = self.shadows.pop(linear.name, (None, linear.weight.new_ones(1)))
+            sparsity = run.sparsity_of[linear.name]
+            found.append(TunedWeight(linear, shadow, norm, run.method.pattern, sparsity))
+        return found
 
     @property
     def outputs_needed(self) -> bool:
@@ -91,7 +127,8 @@ class LayerPass:
 
         def prune(group: int) -> None:
             shared = gathered[group].value()
-            fitted = gathered[group].fitted(writer=beside is not None and beside.writes(group))
+            writer = beside is not None and beside.writes(group)
+            fitted = self.shadowed(gathered[group].fitted(writer), shared)
             gathered[group].running.clear()
             records.extend(
                 prune_group(groups[group], shared, own, run.method, run.sparsity_of, fitted)
@@ -180,7 +217,7 @@ class LayerPass:
         errors = {"error_before": self.judge(write=False)}
         reconstruct(
             self.layer,
-            self.pruned,
+            self.tuned_weights(),
             draw_steps(len(passage.windows), size, passes, seed=self.index),
             example,
             lambda size: passage.calls[size][self.index],

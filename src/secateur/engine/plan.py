@@ -121,7 +121,8 @@ def rehearse_tuning(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
         layer.to(dtype).requires_grad_(False)
         put_back(layer, buffers)
     weights = 4 * sum(p.numel() for p in parameters)
-    return live.peak_bytes + weights * (3 if dtype == torch.float32 else 4)
+    # gradients, two moments, the weights in the shadow; float32 masters of other dtypes
+    return live.peak_bytes + weights * (4 if dtype == torch.float32 else 5)
 
 
 def put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:

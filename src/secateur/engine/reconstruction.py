@@ -2,14 +2,15 @@
 
 The inputs are those of the pruned model, the targets are the outputs that the dense model has at
 this place, so a layer also makes up for what the layers before it lost. All parameters of the
-layer move, norms and biases too; pruned weights stay zero; nothing is added. One decoder layer is
-in memory, with its gradients and the two moments of Adam.
+layer move, norms and biases too; nothing is added. In the first part of the tuning pruned weights
+may come back and others go in their place, always as many as the pattern asks; then the mask is
+held. One decoder layer is in memory, with its gradients and the two moments of Adam.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,18 @@ from secateur.engine.calls import LayerCall, call_layer
 from secateur.engine.precision import fast_matmuls
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear
+from secateur.sparsity.patterns import Pattern
 
-__all__ = ["Reconstruction", "draw_steps", "output_error", "reconstruct"]
+# The mask is chosen anew every so many steps, and for this part of the tuning.
+_CHOOSE_EVERY = 4
+_CHOOSING = 0.6
+
+__all__ = ["Reconstruction", "TunedWeight", "draw_steps", "output_error", "reconstruct"]
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Adam on the parameters θ of a pruned decoder layer f, mask held:
+    """Adam on the parameters θ of a pruned decoder layer f:
 
         minimise over θ   mean_t ‖f_θ(x̂)_t − y_t‖² / ‖y_t‖²
 
@@ -36,12 +42,19 @@ class Reconstruction:
 
     The learning rate falls from `learning_rate` to 0 along a half cosine over all steps.
 
+    With `remask`, pruned weights go on in the shadow: the layer runs with θ ⊙ mask, the gradient
+    with respect to that product moves all of θ (straight through the mask), and every four steps
+    the pattern chooses the mask anew by |θ| · ‖x̂‖₂ (Wanda's score). A pruned weight begins as it
+    was before it was pruned. After 60 % of the steps the mask is held.
+
     After: block-wise reconstruction as in BRECQ (Li et al. 2021, arXiv:2102.05426), used for
-    pruned language models by Wanda++ (Yang et al. 2025, arXiv:2503.04992), among others.
+    pruned language models by Wanda++ (Yang et al. 2025, arXiv:2503.04992), among others; the
+    gradient through the mask as in Zhou et al. 2021, arXiv:2102.04010, without its decay.
 
     Args:
         passes: over the calibration windows; 0 tunes nothing.
         learning_rate: of the first step.
+        remask: whether the mask may change.
 
     Raises:
         RecipeError: a number is out of range.
@@ -49,6 +62,7 @@ class Reconstruction:
 
     passes: int = 3
     learning_rate: float = 1e-3
+    remask: bool = True
 
     def __post_init__(self) -> None:
         if self.passes < 0:
@@ -92,9 +106,61 @@ def output_error(output: Tensor, target: Tensor) -> Tensor:
     return (error / target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
 
+class TunedWeight:
+    """A pruned matrix while it is tuned.
+
+    Args:
+        linear: the matrix, pruned.
+        shadow: its weights [out, in] before they were pruned; None holds the mask as it is.
+        norm: ‖x̂‖₂ of each input, float32 [in].
+        pattern: the zeros that are allowed.
+        sparsity: the fraction of zeros.
+    """
+
+    def __init__(
+        self,
+        linear: Linear,
+        shadow: Tensor | None,
+        norm: Tensor,
+        pattern: Pattern,
+        sparsity: float,
+    ) -> None:
+        self.linear, self.norm = linear, norm
+        self.pattern, self.sparsity = pattern, sparsity
+        self.parameter = linear.module.get_parameter("weight")
+        self.mask = self.parameter.detach() != 0
+        self.full = None if shadow is None else self.turned(shadow)
+
+    def turned(self, matrix: Tensor) -> Tensor:
+        """From [out, in] to how the module stores it, or back."""
+        return matrix.t().contiguous() if self.linear.transposed else matrix
+
+    def begin(self) -> None:
+        """The parameter is in float32 now: kept weights as they are, pruned ones in the shadow."""
+        if self.full is not None:
+            self.full = torch.where(self.mask, self.parameter.detach(), self.full.float())
+
+    def before_step(self, *, choosing: bool) -> None:
+        """Let the optimizer move what may move."""
+        assert self.parameter.grad is not None
+        if self.full is None or not choosing:
+            self.parameter.grad *= self.mask  # with no moments, a pruned weight stays zero
+        if self.full is not None:
+            self.parameter.data = self.full
+
+    def after_step(self, *, choose: bool) -> None:
+        """Prune again what the layer runs with."""
+        if self.full is None:
+            return
+        if choose:
+            score = self.turned(self.full).abs() * self.norm
+            self.mask = self.turned(self.pattern.mask(score, self.sparsity))
+        self.parameter.data = self.full * self.mask
+
+
 def reconstruct(
     layer: nn.Module,
-    pruned: Iterable[Linear],
+    pruned: Sequence[TunedWeight],
     steps: Sequence[Sequence[int]],
     example: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
     call: Callable[[int], LayerCall],
@@ -105,7 +171,7 @@ def reconstruct(
 
     Args:
         layer: with its pruned weights; tuned in float32 whatever its dtype.
-        pruned: the linears whose zeros are held.
+        pruned: its pruned matrices.
         steps: the calibration windows of each step.
         example: gives inputs and target of some windows, each [windows, sequence_length, hidden].
         call: how the layer is called for so many windows.
@@ -117,10 +183,8 @@ def reconstruct(
     for p in parameters:
         p.data = p.data.float()
         p.requires_grad_(True)
-    held = [
-        (linear.module.get_parameter("weight"), linear.module.get_parameter("weight") != 0)
-        for linear in pruned
-    ]
+    for tuned in pruned:
+        tuned.begin()
     optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, fused=True)
     device = parameters[0].device
     calls = {size: call(size).to(device, torch.float32) for size in {len(x) for x in steps}}
@@ -132,11 +196,13 @@ def reconstruct(
             with torch.enable_grad(), fast_matmuls(device):
                 output = call_layer(layer, inputs.float(), calls[len(windows)])
                 output_error(output, target).backward()
-            for weight, mask in held:
-                assert weight.grad is not None
-                weight.grad *= mask  # its moments stay zero, and so does a pruned weight
+            choosing = step < _CHOOSING * len(steps)
+            for tuned in pruned:
+                tuned.before_step(choosing=choosing)
             optimizer.step()
             optimizer.zero_grad()
+            for tuned in pruned:
+                tuned.after_step(choose=choosing and step % _CHOOSE_EVERY == _CHOOSE_EVERY - 1)
             tell()
     finally:
         for p, (dtype, wanted_gradient) in zip(parameters, before, strict=True):

@@ -54,6 +54,7 @@ class Reconstruct(Strict):
         0, ge=0, description="passes over the calibration windows for each layer; 0: not at all"
     )
     learning_rate: float = Field(1e-3, gt=0, lt=1, description="of the first step")
+    remask: bool = Field(True, description="whether the mask may change while a layer is tuned")
 
 
 class PruneRecipe(Strict):

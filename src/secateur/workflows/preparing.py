@@ -169,7 +169,7 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
 def reconstruction_of(recipe: PruneRecipe) -> Reconstruction:
     """How the pruned layers of a recipe are tuned."""
     how = recipe.reconstruction
-    return Reconstruction(passes=how.passes, learning_rate=how.learning_rate)
+    return Reconstruction(how.passes, how.learning_rate, how.remask)
 
 
 def prepare(
