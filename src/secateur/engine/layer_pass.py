@@ -66,8 +66,8 @@ class LayerPass:
         if run.input_statistics:
             return self.prune_on_the_way(own)
         records: list[LinearRecord] = []
+        fitted = self.shadowed(lambda linear: linear.weight, {})
         for linear in self.linears.values():
-            fitted = self.shadowed(lambda linear: linear.weight, {})
             records += prune_group([linear], {}, own, run.method, run.sparsity_of, fitted)
         if self.outputs_needed and run.reconstruction.passes:
             self.propagate()
