@@ -32,6 +32,13 @@ Asymmetric = Annotated[
         help="Fit the dense model's outputs, or each matrix's own. [the preset's]",
     ),
 ]
+FastMatmuls = Annotated[
+    bool | None,
+    typer.Option(
+        "--fast-matmuls/--exact-matmuls",
+        help="Calibrate in bfloat16 where the processor is faster at it. [the preset's]",
+    ),
+]
 Passes = Annotated[
     int | None, typer.Option(help="Passes of tuning each pruned layer. [the preset's]")
 ]
@@ -77,6 +84,10 @@ CalibrationSource = Annotated[
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows. [128]")]
+Generated = Annotated[
+    int | None,
+    typer.Option(help="Windows more, which the dense model writes itself. [the preset's]"),
+]
 SequenceLength = Annotated[
     int | None, typer.Option(help="Tokens per window. [2048, or the model's length]")
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class DenseBeside:
         passage: the hidden states of both models.
         open_parking: gives the place where the copy's halted forwards wait.
         tell: called after every forward.
+        matmuls: gives a context for the forwards.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class DenseBeside:
         passage: Passage,
         open_parking: Callable[[nn.Module], Parking | None],
         tell: Callable[[], None],
+        matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.index, self.passage, self.tell = index, passage, tell
         self.layer = copy.deepcopy(layer)
@@ -87,7 +90,8 @@ class DenseBeside:
         self.groups = [[Linear(x.name, twin[id(x.module)]) for x in group] for group in groups]
         self.parking = open_parking(self.layer)
         forwards = [functools.partial(self.forward, batch) for batch in passage.batches()]
-        self.halting = HaltingForwards(self.groups, forwards, self.parking)
+        self.matmuls = matmuls
+        self.halting = HaltingForwards(self.groups, forwards, self.parking, matmuls)
         self.writers = list(writers)
         same = [Linear(x.name, modules[names[id(x.module)]]) for x in writers]
         self.written = {"dense": Written(same, self.halting)}
@@ -124,7 +128,8 @@ class DenseBeside:
         batch = self.passage.batches()[index]
         stream = self.passage.read_dense(batch) - self.passage.read(batch)
         earlier = self.written["dense"].so_far(index) - self.written["pruned"].so_far(index)
-        out = dense.reshape(-1, dense.shape[-1]) @ self.groups[group][0].weight.t()
+        with self.matmuls():
+            out = dense.reshape(-1, dense.shape[-1]) @ self.groups[group][0].weight.t()
         return out + (stream + earlier).reshape(out.shape)
 
     def forward(self, batch: slice) -> None:

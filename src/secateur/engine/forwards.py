@@ -103,6 +103,7 @@ class HaltingForwards:
         groups: the linears of the layer, by shared input.
         forwards: one call per micro-batch.
         parking: where the tensors of halted forwards wait; None leaves them in memory.
+        matmuls: gives a context for the forwards alone, not for what is done between them.
     """
 
     def __init__(
@@ -110,7 +111,9 @@ class HaltingForwards:
         groups: Sequence[Sequence[Linear]],
         forwards: Sequence[Forward],
         parking: Parking | None,
+        matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        self.matmuls = matmuls
         hub = getcurrent()
         self.parking = parking
         self.inputs = SharedInputs(groups, lambda group, x: hub.switch((group, x)))
@@ -125,7 +128,7 @@ class HaltingForwards:
         if self.parking:
             self.parking.bring_back(index)
             watch = self.parking.live
-        with watch:
+        with watch, self.matmuls():
             arrival: tuple[int, Tensor] = self.running[index].switch()
         return None if self.running[index].dead else arrival
 

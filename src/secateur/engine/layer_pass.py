@@ -18,6 +18,7 @@ from secateur.engine.activations import Activations
 from secateur.engine.beside import DenseBeside
 from secateur.engine.calls import call_layer
 from secateur.engine.forwards import HaltingForwards, by_group, by_layer, find_groups
+from secateur.engine.precision import exact_matmuls
 from secateur.engine.reconstruction import (
     TunedWeight,
     draw_steps,
@@ -125,6 +126,10 @@ class LayerPass:
                 wanted = beside.wanted(index, group, dense)
             gathered[group].update(x, wanted)
 
+        def gather_alone(group: int, x: Tensor) -> None:
+            with exact_matmuls(device):
+                gathered[group].update(x)
+
         def prune(group: int) -> None:
             shared = gathered[group].value()
             writer = beside is not None and beside.writes(group)
@@ -138,7 +143,8 @@ class LayerPass:
             self.halt_at_groups(groups, beside, gather, prune)
             return records
         dense = [self.forward(b, write=False) for b in self.passage.batches()]
-        by_layer(groups, dense, lambda group, x: gathered[group].update(x))
+        with self.run.matmuls():
+            by_layer(groups, dense, gather_alone)
         for group in range(len(groups)):
             prune(group)
         if self.outputs_needed:
@@ -157,7 +163,7 @@ class LayerPass:
         write, finished = self.outputs_needed, False
         self.parking = self.open_parking(self.layer, self.passage.hidden)
         forwards = [self.forward(b, write=write) for b in self.passage.batches()]
-        halting = HaltingForwards(groups, forwards, self.parking)
+        halting = HaltingForwards(groups, forwards, self.parking, self.run.matmuls)
         if beside:
             beside.watch(halting)
         other = beside.halting if beside else None
@@ -182,13 +188,15 @@ class LayerPass:
             passage,
             lambda dense: self.open_parking(dense, passage.dense),
             lambda: self.run.step(self.index),
+            self.run.matmuls,
         )
 
     def propagate(self) -> None:
         """Pass all windows through a finished layer."""
         assert self.passage is not None
         for batch in self.passage.batches():
-            self.forward(batch, write=True)()
+            with self.run.matmuls():
+                self.forward(batch, write=True)()
 
     # -- reconstruction -------------------------------------------------------------------------
 
@@ -198,7 +206,9 @@ class LayerPass:
         assert passage is not None
         for batch in passage.batches():
             call = passage.call(self.index, batch)
-            passage.write_dense(batch, call_layer(self.layer, passage.read_dense(batch), call))
+            with self.run.matmuls():
+                out = call_layer(self.layer, passage.read_dense(batch), call)
+            passage.write_dense(batch, out)
             self.run.step(self.index)
         passage.advance_dense(self.index + 1)
 
@@ -233,7 +243,8 @@ class LayerPass:
         assert passage is not None
         total = 0.0
         for batch in passage.batches():
-            out = call_layer(self.layer, passage.read(batch), passage.call(self.index, batch))
+            with self.run.matmuls():
+                out = call_layer(self.layer, passage.read(batch), passage.call(self.index, batch))
             total += float(output_error(out, passage.read_dense(batch))) * len(out)
             if write:
                 passage.write(batch, out)

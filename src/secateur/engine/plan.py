@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from secateur.calibration.continuation import AT_ONCE
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.meter import resident_bytes
 from secateur.engine.reconstruction import Reconstruction
@@ -143,6 +144,7 @@ class Plan:
         forward_bytes: running and halted forwards.
         solve_bytes: statistics, scores and solver of the largest linear; or of a whole layer,
             with what is kept of it, while an allocation looks at the dense model.
+        writing_bytes: the whole model with the keys and values of what it writes, before the run.
         tuning_bytes: gradients, moments and one window's forward, while a pruned layer is tuned.
         disk_bytes: the result, and what is kept to resume.
         flops: floating-point operations of the forwards.
@@ -153,6 +155,7 @@ class Plan:
     activation_bytes: int
     forward_bytes: int
     solve_bytes: int
+    writing_bytes: int
     tuning_bytes: int
     disk_bytes: int
     flops: int
@@ -163,12 +166,9 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """The estimate of peak resident memory."""
-        return (
-            self.process_bytes
-            + self.layer_bytes
-            + self.activation_bytes
-            + max(self.forward_bytes + self.solve_bytes, self.tuning_bytes)
-        )
+        pruning = max(self.forward_bytes + self.solve_bytes, self.tuning_bytes)
+        pruning += self.layer_bytes + self.activation_bytes
+        return self.process_bytes + max(pruning, self.writing_bytes)
 
     def to_json(self) -> dict[str, int]:
         """All figures."""
@@ -183,6 +183,7 @@ def plan_run(
     reconstruction: Reconstruction,
     allocation: Allocation,
     output_bytes: int,
+    unwritten: int = 0,
 ) -> Plan:
     """Plan a run over a checkpoint whose layers are still empty.
 
@@ -194,6 +195,7 @@ def plan_run(
         reconstruction: how pruned layers are tuned.
         allocation: what decides how much each linear loses.
         output_bytes: size of the files written.
+        unwritten: how many of the windows the model has to write itself.
     """
     layers = target.layers
     shapes = [
@@ -221,6 +223,7 @@ def plan_run(
         solve_bytes=solve_bytes(method, shapes, settings.asymmetric)
         + own * 8 * prunable // len(layers)
         + survey_bytes(target, allocation, prunable // len(layers), windows),
+        writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         disk_bytes=output_bytes
         + 2 * stored
@@ -233,6 +236,19 @@ def plan_run(
         prunable_weights=prunable,
         calibration_tokens=tokens,
     )
+
+
+def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int:
+    """The whole model, and keys and values of all tokens of the windows it writes together."""
+    if windows is None or not unwritten:
+        return 0
+    config = target.model.config
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    features = 2 * len(target.layers) * (getattr(config, "num_key_value_heads", None) or heads)
+    tokens = min(unwritten, AT_ONCE) * windows.shape[1]
+    weights = sum(p.numel() for p in target.model.parameters())
+    return (weights + features * size * tokens) * target.dtype.itemsize
 
 
 def passes(settings: Settings, reconstruction: Reconstruction) -> int:

@@ -1,14 +1,20 @@
 """Where a rough product will do: matmuls in bfloat16, on processors that are faster at them.
 
-Not for statistics, nor for the hidden states that are passed on: those are exact in the dtype of
-the model. But a gradient only needs to point the right way, and candidates only need to be ranked.
+A gradient only needs to point the right way, and candidates only need to be ranked. The forwards
+of calibration may be rough too, where a recipe says so: then a float32 model sees the rounding
+that a bfloat16 model always has. Statistics and solvers are in float32 whatever happens.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["fast_matmuls"]
+__all__ = ["exact_matmuls", "fast_dtype", "fast_matmuls"]
+
+
+def exact_matmuls(device: torch.device) -> torch.autocast:
+    """A context in which matmuls run in the dtype of what is multiplied."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def fast_matmuls(device: torch.device) -> torch.autocast:
@@ -17,6 +23,11 @@ def fast_matmuls(device: torch.device) -> torch.autocast:
     Everything else, the sums of the residual stream among it, stays in the dtype it has.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=_fast_bfloat16(device))
+
+
+def fast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where matmuls are faster in it; None elsewhere."""
+    return torch.bfloat16 if _fast_bfloat16(device) else None
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from secateur.engine.layer_pass import LayerPass
 from secateur.engine.ledger import Ledger
 from secateur.engine.pages import reused_pages
 from secateur.engine.passage import Passage
+from secateur.engine.precision import fast_matmuls
 from secateur.engine.progress import Progress
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.selection import Selection
@@ -46,6 +48,7 @@ class Settings:
         sequential: `group` prunes each group of linears before the next one's statistics are
             gathered, in one pass; `layer` gathers for a whole layer first, as the papers do.
         micro_batch_tokens: tokens that pass through a layer at once.
+        fast_matmuls: forwards of calibration in bfloat16 where the processor is faster at it.
         asymmetric: fit each linear to what the dense model's has for outputs (`dense_target`),
             not to its own; the dense model's forwards then go along, group by group.
         activations: `memory` or `disk`: where hidden states wait.
@@ -54,6 +57,7 @@ class Settings:
 
     sequential: str = "group"
     asymmetric: bool = False
+    fast_matmuls: bool = False
     micro_batch_tokens: int = 2048
     activations: str = "memory"
     work: Path | None = None
@@ -135,6 +139,10 @@ class Run:
         """The statistics of inputs that have to be gathered on the way."""
         own = {"gram"} if self.settings.asymmetric else set()
         return self.method.requires & INPUT_STATISTICS | own
+
+    def matmuls(self) -> AbstractContextManager[object]:
+        """A context for the forwards of calibration."""
+        return fast_matmuls(self.target.device) if self.settings.fast_matmuls else nullcontext()
 
     @property
     def dense_needed(self) -> bool:

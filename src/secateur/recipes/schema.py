@@ -33,6 +33,9 @@ class Calibration(Strict):
         "concatenate",
         description="join documents and cut, or crop long documents at random as the papers do",
     )
+    generated: int = Field(
+        0, ge=0, description="windows more, which the dense model writes as it goes on from these"
+    )
 
 
 class Memory(Strict):
@@ -78,6 +81,10 @@ class PruneRecipe(Strict):
     asymmetric: bool = Field(
         False,
         description="fit the outputs of the dense model on dense inputs, not each matrix's own",
+    )
+    fast_matmuls: bool = Field(
+        False,
+        description="calibration's forwards in bfloat16 where the processor is faster at it",
     )
     reconstruction: Reconstruct = Field(default_factory=lambda: Reconstruct())
     sparsity: float | None = Field(None, description="fraction of zeros, 0 to 1")

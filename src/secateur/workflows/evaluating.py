@@ -15,9 +15,9 @@ from secateur.errors import RecipeError
 from secateur.evaluation.generation import generate
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
-from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.models.whole import load_whole
 from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.preparing import choose_device
 
@@ -107,15 +107,10 @@ def evaluate(
 
 def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """A model with its tokenizer, ready to judge."""
-    from transformers import AutoModelForCausalLM
-
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-    with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype="auto", trust_remote_code=trust_remote_code
-        )
-    return loaded.to(choose_device(device)).eval(), tokenizer
+    loaded = load_whole(source.folder, choose_device(device), trust_remote_code=trust_remote_code)
+    return loaded, tokenizer
 
 
 @dataclass(frozen=True)

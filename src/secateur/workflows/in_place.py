@@ -33,6 +33,7 @@ from secateur.workflows.preparing import (
     settings_of,
     window_plan,
 )
+from secateur.workflows.writing import own_windows
 
 __all__ = ["carry_out", "prune_module"]
 
@@ -74,7 +75,11 @@ def prune_module(
     )
     was_training = model.training
     model.eval()
+    generated = recipe.calibration.generated
     try:
+        if windows is not None and generated:
+            own = own_windows(model, windows, generated, recipe.calibration.seed, progress)
+            windows = torch.cat([windows, own])
         with scratch as folder, quiet_transformers():
             work = Path(folder) if folder else None
             settings = settings_of(recipe, "memory", work)

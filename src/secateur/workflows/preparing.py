@@ -57,6 +57,16 @@ class Prepared:
     sparsity: float
     windows: Tensor | None
     calibration: dict[str, Any] | None
+    unwritten: int = 0
+    """Calibration windows that the dense model has yet to write."""
+
+    @property
+    def planned_windows(self) -> Tensor | None:
+        """As many windows as the run will have; blank in the place of those to be written."""
+        if self.windows is None or not self.unwritten:
+            return self.windows
+        blank = self.windows.new_zeros(self.unwritten, self.windows.shape[1])
+        return torch.cat([self.windows, blank])
 
     @property
     def output_bytes(self) -> int:
@@ -160,6 +170,7 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
     return Settings(
         sequential=recipe.sequential,
         asymmetric=recipe.asymmetric,
+        fast_matmuls=recipe.fast_matmuls,
         micro_batch_tokens=recipe.memory.micro_batch_tokens,
         activations=activations,
         work=work,
@@ -201,12 +212,14 @@ def prepare(
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     windows: Tensor | None = None
     calibration: dict[str, Any] | None = None
+    unwritten = 0
     if method.requires | allocation.requires or recipe.reconstruction.passes or recipe.asymmetric:
         if stored_windows is not None and stored_windows.exists():
             windows = load_windows(stored_windows)
             calibration = {}
         else:
             windows, calibration = calibration_windows(recipe, source, target, only_plan)
+            unwritten = recipe.calibration.generated
     return Prepared(
         recipe,
         source,
@@ -218,6 +231,7 @@ def prepare(
         sparsity,
         windows,
         calibration,
+        unwritten,
     )
 
 
@@ -284,11 +298,12 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
         plan = plan_run(
             prepared.target,
             prepared.method,
-            prepared.windows,
+            prepared.planned_windows,
             settings_of(prepared.recipe, activations, None),
             reconstruction_of(prepared.recipe),
             prepared.allocation,
             prepared.output_bytes,
+            prepared.unwritten,
         )
         if plan.peak_bytes <= budget:
             return plan, activations

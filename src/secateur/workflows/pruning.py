@@ -35,6 +35,7 @@ from secateur.workflows.preparing import (
     reconstruction_of,
     settings_of,
 )
+from secateur.workflows.writing import with_own_windows
 
 __all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_recipe"]
 
@@ -155,6 +156,7 @@ def run_recipe(
     prepared = prepare(recipe, partial, stored)
     chosen, activations = choose_plan(prepared, recipe.memory)
     check_disk(chosen, output)
+    prepared = with_own_windows(prepared, progress)
     work = partial / "work"
     settings = settings_of(recipe, activations, work)
     ledger = Ledger(partial / "secateur" / "layers.jsonl", identity(prepared))
@@ -260,6 +262,7 @@ def make_manifest(
             "effort": prepared.recipe.effort,
             "sequential": prepared.recipe.sequential,
             "asymmetric": prepared.recipe.asymmetric,
+            "fast_matmuls": prepared.recipe.fast_matmuls,
             "reconstruction": prepared.recipe.reconstruction.model_dump(),
             "asked_sparsity": prepared.sparsity,
         },

@@ -1,0 +1,54 @@
+"""Calibration windows that the dense model writes itself, beside those cut from text."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.continuation import AT_ONCE, PREFIX, continue_windows
+from secateur.engine.precision import fast_dtype
+from secateur.engine.progress import Progress
+from secateur.models.skeleton import quiet_transformers
+from secateur.models.whole import load_whole
+from secateur.workflows.preparing import Prepared
+
+__all__ = ["own_windows", "with_own_windows"]
+
+
+def with_own_windows(prepared: Prepared, progress: Progress) -> Prepared:
+    """The same, with the windows that the recipe wants the dense model to write.
+
+    The whole model is in memory while it writes, and let go of afterwards.
+    """
+    if not prepared.unwritten:
+        return prepared
+    device = prepared.target.device
+    model = load_whole(
+        prepared.source.folder,
+        device,
+        dtype=fast_dtype(device),
+        trust_remote_code=prepared.recipe.trust_remote_code,
+    )
+    assert prepared.windows is not None
+    assert prepared.calibration is not None
+    seed = prepared.recipe.calibration.seed
+    own = own_windows(model, prepared.windows, prepared.unwritten, seed, progress)
+    return dataclasses.replace(
+        prepared,
+        windows=torch.cat([prepared.windows, own]),
+        unwritten=0,
+        calibration=prepared.calibration | {"generated": len(own), "generated_prefix": PREFIX},
+    )
+
+
+def own_windows(model: Any, windows: Tensor, count: int, seed: int, progress: Progress) -> Tensor:
+    """Windows [count, sequence_length] that a dense model writes, with progress told."""
+    batches = -(-count // AT_ONCE)
+    progress.start("writing windows", batches * (windows.shape[1] - PREFIX))
+    with quiet_transformers():
+        own = continue_windows(model, windows, count, seed=seed, tell=progress.step)
+    progress.finish()
+    return own
