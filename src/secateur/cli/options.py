@@ -43,6 +43,10 @@ Passes = Annotated[
     int | None, typer.Option(help="Passes of tuning each pruned layer. [the preset's]")
 ]
 LearningRate = Annotated[float | None, typer.Option(help="Of the tuning. [1e-3]")]
+Epochs = Annotated[
+    int | None,
+    typer.Option(help="Epochs in which the pruned model learns from the dense. [the preset's]"),
+]
 ScoreName = Annotated[
     str | None, typer.Option("--score", help="A score, for a composition of your own.")
 ]

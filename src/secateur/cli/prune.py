@@ -32,6 +32,7 @@ def prune(
     fast_matmuls: o.FastMatmuls = None,
     passes: o.Passes = None,
     learning_rate: o.LearningRate = None,
+    epochs: o.Epochs = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
     override: o.Override = None,

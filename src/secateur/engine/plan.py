@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.calibration.continuation import AT_ONCE
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
+from secateur.engine.distillation import Distillation
 from secateur.engine.meter import resident_bytes
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.residency import LiveTensors
@@ -98,9 +99,8 @@ def rehearse(
     return Rehearsal(live.peak_bytes, max(halted))
 
 
-def rehearse_tuning(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
-    """What tuning keeps alive besides the layer: a micro-batch's forward with all its backward
-    needs, gradients, the two moments of Adam, and parameters in float32.
+def rehearse_training(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
+    """What a layer's forward keeps alive in float32, with all that its backward needs.
 
     Args:
         layer: a decoder layer with its parameters on the meta device.
@@ -121,9 +121,7 @@ def rehearse_tuning(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
     finally:
         layer.to(dtype).requires_grad_(False)
         put_back(layer, buffers)
-    weights = 4 * sum(p.numel() for p in parameters)
-    # gradients, two moments, the weights in the shadow; float32 masters of other dtypes
-    return live.peak_bytes + weights * (4 if dtype == torch.float32 else 5)
+    return live.peak_bytes
 
 
 def put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
@@ -145,7 +143,8 @@ class Plan:
         solve_bytes: statistics, scores and solver of the largest linear; or of a whole layer,
             with what is kept of it, while an allocation looks at the dense model.
         writing_bytes: the whole model with the keys and values of what it writes, before the run.
-        tuning_bytes: gradients, moments and one window's forward, while a pruned layer is tuned.
+        tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
+        distilling_bytes: both whole models, gradients, moments, one window's forward and logits.
         disk_bytes: the result, and what is kept to resume.
         flops: floating-point operations of the forwards.
     """
@@ -157,6 +156,7 @@ class Plan:
     solve_bytes: int
     writing_bytes: int
     tuning_bytes: int
+    distilling_bytes: int
     disk_bytes: int
     flops: int
     num_hidden_layers: int
@@ -168,7 +168,7 @@ class Plan:
         """The estimate of peak resident memory."""
         pruning = max(self.forward_bytes + self.solve_bytes, self.tuning_bytes)
         pruning += self.layer_bytes + self.activation_bytes
-        return self.process_bytes + max(pruning, self.writing_bytes)
+        return self.process_bytes + max(pruning, self.writing_bytes, self.distilling_bytes)
 
     def to_json(self) -> dict[str, int]:
         """All figures."""
@@ -181,6 +181,7 @@ def plan_run(
     windows: Tensor | None,
     settings: Settings,
     reconstruction: Reconstruction,
+    distillation: Distillation,
     allocation: Allocation,
     output_bytes: int,
     unwritten: int = 0,
@@ -193,6 +194,7 @@ def plan_run(
         windows: calibration tokens, or None.
         settings: how the work is done.
         reconstruction: how pruned layers are tuned.
+        distillation: how the whole model is tuned after that.
         allocation: what decides how much each linear loses.
         output_bytes: size of the files written.
         unwritten: how many of the windows the model has to write itself.
@@ -205,13 +207,15 @@ def plan_run(
     ]
     prunable = sum(out * columns for out, columns in shapes)
     tokens = windows.numel() if windows is not None else 0
-    stored, forward, tuning = 0, 0, 0
+    stored, forward, tuning, distilling = 0, 0, 0, 0
     if windows is not None:
         stored, forward = forward_bytes(target, windows, settings, waits(method, settings))
         if reconstruction.passes:
             size = max(1, settings.micro_batch_tokens // windows.shape[1])
             hidden, call = calls_of(target, windows[:size])
-            tuning = rehearse_tuning(layers[0], hidden, call[0])
+            tuning = tuning_bytes(layers[0], hidden, call[0])
+        if distillation.epochs:
+            distilling = distilling_bytes(target, windows[:1])
     own = bool(method.requires - INPUT_STATISTICS)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     stored *= 1 + (settings.asymmetric or reconstruction.passes > 0)
@@ -225,13 +229,15 @@ def plan_run(
         + survey_bytes(target, allocation, prunable // len(layers), windows),
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
+        distilling_bytes=distilling,
         disk_bytes=output_bytes
         + 2 * stored
         + own * (8 * prunable + len(layers) * stored)
-        + allocation.disk_bytes(prunable, target.dtype.itemsize),
+        + allocation.disk_bytes(prunable, target.dtype.itemsize)
+        + 12 * prunable * bool(distillation.epochs),
         flops=2
         * prunable
-        * (allocation.tokens(tokens) + tokens * passes(settings, reconstruction)),
+        * (allocation.tokens(tokens) + tokens * passes(settings, reconstruction, distillation)),
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
@@ -251,11 +257,32 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     return (weights + features * size * tokens) * target.dtype.itemsize
 
 
-def passes(settings: Settings, reconstruction: Reconstruction) -> int:
+def tuning_bytes(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
+    """What tuning a layer keeps alive besides it, for one micro-batch."""
+    weights = 4 * sum(p.numel() for p in layer.parameters())
+    plain = next(layer.parameters()).dtype == torch.float32
+    # gradients, two moments, the weights in the shadow; float32 masters of other dtypes
+    return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
+
+
+def distilling_bytes(target: Target, window: Tensor) -> int:
+    """Two whole models, one in float32 with gradients and moments, and one window's forward."""
+    hidden, calls = calls_of(target, window)
+    layers, tokens = len(target.layers), window.numel()
+    weights = sum(p.numel() for p in target.model.parameters())
+    trained = sum(p.numel() for p in target.layers.parameters())
+    # logits of both, and the gradient of one
+    logits = 3 * 4 * tokens * int(target.model.config.vocab_size)
+    forward = layers * rehearse_training(target.layers[0], hidden, calls[0])
+    return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
+
+
+def passes(settings: Settings, reconstruction: Reconstruction, distillation: Distillation) -> int:
     """Forwards of all calibration tokens; a forward with its backward counts as three."""
     plain = 1 if settings.sequential == "group" else 2
     dense = settings.asymmetric or reconstruction.passes > 0
-    return plain + dense + (2 + 3 * reconstruction.passes if reconstruction.passes else 0)
+    tuned = 2 + 3 * reconstruction.passes if reconstruction.passes else 0
+    return plain + dense + tuned + 4 * distillation.epochs
 
 
 def waits(method: Method, settings: Settings) -> int:

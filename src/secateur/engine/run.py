@@ -188,6 +188,8 @@ class Run:
         with reused_pages():
             for index in range(done, len(layers)):
                 self.prune_layer(index)
+        if self.passage is not None:
+            self.passage.close()
         self.progress.finish()
 
     def prune_layer(self, index: int) -> None:

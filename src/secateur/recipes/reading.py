@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
 from secateur.recipes.presets import filled_in
-from secateur.recipes.schema import Calibration, Memory, PruneRecipe, Reconstruct
+from secateur.recipes.schema import Calibration, Distill, Memory, PruneRecipe, Reconstruct
 
 __all__ = [
     "SECTIONS",
@@ -27,6 +27,7 @@ SECTIONS: Mapping[str, frozenset[str]] = {
     "calibration": frozenset(Calibration.model_fields) - {"source"},
     "memory": frozenset(Memory.model_fields),
     "reconstruction": frozenset(Reconstruct.model_fields),
+    "distillation": frozenset(Distill.model_fields),
 }
 """The sections of a recipe, and the options that belong to them."""
 

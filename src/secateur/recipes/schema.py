@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Calibration", "Memory", "PruneRecipe", "Reconstruct"]
+__all__ = ["Calibration", "Distill", "Memory", "PruneRecipe", "Reconstruct"]
 
 
 class Strict(BaseModel):
@@ -60,6 +60,13 @@ class Reconstruct(Strict):
     remask: bool = Field(True, description="whether the mask may change while a layer is tuned")
 
 
+class Distill(Strict):
+    """How the whole pruned model learns from the dense one."""
+
+    epochs: int = Field(0, ge=0, description="times it sees the calibration windows; 0: not at all")
+    peak_learning_rate: float = Field(4e-4, gt=0, lt=1, description="the highest")
+
+
 class PruneRecipe(Strict):
     """One pruning run."""
 
@@ -87,6 +94,7 @@ class PruneRecipe(Strict):
         description="calibration's forwards in bfloat16 where the processor is faster at it",
     )
     reconstruction: Reconstruct = Field(default_factory=lambda: Reconstruct())
+    distillation: Distill = Field(default_factory=lambda: Distill())
     sparsity: float | None = Field(None, description="fraction of zeros, 0 to 1")
     pattern: str = Field("unstructured", description="unstructured, N:M, or block as ROWSxCOLUMNS")
     scope: Literal["row", "layer", "global"] | None = Field(

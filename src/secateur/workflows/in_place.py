@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,12 +27,14 @@ from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.prune_report import PruneReport
 from secateur.sparsity.allocation import Allocation
+from secateur.workflows.distilling import distil
 from secateur.workflows.preparing import (
     allocation_of,
     method_of,
     reconstruction_of,
     settings_of,
     window_plan,
+    windows_needed,
 )
 from secateur.workflows.writing import own_windows
 
@@ -62,7 +65,7 @@ def prune_module(
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
     windows = None
-    if method.requires | allocation.requires or recipe.reconstruction.passes or recipe.asymmetric:
+    if windows_needed(recipe, method, allocation):
         windows = module_windows(recipe, calibration, tokenizer, model)
     target = ModelTarget(model)
     ledger = Ledger(None, {})
@@ -94,7 +97,10 @@ def prune_module(
                 progress,
                 reconstruction_of(recipe),
             )
+            teacher = copy.deepcopy(model) if recipe.distillation.epochs else None
             carry_out(run, allocation, 0)
+            if teacher is not None:
+                distil(model, teacher, run, recipe, progress)
     finally:
         model.train(was_training)
     records: Sequence[dict[str, Any]] = [r for layer in ledger.layers for r in layer["linears"]]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
+from secateur.engine.distillation import Distillation
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.run import Settings
@@ -33,10 +34,13 @@ __all__ = [
     "check_disk",
     "choose_device",
     "choose_plan",
+    "distillation_of",
     "method_of",
     "prepare",
     "reconstruction_of",
     "settings_of",
+    "window_plan",
+    "windows_needed",
 ]
 
 FREE_SHARE = 0.8
@@ -183,6 +187,17 @@ def reconstruction_of(recipe: PruneRecipe) -> Reconstruction:
     return Reconstruction(how.passes, how.learning_rate, how.remask)
 
 
+def distillation_of(recipe: PruneRecipe) -> Distillation:
+    """How the pruned model of a recipe learns from the dense one."""
+    return Distillation(recipe.distillation.epochs, recipe.distillation.peak_learning_rate)
+
+
+def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) -> bool:
+    """Whether anything that a recipe asks for reads calibration tokens."""
+    tuned = recipe.reconstruction.passes or recipe.distillation.epochs
+    return bool(method.requires | allocation.requires or tuned or recipe.asymmetric)
+
+
 def prepare(
     recipe: PruneRecipe,
     output: Path | None = None,
@@ -213,7 +228,7 @@ def prepare(
     windows: Tensor | None = None
     calibration: dict[str, Any] | None = None
     unwritten = 0
-    if method.requires | allocation.requires or recipe.reconstruction.passes or recipe.asymmetric:
+    if windows_needed(recipe, method, allocation):
         if stored_windows is not None and stored_windows.exists():
             windows = load_windows(stored_windows)
             calibration = {}
@@ -301,6 +316,7 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
             prepared.planned_windows,
             settings_of(prepared.recipe, activations, None),
             reconstruction_of(prepared.recipe),
+            distillation_of(prepared.recipe),
             prepared.allocation,
             prepared.output_bytes,
             prepared.unwritten,

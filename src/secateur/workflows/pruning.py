@@ -25,6 +25,7 @@ from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.manifest import MANIFEST_VERSION, environment
 from secateur.reporting.model_card import model_card
 from secateur.reporting.prune_report import PruneReport
+from secateur.workflows.distilling import distil_checkpoint
 from secateur.workflows.in_place import carry_out, prune_module
 from secateur.workflows.preparing import (
     Prepared,
@@ -164,6 +165,7 @@ def run_recipe(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.calibration.seed)
         carry_out(run, prepared.allocation, begin(prepared, ledger, partial, resume))
+        distilled = distil_checkpoint(prepared, run, partial, progress)
     audit = audit_checkpoint(
         partial,
         prepared.method.pattern,
@@ -172,6 +174,7 @@ def run_recipe(
     )
     verify(audit)
     manifest = make_manifest(prepared, chosen, activations, audit, meter, resume)
+    manifest["distillation"] = distilled
     finish(manifest, prepared, partial, output, overwrite)
     return PruneReport(audit.sparsity, ledger.layers, manifest, output)
 
@@ -264,6 +267,7 @@ def make_manifest(
             "asymmetric": prepared.recipe.asymmetric,
             "fast_matmuls": prepared.recipe.fast_matmuls,
             "reconstruction": prepared.recipe.reconstruction.model_dump(),
+            "distillation": prepared.recipe.distillation.model_dump(),
             "asked_sparsity": prepared.sparsity,
         },
         "allocation": describe_allocation(prepared, partial / "work"),

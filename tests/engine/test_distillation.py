@@ -1,0 +1,163 @@
+"""The pruned model learns from the dense one: what is minimised, zeros, stopping and going on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import kl_div
+
+import secateur
+from secateur.calibration.windows import save_windows
+from secateur.engine.distillation import Distillation, Distiller, divergence
+from secateur.errors import NumericalError, RecipeError
+from secateur.models.architecture import describe, linears_of
+from tiny import save_tiny
+from zoo import tiny_model, tiny_windows
+
+FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
+
+
+def mean_divergence(model, dense, windows) -> float:
+    with torch.no_grad():
+        log_p, log_q = (m(windows).logits.double().log_softmax(-1) for m in (dense, model))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def zeros_of(model):
+    layers = describe(model).layers(model)
+    return {
+        f"{i}{x.name}": x.weight == 0
+        for i, layer in enumerate(layers)
+        for x in linears_of(layer, "").values()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divergence_and_its_gradient(dtype: torch.dtype) -> None:
+    """Against autograd through torch's own KL, over more tokens than one chunk."""
+    draw = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(300, 40, generator=draw)).to(dtype).requires_grad_()
+    wanted = 3 * torch.randn(300, 40, generator=draw).to(dtype)
+    loss = kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
+    (loss / 300).backward()
+    found, gradient = divergence(logits.detach(), wanted)
+    assert found == pytest.approx(float(loss.detach()) / 300, rel=1e-5)
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_tokens_that_cannot_come_count_nothing() -> None:
+    logits, wanted = torch.zeros(2, 5), torch.zeros(2, 5)
+    wanted[:, 3] = -torch.inf
+    found, gradient = divergence(logits, wanted)
+    assert found == pytest.approx(float(torch.tensor(5 / 4).log()), rel=1e-6)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_divergence_falls_and_every_zero_stays(family: str) -> None:
+    windows, dense = tiny_windows(8), tiny_model(family)
+    plain, taught = tiny_model(family), tiny_model(family)
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": windows}
+    secateur.prune(plain, **options)
+    secateur.prune(taught, **options, epochs=20, peak_learning_rate=3e-3)
+    before, after = (mean_divergence(m, dense, windows) for m in (plain, taught))
+    assert after < 0.7 * before
+    masks = zeros_of(plain)
+    for name, zeros in zeros_of(taught).items():
+        assert torch.equal(zeros, masks[name]), name
+    assert all(p.requires_grad and p.grad is None for p in taught.parameters())
+
+
+def test_bfloat16_stays_bfloat16_and_layers_left_dense_stay_as_they_are() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    untouched = copy.deepcopy(model)
+    layers = describe(model).layers_path
+    secateur.prune(
+        model, method="magnitude", pattern="2:4", calibration=tiny_windows(4), epochs=3,
+        include=(f"{layers}.1.*",),
+    )  # fmt: skip
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for (name, before), after in zip(untouched.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(before, after) == (not name.startswith(f"{layers}.1.")), name
+
+
+def test_the_rate_rises_and_falls() -> None:
+    how = Distillation(epochs=1, peak_learning_rate=1e-3)
+    rates = [how.rate(step, 160) for step in range(160)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[9]
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 1e-6
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": -1}, {"peak_learning_rate": 0.0}])
+def test_numbers_out_of_range(wrong: dict) -> None:
+    with pytest.raises(RecipeError):
+        Distillation(**wrong)
+
+
+def test_a_divergence_that_is_no_number_is_told() -> None:
+    student, teacher = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        next(teacher.parameters()).fill_(torch.nan)
+    names = [n for n, _ in student.named_parameters() if "layers" in n]
+    distiller = Distiller(student, teacher, names, [], tiny_windows(2), Distillation(1), 0)
+    with pytest.raises(NumericalError, match="divergence from the dense model is nan"):
+        distiller.run(lambda: None)
+
+
+class Stop(Exception):
+    """Raised by a progress that has seen enough."""
+
+
+class StopAt:
+    """A progress that stops a stage after some steps."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self.stage, self.steps, self.now = stage, steps, ""
+
+    def start(self, label: str, steps: int) -> None:
+        self.now = label
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        if self.now == self.stage:
+            self.steps -= count
+            if self.steps <= 0:
+                raise Stop
+
+    def finish(self) -> None:
+        self.now = ""
+
+
+@pytest.mark.parametrize("stop", [("writing windows", 5), ("distilling", 3), ("distilling", 9)])
+def test_stopped_and_gone_on_with_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int]
+) -> None:
+    monkeypatch.setattr("secateur.engine.distillation._SAVE_EVERY", 4)
+    folder = save_tiny(tmp_path / "model")
+    file = tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(5, 24), file)
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": str(file), "generated": 3,
+               "epochs": 2, "peak_learning_rate": 1e-4}  # fmt: skip
+    whole = secateur.prune(folder, output=tmp_path / "whole", **options)
+    with pytest.raises(Stop):
+        secateur.prune(folder, output=tmp_path / "again", progress=StopAt(*stop), **options)
+    begun = stop[0] == "distilling"
+    secateur.prune(folder, output=tmp_path / "again", resume=begun, **options)
+    one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "again"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+    told = whole.manifest["distillation"]
+    assert told["divergence_after"] < told["divergence_before"]
+    assert whole.manifest["calibration"]["generated"] == 3
+    assert whole.manifest["calibration"]["samples"] == 5
+    stored = load_file(tmp_path / "whole" / "secateur" / "windows.safetensors")
+    assert stored["input_ids"].shape == (8, 24)
+    assert not list((tmp_path / "whole").rglob("distillation.safetensors"))
+    assert json.loads((tmp_path / "again" / "secateur" / "manifest.json").read_text())
