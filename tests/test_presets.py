@@ -7,6 +7,7 @@ import pytest
 from secateur.errors import RecipeError
 from secateur.recipes.presets import filled_in, presets
 from secateur.recipes.reading import build_recipe
+from secateur.recipes.schema import PruneRecipe
 from secateur.sparsity.methods import compose
 
 
@@ -27,13 +28,15 @@ def test_without_a_method_the_recipe_is_balanced() -> None:
 def test_a_method_without_an_effort_is_only_that_method(given) -> None:
     found = recipe(sparsity=0.5, **given)
     assert found.effort is None
-    assert (found.asymmetric, found.reconstruction.passes, found.parameters) == (False, 0, {})
+    assert found == PruneRecipe.model_validate({"model": "m", "sparsity": 0.5, **given})
 
 
 def test_what_is_given_is_kept() -> None:
-    found = recipe(effort="best", reconstruction={"learning_rate": 0.01}, asymmetric=False)
-    assert found.reconstruction.learning_rate == 0.01
-    assert found.reconstruction.passes == presets["best"]["reconstruction"]["passes"]
+    distillation = {"peak_learning_rate": 0.01}
+    found = recipe(effort="best", distillation=distillation, asymmetric=False)
+    assert found.distillation.peak_learning_rate == 0.01
+    assert found.distillation.epochs == presets["best"]["distillation"]["epochs"]
+    assert found.calibration.generated == presets["best"]["calibration"]["generated"]
     assert found.asymmetric is False
     assert found.parameters == presets["best"]["parameters"]
 
@@ -41,7 +44,7 @@ def test_what_is_given_is_kept() -> None:
 def test_a_method_with_an_effort_gets_the_rest_but_not_another_methods_parameters() -> None:
     found = recipe(effort="best", method="wanda")
     assert (found.method, found.parameters) == ("wanda", {})
-    assert found.reconstruction.passes == presets["best"]["reconstruction"]["passes"]
+    assert found.distillation.epochs == presets["best"]["distillation"]["epochs"]
 
 
 @pytest.mark.parametrize("effort", [*presets])
@@ -51,6 +54,11 @@ def test_a_resolved_recipe_reads_as_itself_and_can_be_composed(effort: str, patt
     again = build_recipe(found.model_dump(mode="json"))
     assert again == found
     compose(found.method, pattern, refine=found.refine, **found.parameters)
+
+
+def test_a_section_that_is_no_mapping_is_a_fault_not_a_crash() -> None:
+    with pytest.raises(RecipeError, match="calibration"):
+        recipe(effort="best", calibration="c4")
 
 
 def test_an_unknown_effort_gets_a_near_name() -> None:

@@ -111,7 +111,7 @@ def test_a_divergence_that_is_no_number_is_told() -> None:
         distiller.run(lambda: None)
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """Raised by a progress that has seen enough."""
 
 
@@ -128,7 +128,7 @@ class StopAt:
         if self.now == self.stage:
             self.steps -= count
             if self.steps <= 0:
-                raise Stop
+                raise StoppedError
 
     def finish(self) -> None:
         self.now = ""
@@ -145,7 +145,7 @@ def test_stopped_and_gone_on_with_gives_the_same(
     options = {"method": "wanda", "sparsity": 0.5, "calibration": str(file), "generated": 3,
                "epochs": 2, "peak_learning_rate": 1e-4}  # fmt: skip
     whole = secateur.prune(folder, output=tmp_path / "whole", **options)
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         secateur.prune(folder, output=tmp_path / "again", progress=StopAt(*stop), **options)
     begun = stop[0] == "distilling"
     secateur.prune(folder, output=tmp_path / "again", resume=begun, **options)

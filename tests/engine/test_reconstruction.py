@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import secateur
+from secateur.calibration.statistics.gram import Gram
 from secateur.engine.calls import call_layer, first_inputs, layer_calls
 from secateur.engine.reconstruction import Reconstruction, output_error
 from secateur.errors import RecipeError
@@ -131,7 +132,7 @@ def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str, g
     model, dense = tiny_model(family), tiny_model(family)
     secateur.prune(
         model, score="wanda", solver="zero", sparsity=0.5, calibration=windows, asymmetric=True,
-        micro_batch_tokens=2 * windows.shape[1],
+        asymmetric_damping=0.1, micro_batch_tokens=2 * windows.shape[1],
     )  # fmt: skip
     architecture = describe(model)
     groups, writers = architecture.groups, architecture.writers
@@ -177,6 +178,39 @@ def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str, g
     assert not torch.allclose(weight[kept], wanted_weight[kept], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("sequential", ["group", "layer"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fast_matmuls_touch_the_forwards_and_not_the_statistics(
+    family: str, sequential: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 outputs, float32 sums; wherever the test runs, as if it were the faster."""
+    monkeypatch.setattr("secateur.engine.precision._fast_bfloat16", lambda device: True)
+    inside: list[bool] = []
+
+    def update(self: Gram, x: torch.Tensor) -> None:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        update_really(self, x)
+
+    update_really = Gram.update
+    monkeypatch.setattr(Gram, "update", update)
+    windows = tiny_windows(6)
+    exact, fast = tiny_model(family), tiny_model(family)
+    options = {"method": "sparsegpt", "sparsity": 0.5, "calibration": windows,
+               "sequential": sequential}  # fmt: skip
+    secateur.prune(exact, **options)
+    secateur.prune(fast, **options, fast_matmuls=True)
+    assert inside
+    assert not any(inside)
+    assert not torch.is_autocast_enabled("cpu")
+    differ = 0.0
+    for one, two in zip(exact.parameters(), fast.parameters(), strict=True):
+        differ = max(differ, float((one - two).detach().abs().max()))
+        assert (one == 0).sum() == (two == 0).sum()
+    assert differ > 0  # else nothing was fast
+    states = [hidden_states(m, windows)[-1] for m in (exact, fast, tiny_model(family))]
+    assert output_error(states[1], states[0]) < 0.1 * output_error(states[1], states[2])
+
+
 def test_parking_on_disk_changes_nothing(tmp_path: Path) -> None:
     source, windows = tmp_path / "source", tiny_windows(6)
     tiny_model("llama").save_pretrained(source)
@@ -187,7 +221,7 @@ def test_parking_on_disk_changes_nothing(tmp_path: Path) -> None:
         out = tmp_path / place
         secateur.prune(
             source, output=out, effort="best", sparsity=0.5, calibration=file, passes=2,
-            activations=place, micro_batch_tokens=40,
+            generated=3, activations=place, micro_batch_tokens=40,
         )  # fmt: skip
         found.append((out / "model.safetensors").read_bytes())
     assert found[0] == found[1]

@@ -15,9 +15,11 @@ def plan(
     pattern: o.PatternText = None,
     scope: o.Scope = None,
     allocation: o.Allocation = None,
+    epochs: o.Epochs = None,
     sequential: o.Sequential = None,
     calibration: o.CalibrationSource = None,
     samples: o.Samples = None,
+    generated: o.Generated = None,
     sequence_length: o.SequenceLength = None,
     memory_budget_gib: o.Budget = None,
     activations: o.ActivationsPlace = None,
@@ -47,6 +49,14 @@ def plan(
         (f"memory: hidden states (in {where})", mib(found.activation_bytes)),
         ("memory: forwards", mib(found.forward_bytes)),
         ("memory: statistics and solver", mib(found.solve_bytes)),
+        *(
+            (f"memory: the whole model, {what}", mib(size))
+            for what, size in (
+                ("writing windows", found.writing_bytes),
+                ("distilled", found.distilling_bytes),
+            )
+            if size
+        ),
         ("peak memory", gib(found.peak_bytes)),
     ]
     print_table("plan", ("", ""), rows)

@@ -133,7 +133,9 @@ class LayerPass:
         def prune(group: int) -> None:
             shared = gathered[group].value()
             writer = beside is not None and beside.writes(group)
-            fitted = self.shadowed(gathered[group].fitted(writer), shared)
+            fitted = self.shadowed(
+                gathered[group].fitted(writer, run.settings.asymmetric_damping), shared
+            )
             gathered[group].running.clear()
             records.extend(
                 prune_group(groups[group], shared, own, run.method, run.sparsity_of, fitted)

@@ -51,12 +51,15 @@ class Settings:
         fast_matmuls: forwards of calibration in bfloat16 where the processor is faster at it.
         asymmetric: fit each linear to what the dense model's has for outputs (`dense_target`),
             not to its own; the dense model's forwards then go along, group by group.
+        asymmetric_damping: how strongly what is fitted is drawn towards the dense weights, as a
+            fraction of the mean diagonal of the gram.
         activations: `memory` or `disk`: where hidden states wait.
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
     """
 
     sequential: str = "group"
     asymmetric: bool = False
+    asymmetric_damping: float = 0.2
     fast_matmuls: bool = False
     micro_batch_tokens: int = 2048
     activations: str = "memory"

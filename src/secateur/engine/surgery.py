@@ -22,10 +22,6 @@ __all__ = ["GroupStatistics", "LinearRecord", "check_finite", "prune_group"]
 INPUT_STATISTICS = frozenset({"column_norm", "gram"})
 
 
-TARGET_DAMPING = 0.1
-"""How strongly the weights that fit the dense model are drawn towards the dense weights."""
-
-
 @dataclass(frozen=True)
 class LinearRecord:
     """What became of one linear.
@@ -86,19 +82,20 @@ class GroupStatistics:
         except NumericalError as error:
             raise NumericalError(error.what, where=self.name, remedy=error.remedy) from None
 
-    def fitted(self, writer: bool) -> Callable[[Linear], Tensor]:
+    def fitted(self, writer: bool, damping: float) -> Callable[[Linear], Tensor]:
         """Gives of each linear the weight [out, in] that is to be pruned.
 
         Args:
             writer: the outputs wanted of the one linear were gathered, not its dense inputs.
+            damping: how strongly the weights that fit are drawn towards the dense ones.
         """
         if self.cross is None:
             return lambda linear: linear.weight
         gram, moments = self.running["gram"].value(), self.cross.value()
         if writer:
-            return lambda x: dense_target(gram, moments, x.weight.float(), TARGET_DAMPING)
+            return lambda x: dense_target(gram, moments, x.weight.float(), damping)
         identity = torch.eye(len(gram), device=gram.device)
-        shared = dense_target(gram, moments, identity, TARGET_DAMPING)
+        shared = dense_target(gram, moments, identity, damping)
         return lambda linear: linear.weight.float() @ shared
 
 

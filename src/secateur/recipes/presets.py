@@ -19,17 +19,20 @@ DEFAULT_EFFORT = "balanced"
 
 presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "fast": {"method": "sparsegpt"},
+        "fast": {"method": "sparsegpt", "fast_matmuls": True},
         "balanced": {
             "method": "alps",
             "parameters": {"iterations": 15, "growth": 1.6},
             "asymmetric": True,
+            "fast_matmuls": True,
         },
         "best": {
             "method": "alps",
             "parameters": {"iterations": 30, "growth": 1.3},
             "asymmetric": True,
-            "reconstruction": {"passes": 6},
+            "fast_matmuls": True,
+            "calibration": {"generated": 128},
+            "distillation": {"epochs": 1},
         },
     }
 )
@@ -59,7 +62,7 @@ def filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in presets[effort].items():
         if composed and key in _COMPOSITION:
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and isinstance(given.get(key, {}), Mapping):
             given[key] = {**value, **given.get(key, {})}
         else:
             given.setdefault(key, value)

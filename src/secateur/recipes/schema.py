@@ -89,6 +89,9 @@ class PruneRecipe(Strict):
         False,
         description="fit the outputs of the dense model on dense inputs, not each matrix's own",
     )
+    asymmetric_damping: float = Field(
+        0.2, ge=0, description="how strongly the fit is drawn towards the dense weights"
+    )
     fast_matmuls: bool = Field(
         False,
         description="calibration's forwards in bfloat16 where the processor is faster at it",

@@ -174,6 +174,7 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
     return Settings(
         sequential=recipe.sequential,
         asymmetric=recipe.asymmetric,
+        asymmetric_damping=recipe.asymmetric_damping,
         fast_matmuls=recipe.fast_matmuls,
         micro_batch_tokens=recipe.memory.micro_batch_tokens,
         activations=activations,
