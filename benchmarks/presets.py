@@ -8,7 +8,8 @@ calibration file; perplexity on non-overlapping windows of 2048 tokens, loss ove
 next tokens; excess = ln(perplexity) − ln(dense perplexity). The rivals get the same windows and are
 run by `rivals.py` in an environment of their own; all results are judged by the same evaluation.
 Seconds are those of pruning alone: the model is loaded and the windows are cut before. One run
-after the other, with nothing else on the machine.
+after the other, with nothing else on the machine; `--untimed` is for runs beside other work, and
+keeps no seconds.
 
 Every finished run is kept in `results/presets.json` at once, and skipped when it is there: the
 table can be made in several sittings. `--only` names rows, `--columns` columns, `--seeds` seeds.
@@ -127,12 +128,13 @@ def table(rows: list[dict[str, Any]], text: str) -> str:
                 cells.append("")
                 continue
             excess = [math.log(r["perplexity"][text] / dense) for r in runs]
-            seconds = sum(r["seconds"] for r in runs) / len(runs)
+            timed = [r["seconds"] for r in runs if r["seconds"] is not None]
+            seconds = f"{sum(timed) / len(timed):.0f} s" if timed else "untimed"
             peak = max(r["peak_resident_bytes"] for r in runs) / 2**30
             mean = sum(excess) / len(excess)
             spread = f" ± {max(excess) - mean:.3f}" if len(runs) > 1 else ""
             perplexity = dense * math.exp(mean)
-            cost = f"{seconds:.0f} s, {peak:.2f} GiB"
+            cost = f"{seconds}, {peak:.2f} GiB"
             cells.append(f"{perplexity:.2f} ({mean:.3f}{spread}), {cost}")
         lines.append([name, *cells])
     return f"{text}: dense {dense:.2f}\n" + markdown(["", *COLUMNS], lines)
@@ -152,8 +154,9 @@ def main() -> None:
     parser.add_argument("--wanda", type=Path)
     parser.add_argument("--alps", type=Path)
     parser.add_argument("--name", default="presets")
+    parser.add_argument("--untimed", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if args.untimed else 2)
     print(heading())
     stored = RESULTS / f"{args.name}.json"
     rows = json.loads(stored.read_text(encoding="utf-8"))["rows"] if stored.exists() else []
@@ -170,6 +173,7 @@ def main() -> None:
             out = Path(scratch) / "pruned"
             run = run_rival if row in RIVALS else run_ours
             cost = run(args, row, column, windows, out)
+            cost |= {"seconds": None} if args.untimed else {}
             found = {"row": row, "column": column, "seed": seed, **cost,
                      "perplexity": judge(args, str(out))}  # fmt: skip
             shutil.rmtree(out)
