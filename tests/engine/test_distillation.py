@@ -88,11 +88,13 @@ def test_bfloat16_stays_bfloat16_and_layers_left_dense_stay_as_they_are() -> Non
 
 def test_the_rate_rises_and_falls() -> None:
     how = Distillation(epochs=1, peak_learning_rate=1e-3)
-    rates = [how.rate(step, 160) for step in range(160)]
+    rates = [how.rate(step, 160, 64) for step in range(160)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[9]
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 1e-6
+    given_none = [Distillation(epochs=1).rate(step, 160, 250) for step in range(160)]
+    assert given_none == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": -1}, {"peak_learning_rate": 0.0}])

@@ -64,7 +64,9 @@ class Distill(Strict):
     """How the whole pruned model learns from the dense one."""
 
     epochs: int = Field(0, ge=0, description="times it sees the calibration windows; 0: not at all")
-    peak_learning_rate: float = Field(4e-4, gt=0, lt=1, description="the highest")
+    peak_learning_rate: float | None = Field(
+        None, gt=0, lt=1, description="the highest; 0.25 / hidden size if not given"
+    )
 
 
 class PruneRecipe(Strict):
