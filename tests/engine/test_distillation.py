@@ -113,6 +113,13 @@ def test_a_divergence_that_is_no_number_is_told() -> None:
         distiller.run(lambda: None)
 
 
+def test_a_model_that_loses_nothing_stays_as_it_is() -> None:
+    model, untouched = tiny_model("llama"), tiny_model("llama")
+    secateur.prune(model, method="wanda", sparsity=0.0, calibration=tiny_windows(2), epochs=1)
+    for before, after in zip(untouched.parameters(), model.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
 class StoppedError(Exception):
     """Raised by a progress that has seen enough."""
 

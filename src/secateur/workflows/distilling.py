@@ -17,7 +17,7 @@ from secateur.models.whole import load_whole
 from secateur.recipes.schema import PruneRecipe
 from secateur.workflows.preparing import Prepared, distillation_of
 
-__all__ = ["distil", "distil_checkpoint"]
+__all__ = ["distil", "distil_checkpoint", "distils"]
 
 
 def distil_checkpoint(
@@ -25,7 +25,7 @@ def distil_checkpoint(
 ) -> dict[str, float] | None:
     """Load the dense and the pruned model, distil, and write the layers; None if not asked for."""
     recipe, device = prepared.recipe, prepared.target.device
-    if not recipe.distillation.epochs:
+    if not distils(recipe, run):
         return None
     trust = recipe.trust_remote_code
     teacher = load_whole(
@@ -71,6 +71,11 @@ def distil(
         told = distiller.run(progress.step)
     progress.finish()
     return told
+
+
+def distils(recipe: PruneRecipe, run: Run) -> bool:
+    """Whether distillation is asked for, and there is something to be mended."""
+    return recipe.distillation.epochs > 0 and bool(pruned_layers(run))
 
 
 def pruned_layers(run: Run) -> list[int]:

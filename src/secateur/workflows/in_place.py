@@ -27,7 +27,7 @@ from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.prune_report import PruneReport
 from secateur.sparsity.allocation import Allocation
-from secateur.workflows.distilling import distil
+from secateur.workflows.distilling import distil, distils
 from secateur.workflows.preparing import (
     allocation_of,
     method_of,
@@ -97,7 +97,7 @@ def prune_module(
                 progress,
                 reconstruction_of(recipe),
             )
-            teacher = copy.deepcopy(model) if recipe.distillation.epochs else None
+            teacher = copy.deepcopy(model) if distils(recipe, run) else None
             carry_out(run, allocation, 0)
             if teacher is not None:
                 distil(model, teacher, run, recipe, progress)
