@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.distillation import Distillation, Distiller, divergence
-from secateur.errors import NumericalError, RecipeError
+from secateur.errors import MemoryBudgetError, NumericalError, RecipeError
 from secateur.models.architecture import describe, linears_of
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
@@ -118,6 +118,23 @@ def test_a_model_that_loses_nothing_stays_as_it_is() -> None:
     secateur.prune(model, method="wanda", sparsity=0.0, calibration=tiny_windows(2), epochs=1)
     for before, after in zip(untouched.parameters(), model.parameters(), strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("asked", "remedy"), [({"epochs": 1}, "--epochs 0"), ({}, "--micro-batch-tokens")]
+)
+def test_a_budget_too_small_is_told_with_what_would_help(
+    tmp_path: Path, asked: dict, remedy: str
+) -> None:
+    folder, file = save_tiny(tmp_path / "model"), tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(2, 24), file)
+    with pytest.raises(MemoryBudgetError) as told:
+        secateur.prune(
+            folder, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=str(file),
+            budget_gib=0.01, **asked,
+        )  # fmt: skip
+    assert remedy in str(told.value)
+    assert not list(tmp_path.glob("out*"))
 
 
 class StoppedError(Exception):

@@ -324,11 +324,16 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
         )
         if plan.peak_bytes <= budget:
             return plan, activations
-        tried.append(f"{plan.peak_bytes / 2**30:.2f} GiB with activations in {activations}")
+        place = "on disk" if activations == "disk" else "in memory"
+        tried.append(f"{plan.peak_bytes / 2**30:.2f} GiB with activations {place}")
+    whole = max(plan.writing_bytes, plan.distilling_bytes)
     raise MemoryBudgetError(
         f"the run needs {' or '.join(tried)}; the budget is {budget / 2**30:.2f} GiB",
         remedy="lower --micro-batch-tokens, --samples or --sequence-length, "
-        "or raise --memory-budget-gib",
+        "or raise --memory-budget-gib"
+        if not whole or plan.process_bytes + whole <= budget
+        else "leave out what needs the whole model (--epochs 0 --generated 0), or raise "
+        "--memory-budget-gib",
     )
 
 
