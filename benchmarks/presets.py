@@ -7,7 +7,8 @@ Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, the se
 calibration file; perplexity on non-overlapping windows of 2048 tokens, loss over each window's own
 next tokens; excess = ln(perplexity) − ln(dense perplexity). The rivals get the same windows and are
 run by `rivals.py` in an environment of their own; all results are judged by the same evaluation.
-Seconds are those of pruning alone: the model is loaded and the windows are cut before. One run
+Seconds of ours are those of the whole run, with reading, copying and verifying; those of the
+published code are the pruning loop alone, with model and windows loaded before. One run
 after the other, with nothing else on the machine; `--untimed` is for runs beside other work, and
 keeps no seconds.
 

@@ -9,6 +9,8 @@ import transformers as t
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur.models.architecture import describe, linears_of
+
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -84,3 +86,13 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
 def weight_of(module: nn.Module) -> torch.Tensor:
     """The weight of a matrix as a view [out, in]."""
     return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.t()
+
+
+def zeros_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Where the matrices of the decoder layers are zero, by layer and name."""
+    layers = describe(model).layers(model)
+    return {
+        x.name: x.weight == 0
+        for i, layer in enumerate(layers)
+        for x in linears_of(layer, f"{i}").values()
+    }

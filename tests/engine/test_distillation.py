@@ -15,9 +15,9 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.distillation import Distillation, Distiller, divergence
 from secateur.errors import MemoryBudgetError, NumericalError, RecipeError
-from secateur.models.architecture import describe, linears_of
+from secateur.models.architecture import describe
 from tiny import save_tiny
-from zoo import tiny_model, tiny_windows
+from zoo import tiny_model, tiny_windows, zeros_of
 
 FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
 
@@ -26,15 +26,6 @@ def mean_divergence(model, dense, windows) -> float:
     with torch.no_grad():
         log_p, log_q = (m(windows).logits.double().log_softmax(-1) for m in (dense, model))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-
-
-def zeros_of(model):
-    layers = describe(model).layers(model)
-    return {
-        f"{i}{x.name}": x.weight == 0
-        for i, layer in enumerate(layers)
-        for x in linears_of(layer, "").values()
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -15,7 +15,7 @@ from secateur.engine.reconstruction import Reconstruction, output_error
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, linears_of
 from secateur.sparsity.methods import compose
-from zoo import tiny_model, tiny_windows
+from zoo import tiny_model, tiny_windows, zeros_of
 
 FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
 
@@ -29,15 +29,6 @@ def hidden_states(model, windows):
     for layer, how in zip(layers, call, strict=True):
         states.append(call_layer(layer, states[-1], how))
     return states
-
-
-def zeros_of(model):
-    layers = describe(model).layers(model)
-    return {
-        x.name: x.weight == 0
-        for i, layer in enumerate(layers)
-        for x in linears_of(layer, f"{i}").values()
-    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -86,8 +86,7 @@ def continued(model: Any, beginnings: Tensor, length: int, tell: Callable[[], No
     # what is not said here is taken from the model's own generation configuration, which may cut
     # off the tail or punish repetition; so that has to be a blank one meanwhile
     own = model.generation_config
-    blank = type(own)()
-    model.generation_config = blank
+    model.generation_config = type(own)()
     try:
         tokens: Tensor = model.generate(
             input_ids=ids,

@@ -9,7 +9,7 @@ this needs both models in memory, and gradients and two moments of one of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from secateur.engine.ledger import write_tensors
 from secateur.engine.precision import fast_matmuls
-from secateur.engine.reconstruction import draw_steps
+from secateur.engine.tuning import draw_steps, half_cosine, in_float32
 from secateur.errors import NumericalError, RecipeError
 
 __all__ = ["Distillation", "Distiller", "divergence"]
@@ -30,6 +30,7 @@ _RATE_TIMES_WIDTH = 0.25
 _WARM_UP = 1 / 16
 _CLIP = 1.0
 _BETAS = (0.9, 0.95)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _SAVE_EVERY = 64
 _CHUNK_TOKENS = 128
 
@@ -73,7 +74,7 @@ class Distillation:
         """The learning rate of a step, counted from 0, for a model of this hidden size."""
         peak = self.peak_learning_rate or _RATE_TIMES_WIDTH / width
         warm = min(1.0, (step + 1) / math.ceil(_WARM_UP * steps))
-        return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return peak * warm * half_cosine(step, steps)
 
 
 def divergence(
@@ -143,20 +144,8 @@ class Distiller:
         Raises:
             NumericalError: the divergence is NaN or infinite.
         """
-        everything = list(self.student.parameters())
-        before = [(p.dtype, p.requires_grad) for p in everything]
-        for p in everything:
-            p.requires_grad_(False)
-            p.data = p.data.float()
-        for p in self.parameters.values():
-            p.requires_grad_(True)
-        try:
+        with in_float32(self.student, list(self.parameters.values())):
             self.train(tell)
-        finally:
-            for p, (dtype, wanted_gradient) in zip(everything, before, strict=True):
-                p.grad = None
-                p.data = p.data.to(dtype)
-                p.requires_grad_(wanted_gradient)
         eighth = -(-len(self.losses) // 8)
         first, last = self.losses[:eighth], self.losses[-eighth:]
         return {
@@ -215,11 +204,8 @@ class Distiller:
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         for name, p in self.parameters.items():
             tensors[f"{name}/value"] = p.detach().contiguous()
-            for key, value in moments(optimizer, p).items():
-                tensors[f"{name}/{key}"] = value
-        unfinished = self.saved.with_suffix(".unfinished")
-        save_file(tensors, unfinished)
-        unfinished.rename(self.saved)
+            tensors |= {f"{name}/{key}": optimizer.state[p][key] for key in _MOMENTS}
+        write_tensors(self.saved, tensors)
 
     def go_on(self, optimizer: torch.optim.Optimizer) -> None:
         """Take up what an earlier run has saved, if there is anything."""
@@ -231,14 +217,5 @@ class Distiller:
                 p.data.copy_(stored.get_tensor(f"{name}/value"))
                 optimizer.state[p] = {
                     "step": torch.tensor(float(len(self.losses))),
-                    **{
-                        key: stored.get_tensor(f"{name}/{key}").to(p.device)
-                        for key in ("exp_avg", "exp_avg_sq")
-                    },
+                    **{k: stored.get_tensor(f"{name}/{k}").to(p.device) for k in _MOMENTS},
                 }
-
-
-def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str, Tensor]:
-    """The two moments of Adam for one parameter."""
-    state = optimizer.state[parameter]
-    return {key: state[key] for key in ("exp_avg", "exp_avg_sq")}

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from secateur.engine.activations import Activations
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, replaced_layers
+from secateur.engine.ledger import write_tensors
 from secateur.engine.progress import Progress
 from secateur.engine.targets import Target
 from secateur.errors import NumericalError
@@ -168,9 +168,7 @@ class GradientPass:
                 value = value.t() if linear.transposed else value
                 gathered[f"{linear.name}/{name}"] = value.contiguous()
         self.upstream.advance(index)
-        unfinished = self.result(index).with_suffix(".unfinished")
-        save_file(gathered, unfinished)
-        unfinished.rename(self.result(index))
+        write_tensors(self.result(index), gathered)
         self.upstream.forget(index + 1)
 
 

@@ -21,12 +21,12 @@ from secateur.engine.forwards import HaltingForwards, by_group, by_layer, find_g
 from secateur.engine.precision import exact_matmuls
 from secateur.engine.reconstruction import (
     TunedWeight,
-    draw_steps,
     output_error,
     reconstruct,
 )
 from secateur.engine.residency import Parking
 from secateur.engine.surgery import GroupStatistics, LinearRecord, prune_group
+from secateur.engine.tuning import draw_steps
 from secateur.models.architecture import Linear, linears_of
 
 if TYPE_CHECKING:
@@ -207,10 +207,7 @@ class LayerPass:
         passage = self.passage
         assert passage is not None
         for batch in passage.batches():
-            call = passage.call(self.index, batch)
-            with self.run.matmuls():
-                out = call_layer(self.layer, passage.read_dense(batch), call)
-            passage.write_dense(batch, out)
+            passage.write_dense(batch, self.outputs(passage.read_dense(batch), batch))
             self.run.step(self.index)
         passage.advance_dense(self.index + 1)
 
@@ -245,8 +242,7 @@ class LayerPass:
         assert passage is not None
         total = 0.0
         for batch in passage.batches():
-            with self.run.matmuls():
-                out = call_layer(self.layer, passage.read(batch), passage.call(self.index, batch))
+            out = self.outputs(passage.read(batch), batch)
             total += float(output_error(out, passage.read_dense(batch))) * len(out)
             if write:
                 passage.write(batch, out)
@@ -269,6 +265,12 @@ class LayerPass:
             run.groups = [[by_module[id(x.module)] for x in group] for group in found]
         groups = [[linears[name] for name in group if name in linears] for group in run.groups]
         return [g for g in groups if any(run.sparsity_of[x.name] > 0 for x in g)]
+
+    def outputs(self, hidden: Tensor, batch: slice) -> Tensor:
+        """What the layer makes of the hidden states of one micro-batch, at once."""
+        assert self.passage is not None
+        with self.run.matmuls():
+            return call_layer(self.layer, hidden, self.passage.call(self.index, batch))
 
     def forward(self, batch: slice, *, write: bool) -> Callable[[], None]:
         """The forward of one micro-batch through a layer."""

@@ -11,15 +11,25 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from secateur.errors import RecipeError
 
-__all__ = ["Ledger", "write_whole"]
+__all__ = ["Ledger", "write_tensors", "write_whole"]
 
 
 def write_whole(file: Path, content: Any) -> None:
     """Write content as JSON into a file that is there whole or not at all."""
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(content), encoding="utf-8")
+    unfinished.rename(file)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors into a safetensors file that is there whole or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    save_file(tensors, unfinished)
     unfinished.rename(file)
 
 

@@ -9,7 +9,6 @@ held. One decoder layer is in memory, with its gradients and the two moments of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.engine.calls import LayerCall, call_layer
 from secateur.engine.precision import fast_matmuls
+from secateur.engine.tuning import half_cosine, in_float32
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear
 from secateur.sparsity.patterns import Pattern
@@ -26,7 +26,7 @@ from secateur.sparsity.patterns import Pattern
 _CHOOSE_EVERY = 4
 _CHOOSING = 0.6
 
-__all__ = ["Reconstruction", "TunedWeight", "draw_steps", "output_error", "reconstruct"]
+__all__ = ["Reconstruction", "TunedWeight", "output_error", "reconstruct"]
 
 
 @dataclass(frozen=True)
@@ -74,24 +74,7 @@ class Reconstruction:
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, counted from 0."""
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
-    """The windows of every step: each pass sees all of them once, in an order of its own.
-
-    Args:
-        windows: how many there are.
-        size: windows in a step; the last step of a pass may have fewer.
-        passes: over all windows.
-        seed: of the orders.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    steps = []
-    for _ in range(passes):
-        order = torch.randperm(windows, generator=draw).tolist()
-        steps += [order[i : i + size] for i in range(0, windows, size)]
-    return steps
+        return self.learning_rate * half_cosine(step, steps)
 
 
 def output_error(output: Tensor, target: Tensor) -> Tensor:
@@ -179,16 +162,12 @@ def reconstruct(
         tell: called after every step.
     """
     parameters = [p for p in layer.parameters() if p.is_floating_point()]
-    before = [(p.dtype, p.requires_grad) for p in parameters]
-    for p in parameters:
-        p.data = p.data.float()
-        p.requires_grad_(True)
-    for tuned in pruned:
-        tuned.begin()
-    optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, fused=True)
     device = parameters[0].device
     calls = {size: call(size).to(device, torch.float32) for size in {len(x) for x in steps}}
-    try:
+    with in_float32(layer, parameters):
+        for tuned in pruned:
+            tuned.begin()
+        optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, fused=True)
         for step, windows in enumerate(steps):
             inputs, target = example(windows)
             for group in optimizer.param_groups:
@@ -204,8 +183,3 @@ def reconstruct(
             for tuned in pruned:
                 tuned.after_step(choose=choosing and step % _CHOOSE_EVERY == _CHOOSE_EVERY - 1)
             tell()
-    finally:
-        for p, (dtype, wanted_gradient) in zip(parameters, before, strict=True):
-            p.requires_grad_(wanted_gradient)
-            p.grad = None
-            p.data = p.data.to(dtype)

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.engine.forwards import by_layer
 from secateur.engine.layer_pass import LayerPass
-from secateur.engine.ledger import write_whole
+from secateur.engine.ledger import write_tensors, write_whole
 from secateur.engine.run import Run
 from secateur.engine.search import search_levels
 from secateur.engine.surgery import INPUT_STATISTICS, GroupStatistics, check_finite
@@ -134,9 +133,7 @@ def survey(run: Run, allocation: Allocation, grains: Mapping[str, Grain]) -> lis
             if not files[index].exists():
                 view = LayerView(run, index, passing.linears, shared, grains)
                 kept = allocation.look(view)
-                unfinished = files[index].with_suffix(".unfinished")
-                save_file({k: v.cpu().contiguous() for k, v in kept.items()}, unfinished)
-                unfinished.rename(files[index])
+                write_tensors(files[index], {k: v.cpu().contiguous() for k, v in kept.items()})
         if passage is None:
             run.step(index)
             continue

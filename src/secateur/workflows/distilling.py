@@ -34,7 +34,6 @@ def distil_checkpoint(
     student = load_whole(partial, device, trust_remote_code=trust)
     saved = partial / "work" / "distillation.safetensors"
     told = distil(student, teacher, run, recipe, progress, saved)
-    del teacher
     write_layers(student, prepared.target, run)
     return told
 

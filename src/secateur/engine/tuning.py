@@ -1,0 +1,58 @@
+"""What tuning a layer and distilling a model have in common: steps, rate, and float32 meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["draw_steps", "half_cosine", "in_float32"]
+
+
+def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
+    """The windows of every step: each pass sees all of them once, in an order of its own.
+
+    Args:
+        windows: how many there are.
+        size: windows in a step; the last step of a pass may have fewer.
+        passes: over all windows.
+        seed: of the orders.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    steps = []
+    for _ in range(passes):
+        order = torch.randperm(windows, generator=draw).tolist()
+        steps += [order[i : i + size] for i in range(0, windows, size)]
+    return steps
+
+
+def half_cosine(step: int, steps: int) -> float:
+    """From 1 at step 0 towards 0 after the last of `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@contextmanager
+def in_float32(module: nn.Module, tuned: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Floating parameters of a module in float32 for a while, with gradients for the tuned alone.
+
+    Args:
+        module: its parameters get back their dtypes and `requires_grad`, and lose their gradients.
+        tuned: those of them that are to have gradients.
+    """
+    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    before = [(p.dtype, p.requires_grad) for p in parameters]
+    for p in parameters:
+        p.requires_grad_(False)
+        p.data = p.data.float()
+    for p in tuned:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, (dtype, wanted_gradient) in zip(parameters, before, strict=True):
+            p.grad = None
+            p.data = p.data.to(dtype)
+            p.requires_grad_(wanted_gradient)
