@@ -9,11 +9,13 @@ next tokens; excess = ln(perplexity) − ln(dense perplexity). The rivals get th
 run by `rivals.py` in an environment of their own; all results are judged by the same evaluation.
 Seconds of ours are those of the whole run, with reading, copying and verifying; those of the
 published code are the pruning loop alone, with model and windows loaded before. One run
-after the other, with nothing else on the machine; `--untimed` is for runs beside other work, and
-keeps no seconds.
+after the other, with nothing else on the machine. `--untimed` is for runs beside other work: it
+takes one thread, keeps no seconds, and the windows that the dense model writes for a seed are
+written once and used for all columns.
 
 Every finished run is kept in `results/presets.json` at once, and skipped when it is there: the
-table can be made in several sittings. `--only` names rows, `--columns` columns, `--seeds` seeds.
+table can be made in several sittings, and by several processes. `--only` names rows, `--columns`
+columns, `--seeds` seeds.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import tempfile
@@ -32,9 +35,14 @@ import torch
 import secateur
 from hardware import RESULTS, heading, keep, markdown
 from secateur.calibration.documents import read_documents
-from secateur.calibration.windows import WindowPlan, make_windows, save_windows
+from secateur.calibration.windows import WindowPlan, load_windows, make_windows, save_windows
+from secateur.engine.precision import fast_dtype
+from secateur.engine.progress import Silent
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.models.whole import load_whole
+from secateur.recipes.presets import filled_in
+from secateur.workflows.writing import own_windows
 
 COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
            "4:8": (0.5, "4:8")}  # fmt: skip
@@ -84,18 +92,37 @@ def windows_file(args: argparse.Namespace, seed: int, folder: Path) -> Path:
     return file
 
 
+def with_own_windows(args: argparse.Namespace, seed: int, given: Path, count: int) -> Path:
+    """The windows, and those that the dense model writes from them, as a recipe would have it."""
+    file = given.with_name(f"{given.stem}-and-{count}.safetensors")
+    if not file.exists():
+        device = torch.device("cpu")
+        model = load_whole(resolve(args.model).folder, device, dtype=fast_dtype(device))
+        windows = load_windows(given)
+        own = own_windows(model, windows, count, seed, Silent())
+        save_windows(torch.cat([windows, own]), file)
+    return file
+
+
 def run_ours(
-    args: argparse.Namespace, row: str, column: str, windows: Path, out: Path
+    args: argparse.Namespace, row: str, column: str, seed: int, windows: Path, out: Path
 ) -> dict[str, Any]:
     """Prune with Secateur; what it cost."""
     sparsity, pattern = COLUMNS[column]
+    options = filled_in(OURS[row])
+    generated = options.get("calibration", {}).get("generated", options.get("generated", 0))
+    if args.untimed and generated:
+        windows = with_own_windows(args, seed, windows, generated)
+        options = {**OURS[row], "generated": 0}
+    else:
+        options = OURS[row]
     report = secateur.prune(
         args.model,
         output=out,
         calibration=windows,
         pattern=pattern or "unstructured",
         sparsity=None if pattern else sparsity,
-        **OURS[row],
+        **options,
     )
     cost = report.manifest["cost"]
     return {
@@ -106,7 +133,7 @@ def run_ours(
 
 
 def run_rival(
-    args: argparse.Namespace, row: str, column: str, windows: Path, out: Path
+    args: argparse.Namespace, row: str, column: str, seed: int, windows: Path, out: Path
 ) -> dict[str, Any]:
     """Prune with published code in its own environment; what it cost."""
     sparsity, pattern = COLUMNS[column]
@@ -114,7 +141,11 @@ def run_rival(
     script = Path(__file__).with_name("rivals.py")
     command = [args.rivals_python, script, row, checkout, resolve(args.model).folder, windows, out]
     command += ["--pattern", pattern] if pattern else ["--sparsity", sparsity]
-    subprocess.run([str(x) for x in command], check=True, stdout=subprocess.DEVNULL)
+    command += ["--unsorted"] if args.untimed else []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(
+        [str(x) for x in command], check=True, stdout=subprocess.DEVNULL, env=environment
+    )
     cost: dict[str, Any] = json.loads((out / "rival.json").read_text(encoding="utf-8"))
     return {k: cost[k] for k in ("seconds", "peak_resident_bytes", "zeros")}
 
@@ -153,6 +184,14 @@ def table(rows: list[dict[str, Any]], text: str) -> str:
     return f"{text}: dense {dense:.2f}\n" + markdown(["", *COLUMNS], lines)
 
 
+def known_rows(stored: Path) -> list[dict[str, Any]]:
+    """All finished runs, those of other processes too."""
+    if not stored.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(stored.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
 def main() -> None:
     """Fill the table, as far as asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -167,32 +206,33 @@ def main() -> None:
     parser.add_argument("--wanda", type=Path)
     parser.add_argument("--alps", type=Path)
     parser.add_argument("--name", default="presets")
+    parser.add_argument("--keep-windows", type=Path, help="an existing folder for windows")
     parser.add_argument("--untimed", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1 if args.untimed else 2)
     print(heading())
     stored = RESULTS / f"{args.name}.json"
-    rows = json.loads(stored.read_text(encoding="utf-8"))["rows"] if stored.exists() else []
     protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
-    if not rows:
+    if not known_rows(stored):
         dense = judge(args, args.model)
-        rows.append({"row": "dense", "column": "", "seed": 0, "perplexity": dense})
-        keep(args.name, protocol, rows)
+        row = {"row": "dense", "column": "", "seed": 0, "perplexity": dense}
+        keep(args.name, protocol, [row])
     wanted = [(r, c, s) for s in args.seeds for c in args.columns for r in args.only]
-    done = {(r["row"], r["column"], r["seed"]) for r in rows}
-    for row, column, seed in (w for w in wanted if w not in done):
+    for row, column, seed in wanted:
+        if (row, column, seed) in {(r["row"], r["column"], r["seed"]) for r in known_rows(stored)}:
+            continue
         with tempfile.TemporaryDirectory() as scratch:
-            windows = windows_file(args, seed, Path(scratch))
-            out = Path(scratch) / "pruned"
+            kept = args.keep_windows or Path(scratch)
+            windows, out = windows_file(args, seed, kept), Path(scratch) / "pruned"
             run = run_rival if row in RIVALS else run_ours
-            cost = run(args, row, column, windows, out)
+            cost = run(args, row, column, seed, windows, out)
             cost |= {"seconds": None} if args.untimed else {}
             found = {"row": row, "column": column, "seed": seed, **cost,
                      "perplexity": judge(args, str(out))}  # fmt: skip
             shutil.rmtree(out)
-        rows.append(found)
-        keep(args.name, protocol, rows)
+        keep(args.name, protocol, [*known_rows(stored), found])
         print(found, flush=True)
+    rows = known_rows(stored)
     for text in rows[0]["perplexity"]:
         print(table(rows, text))
 
