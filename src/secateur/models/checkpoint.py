@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, MemoryBudgetError
+from secateur.models.header import TensorEntry, parse_json, read_header
 
 __all__ = [
     "CheckpointReader",
@@ -38,79 +38,9 @@ __all__ = [
     "write_all",
 ]
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: its file, first byte, size in bytes, dtype and shape."""
-
-    file: Path
-    offset: int
-    size_bytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Read and check the header of one safetensors file against the size of the file.
-
-    Raises:
-        CheckpointError: the file is truncated, or not a safetensors file.
-    """
-    size = file.stat().st_size
-    remedy = "copy or download the file again"
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(
-                f"not a whole safetensors file: {size} bytes, header length {length}",
-                where=str(file),
-                remedy=remedy,
-            )
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CheckpointError(
-                f"the header is not JSON: {error}", where=str(file), remedy=remedy
-            ) from None
-    entries = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"tensor {name!r} has the unknown dtype {entry['dtype']}", where=str(file)
-            )
-        start, end = entry["data_offsets"]
-        entries[name] = TensorEntry(
-            file, 8 + length + start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"])
-        )
-    expected = max((e.offset + e.size_bytes for e in entries.values()), default=8 + length)
-    if expected != size:
-        raise CheckpointError(
-            f"the file has {size} bytes, its header speaks of {expected}",
-            where=str(file),
-            remedy=remedy,
-        )
-    return entries
+SHARD_NAME = re.compile(r"[\w .+-]{1,200}\.safetensors", re.ASCII)
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -120,16 +50,23 @@ def shard_files(folder: Path) -> list[Path]:
         CheckpointError: there are none, or the index names files that are missing.
     """
     index = folder / INDEX_NAME
-    if index.exists():
+    if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(
                 f"the index of shards cannot be read: {error!r}", where=str(index)
             ) from None
-        missing = [n for n in names if not (folder / n).exists()]
+        odd = [n for n in names if not isinstance(n, str) or not SHARD_NAME.fullmatch(n)]
+        if odd or not names:
+            raise CheckpointError(
+                f"the index names {odd[0]!r}, which is no file of this folder"
+                if odd
+                else "the index of shards names no file",
+                where=str(index),
+                remedy="copy or download the index again",
+            )
+        missing = [n for n in names if not (folder / n).is_file()]
         if missing:
             raise CheckpointError(
                 f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing)}",
@@ -137,7 +74,7 @@ def shard_files(folder: Path) -> list[Path]:
                 remedy="copy or download the missing files",
             )
         return [folder / n for n in names]
-    if (folder / SINGLE_NAME).exists():
+    if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
     if pickled:
@@ -166,7 +103,7 @@ class CheckpointReader:
         self.files = shard_files(folder)
         self.entries: dict[str, TensorEntry] = {}
         for file in self.files:
-            self.entries.update(read_header(file))
+            self.entries.update(read_header(file).entries)
 
     @property
     def total_bytes(self) -> int:

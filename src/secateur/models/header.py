@@ -1,0 +1,170 @@
+"""The header of a safetensors file, read as if a stranger had made it.
+
+Layout of a file: 8 bytes, the length of the header, little-endian; the header, JSON; the data.
+Everything the header claims is held against the size of the file before anything is allocated:
+the byte ranges must cover the data exactly, and a shape must need exactly the bytes of its range.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import CheckpointError
+
+__all__ = ["DTYPES", "Header", "TensorEntry", "parse_json", "read_header"]
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 16
+MAX_SIDE = 2**40
+REMEDY = "copy or download the file again"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, first byte, size in bytes, dtype and shape."""
+
+    file: Path
+    offset: int
+    size_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: its tensors by name, and free text by key."""
+
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+
+def parse_json(text: bytes | str) -> Any:
+    """JSON in which no object names a key twice.
+
+    Raises:
+        ValueError: not JSON, a key twice, or nested too deeply.
+    """
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice!r} is there twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=without_repeats)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of one safetensors file against the size of the file.
+
+    Raises:
+        CheckpointError: the file is truncated, not a safetensors file, or contradicts itself.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"not a whole safetensors file: {size} bytes, header length {length}",
+                where=str(file),
+                remedy=REMEDY,
+            )
+        try:
+            header = parse_json(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(
+                f"the header is not JSON: {error}", where=str(file), remedy=REMEDY
+            ) from None
+    if not isinstance(header, dict):
+        raise CheckpointError("the header is not a JSON object", where=str(file), remedy=REMEDY)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError("the metadata is not text by key", where=str(file), remedy=REMEDY)
+    entries = {name: read_entry(file, name, told, 8 + length) for name, told in header.items()}
+    check_ranges(file, entries, 8 + length, size)
+    return Header(entries, metadata)
+
+
+def read_entry(file: Path, name: str, told: Any, start_of_data: int) -> TensorEntry:
+    """One tensor's line of the header; its shape must need exactly the bytes it has.
+
+    Raises:
+        CheckpointError: a key is missing or of the wrong kind, or shape and bytes disagree.
+    """
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"tensor {name!r} {what}", where=str(file), remedy=REMEDY)
+
+    if not isinstance(told, dict) or set(told) != {"dtype", "shape", "data_offsets"}:
+        raise refuse("is not described by dtype, shape and data_offsets")
+    written, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
+    if not isinstance(written, str) or written not in DTYPES:
+        raise CheckpointError(
+            f"tensor {name!r} has the unknown dtype {str(written)[:40]}", where=str(file)
+        )
+    if not is_counts(shape) or len(shape) > MAX_DIMENSIONS or any(s > MAX_SIDE for s in shape):
+        raise refuse(f"has the impossible shape {str(shape)[:80]}")
+    if not is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"has the impossible byte range {str(offsets)[:80]}")
+    needed, dtype = prod(shape) * DTYPES[written].itemsize, DTYPES[written]
+    if needed != offsets[1] - offsets[0]:
+        raise refuse(f"has {offsets[1] - offsets[0]} bytes, its shape {shape} needs {needed}")
+    return TensorEntry(file, start_of_data + offsets[0], needed, dtype, tuple(shape))
+
+
+def is_counts(value: Any) -> bool:
+    """Whether this is a list of whole numbers from 0."""
+    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+
+
+def check_ranges(
+    file: Path, entries: Mapping[str, TensorEntry], start_of_data: int, size: int
+) -> None:
+    """Refuse tensors that overlap, bytes that belong to none, and a file that ends early.
+
+    Raises:
+        CheckpointError: naming the sizes that disagree.
+    """
+    expected = max((e.offset + e.size_bytes for e in entries.values()), default=start_of_data)
+    if expected != size:
+        raise CheckpointError(
+            f"the file has {size} bytes, its header speaks of {expected}",
+            where=str(file),
+            remedy=REMEDY,
+        )
+    end = start_of_data
+    for name, entry in sorted(entries.items(), key=lambda x: (x[1].offset, x[1].size_bytes)):
+        if entry.offset != end:
+            raise CheckpointError(
+                f"tensor {name!r} begins at byte {entry.offset}, the one before it ends at {end}",
+                where=str(file),
+                remedy=REMEDY,
+            )
+        end += entry.size_bytes

@@ -1,0 +1,1 @@
+"""Quantization: fewer bits for the weights that stay; zeros stay exactly zero."""

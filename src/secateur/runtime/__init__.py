@@ -1,0 +1,1 @@
+"""The runtime: pruned models stored without their zeros, and run without them."""

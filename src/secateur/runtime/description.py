@@ -1,0 +1,185 @@
+"""What a compressed file says of itself: the JSON under `secateur` in its metadata.
+
+It names the layout of every packed matrix, the checksum of every stored tensor and how archived
+ones decode; a digest covers all of it together with names, dtypes and shapes, so that a header
+that was changed is noticed like data that was.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.errors import CheckpointError
+from secateur.models.header import Header, parse_json
+from secateur.models.shard_writer import dtype_name
+from secateur.runtime.archive import Archived, archived_spec
+from secateur.runtime.formats import Layout, PartSpec
+
+__all__ = [
+    "METADATA_KEY",
+    "VERSION",
+    "Description",
+    "checksum",
+    "describe_file",
+    "read_description",
+]
+
+METADATA_KEY = "secateur"
+VERSION = 1
+KEYS = {"version", "archive", "files", "layouts", "checksums", "archived", "digest"}
+NEWER = "update secateur: pip install --upgrade secateur"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What one file of a compressed checkpoint holds.
+
+    Attributes:
+        archive: whether larger tensors are compressed.
+        files: the names of all files of the checkpoint, sorted.
+        layouts: of the packed matrices in this file, by name without a suffix.
+        checksums: CRC-32 of the stored bytes of each tensor.
+        archived: what the compressed tensors decode to.
+    """
+
+    archive: bool
+    files: tuple[str, ...]
+    layouts: Mapping[str, Layout]
+    checksums: Mapping[str, int]
+    archived: Mapping[str, Archived]
+
+
+def checksum(stored: memoryview) -> int:
+    """The CRC-32 of bytes, as zlib and PNG compute it."""
+    return zlib.crc32(stored)
+
+
+def describe_file(description: Description, stored: Mapping[str, PartSpec]) -> dict[str, str]:
+    """The metadata of a file.
+
+    Args:
+        description: what it holds.
+        stored: dtype and shape of its tensors, as they are stored.
+    """
+    told: dict[str, Any] = {
+        "version": VERSION,
+        "archive": description.archive,
+        "files": list(description.files),
+        "layouts": {name: layout.to_json() for name, layout in description.layouts.items()},
+        "checksums": {name: f"{value:08x}" for name, value in description.checksums.items()},
+        "archived": {name: x.to_json() for name, x in description.archived.items()},
+    }
+    told["digest"] = digest(told, stored)
+    return {"format": "pt", METADATA_KEY: json.dumps(told, separators=(",", ":"))}
+
+
+def digest(told: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:
+    """The CRC-32 of the description without its digest, and of names, dtypes and shapes."""
+    tensors = {name: [dtype_name(x.dtype), list(x.shape)] for name, x in stored.items()}
+    covered = {key: value for key, value in told.items() if key != "digest"} | {"tensors": tensors}
+    text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+    return f"{checksum(memoryview(text.encode())):08x}"
+
+
+def read_description(header: Header) -> Description:
+    """Read and check the description of a file.
+
+    Raises:
+        CheckpointError: there is none, it is of another version, damaged, or speaks of other
+            tensors than the file holds.
+    """
+    told = told_by(header)
+    stored = {name: PartSpec(e.dtype, e.shape) for name, e in header.entries.items()}
+    if told["digest"] != digest(told, stored):
+        raise CheckpointError(
+            "the description of the file does not fit its digest",
+            remedy="the header was changed or damaged: copy or download the file again",
+        )
+    check_kinds(told)
+    check_names("checksums", told["checksums"], stored, all_of_them=True)
+    check_names("archived tensors", told["archived"], stored, all_of_them=False)
+    if told["archived"] and not told["archive"]:
+        raise CheckpointError("tensors are archived in a file that is said to be no archive")
+    return Description(
+        told["archive"],
+        tuple(told["files"]),
+        {name: Layout.from_json(layout) for name, layout in told["layouts"].items()},
+        {name: read_checksum(name, text) for name, text in told["checksums"].items()},
+        {name: archived_spec(x, stored[name]) for name, x in told["archived"].items()},
+    )
+
+
+def told_by(header: Header) -> dict[str, Any]:
+    """The JSON of the description, of a version that can be read.
+
+    Raises:
+        CheckpointError: there is none, or it is of another version.
+    """
+    if METADATA_KEY not in header.metadata:
+        raise CheckpointError(
+            "the file does not say how its matrices are stored",
+            remedy="this is no compressed checkpoint; make one with `secateur compress`",
+        )
+    try:
+        told = parse_json(header.metadata[METADATA_KEY])
+    except ValueError as error:
+        raise CheckpointError(f"the description is not JSON: {error}") from None
+    if not isinstance(told, dict) or type(told.get("version")) is not int:
+        raise CheckpointError("the description has no version")
+    if told["version"] != VERSION:
+        raise CheckpointError(
+            f"the file is of version {told['version']}, this release reads version {VERSION}",
+            remedy=NEWER,
+        )
+    if set(told) != KEYS:
+        raise CheckpointError(
+            f"the description lacks or adds keys: {', '.join(sorted(set(told) ^ KEYS))[:200]}"
+        )
+    return told
+
+
+def check_kinds(told: Mapping[str, Any]) -> None:
+    """Refuse values of the wrong kind.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    if type(told["archive"]) is not bool:
+        raise CheckpointError("archive is not true or false")
+    files = told["files"]
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise CheckpointError("files is not a list of names")
+    for key in ("layouts", "checksums", "archived"):
+        if not isinstance(told[key], dict):
+            raise CheckpointError(f"{key} is not a JSON object")
+
+
+def check_names(
+    kind: str, named: Mapping[str, Any], stored: Mapping[str, PartSpec], *, all_of_them: bool
+) -> None:
+    """Refuse names of tensors that the file does not hold, or, where wanted, lacking ones.
+
+    Raises:
+        CheckpointError: naming one of them.
+    """
+    odd = (set(named) ^ set(stored)) if all_of_them else set(named) - set(stored)
+    if odd:
+        raise CheckpointError(f"{kind} and tensors disagree about {min(odd)!r}")
+
+
+def read_checksum(name: str, text: Any) -> int:
+    """A checksum of eight hexadecimal digits.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    try:
+        if isinstance(text, str) and len(text) == 8 and text == f"{int(text, 16):08x}":
+            return int(text, 16)
+    except ValueError:
+        pass
+    raise CheckpointError(f"the checksum of {name!r} is not 8 hexadecimal digits")

@@ -1,0 +1,242 @@
+"""Formats: how one matrix is stored without its zeros. One file each; see `docs/format.md`.
+
+A format packs a matrix [out, in] into a few named tensors, its parts, and gives it back bit for
+bit. What is kept and what is a zero is told by the bits: a weight is dropped when all of its bits
+are 0, so −0.0 and NaN are kept like any other value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.registry import Registry
+from secateur.runtime.formats.bits import pack_bits
+from secateur.types import Mask, Weight
+
+__all__ = ["VALUES", "Format", "Layout", "PartSpec", "bitmask_parts", "check_specs", "formats"]
+
+VALUES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+"""What the kept weights can be stored as."""
+
+LARGEST_GROUP = 32
+"""The largest M of N:M, so that the rank of a set of kept weights fits 32 bits."""
+
+MAX_SIDE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """Dtype and shape of one stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one matrix is stored.
+
+    Args:
+        format: a name in `formats`.
+        values: a name in `VALUES`: what the kept weights are stored as.
+        shape: (out, in) of the matrix.
+        pattern: N:M, for `n-of-m` only.
+        transposed: whether the dense checkpoint holds the transpose [in, out] (GPT-2's Conv1D).
+
+    Raises:
+        CheckpointError: the fields are not of these kinds, or do not go together.
+    """
+
+    format: str
+    values: str
+    shape: tuple[int, int]
+    pattern: str | None = None
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, str) or self.format not in formats:
+            raise refused(self, f"there is no format {self.format!r}")
+        if not isinstance(self.values, str) or self.values not in VALUES:
+            raise refused(self, f"values cannot be {self.values!r}")
+        sides = self.shape
+        if not isinstance(sides, tuple) or len(sides) != 2 or {type(x) for x in sides} != {int}:
+            raise refused(self, "the shape is not two whole numbers")
+        if not all(1 <= x <= MAX_SIDE for x in sides):
+            raise refused(self, f"a side is below 1 or above {MAX_SIDE}")
+        if type(self.transposed) is not bool:
+            raise refused(self, "transposed is not true or false")
+        if (self.format == "n-of-m") != (self.pattern is not None):
+            raise refused(self, "n-of-m has a pattern, and nothing else has")
+        if self.pattern is not None:
+            kept, group = self.kept_of_group
+            if not 1 <= kept < group <= LARGEST_GROUP or sides[1] % group:
+                raise refused(
+                    self, f"{sides[1]} inputs are not whole groups of {self.pattern} "
+                    f"with 1 <= N < M <= {LARGEST_GROUP}"
+                )  # fmt: skip
+
+    @property
+    def kept_of_group(self) -> tuple[int, int]:
+        """(N, M) of the pattern."""
+        written = re.fullmatch(r"([1-9][0-9]?):([1-9][0-9]?)", str(self.pattern), re.ASCII)
+        if written is None:
+            raise refused(self, "the pattern is not N:M")
+        return int(written[1]), int(written[2])
+
+    @property
+    def weights(self) -> int:
+        """The number of weights, zeros included."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values."""
+        return VALUES[self.values]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that say something, for the metadata of a file."""
+        told: dict[str, Any] = {
+            "format": self.format,
+            "values": self.values,
+            "shape": list(self.shape),
+        }
+        if self.pattern is not None:
+            told["pattern"] = self.pattern
+        if self.transposed:
+            told["transposed"] = True
+        return told
+
+    @classmethod
+    def from_json(cls, told: Any) -> Layout:
+        """The layout that `to_json` told.
+
+        Raises:
+            CheckpointError: a key is missing or unknown, or a value is not possible.
+        """
+        known = {"format", "values", "shape", "pattern", "transposed"}
+        if not isinstance(told, dict) or not {"format", "values", "shape"} <= set(told) <= known:
+            raise CheckpointError(
+                f"a layout has the keys format, values and shape, and no others than "
+                f"{', '.join(sorted(known))}; this one is {str(told)[:120]}"
+            )
+        shape = told["shape"]
+        return cls(**{**told, "shape": tuple(shape) if isinstance(shape, list) else shape})
+
+
+def refused(layout: Layout, why: str) -> CheckpointError:
+    """The error for a layout that cannot be."""
+    described = f"{layout.format!r}, {layout.values!r}, {layout.shape!r}, {layout.pattern!r}"
+    return CheckpointError(
+        f"no matrix can be stored like this ({described[:160]}): {why}",
+        remedy="the file is damaged, or was made by a newer release of secateur",
+    )
+
+
+class Format(Protocol):
+    """The contract of a format."""
+
+    name: ClassVar[str]
+
+    def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
+        """Dtype and shape of every part, by suffix.
+
+        Args:
+            layout: of the matrix.
+            nonzeros: the weights that are kept, where the format does not fix their number.
+        """
+        ...
+
+    def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
+        """The parts of a matrix [out, in], cast to the values of the layout, by suffix.
+
+        Raises:
+            NumericalError: the values cannot hold a weight.
+        """
+        ...
+
+    def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
+        """The mask [out, in] and the kept values [nnz] in row-major order, as they are stored."""
+        ...
+
+    def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
+        """The matrix [out, in]: exactly what was packed; float32 for int8 values."""
+        ...
+
+    def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
+        """Refuse parts that do not fit the layout or each other; what passes unpacks safely.
+
+        Raises:
+            CheckpointError: what does not fit.
+        """
+        ...
+
+    def nbytes(self, layout: Layout, nonzeros: int) -> int:
+        """The bytes that the parts take."""
+        ...
+
+
+formats: Registry[Format] = Registry("format", __name__)
+
+
+def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
+    """Refuse parts whose names, dtypes or shapes are not those of the layout.
+
+    Looks at the header only, so a file can be refused before its data is read.
+
+    Raises:
+        CheckpointError: naming the part.
+    """
+    values = found.get("compressed")
+    nonzeros = values.shape[0] if values is not None and len(values.shape) == 1 else 0
+    if nonzeros > layout.weights:
+        raise CheckpointError(f"{nonzeros} values for a matrix of {layout.weights} weights")
+    expected = formats[layout.format].parts(layout, nonzeros)
+    if set(found) != set(expected):
+        raise CheckpointError(
+            f"a matrix stored as {layout.format} with {layout.values} values has the parts "
+            f"{', '.join(sorted(expected))}, not {', '.join(sorted(found)) or 'none'}"
+        )
+    for suffix, spec in expected.items():
+        if found[suffix] != spec:
+            raise CheckpointError(
+                f"{suffix} is {found[suffix].dtype} {list(found[suffix].shape)}, its layout "
+                f"needs {spec.dtype} {list(spec.shape)}"
+            )
+
+
+def bitmask_parts(parts: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The parts of any format, as those of `bitmask`: what the kernels run on.
+
+    Args:
+        parts: checked parts of a matrix, by suffix.
+        layout: how they are stored.
+
+    Returns:
+        `bitmask` uint8 [out, ceil(in / 8)], `compressed` [nnz], and `weight_scale` float32 [out]
+        for int8 values.
+    """
+    if layout.format == "bitmask":
+        return dict(parts)
+    mask, values = formats[layout.format].kept(parts, layout)
+    found = {"bitmask": pack_bits(mask), "compressed": values}
+    if "weight_scale" in parts:
+        found["weight_scale"] = parts["weight_scale"]
+    return found

@@ -1,0 +1,54 @@
+"""Dense: every weight is stored, where packing does not pay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.quantization.int8 import dequantize_rows
+from secateur.runtime.formats import Layout, PartSpec, formats
+from secateur.runtime.formats.kept import as_stored, check_values, kept_mask, scale_spec
+from secateur.types import Mask, Weight
+
+__all__ = ["Dense"]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Parts: `weight` [out, in]; for int8 also `weight_scale` float32 [out]."""
+
+    name: ClassVar[str] = "dense"
+
+    def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
+        """Dtype and shape of the parts."""
+        return {"weight": PartSpec(layout.dtype, layout.shape), **scale_spec(layout)}
+
+    def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
+        """The matrix itself, cast or quantized."""
+        _, stored, scale = as_stored(weight, layout)
+        return {"weight": stored, **scale}
+
+    def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
+        """The weights of which a bit is 1."""
+        mask = kept_mask(parts["weight"])
+        return mask, parts["weight"][mask]
+
+    def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
+        """The matrix [out, in]."""
+        if layout.values == "int8":
+            return dequantize_rows(parts["weight"], parts["weight_scale"])
+        return parts["weight"]
+
+    def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
+        """Refuse other parts, dtypes and shapes, -128, and scales that are not positive."""
+        check_values(parts, layout, "weight")
+
+    def nbytes(self, layout: Layout, nonzeros: int) -> int:
+        """Bytes: out · in · bytes of a value, and 4 · out for int8."""
+        return sum(spec.nbytes for spec in self.parts(layout, nonzeros).values())
+
+
+formats.register(Dense.name)(Dense())

@@ -1,0 +1,179 @@
+"""N-of-M: for every group of M weights the number of its set of N kept ones, and their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import comb
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.runtime.formats import Layout, PartSpec, formats
+from secateur.runtime.formats.bits import pack_bits, padding_bits, row_bytes, unpack_bits
+from secateur.runtime.formats.kept import as_stored, check_values, expand, scale_spec
+from secateur.types import Mask, Weight
+
+__all__ = ["NOfM", "code_bits", "fill_groups", "largest_group_count", "ranks", "sets_of"]
+
+
+def code_bits(kept: int, group: int) -> int:
+    """The bits of a code: ceil(log2 C(M, N))."""
+    return (comb(group, kept) - 1).bit_length()
+
+
+def binomials(kept: int, group: int) -> Tensor:
+    """C(j, k) for j < M and k <= N, int32 [M, N + 1]."""
+    return torch.tensor(
+        [[comb(j, k) for k in range(kept + 1)] for j in range(group)], dtype=torch.int32
+    )
+
+
+def ranks(mask: Mask, kept: int) -> Tensor:
+    """The rank of each set of kept weights in the combinatorial number system.
+
+        rank = Σ_i C(p_i, i)    for the kept positions p_1 < p_2 < … < p_N, counted from 0
+
+    For 2:4 that is 0 for {0, 1}, then {0, 2}, {1, 2}, {0, 3}, {1, 3}, and 5 for {2, 3}.
+
+    Args:
+        mask: bool [groups, M] with exactly `kept` True in each group.
+        kept: N.
+
+    Returns:
+        int32 [groups], each below C(M, N).
+    """
+    table = binomials(kept, mask.shape[1])
+    rank = torch.zeros(len(mask), dtype=torch.int32)
+    seen = torch.zeros(len(mask), dtype=torch.int32)
+    for position in range(mask.shape[1]):
+        here = mask[:, position]
+        seen += here
+        rank += torch.where(here, table[position][seen], 0)
+    return rank
+
+
+def sets_of(rank: Tensor, kept: int, group: int) -> Mask:
+    """The sets of kept weights with these ranks: the inverse of `ranks`, bool [groups, M]."""
+    table = binomials(kept, group)
+    left = torch.full_like(rank, kept)
+    rank = rank.clone()
+    mask = torch.empty(len(rank), group, dtype=torch.bool)
+    for position in reversed(range(group)):
+        below = table[position][left]
+        # C(j, 0) = 1 says "no more to place" here, not "rank 1 is too large"
+        here = (left > 0) & (rank >= below)
+        mask[:, position] = here
+        rank -= torch.where(here, below, 0)
+        left -= here.to(torch.int32)
+    return mask
+
+
+def largest_group_count(mask: Mask, group: int) -> int:
+    """The most weights kept in any group of M consecutive ones; `in` is a multiple of M."""
+    return int(mask.reshape(-1, group).sum(dim=1, dtype=torch.uint8).max())
+
+
+def fill_groups(mask: Mask, kept: int, group: int) -> Mask:
+    """Keep the first zeros of a group as well, until exactly N are kept.
+
+    Raises:
+        CheckpointError: a group keeps more than N.
+    """
+    groups = mask.reshape(-1, group)
+    missing = kept - groups.sum(dim=1, dtype=torch.int8)
+    if int(missing.min()) < 0:
+        raise CheckpointError(
+            f"{int((missing < 0).sum())} groups of {group} keep more than {kept} weights",
+            remedy="store this matrix as bitmask",
+        )
+    filled = groups.clone()
+    for position in range(group):
+        take = ~groups[:, position] & (missing > 0)
+        filled[:, position] |= take
+        missing -= take.to(torch.int8)
+    return filled.reshape(mask.shape)
+
+
+@dataclass(frozen=True)
+class NOfM:
+    """Parts: `codes` uint8 [out, ceil(in/M · bits / 8)], `compressed` [out · in/M · N].
+
+    A code is the rank of the group's set (see `ranks`) in bits = ceil(log2 C(M, N)) bits. The
+    codes of a row follow each other without gaps, lowest bit first, and the row ends with zeros
+    up to a whole byte. A group with fewer than N weights that are not zero keeps its first zeros
+    too. int8 adds `weight_scale` float32 [out].
+    """
+
+    name: ClassVar[str] = "n-of-m"
+
+    def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
+        """Dtype and shape of the parts, whatever the number of zeros."""
+        kept, group = layout.kept_of_group
+        out, columns = layout.shape
+        groups = columns // group
+        return {
+            "codes": PartSpec(torch.uint8, (out, row_bytes(groups * code_bits(kept, group)))),
+            "compressed": PartSpec(layout.dtype, (out * groups * kept,)),
+            **scale_spec(layout),
+        }
+
+    def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
+        """Codes and kept values of a matrix [out, in].
+
+        Raises:
+            CheckpointError: a group keeps more than N.
+        """
+        kept, group = layout.kept_of_group
+        mask, stored, scale = as_stored(weight, layout)
+        mask = fill_groups(mask, kept, group)
+        rank = ranks(mask.reshape(-1, group), kept)
+        bits = torch.empty(len(rank), code_bits(kept, group), dtype=torch.bool)
+        for place in range(bits.shape[1]):
+            bits[:, place] = (rank >> place) & 1
+        codes = pack_bits(bits.reshape(layout.shape[0], -1))
+        return {"codes": codes, "compressed": stored[mask], **scale}
+
+    def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
+        """Mask [out, in], N in each group, and values."""
+        kept, group = layout.kept_of_group
+        mask = sets_of(self.codes(parts, layout), kept, group)
+        return mask.reshape(layout.shape), parts["compressed"]
+
+    def codes(self, parts: Mapping[str, Tensor], layout: Layout) -> Tensor:
+        """The code of every group, int32 [out · in/M]."""
+        kept, group = layout.kept_of_group
+        width = code_bits(kept, group)
+        bits = unpack_bits(parts["codes"], layout.shape[1] // group * width).reshape(-1, width)
+        rank = torch.zeros(len(bits), dtype=torch.int32)
+        for place in range(width):
+            rank += bits[:, place].to(torch.int32) << place
+        return rank
+
+    def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
+        """The matrix [out, in]."""
+        return expand(*self.kept(parts, layout), parts.get("weight_scale"))
+
+    def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
+        """Refuse also codes that are no set, and bits past the end of a row."""
+        check_values(parts, layout, "compressed")
+        kept, group = layout.kept_of_group
+        width = code_bits(kept, group)
+        beyond = padding_bits(parts["codes"], layout.shape[1] // group * width)
+        if beyond:
+            raise CheckpointError(f"{beyond} bits are set past the last code of a row")
+        wrong = int((self.codes(parts, layout) >= comb(group, kept)).sum())
+        if wrong:
+            raise CheckpointError(
+                f"{wrong} codes are {comb(group, kept)} or more, and {layout.pattern} has only "
+                f"{comb(group, kept)} sets"
+            )
+
+    def nbytes(self, layout: Layout, nonzeros: int) -> int:
+        """Bytes: out · ceil(in/M · bits / 8) + out · in/M · N · value, and 4 · out for int8."""
+        return sum(spec.nbytes for spec in self.parts(layout, nonzeros).values())
+
+
+formats.register(NOfM.name)(NOfM())

@@ -1,0 +1,337 @@
+"""Compressed checkpoints: opened, verified and read; and written, whole or not at all.
+
+A folder like any other of transformers, in which packed matrices are stored as their parts. The
+reader believes nothing: names, dtypes, shapes and sizes are checked when a folder is opened, from
+the headers alone; checksums, masks and codes when a tensor is read. What is handed out has passed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.models.checkpoint import INDEX_NAME, as_bytes, read_all, shard_files
+from secateur.models.header import TensorEntry, parse_json, read_header
+from secateur.models.shard_writer import ShardWriter
+from secateur.runtime.archive import SMALLEST_BYTES, Archived, decode, encode
+from secateur.runtime.description import (
+    NEWER,
+    VERSION,
+    Description,
+    checksum,
+    describe_file,
+    read_description,
+)
+from secateur.runtime.formats import Layout, PartSpec, check_specs, formats
+
+__all__ = [
+    "QUANT_METHOD",
+    "PackedCheckpoint",
+    "PlannedFile",
+    "is_packed",
+    "quantization_config",
+    "write_packed",
+]
+
+QUANT_METHOD = "secateur"
+SUFFIXES = ("weight", "weight_scale", "bitmask", "codes", "compressed")
+"""The parts that a format may have; a packed matrix has exactly those of its format."""
+
+
+def quantization_config(archive: bool) -> dict[str, Any]:
+    """What `config.json` says of a compressed checkpoint."""
+    return {"quant_method": QUANT_METHOD, "version": VERSION, "archive": archive}
+
+
+def told_by_config(folder: Path) -> Any:
+    """The `quantization_config` of a folder, None when it has none.
+
+    Raises:
+        CheckpointError: `config.json` is missing or not JSON.
+    """
+    file = folder / "config.json"
+    try:
+        config = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the configuration cannot be read: {error}", where=str(file)
+        ) from None
+    return config.get("quantization_config") if isinstance(config, dict) else None
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder says that it is a compressed checkpoint of this library.
+
+    Raises:
+        CheckpointError: `config.json` is missing or not JSON.
+    """
+    told = told_by_config(folder)
+    return isinstance(told, dict) and told.get("quant_method") == QUANT_METHOD
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Say where a fault is, in errors that do not say it themselves."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read: {error}", where=where) from None
+    except CheckpointError as error:
+        if error.where is not None:
+            raise
+        raise CheckpointError(error.what, where=where, remedy=error.remedy) from None
+
+
+class PackedCheckpoint:
+    """A compressed checkpoint, its headers checked, nothing read yet.
+
+    Args:
+        folder: as `secateur compress` writes it.
+
+    Attributes:
+        folder: the same.
+        archive: whether larger tensors are compressed.
+        files: its safetensors files.
+        layouts: of the packed matrices, by name without a suffix.
+        entries: every tensor as it lies in its file.
+        specs: every tensor as it is handed out, decoded from the archive.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, or contradicts itself or another.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.archive = archive_of(self.folder)
+        self.files = shard_files(self.folder)
+        self.layouts: dict[str, Layout] = {}
+        self.entries: dict[str, TensorEntry] = {}
+        self.specs: dict[str, PartSpec] = {}
+        self._archived: dict[str, Archived] = {}
+        self._checksums: dict[str, int] = {}
+        self._order: list[str] = []
+        for file in self.files:
+            with at(str(file)):
+                self._open(file)
+        check_index(self.folder, self.entries)
+
+    def _open(self, file: Path) -> None:
+        """Take up one file, checked."""
+        header = read_header(file)
+        description = read_description(header)
+        names = sorted(x.name for x in self.files)
+        if list(description.files) != names:
+            raise CheckpointError(
+                f"the checkpoint has the files {', '.join(description.files)[:200]}; "
+                f"{', '.join(names)[:200]} are there",
+                remedy="copy or download the missing files",
+            )
+        if description.archive != self.archive:
+            raise CheckpointError("config.json and this file disagree about being an archive")
+        twice = self.entries.keys() & header.entries.keys()
+        if twice:
+            raise CheckpointError(f"{min(twice)!r} is in two files")
+        specs = {name: PartSpec(e.dtype, e.shape) for name, e in header.entries.items()}
+        specs |= {name: x.spec for name, x in description.archived.items()}
+        for name, layout in description.layouts.items():
+            with at(f"{file}: {name}"):
+                check_specs(parts_among(specs, name), layout)
+        self.layouts |= description.layouts
+        self.entries |= header.entries
+        self.specs |= specs
+        self._archived |= description.archived
+        self._checksums |= description.checksums
+        self._order += reading_order(header.entries, description.layouts)
+
+    def parts_of(self, name: str) -> list[str]:
+        """The suffixes of the parts of a packed matrix."""
+        return list(parts_among(self.specs, name))
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The parts of a packed matrix by suffix, verified: they can be unpacked safely.
+
+        Raises:
+            CheckpointError: damaged, or the parts disagree.
+        """
+        layout = self.layouts[name]
+        parts = {suffix: self.read(f"{name}.{suffix}") for suffix in self.parts_of(name)}
+        with at(f"{self.entries[f'{name}.{next(iter(parts))}'].file}: {name}"):
+            formats[layout.format].check(parts, layout)
+        return parts
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in memory of its own, decoded, its checksum verified.
+
+        Parts of a packed matrix are not held against each other; see `parts`.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        entry = self.entries[name]
+        stored = torch.empty(entry.shape, dtype=entry.dtype)
+        with at(f"{entry.file}: {name}"):
+            with entry.file.open("rb", buffering=0) as stream:
+                stream.seek(entry.offset)
+                read_all(stream, stored)
+            found = checksum(as_bytes(stored))
+            if found != self._checksums[name]:
+                raise CheckpointError(
+                    f"the checksum is {found:08x}, it should be {self._checksums[name]:08x}",
+                    remedy="copy or download the file again",
+                )
+            return decode(stored, self._archived[name]) if name in self._archived else stored
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by its full name, verified; the parts of a matrix follow each other.
+
+        Raises:
+            CheckpointError: damaged, or parts disagree.
+        """
+        for name in self._order:
+            if name in self.layouts:
+                for suffix, part in self.parts(name).items():
+                    yield f"{name}.{suffix}", part
+            else:
+                yield name, self.read(name)
+
+
+def archive_of(folder: Path) -> bool:
+    """Whether `config.json` speaks of an archive.
+
+    Raises:
+        CheckpointError: it does not speak of a compressed checkpoint, or of another version.
+    """
+    told = told_by_config(folder)
+    where = str(folder / "config.json")
+    if not isinstance(told, dict) or told.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            "the configuration is not that of a compressed checkpoint",
+            where=where,
+            remedy="make one with `secateur compress DIR --output OUT`",
+        )
+    if type(told.get("version")) is not int or told["version"] != VERSION:
+        raise CheckpointError(
+            f"the folder is of version {str(told.get('version'))[:40]}, this release reads "
+            f"version {VERSION}",
+            where=where,
+            remedy=NEWER,
+        )
+    if type(told.get("archive")) is not bool:
+        raise CheckpointError("archive is not true or false", where=where)
+    return bool(told["archive"])
+
+
+def parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
+    """The tensors that are parts of a matrix, by suffix."""
+    return {s: specs[f"{name}.{s}"] for s in SUFFIXES if f"{name}.{s}" in specs}
+
+
+def reading_order(entries: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> list[str]:
+    """Packed matrices by name without suffix, and all other tensors, as they come in the header."""
+    owners = {f"{name}.{suffix}": name for name in layouts for suffix in SUFFIXES}
+    return list(dict.fromkeys(owners.get(name, name) for name in entries))
+
+
+def check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse an index of shards that places a tensor where it is not.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    if not (folder / INDEX_NAME).is_file():
+        return
+    told = parse_json((folder / INDEX_NAME).read_bytes())["weight_map"]
+    found = {name: entry.file.name for name, entry in entries.items()}
+    odd = {*told.items()} ^ {*found.items()}
+    if odd:
+        raise CheckpointError(
+            f"the index and the files disagree about {min(odd)[0]!r}",
+            where=str(folder / INDEX_NAME),
+            remedy="copy or download the index again",
+        )
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """What one file of a compressed checkpoint will hold.
+
+    Attributes:
+        name: of the file.
+        tensors: every tensor by full name, as handed to `write_packed`.
+        layouts: of the packed matrices.
+    """
+
+    name: str
+    tensors: dict[str, PartSpec] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
+
+
+def write_packed(
+    folder: Path,
+    files: list[PlannedFile],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    archive: bool = False,
+) -> None:
+    """Write the safetensors files of a compressed checkpoint, and their index if there are several.
+
+    Args:
+        folder: exists; take one that is not looked at before it is whole (`models.whole_folder`).
+        files: what will be in each file.
+        tensors: every planned tensor once, those of a file together, file after file.
+        archive: compress larger tensors.
+
+    Raises:
+        MemoryBudgetError: the disk is full.
+    """
+    names = tuple(sorted(file.name for file in files))
+    remaining = iter(tensors)
+    for file in files:
+        write_file(folder / file.name, file, names, remaining, archive)
+    if len(files) > 1:
+        weight_map = {name: file.name for file in files for name in file.tensors}
+        size = sum((folder / file.name).stat().st_size for file in files)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def write_file(
+    path: Path,
+    planned: PlannedFile,
+    names: tuple[str, ...],
+    tensors: Iterator[tuple[str, Tensor]],
+    archive: bool,
+) -> None:
+    """Write one file from the next of the tensors."""
+    squeezed = {
+        name: Archived(spec, "zstd")
+        for name, spec in planned.tensors.items()
+        if archive and spec.nbytes > SMALLEST_BYTES
+    }
+    plain = {n: (x.dtype, x.shape) for n, x in planned.tensors.items() if n not in squeezed}
+    nothing = PartSpec(torch.uint8, (2**50,))
+    longest = describe_file(
+        Description(archive, names, planned.layouts, dict.fromkeys(planned.tensors, 0), squeezed),
+        planned.tensors | dict.fromkeys(squeezed, nothing),
+    )
+    checksums: dict[str, int] = {}
+    stored_specs = dict(planned.tensors)
+    with ShardWriter(path, plain, list(squeezed), longest) as writer:
+        for _ in planned.tensors:
+            name, tensor = next(tensors)
+            stored = tensor.contiguous()
+            if name in squeezed:
+                stored, squeezed[name] = encode(stored)
+            checksums[name] = checksum(as_bytes(stored))
+            stored_specs[name] = PartSpec(stored.dtype, tuple(stored.shape))
+            writer.write(name, stored)
+        description = Description(archive, names, planned.layouts, checksums, squeezed)
+        writer.close(describe_file(description, stored_specs))
