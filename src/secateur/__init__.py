@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
-    from secateur.workflows import evaluate, plan, prune
+    from secateur.workflows import compress, decompress, evaluate, plan, prune
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,8 @@ __all__ = [
     "__version__",
     "allocations",
     "compose",
+    "compress",
+    "decompress",
     "evaluate",
     "plan",
     "prune",
@@ -41,6 +43,8 @@ HOMES = {
     "SecateurError": "secateur.errors",
     "allocations": "secateur.sparsity.allocation",
     "compose": "secateur.sparsity.methods",
+    "compress": "secateur.workflows",
+    "decompress": "secateur.workflows",
     "evaluate": "secateur.workflows",
     "plan": "secateur.workflows",
     "prune": "secateur.workflows",

@@ -45,13 +45,15 @@ def options(
 
 def add_verbs() -> None:
     """Every file of this package that holds a verb enters it here."""
-    from secateur.cli import demo, evaluate, inspect, methods, plan, prune
+    from secateur.cli import compress, decompress, demo, evaluate, inspect, methods, plan, prune
 
     app.command("prune")(prune.prune)
     app.command("plan")(plan.plan)
     app.command("eval")(evaluate.evaluate)
     app.command("inspect")(inspect.inspect)
     app.command("methods")(methods.methods)
+    app.command("compress")(compress.compress)
+    app.command("decompress")(decompress.decompress)
     app.command("demo")(demo.demo)
 
 
@@ -64,7 +66,9 @@ def main() -> None:
         report(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("\ninterrupted; `secateur prune … --resume` goes on with it", err=True)
+        typer.echo(
+            "\ninterrupted; `secateur prune … --resume` goes on with a pruning run", err=True
+        )
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

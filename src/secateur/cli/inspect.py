@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,11 +35,29 @@ def inspect(
         ("stored as", ", ".join(f"{k} ({mib(v)})" for k, v in audit.dtypes.items())),
         ("zeros in decoder matrices", f"{audit.sparsity:.4%}"),
     ]
+    if audit.compressed:
+        rows.insert(4, ("compressed", audit.compressed))
     print_table(model, ("", ""), rows, numbers=2)
     marked = f".{layer}."
     shown = [x for x in audit.linears if layer < 0 or marked in x.name]
     print_table(
         "linears" if layer < 0 else f"linears of decoder layer {layer}",
-        ("name", "out", "in", "zeros"),
-        [(x.name, str(x.shape[0]), str(x.shape[1]), f"{x.sparsity:.4%}") for x in shown],
+        ("name", "out", "in", "zeros", *(("stored as",) if audit.compressed else ())),
+        [
+            (
+                x.name,
+                str(x.shape[0]),
+                str(x.shape[1]),
+                f"{x.sparsity:.4%}",
+                *((stored_as(x.layout),) if audit.compressed else ()),
+            )
+            for x in shown
+        ],
     )
+
+
+def stored_as(layout: dict[str, Any] | None) -> str:
+    """A layout in two words."""
+    if layout is None:
+        return "as it is"
+    return f"{layout.get('pattern', layout['format'])} {layout['values']}"

@@ -7,7 +7,7 @@ set of zeros that the pattern allows, of the size that was asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from secateur.errors import VerificationError
 from secateur.models.architecture import describe, linears_of
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, stored_names
+from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern
 
 __all__ = ["Audit", "LinearCount", "audit_checkpoint", "verify"]
@@ -33,6 +33,8 @@ class LinearCount:
     weights: int
     misplaced: int = 0
     """Weights that are not zero although the pattern needs them to be."""
+    layout: dict[str, Any] | None = None
+    """How a compressed checkpoint stores the matrix; None where it is stored as it is."""
 
     @property
     def sparsity(self) -> float:
@@ -48,6 +50,7 @@ class Audit:
         linears: every matrix of the decoder layers.
         parameters: all parameters of the model, embeddings included.
         file_bytes: size of the weight files.
+        compressed: whether it is a compressed checkpoint, and whether an archive.
     """
 
     linears: list[LinearCount]
@@ -56,6 +59,7 @@ class Audit:
     family: str = ""
     num_hidden_layers: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
+    compressed: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -76,6 +80,7 @@ class Audit:
             "parameters": self.parameters,
             "file_bytes": self.file_bytes,
             "dtypes": self.dtypes,
+            "compressed": self.compressed,
             "decoder_sparsity": self.sparsity,
             "linears": [{**asdict(x), "sparsity": x.sparsity} for x in self.linears],
         }
@@ -90,25 +95,32 @@ def audit_checkpoint(
 ) -> Audit:
     """Count the zeros of every decoder matrix, one matrix in memory at a time.
 
+    A compressed checkpoint is unpacked for it, so what is counted is what a model computes with.
+
     Args:
-        folder: a checkpoint.
+        folder: a checkpoint, compressed or not.
         pattern: the pattern its zeros must contain; None only counts.
         sparsity_of: the sparsity of each linear by name, for the pattern.
         trust_remote_code: whether code that comes with the checkpoint may run.
     """
-    reader = CheckpointReader(folder)
+    reader = open_checkpoint(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     architecture = describe(model)
     stored = stored_names(model, reader)
     counts = []
     for index, layer in enumerate(architecture.layers(model)):
         for linear in linears_of(layer, architecture.layer_name(index)).values():
-            tensor = reader.read(stored[f"{linear.name}.weight"])
+            name = stored[f"{linear.name}.weight"]
+            tensor = reader.read(name)
             weight = tensor.t() if linear.transposed else tensor
             asked = (sparsity_of or {}).get(linear.name, 0.0)
-            counts.append(count(linear.name, weight, pattern, asked))
+            counted = count(linear.name, weight, pattern, asked)
+            if isinstance(reader, DenseView):
+                counted = replace(counted, layout=reader.layout_of(name))
+            counts.append(counted)
+    packed = reader.packed if isinstance(reader, DenseView) else None
     dtypes: dict[str, int] = {}
-    for entry in reader.entries.values():
+    for entry in (packed or reader).entries.values():
         dtype = str(entry.dtype).removeprefix("torch.")
         dtypes[dtype] = dtypes.get(dtype, 0) + entry.size_bytes
     return Audit(
@@ -118,6 +130,7 @@ def audit_checkpoint(
         family=architecture.family,
         num_hidden_layers=len(architecture.layers(model)),
         dtypes=dtypes,
+        compressed=None if packed is None else "archive" if packed.archive else "packed",
     )
 
 

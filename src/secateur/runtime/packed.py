@@ -103,6 +103,7 @@ class PackedCheckpoint:
         layouts: of the packed matrices, by name without a suffix.
         entries: every tensor as it lies in its file.
         specs: every tensor as it is handed out, decoded from the archive.
+        order: packed matrices without a suffix and all other tensors, as they lie in the files.
 
     Raises:
         CheckpointError: a file is damaged or missing, or contradicts itself or another.
@@ -117,7 +118,7 @@ class PackedCheckpoint:
         self.specs: dict[str, PartSpec] = {}
         self._archived: dict[str, Archived] = {}
         self._checksums: dict[str, int] = {}
-        self._order: list[str] = []
+        self.order: list[str] = []
         for file in self.files:
             with at(str(file)):
                 self._open(file)
@@ -149,7 +150,7 @@ class PackedCheckpoint:
         self.specs |= specs
         self._archived |= description.archived
         self._checksums |= description.checksums
-        self._order += reading_order(header.entries, description.layouts)
+        self.order += reading_order(header.entries, description.layouts)
 
     def parts_of(self, name: str) -> list[str]:
         """The suffixes of the parts of a packed matrix."""
@@ -195,7 +196,7 @@ class PackedCheckpoint:
         Raises:
             CheckpointError: damaged, or parts disagree.
         """
-        for name in self._order:
+        for name in self.order:
             if name in self.layouts:
                 for suffix, part in self.parts(name).items():
                     yield f"{name}.{suffix}", part

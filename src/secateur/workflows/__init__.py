@@ -1,16 +1,24 @@
 """Workflows: the only place where the rooms are wired together.
 
-The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`.
+The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`,
+`compress`, `decompress`.
 """
 
+from secateur.reporting.compression_report import CompressionReport, DecompressionReport
 from secateur.reporting.prune_report import PruneReport
+from secateur.workflows.compressing import compress
+from secateur.workflows.decompressing import decompress
 from secateur.workflows.evaluating import Evaluation, evaluate
 from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
 
 __all__ = [
+    "CompressionReport",
+    "DecompressionReport",
     "Evaluation",
     "PruneReport",
+    "compress",
+    "decompress",
     "evaluate",
     "inspect_model",
     "plan",

@@ -27,6 +27,7 @@ from secateur.recipes.schema import Calibration, Memory, PruneRecipe
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
+from secateur.workflows.carrying import refuse_quantized
 
 __all__ = [
     "Prepared",
@@ -218,6 +219,7 @@ def prepare(
     allocation = allocation_of(recipe, method)
     device = choose_device(recipe.device)
     source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     target = CheckpointTarget(
         reader,

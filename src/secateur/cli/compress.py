@@ -1,0 +1,94 @@
+"""`secateur compress`: a checkpoint without its zeros."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from secateur.cli import options as o
+
+if TYPE_CHECKING:
+    from secateur.workflows import CompressionReport
+
+__all__ = ["compress"]
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or named sample.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the result.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="auto: the smallest for each matrix; or bitmask, n-of-m, dense. Dense is taken "
+            "where packing does not pay."
+        ),
+    ] = "auto",
+    values: Annotated[
+        str,
+        typer.Option(help="auto: as in the source, lossless; or bfloat16, float16, float32, int8."),
+    ] = "auto",
+    embeddings: Annotated[
+        str, typer.Option(help="auto: as in the source; or int8, for embedding and head.")
+    ] = "auto",
+    archive: Annotated[
+        bool, typer.Option("--archive", help="The smallest files; unpacked on loading.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output folder.")
+    ] = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.Json = False,
+) -> None:
+    """Store a pruned model without its zeros."""
+    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.workflows import compress as run_compression
+
+    with ProgressBar() as progress:
+        report = run_compression(
+            model,
+            output=output,
+            format=format,
+            values=values,
+            embeddings=embeddings,
+            archive=archive,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print_json(report.to_json())
+        return
+    show(report)
+
+
+def show(report: CompressionReport) -> None:
+    """What became of it, for people."""
+    from secateur.cli.rendering import mib, print_table
+
+    linears = report.linears
+    rows = [
+        ("weight files before", mib(report.source_bytes), ""),
+        ("as dense bfloat16", mib(report.bfloat16_bytes), "100 %"),
+        ("weight files now", mib(report.file_bytes), f"{report.ratio:.2%}"),
+        ("of them linears", mib(linears.bytes), f"{linears.of_bfloat16:.2%}"),
+    ]
+    print_table("compressed", ("", "size", "of bfloat16"), rows)
+    stored = [*report.formats.items()]
+    if report.embeddings.matrices:
+        stored.append(("embeddings int8", report.embeddings))
+    print_table(
+        f"stored as ({report.sparsity:.2%} zeros in the linears)",
+        ("format", "matrices", "size", "bits per weight", "of bfloat16"),
+        [
+            (
+                kind,
+                str(x.matrices),
+                mib(x.bytes),
+                f"{x.bits_per_weight:.3f}",
+                f"{x.of_bfloat16:.2%}",
+            )
+            for kind, x in stored
+        ],
+    )
+    print_table("", ("", ""), [("time", f"{report.seconds:.1f} s"), ("output", str(report.output))])

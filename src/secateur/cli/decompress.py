@@ -1,0 +1,38 @@
+"""`secateur decompress`: back to a dense checkpoint that any engine loads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from secateur.cli import options as o
+
+__all__ = ["decompress"]
+
+
+def decompress(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a compressed checkpoint.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the result.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output folder.")
+    ] = False,
+    as_json: o.Json = False,
+) -> None:
+    """Write a compressed model as plain dense safetensors again."""
+    from secateur.cli.rendering import ProgressBar, mib, print_json, print_table
+    from secateur.workflows import decompress as run_decompression
+
+    with ProgressBar() as progress:
+        report = run_decompression(model, output=output, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json(report.to_json())
+        return
+    rows = [
+        ("weight files before", mib(report.source_bytes)),
+        ("weight files now", mib(report.file_bytes)),
+        ("matrices unpacked", str(report.matrices)),
+        ("time", f"{report.seconds:.1f} s"),
+        ("output", str(report.output)),
+    ]
+    print_table("decompressed", ("", ""), rows)

@@ -1,0 +1,138 @@
+"""What compressing a checkpoint, or decompressing one, hands back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CompressionReport", "DecompressionReport", "Stored"]
+
+BFLOAT16_BYTES = 2
+
+
+@dataclass
+class Stored:
+    """Matrices that are stored alike.
+
+    Attributes:
+        matrices: how many.
+        weights: theirs, zeros included.
+        nonzeros: weights that are not zero.
+        bytes: what they take in the files.
+    """
+
+    matrices: int = 0
+    weights: int = 0
+    nonzeros: int = 0
+    bytes: int = 0
+
+    def add(self, weights: int, nonzeros: int, size_bytes: int) -> None:
+        """Count one matrix."""
+        self.matrices += 1
+        self.weights += weights
+        self.nonzeros += nonzeros
+        self.bytes += size_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Zeros included."""
+        return 8 * self.bytes / self.weights if self.weights else 0.0
+
+    @property
+    def of_bfloat16(self) -> float:
+        """The size as a part of the same matrices in dense bfloat16."""
+        return self.bits_per_weight / (8 * BFLOAT16_BYTES)
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What was made smaller, and by how much.
+
+    Attributes:
+        output: the folder written.
+        source_bytes: the weight files of the source.
+        parameters: all numbers in them.
+        file_bytes: the weight files written.
+        linears: the prunable matrices.
+        formats: the same by format and values, for example `bitmask int8`.
+        embeddings: embedding and head, where they were quantized.
+        archive: whether the files are compressed further.
+        negative_zeros: zeros that were −0.0 and are +0.0 now.
+        seconds: wall time.
+    """
+
+    output: Path
+    source_bytes: int
+    parameters: int
+    file_bytes: int
+    linears: Stored
+    formats: dict[str, Stored] = field(default_factory=dict)
+    embeddings: Stored = field(default_factory=Stored)
+    archive: bool = False
+    negative_zeros: int = 0
+    seconds: float = 0.0
+
+    @property
+    def bfloat16_bytes(self) -> int:
+        """The size of the model in dense bfloat16."""
+        return BFLOAT16_BYTES * self.parameters
+
+    @property
+    def ratio(self) -> float:
+        """The files as a part of the model in dense bfloat16."""
+        return self.file_bytes / self.bfloat16_bytes
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the prunable matrices."""
+        return 1 - self.linears.nonzeros / self.linears.weights
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers."""
+        return {
+            "output": str(self.output),
+            "archive": self.archive,
+            "source_bytes": self.source_bytes,
+            "bfloat16_bytes": self.bfloat16_bytes,
+            "file_bytes": self.file_bytes,
+            "ratio": self.ratio,
+            "sparsity": self.sparsity,
+            "negative_zeros": self.negative_zeros,
+            "linears": told(self.linears),
+            "formats": {name: told(stored) for name, stored in self.formats.items()},
+            "embeddings": told(self.embeddings),
+            "seconds": self.seconds,
+        }
+
+
+def told(stored: Stored) -> dict[str, Any]:
+    """Counts and sizes of matrices, with what follows from them."""
+    return {
+        **asdict(stored),
+        "bits_per_weight": stored.bits_per_weight,
+        "ratio": stored.of_bfloat16,
+    }
+
+
+@dataclass(frozen=True)
+class DecompressionReport:
+    """What was expanded.
+
+    Attributes:
+        output: the folder written.
+        source_bytes: the compressed weight files.
+        file_bytes: the dense ones written.
+        matrices: how many were unpacked.
+        seconds: wall time.
+    """
+
+    output: Path
+    source_bytes: int
+    file_bytes: int
+    matrices: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers."""
+        return {**asdict(self), "output": str(self.output)}

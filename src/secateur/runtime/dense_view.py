@@ -1,0 +1,95 @@
+"""A compressed checkpoint, seen as the dense one it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.header import TensorEntry, parse_json
+from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
+from secateur.runtime.packed import PackedCheckpoint, is_packed
+
+__all__ = ["DenseView", "open_checkpoint"]
+
+
+class DenseView(CheckpointReader):
+    """Reads a compressed checkpoint like a dense one: a matrix is unpacked when it is read.
+
+    Names, shapes and dtypes are those of the checkpoint that was compressed; what is stored as
+    int8 comes in the dtype that `config.json` names.
+
+    Args:
+        packed: the compressed checkpoint.
+
+    Attributes:
+        entries: the dense tensors; their offsets mean nothing.
+    """
+
+    def __init__(self, packed: PackedCheckpoint) -> None:
+        self.packed, self.folder, self.files = packed, packed.folder, packed.files
+        self.computed = computed_dtype(packed.folder)
+        self.entries = {}
+        for name in packed.order:
+            layout = packed.layouts.get(name)
+            if layout is None:
+                file, spec = packed.entries[name].file, packed.specs[name]
+                self.entries[name] = entry_of(file, spec)
+            else:
+                file = packed.entries[f"{name}.{packed.parts_of(name)[0]}"].file
+                self.entries[f"{name}.weight"] = entry_of(file, self.dense_spec(layout))
+
+    def dense_spec(self, layout: Layout) -> PartSpec:
+        """Dtype and shape of the matrix in the dense checkpoint."""
+        dtype = self.computed if layout.values == "int8" else layout.dtype
+        return PartSpec(dtype, layout.shape[::-1] if layout.transposed else layout.shape)
+
+    def layout_of(self, name: str) -> dict[str, Any] | None:
+        """How a dense tensor is stored, as told in the files; None when it is stored as it is."""
+        layout = self.packed.layouts.get(name.removesuffix(".weight"))
+        return None if layout is None else layout.to_json()
+
+    def read(self, name: str) -> Tensor:
+        """One dense tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        owner = name.removesuffix(".weight")
+        layout = self.packed.layouts.get(owner)
+        if layout is None or owner == name:
+            return self.packed.read(name)
+        weight = formats[layout.format].unpack(self.packed.parts(owner), layout)
+        weight = weight.to(self.entries[name].dtype)
+        return weight.t().contiguous() if layout.transposed else weight
+
+    def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors one after the other, read: what is packed cannot be mapped."""
+        for name in names:
+            yield name, self.read(name)
+
+
+def entry_of(file: Path, spec: PartSpec) -> TensorEntry:
+    """A dense tensor that lies nowhere as such."""
+    return TensorEntry(file, 0, spec.nbytes, spec.dtype, spec.shape)
+
+
+def computed_dtype(folder: Path) -> torch.dtype:
+    """The dtype that the configuration names; bfloat16 when it names none of ours."""
+    config = parse_json((folder / "config.json").read_bytes())
+    named = str(config.get("dtype", config.get("torch_dtype")))
+    known = VALUES.get(named, torch.bfloat16)
+    return known if known.is_floating_point else torch.bfloat16
+
+
+def open_checkpoint(folder: Path) -> CheckpointReader:
+    """A reader of dense tensors for a folder, compressed or not.
+
+    Raises:
+        CheckpointError: a file is damaged or missing.
+    """
+    return DenseView(PackedCheckpoint(folder)) if is_packed(folder) else CheckpointReader(folder)

@@ -1,0 +1,342 @@
+"""Compressing a pruned checkpoint: its zeros are no longer stored.
+
+Two passes over the source, one matrix in memory: the first counts, chooses the smallest layout
+for each matrix and so knows every size; the second packs and writes. The result is read again and
+verified before the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.engine.progress import Progress, Silent
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.models.architecture import describe, linears_of
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton, stored_names
+from secateur.models.sources import resolve
+from secateur.models.whole_folder import whole_folder
+from secateur.reporting.compression_card import compression_card
+from secateur.reporting.compression_report import CompressionReport, Stored
+from secateur.runtime.choice import (
+    AUTO,
+    Choice,
+    check_wishes,
+    choose_layout,
+    values_for,
+    without_negative_zeros,
+)
+from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
+from secateur.runtime.packed import PackedCheckpoint, PlannedFile, quantization_config, write_packed
+from secateur.workflows.carrying import (
+    RUN_FOLDER,
+    carry_over,
+    check_free,
+    check_output,
+    read_config,
+    refuse_quantized,
+)
+
+__all__ = ["compress"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A stored tensor that can be packed.
+
+    Attributes:
+        transposed: whether it is stored [in, out].
+        prunable: a linear of a decoder layer; else an embedding or the head.
+    """
+
+    transposed: bool = False
+    prunable: bool = True
+
+
+@dataclass
+class Plan:
+    """How every tensor of the source will be stored.
+
+    Attributes:
+        choices: of the matrices that were looked at, by stored name.
+        dtypes: of every tensor that is stored under its own name.
+    """
+
+    choices: dict[str, Choice] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def layout(self, name: str) -> Layout | None:
+        """The layout of a tensor; None for one that stays as it is, or is only cast."""
+        choice = self.choices.get(name)
+        if choice is None or (choice.layout.format == "dense" and choice.layout.values != "int8"):
+            return None
+        return choice.layout
+
+
+def compress(
+    model: str | Path,
+    *,
+    output: str | Path,
+    format: str = AUTO,
+    values: str = AUTO,
+    embeddings: str = AUTO,
+    archive: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Write a checkpoint without its zeros.
+
+    Args:
+        model: folder, hub id, GGUF file or named sample; pruned, or little is gained.
+        output: the folder to write; it appears when everything is written and verified.
+        format: `auto` takes the smallest for each matrix; `bitmask`, `n-of-m` or `dense` takes
+            that one, or dense where it is smaller or does not fit.
+        values: `auto` keeps the dtype of the source and is lossless; `bfloat16`, `float16`,
+            `float32`, `int8`. Other tensors that are wider are cast to what the model computes in.
+        embeddings: `auto` leaves embedding and head as they are, `int8` quantizes them too.
+        archive: compress the files further (byte planes and zstandard); to be unpacked on loading.
+        overwrite: replace an existing output folder.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        progress: told of every step.
+
+    Returns:
+        Sizes before and after.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    begun = time.perf_counter()
+    check_wishes(format, values)
+    if embeddings not in (AUTO, "int8"):
+        raise RecipeError(f"embeddings cannot be {embeddings!r}", remedy="use 'auto' or 'int8'")
+    source = resolve(model, trust_remote_code=trust_remote_code)
+    check_output(source.folder, Path(output))
+    refuse_quantized(source.folder)
+    config = read_config(source.folder)
+    reader = CheckpointReader(source.folder)
+    matrices = find_matrices(reader, embeddings, trust_remote_code)
+    progress = progress or Silent()
+    with whole_folder(Path(output), overwrite=overwrite) as partial:
+        plan = make_plan(reader, matrices, format, values, progress)
+        computed = computed_dtype(plan, matrices, values)
+        cast_others(plan, reader, values, computed)
+        files = plan_files(reader, plan)
+        size = sum(spec.nbytes for file in files for spec in file.tensors.values())
+        check_free(size, partial)
+        progress.start("packing", len(reader.entries))
+        tensors = contents(reader, plan, progress)
+        write_packed(partial, files, tensors, archive=archive)
+        progress.finish()
+        config |= {
+            "dtype": str(computed).removeprefix("torch."),
+            "quantization_config": quantization_config(archive),
+        }
+        config.pop("torch_dtype", None)
+        carry_over(source.folder, partial, config)
+        packed = verified(partial, progress)
+        report = make_report(reader, packed, plan, matrices, Path(output), begun)
+        write_notes(report, source.name, source.folder, partial)
+    return report
+
+
+def find_matrices(
+    reader: CheckpointReader, embeddings: str, trust_remote_code: bool
+) -> dict[str, Matrix]:
+    """The matrices of a checkpoint that can be packed, by stored name.
+
+    Raises:
+        ArchitectureError: there are none.
+    """
+    model = build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
+    stored = stored_names(model, reader)
+    architecture = describe(model)
+    found = {}
+    for index, layer in enumerate(architecture.layers(model)):
+        for linear in linears_of(layer, architecture.layer_name(index)).values():
+            name = stored.get(f"{linear.name}.weight")
+            if name is not None and name.endswith(".weight"):
+                found[name] = Matrix(transposed=linear.transposed)
+    if not found:
+        raise ArchitectureError(
+            f"the checkpoint stores none of the linears of {type(model).__name__} as a matrix of "
+            "its own",
+            where=str(reader.folder),
+            remedy="models whose experts are fused into one tensor cannot be compressed yet",
+        )
+    if embeddings == "int8":
+        outside = [model.get_input_embeddings(), model.get_output_embeddings()]
+        for path, module in model.named_modules():
+            name = stored.get(f"{path}.weight")  # a tied head is not stored again
+            if any(module is x for x in outside) and name is not None:
+                found[name] = Matrix(prunable=False)
+    return found
+
+
+def make_plan(
+    reader: CheckpointReader,
+    matrices: dict[str, Matrix],
+    format: str,
+    values: str,
+    progress: Progress,
+) -> Plan:
+    """Look at every matrix and choose its layout.
+
+    Raises:
+        CheckpointError: a matrix is of a dtype that cannot be packed.
+        RecipeError: N:M was asked for and no matrix has such zeros.
+    """
+    plan = Plan()
+    progress.start("counting", len(matrices))
+    for name, matrix in matrices.items():
+        stored = reader.read(name)
+        weight = stored.t() if matrix.transposed else stored
+        wanted = values_for(stored.dtype, values if matrix.prunable else "int8", name)
+        plan.choices[name] = choose_layout(
+            weight,
+            format=format if matrix.prunable else "dense",
+            values=wanted,
+            transposed=matrix.transposed,
+        )
+        progress.step(note=name)
+    progress.finish()
+    chosen = [c.layout.format for name, c in plan.choices.items() if matrices[name].prunable]
+    if format == "n-of-m" and "n-of-m" not in chosen:
+        raise RecipeError(
+            f"none of the {len(chosen)} matrices has zeros in a pattern N:M",
+            where=str(reader.folder),
+            remedy="use --format auto or bitmask, or prune with --pattern 2:4",
+        )
+    return plan
+
+
+def computed_dtype(plan: Plan, matrices: dict[str, Matrix], values: str) -> torch.dtype:
+    """What the model computes in: the values' dtype, and bfloat16 for int8."""
+    if values != AUTO:
+        return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
+    weights: dict[torch.dtype, int] = {}
+    for name, choice in plan.choices.items():
+        if matrices[name].prunable:
+            dtype = choice.layout.dtype
+            weights[dtype] = weights.get(dtype, 0) + choice.layout.weights
+    return max(weights, key=weights.__getitem__)
+
+
+def cast_others(plan: Plan, reader: CheckpointReader, values: str, computed: torch.dtype) -> None:
+    """Settle the dtype of every tensor that keeps its name."""
+    for name, entry in reader.entries.items():
+        if plan.layout(name) is not None:
+            continue
+        wider = entry.dtype.is_floating_point and entry.dtype.itemsize > computed.itemsize
+        chosen = plan.choices.get(name)
+        if chosen is not None:
+            plan.dtypes[name] = chosen.layout.dtype
+        else:
+            plan.dtypes[name] = computed if wider and values != AUTO else entry.dtype
+
+
+def plan_files(reader: CheckpointReader, plan: Plan) -> list[PlannedFile]:
+    """What each file will hold; all parts of a matrix go where its weight was."""
+    files = {file: PlannedFile(file.name) for file in reader.files}
+    for name, entry in reader.entries.items():
+        planned, layout = files[entry.file], plan.layout(name)
+        if layout is None:
+            planned.tensors[name] = PartSpec(plan.dtypes[name], entry.shape)
+            continue
+        owner = name.removesuffix(".weight")
+        planned.layouts[owner] = layout
+        # what is written −0.0 is not kept
+        nonzeros = plan.choices[name].nonzeros
+        for suffix, spec in formats[layout.format].parts(layout, nonzeros).items():
+            planned.tensors[f"{owner}.{suffix}"] = spec
+    return list(files.values())
+
+
+def contents(
+    reader: CheckpointReader, plan: Plan, progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the result, in the order of the files."""
+    for file in reader.files:
+        for name, entry in reader.entries.items():
+            if entry.file != file:
+                continue
+            tensor, layout = reader.read(name), plan.layout(name)
+            if layout is None:
+                yield name, tensor.to(plan.dtypes[name])
+            else:
+                weight = tensor.t() if layout.transposed else tensor
+                if layout.values != "int8":  # a cast can make zeros too
+                    weight = weight.to(layout.dtype)
+                parts = formats[layout.format].pack(without_negative_zeros(weight), layout)
+                owner = name.removesuffix(".weight")
+                yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
+            progress.step(note=name)
+
+
+def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
+    """Read everything back that was written.
+
+    Raises:
+        CheckpointError: what is on the disk is not what was written.
+    """
+    packed = PackedCheckpoint(folder)
+    progress.start("verifying", len(packed.specs))
+    for name, _ in packed.tensors():
+        progress.step(note=name)
+    progress.finish()
+    return packed
+
+
+def make_report(
+    reader: CheckpointReader,
+    packed: PackedCheckpoint,
+    plan: Plan,
+    matrices: dict[str, Matrix],
+    output: Path,
+    begun: float,
+) -> CompressionReport:
+    """Add up what the files hold."""
+    linears, embeddings = Stored(), Stored()
+    by_format: dict[str, Stored] = {}
+    negative_zeros = 0
+    for name, choice in plan.choices.items():
+        layout, owner = plan.layout(name), name.removesuffix(".weight")
+        parts = [name] if layout is None else [f"{owner}.{s}" for s in packed.parts_of(owner)]
+        size = sum(packed.entries[part].size_bytes for part in parts)
+        counted = (choice.layout.weights, choice.nonzeros, size)
+        if not matrices[name].prunable:
+            embeddings.add(*counted)
+            continue
+        linears.add(*counted)
+        kind = f"{choice.layout.pattern or choice.layout.format} {choice.layout.values}"
+        by_format.setdefault(kind, Stored()).add(*counted)
+        if layout is not None:
+            negative_zeros += choice.negative_zeros
+    return CompressionReport(
+        output=output,
+        source_bytes=sum(file.stat().st_size for file in reader.files),
+        parameters=sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values()),
+        file_bytes=sum(file.stat().st_size for file in packed.files),
+        linears=linears,
+        formats=by_format,
+        embeddings=embeddings,
+        archive=packed.archive,
+        negative_zeros=negative_zeros,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def write_notes(report: CompressionReport, name: str, source: Path, partial: Path) -> None:
+    """Write the record of the compression and the card."""
+    (partial / RUN_FOLDER).mkdir(exist_ok=True)
+    record = json.dumps(report.to_json() | {"source": name}, indent=2)
+    (partial / RUN_FOLDER / "compression.json").write_text(record, encoding="utf-8")
+    card = compression_card(report, Path(name).name, source)
+    (partial / "README.md").write_text(card, encoding="utf-8")
