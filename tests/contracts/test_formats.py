@@ -1,0 +1,305 @@
+"""What every registered format must do, with every kind of value and of shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oracles import packing
+from secateur.errors import CheckpointError, NumericalError
+from secateur.quantization.int8 import dequantize_rows, quantize_rows
+from secateur.runtime.formats import VALUES, Layout, PartSpec, bitmask_parts, check_specs, formats
+
+PATTERNS = {
+    "dense": [None],
+    "bitmask": [None],
+    "n-of-m": ["1:2", "2:4", "1:4", "3:4", "4:8", "2:8", "8:16", "16:32", "31:32"],
+}
+"""Patterns to try a format with; a format without patterns is not tested and so fails."""
+
+SHAPES = [(1, 1), (1, 7), (5, 9), (8, 8), (3, 64), (17, 33), (64, 96), (2, 1000), (33, 1)]
+SPARSITIES = [0.0, 0.5, 0.7, 0.99, 1.0]
+
+CASES = [(name, pattern) for name in formats for pattern in PATTERNS.get(name, [])]
+
+
+def test_every_format_is_tested():
+    assert set(PATTERNS) == set(formats)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
+
+
+def sparse_matrix(
+    shape: tuple[int, int], sparsity: float, pattern: str | None, dtype: torch.dtype, seed: int = 0
+) -> torch.Tensor:
+    """A random matrix with zeros in the pattern; row 0 is empty when there are several."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator)
+    if pattern is None:
+        weight[torch.rand(shape, generator=generator) < sparsity] = 0
+    else:
+        kept, group = map(int, pattern.split(":"))
+        places = torch.rand(weight.reshape(-1, group).shape, generator=generator).argsort(1)
+        weight.view(-1, group).masked_fill_(places >= kept, 0)
+    if shape[0] > 1:
+        weight[0] = 0
+    return weight.to(dtype)
+
+
+def shapes_for(pattern: str | None) -> list[tuple[int, int]]:
+    group = 1 if pattern is None else int(pattern.split(":")[1])
+    return [(out, columns * group) for out, columns in SHAPES]
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("values", [*VALUES])
+def test_round_trips_are_exact(name, pattern, values):
+    chosen = formats[name]
+    dtype = torch.bfloat16 if values == "int8" else VALUES[values]
+    for shape in shapes_for(pattern):
+        for sparsity in SPARSITIES if pattern is None else [0.5]:
+            weight = sparse_matrix(shape, sparsity, pattern, dtype)
+            before, layout = weight.clone(), Layout(name, values, shape, pattern)
+            parts = chosen.pack(weight, layout)
+            assert torch.equal(bits(weight), bits(before))
+            chosen.check(parts, layout)
+            found = chosen.unpack(parts, layout)
+            assert tuple(found.shape) == shape
+            if values == "int8":
+                expected = dequantize_rows(*quantize_rows(weight))
+                assert found.dtype == torch.float32
+            else:
+                expected = weight
+                assert found.dtype == dtype
+            assert torch.equal(bits(found), bits(expected)), (shape, sparsity)
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("values", [*VALUES])
+def test_sizes_are_those_of_theory(name, pattern, values):
+    for shape in shapes_for(pattern):
+        weight = sparse_matrix(shape, 0.5, pattern, torch.float32)
+        layout = Layout(name, values, shape, pattern)
+        parts = formats[name].pack(weight.to(torch.bfloat16), layout)
+        nonzeros = int((weight != 0).sum())
+        assert sum(part.nbytes for part in parts.values()) == formats[name].nbytes(layout, nonzeros)
+        specs = {suffix: PartSpec(x.dtype, tuple(x.shape)) for suffix, x in parts.items()}
+        assert specs == formats[name].parts(layout, nonzeros)
+        check_specs(specs, layout)
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("values", [*VALUES])
+def test_every_format_becomes_a_bitmask(name, pattern, values):
+    for shape in shapes_for(pattern):
+        weight = sparse_matrix(shape, 0.6, pattern, torch.bfloat16)
+        layout = Layout(name, values, shape, pattern)
+        parts = formats[name].pack(weight, layout)
+        as_bitmask = Layout("bitmask", values, shape)
+        found = bitmask_parts(parts, layout)
+        formats["bitmask"].check(found, as_bitmask)
+        unpacked = formats["bitmask"].unpack(found, as_bitmask)
+        assert torch.equal(unpacked, formats[name].unpack(parts, layout))
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("values", ["float32", "bfloat16", "float16"])
+def test_negative_zeros_nans_and_infinities_come_back_bit_for_bit(name, pattern, values):
+    shape = (4, 96)
+    weight = sparse_matrix(shape, 0.5, pattern, VALUES[values])
+    odd = bits(weight)
+    kept = odd.nonzero()
+    limit = torch.iinfo(odd.dtype)
+    signalling = bits(torch.tensor([float("inf")], dtype=weight.dtype))[0] + 1
+    for place, value in zip(kept, [limit.min, -1, limit.max, int(signalling)], strict=False):
+        odd[tuple(place)] = value
+    layout = Layout(name, values, shape, pattern)
+    parts = formats[name].pack(odd.view(weight.dtype), layout)
+    formats[name].check(parts, layout)
+    assert torch.equal(bits(formats[name].unpack(parts, layout)), odd)
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_int8_refuses_what_is_not_finite(name, pattern, odd):
+    weight = sparse_matrix((4, 96), 0.5, pattern, torch.float32)
+    weight[tuple(weight.nonzero()[0])] = odd
+    with pytest.raises(NumericalError, match="1 of 384 weights are NaN or infinite"):
+        formats[name].pack(weight, Layout(name, "int8", (4, 96), pattern))
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+def test_weights_too_large_for_float16_are_refused(name, pattern):
+    weight = sparse_matrix((4, 96), 0.5, pattern, torch.bfloat16)
+    weight[tuple(weight.nonzero()[0])] = 1e5
+    with pytest.raises(NumericalError, match="1 of 384 weights are too large for float16"):
+        formats[name].pack(weight, Layout(name, "float16", (4, 96), pattern))
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+def test_a_cast_that_makes_zeros_drops_them(name, pattern):
+    weight = sparse_matrix((4, 96), 0.5, pattern, torch.float32)
+    weight[tuple(weight.nonzero()[0])] = 1e-30  # float16 has no such number
+    layout = Layout(name, "float16", (4, 96), pattern)
+    parts = formats[name].pack(weight, layout)
+    formats[name].check(parts, layout)
+    assert torch.equal(formats[name].unpack(parts, layout), weight.half())
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+def test_a_kept_weight_that_rounds_to_zero_stays_kept(name, pattern):
+    weight = sparse_matrix((2, 96), 0.5, pattern, torch.float32)
+    weight[1] = torch.where(weight[1] == 0, 0.0, 1e-6)
+    weight[tuple(weight.nonzero()[0])] = 1.0
+    layout = Layout(name, "int8", (2, 96), pattern)
+    parts = formats[name].pack(weight, layout)
+    assert int((formats[name].unpack(parts, layout) != 0).sum()) == 1
+    if name == "bitmask":
+        assert parts["compressed"].numel() == int((weight != 0).sum())
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("values", ["bfloat16", "int8"])
+def test_any_strides_are_taken(name, pattern, values):
+    weight = sparse_matrix((4, 96), 0.5, pattern, torch.bfloat16)
+    strided = weight.t().contiguous().t()
+    layout = Layout(name, values, (4, 96), pattern)
+    parts = formats[name].pack(strided, layout)
+    for suffix, part in formats[name].pack(weight, layout).items():
+        assert torch.equal(parts[suffix], part)
+        assert parts[suffix].is_contiguous()
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("values", ["bfloat16", "int8"])
+def test_parts_that_do_not_fit_are_refused(name, pattern, values):
+    layout = Layout(name, values, (4, 96), pattern)
+    parts = formats[name].pack(sparse_matrix((4, 96), 0.5, pattern, torch.bfloat16), layout)
+    for suffix, part in parts.items():
+        without = {s: p for s, p in parts.items() if s != suffix}
+        for broken in (
+            without,
+            {**parts, suffix: part.reshape(1, *part.shape)},
+            {**parts, suffix: part[:-1]},
+            {**parts, suffix: part.to(torch.float64)},
+            {**parts, "other": part},
+        ):
+            with pytest.raises(CheckpointError):
+                formats[name].check(broken, layout)
+    if values == "int8":
+        for scale in (0.0, -1.0, float("nan"), float("inf")):
+            wrong = parts["weight_scale"].clone()
+            wrong[2] = scale
+            with pytest.raises(CheckpointError, match="1 of 4 scales"):
+                formats[name].check({**parts, "weight_scale": wrong}, layout)
+        main = "weight" if name == "dense" else "compressed"
+        wrong = parts[main].clone()
+        wrong.view(-1)[3] = -128
+        with pytest.raises(CheckpointError, match="1 int8 values are -128"):
+            formats[name].check({**parts, main: wrong}, layout)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 8), (4, 29)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bitmask_is_the_oracles(shape, dtype):
+    weight = sparse_matrix(shape, 0.5, None, dtype, seed=3)
+    weight[-1, -1] = -0.0
+    values = {v: k for k, v in VALUES.items()}[dtype]
+    parts = formats["bitmask"].pack(weight, Layout("bitmask", values, shape))
+    rows, places = packing.bitmask_of(weight)
+    assert parts["bitmask"].tolist() == rows
+    assert torch.equal(bits(parts["compressed"]), bits(torch.stack([weight[p] for p in places])))
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "3:4", "2:8", "4:8", "5:8", "2:16"])
+def test_codes_are_the_oracles(pattern):
+    kept, group = map(int, pattern.split(":"))
+    weight = sparse_matrix((5, 3 * group), 0.5, pattern, torch.float32, seed=4)
+    weight[2, : group + 1] = 0  # groups with less than N
+    parts = formats["n-of-m"].pack(weight, Layout("n-of-m", "float32", (5, 3 * group), pattern))
+    rows, places = packing.codes_of(weight, kept, group)
+    assert parts["codes"].tolist() == rows
+    assert torch.equal(parts["compressed"], torch.stack([weight[p] for p in places]))
+
+
+def test_int8_is_the_oracles():
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(20, 41, generator=generator) * torch.logspace(-30, 30, 20)[:, None]
+    weight[3] = 0
+    weight[4] = torch.arange(41) - 20.0  # halves: 127 / 20 · x
+    weight[5, :] = torch.tensor([1.5, 2.5, 127.0] + [0.5] * 38)
+    weight[6] = 1e-44  # below the smallest scale
+    quantized, scale = quantize_rows(weight)
+    for row, integers, step in zip(
+        weight.tolist(), quantized.tolist(), scale.tolist(), strict=True
+    ):
+        expected, expected_step = packing.int8_row(row)
+        assert step == expected_step
+        assert integers == expected
+    assert quantized[5, :4].tolist() == [2, 2, 127, 0]
+    error = (dequantize_rows(quantized, scale) - weight).abs()
+    assert bool((error <= 0.5001 * scale[:, None]).all())
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"format": "coo"}, "no format 'coo'"),
+        ({"format": ["bitmask"]}, "no format"),
+        ({"values": "int4"}, "values cannot be 'int4'"),
+        ({"values": None}, "values cannot be"),
+        ({"shape": [4]}, "not two whole numbers"),
+        ({"shape": [4, 8, 1]}, "not two whole numbers"),
+        ({"shape": [4.0, 8]}, "not two whole numbers"),
+        ({"shape": [True, 8]}, "not two whole numbers"),
+        ({"shape": "48"}, "not two whole numbers"),
+        ({"shape": [0, 8]}, "below 1"),
+        ({"shape": [-4, 8]}, "below 1"),
+        ({"shape": [2**31, 8]}, "above 2147483647"),
+        ({"pattern": "2:4"}, "nothing else has"),
+        ({"format": "n-of-m"}, "n-of-m has a pattern"),
+        ({"format": "n-of-m", "pattern": "4:4"}, "1 <= N < M"),
+        ({"format": "n-of-m", "pattern": "0:4"}, "not N:M"),
+        ({"format": "n-of-m", "pattern": "2:99"}, "1 <= N < M <= 32"),
+        ({"format": "n-of-m", "pattern": "1:3"}, "not whole groups"),
+        ({"format": "n-of-m", "pattern": ["2:4"]}, "not N:M"),
+        ({"format": "n-of-m", "pattern": "2:4 "}, "not N:M"),
+        ({"transposed": 1}, "not true or false"),
+        ({"code": "os.system"}, "no others than"),
+    ],
+)
+def test_layouts_that_cannot_be(told, why):
+    good = {"format": "bitmask", "values": "int8", "shape": [4, 8]}
+    assert Layout.from_json(good).to_json() == good
+    with pytest.raises(CheckpointError, match=why):
+        Layout.from_json({**good, **told})
+    for missing in good:
+        with pytest.raises(CheckpointError, match="has the keys"):
+            Layout.from_json({k: v for k, v in good.items() if k != missing})
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "16:32"])
+def test_groups_that_keep_too_many_are_refused(pattern):
+    group = int(pattern.split(":")[1])
+    with pytest.raises(CheckpointError, match=f"groups of {group} keep more than"):
+        formats["n-of-m"].pack(
+            torch.ones(3, 2 * group), Layout("n-of-m", "float32", (3, 2 * group), pattern)
+        )
+
+
+def test_masks_and_codes_that_say_too_much_are_refused():
+    layout = Layout("bitmask", "float32", (2, 9))
+    parts = formats["bitmask"].pack(torch.ones(2, 9), layout)
+    for place, bit, why in ((0, 0, "keeps 17 weights, there are 18"), (1, 1, "1 bits .* past")):
+        mask = parts["bitmask"].clone()
+        mask[0, place] ^= 1 << bit
+        with pytest.raises(CheckpointError, match=why):
+            formats["bitmask"].check({**parts, "bitmask": mask}, layout)
+    layout = Layout("n-of-m", "float32", (1, 8), "2:4")
+    parts = formats["n-of-m"].pack(sparse_matrix((1, 8), 0.5, "2:4", torch.float32), layout)
+    for code, why in ((0b000110, "1 codes are 6 or more"), (0b111111, "2 codes"), (64, "1 bits")):
+        codes = torch.tensor([[code]], dtype=torch.uint8)
+        with pytest.raises(CheckpointError, match=why):
+            formats["n-of-m"].check({**parts, "codes": codes}, layout)

@@ -1,0 +1,193 @@
+"""Compressed folders are read as they were written, and refused by name when they are not whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+from safetensors.torch import load_file
+
+from runtime.packed_examples import LAYOUTS, Forgery, matrix, packed_folder
+from secateur.errors import CheckpointError
+from secateur.quantization.int8 import dequantize_rows, quantize_rows
+from secateur.runtime import archive as archives
+from secateur.runtime.archive import archived_spec, decode, encode
+from secateur.runtime.dense_view import DenseView, open_checkpoint
+from secateur.runtime.formats import PartSpec, formats
+from secateur.runtime.packed import PackedCheckpoint, is_packed
+
+FIRST_FILE, SECOND_FILE = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_what_was_written_is_read(tmp_path: Path, archive: bool) -> None:
+    tensors = packed_folder(tmp_path / "m", archive=archive)
+    packed = PackedCheckpoint(tmp_path / "m")
+    assert packed.archive is archive
+    assert packed.layouts == LAYOUTS
+    found = list(packed.tensors())
+    assert sorted(name for name, _ in found) == sorted(tensors)
+    for name, tensor in found:
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor, tensors[name])
+        assert packed.specs[name] == PartSpec(tensor.dtype, tuple(tensor.shape))
+    owners = [name.rpartition(".")[0] or name for name, _ in found]
+    runs = [owner for owner, _ in itertools.groupby(owners)]
+    assert len(runs) == len(set(runs))  # the parts of a matrix follow each other
+    for number, (name, layout) in enumerate(LAYOUTS.items()):
+        weight = matrix(layout, number)
+        unpacked = formats[layout.format].unpack(packed.parts(name), layout)
+        if layout.values == "int8":
+            weight = dequantize_rows(*quantize_rows(weight))
+        assert torch.equal(unpacked, weight)
+    stored = [tensor for file in packed.files for tensor in load_file(file).items()]
+    assert len(stored) == len(tensors)  # the safetensors library reads the files too
+
+
+def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path) -> None:
+    packed_folder(tmp_path / "m")
+    for entry in PackedCheckpoint(tmp_path / "m").entries.values():
+        assert entry.offset % entry.dtype.itemsize == 0
+
+
+def test_the_dense_view_is_the_dense_checkpoint(tmp_path: Path) -> None:
+    packed_folder(tmp_path / "m")
+    assert is_packed(tmp_path / "m")
+    view = open_checkpoint(tmp_path / "m")
+    assert isinstance(view, DenseView)
+    assert set(view.entries) == {f"{name}.weight" for name in LAYOUTS} | {"norm.weight", "bias"}
+    assert view.entries["layer.bitmask8.weight"].shape == (70, 24)  # stored [in, out] by its source
+    for name, tensor in view.mapped([*view.entries]):
+        assert (tensor.dtype, tuple(tensor.shape)) == (
+            view.entries[name].dtype,
+            view.entries[name].shape,
+        )
+        assert tensor.is_contiguous()
+        assert tensor.is_floating_point()
+    assert torch.equal(view.read("layer.bitmask16.weight"), matrix(LAYOUTS["layer.bitmask16"], 0))
+    assert view.total_bytes == sum(e.size_bytes for e in view.entries.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int64])
+def test_archived_tensors_come_back(dtype: torch.dtype) -> None:
+    for shape in ((1500,), (37, 65), (3, 5, 401), (2, 3)):
+        tensor = (torch.randn(shape) * 9).to(dtype)
+        stored, archived = encode(tensor)
+        found = decode(stored, archived)
+        assert torch.equal(found, tensor)
+        assert found.dtype == dtype
+        if tensor.nbytes > archives.SMALLEST_BYTES:
+            spec = PartSpec(stored.dtype, tuple(stored.shape))
+            assert archived_spec(json.loads(json.dumps(archived.to_json())), spec) == archived
+
+
+def test_what_shrinks_too_well_to_be_believed_is_not_compressed(monkeypatch) -> None:
+    monkeypatch.setattr(archives, "ALWAYS_BELIEVED_BYTES", 10_000)
+    for elements, codec in ((2_000, "zstd"), (200_000, "none")):
+        stored, archived = encode(torch.zeros(elements))
+        assert archived.codec == codec
+        archived_spec(archived.to_json(), PartSpec(stored.dtype, tuple(stored.shape)))
+        assert torch.equal(decode(stored, archived), torch.zeros(elements))
+
+
+def test_bombs_are_refused_before_they_are_opened() -> None:
+    frame = zstandard.ZstdCompressor().compress(bytes(2**20))
+    stored = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+    spec = PartSpec(torch.uint8, tuple(stored.shape))
+    told = {"dtype": "U8", "shape": [2**40], "codec": "zstd"}
+    with pytest.raises(CheckpointError, match="are said to hold 1099511627776"):
+        archived_spec(told, spec)
+    with pytest.raises(CheckpointError, match="impossible shape"):
+        archived_spec({**told, "shape": [2**62, 2**62]}, spec)
+    smaller = archived_spec({**told, "shape": [4096]}, spec)
+    with pytest.raises(CheckpointError, match="a frame of 1048576 bytes where 4096 are needed"):
+        decode(stored, smaller)
+    lying = bytearray(frame)  # a frame that holds more than it says
+    at = frame.index((2**20).to_bytes(4, "little"))
+    lying[at : at + 4] = (4096).to_bytes(4, "little")
+    with pytest.raises(CheckpointError, match="the frame cannot be read"):
+        decode(torch.frombuffer(lying, dtype=torch.uint8), smaller)
+
+
+def config_with(folder: Path, **told: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= told
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def remove_from_index(folder: Path) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f == FIRST_FILE}
+    file.write_text(json.dumps(index))
+
+
+def misplace(folder: Path) -> None:
+    file = folder / "model.safetensors.index.json"
+    file.write_text(file.read_text().replace('"bias": "model-00002', '"bias": "model-00001'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda f: config_with(f, version=2), "version 2, this release reads version 1"),
+        (lambda f: config_with(f, version=True), "version True"),
+        (lambda f: config_with(f, archive="no"), "archive is not true or false"),
+        (lambda f: config_with(f, archive=True), "disagree about being an archive"),
+        (lambda f: config_with(f, quant_method="gptq"), "not that of a compressed checkpoint"),
+        (lambda f: (f / "config.json").unlink(), "cannot be read"),
+        (lambda f: (f / "config.json").write_text("[]"), "not that of a compressed"),
+        (lambda f: (f / SECOND_FILE).unlink(), "1 of 2 shards are missing"),
+        (remove_from_index, "the checkpoint has the files"),
+        (misplace, "disagree about 'bias'"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{"), "cannot be read"),
+        (lambda f: shutil.copy(f / FIRST_FILE, f / SECOND_FILE), "is in two files"),
+    ],
+)
+def test_folders_that_are_not_whole_are_refused(tmp_path: Path, damage, why: str) -> None:
+    packed_folder(tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=why):
+        PackedCheckpoint(tmp_path / "m")
+
+
+def test_a_dense_folder_is_refused_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert not is_packed(tmp_path)
+    with pytest.raises(CheckpointError, match="secateur compress"):
+        PackedCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["layer.bitmask16.bitmask", "norm.weight", "bias"])
+def test_a_flipped_bit_is_told_by_tensor(tmp_path: Path, name: str) -> None:
+    packed_folder(tmp_path / "m")
+    packed = PackedCheckpoint(tmp_path / "m")
+    entry = packed.entries[name]
+    raw = bytearray(entry.file.read_bytes())
+    raw[entry.offset + 5] ^= 16
+    entry.file.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=rf"(?s)the checksum is .*: {name}"):
+        list(PackedCheckpoint(tmp_path / "m").tensors())
+
+
+def test_a_newer_file_says_what_to_do(tmp_path: Path) -> None:
+    packed_folder(tmp_path / "m")
+    forgery = Forgery(tmp_path / "m" / FIRST_FILE)
+    forgery.told["version"] = 2
+    forgery.write()
+    with pytest.raises(CheckpointError, match=r"(?s)version 2.*pip install --upgrade secateur"):
+        PackedCheckpoint(tmp_path / "m")
+
+
+def test_an_exchanged_dtype_of_the_same_size_is_noticed(tmp_path: Path) -> None:
+    packed_folder(tmp_path / "m")
+    forgery = Forgery(tmp_path / "m" / SECOND_FILE)
+    forgery.header["bias"]["dtype"] = "F16"
+    forgery.write(repair=False)
+    with pytest.raises(CheckpointError, match="does not fit its digest"):
+        PackedCheckpoint(tmp_path / "m")
