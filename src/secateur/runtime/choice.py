@@ -120,7 +120,7 @@ def patterns_that_fit(nonzero: Mask) -> list[str]:
     found = []
     for group in GROUPS:
         if nonzero.shape[1] % group == 0:
-            kept = largest_group_count(nonzero, group)
-            if 1 <= kept < group:
+            kept = max(1, largest_group_count(nonzero, group))
+            if kept < group:
                 found.append(f"{kept}:{group}")
     return found
