@@ -303,3 +303,35 @@ def test_masks_and_codes_that_say_too_much_are_refused():
         codes = torch.tensor([[code]], dtype=torch.uint8)
         with pytest.raises(CheckpointError, match=why):
             formats["n-of-m"].check({**parts, "codes": codes}, layout)
+
+
+def test_the_examples_of_the_specification():
+    weight = torch.tensor([[0, 3, 0, 0, -1, 0, 0, 0, 0, 2]]).bfloat16()
+    parts = formats["bitmask"].pack(weight, Layout("bitmask", "bfloat16", (1, 10)))
+    assert parts["bitmask"].tolist() == [[0x12, 0x02]]
+    assert parts["compressed"].tolist() == [3, -1, 2]
+    weight = torch.tensor([[0, 5, 0, 7, 1, 0, 0, 0]]).float()
+    parts = formats["n-of-m"].pack(weight, Layout("n-of-m", "float32", (1, 8), "2:4"))
+    assert parts["codes"].tolist() == [[0x04]]
+    assert parts["compressed"].tolist() == [5, 7, 1, 0]
+    ranks = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    assert packing.sets_in_order(2, 4) == ranks
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "values", "bits_per_weight"),
+    [
+        ("bitmask", None, "bfloat16", 9.0),
+        ("bitmask", None, "int8", 5.0),
+        ("n-of-m", "2:4", "bfloat16", 8.75),
+        ("n-of-m", "2:4", "int8", 4.75),
+        ("n-of-m", "4:8", "bfloat16", 8.875),
+        ("n-of-m", "8:16", "int8", 4.875),
+        ("dense", None, "int8", 8.0),
+    ],
+)
+def test_bits_per_weight_of_the_specification(name, pattern, values, bits_per_weight):
+    layout = Layout(name, values, (1024, 4096), pattern)
+    scales = 32 / 4096 if values == "int8" else 0
+    found = 8 * formats[name].nbytes(layout, layout.weights // 2) / layout.weights
+    assert found == bits_per_weight + scales

@@ -107,3 +107,51 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
     with pytest.raises(MemoryBudgetError, match=r"(?s)disk is full.*--resume"):
         copy.create()
+
+
+def write_header(file: Path, header: object, data: bytes = bytes(8)) -> Path:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return file
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        ({"a": GOOD, "b": {**GOOD, "data_offsets": [4, 12]}}, "its header speaks of 1"),
+        ({"a": GOOD, "b": GOOD}, "the one before it ends at"),
+        ({"b": {**GOOD, "shape": [1], "data_offsets": [4, 8]}}, "begins at byte"),
+        ({"a": {**GOOD, "shape": [3]}}, "has 8 bytes, its shape .* needs 12"),
+        ({"a": {**GOOD, "shape": [2**32, 2**32]}}, "needs"),
+        ({"a": {**GOOD, "shape": [2**63, 0]}}, "impossible shape"),
+        ({"a": {**GOOD, "shape": [-2]}}, "impossible shape"),
+        ({"a": {**GOOD, "shape": [True, 2]}}, "impossible shape"),
+        ({"a": {**GOOD, "shape": "2"}}, "impossible shape"),
+        ({"a": {**GOOD, "data_offsets": [8, 0]}}, "impossible byte range"),
+        ({"a": {**GOOD, "data_offsets": [0]}}, "impossible byte range"),
+        ({"a": {**GOOD, "dtype": "F33"}}, "unknown dtype F33"),
+        ({"a": {**GOOD, "dtype": ["F32"]}}, "unknown dtype"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "not described by"),
+        ({"a": 5}, "not described by"),
+        ({"a": {**GOOD, "data_offsets": [0, 16], "shape": [4]}}, "its header speaks of"),
+        ({"__metadata__": {"x": 1}, "a": GOOD}, "metadata is not text"),
+        ([1], "not a JSON object"),
+        (f'{{"a": {json.dumps(GOOD)}, "a": {json.dumps(GOOD)}}}', "'a' is there twice"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_headers_that_contradict_themselves(tmp_path: Path, header: object, why: str) -> None:
+    assert read_header(write_header(tmp_path / "good", {"a": GOOD})).entries["a"].shape == (2,)
+    with pytest.raises(CheckpointError, match=why):
+        read_header(write_header(tmp_path / "bad", header))
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "..", "a/b.safetensors", "x.bin", 5])
+def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name: object) -> None:
+    index = {"weight_map": {"a": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no file of this folder"):
+        CheckpointReader(tmp_path)

@@ -24,6 +24,9 @@ LARGEST = 127
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """Below it a scale would lose bits, or be flushed to zero by the processor."""
 
+AT_ONCE = 2**24
+"""Weights that are float32 at the same time: an embedding need not be."""
+
 
 def quantize_rows(weight: Weight) -> tuple[Tensor, Tensor]:
     """Round a matrix to 8-bit integers.
@@ -37,17 +40,33 @@ def quantize_rows(weight: Weight) -> tuple[Tensor, Tensor]:
     Raises:
         NumericalError: a weight is NaN or infinite, and so has no place on the grid.
     """
-    values = weight.float()
-    peak = values.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
+    out, columns = weight.shape
+    quantized = torch.empty(out, columns, dtype=torch.int8)
+    scale = torch.empty(out, dtype=torch.float32)
+    rows = max(1, AT_ONCE // max(1, columns))
+    for start in range(0, out, rows):
+        block = slice(start, start + rows)
+        values = weight[block].float()
+        scale[block] = scales_of(values)
+        rounded = (values / scale[block, None]).round_().clamp_(-LARGEST, LARGEST)
+        quantized[block] = rounded.to(torch.int8)
+    return quantized, scale
+
+
+def scales_of(values: Tensor) -> Tensor:
+    """The scale of each row of float32 values, [rows].
+
+    Raises:
+        NumericalError: a value is NaN or infinite.
+    """
+    peak = values.abs().amax(dim=1)
     if not torch.isfinite(peak).all():
         odd = int((~torch.isfinite(values)).sum())
         raise NumericalError(
             f"{odd} of {values.numel()} weights are NaN or infinite and cannot be int8",
             remedy="store this model with floating-point values, or find where they come from",
         )
-    scale = torch.where(peak > 0, (peak / LARGEST).clamp_min(SMALLEST_SCALE), 1.0)
-    rounded = (values / scale[:, None]).round_().clamp_(-LARGEST, LARGEST)
-    return rounded.to(torch.int8), scale
+    return torch.where(peak > 0, (peak / LARGEST).clamp_min(SMALLEST_SCALE), 1.0)
 
 
 def dequantize_rows(quantized: Tensor, scale: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.registry import did_you_mean
 from secateur.runtime.formats import VALUES, Layout, formats
 from secateur.runtime.formats.kept import kept_mask
-from secateur.runtime.formats.n_of_m import largest_group_count
 from secateur.types import Mask
 
 __all__ = [
@@ -99,8 +98,8 @@ def choose_layout(weight: Tensor, *, format: str, values: str, transposed: bool 
     """
     stored = weight.contiguous() if values == "int8" else weight.to(VALUES[values]).contiguous()
     nonzero = stored != 0
-    nonzeros = int(nonzero.sum())
-    negative_zeros = int(kept_mask(stored).sum()) - nonzeros
+    nonzeros = int(torch.count_nonzero(nonzero))
+    negative_zeros = int(torch.count_nonzero(kept_mask(stored))) - nonzeros
     out, columns = weight.shape
     layouts = [Layout("dense", values, (out, columns), transposed=transposed)]
     if format in (AUTO, "bitmask"):
@@ -118,9 +117,12 @@ def choose_layout(weight: Tensor, *, format: str, values: str, transposed: bool 
 def patterns_that_fit(nonzero: Mask) -> list[str]:
     """The patterns N:M that hold every weight that is not zero, N as small as it can be."""
     found = []
-    for group in GROUPS:
-        if nonzero.shape[1] % group == 0:
-            kept = max(1, largest_group_count(nonzero, group))
-            if kept < group:
-                found.append(f"{kept}:{group}")
+    counts = nonzero.contiguous().view(torch.uint8)
+    for group in GROUPS:  # each of two groups of the one before
+        if counts.shape[1] % 2:
+            break
+        counts = counts[:, 0::2] + counts[:, 1::2]
+        kept = max(1, int(counts.max()))
+        if kept < group:
+            found.append(f"{kept}:{group}")
     return found

@@ -274,7 +274,9 @@ def contents(
                 weight = tensor.t() if layout.transposed else tensor
                 if layout.values != "int8":  # a cast can make zeros too
                     weight = weight.to(layout.dtype)
-                parts = formats[layout.format].pack(without_negative_zeros(weight), layout)
+                if plan.choices[name].negative_zeros:
+                    weight = without_negative_zeros(weight)
+                parts = formats[layout.format].pack(weight, layout)
                 owner = name.removesuffix(".weight")
                 yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
             progress.step(note=name)

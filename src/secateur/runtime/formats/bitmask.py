@@ -18,7 +18,7 @@ from secateur.runtime.formats.bits import (
     row_bytes,
     unpack_bits,
 )
-from secateur.runtime.formats.kept import as_stored, check_values, expand, scale_spec
+from secateur.runtime.formats.kept import as_stored, check_values, expand, scale_spec, select
 from secateur.types import Mask, Weight
 
 __all__ = ["Bitmask"]
@@ -47,7 +47,7 @@ class Bitmask:
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
         """Mask and kept values of a matrix [out, in]."""
         mask, stored, scale = as_stored(weight, layout)
-        return {"bitmask": pack_bits(mask), "compressed": stored[mask], **scale}
+        return {"bitmask": pack_bits(mask), "compressed": select(stored, mask), **scale}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """Mask [out, in] and values [nnz]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.quantization.int8 import dequantize_rows
 from secateur.runtime.formats import Layout, PartSpec, formats
-from secateur.runtime.formats.kept import as_stored, check_values, kept_mask, scale_spec
+from secateur.runtime.formats.kept import as_stored, check_values, kept_mask, scale_spec, select
 from secateur.types import Mask, Weight
 
 __all__ = ["Dense"]
@@ -34,7 +34,7 @@ class Dense:
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """The weights of which a bit is 1."""
         mask = kept_mask(parts["weight"])
-        return mask, parts["weight"][mask]
+        return mask, select(parts["weight"], mask)
 
     def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
         """The matrix [out, in]."""

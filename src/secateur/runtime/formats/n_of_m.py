@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import comb
 from typing import ClassVar
 
@@ -13,10 +14,13 @@ from torch import Tensor
 from secateur.errors import CheckpointError
 from secateur.runtime.formats import Layout, PartSpec, formats
 from secateur.runtime.formats.bits import pack_bits, padding_bits, row_bytes, unpack_bits
-from secateur.runtime.formats.kept import as_stored, check_values, expand, scale_spec
+from secateur.runtime.formats.kept import as_stored, check_values, expand, scale_spec, select
 from secateur.types import Mask, Weight
 
-__all__ = ["NOfM", "code_bits", "fill_groups", "largest_group_count", "ranks", "sets_of"]
+__all__ = ["NOfM", "code_bits", "fill_groups", "group_counts", "ranks", "sets_of"]
+
+LARGEST_TABLE = 16
+"""The largest M for which all sets are listed in a table."""
 
 
 def code_bits(kept: int, group: int) -> int:
@@ -71,9 +75,51 @@ def sets_of(rank: Tensor, kept: int, group: int) -> Mask:
     return mask
 
 
-def largest_group_count(mask: Mask, group: int) -> int:
-    """The most weights kept in any group of M consecutive ones; `in` is a multiple of M."""
-    return int(mask.reshape(-1, group).sum(dim=1, dtype=torch.uint8).max())
+@cache
+def tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
+    """Rank by set and set by rank, sets as whole numbers with bit j for position j.
+
+    Returns:
+        int32 [2^M], 0 where the set is not of N; and int32 [C(M, N)]. For M up to 16.
+    """
+    bits = torch.arange(2**group, dtype=torch.int32)[:, None] >> torch.arange(group) & 1
+    sets = torch.nonzero(bits.sum(dim=1) == kept).view(-1)
+    rank_of = torch.zeros(2**group, dtype=torch.int32)
+    rank_of[sets] = ranks(bits[sets].bool(), kept)
+    set_of = torch.empty(len(sets), dtype=torch.int32)
+    set_of[rank_of[sets].long()] = sets.int()
+    return rank_of, set_of
+
+
+def codes_of_groups(mask: Mask, kept: int) -> Tensor:
+    """`ranks`, by a table where M is at most 16."""
+    group = mask.shape[1]
+    if group > LARGEST_TABLE:
+        return ranks(mask, kept)
+    sets = torch.zeros(len(mask), dtype=torch.int32)
+    for position in range(group):
+        sets |= mask[:, position].int() << position
+    return tables(kept, group)[0].index_select(0, sets)
+
+
+def groups_of_codes(rank: Tensor, kept: int, group: int) -> Mask:
+    """`sets_of`, by a table where M is at most 16."""
+    if group > LARGEST_TABLE:
+        return sets_of(rank, kept, group)
+    sets = tables(kept, group)[1].index_select(0, rank)
+    mask = torch.empty(len(rank), group, dtype=torch.bool)
+    for position in range(group):
+        mask[:, position] = (sets >> position) & 1
+    return mask
+
+
+def group_counts(mask: Mask, group: int) -> Tensor:
+    """How many weights each group of M keeps, uint8 [groups]; `in` is a multiple of M."""
+    groups = mask.view(torch.uint8).reshape(-1, group)
+    counts = groups[:, 0].clone()
+    for position in range(1, group):
+        counts += groups[:, position]
+    return counts
 
 
 def fill_groups(mask: Mask, kept: int, group: int) -> Mask:
@@ -82,18 +128,21 @@ def fill_groups(mask: Mask, kept: int, group: int) -> Mask:
     Raises:
         CheckpointError: a group keeps more than N.
     """
-    groups = mask.reshape(-1, group)
-    missing = kept - groups.sum(dim=1, dtype=torch.int8)
-    if int(missing.min()) < 0:
+    counts = group_counts(mask, group)
+    fullest = int(counts.max())
+    if fullest > kept:
         raise CheckpointError(
-            f"{int((missing < 0).sum())} groups of {group} keep more than {kept} weights",
+            f"{int((counts > kept).sum())} groups of {group} keep more than {kept} weights",
             remedy="store this matrix as bitmask",
         )
-    filled = groups.clone()
+    if int(counts.min()) == kept:
+        return mask
+    filled = mask.reshape(-1, group).clone()
+    missing = kept - counts
     for position in range(group):
-        take = ~groups[:, position] & (missing > 0)
+        take = ~filled[:, position] & (missing > 0)
         filled[:, position] |= take
-        missing -= take.to(torch.int8)
+        missing -= take.to(torch.uint8)
     return filled.reshape(mask.shape)
 
 
@@ -129,17 +178,17 @@ class NOfM:
         kept, group = layout.kept_of_group
         mask, stored, scale = as_stored(weight, layout)
         mask = fill_groups(mask, kept, group)
-        rank = ranks(mask.reshape(-1, group), kept)
+        rank = codes_of_groups(mask.reshape(-1, group), kept)
         bits = torch.empty(len(rank), code_bits(kept, group), dtype=torch.bool)
         for place in range(bits.shape[1]):
             bits[:, place] = (rank >> place) & 1
         codes = pack_bits(bits.reshape(layout.shape[0], -1))
-        return {"codes": codes, "compressed": stored[mask], **scale}
+        return {"codes": codes, "compressed": select(stored, mask), **scale}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """Mask [out, in], N in each group, and values."""
         kept, group = layout.kept_of_group
-        mask = sets_of(self.codes(parts, layout), kept, group)
+        mask = groups_of_codes(self.codes(parts, layout), kept, group)
         return mask.reshape(layout.shape), parts["compressed"]
 
     def codes(self, parts: Mapping[str, Tensor], layout: Layout) -> Tensor:
