@@ -86,7 +86,7 @@ def main() -> None:
     shown = [
         [
             f"{row['sparsity']:.0%}" if row["pattern"] == "unstructured" else row["pattern"],
-            row["method"] if row["sparsity"] else "none",
+            row["method"] if row["sparsity"] > 0.01 else "none",
             ("bfloat16" if row["values"] == "auto" else "int8")
             + (", archive" if row["archive"] else ""),
             f"{row['linears']['bits_per_weight']:.3f}",
