@@ -12,6 +12,7 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 
+from oracles import packed_reader
 from runtime.packed_examples import LAYOUTS, Forgery, matrix, packed_folder
 from secateur.errors import CheckpointError
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
@@ -47,6 +48,19 @@ def test_what_was_written_is_read(tmp_path: Path, archive: bool) -> None:
         assert torch.equal(unpacked, weight)
     stored = [tensor for file in packed.files for tensor in load_file(file).items()]
     assert len(stored) == len(tensors)  # the safetensors library reads the files too
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_reader_written_from_the_specification_agrees(tmp_path: Path, archive: bool) -> None:
+    packed_folder(tmp_path / "m", archive=archive)
+    packed = PackedCheckpoint(tmp_path / "m")
+    found = {}
+    for file in packed.files:
+        found |= packed_reader.read_matrices(file)
+    assert found.keys() == packed.layouts.keys()
+    for name, layout in packed.layouts.items():
+        ours = formats[layout.format].unpack(packed.parts(name), layout).float()
+        assert torch.equal(ours, torch.tensor(found[name])), name
 
 
 def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""A reader of compressed checkpoints, written from docs/format.md: slow, and none of our code."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import zstandard
+
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
+
+
+def number(raw: bytes, dtype: str) -> float:
+    """One element."""
+    if dtype == "BF16":
+        return struct.unpack("<f", b"\0\0" + raw)[0]
+    return struct.unpack({"F32": "<f", "F16": "<e", "I8": "<b", "U8": "<B"}[dtype], raw)[0]
+
+
+def read_file(file: Path) -> tuple[dict, dict[str, tuple[str, list[int], bytes]]]:
+    """The description; and dtype, shape and bytes of every tensor, decoded."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    told = json.loads(header.pop("__metadata__")["secateur"])
+    covered = {key: value for key, value in told.items() if key != "digest"}
+    covered["tensors"] = {n: [e["dtype"], e["shape"]] for n, e in header.items()}
+    text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+    assert told["digest"] == f"{zlib.crc32(text.encode()):08x}"
+    tensors = {}
+    for name, entry in header.items():
+        start, end = (8 + length + x for x in entry["data_offsets"])
+        data = raw[start:end]
+        assert told["checksums"][name] == f"{zlib.crc32(data):08x}"
+        dtype, shape = entry["dtype"], entry["shape"]
+        if name in told["archived"]:
+            archived = told["archived"][name]
+            dtype, shape = archived["dtype"], archived["shape"]
+            if archived["codec"] == "zstd":
+                data = zstandard.ZstdDecompressor().decompress(data)
+            size, planes = BYTES[dtype], data
+            count = len(planes) // size
+            data = bytes(planes[p * count + i] for i in range(count) for p in range(size))
+        tensors[name] = (dtype, shape, data)
+    return told, tensors
+
+
+def bit(data: bytes, row_bytes: int, row: int, place: int) -> int:
+    """One bit of a row, counted from the lowest of its first byte."""
+    return data[row * row_bytes + place // 8] >> (place % 8) & 1
+
+
+def positions(rank: int, kept: int, group: int) -> list[int]:
+    """The kept positions of a group."""
+    found = []
+    for position in reversed(range(group)):
+        if kept > 0 and rank >= math.comb(position, kept):
+            found.append(position)
+            rank -= math.comb(position, kept)
+            kept -= 1
+    return found[::-1]
+
+
+def kept_places(layout: dict, parts: dict) -> list[tuple[int, int]]:
+    """The places of the stored values, in their order."""
+    out, columns = layout["shape"]
+    if layout["format"] == "dense":
+        return [(i, j) for i in range(out) for j in range(columns)]
+    if layout["format"] == "bitmask":
+        data, width = parts["bitmask"][2], math.ceil(columns / 8)
+        return [(i, j) for i in range(out) for j in range(columns) if bit(data, width, i, j)]
+    kept, group = map(int, layout["pattern"].split(":"))
+    bits = math.ceil(math.log2(math.comb(group, kept)))
+    data, width = parts["codes"][2], math.ceil(columns // group * bits / 8)
+    places = []
+    for i in range(out):
+        for g in range(columns // group):
+            rank = sum(bit(data, width, i, g * bits + k) << k for k in range(bits))
+            places += [(i, g * group + p) for p in positions(rank, kept, group)]
+    return places
+
+
+def read_matrices(file: Path) -> dict[str, list[list[float]]]:
+    """Every packed matrix of a file, [out][in]."""
+    told, tensors = read_file(file)
+    matrices = {}
+    for name, layout in told["layouts"].items():
+        parts = {n[len(name) + 1 :]: t for n, t in tensors.items() if n.startswith(name + ".")}
+        dtype, _, data = parts["weight" if layout["format"] == "dense" else "compressed"]
+        size = BYTES[dtype]
+        scales = None
+        if layout["values"] == "int8":
+            raw = parts["weight_scale"][2]
+            scales = [number(raw[4 * i : 4 * i + 4], "F32") for i in range(layout["shape"][0])]
+        matrix = [[0.0] * layout["shape"][1] for _ in range(layout["shape"][0])]
+        for count, (i, j) in enumerate(kept_places(layout, parts)):
+            value = number(data[count * size : (count + 1) * size], dtype)
+            matrix[i][j] = value * scales[i] if scales else value
+        matrices[name] = matrix
+    return matrices
