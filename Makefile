@@ -14,7 +14,7 @@ PYTEST_OPTIONS ?=
 
 setup: $(READY)
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(wildcard src/secateur/runtime/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $(READY)

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from secateur.runtime.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from secateur.errors import SecateurError
+    from secateur.runtime.kernels.library import kernel_info
+    from secateur.runtime.load import load
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import compose
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
-    from secateur.workflows import compress, decompress, evaluate, plan, prune
+    from secateur.workflows import bench, compress, decompress, evaluate, generate, plan, prune
 
 __version__ = "0.1.0"
 
@@ -28,10 +32,14 @@ __all__ = [
     "SecateurError",
     "__version__",
     "allocations",
+    "bench",
     "compose",
     "compress",
     "decompress",
     "evaluate",
+    "generate",
+    "kernel_info",
+    "load",
     "plan",
     "prune",
     "refinements",
@@ -42,10 +50,14 @@ __all__ = [
 HOMES = {
     "SecateurError": "secateur.errors",
     "allocations": "secateur.sparsity.allocation",
+    "bench": "secateur.workflows",
     "compose": "secateur.sparsity.methods",
     "compress": "secateur.workflows",
     "decompress": "secateur.workflows",
     "evaluate": "secateur.workflows",
+    "generate": "secateur.workflows",
+    "kernel_info": "secateur.runtime.kernels.library",
+    "load": "secateur.runtime.load",
     "plan": "secateur.workflows",
     "prune": "secateur.workflows",
     "refinements": "secateur.sparsity.refinements",
@@ -66,3 +78,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The public names."""
     return __all__
+
+
+register_with_transformers()

@@ -8,6 +8,7 @@
     ├── CheckpointError          exit 1  a file is damaged, incomplete or of an unsafe kind
     ├── ArchitectureError        exit 1  the model is not a decoder this library understands
     ├── NumericalError           exit 1  NaN, Inf or a matrix that cannot be factorised
+    ├── KernelError              exit 1  a kernel is missing or of another version
     ├── MemoryBudgetError        exit 1  the plan does not fit the memory or disk that is there
     └── VerificationError        exit 3  the result is not what was asked for
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 __all__ = [
     "ArchitectureError",
     "CheckpointError",
+    "KernelError",
     "MemoryBudgetError",
     "NumericalError",
     "PatternError",
@@ -83,6 +85,10 @@ class ArchitectureError(SecateurError):
 
 class NumericalError(SecateurError):
     """NaN or Inf where there may be none, or a matrix that cannot be factorised."""
+
+
+class KernelError(SecateurError):
+    """A compiled kernel is missing, of another version, or cannot run on this processor."""
 
 
 class MemoryBudgetError(SecateurError):

@@ -45,7 +45,18 @@ def options(
 
 def add_verbs() -> None:
     """Every file of this package that holds a verb enters it here."""
-    from secateur.cli import compress, decompress, demo, evaluate, inspect, methods, plan, prune
+    from secateur.cli import (
+        bench,
+        compress,
+        decompress,
+        demo,
+        evaluate,
+        generate,
+        inspect,
+        methods,
+        plan,
+        prune,
+    )
 
     app.command("prune")(prune.prune)
     app.command("plan")(plan.plan)
@@ -54,6 +65,8 @@ def add_verbs() -> None:
     app.command("methods")(methods.methods)
     app.command("compress")(compress.compress)
     app.command("decompress")(decompress.decompress)
+    app.command("generate")(generate.generate)
+    app.command("bench")(bench.bench)
     app.command("demo")(demo.demo)
 
 

@@ -1,14 +1,16 @@
 """Workflows: the only place where the rooms are wired together.
 
 The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`,
-`compress`, `decompress`.
+`compress`, `decompress`, `generate`, `bench`.
 """
 
 from secateur.reporting.compression_report import CompressionReport, DecompressionReport
 from secateur.reporting.prune_report import PruneReport
+from secateur.workflows.benching import bench
 from secateur.workflows.compressing import compress
 from secateur.workflows.decompressing import decompress
 from secateur.workflows.evaluating import Evaluation, evaluate
+from secateur.workflows.generating import Generation, generate
 from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
 
@@ -16,10 +18,13 @@ __all__ = [
     "CompressionReport",
     "DecompressionReport",
     "Evaluation",
+    "Generation",
     "PruneReport",
+    "bench",
     "compress",
     "decompress",
     "evaluate",
+    "generate",
     "inspect_model",
     "plan",
     "plan_recipe",

@@ -1,0 +1,160 @@
+"""One linear at a time: sparse kernels against the best dense ones, by shape, sparsity and batch.
+
+    python benchmarks/matvec.py [--shapes 4096x4096 11008x4096] [--rounds 9]
+
+Protocol: random weights, the same number of random zeros everywhere; as many matrices of each kind
+as exceed twice the L3 cache, so that weights come from memory as they do when a model decodes.
+A round times one pass over the matrices of every kind, kinds one after the other; the median over
+rounds counts, and the ratio is that of medians. Activations are bfloat16. Dense baselines: torch's
+bfloat16 linear, torch's int8 weight-only product, and our own dense kernels, of which the faster one
+is what a sparse kernel is compared with. The byte limit is dense bytes over sparse bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hardware import heading, keep, markdown
+from secateur.runtime.kernels.library import kernel_info, use_tier
+from secateur.runtime.kernels.matrix import Matrix
+
+SPARSITIES = (0.5, 0.6, 0.7, 0.8)
+WORKING_SET = 96 * 2**20
+
+
+def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype) -> Matrix:
+    """A random matrix with the same number of zeros in each row."""
+    kept = columns - round(sparsity * columns)
+    order = torch.rand(rows, columns).argsort(1) < kept
+    powers = 2 ** torch.arange(8, dtype=torch.uint8)
+    bitmask = (order.view(rows, -1, 8) * powers).sum(2, dtype=torch.uint8)
+    return Matrix(
+        numbers(rows * kept, dtype), bitmask=bitmask, columns=columns, scale=scale(rows, dtype)
+    )
+
+
+def numbers(count: int, dtype: torch.dtype) -> Tensor:
+    """Random values."""
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (count,), dtype=dtype)
+    return torch.randn(count).to(dtype)
+
+
+def scale(rows: int, dtype: torch.dtype) -> Tensor | None:
+    """One for each row of int8."""
+    return torch.rand(rows) if dtype == torch.int8 else None
+
+
+def copies(make: Callable[[], Any], nbytes: int) -> list[Any]:
+    """As many as exceed the caches; all but the first share nothing with it but their numbers."""
+    return [make() for _ in range(max(2, -(-WORKING_SET // nbytes)))]
+
+
+def kinds(rows: int, columns: int, batch: int, tier: str) -> dict[str, list[Callable[[], Any]]]:
+    """For each kind a list of calls, one for each matrix of its working set."""
+    x = torch.randn(batch, columns).bfloat16()
+    found: dict[str, list[Callable[[], Any]]] = {}
+
+    def enter(name: str, matrices: list[Any], call: Callable[[Any], Any]) -> None:
+        found[name] = [lambda m=m: call(m) for m in matrices]
+
+    size = rows * columns
+    weights = copies(lambda: numbers(size, torch.bfloat16).view(rows, columns), 2 * size)
+    enter("torch bf16", weights, lambda w: functional.linear(x, w))
+    integers = copies(lambda: numbers(size, torch.int8).view(rows, columns), size)
+    scales = torch.rand(rows).bfloat16()
+    enter("torch int8", integers, lambda w: torch._weight_int8pack_mm(x, w, scales))
+    for dtype, name, width in ((torch.bfloat16, "bf16", 2), (torch.int8, "int8", 1)):
+        dense = copies(
+            lambda d=dtype: Matrix(numbers(size, d).view(rows, columns), scale=scale(rows, d)),
+            width * size,
+        )
+        enter(f"own {name}", dense, lambda m: m.multiply(x))
+        for s in SPARSITIES:
+            one = sparse(rows, columns, s, dtype)
+            enter(
+                f"{name} {s:.0%}",
+                copies(lambda d=dtype, s=s: sparse(rows, columns, s, d), one.nbytes),
+                lambda m: m.multiply(x),
+            )
+    return found
+
+
+def measure(found: dict[str, list[Callable[[], Any]]], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each kind: median, least and largest over interleaved rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    for number in range(rounds + 1):
+        for name, calls in found.items():
+            started = time.perf_counter()
+            for call in calls:
+                call()
+            if number:  # the first round warms up
+                seconds[name].append((time.perf_counter() - started) / len(calls))
+    return {
+        name: {
+            "median_ms": 1e3 * statistics.median(s),
+            "least_ms": 1e3 * min(s),
+            "most_ms": 1e3 * max(s),
+        }
+        for name, s in seconds.items()
+    }
+
+
+def row_of(shape: str, batch: int, times: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Ratios of each sparse kind to the best dense one of its type."""
+    rows = []
+    for name, width in (("bf16", 16), ("int8", 8)):
+        dense = {k: times[k]["median_ms"] for k in (f"torch {name}", f"own {name}")}
+        best = min(dense, key=lambda k: dense[k])
+        for s in SPARSITIES:
+            at = times[f"{name} {s:.0%}"]
+            ratio = dense[best] / at["median_ms"]
+            limit = width / (width * (1 - s) + 1)
+            rows.append(
+                {"shape": shape, "batch": batch, "values": name, "sparsity": s, **at, "dense_ms": dense,
+                 "best_dense": best, "ratio": ratio, "share_of_limit": ratio / limit,
+                 "ratio_to_torch_bf16": times["torch bf16"]["median_ms"] / at["median_ms"]}
+            )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tier", default=kernel_info().tier)
+    parser.add_argument("--name", default="matvec")
+    args = parser.parse_args()
+    use_tier(args.tier)
+    print(heading(), "tier", args.tier, kernel_info().threads, "threads")
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        out, columns = (int(n) for n in shape.split("x"))
+        for batch in args.batches:
+            times = measure(kinds(out, columns, batch, args.tier), args.rounds)
+            rows += row_of(shape, batch, times)
+    keep(args.name, {"tier": args.tier, "rounds": args.rounds, "protocol": __doc__}, rows)
+    columns_of_table = ["shape", "batch", "values", "sparsity", "ms", "best dense", "ratio",
+                        "of the byte limit", "to torch bf16"]  # fmt: skip
+    print(
+        markdown(
+            columns_of_table,
+            [[r["shape"], str(r["batch"]), r["values"], f"{r['sparsity']:.0%}", f"{r['median_ms']:.3f}",
+              f"{r['best_dense']} {r['dense_ms'][r['best_dense']]:.3f}", f"{r['ratio']:.2f}",
+              f"{r['share_of_limit']:.0%}", f"{r['ratio_to_torch_bf16']:.2f}"] for r in rows],
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

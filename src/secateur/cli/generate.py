@@ -1,0 +1,52 @@
+"""`secateur generate`: let a model speak."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from secateur.cli import options as o
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="Folder (compressed or not), hub id, GGUF file or named sample.")
+    ],
+    prompt: Annotated[str, typer.Option(help="The text to continue, as it is.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Where to stop at the latest.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token each time; above 0 draws.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.Json = False,
+) -> None:
+    """Continue a prompt on the CPU; packed linears stay packed."""
+    from secateur.cli.rendering import print_json
+    from secateur.workflows import generate as run_generation
+
+    def tell(text: str) -> None:
+        if not as_json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    tell(prompt)
+    made = run_generation(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        tell=tell,
+    )
+    if as_json:
+        print_json({"model": model, **made.to_json()})
+        return
+    rate = "" if made.tokens_per_second is None else f", {made.tokens_per_second:.1f} tokens/s"
+    typer.echo()
+    typer.echo(f"{made.tokens} tokens{rate} ({made.loop})", err=True)

@@ -1,0 +1,210 @@
+"""How fast and how large a model is on this machine, beside what else could run it.
+
+Every contender is a process of its own (`python -m secateur.evaluation.speed`), so that memory is
+its own and thread pools do not meet. They all load first; then rounds go around: one contender
+reads the prompt and writes its tokens while the others sleep, then the next. So whatever else
+happens to the machine happens to all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from secateur.engine.progress import Progress, Silent
+from secateur.evaluation.contenders import CONTENDERS, Round, contender
+from secateur.runtime.kernels.library import library
+
+__all__ = ["Speed", "compare"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one contender took, or why it could not run.
+
+    Args:
+        name: of the contender, or the name of a GGUF file.
+        each_token: seconds for each token after the first: one number a round.
+        first_token: seconds from the prompt to the first token: one number a round.
+        resident_bytes: memory of the process with the model loaded, over that of a process with
+            the libraries alone.
+        failure: why it could not run; None if it did.
+    """
+
+    name: str
+    each_token: tuple[float, ...] = ()
+    first_token: tuple[float, ...] = ()
+    resident_bytes: int = 0
+    failure: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median over rounds."""
+        return 1 / statistics.median(self.each_token)
+
+    def to_json(self, prompt_tokens: int) -> dict[str, Any]:
+        """Medians and spread."""
+        if self.failure is not None:
+            return {"contender": self.name, "failure": self.failure}
+        rates = sorted(1 / x for x in self.each_token)
+        return {
+            "contender": self.name,
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second_least": rates[0],
+            "tokens_per_second_most": rates[-1],
+            "prompt_tokens_per_second": prompt_tokens / statistics.median(self.first_token),
+            "first_token_seconds": statistics.median(self.first_token),
+            "resident_bytes": self.resident_bytes,
+            "rounds": len(rates),
+        }
+
+
+class Process:
+    """A contender in a process of its own."""
+
+    def __init__(self, name: str, folder: Path, prompt: Sequence[int], new_tokens: int) -> None:
+        self.name = name
+        asked = {
+            "name": name,
+            "folder": str(folder),
+            "prompt": list(prompt),
+            "new_tokens": new_tokens,
+            "threads": len(os.sched_getaffinity(0)),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "secateur.evaluation.speed"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.ready = self.ask(asked)
+
+    def ask(self, question: Any) -> dict[str, Any]:
+        """One line to the process, one line back; a failure if the process has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            return {"failure": f"the process ended with code {self.process.wait()}"}
+        told: dict[str, Any] = json.loads(answer)
+        return told
+
+    def end(self) -> None:
+        """Let it go."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def compare(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    prompt: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    progress: Progress | None = None,
+) -> list[Speed]:
+    """Time contenders in turns.
+
+    Args:
+        folder: a checkpoint, compressed or not.
+        names: of `CONTENDERS`, or paths of GGUF files.
+        prompt: token ids.
+        new_tokens: to write in each round, at least 2.
+        rounds: that count; one more warms up.
+        progress: told of every contender and every round.
+
+    Returns:
+        One for each name, in the same order.
+    """
+    progress = progress or Silent()
+    progress.start("loading", len(names))
+    processes = []
+    try:
+        for name in names:
+            processes.append(Process(name, folder, prompt, new_tokens))
+            progress.step(note=name)
+        progress.finish()
+        running = [p for p in processes if "failure" not in p.ready]
+        found: dict[str, list[Round]] = {p.name: [] for p in running}
+        progress.start("measuring", (rounds + 1) * len(running))
+        for number in range(rounds + 1):
+            for process in running:
+                told = process.ask("round")
+                if "failure" in told:
+                    process.ready = told
+                elif number:
+                    found[process.name].append(told)
+                progress.step(note=process.name)
+            running = [p for p in running if "failure" not in p.ready]
+        progress.finish()
+    finally:
+        for process in processes:
+            process.end()
+    return [speed_of(p, found.get(p.name, [])) for p in processes]
+
+
+def speed_of(process: Process, rounds: list[Round]) -> Speed:
+    """What a contender's rounds come to."""
+    name = process.name if process.name in CONTENDERS else Path(process.name).name
+    if "failure" in process.ready or not rounds:
+        return Speed(name, failure=process.ready.get("failure", "no round was finished"))
+    return Speed(
+        name,
+        tuple(r["each_token"] for r in rounds),
+        tuple(r["first_token"] for r in rounds),
+        process.ready["resident_bytes"],
+    )
+
+
+def serve() -> None:
+    """The process of one contender: a line in, a line out."""
+    asked = json.loads(sys.stdin.readline())
+    torch.set_num_threads(asked["threads"])
+    kernels = library()
+    if kernels is not None:
+        kernels.sct_set_threads(asked["threads"])
+    before = psutil.Process().memory_info().rss
+    prompt = torch.tensor(asked["prompt"])
+    capacity = len(prompt) + asked["new_tokens"]
+    try:
+        running = contender(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
+        running.round(prompt, 2)
+    except Exception as error:  # whatever it is, the others go on
+        answer({"failure": str(error).splitlines()[0]})
+        return
+    answer({"resident_bytes": psutil.Process().memory_info().rss - before})
+    for _ in sys.stdin:
+        answer(running.round(prompt, asked["new_tokens"]))
+
+
+def answer(told: dict[str, Any]) -> None:
+    """One line back."""
+    ANSWERS.write(json.dumps(told) + "\n")
+    ANSWERS.flush()
+
+
+if __name__ == "__main__":
+    # what libraries print must not come between the answers
+    ANSWERS = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve()

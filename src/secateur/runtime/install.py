@@ -1,0 +1,139 @@
+"""A compressed checkpoint put into a model: packed modules in the place of dense ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.models.skeleton import assign, stored_names
+from secateur.runtime.dense_view import DenseView
+from secateur.runtime.formats import Layout, bitmask_parts
+from secateur.runtime.kernels.dispatch import choose, kind_of
+from secateur.runtime.kernels.library import kernel_info
+from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.linear import PackedEmbedding, PackedLinear
+from secateur.runtime.packed import PackedCheckpoint
+
+__all__ = ["install", "matrix_of"]
+
+WORTH_IT = 0.9
+"""A packed matrix stays packed unless torch is faster on the dense one by more than this."""
+
+
+def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> Matrix:
+    """Checked parts of a matrix in the form that kernels run on."""
+    if layout.format == "dense":
+        return Matrix(parts["weight"], scale=parts.get("weight_scale"))
+    bits = bitmask_parts(parts, layout)
+    return Matrix(
+        bits["compressed"],
+        bitmask=bits["bitmask"],
+        scale=bits.get("weight_scale"),
+        columns=layout.shape[1],
+    )
+
+
+def install(
+    model: Any,
+    packed: PackedCheckpoint,
+    dtype: torch.dtype,
+    *,
+    expand: bool = False,
+    matrices_only: bool = False,
+) -> None:
+    """Fill a skeleton from a compressed checkpoint.
+
+    Args:
+        model: a transformers model with parameters on meta, as the configuration describes it.
+        packed: the checkpoint.
+        dtype: what the model computes in.
+        expand: fill the dense modules that are there, as has to be done without kernels.
+        matrices_only: leave all that is not packed to somebody else.
+
+    Raises:
+        CheckpointError: a file is damaged, or does not fit the configuration.
+    """
+    view = DenseView(packed)
+    expand = expand or kernel_info().tier == "none"
+    shared: dict[str, Matrix] = {}
+    embedding_at = path_of(model, model.get_input_embeddings())
+    head_at = path_of(model, model.get_output_embeddings())
+    names = stored_names(model, view)
+    for parameter, stored in names.items():
+        path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
+        layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
+        if layout is None or expand:
+            if layout is not None or not matrices_only:
+                assign(model, parameter, view.read(stored).to(dtype))
+            continue
+        matrix = shared[path] = matrix_of(packed.parts(owner), layout)
+        if path == embedding_at:
+            old = model.get_submodule(path)
+            new: nn.Module = PackedEmbedding(matrix, dtype, getattr(old, "embed_scale", None))
+        else:
+            new = PackedLinear(matrix, getattr(model.get_submodule(path), "bias", None))
+        replace(model, path, new)
+    if head_at and f"{head_at}.weight" not in names and model.config.tie_word_embeddings:
+        tie_head(model, embedding_at, head_at, shared.get(embedding_at))
+    settle(model, dtype)
+
+
+def path_of(model: Any, wanted: nn.Module | None) -> str:
+    """The name of a module within a model; empty if it is not there."""
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def replace(model: Any, path: str, module: nn.Module) -> None:
+    """Put a module in the place of another."""
+    owner, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(owner) if owner else model, leaf, module)
+
+
+def tie_head(model: Any, embedding_at: str, head_at: str, matrix: Matrix | None) -> None:
+    """Let the head use what the embedding has."""
+    if matrix is None:
+        weight = model.get_submodule(embedding_at).weight
+        model.get_submodule(head_at).weight = weight
+        return
+    bias = getattr(model.get_submodule(head_at), "bias", None)
+    replace(model, head_at, PackedLinear(matrix, bias))
+    # there is nothing left that transformers could tie
+    model.config.tie_word_embeddings = False
+    model._tied_weights_keys = None
+    model.all_tied_weights_keys = {}
+
+
+def settle(model: Any, dtype: torch.dtype) -> None:
+    """Measure each kind of packed linear once, and run it the faster way.
+
+    A kind for which torch is clearly faster on dense matrices is made dense: a packed model is
+    never slower than it would have been unpacked.
+    """
+    kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            kinds[kind_of(module.matrix, activations(dtype))].append(module)
+    for modules in kinds.values():
+        choice = choose([m.matrix for m in modules], activations(dtype))
+        for module in modules:
+            module.kernel_up_to = choice.kernel_up_to
+            if choice.gain < WORTH_IT and module.matrix.mask is not None:
+                module.matrix = dense_matrix(module.matrix, dtype)
+                module.kernel_up_to = 0
+
+
+def activations(dtype: torch.dtype) -> torch.dtype:
+    """What kernels are given for a model of this dtype."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def dense_matrix(matrix: Matrix, dtype: torch.dtype) -> Matrix:
+    """The same weights, stored with their zeros in the dtype of the model."""
+    weight = matrix.tile(0, matrix.rows)
+    if matrix.scale is not None:
+        weight = weight.float() * matrix.scale[:, None]
+    return Matrix(weight.to(dtype))

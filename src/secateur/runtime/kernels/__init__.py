@@ -1,0 +1,1 @@
+"""Kernels that multiply sparse matrices without expanding them; plain C in `csrc/`."""

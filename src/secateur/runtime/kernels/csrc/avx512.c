@@ -1,0 +1,316 @@
+/* Kernels for AVX-512 with VBMI2 and VNNI (Ice Lake, Zen 4 and later), and BF16 where it is there.
+ *
+ * `vpexpand` puts the next kept values where the mask has ones and zeros elsewhere: a register of
+ * the dense row, made of one load. What follows is the dense kernel.
+ */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#include "internal.h"
+
+#define PAIR_BLOCK 32
+#define LANES 16
+#define SCT_TWO_ROWS_BATCH 4
+#define BASE "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,f16c,bmi,bmi2"
+
+SCT_TARGET_BEGIN(BASE)
+
+#include "batches.inc"
+#include "vector_math.inc"
+
+/* A load that the compiler does not fold into vpexpand, whose memory form is slower. */
+SCT_INLINE __m512i load(const void *from) {
+    __m512i x = _mm512_loadu_si512(from);
+    __asm__("" : "+v"(x));
+    return x;
+}
+
+SCT_INLINE const uint64_t *mask_of(const sct_matrix *m, int64_t row) {
+    return m->mask + row * m->words;
+}
+
+SCT_INLINE int64_t start_of(const sct_matrix *m, int64_t row, int packed) {
+    return packed ? m->offsets[row] : row * m->stride;
+}
+
+/* The next 64 values of two bytes as two registers. */
+SCT_INLINE const uint16_t *two_bytes(const uint16_t *v, uint64_t kept, int packed, __m512i e[2]) {
+    if (!packed) {
+        e[0] = _mm512_loadu_si512(v);
+        e[1] = _mm512_loadu_si512(v + 32);
+        return v + 64;
+    }
+    e[0] = _mm512_maskz_expand_epi16((__mmask32)kept, load(v));
+    e[1] = _mm512_maskz_expand_epi16((__mmask32)(kept >> 32),
+                                     load(v + __builtin_popcount((uint32_t)kept)));
+    return v + __builtin_popcountll(kept);
+}
+
+/* Bytes from a row's values to those of the row that comes `rows` later. The processor's own
+ * prefetching stops at every page, so what is needed then is asked for now. */
+SCT_INLINE int64_t bytes_ahead(const sct_matrix *m, int64_t row, int rows, int packed, int size) {
+    const int64_t later = row + rows < m->rows ? row + rows : m->rows;
+    return (start_of(m, later, packed) - start_of(m, row, packed)) * size;
+}
+
+SCT_INLINE void ask_for(const void *v, int64_t ahead) {
+    _mm_prefetch((const char *)v + ahead, _MM_HINT_T0);
+}
+
+/* Values of one word, and a line of the mask for each eight words, of the row `rows` later. */
+SCT_INLINE void ask_for_word(const sct_matrix *m, int64_t row, int64_t w, int rows, const void *v,
+                             int64_t ahead, int packed) {
+    ask_for(v, ahead);
+    if (packed && (w & 7) == 0) ask_for(mask_of(m, row) + w, rows * m->words * 8);
+}
+
+#define NO_MASK(m, row) ((m)->mask ? mask_of(m, row) : NULL)
+
+/* bfloat16 values, float32 activations. */
+SCT_INLINE void pairs(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
+                      float *y, int64_t y_stride, const int B, const int packed) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
+    for (int64_t row = begin; row < end; row++) {
+        const uint16_t *v = (const uint16_t *)m->values + start_of(m, row, packed);
+        const int64_t ahead = bytes_ahead(m, row, 2, packed, 2);
+        __m512 even[SCT_MAX_BATCH], odd[SCT_MAX_BATCH];
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) even[b] = odd[b] = _mm512_setzero_ps();
+        for (int64_t w = 0; w < m->words; w++) {
+            __m512i e[2];
+            ask_for_word(m, row, w, 2, v, ahead, packed);
+            if (!packed) ask_for(v + 32, ahead);
+            v = two_bytes(v, packed ? mask_of(m, row)[w] : 0, packed, e);
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(e[h], 16));
+                __m512 second = _mm512_castsi512_ps(_mm512_and_si512(e[h], upper));
+#pragma GCC unroll 8
+                for (int b = 0; b < B; b++) {
+                    const float *x = in->floats + b * in->padded + w * 64 + h * 32;
+                    even[b] = _mm512_fmadd_ps(first, _mm512_loadu_ps(x), even[b]);
+                    odd[b] = _mm512_fmadd_ps(second, _mm512_loadu_ps(x + 16), odd[b]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++)
+            y[b * y_stride + row] = _mm512_reduce_add_ps(_mm512_add_ps(even[b], odd[b]));
+    }
+}
+SCT_ROWS(rows_pairs, pairs)
+
+/* float16 values, float32 activations. */
+SCT_INLINE void halves(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
+                       float *y, int64_t y_stride, const int B, const int packed) {
+    for (int64_t row = begin; row < end; row++) {
+        const uint16_t *v = (const uint16_t *)m->values + start_of(m, row, packed);
+        const int64_t ahead = bytes_ahead(m, row, 2, packed, 2);
+        __m512 low[SCT_MAX_BATCH], high[SCT_MAX_BATCH];
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) low[b] = high[b] = _mm512_setzero_ps();
+        for (int64_t w = 0; w < m->words; w++) {
+            __m512i e[2];
+            ask_for_word(m, row, w, 2, v, ahead, packed);
+            if (!packed) ask_for(v + 32, ahead);
+            v = two_bytes(v, packed ? mask_of(m, row)[w] : 0, packed, e);
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                __m512 first = _mm512_cvtph_ps(_mm512_castsi512_si256(e[h]));
+                __m512 second = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(e[h], 1));
+#pragma GCC unroll 8
+                for (int b = 0; b < B; b++) {
+                    const float *x = in->floats + b * in->padded + w * 64 + h * 32;
+                    low[b] = _mm512_fmadd_ps(first, _mm512_loadu_ps(x), low[b]);
+                    high[b] = _mm512_fmadd_ps(second, _mm512_loadu_ps(x + 16), high[b]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++)
+            y[b * y_stride + row] = _mm512_reduce_add_ps(_mm512_add_ps(low[b], high[b]));
+    }
+}
+SCT_ROWS(rows_halves, halves)
+
+/* float32 values and activations. */
+SCT_INLINE void floats(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
+                       float *y, int64_t y_stride, const int B, const int packed) {
+    for (int64_t row = begin; row < end; row++) {
+        const float *v = (const float *)m->values + start_of(m, row, packed);
+        const uint64_t *mask = packed ? mask_of(m, row) : NULL;
+        __m512 sum[2][SCT_MAX_BATCH];
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) sum[0][b] = sum[1][b] = _mm512_setzero_ps();
+        for (int64_t w = 0; w < m->words; w++) {
+            uint64_t kept = packed ? mask[w] : 0;
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++) {
+                __mmask16 here = (__mmask16)(kept >> (16 * part));
+                __m512 e = packed ? _mm512_maskz_expand_ps(here, _mm512_castsi512_ps(load(v)))
+                                  : _mm512_loadu_ps(v);
+                v += packed ? __builtin_popcount(here) : 16;
+#pragma GCC unroll 8
+                for (int b = 0; b < B; b++) {
+                    const float *x = in->floats + b * in->padded + w * 64 + part * 16;
+                    sum[part & 1][b] = _mm512_fmadd_ps(e, _mm512_loadu_ps(x), sum[part & 1][b]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++)
+            y[b * y_stride + row] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0][b], sum[1][b]));
+    }
+}
+SCT_ROWS(rows_floats, floats)
+
+/* int8 values and activations. vpdpbusd wants one side unsigned: |x|, and the sign of x goes to w,
+ * as w ^ 0xff = −w − 1 where x is negative. What the −1 adds up to does not depend on w; sums
+ * begin with it (`in->excess`). Two rows at once share what is loaded of x. */
+SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, float *y,
+                         int64_t y_stride, const int B, const int packed, const int R) {
+    const int8_t *v[2];
+    int64_t ahead[2];
+    __m512 sum[2][SCT_MAX_BATCH];
+    for (int r = 0; r < R; r++) {
+        v[r] = (const int8_t *)m->values + start_of(m, row + r, packed);
+        ahead[r] = bytes_ahead(m, row + r, 2 * R, packed, 1);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) sum[r][b] = _mm512_setzero_ps();
+    }
+    for (int64_t first = 0; first < m->words; first += SCT_SCALED_WORDS) {
+        const int64_t last = first + SCT_SCALED_WORDS < m->words ? first + SCT_SCALED_WORDS : m->words;
+        __m512i dots[2][SCT_MAX_BATCH];
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int b = 0; b < B; b++)
+                dots[r][b] = _mm512_loadu_si512(
+                    in->excess + (b * in->blocks + first / SCT_SCALED_WORDS) * 16);
+        for (int64_t w = first; w < last; w++) {
+            __m512i e[2];
+#pragma GCC unroll 2
+            for (int r = 0; r < R; r++) {
+                e[r] = load(v[r]);
+                ask_for_word(m, row + r, w, 2 * R, v[r], ahead[r], packed);
+                if (packed) {
+                    const uint64_t kept = mask_of(m, row + r)[w];
+                    e[r] = _mm512_maskz_expand_epi8(kept, e[r]);
+                    v[r] += __builtin_popcountll(kept);
+                } else {
+                    v[r] += 64;
+                }
+            }
+#pragma GCC unroll 8
+            for (int b = 0; b < B; b++) {
+                const int64_t at = b * in->padded + w * 64;
+                const __m512i x = _mm512_load_si512(in->magnitudes + at);
+                const __m512i signs = _mm512_load_si512(in->signs + at);
+#pragma GCC unroll 2
+                for (int r = 0; r < R; r++)
+                    dots[r][b] = _mm512_dpbusd_epi32(dots[r][b], x, _mm512_xor_si512(e[r], signs));
+            }
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+            const __m512 scale = _mm512_set1_ps(in->scales[b * in->blocks + first / SCT_SCALED_WORDS]);
+#pragma GCC unroll 2
+            for (int r = 0; r < R; r++)
+                sum[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][b]), scale, sum[r][b]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++)
+            y[b * y_stride + row + r] = _mm512_reduce_add_ps(sum[r][b]) * m->scale[row + r];
+}
+SCT_TWO_ROWS(bytes, bytes_at)
+SCT_ROWS(rows_bytes, bytes)
+
+/* int8 as bfloat16: integers up to 127 are exact. */
+SCT_INLINE void store_integers(uint16_t *to, __m512i e) {
+    for (int part = 0; part < 4; part++) {
+        __m128i quarter = part == 0   ? _mm512_castsi512_si128(e)
+                          : part == 1 ? _mm512_extracti32x4_epi32(e, 1)
+                          : part == 2 ? _mm512_extracti32x4_epi32(e, 2)
+                                      : _mm512_extracti32x4_epi32(e, 3);
+        __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
+        __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(numbers), 16);
+        _mm256_storeu_si256((__m256i *)(to + part * 16), _mm512_cvtepi32_epi16(upper));
+    }
+}
+
+static void expand(const sct_matrix *m, int64_t begin, int64_t end, void *tile) {
+    const int64_t width = m->words * 64;
+    const int packed = m->mask != NULL;
+    for (int64_t row = begin; row < end; row++) {
+        const uint64_t *mask = NO_MASK(m, row);
+        const char *v = (const char *)m->values;
+        const int64_t start = start_of(m, row, packed), to = (row - begin) * width;
+        const int size = m->type == SCT_FLOAT32 ? 4 : m->type == SCT_INT8 ? 1 : 2;
+        v += start * size;
+        for (int64_t w = 0; w < m->words; w++) {
+            uint64_t kept = packed ? mask[w] : ~0ull;
+            if (m->type == SCT_INT8) {
+                __m512i e = packed ? _mm512_maskz_expand_epi8(kept, load(v)) : load(v);
+                store_integers((uint16_t *)tile + to + w * 64, e);
+            } else if (m->type == SCT_FLOAT32) {
+                const char *u = v;
+                for (int part = 0; part < 4; part++) {
+                    __mmask16 here = (__mmask16)(kept >> (16 * part));
+                    __m512i e = _mm512_maskz_expand_epi32(here, load(u));
+                    _mm512_storeu_si512((float *)tile + to + w * 64 + part * 16, e);
+                    u += 4 * __builtin_popcount(here);
+                }
+            } else {
+                __m512i e[2];
+                two_bytes((const uint16_t *)v, kept, packed, e);
+                _mm512_storeu_si512((uint16_t *)tile + to + w * 64, e[0]);
+                _mm512_storeu_si512((uint16_t *)tile + to + w * 64 + 32, e[1]);
+            }
+            v += size * __builtin_popcountll(kept);
+        }
+    }
+}
+
+SCT_TARGET_END
+SCT_TARGET_BEGIN(BASE ",avx512bf16")
+
+/* bfloat16 values and activations, two products for each 32 bits at once. */
+SCT_INLINE void bfloats(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
+                        float *y, int64_t y_stride, const int B, const int packed) {
+    for (int64_t row = begin; row < end; row++) {
+        const uint16_t *v = (const uint16_t *)m->values + start_of(m, row, packed);
+        const int64_t ahead = bytes_ahead(m, row, 2, packed, 2);
+        __m512 low[SCT_MAX_BATCH], high[SCT_MAX_BATCH];
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) low[b] = high[b] = _mm512_setzero_ps();
+        for (int64_t w = 0; w < m->words; w++) {
+            __m512i e[2];
+            ask_for_word(m, row, w, 2, v, ahead, packed);
+            if (!packed) ask_for(v + 32, ahead);
+            v = two_bytes(v, packed ? mask_of(m, row)[w] : 0, packed, e);
+#pragma GCC unroll 8
+            for (int b = 0; b < B; b++) {
+                const uint16_t *x = in->bfloats + b * in->padded + w * 64;
+                low[b] = _mm512_dpbf16_ps(low[b], (__m512bh)e[0],
+                                          (__m512bh)_mm512_load_si512(x));
+                high[b] = _mm512_dpbf16_ps(high[b], (__m512bh)e[1],
+                                           (__m512bh)_mm512_load_si512(x + 32));
+            }
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++)
+            y[b * y_stride + row] = _mm512_reduce_add_ps(_mm512_add_ps(low[b], high[b]));
+    }
+}
+SCT_ROWS(rows_bfloats, bfloats)
+
+SCT_TARGET_END
+
+#define ROWS {rows_floats, rows_pairs, rows_halves, rows_bytes}
+
+const sct_tier_code sct_code_avx512 = {"avx512", ROWS, NULL, expand, prepare, attend, silu_times};
+const sct_tier_code sct_code_avx512bf16 = {"avx512bf16", ROWS,   rows_bfloats, expand,
+                                           prepare,      attend, silu_times};
+#endif

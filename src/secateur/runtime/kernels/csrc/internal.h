@@ -1,0 +1,101 @@
+/* What the files of the library share. */
+#ifndef SECATEUR_INTERNAL_H
+#define SECATEUR_INTERNAL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "secateur.h"
+
+#define SCT_HIDDEN __attribute__((visibility("hidden")))
+#define SCT_INLINE static inline __attribute__((always_inline))
+
+/* Code for one instruction set, whatever the rest of the library is compiled for. */
+#define SCT_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define SCT_TARGET_BEGIN(features) \
+    SCT_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define SCT_TARGET_END _Pragma("clang attribute pop")
+#else
+#define SCT_TARGET_BEGIN(features) _Pragma("GCC push_options") SCT_PRAGMA(GCC target(features))
+#define SCT_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+/* Words that share a scale when activations are rounded to int8: blocks of 256, as the Q8_K of
+ * llama.cpp. */
+#define SCT_SCALED_WORDS 4
+
+/* How activations are laid out for a kernel. */
+typedef enum {
+    SCT_IN_NATURAL, /* float32, as they come */
+    SCT_IN_PAIRS,   /* float32, in each block the even ones before the odd ones: a bfloat16 in the
+                       upper or lower half of 32 bits becomes a float32 by one `and` or shift */
+    SCT_IN_BFLOAT,  /* bfloat16 */
+    SCT_IN_BYTES    /* int8 with a scale for each 256 */
+} sct_input_kind;
+
+/* Activations of a batch, each padded with zeros to `padded` = words · 64. */
+typedef struct {
+    int64_t batch, padded, blocks;
+    float *floats;
+    uint16_t *bfloats;
+    uint8_t *magnitudes, *signs; /* of bytes: |x|, and 0xff where x is negative, else 0 */
+    float *scales;               /* [batch, blocks] */
+    int32_t *excess;             /* [batch, blocks, 16], Σ |x| where x is negative, by lanes */
+} sct_input;
+
+typedef void sct_rows(const sct_matrix *, const sct_input *, int64_t begin, int64_t end, float *y,
+                      int64_t y_stride);
+typedef void sct_expander(const sct_matrix *, int64_t begin, int64_t end, void *tile);
+typedef void sct_attention(const float *query, const void *keys, const void *values,
+                           int64_t cache_type, int64_t positions, int64_t head, float *scores,
+                           float *out);
+
+/* One instruction set. */
+typedef struct {
+    const char *name;
+    sct_rows *rows[SCT_TYPES];  /* for float32 activations; [SCT_INT8] for bytes */
+    sct_rows *rows_bfloat;      /* bfloat16 values, bfloat16 activations; NULL: none */
+    sct_expander *expand;
+    void (*prepare)(const float *x, int64_t columns, sct_input *in, int64_t b, sct_input_kind kind);
+    sct_attention *attend;
+    void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) · up */
+} sct_tier_code;
+
+SCT_HIDDEN extern const sct_tier_code sct_code_avx512bf16, sct_code_avx512, sct_code_avx2;
+SCT_HIDDEN const sct_tier_code *sct_code(void); /* NULL: none */
+
+SCT_INLINE sct_input_kind sct_kind(const sct_tier_code *code, int64_t type, int exact) {
+    if (type == SCT_INT8) return SCT_IN_BYTES;
+    if (type != SCT_BFLOAT16) return SCT_IN_NATURAL;
+    return code->rows_bfloat && !exact ? SCT_IN_BFLOAT : SCT_IN_PAIRS;
+}
+
+SCT_INLINE sct_rows *sct_rows_for(const sct_tier_code *code, int64_t type, sct_input_kind kind) {
+    return kind == SCT_IN_BFLOAT ? code->rows_bfloat : code->rows[type];
+}
+
+SCT_HIDDEN size_t sct_input_bytes(int64_t batch, int64_t padded, sct_input_kind kind);
+SCT_HIDDEN void sct_input_place(sct_input *in, void *memory, int64_t batch, int64_t padded,
+                                sct_input_kind kind);
+
+/* First row of part `part` of `parts`, so that all parts have about as many values. */
+SCT_HIDDEN int64_t sct_first_row(const sct_matrix *matrix, int64_t part, int64_t parts);
+
+/* Run `work` once on every thread of the pool, the calling one included. One call at a time. */
+typedef void sct_work(void *context, int thread, int threads);
+SCT_HIDDEN void sct_parallel(sct_work *work, void *context);
+SCT_HIDDEN void sct_barrier(int threads); /* inside `work`: all threads have come here */
+
+SCT_INLINE float sct_from_bfloat(uint16_t bits) {
+    union { uint32_t u; float f; } x = {(uint32_t)bits << 16};
+    return x.f;
+}
+
+SCT_INLINE uint16_t sct_to_bfloat(float value) { /* round to nearest even; NaN stays NaN */
+    union { float f; uint32_t u; } x = {value};
+    if ((x.u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((x.u >> 16) | 0x40);
+    return (uint16_t)((x.u + 0x7fffu + ((x.u >> 16) & 1u)) >> 16);
+}
+
+#endif

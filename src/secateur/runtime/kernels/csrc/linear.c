@@ -1,0 +1,120 @@
+/* One linear: activations prepared, rows shared out among the threads. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static int64_t blocks_of(int64_t padded) {
+    return (padded + SCT_SCALED_WORDS * 64 - 1) / (SCT_SCALED_WORDS * 64);
+}
+
+size_t sct_input_bytes(int64_t batch, int64_t padded, sct_input_kind kind) {
+    size_t numbers = (size_t)batch * (size_t)padded;
+    if (kind == SCT_IN_BFLOAT) return rounded(2 * numbers);
+    if (kind != SCT_IN_BYTES) return rounded(4 * numbers);
+    const size_t blocks = (size_t)(batch * blocks_of(padded));
+    return 2 * numbers + rounded(4 * blocks) + 64 * blocks;
+}
+
+void sct_input_place(sct_input *in, void *memory, int64_t batch, int64_t padded,
+                     sct_input_kind kind) {
+    const size_t numbers = (size_t)batch * (size_t)padded;
+    memset(in, 0, sizeof *in);
+    in->batch = batch;
+    in->padded = padded;
+    in->blocks = blocks_of(padded);
+    if (kind == SCT_IN_BFLOAT) {
+        in->bfloats = memory;
+    } else if (kind != SCT_IN_BYTES) {
+        in->floats = memory;
+    } else {
+        in->magnitudes = memory;
+        in->signs = in->magnitudes + numbers;
+        in->scales = (float *)(in->signs + numbers);
+        in->excess = (int32_t *)((char *)in->scales + rounded(4 * (size_t)(batch * in->blocks)));
+    }
+}
+
+int64_t sct_first_row(const sct_matrix *m, int64_t part, int64_t parts) {
+    if (!m->mask) return m->rows * part / parts;
+    int64_t wanted = m->offsets[m->rows] / parts * part, low = 0, high = m->rows;
+    if (part == 0) return 0;
+    if (part == parts) return m->rows;
+    while (low < high) { /* the first row that begins at or after the wanted value */
+        int64_t middle = (low + high) / 2;
+        if (m->offsets[middle] < wanted) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+typedef struct {
+    const sct_tier_code *code;
+    const sct_matrix *matrix;
+    const sct_input *in;
+    float *y;
+    sct_rows *rows;
+    void *tile;
+    int64_t begin, end;
+} sct_job;
+
+static void multiply(void *context, int thread, int threads) {
+    const sct_job *job = context;
+    int64_t begin = sct_first_row(job->matrix, thread, threads);
+    int64_t end = sct_first_row(job->matrix, thread + 1, threads);
+    job->rows(job->matrix, job->in, begin, end, job->y, job->matrix->rows);
+}
+
+static void lay_out(void *context, int thread, int threads) {
+    const sct_job *job = context;
+    int64_t count = job->end - job->begin;
+    int64_t begin = job->begin + count * thread / threads;
+    int64_t end = job->begin + count * (thread + 1) / threads;
+    size_t size = job->matrix->type == SCT_FLOAT32 ? 4 : 2;
+    size_t to = (size_t)(begin - job->begin) * (size_t)job->matrix->words * 64 * size;
+    job->code->expand(job->matrix, begin, end, (char *)job->tile + to);
+}
+
+int sct_linear(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_stride, void *y,
+               int64_t y_stride, int64_t batch) {
+    const sct_tier_code *code = sct_code();
+    if (!code) return -1;
+    const int64_t padded = m->words * 64;
+    const sct_input_kind kind = sct_kind(code, m->type, x_type == SCT_FLOAT32);
+    const size_t in_bytes = sct_input_bytes(batch, padded, kind);
+    const size_t out_bytes = rounded(4 * (size_t)batch * (size_t)m->rows);
+    char *scratch = aligned_alloc(64, in_bytes + out_bytes + rounded(4 * (size_t)padded));
+    if (!scratch) return -1;
+    sct_input in;
+    sct_input_place(&in, scratch, batch, padded, kind);
+    float *sums = (float *)(scratch + in_bytes), *row = (float *)(scratch + in_bytes + out_bytes);
+    for (int64_t b = 0; b < batch; b++) {
+        const float *from = (const float *)x + b * x_stride;
+        if (x_type == SCT_BFLOAT16) {
+            for (int64_t i = 0; i < m->columns; i++)
+                row[i] = sct_from_bfloat(((const uint16_t *)x)[b * x_stride + i]);
+            from = row;
+        }
+        code->prepare(from, m->columns, &in, b, kind);
+    }
+    sct_job job = {code, m, &in, sums, sct_rows_for(code, m->type, kind), NULL, 0, 0};
+    sct_parallel(multiply, &job);
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t r = 0; r < m->rows; r++) {
+            float value = sums[b * m->rows + r];
+            if (x_type == SCT_BFLOAT16) ((uint16_t *)y)[b * y_stride + r] = sct_to_bfloat(value);
+            else ((float *)y)[b * y_stride + r] = value;
+        }
+    free(scratch);
+    return 0;
+}
+
+int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, void *tile) {
+    const sct_tier_code *code = sct_code();
+    if (!code) return -1;
+    sct_job job = {code, matrix, NULL, NULL, NULL, tile, begin, end};
+    sct_parallel(lay_out, &job);
+    return 0;
+}

@@ -1,0 +1,145 @@
+/* A pool of threads that waits for work awake for a moment, and asleep after that.
+ *
+ * Work comes every few microseconds while a token is decoded, and waking a thread takes tens of
+ * them; so an idle thread spins, but for a few thousand rounds only, and then gives the processor
+ * back: two busy pools on the same cores must not stand in each other's way.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#define MOST_THREADS 256
+#define SPINS_IDLE 4000
+#define SPINS_BARRIER 20000
+
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE() ((void)0)
+#endif
+
+static pthread_mutex_t callers = PTHREAD_MUTEX_INITIALIZER; /* one call at a time */
+static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER;    /* of sleeping and waking */
+static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
+static pthread_t workers[MOST_THREADS];
+static int count;                 /* threads, the caller among them; 0 before the first use */
+static pid_t owner;               /* a forked child has none of the workers */
+static sct_work *work;
+static void *context;
+static atomic_uint round_number;  /* of the work; a new number is the signal to begin */
+static atomic_int unfinished, sleepers, leaving;
+static atomic_int arrived;
+static atomic_uint barrier_round;
+
+static void spin(int *rounds) {
+    PAUSE();
+    if (++*rounds > SPINS_BARRIER) sched_yield();
+}
+
+static void *serve(void *argument) {
+    int thread = (int)(intptr_t)argument;
+    unsigned seen = 0;
+    for (;;) {
+        for (int i = 0; i < SPINS_IDLE && atomic_load(&round_number) == seen; i++) PAUSE();
+        if (atomic_load(&round_number) == seen) {
+            pthread_mutex_lock(&door);
+            atomic_fetch_add(&sleepers, 1);
+            while (atomic_load(&round_number) == seen) pthread_cond_wait(&bell, &door);
+            atomic_fetch_sub(&sleepers, 1);
+            pthread_mutex_unlock(&door);
+        }
+        seen++;
+        if (atomic_load(&leaving)) return NULL;
+        work(context, thread, count);
+        atomic_fetch_sub(&unfinished, 1);
+    }
+}
+
+static void ring(void) {
+    atomic_fetch_add(&round_number, 1);
+    if (atomic_load(&sleepers)) {
+        pthread_mutex_lock(&door);
+        pthread_cond_broadcast(&bell);
+        pthread_mutex_unlock(&door);
+    }
+}
+
+static void dismiss(void) {
+    if (count > 1 && owner == getpid()) {
+        atomic_store(&leaving, 1);
+        ring();
+        for (int i = 1; i < count; i++) pthread_join(workers[i], NULL);
+        atomic_store(&leaving, 0);
+    }
+    count = 0;
+}
+
+static int hire(int wanted) {
+    dismiss();
+    if (wanted < 1) wanted = 1;
+    if (wanted > MOST_THREADS) wanted = MOST_THREADS;
+    atomic_store(&round_number, 0);
+    atomic_store(&sleepers, 0);
+    owner = getpid();
+    for (count = 1; count < wanted; count++)
+        if (pthread_create(&workers[count], NULL, serve, (void *)(intptr_t)count)) break;
+    return count;
+}
+
+static int usual_threads(void) {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
+#endif
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 ? (int)online : 1;
+}
+
+static void be_ready(void) {
+    if (!count || owner != getpid()) hire(count ? count : usual_threads());
+}
+
+int sct_threads(void) {
+    pthread_mutex_lock(&callers);
+    be_ready();
+    int found = count;
+    pthread_mutex_unlock(&callers);
+    return found;
+}
+
+int sct_set_threads(int threads) {
+    pthread_mutex_lock(&callers);
+    int found = hire(threads);
+    pthread_mutex_unlock(&callers);
+    return found;
+}
+
+void sct_parallel(sct_work *asked, void *asked_context) {
+    pthread_mutex_lock(&callers);
+    be_ready();
+    work = asked;
+    context = asked_context;
+    if (count > 1) {
+        atomic_store(&unfinished, count - 1);
+        ring();
+    }
+    work(context, 0, count);
+    for (int rounds = 0; count > 1 && atomic_load(&unfinished);) spin(&rounds);
+    pthread_mutex_unlock(&callers);
+}
+
+void sct_barrier(int threads) {
+    if (threads == 1) return;
+    unsigned now = atomic_load(&barrier_round);
+    if (atomic_fetch_add(&arrived, 1) == threads - 1) {
+        atomic_store(&arrived, 0);
+        atomic_fetch_add(&barrier_round, 1);
+        return;
+    }
+    for (int rounds = 0; atomic_load(&barrier_round) == now;) spin(&rounds);
+}

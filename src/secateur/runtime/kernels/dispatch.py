@@ -1,0 +1,131 @@
+"""Which way is fastest for how many tokens: measured once for each kind of matrix, never guessed.
+
+| way    | what it does                                                        |
+|--------|---------------------------------------------------------------------|
+| kernel | our kernel on the matrix as it is stored, eight tokens at a time     |
+| tile   | a part of the matrix is expanded, torch multiplies it; and the next  |
+
+The kernel reads less, the tile computes better; with the number of tokens the second wins. Where
+the kernel is slower for one token than torch on dense matrices, they had better be dense; `gain`
+tells.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
+from secateur.runtime.kernels.matrix import Matrix
+
+__all__ = ["Choice", "by_kernel", "by_tiles", "choose", "kind_of"]
+
+TILE_BYTES = 2 * 2**20
+TRIED_TOKENS = (4, 8, 16, 32, 64)
+REPEATS = 5
+MOST_MATRICES = 6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How matrices of one kind are multiplied.
+
+    Args:
+        kernel_up_to: the most tokens for which the kernel is the faster way.
+        gain: for one token, seconds of torch on dense matrices over seconds of the kernel.
+    """
+
+    kernel_up_to: int
+    gain: float
+
+
+_measured: dict[tuple[object, ...], Choice] = {}
+
+
+def kind_of(matrix: Matrix, dtype: torch.dtype) -> tuple[object, ...]:
+    """What matrices have in common that are equally fast to multiply."""
+    info = kernel_info()
+    density = matrix.nonzeros / (matrix.rows * matrix.columns)
+    packed = matrix.mask is not None
+    shape = (matrix.rows, matrix.columns)
+    return (shape, matrix.dtype, packed, round(10 * density), dtype, info.tier, info.threads)
+
+
+def choose(matrices: Sequence[Matrix], dtype: torch.dtype) -> Choice:
+    """The choice for matrices of one kind, measured if that has not been done yet.
+
+    Args:
+        matrices: of one kind; the more, the less they are found in a cache, as in a real run.
+        dtype: of the activations.
+    """
+    kind = kind_of(matrices[0], dtype)
+    if kind not in _measured:
+        _measured[kind] = measure(matrices[:MOST_MATRICES], dtype)
+    return _measured[kind]
+
+
+def measure(matrices: Sequence[Matrix], dtype: torch.dtype) -> Choice:
+    """Time both ways on random activations."""
+    one = torch.randn(1, matrices[0].columns).to(dtype)
+    dense = [m.tile(0, m.rows).to(dtype).contiguous() for m in matrices]
+    kernel, plain = seconds(
+        [lambda m=m: by_kernel(m, one) for m in matrices],
+        [lambda w=w: functional.linear(one, w) for w in dense],
+    )
+    up_to = 1
+    for tokens in TRIED_TOKENS:
+        x = torch.randn(tokens, matrices[0].columns).to(dtype)
+        by_eights, tiled = seconds(
+            [lambda m=m, x=x: by_kernel(m, x) for m in matrices[:2]],
+            [lambda m=m, x=x: by_tiles(m, x) for m in matrices[:2]],
+        )
+        if by_eights > tiled:
+            break
+        up_to = tokens
+    return Choice(up_to, plain / kernel)
+
+
+def seconds(*ways: Sequence[Callable[[], Tensor]]) -> list[float]:
+    """For each way the least mean time of its calls, over passes that take turns.
+
+    The least, because what else the machine does can only make it longer.
+    """
+    least = [float("inf")] * len(ways)
+    for _ in range(1 + REPEATS):
+        for number, calls in enumerate(ways):
+            started = time.perf_counter()
+            for call in calls:
+                call()
+            taken = (time.perf_counter() - started) / len(calls)
+            least[number] = min(least[number], taken)
+    return least
+
+
+def by_kernel(matrix: Matrix, x: Tensor) -> Tensor:
+    """The product x · Wᵀ [tokens, out] by the kernel, at most eight tokens at a time."""
+    if len(x) <= MAX_BATCH:
+        return matrix.multiply(x)
+    return torch.cat([matrix.multiply(part) for part in x.split(MAX_BATCH)])
+
+
+def by_tiles(matrix: Matrix, x: Tensor) -> Tensor:
+    """The product x · Wᵀ [tokens, out] by torch, one expanded tile after the other.
+
+    At no time is more than a tile expanded. int8 values are multiplied as the integers they are,
+    and the result by their scale.
+    """
+    if matrix.weight is not None:
+        return functional.linear(x, matrix.weight.to(x.dtype))
+    y = torch.empty(len(x), matrix.rows, dtype=x.dtype)
+    rows = max(1, TILE_BYTES // (matrix.words * 64 * 2))
+    room = matrix.room(min(rows, matrix.rows))
+    for begin in range(0, matrix.rows, rows):
+        end = min(begin + rows, matrix.rows)
+        tile = matrix.tile(begin, end, room).to(x.dtype)
+        torch.mm(x, tile.t(), out=y[:, begin:end])
+    return y if matrix.scale is None else y.mul_(matrix.scale.to(y.dtype))

@@ -1,0 +1,211 @@
+"""The C library: found, loaded, and described to ctypes.
+
+`pip install` builds it where there is a compiler. Without it everything still runs: packed
+matrices are expanded when they are loaded, and multiplied by torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from secateur.errors import KernelError
+
+__all__ = [
+    "MAX_BATCH",
+    "TYPES",
+    "CDecoder",
+    "CLayer",
+    "CMatrix",
+    "KernelInfo",
+    "address",
+    "kernel_info",
+    "library",
+    "use_tier",
+]
+
+ABI = 1
+MAX_BATCH = 8
+"""The most activations that a kernel takes at once."""
+
+TYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3})
+"""The numbers of the types of values, `sct_type` in csrc/secateur.h."""
+
+LIBRARY_VARIABLE = "SECATEUR_KERNELS"
+"""Environment variable that names another build of the library, or `none`."""
+
+_I64, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+class CMatrix(ctypes.Structure):
+    """`sct_matrix`: a weight [rows, columns]."""
+
+    _fields_ = (
+        ("rows", _I64),
+        ("columns", _I64),
+        ("words", _I64),
+        ("stride", _I64),
+        ("type", _I64),
+        ("values", _POINTER),
+        ("mask", _POINTER),
+        ("offsets", _POINTER),
+        ("scale", _POINTER),
+    )
+
+
+class CLayer(ctypes.Structure):
+    """`sct_layer`: one decoder layer."""
+
+    _fields_ = (
+        *((name, CMatrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("input_norm", _POINTER),
+        ("post_norm", _POINTER),
+        *((f"{name}_bias", _POINTER) for name in ("q", "k", "v", "o")),
+        ("q_norm", _POINTER),
+        ("k_norm", _POINTER),
+        ("keys", _POINTER),
+        ("values", _POINTER),
+    )
+
+
+class CDecoder(ctypes.Structure):
+    """`sct_decoder`: all of them, and how they are read."""
+
+    _fields_ = (
+        *(
+            (name, _I64)
+            for name in (
+                "layers",
+                "hidden",
+                "heads",
+                "kv_heads",
+                "head",
+                "intermediate",
+                "vocabulary",
+                "capacity",
+                "cache_type",
+                "exact",
+            )
+        ),
+        ("epsilon", _FLOAT),
+        ("layer", ctypes.POINTER(CLayer)),
+        ("final_norm", _POINTER),
+        ("head_matrix", CMatrix),
+        ("cosine", _POINTER),
+        ("sine", _POINTER),
+    )
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """What multiplies packed matrices on this machine.
+
+    Args:
+        tier: `avx512bf16`, `avx512`, `avx2`, or `none`: expanded when loaded, and no gain.
+        threads: of the pool of the kernels; 0 without kernels.
+        reason: why the tier is `none`, and what to do; empty otherwise.
+    """
+
+    tier: str
+    threads: int
+    reason: str = ""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library; None where it was not built.
+
+    Raises:
+        KernelError: the library that the environment names is missing or of another version.
+    """
+    named = os.environ.get(LIBRARY_VARIABLE)
+    if named == "none":
+        return None
+    built = [Path(named)] if named else sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(built[0]))
+        loaded.sct_abi.restype = ctypes.c_int
+        found = loaded.sct_abi()
+    except (OSError, AttributeError) as error:
+        raise KernelError(
+            f"the kernels cannot be loaded: {error}",
+            where=str(built[0]),
+            remedy=f"install again, or set {LIBRARY_VARIABLE}=none to run without kernels",
+        ) from error
+    if found != ABI:
+        raise KernelError(
+            f"the kernels are of version {found}, this is version {ABI}",
+            where=str(built[0]),
+            remedy="install again, so that they are built anew",
+        )
+    declare(loaded)
+    return loaded
+
+
+def declare(loaded: ctypes.CDLL) -> None:
+    """The signatures of csrc/secateur.h."""
+    matrix = ctypes.POINTER(CMatrix)
+    signatures = {
+        "sct_tier": (ctypes.c_char_p, []),
+        "sct_use_tier": (ctypes.c_int, [ctypes.c_char_p]),
+        "sct_threads": (ctypes.c_int, []),
+        "sct_set_threads": (ctypes.c_int, [ctypes.c_int]),
+        "sct_linear": (
+            ctypes.c_int,
+            [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64],
+        ),
+        "sct_expand": (ctypes.c_int, [matrix, _I64, _I64, _POINTER]),
+        "sct_decode": (ctypes.c_int, [ctypes.POINTER(CDecoder), _POINTER, _I64, _POINTER]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+
+
+def kernel_info() -> KernelInfo:
+    """The active tier, and if there is none, why."""
+    loaded = library()
+    if loaded is None:
+        return KernelInfo(
+            "none",
+            0,
+            "the kernels were not built; install a C compiler (gcc or clang) and install "
+            "secateur again",
+        )
+    tier = loaded.sct_tier().decode()
+    reason = "" if tier != "none" else "this processor has neither AVX2 nor AVX-512 with VBMI2"
+    return KernelInfo(tier, loaded.sct_threads(), reason)
+
+
+def use_tier(tier: str) -> None:
+    """Choose among the tiers this processor has, for tests and comparisons.
+
+    Matrices that are already made keep working with any tier but `none`.
+
+    Raises:
+        KernelError: this processor does not have it.
+    """
+    loaded = library()
+    if loaded is None or loaded.sct_use_tier(tier.encode()) != 0:
+        raise KernelError(
+            f"the kernels of tier {tier!r} cannot run here",
+            remedy=f"active is {kernel_info().tier!r}",
+        )
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a contiguous tensor on the CPU lies; whoever passes it on keeps it alive."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return tensor.data_ptr()

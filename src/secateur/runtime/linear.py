@@ -1,0 +1,111 @@
+"""Modules whose weights stay packed: drop-in for the linears and the embedding of a model."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ShapeError
+from secateur.runtime.kernels.dispatch import by_kernel, by_tiles
+from secateur.runtime.kernels.matrix import Matrix
+
+__all__ = ["PackedEmbedding", "PackedLinear"]
+
+_numbers = itertools.count(1)
+_linears: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
+"""Modules by the number that stands for them in the operator, which takes tensors and numbers."""
+
+_operators = torch.library.Library("secateur", "DEF")
+_operators.define("linear(Tensor x, int module, int out_features) -> Tensor")
+
+
+def _linear(x: Tensor, module: int, out_features: int) -> Tensor:
+    return _linears[module].product(x)
+
+
+def _linear_shape(x: Tensor, module: int, out_features: int) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+_operators.impl("linear", _linear, "CPU")
+torch.library.register_fake("secateur::linear", _linear_shape, lib=_operators)
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b, with W packed; for inference on a CPU.
+
+    The product is the operator `torch.ops.secateur.linear`, which torch.compile takes as it is.
+
+    Args:
+        matrix: W [out, in].
+        bias: b [out], or None.
+        kernel_up_to: the most tokens that the kernel takes; more are multiplied tile by tile.
+    """
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None = None, kernel_up_to: int = 8) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.in_features, self.out_features = matrix.columns, matrix.rows
+        self.kernel_up_to = kernel_up_to
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.number = next(_numbers)
+        _linears[self.number] = self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product for activations [..., in], float32, bfloat16 or float16.
+
+        Raises:
+            ShapeError: the activations do not fit, or are not on the CPU.
+        """
+        if x.shape[-1] != self.in_features or x.device.type not in ("cpu", "meta"):
+            raise ShapeError(
+                f"activations of shape {tuple(x.shape)} on {x.device} for a packed linear of "
+                f"{self.in_features} inputs on the cpu"
+            )
+        tokens = x.reshape(-1, self.in_features)
+        y: Tensor = torch.ops.secateur.linear(tokens, self.number, self.out_features)
+        if self.bias is not None:
+            y += self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
+        if x.dtype == torch.float16:  # torch multiplies it slowly, kernels take float32
+            return self.product(x.float()).half()
+        return (by_kernel if len(x) <= self.kernel_up_to else by_tiles)(self.matrix, x)
+
+    def extra_repr(self) -> str:
+        """Shape and storage, for printing."""
+        m = self.matrix
+        share = 1 - m.nonzeros / (m.rows * m.columns)
+        return (
+            f"in_features={m.columns}, out_features={m.rows}, bias={self.bias is not None}, "
+            f"{str(m.dtype).removeprefix('torch.')}, sparsity={share:.3f}"
+        )
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding whose rows are int8 with a scale each; a tied head shares the matrix.
+
+    Args:
+        matrix: dense int8 [vocabulary, hidden].
+        dtype: of what it gives.
+        factor: that the model multiplies its embeddings with, as Gemma does.
+    """
+
+    def __init__(self, matrix: Matrix, dtype: torch.dtype, factor: Tensor | None = None) -> None:
+        super().__init__()
+        self.matrix, self.dtype, self.factor = matrix, dtype, factor
+        self.num_embeddings, self.embedding_dim = matrix.rows, matrix.columns
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The embeddings [..., hidden] of token ids."""
+        assert self.matrix.scale is not None
+        width = self.matrix.words * 64
+        table = self.matrix.values[: self.matrix.rows * width].view(self.matrix.rows, width)
+        rows = table[ids][..., : self.matrix.columns].float() * self.matrix.scale[ids, None]
+        rows = rows.to(self.dtype)
+        return rows if self.factor is None else rows * self.factor.to(self.dtype)

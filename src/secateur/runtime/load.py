@@ -1,0 +1,72 @@
+"""A compressed checkpoint as a transformers model whose linears stay packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import CheckpointError
+from secateur.models.skeleton import build_skeleton, quiet_transformers
+from secateur.models.whole import load_whole
+from secateur.runtime.dense_view import computed_dtype
+from secateur.runtime.install import install
+from secateur.runtime.packed import PackedCheckpoint, is_packed
+
+__all__ = ["load"]
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    expand: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a checkpoint, compressed or not, on the CPU and in eval mode.
+
+    Every file is verified first. Packed matrices are never expanded: they are multiplied by the
+    kernels, and where kernels cannot be had (`secateur.kernel_info()`), expanded here.
+
+    Args:
+        folder: as `secateur compress` or transformers writes it.
+        dtype: what to compute in; None for what `config.json` says. float32 with bfloat16 values
+            is exact, and takes no more memory for what is packed.
+        expand: fill plain dense linears instead, to train or to compare.
+        trust_remote_code: whether model code that comes with the checkpoint may run.
+
+    Returns:
+        A transformers model; `generate` and all else work as ever.
+
+    Raises:
+        CheckpointError: a file is damaged, or does not fit the configuration.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            "there is no config.json",
+            where=str(folder),
+            remedy="name a folder that `secateur compress` or transformers has written",
+        )
+    if not is_packed(folder):
+        return load_whole(
+            folder, torch.device("cpu"), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    packed = PackedCheckpoint(folder)
+    model = build_skeleton(folder, trust_remote_code=trust_remote_code)
+    install(model, packed, dtype or computed_dtype(folder), expand=expand)
+    model.config.dtype = dtype or computed_dtype(folder)
+    unfilled = [name for name, p in model.named_parameters() if p.is_meta]
+    if unfilled:
+        raise CheckpointError(
+            f"the checkpoint does not hold {', '.join(unfilled[:3])}",
+            where=str(folder),
+            remedy="the files are incomplete, or of another model than config.json says",
+        )
+    with quiet_transformers():
+        from transformers import GenerationConfig
+
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()

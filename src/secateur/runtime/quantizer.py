@@ -1,0 +1,91 @@
+"""The door through which transformers loads compressed folders: `quant_method: secateur`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from secateur.errors import CheckpointError, KernelError
+from secateur.runtime.install import install
+from secateur.runtime.packed import QUANT_METHOD, SUFFIXES, PackedCheckpoint
+
+__all__ = ["PackedConfig", "PackedQuantizer"]
+
+
+@register_quantization_config(QUANT_METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """What `config.json` says of a compressed folder.
+
+    Args:
+        version: of the format.
+        archive: whether the files are compressed further.
+    """
+
+    def __init__(self, version: int = 1, archive: bool = False, **kwargs: Any) -> None:
+        self.quant_method: Any = QUANT_METHOD
+        self.version, self.archive = version, archive
+
+
+@register_quantizer(QUANT_METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Puts packed modules into the model before transformers loads the rest."""
+
+    quantization_config: PackedConfig
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """Remember what the model computes in."""
+        self.dtype = dtype or torch.get_default_dtype()
+        return self.dtype
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            CheckpointError: the folder is an archive.
+            KernelError: another device than the CPU is asked for.
+        """
+        if self.quantization_config.archive:
+            raise CheckpointError(
+                "from_pretrained cannot read an archive",
+                remedy="use secateur.load(FOLDER), or unpack it with `secateur decompress`",
+            )
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if any(str(p) not in ("None", "cpu", "auto", "disk") for p in places):
+            raise KernelError(
+                f"packed matrices are multiplied on the CPU, not on {device_map}",
+                remedy="leave device_map out, or use `secateur decompress` and load the result",
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Everything on the CPU."""
+        return None if device_map is None else {"": "cpu"}
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Load what is packed; transformers loads the rest."""
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        if folder is None:
+            raise CheckpointError("a compressed model is loaded from its files")
+        packed = PackedCheckpoint(folder)
+        with torch.device("cpu"):  # transformers makes everything on meta here
+            install(model, packed, self.dtype, matrices_only=True)
+        owners = "|".join(re.escape(name) for name in packed.layouts)
+        known = set(model._keys_to_ignore_on_load_unexpected or ())
+        parts = "|".join(SUFFIXES)
+        model._keys_to_ignore_on_load_unexpected = known | {rf"^(?:{owners})\.(?:{parts})$"}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Packed models are written by `secateur compress` alone."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights are for inference."""
+        return False

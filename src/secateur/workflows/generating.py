@@ -1,0 +1,122 @@
+"""Text from a checkpoint, compressed or not, and how fast it came."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.errors import RecipeError
+from secateur.evaluation.generation import generate as generate_with_transformers
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.runtime.decode import Decoder, why_not
+from secateur.runtime.load import load
+
+__all__ = ["Generation", "generate"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A text and how it was made.
+
+    Args:
+        prompt: what was given.
+        text: what followed.
+        tokens: of the text.
+        load_seconds: from the files to a model that is ready.
+        first_token_seconds: from the prompt to the first token.
+        tokens_per_second: of the tokens after the first; None for a single one.
+        loop: `one call for each token`, or `transformers` and why.
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    load_seconds: float
+    first_token_seconds: float | None
+    tokens_per_second: float | None
+    loop: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Continue a prompt on the CPU, by the fastest way that the model allows.
+
+    Args:
+        model: folder (compressed or not), hub id, GGUF file or named sample.
+        prompt: the text to continue, as it is, without a chat template.
+        max_new_tokens: where to stop if the model does not end earlier.
+        temperature: 0 takes the most likely token each time; above 0 draws.
+        seed: of the draw.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        tell: given the text piece by piece as it comes.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise RecipeError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}",
+            remedy="give at least one new token and a temperature of 0 or more",
+        )
+    folder = resolve(model, trust_remote_code=trust_remote_code).folder
+    started = time.perf_counter()
+    loaded = load(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    ready = time.perf_counter()
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
+    if len(ids) == 0:
+        raise RecipeError("the prompt has no token", remedy="give a prompt of at least one word")
+    reason = why_not(loaded)
+    if reason is not None:
+        text = generate_with_transformers(
+            loaded, tokenizer, prompt, max_new_tokens, seed, temperature=temperature
+        )
+        tell(text)
+        count = len(tokenizer(text)["input_ids"])
+        return Generation(
+            prompt,
+            text,
+            count,
+            ready - started,
+            None,
+            count / (time.perf_counter() - ready),
+            f"transformers: {reason}",
+        )
+    decoder = Decoder(loaded, len(ids) + max_new_tokens)
+    ends = loaded.generation_config.eos_token_id
+    stop = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    tokens: list[int] = []
+    times: list[float] = []
+    told = ""
+    begun = time.perf_counter()
+    for token in decoder.continued(
+        ids, max_new_tokens, temperature=temperature, seed=seed, stop=stop
+    ):
+        times.append(time.perf_counter())
+        tokens.append(token)
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        if not text.endswith("\ufffd"):  # half of a character waits for the rest
+            tell(text[len(told) :])
+            told = text
+    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    first = times[0] - begun if times else None
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    tell(text[len(told) :])
+    return Generation(
+        prompt, text, len(tokens), ready - started, first, rate, "one call for each token"
+    )

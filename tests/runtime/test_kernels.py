@@ -1,0 +1,160 @@
+"""Kernels against slow products in float64, in every tier this processor has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from oracles.kernels import bitmask_product, rounded_to_bytes
+from secateur.errors import KernelError, ShapeError
+from secateur.runtime.formats.bits import pack_bits
+from secateur.runtime.kernels import library as lib
+from secateur.runtime.kernels.dispatch import by_kernel, by_tiles, choose
+from secateur.runtime.kernels.matrix import Matrix
+
+pytestmark = pytest.mark.skipif(
+    lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
+)
+
+TIERS = ("avx512bf16", "avx512", "avx2")
+SHAPES = ((1, 1), (5, 7), (64, 64), (33, 130), (7, 577), (40, 1000))
+VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> str:
+    """Each tier in turn; the best one afterwards."""
+    best = lib.kernel_info().tier
+    try:
+        lib.use_tier(request.param)
+    except KernelError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    lib.use_tier(best)
+
+
+def example(
+    rows: int, columns: int, values: torch.dtype, sparsity: float | None, seed: int = 0
+) -> tuple[Matrix, Tensor]:
+    """A matrix, and the same dense in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    scale = None
+    if values == torch.int8:
+        scale = torch.rand(rows, generator=generator) + 0.5
+        stored = torch.randint(-127, 128, (rows, columns), generator=generator).to(values)
+        dense = stored.double() * scale.double()[:, None]
+    else:
+        stored = weight.to(values)
+        dense = stored.double()
+    if sparsity is None:
+        return Matrix(stored, scale=scale), dense
+    mask = torch.rand(rows, columns, generator=generator) >= sparsity
+    mask[0] = False  # a row without values
+    matrix = Matrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
+    return matrix, dense * mask
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("sparsity", [None, 0.0, 0.5, 0.95])
+def test_products_are_those_of_float64(tier, shape, values, sparsity):
+    matrix, dense = example(*shape, values, sparsity)
+    for batch in range(1, lib.MAX_BATCH + 1):
+        x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
+        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
+            given = x.to(dtype)
+            seen = rounded_to_bytes(given.float()) if values == torch.int8 else given.double()
+            wanted = bitmask_product(seen, dense)
+            got = matrix.multiply(given)
+            assert got.dtype == dtype
+            # relative to what is summed up, for sums may cancel
+            size = seen.abs() @ dense.abs().T + 1e-30
+            assert float(((got.double() - wanted).abs() / size).max()) < tolerance
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_tiles_are_the_matrix_bit_for_bit(tier, values, sparsity):
+    matrix, dense = example(23, 130, values, sparsity)
+    for begin, end in ((0, 23), (5, 6), (22, 23)):
+        tile = matrix.tile(begin, end).double()
+        if matrix.scale is not None:
+            tile *= matrix.scale.double()[begin:end, None]
+        assert torch.equal(tile, dense[begin:end])
+
+
+def test_both_ways_agree_for_many_tokens(tier):
+    matrix, _ = example(300, 200, torch.bfloat16, 0.6)
+    x = torch.randn(21, 200)
+    torch.testing.assert_close(by_kernel(matrix, x), by_tiles(matrix, x), rtol=1e-4, atol=1e-4)
+
+
+def test_one_answer_whatever_the_threads(tier):
+    kernels = lib.library()
+    matrix, _ = example(101, 333, torch.bfloat16, 0.5)
+    x = torch.randn(3, 333)
+    usual = kernels.sct_threads()
+    try:
+        answers = []
+        for threads in (1, 2, 3, 7):
+            assert kernels.sct_set_threads(threads) == threads
+            answers.append(matrix.multiply(x))
+        assert all(torch.equal(answers[0], other) for other in answers)
+    finally:
+        kernels.sct_set_threads(usual)
+
+
+def test_not_a_number_stays_one(tier):
+    for values in VALUES:
+        matrix, _ = example(4, 70, values, 0.5)
+        x = torch.zeros(1, 70)
+        x[0, 3] = float("nan")
+        assert matrix.multiply(x)[0, 1:].isnan().all()
+
+
+def test_a_dense_weight_is_used_where_it_lies():
+    weight = torch.randn(8, 128)
+    matrix = Matrix(weight)
+    assert matrix.values.data_ptr() == weight.data_ptr()
+    assert matrix.weight is not None
+    assert torch.equal(matrix.weight, weight)
+    assert Matrix(torch.randn(8, 100)).weight.shape == (8, 100)
+
+
+def test_memory_is_that_of_the_format():
+    matrix, _ = example(64, 4096, torch.bfloat16, 0.5)
+    bits = 2 * matrix.nonzeros + 64 * 4096 / 8
+    assert bits <= matrix.nbytes <= bits * 1.005
+
+
+def test_parts_that_do_not_fit_are_refused():
+    bits = pack_bits(torch.ones(3, 10, dtype=torch.bool))
+    with pytest.raises(ShapeError, match="keeps 30 weights, there are 29"):
+        Matrix(torch.randn(29), bitmask=bits, columns=10)
+    with pytest.raises(ShapeError, match="past its 9 columns"):
+        Matrix(torch.randn(30), bitmask=bits, columns=9)
+    with pytest.raises(ShapeError, match="for 17 columns"):
+        Matrix(torch.randn(30), bitmask=bits, columns=17)
+    with pytest.raises(ShapeError, match="int8 values with"):
+        Matrix(torch.zeros(3, 8, dtype=torch.int8))
+    matrix = Matrix(torch.randn(30), bitmask=bits, columns=10)
+    for x in (torch.randn(1, 9), torch.randn(9, 10), torch.zeros(1, 10, dtype=torch.float64)):
+        with pytest.raises(ShapeError):
+            matrix.multiply(x)
+    with pytest.raises(ShapeError, match="rows 2 to 4"):
+        matrix.tile(2, 4)
+
+
+def test_the_choice_is_measured_once_for_each_kind():
+    matrices = [example(64, 64, torch.bfloat16, 0.5, seed)[0] for seed in range(2)]
+    first = choose(matrices, torch.float32)
+    assert first.kernel_up_to >= 1
+    assert first.gain > 0
+    assert choose(matrices[1:], torch.float32) is first
+
+
+def test_a_tier_that_is_not_there_is_refused():
+    with pytest.raises(KernelError, match="'avx9000' cannot run here"):
+        lib.use_tier("avx9000")
