@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
-from secateur.calibration.continuation import PREFIX, continue_windows
+from secateur.calibration import continuation
+from secateur.calibration.continuation import PREFIX, continue_windows, drawn
 from secateur.errors import SourceError
+from zoo import CONFIGS, tiny_model, tiny_windows
 
 LENGTH = 40
 
@@ -50,6 +53,39 @@ def test_drawn_as_the_model_believes(model: LlamaForCausalLM, windows: torch.Ten
     found = torch.bincount(own[:, PREFIX], minlength=50) / len(own)
     deviation = (expected * (1 - expected) / len(own)).sqrt()
     assert ((found - expected).abs() <= 4.5 * deviation).all()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_token_sees_those_before_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a token is drawn from is what the whole window gives in one forward without a cache."""
+    model = tiny_model(family)
+    seen: list[torch.Tensor] = []
+
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.clone())
+        return drawn(logits)
+
+    monkeypatch.setattr(continuation, "drawn", draw)
+    own = continue_windows(model, tiny_windows(length=LENGTH), 4, seed=0)
+    with torch.no_grad():
+        expected = model(own, use_cache=False).logits[:, PREFIX - 1 : -1]
+    found = torch.stack(seen, dim=1)
+    assert (found[:, :, 2] == -torch.inf).all()
+    found[:, :, 2] = expected[:, :, 2]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert 2 not in own[:, PREFIX:]
+
+
+def test_a_model_without_a_cache(windows: torch.Tensor) -> None:
+    class Forgetful(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, **kwargs: object) -> CausalLMOutput:
+            return CausalLMOutput(logits=torch.zeros(*input_ids.shape, 50))
+
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    with pytest.raises(SourceError, match="Forgetful does not go on"):
+        continue_windows(Forgetful(config), windows, 1, seed=0)
 
 
 def test_the_seed_decides(model: LlamaForCausalLM, windows: torch.Tensor) -> None:

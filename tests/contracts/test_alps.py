@@ -8,6 +8,7 @@ import torch
 from oracles.alps import alps as slow_alps
 from oracles.sparsegpt import relative_error
 from secateur.errors import RecipeError
+from secateur.sparsity import shifted_inverse
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
@@ -30,7 +31,10 @@ def statistics_of(x):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
-def test_equals_the_slow_iteration(seed: int, sparsity: float) -> None:
+def test_equals_the_slow_iteration(
+    seed: int, sparsity: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shifted_inverse, "_PRECISION", 1e-6)
     weight, x = correlated(seed)
     # enough refit steps to reach the exact solution
     solver = solvers["alps"](tolerance=0.0, refit_steps=200)
@@ -43,6 +47,22 @@ def test_equals_the_slow_iteration(seed: int, sparsity: float) -> None:
         assert torch.allclose(found.weight.double(), expected, rtol=1e-3, atol=1e-3)
     ours, theirs = (relative_error(weight, w, x) for w in (found.weight, expected))
     assert ours == pytest.approx(theirs, rel=5e-3)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+def test_as_good_as_the_slow_iteration(sparsity: float) -> None:
+    """With inverses that are only right to within half a percent, masks differ, errors do not."""
+    ratios = []
+    for seed in range(8):
+        weight, x = correlated(seed)
+        solver = solvers["alps"](tolerance=0.0, refit_steps=200)
+        prepared = solver.prepare(statistics_of(x))
+        found = solver.solve(weight, prepared, parse_pattern("unstructured", "layer"), sparsity)
+        expected, _ = slow_alps(weight, x.t() @ x, round((1 - sparsity) * weight.numel()))
+        ours, theirs = (relative_error(weight, w, x) for w in (found.weight, expected))
+        ratios.append(ours / theirs)
+    assert max(ratios) < 1.02
+    assert sum(ratios) / len(ratios) < 1.003
 
 
 @pytest.mark.parametrize("text", ["unstructured", "2:4", "1:4", "4:8"])

@@ -23,7 +23,7 @@ def alps(
     kept: int,
     *,
     damping: float = 0.01,
-    iterations: int = 60,
+    iterations: int = 45,
     rho: float = 0.1,
     growth: float = 1.2,
 ) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def alps(
     dual = torch.zeros_like(start)
     eye = torch.eye(len(scaled), dtype=torch.float64)
     for iteration in range(iterations):
-        penalty = rho * growth ** (iteration // 3)
+        penalty = rho * growth ** (iteration / 3)
         free = (target - dual + penalty * agreed) @ torch.linalg.inv(scaled + penalty * eye)
         agreed = free + dual / penalty
         agreed = agreed * largest(agreed.square(), kept)

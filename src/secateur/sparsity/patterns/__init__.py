@@ -123,7 +123,9 @@ def check_score(score: Score) -> None:
     Raises:
         NumericalError: a score is NaN.
     """
-    missing = torch.isnan(score)
+    if not torch.isnan(score.sum()):  # one pass; NaN anywhere is NaN in the sum
+        return
+    missing = torch.isnan(score)  # or ∞ − ∞
     if missing.any():
         raise NumericalError(
             f"{int(missing.sum())} of {score.numel()} scores are not a number",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,13 +18,16 @@ from secateur.sparsity.hessian import (
     relative_output_error,
 )
 from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.shifted_inverse import ShiftedInverse
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight
 
 __all__ = ["ALPS", "ScaledGram"]
 
-# ρ grows, and the support is compared, once in this many iterations.
+# The support is compared, and ρ has grown by `growth`, once in this many iterations.
 _STAGE = 3
+# ρ grows to so many times its first value at most; the support is at rest long before.
+_RANGE = 100.0
 _TINY = 1e-30
 
 
@@ -36,12 +40,14 @@ class ScaledGram:
         hessian: A = (G + damping · mean(diag G) · I) / s sᵀ, unit diagonal, float32 [in, in].
         dead: inputs that were zero for every token, bool [in].
         gram: G, without damping, float32 [in, in]; not copied.
+        inverse: (A + ρI)⁻¹ for the ρ of all iterations; computed when first needed.
     """
 
     scale: Float32[Tensor, " in"]
     hessian: Float32[Tensor, "in in"]
     dead: Bool[Tensor, " in"]
     gram: Gram
+    inverse: ShiftedInverse
 
 
 @solvers.register("alps")
@@ -54,41 +60,41 @@ class ALPS:
 
         B ← (B₀A − V + ρD)(A + ρI)⁻¹;    D ← P(B + V/ρ);    V ← V + ρ(B − D)
 
-    where P keeps the largest squares that the pattern allows. ρ begins at `rho` and grows by
-    `growth` every three iterations, so that B and D are forced to agree; it ends when fewer than
-    `tolerance` of the kept weights changed places in three iterations. The support of P(B) is then
-    held, and `refit_steps` conjugate-gradient steps find the weights on it:
+    where P keeps the largest squares that the pattern allows. ρ begins at `rho` and grows with every
+    iteration, by `growth` in three of them, so that B and D are forced to agree; it ends when fewer
+    than `tolerance` of the kept weights changed places in three iterations. The support of P(B) is
+    then held, and conjugate-gradient steps find the weights on it:
 
         X ← argmin tr((X − B₀) A (X − B₀)ᵀ),  X = 0 where pruned;    Ŵ = X / s.
 
-    With a given mask only the refit is done. The weights of dead columns become zero, as in the
+    With a given mask only the refit is done, in `refit_steps`; after a search, whose weights are
+    nearly there, in half as many. The weights of dead columns become zero, as in the
     solver `obs`.
 
     Paper: Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
     Large Language Models", arXiv:2406.07831. Deviations: ρ follows a fixed course, where the
-    released code raises it by the change of the support; (A + ρI)⁻¹ comes from a Cholesky
-    factorisation in float32 for each ρ, where the released code uses one eigendecomposition in
-    float64 and so two products for each iteration instead of one; weights may also compete within
-    rows or blocks; counts are exact. Errors are no larger than those of the released code (see
-    `benchmarks/`).
+    released code raises it by the change of the support; (A + ρI)⁻¹ is a sum of a few inverses in
+    float32 (`ShiftedInverse`), where the released code uses one eigendecomposition in float64 and so
+    two products for each iteration instead of one; weights may also compete within rows or blocks;
+    counts are exact. Errors are no larger than those of the released code (see `benchmarks/`).
 
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
         iterations: of ADMM, at most.
         rho: penalty at the start.
-        growth: of the penalty, every three iterations.
+        growth: of the penalty, in three iterations; to a hundred times `rho` at most.
         tolerance: share of the kept weights that may change in three iterations at the end.
-        refit_steps: conjugate-gradient steps.
+        refit_steps: conjugate-gradient steps for a given mask; half of them after a search.
 
     Raises:
         RecipeError: a parameter is out of range.
     """
 
     damping: float = 0.01
-    iterations: int = 60
+    iterations: int = 45
     rho: float = 0.1
     growth: float = 1.2
-    tolerance: float = 3e-4
+    tolerance: float = 0.01
     refit_steps: int = 10
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "wanda"
@@ -116,7 +122,8 @@ class ALPS:
         hessian = gram / scale
         hessian /= scale[:, None]
         hessian.diagonal().fill_(1.0)
-        return ScaledGram(scale, hessian, dead, gram)
+        inverse = ShiftedInverse(hessian, self.rho, self._rho(self.iterations))
+        return ScaledGram(scale, hessian, dead, gram, inverse)
 
     def solve(
         self,
@@ -144,30 +151,32 @@ class ALPS:
         dense = weight.detach().float() * prepared.scale
         dense.masked_fill_(prepared.dead, 0.0)
         target = dense @ prepared.hessian
-        start = dense
+        start, steps = dense, self.refit_steps
         if mask is None:
             rows, inputs = weight.shape
             pattern.check((rows, inputs), sparsity)
-            start, mask = self._search(dense, target, prepared.hessian, pattern, sparsity)
-        solved = _refit(start * mask, target, prepared.hessian, mask, self.refit_steps)
+            start, mask = self._search(dense, target, prepared, pattern, sparsity)
+            steps = -(-steps // 2)
+        solved = _refit(start * mask, target, prepared.hessian, mask, steps)
         solved /= prepared.scale
         return Solution(
             weight=solved, mask=mask, error=relative_output_error(weight, solved, prepared.gram)
         )
 
     def _search(
-        self, dense: Tensor, target: Tensor, hessian: Tensor, pattern: Pattern, sparsity: float
+        self, dense: Tensor, target: Tensor, prepared: ScaledGram, pattern: Pattern, sparsity: float
     ) -> tuple[Tensor, Mask]:
         """ADMM in the scaled space: the last B, and the mask of its largest squares."""
-        rho = self.rho
         support = pattern.mask(dense.square(), sparsity)
         agreed = dense * support
         dual = torch.zeros_like(dense)
-        inverse = _shifted_inverse(hessian, rho)
+        free, right = torch.empty_like(dense), torch.empty_like(dense)
         for iteration in range(1, self.iterations + 1):
-            free = torch.sub(target, dual).add_(agreed, alpha=rho) @ inverse
-            agreed = torch.add(free, dual, alpha=1 / rho)
-            kept = pattern.mask(agreed.square(), sparsity)
+            rho = self._rho(iteration)
+            torch.sub(target, dual, out=right).add_(agreed, alpha=rho)
+            torch.mm(right, prepared.inverse.at(rho), out=free)
+            torch.add(free, dual, alpha=1 / rho, out=agreed)
+            kept = pattern.mask(torch.square(agreed, out=right), sparsity)
             agreed *= kept
             dual.add_(free, alpha=rho).sub_(agreed, alpha=rho)
             if iteration % _STAGE == 0:
@@ -175,16 +184,14 @@ class ALPS:
                 if changed <= self.tolerance * int(kept.sum()):
                     break
                 support = kept
-                rho *= self.growth
-                inverse = _shifted_inverse(hessian, rho)
         return free, pattern.mask(free.square(), sparsity)
 
-
-def _shifted_inverse(hessian: Tensor, rho: float) -> Tensor:
-    """(A + ρI)⁻¹; its condition is bounded by 1 + in/ρ, so float32 will do."""
-    shifted = hessian.clone()
-    shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    def _rho(self, iteration: int) -> float:
+        """ρ of an iteration, the first being 1."""
+        exponent = (iteration - 1) / _STAGE
+        if self.growth > 1:
+            exponent = min(exponent, math.log(_RANGE) / math.log(self.growth))
+        return self.rho * self.growth**exponent
 
 
 def _refit(start: Tensor, target: Tensor, hessian: Tensor, mask: Mask, steps: int) -> Tensor:

@@ -12,6 +12,7 @@
 
 #define PAIR_BLOCK 16
 #define LANES 8
+#define SHIFTED 0
 
 static uint8_t one_byte[256][8] __attribute__((aligned(64)));   /* 0x80: zero */
 static uint8_t two_byte[256][16] __attribute__((aligned(64)));
@@ -174,8 +175,9 @@ SCT_INLINE void floats(const sct_matrix *m, const sct_input *in, int64_t begin, 
 SCT_ROWS(rows_halves, halves)
 SCT_ROWS(rows_floats, floats)
 
-/* int8 values and activations: |x| · (w with the sign of x, as in avx512.c). Two products of at
- * most 127 · 128 fit the 16 bits that vpmaddubsw saturates at. */
+/* int8 values and activations. vpmaddubsw wants one side unsigned and saturates at 16 bits, so it
+ * gets |x|, and the sign of x goes to w: as w ^ 0xff = −w − 1 where x is negative. What the −1 adds
+ * up to does not depend on w; sums begin with it (`in->excess`). */
 SCT_INLINE void bytes(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
                       float *y, int64_t y_stride, const int B, const int packed) {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -201,7 +203,7 @@ SCT_INLINE void bytes(const sct_matrix *m, const sct_input *in, int64_t begin, i
 #pragma GCC unroll 8
                 for (int b = 0; b < B; b++) {
                     const int64_t at = b * in->padded + half * 32;
-                    __m256i x = _mm256_load_si256((const __m256i *)(in->magnitudes + at));
+                    __m256i x = _mm256_load_si256((const __m256i *)(in->bytes + at));
                     __m256i signs = _mm256_load_si256((const __m256i *)(in->signs + at));
                     __m256i products = _mm256_maddubs_epi16(x, _mm256_xor_si256(e, signs));
                     dots[b] = _mm256_add_epi32(dots[b], _mm256_madd_epi16(products, ones));

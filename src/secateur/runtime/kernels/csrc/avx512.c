@@ -11,7 +11,7 @@
 
 #define PAIR_BLOCK 32
 #define LANES 16
-#define SCT_TWO_ROWS_BATCH 4
+#define SHIFTED 1
 #define BASE "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,f16c,bmi,bmi2"
 
 SCT_TARGET_BEGIN(BASE)
@@ -165,11 +165,12 @@ SCT_INLINE void floats(const sct_matrix *m, const sct_input *in, int64_t begin, 
 }
 SCT_ROWS(rows_floats, floats)
 
-/* int8 values and activations. vpdpbusd wants one side unsigned: |x|, and the sign of x goes to w,
- * as w ^ 0xff = −w − 1 where x is negative. What the −1 adds up to does not depend on w; sums
- * begin with it (`in->excess`). Two rows at once share what is loaded of x. */
+/* int8 values and activations. vpdpbusd wants one side unsigned, so activations come as x + 128,
+ * and 128 · Σ w is taken off again: one more product for all activations of a batch. Two rows at
+ * once share what is loaded of x. */
 SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, float *y,
                          int64_t y_stride, const int B, const int packed, const int R) {
+    const __m512i ones = _mm512_set1_epi8(1);
     const int8_t *v[2];
     int64_t ahead[2];
     __m512 sum[2][SCT_MAX_BATCH];
@@ -179,14 +180,16 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) sum[r][b] = _mm512_setzero_ps();
     }
-    for (int64_t first = 0; first < m->words; first += SCT_SCALED_WORDS) {
-        const int64_t last = first + SCT_SCALED_WORDS < m->words ? first + SCT_SCALED_WORDS : m->words;
-        __m512i dots[2][SCT_MAX_BATCH];
-        for (int r = 0; r < R; r++)
+    for (int64_t block = 0; block < in->blocks; block++) {
+        const int64_t first = block * SCT_SCALED_WORDS;
+        const int64_t left = m->words - first;
+        const int64_t last = first + (left < SCT_SCALED_WORDS ? left : SCT_SCALED_WORDS);
+        __m512i dots[2][SCT_MAX_BATCH], weights[2];
+        for (int r = 0; r < R; r++) {
+            weights[r] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-            for (int b = 0; b < B; b++)
-                dots[r][b] = _mm512_loadu_si512(
-                    in->excess + (b * in->blocks + first / SCT_SCALED_WORDS) * 16);
+            for (int b = 0; b < B; b++) dots[r][b] = _mm512_setzero_si512();
+        }
         for (int64_t w = first; w < last; w++) {
             __m512i e[2];
 #pragma GCC unroll 2
@@ -200,23 +203,26 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
                 } else {
                     v[r] += 64;
                 }
+                weights[r] = _mm512_dpbusd_epi32(weights[r], ones, e[r]);
             }
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++) {
-                const int64_t at = b * in->padded + w * 64;
-                const __m512i x = _mm512_load_si512(in->magnitudes + at);
-                const __m512i signs = _mm512_load_si512(in->signs + at);
+                const __m512i x = _mm512_load_si512(in->bytes + b * in->padded + w * 64);
 #pragma GCC unroll 2
                 for (int r = 0; r < R; r++)
-                    dots[r][b] = _mm512_dpbusd_epi32(dots[r][b], x, _mm512_xor_si512(e[r], signs));
+                    dots[r][b] = _mm512_dpbusd_epi32(dots[r][b], x, e[r]);
             }
         }
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) weights[r] = _mm512_slli_epi32(weights[r], 7);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            const __m512 scale = _mm512_set1_ps(in->scales[b * in->blocks + first / SCT_SCALED_WORDS]);
+            const __m512 scale = _mm512_set1_ps(in->scales[b * in->blocks + block]);
 #pragma GCC unroll 2
-            for (int r = 0; r < R; r++)
-                sum[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][b]), scale, sum[r][b]);
+            for (int r = 0; r < R; r++) {
+                const __m512i exact = _mm512_sub_epi32(dots[r][b], weights[r]);
+                sum[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, sum[r][b]);
+            }
         }
     }
     for (int r = 0; r < R; r++)
@@ -224,7 +230,7 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
         for (int b = 0; b < B; b++)
             y[b * y_stride + row + r] = _mm512_reduce_add_ps(sum[r][b]) * m->scale[row + r];
 }
-SCT_TWO_ROWS(bytes, bytes_at)
+SCT_TWO_ROWS(bytes, bytes_at, 1)
 SCT_ROWS(rows_bytes, bytes)
 
 /* int8 as bfloat16: integers up to 127 are exact. */
@@ -276,34 +282,53 @@ static void expand(const sct_matrix *m, int64_t begin, int64_t end, void *tile) 
 SCT_TARGET_END
 SCT_TARGET_BEGIN(BASE ",avx512bf16")
 
-/* bfloat16 values and activations, two products for each 32 bits at once. */
-SCT_INLINE void bfloats(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
-                        float *y, int64_t y_stride, const int B, const int packed) {
-    for (int64_t row = begin; row < end; row++) {
-        const uint16_t *v = (const uint16_t *)m->values + start_of(m, row, packed);
-        const int64_t ahead = bytes_ahead(m, row, 2, packed, 2);
-        __m512 low[SCT_MAX_BATCH], high[SCT_MAX_BATCH];
+/* bfloat16 values and activations, two products for each 32 bits at once. Few activations: a row at
+ * a time, with two sums that do not wait for each other. Many: two rows share each load of x, which
+ * no longer fits the first cache. */
+SCT_INLINE void bfloats_at(const sct_matrix *m, const sct_input *in, int64_t row, float *y,
+                           int64_t y_stride, const int B, const int packed, const int R) {
+    const uint16_t *v[2];
+    int64_t ahead[2];
+    __m512 sum[2][SCT_MAX_BATCH], other[SCT_MAX_BATCH];
+    for (int r = 0; r < R; r++) {
+        v[r] = (const uint16_t *)m->values + start_of(m, row + r, packed);
+        ahead[r] = bytes_ahead(m, row + r, 2, packed, 2);
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) low[b] = high[b] = _mm512_setzero_ps();
-        for (int64_t w = 0; w < m->words; w++) {
-            __m512i e[2];
-            ask_for_word(m, row, w, 2, v, ahead, packed);
-            if (!packed) ask_for(v + 32, ahead);
-            v = two_bytes(v, packed ? mask_of(m, row)[w] : 0, packed, e);
-#pragma GCC unroll 8
-            for (int b = 0; b < B; b++) {
-                const uint16_t *x = in->bfloats + b * in->padded + w * 64;
-                low[b] = _mm512_dpbf16_ps(low[b], (__m512bh)e[0],
-                                          (__m512bh)_mm512_load_si512(x));
-                high[b] = _mm512_dpbf16_ps(high[b], (__m512bh)e[1],
-                                           (__m512bh)_mm512_load_si512(x + 32));
-            }
+        for (int b = 0; b < B; b++) sum[r][b] = other[b] = _mm512_setzero_ps();
+    }
+    for (int64_t w = 0; w < m->words; w++) {
+        __m512i e[2][2];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) {
+            ask_for_word(m, row + r, w, 2, v[r], ahead[r], packed);
+            if (!packed) ask_for(v[r] + 32, ahead[r]);
+            v[r] = two_bytes(v[r], packed ? mask_of(m, row + r)[w] : 0, packed, e[r]);
         }
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++)
-            y[b * y_stride + row] = _mm512_reduce_add_ps(_mm512_add_ps(low[b], high[b]));
+        for (int b = 0; b < B; b++) {
+            const uint16_t *x = in->bfloats + b * in->padded + w * 64;
+            const __m512bh first = (__m512bh)_mm512_load_si512(x);
+            const __m512bh second = (__m512bh)_mm512_load_si512(x + 32);
+            if (R == 1) {
+                sum[0][b] = _mm512_dpbf16_ps(sum[0][b], (__m512bh)e[0][0], first);
+                other[b] = _mm512_dpbf16_ps(other[b], (__m512bh)e[0][1], second);
+            } else {
+#pragma GCC unroll 2
+                for (int r = 0; r < R; r++) {
+                    sum[r][b] = _mm512_dpbf16_ps(sum[r][b], (__m512bh)e[r][0], first);
+                    sum[r][b] = _mm512_dpbf16_ps(sum[r][b], (__m512bh)e[r][1], second);
+                }
+            }
+        }
     }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+            const __m512 all = R == 1 ? _mm512_add_ps(sum[r][b], other[b]) : sum[r][b];
+            y[b * y_stride + row + r] = _mm512_reduce_add_ps(all);
+        }
 }
+SCT_TWO_ROWS(bfloats, bfloats_at, B >= 4)
 SCT_ROWS(rows_bfloats, bfloats)
 
 SCT_TARGET_END

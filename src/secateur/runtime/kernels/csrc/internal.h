@@ -39,9 +39,10 @@ typedef struct {
     int64_t batch, padded, blocks;
     float *floats;
     uint16_t *bfloats;
-    uint8_t *magnitudes, *signs; /* of bytes: |x|, and 0xff where x is negative, else 0 */
-    float *scales;               /* [batch, blocks] */
-    int32_t *excess;             /* [batch, blocks, 16], Σ |x| where x is negative, by lanes */
+    uint8_t *bytes;  /* x + 128, or |x|, as the tier wants it */
+    float *scales;   /* [batch, blocks], of bytes */
+    uint8_t *signs;  /* beside |x|: 0xff where x is negative, else 0 */
+    int32_t *excess; /* beside |x|: [batch, blocks, 16], Σ |x| where x is negative, by lanes */
 } sct_input;
 
 typedef void sct_rows(const sct_matrix *, const sct_input *, int64_t begin, int64_t end, float *y,

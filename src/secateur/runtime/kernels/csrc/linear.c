@@ -30,8 +30,8 @@ void sct_input_place(sct_input *in, void *memory, int64_t batch, int64_t padded,
     } else if (kind != SCT_IN_BYTES) {
         in->floats = memory;
     } else {
-        in->magnitudes = memory;
-        in->signs = in->magnitudes + numbers;
+        in->bytes = memory;
+        in->signs = in->bytes + numbers;
         in->scales = (float *)(in->signs + numbers);
         in->excess = (int32_t *)((char *)in->scales + rounded(4 * (size_t)(batch * in->blocks)));
     }
