@@ -4,7 +4,7 @@
 
 Protocol: random weights, the same number of random zeros everywhere; as many matrices of each kind
 as exceed twice the L3 cache, so that weights come from memory as they do when a model decodes.
-A round times one pass over the matrices of every kind, kinds one after the other with a rest between
+A round times one pass over the matrices of every kind, kinds after each other with a rest between
 them, for idle threads of torch's pool keep spinning for some milliseconds; the median over rounds
 counts, and the ratio is that of medians. Activations are bfloat16. Dense baselines: torch's
 bfloat16 linear, torch's int8 weight-only product, and our own dense kernels; the fastest of the

@@ -1,0 +1,250 @@
+"""Whole models at batch 1: packed, dense, torch and llama.cpp in turns.
+
+    python benchmarks/decode.py [--work DIR] [--rounds 7] [--parts random smollm2]
+
+Random model: TinyLlama's shape, 1.1 billion parameters, random weights, half of those of the
+decoder's linears zero (the same number in each row). It is packed with bfloat16 and with int8
+values (embedding and head int8 too), and written as GGUF Q8_0 for llama.cpp. SmolLM2-135M: one
+pruned to 50 % (`--pruned`), packed in the same two ways, and its own Q4_1 file in llama.cpp.
+
+Each contender is a process; rounds go around among them (`secateur.evaluation.speed`), a prompt of
+64 tokens and 32 new ones, medians over rounds. llama.cpp (xllamacpp) times itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import secateur
+from hardware import heading, keep, markdown
+from secateur.models.samples import sample_model
+from secateur.workflows.benching import BenchReport
+
+SHAPE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Of all tensors of the random model."""
+    hidden, wide = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    kv = SHAPE["num_key_value_heads"] * SHAPE["head_dim"]
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens": (SHAPE["vocab_size"], hidden)}
+    for layer in range(SHAPE["num_hidden_layers"]):
+        for name, shape in {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (wide, hidden),
+            "mlp.up_proj": (wide, hidden),
+            "mlp.down_proj": (hidden, wide),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }.items():
+            found[f"model.layers.{layer}.{name}"] = shape
+    return {**found, "model.norm": (hidden,), "lm_head": (SHAPE["vocab_size"], hidden)}
+
+
+def random_tensors() -> dict[str, torch.Tensor]:
+    """All of them, half of each row of the linears zero."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name, shape in shapes().items():
+        if len(shape) == 1:
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+            continue
+        weight = torch.randn(shape) * 0.02
+        if ".layers." in name:
+            half = weight.abs().kthvalue(shape[1] // 2, dim=1, keepdim=True).values
+            weight[weight.abs() <= half] = 0
+        tensors[name] = weight.bfloat16()
+    return tensors
+
+
+def write_checkpoint(tensors: dict[str, torch.Tensor], folder: Path) -> Path:
+    """As transformers would."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(SHAPE, indent=2), encoding="utf-8")
+    named = {f"{name}.weight": tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_gguf(tensors: dict[str, torch.Tensor], file: Path) -> Path:
+    """Q8_0, with a vocabulary of placeholders. The order within heads does not matter for speed."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(SHAPE["num_hidden_layers"])
+    writer.add_context_length(SHAPE["max_position_embeddings"])
+    writer.add_embedding_length(SHAPE["hidden_size"])
+    writer.add_feed_forward_length(SHAPE["intermediate_size"])
+    writer.add_head_count(SHAPE["num_attention_heads"])
+    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(SHAPE["rms_norm_eps"])
+    writer.add_rope_dimension_count(SHAPE["head_dim"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_tokenizer_model("llama")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [*special, *(f"t{i}" for i in range(SHAPE["vocab_size"] - len(special)))]
+    writer.add_token_list(words)
+    writer.add_token_scores([0.0] * len(words))
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(words) - len(special))])
+    for name, tensor in tensors.items():
+        parts = name.split(".", 3)
+        known = GGUF_NAMES[parts[3] if name.startswith("model.layers.") else name]
+        to = f"blk.{parts[2]}.{known}" if name.startswith("model.layers.") else known
+        values = tensor.float().numpy()
+        if values.ndim == 1:
+            writer.add_tensor(f"{to}.weight", values.astype(np.float32))
+            continue
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(f"{to}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def packed(folder: Path, values: str, output: Path) -> Path:
+    """The folder compressed."""
+    if not output.exists():
+        embeddings = "int8" if values == "int8" else "auto"
+        secateur.compress(folder, values=values, embeddings=embeddings, output=output)
+    return output
+
+
+def measured(name: str, folder: Path, rounds: int, **options: Any) -> list[dict[str, Any]]:
+    """All contenders of one folder, with its name."""
+    report: BenchReport = secateur.bench(folder, rounds=rounds, **options)
+    print(f"{name}: {report.verdict}", flush=True)
+    return [
+        {"model": name, "file_bytes": report.file_bytes, **told}
+        for told in report.to_json()["contenders"]
+    ]
+
+
+def random_model(work: Path, rounds: int) -> list[dict[str, Any]]:
+    """The rows of the random model."""
+    dense, file = work / "random", work / "random-q8_0.gguf"
+    if not file.exists():
+        shutil.rmtree(dense, ignore_errors=True)
+        tensors = random_tensors()
+        write_checkpoint(tensors, dense)
+        write_gguf(tensors, file)
+        del tensors
+    ours = ("packed", "dense bf16", "torch bf16")
+    rows = measured(
+        "1.1 B, 50 %, bf16",
+        packed(dense, "bfloat16", work / "random-bf16"),
+        rounds,
+        contenders=ours,
+    )
+    ours = ("packed", "dense int8", "torch int8")
+    return rows + measured(
+        "1.1 B, 50 %, int8",
+        packed(dense, "int8", work / "random-int8"),
+        rounds,
+        contenders=ours,
+        gguf=[file],
+    )
+
+
+def smollm2(work: Path, pruned: Path, rounds: int) -> list[dict[str, Any]]:
+    """The rows of SmolLM2."""
+    file = sample_model("smollm2-135m")
+    rows = measured(
+        "SmolLM2-135M, 50 %, bf16", packed(pruned, "bfloat16", work / "smol-bf16"), rounds
+    )
+    return rows + measured(
+        "SmolLM2-135M, 50 %, int8",
+        packed(pruned, "int8", work / "smol-int8"),
+        rounds,
+        contenders=("packed", "packed in transformers", "dense int8", "torch bf16"),
+        gguf=[file],
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As it stands in the documentation."""
+    lines = []
+    for row in rows:
+        if "failure" in row:
+            lines.append([row["model"], row["contender"], row["failure"], "", "", ""])
+            continue
+        own = next(r for r in rows if r["model"] == row["model"] and r["contender"] == "packed")
+        lines.append(
+            [
+                row["model"],
+                row["contender"],
+                f"{row['tokens_per_second']:.1f}",
+                f"{own['tokens_per_second'] / row['tokens_per_second']:.2f}",
+                f"{1e3 * row['first_token_seconds']:.0f} ms",
+                f"{row['resident_bytes'] / 2**20:.0f} MiB",
+            ]
+        )
+    columns = ["model", "", "tokens/s", "packed is faster by", "first token", "memory"]
+    return markdown(columns, lines)
+
+
+def main() -> None:
+    """Make the models, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, help="folder for the models, kept")
+    parser.add_argument("--pruned", type=Path, help="SmolLM2-135M pruned to 50 %%")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--parts", nargs="+", default=["random", "smollm2"])
+    parser.add_argument("--name", default="decode")
+    args = parser.parse_args()
+    print(heading())
+    with tempfile.TemporaryDirectory() as scratch:
+        work = args.work or Path(scratch)
+        rows = random_model(work, args.rounds) if "random" in args.parts else []
+        if "smollm2" in args.parts:
+            rows += smollm2(work, args.pruned, args.rounds)
+    keep(args.name, {"protocol": __doc__, "rounds": args.rounds}, rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
