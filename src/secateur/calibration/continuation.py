@@ -25,7 +25,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from secateur.errors import SourceError
-from secateur.models.cache import roomy_cache
+from secateur.models.cache import OneTokenAttention, roomy_cache
 from secateur.types import Windows
 
 __all__ = ["AT_ONCE", "PREFIX", "continue_windows"]
@@ -94,7 +94,8 @@ def continued(model: Any, beginnings: Tensor, length: int, tell: Callable[[], No
     never = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
     for place in range(length - 1):
         seen = tokens[:, place : place + 1].to(model.device)
-        output = model(input_ids=seen, use_cache=True, **{name: cache})
+        with OneTokenAttention():
+            output = model(input_ids=seen, use_cache=True, **{name: cache})
         if getattr(output, name, None) is not cache:
             raise SourceError(
                 f"{type(model).__name__} does not go on from keys and values that it is given",

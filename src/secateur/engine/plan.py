@@ -36,6 +36,10 @@ __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
 SOLVE_COPIES = {"zero": 4, "obs": 7, "alps": 9}
 """Float32 copies of the largest weight at the height of scoring, masking and solving, measured."""
 
+SOLVE_SQUARES = {"alps": 9}
+"""Float32 matrices [in, in] at the same time; with ALPS the gram, A, four inverses, their sum and
+what an inverse takes; with the others 4."""
+
 
 class FusedAttention(TorchFunctionMode):
     """Attention as the fused kernels do it: the [sequence, sequence] matrix is never made."""
@@ -245,16 +249,20 @@ def plan_run(
 
 
 def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int:
-    """The whole model, and keys and values of all tokens of the windows it writes together."""
+    """The whole model, keys and values of the windows it writes together, and chances.
+
+    Chances are those of one token of each window: logits, and what they are made into in float32.
+    """
     if windows is None or not unwritten:
         return 0
     config = target.model.config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     features = 2 * len(target.layers) * (getattr(config, "num_key_value_heads", None) or heads)
-    tokens = min(unwritten, AT_ONCE) * windows.shape[1]
+    rows = min(unwritten, AT_ONCE)
     weights = sum(p.numel() for p in target.model.parameters())
-    return (weights + features * size * tokens) * target.dtype.itemsize
+    stored = (weights + features * size * rows * windows.shape[1]) * target.dtype.itemsize
+    return stored + rows * int(config.vocab_size) * (target.dtype.itemsize + 8)
 
 
 def tuning_bytes(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
@@ -296,7 +304,8 @@ def solve_bytes(method: Method, shapes: list[tuple[int, int]], asymmetric: bool)
     """Statistics, scores, masks and solver of the largest linear."""
     solve = SOLVE_COPIES.get(method.solver_name, 7) * 4 * max(o * i for o, i in shapes)
     if "gram" in method.requires or asymmetric:
-        solve += 4 * (4 + 2 * asymmetric) * max(i for _, i in shapes) ** 2
+        squares = SOLVE_SQUARES.get(method.solver_name, 4) + 2 * asymmetric
+        solve += 4 * squares * max(i for _, i in shapes) ** 2
     return solve
 
 

@@ -1,18 +1,22 @@
-"""Keys and values of text in the making, in tensors that are made once.
+"""Keys and values of text in the making: in tensors that are made once, and read fast.
 
 The cache that transformers makes by default grows by concatenation: every token copies all keys
 and values before it. Here a layer gets its room with the first token, and attention sees a view
-of what is filled.
+of what is filled. The fused kernels are made for many tokens at once; for one token a window, in
+bfloat16 on a CPU, two plain matmuls are ten times as fast, if the keys lie as the first wants them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["roomy_cache"]
+__all__ = ["OneTokenAttention", "roomy_cache"]
 
 
 def roomy_cache(config: Any, length: int) -> DynamicCache:
@@ -34,21 +38,64 @@ def roomy_cache(config: Any, length: int) -> DynamicCache:
     return cache
 
 
+class OneTokenAttention(TorchFunctionMode):
+    """Attention of one token to those before it, softmax(q kᵀ · scale) v, as two matmuls.
+
+    Query heads that share their keys are multiplied together. Calls that are causal, and so of
+    more than one token, are left alone.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace the attention of one token."""
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and not kwargs.get("is_causal"):
+            return _attended(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As `scaled_dot_product_attention`, of a model in eval mode and not causal."""
+    batch, heads, tokens, size = query.shape
+    if enable_gqa:  # [batch, key heads, queries of each, size]
+        query = query.reshape(batch, key.shape[1], -1, size)
+    scores = (query @ key.transpose(2, 3)).float()
+    scores *= size**-0.5 if scale is None else scale
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores.masked_fill_(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores += attn_mask
+    found = scores.softmax(-1).to(value.dtype) @ value
+    return found.reshape(batch, heads, tokens, value.shape[-1])
+
+
 class _Room:
-    """A tensor [batch, heads, length, head_dim] and how much of it is filled."""
+    """Keys [batch, heads, size, length] and values [batch, heads, length, size], partly filled."""
 
     def __init__(self, length: int) -> None:
         self.length, self.filled = length, 0
-        self.all: Tensor | None = None
+        self.keys: Tensor
+        self.values: Tensor
 
-    def add(self, states: Tensor) -> Tensor:
-        """Write the states of new tokens behind the others; a view of all of them."""
-        if self.all is None:
-            batch, heads, _, size = states.shape
-            self.all = states.new_empty(batch, heads, self.length, size)
-        start, self.filled = self.filled, self.filled + states.shape[-2]
-        self.all[:, :, start : self.filled] = states
-        return self.all[:, :, : self.filled]
+    def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the states of new tokens [batch, heads, tokens, size]; views of those of all."""
+        if not self.filled:
+            batch, heads, _, size = keys.shape
+            self.keys = keys.new_empty(batch, heads, size, self.length)
+            self.values = values.new_empty(batch, heads, self.length, values.shape[-1])
+        new = slice(self.filled, self.filled + keys.shape[2])
+        self.filled = new.stop
+        self.keys[..., new] = keys.transpose(2, 3)
+        self.values[:, :, new] = values
+        return self.keys[..., : self.filled].transpose(2, 3), self.values[:, :, : self.filled]
 
 
 class _Layer(DynamicLayer):
@@ -56,7 +103,7 @@ class _Layer(DynamicLayer):
 
     def __init__(self, length: int) -> None:
         super().__init__()
-        self.rooms = _Room(length), _Room(length)
+        self.room = _Room(length)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -64,7 +111,7 @@ class _Layer(DynamicLayer):
         """Add the states of new tokens; views of those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = self.rooms[0].add(key_states), self.rooms[1].add(value_states)
+        self.keys, self.values = self.room.add(key_states, value_states)
         return self.keys, self.values
 
 
@@ -73,7 +120,7 @@ class _SlidingLayer(DynamicSlidingWindowLayer):
 
     def __init__(self, length: int, sliding_window: int) -> None:
         super().__init__(sliding_window)
-        self.rooms = _Room(length), _Room(length)
+        self.room = _Room(length)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -83,6 +130,6 @@ class _SlidingLayer(DynamicSlidingWindowLayer):
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
         self.cumulative_length += new
-        self.keys, self.values = self.rooms[0].add(key_states), self.rooms[1].add(value_states)
+        self.keys, self.values = self.room.add(key_states, value_states)
         seen = self.sliding_window - 1 + new
         return self.keys[:, :, -seen:], self.values[:, :, -seen:]

@@ -60,10 +60,10 @@ class ALPS:
 
         B ← (B₀A − V + ρD)(A + ρI)⁻¹;    D ← P(B + V/ρ);    V ← V + ρ(B − D)
 
-    where P keeps the largest squares that the pattern allows. ρ begins at `rho` and grows with every
-    iteration, by `growth` in three of them, so that B and D are forced to agree; it ends when fewer
-    than `tolerance` of the kept weights changed places in three iterations. The support of P(B) is
-    then held, and conjugate-gradient steps find the weights on it:
+    where P keeps the largest squares that the pattern allows. ρ begins at `rho` and grows with
+    every iteration, by `growth` in three of them, so that B and D are forced to agree; it ends when
+    fewer than `tolerance` of the kept weights changed places in three iterations. The support of
+    P(B) is then held, and conjugate-gradient steps find the weights on it:
 
         X ← argmin tr((X − B₀) A (X − B₀)ᵀ),  X = 0 where pruned;    Ŵ = X / s.
 
@@ -74,9 +74,9 @@ class ALPS:
     Paper: Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
     Large Language Models", arXiv:2406.07831. Deviations: ρ follows a fixed course, where the
     released code raises it by the change of the support; (A + ρI)⁻¹ is a sum of a few inverses in
-    float32 (`ShiftedInverse`), where the released code uses one eigendecomposition in float64 and so
-    two products for each iteration instead of one; weights may also compete within rows or blocks;
-    counts are exact. Errors are no larger than those of the released code (see `benchmarks/`).
+    float32 (`ShiftedInverse`), where the released code makes it anew for each ρ from an
+    eigendecomposition in float64; weights may also compete within rows or blocks; counts are exact.
+    Errors are no larger than those of the released code (see `benchmarks/`).
 
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
@@ -171,10 +171,11 @@ class ALPS:
         agreed = dense * support
         dual = torch.zeros_like(dense)
         free, right = torch.empty_like(dense), torch.empty_like(dense)
+        inverse = torch.empty_like(prepared.hessian)
         for iteration in range(1, self.iterations + 1):
             rho = self._rho(iteration)
             torch.sub(target, dual, out=right).add_(agreed, alpha=rho)
-            torch.mm(right, prepared.inverse.at(rho), out=free)
+            torch.mm(right, prepared.inverse.at(rho, out=inverse), out=free)
             torch.add(free, dual, alpha=1 / rho, out=agreed)
             kept = pattern.mask(torch.square(agreed, out=right), sparsity)
             agreed *= kept
