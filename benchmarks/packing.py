@@ -3,7 +3,7 @@
     python benchmarks/packing.py PRUNED [--text FILE] [--windows 24]
 
 1. Greedy text, ten prompts of 64 tokens each: the pruned model in bfloat16 values against the same
-   packed, both computing in float32 (`secateur.load(dtype=float32)`, packed by one call a token), so
+   packed, both computing in float32 (`secateur.load(dtype=float32)`; one call for each token), so
    that what is compared is packing, and not how a bfloat16 sum happens to be rounded. How many
    texts are the same when both compute in bfloat16 is told beside it.
 2. Perplexity, windows of 2048 tokens: bfloat16 values, and int8 values (embedding and head too),

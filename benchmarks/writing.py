@@ -1,6 +1,6 @@
 """Windows that the model writes itself: seconds beside those of `generate` of transformers.
 
-    python benchmarks/writing.py [--windows 64] [--length 256]
+    python benchmarks/writing.py [--windows 32] [--length 512]
 
 Both draw at temperature 1 with nothing cut off, all windows at once, from the first 16 tokens of
 windows of the sample text, with the same model in the same process, one after the other.
@@ -45,8 +45,8 @@ def main() -> None:
     """Write twice, keep, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
     torch.set_num_threads(2)
     model, tokenizer = load_model(args.model, "cpu", trust_remote_code=False)

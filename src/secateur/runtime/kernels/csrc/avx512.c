@@ -58,6 +58,14 @@ SCT_INLINE void ask_for(const void *v, int64_t ahead) {
     _mm_prefetch((const char *)v + ahead, _MM_HINT_T0);
 }
 
+/* The same in two steps, for kernels so fast that the requests which the first cache can have
+ * under way are too few: from far into the second cache, and from there when it is near. */
+#define NEAR_BYTES 512
+SCT_INLINE void ask_in_steps(const void *v, int64_t ahead) {
+    _mm_prefetch((const char *)v + ahead, _MM_HINT_T1);
+    _mm_prefetch((const char *)v + NEAR_BYTES, _MM_HINT_T0);
+}
+
 /* Values of one word, and a line of the mask for each eight words, of the row `rows` later. */
 SCT_INLINE void ask_for_word(const sct_matrix *m, int64_t row, int64_t w, int rows, const void *v,
                              int64_t ahead, int packed) {
@@ -195,7 +203,9 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
 #pragma GCC unroll 2
             for (int r = 0; r < R; r++) {
                 e[r] = load(v[r]);
-                ask_for_word(m, row + r, w, 2 * R, v[r], ahead[r], packed);
+                ask_in_steps(v[r], ahead[r]);
+                if (packed && (w & 7) == 0)
+                    ask_in_steps(mask_of(m, row + r) + w, 2 * R * m->words * 8);
                 if (packed) {
                     const uint64_t kept = mask_of(m, row + r)[w];
                     e[r] = _mm512_maskz_expand_epi8(kept, e[r]);
