@@ -22,7 +22,6 @@ from torch import Tensor
 
 from secateur.engine.layer_pass import LayerPass
 from secateur.engine.ledger import Ledger
-from secateur.engine.pages import reused_pages
 from secateur.engine.passage import Passage
 from secateur.engine.precision import fast_matmuls
 from secateur.engine.progress import Progress
@@ -32,6 +31,7 @@ from secateur.engine.surgery import INPUT_STATISTICS, LinearRecord, check_finite
 from secateur.engine.targets import Target
 from secateur.errors import PatternError
 from secateur.models.architecture import Linear, linears_of
+from secateur.pages import reused_pages
 from secateur.sparsity.methods import Method
 
 __all__ = ["Run", "Settings"]

@@ -10,6 +10,7 @@ import torch
 from secateur.errors import CheckpointError
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.whole import load_whole
+from secateur.pages import reused_pages
 from secateur.runtime.dense_view import computed_dtype
 from secateur.runtime.install import install
 from secateur.runtime.packed import PackedCheckpoint, is_packed
@@ -55,7 +56,8 @@ def load(
         )
     packed = PackedCheckpoint(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
-    install(model, packed, dtype or computed_dtype(folder), expand=expand)
+    with reused_pages():  # what measuring and unpacking took is given back here
+        install(model, packed, dtype or computed_dtype(folder), expand=expand)
     model.config.dtype = dtype or computed_dtype(folder)
     unfilled = [name for name, p in model.named_parameters() if p.is_meta]
     if unfilled:
