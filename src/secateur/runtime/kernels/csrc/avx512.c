@@ -47,30 +47,28 @@ SCT_INLINE const uint16_t *two_bytes(const uint16_t *v, uint64_t kept, int packe
     return v + __builtin_popcountll(kept);
 }
 
-/* Bytes from a row's values to those of the row that comes `rows` later. The processor's own
- * prefetching stops at every page, so what is needed then is asked for now. */
-SCT_INLINE int64_t bytes_ahead(const sct_matrix *m, int64_t row, int rows, int packed, int size) {
-    const int64_t later = row + rows < m->rows ? row + rows : m->rows;
-    return (start_of(m, later, packed) - start_of(m, row, packed)) * size;
-}
+/* What is needed soon is asked for now: the processor's own prefetching stops at every page and
+ * loses its way where two rows are read at once. Rows lie one after the other, so a fixed distance
+ * serves narrow and wide ones. */
+#define AHEAD_BYTES 8192
+#define NEAR_BYTES 512
+#define MASK_AHEAD_WORDS 256
 
-SCT_INLINE void ask_for(const void *v, int64_t ahead) {
-    _mm_prefetch((const char *)v + ahead, _MM_HINT_T0);
+SCT_INLINE void ask_for(const void *v) {
+    _mm_prefetch((const char *)v + AHEAD_BYTES, _MM_HINT_T0);
 }
 
 /* The same in two steps, for kernels so fast that the requests which the first cache can have
  * under way are too few: from far into the second cache, and from there when it is near. */
-#define NEAR_BYTES 512
-SCT_INLINE void ask_in_steps(const void *v, int64_t ahead) {
-    _mm_prefetch((const char *)v + ahead, _MM_HINT_T1);
+SCT_INLINE void ask_in_steps(const void *v) {
+    _mm_prefetch((const char *)v + AHEAD_BYTES, _MM_HINT_T1);
     _mm_prefetch((const char *)v + NEAR_BYTES, _MM_HINT_T0);
 }
 
-/* Values of one word, and a line of the mask for each eight words, of the row `rows` later. */
-SCT_INLINE void ask_for_word(const sct_matrix *m, int64_t row, int64_t w, int rows, const void *v,
-                             int64_t ahead, int packed) {
-    ask_for(v, ahead);
-    if (packed && (w & 7) == 0) ask_for(mask_of(m, row) + w, rows * m->words * 8);
+/* A line of the mask for each eight words. */
+SCT_INLINE void ask_for_mask(const sct_matrix *m, int64_t row, int64_t w, int packed) {
+    if (packed && (w & 7) == 0)
+        _mm_prefetch((const char *)(mask_of(m, row) + w + MASK_AHEAD_WORDS), _MM_HINT_T0);
 }
 
 #define NO_MASK(m, row) ((m)->mask ? mask_of(m, row) : NULL)
@@ -81,14 +79,14 @@ SCT_INLINE void pairs(const sct_matrix *m, const sct_input *in, int64_t begin, i
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
     for (int64_t row = begin; row < end; row++) {
         const uint16_t *v = (const uint16_t *)m->values + start_of(m, row, packed);
-        const int64_t ahead = bytes_ahead(m, row, 2, packed, 2);
         __m512 even[SCT_MAX_BATCH], odd[SCT_MAX_BATCH];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) even[b] = odd[b] = _mm512_setzero_ps();
         for (int64_t w = 0; w < m->words; w++) {
             __m512i e[2];
-            ask_for_word(m, row, w, 2, v, ahead, packed);
-            if (!packed) ask_for(v + 32, ahead);
+            ask_for(v);
+            if (!packed) ask_for(v + 32);
+            ask_for_mask(m, row, w, packed);
             v = two_bytes(v, packed ? mask_of(m, row)[w] : 0, packed, e);
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
@@ -114,14 +112,14 @@ SCT_INLINE void halves(const sct_matrix *m, const sct_input *in, int64_t begin, 
                        float *y, int64_t y_stride, const int B, const int packed) {
     for (int64_t row = begin; row < end; row++) {
         const uint16_t *v = (const uint16_t *)m->values + start_of(m, row, packed);
-        const int64_t ahead = bytes_ahead(m, row, 2, packed, 2);
         __m512 low[SCT_MAX_BATCH], high[SCT_MAX_BATCH];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) low[b] = high[b] = _mm512_setzero_ps();
         for (int64_t w = 0; w < m->words; w++) {
             __m512i e[2];
-            ask_for_word(m, row, w, 2, v, ahead, packed);
-            if (!packed) ask_for(v + 32, ahead);
+            ask_for(v);
+            if (!packed) ask_for(v + 32);
+            ask_for_mask(m, row, w, packed);
             v = two_bytes(v, packed ? mask_of(m, row)[w] : 0, packed, e);
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
@@ -180,11 +178,9 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
                          int64_t y_stride, const int B, const int packed, const int R) {
     const __m512i ones = _mm512_set1_epi8(1);
     const int8_t *v[2];
-    int64_t ahead[2];
     __m512 sum[2][SCT_MAX_BATCH];
     for (int r = 0; r < R; r++) {
         v[r] = (const int8_t *)m->values + start_of(m, row + r, packed);
-        ahead[r] = bytes_ahead(m, row + r, 2 * R, packed, 1);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) sum[r][b] = _mm512_setzero_ps();
     }
@@ -203,9 +199,8 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
 #pragma GCC unroll 2
             for (int r = 0; r < R; r++) {
                 e[r] = load(v[r]);
-                ask_in_steps(v[r], ahead[r]);
-                if (packed && (w & 7) == 0)
-                    ask_in_steps(mask_of(m, row + r) + w, 2 * R * m->words * 8);
+                ask_in_steps(v[r]);
+                ask_for_mask(m, row + r, w, packed);
                 if (packed) {
                     const uint64_t kept = mask_of(m, row + r)[w];
                     e[r] = _mm512_maskz_expand_epi8(kept, e[r]);
@@ -298,11 +293,9 @@ SCT_TARGET_BEGIN(BASE ",avx512bf16")
 SCT_INLINE void bfloats_at(const sct_matrix *m, const sct_input *in, int64_t row, float *y,
                            int64_t y_stride, const int B, const int packed, const int R) {
     const uint16_t *v[2];
-    int64_t ahead[2];
     __m512 sum[2][SCT_MAX_BATCH], other[SCT_MAX_BATCH];
     for (int r = 0; r < R; r++) {
         v[r] = (const uint16_t *)m->values + start_of(m, row + r, packed);
-        ahead[r] = bytes_ahead(m, row + r, 2, packed, 2);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) sum[r][b] = other[b] = _mm512_setzero_ps();
     }
@@ -310,8 +303,9 @@ SCT_INLINE void bfloats_at(const sct_matrix *m, const sct_input *in, int64_t row
         __m512i e[2][2];
 #pragma GCC unroll 2
         for (int r = 0; r < R; r++) {
-            ask_for_word(m, row + r, w, 2, v[r], ahead[r], packed);
-            if (!packed) ask_for(v[r] + 32, ahead[r]);
+            ask_for(v[r]);
+            if (!packed) ask_for(v[r] + 32);
+            ask_for_mask(m, row + r, w, packed);
             v[r] = two_bytes(v[r], packed ? mask_of(m, row + r)[w] : 0, packed, e[r]);
         }
 #pragma GCC unroll 8
