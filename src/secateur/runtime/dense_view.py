@@ -21,18 +21,19 @@ class DenseView(CheckpointReader):
     """Reads a compressed checkpoint like a dense one: a matrix is unpacked when it is read.
 
     Names, shapes and dtypes are those of the checkpoint that was compressed; what is stored as
-    int8 comes in the dtype that `config.json` names.
+    int8 comes in the dtype that `config.json` names, or in another that is asked for.
 
     Args:
         packed: the compressed checkpoint.
+        computed: the dtype of what is stored as int8; None for that of `config.json`.
 
     Attributes:
         entries: the dense tensors; their offsets mean nothing.
     """
 
-    def __init__(self, packed: PackedCheckpoint) -> None:
+    def __init__(self, packed: PackedCheckpoint, computed: torch.dtype | None = None) -> None:
         self.packed, self.folder, self.files = packed, packed.folder, packed.files
-        self.computed = computed_dtype(packed.folder)
+        self.computed = computed or computed_dtype(packed.folder)
         self.entries = {}
         for name in packed.order:
             layout = packed.layouts.get(name)

@@ -21,7 +21,7 @@ from secateur.runtime.packed import PackedCheckpoint
 __all__ = ["install", "matrix_of"]
 
 WORTH_IT = 0.9
-"""A packed matrix stays packed unless torch is faster on the dense one by more than this."""
+"""A packed matrix stays packed unless a dense one is faster by more than this."""
 
 
 def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> Matrix:
@@ -57,7 +57,7 @@ def install(
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
     """
-    view = DenseView(packed)
+    view = DenseView(packed, dtype)
     expand = expand or kernel_info().tier == "none"
     shared: dict[str, Matrix] = {}
     embedding_at = path_of(model, model.get_input_embeddings())
@@ -110,8 +110,8 @@ def tie_head(model: Any, embedding_at: str, head_at: str, matrix: Matrix | None)
 def settle(model: Any, dtype: torch.dtype) -> None:
     """Measure each kind of packed linear once, and run it the faster way.
 
-    A kind for which torch is clearly faster on dense matrices is made dense: a packed model is
-    never slower than it would have been unpacked.
+    A kind that is clearly faster dense is made dense: a packed model is not slower than it would
+    have been unpacked.
     """
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
     for module in model.modules():

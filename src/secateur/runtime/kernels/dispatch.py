@@ -6,12 +6,14 @@
 | tile   | a part of the matrix is expanded, torch multiplies it; and the next  |
 
 The kernel reads less, the tile computes better; with the number of tokens the second wins. Where
-the kernel is slower for one token than torch on dense matrices, they had better be dense; `gain`
-tells.
+the kernel is slower for one token than on dense matrices, they had better be dense; `gain` tells.
+That can only be measured on more weights than the caches hold, for a model that is decoded reads
+all of its weights for every token: kinds with fewer stay packed.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ __all__ = ["Choice", "by_kernel", "by_tiles", "choose", "kind_of"]
 TILE_BYTES = 2 * 2**20
 TRIED_TOKENS = (4, 8, 16, 32, 64)
 REPEATS = 5
-MOST_MATRICES = 6
+CACHE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Choice:
 
     Args:
         kernel_up_to: the most tokens for which the kernel is the faster way.
-        gain: for one token, seconds of torch on dense matrices over seconds of the kernel.
+        gain: for one token, seconds of the faster of torch and our kernel on dense matrices over
+            seconds of the kernel on these; infinite where the caches hold them all.
     """
 
     kernel_up_to: int
@@ -65,18 +68,13 @@ def choose(matrices: Sequence[Matrix], dtype: torch.dtype) -> Choice:
     """
     kind = kind_of(matrices[0], dtype)
     if kind not in _measured:
-        _measured[kind] = measure(matrices[:MOST_MATRICES], dtype)
+        _measured[kind] = measure(matrices, dtype)
     return _measured[kind]
 
 
 def measure(matrices: Sequence[Matrix], dtype: torch.dtype) -> Choice:
     """Time both ways on random activations."""
-    one = torch.randn(1, matrices[0].columns).to(dtype)
-    dense = [m.tile(0, m.rows).to(dtype).contiguous() for m in matrices]
-    kernel, plain = seconds(
-        [lambda m=m: by_kernel(m, one) for m in matrices],
-        [lambda w=w: functional.linear(one, w) for w in dense],
-    )
+    gain = measured_gain(matrices, dtype)
     up_to = 1
     for tokens in TRIED_TOKENS:
         x = torch.randn(tokens, matrices[0].columns).to(dtype)
@@ -87,7 +85,24 @@ def measure(matrices: Sequence[Matrix], dtype: torch.dtype) -> Choice:
         if by_eights > tiled:
             break
         up_to = tokens
-    return Choice(up_to, plain / kernel)
+    return Choice(up_to, gain)
+
+
+def measured_gain(matrices: Sequence[Matrix], dtype: torch.dtype) -> float:
+    """What `Choice.gain` says."""
+    first = matrices[0]
+    count = -(-CACHE_BYTES // (first.rows * first.columns * dtype.itemsize))
+    if first.mask is None or count > len(matrices):
+        return math.inf
+    one = torch.randn(1, first.columns).to(dtype)
+    dense = [m.tile(0, m.rows).to(dtype).contiguous() for m in matrices[:count]]
+    stored = [Matrix(weight) for weight in dense]
+    kernel, plain, own = seconds(
+        [lambda m=m: by_kernel(m, one) for m in matrices[:count]],
+        [lambda w=w: functional.linear(one, w) for w in dense],
+        [lambda m=m: by_kernel(m, one) for m in stored],
+    )
+    return min(plain, own) / kernel
 
 
 def seconds(*ways: Sequence[Callable[[], Tensor]]) -> list[float]:
