@@ -38,8 +38,15 @@ def quiet_transformers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def build_skeleton(
+    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> Any:
     """The model a checkpoint describes, parameters on the meta device, buffers real.
+
+    Args:
+        folder: the checkpoint.
+        dtype: what it will compute in; None for what `config.json` says.
+        trust_remote_code: whether model code that comes with the checkpoint may run.
 
     Raises:
         ArchitectureError: transformers knows no causal language model of this type, or the
@@ -55,7 +62,7 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
             # Buffers such as rotary frequencies are not stored in checkpoints, so they are made.
             with init_empty_weights(include_buffers=False), no_init_weights():
                 model = AutoModelForCausalLM.from_config(
-                    config, dtype=config.dtype, trust_remote_code=trust_remote_code
+                    config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
                 )
         except (ValueError, KeyError, ImportError, AttributeError) as error:
             raise ArchitectureError(

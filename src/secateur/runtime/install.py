@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import CheckpointError
 from secateur.models.skeleton import assign, stored_names
 from secateur.runtime.dense_view import DenseView
-from secateur.runtime.formats import Layout, bitmask_parts
+from secateur.runtime.formats import Layout, bitmask_parts, formats
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import Matrix
@@ -51,18 +52,22 @@ def install(
         model: a transformers model with parameters on meta, as the configuration describes it.
         packed: the checkpoint.
         dtype: what the model computes in.
-        expand: fill the dense modules that are there, as has to be done without kernels.
-        matrices_only: leave all that is not packed to somebody else.
+        expand: fill the dense modules that are there, as is always done without kernels.
+        matrices_only: leave all that is not packed to somebody else, who must not find the dense
+            modules of what is packed: without kernels, packed modules hold it expanded.
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
     """
     view = DenseView(packed, dtype)
-    expand = expand or kernel_info().tier == "none"
+    kernels = kernel_info().tier != "none"
+    expand = expand or not (kernels or matrices_only)
     shared: dict[str, Matrix] = {}
     embedding_at = path_of(model, model.get_input_embeddings())
     head_at = path_of(model, model.get_output_embeddings())
     names = stored_names(model, view)
+    tied = f"{head_at}.weight" not in names and bool(model.config.tie_word_embeddings)
+    refuse_missing(model, names, f"{head_at}.weight" if tied else "", packed)
     for parameter, stored in names.items():
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
@@ -70,16 +75,57 @@ def install(
             if layout is not None or not matrices_only:
                 assign(model, parameter, view.read(stored).to(dtype))
             continue
-        matrix = shared[path] = matrix_of(packed.parts(owner), layout)
-        if path == embedding_at:
-            old = model.get_submodule(path)
-            new: nn.Module = PackedEmbedding(matrix, dtype, getattr(old, "embed_scale", None))
+        parts = packed.parts(owner)
+        if kernels and (path != embedding_at or layout.format == "dense"):
+            matrix = matrix_of(parts, layout)
         else:
-            new = PackedLinear(matrix, getattr(model.get_submodule(path), "bias", None))
-        replace(model, path, new)
-    if head_at and f"{head_at}.weight" not in names and model.config.tie_word_embeddings:
+            matrix = Matrix(formats[layout.format].unpack(parts, layout).to(dtype))
+        shared[path] = matrix
+        replace(model, path, packed_module(model, path, path == embedding_at, matrix, dtype))
+    if head_at and tied:
         tie_head(model, embedding_at, head_at, shared.get(embedding_at))
     settle(model, dtype)
+
+
+def refuse_missing(
+    model: Any, names: Mapping[str, str], tied: str, packed: PackedCheckpoint
+) -> None:
+    """Refuse a checkpoint that lacks a parameter of the model.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    missing = [n for n, _ in model.named_parameters() if n not in names and n != tied]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint does not hold {', '.join(missing[:3])}",
+            where=str(packed.folder),
+            remedy="the files are incomplete, or of another model than config.json says",
+        )
+
+
+def packed_module(
+    model: Any, path: str, is_embedding: bool, matrix: Matrix, dtype: torch.dtype
+) -> nn.Module:
+    """What takes the place of a module whose weight is stored packed.
+
+    Raises:
+        CheckpointError: it is neither a linear nor the embedding.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    old = model.get_submodule(path)
+    if is_embedding:
+        # Gemma's embedding multiplies what it gives; others have no such attribute
+        factor = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
+        return PackedEmbedding(matrix, dtype, None if factor is None else float(factor))
+    if not isinstance(old, (nn.Linear, Conv1D)):
+        raise CheckpointError(
+            f"{path} is stored packed, and is a {type(old).__name__}; only linears and the "
+            "embedding can be run so",
+            remedy="use `secateur decompress` and load the result",
+        )
+    return PackedLinear(matrix, old.bias)
 
 
 def path_of(model: Any, wanted: nn.Module | None) -> str:
@@ -113,17 +159,22 @@ def settle(model: Any, dtype: torch.dtype) -> None:
     A kind that is clearly faster dense is made dense: a packed model is not slower than it would
     have been unpacked.
     """
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if kernel_info().tier == "none":
+        for module in linears:
+            module.kernel_up_to = 0
+        return
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            kinds[kind_of(module.matrix, activations(dtype))].append(module)
+    for module in linears:
+        kinds[kind_of(module.matrix, activations(dtype))].append(module)
     for modules in kinds.values():
         choice = choose([m.matrix for m in modules], activations(dtype))
+        if choice.gain < WORTH_IT and modules[0].matrix.mask is not None:
+            for module in modules:
+                module.matrix = dense_matrix(module.matrix, dtype)
+            choice = choose([m.matrix for m in modules], activations(dtype))
         for module in modules:
             module.kernel_up_to = choice.kernel_up_to
-            if choice.gain < WORTH_IT and module.matrix.mask is not None:
-                module.matrix = dense_matrix(module.matrix, dtype)
-                module.kernel_up_to = 0
 
 
 def activations(dtype: torch.dtype) -> torch.dtype:

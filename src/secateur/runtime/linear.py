@@ -22,6 +22,7 @@ _operators = torch.library.Library("secateur", "DEF")
 _operators.define("linear(Tensor x, int module, int out_features) -> Tensor")
 
 
+@torch.no_grad()  # a caller who wants gradients of other parts may have them switched on
 def _linear(x: Tensor, module: int, out_features: int) -> Tensor:
     return _linears[module].product(x)
 
@@ -71,8 +72,15 @@ class PackedLinear(nn.Module):
             y += self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight for model code that asks, without values."""
+        return stand_in(self.matrix)
+
     def product(self, x: Tensor) -> Tensor:
         """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
+        if len(x) == 0:
+            return x.new_empty(0, self.out_features)
         if x.dtype == torch.float16:  # torch multiplies it slowly, kernels take float32
             return self.product(x.float()).half()
         return (by_kernel if len(x) <= self.kernel_up_to else by_tiles)(self.matrix, x)
@@ -91,21 +99,35 @@ class PackedEmbedding(nn.Module):
     """An embedding whose rows are int8 with a scale each; a tied head shares the matrix.
 
     Args:
-        matrix: dense int8 [vocabulary, hidden].
+        matrix: dense [vocabulary, hidden], of int8 or without a scale.
         dtype: of what it gives.
         factor: that the model multiplies its embeddings with, as Gemma does.
     """
 
-    def __init__(self, matrix: Matrix, dtype: torch.dtype, factor: Tensor | None = None) -> None:
+    def __init__(self, matrix: Matrix, dtype: torch.dtype, factor: float | None = None) -> None:
         super().__init__()
-        self.matrix, self.dtype, self.factor = matrix, dtype, factor
+        self.matrix, self.dtype = matrix, dtype
+        self.factor = None if factor is None else torch.tensor(factor, dtype=dtype, device="cpu")
         self.num_embeddings, self.embedding_dim = matrix.rows, matrix.columns
 
     def forward(self, ids: Tensor) -> Tensor:
         """The embeddings [..., hidden] of token ids."""
-        assert self.matrix.scale is not None
         width = self.matrix.words * 64
         table = self.matrix.values[: self.matrix.rows * width].view(self.matrix.rows, width)
-        rows = table[ids][..., : self.matrix.columns].float() * self.matrix.scale[ids, None]
+        rows = table[ids][..., : self.matrix.columns]
+        if self.matrix.scale is not None:
+            rows = rows.float() * self.matrix.scale[ids, None]
         rows = rows.to(self.dtype)
-        return rows if self.factor is None else rows * self.factor.to(self.dtype)
+        return rows if self.factor is None else rows * self.factor
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight for model code that asks, without values."""
+        return stand_in(self.matrix)
+
+
+def stand_in(matrix: Matrix) -> Tensor:
+    """A tensor on the meta device, which transformers takes for initialised."""
+    found = torch.empty(matrix.rows, matrix.columns, dtype=matrix.dtype, device="meta")
+    found._is_hf_initialized = True  # type: ignore[attr-defined]
+    return found

@@ -55,17 +55,11 @@ def load(
             folder, torch.device("cpu"), dtype=dtype, trust_remote_code=trust_remote_code
         )
     packed = PackedCheckpoint(folder)
-    model = build_skeleton(folder, trust_remote_code=trust_remote_code)
+    dtype = dtype or computed_dtype(folder)
+    model = build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     with reused_pages():  # what measuring and unpacking took is given back here
-        install(model, packed, dtype or computed_dtype(folder), expand=expand)
-    model.config.dtype = dtype or computed_dtype(folder)
-    unfilled = [name for name, p in model.named_parameters() if p.is_meta]
-    if unfilled:
-        raise CheckpointError(
-            f"the checkpoint does not hold {', '.join(unfilled[:3])}",
-            where=str(folder),
-            remedy="the files are incomplete, or of another model than config.json says",
-        )
+        install(model, packed, dtype, expand=expand)
+    model.config.dtype = dtype
     with quiet_transformers():
         from transformers import GenerationConfig
 

@@ -143,4 +143,4 @@ def by_tiles(matrix: Matrix, x: Tensor) -> Tensor:
         end = min(begin + rows, matrix.rows)
         tile = matrix.tile(begin, end, room).to(x.dtype)
         torch.mm(x, tile.t(), out=y[:, begin:end])
-    return y if matrix.scale is None else y.mul_(matrix.scale.to(y.dtype))
+    return y if matrix.scale is None else y.mul_(matrix.scale)

@@ -109,7 +109,7 @@ class Matrix:
 
         Returns:
             [batch, out] of the dtype of x. With bfloat16 values and float32 x the arithmetic is
-            that of float32. With int8 values, x is rounded to int8 with a scale for each 64.
+            that of float32. With int8 values, x is rounded to int8 with a scale for each 256.
 
         Raises:
             ShapeError: x does not fit.
