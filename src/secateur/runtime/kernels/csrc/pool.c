@@ -28,7 +28,6 @@ static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER;    /* of sleeping and w
 static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
 static pthread_t workers[MOST_THREADS];
 static int count;                 /* threads, the caller among them; 0 before the first use */
-static pid_t owner;               /* a forked child has none of the workers */
 static sct_work *work;
 static void *context;
 static atomic_uint round_number;  /* of the work; a new number is the signal to begin */
@@ -69,8 +68,22 @@ static void ring(void) {
     }
 }
 
+/* A fork waits for the call in progress. The child has none of the workers, and locks and bell
+ * as they were: it begins anew, with as many threads. */
+static int lost; /* how many it had */
+static void before_fork(void) { pthread_mutex_lock(&callers); }
+static void in_parent(void) { pthread_mutex_unlock(&callers); }
+static void in_child(void) {
+    callers = door = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    bell = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+    lost = count ? count : lost;
+    count = 0;
+}
+static void watch_forks(void) { pthread_atfork(before_fork, in_parent, in_child); }
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
 static void dismiss(void) {
-    if (count > 1 && owner == getpid()) {
+    if (count > 1) {
         atomic_store(&leaving, 1);
         ring();
         for (int i = 1; i < count; i++) pthread_join(workers[i], NULL);
@@ -85,7 +98,7 @@ static int hire(int wanted) {
     if (wanted > MOST_THREADS) wanted = MOST_THREADS;
     atomic_store(&round_number, 0);
     atomic_store(&sleepers, 0);
-    owner = getpid();
+    pthread_once(&once, watch_forks);
     for (count = 1; count < wanted; count++)
         if (pthread_create(&workers[count], NULL, serve, (void *)(intptr_t)count)) break;
     return count;
@@ -101,7 +114,7 @@ static int usual_threads(void) {
 }
 
 static void be_ready(void) {
-    if (!count || owner != getpid()) hire(count ? count : usual_threads());
+    if (!count) hire(lost ? lost : usual_threads());
 }
 
 int sct_threads(void) {
