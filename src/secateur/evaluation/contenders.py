@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from secateur.errors import KernelError
 from secateur.quantization.int8 import quantize_rows
-from secateur.runtime.decode import Decoder, why_not
+from secateur.runtime.decode import Decoder, given_cache, why_not
 from secateur.runtime.kernels.matrix import Matrix
 from secateur.runtime.linear import PackedLinear
 from secateur.runtime.load import load
@@ -61,13 +61,15 @@ class Transformers:
     @torch.inference_mode()
     def round(self, prompt: Tensor, new_tokens: int) -> Round:
         """As the contract says."""
+        from transformers import DynamicCache
+
         started = time.perf_counter()
-        out = self.model(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
+        cache = given_cache(self.model, DynamicCache(config=self.model.config))
+        out = self.model(input_ids=prompt[None], use_cache=True, logits_to_keep=1, **cache)
         token = out.logits[0, -1].argmax()
         first = time.perf_counter()
-        cache = out.past_key_values
         for _ in range(new_tokens - 1):
-            out = self.model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+            out = self.model(input_ids=token.view(1, 1), use_cache=True, **cache)
             token = out.logits[0, -1].argmax()
         each = (time.perf_counter() - first) / max(1, new_tokens - 1)
         return {"first_token": first - started, "each_token": each}
@@ -155,7 +157,7 @@ def contender(name: str, folder: Path, capacity: int, threads: int) -> Contender
         quantize(model, ours=name.startswith("dense"))
     if name in ("packed in transformers", "torch bf16", "torch int8"):
         return Transformers(model)
-    reason = why_not(model)
+    reason = why_not(model, capacity)
     if reason is not None:
         raise KernelError(f"{name}: {reason}", remedy="the other contenders still run")
     return OneCall(model, capacity)

@@ -10,6 +10,7 @@ transformers, whose cache is taken over.
 from __future__ import annotations
 
 import ctypes
+import inspect
 import math
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -30,7 +31,7 @@ from secateur.runtime.kernels.library import (
 from secateur.runtime.kernels.matrix import Matrix
 from secateur.runtime.linear import PackedLinear
 
-__all__ = ["Decoder", "why_not"]
+__all__ = ["Decoder", "given_cache", "why_not"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
@@ -40,11 +41,12 @@ _PROJECTIONS = ("q", "k", "v", "o")
 _FEED_FORWARD = ("gate", "up", "down")
 
 
-def why_not(model: Any) -> str | None:
+def why_not(model: Any, capacity: int = 1) -> str | None:
     """Why a model cannot be decoded in one call for each token; None if it can.
 
     Args:
         model: a transformers model, its linears packed or not.
+        capacity: tokens of prompt and text together.
     """
     config = model.config
     if kernel_info().tier == "none":
@@ -58,10 +60,29 @@ def why_not(model: Any) -> str | None:
         return f"its rotary positions are of the kind {kind}"
     if any(p.device.type != "cpu" for p in model.parameters()):
         return "it is not on the CPU"
-    head_dim = model.model.layers[0].self_attn.head_dim
-    if head_dim % 16:
-        return f"its heads are {head_dim} wide, not a multiple of 16"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and capacity > window:
+        return f"{capacity} tokens exceed its sliding window of {window}"
+    return why_not_layer(model.model.layers[0])
+
+
+def why_not_layer(layer: Any) -> str | None:
+    """What of a decoder layer is not of Llama's shape; None if all is."""
+    attention = layer.self_attn
+    if attention.head_dim % 16:
+        return f"its heads are {attention.head_dim} wide, not a multiple of 16"
+    if not math.isclose(attention.scaling, attention.head_dim**-0.5):
+        return f"its attention is scaled by {attention.scaling}"
+    for name in _FEED_FORWARD:
+        if getattr(layer.mlp, f"{name}_proj").bias is not None:
+            return f"its {name} projection has a bias"
     return None
+
+
+def given_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument of a model's forward that takes a cache; transformers 5.24 has renamed it."""
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 class Decoder:
@@ -76,7 +97,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, capacity: int) -> None:
-        reason = why_not(model)
+        reason = why_not(model, capacity)
         if reason is not None:
             raise ArchitectureError(
                 f"this model cannot be decoded by one call for each token: {reason}",
@@ -84,12 +105,6 @@ class Decoder:
                 remedy="use model.generate, which works with packed linears too",
             )
         config = model.config
-        window = getattr(config, "sliding_window", None)
-        if window is not None and getattr(config, "use_sliding_window", True) and capacity > window:
-            raise ArchitectureError(
-                f"{capacity} tokens exceed the sliding window of {window}",
-                remedy=f"use at most {window} tokens, or model.generate",
-            )
         self.model: Any = model
         self.capacity, self.length = capacity, 0
         self.dtype = model.get_input_embeddings()(torch.tensor([0])).dtype
@@ -100,8 +115,6 @@ class Decoder:
         shape = (len(model.model.layers), kv_heads, capacity, attention.head_dim)
         self.keys = torch.zeros(shape, dtype=self.cache_dtype)
         self.values = torch.zeros(shape, dtype=self.cache_dtype)
-        if not math.isclose(attention.scaling, attention.head_dim**-0.5):
-            raise ArchitectureError(f"attention is scaled by {attention.scaling}")
         layers = (CLayer * len(model.model.layers))(
             *(self.layer(layer, i) for i, layer in enumerate(model.model.layers))
         )
@@ -132,9 +145,6 @@ class Decoder:
         attention, mlp = layer.self_attn, layer.mlp
         linears = {name: getattr(attention, f"{name}_proj") for name in _PROJECTIONS}
         linears |= {name: getattr(mlp, f"{name}_proj") for name in _FEED_FORWARD}
-        biased = [name for name in _FEED_FORWARD if linears[name].bias is not None]
-        if biased:
-            raise ArchitectureError(f"its {biased[0]} projection has a bias")
         return CLayer(
             **{name: self.matrix(linear).c for name, linear in linears.items()},
             **{f"{name}_bias": self.floats(linears[name].bias) for name in _PROJECTIONS},
@@ -185,13 +195,24 @@ class Decoder:
         """Begin anew with a prompt; returns the logits after its last token, float32.
 
         Raises:
-            ShapeError: the prompt is empty, or longer than the cache.
+            ShapeError: the prompt is empty, longer than the cache, or not of the vocabulary.
         """
         if not 1 <= len(ids) <= self.capacity:
             raise ShapeError(f"a prompt of {len(ids)} tokens, for a cache of {self.capacity}")
+        odd = [int(token) for token in ids if not 0 <= token < self.vocabulary]
+        if odd:
+            raise ShapeError(f"token {odd[0]} is not in the vocabulary of {self.vocabulary}")
+        from transformers import DynamicCache
+
+        cache = DynamicCache()  # the model's own may drop tokens that leave its window
         with torch.inference_mode():
-            out = self.model(input_ids=ids[None], use_cache=True, logits_to_keep=1)
-        for index, layer in enumerate(out.past_key_values.layers):
+            out = self.model(
+                input_ids=ids[None],
+                use_cache=True,
+                logits_to_keep=1,
+                **given_cache(self.model, cache),
+            )
+        for index, layer in enumerate(cache.layers):
             self.keys[index, :, : len(ids)] = layer.keys[0]
             self.values[index, :, : len(ids)] = layer.values[0]
         self.length = len(ids)

@@ -81,7 +81,7 @@ def generate(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
     if len(ids) == 0:
         raise RecipeError("the prompt has no token", remedy="give a prompt of at least one word")
-    reason = why_not(loaded)
+    reason = why_not(loaded, len(ids) + max_new_tokens)
     if reason is not None:
         text = generate_with_transformers(
             loaded, tokenizer, prompt, max_new_tokens, seed, temperature=temperature
