@@ -204,7 +204,7 @@ class Decoder:
             raise ShapeError(f"token {odd[0]} is not in the vocabulary of {self.vocabulary}")
         from transformers import DynamicCache
 
-        cache = DynamicCache()  # the model's own may drop tokens that leave its window
+        cache: Any = DynamicCache()  # the model's own may drop tokens that leave its window
         with torch.inference_mode():
             out = self.model(
                 input_ids=ids[None],
