@@ -1,0 +1,137 @@
+"""What test_sanitizer.py runs in a process of its own: `python sanitized_run.py PART FOLDER`."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import secateur
+from runtime.packed_examples import packed_folder
+from runtime.test_hostile_files import DAMAGES, FORGERIES
+from secateur.errors import CheckpointError, KernelError
+from secateur.runtime.decode import Decoder
+from secateur.runtime.formats.bits import pack_bits
+from secateur.runtime.install import matrix_of
+from secateur.runtime.kernels import dispatch
+from secateur.runtime.kernels import library as lib
+from secateur.runtime.kernels import matrix as matrices
+from secateur.runtime.kernels.dispatch import by_tiles
+from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.packed import PackedCheckpoint
+
+SHAPES = ((1, 1), (2, 63), (5, 64), (3, 65), (33, 130), (7, 577), (4, 1000))
+VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+HOSTILE_FILES = 200
+
+
+def tiers() -> Iterator[str]:
+    """All that this processor has, each made the active one."""
+    for tier in ("avx512bf16", "avx512", "avx2"):
+        try:
+            lib.use_tier(tier)
+        except KernelError:
+            continue
+        yield tier
+
+
+def random_matrix(rows: int, columns: int, values: torch.dtype, sparsity: float | None) -> Matrix:
+    weight = torch.randn(rows, columns) * 50
+    stored = weight.clamp(-127, 127).to(values)
+    scale = torch.rand(rows) if values == torch.int8 else None
+    if sparsity is None:
+        return Matrix(stored, scale=scale)
+    mask = torch.rand(rows, columns) >= sparsity
+    return Matrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
+
+
+def multiply_in_all_ways(matrix: Matrix) -> None:
+    """Every batch in both dtypes, numbers that are none, and tiles."""
+    for batch in range(1, lib.MAX_BATCH + 1):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(batch, matrix.columns).to(dtype)
+            matrix.multiply(x)
+            x[0, 0], x[-1, -1] = float("nan"), float("-inf")
+            matrix.multiply(x)
+    matrix.multiply(torch.zeros(1, matrix.columns))
+    by_tiles(matrix, torch.randn(9, matrix.columns))
+    if matrix.rows > 2:
+        matrix.tile(1, matrix.rows - 1)
+
+
+def products() -> None:
+    """All kernels over shapes that fill no register evenly."""
+    dispatch.TILE_BYTES = 4096
+    for _ in tiers():
+        for shape in SHAPES:
+            for values in VALUES:
+                for sparsity in (None, 0.0, 0.5, 1.0):
+                    multiply_in_all_ways(random_matrix(*shape, values, sparsity))
+
+
+def decoding(folder: Path) -> None:
+    """Some tokens of small models, in all tiers, on several threads."""
+    from runtime.packed_models import packed_model
+
+    sizes = {"head_dim": 16, "hidden_size": 100, "intermediate_size": 150}
+    for values in ("float32", "bfloat16", "int8"):
+        packed_model(
+            folder / values, values=values, embeddings="int8" if values == "int8" else "auto",
+            **sizes,
+        )  # fmt: skip
+        for _ in tiers():
+            for dtype in (torch.float32, torch.bfloat16):
+                model = secateur.load(folder / values / "packed", dtype=dtype)
+                for threads in (1, 3):
+                    lib.library().sct_set_threads(threads)
+                    decoder = Decoder(model, 12)
+                    decoder.prefill(torch.tensor([5, 17, 80]))
+                    while decoder.length < decoder.capacity:
+                        decoder.step(7)
+
+
+def hostile(folder: Path) -> None:
+    """Forged files: what is not refused is multiplied."""
+    packed_folder(folder / "whole")
+    multiplied = 0
+    for seed in range(HOSTILE_FILES):
+        draw = random.Random(seed)
+        shutil.copytree(folder / "whole", folder / "mutated")
+        way = draw.choice(FORGERIES if draw.random() < 0.8 else DAMAGES)
+        way(draw, draw.choice(sorted((folder / "mutated").glob("*.safetensors"))))
+        try:
+            packed = PackedCheckpoint(folder / "mutated")
+            for name, layout in packed.layouts.items():
+                matrix = matrix_of(packed.parts(name), layout)
+                for _ in tiers():
+                    matrix.multiply(torch.randn(3, matrix.columns))
+                    matrix.tile(0, matrix.rows)
+                multiplied += 1
+        except CheckpointError:
+            pass
+        shutil.rmtree(folder / "mutated")
+    assert multiplied > HOSTILE_FILES // 2, multiplied
+
+
+def main(part: str, folder: Path) -> None:
+    torch.manual_seed(0)
+    info = lib.kernel_info()
+    assert info.tier != "none", info
+    if part == "unpadded":
+        matrices.READ_AHEAD_BYTES = 0
+        products()
+    elif part == "products":
+        products()
+    elif part == "decoding":
+        decoding(folder)
+    else:
+        hostile(folder)
+    print("came to the end")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
