@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from secateur.cli import options as o
+
+if TYPE_CHECKING:
+    from secateur.workflows.benching import BenchReport
 
 __all__ = ["bench"]
 
@@ -27,7 +30,7 @@ def bench(
     as_json: o.Json = False,
 ) -> None:
     """Measure speed and memory at batch 1 on the CPU, packed and in all other ways, in turns."""
-    from secateur.cli.rendering import ProgressBar, print_json, print_table
+    from secateur.cli.rendering import ProgressBar, print_json
     from secateur.evaluation.contenders import CONTENDERS
     from secateur.workflows import bench as run_bench
 
@@ -45,9 +48,19 @@ def bench(
         )
     if as_json:
         print_json({"model": model, **report.to_json()})
-        return
+    else:
+        show(model, report)
+    if all(speed.failure is not None for speed in report.speeds):
+        raise typer.Exit(1)
+
+
+def show(model: str, report: BenchReport) -> None:
+    """What was measured, for people."""
+    from secateur.cli.rendering import print_table
+
+    p = report.protocol
     rows = []
-    for told in (s.to_json(prompt_tokens) for s in report.speeds):
+    for told in (s.to_json(p["prompt_tokens"]) for s in report.speeds):
         if "failure" in told:
             rows.append((told["contender"], told["failure"], "", "", "", ""))
             continue
@@ -64,7 +77,6 @@ def bench(
         )
     columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
     print_table(model, columns, rows)
-    p = report.protocol
     typer.echo(
         f"weight files {report.file_bytes / 2**20:.0f} MiB; dense bfloat16 would be "
         f"{report.dense_bytes / 2**20:.0f} MiB"
@@ -72,5 +84,6 @@ def bench(
     typer.echo(report.verdict)
     typer.echo(
         f"{p['cpu']}, {p['threads']} threads, kernels {p['kernels']}; batch 1, prompt of "
-        f"{prompt_tokens} tokens, {new_tokens} new ones, medians of {rounds} interleaved rounds"
+        f"{p['prompt_tokens']} tokens, {p['new_tokens']} new ones, medians of {p['rounds']} "
+        "interleaved rounds"
     )

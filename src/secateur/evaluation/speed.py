@@ -8,12 +8,15 @@ happens to the machine happens to all of them.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,13 @@ import psutil
 import torch
 
 from secateur.engine.progress import Progress, Silent
+from secateur.errors import SecateurError
 from secateur.evaluation.contenders import CONTENDERS, Round, contender
 from secateur.runtime.kernels.library import library
 
 __all__ = ["Speed", "compare"]
+
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -70,17 +76,11 @@ class Speed:
 
 
 class Process:
-    """A contender in a process of its own."""
+    """A contender in a process of its own, not loaded yet."""
 
-    def __init__(self, name: str, folder: Path, prompt: Sequence[int], new_tokens: int) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        asked = {
-            "name": name,
-            "folder": str(folder),
-            "prompt": list(prompt),
-            "new_tokens": new_tokens,
-            "threads": len(os.sched_getaffinity(0)),
-        }
+        self.ready: dict[str, Any] = {"failure": "it was not loaded"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "secateur.evaluation.speed"],
             stdin=subprocess.PIPE,
@@ -88,6 +88,16 @@ class Process:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+
+    def load(self, folder: Path, prompt: Sequence[int], new_tokens: int) -> None:
+        """Let it load; `ready` says how that ended."""
+        asked = {
+            "name": self.name,
+            "folder": str(folder),
+            "prompt": list(prompt),
+            "new_tokens": new_tokens,
+            "threads": len(os.sched_getaffinity(0)),
+        }
         self.ready = self.ask(asked)
 
     def ask(self, question: Any) -> dict[str, Any]:
@@ -111,7 +121,8 @@ class Process:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):  # of a question that nobody reads any more
+                    stream.close()
 
 
 def compare(
@@ -138,10 +149,11 @@ def compare(
     """
     progress = progress or Silent()
     progress.start("loading", len(names))
-    processes = []
+    processes: list[Process] = []
     try:
         for name in names:
-            processes.append(Process(name, folder, prompt, new_tokens))
+            processes.append(Process(name))
+            processes[-1].load(folder, prompt, new_tokens)
             progress.step(note=name)
         progress.finish()
         running = [p for p in processes if "failure" not in p.ready]
@@ -178,6 +190,7 @@ def speed_of(process: Process, rounds: list[Round]) -> Speed:
 
 def serve() -> None:
     """The process of one contender: a line in, a line out."""
+    end_with_parent()
     asked = json.loads(sys.stdin.readline())
     torch.set_num_threads(asked["threads"])
     kernels = library()
@@ -190,11 +203,28 @@ def serve() -> None:
         running = contender(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
         running.round(prompt, 2)
     except Exception as error:  # whatever it is, the others go on
-        answer({"failure": str(error).splitlines()[0]})
+        answer({"failure": failure_of(error)})
         return
     answer({"resident_bytes": psutil.Process().memory_info().rss - before})
     for _ in sys.stdin:
-        answer(running.round(prompt, asked["new_tokens"]))
+        try:
+            answer(running.round(prompt, asked["new_tokens"]))
+        except Exception as error:
+            answer({"failure": failure_of(error)})
+            return
+
+
+def failure_of(error: Exception) -> str:
+    """An error in one line, with what can be done about it."""
+    if isinstance(error, SecateurError):
+        return "; ".join(part for part in (error.what, error.remedy) if part)
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def end_with_parent() -> None:
+    """Be killed when the parent is, wherever this process is then (Linux); else input ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def answer(told: dict[str, Any]) -> None:

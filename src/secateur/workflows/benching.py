@@ -19,6 +19,7 @@ from secateur.registry import did_you_mean
 from secateur.reporting.manifest import environment
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
+from secateur.workflows.carrying import read_config
 
 __all__ = ["BenchReport", "bench"]
 
@@ -110,12 +111,11 @@ def bench(
         raise RecipeError("there is no such GGUF file", where=missing[0])
     folder = resolve(str(model)).folder
     reader = open_checkpoint(folder)
-    config_vocabulary = 1000  # every tokenizer has as many
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, config_vocabulary, (prompt_tokens,), generator=generator).tolist()
+    prompt = torch.randint(0, tokens_of(folder), (prompt_tokens,), generator=generator).tolist()
     speeds = compare(
         folder,
-        [*contenders, *map(str, gguf)],
+        list(dict.fromkeys([*contenders, *map(str, gguf)])),
         prompt=prompt,
         new_tokens=new_tokens,
         rounds=rounds,
@@ -132,3 +132,10 @@ def bench(
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
     return BenchReport(speeds, size, dense, protocol)
+
+
+def tokens_of(folder: Path) -> int:
+    """From how many tokens a prompt is drawn: a thousand, which nearly every model has."""
+    config = read_config(folder)
+    told = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return min(1000, told) if isinstance(told, int) else 1000

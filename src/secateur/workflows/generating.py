@@ -87,7 +87,7 @@ def generate(
             loaded, tokenizer, prompt, max_new_tokens, seed, temperature=temperature
         )
         tell(text)
-        count = len(tokenizer(text)["input_ids"])
+        count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         return Generation(
             prompt,
             text,

@@ -174,6 +174,8 @@ def declare(loaded: ctypes.CDLL) -> None:
 def kernel_info() -> KernelInfo:
     """The active tier, and if there is none, why."""
     loaded = library()
+    if loaded is None and os.environ.get(LIBRARY_VARIABLE) == "none":
+        return KernelInfo("none", 0, f"{LIBRARY_VARIABLE}=none switches the kernels off; unset it")
     if loaded is None:
         return KernelInfo(
             "none",
