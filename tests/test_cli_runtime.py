@@ -194,3 +194,15 @@ def test_kernel_info_says_what_runs() -> None:
     assert info.tier in ("avx512bf16", "avx512", "avx2", "none")
     assert (info.threads > 0) is (info.tier != "none")
     assert bool(info.reason) is (info.tier == "none")
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_compressed_folders_are_judged_like_their_dense_ones(secateur, tmp_path, archive) -> None:
+    folder = packed_model(tmp_path, archive=archive)
+    text = tmp_path / "text.txt"
+    text.write_text("w3 w4 w5 w6 " * 40)
+    judged = [
+        json.loads(secateur("eval", x, "--perplexity", text, "--sequence-length", 16, "--json").out)
+        for x in (folder, tmp_path / "dense")
+    ]
+    assert judged[0]["perplexity"] == pytest.approx(judged[1]["perplexity"], rel=1e-5)

@@ -18,6 +18,8 @@ from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
+from secateur.runtime.load import load
+from secateur.runtime.packed import is_packed
 from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.preparing import choose_device
 
@@ -106,10 +108,16 @@ def evaluate(
 
 
 def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model with its tokenizer, ready to judge."""
+    """A model with its tokenizer, ready to judge; a compressed one packed, if on the CPU."""
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-    loaded = load_whole(source.folder, choose_device(device), trust_remote_code=trust_remote_code)
+    place = choose_device(device)
+    if is_packed(source.folder):
+        loaded = load(
+            source.folder, expand=place.type != "cpu", trust_remote_code=trust_remote_code
+        ).to(place)
+    else:
+        loaded = load_whole(source.folder, place, trust_remote_code=trust_remote_code)
     return loaded, tokenizer
 
 
