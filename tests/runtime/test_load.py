@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -239,6 +241,16 @@ def test_packed_modules_compile_in_one_graph(tmp_path: Path, stored: str) -> Non
     with torch.inference_mode():
         assert torch.equal(compiled(IDS), block(IDS))
         assert torch.equal(compiled(IDS[:1, :3]), block(IDS[:1, :3]))
+
+
+def test_copies_outlive_their_original(tmp_path: Path) -> None:
+    model = secateur.load(packed_model(tmp_path, **STORED["int8 embeddings"]))
+    expected, held = logits_of(model), {*matrices_of(model)}
+    copied = copy.deepcopy(model)
+    del model
+    gc.collect()
+    assert {*matrices_of(copied)} == held
+    assert torch.equal(logits_of(copied), expected)
 
 
 def test_forward_with_gradients_switched_on(tmp_path: Path) -> None:

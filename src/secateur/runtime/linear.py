@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,12 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = matrix.columns, matrix.rows
         self.kernel_up_to = kernel_up_to
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.number = next(_numbers)
+        _linears[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has a number of its own."""
+        super().__setstate__(state)
         self.number = next(_numbers)
         _linears[self.number] = self
 

@@ -90,6 +90,10 @@ class Matrix:
         )
         self.pointer = ctypes.addressof(self.c)
 
+    def __deepcopy__(self, memo: object) -> Matrix:
+        """Itself: a copied model shares its matrices, which never change."""
+        return self
+
     @property
     def nonzeros(self) -> int:
         """Weights that are stored."""
