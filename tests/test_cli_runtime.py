@@ -166,6 +166,7 @@ def test_a_stopped_bench_leaves_no_process(tmp_path: Path, sent: signal.Signals)
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=hear_interrupts,
     )
     try:
         children = wait_for(psutil.Process(bench.pid).children)
@@ -176,6 +177,11 @@ def test_a_stopped_bench_leaves_no_process(tmp_path: Path, sent: signal.Signals)
     finally:
         bench.kill()
         bench.wait()
+
+
+def hear_interrupts() -> None:
+    """Undo what a shell does to its background jobs and all below them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(ask) -> list[psutil.Process]:
