@@ -57,6 +57,8 @@ def make_example(
         "gram": inputs.t() @ inputs,
         "gradient": gradients.mean(0),
         "fisher": gradients.square().mean(0),
+        # what is solved may have been fitted to something; the zeros are those of the file
+        "stored": weight.masked_fill(torch.rand(shape, generator=random) < 0.5, 0.0).to(dtype),
     }
     return Example(weight.to(dtype), inputs, statistics)
 

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
-from oracles.sparsegpt import sparsegpt
+from oracles.sparsegpt import relative_error, sparsegpt
+from secateur.errors import RecipeError
+from secateur.quantization.int8 import dequantize_rows, quantize_rows
+from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.solvers.obs import OBS
 
 
-def check_equal(case, text, scope, sparsity, block_columns=128, damping=0.01, mask=None):
-    solver, pattern = OBS(damping, block_columns), parsed(text, scope)
+def check_equal(case, text, scope, sparsity, block_columns=128, damping=0.01, mask=None, bits=0):
+    solver, pattern = OBS(damping, block_columns, bits), parsed(text, scope)
     solution = solver.solve(
         case.weight, solver.prepare(case.statistics), pattern, sparsity, mask=mask
     )
@@ -24,6 +27,7 @@ def check_equal(case, text, scope, sparsity, block_columns=128, damping=0.01, ma
         damping=damping,
         block_columns=block_columns,
         mask=mask,
+        bits=bits,
     )
     assert torch.equal(solution.mask, kept)
     torch.testing.assert_close(solution.weight, weight.float(), rtol=1e-4, atol=1e-4)
@@ -72,3 +76,52 @@ def test_held_mask(example):
 def test_wholly_pruned_blocks_of_columns(example):
     # In the row scope a lazy block of one column is either kept or pruned as a whole.
     check_equal(example((4, 9)), "unstructured", "row", 0.5, block_columns=1)
+
+
+@pytest.mark.parametrize(("text", "scope"), ALL)
+def test_rounding_in_the_same_sweep(text, scope, example):
+    case = example(fitting_shape(text), seed=3, dead=2)
+    for sparsity in sparsities(parsed(text, scope)):
+        check_equal(case, text, scope, sparsity, bits=8)
+        check_equal(case, text, scope, sparsity, block_columns=16, bits=8)
+
+
+def rounded(case, mask):
+    solver = OBS(bits=8)
+    pattern = parse_pattern("unstructured", "layer")
+    return solver.solve(case.weight, solver.prepare(case.statistics), pattern, 0.5, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_grid_can_be_read_off_the_weights_in_any_dtype(dtype, example):
+    case = example((64, 96), seed=7, dead=3)
+    mask = case.statistics["stored"] != 0
+    mask[5] = False
+    solution = rounded(case, mask)
+    assert not solution.weight[~mask].any()
+    integers, scale = quantize_rows(solution.weight)
+    torch.testing.assert_close(
+        dequantize_rows(integers, scale), solution.weight, rtol=3e-7, atol=0.0
+    )
+    again, same = quantize_rows(solution.weight.to(dtype))
+    assert torch.equal(again, integers)
+    torch.testing.assert_close(same, scale, rtol=3e-7, atol=0.0)
+
+
+def test_rounding_with_the_inputs_in_mind_loses_less(example):
+    case = example((48, 96), seed=8)
+    held = case.statistics["stored"]
+    mask = held != 0
+    pruned = type(case)(held, case.inputs, case.statistics)
+    solution = rounded(pruned, mask)
+    nearest = dequantize_rows(*quantize_rows(held))
+    error = relative_error(held, solution.weight, case.inputs)
+    assert error == pytest.approx(solution.error, rel=1e-3)
+    assert error < 0.75 * relative_error(held, nearest, case.inputs)
+
+
+def test_only_eight_bits(example):
+    with pytest.raises(RecipeError, match="bits is 4"):
+        OBS(bits=4)
+    assert OBS(bits=8).rounds
+    assert not OBS().rounds

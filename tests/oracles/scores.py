@@ -40,6 +40,11 @@ def ria(weight: Tensor, statistics: dict[str, Tensor], a: float = 0.5) -> Tensor
     )
 
 
+def kept(weight: Tensor, statistics: dict[str, Tensor]) -> Tensor:
+    stored = statistics["stored"].tolist()
+    return each(weight, lambda i, j: 0.0 if stored[i][j] == 0 else 1.0)
+
+
 def taylor(weight: Tensor, statistics: dict[str, Tensor]) -> Tensor:
     w, gradient = weight.double().tolist(), statistics["gradient"].double().tolist()
     return each(weight, lambda i, j: abs(w[i][j] * gradient[i][j]))

@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.cli import main
+from secateur.engine.run import Run
 from secateur.errors import (
     CheckpointError,
     MemoryBudgetError,
     NumericalError,
     RecipeError,
+    SecateurError,
 )
 from secateur.models import shard_writer
 from secateur.models.skeleton import quiet_transformers
@@ -187,6 +190,118 @@ def test_int8_comes_back_as_what_it_stands_for(tmp_path: Path, family: str, arch
             tensor = expected.t() if quantized[name].transposed else expected
             assert bool(((after[name] == 0) | (before[name] != 0)).all())  # zeros stay zeros
         assert torch.equal(after[name], tensor), name
+
+
+def zeros_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Where the decoder's matrices of a dense folder are zero."""
+    tensors = load_file(folder / WEIGHTS)
+    return {n: t == 0 for n, t in tensors.items() if t.ndim == 2 and "embed" not in n}
+
+
+def output_error(found: Path, expected: Path, windows: torch.Tensor) -> float:
+    """How far the logits of two dense folders are apart, relative and squared."""
+    with quiet_transformers(), torch.no_grad():
+        one, other = (AutoModelForCausalLM.from_pretrained(x) for x in (found, expected))
+        wanted = other(windows).logits
+        return float((one(windows).logits - wanted).square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_calibration_makes_int8_closer_and_keeps_zeros(
+    tmp_path: Path, family: str, dense: bool
+) -> None:
+    source = pruned_model(tmp_path / "m", family, sparsity=0.0 if dense else 0.5)
+    windows = torch.randint(0, 90, (8, 32), generator=torch.Generator().manual_seed(3))
+    save_file({"input_ids": windows}, tmp_path / "w.safetensors")
+    secateur.compress(source, output=tmp_path / "near", values="int8")
+    report = secateur.compress(
+        source, output=tmp_path / "fit", values="int8", calibration=tmp_path / "w.safetensors"
+    )
+    assert not (tmp_path / "fit.rounded").exists()
+    told = json.loads((tmp_path / "fit" / "secateur" / "compression.json").read_text())
+    assert told["rounding"] == report.to_json()["rounding"]
+    assert "bits=8" in told["rounding"]["solver"]
+    assert 0 < told["rounding"]["mean_error"] < 1e-3
+    assert (tmp_path / "fit" / "secateur" / "recipe.yaml").read_text() == "method: wanda\n"
+    for name in ("near", "fit"):
+        secateur.decompress(tmp_path / name, output=tmp_path / f"{name}-dense")
+    before, after = zeros_in(source), zeros_in(tmp_path / "fit-dense")
+    assert all(bool(after[name][zeros].all()) for name, zeros in before.items())
+    errors = [output_error(tmp_path / f"{name}-dense", source, windows) for name in ("fit", "near")]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"calibration": "x.txt"}, "the values are to be 'auto'"),
+        ({"calibration": "x.txt", "values": "float16"}, "help to round|helps to round"),
+        ({"values": "int8", "samples": 4}, "'samples' is about calibration"),
+        ({"values": "int8", "calibration": "x.txt", "colour": 4}, "unknown option 'colour'"),
+        ({"values": "int8", "calibration": "none.txt"}, "none.txt"),
+    ],
+)
+def test_calibration_that_makes_no_sense(tmp_path: Path, options, why: str) -> None:
+    source = pruned_model(tmp_path / "m")
+    with pytest.raises(SecateurError, match=why):
+        secateur.compress(source, output=tmp_path / "out", **options)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["m"]
+
+
+def test_rounding_can_be_stopped_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pruned_model(tmp_path / "m")
+    windows = torch.randint(0, 90, (8, 32), generator=torch.Generator().manual_seed(3))
+    save_file({"input_ids": windows}, tmp_path / "w.safetensors")
+    options = {"values": "int8", "calibration": tmp_path / "w.safetensors"}
+    secateur.compress(source, output=tmp_path / "whole", **options)
+
+    def stop(self: Run, index: int, *rest: object) -> None:
+        finish(self, index, *rest)
+        raise KeyboardInterrupt
+
+    finish = Run.finish_layer
+    monkeypatch.setattr(Run, "finish_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        secateur.compress(source, output=tmp_path / "out", **options)
+    monkeypatch.undo()
+    with pytest.raises(RecipeError, match="stopped half-way"):
+        secateur.compress(source, output=tmp_path / "out", **options)
+    with pytest.raises(RecipeError, match="was another one"):
+        secateur.compress(
+            source, output=tmp_path / "out", resume=True, micro_batch_tokens=64, **options
+        )
+
+    # and stopped once more, after the rounding
+    monkeypatch.setattr("secateur.workflows.compressing.verified", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        secateur.compress(source, output=tmp_path / "out", resume=True, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr("secateur.workflows.rounding.run_recipe", interrupted)
+    secateur.compress(source, output=tmp_path / "out", resume=True, **options)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+    monkeypatch.undo()
+    (tmp_path / "out.rounded.partial" / "secateur").mkdir(parents=True)
+    (tmp_path / "out.rounded.partial" / "secateur" / "layers.jsonl").write_text("{}")
+    secateur.compress(source, output=tmp_path / "out", restart=True, overwrite=True, **options)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["m", "out", "w.safetensors", "whole"]
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_rounded_weights_are_not_tuned(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m")
+    with pytest.raises(RecipeError, match="off their grid"):
+        secateur.prune(
+            source, output=tmp_path / "out", method="sparsegpt", sparsity=0.5, epochs=1,
+            parameters={"bits": 8},
+        )  # fmt: skip
 
 
 def test_values_that_are_asked_for(tmp_path: Path) -> None:

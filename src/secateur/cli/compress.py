@@ -34,6 +34,28 @@ def compress(
     archive: Annotated[
         bool, typer.Option("--archive", help="The smallest files; unpacked on loading.")
     ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text by which int8 weights make up for each other's rounding: JSONL or text "
+            "file, folder, hub data set, named text, or safetensors windows."
+        ),
+    ] = None,
+    samples: o.Samples = None,
+    sequence_length: o.SequenceLength = None,
+    seed: o.Seed = None,
+    packing: o.Packing = None,
+    field: o.Field = None,
+    memory_budget_gib: o.Budget = None,
+    activations: o.ActivationsPlace = None,
+    micro_batch_tokens: o.MicroBatch = None,
+    device: o.Device = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a stopped run that had --calibration.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what such a run left.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output folder.")
     ] = False,
@@ -44,6 +66,17 @@ def compress(
     from secateur.cli.rendering import ProgressBar, print_json
     from secateur.workflows import compress as run_compression
 
+    options = {
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "packing": packing,
+        "field": field,
+        "budget_gib": memory_budget_gib,
+        "activations": activations,
+        "micro_batch_tokens": micro_batch_tokens,
+        "device": device,
+    }
     with ProgressBar() as progress:
         report = run_compression(
             model,
@@ -52,9 +85,13 @@ def compress(
             values=values,
             embeddings=embeddings,
             archive=archive,
+            calibration=calibration,
+            resume=resume,
+            restart=restart,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            **{name: value for name, value in options.items() if value is not None},
         )
     if as_json:
         print_json(report.to_json())
@@ -91,4 +128,8 @@ def show(report: CompressionReport) -> None:
             for kind, x in stored
         ],
     )
-    print_table("", ("", ""), [("time", f"{report.seconds:.1f} s"), ("output", str(report.output))])
+    closing = [("time", f"{report.seconds:.1f} s"), ("output", str(report.output))]
+    if report.rounding:
+        error = f"{report.rounding['mean_error']:.2g} of the linears' outputs, squared"
+        closing.insert(0, ("error of rounding", error))
+    print_table("", ("", ""), closing)

@@ -48,7 +48,7 @@ class LayerPass:
         self.run, self.index, self.layer = run, index, layer
         self.passage = run.passage
         self.linears = linears_of(layer, run.target.architecture.layer_name(index))
-        self.pruned = [x for x in self.linears.values() if run.sparsity_of[x.name] > 0]
+        self.pruned = [x for x in self.linears.values() if run.works_on(x.name)]
         self.last = index + 1 == len(run.target.layers)
         self.parking: Parking | None = None
         self.shadows: dict[str, tuple[Tensor, Tensor]] = {}
@@ -68,7 +68,7 @@ class LayerPass:
             return self.prune_on_the_way(own)
         records: list[LinearRecord] = []
         fitted = self.shadowed(lambda linear: linear.weight, {})
-        for linear in self.linears.values():
+        for linear in self.pruned:
             records += prune_group([linear], {}, own, run.method, run.sparsity_of, fitted)
         if self.outputs_needed and run.reconstruction.passes:
             self.propagate()
@@ -137,9 +137,8 @@ class LayerPass:
                 gathered[group].fitted(writer, run.settings.asymmetric_damping), shared
             )
             gathered[group].running.clear()
-            records.extend(
-                prune_group(groups[group], shared, own, run.method, run.sparsity_of, fitted)
-            )
+            linears = [x for x in groups[group] if run.works_on(x.name)]
+            records.extend(prune_group(linears, shared, own, run.method, run.sparsity_of, fitted))
 
         if run.settings.sequential == "group":
             self.halt_at_groups(groups, beside, gather, prune)
@@ -264,7 +263,7 @@ class LayerPass:
             by_module = {id(linear.module): name for name, linear in linears.items()}
             run.groups = [[by_module[id(x.module)] for x in group] for group in found]
         groups = [[linears[name] for name in group if name in linears] for group in run.groups]
-        return [g for g in groups if any(run.sparsity_of[x.name] > 0 for x in g)]
+        return [g for g in groups if any(run.works_on(x.name) for x in g)]
 
     def outputs(self, hidden: Tensor, batch: slice) -> Tensor:
         """What the layer makes of the hidden states of one micro-batch, at once."""

@@ -137,6 +137,11 @@ class Run:
                     raise type(error)(error.what, where=name, remedy=error.remedy) from None
         return asked
 
+    def works_on(self, name: str) -> bool:
+        """Whether a linear is changed: one that loses weights, or that a method rounds."""
+        rounded = self.method.rounds and self.selection.selects(name)
+        return rounded or self.sparsity_of[name] > 0
+
     @property
     def input_statistics(self) -> frozenset[str]:
         """The statistics of inputs that have to be gathered on the way."""

@@ -129,25 +129,25 @@ def prune_group(
     """Prune linears that share an input.
 
     Args:
-        linears: the linears to prune.
+        linears: the linears to work on.
         shared: statistics of their input.
         own: statistics of each linear itself (gradient, fisher).
         method: how.
-        sparsity_of: the sparsity of each linear, by name; 0 leaves a linear untouched.
+        sparsity_of: the sparsity of each linear, by name.
         fitted: gives the weight [out, in] that is pruned in the place of a linear's own.
     """
-    wanted = [linear for linear in linears if sparsity_of[linear.name] > 0]
-    if not wanted:
+    if not linears:
         return []
     prepared = method.solver.prepare(shared)
     records = []
-    for linear in wanted:
+    for linear in linears:
         started = time.perf_counter()
         sparsity = sparsity_of[linear.name]
         weight = fitted(linear)
         mask = None
         if not method.solver_selects:
-            mask = method.mask(weight, {**shared, **own(linear)}, sparsity)
+            known = {**shared, **own(linear), "stored": linear.weight}
+            mask = method.mask(weight, known, sparsity)
         solution = method.solver.solve(weight, prepared, method.pattern, sparsity, mask=mask)
         linear.assign(solution.weight)
         records.append(verified(linear, method, sparsity, solution, started))

@@ -186,7 +186,11 @@ class LayerView:
         own = run.own_statistics(index)
         self.group = {name: id(statistics) for name, statistics in shared.items()}
         self.statistics = {
-            name: {**values.get(self.group.get(name, 0), {}), **own(linear)}
+            name: {
+                **values.get(self.group.get(name, 0), {}),
+                **own(linear),
+                "stored": linear.weight,
+            }
             for name, linear in self.linears.items()
         }
         self.prepared: tuple[int, Any] | None = None

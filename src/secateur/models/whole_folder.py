@@ -10,7 +10,7 @@ from pathlib import Path
 
 from secateur.errors import RecipeError
 
-__all__ = ["whole_folder"]
+__all__ = ["check_place", "whole_folder"]
 
 
 @contextmanager

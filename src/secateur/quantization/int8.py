@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur.errors import NumericalError
 from secateur.types import Weight
 
-__all__ = ["LARGEST", "dequantize_rows", "quantize_rows"]
+__all__ = ["LARGEST", "dequantize_rows", "grid_rows", "quantize_rows"]
 
 LARGEST = 127
 """The largest magnitude; −128 is never used, so that the grid is symmetric."""
@@ -67,6 +67,19 @@ def scales_of(values: Tensor) -> Tensor:
             remedy="store this model with floating-point values, or find where they come from",
         )
     return torch.where(peak > 0, (peak / LARGEST).clamp_min(SMALLEST_SCALE), 1.0)
+
+
+def grid_rows(peak: Tensor) -> Tensor:
+    """The largest magnitudes whose grids outlive any dtype, float32 [out], for rows of weights.
+
+    With 8 significant bits a largest magnitude is the same number in bfloat16, float16 and
+    float32. Where a row holds ±peak, its other weights k · peak / 127 may be rounded to bfloat16:
+    that moves them by less than half a step, so `quantize_rows` finds the same k again.
+
+    Args:
+        peak: the largest magnitude of each row, float32 [out].
+    """
+    return torch.where(peak > 0, peak.bfloat16().float().clamp_min(LARGEST * SMALLEST_SCALE), 1.0)
 
 
 def dequantize_rows(quantized: Tensor, scale: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class CompressionReport:
         archive: whether the files are compressed further.
         negative_zeros: zeros that were −0.0 and are +0.0 now.
         seconds: wall time.
+        rounding: how calibration helped to round to int8, if it did.
     """
 
     output: Path
@@ -72,6 +73,7 @@ class CompressionReport:
     archive: bool = False
     negative_zeros: int = 0
     seconds: float = 0.0
+    rounding: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bfloat16_bytes(self) -> int:
@@ -102,6 +104,7 @@ class CompressionReport:
             "linears": told(self.linears),
             "formats": {name: told(stored) for name, stored in self.formats.items()},
             "embeddings": told(self.embeddings),
+            "rounding": self.rounding,
             "seconds": self.seconds,
         }
 

@@ -111,6 +111,10 @@ methods: Mapping[str, NamedMethod] = MappingProxyType(
 """The methods by name."""
 
 
+AT_HAND = frozenset({"stored"})
+"""What a score may require and nobody has to gather: the weight as it is stored, before any fit."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A pruning method ready to run.
@@ -146,7 +150,12 @@ class Method:
         if self.solver_selects:
             return self.solver.requires
         refining = self.refinement.requires if self.refinement else frozenset()
-        return self.score.requires | self.solver.requires | refining
+        return (self.score.requires | self.solver.requires | refining) - AT_HAND
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the solver changes weights of linears that lose none, too."""
+        return getattr(self.solver, "rounds", False)
 
     def mask(self, weight: Weight, statistics: Statistics, sparsity: float) -> Mask:
         """The mask by the score, bettered by the refinement if there is one."""

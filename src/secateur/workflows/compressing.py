@@ -2,16 +2,19 @@
 
 Two passes over the source, one matrix in memory: the first counts, chooses the smallest layout
 for each matrix and so knows every size; the second packs and writes. The result is read again and
-verified before the folder gets its name.
+verified before the folder gets its name. With calibration text a run before them moves the weights
+to int8 grids (`rounding`), in a folder of its own that is removed at the end.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import resolve
-from secateur.models.whole_folder import whole_folder
+from secateur.models.whole_folder import check_place, whole_folder
 from secateur.reporting.compression_card import compression_card
 from secateur.reporting.compression_report import CompressionReport, Stored
 from secateur.runtime.choice import (
@@ -43,6 +46,12 @@ from secateur.workflows.carrying import (
     read_config,
     refuse_quantized,
 )
+from secateur.workflows.rounding import (
+    check_options,
+    round_checkpoint,
+    rounding_recipe,
+    told_of,
+)
 
 __all__ = ["compress"]
 
@@ -53,11 +62,16 @@ class Matrix:
 
     Attributes:
         transposed: whether it is stored [in, out].
-        prunable: a linear of a decoder layer; else an embedding or the head.
+        linear: the name of a linear of a decoder layer; empty for an embedding and the head.
     """
 
     transposed: bool = False
-    prunable: bool = True
+    linear: str = ""
+
+    @property
+    def prunable(self) -> bool:
+        """Whether it is a linear of a decoder layer."""
+        return bool(self.linear)
 
 
 @dataclass
@@ -88,9 +102,13 @@ def compress(
     values: str = AUTO,
     embeddings: str = AUTO,
     archive: bool = False,
+    calibration: str | Path | None = None,
+    resume: bool = False,
+    restart: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> CompressionReport:
     """Write a checkpoint without its zeros.
 
@@ -103,9 +121,16 @@ def compress(
             `float32`, `int8`. Other tensors that are wider are cast to what the model computes in.
         embeddings: `auto` leaves embedding and head as they are, `int8` quantizes them too.
         archive: compress the files further (byte planes and zstandard); to be unpacked on loading.
+        calibration: text, as for `prune`; int8 weights then make up for each other's rounding
+            (GPTQ), so that outputs stay closer to those of the source. Without it each is rounded
+            to the nearest.
+        resume: go on with a stopped run that had calibration.
+        restart: discard what such a run left.
         overwrite: replace an existing output folder.
         trust_remote_code: whether code that comes with the checkpoint may run.
         progress: told of every step.
+        **options: of calibration and memory, as for `prune`: `samples`, `sequence_length`,
+            `seed`, `budget_gib`, `micro_batch_tokens`, `device`, …
 
     Returns:
         Sizes before and after.
@@ -115,6 +140,8 @@ def compress(
     """
     begun = time.perf_counter()
     check_wishes(format, values)
+    text = None if calibration is None else str(calibration)
+    check_options(text, values, options)
     if embeddings not in (AUTO, "int8"):
         raise RecipeError(f"embeddings cannot be {embeddings!r}", remedy="use 'auto' or 'int8'")
     source = resolve(model, trust_remote_code=trust_remote_code)
@@ -124,6 +151,16 @@ def compress(
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, embeddings, trust_remote_code)
     progress = progress or Silent()
+    rounded = None
+    if text is not None:
+        check_place(Path(output), overwrite)
+        place = Path(f"{output}.rounded")
+        zeros = fractions(reader, matrices)
+        recipe = rounding_recipe(
+            source.folder, zeros, place, text, trust_remote_code=trust_remote_code, **options
+        )
+        rounded = round_checkpoint(recipe, progress, resume=resume, restart=restart)
+        reader = CheckpointReader(rounded)
     with whole_folder(Path(output), overwrite=overwrite) as partial:
         plan = make_plan(reader, matrices, format, values, progress)
         computed = computed_dtype(plan, matrices, values)
@@ -142,9 +179,22 @@ def compress(
         config.pop("torch_dtype", None)
         carry_over(source.folder, partial, config)
         packed = verified(partial, progress)
-        report = make_report(reader, packed, plan, matrices, Path(output), begun)
+        rounding = told_of(rounded) if rounded else {}
+        report = make_report(reader, packed, plan, matrices, Path(output), rounding, begun)
         write_notes(report, source.name, source.folder, partial)
+    if rounded:
+        shutil.rmtree(rounded)
     return report
+
+
+def fractions(reader: CheckpointReader, matrices: dict[str, Matrix]) -> dict[str, float]:
+    """The fraction of zeros of every linear, by its name."""
+    found = {}
+    for name, matrix in matrices.items():
+        if matrix.prunable:
+            weight = reader.read(name)
+            found[matrix.linear] = 1 - int(weight.count_nonzero()) / weight.numel()
+    return found
 
 
 def find_matrices(
@@ -163,7 +213,7 @@ def find_matrices(
         for linear in linears_of(layer, architecture.layer_name(index)).values():
             name = stored.get(f"{linear.name}.weight")
             if name is not None and name.endswith(".weight"):
-                found[name] = Matrix(transposed=linear.transposed)
+                found[name] = Matrix(linear.transposed, linear.name)
     if not found:
         raise ArchitectureError(
             f"the checkpoint stores none of the linears of {type(model).__name__} as a matrix of "
@@ -176,7 +226,7 @@ def find_matrices(
         for path, module in model.named_modules():
             name = stored.get(f"{path}.weight")  # a tied head is not stored again
             if any(module is x for x in outside) and name is not None:
-                found[name] = Matrix(prunable=False)
+                found[name] = Matrix()
     return found
 
 
@@ -302,6 +352,7 @@ def make_report(
     plan: Plan,
     matrices: dict[str, Matrix],
     output: Path,
+    rounding: dict[str, Any],
     begun: float,
 ) -> CompressionReport:
     """Add up what the files hold."""
@@ -331,6 +382,7 @@ def make_report(
         embeddings=embeddings,
         archive=packed.archive,
         negative_zeros=negative_zeros,
+        rounding=rounding,
         seconds=time.perf_counter() - begun,
     )
 

@@ -117,6 +117,12 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
         refine=recipe.refine,
         **recipe.parameters,
     )
+    if method.rounds and (recipe.reconstruction.passes or recipe.distillation.epochs):
+        raise RecipeError(
+            "tuning and distillation would move rounded weights off their grid",
+            remedy="leave out --passes and --epochs, or round afterwards: "
+            "secateur compress DIR --values int8 --calibration TEXT",
+        )
     implied = getattr(method.pattern, "sparsity", None)
     sparsity = implied if recipe.sparsity is None else recipe.sparsity
     if sparsity is None:

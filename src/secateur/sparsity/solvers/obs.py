@@ -1,4 +1,4 @@
-"""OBS column sweep (SparseGPT): each pruned weight is made up for by the columns to its right."""
+"""OBS column sweep (SparseGPT, GPTQ): later columns make up for what was pruned or rounded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
+from secateur.quantization.int8 import LARGEST, grid_rows
 from secateur.sparsity.hessian import (
     check_damping,
     check_weight,
@@ -63,16 +64,25 @@ class OBS:
     factorised is an error. As in the released code, the weights of dead columns become zero; they
     score 0, are pruned first, and count as kept where more are dead than the pattern prunes.
 
+    With `bits` 8 the weights that stay are rounded too, in the same sweep: a column becomes
+    Q_:i = s · clamp(round(W_:i / s), −127, 127) with one scale s for each row, and e counts what
+    rounding changed, e = (W_:i − Q_:i) / U_ii (Frantar et al. 2022, "GPTQ", arXiv:2210.17323, and
+    section 3.5 of SparseGPT). s is the largest magnitude of the row / 127, that magnitude rounded
+    to 8 significant bits; the weight which has it becomes ±127 s. So a row tells its scale by its
+    own largest weight, in any dtype, and `secateur compress --values int8` keeps it as it is.
+
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
         block_columns: columns in a lazy block; rounded down to whole groups or blocks.
+        bits: 8 to round to int8 with one scale for each row; 0 not to round.
 
     Raises:
-        RecipeError: damping or block_columns are out of range.
+        RecipeError: damping, block_columns or bits are out of range.
     """
 
     damping: float = 0.01
     block_columns: int = 128
+    bits: int = 0
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
 
@@ -82,6 +92,13 @@ class OBS:
             raise RecipeError(
                 f"block_columns is {self.block_columns}", remedy="give 1 or more, usually 128"
             )
+        if self.bits not in (0, 8):
+            raise RecipeError(f"bits is {self.bits}", remedy="give 8, or 0 not to round")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights that stay are changed for more than the pruned ones' sake."""
+        return self.bits > 0
 
     def prepare(self, statistics: Statistics) -> PreparedGram:
         """Factorise the damped `gram`, float32 [in, in].
@@ -129,7 +146,10 @@ class OBS:
         else:
             kept = mask.t().contiguous()
         choice = None if mask is not None else _Choice(pattern, sparsity)
-        self._sweep(columns, kept, prepared.factor, choice)
+        grid = None
+        if self.rounds:
+            grid = _Grid.of(columns if mask is None else columns.masked_fill(~kept, 0.0))
+        self._sweep(columns, kept, prepared.factor, choice, grid)
         solved = columns.t().contiguous()
         return Solution(
             weight=solved,
@@ -137,7 +157,14 @@ class OBS:
             error=relative_output_error(weight, solved, prepared.gram),
         )
 
-    def _sweep(self, columns: Tensor, kept: Tensor, factor: Tensor, choice: _Choice | None) -> None:
+    def _sweep(
+        self,
+        columns: Tensor,
+        kept: Tensor,
+        factor: Tensor,
+        choice: _Choice | None,
+        grid: _Grid | None,
+    ) -> None:
         """Solve `columns` [in, out] in place, lazy block by lazy block; fill `kept` if chosen."""
         together = choice.pattern.columns_together if choice else 1
         width = max(self.block_columns // together, 1) * together
@@ -148,7 +175,8 @@ class OBS:
             block_kept = kept[start:stop]
             if choice and not choice.by_group:
                 block_kept.copy_(choice.of_block(block, block_factor.diagonal(), start))
-            errors = _sweep_block(block, block_kept, block_factor, choice)
+            block_grid = grid.from_column(start) if grid else None
+            errors = _sweep_block(block, block_kept, block_factor, choice, block_grid)
             columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
 
 
@@ -187,7 +215,38 @@ def _obs_score(columns: Tensor, diagonal: Tensor) -> Tensor:
     return (columns / diagonal[:, None]).square_().t()
 
 
-def _sweep_block(block: Tensor, kept: Tensor, factor: Tensor, choice: _Choice | None) -> Tensor:
+@dataclass(frozen=True)
+class _Grid:
+    """The values that the weights of each row may take.
+
+    Attributes:
+        peak: the largest of each row, float32 [out]; the scale is this / 127.
+        column: where it is, int64 [out].
+    """
+
+    peak: Tensor
+    column: Tensor
+
+    @staticmethod
+    def of(columns: Tensor) -> _Grid:
+        """The grid of weights [in, out]."""
+        peak, column = columns.abs().max(dim=0)
+        return _Grid(grid_rows(peak), column)
+
+    def from_column(self, start: int) -> _Grid:
+        """The grid of a block that begins at column `start`."""
+        return _Grid(self.peak, self.column - start)
+
+    def round(self, weight: Tensor, index: int) -> Tensor:
+        """A column [out] of the block, rounded."""
+        scale = self.peak / LARGEST
+        rounded = (weight / scale).round_().clamp_(-LARGEST, LARGEST).mul_(scale)
+        return torch.where(self.column == index, self.peak.copysign(weight), rounded)
+
+
+def _sweep_block(
+    block: Tensor, kept: Tensor, factor: Tensor, choice: _Choice | None, grid: _Grid | None
+) -> Tensor:
     """Solve one lazy block [columns, out] in place; return the errors e [columns, out].
 
     Left-looking: a column receives the errors of the columns before it when its turn comes, so
@@ -212,6 +271,11 @@ def _sweep_block(block: Tensor, kept: Tensor, factor: Tensor, choice: _Choice | 
         ):
             if i:
                 column.addmv_(step_errors[:i].t(), step_factor[:i, i], alpha=-1)
-            torch.mul(column, column_scale, out=error)
+            if grid is None:
+                torch.mul(column, column_scale, out=error)
+                continue
+            rounded = grid.round(column, start + i) * kept[start + i]
+            torch.sub(column, rounded, out=error).div_(diagonal[start + i])
+            column.copy_(rounded)
         current.masked_fill_(pruned, 0.0)
     return errors

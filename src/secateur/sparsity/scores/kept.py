@@ -1,0 +1,28 @@
+"""Kept: what is zero already goes, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.sparsity.scores import scores
+from secateur.types import Score, Statistics, Weight
+
+__all__ = ["Kept"]
+
+
+@scores.register("kept")
+@dataclass(frozen=True)
+class Kept:
+    """S_ij = 1 where the stored weight is not zero, else 0; float32 [out, in].
+
+    For solvers that are to better or round a model that was pruned before: at the sparsity that a
+    matrix has, the mask is that of its own zeros. Reads `stored`, the weight as it was read, since
+    the one to be solved may have been fitted to something and has no zeros then.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"stored"})
+
+    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
+        """Score a weight [out, in] of any floating dtype."""
+        return (statistics["stored"] != 0).float()
