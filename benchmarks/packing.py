@@ -1,14 +1,15 @@
 """What packing changes of a pruned model: nothing in bfloat16, next to nothing in int8.
 
-    python benchmarks/packing.py PRUNED [--text FILE] [--windows 24]
+    python benchmarks/packing.py PRUNED [--text NAME=FILE …] [--windows 24] [--calibration FILE]
 
 1. Greedy text, ten prompts of 64 tokens each: the pruned model in bfloat16 values against the same
    packed, both computing in float32 (`secateur.load(dtype=float32)`; one call for each token), so
    that what is compared is packing, and not how a bfloat16 sum happens to be rounded. How many
    texts are the same when both compute in bfloat16 is told beside it.
-2. Perplexity, windows of 2048 tokens: bfloat16 values, and int8 values (embedding and head too),
-   the latter with float activations (many tokens at once) and with activations rounded to int8 in
-   blocks of 256 (as one token at a time is computed).
+2. Perplexity, windows of 2048 tokens: bfloat16 values, and int8 values, each weight rounded to the
+   nearest or all of a row together (`--calibration`: 64 windows of 512 tokens, which are not of the
+   judged texts); linears only, and embedding and head too; float activations (many tokens at once),
+   and activations rounded to int8 in blocks of 256 (as one token at a time is computed).
 3. Sizes of the files and memory of the loaded model, each in a process of its own.
 """
 
@@ -100,6 +101,19 @@ def perplexity(folder: Path, text: str, windows: int, *, bytes_only: bool = Fals
     return float(judged.perplexity)
 
 
+def judged(folders: dict[str, Path], text: str, windows: int) -> dict[str, float]:
+    """Perplexity of every folder that can give another one than the first, and of the last one's
+    activations rounded."""
+    found = {
+        name: perplexity(folder, text, windows)
+        for name, folder in folders.items()
+        if "archive" not in name
+    }
+    name, folder = list(folders.items())[-1]
+    found[f"{name}, activations"] = perplexity(folder, text, windows, bytes_only=True)
+    return found
+
+
 def memory(folder: Path, how: str) -> int:
     """Bytes that loading adds to a process."""
     command = [sys.executable, "-c", MEMORY, str(folder), how]
@@ -111,36 +125,39 @@ def main() -> None:
     """Pack, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pruned", type=Path)
-    parser.add_argument("--text", default="boolq-held-out")
+    parser.add_argument("--text", nargs="+", default=["boolq=boolq-held-out"])
+    parser.add_argument("--calibration", default="boolq-calibration")
     parser.add_argument("--windows", type=int, default=24)
     args = parser.parse_args()
     print(heading())
+    calibrated = {"calibration": args.calibration, "samples": 64, "sequence_length": 512}
+    ways: dict[str, dict[str, Any]] = {
+        "bfloat16": {"values": "bfloat16"},
+        "bfloat16 archive": {"values": "bfloat16", "archive": True},
+        "int8 nearest": {"values": "int8"},
+        "int8 calibrated": {"values": "int8", **calibrated},
+        "int8 calibrated, embeddings": {"values": "int8", "embeddings": "int8", **calibrated},
+    }
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {}
-        sizes = {}
-        for values, options in (
-            ("bfloat16", {}),
-            ("int8", {"embeddings": "int8"}),
-            ("archive", {"archive": True}),
-        ):
-            folders[values] = Path(scratch) / values
-            wanted = "bfloat16" if values == "archive" else values
-            secateur.compress(args.pruned, values=wanted, output=folders[values], **options)
-            sizes[values] = (folders[values] / "model.safetensors").stat().st_size
+        folders = {name: Path(scratch) / name.replace(" ", "-") for name in ways}
+        for name, options in ways.items():
+            secateur.compress(args.pruned, output=folders[name], **options)
         tokenizer = load_tokenizer(args.pruned)
-        bf16, int8 = folders["bfloat16"], folders["int8"]
+        bf16, small = folders["bfloat16"], folders["int8 calibrated, embeddings"]
         row = {
             "same_texts_of_10_float32": same_texts(bf16, tokenizer, torch.float32),
             "same_texts_of_10_bfloat16": same_texts(bf16, tokenizer, torch.bfloat16),
-            "perplexity_bfloat16": perplexity(bf16, args.text, args.windows),
-            "perplexity_int8": perplexity(int8, args.text, args.windows),
-            "perplexity_int8_activations_too": perplexity(
-                int8, args.text, args.windows, bytes_only=True
-            ),
-            "file_bytes": sizes,
+            "perplexity": {
+                text: judged(folders, file, args.windows)
+                for text, file in (x.split("=", 1) for x in args.text)
+            },
+            "file_bytes": {
+                name: (folder / "model.safetensors").stat().st_size
+                for name, folder in folders.items()
+            },
             "memory_bytes": {
                 "bfloat16 packed": memory(bf16, "packed"),
-                "int8 packed": memory(int8, "packed"),
+                "int8 calibrated, embeddings": memory(small, "packed"),
                 "bfloat16 dense": memory(bf16, "dense"),
             },
         }

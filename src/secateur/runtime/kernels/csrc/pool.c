@@ -3,6 +3,10 @@
  * Work comes every few microseconds while a token is decoded, and waking a thread takes tens of
  * them; so an idle thread spins, but for a few thousand rounds only, and then gives the processor
  * back: two busy pools on the same cores must not stand in each other's way.
+ *
+ * Work is over before the scheduler notices that two threads of it share a processor, and so they
+ * may share it for seconds while another is idle. Where there are as many threads as processors,
+ * each worker is therefore bound to one that the caller is not on.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -34,6 +38,8 @@ static atomic_uint round_number;  /* of the work; a new number is the signal to 
 static atomic_int unfinished, sleepers, leaving;
 static atomic_int arrived;
 static atomic_uint barrier_round;
+static int caller_on = -1;        /* processor of the caller when workers were bound; -1: never */
+static int bound_to[MOST_THREADS];
 
 static void spin(int *rounds) {
     PAUSE();
@@ -98,10 +104,41 @@ static int hire(int wanted) {
     if (wanted > MOST_THREADS) wanted = MOST_THREADS;
     atomic_store(&round_number, 0);
     atomic_store(&sleepers, 0);
+    caller_on = -1;
     pthread_once(&once, watch_forks);
     for (count = 1; count < wanted; count++)
         if (pthread_create(&workers[count], NULL, serve, (void *)(intptr_t)count)) break;
     return count;
+}
+
+/* Give each worker a processor of its own, or, when the caller has moved to that of a worker, the
+ * one it left. The caller is never bound: it does other work too. */
+static void bind_workers(void) {
+#if defined(__linux__)
+    const int here = sched_getcpu();
+    cpu_set_t set, own;
+    if (here == caller_on || here < 0) return;
+    if (caller_on >= 0) {
+        for (int i = 1; i < count; i++) {
+            if (bound_to[i] != here) continue;
+            CPU_ZERO(&own);
+            CPU_SET(caller_on, &own);
+            if (!pthread_setaffinity_np(workers[i], sizeof own, &own)) bound_to[i] = caller_on;
+        }
+        caller_on = here;
+        return;
+    }
+    if (pthread_getaffinity_np(pthread_self(), sizeof set, &set)) return;
+    if (CPU_COUNT(&set) != count || !CPU_ISSET(here, &set)) return;
+    for (int cpu = 0, i = 1; cpu < CPU_SETSIZE && i < count; cpu++) {
+        if (cpu == here || !CPU_ISSET(cpu, &set)) continue;
+        CPU_ZERO(&own);
+        CPU_SET(cpu, &own);
+        bound_to[i] = pthread_setaffinity_np(workers[i], sizeof own, &own) ? -1 : cpu;
+        i++;
+    }
+    caller_on = here;
+#endif
 }
 
 static int usual_threads(void) {
@@ -138,6 +175,7 @@ void sct_parallel(sct_work *asked, void *asked_context) {
     work = asked;
     context = asked_context;
     if (count > 1) {
+        bind_workers();
         atomic_store(&unfinished, count - 1);
         ring();
     }
