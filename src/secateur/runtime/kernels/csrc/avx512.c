@@ -188,19 +188,20 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
         const int64_t first = block * SCT_SCALED_WORDS;
         const int64_t left = m->words - first;
         const int64_t last = first + (left < SCT_SCALED_WORDS ? left : SCT_SCALED_WORDS);
+        for (int r = 0; r < R; r++) ask_for_mask(m, row + r, first, packed);
         __m512i dots[2][SCT_MAX_BATCH], weights[2];
         for (int r = 0; r < R; r++) {
             weights[r] = _mm512_setzero_si512();
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++) dots[r][b] = _mm512_setzero_si512();
         }
+#pragma GCC unroll 4
         for (int64_t w = first; w < last; w++) {
             __m512i e[2];
 #pragma GCC unroll 2
             for (int r = 0; r < R; r++) {
                 e[r] = load(v[r]);
                 ask_in_steps(v[r]);
-                ask_for_mask(m, row + r, w, packed);
                 if (packed) {
                     const uint64_t kept = mask_of(m, row + r)[w];
                     e[r] = _mm512_maskz_expand_epi8(kept, e[r]);
