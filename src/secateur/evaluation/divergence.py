@@ -100,9 +100,7 @@ def divergence(
     done, started = 0, time.perf_counter()
     with torch.inference_mode(), evaluating(model), evaluating(reference):
         probe = windows[:1, :PROBE_TOKENS]
-        both = [
-            (one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)
-        ]
+        both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)]
         for batch in windows.split(batch_size):
             rows.append(compared(both, batch))
             done += len(batch)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 __all__ = ["fingerprint", "protocol_id"]
 
-APART = frozenset({"dataset", "join", "tokenizer", "dtype"})
+APART = frozenset(
+    {"dataset", "split", "items_in_split", "shots_from", "join", "tokenizer", "dtype"}
+)
 """Keys that name something which is in the protocol by its content, or belong to the model."""
 
 
