@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
-    from secateur.workflows import bench, compress, decompress, evaluate, generate, plan, prune
+    from secateur.workflows import (
+        bench,
+        compress,
+        decompress,
+        diagnose,
+        evaluate,
+        generate,
+        plan,
+        prune,
+    )
 
 __version__ = "0.1.0"
 
@@ -36,6 +45,7 @@ __all__ = [
     "compose",
     "compress",
     "decompress",
+    "diagnose",
     "evaluate",
     "generate",
     "kernel_info",
@@ -54,6 +64,7 @@ HOMES = {
     "compose": "secateur.sparsity.methods",
     "compress": "secateur.workflows",
     "decompress": "secateur.workflows",
+    "diagnose": "secateur.workflows",
     "evaluate": "secateur.workflows",
     "generate": "secateur.workflows",
     "kernel_info": "secateur.runtime.kernels.library",
