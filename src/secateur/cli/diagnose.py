@@ -87,14 +87,13 @@ def show(found: Diagnosis) -> None:
     stdout.print(f"{found.model}: {found.verdict}", highlight=False, markup=False, soft_wrap=True)
     rows = [
         (
-            f"[{STYLES[x.severity]}]{x.severity}[/]",
-            x.id,
-            *map(plain, (x.where, x.evidence, x.remedy)),
+            f"[{STYLES[x.severity]}]{x.severity}[/]\n{x.id}",
+            f"[bold]{plain(x.where)}[/]\n{plain(x.evidence)}\n[dim]→ {plain(x.remedy)}[/]",
         )
         for x in found.findings
     ]
     if rows:
-        print_table("findings", ("", "what", "where", "evidence", "remedy"), rows, numbers=5)
+        print_table("findings", ("what", "where, evidence → remedy"), rows, numbers=2)
 
 
 def show_target(target: Target) -> None:

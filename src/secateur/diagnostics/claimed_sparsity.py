@@ -18,14 +18,15 @@ PRUNED = 0.05
 """A model whose median linear has more zeros than this is pruned."""
 
 SURPLUS = 0.02
-"""Zeros of a linear above those recorded that are worth a warning."""
+"""The share of zeros above those recorded that is worth a warning."""
 
 SURPLUS_ROUNDED = 0.1
-"""The same of the whole model where rounding to int8 has made more since the run."""
+"""The same of the whole model where rounding to int8 has made zeros since the run."""
 
 TOTAL = 1e-3
-"""How far the sparsity of the whole model may be from the one recorded."""
+"""How far the sparsity of the whole model may be below the one recorded."""
 
+CHANGED = "the weights were changed after pruning: ask whoever made the folder"
 AGAIN = "prune again, or correct the records; the folder is not what it says"
 
 
@@ -40,20 +41,24 @@ def check_sparsity(weights: Weights, claims: Claims, *, rounded: bool) -> list[F
     found = [*claims.faults, *unasked_dense(weights, claims)]
     for linear in weights.linears:
         found += against_claim(linear, claims, rounded)
-    total = claims.sparsity
-    surplus = 0.0 if total is None else weights.sparsity - total
-    if surplus < -TOTAL or surplus > (SURPLUS_ROUNDED if rounded else TOTAL):
-        found.append(
-            Finding(
-                "sparsity-not-as-claimed",
-                "error",
-                f"{claims.folder}/manifest.json",
-                f"{weights.sparsity:.4%} of the weights of the decoder's matrices are zero, "
-                f"{total:.4%} are claimed",
-                AGAIN,
-            )
-        )
-    return found
+    return found + against_total(weights, claims, rounded)
+
+
+def against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Finding]:
+    """Whether the whole has the sparsity that the manifest says."""
+    if claims.sparsity is None:
+        return []
+    surplus = weights.sparsity - claims.sparsity
+    evidence = (
+        f"{weights.sparsity:.4%} of the weights of the decoder's matrices are zero, "
+        f"{claims.sparsity:.4%} are claimed"
+    )
+    where = f"{claims.folder}/manifest.json"
+    if surplus < -TOTAL:
+        return [Finding("sparsity-not-as-claimed", "error", where, evidence, AGAIN)]
+    if surplus > (SURPLUS_ROUNDED if rounded else SURPLUS):
+        return [Finding("more-zeros-than-claimed", "warning", where, evidence, CHANGED)]
+    return []
 
 
 def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[Finding]:
@@ -95,7 +100,7 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
                 "warning",
                 linear.name,
                 f"{has}, {claim.zeros / weights:.4%} are recorded",
-                "the weights were changed after pruning: ask whoever made the folder",
+                CHANGED,
             )
         )
     if claim.error is not None and claim.error > COLLAPSED:

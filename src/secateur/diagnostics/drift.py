@@ -122,22 +122,23 @@ def compared(y: Tensor, dense_y: Tensor, alone: Tensor, dense_x: Tensor) -> dict
     """The measures of `LayerDrift` for each token of a micro-batch."""
     y, dense_y, alone, x = (t.flatten(0, -2) for t in (y, dense_y, alone, dense_x))
     added, dense_added = alone - x, dense_y - x
-    length, dense_length = norm(x).square(), norm(dense_y)
+    length, step = never_zero(dense_y.norm(dim=-1)), never_zero(dense_added.norm(dim=-1))
+    energy = never_zero(x.square().sum(-1))
     return {
-        "relative_error": norm(y - dense_y) / dense_length,
+        "relative_error": (y - dense_y).norm(dim=-1) / length,
         "cosine": functional.cosine_similarity(y, dense_y, dim=-1),
-        "norm_ratio": norm(y) / dense_length,
-        "own_error": norm(added - dense_added) / norm(dense_added),
-        "contribution": norm(added) / norm(dense_added),
-        "kept_input": (alone * x).sum(-1) / length,
-        "dense_kept_input": (dense_y * x).sum(-1) / length,
+        "norm_ratio": y.norm(dim=-1) / length,
+        "own_error": (added - dense_added).norm(dim=-1) / step,
+        "contribution": added.norm(dim=-1) / step,
+        "kept_input": (alone * x).sum(-1) / energy,
+        "dense_kept_input": (dense_y * x).sum(-1) / energy,
         "not_finite": (~torch.isfinite(y + alone)).sum(-1),
     }
 
 
-def norm(x: Tensor) -> Tensor:
-    """The length of each token's vector, never zero."""
-    return x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+def never_zero(x: Tensor) -> Tensor:
+    """Divisors, raised where they are zero."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def summed_up(index: int, measured: dict[str, list[Tensor]]) -> LayerDrift:

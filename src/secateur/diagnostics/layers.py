@@ -21,7 +21,11 @@ LOST_RESIDUAL = 0.5
 """Of the part of its input that a dense layer's output contains."""
 
 LOST_STREAM = 0.5
-"""The cosine of the last hidden states below which little of the dense model is left."""
+"""The cosine of the last hidden states below which little of the dense model is left.
+
+Measured on SmolLM2-135M: 0.93 after SparseGPT to 50 %, 0.81 after Wanda to 2:4, 0.45 after Wanda to
+80 %, which writes no sentence.
+"""
 
 HIGHEST = 0.95
 """No layer is said to bear more than this."""

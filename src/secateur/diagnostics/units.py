@@ -21,10 +21,11 @@ from secateur.diagnostics.weights import LinearHealth, Weights
 __all__ = ["DeadUnits", "check_units", "dead_units", "head_size"]
 
 MANY = 0.02
-"""The share of a layer's neurons, or a linear's rows, above which dead ones are a warning."""
+"""The share of a layer's neurons, or a linear's rows, above which zero rows are a warning."""
 
-MANY_COLUMNS = 0.5
-"""The same for columns: methods that look at inputs drop those that are nearly always zero."""
+MANY_UNREAD = 0.5
+"""The same for zero columns: methods that look at inputs drop those that are nearly always zero,
+and behind a ReLU, or at 80 % sparsity, these are many."""
 
 ATTENTION = (
     ("self_attn.v_proj", "alone", "self_attn.o_proj"),
@@ -47,19 +48,30 @@ FEED_FORWARD = (
 
 @dataclass(frozen=True)
 class DeadUnits:
-    """The dead units of one decoder layer.
+    """The dead units of one decoder layer: bool, one for each unit; empty if the layout is unknown.
 
     Attributes:
         heads: query heads whose values are all zero, or that nothing reads.
-        neurons: neurons that are always zero, or that nothing reads.
-        head_count: of all query heads; 0 where the layout is not known.
-        neuron_count: of all neurons; 0 where the layout is not known.
+        unmade: neurons that are always zero, because a row that makes them is.
+        unread: neurons that nothing reads.
     """
 
-    heads: tuple[int, ...] = ()
-    neurons: tuple[int, ...] = ()
-    head_count: int = 0
-    neuron_count: int = 0
+    heads: Tensor
+    unmade: Tensor
+    unread: Tensor
+
+    @property
+    def neurons(self) -> Tensor:
+        """Neurons that are dead for either reason."""
+        return self.unmade | self.unread
+
+    def beyond(self, dense: DeadUnits) -> DeadUnits:
+        """Those of the pruned layer that are not dead in the dense one."""
+        return DeadUnits(
+            new(self.heads, dense.heads),
+            new(self.unmade, dense.unmade),
+            new(self.unread, dense.unread),
+        )
 
 
 def head_size(config: Any) -> int:
@@ -76,18 +88,18 @@ def dead_units(linears: Mapping[str, LinearHealth], size: int) -> DeadUnits:
         linears: its matrices, by their name within it.
         size: of a head.
     """
-    heads = neurons = torch.zeros(0, dtype=torch.bool)
+    heads = unmade = unread = torch.zeros(0, dtype=torch.bool)
     for values, place, reader in ATTENTION:
         if values in linears and reader in linears and linears[reader].shape[1] % size == 0:
             heads = dead_heads(linears[values], place, linears[reader], size)
     for makers, reader in FEED_FORWARD:
         if reader in linears and all(maker in linears for maker in makers):
-            neurons = linears[reader].dead_columns.clone()
+            unread = linears[reader].dead_columns
+            unmade = torch.zeros_like(unread)
             for maker in makers:
-                rows = linears[maker].dead_rows
                 # two halves, gate and up, where both are in one matrix
-                neurons |= rows.view(-1, len(neurons)).any(dim=0)
-    return DeadUnits(numbers(heads), numbers(neurons), len(heads), len(neurons))
+                unmade |= linears[maker].dead_rows.view(-1, len(unread)).any(dim=0)
+    return DeadUnits(heads, unmade, unread)
 
 
 def dead_heads(values: LinearHealth, place: str, reader: LinearHealth, size: int) -> Tensor:
@@ -103,11 +115,6 @@ def dead_heads(values: LinearHealth, place: str, reader: LinearHealth, size: int
     return unread | valueless.repeat_interleave(len(unread) // len(valueless))
 
 
-def numbers(flags: Tensor) -> tuple[int, ...]:
-    """The places of what is True."""
-    return tuple(flags.nonzero().flatten().tolist())
-
-
 def check_units(
     weights: Weights,
     claims: Claims,
@@ -115,72 +122,83 @@ def check_units(
     layer_name: Callable[[int], str],
     dense: Weights | None = None,
 ) -> list[Finding]:
-    """Dead heads and neurons of each layer, dead rows and columns of each linear.
+    """Dead heads and neurons, dead rows and columns, that are not dead in the dense model too.
 
-    A head is never dead by chance. A neuron, or a row, can be where weights of all rows compete
-    with each other; where each row keeps its share it cannot.
+    A head is never dead by chance. A neuron can be, where nothing reads it or where weights of all
+    rows compete with each other; where each row keeps its share, no row can be all zero.
 
     Args:
         weights: the model's.
         claims: give the scope within which weights competed.
         size: of a head.
         layer_name: the full name of a decoder layer.
-        dense: the dense model's; what is dead there too is no fault of pruning.
+        dense: the dense model's.
     """
     found = []
-    impossible = claims.pattern is not None and claims.pattern.scope in ("row", "group")
+    row_keeps_share = claims.pattern is not None and claims.pattern.scope in ("row", "group")
+    neurons, warned = dict[str, list[int]](), False
     for index in dict.fromkeys(x.layer for x in weights.linears):
-        units = dead_units(weights.of_layer(index), size)
-        before = dead_units(dense.of_layer(index), size) if dense else DeadUnits()
-        heads = [head for head in units.heads if head not in before.heads]
-        neurons = [neuron for neuron in units.neurons if neuron not in before.neurons]
-        many = len(neurons) > MANY * units.neuron_count
-        name = layer_name(index)
-        found += told_units("head", name, heads, units.head_count, "warning")
-        severity: Severity = "warning" if many or (neurons and impossible) else "note"
-        found += told_units("neuron", name, neurons, units.neuron_count, severity)
-        in_dense = len(before.heads) + len(before.neurons)
-        if in_dense:
-            found.append(
-                Finding(
-                    "dead-in-dense",
-                    "note",
-                    name,
-                    f"{len(before.heads)} heads and {len(before.neurons)} neurons are dead in the "
-                    "dense model too",
-                    "nothing to do; a structured cut could take them out at no loss",
-                )
-            )
-    return found + dead_lines(weights, impossible, dense)
+        units, name = dead_units(weights.of_layer(index), size), layer_name(index)
+        if dense is not None:
+            units = units.beyond(dead_units(dense.of_layer(index), size))
+        dead = units.neurons
+        if units.heads.any():
+            found.append(told_heads(name, numbers(units.heads), len(units.heads)))
+        if dead.any():
+            neurons[name] = numbers(dead)
+            unmade = int(units.unmade.sum())
+            limit = 0.0 if row_keeps_share else MANY
+            warned |= unmade > limit * len(dead) or int(dead.sum()) > MANY_UNREAD * len(dead)
+    if neurons:
+        found.append(told_neurons(neurons, "warning" if warned else "note"))
+    return found + dead_lines(weights, row_keeps_share, dense)
 
 
-def told_units(
-    unit: str, where: str, dead: list[int], total: int, severity: Severity
-) -> list[Finding]:
-    """The finding for the dead heads or neurons of a layer, if there are any."""
-    if not dead:
-        return []
-    lost = {
-        "head": "their values are all zero, or no weight reads them",
-        "neuron": "they pass nothing on: what makes them is zero, or no weight reads them",
-    }[unit]
-    return [
-        Finding(
-            f"dead-{unit}",
-            severity,
-            where,
-            f"{unit} {listed(dead)}: {len(dead)} of {total} dead; {lost}",
-            "prune less of this layer (--override), or let weights compete within rows "
-            "(--scope row); what is dead could be cut out for good",
-        )
-    ]
+def new(now: Tensor, before: Tensor) -> Tensor:
+    """What is dead now and was not before; all of it where the shapes differ."""
+    return now & ~before if now.shape == before.shape else now
 
 
-def dead_lines(weights: Weights, impossible: bool, dense: Weights | None) -> list[Finding]:
+def numbers(flags: Tensor) -> list[int]:
+    """The places of what is True."""
+    places: list[int] = flags.nonzero().flatten().tolist()
+    return places
+
+
+def told_heads(where: str, heads: list[int], total: int) -> Finding:
+    """The finding for the dead heads of a layer."""
+    return Finding(
+        "dead-head",
+        "warning",
+        where,
+        f"head {listed(heads)}: {len(heads)} of {total} dead; their values are all zero, or no "
+        "weight reads them",
+        f"prune less of this layer: --override '{where}.*=0.3'",
+    )
+
+
+def told_neurons(neurons: dict[str, list[int]], severity: Severity) -> Finding:
+    """The finding for the dead neurons of all layers, the worst layer named."""
+    worst = max(neurons, key=lambda name: len(neurons[name]))
+    others = ""
+    if len(neurons) > 1:
+        told = [f"{name} {len(dead)}" for name, dead in neurons.items()]
+        others = f"; in all {sum(map(len, neurons.values()))}: {listed(told)}"
+    return Finding(
+        "dead-neuron",
+        severity,
+        worst,
+        f"neuron {listed(neurons[worst])}: {len(neurons[worst])} dead; what makes them is zero, or "
+        f"no weight reads them{others}",
+        "prune less of these layers (--override or --allocation); what is dead could be cut out",
+    )
+
+
+def dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -> list[Finding]:
     """Rows and columns of linears that are all zero, the worst linear named."""
     found = []
     before = {x.name: x for x in dense.linears} if dense else {}
-    for line, limit in (("row", 0.0 if impossible else MANY), ("column", MANY_COLUMNS)):
+    for line, limit in (("row", 0.0 if row_keeps_share else MANY), ("column", MANY_UNREAD)):
         dead = {x.name: newly_dead(x, before.get(x.name), line) for x in weights.linears}
         shares = {x.name: dead[x.name] / len(lines_of(x, line)) for x in weights.linears}
         worst = max(shares, key=lambda name: shares[name])
@@ -206,9 +224,7 @@ def dead_lines(weights: Weights, impossible: bool, dense: Weights | None) -> lis
 def newly_dead(linear: LinearHealth, before: LinearHealth | None, line: str) -> int:
     """How many rows or columns are dead that are not in the dense model."""
     dead = lines_of(linear, line)
-    if before is not None and before.shape == linear.shape:
-        dead = dead & ~lines_of(before, line)
-    return int(dead.sum())
+    return int((dead if before is None else new(dead, lines_of(before, line))).sum())
 
 
 def lines_of(linear: LinearHealth, line: str) -> Tensor:

@@ -1,8 +1,9 @@
 """Is a run destroying the model? Watched layer by layer, by what is known anyway.
 
-A linear has collapsed when nine tenths of the energy of its output are gone: what is left tells
-nothing of what it computed. Solvers that repair weights measure that error. For those that only
-set weights to zero it is estimated from the norms of the inputs, as if these were uncorrelated:
+A linear has collapsed when four fifths of the energy of its output are gone, a relative error of
+0.9: what is left tells next to nothing of what it computed. Solvers that repair weights measure
+that error. For those that only set weights to zero it is estimated from the norms of the inputs,
+as if these were uncorrelated:
 
     lost = Σ over pruned w² ‖X_j‖² / Σ over all w² ‖X_j‖²
 """
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLLAPSED", "collapsed", "lost_energy", "stop", "told"]
 
-COLLAPSED = 0.9
+COLLAPSED = 0.8
 """The share of its output's energy that a linear has lost when it has collapsed."""
 
 

@@ -91,7 +91,7 @@ class Ledger:
         reconstruction: dict[str, float] | None = None,
         collapsed: dict[str, float] | None = None,
     ) -> None:
-        """Enter a finished layer: its linears, its time, what tuning it brought and what it lost."""
+        """Enter a finished layer: its linears, time, what tuning brought, and what collapsed."""
         entry = {"layer": index, "seconds": seconds, "linears": records}
         if reconstruction:
             entry["reconstruction"] = reconstruction
