@@ -50,6 +50,7 @@ def add_verbs() -> None:
         compress,
         decompress,
         demo,
+        diagnose,
         evaluate,
         generate,
         inspect,
@@ -67,6 +68,7 @@ def add_verbs() -> None:
     app.command("decompress")(decompress.decompress)
     app.command("generate")(generate.generate)
     app.command("bench")(bench.bench)
+    app.command("diagnose")(diagnose.diagnose)
     app.command("demo")(demo.demo)
 
 

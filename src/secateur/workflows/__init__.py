@@ -1,7 +1,7 @@
 """Workflows: the only place where the rooms are wired together.
 
 The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`, `judge`,
-`compress`, `decompress`, `generate`, `bench`.
+`compress`, `decompress`, `generate`, `bench`, `diagnose`.
 """
 
 from secateur.reporting.compression_report import CompressionReport, DecompressionReport
@@ -9,6 +9,7 @@ from secateur.reporting.prune_report import PruneReport
 from secateur.workflows.benching import bench
 from secateur.workflows.compressing import compress
 from secateur.workflows.decompressing import decompress
+from secateur.workflows.diagnosing import diagnose
 from secateur.workflows.evaluating import Evaluation, evaluate
 from secateur.workflows.generating import Generation, generate
 from secateur.workflows.inspecting import inspect_model
@@ -24,6 +25,7 @@ __all__ = [
     "bench",
     "compress",
     "decompress",
+    "diagnose",
     "evaluate",
     "generate",
     "inspect_model",
