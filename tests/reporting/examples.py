@@ -69,7 +69,9 @@ def layer_lines(layers: int = 30, sparsity: float = 0.5) -> list[dict[str, Any]]
     return lines
 
 
-def evaluation(perplexity: float = 31.99, *, text: str = "", better: bool = False) -> dict[str, Any]:
+def evaluation(
+    perplexity: float = 31.99, *, text: str = "", better: bool = False
+) -> dict[str, Any]:
     def task(name: str, metric: str, value: float, dense: float, chance: float) -> dict[str, Any]:
         near = dense - chance < 0.07
         return {
@@ -154,7 +156,7 @@ def diagnosis(layers: int = 30, *, healthy: bool = False) -> dict[str, Any]:
         "findings": [] if healthy else found,
         "layers": [
             {
-                "layer": i, "sparsity": 0.5, "relative_error": 0.1 + 0.012 * i + 0.05 * (i % 5 == 0),
+                "layer": i, "sparsity": 0.5, "relative_error": 0.1 + 0.012 * i + 0.05 * (not i % 5),
                 "cosine": 0.99 - 0.003 * i, "norm_ratio": 0.97, "could_bear": 0.55,
             }
             for i in range(layers)

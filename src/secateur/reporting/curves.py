@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.sweep_result import SweepResult
+from secateur.reporting.wording import bare_name, percent
 
 __all__ = ["Judged", "curve_charts", "judged_points", "sweep_charts"]
 
@@ -48,7 +49,9 @@ class Judged:
     @property
     def told(self) -> str:
         """All of it in words."""
-        words = f"{self.series}: perplexity {self.perplexity:.2f} at {self.sparsity:.1%} zeros"
+        words = (
+            f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 1)} zeros"
+        )
         if self.dense:
             words += f", {math.log(self.perplexity / self.dense):+.3f} nats a token"
         return words
@@ -98,7 +101,7 @@ def chart_of(number: int, group: Sequence[Judged]) -> LineChart:
     protocol = first.protocol
     return LineChart(
         key=f"perplexity-{number}",
-        title=f"{first.model}: perplexity on {first.text}",
+        title=f"{bare_name(first.model)}: perplexity on {bare_name(first.text)}",
         x_label="zeros in the decoder's matrices",
         y_label="perplexity (log)",
         series=tuple(
@@ -113,7 +116,7 @@ def chart_of(number: int, group: Sequence[Judged]) -> LineChart:
         log_y=True,
         percent_x=True,
         note=f"{protocol.get('windows', '?')} windows of {protocol.get('sequence_length', '?')} "
-        f"tokens of {protocol.get('dataset', first.text)}. Lower is better.",
+        f"tokens of {bare_name(str(protocol.get('dataset', first.text)))}. Lower is better.",
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.reporting.charts import BarChart, Chart, HeatMap, LineChart
+from secateur.reporting.drawing import HEIGHT, WIDTH, draw
 
 __all__ = ["COLORS", "save_plots"]
 
@@ -31,7 +32,7 @@ def save_plots(charts: Sequence[Chart], stem: Path) -> list[Path]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    widths = [10.0 if isinstance(chart, HeatMap) else 6.4 for chart in charts]
+    widths = [10.0 if isinstance(chart, HeatMap) else WIDTH / 68 for chart in charts]
     style = {"font.size": 10, "svg.hashsalt": "secateur", "svg.fonttype": "path"}
     with rc_context(style):
         figure = Figure(figsize=(sum(widths), height_of(charts)), layout="constrained")
@@ -57,14 +58,16 @@ def height_of(charts: Sequence[Chart]) -> float:
         for c in charts
         if not isinstance(c, LineChart)
     ]
-    lines = [4.4 for c in charts if isinstance(c, LineChart)]
+    lines = [HEIGHT / 68 for c in charts if isinstance(c, LineChart)]
     return max(*rows, *lines, 2.0)
 
 
 def draw_lines(axes: Any, chart: LineChart) -> None:
     """One line a series, points labelled, what they are held against dashed."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
+    drawing = draw(chart)
     for number, series in enumerate(chart.series):
         marks = series.drawn
         axes.plot(
@@ -77,16 +80,16 @@ def draw_lines(axes: Any, chart: LineChart) -> None:
             markersize=6,
             label=series.name,
         )
-        for mark in marks:
-            below = number % 2  # so that lines that lie together do not share the place
+        for mark, placed in zip(marks, drawing.series[number].marks, strict=True):
             axes.annotate(
                 mark.label,
                 (mark.x, mark.y),
-                xytext=(0, -13 if below else 7),
-                textcoords="offset points",
+                xytext=(placed.label_x - placed.x, placed.y - placed.label_y),
+                textcoords="offset points",  # the drawing's unit is about one point here
                 ha="center",
-                fontsize=8,
+                fontsize=8.5,
                 color=COLORS[number % len(COLORS)],
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )
     if chart.reference:
         name, value = chart.reference
@@ -129,7 +132,7 @@ def draw_heat(figure: Any, axes: Any, chart: HeatMap) -> None:
     step = max(1, len(chart.columns) // 15)
     axes.set_xticks(range(0, len(chart.columns), step), chart.columns[::step])
     axes.set_xlabel("layer")
-    figure.colorbar(image, ax=axes, shrink=0.9, format="{x:.0%}" if chart.percent else None)
+    figure.colorbar(image, ax=axes, shrink=0.9, format="{x:.1%}" if chart.percent else None)
 
 
 def draw_bars(axes: Any, chart: BarChart) -> None:

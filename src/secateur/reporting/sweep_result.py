@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
+from secateur.reporting.wording import bare_name, percent
 
 __all__ = ["SCHEMA", "PointKey", "SweepPoint", "SweepResult", "markdown_row", "read_sweep"]
 
@@ -97,25 +98,26 @@ class SweepResult:
 
     def rows(self) -> list[list[str]]:
         """A table for people: method, pattern, zeros, then each text, seconds and memory."""
-        dense = ["dense", "", "0 %", *(f"{self.dense[text]:.2f}" for text in self.texts), "", ""]
+        judged = (f"{self.dense[text]:.2f}" for text in self.texts)
+        dense = ["dense", "", "", *judged, "", ""]
         return [dense, *(self.row(point) for point in self.points)]
 
     def row(self, point: SweepPoint) -> list[str]:
         """One line of that table; in brackets the excess loss."""
         judged = (f"{point.perplexity[t]:.2f} ({point.excess[t]:.3f})" for t in self.texts)
         size = f"{point.peak_resident_bytes / 2**30:.2f} GiB"
-        zeros = f"{point.zeros:.1%}".replace("%", " %")
+        zeros = percent(point.zeros, 1)
         return [point.method, point.pattern, zeros, *judged, f"{point.seconds:.0f} s", size]
 
     @property
     def columns(self) -> list[str]:
         """The heads of that table."""
-        return ["method", "pattern", "zeros", *self.texts, "time", "peak memory"]
+        return ["method", "pattern", "zeros", *map(bare_name, self.texts), "time", "peak memory"]
 
     def markdown(self) -> str:
         """The table with what it takes to read it."""
         lines = [
-            f"# {self.model}: perplexity against sparsity",
+            f"# {bare_name(self.model)}: perplexity against sparsity",
             "",
             "Made by `secateur sweep`. In brackets the excess loss, ln(perplexity) − ln(dense "
             "perplexity), in nats a token.",
@@ -129,7 +131,7 @@ class SweepResult:
             lines += [f"- failed: {failure['method']}, {failure['pattern']}: {failure['what']}", ""]
         for text in self.texts:
             protocol = ", ".join(f"{k} {v}" for k, v in self.protocol[text].items())
-            lines += [f"Perplexity on {text}: {protocol}.", ""]
+            lines += [f"Perplexity on {bare_name(text)}: {protocol}.", ""]
         if self.calibration:
             told = self.calibration
             lines += [

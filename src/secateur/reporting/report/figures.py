@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Mark, Series
 from secateur.reporting.curves import Judged, curve_charts, judged_points
-from secateur.reporting.report.headline import megabytes
 from secateur.reporting.report.records import Records, Run
 from secateur.reporting.report.shapes import Linear
+from secateur.reporting.wording import megabytes
 
 __all__ = [
     "all_figures",
@@ -159,7 +159,7 @@ def drift(runs: Sequence[Run]) -> LineChart | None:
         x_label="layer",
         y_label="relative error of its output",
         series=tuple(series),
-        note="By `secateur diagnose`: norm of the difference over the norm of the dense output.",
+        note="By secateur diagnose: norm of the difference over the norm of the dense output.",
     )
 
 
@@ -189,7 +189,7 @@ def size_chart(runs: Sequence[Run]) -> BarChart | None:
         "Size of the weight files",
         "MB",
         tuple(bars),
-        "Shorter is better. Zeros leave the files with `secateur compress`.",
+        "Shorter is better. Zeros leave the files with: secateur compress.",
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from secateur.reporting.report.records import Run
 from secateur.reporting.report.shapes import Evaluation, Perplexity, TaskScore
+from secateur.reporting.wording import bare_name, counted, megabytes, percent, signed
 
 __all__ = ["Claim", "claims", "speed_gain"]
 
@@ -24,7 +25,7 @@ class Claim:
 
     Attributes:
         title: which.
-        value: the number, large; a dash if it was not measured.
+        value: the number, large, or that there is none.
         told: what the number means, in a sentence.
         measured: whether there is one.
         command: how to measure it, if it was not.
@@ -44,11 +45,6 @@ def claims(run: Run) -> list[Claim]:
     return [smaller(run), faster(run), quality(run)]
 
 
-def megabytes(size: float) -> str:
-    """A size of files, in powers of ten as disks are sold."""
-    return f"{size / 1e6:,.0f} MB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
-
-
 def smaller(run: Run) -> Claim:
     """The files, beside those of the same model in dense bfloat16."""
     found = run.compression
@@ -56,8 +52,8 @@ def smaller(run: Run) -> Claim:
         zeros = run.manifest.result.decoder_sparsity
         return Claim(
             "Smaller by",
-            "—",
-            f"{zeros:.0%} of the decoder's weights are zero, stored as zeros: "
+            "not packed",
+            f"{percent(zeros)} of the decoder's weights are zero, stored as zeros: "
             f"{megabytes(run.manifest.result.file_bytes)}, as large as the source. Packing them:",
             measured=False,
             command=f"secateur compress {run.folder} --output SMALL",
@@ -66,8 +62,8 @@ def smaller(run: Run) -> Claim:
     against = f"{megabytes(found.file_bytes)} instead of {megabytes(found.bfloat16_bytes)}"
     return Claim(
         "Smaller by",
-        f"{saved:.0%}",
-        f"{against} in dense bfloat16; {found.sparsity:.0%} zeros left out.",
+        percent(saved),
+        f"{against} in dense bfloat16; {percent(found.sparsity)} zeros left out.",
         good=saved > 0,
     )
 
@@ -91,8 +87,8 @@ def faster(run: Run) -> Claim:
         failed = "" if run.bench is None else "The measurement had nothing to compare. "
         return Claim(
             "Faster by",
-            "—",
-            f"{failed}Not measured. Timing it on your machine:",
+            "not measured",
+            f"{failed}Timing it on your machine:",
             measured=False,
             command=f"secateur bench {run.folder}",
         )
@@ -115,8 +111,8 @@ def quality(run: Run) -> Claim:
             return kept_by_perplexity(run, found.perplexity[0], found)
     return Claim(
         "Quality kept",
-        "—",
-        "Not measured. Judging it beside the dense model:",
+        "not measured",
+        "Judging it beside the dense model:",
         measured=False,
         command=f"secateur eval {run.folder} --reference {run.manifest.source.name}",
     )
@@ -127,10 +123,11 @@ def kept_on_tasks(kept: Sequence[TaskScore], of: int) -> Claim:
     mean = sum(task.retention or 0 for task in kept) / len(kept)
     worse = sum(bool(t.significant) and (t.difference or 0) < 0 for t in kept)
     left_out = f" ({of - len(kept)} left out: dense is near chance)" if of > len(kept) else ""
+    tasks = f"mean of {counted(len(kept), 'task')}{left_out}"
     return Claim(
         "Quality kept",
-        f"{mean:.0%}",
-        f"of the dense model's accuracy above chance, mean of {len(kept)} tasks{left_out}; "
+        percent(mean),
+        f"of the dense model's accuracy above chance, {tasks}; "
         + (f"significantly worse on {worse}." if worse else "on none significantly worse."),
         good=worse == 0,
     )
@@ -142,19 +139,19 @@ def kept_by_perplexity(run: Run, found: Perplexity, evaluation: Evaluation) -> C
         return Claim(
             "Quality",
             f"{found.perplexity:.1f}",
-            f"perplexity on {found.text}. The dense model was not judged beside it:",
+            f"perplexity on {bare_name(found.text)}. The dense model was not judged beside it:",
             command=f"secateur eval {run.folder} --reference {run.manifest.source.name}",
         )
     ratio = found.perplexity / found.reference_perplexity
     agreement = ""
     if evaluation.divergence:
-        agreement = f" The most likely token is the same {evaluation.divergence.top1_agreement:.0%}"
-        agreement += " of the time."
+        same = percent(evaluation.divergence.top1_agreement)
+        agreement = f" The most likely token is the same {same} of the time."
     excess = math.log(ratio) if ratio > 0 and math.isfinite(ratio) else math.inf
     return Claim(
         "Quality: perplexity",
         f"×{ratio:.2f}",
-        f"{found.perplexity:.2f} on {found.text}, dense {found.reference_perplexity:.2f} "
-        f"({excess:+.3f} nats a token).{agreement}",
+        f"{found.perplexity:.2f} on {bare_name(found.text)}, dense {found.reference_perplexity:.2f} "
+        f"({signed(excess, 3)} nats a token).{agreement}",
         good=ratio < GAIN,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.reporting.charts import HeatMap
-from secateur.reporting.report.drawing import draw
+from secateur.reporting.drawing import draw
 from secateur.reporting.report.figures import (
     curves,
     drift,
@@ -29,6 +29,7 @@ from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import Records, Run, Sweep
 from secateur.reporting.report.shapes import Finding
 from secateur.reporting.sweep_result import SweepResult
+from secateur.reporting.wording import bare_name, counted, percent
 
 __all__ = ["render"]
 
@@ -132,7 +133,7 @@ def content(records: Records) -> dict[str, Any]:
 
 
 SHOWN: Mapping[bool, Callable[[float], str]] = {
-    True: lambda value: f"{100 * value:.1f} %",
+    True: lambda value: percent(value, 1),
     False: lambda value: f"{value:.3g}",
 }
 """How a cell of a heat map is written, by whether it is a fraction."""
@@ -142,29 +143,25 @@ def title(records: Records) -> str:
     """What the page is about, in a line."""
     models = [run.manifest.source.name for run in records.runs]
     models += [sweep.result.model for sweep in records.sweeps]
-    names = list(dict.fromkeys(short_model(name) for name in models))
+    names = list(dict.fromkeys(bare_name(name) for name in models))
     subject = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
     if len(records.runs) == 1:
-        return f"{subject}, pruned to {records.runs[0].manifest.result.decoder_sparsity:.0%}"
+        return f"{subject}, pruned to {percent(records.runs[0].manifest.result.decoder_sparsity)}"
     if records.runs:
         return f"{subject}: {len(records.runs)} pruned models compared"
     return f"{subject}: quality against sparsity"
 
 
-def short_model(name: str) -> str:
-    """A model's name without the way to its folder."""
-    return Path(name).name if name.startswith(("/", ".", "~")) else name
-
-
 def lead(records: Records) -> str:
     """What the page holds, in a sentence."""
     parts = []
-    if records.runs:
-        parts.append(f"{len(records.runs)} pruned model{'s' * (len(records.runs) > 1)}")
-    if records.sweeps:
-        count = sum(len(sweep.result.points) for sweep in records.sweeps)
-        parts.append(f"a sweep of {count} points")
-    return f"{' and '.join(parts)}. Only what was measured is claimed; what was not says how to."
+    if len(records.runs) > 1:
+        parts.append(counted(len(records.runs), "pruned model"))
+    for sweep in records.sweeps:
+        parts.append(f"a sweep of {counted(len(sweep.result.points), 'point')}")
+    counts = f"{' and '.join(parts)}. " if parts else ""
+    said = f"{counts}Only what was measured is claimed; where something was not, it says how to."
+    return said[0].upper() + said[1:]
 
 
 def sections(records: Records) -> list[tuple[str, str]]:
@@ -196,7 +193,7 @@ def made_by(run: Run) -> str:
     effort = f" ({method['effort']})" if method.get("effort") else ""
     return (
         f"{method.get('name', '?')}{effort}, {method.get('pattern', '?')}, "
-        f"{result.decoder_sparsity:.1%} zeros in the decoder's matrices; pruned in "
+        f"{percent(result.decoder_sparsity, 1)} zeros in the decoder's matrices; pruned in "
         f"{cost.seconds:.0f} s with {cost.peak_resident_bytes / 2**30:.2f} GiB"
     )
 
@@ -206,10 +203,10 @@ def chips(run: Run) -> list[tuple[str, str]]:
     told = []
     if run.diagnosis:
         counts = {s: sum(f.severity == s for f in run.diagnosis.findings) for s in SEVERITIES}
-        told = [(s, f"{n} {s}{'s' * (n > 1)}") for s, n in counts.items() if n]
+        told = [(s, counted(n, s)) for s, n in counts.items() if n]
         told = told or [("good", "diagnosis: healthy")]
     if run.evaluation and run.evaluation.generation and run.evaluation.generation.degenerate:
-        told.append(("error", f"{run.evaluation.generation.degenerate} degenerate texts"))
+        told.append(("error", counted(run.evaluation.generation.degenerate, "degenerate text")))
     return told
 
 
@@ -217,14 +214,14 @@ def sweep_view(sweep: Sweep) -> SweepView:
     """A sweep as the page shows it."""
     result = sweep.result
     methods = list(dict.fromkeys(point.method for point in result.points))
-    made = f"{result.model}: {', '.join(methods)}; {len(result.points)} points"
+    made = f"{bare_name(result.model)}: {', '.join(methods)}; {len(result.points)} points"
     told = []
     for text in result.texts[:1]:
-        told.append(f"Dense: perplexity {result.dense[text]:.2f} on {text}.")
+        told.append(f"Dense: perplexity {result.dense[text]:.2f} on {bare_name(text)}.")
         for pattern, sparsity in dict.fromkeys((p.pattern, p.sparsity) for p in result.points):
             alike = [p for p in result.points if (p.pattern, p.sparsity) == (pattern, sparsity)]
             best = min(alike, key=lambda p: p.perplexity[text])
-            place = f"{sparsity:.0%}" if pattern == "unstructured" else pattern
+            place = percent(sparsity) if pattern == "unstructured" else pattern
             lead = "Best at" if len(alike) > 1 else "At"
             told.append(f"{lead} {place}: {best.method}, {best.perplexity[text]:.2f}.")
     return SweepView(sweep.name, made, " ".join(told), result)
@@ -237,10 +234,10 @@ def samples(runs: Sequence[Run]) -> list[PromptView]:
         generation = run.evaluation.generation if run.evaluation else None
         for sample in generation.samples if generation else ():
             voices = prompts.setdefault(sample.prompt, [])
-            dense = Voice("dense", sample.reference_text or "", ours=False)
+            dense = Voice("dense", (sample.reference_text or "").strip(), ours=False)
             if sample.reference_text is not None and dense not in voices:
                 voices.insert(sum(not voice.ours for voice in voices), dense)
-            voices.append(Voice(run.name, sample.text, degenerate=sample.degenerate))
+            voices.append(Voice(run.name, sample.text.strip(), degenerate=sample.degenerate))
     return [PromptView(prompt, voices) for prompt, voices in prompts.items()]
 
 

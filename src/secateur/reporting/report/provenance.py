@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.reporting.report.records import Run, Sweep
+from secateur.reporting.wording import percent
 
 __all__ = ["Part", "of_run", "of_sweep"]
 
@@ -26,8 +27,8 @@ def of_run(run: Run) -> Part:
     """All that a run and what was measured of it depend on."""
     m = run.manifest
     result: dict[str, Any] = {
-        "zeros in the decoder's matrices": f"{m.result.decoder_sparsity:.4%}",
-        "zeros in all parameters": f"{m.result.model_sparsity:.4%}",
+        "zeros in the decoder's matrices": percent(m.result.decoder_sparsity, 4),
+        "zeros in all parameters": percent(m.result.model_sparsity, 4),
         "parameters": f"{m.result.parameters:,}",
     }
     cost: dict[str, Any] = {
@@ -47,9 +48,10 @@ def of_run(run: Run) -> Part:
     evaluation = run.evaluation
     if evaluation and evaluation.environment:
         held = {"reference": evaluation.reference} if evaluation.reference else {}
-        tables.append(("Judged with", facts({**held, **evaluation.environment})))
+        other = differing(evaluation.environment, m.environment)
+        tables.append(("Judged with", facts({**held, **other})))
     if run.bench:
-        tables.append(("Timed with", facts(run.bench.protocol)))
+        tables.append(("Timed with", facts(differing(run.bench.protocol, m.environment))))
     if run.compression:
         formats = ", ".join(run.compression.formats)
         tables.append(("Stored as", facts({"formats": formats})))
@@ -66,6 +68,12 @@ def of_sweep(sweep: Sweep) -> Part:
         ("Made with", facts(result.environment)),
     ]
     return Part(sweep.name, tables)
+
+
+def differing(values: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not the same as was told already."""
+    own = {key: value for key, value in values.items() if told.get(key) != value}
+    return own if len(own) == len(values) else {**own, "all else": "as pruned"}
 
 
 def facts(values: Mapping[str, Any]) -> Facts:

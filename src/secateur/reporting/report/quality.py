@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from secateur.reporting.report.records import Run
 from secateur.reporting.report.shapes import Divergence, Evaluation, Perplexity, TaskScore
+from secateur.reporting.wording import bare_name, percent, signed
 
 __all__ = ["Cell", "QualityRow", "quality_rows"]
 
@@ -80,7 +81,7 @@ def perplexity_line(found: Perplexity) -> tuple[QualityRow, Cell]:
     """A perplexity; its error is that of the mean loss, as a factor."""
     reference = found.reference_perplexity
     row = QualityRow(
-        f"perplexity, {found.text}",
+        f"perplexity, {bare_name(found.text)}",
         "lower",
         "",
         "" if reference is None else f"{reference:.2f}",
@@ -91,25 +92,27 @@ def perplexity_line(found: Perplexity) -> tuple[QualityRow, Cell]:
     value = f"{found.perplexity:.2f}" + (f" ± {error:.2f}" if error else "")
     beside = ""
     if reference and found.perplexity > 0:
-        beside = f"{math.log(found.perplexity / reference):+.3f} nats a token"
+        beside = f"{signed(math.log(found.perplexity / reference), 3)} nats a token"
     return row, Cell(value, beside)
 
 
 def divergence_lines(found: Divergence) -> Iterator[tuple[QualityRow, Cell]]:
     """Three numbers of how far predictions are from the dense model's."""
     protocol = (found.protocol_id, words(found.protocol))
-    change = plus_minus(f"{found.loss_change:+.4f}", found.loss_change_standard_error, ".4f")
+    change = plus_minus(signed(found.loss_change, 4), found.loss_change_standard_error, ".4f")
     kl = plus_minus(f"{found.kl:.4f}", found.kl_standard_error, ".4f")
     yield (
-        QualityRow(f"KL from dense, {found.text}", "lower", "", "0", *protocol),
+        QualityRow(f"KL from dense, {bare_name(found.text)}", "lower", "", "0", *protocol),
         Cell(kl, "nats a token"),
     )
     yield (
-        QualityRow(f"same top token as dense, {found.text}", "higher", "", "100 %", *protocol),
-        Cell(percent(found.top1_agreement)),
+        QualityRow(
+            f"same top token as dense, {bare_name(found.text)}", "higher", "", percent(1), *protocol
+        ),
+        Cell(percent(found.top1_agreement, 1)),
     )
     yield (
-        QualityRow(f"change of loss, {found.text}", "lower", "", "0", *protocol),
+        QualityRow(f"change of loss, {bare_name(found.text)}", "lower", "", "0", *protocol),
         Cell(change, "nats a token"),
     )
 
@@ -120,18 +123,18 @@ def task_line(found: TaskScore) -> tuple[QualityRow, Cell]:
     row = QualityRow(
         f"{found.task} ({found.metric}{shots}, {found.items} items)",
         "higher",
-        "" if found.chance is None else percent(found.chance),
-        "" if found.reference_value is None else percent(found.reference_value),
+        "" if found.chance is None else percent(found.chance, 1),
+        "" if found.reference_value is None else percent(found.reference_value, 1),
         found.protocol_id,
         words(found.protocol),
     )
-    value = percent(found.value)
+    value = percent(found.value, 1)
     if found.standard_error is not None:
         value += f" ± {100 * found.standard_error:.1f}"
     beside, verdict = [], ""
     if found.difference is not None:
         points = plus_minus(
-            f"{100 * found.difference:+.1f}", times_hundred(found.difference_standard_error), ".1f"
+            signed(100 * found.difference, 1), times_hundred(found.difference_standard_error), ".1f"
         )
         beside.append(f"{points} points")
         if found.significant is not None:
@@ -139,7 +142,7 @@ def task_line(found: TaskScore) -> tuple[QualityRow, Cell]:
             if found.significant:
                 verdict = "better" if found.difference > 0 else "worse"
     if found.retention is not None:
-        beside.append(f"{found.retention:.0%} kept".replace("%", " %"))
+        beside.append(f"{percent(found.retention)} kept")
     elif found.reference_value is not None:
         beside.append("dense is near chance")
     return row, Cell(value, ", ".join(beside), verdict)
@@ -153,11 +156,6 @@ def plus_minus(value: str, error: float | None, form: str) -> str:
 def times_hundred(value: float | None) -> float | None:
     """A fraction in percent."""
     return None if value is None else 100 * value
-
-
-def percent(value: float) -> str:
-    """A fraction in percent, one digit."""
-    return f"{100 * value:.1f} %"
 
 
 def words(protocol: dict[str, object]) -> str:

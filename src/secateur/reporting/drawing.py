@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from secateur.reporting.charts import LineChart, Mark
 
-__all__ = ["SHAPES", "Drawing", "draw"]
+__all__ = ["HEIGHT", "WIDTH", "Drawing", "draw"]
 
-WIDTH, HEIGHT = 460.0, 320.0
+WIDTH, HEIGHT = 430.0, 310.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 16.0, 40.0
-LETTER, LINE = 6.2, 12.0
+LETTER, LINE = 6.6, 13.0
 """Room that a letter and a line of small print take."""
 
 SHAPES = (
@@ -100,6 +100,10 @@ def draw(chart: LineChart) -> Drawing:
     x = Axis(*span([m.x for m in marks], 0.08), LEFT, WIDTH - RIGHT)
     y = Axis(*span(ys, 0.12, log=log), HEIGHT - BOTTOM, TOP, log)
     taken = [(x(m.x) - 5, y(m.y) - 5, x(m.x) + 5, y(m.y) + 5) for m in marks]
+    reference_y = y(chart.reference[1]) if chart.reference else None
+    if reference_y is not None:  # its line, and its name at the right end
+        taken += [(LEFT, reference_y - 2, WIDTH - RIGHT, reference_y + 2)]
+        taken += [(WIDTH - RIGHT - 13 * LETTER, reference_y - LINE, WIDTH - RIGHT, reference_y)]
     series = []
     for number, one in enumerate(chart.series):
         places = [(x(m.x), y(m.y)) for m in one.drawn]
@@ -122,7 +126,7 @@ def draw(chart: LineChart) -> Drawing:
             for v in (log_ticks(y.low, y.high) if log else ticks(y.low, y.high, 5))
         ),
         tuple(series),
-        y(chart.reference[1]) if chart.reference else None,
+        reference_y,
     )
 
 
@@ -169,7 +173,7 @@ def place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:
     """A mark with its label where nothing else is, above if there is room."""
     half = LETTER * len(mark.label) / 2
     best, least = (x, y - 9), math.inf
-    for at_x, at_y in ((x, y - 9), (x, y + 17), (x + half + 9, y + 4), (x - half - 9, y + 4)):
+    for at_x, at_y in ((x, y - 9), (x, y + 17), (x + half + 7, y + 4), (x - half - 7, y + 4)):
         box = (at_x - half, at_y - LINE + 2, at_x + half, at_y + 2)
         inside = box[0] > LEFT and box[2] < WIDTH and box[1] > 0 and box[3] < HEIGHT - BOTTOM
         covered = sum(overlap(box, other) for other in taken) + (0 if inside else 100)
