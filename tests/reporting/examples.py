@@ -93,7 +93,7 @@ def evaluation(
             {
                 "text": "boolq-held-out", "perplexity": perplexity,
                 "mean_loss": math.log(perplexity), "standard_error": 0.021,
-                "reference_perplexity": 21.73, "protocol": PERPLEXITY_PROTOCOL,
+                "reference_perplexity": 21.73, "protocol": dict(PERPLEXITY_PROTOCOL),
                 "protocol_id": "ppl-0a1b2c3d", "seconds": 9.0,
             }
         ],

@@ -148,10 +148,10 @@ def kept_by_perplexity(run: Run, found: Perplexity, evaluation: Evaluation) -> C
         same = percent(evaluation.divergence.top1_agreement)
         agreement = f" The most likely token is the same {same} of the time."
     excess = math.log(ratio) if ratio > 0 and math.isfinite(ratio) else math.inf
+    dense = f"dense {found.reference_perplexity:.2f} ({signed(excess, 3)} nats a token)"
     return Claim(
         "Quality: perplexity",
         f"×{ratio:.2f}",
-        f"{found.perplexity:.2f} on {bare_name(found.text)}, dense {found.reference_perplexity:.2f} "
-        f"({signed(excess, 3)} nats a token).{agreement}",
+        f"{found.perplexity:.2f} on {bare_name(found.text)}, {dense}.{agreement}",
         good=ratio < GAIN,
     )

@@ -142,10 +142,8 @@ def read_layers(file: Path) -> tuple[Layer, ...]:
     """What was done to each layer; the first line of the file says whose ledger it is."""
     if not file.is_file():
         return ()
-    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+    lines = file.read_text(encoding="utf-8").splitlines()
     layers = [
-        parsed(Layer, line, f"{file}:{number}")
-        for number, line in lines
-        if line.strip() and not line.startswith('{"fingerprint"')
+        parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines[1:], start=2)
     ]
     return tuple(sorted(layers, key=lambda layer: layer.layer))
