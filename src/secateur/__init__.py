@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
-    from secateur.workflows import bench, compress, decompress, evaluate, generate, plan, prune
+    from secateur.workflows import (
+        bench,
+        compress,
+        decompress,
+        evaluate,
+        generate,
+        judge,
+        plan,
+        prune,
+    )
 
 __version__ = "0.1.0"
 
@@ -38,6 +47,7 @@ __all__ = [
     "decompress",
     "evaluate",
     "generate",
+    "judge",
     "kernel_info",
     "load",
     "plan",
@@ -56,6 +66,7 @@ HOMES = {
     "decompress": "secateur.workflows",
     "evaluate": "secateur.workflows",
     "generate": "secateur.workflows",
+    "judge": "secateur.workflows",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "plan": "secateur.workflows",

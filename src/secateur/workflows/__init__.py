@@ -1,6 +1,6 @@
 """Workflows: the only place where the rooms are wired together.
 
-The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`,
+The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`, `judge`,
 `compress`, `decompress`, `generate`, `bench`.
 """
 
@@ -12,6 +12,7 @@ from secateur.workflows.decompressing import decompress
 from secateur.workflows.evaluating import Evaluation, evaluate
 from secateur.workflows.generating import Generation, generate
 from secateur.workflows.inspecting import inspect_model
+from secateur.workflows.judging import judge
 from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "generate",
     "inspect_model",
+    "judge",
     "plan",
     "plan_recipe",
     "prune",
