@@ -11,6 +11,8 @@ import pytest
 import torch
 from task_rows import row, write_rows
 
+import secateur
+from runtime.packed_models import packed_model
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.evaluation import harness as harness_room
 from secateur.evaluation import tasks as room
@@ -241,6 +243,44 @@ def test_requests_that_are_too_long_are_told(
     model.config.max_position_embeddings = 32
     run_tasks(model, tiny_tokenizer(), prepare_tasks(["piqa"], source=str(tmp_path)), None)
     assert "4 of 4 requests are longer than the 32 tokens" in caplog.text
+
+
+def test_packed_models_are_judged_like_their_dense_ones(tmp_path: Path) -> None:
+    packed_model(tmp_path, max_position_embeddings=512)
+    write_rows(tmp_path / "rows", "hellaswag", 4)
+    prepared = prepare_tasks(["hellaswag"], source=str(tmp_path / "rows"))
+    found = []
+    for model in (secateur.load(tmp_path / "packed"), secateur.load(tmp_path / "dense")):
+        scores = run_tasks(model, tiny_tokenizer(model_max_length=512), prepared, None)
+        likelihoods = [request.resps[0][0] for request in prepared[0].task.instances]
+        found.append((likelihoods, [score.outcomes for score in scores]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert found[0][1] == found[1][1]
+
+
+def test_the_hub_is_asked_for_what_lm_eval_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def from_the_hub(path: str, name: str, **_: object) -> datasets.DatasetDict:
+        asked.append((path, name))
+        splits = {"train": range(9, 14), "validation": range(4), "test": range(4, 9)}
+        return datasets.DatasetDict(
+            {
+                s: datasets.Dataset.from_list([row("arc_easy", n) for n in k])
+                for s, k in splits.items()
+            }
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
+    (prepared,) = prepare_tasks(["arc_easy"], limit=2, shots=3)
+    assert asked == [("allenai/ai2_arc", "ARC-Easy")]
+    told = prepared.protocol
+    assert (told["dataset"], told["split"]) == ("allenai/ai2_arc ARC-Easy", "test")
+    assert (told["items"], told["items_in_split"], told["shots_from"]) == (2, 5, "train")
+    (score, _) = run_tasks(model_of(), tiny_tokenizer(model_max_length=512), [prepared], None)
+    assert (score.items, score.shots) == (2, 3)
 
 
 @pytest.mark.real_model
