@@ -99,8 +99,9 @@ def evaluation(
         ],
         "divergence": {
             "text": "boolq-held-out", "kl": 0.312, "kl_standard_error": 0.008,
-            "top1_agreement": 0.71, "loss_change": 0.387, "loss_change_standard_error": 0.011,
-            "tokens": 20440, "protocol_id": "div-9a8b7c6d", "protocol": {"windows": 40},
+            "top1_agreement": 0.71, "top1_standard_error": 0.003, "loss_change": 0.387,
+            "loss_change_standard_error": 0.011, "tokens": 20440,
+            "protocol_id": "div-9a8b7c6d", "protocol": {"windows": 40},
         },
         "tasks": [
             task("hellaswag", "acc_norm", 0.375 + gain, 0.43, 0.25),
@@ -117,17 +118,19 @@ def evaluation(
                     "World's Fair and is one of the most visited monuments.",
                     "reference_text": " Paris, France. It was built in 1889 by Gustave Eiffel, and "
                     "it is the most visited paid monument in the world.",
-                    "repetition": 0.02, "degenerate": False,
+                    "repetition": 0.02, "reference_repetition": 0.0, "degenerate": False,
                 },
                 {
                     "prompt": "Once upon a time there was a gardener who",
                     "text": " had a garden. The garden was a garden. The garden was a garden. The "
                     "garden was a garden.",
                     "reference_text": " loved his roses more than anything in the world.",
-                    "repetition": 0.61, "degenerate": True,
+                    "repetition": 0.61, "reference_repetition": 0.1, "degenerate": True,
                 },
             ],
-            "repetition": 0.31, "degenerate": 1, "protocol": {"max_new_tokens": 40},
+            "repetition": 0.31, "degenerate": 1, "reference_repetition": 0.05,
+            "reference_degenerate": 0, "protocol": {"new_tokens": 40},
+            "protocol_id": "gen-5e6f7a8b",
         },
     }  # fmt: skip
 

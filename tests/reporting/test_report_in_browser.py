@@ -96,7 +96,8 @@ def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str)
         assert drawn.count() >= int(figure.get_attribute("data-points") or 0)
 
     mark = page.locator("figure[data-chart=perplexity-1] .s0 .mark").last
-    mark.scroll_into_view_if_needed()
+    mark.evaluate("element => element.scrollIntoView({block: 'center'})")
+    page.wait_for_timeout(300)  # scrolling takes the tip away
     mark.hover()
     tip = page.locator("#tip")
     assert tip.is_visible()

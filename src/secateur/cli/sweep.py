@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,7 +50,7 @@ def sweep(
     as_json: o.Json = False,
 ) -> None:
     """Prune at many sparsities, judge each, draw the curves; the same command again goes on."""
-    given = {
+    given: dict[str, Any] = {
         "calibration": calibration,
         "samples": samples,
         "sequence_length": sequence_length,

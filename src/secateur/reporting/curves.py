@@ -7,14 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from secateur.evaluation.protocol import protocol_id
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.sweep_result import SweepResult
 from secateur.reporting.wording import bare_name, percent
 
 __all__ = ["Judged", "curve_charts", "judged_points", "sweep_charts"]
-
-COMPARED = ("dataset", "join", "sequence_length", "windows")
-"""Of the protocol of a perplexity: where one of these differs, two numbers cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Judged:
     @property
     def alike(self) -> tuple[Any, ...]:
         """The same for perplexities that can be compared."""
-        return self.model, *(self.protocol.get(key) for key in COMPARED)
+        return self.model, protocol_id("ppl", self.protocol)
 
     @property
     def told(self) -> str:
@@ -116,7 +114,8 @@ def chart_of(number: int, group: Sequence[Judged]) -> LineChart:
         log_y=True,
         percent_x=True,
         note=f"{protocol.get('windows', '?')} windows of {protocol.get('sequence_length', '?')} "
-        f"tokens of {bare_name(str(protocol.get('dataset', first.text)))}. Lower is better.",
+        f"tokens of {bare_name(str(protocol.get('dataset', first.text)))}, protocol "
+        f"{protocol_id('ppl', protocol)}. Lower is better.",
     )
 
 

@@ -33,7 +33,7 @@ def save_plots(charts: Sequence[Chart], stem: Path) -> list[Path]:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     widths = [10.0 if isinstance(chart, HeatMap) else WIDTH / 68 for chart in charts]
-    style = {"font.size": 10, "svg.hashsalt": "secateur", "svg.fonttype": "path"}
+    style: Any = {"font.size": 10, "svg.hashsalt": "secateur", "text.parse_math": False}
     with rc_context(style):
         figure = Figure(figsize=(sum(widths), height_of(charts)), layout="constrained")
         panels = figure.subplots(1, len(charts), squeeze=False, width_ratios=widths)[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
+from secateur.evaluation.protocol import protocol_id
 from secateur.reporting.wording import bare_name, percent
 
 __all__ = ["SCHEMA", "PointKey", "SweepPoint", "SweepResult", "markdown_row", "read_sweep"]
@@ -130,8 +131,9 @@ class SweepResult:
         for failure in self.failures:
             lines += [f"- failed: {failure['method']}, {failure['pattern']}: {failure['what']}", ""]
         for text in self.texts:
+            name = protocol_id("ppl", self.protocol[text])
             protocol = ", ".join(f"{k} {v}" for k, v in self.protocol[text].items())
-            lines += [f"Perplexity on {bare_name(text)}: {protocol}.", ""]
+            lines += [f"Perplexity on {bare_name(text)}, protocol `{name}`: {protocol}.", ""]
         if self.calibration:
             told = self.calibration
             lines += [

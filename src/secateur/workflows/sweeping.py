@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.calibration.documents import JoinedText, read_text
@@ -269,7 +270,7 @@ class Work:
         """The folder of a point."""
         return self.folder / "points" / point_name(key)
 
-    def judge(self, folder: Path, progress: Progress) -> tuple[dict[str, float], str]:
+    def judge(self, folder: Path, progress: Progress) -> tuple[dict[str, float], torch.dtype]:
         """The mean loss on every text, in nats a token, and the dtype it was computed in."""
         loaded = load_whole(folder, self.device, trust_remote_code=self.plan.trust_remote_code)
         losses = {}
@@ -278,7 +279,7 @@ class Work:
             result = perplexity(loaded, windows, progress=Counted(progress))
             progress.finish()
             losses[text] = result.mean_loss
-        return losses, str(next(loaded.parameters()).dtype)
+        return losses, next(loaded.parameters()).dtype
 
     def judge_dense(self) -> None:
         """Measure what all points are held against, once."""

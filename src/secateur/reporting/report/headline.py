@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from secateur.reporting.evaluation_schema import EvaluationRecord, PerplexityRecord, TaskRecord
 from secateur.reporting.report.records import Run
-from secateur.reporting.report.shapes import Evaluation, Perplexity, TaskScore
 from secateur.reporting.wording import bare_name, counted, megabytes, percent, signed
 
 __all__ = ["Claim", "claims", "speed_gain"]
@@ -118,7 +118,7 @@ def quality(run: Run) -> Claim:
     )
 
 
-def kept_on_tasks(kept: Sequence[TaskScore], of: int) -> Claim:
+def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
     """The mean retention over tasks on which the dense model is better than chance."""
     mean = sum(task.retention or 0 for task in kept) / len(kept)
     worse = sum(bool(t.significant) and (t.difference or 0) < 0 for t in kept)
@@ -133,7 +133,7 @@ def kept_on_tasks(kept: Sequence[TaskScore], of: int) -> Claim:
     )
 
 
-def kept_by_perplexity(run: Run, found: Perplexity, evaluation: Evaluation) -> Claim:
+def kept_by_perplexity(run: Run, found: PerplexityRecord, evaluation: EvaluationRecord) -> Claim:
     """Perplexity beside that of the dense model, or alone."""
     if not found.reference_perplexity:
         return Claim(

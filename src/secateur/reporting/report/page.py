@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.evaluation.generation_checks import DEGENERATE
 from secateur.reporting.charts import HeatMap
 from secateur.reporting.drawing import draw
 from secateur.reporting.report.figures import (
@@ -205,8 +206,9 @@ def chips(run: Run) -> list[tuple[str, str]]:
         counts = {s: sum(f.severity == s for f in run.diagnosis.findings) for s in SEVERITIES}
         told = [(s, counted(n, s)) for s, n in counts.items() if n]
         told = told or [("good", "diagnosis: healthy")]
-    if run.evaluation and run.evaluation.generation and run.evaluation.generation.degenerate:
-        told.append(("error", counted(run.evaluation.generation.degenerate, "degenerate text")))
+    generation = run.evaluation.generation if run.evaluation else None
+    if generation and generation.degenerate > (generation.reference_degenerate or 0):
+        told.append(("error", counted(generation.degenerate, "degenerate text")))
     return told
 
 
@@ -234,7 +236,9 @@ def samples(runs: Sequence[Run]) -> list[PromptView]:
         generation = run.evaluation.generation if run.evaluation else None
         for sample in generation.samples if generation else ():
             voices = prompts.setdefault(sample.prompt, [])
-            dense = Voice("dense", (sample.reference_text or "").strip(), ours=False)
+            loops = (sample.reference_repetition or 0) > DEGENERATE
+            text = (sample.reference_text or "").strip()
+            dense = Voice("dense", text, ours=False, degenerate=loops)
             if sample.reference_text is not None and dense not in voices:
                 voices.insert(sum(not voice.ours for voice in voices), dense)
             voices.append(Voice(run.name, sample.text.strip(), degenerate=sample.degenerate))

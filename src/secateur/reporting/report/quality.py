@@ -6,8 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from secateur.reporting.evaluation_schema import (
+    DivergenceRecord,
+    EvaluationRecord,
+    PerplexityRecord,
+    TaskRecord,
+)
 from secateur.reporting.report.records import Run
-from secateur.reporting.report.shapes import Divergence, Evaluation, Perplexity, TaskScore
 from secateur.reporting.wording import bare_name, percent, signed
 
 __all__ = ["Cell", "QualityRow", "quality_rows"]
@@ -67,7 +72,7 @@ def quality_rows(runs: Sequence[Run]) -> list[QualityRow]:
     return list(rows.values())
 
 
-def lines_of(found: Evaluation) -> Iterator[tuple[QualityRow, Cell]]:
+def lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
     """The lines of one evaluation, without cells, each with the cell that belongs in it."""
     for perplexity in found.perplexity:
         yield perplexity_line(perplexity)
@@ -77,7 +82,7 @@ def lines_of(found: Evaluation) -> Iterator[tuple[QualityRow, Cell]]:
         yield task_line(task)
 
 
-def perplexity_line(found: Perplexity) -> tuple[QualityRow, Cell]:
+def perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
     """A perplexity; its error is that of the mean loss, as a factor."""
     reference = found.reference_perplexity
     row = QualityRow(
@@ -96,7 +101,7 @@ def perplexity_line(found: Perplexity) -> tuple[QualityRow, Cell]:
     return row, Cell(value, beside)
 
 
-def divergence_lines(found: Divergence) -> Iterator[tuple[QualityRow, Cell]]:
+def divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
     """Three numbers of how far predictions are from the dense model's."""
     protocol = (found.protocol_id, words(found.protocol))
     change = plus_minus(signed(found.loss_change, 4), found.loss_change_standard_error, ".4f")
@@ -109,7 +114,7 @@ def divergence_lines(found: Divergence) -> Iterator[tuple[QualityRow, Cell]]:
         QualityRow(
             f"same top token as dense, {bare_name(found.text)}", "higher", "", percent(1), *protocol
         ),
-        Cell(percent(found.top1_agreement, 1)),
+        Cell(percent(found.top1_agreement, 1) + points_error(found.top1_standard_error)),
     )
     yield (
         QualityRow(f"change of loss, {bare_name(found.text)}", "lower", "", "0", *protocol),
@@ -117,20 +122,18 @@ def divergence_lines(found: Divergence) -> Iterator[tuple[QualityRow, Cell]]:
     )
 
 
-def task_line(found: TaskScore) -> tuple[QualityRow, Cell]:
+def task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
     """The score on a task, with chance, difference from dense, and whether that is significant."""
     shots = f", {found.shots} shots" if found.shots else ""
     row = QualityRow(
         f"{found.task} ({found.metric}{shots}, {found.items} items)",
         "higher",
-        "" if found.chance is None else percent(found.chance, 1),
+        percent(found.chance, 1),
         "" if found.reference_value is None else percent(found.reference_value, 1),
         found.protocol_id,
         words(found.protocol),
     )
-    value = percent(found.value, 1)
-    if found.standard_error is not None:
-        value += f" ± {100 * found.standard_error:.1f}"
+    value = percent(found.value, 1) + points_error(found.standard_error)
     beside, verdict = [], ""
     if found.difference is not None:
         points = plus_minus(
@@ -151,6 +154,11 @@ def task_line(found: TaskScore) -> tuple[QualityRow, Cell]:
 def plus_minus(value: str, error: float | None, form: str) -> str:
     """A value with its standard error, if that is known."""
     return value if error is None else f"{value} ± {error:{form}}"
+
+
+def points_error(error: float | None) -> str:
+    """The standard error of a fraction, in points of percent."""
+    return "" if error is None else f" ± {100 * error:.1f}"
 
 
 def times_hundred(value: float | None) -> float | None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import SourceError
+from secateur.reporting.evaluation_schema import FILE_NAME, EvaluationRecord, read_evaluation
 from secateur.reporting.report.shapes import (
     AnyShape,
     Bench,
     Compression,
     Diagnosis,
-    Evaluation,
     Layer,
     Manifest,
     parsed,
@@ -44,7 +44,7 @@ class Run:
     manifest: Manifest
     recipe: str = ""
     layers: tuple[Layer, ...] = ()
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationRecord | None = None
     diagnosis: Diagnosis | None = None
     bench: Bench | None = None
     compression: Compression | None = None
@@ -119,14 +119,14 @@ def read_run(place: Path, name: str) -> Run:
             where=str(place),
             remedy="name a folder that `secateur prune`, `compress` or `sweep` wrote",
         )
-    recipe = notes / "recipe.yaml"
+    recipe, judged = notes / "recipe.yaml", notes / FILE_NAME
     return Run(
         name,
         place,
         read_shape(Manifest, notes / "manifest.json"),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         layers=read_layers(notes / "layers.jsonl"),
-        evaluation=read_if_there(Evaluation, notes / "evaluation.json"),
+        evaluation=read_evaluation(judged) if judged.is_file() else None,
         diagnosis=read_if_there(Diagnosis, notes / "diagnosis.json"),
         bench=read_if_there(Bench, notes / "bench.json"),
         compression=read_if_there(Compression, notes / "compression.json"),

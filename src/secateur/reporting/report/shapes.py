@@ -1,7 +1,8 @@
 """What the files of a run folder hold, as far as the report reads them.
 
 Each shape is checked when its file is read, so that the page never finds a hole. What a newer
-release adds is ignored; another schema is refused.
+release adds is ignored; another schema is refused. `evaluation.json` has a schema of its own in
+`reporting/evaluation_schema.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,9 @@ __all__ = [
     "Bench",
     "Compression",
     "Diagnosis",
-    "Evaluation",
     "Finding",
-    "Generation",
     "Layer",
     "Manifest",
-    "Perplexity",
-    "Sample",
-    "TaskScore",
     "read_shape",
 ]
 
@@ -90,83 +86,6 @@ class Layer(Shape):
     layer: int
     seconds: float = 0.0
     linears: tuple[Linear, ...]
-
-
-class Perplexity(Shape):
-    """A perplexity and what it is held against."""
-
-    text: str
-    perplexity: float
-    mean_loss: float
-    standard_error: float | None = None
-    reference_perplexity: float | None = None
-    protocol: dict[str, Any] = Field(default_factory=dict)
-    protocol_id: str
-
-
-class Divergence(Shape):
-    """How far the pruned model's predictions are from the dense one's."""
-
-    text: str
-    kl: float
-    kl_standard_error: float | None = None
-    top1_agreement: float
-    loss_change: float
-    loss_change_standard_error: float | None = None
-    tokens: int
-    protocol: dict[str, Any] = Field(default_factory=dict)
-    protocol_id: str
-
-
-class TaskScore(Shape):
-    """The score on a task."""
-
-    task: str
-    metric: str
-    value: float
-    standard_error: float | None = None
-    chance: float | None = None
-    items: int
-    shots: int = 0
-    reference_value: float | None = None
-    difference: float | None = None
-    difference_standard_error: float | None = None
-    significant: bool | None = None
-    retention: float | None = None
-    protocol: dict[str, Any] = Field(default_factory=dict)
-    protocol_id: str
-
-
-class Sample(Shape):
-    """A prompt and how it was continued."""
-
-    prompt: str
-    text: str
-    reference_text: str | None = None
-    repetition: float | None = None
-    degenerate: bool = False
-
-
-class Generation(Shape):
-    """Texts that the model wrote."""
-
-    samples: tuple[Sample, ...]
-    repetition: float | None = None
-    degenerate: int = 0
-    protocol: dict[str, Any] = Field(default_factory=dict)
-
-
-class Evaluation(Shape):
-    """`evaluation.json`."""
-
-    schema_name: Literal["secateur.evaluation/1"] = Field(alias="schema")
-    model: str
-    reference: str | None = None
-    environment: dict[str, Any] = Field(default_factory=dict)
-    perplexity: tuple[Perplexity, ...] = ()
-    divergence: Divergence | None = None
-    tasks: tuple[TaskScore, ...] = ()
-    generation: Generation | None = None
 
 
 class Finding(Shape):
