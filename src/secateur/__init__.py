@@ -25,26 +25,32 @@ if TYPE_CHECKING:
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
     from secateur.workflows import (
+        SweepPlan,
         bench,
         compress,
         decompress,
+        diagnose,
         evaluate,
         generate,
         judge,
         plan,
         prune,
+        report,
+        sweep,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SecateurError",
+    "SweepPlan",
     "__version__",
     "allocations",
     "bench",
     "compose",
     "compress",
     "decompress",
+    "diagnose",
     "evaluate",
     "generate",
     "judge",
@@ -53,17 +59,21 @@ __all__ = [
     "plan",
     "prune",
     "refinements",
+    "report",
     "scores",
     "solvers",
+    "sweep",
 ]
 
 HOMES = {
     "SecateurError": "secateur.errors",
+    "SweepPlan": "secateur.workflows",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows",
     "compose": "secateur.sparsity.methods",
     "compress": "secateur.workflows",
     "decompress": "secateur.workflows",
+    "diagnose": "secateur.workflows",
     "evaluate": "secateur.workflows",
     "generate": "secateur.workflows",
     "judge": "secateur.workflows",
@@ -72,8 +82,10 @@ HOMES = {
     "plan": "secateur.workflows",
     "prune": "secateur.workflows",
     "refinements": "secateur.sparsity.refinements",
+    "report": "secateur.workflows",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
+    "sweep": "secateur.workflows",
 }
 
 

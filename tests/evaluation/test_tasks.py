@@ -132,7 +132,7 @@ def test_shots_are_other_items(tmp_path: Path) -> None:
     write_rows(tmp_path, "hellaswag", 4)
     (shown,) = prepare_tasks(["hellaswag"], source=str(tmp_path), shots=1)
     assert shown.task.instances[0].args[0].count("Cooking: ") == 2
-    with pytest.raises(RecipeError, match="4 shots of hellaswag: there are 4 rows"):
+    with pytest.raises(RecipeError, match="4 shots of hellaswag: there are 3 rows"):
         prepare_tasks(["hellaswag"], source=str(tmp_path), shots=4)
 
 
@@ -186,15 +186,30 @@ def test_missing_data(tmp_path: Path) -> None:
     [
         ({"goal": None}, "field 'goal' of piqa is missing, expected str"),
         ({"label": "one"}, "field 'label' of piqa is str, expected int"),
+        ({"label": 2}, "field 'label' of piqa is 2, expected 0 or 1"),
+        ({"answer": "3"}, "field 'answer' of winogrande is '3', expected '1' or '2'"),
+        ({"sentence": "whole"}, "field 'sentence' of winogrande is 'whole', expected a gap _"),
+        ({"endings": []}, "field 'label' of hellaswag is '1', expected the number of an ending"),
+        ({"label": ""}, "field 'label' of hellaswag is '', expected the number of an ending"),
+        ({"answerKey": "E"}, "field 'answerKey' of arc_easy is 'E', expected one of the labels"),
+        ({"choices": {"text": ["a"]}}, "of arc_easy is {'text': ['a']}, expected text and label"),
+        ({"text": "alone"}, "field 'text' of lambada is 'alone', expected a last word"),
     ],
 )
 def test_wrong_schema_names_field_and_row(change: dict, told: str, tmp_path: Path) -> None:
-    rows = [row("piqa", 0), {**row("piqa", 1), **change}]
-    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = next(name for name in TASKS if f"of {name} " in told)
+    rows = [row(task, 0), {**row(task, 1), **change}]
+    (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(SourceError) as raised:
-        prepare_tasks(["piqa"], source=str(tmp_path))
+        prepare_tasks([task], source=str(tmp_path))
     assert told in str(raised.value)
-    assert "piqa.jsonl, row 2" in str(raised.value)
+    assert f"{task}.jsonl, row 2" in str(raised.value)
+
+
+def test_rows_that_are_no_objects(tmp_path: Path) -> None:
+    (tmp_path / "piqa.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(SourceError, match="field 'goal' of piqa is missing"):
+        prepare_tasks(["piqa"], source=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["piqa.jsonl", "piqa.json", "piqa.parquet", "piqa.arrow"])

@@ -95,7 +95,7 @@ def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str)
         drawn = figure.locator("svg .mark, .heat i:not(.empty), .bar i")
         assert drawn.count() >= int(figure.get_attribute("data-points") or 0)
 
-    mark = page.locator("figure[data-chart=perplexity-1] .s0 .mark").last
+    mark = page.locator("figure[data-chart=perplexity-1] g.s0 .mark").last
     mark.evaluate("element => element.scrollIntoView({block: 'center'})")
     page.wait_for_timeout(300)  # scrolling takes the tip away
     mark.hover()

@@ -50,6 +50,7 @@ def add_verbs() -> None:
         compress,
         decompress,
         demo,
+        diagnose,
         evaluate,
         generate,
         inspect,
@@ -71,6 +72,7 @@ def add_verbs() -> None:
     app.command("bench")(bench.bench)
     app.command("sweep")(sweep.sweep)
     app.command("report")(report.report)
+    app.command("diagnose")(diagnose.diagnose)
     app.command("demo")(demo.demo)
 
 

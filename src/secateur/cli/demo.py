@@ -35,7 +35,7 @@ def demo(
     """Prune SmolLM2-135M, judge it beside the dense model on other text, and write a report."""
     from secateur.cli.rendering import ProgressBar, print_json, stderr
     from secateur.workflows import inspect_model, judge, prune
-    from secateur.workflows.reporting import report as write_report
+    from secateur.workflows import report as write_report
 
     folder = Path(output)
     if (folder / "secateur" / "manifest.json").exists():

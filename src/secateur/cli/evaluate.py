@@ -104,6 +104,7 @@ def show(record: EvaluationRecord) -> None:
         protocols |= {one.protocol_id: one.protocol for one in record.perplexity}
     if record.divergence:
         show_divergence(record)
+        protocols[record.divergence.protocol_id] = record.divergence.protocol
     if record.tasks:
         show_tasks(record)
         protocols |= {one.protocol_id: one.protocol for one in record.tasks}
@@ -158,13 +159,15 @@ def show_tasks(record: EvaluationRecord) -> None:
             row += [
                 number(one.reference_value, ".3f"),
                 with_error(one.difference or 0.0, error, "+.3f") + mark,
-                "chance" if one.retention is None else f"{one.retention:.0%}",
+                "no lead" if one.retention is None else f"{one.retention:.0%}",
             ]
         rows.append([*row, one.protocol_id])
     print_table("tasks", [*columns, "protocol"], rows, numbers=2)
     if record.reference:
-        typer.echo("* significant at 95 % over pairs of items, n.s. not; retention: of the lead")
-        typer.echo("over chance; 'chance': the reference is within two standard errors of guessing")
+        typer.echo(
+            "* significant at 95 % over pairs of items, n.s. not; retention of the lead over"
+        )
+        typer.echo("chance; no lead: the reference is not two standard errors above it")
 
 
 def show_generation(record: EvaluationRecord) -> None:

@@ -80,6 +80,10 @@ Sequential = Annotated[
     str | None,
     typer.Option(help="group: prune as statistics arrive, one pass. layer: as the papers, two."),
 ]
+OnCollapse = Annotated[
+    str | None,
+    typer.Option(help="When a pruned linear has lost its output: stop or warn. [warn]"),
+]
 CalibrationSource = Annotated[
     str | None,
     typer.Option(

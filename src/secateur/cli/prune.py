@@ -37,6 +37,7 @@ def prune(
     exclude: o.Exclude = None,
     override: o.Override = None,
     sequential: o.Sequential = None,
+    on_collapse: o.OnCollapse = None,
     calibration: o.CalibrationSource = None,
     samples: o.Samples = None,
     sequence_length: o.SequenceLength = None,
@@ -89,4 +90,6 @@ def show(report: PruneReport) -> None:
         ("weight files", mib(result["file_bytes"])),
         ("output", str(report.output)),
     ]
+    if report.manifest["collapsed"]:
+        rows.insert(-1, ("collapsed", ", ".join(report.manifest["collapsed"])))
     print_table("pruned", ("", ""), rows, numbers=2)

@@ -59,8 +59,8 @@ def sweep(
     }
     shares = numbers(sparsities)
     from secateur.cli.rendering import ProgressBar, print_json
-    from secateur.workflows.sweeping import SweepPlan
-    from secateur.workflows.sweeping import sweep as run_sweep
+    from secateur.workflows import SweepPlan
+    from secateur.workflows import sweep as run_sweep
 
     plan = SweepPlan(
         model,

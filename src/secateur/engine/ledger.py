@@ -89,11 +89,14 @@ class Ledger:
         records: list[dict[str, Any]],
         seconds: float,
         reconstruction: dict[str, float] | None = None,
+        collapsed: dict[str, float] | None = None,
     ) -> None:
-        """Enter a finished layer: its linears, its time, and what tuning it brought."""
+        """Enter a finished layer: its linears, time, what tuning brought, and what collapsed."""
         entry = {"layer": index, "seconds": seconds, "linears": records}
         if reconstruction:
             entry["reconstruction"] = reconstruction
+        if collapsed:
+            entry["collapsed"] = collapsed
         self.layers.append(entry)
         self.append(entry)
 

@@ -10,6 +10,7 @@ outputs are passed on, a pruned layer is tuned to give those of the dense one.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from secateur.engine.collapse import collapsed, stop, told
 from secateur.engine.layer_pass import LayerPass
 from secateur.engine.ledger import Ledger
 from secateur.engine.passage import Passage
@@ -36,6 +38,8 @@ from secateur.sparsity.methods import Method
 
 __all__ = ["Run", "Settings"]
 
+
+log = logging.getLogger(__name__)
 
 NO_RECONSTRUCTION = Reconstruction(passes=0)
 
@@ -55,6 +59,7 @@ class Settings:
             fraction of the mean diagonal of the gram.
         activations: `memory` or `disk`: where hidden states wait.
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
+        on_collapse: `stop` or `warn` when a layer has lost its outputs (`engine.collapse`).
     """
 
     sequential: str = "group"
@@ -64,6 +69,7 @@ class Settings:
     micro_batch_tokens: int = 2048
     activations: str = "memory"
     work: Path | None = None
+    on_collapse: str = "warn"
 
 
 class Run:
@@ -224,11 +230,25 @@ class Run:
         if self.passage is not None and index + 1 < len(self.target.layers):
             self.passage.advance(index + 1)
         seconds = time.perf_counter() - started
-        self.ledger.finish_layer(index, [record.to_json() for record in records], seconds, tuned)
+        lost = collapsed(records)
+        entries = [record.to_json() for record in records]
+        self.ledger.finish_layer(index, entries, seconds, tuned, lost)
         if self.passage is not None:
             self.passage.forget(index)
         # The last layer's forwards end early, as nobody needs their outputs.
         self.progress.step(self.steps_per_layer - self.told, note=f"layer {index}")
+        if lost:
+            self.react(self.target.architecture.layer_name(index), lost)
+
+    def react(self, layer: str, lost: dict[str, float]) -> None:
+        """Stop, or say so, when a finished layer has collapsed.
+
+        Raises:
+            VerificationError: it has, and the run is to stop.
+        """
+        if self.settings.on_collapse == "stop":
+            raise stop(layer, lost)
+        log.warning("%s has collapsed: %s", layer, told(lost))
 
     def own_statistics(self, index: int) -> Callable[[Linear], dict[str, Tensor]]:
         """Statistics of each linear itself, from the gradient pass."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secateur.calibration.cross_gram import CrossGram
 from secateur.calibration.statistics import statistics
+from secateur.engine.collapse import lost_energy
 from secateur.errors import NumericalError, VerificationError
 from secateur.models.architecture import Linear
 from secateur.sparsity.dense_target import dense_target
@@ -33,6 +34,7 @@ class LinearRecord:
         pruned: how many weights the mask removes.
         zeros: how many weights are zero afterwards (a source may have zeros of its own).
         error: relative squared error of its output on the calibration inputs, where known.
+        lost: an estimate of that error where the solver measures none (`engine.collapse`).
         seconds: spent on scoring, masking and solving.
     """
 
@@ -42,6 +44,7 @@ class LinearRecord:
     pruned: int
     zeros: int
     error: float | None
+    lost: float | None
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -149,13 +152,19 @@ def prune_group(
             known = {**shared, **own(linear), "stored": linear.weight}
             mask = method.mask(weight, known, sparsity)
         solution = method.solver.solve(weight, prepared, method.pattern, sparsity, mask=mask)
+        lost = lost_energy(weight, solution.mask, shared) if solution.error is None else None
         linear.assign(solution.weight)
-        records.append(verified(linear, method, sparsity, solution, started))
+        records.append(verified(linear, method, sparsity, solution, lost, started))
     return records
 
 
 def verified(
-    linear: Linear, method: Method, sparsity: float, solution: Any, started: float
+    linear: Linear,
+    method: Method,
+    sparsity: float,
+    solution: Any,
+    lost: float | None,
+    started: float,
 ) -> LinearRecord:
     """Count the zeros of a linear as stored, against what its pattern promises.
 
@@ -181,5 +190,6 @@ def verified(
         pruned,
         zeros,
         solution.error,
+        lost,
         time.perf_counter() - started,
     )

@@ -82,6 +82,7 @@ class CheckpointTarget:
         reader: the source.
         output: the copy that takes the new weights; None to only look.
         device: where layers are worked on.
+        dtype: of the computation; None for what `config.json` says.
         trust_remote_code: whether code that comes with the checkpoint may run.
     """
 
@@ -91,10 +92,11 @@ class CheckpointTarget:
         output: PatchedCopy | None,
         device: torch.device,
         *,
+        dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.reader, self.output, self.device = reader, output, device
-        self.model = build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
+        self.model = build_skeleton(reader.folder, dtype=dtype, trust_remote_code=trust_remote_code)
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
         self.stored = stored_names(self.model, reader)

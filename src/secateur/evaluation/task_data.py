@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,48 @@ TASKS: dict[str, TaskSpec] = {
 """The tasks that can be named."""
 
 
+Rule = tuple[str, str, Callable[[dict[str, Any]], bool]]
+"""A field, what it must be, and whether it is."""
+
+ONE_OF_TWO: Rule = ("label", "0 or 1", lambda row: row["label"] in (0, 1))
+KEYED: tuple[Rule, ...] = (
+    (
+        "choices",
+        "text and label, lists of one length",
+        lambda row: (
+            isinstance(row["choices"].get("text"), list)
+            and isinstance(row["choices"].get("label"), list)
+            and len(row["choices"]["text"]) == len(row["choices"]["label"]) > 0
+        ),
+    ),
+    (
+        "answerKey",
+        "one of the labels",
+        lambda row: row["answerKey"].strip() in row["choices"]["label"],
+    ),
+)
+RULES: dict[str, tuple[Rule, ...]] = {
+    "hellaswag": (
+        (
+            "label",
+            "the number of an ending",
+            lambda row: str(row["label"]) in map(str, range(len(row["endings"]))),
+        ),
+    ),
+    "piqa": (ONE_OF_TWO,),
+    "boolq": (ONE_OF_TWO,),
+    "winogrande": (
+        ("sentence", "a gap _", lambda row: "_" in row["sentence"]),
+        ("answer", "'1' or '2'", lambda row: row["answer"] in ("1", "2")),
+    ),
+    "arc_easy": KEYED,
+    "arc_challenge": KEYED,
+    "openbookqa": KEYED,
+    "lambada": (("text", "a last word after a space", lambda row: " " in row["text"].strip()),),
+}
+"""What else must hold in a row, or lm-eval would stumble over it without saying where."""
+
+
 def task_spec(name: str) -> TaskSpec:
     """A task by its name.
 
@@ -261,27 +303,38 @@ def checked(name: str, rows: Rows, file: Path) -> Rows:
     """Rows in the schema that lm-eval's configuration reads.
 
     Raises:
-        SourceError: a field is missing or of another type.
+        SourceError: there is no row, or a field is missing, of another type or out of range.
     """
-    fields = task_spec(name).fields
     if not rows:
         raise SourceError(
             f"there is no row of {name}", where=str(file), remedy="put the data set's rows there"
         )
+    fields = task_spec(name).fields
     made = []
     for number, row in enumerate(rows, start=1):
         row = as_on_the_hub(name, row)
-        for field, kinds in fields.items():
-            found = row.get(field) if isinstance(row, dict) else None
-            if found is None or not isinstance(found, kinds):
-                held = "is missing" if found is None else f"is {type(found).__name__}"
-                raise SourceError(
-                    f"field {field!r} of {name} {held}, expected {kind_names(kinds)}",
-                    where=f"{file}, row {number}",
-                    remedy=f"a row of {name} needs {', '.join(fields)}, as on the hub",
-                )
+        fault = fault_of(name, row)
+        if fault:
+            raise SourceError(
+                fault,
+                where=f"{file}, row {number}",
+                remedy=f"a row of {name} needs {', '.join(fields)}, as on the hub",
+            )
         made.append({field: row[field] for field in fields})
     return made
+
+
+def fault_of(name: str, row: Any) -> str | None:
+    """The first thing that is wrong with a row; None if nothing is."""
+    for field, kinds in task_spec(name).fields.items():
+        found = row.get(field) if isinstance(row, dict) else None
+        if found is None or not isinstance(found, kinds):
+            held = "is missing" if found is None else f"is {type(found).__name__}"
+            return f"field {field!r} of {name} {held}, expected {kind_names(kinds)}"
+    for field, expected, holds in RULES.get(name, ()):
+        if not holds(row):
+            return f"field {field!r} of {name} is {row[field]!r}, expected {expected}"
+    return None
 
 
 def kind_names(kinds: Kinds) -> str:

@@ -113,10 +113,10 @@ def prepared_task(
             dataset = f"{task.config.dataset_path} {task.config.dataset_name or ''}".strip()
             in_split = len(task.eval_docs)
         else:
-            pool = local.shots or local.rows
-            if shots >= len(pool):
+            others = len(local.shots) or len(local.rows) - 1
+            if shots > others:
                 raise RecipeError(
-                    f"{shots} shots of {name}: there are {len(pool)} rows to take them from",
+                    f"{shots} shots of {name}: there are {others} rows to take them from",
                     remedy="give fewer shots, or more rows",
                 )
             # with shots the rows are also the pool of examples, so all of them are needed

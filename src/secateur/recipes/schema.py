@@ -118,6 +118,9 @@ class PruneRecipe(Strict):
         "group",
         description="gather statistics group by group in one pass, or layer by layer in two",
     )
+    on_collapse: Literal["stop", "warn"] = Field(
+        "warn", description="what to do when a pruned linear has lost its output: stop or warn"
+    )
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     memory: Memory = Field(default_factory=lambda: Memory())
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

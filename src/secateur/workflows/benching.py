@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 
+from secateur.engine.ledger import write_whole
 from secateur.engine.progress import Progress
 from secateur.errors import RecipeError
 from secateur.evaluation.contenders import CONTENDERS
 from secateur.evaluation.speed import Speed, compare
-from secateur.models.checkpoint import shard_files
+from secateur.models.checkpoint import disk_error, shard_files
 from secateur.models.sources import resolve
 from secateur.registry import did_you_mean
 from secateur.reporting.manifest import environment
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
-from secateur.workflows.carrying import read_config
+from secateur.workflows.carrying import RUN_FOLDER, read_config
 
 __all__ = ["BenchReport", "bench"]
+
+SCHEMA = "secateur.bench/1"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def bench(
 ) -> BenchReport:
     """Time a checkpoint at batch 1, packed and in all other ways, in turns.
 
+    In the folder of a pruning run the result is also written to `secateur/bench.json`.
+
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
         contenders: of `secateur.evaluation.contenders.CONTENDERS`.
@@ -131,7 +136,20 @@ def bench(
         **environment(torch.device("cpu")),
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
-    return BenchReport(speeds, size, dense, protocol)
+    report = BenchReport(speeds, size, dense, protocol)
+    keep(report, str(model), folder)
+    return report
+
+
+def keep(report: BenchReport, model: str, folder: Path) -> None:
+    """Write what was measured beside the records of a pruning run, if the folder has them."""
+    if not (folder / RUN_FOLDER).is_dir():
+        return
+    file = folder / RUN_FOLDER / "bench.json"
+    try:
+        write_whole(file, {"schema": SCHEMA, "model": model, **report.to_json()})
+    except OSError as error:
+        raise disk_error(error, file) from error
 
 
 def tokens_of(folder: Path) -> int:

@@ -186,6 +186,7 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
         micro_batch_tokens=recipe.memory.micro_batch_tokens,
         activations=activations,
         work=work,
+        on_collapse=recipe.on_collapse,
     )
 
 

@@ -40,6 +40,9 @@ from secateur.workflows.writing import with_own_windows
 
 __all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_recipe"]
 
+NO_PART = {"output", "memory", "calibration", "on_collapse"}
+"""Fields of a recipe that the pruned weights do not depend on, or that are told in another way."""
+
 
 def plan(model: str, **options: Any) -> Plan:
     """What pruning `model` would need, without doing it; the options are those of `prune`.
@@ -175,6 +178,7 @@ def run_recipe(
     verify(audit)
     manifest = make_manifest(prepared, chosen, activations, audit, meter, resume)
     manifest["distillation"] = distilled
+    manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
     finish(manifest, prepared, partial, output, overwrite)
     return PruneReport(audit.sparsity, ledger.layers, manifest, output)
 
@@ -211,7 +215,7 @@ def places(recipe: PruneRecipe, resume: bool, restart: bool, overwrite: bool) ->
 
 def identity(prepared: Prepared) -> dict[str, Any]:
     """Everything the pruned weights depend on."""
-    recipe = prepared.recipe.model_dump(mode="json", exclude={"output", "memory", "calibration"})
+    recipe = prepared.recipe.model_dump(mode="json", exclude=NO_PART)
     return {
         **recipe,
         "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,

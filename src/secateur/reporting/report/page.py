@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation_checks import DEGENERATE
 from secateur.reporting.charts import HeatMap
 from secateur.reporting.drawing import draw
@@ -35,7 +36,6 @@ from secateur.reporting.wording import bare_name, counted, percent
 __all__ = ["render"]
 
 TEMPLATES = Path(__file__).parent / "templates"
-SEVERITIES = ("error", "warning", "note")
 
 
 @dataclass(frozen=True)

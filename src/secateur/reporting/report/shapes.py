@@ -133,6 +133,7 @@ class Diagnosis(Shape):
     schema_name: Literal["secateur.diagnosis/1"] = Field(alias="schema")
     model: str
     dense: str | None = None
+    verdict: str = ""
     findings: tuple[Finding, ...]
     layers: tuple[LayerState, ...] = ()
     target: TargetMachine | None = None

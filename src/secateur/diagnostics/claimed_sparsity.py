@@ -1,0 +1,167 @@
+"""Is the sparsity really as claimed, linear by linear?"""
+
+from __future__ import annotations
+
+import statistics
+
+from secateur.diagnostics.claims import Claims
+from secateur.diagnostics.findings import Finding, listed
+from secateur.diagnostics.weights import LinearHealth, Weights
+from secateur.engine.collapse import COLLAPSED
+
+__all__ = ["check_sparsity"]
+
+DENSE = 0.01
+"""A linear with fewer zeros than this is dense: pretrained ones have next to none."""
+
+PRUNED = 0.05
+"""A model whose median linear has more zeros than this is pruned."""
+
+SURPLUS = 0.02
+"""The share of zeros above those recorded that is worth a warning."""
+
+SURPLUS_ROUNDED = 0.1
+"""The same of the whole model where rounding to int8 has made zeros since the run."""
+
+TOTAL = 1e-3
+"""How far the sparsity of the whole model may be below the one recorded."""
+
+CHANGED = "the weights were changed after pruning: ask whoever made the folder"
+AGAIN = "prune again, or correct the records; the folder is not what it says"
+
+
+def check_sparsity(weights: Weights, claims: Claims, *, rounded: bool) -> list[Finding]:
+    """Compare what is stored with what is claimed.
+
+    Args:
+        weights: the matrices.
+        claims: the records of the run; without any, the linears are compared with each other.
+        rounded: the weights were rounded to int8 since the run, which makes zeros.
+    """
+    found = [*claims.faults, *unasked_dense(weights, claims)]
+    for linear in weights.linears:
+        found += against_claim(linear, claims, rounded)
+    return found + against_total(weights, claims, rounded)
+
+
+def against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Finding]:
+    """Whether the whole has the sparsity that the manifest says."""
+    if claims.sparsity is None:
+        return []
+    surplus = weights.sparsity - claims.sparsity
+    evidence = (
+        f"{weights.sparsity:.4%} of the weights of the decoder's matrices are zero, "
+        f"{claims.sparsity:.4%} are claimed"
+    )
+    where = f"{claims.folder}/manifest.json"
+    if surplus < -TOTAL:
+        return [Finding("sparsity-not-as-claimed", "error", where, evidence, AGAIN)]
+    if surplus > (SURPLUS_ROUNDED if rounded else SURPLUS):
+        return [Finding("more-zeros-than-claimed", "warning", where, evidence, CHANGED)]
+    return []
+
+
+def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[Finding]:
+    """What is wrong with one linear that the records speak of."""
+    claim = claims.linears.get(linear.name)
+    if claim is None:
+        return []
+    weights = linear.shape[0] * linear.shape[1]
+    has = f"{linear.sparsity:.4%} of its weights are zero"
+    if linear.zeros < claim.pruned:
+        dense = linear.sparsity < DENSE
+        return [
+            Finding(
+                "dense-linear" if dense else "sparsity-not-as-claimed",
+                "error",
+                linear.name,
+                f"{has}, {claim.pruned / weights:.4%} are claimed",
+                AGAIN,
+            )
+        ]
+    found = []
+    if linear.misplaced:
+        assert claims.pattern is not None
+        found.append(
+            Finding(
+                "pattern-broken",
+                "error",
+                linear.name,
+                f"{linear.misplaced} of {weights} weights are not zero although the pattern "
+                f"{claims.pattern.name} needs them to be",
+                "the files were changed after pruning: prune again, or `secateur compress` would "
+                "store it by another format",
+            )
+        )
+    if not rounded and linear.zeros - claim.zeros > SURPLUS * weights:
+        found.append(
+            Finding(
+                "more-zeros-than-claimed",
+                "warning",
+                linear.name,
+                f"{has}, {claim.zeros / weights:.4%} are recorded",
+                CHANGED,
+            )
+        )
+    if claim.error is not None and claim.error > COLLAPSED:
+        found.append(
+            Finding(
+                "linear-collapse",
+                "warning",
+                linear.name,
+                f"pruning it lost {claim.error:.1%} of the energy of its output on the "
+                "calibration text, says the run",
+                f"prune less of it: --override '{linear.name}=0.3'",
+            )
+        )
+    return found
+
+
+def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
+    """Linears that are dense although others are pruned, and whether anybody asked for it."""
+    usual = statistics.median(x.sparsity for x in weights.linears)
+    if usual < PRUNED:
+        return []
+    dense = [
+        x
+        for x in weights.linears
+        if x.sparsity < min(DENSE, usual / 2) and not (claims.claimed(x.name) or 0) > 0
+    ]
+    left = [x for x in dense if claims.asked_dense(x.name)]
+    found = []
+    if left:
+        found.append(
+            Finding(
+                "left-dense",
+                "note",
+                listed([x.name for x in left], 4),
+                f"{len(left)} linears are dense, as the recipe asks",
+                "nothing to do",
+            )
+        )
+    for kind in dict.fromkeys(x.kind for x in dense):
+        odd = [x for x in dense if x.kind == kind and x not in left]
+        everywhere = len(odd) == sum(x.kind == kind for x in weights.linears)
+        if everywhere and not claims.linears:
+            found.append(
+                Finding(
+                    "left-dense",
+                    "note",
+                    kind,
+                    f"it is dense in all {len(odd)} layers, others have {usual:.1%} zeros",
+                    "on purpose, by the look of it; if not, prune again",
+                )
+            )
+            continue
+        found += [
+            Finding(
+                "dense-linear",
+                "warning",
+                x.name,
+                f"{x.sparsity:.2%} of its weights are zero, {usual:.1%} in the median linear, and "
+                "nobody asked for it",
+                "prune again; if it is on purpose, say so in the recipe (--exclude or --override)",
+            )
+            for x in odd
+        ]
+    return found

@@ -1,0 +1,153 @@
+"""What a pruned folder says of itself: the records of its run, read as claims to be checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from secateur.diagnostics.findings import Finding
+from secateur.engine.selection import Selection
+from secateur.errors import SecateurError
+from secateur.sparsity.patterns import Pattern, parse_pattern
+
+__all__ = ["Claim", "Claims", "read_claims"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the records say of one linear.
+
+    Attributes:
+        asked: the sparsity asked of it.
+        pruned: the zeros its mask has.
+        zeros: the zeros it had when the run ended.
+        error: relative squared error of its output, measured or estimated by the run.
+    """
+
+    asked: float
+    pruned: int
+    zeros: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What the records of a run say.
+
+    Attributes:
+        folder: `secateur/` of the model's folder; None where there is none.
+        linears: what is said of each linear that was worked on.
+        pattern: the pattern of the zeros; None where it is not told.
+        selection: which linears were to be pruned; None without a recipe.
+        sparsity: of all decoder matrices together.
+        source: the model that was pruned.
+        faults: records that cannot be read.
+    """
+
+    folder: Path | None = None
+    linears: dict[str, Claim] = field(default_factory=dict)
+    pattern: Pattern | None = None
+    selection: Selection | None = None
+    sparsity: float | None = None
+    source: str | None = None
+    faults: tuple[Finding, ...] = ()
+
+    def claimed(self, name: str) -> float | None:
+        """The sparsity a linear is said to have; 0 for one left out of a run that has records."""
+        if name in self.linears:
+            return self.linears[name].asked
+        return 0.0 if self.linears else None
+
+    def asked_dense(self, name: str) -> bool:
+        """Whether the recipe wants a linear left dense."""
+        if self.selection is None:
+            return False
+        own = self.selection.override(name)
+        return not self.selection.selects(name) or own == 0
+
+
+def read_claims(model: Path) -> Claims:
+    """Read the records of a run as far as they are there; what is damaged becomes a finding."""
+    folder = model / "secateur"
+    if not folder.is_dir():
+        return Claims()
+    faults: list[Finding] = []
+
+    def read(name: str, reader: Callable[[str], Any], empty: Any) -> Any:
+        file = folder / name
+        if not file.is_file():
+            return empty
+        try:
+            return reader(file.read_text(encoding="utf-8"))
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            yaml.YAMLError,
+            SecateurError,
+        ) as e:
+            said = str(e).splitlines()[0] if str(e) else type(e).__name__
+            faults.append(
+                Finding(
+                    "records-unreadable",
+                    "warning",
+                    str(file),
+                    f"the records of the run cannot be read: {said}",
+                    "copy the folder again; what this file claims was not checked",
+                )
+            )
+            return empty
+
+    manifest = read("manifest.json", manifest_of, {})
+    pattern, selection = read("recipe.yaml", lambda text: asked_by(text, manifest), (None, None))
+    return Claims(
+        folder,
+        read("layers.jsonl", claims_of, {}),
+        pattern,
+        selection,
+        manifest.get("sparsity"),
+        manifest.get("source"),
+        tuple(faults),
+    )
+
+
+def manifest_of(text: str) -> dict[str, Any]:
+    """What a manifest says of source, scope and total."""
+    told = json.loads(text)
+    return {
+        "source": told["source"]["name"],
+        "scope": told["method"]["scope"],
+        "sparsity": float(told["result"]["decoder_sparsity"]),
+    }
+
+
+def claims_of(text: str) -> dict[str, Claim]:
+    """The last line of each layer counts: a layer that was done again has two."""
+    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    return {
+        record["name"]: Claim(
+            float(record["asked"]),
+            int(record["pruned"]),
+            int(record["zeros"]),
+            record.get("lost") if record.get("error") is None else record["error"],
+        )
+        for line in lines
+        for record in line.get("linears", [])
+    }
+
+
+def asked_by(text: str, manifest: dict[str, Any]) -> tuple[Pattern, Selection]:
+    """The pattern and the selection of a resolved recipe."""
+    recipe = yaml.safe_load(text)
+    scope = manifest.get("scope", recipe["scope"])
+    pattern = parse_pattern(recipe["pattern"], None if scope == "group" else scope)
+    selection = Selection(
+        tuple(recipe["include"]), tuple(recipe["exclude"]), dict(recipe["overrides"])
+    )
+    return pattern, selection

@@ -1,0 +1,148 @@
+"""How far each decoder layer is from the dense one: both models walk, one layer of each in memory.
+
+For a token x that enters a layer, y is the output of the dense layer and ŷ that of the pruned one.
+
+    stream   each model on its own hidden states: what has come together up to this layer
+    own      both layers on the dense hidden states: what this layer alone does wrong,
+             ‖(ŷ − x) − (y − x)‖ / ‖y − x‖, measured on what the layer adds to the stream
+
+Every number is the median over tokens. A mean would be one of a few tokens: the first token and
+some delimiters have hidden states a thousand times as large as the others, in any healthy model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.engine.calls import call_layer
+from secateur.engine.passage import Passage
+from secateur.engine.targets import CheckpointTarget
+from secateur.errors import RecipeError
+
+__all__ = ["LayerDrift", "check_same_model", "walk"]
+
+TOKENS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """A pruned decoder layer beside the dense one; medians over tokens.
+
+    Attributes:
+        layer: its number.
+        relative_error: of the stream, ‖ŷ − y‖ / ‖y‖.
+        cosine: of the stream.
+        norm_ratio: of the stream, ‖ŷ‖ / ‖y‖.
+        own_error: of the layer alone, relative to what the dense layer adds.
+        contribution: what the layer alone adds, as a part of what the dense layer adds.
+        kept_input: how much of its input the output of the layer alone contains, ⟨ŷ, x⟩ / ⟨x, x⟩.
+        dense_kept_input: the same of the dense layer.
+        not_finite: hidden states of the pruned model that are NaN or infinite.
+    """
+
+    layer: int
+    relative_error: float
+    cosine: float
+    norm_ratio: float
+    own_error: float
+    contribution: float
+    kept_input: float
+    dense_kept_input: float
+    not_finite: int = 0
+
+
+def check_same_model(pruned: CheckpointTarget, dense: CheckpointTarget) -> None:
+    """Refuse a reference that is another model.
+
+    Raises:
+        RecipeError: layers, hidden size or vocabulary differ.
+    """
+    ours, theirs = (t.model.config.get_text_config() for t in (pruned, dense))
+    told = []
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        a, b = getattr(ours, name, None), getattr(theirs, name, None)
+        if a != b:
+            told.append(f"{name}: {a}, in the reference {b}")
+    if told:
+        raise RecipeError(
+            f"the reference is another model ({'; '.join(told)})",
+            where=str(dense.reader.folder),
+            remedy="name the dense model that was pruned with --dense",
+        )
+
+
+@torch.no_grad()
+def walk(
+    pruned: CheckpointTarget,
+    dense: CheckpointTarget,
+    windows: Tensor,
+    tell: Callable[[int], None],
+) -> list[LayerDrift]:
+    """Walk through both models side by side.
+
+    Ends after the first layer whose hidden states are not finite: behind it nothing is known.
+
+    Args:
+        pruned: the model.
+        dense: its reference, of the same layers, hidden size and vocabulary.
+        windows: token ids [windows, sequence_length].
+        tell: called after every layer with its number.
+    """
+    passages = [Passage(t, windows, TOKENS_AT_ONCE, True, None) for t in (pruned, dense)]
+    for passage in passages:
+        passage.open(0, dense=False)
+    found = []
+    for index in range(len(pruned.layers)):
+        with pruned.layer(index) as ours, dense.layer(index) as theirs:
+            measured: dict[str, list[Tensor]] = {}
+            for batch in passages[0].batches():
+                own, other = (passage.call(index, batch) for passage in passages)
+                x, dense_x = (passage.read(batch) for passage in passages)
+                y, dense_y = call_layer(ours, x, own), call_layer(theirs, dense_x, other)
+                alone = call_layer(ours, dense_x, own)
+                for name, values in compared(y, dense_y, alone, dense_x).items():
+                    measured.setdefault(name, []).append(values)
+                passages[0].write(batch, y)
+                passages[1].write(batch, dense_y)
+        found.append(summed_up(index, measured))
+        tell(index)
+        if found[-1].not_finite:
+            break
+        for passage in passages:
+            passage.advance(index + 1)
+    return found
+
+
+def compared(y: Tensor, dense_y: Tensor, alone: Tensor, dense_x: Tensor) -> dict[str, Tensor]:
+    """The measures of `LayerDrift` for each token of a micro-batch."""
+    y, dense_y, alone, x = (t.flatten(0, -2) for t in (y, dense_y, alone, dense_x))
+    added, dense_added = alone - x, dense_y - x
+    length, step = never_zero(dense_y.norm(dim=-1)), never_zero(dense_added.norm(dim=-1))
+    energy = never_zero(x.square().sum(-1))
+    return {
+        "relative_error": (y - dense_y).norm(dim=-1) / length,
+        "cosine": functional.cosine_similarity(y, dense_y, dim=-1),
+        "norm_ratio": y.norm(dim=-1) / length,
+        "own_error": (added - dense_added).norm(dim=-1) / step,
+        "contribution": added.norm(dim=-1) / step,
+        "kept_input": (alone * x).sum(-1) / energy,
+        "dense_kept_input": (dense_y * x).sum(-1) / energy,
+        "not_finite": (~torch.isfinite(y + alone)).sum(-1),
+    }
+
+
+def never_zero(x: Tensor) -> Tensor:
+    """Divisors, raised where they are zero."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def summed_up(index: int, measured: dict[str, list[Tensor]]) -> LayerDrift:
+    """The medians over all tokens."""
+    joined = {name: torch.cat(values) for name, values in measured.items()}
+    bad = int(joined.pop("not_finite").sum())
+    return LayerDrift(index, **{n: float(v.median()) for n, v in joined.items()}, not_finite=bad)

@@ -1,0 +1,239 @@
+"""What this machine can speed up, by what is installed, and what it cannot, with the reason.
+
+Said from processor features, CUDA capability and versions; how fast a model really is, only
+`secateur bench` tells (`check_speed`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.diagnostics.findings import Finding
+from secateur.runtime.kernels.library import KernelInfo, kernel_info
+
+__all__ = ["Support", "Target", "check_speed", "look_at_target"]
+
+FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_bf16", "avx512_vnni",
+    "avx_vnni", "amx_bf16", "amx_int8", "asimd", "asimddp", "sve", "i8mm", "bf16",
+)  # fmt: skip
+"""Features of processors that matter to matrix products, as Linux names them."""
+
+SPARSE_CORES = (8, 0)
+"""The CUDA capability from which tensor cores multiply 2:4 sparse matrices."""
+
+ENGINES = {
+    "transformers": "it multiplies by stored zeros like by any other weight",
+    "vllm": "it multiplies by stored zeros like by any other weight; releases since spring 2026 "
+    "have no 2:4 kernels any more",
+    "xllamacpp": "llama.cpp has no sparse format; zeros are stored and multiplied",
+    "llama-cpp-python": "llama.cpp has no sparse format; zeros are stored and multiplied",
+    "onnxruntime": "its matrix products are dense",
+    "openvino": "its matrix products are dense, unless compiled with its sparsity option for int8",
+}
+"""Distributions of engines that run dense models, and what becomes of unstructured zeros there."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether one engine gains from one kind of sparsity here.
+
+    Attributes:
+        kind: unstructured, 2:4, n:m, structured or int8.
+        engine: who runs the model.
+        faster: whether it gains; None where it depends, or is not known.
+        reason: why, in a sentence.
+    """
+
+    kind: str
+    engine: str
+    faster: bool | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine, and what runs on it.
+
+    Attributes:
+        cpu: its processor's name.
+        features: of the processor, those that matter.
+        cuda_capability: of the first GPU, such as `9.0`; None without one.
+        engines: installed versions; None for those that are not installed.
+        supports: every kind of sparsity with every engine that could run it.
+    """
+
+    cpu: str
+    features: tuple[str, ...]
+    cuda_capability: str | None
+    engines: dict[str, str | None]
+    supports: list[Support] = field(default_factory=list)
+
+    def faster(self, kind: str) -> list[Support]:
+        """The engines that gain from a kind."""
+        return [s for s in self.supports if s.kind == kind and s.faster]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+
+def look_at_target(cpu: str) -> Target:
+    """Look at this machine.
+
+    Args:
+        cpu: the name of its processor.
+    """
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    engines = {name: installed(name) for name in ("torch", *ENGINES)}
+    return Target(
+        cpu,
+        cpu_features(),
+        None if capability is None else f"{capability[0]}.{capability[1]}",
+        engines,
+        [*own_kernels(kernel_info()), sparse_cores(capability), *other_engines(engines)],
+    )
+
+
+def installed(distribution: str) -> str | None:
+    """The installed version of a distribution."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """The features of the processor that matter; empty where the system does not tell."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ()
+    for line in lines:
+        name, _, told = line.partition(":")
+        if name.strip().lower() in ("flags", "features"):
+            has = set(told.split())
+            return tuple(feature for feature in FEATURES if feature in has)
+    return ()
+
+
+def own_kernels(info: KernelInfo) -> list[Support]:
+    """What the kernels of this library gain on the CPU."""
+    if info.tier == "none":
+        why = dict.fromkeys(("unstructured", "n:m", "2:4", "int8"), info.reason)
+    else:
+        by = f"the kernels ({info.tier}, {info.threads} threads) multiply"
+        why = {
+            "unstructured": f"{by} packed matrices without their zeros, from about half of them "
+            "on faster than dense ones; after `secateur compress`",
+            "n:m": f"{by} packed N:M matrices like any others, by their mask",
+            "2:4": f"{by} packed 2:4 matrices like any others, by their mask",
+            "int8": f"{by} int8 values: half the bytes of bfloat16, zeros or not",
+        }
+    faster = info.tier != "none"
+    return [Support(kind, "secateur, CPU", faster, reason) for kind, reason in why.items()]
+
+
+def sparse_cores(capability: tuple[int, int] | None) -> Support:
+    """Whether a GPU multiplies 2:4 matrices by half."""
+    if capability is None:
+        return Support("2:4", "torch, CUDA", False, "torch sees no CUDA device here")
+    if capability < SPARSE_CORES:
+        return Support(
+            "2:4",
+            "torch, CUDA",
+            False,
+            f"capability {capability[0]}.{capability[1]}; sparse tensor cores begin at 8.0",
+        )
+    return Support(
+        "2:4",
+        "torch, CUDA",
+        None,
+        "this GPU has sparse tensor cores; they pay for large batches and large matrices, not when "
+        "one token is written at a time. Not measured here",
+    )
+
+
+def other_engines(engines: dict[str, str | None]) -> list[Support]:
+    """Engines that know of no zeros, and what helps everywhere."""
+    found = [
+        Support(
+            "structured",
+            "any",
+            True,
+            "whole heads, neurons or layers taken out leave smaller dense matrices, which every "
+            "engine gains from",
+        )
+    ]
+    for name, reason in ENGINES.items():
+        there = engines[name]
+        told = "not installed" if there is None else f"version {there}"
+        found.append(Support("unstructured", name, False, f"{told}; {reason}"))
+    return found
+
+
+def check_speed(folder: Path, pattern: str, sparsity: float, target: Target) -> list[Finding]:
+    """Was a speed-up really measured, and can this machine gain from the pattern at all?
+
+    Args:
+        folder: of the model.
+        pattern: of its zeros: unstructured, N:M or a block.
+        sparsity: really stored.
+        target: this machine.
+    """
+    found = []
+    kind = pattern if pattern == "2:4" else "n:m" if ":" in pattern else "unstructured"
+    if not target.faster(kind):
+        reasons = "; ".join(s.reason for s in target.supports if s.kind == kind)
+        found.append(
+            Finding(
+                "pattern-without-gain",
+                "note",
+                f"{target.cpu}",
+                f"nothing installed here gains from {sparsity:.0%} zeros of pattern {pattern}: "
+                f"{reasons}",
+                "install a C compiler and secateur again for its kernels, or cut structure",
+            )
+        )
+    return [*found, speed_told(folder)]
+
+
+def speed_told(folder: Path) -> Finding:
+    """What the measurement that lies beside the model says, if there is one."""
+    file = folder / "secateur" / "bench.json"
+    command = f"secateur bench {folder}"
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        verdict, where = str(told["verdict"]), str(told["protocol"]["cpu"])
+    except OSError:
+        return Finding(
+            "speed-not-measured",
+            "note",
+            str(folder),
+            "whether it is faster here was not measured",
+            f"measure it: {command}",
+        )
+    except (ValueError, KeyError, TypeError):
+        return Finding(
+            "records-unreadable",
+            "warning",
+            str(file),
+            "the record of the measured speed cannot be read",
+            f"measure again: {command}",
+        )
+    slower = verdict.startswith("no gain")
+    return Finding(
+        "no-speed-up" if slower else "speed-measured",
+        "note",
+        str(file),
+        f"measured on {where}: {verdict}",
+        "zeros pay once they are not stored: secateur compress DIR --output SMALL, then bench that"
+        if slower
+        else "nothing to do",
+    )

@@ -1,0 +1,153 @@
+"""Was the learning rate too high? Read from the log of a training.
+
+    best  = the lowest median of 20 losses in a row
+    last  = the median of the last 20
+    noise = 1.48 · median |loss − the median of the 20 around it|, at least 1 % of best
+    risen : last > best + 6 · noise
+
+A loss that rises by far more than it jumps about, and stays there, is the mark of a step size that
+the model cannot follow. A loss that is not a number is its end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.diagnostics.findings import Finding
+from secateur.errors import SourceError
+
+__all__ = ["Step", "check_training", "read_log"]
+
+WINDOW = 20
+DEVIATIONS = 6.0
+LEAST_NOISE = 0.01
+TO_SIGMA = 1.4826
+"""Times the median absolute deviation is the standard deviation of normal noise."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the log.
+
+    Attributes:
+        step: its number.
+        loss: of the training.
+        learning_rate: None where it is not told.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float | None = None
+
+
+def read_log(file: Path) -> list[Step]:
+    """Read a log: one JSON object a line, with `loss`, and `step` and `learning_rate` if known.
+
+    Lines without a loss (of an evaluation, say) are passed over.
+
+    Raises:
+        SourceError: there is no such file, a line is not JSON, or no line has a loss.
+    """
+    if not file.is_file():
+        raise SourceError("there is no such training log", where=str(file))
+    steps: list[Step] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "loss" in row:
+                steps.append(step_of(row, len(steps)))
+        except (ValueError, TypeError) as error:
+            raise SourceError(
+                f"the line is not a step of a training: {error}",
+                where=f"{file}:{number}",
+                remedy='one JSON object a line: {"step": 1, "loss": 2.5, "learning_rate": 1e-4}',
+            ) from None
+    if not steps:
+        raise SourceError(
+            "no line of the training log has a loss",
+            where=str(file),
+            remedy='one JSON object a line: {"step": 1, "loss": 2.5, "learning_rate": 1e-4}',
+        )
+    return steps
+
+
+def step_of(row: dict[str, Any], place: int) -> Step:
+    """A line as a step; a loss of null is one that was not a number."""
+    loss, rate = row["loss"], row.get("learning_rate")
+    return Step(
+        int(row.get("step", place)),
+        math.nan if loss is None else float(loss),
+        None if rate is None else float(rate),
+    )
+
+
+def check_training(steps: list[Step], where: str) -> list[Finding]:
+    """Look for a loss that has left the numbers, or risen and stayed.
+
+    Args:
+        steps: in order.
+        where: the file they come from.
+    """
+    lost = next((s for s in steps if not math.isfinite(s.loss)), None)
+    if lost is not None:
+        return [
+            Finding(
+                "training-not-finite",
+                "error",
+                f"{where}, step {lost.step}",
+                f"the loss is {lost.loss}{told_rate(lost)}",
+                "the weights after this step are worthless: go back to a checkpoint before it, "
+                "with a third of the learning rate and gradients clipped to a norm of 1",
+            )
+        ]
+    risen = risen_for_good([s.loss for s in steps])
+    if risen is None:
+        return []
+    place, best, last, noise = risen
+    step = steps[place]
+    return [
+        Finding(
+            "learning-rate-too-high",
+            "warning",
+            f"{where}, step {step.step}",
+            f"from here on the loss stays above its best: {best:.3g} before, {last:.3g} at the "
+            f"end, and it jumps about by {noise:.2g} only{told_rate(step)}",
+            "train again from the checkpoint before this step with a third of the learning rate, "
+            "or with a longer warmup",
+        )
+    ]
+
+
+def risen_for_good(losses: list[float]) -> tuple[int, float, float, float] | None:
+    """Where the loss begins to rise for good: (place, best, last, noise); None if it does not."""
+    window = min(WINDOW, len(losses) // 2)
+    if window < 3:
+        return None
+    medians = [statistics.median(losses[i : i + window]) for i in range(len(losses) - window + 1)]
+    half = window // 2
+    around = [medians[min(max(0, i - half), len(medians) - 1)] for i in range(len(losses))]
+    noise = TO_SIGMA * statistics.median(
+        abs(loss - middle) for loss, middle in zip(losses, around, strict=True)
+    )
+    place = min(range(len(medians)), key=lambda i: medians[i])
+    best, last = medians[place], medians[-1]
+    noise = max(noise, LEAST_NOISE * abs(best))
+    limit = best + DEVIATIONS * noise
+    if last <= limit:
+        return None
+    begin = len(medians) - 1
+    while begin > place and medians[begin - 1] > limit:
+        begin -= 1
+    return begin + half, best, last, noise
+
+
+def told_rate(step: Step) -> str:
+    """The learning rate of a step, if it is known."""
+    return "" if step.learning_rate is None else f"; the learning rate is {step.learning_rate:g}"

@@ -1,0 +1,136 @@
+"""Every tensor of a checkpoint read once: is it finite, where are its zeros, which lines are dead?
+
+One tensor is in memory at a time. What is kept of a matrix are counts, and for each row and column
+whether it is all zero; heads and neurons are found from those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.diagnostics.audit import count
+from secateur.diagnostics.claims import Claims
+from secateur.engine.targets import CheckpointTarget
+from secateur.models.architecture import linears_of
+
+__all__ = ["LinearHealth", "Weights", "look_at_weights"]
+
+
+@dataclass(frozen=True)
+class LinearHealth:
+    """One matrix of a decoder layer as stored.
+
+    Attributes:
+        name: its full name.
+        layer: the number of its decoder layer.
+        kind: its name within the layer.
+        shape: (out, in).
+        zeros: how many weights are zero.
+        misplaced: weights that are not zero although the claimed pattern needs them to be.
+        size: root mean square of the weights that are not zero.
+        dead_rows: bool [out], which outputs have no weight left.
+        dead_columns: bool [in], which inputs no weight reads.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    shape: tuple[int, int]
+    zeros: int
+    misplaced: int
+    size: float
+    dead_rows: Tensor
+    dead_columns: Tensor
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a checkpoint.
+
+    Attributes:
+        linears: the matrices of the decoder layers.
+        not_finite: how many values of which tensor are NaN or infinite, where there are any.
+        tensors: how many were read.
+    """
+
+    linears: list[LinearHealth]
+    not_finite: dict[str, tuple[int, int]]
+    tensors: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the matrices of the decoder layers."""
+        weights = sum(x.shape[0] * x.shape[1] for x in self.linears)
+        return sum(x.zeros for x in self.linears) / weights
+
+    def of_layer(self, index: int) -> dict[str, LinearHealth]:
+        """The matrices of one decoder layer, by their name within it."""
+        return {x.kind: x for x in self.linears if x.layer == index}
+
+
+def look_at_weights(
+    target: CheckpointTarget, claims: Claims, tell: Callable[[str], None]
+) -> Weights:
+    """Read every tensor of a checkpoint.
+
+    Args:
+        target: the checkpoint.
+        claims: gives the pattern and sparsity that each matrix should have.
+        tell: called after every tensor with its name.
+    """
+    places = {}
+    for index, layer in enumerate(target.layers):
+        name = target.architecture.layer_name(index)
+        for kind, linear in linears_of(layer, name).items():
+            stored = target.stored[f"{linear.name}.weight"]
+            places[stored] = index, kind, linear.name, linear.transposed
+    linears, not_finite = [], {}
+    for stored in target.reader.entries:
+        tensor = target.reader.read(stored)
+        bad = not_finite_in(tensor)
+        if bad:
+            not_finite[stored] = bad, tensor.numel()
+        if stored in places:
+            index, kind, name, transposed = places[stored]
+            weight = tensor.t() if transposed else tensor
+            linears.append(health_of(name, index, kind, weight, claims))
+        tell(stored)
+    order = {place[2]: number for number, place in enumerate(places.values())}
+    linears.sort(key=lambda x: order[x.name])
+    return Weights(linears, not_finite, len(target.reader.entries))
+
+
+def not_finite_in(tensor: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
+
+
+def health_of(name: str, index: int, kind: str, weight: Tensor, claims: Claims) -> LinearHealth:
+    """Count one matrix [out, in]."""
+    claim = claims.linears.get(name)
+    counted = count(name, weight, claims.pattern, claim.asked if claim else 0.0)
+    nonzero = weight != 0
+    kept = counted.weights - counted.zeros
+    size = (weight.float().square().sum(dtype=torch.float64) / max(1, kept)).sqrt()
+    return LinearHealth(
+        name,
+        index,
+        kind,
+        counted.shape,
+        counted.zeros,
+        counted.misplaced,
+        float(size),
+        ~nonzero.any(dim=1),
+        ~nonzero.any(dim=0),
+    )

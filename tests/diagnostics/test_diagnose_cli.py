@@ -1,0 +1,215 @@
+"""`secateur diagnose` as a user meets it: verdicts, files, exit codes, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import secateur as library
+from diagnostics.planted import Pair, edit, found, make_pair
+from secateur.diagnostics.findings import SEVERITIES
+from secateur.evaluation.speed import Speed
+from secateur.workflows import benching
+from test_cli import secateur
+from tiny import save_tiny
+
+__all__ = ["secateur"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def pair(made: Pair, tmp_path: Path) -> Pair:
+    """A copy that may be broken."""
+    shutil.copytree(made.dense.parent, tmp_path / "pair")
+    return Pair(tmp_path / "pair")
+
+
+def flat(text: str) -> str:
+    """A table's text without its frame and line ends."""
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_a_healthy_model_in_one_line(secateur, pair: Pair) -> None:
+    done = secateur("diagnose", pair.dense)
+    assert done.code == 0, done.err
+    assert done.out == (f"{pair.dense}: healthy: no error, no warning (41 tensors, 21 linears)\n")
+    pruned = secateur("diagnose", pair.pruned)
+    assert pruned.code == 0
+    first, _, rest = pruned.out.partition("\n")
+    assert first.endswith("notes)")
+    assert "speed-not-measured" in rest
+    assert "weights" not in pruned.out.splitlines()[0]
+
+
+def test_findings_in_a_table_and_exit_code_3(secateur, pair: Pair) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(pair.pruned, name, lambda w: w.masked_fill_(w != 0, float("nan")))
+    done = secateur("diagnose", pair.pruned)
+    assert done.code == 3
+    assert ": 1 error (41 tensors" in done.out.splitlines()[0]
+    assert "not-finite" in done.out
+    told = json.loads(secateur("diagnose", pair.pruned, "--json").out)
+    severities = [x["severity"] for x in told["findings"]]
+    assert severities == sorted(severities, key=SEVERITIES.index)
+    assert severities[0] == "error"
+
+
+def test_warnings_alone_are_exit_code_0(secateur, pair: Pair) -> None:
+    edit(pair.pruned, "model.layers.1.self_attn.o_proj.weight", lambda w: w[:, :8].zero_())
+    done = secateur("diagnose", pair.pruned)
+    assert done.code == 0
+    assert done.out.splitlines()[0].startswith(f"{pair.pruned}: ")
+    assert "dead-head" in done.out
+    assert "head 0: 1 of 4 dead" in flat(done.out)
+
+
+def test_the_shape_of_the_json(secateur, pair: Pair) -> None:
+    done = secateur(
+        "diagnose", pair.pruned, "--dense", pair.dense, "--text", pair.windows, "--windows", 3,
+        "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told == json.loads((pair.pruned / "secateur" / "diagnosis.json").read_text())
+    assert next(iter(told)) == "schema"
+    assert told["schema"] == "secateur.diagnosis/1"
+    assert (told["model"], told["dense"]) == (str(pair.pruned), str(pair.dense))
+    assert told["protocol"]["windows"] == 3
+    for finding in told["findings"]:
+        assert set(finding) == {"id", "severity", "where", "evidence", "remedy"}
+        assert all(isinstance(x, str) and x for x in finding.values())
+    assert [x["layer"] for x in told["layers"]] == [0, 1, 2]
+    for layer in told["layers"]:
+        assert layer["sparsity"] == 0.5
+        assert 0 < layer["relative_error"] < 1
+        assert 0.5 < layer["cosine"] < 1
+        assert 0.5 < layer["norm_ratio"] < 2
+        assert 0 < layer["could_bear"] <= 0.95
+    assert len(told["linears"]) == 21
+    assert {x["claimed"] for x in told["linears"]} == {0.5}
+    assert {"cpu", "features", "cuda_capability", "supports"} <= set(told["target"])
+    assert told["environment"]["torch"]
+
+
+def test_without_a_reference_layers_are_null(secateur, pair: Pair) -> None:
+    told = json.loads(secateur("diagnose", pair.pruned, "--json").out)
+    assert told["dense"] is None
+    layer = told["layers"][1]
+    assert layer.pop("layer") == 1
+    assert layer.pop("sparsity") == 0.5
+    assert set(layer.values()) == {None}
+    (note,) = [x for x in told["findings"] if x["id"] == "no-reference"]
+    assert note["remedy"].endswith("pair0/dense")  # as the manifest names it
+
+
+def test_a_text_is_read_with_the_model_s_tokenizer(secateur, pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    asked = ("diagnose", pair.pruned, "--dense", pair.dense, "--text", tmp_path / "text.txt")
+    done = secateur(*asked, "--sequence-length", 20, "--json")
+    assert json.loads(done.out)["protocol"] == {
+        "text": str(tmp_path / "text.txt"),
+        "windows": 8,
+        "sequence_length": 20,
+        "computed_in": "float32",
+    }
+    for file in pair.pruned.glob("tokenizer*"):
+        file.unlink()
+    done = secateur(*asked)
+    assert done.code == 1
+    assert "the folder has no tokenizer" in done.err
+    assert secateur("diagnose", pair.pruned).code == 0  # no text is needed without a reference
+
+
+def test_the_training_log(secateur, pair: Pair, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n')
+    done = secateur("diagnose", pair.pruned, "--training-log", log, "--json")
+    assert done.code == 3
+    (finding,) = [x for x in json.loads(done.out)["findings"] if x["id"] == "training-not-finite"]
+    assert finding["where"] == f"{log}, step 2"
+
+
+def test_the_target_alone(secateur) -> None:
+    done = secateur("diagnose", "--target")
+    assert done.code == 0
+    assert "structured" in done.out
+    assert "CUDA capability:" in done.out
+    told = json.loads(secateur("diagnose", "--target", "--json").out)
+    assert {"unstructured", "2:4", "n:m", "int8", "structured"} == {
+        x["kind"] for x in told["supports"]
+    }
+
+
+def test_bad_input(secateur, pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    other = save_tiny(tmp_path / "other", num_hidden_layers=2, hidden_size=16)
+    for words, code, told in (
+        ((), 2, "no model to diagnose"),
+        ((tmp_path / "none",), 2, "no such file or folder"),
+        ((tmp_path / "empty",), 1, "the folder has no config.json"),
+        ((pair.pruned, "--dense", tmp_path / "none"), 2, "no such file or folder"),
+        (
+            (pair.pruned, "--dense", other),
+            2,
+            "num_hidden_layers: 3, in the reference 2; hidden_size: 32, in the reference 16",
+        ),
+        ((pair.pruned, "--dense", pair.dense, "--windows", 0), 2, "windows is 0"),
+        ((pair.pruned, "--dense", pair.dense, "--text", "nowhere"), 2, "'nowhere'"),
+        (
+            (pair.pruned, "--dense", pair.dense, "--sequence-length", 65),
+            2,
+            "exceeds the model's 64 positions",
+        ),
+        ((pair.pruned, "--training-log", tmp_path / "none"), 2, "no such training log"),
+        ((pair.pruned, "--device", "tpu"), 2, "'tpu' is not auto"),
+    ):
+        done = secateur("diagnose", *words)
+        assert done.code == code, done.err
+        assert told in " ".join(done.err.split())
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "severity"),
+    [
+        ({"verdict": "1.60 times as fast as torch", "protocol": {"cpu": "X"}}, "speed-measured",
+         "note"),
+        ({"verdict": "no gain: torch bf16 is as fast", "protocol": {"cpu": "X"}}, "no-speed-up",
+         "note"),
+        ({"verdict": "fast"}, "records-unreadable", "warning"),
+    ],
+)  # fmt: skip
+def test_the_measured_speed(record: dict, kind: str, severity: str, pair: Pair) -> None:
+    (pair.pruned / "secateur" / "bench.json").write_text(json.dumps(record))
+    diagnosis = library.diagnose(pair.pruned)
+    (speed,) = found(diagnosis, kind)
+    assert speed.severity == severity
+    assert not found(diagnosis, "speed-not-measured")
+
+
+def test_bench_writes_what_diagnose_reads(secateur, pair: Pair, monkeypatch) -> None:
+    speeds = [Speed("packed", (0.1,), (0.2,), 5), Speed("torch bf16", (0.2,), (0.2,), 5)]
+    monkeypatch.setattr(benching, "compare", lambda *words, **options: speeds)
+    done = secateur("bench", pair.pruned, "--json")
+    assert done.code == 0, done.err
+    stored = json.loads((pair.pruned / "secateur" / "bench.json").read_text())
+    assert stored.pop("schema") == "secateur.bench/1"
+    assert stored == json.loads(done.out)
+    assert secateur("bench", pair.dense).code == 0
+    assert not (pair.dense / "secateur").exists()
+    (speed,) = found(library.diagnose(pair.pruned), "speed-measured")
+    assert "2.00 times as fast as torch bf16" in speed.evidence
+
+
+@pytest.mark.real_model
+def test_the_real_dense_model_as_its_own_reference(secateur) -> None:
+    done = secateur("diagnose", "smollm2-135m", "--dense", "smollm2-135m", "--windows", 1)
+    assert done.code == 0, done.err
+    assert done.out.startswith("smollm2-135m: healthy: no error, no warning")
+    assert len(done.out.splitlines()) == 1
