@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
     from secateur.workflows import (
+        SweepPlan,
         bench,
         compress,
         decompress,
@@ -34,12 +35,15 @@ if TYPE_CHECKING:
         judge,
         plan,
         prune,
+        report,
+        sweep,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SecateurError",
+    "SweepPlan",
     "__version__",
     "allocations",
     "bench",
@@ -55,12 +59,15 @@ __all__ = [
     "plan",
     "prune",
     "refinements",
+    "report",
     "scores",
     "solvers",
+    "sweep",
 ]
 
 HOMES = {
     "SecateurError": "secateur.errors",
+    "SweepPlan": "secateur.workflows",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows",
     "compose": "secateur.sparsity.methods",
@@ -75,8 +82,10 @@ HOMES = {
     "plan": "secateur.workflows",
     "prune": "secateur.workflows",
     "refinements": "secateur.sparsity.refinements",
+    "report": "secateur.workflows",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
+    "sweep": "secateur.workflows",
 }
 
 

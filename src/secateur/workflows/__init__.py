@@ -1,7 +1,8 @@
 """Workflows: the only place where the rooms are wired together.
 
 The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`, `judge`,
-`compress`, `decompress`, `generate`, `bench`, `diagnose`.
+`compress`, `decompress`, `generate`, `bench`, `diagnose`, `sweep`,
+`report`.
 """
 
 from secateur.reporting.compression_report import CompressionReport, DecompressionReport
@@ -15,6 +16,8 @@ from secateur.workflows.generating import Generation, generate
 from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.judging import judge
 from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
+from secateur.workflows.reporting import report
+from secateur.workflows.sweeping import SweepPlan, sweep
 
 __all__ = [
     "CompressionReport",
@@ -22,6 +25,7 @@ __all__ = [
     "Evaluation",
     "Generation",
     "PruneReport",
+    "SweepPlan",
     "bench",
     "compress",
     "decompress",
@@ -33,5 +37,7 @@ __all__ = [
     "plan",
     "plan_recipe",
     "prune",
+    "report",
     "run_recipe",
+    "sweep",
 ]

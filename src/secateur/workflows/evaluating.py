@@ -11,10 +11,8 @@ from typing import Any
 from torch import nn
 
 from secateur.calibration.documents import read_text
-from secateur.diagnostics.audit import Audit
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError
-from secateur.evaluation.generation import generate
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.evaluation.protocol import protocol_id
@@ -24,10 +22,9 @@ from secateur.models.whole import load_whole
 from secateur.runtime.load import load
 from secateur.runtime.packed import is_packed
 from secateur.types import Windows
-from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.preparing import choose_device
 
-__all__ = ["Evaluation", "Impression", "evaluate", "look_at"]
+__all__ = ["Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -152,38 +149,3 @@ def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, A
     else:
         loaded = load_whole(source.folder, place, trust_remote_code=trust_remote_code)
     return loaded, tokenizer
-
-
-@dataclass(frozen=True)
-class Impression:
-    """What one look at a model shows: perplexity, zeros, size, and a sentence of its own."""
-
-    evaluation: Evaluation
-    audit: Audit
-    sentence: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Perplexity, zeros, size and sentence."""
-        return {
-            "evaluation": self.evaluation.to_json(),
-            "decoder_sparsity": self.audit.sparsity,
-            "file_bytes": self.audit.file_bytes,
-            "sentence": self.sentence,
-        }
-
-
-def look_at(
-    model: str, text: str, prompt: str, *, max_windows: int, progress: Progress
-) -> Impression:
-    """Judge a model on a text in windows of 512 tokens, count its zeros, let it go on a prompt."""
-    loaded, tokenizer = load_model(model, "auto", trust_remote_code=False)
-    evaluation = evaluate(
-        loaded,
-        text=text,
-        tokenizer=tokenizer,
-        sequence_length=512,
-        max_windows=max_windows,
-        progress=progress,
-    )
-    sentence = generate(loaded, tokenizer, prompt)
-    return Impression(evaluation, inspect_model(model), sentence)

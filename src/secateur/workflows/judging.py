@@ -13,6 +13,7 @@ from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError
 from secateur.evaluation.divergence import DivergenceResult, divergence
 from secateur.evaluation.generation_checks import (
+    PROMPTS,
     Sample,
     check_generation,
     generation_protocol,
@@ -62,6 +63,7 @@ def judge(
     limit: int | None = None,
     shots: int = 0,
     generation: bool = False,
+    prompts: Sequence[str] = PROMPTS,
     output: str | Path | None = None,
     tokenizer: Any = None,
     sequence_length: int | None = None,
@@ -84,6 +86,7 @@ def judge(
         limit: only the first so many items of each task.
         shots: answered examples in front of each question.
         generation: whether to let it write, and look for loops.
+        prompts: what it goes on from.
         output: a file for the result.
         tokenizer: needed for a loaded model.
         sequence_length: tokens per window; 2048, or less if the model is shorter.
@@ -119,7 +122,7 @@ def judge(
         perplexity=texts,
         divergence=apart,
         tasks=task_records(judged, dense, prepared, progress),
-        generation=generation_record(judged, dense, progress) if generation else None,
+        generation=generation_record(judged, dense, prompts, progress) if generation else None,
     )
     if not isinstance(model, nn.Module) and (Path(model) / RUN_FOLDER).is_dir():
         record.save(Path(model) / RUN_FOLDER / FILE_NAME)
@@ -251,13 +254,15 @@ def task_record(score: TaskScore, beside: Comparison | None) -> TaskRecord:
     )
 
 
-def generation_record(judged: Judged, dense: Judged | None, progress: Progress) -> GenerationRecord:
+def generation_record(
+    judged: Judged, dense: Judged | None, prompts: Sequence[str], progress: Progress
+) -> GenerationRecord:
     """Texts of the model, side by side with those of the reference."""
-    own = check_generation(judged.model, judged.tokenizer, progress=progress)
+    own = check_generation(judged.model, judged.tokenizer, prompts=prompts, progress=progress)
     theirs: list[Sample] | None = None
     if dense is not None:
-        theirs = check_generation(dense.model, dense.tokenizer, progress=progress)
-    protocol = generation_protocol()
+        theirs = check_generation(dense.model, dense.tokenizer, prompts=prompts, progress=progress)
+    protocol = generation_protocol(prompts)
     beside: Sequence[Sample | None] = theirs or [None] * len(own)
     return GenerationRecord(
         samples=[
