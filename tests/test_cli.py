@@ -68,8 +68,8 @@ def test_prune_eval_inspect_in_json(secateur, model: Path, windows: Path, tmp_pa
     judged = json.loads(
         secateur("eval", out, "--perplexity", text, "--sequence-length", "16", "--json").out
     )
-    assert judged["perplexity"] > 1
-    assert judged["protocol"]["sequence_length"] == 16
+    assert judged["perplexity"][0]["perplexity"] > 1
+    assert judged["perplexity"][0]["protocol"]["sequence_length"] == 16
     seen = json.loads(secateur("inspect", out, "--json").out)
     assert seen["decoder_sparsity"] == 0.5
     assert seen["family"] == "llama"

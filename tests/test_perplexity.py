@@ -13,6 +13,7 @@ from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.evaluation import perplexity as room
 from secateur.evaluation.generation import generate
 from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol
+from secateur.evaluation.protocol import fingerprint
 from secateur.models.tokenizer import load_tokenizer
 from tiny import save_tiny, tiny_tokenizer
 from zoo import CONFIGS, tiny_model, tiny_windows
@@ -152,6 +153,7 @@ def test_protocol():
         "sequence_length": 8,
         "windows": 3,
         "tokens": 21,
+        "token_ids": fingerprint(tiny_windows(3, 8)),
         "dtype": "bfloat16",
         "tokenizer": "t",
     }

@@ -25,20 +25,25 @@ if TYPE_CHECKING:
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
     from secateur.workflows import (
+        SweepPlan,
         bench,
         compress,
         decompress,
         diagnose,
         evaluate,
         generate,
+        judge,
         plan,
         prune,
+        report,
+        sweep,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SecateurError",
+    "SweepPlan",
     "__version__",
     "allocations",
     "bench",
@@ -48,17 +53,21 @@ __all__ = [
     "diagnose",
     "evaluate",
     "generate",
+    "judge",
     "kernel_info",
     "load",
     "plan",
     "prune",
     "refinements",
+    "report",
     "scores",
     "solvers",
+    "sweep",
 ]
 
 HOMES = {
     "SecateurError": "secateur.errors",
+    "SweepPlan": "secateur.workflows",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows",
     "compose": "secateur.sparsity.methods",
@@ -67,13 +76,16 @@ HOMES = {
     "diagnose": "secateur.workflows",
     "evaluate": "secateur.workflows",
     "generate": "secateur.workflows",
+    "judge": "secateur.workflows",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "plan": "secateur.workflows",
     "prune": "secateur.workflows",
     "refinements": "secateur.sparsity.refinements",
+    "report": "secateur.workflows",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
+    "sweep": "secateur.workflows",
 }
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,6 +108,42 @@ def test_one_answer_whatever_the_threads(tier):
         assert all(torch.equal(answers[0], other) for other in answers)
     finally:
         kernels.sct_set_threads(usual)
+
+
+BOUND = """
+import os, sys
+import torch
+from secateur.runtime.kernels.library import library
+from secateur.runtime.kernels.matrix import Matrix
+
+allowed = os.sched_getaffinity(0)
+before = set(os.listdir("/proc/self/task"))
+assert library().sct_set_threads(len(allowed)) == len(allowed)
+workers = [int(x) for x in set(os.listdir("/proc/self/task")) - before]
+matrix, x = Matrix(torch.randn(64, 64)), torch.randn(1, 64)
+
+def processors():
+    matrix.multiply(x)
+    return [os.sched_getaffinity(worker) for worker in workers]
+
+first = processors()
+assert all(len(own) == 1 for own in first), first
+assert len(set.union(*first)) == len(workers) == len(allowed) - 1
+assert os.sched_getaffinity(0) == allowed
+for moved_to in allowed:  # each worker that the caller comes to makes room
+    os.sched_setaffinity(0, {moved_to})
+    assert set.union(*processors()) == allowed - {moved_to}
+os.sched_setaffinity(0, allowed)
+library().sct_set_threads(len(allowed) + 1)  # more than processors: the scheduler's business
+workers = [int(x) for x in set(os.listdir("/proc/self/task")) - before]
+assert all(own == allowed for own in processors())
+"""
+
+
+def test_workers_have_processors_of_their_own():
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor")
+    subprocess.run([sys.executable, "-c", BOUND], check=True)
 
 
 def test_not_a_number_stays_one(tier):

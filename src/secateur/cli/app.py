@@ -57,6 +57,8 @@ def add_verbs() -> None:
         methods,
         plan,
         prune,
+        report,
+        sweep,
     )
 
     app.command("prune")(prune.prune)
@@ -68,6 +70,8 @@ def add_verbs() -> None:
     app.command("decompress")(decompress.decompress)
     app.command("generate")(generate.generate)
     app.command("bench")(bench.bench)
+    app.command("sweep")(sweep.sweep)
+    app.command("report")(report.report)
     app.command("diagnose")(diagnose.diagnose)
     app.command("demo")(demo.demo)
 
@@ -78,11 +82,13 @@ def main() -> None:
     try:
         app()
     except SecateurError as error:
-        report(error)
+        tell(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo(
-            "\ninterrupted; `secateur prune … --resume` goes on with a pruning run", err=True
+            "\ninterrupted; `secateur prune … --resume` goes on with a pruning run, "
+            "the same command again with a sweep",
+            err=True,
         )
         sys.exit(130)
     except BrokenPipeError:
@@ -90,7 +96,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def report(error: SecateurError) -> None:
+def tell(error: SecateurError) -> None:
     """Tell an error: for people on stderr, and for programs on stdout where --json was given."""
     if "--json" in sys.argv:
         kind = type(error).__name__

@@ -1,20 +1,27 @@
-"""`secateur demo`: a real model, pruned, measured and heard, without a hub."""
+"""`secateur demo`: a real model, pruned, measured, heard and reported, without a hub."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from secateur.cli import options as o
 
+if TYPE_CHECKING:
+    from secateur.diagnostics.audit import Audit
+    from secateur.reporting.evaluation_schema import EvaluationRecord
+
 __all__ = ["demo"]
 
 MODEL = "smollm2-135m"
 CALIBRATION, JUDGING = "boolq-calibration", "boolq-held-out"
-PROMPT = "The Eiffel Tower is a famous landmark in"
+PROMPTS = (
+    "The Eiffel Tower is a famous landmark in",
+    "Once upon a time, in a village by the sea, there lived an old woman who",
+)
 
 
 def demo(
@@ -25,18 +32,16 @@ def demo(
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to judge on.")] = 40,
     as_json: o.Json = False,
 ) -> None:
-    """Prune SmolLM2-135M and compare it with the dense model, on text it was not calibrated on."""
+    """Prune SmolLM2-135M, judge it beside the dense model on other text, and write a report."""
     from secateur.cli.rendering import ProgressBar, print_json, stderr
-    from secateur.workflows import prune
-    from secateur.workflows.evaluating import look_at
+    from secateur.workflows import inspect_model, judge, prune
+    from secateur.workflows import report as write_report
 
     folder = Path(output)
     if (folder / "secateur" / "manifest.json").exists():
         shutil.rmtree(folder)  # an earlier demo
     with ProgressBar() as progress:
-        stderr.print(f"[bold]1/3[/] judging {MODEL} as it is")
-        dense = look_at(MODEL, JUDGING, PROMPT, max_windows=windows, progress=progress)
-        stderr.print(f"[bold]2/3[/] pruning to {sparsity:.0%} ({effort})")
+        stderr.print(f"[bold]1/3[/] pruning {MODEL} to {sparsity:.0%} ({effort})")
         report = prune(
             MODEL,
             output=folder,
@@ -48,41 +53,63 @@ def demo(
             progress=progress,
             restart=True,
         )
-        stderr.print("[bold]3/3[/] judging the result")
-        pruned = look_at(str(folder), JUDGING, PROMPT, max_windows=windows, progress=progress)
-    if as_json:
-        print_json(
-            {"dense": dense.to_json(), "pruned": pruned.to_json(), "manifest": report.manifest}
+        stderr.print("[bold]2/3[/] judging the result beside the dense model")
+        judged = judge(
+            folder,
+            reference=MODEL,
+            perplexity=[JUDGING],
+            generation=True,
+            prompts=PROMPTS,
+            sequence_length=512,
+            max_windows=windows,
+            progress=progress,
         )
+        stderr.print("[bold]3/3[/] counting zeros and writing the report")
+        dense, pruned = inspect_model(MODEL), inspect_model(str(folder))
+        page = write_report([folder], folder / "report.html").page
+    if as_json:
+        told = {"report": str(page), "evaluation": judged.to_json(), "manifest": report.manifest}
+        print_json({**told, "dense": dense.to_json(), "pruned": pruned.to_json()})
         return
-    show(dense, pruned, report, folder)
+    show(dense, pruned, judged, report.manifest)
+    show_texts(judged)
+    show_places(folder, page)
 
 
-def show(dense: Any, pruned: Any, report: Any, folder: Path) -> None:
+def show(dense: Audit, pruned: Audit, judged: EvaluationRecord, manifest: dict[str, Any]) -> None:
     """The comparison, for people."""
     from secateur.cli.rendering import gib, mib, print_table, stdout
 
-    cost, result = report.manifest["cost"], report.manifest["result"]
-    files = mib(result["file_bytes"])
+    [text], cost = judged.perplexity, manifest["cost"]
     rows = [
-        ("perplexity", f"{dense.evaluation.perplexity:.2f}", f"{pruned.evaluation.perplexity:.2f}"),
-        (
-            "zeros in decoder matrices",
-            f"{dense.audit.sparsity:.2%}",
-            f"{pruned.audit.sparsity:.2%}",
-        ),
+        ("perplexity", f"{text.reference_perplexity:.2f}", f"{text.perplexity:.2f}"),
+        ("zeros in decoder matrices", f"{dense.sparsity:.2%}", f"{pruned.sparsity:.2%}"),
         ("pruning time", "", f"{cost['seconds']:.0f} s"),
         ("peak memory while pruning", "", gib(cost["peak_resident_bytes"])),
-        ("weight files", mib(dense.audit.file_bytes), files),
+        ("weight files", mib(dense.file_bytes), mib(pruned.file_bytes)),
     ]
     print_table(MODEL, ("", "dense", "pruned"), rows)
-    protocol = ", ".join(f"{k} {v}" for k, v in pruned.evaluation.protocol.items())
-    stdout.print(f"perplexity protocol: {protocol}", style="dim")
-    stdout.print("\n[bold]dense says:[/] ", end="")
-    stdout.print(dense.sentence, markup=False)
-    stdout.print("[bold]pruned says:[/] ", end="")
-    stdout.print(pruned.sentence, markup=False)
+    protocol = ", ".join(f"{k} {v}" for k, v in text.protocol.items())
+    stdout.print(f"perplexity protocol {text.protocol_id}: {protocol}", style="dim")
+
+
+def show_texts(judged: EvaluationRecord) -> None:
+    """What both models make of the first prompt."""
+    from secateur.cli.rendering import stdout
+
+    assert judged.generation is not None
+    first = judged.generation.samples[0]
+    for name, text in (("dense", first.reference_text or ""), ("pruned", first.text)):
+        stdout.print(f"\n[bold]{name} says:[/] ", end="")
+        stdout.print(f"{first.prompt}{text}", markup=False)
+
+
+def show_places(folder: Path, page: Path) -> None:
+    """Where everything lies."""
+    from secateur.cli.rendering import stdout
+
     stdout.print(
         "\nThe files are equally large: zeros are stored as zeros until they are packed.\n"
-        f"The pruned model lies in [bold]{folder}[/]; its card is {folder / 'README.md'}."
+        f"The pruned model lies in [bold]{folder}[/]; its card is {folder / 'README.md'}.\n"
+        f"The report is [bold]{page}[/]: open it in a browser."
     )

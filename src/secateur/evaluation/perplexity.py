@@ -14,7 +14,7 @@ import inspect
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.evaluation.protocol import fingerprint
+from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.tokenizer import Tokenizer, token_ids
 from secateur.types import Windows
 
-__all__ = ["PerplexityResult", "evaluation_windows", "perplexity", "protocol"]
+__all__ = ["PerplexityResult", "evaluation_windows", "perplexity", "protocol", "summary"]
 
 TOKENS_PER_FORWARD = 2048
 LOGITS_BYTES = 64 * 2**20
@@ -110,6 +112,7 @@ def protocol(
         "sequence_length": length,
         "windows": count,
         "tokens": count * (length - 1),
+        "token_ids": fingerprint(windows),
         "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": tokenizer,
     }
@@ -142,7 +145,7 @@ def perplexity(
     """
     count, length = windows.shape
     check_windows(model, windows)
-    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    device = place_of(model)
     batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
     losses: list[float] = []
     started = time.perf_counter()
@@ -152,7 +155,21 @@ def perplexity(
             losses += window_losses(model, parts, batch.to(device)).tolist()
             if progress is not None:
                 progress(len(losses), count)
-    seconds = time.perf_counter() - started
+    return summary(losses, length, time.perf_counter() - started)
+
+
+def summary(losses: Sequence[float], length: int, seconds: float) -> PerplexityResult:
+    """The perplexity of windows whose mean losses are known.
+
+    Args:
+        losses: of each window, nats per predicted token.
+        length: tokens in a window.
+        seconds: that it took to measure them.
+
+    Raises:
+        NumericalError: one of them is not a number, or infinite.
+    """
+    count = len(losses)
     for number, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise NumericalError(
@@ -161,15 +178,14 @@ def perplexity(
                 remedy="a weight or activation overflowed: evaluate in float32 or bfloat16, "
                 "and run 'secateur diagnose' on the model",
             )
-    values = torch.tensor(losses, dtype=torch.float64)
-    mean = values.mean().item()
+    mean = mean_of(losses)
     return PerplexityResult(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         mean_loss=mean,
         tokens=count * (length - 1),
         windows=count,
         sequence_length=length,
-        standard_error=values.std().item() / math.sqrt(count) if count > 1 else None,
+        standard_error=standard_error(losses),
         seconds=seconds,
     )
 
@@ -193,6 +209,11 @@ def check_windows(model: nn.Module, windows: Windows) -> None:
             f"token id {highest} in the windows, the model's vocabulary has {vocabulary}",
             remedy="make the windows with the tokenizer of this model",
         )
+
+
+def place_of(model: nn.Module) -> torch.device:
+    """Where a model runs."""
+    return next(itertools.chain(model.parameters(), model.buffers())).device
 
 
 @contextmanager
@@ -245,14 +266,25 @@ def forward_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return result if isinstance(result, Tensor) else result.logits
 
 
-def window_losses(model: nn.Module, parts: Parts | None, ids: Tensor) -> Tensor:
-    """The mean loss of each window of a batch, float64 [batch]."""
+def last_states(model: nn.Module, parts: Parts | None, ids: Tensor) -> tuple[Parts, Tensor]:
+    """The last hidden states of all tokens that have a next one, and what makes logits of them.
+
+    Where the model cannot be taken apart, the states are its logits.
+
+    Returns:
+        The parts, and states [batch · (sequence − 1), width].
+    """
     if parts is None:
         states = forward_logits(model, ids)
         parts = Parts(nn.Identity(), nn.Identity(), states.shape[-1])
     else:
         states = parts.body(ids)
-    states = states[:, :-1].flatten(0, 1)
+    return parts, states[:, :-1].flatten(0, 1)
+
+
+def window_losses(model: nn.Module, parts: Parts | None, ids: Tensor) -> Tensor:
+    """The mean loss of each window of a batch, float64 [batch]."""
+    parts, states = last_states(model, parts, ids)
     targets = ids[:, 1:].reshape(-1).to(states.device)
     chunk = max(1, LOGITS_BYTES // (4 * parts.vocabulary))
     losses = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from secateur.reporting.compression_report import CompressionReport
 
-__all__ = ["compression_card", "source_part"]
+__all__ = ["compression_card", "source_part", "with_dense_card"]
 
 MARK = "<!-- the card of the dense folder -->"
 
@@ -82,3 +82,13 @@ def source_part(card: str) -> str:
     front, body = split_card(card)
     _, found, dense = body.partition(MARK + "\n")
     return front + dense if found else card
+
+
+def with_dense_card(card: str, dense: str) -> str:
+    """The card of a compressed model with another card of its dense folder."""
+    _, body = split_card(card)
+    head, found, _ = body.partition(MARK + "\n")
+    if not found:
+        return dense
+    front, dense_body = split_card(dense)
+    return front + head + found + dense_body

@@ -28,7 +28,7 @@ Made by secateur {version} with **{method[name]}** (score {method[score]}, solve
 The zeros are stored as zeros: this folder is as large as the source, and engines that do not know
 of sparsity run it at the source's speed. Embeddings, norms and output head are the source's.
 
-## Use
+{evidence}## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,13 +49,16 @@ The calibration windows are in `secateur/windows.safetensors`; per-layer records
 """
 
 
-def model_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path) -> str:
+def model_card(
+    manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path, evidence: str = ""
+) -> str:
     """The text of README.md for the output folder.
 
     Args:
         manifest: the manifest of the run.
         recipe_yaml: the resolved recipe.
         source_folder: the source checkpoint, for its licence and language.
+        evidence: sections about what was measured of the model, if anything was.
     """
     from huggingface_hub import ModelCardData
 
@@ -84,6 +87,7 @@ def model_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Pat
         hardware=f"{environment['cpu']}, {environment['threads']} threads",
         peak=f"{manifest['cost']['peak_resident_bytes'] / 2**30:.2f}",
         recipe=recipe_yaml.rstrip(),
+        evidence=f"{evidence}\n\n" if evidence else "",
     )
 
 

@@ -1,7 +1,8 @@
 """Workflows: the only place where the rooms are wired together.
 
-The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`,
-`compress`, `decompress`, `generate`, `bench`, `diagnose`.
+The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`, `judge`,
+`compress`, `decompress`, `generate`, `bench`, `diagnose`, `sweep`,
+`report`.
 """
 
 from secateur.reporting.compression_report import CompressionReport, DecompressionReport
@@ -13,7 +14,10 @@ from secateur.workflows.diagnosing import diagnose
 from secateur.workflows.evaluating import Evaluation, evaluate
 from secateur.workflows.generating import Generation, generate
 from secateur.workflows.inspecting import inspect_model
+from secateur.workflows.judging import judge
 from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
+from secateur.workflows.reporting import report
+from secateur.workflows.sweeping import SweepPlan, sweep
 
 __all__ = [
     "CompressionReport",
@@ -21,6 +25,7 @@ __all__ = [
     "Evaluation",
     "Generation",
     "PruneReport",
+    "SweepPlan",
     "bench",
     "compress",
     "decompress",
@@ -28,8 +33,11 @@ __all__ = [
     "evaluate",
     "generate",
     "inspect_model",
+    "judge",
     "plan",
     "plan_recipe",
     "prune",
+    "report",
     "run_recipe",
+    "sweep",
 ]

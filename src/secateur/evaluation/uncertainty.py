@@ -1,0 +1,92 @@
+"""How sure a mean is, and whether one model's score differs from another's.
+
+standard error   s / √n, s the sample's standard deviation (n − 1 below the line)
+difference       mean of (modelᵢ − referenceᵢ) over the same items: what both find easy or hard
+                 cancels, so the error is that of the pairs and not of two scores
+significant      |difference| > 1.96 · its standard error (95 %, two sides)
+retention        (value − chance) / (reference − chance); a reference that is not more than two
+                 standard errors above chance has nothing to be retained, and gives none
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from secateur.errors import RecipeError
+
+__all__ = ["Comparison", "compare", "mean_of", "retention", "standard_error"]
+
+NORMAL_95 = 1.96
+FROM_CHANCE = 2.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model's score beside a reference's, over the same items.
+
+    Args:
+        reference_value: the reference's score.
+        difference: the model's score less the reference's.
+        standard_error: of the difference, over pairs; None for a single item.
+        significant: whether the difference is, at 95 %; None for a single item.
+        retention: what is kept of the reference's lead over chance; None where it has none.
+    """
+
+    reference_value: float
+    difference: float
+    standard_error: float | None
+    significant: bool | None
+    retention: float | None
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean, summed exactly."""
+    return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean; None for a single value."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = mean_of(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return math.sqrt(variance / count)
+
+
+def compare(values: Sequence[float], reference: Sequence[float], chance: float) -> Comparison:
+    """Hold a model's items against those of a reference, pair by pair.
+
+    Args:
+        values: the model's result for each item.
+        reference: the reference's, for the same items in the same order.
+        chance: the score of guessing.
+
+    Raises:
+        RecipeError: there are not as many of the one as of the other.
+    """
+    if len(values) != len(reference):
+        raise RecipeError(
+            f"{len(values)} items of the model, {len(reference)} of the reference",
+            remedy="judge both on the same items",
+        )
+    differences = [a - b for a, b in zip(values, reference, strict=True)]
+    difference, error = mean_of(differences), standard_error(differences)
+    return Comparison(
+        reference_value=mean_of(reference),
+        difference=difference,
+        standard_error=error,
+        significant=None if error is None else abs(difference) > NORMAL_95 * error,
+        retention=retention(mean_of(values), mean_of(reference), standard_error(reference), chance),
+    )
+
+
+def retention(
+    value: float, reference: float, reference_error: float | None, chance: float
+) -> float | None:
+    """What is kept of a reference's lead over chance; None where that lead may be luck."""
+    if reference_error is None or reference - chance <= FROM_CHANCE * reference_error:
+        return None
+    return (value - chance) / (reference - chance)

@@ -1,0 +1,124 @@
+"""Perplexity against sparsity: which points may stand in one chart, and which make a line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from secateur.evaluation.protocol import protocol_id
+from secateur.reporting.charts import LineChart, Mark, Series
+from secateur.reporting.sweep_result import SweepResult
+from secateur.reporting.wording import bare_name, percent
+
+__all__ = ["Judged", "curve_charts", "judged_points", "sweep_charts"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One perplexity of one pruned model.
+
+    Attributes:
+        model: the dense model, whose tokenizer the perplexity depends on.
+        text: what it was judged on.
+        protocol: how.
+        series: the line it belongs to.
+        sparsity: the fraction of zeros in the decoder's matrices.
+        perplexity: the value.
+        dense: that of the dense model, if it was measured.
+        joined: whether its series is a line.
+    """
+
+    model: str
+    text: str
+    protocol: dict[str, Any] = field(compare=False)
+    series: str
+    sparsity: float
+    perplexity: float
+    dense: float | None = None
+    joined: bool = True
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """The same for perplexities that can be compared."""
+        return self.model, protocol_id("ppl", self.protocol)
+
+    @property
+    def told(self) -> str:
+        """All of it in words."""
+        words = (
+            f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 1)} zeros"
+        )
+        if self.dense:
+            words += f", {math.log(self.perplexity / self.dense):+.3f} nats a token"
+        return words
+
+
+def judged_points(result: SweepResult, name: str = "") -> list[Judged]:
+    """The points of a sweep; `name` tells its lines from those of others."""
+    return [
+        Judged(
+            model=result.model,
+            text=text,
+            protocol=result.protocol[text],
+            series=" ".join(
+                filter(None, (name, p.method, "" if p.pattern == "unstructured" else p.pattern))
+            ),
+            sparsity=p.zeros,
+            perplexity=p.perplexity[text],
+            dense=result.dense[text],
+            joined=":" not in p.pattern,
+        )
+        for p in result.points
+        for text in result.texts
+    ]
+
+
+def sweep_charts(results: Sequence[SweepResult]) -> list[LineChart]:
+    """One chart for each text that sweeps were judged on."""
+    return curve_charts(point for result in results for point in judged_points(result))
+
+
+def curve_charts(points: Iterable[Judged]) -> list[LineChart]:
+    """One chart for each set of perplexities that can be compared, at least one point each."""
+    groups: dict[tuple[Any, ...], list[Judged]] = {}
+    for point in points:
+        if math.isfinite(point.perplexity) and point.perplexity > 0:
+            groups.setdefault(point.alike, []).append(point)
+    return [chart_of(number, group) for number, group in enumerate(groups.values(), start=1)]
+
+
+def chart_of(number: int, group: Sequence[Judged]) -> LineChart:
+    """The chart of perplexities that can be compared."""
+    first = group[0]
+    series: dict[str, list[Judged]] = {}
+    for point in group:
+        series.setdefault(point.series, []).append(point)
+    dense = next((point.dense for point in group if point.dense), None)
+    protocol = first.protocol
+    return LineChart(
+        key=f"perplexity-{number}",
+        title=f"{bare_name(first.model)}: perplexity on {bare_name(first.text)}",
+        x_label="zeros in the decoder's matrices",
+        y_label="perplexity (log)",
+        series=tuple(
+            Series(
+                name,
+                tuple(Mark(p.sparsity, p.perplexity, short(p.perplexity), p.told) for p in own),
+                joined=own[0].joined and len(own) > 1,
+            )
+            for name, own in series.items()
+        ),
+        reference=None if dense is None else ("dense", dense),
+        log_y=True,
+        percent_x=True,
+        note=f"{protocol.get('windows', '?')} windows of {protocol.get('sequence_length', '?')} "
+        f"tokens of {bare_name(str(protocol.get('dataset', first.text)))}, protocol "
+        f"{protocol_id('ppl', protocol)}. Lower is better.",
+    )
+
+
+def short(value: float) -> str:
+    """A perplexity in at most four digits."""
+    return f"{value:.1f}" if value < 1000 else f"{value:.3g}" if value < 1e6 else f"{value:.1e}"

@@ -1,0 +1,190 @@
+"""Where everything in a line chart goes: numbers of SVG, for the template to write out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from secateur.reporting.charts import LineChart, Mark
+
+__all__ = ["HEIGHT", "WIDTH", "Drawing", "draw"]
+
+WIDTH, HEIGHT = 430.0, 310.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 16.0, 40.0
+LETTER, LINE = 6.6, 13.0
+"""Room that a letter and a line of small print take."""
+
+SHAPES = (
+    "M-4.4 0a4.4 4.4 0 1 0 8.8 0a4.4 4.4 0 1 0-8.8 0z",
+    "M-4-4h8v8h-8z",
+    "M0-5.2L5 3.8H-5z",
+    "M0-5.6L5.6 0L0 5.6L-5.6 0z",
+    "M0 5.2L5-3.8H-5z",
+    "M-5-1.7h3.3V-5h3.4v3.3H5v3.4H1.7V5h-3.4V1.7H-5z",
+)
+"""Marks of the series, around their point; told apart without colours."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A place on an axis and what is written there."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class DrawnMark:
+    """A mark, with the place of its label."""
+
+    x: float
+    y: float
+    told: str
+    label: str
+    label_x: float
+    label_y: float
+
+
+@dataclass(frozen=True)
+class DrawnSeries:
+    """A series: its number decides colour, stroke and shape."""
+
+    number: int
+    name: str
+    shape: str
+    path: str
+    marks: tuple[DrawnMark, ...]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A line chart, ready to be written out."""
+
+    chart: LineChart
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    series: tuple[DrawnSeries, ...]
+    reference_y: float | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From values to places."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """The place of a value."""
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
+
+
+def draw(chart: LineChart) -> Drawing:
+    """Give everything in a chart its place."""
+    marks = [mark for series in chart.series for mark in series.drawn]
+    ys = [m.y for m in marks] + ([chart.reference[1]] if chart.reference else [])
+    log = chart.log_y and min(ys) > 0
+    x = Axis(*span([m.x for m in marks], 0.08), LEFT, WIDTH - RIGHT)
+    y = Axis(*span(ys, 0.12, log=log), HEIGHT - BOTTOM, TOP, log)
+    taken = [(x(m.x) - 5, y(m.y) - 5, x(m.x) + 5, y(m.y) + 5) for m in marks]
+    reference_y = y(chart.reference[1]) if chart.reference else None
+    if reference_y is not None:  # its line, and its name at the right end
+        taken += [(LEFT, reference_y - 2, WIDTH - RIGHT, reference_y + 2)]
+        taken += [(WIDTH - RIGHT - 13 * LETTER, reference_y - LINE, WIDTH - RIGHT, reference_y)]
+    series = []
+    for number, one in enumerate(chart.series):
+        places = [(x(m.x), y(m.y)) for m in one.drawn]
+        path = "M" + "L".join(f"{a:g} {b:g}" for a, b in places) if one.joined else ""
+        drawn = tuple(place_mark(m, *p, taken) for m, p in zip(one.drawn, places, strict=True))
+        series.append(
+            DrawnSeries(number % len(SHAPES), one.name, SHAPES[number % len(SHAPES)], path, drawn)
+        )
+    return Drawing(
+        chart,
+        WIDTH,
+        HEIGHT,
+        LEFT,
+        WIDTH - RIGHT,
+        TOP,
+        HEIGHT - BOTTOM,
+        tuple(Tick(x(v), tick_text(v, chart.percent_x)) for v in ticks(x.low, x.high, 6)),
+        tuple(
+            Tick(y(v), tick_text(v))
+            for v in (log_ticks(y.low, y.high) if log else ticks(y.low, y.high, 5))
+        ),
+        tuple(series),
+        reference_y,
+    )
+
+
+def span(values: Sequence[float], margin: float, *, log: bool = False) -> tuple[float, float]:
+    """From the least to the largest value, with some air."""
+    low, high = min(values), max(values)
+    if log:
+        room = max(math.log(high / low) * margin, 0.05)
+        return low / math.exp(room), high * math.exp(room)
+    room = (high - low) * margin or max(abs(high), 1e-9) * 0.1
+    return low - room, high + room
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers in a range, about so many."""
+    raw = (high - low) / about
+    scale = 10.0 ** math.floor(math.log10(raw))
+    step = next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= raw)
+    first = math.ceil(low / step)
+    return [n * step for n in range(first, math.floor(high / step) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers in a range that counts in factors; all digits where it is narrow."""
+    factors = {True: (1, 1.5, 2, 3, 4, 5, 6, 8), False: (1, 2, 5)}[high / low < 8]
+    if high / low > 2000:
+        factors = (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [f * 10.0**d for d in decades for f in factors if low <= f * 10.0**d <= high]
+    return found if len(found) > 2 else ticks(low, high, 5)
+
+
+def tick_text(value: float, percent: bool = False) -> str:
+    """A tick in few letters."""
+    if percent:
+        return f"{100 * value:.3g} %"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+Box = tuple[float, float, float, float]
+
+
+def place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:
+    """A mark with its label where nothing else is, above if there is room."""
+    half = LETTER * len(mark.label) / 2
+    best, least = (x, y - 9), math.inf
+    for at_x, at_y in ((x, y - 9), (x, y + 17), (x + half + 7, y + 4), (x - half - 7, y + 4)):
+        box = (at_x - half, at_y - LINE + 2, at_x + half, at_y + 2)
+        inside = box[0] > LEFT and box[2] < WIDTH and box[1] > 0 and box[3] < HEIGHT - BOTTOM
+        covered = sum(overlap(box, other) for other in taken) + (0 if inside else 100)
+        if covered < least:
+            best, least = (at_x, at_y), covered
+    taken.append((best[0] - half, best[1] - LINE + 2, best[0] + half, best[1] + 2))
+    return DrawnMark(x, y, mark.told, mark.label, round(best[0], 1), round(best[1], 1))
+
+
+def overlap(one: Box, other: Box) -> float:
+    """The area that two boxes share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width * height if width > 0 and height > 0 else 0.0

@@ -1,0 +1,83 @@
+"""What was measured of a run, as sections of its model card: the page's numbers in Markdown."""
+
+from __future__ import annotations
+
+from secateur.reporting.report.headline import claims
+from secateur.reporting.report.quality import quality_rows
+from secateur.reporting.report.records import Run
+from secateur.reporting.sweep_result import markdown_row
+
+__all__ = ["evidence"]
+
+
+def evidence(run: Run) -> str:
+    """Headline, quality, speed and findings; only what was measured."""
+    parts = [headline(run), quality(run), speed(run), findings(run)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def headline(run: Run) -> str:
+    """The claims that were measured."""
+    lines = [f"- **{c.title} {c.value}**: {c.told}" for c in claims(run) if c.measured]
+    return "\n".join(["## In short", "", *lines]) if lines else ""
+
+
+def quality(run: Run) -> str:
+    """The table of quality."""
+    rows = quality_rows([run])
+    if not rows:
+        return ""
+    lines = [
+        "## Quality",
+        "",
+        "± is one standard error; numbers with different protocol ids cannot be compared.",
+        "",
+        markdown_row(["measure", "chance", "dense", "this model", "beside dense", "protocol"]),
+        "|---|---:|---:|---:|---|---|",
+    ]
+    for row in rows:
+        cell = row.cells[run.name]
+        said = {"same": "no significant difference", "": ""}
+        verdict = said.get(cell.verdict, f"significantly {cell.verdict}")
+        beside = ", ".join(filter(None, (cell.beside, verdict)))
+        lines.append(
+            markdown_row(
+                [row.measure, row.chance, row.dense, cell.value, beside, f"`{row.protocol_id}`"]
+            )
+        )
+    return "\n".join(lines)
+
+
+def speed(run: Run) -> str:
+    """Tokens a second of each way to run it."""
+    ran = [c for c in run.bench.contenders if c.tokens_per_second] if run.bench else []
+    if not ran or run.bench is None:
+        return ""
+    p = run.bench.protocol
+    lines = [
+        "## Speed",
+        "",
+        f"Batch 1 on {p.get('cpu', '?')}, {p.get('threads', '?')} threads; "
+        f"{p.get('prompt_tokens', '?')} tokens read, {p.get('new_tokens', '?')} written.",
+        "",
+        markdown_row(["", "tokens a second", "memory"]),
+        "|---|---:|---:|",
+    ]
+    for contender in ran:
+        memory = contender.resident_bytes
+        size = f"{memory / 2**20:.0f} MiB" if memory else ""
+        lines.append(
+            markdown_row([contender.contender, f"{contender.tokens_per_second:.1f}", size])
+        )
+    return "\n".join(lines)
+
+
+def findings(run: Run) -> str:
+    """What a diagnosis found."""
+    if run.diagnosis is None:
+        return ""
+    lines = [
+        f"- {f.severity}: {f.id}, {f.where}. {f.evidence} Remedy: {f.remedy}"
+        for f in run.diagnosis.findings
+    ]
+    return "\n".join(["## Diagnosis", "", *(lines or ["Nothing was found."])])

@@ -1,0 +1,254 @@
+"""The charts of a report, out of its records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Mark, Series
+from secateur.reporting.curves import Judged, curve_charts, judged_points
+from secateur.reporting.report.records import Records, Run
+from secateur.reporting.report.shapes import Linear
+from secateur.reporting.wording import megabytes
+
+__all__ = [
+    "all_figures",
+    "curves",
+    "drift",
+    "heat_maps",
+    "memory_charts",
+    "size_chart",
+    "speed_charts",
+]
+
+
+def all_figures(records: Records) -> list[Chart]:
+    """Every chart of the page, in its order."""
+    drifts, sizes = drift(records.runs), size_chart(records.runs)
+    return [
+        *curves(records),
+        *(chart for run in records.runs for chart in heat_maps(run)),
+        *([drifts] if drifts else []),
+        *([sizes] if sizes else []),
+        *speed_charts(records.runs),
+        *memory_charts(records.runs),
+    ]
+
+
+def curves(records: Records) -> list[LineChart]:
+    """Perplexity against sparsity: points of runs, lines of sweeps, where they can be compared."""
+    several = len(records.sweeps) > 1
+    points = [
+        point
+        for sweep in records.sweeps
+        for point in judged_points(sweep.result, sweep.name if several else "")
+    ]
+    points += [point for run in records.runs for point in points_of(run)]
+    return curve_charts(points)
+
+
+def points_of(run: Run) -> Iterable[Judged]:
+    """The perplexities of a run, as points beside those of sweeps."""
+    for found in run.evaluation.perplexity if run.evaluation else ():
+        yield Judged(
+            model=run.manifest.source.name,
+            text=found.text,
+            protocol=found.protocol,
+            series=run.name,
+            sparsity=run.manifest.result.decoder_sparsity,
+            perplexity=found.perplexity,
+            dense=found.reference_perplexity,
+            joined=False,
+        )
+
+
+def heat_maps(run: Run) -> list[HeatMap]:
+    """What each matrix lost, and how far its output is from the dense one: layers × linears."""
+    if not run.layers:
+        return []
+    maps = [
+        heat_map(
+            run,
+            f"sparsity-{run.name}",
+            "Sparsity of each matrix",
+            lambda x: x.zeros / (x.shape[0] * x.shape[1]) if x.shape[0] * x.shape[1] else None,
+            percent=True,
+            note="Fraction of zeros.",
+        )
+    ]
+    if any(x.error is not None for layer in run.layers for x in layer.linears):
+        maps.append(
+            heat_map(
+                run,
+                f"error-{run.name}",
+                "Error of each matrix",
+                lambda x: x.error,
+                log=True,
+                note="Squared error of its output on the calibration inputs, as a part of the "
+                "output; colours count in factors.",
+            )
+        )
+    return maps
+
+
+def heat_map(
+    run: Run,
+    key: str,
+    title: str,
+    value: Callable[[Linear], float | None],
+    *,
+    log: bool = False,
+    percent: bool = False,
+    note: str,
+) -> HeatMap:
+    """One value of every matrix."""
+    cells: dict[str, dict[int, float | None]] = {}
+    for layer in run.layers:
+        for linear in layer.linears:
+            cells.setdefault(place_in_layer(linear.name, layer.layer), {})[layer.layer] = value(
+                linear
+            )
+    columns = [layer.layer for layer in run.layers]
+    return HeatMap(
+        key=key,
+        title=title,
+        rows=tuple(short_names(list(cells))),
+        columns=tuple(str(number) for number in columns),
+        values=tuple(tuple(row.get(number) for number in columns) for row in cells.values()),
+        log=log,
+        percent=percent,
+        note=note,
+    )
+
+
+def place_in_layer(name: str, layer: int) -> str:
+    """The name of a matrix without the way to its layer."""
+    _, found, rest = name.partition(f".{layer}.")
+    return rest if found else name
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each name, or all of it where two would be the same."""
+    last = [name.rpartition(".")[2] for name in names]
+    return [
+        short if last.count(short) == 1 else name for short, name in zip(last, names, strict=True)
+    ]
+
+
+def drift(runs: Sequence[Run]) -> LineChart | None:
+    """How far the hidden states are from the dense model's after each layer."""
+    series = []
+    for run in runs:
+        layers = run.diagnosis.layers if run.diagnosis else ()
+        marks = tuple(
+            Mark(
+                state.layer,
+                state.relative_error,
+                told=f"{run.name}, layer {state.layer}: relative error {state.relative_error:.3f}"
+                + ("" if state.cosine is None else f", cosine {state.cosine:.4f}"),
+            )
+            for state in layers
+            if state.relative_error is not None
+        )
+        if marks:
+            series.append(Series(run.name, marks))
+    if not series:
+        return None
+    return LineChart(
+        key="drift",
+        title="Distance from the dense model, layer by layer",
+        x_label="layer",
+        y_label="relative error of its output",
+        series=tuple(series),
+        note="By secateur diagnose: norm of the difference over the norm of the dense output.",
+    )
+
+
+def size_chart(runs: Sequence[Run]) -> BarChart | None:
+    """The weight files beside those of the same model in dense bfloat16."""
+    bars: list[Bar] = []
+    for parameters in dict.fromkeys(run.manifest.result.parameters for run in runs):
+        dense = next(
+            (
+                run.compression.bfloat16_bytes
+                for run in runs
+                if run.compression and run.manifest.result.parameters == parameters
+            ),
+            2 * parameters,
+        )
+        bars.append(Bar("dense bfloat16", dense / 1e6, megabytes(dense)))
+        for run in runs:
+            if run.manifest.result.parameters == parameters:
+                packed = run.compression
+                size = packed.file_bytes if packed else run.manifest.result.file_bytes
+                kind = "" if packed else ", zeros stored"
+                bars.append(Bar(run.name, size / 1e6, megabytes(size) + kind, ours=True))
+    if not bars:
+        return None
+    return BarChart(
+        "size",
+        "Size of the weight files",
+        "MB",
+        tuple(bars),
+        "Shorter is better. Zeros leave the files with: secateur compress.",
+    )
+
+
+def speed_charts(runs: Sequence[Run]) -> list[BarChart]:
+    """Tokens a second of each way to run a model, for each run that was timed."""
+    charts = []
+    for run in runs:
+        ran = [c for c in run.bench.contenders if c.tokens_per_second] if run.bench else []
+        if not ran or run.bench is None:
+            continue
+        p = run.bench.protocol
+        charts.append(
+            BarChart(
+                f"speed-{run.name}",
+                f"Speed of {run.name}",
+                "tokens a second",
+                tuple(
+                    Bar(
+                        c.contender,
+                        c.tokens_per_second or 0.0,
+                        f"{c.tokens_per_second:.1f} tokens/s",
+                        c.contender.startswith("packed"),
+                        c.tokens_per_second_least,
+                        c.tokens_per_second_most,
+                    )
+                    for c in ran
+                ),
+                f"Longer is better; lines from least to most. Batch 1, "
+                f"{p.get('prompt_tokens', '?')} tokens read, {p.get('new_tokens', '?')} written, "
+                f"{p.get('rounds', '?')} rounds in turns, on {p.get('cpu', '?')}, "
+                f"{p.get('threads', '?')} threads.",
+            )
+        )
+    return charts
+
+
+def memory_charts(runs: Sequence[Run]) -> list[BarChart]:
+    """Memory of each way to run a model, for each run where it was measured."""
+    charts = []
+    for run in runs:
+        ran = [c for c in run.bench.contenders if c.resident_bytes] if run.bench else []
+        if ran:
+            bars = tuple(
+                Bar(
+                    c.contender,
+                    (c.resident_bytes or 0) / 1e6,
+                    megabytes(c.resident_bytes or 0),
+                    c.contender.startswith("packed"),
+                )
+                for c in ran
+            )
+            charts.append(
+                BarChart(
+                    f"memory-{run.name}",
+                    f"Memory of {run.name}",
+                    "MB",
+                    bars,
+                    "Shorter is better. Of the process with the model loaded, over that of the "
+                    "libraries alone.",
+                )
+            )
+    return charts

@@ -1,0 +1,157 @@
+"""What a run achieved, in three claims: smaller, faster, quality kept.
+
+A claim is made only of what was measured. What was not says how to measure it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from secateur.reporting.evaluation_schema import EvaluationRecord, PerplexityRecord, TaskRecord
+from secateur.reporting.report.records import Run
+from secateur.reporting.wording import bare_name, counted, megabytes, percent, signed
+
+__all__ = ["Claim", "claims", "speed_gain"]
+
+GAIN = 1.02
+"""From which ratio of tokens a second on one speaks of a gain, as `secateur bench` does."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One of the three.
+
+    Attributes:
+        title: which.
+        value: the number, large, or that there is none.
+        told: what the number means, in a sentence.
+        measured: whether there is one.
+        command: how to measure it, if it was not.
+        good: whether it is a gain; None where one cannot tell.
+    """
+
+    title: str
+    value: str
+    told: str
+    measured: bool = True
+    command: str = ""
+    good: bool | None = None
+
+
+def claims(run: Run) -> list[Claim]:
+    """The three claims about a run."""
+    return [smaller(run), faster(run), quality(run)]
+
+
+def smaller(run: Run) -> Claim:
+    """The files, beside those of the same model in dense bfloat16."""
+    found = run.compression
+    if found is None:
+        zeros = run.manifest.result.decoder_sparsity
+        return Claim(
+            "Smaller by",
+            "not packed",
+            f"{percent(zeros)} of the decoder's weights are zero, stored as zeros: "
+            f"{megabytes(run.manifest.result.file_bytes)}, as large as the source. Packing them:",
+            measured=False,
+            command=f"secateur compress {run.folder} --output SMALL",
+        )
+    saved = 1 - found.ratio
+    against = f"{megabytes(found.file_bytes)} instead of {megabytes(found.bfloat16_bytes)}"
+    return Claim(
+        "Smaller by",
+        percent(saved),
+        f"{against} in dense bfloat16; {percent(found.sparsity)} zeros left out.",
+        good=saved > 0,
+    )
+
+
+def speed_gain(run: Run) -> tuple[str, float, float] | None:
+    """The fastest other contender, its tokens a second, and those of the packed model."""
+    if run.bench is None:
+        return None
+    rates = {c.contender: c.tokens_per_second for c in run.bench.contenders if c.tokens_per_second}
+    others = {name: rate for name, rate in rates.items() if not name.startswith("packed")}
+    if "packed" not in rates or not others:
+        return None
+    best = max(others, key=lambda name: others[name])
+    return best, others[best], rates["packed"]
+
+
+def faster(run: Run) -> Claim:
+    """Tokens a second beside the fastest dense way to run the same model here."""
+    found = speed_gain(run)
+    if found is None:
+        failed = "" if run.bench is None else "The measurement had nothing to compare. "
+        return Claim(
+            "Faster by",
+            "not measured",
+            f"{failed}Timing it on your machine:",
+            measured=False,
+            command=f"secateur bench {run.folder}",
+        )
+    other, theirs, ours = found
+    ratio = ours / theirs
+    told = f"{ours:.0f} tokens a second, {theirs:.0f} by {other}, the fastest dense way tried."
+    if ratio < GAIN:
+        return Claim("Faster by", "no gain", told, good=False)
+    return Claim("Faster by", f"{ratio:.2f}×", told, good=True)
+
+
+def quality(run: Run) -> Claim:
+    """What is left of the dense model's quality: by tasks, else by perplexity."""
+    found = run.evaluation
+    if found is not None:
+        kept = [task for task in found.tasks if task.retention is not None]
+        if kept:
+            return kept_on_tasks(kept, len(found.tasks))
+        if found.perplexity:
+            return kept_by_perplexity(run, found.perplexity[0], found)
+    return Claim(
+        "Quality kept",
+        "not measured",
+        "Judging it beside the dense model:",
+        measured=False,
+        command=f"secateur eval {run.folder} --reference {run.manifest.source.name}",
+    )
+
+
+def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
+    """The mean retention over tasks on which the dense model is better than chance."""
+    mean = sum(task.retention or 0 for task in kept) / len(kept)
+    worse = sum(bool(t.significant) and (t.difference or 0) < 0 for t in kept)
+    left_out = f" ({of - len(kept)} left out: dense is near chance)" if of > len(kept) else ""
+    tasks = f"mean of {counted(len(kept), 'task')}{left_out}"
+    return Claim(
+        "Quality kept",
+        percent(mean),
+        f"of the dense model's accuracy above chance, {tasks}; "
+        + (f"significantly worse on {worse}." if worse else "on none significantly worse."),
+        good=worse == 0,
+    )
+
+
+def kept_by_perplexity(run: Run, found: PerplexityRecord, evaluation: EvaluationRecord) -> Claim:
+    """Perplexity beside that of the dense model, or alone."""
+    if not found.reference_perplexity:
+        return Claim(
+            "Quality",
+            f"{found.perplexity:.1f}",
+            f"perplexity on {bare_name(found.text)}. The dense model was not judged beside it:",
+            command=f"secateur eval {run.folder} --reference {run.manifest.source.name}",
+        )
+    ratio = found.perplexity / found.reference_perplexity
+    agreement = ""
+    if evaluation.divergence:
+        same = percent(evaluation.divergence.top1_agreement)
+        agreement = f" The most likely token is the same {same} of the time."
+    excess = math.log(ratio) if ratio > 0 and math.isfinite(ratio) else math.inf
+    dense = f"dense {found.reference_perplexity:.2f} ({signed(excess, 3)} nats a token)"
+    return Claim(
+        "Quality: perplexity",
+        f"×{ratio:.2f}",
+        f"{found.perplexity:.2f} on {bare_name(found.text)}, {dense}.{agreement}",
+        good=ratio < GAIN,
+    )

@@ -1,0 +1,253 @@
+"""The page: one HTML file that holds all it shows.
+
+Whatever comes from files or from models is escaped by the templates; a page also forbids itself
+the network and every script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.diagnostics.findings import SEVERITIES
+from secateur.evaluation.generation_checks import DEGENERATE
+from secateur.reporting.charts import HeatMap
+from secateur.reporting.drawing import draw
+from secateur.reporting.report.figures import (
+    curves,
+    drift,
+    heat_maps,
+    memory_charts,
+    size_chart,
+    speed_charts,
+)
+from secateur.reporting.report.headline import Claim, claims
+from secateur.reporting.report.provenance import Part, of_run, of_sweep
+from secateur.reporting.report.quality import quality_rows
+from secateur.reporting.report.records import Records, Run, Sweep
+from secateur.reporting.report.shapes import Finding
+from secateur.reporting.sweep_result import SweepResult
+from secateur.reporting.wording import bare_name, counted, percent
+
+__all__ = ["render"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as the page shows it."""
+
+    run: Run
+    made: str
+    claims: list[Claim]
+    chips: list[tuple[str, str]]
+    heat_maps: list[HeatMap]
+    findings: list[Finding]
+
+
+@dataclass(frozen=True)
+class SweepView:
+    """A sweep as the page shows it."""
+
+    name: str
+    made: str
+    told: str
+    result: SweepResult
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How one model went on from a prompt."""
+
+    name: str
+    text: str
+    ours: bool = True
+    degenerate: bool = False
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """A prompt and all that was made of it."""
+
+    prompt: str
+    voices: list[Voice]
+
+
+def render(records: Records, *, version: str, date: str) -> str:
+    """The report as HTML.
+
+    Args:
+        records: what it is about.
+        version: of secateur.
+        date: of today.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    style, script = (
+        (TEMPLATES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.jinja")
+    return page.render(
+        **content(records),
+        style=Markup(style),
+        script=Markup(script),
+        script_digest=digest,
+        version=version,
+        date=date,
+    )
+
+
+def content(records: Records) -> dict[str, Any]:
+    """All that the template shows."""
+    runs = records.runs
+    drifts = drift(runs)
+    return {
+        "title": title(records),
+        "lead": lead(records),
+        "sections": sections(records),
+        "views": [view_of(run) for run in runs],
+        "sweeps": [sweep_view(sweep) for sweep in records.sweeps],
+        "quality": quality_rows(runs),
+        "curves": [draw(chart) for chart in curves(records)],
+        "drift": draw(drifts) if drifts else None,
+        "size": size_chart(runs),
+        "speeds": speed_charts(runs),
+        "memory": memory_charts(runs),
+        "samples": samples(runs),
+        "provenance": provenance(records),
+        "shown": SHOWN,
+    }
+
+
+SHOWN: Mapping[bool, Callable[[float], str]] = {
+    True: lambda value: percent(value, 1),
+    False: lambda value: f"{value:.3g}",
+}
+"""How a cell of a heat map is written, by whether it is a fraction."""
+
+
+def title(records: Records) -> str:
+    """What the page is about, in a line."""
+    models = [run.manifest.source.name for run in records.runs]
+    models += [sweep.result.model for sweep in records.sweeps]
+    names = list(dict.fromkeys(bare_name(name) for name in models))
+    subject = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+    if len(records.runs) == 1:
+        return f"{subject}, pruned to {percent(records.runs[0].manifest.result.decoder_sparsity)}"
+    if records.runs:
+        return f"{subject}: {len(records.runs)} pruned models compared"
+    return f"{subject}: quality against sparsity"
+
+
+def lead(records: Records) -> str:
+    """What the page holds, in a sentence."""
+    parts = []
+    if len(records.runs) > 1:
+        parts.append(counted(len(records.runs), "pruned model"))
+    for sweep in records.sweeps:
+        parts.append(f"a sweep of {counted(len(sweep.result.points), 'point')}")
+    counts = f"{' and '.join(parts)}. " if parts else ""
+    said = f"{counts}Only what was measured is claimed; where something was not, it says how to."
+    return said[0].upper() + said[1:]
+
+
+def sections(records: Records) -> list[tuple[str, str]]:
+    """The sections the page has, for its head."""
+    ours = bool(records.runs)
+    found = [
+        ("headline", "Headline", True),
+        ("quality", "Quality", ours),
+        ("sparsity", "Sparsity", bool(records.sweeps) or bool(curves(records))),
+        ("layers", "Layers", ours),
+        ("size", "Size and speed", ours),
+        ("samples", "Samples", ours),
+        ("findings", "Findings", ours),
+        ("provenance", "Provenance", True),
+    ]
+    return [(key, name) for key, name, there in found if there]
+
+
+def view_of(run: Run) -> RunView:
+    """A run as the page shows it."""
+    found = run.diagnosis.findings if run.diagnosis else ()
+    ordered = sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+    return RunView(run, made_by(run), claims(run), chips(run), heat_maps(run), ordered)
+
+
+def made_by(run: Run) -> str:
+    """How a run was made, in a line."""
+    method, result, cost = run.manifest.method, run.manifest.result, run.manifest.cost
+    effort = f" ({method['effort']})" if method.get("effort") else ""
+    return (
+        f"{method.get('name', '?')}{effort}, {method.get('pattern', '?')}, "
+        f"{percent(result.decoder_sparsity, 1)} zeros in the decoder's matrices; pruned in "
+        f"{cost.seconds:.0f} s with {cost.peak_resident_bytes / 2**30:.2f} GiB"
+    )
+
+
+def chips(run: Run) -> list[tuple[str, str]]:
+    """What a diagnosis and the texts say, in a word each."""
+    told = []
+    if run.diagnosis:
+        counts = {s: sum(f.severity == s for f in run.diagnosis.findings) for s in SEVERITIES}
+        told = [(s, counted(n, s)) for s, n in counts.items() if n]
+        told = told or [("good", "diagnosis: healthy")]
+    generation = run.evaluation.generation if run.evaluation else None
+    if generation and generation.degenerate > (generation.reference_degenerate or 0):
+        told.append(("error", counted(generation.degenerate, "degenerate text")))
+    return told
+
+
+def sweep_view(sweep: Sweep) -> SweepView:
+    """A sweep as the page shows it."""
+    result = sweep.result
+    methods = list(dict.fromkeys(point.method for point in result.points))
+    made = f"{bare_name(result.model)}: {', '.join(methods)}; {len(result.points)} points"
+    told = []
+    for text in result.texts[:1]:
+        told.append(f"Dense: perplexity {result.dense[text]:.2f} on {bare_name(text)}.")
+        for pattern, sparsity in dict.fromkeys((p.pattern, p.sparsity) for p in result.points):
+            alike = [p for p in result.points if (p.pattern, p.sparsity) == (pattern, sparsity)]
+            best = min(alike, key=lambda p: p.perplexity[text])
+            place = percent(sparsity) if pattern == "unstructured" else pattern
+            lead = "Best at" if len(alike) > 1 else "At"
+            told.append(f"{lead} {place}: {best.method}, {best.perplexity[text]:.2f}.")
+    return SweepView(sweep.name, made, " ".join(told), result)
+
+
+def samples(runs: Sequence[Run]) -> list[PromptView]:
+    """What models wrote, by prompt: the dense one first, where its text is known."""
+    prompts: dict[str, list[Voice]] = {}
+    for run in runs:
+        generation = run.evaluation.generation if run.evaluation else None
+        for sample in generation.samples if generation else ():
+            voices = prompts.setdefault(sample.prompt, [])
+            loops = (sample.reference_repetition or 0) > DEGENERATE
+            text = (sample.reference_text or "").strip()
+            dense = Voice("dense", text, ours=False, degenerate=loops)
+            if sample.reference_text is not None and dense not in voices:
+                voices.insert(sum(not voice.ours for voice in voices), dense)
+            voices.append(Voice(run.name, sample.text.strip(), degenerate=sample.degenerate))
+    return [PromptView(prompt, voices) for prompt, voices in prompts.items()]
+
+
+def provenance(records: Records) -> list[Part]:
+    """What everything depends on."""
+    return [
+        *(of_run(run) for run in records.runs),
+        *(of_sweep(sweep) for sweep in records.sweeps),
+    ]

@@ -1,0 +1,100 @@
+"""What a result depends on: source, method, calibration, versions, hardware, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.reporting.report.records import Run, Sweep
+from secateur.reporting.wording import percent
+
+__all__ = ["Part", "of_run", "of_sweep"]
+
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The provenance of one run or sweep: tables of facts under headings, and a recipe."""
+
+    name: str
+    tables: list[tuple[str, Facts]]
+    recipe: str = ""
+
+
+def of_run(run: Run) -> Part:
+    """All that a run and what was measured of it depend on."""
+    m = run.manifest
+    result: dict[str, Any] = {
+        "zeros in the decoder's matrices": percent(m.result.decoder_sparsity, 4),
+        "zeros in all parameters": percent(m.result.model_sparsity, 4),
+        "parameters": f"{m.result.parameters:,}",
+    }
+    cost: dict[str, Any] = {
+        "time": f"{m.cost.seconds:.1f} s" + (", resumed" if m.cost.resumed else ""),
+        "peak memory": f"{m.cost.peak_resident_bytes / 2**30:.2f} GiB",
+    }
+    if "peak_bytes" in m.plan:
+        cost["planned memory"] = f"{m.plan['peak_bytes'] / 2**30:.2f} GiB"
+    tables = [
+        ("Source", facts({"folder": run.folder, **m.source.model_dump(), "family": m.family})),
+        ("Method", facts({**m.method, "allocation": m.allocation})),
+        ("Calibration", facts(m.calibration or {"text": "none needed"})),
+        ("Result", facts(result)),
+        ("Cost", facts(cost)),
+        ("Pruned with", facts(m.environment)),
+    ]
+    evaluation = run.evaluation
+    if evaluation and evaluation.environment:
+        held = {"reference": evaluation.reference} if evaluation.reference else {}
+        other = differing(evaluation.environment, m.environment)
+        tables.append(("Judged with", facts({**held, **other})))
+    if run.bench:
+        tables.append(("Timed with", facts(differing(run.bench.protocol, m.environment))))
+    if run.compression:
+        formats = ", ".join(run.compression.formats)
+        tables.append(("Stored as", facts({"formats": formats})))
+    return Part(run.name, tables, run.recipe)
+
+
+def of_sweep(sweep: Sweep) -> Part:
+    """All that the points of a sweep have in common."""
+    result = sweep.result
+    tables = [
+        ("Conditions", facts(result.conditions)),
+        ("Calibration", facts(result.calibration or {"text": "none needed"})),
+        *((f"Perplexity on {text}", facts(result.protocol[text])) for text in result.texts),
+        ("Made with", facts(result.environment)),
+    ]
+    return Part(sweep.name, tables)
+
+
+def differing(values: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not the same as was told already."""
+    own = {key: value for key, value in values.items() if told.get(key) != value}
+    return own if len(own) == len(values) else {**own, "all else": "as pruned"}
+
+
+def facts(values: Mapping[str, Any]) -> Facts:
+    """Names and values for people; what is not set is left out, sections are flattened."""
+    return list(flattened(values))
+
+
+def flattened(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Each value with its full name."""
+    for key, value in values.items():
+        name = f"{before}{key.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{name}: ")
+        elif value is not None and value != "":
+            yield name, told(value)
+
+
+def told(value: Any) -> str:
+    """One value for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,171 @@
+"""The table of quality: one line for each number that can be compared across runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from secateur.reporting.evaluation_schema import (
+    DivergenceRecord,
+    EvaluationRecord,
+    PerplexityRecord,
+    TaskRecord,
+)
+from secateur.reporting.report.records import Run
+from secateur.reporting.wording import bare_name, percent, signed
+
+__all__ = ["Cell", "QualityRow", "quality_rows"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of one run.
+
+    Attributes:
+        value: with its standard error.
+        beside: what it is beside the dense model's.
+        verdict: `worse`, `better` or `same` where a test of significance was made, else empty.
+    """
+
+    value: str
+    beside: str = ""
+    verdict: str = ""
+
+
+@dataclass
+class QualityRow:
+    """What was measured, and for each run its number.
+
+    Attributes:
+        measure: what, and on which data.
+        better: whether `higher` or `lower` is better.
+        chance: what guessing gives; empty where there is no such level.
+        dense: the number of the dense model; empty if it was not measured.
+        protocol_id: numbers with different ids cannot be compared.
+        protocol: everything the number depends on.
+        cells: by name of the run.
+    """
+
+    measure: str
+    better: str
+    chance: str
+    dense: str
+    protocol_id: str
+    protocol: str
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+
+def quality_rows(runs: Sequence[Run]) -> list[QualityRow]:
+    """The lines of the table, in the order in which runs name them.
+
+    Numbers share a line only if they have the same protocol and are held against the same dense
+    model.
+    """
+    rows: dict[tuple[str, str, str], QualityRow] = {}
+    for run in runs:
+        if run.evaluation is None:
+            continue
+        for row, cell in lines_of(run.evaluation):
+            key = (row.measure, row.protocol_id, row.dense)
+            rows.setdefault(key, row).cells[run.name] = cell
+    return list(rows.values())
+
+
+def lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
+    """The lines of one evaluation, without cells, each with the cell that belongs in it."""
+    for perplexity in found.perplexity:
+        yield perplexity_line(perplexity)
+    if found.divergence:
+        yield from divergence_lines(found.divergence)
+    for task in found.tasks:
+        yield task_line(task)
+
+
+def perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
+    """A perplexity; its error is that of the mean loss, as a factor."""
+    reference = found.reference_perplexity
+    row = QualityRow(
+        f"perplexity, {bare_name(found.text)}",
+        "lower",
+        "",
+        "" if reference is None else f"{reference:.2f}",
+        found.protocol_id,
+        words(found.protocol),
+    )
+    error = found.perplexity * (found.standard_error or 0)
+    value = f"{found.perplexity:.2f}" + (f" ± {error:.2f}" if error else "")
+    beside = ""
+    if reference and found.perplexity > 0:
+        beside = f"{signed(math.log(found.perplexity / reference), 3)} nats a token"
+    return row, Cell(value, beside)
+
+
+def divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
+    """Three numbers of how far predictions are from the dense model's."""
+    protocol = (found.protocol_id, words(found.protocol))
+    change = plus_minus(signed(found.loss_change, 4), found.loss_change_standard_error, ".4f")
+    kl = plus_minus(f"{found.kl:.4f}", found.kl_standard_error, ".4f")
+    yield (
+        QualityRow(f"KL from dense, {bare_name(found.text)}", "lower", "", "0", *protocol),
+        Cell(kl, "nats a token"),
+    )
+    yield (
+        QualityRow(
+            f"same top token as dense, {bare_name(found.text)}", "higher", "", percent(1), *protocol
+        ),
+        Cell(percent(found.top1_agreement, 1) + points_error(found.top1_standard_error)),
+    )
+    yield (
+        QualityRow(f"change of loss, {bare_name(found.text)}", "lower", "", "0", *protocol),
+        Cell(change, "nats a token"),
+    )
+
+
+def task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
+    """The score on a task, with chance, difference from dense, and whether that is significant."""
+    shots = f", {found.shots} shots" if found.shots else ""
+    row = QualityRow(
+        f"{found.task} ({found.metric}{shots}, {found.items} items)",
+        "higher",
+        percent(found.chance, 1),
+        "" if found.reference_value is None else percent(found.reference_value, 1),
+        found.protocol_id,
+        words(found.protocol),
+    )
+    value = percent(found.value, 1) + points_error(found.standard_error)
+    beside, verdict = [], ""
+    if found.difference is not None:
+        points = plus_minus(
+            signed(100 * found.difference, 1), times_hundred(found.difference_standard_error), ".1f"
+        )
+        beside.append(f"{points} points")
+        if found.significant is not None:
+            verdict = "same"
+            if found.significant:
+                verdict = "better" if found.difference > 0 else "worse"
+    if found.retention is not None:
+        beside.append(f"{percent(found.retention)} kept")
+    elif found.reference_value is not None:
+        beside.append("dense is near chance")
+    return row, Cell(value, ", ".join(beside), verdict)
+
+
+def plus_minus(value: str, error: float | None, form: str) -> str:
+    """A value with its standard error, if that is known."""
+    return value if error is None else f"{value} ± {error:{form}}"
+
+
+def points_error(error: float | None) -> str:
+    """The standard error of a fraction, in points of percent."""
+    return "" if error is None else f" ± {100 * error:.1f}"
+
+
+def times_hundred(value: float | None) -> float | None:
+    """A fraction in percent."""
+    return None if value is None else 100 * value
+
+
+def words(protocol: dict[str, object]) -> str:
+    """A protocol in one line."""
+    return ", ".join(f"{key} {value}" for key, value in protocol.items())

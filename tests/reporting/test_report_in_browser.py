@@ -1,0 +1,110 @@
+"""The report in a real browser: clicked through at phone and desktop width."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reporting.examples import diagnosis, evaluation, write_full_run, write_run, write_sweep
+from secateur.workflows.reporting import report
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)"
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox"] if os.geteuid() == 0 else [],
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report over two runs and a sweep."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = [
+        write_full_run(folder / "sparsegpt-50-int8"),
+        write_run(
+            folder / "balanced-50-with-a-rather-long-name-that-does-not-fit-a-phone",
+            evaluation=evaluation(28.4, text="word" * 60),
+            diagnosis=diagnosis(healthy=True),
+        ),
+        write_sweep(folder / "sweep"),
+    ]
+    return report(runs, folder / "report.html").page
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str) -> None:
+    page = browser.new_page(
+        viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(page_file.as_uri())
+
+    def background() -> str:
+        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    before = background()
+    assert (before == "rgb(20, 24, 26)") is (scheme == "dark")
+    page.click("#theme")
+    assert background() != before
+    page.click("#theme")
+    assert background() == before
+
+    links = page.locator("nav a")
+    assert links.count() == 8
+    for link in links.all():
+        link.click()
+        target = page.locator(str(link.get_attribute("href")))
+        assert target.count() == 1
+        assert target.is_visible()
+    for summary in page.locator("summary").all():
+        summary.click()
+    assert page.locator("details[open] pre").first.is_visible()
+
+    figures = page.locator("figure[data-chart]")
+    assert figures.count() == 9
+    for figure in figures.all():
+        assert int(figure.get_attribute("data-points") or 0) > 0
+        box = figure.bounding_box()
+        assert box["width"] > 200
+        assert box["height"] > 60
+        drawn = figure.locator("svg .mark, .heat i:not(.empty), .bar i")
+        assert drawn.count() >= int(figure.get_attribute("data-points") or 0)
+
+    mark = page.locator("figure[data-chart=perplexity-1] g.s0 .mark").last
+    mark.evaluate("element => element.scrollIntoView({block: 'center'})")
+    page.wait_for_timeout(300)  # scrolling takes the tip away
+    mark.hover()
+    tip = page.locator("#tip")
+    assert tip.is_visible()
+    assert tip.inner_text().startswith("wanda: perplexity 65.12 at 70.0")
+
+    wide, inner = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= inner == width
+    assert said == []
+    assert {url for url in asked if not url.startswith("data:")} == {page_file.as_uri()}
+    page.close()

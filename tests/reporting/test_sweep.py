@@ -1,0 +1,220 @@
+"""Sweeps of a tiny model: the whole grid, killed and gone on with, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from secateur.calibration.windows import save_windows
+from secateur.errors import CheckpointError, PatternError, RecipeError
+from secateur.evaluation.perplexity import perplexity
+from secateur.reporting.sweep_result import read_sweep
+from secateur.workflows import sweeping
+from secateur.workflows.sweeping import SweepPlan, sweep
+from test_cli import secateur
+from tiny import save_tiny
+from zoo import tiny_windows
+
+__all__ = ["secateur"]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> SweepPlan:
+    """Two methods at two sparsities and one pattern."""
+    save_windows(tiny_windows(), tmp_path / "w.safetensors")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return SweepPlan(
+        str(save_tiny(tmp_path / "model")),
+        ("wanda", "sparsegpt"),
+        (0.3, 0.6),
+        ("2:4",),
+        calibration=str(tmp_path / "w.safetensors"),
+        texts=(str(text),),
+        judge_length=16,
+    )
+
+
+class Killed(BaseException):
+    """As a kill would end it."""
+
+
+class KilledAt:
+    """Ends the work at a stage of a point, after some steps of it."""
+
+    def __init__(self, stage: str, steps: int = 0) -> None:
+        self.stage, self.left, self.here = stage, steps, False
+
+    def start(self, label: str, steps: int) -> None:
+        self.here = self.stage in label
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        if self.here:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+
+    def finish(self) -> None:
+        self.here = False
+
+
+def measured(folder: Path) -> list[tuple[object, ...]]:
+    """What does not depend on time."""
+    points = read_sweep(folder / "sweep.json").points
+    return [(p.key, p.perplexity, p.excess, p.zeros) for p in points]
+
+
+def test_the_whole_grid(plan: SweepPlan, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    result = sweep(plan, out)
+    assert [p.key for p in result.points] == [
+        (method, pattern, sparsity)
+        for method in ("wanda", "sparsegpt")
+        for pattern, sparsity in (("unstructured", 0.3), ("unstructured", 0.6), ("2:4", 0.5))
+    ]
+    [text] = plan.texts
+    for point in result.points:
+        assert point.zeros == pytest.approx(point.sparsity, abs=0.02)
+        assert point.excess[text] == pytest.approx(
+            math.log(point.perplexity[text] / result.dense[text])
+        )
+        assert point.folder is None
+        kept = sorted(p.name for p in (out / point.notes).rglob("*") if p.is_file())
+        assert kept == ["layers.jsonl", "manifest.json", "recipe.yaml"]
+    assert result.protocol[text]["sequence_length"] == 16
+    assert result.calibration is not None
+    assert result.calibration["source"].endswith("w.safetensors")
+    told = json.loads((out / "sweep.json").read_text())
+    assert told["schema"] == "secateur.sweep/1"
+    assert told == result.to_json()
+    with (out / "sweep.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["method"] for row in rows] == ["dense", *["wanda"] * 3, *["sparsegpt"] * 3]
+    assert float(rows[1][f"perplexity {text}"]) == result.points[0].perplexity[text]
+    assert (out / "sweep.md").read_text().count("| sparsegpt |") == 3
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (out / "sweep.svg").read_text()
+    assert "<svg" in drawn
+    assert drawn.count("<path") > 20
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "left"),
+    [
+        ("dense: judging", 0, None),
+        ("sparsegpt-30: pruning", 1, "points/sparsegpt-30.partial"),
+        ("sparsegpt-60: judging", 0, "points/sparsegpt-60/model.safetensors"),
+    ],
+)
+def test_killed_it_goes_on_to_the_same_table(
+    plan: SweepPlan, tmp_path: Path, stage: str, steps: int, left: str | None
+) -> None:
+    with pytest.raises(Killed):
+        sweep(plan, tmp_path / "killed", progress=KilledAt(stage, steps))
+    assert left is None or (tmp_path / "killed" / left).exists()
+    sweep(plan, tmp_path / "killed")
+    sweep(plan, tmp_path / "whole")
+    assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
+    left_over = [
+        *tmp_path.glob("killed/points/*.partial"),
+        *tmp_path.glob("killed/points/*/*.saf*"),
+    ]
+    assert left_over == []
+
+
+def test_what_is_done_is_not_done_again(
+    plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counted(*arguments: object, **named: object) -> object:
+        calls.append(1)
+        return perplexity(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sweeping, "perplexity", counted)
+    few = SweepPlan(**{**vars(plan), "methods": ("magnitude",), "patterns": ()})
+    sweep(few, tmp_path / "s", keep_models=True)
+    assert len(calls) == 3  # dense and two points
+    more = SweepPlan(**{**vars(few), "methods": ("magnitude", "wanda"), "sparsities": (0.3, 0.6)})
+    result = sweep(more, tmp_path / "s")
+    assert len(calls) == 5  # points may be added, and nothing is judged twice
+    assert [p.folder is not None for p in result.points] == [True, True, False, False]
+    assert (tmp_path / "s" / str(result.points[0].folder) / "model.safetensors").exists()
+    assert sweep(more, tmp_path / "s").to_json() == result.to_json()
+    assert len(calls) == 5
+
+
+def test_another_sweep_is_refused(plan: SweepPlan, tmp_path: Path) -> None:
+    few = SweepPlan(**{**vars(plan), "methods": ("magnitude",), "patterns": ()})
+    sweep(few, tmp_path / "s")
+    for change, told in (
+        ({"seed": 3}, "seed: 0 then, 3 now"),
+        ({"judge_length": 20}, "judge_length: 16 then, 20 now"),
+        ({"sparsities": (0.3,)}, "measured, but not asked for now: magnitude-60"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            sweep(SweepPlan(**{**vars(few), **change}), tmp_path / "s")
+    Path(plan.texts[0]).write_text("another text of the same name. " * 30)
+    with pytest.raises(RecipeError, match="texts_sha256"):
+        sweep(few, tmp_path / "s")
+
+
+def test_other_windows_are_refused(plan: SweepPlan, tmp_path: Path) -> None:
+    few = SweepPlan(**{**vars(plan), "methods": ("wanda",), "patterns": ()})
+    sweep(few, tmp_path / "s")
+    save_windows(tiny_windows(seed=5), tmp_path / "s" / "windows.safetensors")
+    with pytest.raises(RecipeError, match="not those that the sweep began with"):
+        sweep(few, tmp_path / "s")
+
+
+def test_a_broken_record_is_named(plan: SweepPlan, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    for content in ("{", "[]", '{"schema": "other/1"}', '{"schema": "secateur.sweep/1"}'):
+        (tmp_path / "s" / "sweep.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"sweep\.json"):
+            sweep(plan, tmp_path / "s")
+
+
+def test_nonsense_is_refused_before_any_work(plan: SweepPlan, tmp_path: Path) -> None:
+    for change, error in (
+        ({"methods": ("wnda",)}, RecipeError),
+        ({"methods": ()}, RecipeError),
+        ({"patterns": ("4of2",)}, PatternError),
+        ({"sparsities": (30.0,)}, RecipeError),
+    ):
+        with pytest.raises(error):
+            sweep(SweepPlan(**{**vars(plan), **change}), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_point_that_fails_does_not_stop_the_others(
+    secateur, plan: SweepPlan, tmp_path: Path
+) -> None:
+    words = (
+        "sweep", plan.model, "--methods", "wanda", "--sparsities", "0.5", "--patterns", "3:5",
+        "--calibration", plan.calibration, "--perplexity", plan.texts[0], "--judge-length", 16,
+        "-o", tmp_path / "s",
+    )  # fmt: skip
+    shown = secateur(*words)
+    assert shown.code == 1
+    assert "failed: wanda 3:5" in shown.out
+    told = json.loads(secateur(*words, "--json").out)
+    assert [p["pattern"] for p in told["points"]] == ["unstructured"]
+    assert [f["pattern"] for f in told["failures"]] == ["3:5"]
+
+
+def test_on_the_command_line(secateur, plan: SweepPlan, tmp_path: Path) -> None:
+    words = (
+        "sweep", plan.model, "--methods", "magnitude", "--sparsities", "0.3,0.5",
+        "--perplexity", plan.texts[0], "--judge-length", 16, "-o", tmp_path / "s",
+    )  # fmt: skip
+    shown = secateur(*words)
+    assert shown.code == 0, shown.err
+    assert shown.out.count("magnitude") == 2
+    bad = secateur(*words[:5], "a,b", *words[6:])
+    assert bad.code == 2
+    assert "--sparsities 'a,b' are not numbers" in bad.err
