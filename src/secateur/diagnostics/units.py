@@ -211,7 +211,7 @@ def dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -
                 "warning" if shares[worst] > limit else "note",
                 worst,
                 f"{dead[worst]} {line}s are all zero, {shares[worst]:.1%} of them, the most of "
-                f"any linear; {sum(dead.values())} in {linears} linears",
+                f"any linear; {sum(dead.values())} in all, in {linears} of {len(dead)} linears",
                 "prune less of it (--override), or let weights compete within rows (--scope row)"
                 if line == "row"
                 else "inputs that are nearly always zero lose all their weights; if there are "

@@ -101,19 +101,7 @@ def bench(
     Raises:
         RecipeError: a contender is unknown or a number out of range.
     """
-    unknown = [name for name in contenders if name not in CONTENDERS]
-    if unknown:
-        raise RecipeError(
-            f"unknown contender {unknown[0]!r}", remedy=did_you_mean(unknown[0], [*CONTENDERS])
-        )
-    if prompt_tokens < 1 or new_tokens < 2 or rounds < 1:
-        raise RecipeError(
-            f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {rounds} rounds",
-            remedy="at least 1, 2 and 1",
-        )
-    missing = [str(file) for file in gguf if not Path(file).exists()]
-    if missing:
-        raise RecipeError("there is no such GGUF file", where=missing[0])
+    check_asked(contenders, gguf, prompt_tokens, new_tokens, rounds)
     folder = resolve(str(model)).folder
     reader = open_checkpoint(folder)
     generator = torch.Generator().manual_seed(0)
@@ -139,6 +127,29 @@ def bench(
     report = BenchReport(speeds, size, dense, protocol)
     keep(report, str(model), folder)
     return report
+
+
+def check_asked(
+    contenders: Sequence[str],
+    gguf: Sequence[str | Path],
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+) -> None:
+    """Refuse what cannot be measured."""
+    unknown = [name for name in contenders if name not in CONTENDERS]
+    if unknown:
+        raise RecipeError(
+            f"unknown contender {unknown[0]!r}", remedy=did_you_mean(unknown[0], [*CONTENDERS])
+        )
+    if prompt_tokens < 1 or new_tokens < 2 or rounds < 1:
+        raise RecipeError(
+            f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {rounds} rounds",
+            remedy="at least 1, 2 and 1",
+        )
+    missing = [str(file) for file in gguf if not Path(file).exists()]
+    if missing:
+        raise RecipeError("there is no such GGUF file", where=missing[0])
 
 
 def keep(report: BenchReport, model: str, folder: Path) -> None:

@@ -100,10 +100,7 @@ def diagnose(
     reference = None
     if dense is not None:
         theirs = opened(dense, place, trust_remote_code)
-        check_same_model(ours, theirs)
-        tokens = token_windows(ours, str(text), windows, sequence_length, trust_remote_code)
-        protocol = {"text": str(text), "windows": len(tokens), "sequence_length": tokens.shape[1]}
-        reference = Reference(theirs, tokens, {**protocol, "computed_in": "float32"})
+        reference = beside(ours, theirs, str(text), windows, sequence_length, trust_remote_code)
     claims = read_claims(ours.reader.folder)
     weights, findings = looked_at(ours, claims, reference, progress)
     drift, bears = list[LayerDrift](), dict[int, float]()
@@ -112,10 +109,7 @@ def diagnose(
         bears = could_bear(layer_sparsity(weights), drift)
         findings += check_layers(drift, ours.architecture.layer_name, bears)
     target = check_target()
-    if weights.sparsity > PRUNED:
-        pattern = claims.pattern.name if claims.pattern else "unstructured"
-        findings += check_speed(ours.reader.folder, pattern, weights.sparsity, target)
-        findings += not_looked_at(claims, reference)
+    findings += about_pruned(ours, claims, weights, reference, target)
     findings += check_training(steps, str(training_log))
     found = Diagnosis(
         str(model),
@@ -146,6 +140,26 @@ def opened(model: str | Path, device: torch.device, trust_remote_code: bool) -> 
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
     )
+
+
+def beside(
+    ours: CheckpointTarget,
+    theirs: CheckpointTarget,
+    text: str,
+    windows: int,
+    sequence_length: int | None,
+    trust_remote_code: bool,
+) -> Reference:
+    """A dense model checked to be of the same kind, and the windows both read."""
+    check_same_model(ours, theirs)
+    tokens = token_windows(ours, text, windows, sequence_length, trust_remote_code)
+    protocol = {
+        "text": text,
+        "windows": len(tokens),
+        "sequence_length": tokens.shape[1],
+        "computed_in": "float32",
+    }
+    return Reference(theirs, tokens, protocol)
 
 
 def token_windows(
@@ -211,6 +225,23 @@ def walked(ours: CheckpointTarget, reference: Reference, progress: Progress) -> 
     drift = walk(ours, reference.target, reference.tokens, lambda i: tell(note=f"layer {i}"))
     progress.finish()
     return drift
+
+
+def about_pruned(
+    ours: CheckpointTarget,
+    claims: Claims,
+    weights: Weights,
+    reference: Reference | None,
+    target: Target,
+) -> list[Finding]:
+    """What only concerns a model with zeros: its speed, and what could not be checked."""
+    if weights.sparsity <= PRUNED:
+        return []
+    pattern = claims.pattern.name if claims.pattern else "unstructured"
+    return [
+        *check_speed(ours.reader.folder, pattern, weights.sparsity, target),
+        *not_looked_at(claims, reference),
+    ]
 
 
 def not_looked_at(claims: Claims, reference: Reference | None) -> list[Finding]:
