@@ -201,7 +201,7 @@ def made_by(run: Run) -> str:
 
 def chips(run: Run) -> list[tuple[str, str]]:
     """What a diagnosis and the texts say, in a word each."""
-    told = []
+    told: list[tuple[str, str]] = []
     if run.diagnosis:
         counts = {s: sum(f.severity == s for f in run.diagnosis.findings) for s in SEVERITIES}
         told = [(s, counted(n, s)) for s, n in counts.items() if n]
