@@ -156,7 +156,7 @@ def title(records: Records) -> str:
 def lead(records: Records) -> str:
     """What the page holds, in a sentence."""
     parts = []
-    if len(records.runs) > 1:
+    if len(records.runs) > 1 or (records.runs and records.sweeps):
         parts.append(counted(len(records.runs), "pruned model"))
     for sweep in records.sweeps:
         parts.append(f"a sweep of {counted(len(sweep.result.points), 'point')}")
@@ -207,8 +207,11 @@ def chips(run: Run) -> list[tuple[str, str]]:
         told = [(s, counted(n, s)) for s, n in counts.items() if n]
         told = told or [("good", "diagnosis: healthy")]
     generation = run.evaluation.generation if run.evaluation else None
-    if generation and generation.degenerate > (generation.reference_degenerate or 0):
-        told.append(("error", counted(generation.degenerate, "degenerate text")))
+    dense = (generation.reference_degenerate or 0) if generation else 0
+    if generation and generation.degenerate > dense:
+        told.append(
+            ("error", f"{counted(generation.degenerate, 'degenerate text')}, dense {dense}")
+        )
     return told
 
 
