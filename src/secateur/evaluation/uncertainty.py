@@ -4,8 +4,8 @@ standard error   s / √n, s the sample's standard deviation (n − 1 below the 
 difference       mean of (modelᵢ − referenceᵢ) over the same items: what both find easy or hard
                  cancels, so the error is that of the pairs and not of two scores
 significant      |difference| > 1.96 · its standard error (95 %, two sides)
-retention        (value − chance) / (reference − chance); a reference within two standard
-                 errors of chance has nothing that could be retained, and gives none
+retention        (value − chance) / (reference − chance); a reference that is not more than two
+                 standard errors above chance has nothing to be retained, and gives none
 """
 
 from __future__ import annotations
