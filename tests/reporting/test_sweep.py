@@ -14,7 +14,8 @@ from secateur.errors import CheckpointError, PatternError, RecipeError
 from secateur.evaluation.perplexity import perplexity
 from secateur.reporting.sweep_result import read_sweep
 from secateur.workflows import sweeping
-from secateur.workflows.sweeping import SweepPlan, sweep
+from secateur.workflows.sweep_plan import SweepPlan
+from secateur.workflows.sweeping import sweep
 from test_cli import secateur
 from tiny import save_tiny
 from zoo import tiny_windows

@@ -120,5 +120,5 @@ def chart_of(number: int, group: Sequence[Judged]) -> LineChart:
 
 
 def short(value: float) -> str:
-    """A perplexity in at most four digits."""
-    return f"{value:.1f}" if value < 1000 else f"{value:.3g}" if value < 1e6 else f"{value:.1e}"
+    """A perplexity in few letters."""
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"

@@ -17,7 +17,8 @@ from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.judging import judge
 from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
 from secateur.workflows.reporting import report
-from secateur.workflows.sweeping import SweepPlan, sweep
+from secateur.workflows.sweep_plan import SweepPlan
+from secateur.workflows.sweeping import sweep
 
 __all__ = [
     "CompressionReport",

@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,71 +44,9 @@ from secateur.workflows.preparing import (
     windows_needed,
 )
 from secateur.workflows.pruning import run_recipe
+from secateur.workflows.sweep_plan import SweepPlan, point_name
 
-__all__ = ["SweepPlan", "sweep"]
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """What a sweep runs over, and what all its points have in common.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample.
-        methods: famous names or presets.
-        sparsities: fractions of zeros, for unstructured sparsity and for blocks.
-        patterns: what to try beside `unstructured`; N:M has a sparsity of its own.
-        calibration: text or windows file for all points.
-        samples: calibration windows.
-        sequence_length: tokens of a calibration window; None as in `secateur prune`.
-        seed: of the choice of windows.
-        texts: to judge on.
-        judge_length: tokens of a window to judge on; 2048, or less if the model is shorter.
-        max_windows: judge on the first windows of each text only.
-        device: auto, cpu, cuda or cuda:N.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-    """
-
-    model: str
-    methods: tuple[str, ...]
-    sparsities: tuple[float, ...] = ()
-    patterns: tuple[str, ...] = ()
-    calibration: str = "c4"
-    samples: int = 128
-    sequence_length: int | None = None
-    seed: int = 0
-    texts: tuple[str, ...] = ("wikitext2",)
-    judge_length: int | None = None
-    max_windows: int | None = None
-    device: str = "auto"
-    trust_remote_code: bool = False
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """What must not change when a sweep goes on; points may be added."""
-        told = asdict(self)
-        for free in ("methods", "sparsities", "patterns"):
-            del told[free]
-        return {**told, "texts": list(self.texts)}
-
-    def grid(self) -> list[PointKey]:
-        """Method, pattern and sparsity of each point, in order.
-
-        Raises:
-            RecipeError: there is no point.
-            PatternError: a pattern is not written like this.
-        """
-        columns = [("unstructured", sparsity) for sparsity in self.sparsities]
-        for text in self.patterns:
-            implied = getattr(parse_pattern(text), "sparsity", None)
-            columns += [(text, s) for s in (self.sparsities if implied is None else [implied])]
-        grid = [(method, kind, round(s, 6)) for method in self.methods for kind, s in columns]
-        if not grid or not self.texts:
-            raise RecipeError(
-                f"{len(self.methods)} methods, {len(columns)} sparsities, {len(self.texts)} texts "
-                "to judge on: nothing to do",
-                remedy="for example --methods wanda,sparsegpt --sparsities 0.3,0.5,0.6,0.7",
-            )
-        return list(dict.fromkeys(grid))
+__all__ = ["sweep"]
 
 
 def sweep(
@@ -354,15 +290,6 @@ def texts_of(
 def digest(windows: Tensor) -> str:
     """By which two sets of windows can be seen to be the same."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-
-
-def point_name(key: PointKey) -> str:
-    """The name of a point's folder: `wanda-50`, `wanda-2-4`, `wanda-16x1-50`."""
-    method, pattern, sparsity = key
-    implied = getattr(parse_pattern(pattern), "sparsity", None)
-    kind = [] if pattern == "unstructured" else [pattern.replace(":", "-")]
-    share = [f"{100 * sparsity:g}"] if implied is None else []
-    return "-".join([method, *kind, *share])
 
 
 class Labelled:

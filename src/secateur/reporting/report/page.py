@@ -156,7 +156,7 @@ def title(records: Records) -> str:
 def lead(records: Records) -> str:
     """What the page holds, in a sentence."""
     parts = []
-    if len(records.runs) > 1:
+    if len(records.runs) > 1 or (records.runs and records.sweeps):
         parts.append(counted(len(records.runs), "pruned model"))
     for sweep in records.sweeps:
         parts.append(f"a sweep of {counted(len(sweep.result.points), 'point')}")
@@ -201,14 +201,17 @@ def made_by(run: Run) -> str:
 
 def chips(run: Run) -> list[tuple[str, str]]:
     """What a diagnosis and the texts say, in a word each."""
-    told = []
+    told: list[tuple[str, str]] = []
     if run.diagnosis:
         counts = {s: sum(f.severity == s for f in run.diagnosis.findings) for s in SEVERITIES}
         told = [(s, counted(n, s)) for s, n in counts.items() if n]
         told = told or [("good", "diagnosis: healthy")]
     generation = run.evaluation.generation if run.evaluation else None
-    if generation and generation.degenerate > (generation.reference_degenerate or 0):
-        told.append(("error", counted(generation.degenerate, "degenerate text")))
+    dense = (generation.reference_degenerate or 0) if generation else 0
+    if generation and generation.degenerate > dense:
+        told.append(
+            ("error", f"{counted(generation.degenerate, 'degenerate text')}, dense {dense}")
+        )
     return told
 
 
