@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 import secateur as library
-from diagnostics.planted import Pair, edit, found, make_pair
+from diagnostics.planted import Pair, edit, found
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.speed import Speed
 from secateur.workflows import benching
@@ -17,18 +16,6 @@ from test_cli import secateur
 from tiny import save_tiny
 
 __all__ = ["secateur"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture
-def pair(made: Pair, tmp_path: Path) -> Pair:
-    """A copy that may be broken."""
-    shutil.copytree(made.dense.parent, tmp_path / "pair")
-    return Pair(tmp_path / "pair")
 
 
 def flat(text: str) -> str:

@@ -15,18 +15,6 @@ from diagnostics.planted import Pair, edit, found, make_pair, rewrite
 LINEAR = "model.layers.1.mlp.up_proj"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture
-def pair(made: Pair, tmp_path: Path) -> Pair:
-    """A copy that may be broken."""
-    shutil.copytree(made.dense.parent, tmp_path / "pair")
-    return Pair(tmp_path / "pair")
-
-
 def test_a_healthy_pair_has_only_notes(pair: Pair) -> None:
     for beside in (False, True):
         diagnosis = pair.diagnose(beside=beside)

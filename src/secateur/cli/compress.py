@@ -66,17 +66,6 @@ def compress(
     from secateur.cli.rendering import ProgressBar, print_json
     from secateur.workflows import compress as run_compression
 
-    options = {
-        "samples": samples,
-        "sequence_length": sequence_length,
-        "seed": seed,
-        "packing": packing,
-        "field": field,
-        "budget_gib": memory_budget_gib,
-        "activations": activations,
-        "micro_batch_tokens": micro_batch_tokens,
-        "device": device,
-    }
     with ProgressBar() as progress:
         report = run_compression(
             model,
@@ -91,7 +80,15 @@ def compress(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,
-            **{name: value for name, value in options.items() if value is not None},
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            packing=packing,
+            field=field,
+            budget_gib=memory_budget_gib,
+            activations=activations,
+            micro_batch_tokens=micro_batch_tokens,
+            device=device,
         )
     if as_json:
         print_json(report.to_json())

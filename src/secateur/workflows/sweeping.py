@@ -36,6 +36,7 @@ from secateur.reporting.sweep_result import PointKey, SweepPoint, SweepResult, r
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 from secateur.workflows.carrying import read_config
+from secateur.workflows.evaluating import told_of_windows
 from secateur.workflows.preparing import (
     allocation_of,
     choose_device,
@@ -211,9 +212,8 @@ class Work:
         loaded = load_whole(folder, self.device, trust_remote_code=self.plan.trust_remote_code)
         losses = {}
         for text, windows in self.windows.items():
-            progress.start(f"judging on {text}", len(windows))
-            result = perplexity(loaded, windows, progress=Counted(progress))
-            progress.finish()
+            with told_of_windows(progress, f"judging on {text}", len(windows)) as tell:
+                result = perplexity(loaded, windows, progress=tell)
             losses[text] = result.mean_loss
         return losses, next(loaded.parameters()).dtype
 
@@ -309,18 +309,6 @@ class Labelled:
     def finish(self) -> None:
         """The stage is over."""
         self.progress.finish()
-
-
-class Counted:
-    """Tells a listener that counts steps of windows that are counted from the start."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.told = progress, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        """So many windows are done."""
-        self.progress.step(done - self.told, note=f"window {done} of {total}")
-        self.told = done
 
 
 def write_views(result: SweepResult, folder: Path) -> None:

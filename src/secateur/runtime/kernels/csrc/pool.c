@@ -38,7 +38,9 @@ static atomic_uint round_number;  /* of the work; a new number is the signal to 
 static atomic_int unfinished, sleepers, leaving;
 static atomic_int arrived;
 static atomic_uint barrier_round;
-static int caller_on = -1;        /* processor of the caller when workers were bound; -1: never */
+#define UNDECIDED (-1)
+#define NOT_BOUND (-2)
+static int caller_on = UNDECIDED; /* processor of the caller when workers were bound last */
 static int bound_to[MOST_THREADS];
 
 static void spin(int *rounds) {
@@ -104,40 +106,41 @@ static int hire(int wanted) {
     if (wanted > MOST_THREADS) wanted = MOST_THREADS;
     atomic_store(&round_number, 0);
     atomic_store(&sleepers, 0);
-    caller_on = -1;
+    caller_on = UNDECIDED;
     pthread_once(&once, watch_forks);
     for (count = 1; count < wanted; count++)
         if (pthread_create(&workers[count], NULL, serve, (void *)(intptr_t)count)) break;
     return count;
 }
 
+#if defined(__linux__)
+static void bind_to(int worker, int cpu) {
+    cpu_set_t own;
+    CPU_ZERO(&own);
+    CPU_SET(cpu, &own);
+    bound_to[worker] = pthread_setaffinity_np(workers[worker], sizeof own, &own) ? -1 : cpu;
+}
+#endif
+
 /* Give each worker a processor of its own, or, when the caller has moved to that of a worker, the
  * one it left. The caller is never bound: it does other work too. */
 static void bind_workers(void) {
 #if defined(__linux__)
-    const int here = sched_getcpu();
-    cpu_set_t set, own;
-    if (here == caller_on || here < 0) return;
-    if (caller_on >= 0) {
-        for (int i = 1; i < count; i++) {
-            if (bound_to[i] != here) continue;
-            CPU_ZERO(&own);
-            CPU_SET(caller_on, &own);
-            if (!pthread_setaffinity_np(workers[i], sizeof own, &own)) bound_to[i] = caller_on;
-        }
-        caller_on = here;
+    const int here = sched_getcpu(), left = caller_on;
+    cpu_set_t set;
+    if (here == left || here < 0 || left == NOT_BOUND) return;
+    caller_on = here;
+    if (left >= 0) {
+        for (int i = 1; i < count; i++)
+            if (bound_to[i] == here) bind_to(i, left);
         return;
     }
-    if (pthread_getaffinity_np(pthread_self(), sizeof set, &set)) return;
-    if (CPU_COUNT(&set) != count || !CPU_ISSET(here, &set)) return;
-    for (int cpu = 0, i = 1; cpu < CPU_SETSIZE && i < count; cpu++) {
-        if (cpu == here || !CPU_ISSET(cpu, &set)) continue;
-        CPU_ZERO(&own);
-        CPU_SET(cpu, &own);
-        bound_to[i] = pthread_setaffinity_np(workers[i], sizeof own, &own) ? -1 : cpu;
-        i++;
+    if (pthread_getaffinity_np(pthread_self(), sizeof set, &set) || CPU_COUNT(&set) != count) {
+        caller_on = NOT_BOUND;
+        return;
     }
-    caller_on = here;
+    for (int cpu = 0, i = 1; cpu < CPU_SETSIZE && i < count; cpu++)
+        if (cpu != here && CPU_ISSET(cpu, &set)) bind_to(i++, cpu);
 #endif
 }
 
