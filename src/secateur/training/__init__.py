@@ -1,0 +1,1 @@
+"""Training that keeps the zeros: gradual pruning, rounds with rewinding, adapters."""
