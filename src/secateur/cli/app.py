@@ -51,6 +51,7 @@ def add_verbs() -> None:
         decompress,
         demo,
         diagnose,
+        distill,
         evaluate,
         generate,
         inspect,
@@ -58,11 +59,14 @@ def add_verbs() -> None:
         plan,
         prune,
         report,
+        retrain,
         sweep,
     )
 
     app.command("prune")(prune.prune)
     app.command("plan")(plan.plan)
+    app.command("retrain")(retrain.retrain)
+    app.command("distill")(distill.distill)
     app.command("eval")(evaluate.evaluate)
     app.command("inspect")(inspect.inspect)
     app.command("methods")(methods.methods)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,7 +21,10 @@ __all__ = [
     "is_recipe_file",
     "nested",
     "read_recipe_file",
+    "validated",
 ]
+
+AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 
 SECTIONS: Mapping[str, frozenset[str]] = {
     "calibration": frozenset(Calibration.model_fields) - {"source"},
@@ -90,10 +93,19 @@ def build_recipe(
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for assignment in assignments:
         set_value(merged, assignment)
+    return validated(PruneRecipe, filled_in(merged), where)
+
+
+def validated(kind: type[AnyRecipe], values: Mapping[str, Any], where: str | None) -> AnyRecipe:
+    """A recipe of a kind.
+
+    Raises:
+        RecipeError: listing every fault, with near names for unknown keys.
+    """
     try:
-        return PruneRecipe.model_validate(filled_in(merged))
+        return kind.model_validate(values)
     except ValidationError as error:
-        faults = [fault_text(fault) for fault in error.errors()]
+        faults = [fault_text(fault, kind) for fault in error.errors()]
         raise RecipeError(
             f"{len(faults)} fault{'s' * (len(faults) > 1)} in the recipe:\n    "
             + "\n    ".join(faults),
@@ -115,11 +127,11 @@ def nested(options: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def fault_text(fault: Any) -> str:
+def fault_text(fault: Any, kind: type[BaseModel] = PruneRecipe) -> str:
     """One fault, told in a line."""
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        known = known_keys(fault["loc"][:-1])
+        known = known_keys(fault["loc"][:-1], kind)
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
@@ -128,9 +140,8 @@ def fault_text(fault: Any) -> str:
     return f"{path}: {fault['msg']} (got {fault['input']!r})"
 
 
-def known_keys(path: tuple[Any, ...]) -> list[str]:
+def known_keys(path: tuple[Any, ...], model: type[BaseModel] = PruneRecipe) -> list[str]:
     """The keys a section of the recipe has."""
-    model: type[BaseModel] = PruneRecipe
     for part in path:
         annotation = model.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
@@ -138,7 +149,7 @@ def known_keys(path: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def dump_recipe(recipe: PruneRecipe) -> str:
+def dump_recipe(recipe: BaseModel) -> str:
     """The recipe as YAML, every default written out."""
     values = recipe.model_dump(mode="json")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

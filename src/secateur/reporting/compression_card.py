@@ -6,7 +6,7 @@ from pathlib import Path
 
 from secateur.reporting.compression_report import CompressionReport
 
-__all__ = ["compression_card", "source_part", "with_dense_card"]
+__all__ = ["compression_card", "source_part", "split_card", "with_dense_card"]
 
 MARK = "<!-- the card of the dense folder -->"
 

@@ -144,9 +144,8 @@ class WrittenTeacher:
                 remedy="write it again, or take that temperature",
             )
         device = batch.ids.device
-        read = [[self.stored.get_tensor(f"{n}/{part}") for n in batch.numbers] for part in PARTS]
-        known, rest, tokens = (torch.cat(parts).to(device) for parts in read)
-        joint = torch.cat([known.float(), rest[:, None]], -1).log_softmax(-1)
+        known, rest, tokens = (self.read(part, batch.numbers).to(device) for part in PARTS)
+        joint = torch.cat([known, rest[:, None]], -1).log_softmax(-1)
 
         def expected(rows: slice, log_q: Tensor) -> Tensor:
             places, log_p = tokens[rows].long(), joint[rows]
@@ -154,6 +153,11 @@ class WrittenTeacher:
             return (log_q + (log_p[:, -1:] - left)).scatter_(1, places, log_p[:, :-1])
 
         return Told(expected, {})
+
+    def read(self, part: str, numbers: Sequence[int]) -> Tensor:
+        """A part for some windows, one after the other, in float32 or whole numbers."""
+        read = [self.stored.get_tensor(f"{n}/{part}") for n in numbers]
+        return torch.cat([x.float() if x.is_floating_point() else x for x in read])
 
 
 PARTS = ("log_p", "rest", "tokens")

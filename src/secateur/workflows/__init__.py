@@ -2,11 +2,12 @@
 
 The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`, `judge`,
 `compress`, `decompress`, `generate`, `bench`, `diagnose`, `sweep`,
-`report`.
+`report`, `retrain`, `distill`.
 """
 
 from secateur.reporting.compression_report import CompressionReport, DecompressionReport
 from secateur.reporting.prune_report import PruneReport
+from secateur.reporting.training_report import TrainingReport
 from secateur.workflows.benching import bench
 from secateur.workflows.compressing import compress
 from secateur.workflows.decompressing import decompress
@@ -17,6 +18,7 @@ from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.judging import judge
 from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
 from secateur.workflows.reporting import report
+from secateur.workflows.retraining import distill, retrain, run_training
 from secateur.workflows.sweep_plan import SweepPlan
 from secateur.workflows.sweeping import sweep
 
@@ -27,10 +29,12 @@ __all__ = [
     "Generation",
     "PruneReport",
     "SweepPlan",
+    "TrainingReport",
     "bench",
     "compress",
     "decompress",
     "diagnose",
+    "distill",
     "evaluate",
     "generate",
     "inspect_model",
@@ -39,6 +43,8 @@ __all__ = [
     "plan_recipe",
     "prune",
     "report",
+    "retrain",
     "run_recipe",
+    "run_training",
     "sweep",
 ]

@@ -1,0 +1,72 @@
+"""The card of a trained model: how it was trained, before the card of the model it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.reporting.compression_card import split_card
+
+__all__ = ["training_card"]
+
+TEMPLATE = """{front_matter}# {name}, {done}
+
+Trained by `secateur {verb}` with its zeros held at every step, and looked at again in these files:
+{sparsity} of the weights in the decoder's matrices are zero.
+
+| | |
+|---|---|
+| text | {text} |
+| read | {tokens:,} tokens in {steps:,} steps |
+| objective | {objective} |
+| learning rate, optimizer | {learning_rate:.2g} at most, {optimizer} |
+| perplexity of the validation windows | {perplexity} |
+| wall time | {seconds:.0f} s on {hardware} |
+
+The perplexity is the one that was watched while training; `secateur eval` measures by a protocol.
+
+## Make it again
+
+`secateur {verb} recipe.yaml --output DIR` with `recipe.yaml`:
+
+```yaml
+{recipe}
+```
+
+The card of the model that was trained follows; what it says of weights is about that model.
+
+{body}"""
+
+
+def training_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path) -> str:
+    """The text of README.md for the folder written.
+
+    Args:
+        manifest: of the training.
+        recipe_yaml: the resolved recipe.
+        source_folder: the model that was trained, for its own card.
+    """
+    card = source_folder / "README.md"
+    front, body = split_card(card.read_text(encoding="utf-8") if card.is_file() else "")
+    result, environment = manifest["result"], manifest["environment"]
+    before, after = result["perplexity_before"], result["perplexity_after"]
+    verb = manifest["verb"]
+    return TEMPLATE.format(
+        front_matter=front,
+        name=manifest["source"]["name"],
+        verb=verb,
+        done="distilled" if verb == "distill" else "retrained",
+        sparsity=f"{result['decoder_sparsity']:.4%}",
+        text=f"`{manifest['text']['source']}`",
+        tokens=result["tokens"],
+        steps=result["step"],
+        objective=manifest["objective"],
+        learning_rate=manifest["learning_rate"],
+        optimizer=manifest["optimizer"],
+        perplexity="not watched" if after is None else f"{before:.3f} → {after:.3f}",
+        seconds=manifest["cost"]["seconds"],
+        hardware=f"{environment['cpu']}, {environment['threads']} threads",
+        recipe=recipe_yaml.rstrip(),
+        body=body,
+    )

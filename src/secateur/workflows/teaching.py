@@ -1,0 +1,176 @@
+"""What the recipe of a training means: how long, which masks, which loss, whose teaching."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.engine.precision import fast_dtype
+from secateur.engine.progress import Progress
+from secateur.errors import RecipeError
+from secateur.models.architecture import describe
+from secateur.models.skeleton import quiet_transformers
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.whole import load_whole
+from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.training.masks import Masks
+from secateur.training.objectives import Distil, NextToken, Objective
+from secateur.training.teachers import (
+    ModelTeacher,
+    WrittenTeacher,
+    windows_digest,
+    write_teacher,
+)
+from secateur.training.training_plan import TrainingPlan
+from secateur.workflows.carrying import RUN_FOLDER
+from secateur.workflows.training_text import TrainingText
+
+__all__ = ["masks_of", "objective_of", "plan_of"]
+
+
+def plan_of(recipe: RetrainRecipe, text: TrainingText) -> TrainingPlan:
+    """How long and how the recipe wants to train.
+
+    Raises:
+        RecipeError: steps and minutes are both given, or a number is out of range.
+    """
+    steps = recipe.steps or 0
+    if not recipe.steps and not recipe.minutes:
+        steps = max(1, round(recipe.epochs * len(text.windows) / recipe.batch))
+    return TrainingPlan(
+        steps=steps,
+        minutes=recipe.minutes or 0.0,
+        learning_rate=recipe.learning_rate,
+        warm_up=recipe.warm_up,
+        clip=recipe.clip,
+        optimizer=recipe.optimizer,
+        optimizer_options=recipe.optimizer_options,
+        rates=recipe.rates,
+        micro_batch=recipe.micro_batch,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        fast_matmuls=recipe.fast_matmuls,
+        validations=recipe.validations,
+        patience=recipe.patience,
+        save_minutes=recipe.save_minutes,
+    )
+
+
+def masks_of(recipe: RetrainRecipe, model: Any) -> Masks:
+    """The masks that are held: those named, or the zeros of the model."""
+    if recipe.mask is None:
+        return Masks.of(model)
+    place = Path(recipe.mask)
+    if place.is_dir():
+        pruned = load_whole(place, torch.device("cpu"), trust_remote_code=recipe.trust_remote_code)
+        return Masks.of(pruned)
+    return Masks.load(place)
+
+
+def objective_of(
+    recipe: RetrainRecipe,
+    source: LocalCheckpoint,
+    model: Any,
+    text: TrainingText,
+    work: Path,
+    progress: Progress,
+) -> Objective:
+    """The loss; for a distillation the teacher is loaded, or what it expects.
+
+    Raises:
+        RecipeError: the teacher is not known, or has another vocabulary.
+    """
+    if not isinstance(recipe, DistillRecipe):
+        return NextToken.of(model)
+    options: dict[str, Any] = {"kind": recipe.kind, "temperature": recipe.temperature}
+    options |= {"next_token": recipe.next_token}
+    file = Path(recipe.teacher_file) if recipe.teacher_file else work / "teacher.safetensors"
+    if (recipe.top_k or recipe.teacher_file) and file.exists():
+        return Distil.between(model, written(file, text), **options)
+    named = recipe.teacher or pruned_from(source)
+    place = resolve(named, trust_remote_code=recipe.trust_remote_code)
+    check_tokenizers(source, place, recipe.trust_remote_code)
+    device = next(model.parameters()).device
+    teacher = load_whole(
+        place.folder, device, dtype=fast_dtype(device), trust_remote_code=recipe.trust_remote_code
+    )
+    layers = len(describe(teacher).layers(teacher))
+    objective = Distil.between(
+        model,
+        ModelTeacher(teacher),
+        teacher_layers=layers,
+        kept_layers=recipe.kept_layers,
+        hidden=recipe.hidden,
+        **options,
+    )
+    if not recipe.top_k and not recipe.teacher_file:
+        return objective
+    progress.start("teacher", len(text.windows))
+    with quiet_transformers():
+        write_teacher(
+            teacher,
+            text.windows,
+            file,
+            k=recipe.top_k or 64,
+            temperature=recipe.temperature,
+            name=place.name,
+            tell=progress.step,
+        )
+    progress.finish()
+    return Distil.between(model, written(file, text), hidden=recipe.hidden, **options)
+
+
+def written(file: Path, text: TrainingText) -> WrittenTeacher:
+    """What a teacher wrote down about this text.
+
+    Raises:
+        RecipeError: it is about another.
+    """
+    teacher = WrittenTeacher(file)
+    if teacher.record["windows"] != windows_digest(text.windows):
+        raise RecipeError(
+            "the teacher was written down for other windows",
+            where=str(file),
+            remedy="take the same text, windows, sequence length and seed, or another file",
+        )
+    return teacher
+
+
+def pruned_from(source: LocalCheckpoint) -> str:
+    """The model that a run folder was pruned from.
+
+    Raises:
+        RecipeError: the folder does not say.
+    """
+    manifest = source.folder / RUN_FOLDER / "manifest.json"
+    if not manifest.is_file():
+        raise RecipeError(
+            "the model does not say what it was pruned from, so the teacher is not known",
+            where=str(source.folder),
+            remedy="name it with --teacher",
+        )
+    name: str = json.loads(manifest.read_text(encoding="utf-8"))["source"]["name"]
+    return name
+
+
+def check_tokenizers(student: LocalCheckpoint, teacher: LocalCheckpoint, trust: bool) -> None:
+    """Refuse a teacher that means other words by the same numbers.
+
+    Raises:
+        RecipeError: the vocabularies differ.
+    """
+    own, other = (
+        load_tokenizer(x.folder, trust_remote_code=trust).get_vocab() for x in (student, teacher)
+    )
+    if own != other:
+        differing = sum(own.get(token) != number for token, number in other.items())
+        raise RecipeError(
+            f"student and teacher have different vocabularies: {len(own)} and {len(other)} "
+            f"tokens, {differing} of the teacher's have another number or none",
+            where=teacher.name,
+            remedy="a teacher needs the tokenizer of the student: name the model that it was "
+            "made from",
+        )

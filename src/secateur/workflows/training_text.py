@@ -1,0 +1,127 @@
+"""The text of a training: windows to learn from, windows to watch, and that they are apart."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.calibration.documents import read_documents, read_text
+from secateur.calibration.overlap import SEQUENCE, shared_share
+from secateur.calibration.windows import WindowPlan, check_range, load_windows, pack_windows
+from secateur.errors import RecipeError, SourceError
+from secateur.evaluation.perplexity import evaluation_windows
+from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.training_schema import RetrainRecipe
+from secateur.training.teachers import windows_digest
+from secateur.types import Windows
+
+__all__ = ["TrainingText", "read_training_text"]
+
+log = logging.getLogger(__name__)
+
+LENGTH = 512
+HELD_OUT_AT_MOST = 8
+"""One window in so many is held out at most, where there is no text to watch."""
+REFUSED = 0.01
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """What a training reads.
+
+    Attributes:
+        windows: token ids [samples, sequence_length].
+        validation: likewise, to be watched; None for none.
+        record: where they are from, as JSON values.
+    """
+
+    windows: Windows
+    validation: Windows | None
+    record: dict[str, Any]
+
+
+def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> TrainingText:
+    """The windows of a recipe.
+
+    Args:
+        recipe: names the texts.
+        folder: of the model, for its tokenizer.
+        config: of the model, for its context and vocabulary.
+
+    Raises:
+        SourceError: a text cannot be had, or is too short for one step.
+        RecipeError: the text to watch is in the text to learn from.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or LENGTH
+    length = recipe.sequence_length or min(LENGTH, longest)
+    windows = windows_of(recipe, folder, length, config.vocab_size)
+    validation, watched = None, "none"
+    if recipe.validation_windows and recipe.validation is not None:
+        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+        text = read_text(recipe.validation)
+        validation = evaluation_windows(
+            text.text, tokenizer, windows.shape[1], max_windows=recipe.validation_windows
+        )
+        watched = text.dataset
+    elif recipe.validation_windows:
+        held = min(recipe.validation_windows, len(windows) // HELD_OUT_AT_MOST)
+        validation = windows[:held] if held else None
+        windows, watched = windows[held:], f"{held} windows held out of the text"
+    if len(windows) < recipe.batch:
+        raise SourceError(
+            f"the text gives {len(windows)} windows of {length} tokens, one step needs "
+            f"{recipe.batch}",
+            where=recipe.text,
+            remedy="name a longer text, or ask for a shorter sequence length or a smaller batch",
+        )
+    shared = None if validation is None else shared_share(windows, validation)
+    if shared and recipe.validation is not None:
+        refuse_overlap(shared, watched)
+    return TrainingText(
+        windows,
+        validation,
+        {
+            "source": recipe.text,
+            "windows": len(windows),
+            "sequence_length": windows.shape[1],
+            "tokens": windows.numel(),
+            "sha256": windows_digest(windows),
+            "validation": watched,
+            "validation_windows": 0 if validation is None else len(validation),
+            "validation_shared": shared,
+        },
+    )
+
+
+def windows_of(recipe: RetrainRecipe, folder: Path, length: int, vocabulary: int) -> Windows:
+    """All windows of the text, up to as many as the recipe wants."""
+    if recipe.text.endswith(".safetensors"):
+        return load_windows(Path(recipe.text).expanduser(), vocab_size=vocabulary)
+    documents = read_documents(recipe.text, field=recipe.field)
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+    plan = WindowPlan(recipe.windows, length, recipe.seed)
+    found = pack_windows(documents, tokenizer, plan)
+    windows = torch.tensor(found, dtype=torch.int64).reshape(-1, length)
+    if len(windows):
+        check_range(windows, vocabulary, recipe.text)
+    return windows
+
+
+def refuse_overlap(shared: float, watched: str) -> None:
+    """Refuse to learn from what is watched; warn where it is only a phrase here and there.
+
+    Raises:
+        RecipeError: more than a hundredth of it is in the training text.
+    """
+    if shared > REFUSED:
+        raise RecipeError(
+            f"{shared:.1%} of the sequences of {SEQUENCE} tokens in the validation text are in "
+            "the training text too, so its perplexity would say nothing",
+            where=watched,
+            remedy="watch another text, or leave that one out of the training",
+        )
+    log.warning("%.2g %% of the text %s is in the training text too", 100 * shared, watched)
