@@ -22,7 +22,6 @@ FIXED_AT_ZERO = (
     torch.optim.AdamW,
     torch.optim.NAdam,
     torch.optim.RAdam,
-    torch.optim.Adamax,
     torch.optim.Adagrad,
     torch.optim.Adadelta,
     torch.optim.RMSprop,

@@ -1,0 +1,204 @@
+"""Losses against their definitions, with their gradients; teachers in memory and on disk."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from oracles.divergences import divergence, lumped_divergence, next_token_loss
+from secateur.errors import RecipeError, SourceError
+from secateur.training import heads, teachers
+from secateur.training.batches import Batch, Batches
+from secateur.training.divergences import KINDS
+from secateur.training.heads import head_alone
+from secateur.training.hidden import hidden_loss, layer_pairs
+from secateur.training.objectives import Distil, NextToken
+from secateur.training.teachers import ModelTeacher, WrittenTeacher, write_teacher
+from zoo import CONFIGS
+
+IDS = torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+BATCH = Batch(IDS, (0, 1))
+
+
+def model_of(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
+    """A tiny model with logits that are not all alike."""
+    config = CONFIGS[family]()
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8)
+    return model
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    """All logits."""
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def gradients(loss: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
+    """Of all parameters that have one."""
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, named.values(), allow_unused=True)
+    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, model: Any, tolerance: float) -> None:
+    """Loss and gradients of one and the other."""
+    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=1e-7)
+    own, other = gradients(ours, model), gradients(theirs, model)
+    assert own.keys() == other.keys()
+    for name, gradient in other.items():
+        scale = float(gradient.abs().max())
+        assert float((own[name] - gradient).abs().max()) <= tolerance * scale + 1e-7, name
+
+
+@pytest.fixture(params=["whole", "in small pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens at a time, so that several blocks of several chunks are made."""
+    if request.param != "whole":
+        monkeypatch.setattr(heads, "BLOCK_BYTES", 96 * 4 * 7)
+        monkeypatch.setattr(heads, "CHUNK_BYTES", 96 * 4 * 2)
+        monkeypatch.setattr(teachers, "AT_ONCE_BYTES", 96 * 4 * 5)
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_next_token_loss_is_that_of_the_whole_logits(family: str) -> None:
+    model = model_of(family)
+    assert (head_alone(model) is None) == (family == "gemma2")
+    assert_same(
+        NextToken.of(model)(model, BATCH), next_token_loss(logits_of(model), IDS), model, 1e-4
+    )
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergences_and_their_gradients(kind: str, temperature: float) -> None:
+    student, dense = model_of(), model_of(seed=1)
+    objective = Distil.between(student, ModelTeacher(dense), kind=kind, temperature=temperature)
+    wanted = logits_of(dense).detach().flatten(0, 1)
+    with torch.autocast("cpu", enabled=False):
+        expected = divergence(logits_of(student).flatten(0, 1), wanted, kind, temperature)
+        # the teacher may be in bfloat16; here it is as exact as the student
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(teachers, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
+            assert_same(objective(student, BATCH), expected, student, 2e-4)
+
+
+def test_the_square_of_the_temperature_keeps_gradients_large() -> None:
+    student, dense = model_of(), model_of(seed=1)
+    sizes = []
+    for temperature in (20.0, 40.0):
+        objective = Distil.between(student, ModelTeacher(dense), temperature=temperature)
+        found = gradients(objective(student, BATCH), student)
+        sizes.append(float(sum(g.square().sum() for g in found.values())) ** 0.5)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_does_not_differ_from_oneself(kind: str) -> None:
+    model = model_of()
+    objective = Distil.between(model, ModelTeacher(copy.deepcopy(model)), kind=kind)
+    assert abs(objective(model, BATCH).item()) < 1e-3
+
+
+def test_a_share_of_the_plain_loss() -> None:
+    student, teacher = model_of(), ModelTeacher(model_of(seed=1))
+    alone = Distil.between(student, teacher)(student, BATCH)
+    plain = NextToken.of(student)(student, BATCH)
+    both = Distil.between(student, teacher, next_token=0.25)(student, BATCH)
+    assert_same(both, (0.75 * alone + 0.25 * plain).double(), student, 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [5, 95])
+def test_a_written_teacher_is_the_divergence_with_the_rest_as_one_outcome(
+    kind: str, k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
+    student, dense = model_of(), model_of(seed=1)
+    write_teacher(dense, IDS, tmp_path / "t.safetensors", k=k, temperature=2.0)
+    written = WrittenTeacher(tmp_path / "t.safetensors")
+    objective = Distil.between(student, written, kind=kind, temperature=2.0)
+    wanted = logits_of(dense).detach().flatten(0, 1)
+    expected = lumped_divergence(logits_of(student).flatten(0, 1), wanted, k, kind, 2.0)
+    with torch.autocast("cpu", torch.bfloat16):  # what is stored in float16 must pass here too
+        written(BATCH, 2.0, ())
+    assert_same(objective(student, BATCH), expected, student, 5e-3)  # log p is in float16
+
+
+def test_hidden_states_are_compared_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teachers, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
+    dense = model_of(num_hidden_layers=4)
+    student = model_of(num_hidden_layers=2, seed=1)
+    options = {"teacher_layers": 4, "kept_layers": [0, 2]}
+    teacher = ModelTeacher(dense)
+    both = Distil.between(student, teacher, hidden=0.5, **options)
+    assert both.pairs == ((0, 1), (1, 3))
+    plain = Distil.between(student, teacher)(student, BATCH)
+    own: list[torch.Tensor] = []
+    other: list[torch.Tensor] = []
+    for layers, kept in ((student.model.layers, own), (dense.model.layers, other)):
+        for layer in layers:
+            layer.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out))
+    logits_of(student), logits_of(dense)
+    expected = torch.stack(
+        [(own[i] - other[j]).square().sum() / other[j].square().sum() for i, j in both.pairs]
+    ).mean()
+    assert_same(both(student, BATCH), (plain + 0.5 * expected).double(), student, 1e-4)
+
+
+def test_which_layer_learns_from_which() -> None:
+    assert layer_pairs(4, 4) == ((0, 0), (1, 1), (2, 2), (3, 3))
+    assert layer_pairs(2, 6) == ((0, 2), (1, 5))
+    assert layer_pairs(3, 6, [0, 3, 5]) == ((0, 2), (1, 4), (2, 5))
+    with pytest.raises(RecipeError, match="kept layers"):
+        layer_pairs(2, 6, [3, 1])
+    with pytest.raises(RecipeError, match="the teacher 2"):
+        layer_pairs(3, 2)
+
+
+def test_hidden_states_of_other_widths_are_refused() -> None:
+    with pytest.raises(RecipeError, match="width 3"):
+        hidden_loss({0: torch.ones(1, 2, 3)}, {0: torch.ones(1, 2, 4)}, ((0, 0),))
+
+
+def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
+    student, dense = model_of(), model_of(vocab_size=128)
+    with pytest.raises(RecipeError, match="96 tokens, the teacher 128"):
+        Distil.between(student, ModelTeacher(dense))
+    teacher = ModelTeacher(model_of())
+    for options, told in (
+        ({"kind": "forwards"}, "forward"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"next_token": 2.0}, "share"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            Distil.between(student, teacher, **options)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="most likely"):
+        write_teacher(student, IDS, tmp_path / "t.safetensors", k=96)
+    write_teacher(student, IDS, tmp_path / "t.safetensors", k=4)
+    written = WrittenTeacher(tmp_path / "t.safetensors")
+    with pytest.raises(RecipeError, match="temperature"):
+        written(BATCH, 2.0, ())
+    with pytest.raises(RecipeError, match="hidden"):
+        written(BATCH, 1.0, (0,))
+    with pytest.raises(SourceError, match="no such file"):
+        WrittenTeacher(tmp_path / "no.safetensors")
+
+
+def test_each_epoch_reads_everything_once() -> None:
+    batches = Batches(torch.arange(7)[:, None].expand(7, 3), 2, seed=3)
+    read = [n for step in range(7) for n in batches.numbers(step)]
+    assert sorted(read[:7]) == sorted(read[7:]) == list(range(7))
+    assert read[:7] != read[7:]
+    halves = [batches.micro(3, 1, torch.device("cpu"), rank, 2) for rank in (0, 1)]
+    assert tuple(p.numbers[0] for half in halves for p in half) == batches.numbers(3)

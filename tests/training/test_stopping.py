@@ -1,0 +1,132 @@
+"""Stopped and gone on with: the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learning import EXACT, SEQUENCES, batches, pruned_model, weights
+
+from secateur.engine.progress import Silent
+from secateur.errors import RecipeError
+from secateur.sparsity.schedules import schedules
+from secateur.training.gradual import Gradual, GradualPruning, open_masks
+from secateur.training.loop import Loop, Outcome
+from secateur.training.masks import Masks
+from secateur.training.objectives import NextToken
+from secateur.training.training_plan import TrainingPlan
+
+
+class StoppedError(Exception):
+    """Somebody pressed a key."""
+
+
+class StopAt(Silent):
+    """Stops, or kills, when a step has been told of, before it is saved."""
+
+    def __init__(self, step: int, kill: bool = False) -> None:
+        self.left, self.kill = step + 1, kill
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        self.left -= 1
+        if self.left == 0 and self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.left == 0:
+            raise StoppedError
+
+
+def loop_of(
+    saved: Path | None, stop: Silent | None = None, optimizer: str = "AdamW", gradual: bool = False
+) -> Loop:
+    """The training of these tests, from its beginning."""
+    model = pruned_model()
+    masks = Masks(open_masks(model)) if gradual else Masks.of(model)
+    how = Gradual(schedules["cubic"](0.8), every=2, end=0.8)
+    return Loop(
+        model,
+        batches(),
+        NextToken.of(model),
+        masks,
+        TrainingPlan(steps=16, optimizer=optimizer, save_minutes=0, validations=4, **EXACT),
+        validation=SEQUENCES[:4],
+        saved=saved,
+        hooks=[GradualPruning(masks.kept, how)] if gradual else [],
+        progress=stop,
+        identity={"seed": 0, "optimizer": optimizer},
+    )
+
+
+def same(one: Loop, other: Loop, done: Outcome, again: Outcome) -> None:
+    """Weights, losses and validations do not differ in a bit."""
+    for name, value in weights(one.model).items():
+        assert torch.equal(value, other.model.get_parameter(name)), name
+    assert done.log == again.log
+    assert done.validations == again.validations
+    assert done.best_step == again.best_step
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Rprop", "NAdam"])
+@pytest.mark.parametrize("stop", [1, 9])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+    optimizer: str, stop: int, tmp_path: Path
+) -> None:
+    straight = loop_of(tmp_path / "straight", optimizer=optimizer)
+    done = straight.run()
+    with pytest.raises(StoppedError):
+        loop_of(tmp_path / "stopped", StopAt(stop), optimizer).run()
+    again = loop_of(tmp_path / "stopped", optimizer=optimizer)
+    same(straight, again, done, again.run())
+
+
+def test_masks_that_change_are_gone_on_with(tmp_path: Path) -> None:
+    straight = loop_of(tmp_path / "straight", gradual=True)
+    done = straight.run()
+    with pytest.raises(StoppedError):
+        loop_of(tmp_path / "stopped", StopAt(7), gradual=True).run()
+    again = loop_of(tmp_path / "stopped", gradual=True)
+    same(straight, again, done, again.run())
+    assert straight.masks is not None
+    assert straight.masks.sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    program = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from test_stopping import StopAt, loop_of\n"
+        f"loop_of(Path({str(tmp_path / 'killed')!r}), StopAt(9, kill=True)).run()\n"
+    )
+    places = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, timeout=300)
+    assert ended.returncode == -signal.SIGKILL
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    straight = loop_of(None)
+    done = straight.run()
+    again = loop_of(tmp_path / "killed")
+    assert (tmp_path / "killed" / "state.safetensors").exists()
+    same(straight, again, done, again.run())
+    torch.set_num_threads(threads)
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+    first = loop_of(tmp_path)
+    done = first.run()
+    again = loop_of(tmp_path, StopAt(1))
+    same(first, again, done, again.run())
+
+
+def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        loop_of(tmp_path, StopAt(3)).run()
+    other: Any = loop_of(tmp_path)
+    other.saved.identity["seed"] = 1
+    with pytest.raises(RecipeError, match="seed was 0, now 1"):
+        other.run()
