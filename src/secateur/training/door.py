@@ -1,13 +1,12 @@
 """Where training runs: one process or several, through accelerate.
 
-One process is plain torch. Several, started by `accelerate launch` or `torchrun`, are FSDP2: each
-holds a part of every weight, gradient, moment and mask, and reads its share of every step's
-windows.
+One process is plain torch. Several, started by `accelerate launch` or `torchrun`, are FSDP2
+(torch's `fully_shard`, which accelerate itself applies on GPUs only): each holds a part of every
+weight, gradient, moment and mask, and reads its share of every step's windows.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 
 __all__ = ["Door", "checkpointed", "whole"]
@@ -32,18 +30,8 @@ class Door:
     def __init__(self, device: torch.device) -> None:
         from accelerate import Accelerator
 
-        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        options: dict[str, Any] = {"cpu": device.type == "cpu"}
-        if self.ranks > 1:
-            from accelerate import FullyShardedDataParallelPlugin
-
-            options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-                fsdp_version=2,
-                auto_wrap_policy="transformer_based_wrap",
-                cpu_ram_efficient_loading=False,
-                reshard_after_forward=True,
-            )
-        self.accelerator = Accelerator(**options)
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        self.ranks: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.device = self.accelerator.device if self.ranks > 1 else device
 
@@ -55,22 +43,17 @@ class Door:
     def shard(self, model: Any) -> None:
         """Share a model out, in place; nothing happens in a single process.
 
-        Raises:
-            RecipeError: accelerate has not made an FSDP2 model of it.
+        Each decoder layer is gathered when it is its turn, embeddings and head for all of it.
         """
         if self.ranks == 1:
             return
-        layers = describe(model).layers(model)
-        self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [
-            type(layers[0]).__name__
-        ]
-        self.accelerator.prepare_model(model)
-        if not all(hasattr(p, "to_local") for p in model.parameters()):
-            raise RecipeError(
-                "the model was not sharded: these processes were not set up for FSDP2",
-                remedy="start them with `torchrun` or with `accelerate launch --use_fsdp "
-                "--fsdp_version 2`",
-            )
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.ranks,))
+        for layer in describe(model).layers(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
 
     def mean(self, value: float) -> float:
         """Of a number over all processes."""

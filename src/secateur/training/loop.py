@@ -143,6 +143,7 @@ class Loop:
         self.saved = Saved(saved, self.door, identity or {})
         self.outcome = Outcome(step=first_step)
         self.last_step_seconds = self.last_validation_seconds = 0.0
+        self.lowest, self.watched = math.inf, 0
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -311,11 +312,10 @@ class Loop:
             NumericalError: it is.
         """
         losses = [line["loss"] for line in self.outcome.log]
-        if len(losses) < 2 * WATCHED:
-            return
-        last = statistics.median(losses[-WATCHED:])
-        self.lowest = min(getattr(self, "lowest", math.inf), last)
-        if last > DIVERGED * self.lowest:
+        for end in range(max(WATCHED, self.watched + 1), len(losses) + 1):
+            last, self.watched = statistics.median(losses[end - WATCHED : end]), end
+            self.lowest = min(self.lowest, last)
+        if self.watched and last > DIVERGED * self.lowest:
             self.fail(
                 f"the loss has risen from {self.lowest:.3g} to {last:.3g} (medians of {WATCHED} "
                 "steps): training diverges",
