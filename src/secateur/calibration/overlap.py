@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from secateur.types import Windows
@@ -14,7 +15,9 @@ SEQUENCE = 32
 MULTIPLIER = 6_364_136_223_846_793_005
 
 
-def shared_share(training: Windows, judged: Windows, length: int = SEQUENCE) -> float:
+def shared_share(
+    training: Windows, judged: Int64[Tensor, "windows length"], length: int = SEQUENCE
+) -> float:
     """The fraction of sequences of `length` tokens in `judged` that are in `training` too.
 
     Sequences are compared by 64-bit hashes; those across the edge of a window are not seen.

@@ -1,0 +1,230 @@
+"""From a pruned folder to a trained one, by Python and by the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import secateur
+from secateur.cli import main
+from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.training import loop
+from tiny import save_tiny, tiny_tokenizer
+from trained import source_text
+
+OPTIONS: dict[str, Any] = {"steps": 8, "save_minutes": 0, "learning_rate": 5e-3, "validations": 2}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, one pruned from it to 2:4, and two texts."""
+    place = tmp_path_factory.mktemp("retraining")
+    save_tiny(place / "dense", dtype=torch.bfloat16)
+    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", pattern="2:4")
+    (place / "pruned" / "secateur" / "evaluation.json").write_text("{}")
+    (place / "text.txt").write_text(source_text()[:60_000])
+    (place / "watched.txt").write_text(source_text(held_out=True)[:4_000])
+    return place
+
+
+def train(places: Path, output: Path, verb: str = "retrain", **options: Any) -> Any:
+    """By the Python API."""
+    values = {"text": str(places / "text.txt"), **OPTIONS, **options}
+    model = values.pop("model", places / "pruned")
+    return getattr(secateur, verb)(model, output=output, **values)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds."""
+    return load_file(folder / "model.safetensors")
+
+
+def assert_zeros(before: Path, after: Path, moved: bool = True) -> None:
+    """Wherever a matrix of the layers was zero, it is; the rest has moved."""
+    old, new = tensors(before), tensors(after)
+    assert old.keys() == new.keys()
+    assert {n: t.dtype for n, t in old.items()} == {n: t.dtype for n, t in new.items()}
+    gone = {n: t == 0 for n, t in old.items() if n.endswith("proj.weight")}
+    assert gone
+    assert all(not new[n][where].any() for n, where in gone.items())
+    assert not moved or any(not torch.equal(old[n], new[n]) for n in gone)
+
+
+@pytest.mark.parametrize("verb", ["retrain", "distill"])
+def test_a_run_folder_that_the_other_verbs_read(verb: str, places: Path, tmp_path: Path) -> None:
+    watched = places / "watched.txt"
+    done = train(places, tmp_path / "out", verb, validation=str(watched))
+    assert (done.steps, done.sparsity) == (8, pytest.approx(0.5))
+    assert done.perplexity_after <= done.perplexity_before
+    assert_zeros(places / "pruned", tmp_path / "out")
+    notes = tmp_path / "out" / "secateur"
+    written = {p.name for p in notes.iterdir()}
+    assert {"manifest.json", "recipe.yaml", "training.json", "training.yaml"} <= written
+    assert "evaluation.json" not in written  # of other weights
+    assert not (tmp_path / "out.partial").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"secateur {verb} recipe.yaml" in card
+    assert "Made by secateur" in card
+    judged = secateur.evaluate(tmp_path / "out", text=watched, sequence_length=64, max_windows=16)
+    assert judged.perplexity == pytest.approx(done.perplexity_after, rel=0.02)
+    small = secateur.compress(tmp_path / "out", output=tmp_path / "small")
+    assert small.sparsity == pytest.approx(0.5)
+    secateur.report([tmp_path / "out"], tmp_path / "page.html")
+    log = notes / "training.jsonl"
+    found = secateur.diagnose(tmp_path / "out", training_log=log)
+    assert "misplaced" not in str(found)
+    again = train(places, tmp_path / "again", model=tmp_path / "out")
+    assert len(json.loads((tmp_path / "again/secateur/training.json").read_text())) == 2
+    assert again.sparsity == pytest.approx(0.5)
+
+
+def test_a_teacher_that_is_written_down_is_read_again(places: Path, tmp_path: Path) -> None:
+    file = tmp_path / "teacher.safetensors"
+    options = {"teacher_file": str(file), "top_k": 8, "windows": 64, "validation_windows": 8}
+    train(places, tmp_path / "one", "distill", **options)
+    stamp = file.stat().st_mtime_ns
+    train(places, tmp_path / "two", "distill", teacher="no such model", **options)
+    assert file.stat().st_mtime_ns == stamp
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    with pytest.raises(RecipeError, match="other windows"):
+        train(places, tmp_path / "three", "distill", **{**options, "windows": 60})
+
+
+def test_a_cut_student_learns_from_the_whole_model(places: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "short", num_hidden_layers=1, intermediate_size=32)
+    done = train(
+        places, tmp_path / "out", "distill", model=tmp_path / "short", teacher=places / "dense",
+        hidden=0.1, next_token=0.1, kind="symmetric",
+    )  # fmt: skip
+    assert done.sparsity == 0
+    assert done.perplexity_after <= done.perplexity_before
+
+
+def test_a_mask_may_come_from_another_model(places: Path, tmp_path: Path) -> None:
+    done = train(places, tmp_path / "out", model=places / "dense", mask=str(places / "pruned"))
+    assert done.sparsity == pytest.approx(0.5)
+    save_tiny(tmp_path / "small", intermediate_size=32)
+    with pytest.raises(RecipeError, match="the mask is"):
+        train(places, tmp_path / "no", model=tmp_path / "small", mask=str(places / "pruned"))
+
+
+def test_a_stopped_run_goes_on_to_the_same_files(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(places, tmp_path / "straight")
+    plain = loop.Loop.step
+
+    def failing(self: loop.Loop) -> None:
+        if self.outcome.step == 5:
+            raise KeyboardInterrupt
+        plain(self)
+
+    monkeypatch.setattr(loop.Loop, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(places, tmp_path / "out")
+    monkeypatch.setattr(loop.Loop, "step", plain)
+    with pytest.raises(RecipeError, match="stopped half-way"):
+        train(places, tmp_path / "out")
+    with pytest.raises(RecipeError, match="clip was"):
+        train(places, tmp_path / "out", resume=True, clip=2.0)
+    train(places, tmp_path / "out", resume=True)
+    straight, out = tensors(tmp_path / "straight"), tensors(tmp_path / "out")
+    assert all(torch.equal(straight[n], out[n]) for n in straight)
+    with pytest.raises(RecipeError, match="exists"):
+        train(places, tmp_path / "out")
+    with pytest.raises(RecipeError, match="no stopped training"):
+        train(places, tmp_path / "new", resume=True)
+
+
+def test_what_was_saved_survives_a_training_that_goes_wrong(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = loop.Loop.backward
+
+    def failing(self: loop.Loop) -> float:
+        return self.refuse(float("nan"), "the loss") if self.outcome.step == 5 else plain(self)
+
+    monkeypatch.setattr(loop.Loop, "backward", failing)
+    with pytest.raises(NumericalError, match="--resume and a lower"):
+        train(places, tmp_path / "out")
+    work = tmp_path / "out.partial" / "work"
+    saved = load_file(work / "state.safetensors")
+    assert all(bool(t.isfinite().all()) for t in saved.values())
+    found = secateur.diagnose(places / "pruned", training_log=work / "log.jsonl")
+    assert "training-not-finite" in str(found)
+    monkeypatch.setattr(loop.Loop, "backward", plain)
+    assert train(places, tmp_path / "out", resume=True, learning_rate=1e-3).steps == 8
+
+
+def test_what_cannot_be_trained_is_refused(places: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="in the training text too"):
+        train(places, tmp_path / "out", validation=str(places / "text.txt"))
+    (tmp_path / "empty.txt").write_text(" ")
+    with pytest.raises(SourceError):
+        train(places, tmp_path / "out", text=str(tmp_path / "empty.txt"), restart=True)
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(SourceError, match="one step needs 4"):
+        train(places, tmp_path / "out", text=str(tmp_path / "short.txt"), restart=True)
+    with pytest.raises(RecipeError, match="to train, either"):
+        train(places, tmp_path / "out", minutes=1, restart=True)
+    with pytest.raises(RecipeError, match="did you mean 'optimizer'"):
+        train(places, tmp_path / "out", optimiser="SGD", restart=True)
+    save_tiny(tmp_path / "plain")
+    with pytest.raises(RecipeError, match="teacher is not known"):
+        train(places, tmp_path / "x", "distill", model=tmp_path / "plain")
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(places: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "other", tokenizer=False)
+    tiny_tokenizer([f"w{i}" for i in range(92)]).save_pretrained(folder)
+    with pytest.raises(RecipeError, match="different vocabularies"):
+        train(places, tmp_path / "out", "distill", teacher=folder)
+
+
+def test_the_command_line(
+    places: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out + captured.err
+
+    text = places / "text.txt"
+    code, told = command(
+        "retrain", places / "pruned", "-o", tmp_path / "one", "--text", text, "--steps", 3,
+        "--optimizer", "SGD", "--gradient-checkpointing", "--set", "rates={'*norm*': 0}",
+    )  # fmt: skip
+    assert code == 0, told
+    assert "validation perplexity" in told
+    norm = "model.norm.weight"
+    assert torch.equal(tensors(tmp_path / "one")[norm], tensors(places / "pruned")[norm])
+    code, told = command(
+        "distill", tmp_path / "one" / "secateur" / "training.yaml", "-o", tmp_path / "two",
+        "--kind", "reverse", "--temperature", 2, "--json",
+    )  # fmt: skip
+    assert code == 0, told
+    assert '"objective": "reverse KL, T = 2"' in told
+    assert_zeros(places / "pruned", tmp_path / "two", moved=False)
+    code, told = command("retrain", places / "pruned", "-o", tmp_path / "x", "--set", "steps")
+    assert code == 2
+    assert "is not KEY=VALUE" in told
+
+
+def test_ready_windows_are_used_as_they_are(places: Path, tmp_path: Path) -> None:
+    ids = torch.randint(4, 90, (40, 16))
+    save_file({"input_ids": ids}, tmp_path / "w.safetensors")
+    done = train(places, tmp_path / "out", text=str(tmp_path / "w.safetensors"))
+    assert done.manifest["text"]["sequence_length"] == 16
+    assert done.manifest["text"]["windows"] == 35  # 5 are held out
