@@ -23,6 +23,8 @@ from torch import Tensor
 __all__ = ["KINDS", "Rows", "divergence_rows", "next_token_rows"]
 
 KINDS = ("forward", "reverse", "symmetric")
+LEAST = -1e4
+"""For log p of what cannot be, so that 0 · log 0 is 0; e to this is 0 in float32."""
 
 
 class Rows(Protocol):
@@ -75,23 +77,20 @@ def divergence_rows(
     """
 
     def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = logits.div_(temperature).log_softmax(-1)
-        log_p = expected(rows, log_q)
+        log_q = logits.div_(temperature).log_softmax(-1).clamp_(min=LEAST)
+        log_p = expected(rows, log_q).clamp_(min=LEAST)
         apart = log_q - log_p
-        loss = logits.new_zeros(())
-        gradient = torch.zeros_like(log_q)
-        q = log_q.exp()
-        half = 0.5 if kind == "symmetric" else 1.0
-        if kind != "reverse":
-            p = log_p.exp()
-            told = torch.where(p == 0, 0.0, p * apart).sum()
-            loss -= half * told
-            gradient.add_(q - p, alpha=half)
-        if kind != "forward":
-            each = torch.where(q == 0, 0.0, q * apart)
+        p, q = log_p.exp_(), log_q.exp_()
+        if kind == "forward":
+            loss = -torch.dot(p.flatten(), apart.flatten())
+            gradient = q.sub_(p)
+        else:
+            each = apart.mul_(q) if kind == "reverse" else apart * q
             sums = each.sum(-1, keepdim=True)
-            loss += half * sums.sum()
-            gradient.add_(each.addcmul_(q, sums, value=-1.0), alpha=half)
+            loss, gradient = sums.sum(), each.addcmul_(q, sums, value=-1.0)
+            if kind == "symmetric":
+                loss = (loss - torch.dot(p.flatten(), apart.flatten())) / 2
+                gradient = gradient.add_(q.sub_(p)).div_(2)
         return loss * (temperature**2 / count), gradient.mul_(temperature / count)
 
     return of

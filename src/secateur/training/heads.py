@@ -25,7 +25,7 @@ __all__ = ["head_alone", "last_hidden", "loss_of", "through_head"]
 
 BLOCK_BYTES = 64 * 2**20
 """Of the logits that are made by one product, in the dtype of the product."""
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 1 * 2**20
 """Of the rows of them that are in float32 at a time: they should stay in a cache."""
 PROBE_TOKENS = 8
 
@@ -114,7 +114,7 @@ class _OfHead(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if fast else hidden.dtype
         inputs, matrix = hidden.to(dtype), weight.to(dtype)
         to_hidden = torch.empty_like(hidden) if of_hidden else None
-        to_weight = torch.zeros_like(weight) if of_weight else None
+        to_weight = None
         to_bias = torch.zeros_like(bias) if bias is not None and of_bias else None
         loss = torch.zeros((), device=hidden.device)
         size = max(1, BLOCK_BYTES // (len(weight) * matrix.itemsize))
@@ -126,8 +126,11 @@ class _OfHead(torch.autograd.Function):
             loss += _in_chunks(gradient, start, rows)
             if to_hidden is not None:
                 to_hidden[start : start + size] = gradient @ matrix
-            if to_weight is not None:
-                to_weight += gradient.t() @ some
+            if of_weight:
+                product = gradient.t() @ some
+                to_weight = (
+                    product.to(weight.dtype) if to_weight is None else to_weight.add_(product)
+                )
             if to_bias is not None:
                 to_bias += gradient.sum(0, dtype=to_bias.dtype)
         context.save_for_backward(*(x for x in (to_hidden, to_weight, to_bias) if x is not None))
@@ -138,7 +141,7 @@ class _OfHead(torch.autograd.Function):
     def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Everything is there already, up to a factor."""
         saved = iter(context.saved_tensors)
-        return (*(next(saved) * upstream if x else None for x in context.there), None)
+        return (*(next(saved).mul_(upstream) if x else None for x in context.there), None)
 
 
 class _OfLogits(torch.autograd.Function):
@@ -156,7 +159,7 @@ class _OfLogits(torch.autograd.Function):
     def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Everything is there already, up to a factor."""
         (gradient,) = context.saved_tensors
-        return gradient * upstream, None
+        return gradient.mul_(upstream), None
 
 
 def _in_chunks(logits: Tensor, start: int, rows: Rows) -> Tensor:
