@@ -213,16 +213,6 @@ def test_a_diverging_loss_ends_the_run() -> None:
         run(model, TrainingPlan(steps=100, **EXACT), objective=Failing(model, 15, 5.0))
 
 
-def test_a_gradient_that_is_no_number_where_weights_are_pruned_does_no_harm() -> None:
-    model = pruned_model()
-    masks = Masks.of(model)
-    name, mask = next(iter(masks.kept.items()))
-    parameter = model.get_parameter(name)
-    parameter.grad = torch.where(mask, 1.0, math.nan)
-    masks.hold_gradients(model)
-    assert bool(parameter.grad.isfinite().all())
-
-
 def test_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = pruned_model()
     name, mask = next(iter(Masks.of(model).kept.items()))

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,13 +21,14 @@ from secateur.training.batches import Batch, Batches
 from secateur.training.door import Door, checkpointed
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken, Objective
+from secateur.training.outcome import Outcome
 from secateur.training.saved import Saved
 from secateur.training.training_plan import TrainingPlan
 
 __all__ = ["Hook", "Loop", "Outcome", "train"]
 
 WATCHED = 10
-DIVERGED = 2.0
+DIVERGED, NOISE = 2.0, 0.1
 TICKS = 1000
 """Of the progress bar, where the clock says how much is done."""
 
@@ -39,44 +39,6 @@ class Hook(Protocol):
     def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
         """Called after the optimizer's step, 1 to `steps`."""
         ...
-
-
-@dataclass
-class Outcome:
-    """What a training did; while it runs, how far it is.
-
-    Attributes:
-        step: of the optimizer.
-        tokens: that were read, by all processes together.
-        seconds: of all runs together, with validation and saving.
-        validations: (step, mean loss in nats per token) before the first step and during the run.
-        best_step: whose weights the model has at the end; None without validation.
-        stopped: why it ended: `steps`, `minutes` or `patience`.
-        log: a line for every step: step, loss, learning_rate, gradient_norm.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    validations: list[tuple[int, float]] = field(default_factory=list)
-    best_step: int | None = None
-    best_loss: float = math.inf
-    best_kept: int = -1
-    stopped: str = ""
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-    def facts(self) -> dict[str, Any]:
-        """All but the log, as JSON values."""
-        told = {k: v for k, v in vars(self).items() if k != "log"}
-        best = self.best_loss if math.isfinite(self.best_loss) else None
-        return {**told, "best_loss": best}
-
-    def take(self, facts: dict[str, Any]) -> None:
-        """Go on from what `facts` told."""
-        for key in self.facts().keys() & facts.keys():
-            setattr(self, key, facts[key])
-        self.validations = [(int(step), loss) for step, loss in self.validations]
-        self.best_loss = math.inf if self.best_loss is None else self.best_loss
 
 
 class Loop:
@@ -301,12 +263,13 @@ class Loop:
             NumericalError: it is NaN or infinite.
         """
         if not math.isfinite(value):
-            line = {"step": self.outcome.step + 1, "loss": None if what == "the loss" else value}
-            self.fail(f"{what} is {value}", {**line, "loss": None})
+            self.fail(f"{what} is {value}", {"step": self.outcome.step + 1, "loss": None})
         return value
 
     def refuse_divergence(self) -> None:
-        """The median of the last losses may not be twice the lowest that it has been.
+        """The median of the last losses may not be twice the lowest that it has been, and more.
+
+        What is added is a tenth of the first one, so that a loss near 0 may jump about.
 
         Raises:
             NumericalError: it is.
@@ -315,7 +278,7 @@ class Loop:
         for end in range(max(WATCHED, self.watched + 1), len(losses) + 1):
             last, self.watched = statistics.median(losses[end - WATCHED : end]), end
             self.lowest = min(self.lowest, last)
-        if self.watched and last > DIVERGED * self.lowest:
+        if self.watched and last > DIVERGED * self.lowest + NOISE * losses[0]:
             self.fail(
                 f"the loss has risen from {self.lowest:.3g} to {last:.3g} (medians of {WATCHED} "
                 "steps): training diverges",

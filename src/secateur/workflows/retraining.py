@@ -151,7 +151,7 @@ def run_training(
     text = read_training_text(recipe, source.folder, model.config)
     plan = plan_of(recipe, text)
     masks = masks_of(recipe, model)
-    objective = objective_of(recipe, source, model, text, work, progress)
+    objective = objective_of(recipe, source, model, text, work, progress, door)
     loop = Loop(
         model,
         Batches(text.windows, recipe.batch, recipe.seed),

@@ -17,6 +17,7 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.training.door import Door
 from secateur.training.masks import Masks
 from secateur.training.objectives import Distil, NextToken, Objective
 from secateur.training.teachers import (
@@ -30,6 +31,9 @@ from secateur.workflows.carrying import RUN_FOLDER
 from secateur.workflows.training_text import TrainingText
 
 __all__ = ["masks_of", "objective_of", "plan_of"]
+
+TOP_K = 64
+"""Tokens that are written down of a teacher where nobody says how many."""
 
 
 def plan_of(recipe: RetrainRecipe, text: TrainingText) -> TrainingPlan:
@@ -77,6 +81,7 @@ def objective_of(
     text: TrainingText,
     work: Path,
     progress: Progress,
+    door: Door,
 ) -> Objective:
     """The loss; for a distillation the teacher is loaded, or what it expects.
 
@@ -108,18 +113,20 @@ def objective_of(
     )
     if not recipe.top_k and not recipe.teacher_file:
         return objective
-    progress.start("teacher", len(text.windows))
-    with quiet_transformers():
-        write_teacher(
-            teacher,
-            text.windows,
-            file,
-            k=recipe.top_k or 64,
-            temperature=recipe.temperature,
-            name=place.name,
-            tell=progress.step,
-        )
-    progress.finish()
+    if door.main:
+        progress.start("teacher", len(text.windows))
+        with quiet_transformers():
+            write_teacher(
+                teacher,
+                text.windows,
+                file,
+                k=recipe.top_k or TOP_K,
+                temperature=recipe.temperature,
+                name=place.name,
+                tell=progress.step,
+            )
+        progress.finish()
+    door.wait()
     return Distil.between(model, written(file, text), hidden=recipe.hidden, **options)
 
 
