@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-import yaml
 
 from secateur.errors import RecipeError
 
@@ -67,6 +66,8 @@ def training_recipe(kind: type[AnyRecipe], given: dict[str, Any]) -> AnyRecipe:
         kind: of the recipe.
         given: the arguments of the verb, by name.
     """
+    import yaml
+
     from secateur.recipes.reading import is_recipe_file, read_recipe_file, validated
 
     model = given["model"]
