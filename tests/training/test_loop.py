@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from learning import EXACT, SEQUENCES, batches, pruned_model, weights, zeros
+from safetensors import safe_open
 
 from secateur.errors import NumericalError, RecipeError, SourceError, VerificationError
 from secateur.sparsity.schedules import schedules
 from secateur.training.batches import Batch
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.loop import Loop, Outcome, train
+from secateur.training.lora import Adapters, attach, merge
 from secateur.training.masks import FIXED_AT_ZERO, Masks
 from secateur.training.objectives import NextToken
 from secateur.training.training_plan import TrainingPlan, optimizers
@@ -171,6 +174,20 @@ def test_gradual_pruning_in_the_loop() -> None:
     assert done.best_step > 8  # weights from before the last renewal have too few zeros
 
 
+def test_adapters_are_trained_by_the_loop_and_merged_without_a_zero_lost() -> None:
+    model = pruned_model()
+    gone = zeros(model)
+    adapted = attach(model, Adapters(rank=4))
+    how = TrainingPlan(steps=12, rates={"*": 0.0, "*lora_*": 1.0}, **EXACT)
+    done = train(adapted, batches(), NextToken.of(adapted), None, how, validation=SEQUENCES[:4])
+    assert done.log[-1]["loss"] < done.log[0]["loss"]
+    merged = merge(adapted).eval()
+    with torch.no_grad():
+        after = NextToken.of(merged)(merged, Batch(SEQUENCES[:4], ())).item()
+    assert after == pytest.approx(done.best_loss, abs=1e-4)
+    assert all(not (gone[n] & ~now).any() for n, now in zeros(merged).items())
+
+
 def test_training_can_begin_later_in_its_schedule() -> None:
     model = pruned_model()
     done = run(model, TrainingPlan(steps=10, **EXACT), first_step=7)
@@ -207,10 +224,17 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_best_weights(
         assert NextToken.of(model)(model, Batch(SEQUENCES, ())).item() < math.log(96)
 
 
-def test_a_diverging_loss_ends_the_run() -> None:
+def test_a_diverging_loss_ends_the_run_and_what_was_saved_is_from_before(tmp_path: Path) -> None:
     model = pruned_model()
+    how = TrainingPlan(steps=30, save_minutes=0, **EXACT)
     with pytest.raises(NumericalError, match="diverges"):
-        run(model, TrainingPlan(steps=100, **EXACT), objective=Failing(model, 15, 5.0))
+        run(model, how, objective=Failing(model, 15, 5.0), saved=tmp_path)
+    with safe_open(tmp_path / "state.safetensors", framework="pt") as stored:
+        assert json.loads(stored.metadata()["facts"])["step"] == 15
+    model = pruned_model()
+    done = run(model, how, saved=tmp_path)
+    assert done.step == 30
+    assert done.log[-1]["loss"] < done.log[14]["loss"]
 
 
 def test_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:

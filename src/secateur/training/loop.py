@@ -28,7 +28,7 @@ from secateur.training.training_plan import TrainingPlan
 __all__ = ["Hook", "Loop", "Outcome", "train"]
 
 WATCHED = 10
-DIVERGED, NOISE = 2.0, 0.1
+DIVERGED, SUSPECT, NOISE = 2.0, 1.5, 0.1
 TICKS = 1000
 """Of the progress bar, where the clock says how much is done."""
 
@@ -331,7 +331,13 @@ class Loop:
         return int(self.done()[0] * self.how.validations + 1e-9)
 
     def save_now_and_then(self) -> None:
-        """Save what is needed to go on, if it is time or the run is over."""
+        """Save what is needed to go on, if it is time.
+
+        Not while the loss is suspiciously high: what was saved before is to survive a divergence.
+        """
+        losses = [line["loss"] for line in self.outcome.log]
+        if self.watched and losses[-1] > SUSPECT * self.lowest + NOISE * losses[0]:
+            return
         waited = time.perf_counter() - self.saved_at >= 60 * self.how.save_minutes
         if self.saved.folder is None or not self.door.same(float(waited)):
             return
