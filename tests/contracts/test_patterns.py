@@ -80,7 +80,7 @@ def test_impossible_sparsities_are_refused(text, scope, sparsity):
 @pytest.mark.parametrize(("text", "scope"), ALL)
 def test_all_of_a_matrix_only_by_a_global_threshold(text, scope):
     pattern, score = parsed(text, scope), torch.rand(fitting_shape(text))
-    if scope == "global":
+    if scope == "global" or text.startswith("*x"):  # a block of the model that adds nothing
         assert not pattern.mask(score, 1.0).any()
     else:
         with pytest.raises(PatternError, match=r"sparsity is 1\.0"):

@@ -69,7 +69,7 @@ class LayerPass:
         records: list[LinearRecord] = []
         fitted = self.shadowed(lambda linear: linear.weight, {})
         for linear in self.pruned:
-            records += prune_group([linear], {}, own, run.method, run.sparsity_of, fitted)
+            records += prune_group([linear], {}, own, run.method_for, run.sparsity_of, fitted)
         if self.outputs_needed and run.reconstruction.passes:
             self.propagate()
         return records
@@ -100,7 +100,8 @@ class LayerPass:
         for linear in self.pruned:
             shadow, norm = self.shadows.pop(linear.name, (None, linear.weight.new_ones(1)))
             sparsity = run.sparsity_of[linear.name]
-            found.append(TunedWeight(linear, shadow, norm, run.method.pattern, sparsity))
+            pattern = run.method_for(linear.name).pattern
+            found.append(TunedWeight(linear, shadow, norm, pattern, sparsity))
         return found
 
     @property
@@ -138,7 +139,9 @@ class LayerPass:
             )
             gathered[group].running.clear()
             linears = [x for x in groups[group] if run.works_on(x.name)]
-            records.extend(prune_group(linears, shared, own, run.method, run.sparsity_of, fitted))
+            records.extend(
+                prune_group(linears, shared, own, run.method_for, run.sparsity_of, fitted)
+            )
 
         if run.settings.sequential == "group":
             self.halt_at_groups(groups, beside, gather, prune)

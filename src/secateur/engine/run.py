@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -35,6 +38,7 @@ from secateur.errors import PatternError
 from secateur.models.architecture import Linear, linears_of
 from secateur.pages import reused_pages
 from secateur.sparsity.methods import Method
+from secateur.sparsity.patterns import Pattern
 
 __all__ = ["Run", "Settings"]
 
@@ -42,6 +46,7 @@ __all__ = ["Run", "Settings"]
 log = logging.getLogger(__name__)
 
 NO_RECONSTRUCTION = Reconstruction(passes=0)
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ class Run:
         ledger: where finished layers are entered.
         progress: told of every step.
         reconstruction: how pruned layers are tuned; not at all without passes.
+        patterns: of linears that have another one than the method's, by glob.
+        costs: what a unit of a linear counts in an allocation's budget, by name; its weights for
+            those that are not named.
     """
 
     def __init__(
@@ -98,10 +106,13 @@ class Run:
         ledger: Ledger,
         progress: Progress,
         reconstruction: Reconstruction = NO_RECONSTRUCTION,
+        patterns: Mapping[str, Pattern] = NOTHING,
+        costs: Mapping[str, int] = NOTHING,
     ) -> None:
         self.target, self.method, self.settings = target, method, settings
         self.windows, self.ledger, self.progress = windows, ledger, progress
         self.selection, self.sparsity = selection, sparsity
+        self.patterns, self.costs = patterns, costs
         self.reconstruction = reconstruction
         self.passage: Passage | None = None
         if windows is not None:
@@ -132,16 +143,20 @@ class Run:
         self.selection.check(self.shapes)
         asked = {}
         for name, shape in self.shapes.items():
-            own = self.selection.override(name)
-            asked[name] = 0.0
-            if self.selection.selects(name):
-                asked[name] = self.sparsity if own is None else own
+            asked[name] = self.selection.asked(name, self.sparsity)
             if asked[name] > 0:
                 try:
-                    self.method.pattern.check(shape, asked[name])
+                    self.method_for(name).pattern.check(shape, asked[name])
                 except PatternError as error:
                     raise type(error)(error.what, where=name, remedy=error.remedy) from None
         return asked
+
+    def method_for(self, name: str) -> Method:
+        """The method, with the pattern that a linear has."""
+        for glob, pattern in self.patterns.items():
+            if fnmatchcase(name, glob):
+                return replace(self.method, pattern=pattern)
+        return self.method
 
     def works_on(self, name: str) -> bool:
         """Whether a linear is changed: one that loses weights, or that a method rounds."""

@@ -125,7 +125,7 @@ def prune_group(
     linears: Sequence[Linear],
     shared: Mapping[str, Tensor],
     own: Callable[[Linear], Mapping[str, Tensor]],
-    method: Method,
+    method_for: Callable[[str], Method],
     sparsity_of: Mapping[str, float],
     fitted: Callable[[Linear], Tensor] = lambda linear: linear.weight,
 ) -> list[LinearRecord]:
@@ -135,16 +135,17 @@ def prune_group(
         linears: the linears to work on.
         shared: statistics of their input.
         own: statistics of each linear itself (gradient, fisher).
-        method: how.
+        method_for: how, by the name of a linear; they differ in the pattern only.
         sparsity_of: the sparsity of each linear, by name.
         fitted: gives the weight [out, in] that is pruned in the place of a linear's own.
     """
     if not linears:
         return []
-    prepared = method.solver.prepare(shared)
+    prepared = method_for(linears[0].name).solver.prepare(shared)
     records = []
     for linear in linears:
         started = time.perf_counter()
+        method = method_for(linear.name)
         sparsity = sparsity_of[linear.name]
         weight = fitted(linear)
         mask = None

@@ -171,7 +171,7 @@ def run_recipe(
         distilled = distil_checkpoint(prepared, run, partial, progress)
     audit = audit_checkpoint(
         partial,
-        prepared.method.pattern,
+        lambda name: run.method_for(name).pattern,
         run.sparsity_of,
         trust_remote_code=recipe.trust_remote_code,
     )
