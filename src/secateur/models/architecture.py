@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
+from secateur.models.couplings import Couplings
 from secateur.registry import Registry
 
 __all__ = ["Architecture", "Family", "Linear", "describe", "families", "linears_of"]
@@ -32,12 +33,14 @@ class Family:
         groups: names of the linears within a decoder layer; those that share an input together.
         writers: linears whose output is added to the residual stream as it is. Empty where a
             norm comes between, or where it is not known.
+        couplings: what has to be cut together; None where only whole layers can be cut.
     """
 
     model_types: tuple[str, ...]
     layers: str
     groups: Groups
     writers: tuple[str, ...] = ()
+    couplings: Couplings | None = None
 
 
 families: Registry[Family] = Registry("family", "secateur.models.families")
@@ -98,12 +101,14 @@ class Architecture:
         layers_path: path of the list of decoder layers.
         groups: linears by shared input, or None where they have to be found by running a layer.
         writers: linears whose output is added to the residual stream as it is, as far as known.
+        couplings: what has to be cut together, where it is declared.
     """
 
     family: str
     layers_path: str
     groups: Groups | None
     writers: tuple[str, ...] = ()
+    couplings: Couplings | None = None
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers."""
@@ -131,11 +136,14 @@ def describe(model: Any) -> Architecture:
     Raises:
         ArchitectureError: no list of decoder layers with linears was found.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
     for name in families:
         family = families[name]
         if model_type in family.model_types:
-            return Architecture(name, family.layers, family.groups, family.writers)
+            return Architecture(
+                name, family.layers, family.groups, family.writers, family.couplings
+            )
     candidates = sorted(candidate_layers(model), key=lambda c: c[1], reverse=True)
     if not candidates:
         raise ArchitectureError(
