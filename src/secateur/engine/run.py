@@ -34,6 +34,7 @@ from secateur.engine.surgery import INPUT_STATISTICS, LinearRecord, check_finite
 from secateur.engine.targets import Target
 from secateur.errors import PatternError
 from secateur.models.architecture import Linear, linears_of
+from secateur.models.experts import refuse_fused
 from secateur.pages import reused_pages
 from secateur.sparsity.methods import Method
 
@@ -124,7 +125,9 @@ class Run:
 
         Raises:
             RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
+            ArchitectureError: there are experts that cannot be opened.
         """
+        refuse_fused(self.target.layers)
         self.shapes = {
             linear.name: linear.shape
             for index, layer in enumerate(self.target.layers)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import ArchitectureError
 from secateur.models.architecture import PROJECTIONS, Experts, family_of
 from secateur.models.checkpoint import CheckpointReader
 
@@ -26,6 +27,7 @@ __all__ = [
     "expert_renamings",
     "open_experts",
     "opened_experts",
+    "refuse_fused",
     "split_stored",
 ]
 
@@ -149,6 +151,24 @@ def open_experts(model: nn.Module) -> dict[str, nn.Module]:
     return replaced
 
 
+def refuse_fused(layers: nn.Module) -> None:
+    """Refuse to work on decoder layers that hold experts which cannot be opened.
+
+    Raises:
+        ArchitectureError: they are of a family that is not declared, or of another form.
+    """
+    for path, module in layers.named_modules():
+        parameter = dict(module.named_parameters(recurse=False)).get(FUSED[0])
+        if parameter is not None and parameter.ndim == 3:
+            raise ArchitectureError(
+                f"the experts ({type(module).__name__}) are fused into one tensor, in a form that "
+                "is not known for this family",
+                where=path,
+                remedy="mixtral, qwen2_moe and qwen3_moe are known; see CONTRIBUTING.md, 'Add a "
+                "model family'",
+            )
+
+
 @contextmanager
 def opened_experts(model: nn.Module) -> Iterator[None]:
     """A loaded model with its experts opened for a while; what was changed in them stays."""
@@ -177,10 +197,10 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def expert_renamings(experts: Experts) -> Mapping[str, str]:
-    """Patterns of stored names of experts' linears, and what replaces them; as in transformers."""
+    """Patterns in stored names of experts' linears, and what replaces them; as in transformers."""
     where = re.escape(experts.module.rpartition(".")[2])
     return {
-        rf"(\.{where}\.\d+)\.{stored}\.weight$": rf"\1.{name}.weight"
+        rf"(\.{where}\.\d+)\.{stored}\.": rf"\1.{name}."
         for stored, name in zip(experts.stored, PROJECTIONS, strict=True)
         if stored != name
     }

@@ -106,7 +106,9 @@ def prune_module(
         model.train(was_training)
     records: Sequence[dict[str, Any]] = [r for layer in ledger.layers for r in layer["linears"]]
     zeros = sum(r["zeros"] for r in records)
-    weights = sum(r["shape"][0] * r["shape"][1] for r in records)
+    unseen = [name for layer in ledger.layers for name in layer.get("unseen", ())]
+    shapes = [*(r["shape"] for r in records), *(run.shapes[name] for name in unseen)]
+    weights = sum(out * columns for out, columns in shapes)
     return PruneReport(zeros / weights if weights else 0.0, ledger.layers)
 
 
