@@ -32,12 +32,12 @@ class ExpertUse:
         reap       S_j = 1/|T_j| · Σ_{t in T_j} g_j(t) · ‖f_j(t)‖₂
         frequency  |T_j|
 
-    T_j are the tokens routed to expert j, g_j(t) the weight that the router gives it (as the model
-    uses it, normalised over the chosen ones where the model does that), f_j(t) what it makes of
-    the token. An expert without tokens has the score 0.
+    T_j are the tokens routed to expert j, g_j(t) the weight by which the model multiplies what the
+    expert makes of a token, f_j(t). An expert without tokens has the score 0.
 
     Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE
-    Compression", arXiv:2510.13999; no deviation.
+    Compression", arXiv:2510.13999. Deviation: where a model normalises the weights of the chosen
+    experts (Mixtral, most of Qwen3), g_j are those; the released code does that when asked.
 
     Attributes:
         tokens: |T_j|, int64 [experts].

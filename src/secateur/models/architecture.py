@@ -97,14 +97,14 @@ class Family:
 
 families: Registry[Family] = Registry("family", "secateur.models.families")
 
-SPLIT_ATTENTION: Groups = (
+SPLIT_ATTENTION_GROUPS: Groups = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
 )
 """Separate projections of queries, keys and values."""
 
 SPLIT_ATTENTION_GATED_FFN: Groups = (
-    *SPLIT_ATTENTION,
+    *SPLIT_ATTENTION_GROUPS,
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
