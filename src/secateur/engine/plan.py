@@ -240,12 +240,25 @@ def plan_run(
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
         + 12 * prunable * bool(distillation.epochs),
         flops=2
-        * prunable
+        * working_weights(target)
         * (allocation.tokens(tokens) + tokens * passes(settings, reconstruction, distillation)),
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
     )
+
+
+def working_weights(target: Target) -> int:
+    """Weights of the decoder's matrices that one token is multiplied by; not of all experts."""
+    architecture, config = target.architecture, target.model.config
+    total = 0.0
+    for index, layer in enumerate(target.layers):
+        for linear in linears_of(layer, architecture.layer_name(index)).values():
+            share = 1.0
+            if architecture.experts is not None and architecture.of_expert(linear.name):
+                share = config.num_experts_per_tok / getattr(config, architecture.experts.count)
+            total += share * linear.shape[0] * linear.shape[1]
+    return round(total)
 
 
 def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int:
