@@ -174,10 +174,10 @@ def greedy(space: Space, stages: Stages, fitness: Fitness) -> Iterator[Standing]
         yield Standing(dropped, fitnesses[0], order)
     while spare := space.spare(dropped):
         without = [tuple(i for i in dropped if i != back) for back in spare]
-        values = fitness(without, stages[-1][1], step)
-        best = _order(values)[0]
+        worth = fitness(without, stages[-1][1], step)
+        best = _order(worth)[0]
         dropped = without[best]
-        yield Standing(dropped, values[best], order)
+        yield Standing(dropped, worth[best], order)
 
 
 def evolve(
