@@ -45,6 +45,7 @@ class Ledger:
     def __init__(self, file: Path | None, fingerprint: dict[str, Any]) -> None:
         self.file, self.fingerprint = file, fingerprint
         self.layers: list[dict[str, Any]] = []
+        self.entries: list[dict[str, Any]] = []
 
     def begin(self) -> None:
         """Start a new ledger."""
@@ -81,7 +82,8 @@ class Ledger:
                 where=str(self.file),
                 remedy="repeat the options of the first run, or start anew with --restart",
             )
-        self.layers = [line for line in lines[1:] if "layer" in line]
+        self.entries = lines[1:]
+        self.layers = [line for line in self.entries if "layer" in line]
         return len(self.layers)
 
     def finish_layer(
