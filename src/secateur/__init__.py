@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         plan,
         prune,
         report,
+        structure,
         sweep,
     )
 
@@ -62,6 +63,7 @@ __all__ = [
     "report",
     "scores",
     "solvers",
+    "structure",
     "sweep",
 ]
 
@@ -85,6 +87,7 @@ HOMES = {
     "report": "secateur.workflows",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
+    "structure": "secateur.workflows",
     "sweep": "secateur.workflows",
 }
 

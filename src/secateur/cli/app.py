@@ -58,10 +58,12 @@ def add_verbs() -> None:
         plan,
         prune,
         report,
+        structure,
         sweep,
     )
 
     app.command("prune")(prune.prune)
+    app.command("structure")(structure.structure)
     app.command("plan")(plan.plan)
     app.command("eval")(evaluate.evaluate)
     app.command("inspect")(inspect.inspect)

@@ -220,9 +220,7 @@ def describe(model: Any) -> Architecture:
         if experts is not None:
             groups += experts.groups(experts.opened_in(model.get_submodule(family.layers)))
         name = next(name for name in families if families[name] is family)
-        return Architecture(
-            name, family.layers, groups, family.writers, family.couplings, experts
-        )
+        return Architecture(name, family.layers, groups, family.writers, family.couplings, experts)
     candidates = sorted(candidate_layers(model), key=lambda c: c[1], reverse=True)
     if not candidates:
         raise ArchitectureError(

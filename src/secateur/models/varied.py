@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class VariedForCausalLM:
         """Nothing is left to do: a varied model saves its own code."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def varied_classes(base_model_type: str) -> tuple[Any, Any]:
     """Configuration and model class of varied models of one type, known to the Auto classes."""
     # Not above: this file is imported while transformers is half-way through importing this class.

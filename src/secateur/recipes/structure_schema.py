@@ -8,7 +8,7 @@ from pydantic import Field
 
 from secateur.recipes.schema import Calibration, Distill, Memory, Strict
 
-__all__ = ["Kept", "StructureRecipe"]
+__all__ = ["Depth", "Kept", "StructureRecipe"]
 
 Kept = int | float
 """A number of units, or the fraction of them that is kept (a float of at most 1)."""
@@ -38,14 +38,11 @@ class StructureRecipe(Strict):
     hidden: Kept | None = Field(None, gt=0, description="channels of the residual stream that stay")
     heads: Kept | None = Field(None, ge=0, description="KV groups with their query heads that stay")
     ffn: Kept | None = Field(None, ge=0, description="FFN neurons that stay")
-    parameters: float | None = Field(
+    keep_parameters: float | None = Field(
         None, gt=0, lt=1, description="fraction of the decoder's parameters that stays, heads and "
         "FFN neurons being cut where it costs least"
     )  # fmt: skip
     file_mib: float | None = Field(None, gt=0, description="MiB of weights that may stay, likewise")
-    latency: float | None = Field(
-        None, gt=0, lt=1, description="fraction of the seconds a token takes here, likewise"
-    )
     kv_cache: float | None = Field(
         None, gt=0, lt=1, description="fraction of the KV cache's bytes that stays"
     )
@@ -60,6 +57,9 @@ class StructureRecipe(Strict):
     depth: Depth = Field(default_factory=lambda: Depth())
     score: str | None = Field(None, description="by which units are chosen")
     solver: str | None = Field(None, description="what becomes of the weights that read them")
+    parameters: dict[str, int | float] = Field(
+        default_factory=dict, description="of the score and the solver"
+    )
     asymmetric: bool = Field(
         False, description="fit the outputs of the dense model on dense inputs"
     )

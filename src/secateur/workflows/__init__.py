@@ -2,7 +2,7 @@
 
 The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`, `judge`,
 `compress`, `decompress`, `generate`, `bench`, `diagnose`, `sweep`,
-`report`.
+`report`, `structure`.
 """
 
 from secateur.reporting.compression_report import CompressionReport, DecompressionReport
@@ -17,6 +17,7 @@ from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.judging import judge
 from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
 from secateur.workflows.reporting import report
+from secateur.workflows.structuring import StructureReport, structure, structure_recipe
 from secateur.workflows.sweep_plan import SweepPlan
 from secateur.workflows.sweeping import sweep
 
@@ -26,6 +27,7 @@ __all__ = [
     "Evaluation",
     "Generation",
     "PruneReport",
+    "StructureReport",
     "SweepPlan",
     "bench",
     "compress",
@@ -40,5 +42,7 @@ __all__ = [
     "prune",
     "report",
     "run_recipe",
+    "structure",
+    "structure_recipe",
     "sweep",
 ]

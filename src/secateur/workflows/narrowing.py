@@ -7,19 +7,18 @@ run. What made those columns is then read by nobody, and is cut away with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from secateur.engine.meter import Meter
 from secateur.engine.progress import Progress
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure_schema import StructureRecipe
-from secateur.sparsity.exact_count import pruned_count
-from secateur.sparsity.patterns import Pattern, parse_pattern
+from secateur.sparsity.patterns import parse_pattern
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.surgery import cut_from_zeros
@@ -59,7 +58,7 @@ def narrow(
         "output": str(output),
         "score": recipe.score,
         "solver": recipe.solver,
-        "parameters": recipe.solver_parameters,
+        "parameters": recipe.parameters,
         "sparsity": 0.0,
         "allocation": recipe.allocation or "uniform",
         "asymmetric": recipe.asymmetric,
@@ -78,24 +77,98 @@ def narrow(
             f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
             for kind, name in readers.items()
         }
-        starts = {f"*.{readers[k]}": s for k, s in shares(aim, sizes, model).items() if k in readers}
-        wanted = {glob for glob, share in starts.items() if share > 0 or aim.joint is not None}
+        starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
+        wanted = [glob for glob, share in starts.items() if share > 0 or aim.joint is not None]
         prepared = replace(
             prepared,
-            selection=replace(prepared.selection, include=tuple(sorted(wanted)), starts=starts),
+            selection=replace(prepared.selection, include=tuple(wanted), starts=starts),
             patterns=patterns,
-            costs=costs_of(prepared.target.architecture.layer_name, readers, sizes, model),
+            costs=costs_of(prepared.target.architecture.layer_name, readers, sizes, model, recipe),
         )
-        run_prepared(prepared, progress, resume=resumes)
+        run_prepared(prepared, progress, Meter.start(), resume=resumes)
     reader = CheckpointReader(output)
-    return cut_from_zeros(reader, trust_remote_code=recipe.trust_remote_code), {
-        "score": recipe.score,
-        "solver": recipe.solver,
-        "allocation": recipe.allocation or "uniform",
-    }, output
+    return (
+        cut_from_zeros(reader, trust_remote_code=recipe.trust_remote_code),
+        {
+            "score": recipe.score,
+            "solver": recipe.solver,
+            "allocation": recipe.allocation or "uniform",
+        },
+        output,
+    )
 
 
 def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:
     """The pattern of the linear that reads units of a kind."""
     together = multiple if kind == "neurons" else 1
     return f"*x{unit_width(sizes, kind)}" + (f"/{together}" if together > 1 else "")
+
+
+def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
+    """The parameters that go with one unit of a kind, where there is such a kind."""
+    found = {}
+    for kind in ("groups", "neurons"):
+        each: tuple[int, ...] = getattr(sizes, kind)
+        if max(each) > 1:
+            layer = each.index(max(each))
+            fewer = {layer: tuple(range(each[layer] - 1))}
+            cut = Cut(groups=fewer) if kind == "groups" else Cut(neurons=fewer)
+            counted = accounting(model, cut)
+            found[kind] = counted.before.decoder - counted.after.decoder
+    return found
+
+
+def shares(aim: Aim, sizes: Sizes, model: Any) -> dict[str, float]:
+    """The fraction of groups and of neurons that goes, before any allocation.
+
+    Where a fraction of both together is asked for, as many whole groups go as that fraction of
+    them holds, and neurons make up the rest: there are hundreds of neurons for each group.
+
+    Raises:
+        RecipeError: not even all neurons would be enough.
+    """
+    if aim.joint is None:
+        return {k: x for k, x in (("groups", aim.heads), ("neurons", aim.neurons)) if x}
+    costs = unit_costs(sizes, model)
+    total = {kind: costs[kind] * sum(getattr(sizes, kind)) for kind in costs}
+    asked = aim.joint * sum(total.values())
+    found = {}
+    if "groups" in costs:
+        most = max(sizes.groups)
+        found["groups"] = int(aim.joint * most + 1e-9) / most
+    found["neurons"] = (asked - found.get("groups", 0.0) * total.get("groups", 0)) / total[
+        "neurons"
+    ]
+    if not 0 <= found["neurons"] < 1:
+        raise RecipeError(
+            f"{found['neurons']:.0%} of the FFN neurons would have to go",
+            remedy="keep more parameters, or drop layers too: --keep-layers",
+        )
+    return found
+
+
+def costs_of(
+    layer_name: Callable[[int], str],
+    readers: Mapping[str, str],
+    sizes: Sizes,
+    model: Any,
+    recipe: StructureRecipe,
+) -> dict[str, int]:
+    """What a unit of each linear counts in the budget of an allocation, in neurons.
+
+    A group counts the number of neurons that hold as many parameters, rounded to a few levels of a
+    search, so that groups and neurons can be traded.
+    """
+    costs, named = unit_costs(sizes, model), {}
+    if "neurons" not in costs:
+        return {}
+    level = LEVEL * max(sizes.neurons)
+    equal = costs.get("groups", 0) / costs["neurons"]
+    levels = max(1, round(equal / level))
+    step = max(1, round(equal / levels / recipe.multiple)) * recipe.multiple
+    for kind, reader in readers.items():
+        for layer, there in enumerate(getattr(sizes, kind)):
+            if there:
+                name = f"{layer_name(layer)}.{reader}"
+                named[name] = recipe.multiple if kind == "neurons" else levels * step
+    return named

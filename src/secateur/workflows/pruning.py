@@ -39,7 +39,7 @@ from secateur.workflows.preparing import (
 )
 from secateur.workflows.writing import with_own_windows
 
-__all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_recipe"]
+__all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
 
 NO_PART = {"output", "memory", "calibration", "on_collapse"}
 """Fields of a recipe that the pruned weights do not depend on, or that are told in another way."""
@@ -132,6 +132,8 @@ def run_of(prepared: Prepared, settings: Settings, ledger: Ledger, progress: Pro
         ledger,
         progress,
         reconstruction_of(prepared.recipe),
+        prepared.patterns,
+        prepared.costs,
     )
 
 
@@ -156,9 +158,25 @@ def run_recipe(
         overwrite: replace an existing output folder.
     """
     meter = Meter.start()
-    output, partial = places(recipe, resume, restart, overwrite)
+    _, partial = places(recipe, resume, restart, overwrite)
     stored = partial / "secateur" / "windows.safetensors" if resume else None
     prepared = prepare(recipe, partial, stored)
+    return run_prepared(prepared, progress, meter, resume=resume, overwrite=overwrite)
+
+
+def run_prepared(
+    prepared: Prepared,
+    progress: Progress,
+    meter: Meter,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> PruneReport:
+    """Carry out a recipe that is prepared; its places were checked."""
+    recipe = prepared.recipe
+    assert recipe.output is not None
+    output = Path(recipe.output)
+    partial = output.with_name(output.name + ".partial")
     chosen, activations = choose_plan(prepared, recipe.memory)
     check_disk(chosen, output)
     prepared = with_own_windows(prepared, progress)
@@ -223,6 +241,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         **recipe,
         "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
         "windows": fingerprint(prepared.windows),
+        "starts": dict(prepared.selection.starts),
+        "patterns": {glob: pattern.name for glob, pattern in prepared.patterns.items()},
         "source_files": [[f.name, f.stat().st_size] for f in prepared.reader.files],
     }
 

@@ -108,7 +108,7 @@ def check_together(recipe: StructureRecipe) -> None:
     Raises:
         RecipeError: naming the options.
     """
-    targets = [n for n in ("parameters", "file_mib", "latency") if getattr(recipe, n) is not None]
+    targets = [n for n in ("keep_parameters", "file_mib") if getattr(recipe, n) is not None]
     widths = [n for n in ("heads", "ffn", "kv_cache") if getattr(recipe, n) is not None]
     others = [n for n in ("keep_layers", "experts", "hidden") if getattr(recipe, n) is not None]
     if not targets + widths + others:
@@ -122,7 +122,7 @@ def check_together(recipe: StructureRecipe) -> None:
     if targets and widths:
         raise RecipeError(
             f"{targets[0]} says how much heads and neurons lose together, and {widths[0]} too",
-            remedy=f"leave --{widths[0].replace('_', '-')} out, or the target",
+            remedy=f"leave {widths[0]} out, or the target",
         )
     if recipe.heads is not None and recipe.kv_cache is not None:
         raise RecipeError("heads and kv_cache say the same thing", remedy="give one of them")
@@ -146,8 +146,8 @@ def share(kept: Kept, each: tuple[int, ...], what: str) -> float:
 
 def decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
     """The fraction of the decoder's parameters that is to stay, if a target was given."""
-    if recipe.parameters is not None:
-        return recipe.parameters
+    if recipe.keep_parameters is not None:
+        return recipe.keep_parameters
     if recipe.file_mib is None:
         return None
     whole = accounting(model, Cut()).before

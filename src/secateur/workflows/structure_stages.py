@@ -144,8 +144,8 @@ def without(dropped: Dropped, layers: int) -> Cut:
     kept = tuple(i for i in range(layers) if i not in dropped.layers)
     return Cut(
         layers=kept,
-        groups={i: () for i in dropped.attention},
-        neurons={i: () for i in dropped.ffn},
+        groups=dict.fromkeys(dropped.attention, ()),
+        neurons=dict.fromkeys(dropped.ffn, ()),
     )
 
 
@@ -193,5 +193,3 @@ def choose_width(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]
         bench.work.parent / "secateur" / "windows.safetensors",
         bench.progress,
     )
-
-

@@ -23,8 +23,8 @@ class WholeColumns:
 
     In the linear that reads the neurons of a feed-forward block a group of 1 is a neuron; in the
     one that reads attention's outputs a group as wide as a KV group's query heads is that group.
-    The number of groups pruned is the multiple of `multiple` nearest to what is asked. All groups may
-    go: then the linear adds nothing.
+    The number of groups pruned is the multiple of `multiple` nearest to what is asked. All of them
+    may go: then the linear adds nothing.
 
     Args:
         width: consecutive columns that go together.
