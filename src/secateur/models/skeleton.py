@@ -20,7 +20,15 @@ from secateur.models.architecture import family_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import expert_renamings, open_experts, split_stored
 
-__all__ = ["build_skeleton", "empty", "fill", "quiet_transformers", "stored_names"]
+__all__ = [
+    "build_skeleton",
+    "empty",
+    "fill",
+    "quiet_transformers",
+    "skeleton_of",
+    "stored_names",
+    "without_weights",
+]
 
 
 @contextmanager
@@ -40,6 +48,25 @@ def quiet_transformers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models built here have their parameters on the meta device, and real buffers.
+
+    Buffers such as rotary frequencies are not stored in checkpoints, so they are made.
+    """
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
+        yield
+
+
+def skeleton_of(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of a class of transformers, parameters on the meta device, buffers real."""
+    with without_weights():
+        return model_class._from_config(config, dtype=dtype).eval()
+
+
 def build_skeleton(
     folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:
@@ -56,15 +83,12 @@ def build_skeleton(
         ArchitectureError: transformers knows no causal language model of this type, or the
             checkpoint wants to run code of its own and `trust_remote_code` is False.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            # Buffers such as rotary frequencies are not stored in checkpoints, so they are made.
-            with init_empty_weights(include_buffers=False), no_init_weights():
+            with without_weights():
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
                 )

@@ -92,12 +92,12 @@ class Varied:
     """Comes before the base class: builds its model, then resizes it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         resize(self, config, config.secateur_cut)
 
     def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> None:
         """As the base class does, with this file beside the weights."""
-        super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(folder, *args, **kwargs)
         shutil.copyfile(__file__, Path(folder) / FILE_NAME)
 
 
@@ -162,11 +162,11 @@ class NoAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Zeros."""
-        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-        if cache is not None:
+        past = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        if past is not None:
             batch, tokens = hidden_states.shape[:2]
             told = hidden_states.new_zeros(batch, 1, tokens, 1, dtype=torch.int8)
-            cache.update(told, told, self.layer_idx)
+            past.update(told, told, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 

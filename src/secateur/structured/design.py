@@ -19,7 +19,7 @@ from torch import nn
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import Architecture, describe
 from secateur.models.couplings import Couplings
-from secateur.models.skeleton import quiet_transformers
+from secateur.models.skeleton import quiet_transformers, skeleton_of
 from secateur.structured.cut import Cut, Sizes, couplings_of, find, head_size, sizes_of
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, parameters_of
 
@@ -149,21 +149,17 @@ def built_plain(model: Any, made: Design, hidden: Any) -> Any:
     config_class, model_class, told = base_classes(model)
     try:
         skeleton = built(model_class, config_class, told | changes, model)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError):  # as classes refuse sizes
+    except Exception:  # each class refuses sizes in its own way
         return None
     return skeleton if fits(skeleton, made) else None
 
 
 def built(model_class: Any, config_class: Any, told: Mapping[str, Any], like: Any) -> Any:
     """A skeleton of a class, from what its configuration says."""
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
     with quiet_transformers():
         config = config_class.from_dict(dict(told))
-        config._attn_implementation = like.config._attn_implementation
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            return model_class._from_config(config, dtype=like.dtype).eval()
+    config._attn_implementation = like.config._attn_implementation
+    return skeleton_of(model_class, config, like.dtype)
 
 
 def fits(skeleton: Any, made: Design) -> bool:

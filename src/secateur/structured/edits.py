@@ -173,7 +173,7 @@ class Editor:
             return Edit(name, (None,) * parameter.ndim, tuple(parameter.shape))
         if parameter.ndim == 1:
             axes = axes[:1]
-        elif parameter.ndim == 2 and is_transposed(module):
+        elif parameter.ndim == 2 and type(module).__name__ == "Conv1D":  # which stores [in, out]
             axes = axes[::-1]
         kept = tuple(kept_along(axis, self.sizes, layer, self.stream) for axis in axes)
         sides = zip(parameter.shape, kept, strict=True)
@@ -209,13 +209,6 @@ def is_padding(name: str, couplings: Couplings, layer: LayerCut) -> bool:
         if name == couplings.consumer(axis) and kept is not None:
             return bool((kept < 0).all())
     return False
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, which stores [in, out]."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
 
 
 def is_rms_norm(module: nn.Module) -> bool:
