@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,9 @@ def test_opened_experts_are_the_fused_ones(family: str) -> None:
                 experts.call_idle = idle
                 torch.testing.assert_close(model(windows).logits, expected)
             experts[3].up_proj.weight[1, 2] = 7.0
-            experts[4].down_proj.weight = nn.Parameter(torch.ones(32, experts[4].up_proj.out_features))
+            experts[4].down_proj.weight = nn.Parameter(
+                torch.ones(32, experts[4].up_proj.out_features)
+            )
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     changed = {n: int((p != before[n]).sum()) for n, p in after.items() if not p.equal(before[n])}
@@ -139,13 +142,14 @@ def test_declared_groups_share_an_input(family: str) -> None:
             names = {id(x.module): n for n, x in linears.items()}
             hidden = torch.randn(2, 9, 32)
             rotary = model.model.rotary_emb(hidden, torch.arange(9)[None])
-            groups = find_groups(
-                list(linears.values()), lambda: layer(hidden, position_embeddings=rotary)
-            )
+            forward = partial(layer, hidden, position_embeddings=rotary)
+            groups = find_groups(list(linears.values()), forward)
             found |= {frozenset(names[id(x.module)] for x in group) for group in groups}
             assert not any("shared_expert_gate" in n for n in linears), index
         assert found <= declared
-        assert declared - found <= {frozenset(g) for g in (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))}
+        assert declared - found <= {
+            frozenset(g) for g in (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+        }
         assert architecture.of_expert("model.layers.0.mlp.experts.3.up_proj")
         assert not architecture.of_expert("model.layers.0.mlp.shared_expert.up_proj")
 
@@ -266,7 +270,9 @@ def test_reap_is_the_mean_weighted_norm(family: str, stored: bool, tmp_path: Pat
         expected = [*reap(model.get_submodule(path), x, 2, normalises(family))]
         assert use[index].tokens.tolist() == [count for count, _ in expected]
         assert use[index].score("frequency").tolist() == [count for count, _ in expected]
-        assert use[index].score("reap").tolist() == pytest.approx([s for _, s in expected], rel=1e-4)
+        assert use[index].score("reap").tolist() == pytest.approx(
+            [s for _, s in expected], rel=1e-4
+        )
         kept = kept_experts(use, 3, 2)[index]
         lowest = sorted(range(5), key=lambda j: expected[j][1])[:2]
         assert [*kept] == sorted(set(range(5)) - set(lowest))

@@ -24,9 +24,7 @@ def inputs_of(model: nn.Module, paths: list[str], windows: Tensor) -> dict[str, 
 
         return before
 
-    handles = [
-        modules[p].register_forward_pre_hook(note(p), with_kwargs=True) for p in paths
-    ]
+    handles = [modules[p].register_forward_pre_hook(note(p), with_kwargs=True) for p in paths]
     with torch.no_grad():
         model(input_ids=windows, use_cache=False)
     for handle in handles:

@@ -179,9 +179,7 @@ def kept_experts(
             f"has {fewest}",
             remedy=f"keep from {top_k} to {fewest}",
         )
-    return {
-        layer: tuple(sorted(first(heard.score(score), keep))) for layer, heard in use.items()
-    }
+    return {layer: tuple(sorted(first(heard.score(score), keep))) for layer, heard in use.items()}
 
 
 def first(score: Tensor, count: int) -> Sequence[int]:
