@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,9 +142,8 @@ def test_declared_groups_share_an_input(family: str) -> None:
             names = {id(x.module): n for n, x in linears.items()}
             hidden = torch.randn(2, 9, 32)
             rotary = model.model.rotary_emb(hidden, torch.arange(9)[None])
-            groups = find_groups(
-                list(linears.values()), lambda: layer(hidden, position_embeddings=rotary)
-            )
+            forward = partial(layer, hidden, position_embeddings=rotary)
+            groups = find_groups(list(linears.values()), forward)
             found |= {frozenset(names[id(x.module)] for x in group) for group in groups}
             assert not any("shared_expert_gate" in n for n in linears), index
         assert found <= declared

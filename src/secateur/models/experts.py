@@ -141,13 +141,16 @@ def open_experts(model: nn.Module) -> dict[str, nn.Module]:
     Returns:
         The fused modules that were there, by path; empty for a model without experts.
     """
+    from transformers.initialization import no_init_weights
+
     family, replaced = family_of(model), {}
     if family is None or family.experts is None:
         return {}
     for path, module in list(model.named_modules()):
         if path.endswith("." + family.experts.module) and is_fused(module):
             replaced[path] = module
-            put(model, path, opened(module))
+            with no_init_weights():  # of linears whose weights are there
+                put(model, path, opened(module))
     return replaced
 
 

@@ -23,7 +23,7 @@ from secateur.models.skeleton import quiet_transformers, skeleton_of
 from secateur.structured.cut import Cut, Sizes, couplings_of, find, head_size, sizes_of
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, parameters_of
 
-__all__ = ["Design", "VariedSizesWarning", "design"]
+__all__ = ["Design", "VariedSizesWarning", "design", "warn_if_varied"]
 
 
 class VariedSizesWarning(UserWarning):
@@ -88,6 +88,13 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
             remedy="leave padding out; or keep all hidden channels, where the family ties their "
             "number to the number of heads",
         )
+    return replace(made, skeleton=built_varied(model, made, hidden))
+
+
+def warn_if_varied(made: Design) -> None:
+    """Say what it takes to load a model whose layers differ."""
+    if not made.varied:
+        return
     warnings.warn(
         "layers of different sizes, or without a sub-block: plain transformers loads the result "
         "with trust_remote_code=True (its code lies beside the weights) or once secateur is "
@@ -95,7 +102,6 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
         VariedSizesWarning,
         stacklevel=3,
     )
-    return replace(made, skeleton=built_varied(model, made, hidden))
 
 
 def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:

@@ -19,7 +19,7 @@ from secateur.models.shard_writer import ShardWriter
 from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
 from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
-from secateur.structured.design import Design, design
+from secateur.structured.design import Design, design, warn_if_varied
 
 __all__ = ["cut_checkpoint", "cut_from_zeros", "cut_model"]
 
@@ -55,6 +55,7 @@ def cut_model(model: Any, cut: Cut, *, pad: bool = False) -> Any:
         ArchitectureError: the family does not declare what the cut needs.
     """
     made = design(model, cut, pad=pad)
+    warn_if_varied(made)
     result = made.skeleton
     there = dict(model.named_parameters())
     with torch.no_grad():
@@ -106,6 +107,7 @@ def cut_checkpoint(
     reader = CheckpointReader(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut, pad=pad)
+    warn_if_varied(made)
     stored = stored_names(model, reader)
     for edit in made.edits.values():
         if edit.source not in stored:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from secateur.models.whole_folder import whole_folder
 from secateur.recipes.structure_schema import StructureRecipe
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
+from secateur.structured.design import VariedSizesWarning
 from secateur.structured.surgery import cut_checkpoint
 from secateur.workflows.narrowing import narrow
 from secateur.workflows.structure_plan import Aim
@@ -91,7 +93,9 @@ class Step:
         made = bench.work / self.name
         if not made.exists():
             cut, told, kept = self.choose(bench, folder)
-            with whole_folder(made) as partial:
+            with whole_folder(made) as partial, warnings.catch_warnings():
+                # that the layers differ is said once, of the result
+                warnings.simplefilter("ignore", VariedSizesWarning)
                 found = cut_checkpoint(
                     kept,
                     cut,

@@ -6,6 +6,7 @@ plan in units ─► steps, each a smaller model ─► distillation by the uncu
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -41,6 +42,8 @@ from secateur.workflows.preparing import choose_device, window_plan
 from secateur.workflows.structure_plan import aim_of
 from secateur.workflows.structure_stages import NOTES, Bench, steps_of
 from secateur.workflows.writing import own_windows
+
+log = logging.getLogger(__name__)
 
 __all__ = ["StructureReport", "structure", "structure_recipe"]
 
@@ -124,6 +127,11 @@ def structure_recipe(
     (whole / NOTES).unlink(missing_ok=True)
     distilled = distil(recipe, source, whole, windows, device, work, progress)
     found = verified(skeleton, whole, steps, recipe)
+    if found.varied:
+        log.warning(
+            "the layers have different sizes: the result loads once secateur is imported, or with "
+            "trust_remote_code=True; other engines need --pad"
+        )
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
     (partial / RUN_FOLDER / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
     finish(recipe, manifest, source, whole, partial, output)
