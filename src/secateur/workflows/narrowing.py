@@ -16,6 +16,7 @@ from secateur.engine.meter import Meter
 from secateur.engine.progress import Progress
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure_schema import StructureRecipe
 from secateur.sparsity.patterns import parse_pattern
@@ -86,16 +87,32 @@ def narrow(
             costs=costs_of(prepared.target.architecture.layer_name, readers, sizes, model, recipe),
         )
         run_prepared(prepared, progress, Meter.start(), resume=resumes)
-    reader = CheckpointReader(output)
-    return (
-        cut_from_zeros(reader, trust_remote_code=recipe.trust_remote_code),
-        {
-            "score": recipe.score,
-            "solver": recipe.solver,
-            "allocation": recipe.allocation or "uniform",
-        },
-        output,
-    )
+    trust = recipe.trust_remote_code
+    cut = cut_from_zeros(CheckpointReader(output), trust_remote_code=trust)
+    allocation = recipe.allocation or "uniform"
+    if allocation == "uniform":
+        sizes = sizes_of(build_skeleton(output, trust_remote_code=trust))
+        cut = Cut(
+            groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
+        )
+    told = {"score": recipe.score, "solver": recipe.solver, "allocation": allocation}
+    return cut, told, output
+
+
+def evened(
+    kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]
+) -> dict[int, tuple[int, ...]]:
+    """As many units in each layer that was cut as in the one that kept most.
+
+    A layer has fewer where units were dead before: their weights are zero without having been
+    chosen. Some of those stay, so that layers have one size.
+    """
+    most = max(map(len, kept.values()), default=0)
+    found = {}
+    for layer, units in kept.items():
+        spare = [i for i in range(there[layer]) if i not in units]
+        found[layer] = tuple(sorted([*units, *spare[: most - len(units)]]))
+    return found
 
 
 def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:

@@ -97,6 +97,11 @@ def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
         heads = 1 - share(recipe.heads, sizes.groups, "KV groups")
     if recipe.ffn is not None:
         neurons = 1 - share(recipe.ffn, sizes.neurons, "FFN neurons")
+    if any(n % recipe.multiple for n in sizes.neurons):
+        raise RecipeError(
+            f"{max(sizes.neurons)} FFN neurons are no multiple of {recipe.multiple}",
+            remedy="choose a number that divides them, such as 8 or 64",
+        )
     aim = Aim(sizes, drop, experts, hidden, heads, neurons)
     target = decoder_target(recipe, model)
     return aim if target is None else with_target(aim, target, model)
