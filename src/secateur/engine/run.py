@@ -150,7 +150,7 @@ class Run:
             asked[name] = self.selection.asked(name, self.sparsity)
             if asked[name] > 0:
                 try:
-                    self.method_for(name).pattern.check(shape, asked[name])
+                    self.method_for(name).check(shape, asked[name])
                 except PatternError as error:
                     raise type(error)(error.what, where=name, remedy=error.remedy) from None
         return asked
@@ -245,6 +245,9 @@ class Run:
             check_finite(list(passing.linears.values()))
             records = passing.prune()
             changed = [f"{record.name}.weight" for record in records]
+            if self.method.shifts:
+                biased = {x.name for x in passing.linears.values() if x.has_bias}
+                changed += [f"{x.name}.bias" for x in records if x.name in biased]
             if passing.tunes:
                 tuned = passing.tune()
                 changed = [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]

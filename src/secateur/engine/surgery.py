@@ -20,7 +20,7 @@ from secateur.sparsity.methods import Method
 
 __all__ = ["GroupStatistics", "LinearRecord", "check_finite", "prune_group"]
 
-INPUT_STATISTICS = frozenset({"column_norm", "gram"})
+INPUT_STATISTICS = frozenset({"column_mean", "column_norm", "column_variance", "gram"})
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,8 @@ def prune_group(
         solution = method.solver.solve(weight, prepared, method.pattern, sparsity, mask=mask)
         lost = lost_energy(weight, solution.mask, shared) if solution.error is None else None
         linear.assign(solution.weight)
+        if solution.shift is not None:
+            linear.shift(solution.shift)
         records.append(verified(linear, method, sparsity, solution, lost, started))
     return records
 

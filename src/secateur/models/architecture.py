@@ -151,6 +151,18 @@ class Linear:
         """Overwrite the weight with values [out, in], cast to its dtype."""
         self.weight.copy_(weight)
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether something is added to the outputs."""
+        return getattr(self.module, "bias", None) is not None
+
+    @torch.no_grad()
+    def shift(self, by: Tensor) -> None:
+        """Add to the bias [out], summed in float32; nothing where there is none."""
+        if self.has_bias:
+            bias = self.module.get_parameter("bias")
+            bias.copy_(bias.float() + by)
+
 
 @dataclass(frozen=True)
 class Architecture:

@@ -100,8 +100,8 @@ class WholeColumns:
         return shape[0] * self.width * self.multiple
 
     def units(self, score: Score) -> Float32[Tensor, "one groups"]:
-        """The sum of the scores of each group, float32 [1, in / width]."""
-        return score.sum(0).unflatten(0, (-1, self.width)).sum(1)[None]
+        """|Σ of the scores of each group|, float32 [1, in / width]; only `coupled_taylor` has signs."""
+        return score.sum(0).unflatten(0, (-1, self.width)).sum(1).abs()[None]
 
     def mask(self, score: Score, sparsity: float) -> Mask:
         """The mask [out, in]; on a tie the group with the lower index is pruned.
