@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,25 @@ class Ledger:
         seconds: float,
         reconstruction: dict[str, float] | None = None,
         collapsed: dict[str, float] | None = None,
+        unseen: Sequence[str] = (),
     ) -> None:
-        """Enter a finished layer: its linears, time, what tuning brought, and what collapsed."""
-        entry = {"layer": index, "seconds": seconds, "linears": records}
+        """Enter a finished layer.
+
+        Args:
+            index: of the layer.
+            records: of its linears.
+            seconds: that it took.
+            reconstruction: what tuning brought.
+            collapsed: linears that lost their outputs.
+            unseen: linears of experts that calibration did not reach, and that were left.
+        """
+        entry: dict[str, Any] = {"layer": index, "seconds": seconds, "linears": records}
         if reconstruction:
             entry["reconstruction"] = reconstruction
         if collapsed:
             entry["collapsed"] = collapsed
+        if unseen:
+            entry["unseen"] = list(unseen)
         self.layers.append(entry)
         self.append(entry)
 

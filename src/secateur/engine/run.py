@@ -28,11 +28,13 @@ from secateur.engine.passage import Passage
 from secateur.engine.precision import fast_matmuls
 from secateur.engine.progress import Progress
 from secateur.engine.reconstruction import Reconstruction
+from secateur.engine.routing import coverage
 from secateur.engine.selection import Selection
 from secateur.engine.surgery import INPUT_STATISTICS, LinearRecord, check_finite
 from secateur.engine.targets import Target
 from secateur.errors import PatternError
 from secateur.models.architecture import Linear, linears_of
+from secateur.models.experts import refuse_fused
 from secateur.pages import reused_pages
 from secateur.sparsity.methods import Method
 
@@ -123,7 +125,9 @@ class Run:
 
         Raises:
             RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
+            ArchitectureError: there are experts that cannot be opened.
         """
+        refuse_fused(self.target.layers)
         self.shapes = {
             linear.name: linear.shape
             for index, layer in enumerate(self.target.layers)
@@ -198,6 +202,8 @@ class Run:
             done = self.passage.open(done, dense=self.dense_needed)
             if done == 0:  # also where the hidden states of a stopped run are lost
                 self.ledger.begin()
+        for entry in self.ledger.layers:
+            self.leave(entry.get("unseen", ()))
         self.progress.start("pruning", self.steps_per_layer * (len(layers) - done))
         with reused_pages():
             for index in range(done, len(layers)):
@@ -205,6 +211,13 @@ class Run:
         if self.passage is not None:
             self.passage.close()
         self.progress.finish()
+        found = coverage(self.ledger.layers, self.target.architecture)
+        if found is not None:
+            found.tell()
+
+    def leave(self, unseen: Sequence[str]) -> None:
+        """Nothing is asked any more of linears that calibration did not reach."""
+        self.sparsity_of.update(dict.fromkeys(unseen, 0.0))
 
     def prune_layer(self, index: int) -> None:
         """One decoder layer, from reading it to the ledger."""
@@ -221,10 +234,16 @@ class Run:
                 tuned = passing.tune()
                 changed = [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
             self.target.commit(index, changed)
-        self.finish_layer(index, records, tuned, started)
+        self.leave(passing.unseen)
+        self.finish_layer(index, records, tuned, passing.unseen, started)
 
     def finish_layer(
-        self, index: int, records: list[LinearRecord], tuned: dict[str, float], started: float
+        self,
+        index: int,
+        records: list[LinearRecord],
+        tuned: dict[str, float],
+        unseen: Sequence[str],
+        started: float,
     ) -> None:
         """Enter a layer into the ledger when all it leaves behind is safe."""
         if self.passage is not None and index + 1 < len(self.target.layers):
@@ -232,7 +251,7 @@ class Run:
         seconds = time.perf_counter() - started
         lost = collapsed(records)
         entries = [record.to_json() for record in records]
-        self.ledger.finish_layer(index, entries, seconds, tuned, lost)
+        self.ledger.finish_layer(index, entries, seconds, tuned, lost, unseen)
         if self.passage is not None:
             self.passage.forget(index)
         # The last layer's forwards end early, as nobody needs their outputs.

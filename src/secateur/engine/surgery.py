@@ -36,6 +36,7 @@ class LinearRecord:
         error: relative squared error of its output on the calibration inputs, where known.
         lost: an estimate of that error where the solver measures none (`engine.collapse`).
         seconds: spent on scoring, masking and solving.
+        tokens: how many inputs the linear of an expert saw; None elsewhere, where it is all.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LinearRecord:
     error: float | None
     lost: float | None
     seconds: float
+    tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to the ledger."""
@@ -53,12 +55,16 @@ class LinearRecord:
 
 
 class GroupStatistics:
-    """Running statistics of the input that a group of linears shares."""
+    """Running statistics of the input that a group of linears shares.
+
+    Attributes:
+        tokens: inputs seen so far.
+    """
 
     def __init__(
         self, names: frozenset[str], linear: Linear, device: torch.device, *, wanted: int = 0
     ) -> None:
-        self.name = linear.name
+        self.name, self.tokens = linear.name, 0
         self.running = {
             name: statistics[name](linear.shape[1], device)
             for name in sorted(names & INPUT_STATISTICS)
@@ -68,6 +74,7 @@ class GroupStatistics:
     def update(self, x: Tensor, wanted: Tensor | None = None) -> None:
         """Add the inputs of one micro-batch, of any leading shape, and what is wanted of them."""
         flat = x.reshape(-1, x.shape[-1])
+        self.tokens += len(flat)
         for statistic in self.running.values():
             statistic.update(flat)
         if self.cross is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from secateur.engine.forwards import by_layer
 from secateur.engine.layer_pass import LayerPass
 from secateur.engine.ledger import write_tensors, write_whole
+from secateur.engine.routing import is_reached, refuse_unreached
 from secateur.engine.run import Run
 from secateur.engine.search import search_levels
 from secateur.engine.surgery import INPUT_STATISTICS, GroupStatistics, check_finite
@@ -132,6 +133,7 @@ def survey(run: Run, allocation: Allocation, grains: Mapping[str, Grain]) -> lis
             shared = gather_dense(passing, names)
             if not files[index].exists():
                 view = LayerView(run, index, passing.linears, shared, grains)
+                refuse_unreached(view.unreached)
                 kept = allocation.look(view)
                 write_tensors(files[index], {k: v.cpu().contiguous() for k, v in kept.items()})
         if passage is None:
@@ -194,6 +196,16 @@ class LayerView:
             for name, linear in self.linears.items()
         }
         self.prepared: tuple[int, Any] | None = None
+        self.unreached = [
+            name
+            for name in self.weights
+            if not is_reached(
+                run.target.architecture,
+                self.linears[name],
+                shared[name].tokens if name in shared else None,
+                own(self.linears[name]),
+            )
+        ]
 
     def score(self, name: str) -> Tensor:
         """The pattern's units of the run's score."""

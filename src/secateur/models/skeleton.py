@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from secateur.errors import ArchitectureError, CheckpointError
+from secateur.models.architecture import family_of
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.experts import expert_renamings, open_experts, split_stored
 
 __all__ = [
     "build_skeleton",
@@ -70,6 +72,8 @@ def build_skeleton(
 ) -> Any:
     """The model a checkpoint describes, parameters on the meta device, buffers real.
 
+    Experts of declared families are opened: each is a module of three linears.
+
     Args:
         folder: the checkpoint.
         dtype: what it will compute in; None for what `config.json` says.
@@ -95,6 +99,7 @@ def build_skeleton(
                 remedy="only decoders that AutoModelForCausalLM knows can be pruned; for code that "
                 "comes with a checkpoint you trust, pass --trust-remote-code",
             ) from error
+    open_experts(model)
     return model.eval()
 
 
@@ -102,7 +107,8 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
     """Map each parameter of the model to the name it is stored under.
 
     Checkpoints may omit or add the base model's prefix, or use names from before a renaming;
-    transformers' own table of renamings decides.
+    transformers' own table of renamings decides. Experts that are stored fused are from then on
+    seen by the reader as tensors of their own.
 
     Raises:
         CheckpointError: a parameter of a decoder layer is not stored.
@@ -111,12 +117,15 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    parameters = dict(model.named_parameters())
+    family = family_of(model)
+    if family is not None and family.experts is not None:
+        split_stored(reader, family.experts)
+        own = expert_renamings(family.experts)
+        renamings += [WeightRenaming(pattern, name) for pattern, name in own.items()]
+    parameters, known = dict(model.named_parameters()), dict(model.state_dict())
     mapping = {}
     for stored in reader.entries:
-        name, _ = rename_source_key(
-            stored, renamings, [], model.base_model_prefix, dict(model.state_dict())
-        )
+        name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, known)
         if name in parameters:
             mapping[name] = stored
             expected, found = tuple(parameters[name].shape), reader.entries[stored].shape

@@ -17,6 +17,7 @@ from secateur.engine.ledger import Ledger
 from secateur.engine.meter import Meter
 from secateur.engine.plan import Plan
 from secateur.engine.progress import Progress, Silent
+from secateur.engine.routing import coverage
 from secateur.engine.run import Run, Settings
 from secateur.engine.survey import settled_allocation
 from secateur.errors import RecipeError
@@ -178,6 +179,8 @@ def run_recipe(
     verify(audit)
     manifest = make_manifest(prepared, chosen, activations, audit, meter, resume)
     manifest["distillation"] = distilled
+    found = coverage(ledger.layers, run.target.architecture)
+    manifest["experts"] = found and found.to_json()
     manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
     finish(manifest, prepared, partial, output, overwrite)
     return PruneReport(audit.sparsity, ledger.layers, manifest, output)
