@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,9 @@ def test_all_kinds_in_one_cut(source: Path, tmp_path: Path, windows: Path) -> No
     steps = json.loads((tmp_path / "out" / "secateur" / "steps.json").read_text())
     assert [step["step"] for step in steps] == ["depth", "hidden", "width"]
     assert steps[-1]["after"]["decoder"] == decoder_parameters(tmp_path / "out")
-    for one, other in zip(steps, steps[1:], strict=False):
+    for one, other in pairwise(steps):
         assert one["after"]["decoder"] == other["before"]["decoder"]
     assert not report.manifest["structure"]["varied"]
-    assert secateur.evaluate(tmp_path / "out", text=windows).perplexity > 1
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global", "search"])
@@ -111,16 +111,18 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         source, output=tmp_path / "a", calibration=windows, ffn=0.5, effort="balanced"
     )
     taught = secateur.structure(
-        source, output=tmp_path / "b", calibration=windows, ffn=0.5, effort="balanced", epochs=4,
-        peak_learning_rate=1e-3,
+        source, output=tmp_path / "b", calibration=windows, ffn=0.5, effort="balanced", epochs=8,
+        peak_learning_rate=1e-4,
     )  # fmt: skip
     assert plain.manifest["distillation"] is None
     told = taught.manifest["distillation"]
     assert told["divergence_after"] < told["divergence_before"]
+    dense, ids = AutoModelForCausalLM.from_pretrained(source), tiny_windows()
+    wanted = dense(ids).logits.log_softmax(-1)
 
     def divergence(folder: Path) -> float:
-        judged = secateur.judge(folder, reference=source, perplexity=[windows])
-        return judged.divergence.kl
+        found = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.log_softmax(-1)
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
     assert divergence(tmp_path / "b") < divergence(tmp_path / "a")
 

@@ -85,17 +85,17 @@ class Family:
         groups: names of the linears within a decoder layer; those that share an input together.
         writers: linears whose output is added to the residual stream as it is. Empty where a
             norm comes between, or where it is not known.
-        couplings: what has to be cut together; None where only whole layers can be cut.
         experts: where the experts of its layers lie, whose linears are not among the groups;
             None for a family without.
+        couplings: what has to be cut together; None where only whole layers can be cut.
     """
 
     model_types: tuple[str, ...]
     layers: str
     groups: Groups
     writers: tuple[str, ...] = ()
-    couplings: Couplings | None = None
     experts: Experts | None = None
+    couplings: Couplings | None = None
 
 
 families: Registry[Family] = Registry("family", "secateur.models.families")
@@ -173,16 +173,16 @@ class Architecture:
         layers_path: path of the list of decoder layers.
         groups: linears by shared input, or None where they have to be found by running a layer.
         writers: linears whose output is added to the residual stream as it is, as far as known.
-        couplings: what has to be cut together, where it is declared.
         experts: where the experts of its layers lie; None without.
+        couplings: what has to be cut together, where it is declared.
     """
 
     family: str
     layers_path: str
     groups: Groups | None
     writers: tuple[str, ...] = ()
-    couplings: Couplings | None = None
     experts: Experts | None = None
+    couplings: Couplings | None = None
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers."""
@@ -232,7 +232,7 @@ def describe(model: Any) -> Architecture:
         if experts is not None:
             groups += experts.groups(experts.opened_in(model.get_submodule(family.layers)))
         name = next(name for name in families if families[name] is family)
-        return Architecture(name, family.layers, groups, family.writers, family.couplings, experts)
+        return Architecture(name, family.layers, groups, family.writers, experts, family.couplings)
     candidates = sorted(candidate_layers(model), key=lambda c: c[1], reverse=True)
     if not candidates:
         raise ArchitectureError(

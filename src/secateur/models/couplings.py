@@ -27,9 +27,11 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "EMBEDDING_AND_HEAD",
+    "FUSED_EXPERTS",
     "GATED_FFN",
     "HEAD_NORMS",
     "LLAMA_COUPLINGS",
+    "SIZES_OF_EXPERTS",
     "SPLIT_ATTENTION",
     "TWO_NORMS",
     "Axes",
@@ -53,7 +55,6 @@ class Couplings:
         attention_norms: norms that serve the attention sub-block alone and go with it.
         ffn_norms: norms that serve the FFN sub-block alone and go with it.
         neurons_key: what the configuration calls the number of FFN neurons.
-        experts_key: what it calls the number of experts; None for dense families.
         attributes: attributes of modules that hold a size, by module and attribute, as a quantity:
             `heads`, `groups`, `queries` (heads × head size), `neurons`, `experts` or `hidden`.
             An attribute `config.x` is a value the module reads from the model's configuration.
@@ -68,7 +69,6 @@ class Couplings:
     attention_norms: tuple[str, ...] = ()
     ffn_norms: tuple[str, ...] = ()
     neurons_key: str = "intermediate_size"
-    experts_key: str | None = None
     attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     norm_offset: float = 0.0
     scaled_embedding: bool = False
@@ -93,6 +93,19 @@ GATED_FFN: Axes = {
     "mlp.down_proj": ("hidden", "neurons"),
 }
 """A gated feed-forward of three linears."""
+
+FUSED_EXPERTS: Axes = {
+    "mlp.gate": ("experts", "hidden"),
+    "mlp.experts.gate_up_proj": ("experts", "-", "hidden"),
+    "mlp.experts.down_proj": ("experts", "hidden", "-"),
+}
+"""A router and experts as transformers holds them, all of a layer in two tensors."""
+
+SIZES_OF_EXPERTS: Mapping[str, Mapping[str, str]] = {
+    "mlp.experts": {"num_experts": "experts"},
+    "mlp.gate": {"num_experts": "experts", "hidden_dim": "hidden"},
+}
+"""The attributes in which router and experts keep their sizes."""
 
 EMBEDDING_AND_HEAD: Axes = {
     "model.embed_tokens": ("-", "hidden"),

@@ -85,7 +85,20 @@ def varied_classes(base_model_type: str) -> tuple[Any, Any]:
         {"config_class": config_class, "__module__": __name__},
     )
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    read_as_the_base(base_model, base_model_type, model_class)
     return config_class, model_class
+
+
+def read_as_the_base(base_model: Any, base_model_type: str, model_class: Any) -> None:
+    """Let stored names be converted as for the base class: experts that are stored alone, fused."""
+    from transformers import conversion_mapping
+
+    known = conversion_mapping.get_checkpoint_conversion_mapping
+    conversion = known(base_model.__name__) or known(base_model_type)
+    if conversion is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(
+            model_class.__name__, conversion, overwrite=True
+        )
 
 
 class Varied:

@@ -89,11 +89,12 @@ def accounting(model: Any, cut: Cut, *, pad: bool = False) -> Accounting:
     Raises:
         RecipeError: the cut is impossible.
     """
-    return account(model, design(model, cut, pad=pad))
+    return account(design(model, cut, pad=pad))
 
 
-def account(model: Any, made: Design) -> Accounting:
-    """What a design removes from a model."""
+def account(made: Design) -> Accounting:
+    """What a design removes."""
+    model = made.uncut
     kept = [kept_count(made, layer, "groups") for layer in made.layers]
     there = parameters_of(model)
     sources = {name: there[edit.source] for name, edit in made.edits.items()}

@@ -35,6 +35,7 @@ class Design:
     """A smaller model, before any tensor of it is made.
 
     Attributes:
+        uncut: the uncut model, its experts as transformers holds them.
         architecture: of the uncut model.
         sizes: of the uncut model.
         layers: what is kept of each layer that is kept.
@@ -42,6 +43,7 @@ class Design:
         edits: of each parameter, by its name in the cut model.
     """
 
+    uncut: Any
     architecture: Architecture
     sizes: Sizes
     layers: list[LayerCut]
@@ -66,6 +68,7 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
         RecipeError: the cut is impossible.
         ArchitectureError: the family does not declare what the cut needs, or no class fits.
     """
+    model = with_fused_experts(model)
     architecture, sizes = describe(model), sizes_of(model)
     if any((cut.hidden, cut.groups, cut.neurons, cut.experts)):
         couplings_of(architecture)
@@ -78,7 +81,7 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     # A class that ties the number of heads to the hidden size holds no fewer heads than there were.
     for padding in ("largest", "uncut") if pad else (None,):
         layers = layer_cuts(cut, sizes, padding)
-        made = Design(architecture, sizes, layers, None, editor.edits(layers))
+        made = Design(model, architecture, sizes, layers, None, editor.edits(layers))
         plain = built_plain(model, made, hidden)
         if plain is not None:
             return replace(made, skeleton=plain, edits=for_scaled_embedding(model, made, hidden))
@@ -102,6 +105,14 @@ def warn_if_varied(made: Design) -> None:
         VariedSizesWarning,
         stacklevel=3,
     )
+
+
+def with_fused_experts(model: Any) -> Any:
+    """The model, or a skeleton like it where its experts are opened (`models/experts.py`)."""
+    experts = describe(model).experts
+    if experts is None or not experts.opened_in(describe(model).layers(model)):
+        return model
+    return skeleton_of(type(model), model.config, model.dtype)
 
 
 def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
@@ -233,8 +244,9 @@ def size_changes(
         changes["head_dim"] = made.sizes.head_dim
     if sizes["neurons"]:
         changes[couplings.neurons_key] = sizes["neurons"]
-    if couplings.experts_key is not None:
-        changes[couplings.experts_key] = sizes["experts"]
+    if made.architecture.experts is not None:
+        count = made.architecture.experts.count
+        changes[names.get(count, count)] = sizes["experts"]
     if getattr(config, "word_embed_proj_dim", None) == made.sizes.hidden:
         changes["word_embed_proj_dim"] = channels
     return changes

@@ -93,7 +93,7 @@ def layer_cuts(cut: Cut, sizes: Sizes, padding: str | None = None) -> list[Layer
             ]
         found[name] = [
             None
-            if k == tuple(range(getattr(sizes, name)[i]))
+            if k == tuple(range(getattr(sizes, name)[i])) and (k or i not in getattr(cut, name))
             else torch.tensor(k, dtype=torch.long)
             for i, k in zip(indices, kept, strict=True)
         ]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import RecipeError
 from secateur.models.architecture import Linear, describe
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, disk_error
 from secateur.models.shard_writer import ShardWriter
@@ -20,6 +20,8 @@ from secateur.models.skeleton import assign, build_skeleton, quiet_transformers,
 from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Design, design, warn_if_varied
+from secateur.structured.edits import Edit
+from secateur.structured.stored import stored_edits
 
 __all__ = ["cut_checkpoint", "cut_from_zeros", "cut_model"]
 
@@ -109,17 +111,11 @@ def cut_checkpoint(
     made = design(model, cut, pad=pad)
     warn_if_varied(made)
     stored = stored_names(model, reader)
-    for edit in made.edits.values():
-        if edit.source not in stored:
-            raise CheckpointError(
-                f"the checkpoint does not hold {edit.source}",
-                where=str(folder),
-                remedy="the file is incomplete, or of another model than config.json says",
-            )
-    result = account(model, made)
+    edits = stored_edits(made, stored, folder)
+    result = account(made)
     output_folder.mkdir(parents=True, exist_ok=True)
     write_beside(folder, output_folder, made)
-    write_tensors(reader, stored, made, output_folder, progress)
+    write_tensors(reader, edits, output_folder, progress)
     return result
 
 
@@ -144,27 +140,21 @@ def write_beside(folder: Path, output: Path, made: Design) -> None:
 
 
 def write_tensors(
-    reader: CheckpointReader,
-    stored: Mapping[str, str],
-    made: Design,
-    output: Path,
-    progress: Progress | None,
+    reader: CheckpointReader, edits: Mapping[str, Edit], output: Path, progress: Progress | None
 ) -> None:
     """Write every tensor that is left, and an index unless there is one file."""
     if progress is not None:
-        progress.start("cutting", len(made.edits))
+        progress.start("cutting", len(edits))
     weight_map: dict[str, str] = {}
     total = 0
     for file in reader.files:
-        mine = {
-            n: e for n, e in made.edits.items() if reader.entries[stored[e.source]].file == file
-        }
+        mine = {n: e for n, e in edits.items() if reader.entries[e.source].file == file}
         if not mine:
             continue
-        known = {n: (reader.entries[stored[e.source]].dtype, e.shape) for n, e in mine.items()}
+        known = {n: (reader.entries[e.source].dtype, e.shape) for n, e in mine.items()}
         with ShardWriter(output / file.name, known, [], METADATA) as writer:
             for name, edit in mine.items():
-                tensor = edit(reader.read(stored[edit.source])).contiguous()
+                tensor = edit(reader.read(edit.source)).contiguous()
                 writer.write(name, tensor)
                 total += tensor.nbytes
                 if progress is not None:
