@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.calibration.windows import save_windows
+from secateur.cli import main
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.run import Run
 from secateur.errors import CheckpointError
@@ -237,6 +238,20 @@ def test_evaluated(tmp_path: Path) -> None:
         for folder in (tmp_path / "p", tmp_path / "c")
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_inspect_shows_one_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_mixture(tmp_path / "source", "qwen3_moe")
+    monkeypatch.setattr("sys.argv", ["secateur", "inspect", str(source), "--layer", "1"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert "model.layers.1.mlp.experts.4.down_proj" in out
+    assert "model.layers.2.mlp" not in out
+    assert "model.layers.0" not in out
 
 
 def test_the_same_expert_twice_is_refused(tmp_path: Path) -> None:
