@@ -193,6 +193,19 @@ def test_compressed_and_back(
             assert torch.equal(parameter, dict(dense.named_parameters())[name]), name
 
 
+def test_an_unseen_expert_is_rounded_to_the_nearest(tmp_path: Path, windows: Path) -> None:
+    source = save_mixture(tmp_path / "source", "mixtral", lonely=True)
+    secateur.prune(source, output=tmp_path / "p", method="magnitude", sparsity=0.5)
+    found = []
+    for name, options in (("a", {"calibration": windows}), ("b", {})):
+        secateur.compress(tmp_path / "p", output=tmp_path / name, values="int8", **options)
+        secateur.decompress(tmp_path / name, output=tmp_path / f"{name}-dense")
+        found.append(stored(tmp_path / f"{name}-dense"))
+    for name, tensor in found[0].items():
+        if ".experts." in name:
+            assert torch.equal(tensor, found[1][name]) == (".experts.4." in name), name
+
+
 def test_a_matrix_that_is_kept_dense_is_loaded_too(tmp_path: Path) -> None:
     """transformers loads what is not packed, and would fuse experts if it was let."""
     source = save_mixture(tmp_path / "source", "mixtral")
