@@ -190,6 +190,18 @@ def test_an_expert_without_tokens_is_left(options: dict, caplog: pytest.LogCaptu
     assert "no calibration token was routed to 9 linears of experts" in caplog.text
 
 
+def test_tuned_weights_come_back_into_the_fused_tensors() -> None:
+    """In bfloat16 tuning moves them to other memory."""
+    model, before = tiny_model("qwen3_moe").bfloat16(), tiny_model("qwen3_moe").bfloat16()
+    options = {"method": "wanda", "sparsity": 0.5, "epochs": 1}
+    secateur.prune(model, calibration=tiny_windows(), **options)
+    ours, theirs = (m.model.layers[1].mlp.experts.gate_up_proj for m in (model, before))
+    assert ours.dtype == torch.bfloat16
+    assert 0.5 <= (ours == 0).float().mean() < 0.51
+    kept = ours != 0
+    assert (ours[kept] != theirs[kept]).float().mean() > 0.1
+
+
 def test_magnitude_needs_no_tokens() -> None:
     model = lonely()
     assert secateur.prune(model, method="magnitude", sparsity=0.5).sparsity == 0.5

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.calibration.windows import save_windows
+from secateur.cli import main
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.run import Run
 from secateur.errors import CheckpointError
@@ -192,6 +193,19 @@ def test_compressed_and_back(
             assert torch.equal(parameter, dict(dense.named_parameters())[name]), name
 
 
+def test_an_unseen_expert_is_rounded_to_the_nearest(tmp_path: Path, windows: Path) -> None:
+    source = save_mixture(tmp_path / "source", "mixtral", lonely=True)
+    secateur.prune(source, output=tmp_path / "p", method="magnitude", sparsity=0.5)
+    found = []
+    for name, options in (("a", {"calibration": windows}), ("b", {})):
+        secateur.compress(tmp_path / "p", output=tmp_path / name, values="int8", **options)
+        secateur.decompress(tmp_path / name, output=tmp_path / f"{name}-dense")
+        found.append(stored(tmp_path / f"{name}-dense"))
+    for name, tensor in found[0].items():
+        if ".experts." in name:
+            assert torch.equal(tensor, found[1][name]) == (".experts.4." in name), name
+
+
 def test_a_matrix_that_is_kept_dense_is_loaded_too(tmp_path: Path) -> None:
     """transformers loads what is not packed, and would fuse experts if it was let."""
     source = save_mixture(tmp_path / "source", "mixtral")
@@ -237,6 +251,20 @@ def test_evaluated(tmp_path: Path) -> None:
         for folder in (tmp_path / "p", tmp_path / "c")
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_inspect_shows_one_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_mixture(tmp_path / "source", "qwen3_moe")
+    monkeypatch.setattr("sys.argv", ["secateur", "inspect", str(source), "--layer", "1"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert "model.layers.1.mlp.experts.4.down_proj" in out
+    assert "model.layers.2.mlp" not in out
+    assert "model.layers.0" not in out
 
 
 def test_the_same_expert_twice_is_refused(tmp_path: Path) -> None:
