@@ -97,6 +97,19 @@ def test_a_fraction_of_the_parameters(
     assert told["after"]["decoder"] == decoder_parameters(tmp_path / "out")
 
 
+def test_a_report_and_a_diagnosis_of_a_cut_model(
+    source: Path, tmp_path: Path, windows: Path
+) -> None:
+    told = secateur.structure(
+        source, output=tmp_path / "out", calibration=windows, ffn=0.5, effort="fast"
+    ).manifest["structure"]
+    secateur.report([tmp_path / "out"], output=tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"cut to {1 - told['decoder_removed']:.0%}".replace("%", " %") in page
+    found = secateur.diagnose(tmp_path / "out")
+    assert [f.id for f in found.findings if f.severity != "note"] == []
+
+
 def test_experts(tmp_path: Path, windows: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path / "source")
     secateur.structure(

@@ -107,7 +107,9 @@ def read_claims(model: Path) -> Claims:
             return empty
 
     manifest = read("manifest.json", manifest_of, {})
-    pattern, selection = read("recipe.yaml", lambda text: asked_by(text, manifest), (None, None))
+    pattern, selection = None, None
+    if manifest.get("method") != "structure":  # a cut model has no zeros to claim
+        pattern, selection = read("recipe.yaml", lambda x: asked_by(x, manifest), (None, None))
     return Claims(
         folder,
         read("layers.jsonl", claims_of, {}),
@@ -125,6 +127,7 @@ def manifest_of(text: str) -> dict[str, Any]:
     told = json.loads(text)
     return {
         "source": told["source"]["name"],
+        "method": told["method"].get("name"),
         "scope": told["method"]["scope"],
         "sparsity": float(told["result"]["decoder_sparsity"]),
     }
