@@ -86,8 +86,8 @@ class Depth:
     share: float | None = None
     method: str = "search"
     objective: str = "divergence"
-    stages: Stages = ((4, 512), (1, 4096))
-    generations: int = 16
+    stages: Stages = ((4, 1024), (1, 8192))
+    generations: int = 12
     offspring: int = 16
     seed: int = 0
 
@@ -134,7 +134,7 @@ class Depth:
             raise RecipeError(
                 f"stages are {self.stages}",
                 remedy="give (survivors, tokens) with ever fewer survivors on ever more tokens, "
-                "1 at last; for example ((4, 512), (1, 4096))",
+                "1 at last; for example ((4, 1024), (1, 8192))",
             )
 
     @property
