@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from secateur.workflows import (
         SweepPlan,
         bench,
+        chain,
         compress,
         decompress,
         diagnose,
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "allocations",
     "bench",
+    "chain",
     "compose",
     "compress",
     "decompress",
@@ -72,6 +74,7 @@ HOMES = {
     "SweepPlan": "secateur.workflows",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows",
+    "chain": "secateur.workflows",
     "compose": "secateur.sparsity.methods",
     "compress": "secateur.workflows",
     "decompress": "secateur.workflows",

@@ -8,6 +8,7 @@ The Python API and the command line call the same functions: `prune`, `plan`, `e
 from secateur.reporting.compression_report import CompressionReport, DecompressionReport
 from secateur.reporting.prune_report import PruneReport
 from secateur.workflows.benching import bench
+from secateur.workflows.chaining import ChainReport, Link, chain
 from secateur.workflows.compressing import compress
 from secateur.workflows.decompressing import decompress
 from secateur.workflows.diagnosing import diagnose
@@ -22,14 +23,17 @@ from secateur.workflows.sweep_plan import SweepPlan
 from secateur.workflows.sweeping import sweep
 
 __all__ = [
+    "ChainReport",
     "CompressionReport",
     "DecompressionReport",
     "Evaluation",
     "Generation",
+    "Link",
     "PruneReport",
     "StructureReport",
     "SweepPlan",
     "bench",
+    "chain",
     "compress",
     "decompress",
     "diagnose",
