@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,9 +24,13 @@ from secateur.structured.design import Design, design
 from secateur.structured.edits import Edit
 from secateur.structured.stored import stored_edits
 
-__all__ = ["cut_checkpoint", "cut_from_zeros", "cut_model"]
+__all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model"]
 
 METADATA = {"format": "pt"}
+
+
+class VariedSizesWarning(UserWarning):
+    """The result needs code of its own to be loaded."""
 
 
 class Progress(Protocol):
@@ -57,6 +62,7 @@ def cut_model(model: Any, cut: Cut, *, pad: bool = False) -> Any:
         ArchitectureError: the family does not declare what the cut needs.
     """
     made = design(model, cut, pad=pad)
+    warn_if_varied(made)
     result = made.skeleton
     there = dict(model.named_parameters())
     with torch.no_grad():
@@ -110,11 +116,24 @@ def cut_checkpoint(
     made = design(model, cut, pad=pad)
     stored = stored_names(model, reader)
     edits = stored_edits(made, stored, folder)
+    warn_if_varied(made)
     result = account(made)
     output_folder.mkdir(parents=True, exist_ok=True)
     write_beside(folder, output_folder, made)
     write_tensors(reader, edits, output_folder, progress)
     return result
+
+
+def warn_if_varied(made: Design) -> None:
+    """Say what a varied model asks of those who load it."""
+    if made.varied:
+        warnings.warn(
+            "no plain class of transformers has these sizes: transformers loads the result with "
+            "trust_remote_code=True (its code lies beside the weights) or once secateur is "
+            "imported; other engines do not. Padding may give sizes that one has",
+            VariedSizesWarning,
+            stacklevel=3,
+        )
 
 
 def write_beside(folder: Path, output: Path, made: Design) -> None:
