@@ -17,8 +17,7 @@ from secateur.errors import RecipeError
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
-from secateur.structured.design import VariedSizesWarning
-from secateur.structured.surgery import cut_checkpoint, cut_model
+from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint, cut_model
 from tiny import save_tiny
 from zoo import MIXTURES, tiny_model, tiny_windows
 

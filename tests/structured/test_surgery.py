@@ -16,8 +16,7 @@ from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
-from secateur.structured.design import VariedSizesWarning
-from secateur.structured.surgery import cut_model
+from secateur.structured.surgery import VariedSizesWarning, cut_model
 from zoo import CONFIGS, tiny_windows
 
 DECLARED = [family for family in CONFIGS if family != "generic"]
@@ -87,9 +86,7 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
 def test_accounting_is_exact(family: str, name: str) -> None:
     model, windows = model_of(family), tiny_windows(2, 7)
     cut = CUTS[name](sizes_of(model))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VariedSizesWarning)
-        found = accounting(model, cut)
+    found = accounting(model, cut)
     for counted, one in ((found.before, model), (found.after, cut_quietly(model, cut))):
         parameters = dict(one.named_parameters())
         assert counted.parameters == sum(p.numel() for p in parameters.values())

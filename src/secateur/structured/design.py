@@ -7,7 +7,6 @@ and the heads their size, it is that. Otherwise the result is a varied model (`m
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -23,11 +22,7 @@ from secateur.models.skeleton import quiet_transformers, skeleton_of
 from secateur.structured.cut import Cut, Sizes, couplings_of, find, head_size, sizes_of
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, parameters_of
 
-__all__ = ["Design", "VariedSizesWarning", "design", "warn_if_varied"]
-
-
-class VariedSizesWarning(UserWarning):
-    """The result needs code of its own to be loaded."""
+__all__ = ["Design", "design", "kept_count"]
 
 
 @dataclass(frozen=True)
@@ -92,19 +87,6 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
             "number to the number of heads",
         )
     return replace(made, skeleton=built_varied(model, made, hidden))
-
-
-def warn_if_varied(made: Design) -> None:
-    """Say what it takes to load a model whose layers differ."""
-    if not made.varied:
-        return
-    warnings.warn(
-        "layers of different sizes, or without a sub-block: plain transformers loads the result "
-        "with trust_remote_code=True (its code lies beside the weights) or once secateur is "
-        "imported; other engines do not. Padding gives sizes that are equal",
-        VariedSizesWarning,
-        stacklevel=3,
-    )
 
 
 def with_fused_experts(model: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +20,17 @@ from secateur.models.shard_writer import ShardWriter
 from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
 from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
-from secateur.structured.design import Design, design, warn_if_varied
+from secateur.structured.design import Design, design
 from secateur.structured.edits import Edit
 from secateur.structured.stored import stored_edits
 
-__all__ = ["cut_checkpoint", "cut_from_zeros", "cut_model"]
+__all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model"]
 
 METADATA = {"format": "pt"}
+
+
+class VariedSizesWarning(UserWarning):
+    """The result needs code of its own to be loaded."""
 
 
 class Progress(Protocol):
@@ -109,14 +114,26 @@ def cut_checkpoint(
     reader = CheckpointReader(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut, pad=pad)
-    warn_if_varied(made)
     stored = stored_names(model, reader)
     edits = stored_edits(made, stored, folder)
+    warn_if_varied(made)
     result = account(made)
     output_folder.mkdir(parents=True, exist_ok=True)
     write_beside(folder, output_folder, made)
     write_tensors(reader, edits, output_folder, progress)
     return result
+
+
+def warn_if_varied(made: Design) -> None:
+    """Say what a varied model asks of those who load it."""
+    if made.varied:
+        warnings.warn(
+            "no plain class of transformers has these sizes: transformers loads the result with "
+            "trust_remote_code=True (its code lies beside the weights) or once secateur is "
+            "imported; other engines do not. Padding may give sizes that one has",
+            VariedSizesWarning,
+            stacklevel=3,
+        )
 
 
 def write_beside(folder: Path, output: Path, made: Design) -> None:
