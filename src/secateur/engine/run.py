@@ -41,6 +41,7 @@ from secateur.models.experts import refuse_fused
 from secateur.pages import reused_pages
 from secateur.sparsity.methods import Method
 from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.patterns.whole_columns import WholeColumns
 
 __all__ = ["Run", "Settings"]
 
@@ -267,7 +268,7 @@ class Run:
         if self.passage is not None and index + 1 < len(self.target.layers):
             self.passage.advance(index + 1)
         seconds = time.perf_counter() - started
-        lost = collapsed(records)
+        lost = collapsed([record for record in records if not self.takes_all(record)])
         entries = [record.to_json() for record in records]
         self.ledger.finish_layer(index, entries, seconds, tuned, lost, unseen)
         if self.passage is not None:
@@ -276,6 +277,11 @@ class Run:
         self.progress.step(self.steps_per_layer - self.told, note=f"layer {index}")
         if lost:
             self.react(self.target.architecture.layer_name(index), lost)
+
+    def takes_all(self, record: LinearRecord) -> bool:
+        """Whether a linear was to lose all its columns: a block that goes has not collapsed."""
+        whole = isinstance(self.method_for(record.name).pattern, WholeColumns)
+        return whole and record.pruned == record.shape[0] * record.shape[1]
 
     def react(self, layer: str, lost: dict[str, float]) -> None:
         """Stop, or say so, when a finished layer has collapsed.

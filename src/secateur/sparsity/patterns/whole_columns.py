@@ -100,7 +100,7 @@ class WholeColumns:
         return shape[0] * self.width * self.multiple
 
     def units(self, score: Score) -> Float32[Tensor, "one groups"]:
-        """|Σ of the scores of each group|, float32 [1, in / width]; only `coupled_taylor` has signs."""
+        """|Σ of the scores of each group|, float32 [1, in / width]; few scores have signs."""
         return score.sum(0).unflatten(0, (-1, self.width)).sum(1).abs()[None]
 
     def mask(self, score: Score, sparsity: float) -> Mask:

@@ -23,8 +23,8 @@ class CoupledTaylor:
     Papers: Ma et al. 2023, "LLM-Pruner", arXiv:2305.11627, whose group score is a sum over the
     coupled structures; Michel et al. 2019, "Are Sixteen Heads Really Better than One?",
     arXiv:1905.10650, for heads. Deviations: only the weights that read the unit enter (the gate is
-    the same seen from there), and the gradient is that of the mean loss, where Michel et al. average
-    the absolute values of single texts.
+    the same seen from there), and the gradient is that of the mean loss, where Michel et al.
+    average the absolute values of single texts.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient"})
