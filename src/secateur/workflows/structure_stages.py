@@ -31,8 +31,7 @@ from secateur.models.whole_folder import whole_folder
 from secateur.recipes.structure_schema import StructureRecipe
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
-from secateur.structured.design import VariedSizesWarning
-from secateur.structured.surgery import cut_checkpoint
+from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from secateur.workflows.narrowing import narrow
 from secateur.workflows.structure_plan import Aim
 

@@ -53,8 +53,8 @@ def smaller(run: Run) -> Claim:
         return Claim(
             "Smaller by",
             percent(saved),
-            f"{megabytes(cut.after.file_bytes)} instead of {megabytes(cut.before.file_bytes)} in the "
-            f"same dtype; {percent(cut.decoder_removed)} of the decoder was cut out.",
+            f"{megabytes(cut.after.file_bytes)} instead of {megabytes(cut.before.file_bytes)} in "
+            f"the same dtype; {percent(cut.decoder_removed)} of the decoder was cut out.",
             good=saved > 0,
         )
     if found is None:
