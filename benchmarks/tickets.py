@@ -1,17 +1,19 @@
 """Lottery tickets and rounds of pruning on a tiny language model that is trained here.
 
-    python benchmarks/tickets.py [--seeds 0 1 2] [--sparsity 0.8] [--rounds 4]
+    python benchmarks/tickets.py [--seeds 0 1 2] [--parts rewound rate_rewound …]
 
 The model and its text are those of `tests/trained.py`: two layers of width 64 that read the Python
 standard library letter by letter. All that is compared has the same sparsity in every matrix, and
 is judged by the loss on held-out files, in nats per character. One training is 600 steps from the
-beginning; what is rewound to step 60 does the 540 that are left.
+beginning; what is rewound to step 60 does the 540 that are left. What was measured before for other
+seeds or parts, under the same protocol, stays in the file of results.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardware import heading, keep, markdown
+from hardware import RESULTS, heading, keep, markdown
 from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import Gradual, GradualPruning, open_masks, renew
 from secateur.training.rewinding import Early, KeepEarly, Round, Rounds, prune_in_rounds
@@ -137,6 +139,25 @@ def differences(rows: list[dict[str, Any]], better: str, worse: str) -> str:
     return f"{better} < {worse}: {sum(g > 0 for g in gains)} of {len(gains)} seeds ({told})"
 
 
+def with_earlier(protocol: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by seed, with what earlier runs under the same protocol have measured."""
+    file = RESULTS / "tickets.json"
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = earlier["rows"] if earlier.get("protocol") == protocol else []
+    by_seed: dict[int, dict[str, Any]] = {}
+    for row in [*known, *rows]:
+        by_seed[row["seed"]] = by_seed.get(row["seed"], {}) | row
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for everything that was measured."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "seed")
+    measured = {name: [row[name] for row in rows if name in row] for name in names}
+    lines = [[name, spread(losses), str(len(losses))] for name, losses in measured.items()]
+    return markdown(["", "loss", "seeds"], lines)
+
+
 def spread(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -165,9 +186,9 @@ def main() -> None:
         "sparsity": args.sparsity, "rounds": args.rounds, "steps": STEPS,
         "early_step": EARLY_STEP, "loss": "nats per character, held-out files",
     }  # fmt: skip
+    rows = with_earlier(protocol, rows)
     print(f"written to {keep('tickets', protocol, rows)}")
-    names = [name for name in rows[0] if name != "seed"]
-    print(markdown(["", "loss"], [[name, spread([r[name] for r in rows])] for name in names]))
+    print(table(rows))
     print(differences(rows, TICKET, ANEW))
     print(differences(rows, TICKET, ONE_SHOT))
     print(differences(rows, ITERATIVE_RATE, ONE_SHOT_RATE))
