@@ -1,1 +1,1 @@
-"""Training that keeps the zeros: gradual pruning, rounds with rewinding, adapters."""
+"""Training that keeps the zeros: fine-tuning, distillation, gradual pruning, rounds, adapters."""
