@@ -103,7 +103,7 @@ def checkpointed(model: Any) -> Iterator[None]:
     """Decoder layers keep only their inputs for the backward, and run again in it, for a while."""
     layers: list[nn.Module] = list(describe(model).layers(model))
     for layer in layers:
-        layer.forward = _again(layer.forward)  # type: ignore[method-assign]
+        layer.forward = _again(layer.forward)
     try:
         yield
     finally:

@@ -60,10 +60,10 @@ def loss_of(model: Any, head: nn.Linear | None, ids: Tensor, rows: Rows) -> Tens
     """
     if head is None:
         logits = model(input_ids=ids, use_cache=False).logits
-        return _OfLogits.apply(logits.flatten(0, -2), rows)  # type: ignore[no-any-return]
+        return _OfLogits.apply(logits.flatten(0, -2), rows)
 
     def of(hidden: Tensor) -> Tensor:
-        return _OfHead.apply(hidden.flatten(0, -2), head.weight, head.bias, rows)  # type: ignore[no-any-return]
+        return _OfHead.apply(hidden.flatten(0, -2), head.weight, head.bias, rows)
 
     with _instead(head, of):
         loss: Tensor = model(input_ids=ids, use_cache=False).logits
@@ -89,9 +89,11 @@ def through_head(head: nn.Linear | None, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _instead(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The head does something else for a while. It is called as ever, so whatever hangs on its
-    call (sharded weights that are gathered then) still happens."""
-    head.forward = forward  # type: ignore[method-assign]
+    """The head does something else for a while.
+
+    It is called as ever, so whatever hangs on its call (sharded weights gathered) still happens.
+    """
+    head.forward = forward  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -102,7 +104,7 @@ class _OfHead(torch.autograd.Function):
     """The loss from the last hidden states; its gradients are made along with it."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows
     ) -> Tensor:
         """Args: what the head gets [tokens, width], its weight and bias, the loss of rows."""
@@ -133,7 +135,7 @@ class _OfHead(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Everything is there already, up to a factor."""
         saved = iter(context.saved_tensors)
         return (*(next(saved) * upstream if x else None for x in context.there), None)
@@ -143,7 +145,7 @@ class _OfLogits(torch.autograd.Function):
     """The loss from logits; only its gradient is as large as they are."""
 
     @staticmethod
-    def forward(context: Any, logits: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
+    def forward(context: Any, logits: Tensor, rows: Rows) -> Tensor:
         """Args: logits [tokens, vocabulary], the loss of rows."""
         gradient = logits.detach().clone()
         loss = _in_chunks(gradient, 0, rows)
@@ -151,7 +153,7 @@ class _OfLogits(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Everything is there already, up to a factor."""
         (gradient,) = context.saved_tensors
         return gradient * upstream, None

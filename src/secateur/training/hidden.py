@@ -44,7 +44,7 @@ def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -
     if kept is None:
         return tuple((i, -(-(i + 1) * teacher // student) - 1) for i in range(student))
     kept = tuple(kept)
-    rising = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+    rising = list(kept) == sorted(set(kept))
     if len(kept) != student or not rising or not 0 <= kept[0] <= kept[-1] < teacher:
         raise RecipeError(
             f"kept layers {list(kept)} of a student with {student} layers and a teacher with "

@@ -178,6 +178,8 @@ class Loop:
         if self.masks is not None:
             self.masks.apply(self.model)
         self.door.shard(self.model)
+        if self.masks is not None and self.door.ranks > 1:
+            self.masks = self.masks.sharded(self.model)
         self.model.eval()
         named = self.model.named_parameters()
         self.parameters = {n: p for n, p in named if p.requires_grad}
@@ -347,7 +349,9 @@ class Loop:
         outcome = self.outcome
         loss = self.refuse(self.door.same(total / len(self.validation)), "the validation loss")
         outcome.validations.append((outcome.step, loss))
-        kept = sum(int(m.sum()) for m in self.masks.kept.values()) if self.masks else -1
+        kept = (
+            sum(int(m.sum()) for m in self.masks.kept.values()) if self.hooks and self.masks else -1
+        )
         if loss < outcome.best_loss or kept != outcome.best_kept:
             outcome.best_loss, outcome.best_step, outcome.best_kept = loss, outcome.step, kept
             self.saved.keep_best(self.parameters)

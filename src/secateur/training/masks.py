@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.errors import RecipeError, SourceError, VerificationError
 from secateur.training.selecting import prunable
 
-__all__ = ["Masks", "local"]
+__all__ = ["Masks", "local", "shard_like"]
 
 FIXED_AT_ZERO = (
     torch.optim.SGD,
@@ -99,6 +99,15 @@ class Masks:
                     remedy="give the masks of this model; a cut model needs masks of its own",
                 )
 
+    def sharded(self, model: nn.Module) -> Masks:
+        """The same, shared out over the processes as the parameters of the model are."""
+        shared = {
+            name: shard_like(mask, model.get_parameter(name))
+            for name, mask in self.kept.items()
+            if hasattr(model.get_parameter(name), "to_local")
+        }
+        return Masks({**self.kept, **shared})
+
     @property
     def sparsity(self) -> float:
         """Fraction of zeros in the matrices that have a mask."""
@@ -168,10 +177,15 @@ def mask_of(mask: Tensor, parameter: Tensor) -> Tensor:
     """The part of a mask that belongs to this process's part of a parameter."""
     if not hasattr(parameter, "to_local") or hasattr(mask, "to_local"):
         return local(mask)
+    return local(shard_like(mask, parameter))
+
+
+def shard_like(value: Tensor, parameter: Any) -> Tensor:
+    """A whole tensor, shared out over the processes as a sharded parameter is."""
     from torch.distributed.tensor import distribute_tensor
 
-    whole = mask.to(parameter.device_mesh.device_type)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
+    mesh = parameter.device_mesh
+    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:

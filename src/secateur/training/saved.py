@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.training.door import Door, whole
-from secateur.training.masks import Masks
+from secateur.training.masks import Masks, shard_like
 
 __all__ = ["Log", "Saved"]
 
@@ -201,8 +201,5 @@ def like(value: Tensor, parameter: nn.Parameter, fused: bool = True) -> Tensor:
     if value.shape != parameter.shape:
         return value.to(parameter.device) if value.ndim or fused else value
     if hasattr(parameter, "to_local"):
-        from torch.distributed.tensor import distribute_tensor
-
-        place = value.to(parameter.device_mesh.device_type)
-        return distribute_tensor(place, parameter.device_mesh, parameter.placements)
+        return shard_like(value, parameter)
     return value.to(parameter.device)

@@ -1,4 +1,4 @@
-"""How a model is trained: how long, how fast, with what optimizer. The defaults are the safe ones."""
+"""How a model is trained: how long, how fast, with what optimizer; the defaults are safe."""
 
 from __future__ import annotations
 
