@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from secateur.workflows import (
         SweepPlan,
         bench,
+        chain,
         compress,
         decompress,
         diagnose,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         plan,
         prune,
         report,
+        structure,
         sweep,
     )
 
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "allocations",
     "bench",
+    "chain",
     "compose",
     "compress",
     "decompress",
@@ -62,6 +65,7 @@ __all__ = [
     "report",
     "scores",
     "solvers",
+    "structure",
     "sweep",
 ]
 
@@ -70,6 +74,7 @@ HOMES = {
     "SweepPlan": "secateur.workflows",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows",
+    "chain": "secateur.workflows",
     "compose": "secateur.sparsity.methods",
     "compress": "secateur.workflows",
     "decompress": "secateur.workflows",
@@ -85,6 +90,7 @@ HOMES = {
     "report": "secateur.workflows",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
+    "structure": "secateur.workflows",
     "sweep": "secateur.workflows",
 }
 

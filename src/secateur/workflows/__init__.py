@@ -2,12 +2,13 @@
 
 The Python API and the command line call the same functions: `prune`, `plan`, `evaluate`, `judge`,
 `compress`, `decompress`, `generate`, `bench`, `diagnose`, `sweep`,
-`report`.
+`report`, `structure`.
 """
 
 from secateur.reporting.compression_report import CompressionReport, DecompressionReport
 from secateur.reporting.prune_report import PruneReport
 from secateur.workflows.benching import bench
+from secateur.workflows.chaining import ChainReport, Link, chain
 from secateur.workflows.compressing import compress
 from secateur.workflows.decompressing import decompress
 from secateur.workflows.diagnosing import diagnose
@@ -17,17 +18,22 @@ from secateur.workflows.inspecting import inspect_model
 from secateur.workflows.judging import judge
 from secateur.workflows.pruning import plan, plan_recipe, prune, run_recipe
 from secateur.workflows.reporting import report
+from secateur.workflows.structuring import StructureReport, structure, structure_recipe
 from secateur.workflows.sweep_plan import SweepPlan
 from secateur.workflows.sweeping import sweep
 
 __all__ = [
+    "ChainReport",
     "CompressionReport",
     "DecompressionReport",
     "Evaluation",
     "Generation",
+    "Link",
     "PruneReport",
+    "StructureReport",
     "SweepPlan",
     "bench",
+    "chain",
     "compress",
     "decompress",
     "diagnose",
@@ -40,5 +46,7 @@ __all__ = [
     "prune",
     "report",
     "run_recipe",
+    "structure",
+    "structure_recipe",
     "sweep",
 ]

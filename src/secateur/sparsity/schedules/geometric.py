@@ -1,0 +1,43 @@
+"""Geometric: the same fraction of what remains in every round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.sparsity.schedules import check_span, schedules
+
+__all__ = ["Geometric"]
+
+
+@schedules.register("geometric")
+@dataclass(frozen=True)
+class Geometric:
+    """s(p) = 1 − (1 − s_first) · ((1 − s_last) / (1 − s_first))^p.
+
+    In n rounds, each prunes the fraction 1 − ((1 − s_last) / (1 − s_first))^(1/n) of the weights
+    that are left: 33 % of them in each of 4 rounds to 80 %.
+
+    Paper: the rounds of iterative magnitude pruning, Frankle and Carbin 2019, "The Lottery Ticket
+    Hypothesis", arXiv:1803.03635, who prune 20 % of what is left. Deviation: the fraction is made
+    from the number of rounds, so that the last one ends exactly at the sparsity asked for.
+
+    Args:
+        last: the sparsity at the end, at least 0 and below 1.
+        first: the sparsity at the beginning.
+
+    Raises:
+        RecipeError: a sparsity is out of range, or the last is below the first.
+    """
+
+    last: float
+    first: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_span(self.first, self.last)
+
+    def __call__(self, done: float) -> float:
+        """The sparsity when this share of the way is done."""
+        if done == 1:  # 1 − (1 − s) is not s in every last bit, and the end is promised exactly
+            return self.last
+        left = (1 - self.last) / (1 - self.first)
+        return min(1 - (1 - self.first) * left**done, self.last)

@@ -1,0 +1,33 @@
+"""One-shot: everything at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.sparsity.schedules import check_span, schedules
+
+__all__ = ["OneShot"]
+
+
+@schedules.register("one-shot")
+@dataclass(frozen=True)
+class OneShot:
+    """s(p) = s_last at every p, 0 as well: pruned before the first step of training.
+
+    Args:
+        last: the sparsity, at least 0 and below 1.
+        first: the sparsity that there was before; it does not matter.
+
+    Raises:
+        RecipeError: a sparsity is out of range.
+    """
+
+    last: float
+    first: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_span(self.first, self.last)
+
+    def __call__(self, done: float) -> float:
+        """The sparsity that is due."""
+        return self.last

@@ -1,0 +1,1 @@
+"""Training that keeps the zeros: fine-tuning, distillation, gradual pruning, rounds, adapters."""

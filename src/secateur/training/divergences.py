@@ -1,0 +1,97 @@
+"""How far what one model expects is from what another does, and the gradient of it, token by token.
+
+With z the logits of the student, q = softmax(z / T), and p what the teacher expects at the same
+temperature T, per token and times T²:
+
+    forward    KL(p ‖ q) = Σ p (log p − log q)         gradient T (q − p)
+    reverse    KL(q ‖ p) = Σ q (log q − log p)         gradient T q (log q − log p − KL(q ‖ p))
+    symmetric  half of each
+
+Forward covers all that the teacher would say; reverse keeps to what it is likely to say. The T²
+keeps gradients as large as at T = 1. Papers: Hinton et al. 2015, arXiv:1503.02531 (forward, T²);
+Gu et al. 2023, "MiniLLM", arXiv:2306.08543 (reverse). Everything is in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["KINDS", "Rows", "divergence_rows", "next_token_rows"]
+
+KINDS = ("forward", "reverse", "symmetric")
+
+
+class Rows(Protocol):
+    """The loss of some tokens, from their logits."""
+
+    def __call__(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over these tokens divided by the number of all, and its gradient.
+
+        Args:
+            rows: which tokens, of all of a batch.
+            logits: float32 [tokens, vocabulary]; may be overwritten.
+        """
+        ...
+
+
+def next_token_rows(targets: Tensor, count: int) -> Rows:
+    """−log q of the token that comes: the plain loss of language models.
+
+    Args:
+        targets: the token after each; −100 where there is none.
+        count: of the tokens that have one.
+    """
+
+    def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = targets[rows]
+        there = wanted >= 0
+        places = wanted.clamp(min=0)[:, None]
+        log_q = logits.log_softmax(-1)
+        loss = -(log_q.gather(1, places)[:, 0] * there).sum()
+        gradient = log_q.exp_()
+        gradient.scatter_add_(1, places, gradient.new_full(places.shape, -1.0))
+        gradient.mul_((there / count)[:, None])
+        return loss / count, gradient
+
+    return of
+
+
+def divergence_rows(
+    kind: str, temperature: float, count: int, expected: Callable[[slice, Tensor], Tensor]
+) -> Rows:
+    """How far the student is from the teacher.
+
+    Args:
+        kind: forward, reverse or symmetric.
+        temperature: T.
+        count: of all tokens.
+        expected: rows and log q → log p, float32 [tokens, vocabulary]. Where only a part of p is
+            known, the rest of it may be spread as q has it; gradients stay those of the
+            divergence in which all the rest is one outcome.
+    """
+
+    def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = logits.div_(temperature).log_softmax(-1)
+        log_p = expected(rows, log_q)
+        apart = log_q - log_p
+        loss = logits.new_zeros(())
+        gradient = torch.zeros_like(log_q)
+        q = log_q.exp()
+        half = 0.5 if kind == "symmetric" else 1.0
+        if kind != "reverse":
+            p = log_p.exp()
+            told = torch.where(p == 0, 0.0, p * apart).sum()
+            loss -= half * told
+            gradient.add_(q - p, alpha=half)
+        if kind != "forward":
+            each = torch.where(q == 0, 0.0, q * apart)
+            sums = each.sum(-1, keepdim=True)
+            loss += half * sums.sum()
+            gradient.add_(each.addcmul_(q, sums, value=-1.0), alpha=half)
+        return loss * (temperature**2 / count), gradient.mul_(temperature / count)
+
+    return of

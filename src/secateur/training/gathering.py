@@ -1,0 +1,150 @@
+"""What scores must know of a whole model while it is trained: its inputs and its gradients.
+
+The engine gathers the same with one decoder layer in memory (`engine/forwards.py`,
+`engine/gradients.py`). A model under training is in memory anyway, so plain forwards and backwards
+will do, and each window is seen with the weights of this moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from secateur.calibration.statistics import Statistic, statistics
+from secateur.errors import NumericalError, RecipeError
+from secateur.models.architecture import Linear
+from secateur.types import Statistics, Windows
+
+__all__ = ["gather"]
+
+OF_GRADIENTS = frozenset({"gradient", "fisher"})
+AT_HAND = frozenset({"stored"})
+
+
+def gather(
+    model: Any, linears: Sequence[Linear], requires: frozenset[str], windows: Windows | None
+) -> dict[str, Statistics]:
+    """The statistics of linears, by their full names; one window in a forward.
+
+    Memory: the statistics of all linears together, and for gradients two float32 copies of their
+    weights and the forward of one window.
+
+    Args:
+        model: a causal language model; it is in eval mode meanwhile, and no gradient is left on it.
+        linears: those of its matrices that are scored.
+        requires: names of statistics: see `secateur.types.Statistics`.
+        windows: token ids [samples, sequence_length]; None will do where nothing has to be run.
+
+    Raises:
+        RecipeError: there are no windows, but a statistic that needs them.
+        NumericalError: the loss of a window, or an input of a linear, is not finite.
+    """
+    gathered: dict[str, dict[str, Tensor]] = {
+        x.name: {"stored": x.weight} if "stored" in requires else {} for x in linears
+    }
+    run = requires - AT_HAND
+    if not run:
+        return dict(gathered)
+    if windows is None or not len(windows):
+        raise RecipeError(
+            f"the score needs {', '.join(sorted(run))}, but there are no windows to gather it from",
+            remedy="give windows of token ids [samples, sequence_length], or use score 'magnitude'",
+        )
+    of_inputs = run - OF_GRADIENTS
+    backward = _Gradients(linears) if run & OF_GRADIENTS else None
+    device = linears[0].weight.device
+    with _eval(model), _watched(linears, of_inputs) as watching:
+        for number, ids in enumerate(windows):
+            if backward is None:
+                with torch.no_grad():
+                    model(input_ids=ids[None].to(device), use_cache=False)
+            else:
+                backward.add(model, ids[None].to(device), number)
+    for name, values in gathered.items():
+        values |= {key: watching[name, key].value() for key in of_inputs}
+        if backward is not None:
+            values |= backward.values(name, len(windows))
+    return dict(gathered)
+
+
+@contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    """Without dropout for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _watched(
+    linears: Sequence[Linear], of_inputs: frozenset[str]
+) -> Iterator[Mapping[tuple[str, str], Statistic]]:
+    """Statistics of the inputs of linears, which take in whatever is run meanwhile."""
+    kept: dict[tuple[str, str], Statistic] = {
+        (x.name, key): statistics[key](x.shape[1], x.weight.device)
+        for x in linears
+        for key in of_inputs
+    }
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for key in of_inputs:
+                kept[name, key].update(inputs[0].detach().flatten(0, -2))
+
+        return take
+
+    handles = [x.module.register_forward_pre_hook(watch(x.name)) for x in linears]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Gradients:
+    """The mean of the gradients of windows, and of their squares.
+
+    Args:
+        linears: whose weights, all together.
+    """
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.linears = {x.name: x for x in linears}
+        self.leaves = [x.module.get_parameter("weight") for x in linears]
+        self.totals = {x.name: torch.zeros(x.shape, device=x.weight.device) for x in linears}
+        self.squares = {name: torch.zeros_like(total) for name, total in self.totals.items()}
+
+    def add(self, model: Any, ids: Tensor, number: int) -> None:
+        """Take in one window [1, sequence_length]."""
+        wanted = [leaf.requires_grad for leaf in self.leaves]
+        for leaf in self.leaves:
+            leaf.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                logits = model(input_ids=ids, use_cache=False).logits
+                loss = cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+                found = torch.autograd.grad(loss, self.leaves)
+        finally:
+            for leaf, before in zip(self.leaves, wanted, strict=True):
+                leaf.requires_grad_(before)
+        if not torch.isfinite(loss):
+            raise NumericalError(
+                f"the loss of window {number} is {loss.item()}",
+                remedy="lower the learning rate, or use float32 or bfloat16",
+            )
+        for (name, linear), gradient in zip(self.linears.items(), found, strict=True):
+            rows = (gradient.t() if linear.transposed else gradient).float()
+            self.totals[name] += rows
+            self.squares[name].addcmul_(rows, rows)
+
+    def values(self, name: str, windows: int) -> dict[str, Tensor]:
+        """`gradient` and `fisher` of a linear, float32 [out, in]."""
+        return {"gradient": self.totals[name] / windows, "fisher": self.squares[name] / windows}

@@ -1,0 +1,147 @@
+"""Pruning while training: every few steps a little more, and by choice some weights come back.
+
+A hook of the training loop. The masks it renews are the ones that the loop holds at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import RecipeError
+from secateur.sparsity.schedules import Schedule
+from secateur.training.selecting import Criterion, prunable
+
+__all__ = ["Gradual", "GradualPruning", "open_masks", "renew"]
+
+
+@dataclass(frozen=True)
+class Gradual:
+    """From the share `begin` to `end` of all steps, the masks are renewed every `every` steps:
+
+        sparsity = schedule((step − first) / (last − first))        cubic is usual
+
+    The last renewal is at the end exactly, whatever `every` is; what is left of the steps, the
+    kept weights learn without being disturbed.
+
+    Paper: Zhu and Gupta 2017, arXiv:1710.01878 (schedule, and masks every n steps). With
+    `regrowth`, after each renewal a fraction of the kept weights is exchanged for pruned ones of
+    large gradient, as in GraNet, Liu et al. 2021, arXiv:2106.10404; the fraction falls along a half
+    cosine, as in RigL, Evci et al. 2020, arXiv:1911.11134. Deviations: weights that come back begin
+    at 0, as there, but the gradients are those of the criterion's windows, not of the batch at
+    hand; and no weight comes back at the last renewal, since it would have no steps to grow.
+
+    Args:
+        schedule: from the sparsity at the beginning to the one at the end.
+        criterion: by what weights are chosen.
+        every: steps between renewals.
+        begin: share of all steps before the first renewal.
+        end: share of all steps at which the last sparsity is reached.
+        regrowth: fraction of the kept weights that is exchanged at the first renewal; 0 for none.
+
+    Raises:
+        RecipeError: a number is out of range, or there are no windows to take gradients from.
+    """
+
+    schedule: Schedule
+    criterion: Criterion = field(default_factory=Criterion)
+    every: int = 10
+    begin: float = 0.0
+    end: float = 0.75
+    regrowth: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise RecipeError(f"masks renewed every {self.every} steps", remedy="give 1 or more")
+        if not 0 <= self.begin <= self.end <= 1:
+            raise RecipeError(
+                f"gradual pruning from {self.begin} to {self.end} of the steps",
+                remedy="give shares with 0 <= begin <= end <= 1, for example 0 and 0.75",
+            )
+        if not 0 <= self.regrowth < 1:
+            raise RecipeError(
+                f"regrowth is {self.regrowth}", remedy="give at least 0 and below 1; 0.3 is usual"
+            )
+        if self.regrowth and self.criterion.windows is None:
+            raise RecipeError(
+                "regrowth takes gradients, but the criterion has no windows",
+                remedy="give the criterion windows of token ids",
+            )
+
+    def due(self, step: int, steps: int) -> float | None:
+        """The share of the way that is done at a step, 1 to `steps`; None if nothing is due."""
+        last = max(round(self.end * steps), 1)
+        first = min(round(self.begin * steps), last - 1)
+        if not first < step <= last or (step != last and (step - first) % self.every):
+            return None
+        return (step - first) / (last - first)
+
+    def exchanged(self, done: float) -> float:
+        """The fraction of the kept weights that is exchanged when this share is done."""
+        return 0.5 * self.regrowth * (1 + math.cos(math.pi * done))
+
+
+class GradualPruning:
+    """The hook: renews masks when it is time.
+
+    Args:
+        kept: the masks that the loop holds, True = kept, by parameter and in its stored
+            orientation; they are changed in place. `open_masks` makes them.
+        how: when, how much, and by what.
+    """
+
+    def __init__(self, kept: Mapping[str, Tensor], how: Gradual) -> None:
+        self.kept, self.how = kept, how
+
+    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
+        """Called after the optimizer's step, 1 to `steps`.
+
+        Raises:
+            PatternError: the pattern cannot have the sparsity that is due.
+            NumericalError: a score, or the loss that gradients come from, is not a number.
+        """
+        done = self.how.due(step, steps)
+        if done is None:
+            return
+        sparsity, exchanged = self.how.schedule(done), self.how.exchanged(done)
+        masks = self.how.criterion.masks(model, self.kept, sparsity, exchanged)
+        renew(model, self.kept, masks, optimizer)
+
+
+def open_masks(model: Any) -> dict[str, Tensor]:
+    """Masks of all matrices of the decoder layers: True wherever the weight is not zero."""
+    linears = {f"{x.name}.weight": x for x in prunable(model)}
+    return {name: x.module.get_parameter("weight").detach() != 0 for name, x in linears.items()}
+
+
+@torch.no_grad()
+def renew(
+    model: nn.Module,
+    kept: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Change masks in place; weights that are pruned now, and their moments, become zero.
+
+    Weights that come back begin at 0, with moments of 0, since they were held there.
+
+    Args:
+        model: whose parameters the masks are of.
+        kept: the masks that are held; they are overwritten.
+        masks: what they are to be.
+        optimizer: whose state follows; None if there is none yet.
+    """
+    for name, mask in masks.items():
+        kept[name].copy_(mask)
+        parameter = model.get_parameter(name)
+        gone = ~kept[name]
+        parameter.masked_fill_(gone, 0.0)
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for moment in state.values():
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                moment.masked_fill_(gone, 0.0)

@@ -1,0 +1,410 @@
+"""The training loop: batch, loss, gradients, masks, step; watched, saved, and able to go on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.precision import exact_matmuls, fast_matmuls
+from secateur.engine.progress import Progress, Silent
+from secateur.engine.tuning import in_float32
+from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.training.batches import Batch, Batches
+from secateur.training.door import Door, checkpointed
+from secateur.training.masks import Masks
+from secateur.training.objectives import NextToken, Objective
+from secateur.training.saved import Saved
+from secateur.training.training_plan import TrainingPlan
+
+__all__ = ["Hook", "Loop", "Outcome", "train"]
+
+WATCHED = 10
+DIVERGED = 2.0
+TICKS = 1000
+"""Of the progress bar, where the clock says how much is done."""
+
+
+class Hook(Protocol):
+    """Something that is done after every step."""
+
+    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
+        """Called after the optimizer's step, 1 to `steps`."""
+        ...
+
+
+@dataclass
+class Outcome:
+    """What a training did; while it runs, how far it is.
+
+    Attributes:
+        step: of the optimizer.
+        tokens: that were read, by all processes together.
+        seconds: of all runs together, with validation and saving.
+        validations: (step, mean loss in nats per token) before the first step and during the run.
+        best_step: whose weights the model has at the end; None without validation.
+        stopped: why it ended: `steps`, `minutes` or `patience`.
+        log: a line for every step: step, loss, learning_rate, gradient_norm.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int | None = None
+    best_loss: float = math.inf
+    best_kept: int = -1
+    stopped: str = ""
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """All but the log, as JSON values."""
+        told = {k: v for k, v in vars(self).items() if k != "log"}
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        return {**told, "best_loss": best}
+
+    def take(self, facts: dict[str, Any]) -> None:
+        """Go on from what `facts` told."""
+        for key in self.facts().keys() & facts.keys():
+            setattr(self, key, facts[key])
+        self.validations = [(int(step), loss) for step, loss in self.validations]
+        self.best_loss = math.inf if self.best_loss is None else self.best_loss
+
+
+class Loop:
+    """One training, which can be stopped and gone on with.
+
+    Args:
+        model: a causal language model, in eval mode: dropout is not used.
+        batches: what each step reads.
+        objective: the loss.
+        masks: held at every step; None for a dense model.
+        how: length, learning rate, optimizer.
+        validation: token ids [windows, length]; their next-token loss is watched, and the model
+            ends with the weights that were best. None watches nothing.
+        saved: folder for all that is needed to go on; None for none.
+        hooks: called after every step.
+        progress: told of every step.
+        first_step: where to begin in the schedule and the order of batches.
+        door: the processes that train together; made if None.
+
+    Raises:
+        RecipeError: the masks are not of this model, or hooks are given without steps.
+        SourceError: there is nothing to read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        objective: Objective,
+        masks: Masks | None,
+        how: TrainingPlan,
+        *,
+        validation: Tensor | None = None,
+        saved: Path | None = None,
+        hooks: Sequence[Hook] = (),
+        progress: Progress | None = None,
+        first_step: int = 0,
+        door: Door | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.batches, self.objective, self.how = model, batches, objective, how
+        self.masks, self.hooks = masks, hooks
+        self.progress = progress or Silent()
+        self.device = next(model.parameters()).device
+        self.door = door or Door(self.device)
+        if not len(batches.windows):
+            raise SourceError("there is no text to train on", remedy="name a longer text")
+        if masks is not None:
+            masks.fit(model)
+        if hooks and (how.minutes or self.door.ranks > 1):
+            raise RecipeError(
+                "hooks need a number of steps, and a single process",
+                remedy="train by steps instead of minutes, in one process",
+            )
+        if batches.size % self.door.ranks:
+            raise RecipeError(
+                f"{batches.size} windows in a step cannot be shared by {self.door.ranks} processes",
+                remedy="give a batch that is a multiple of the processes",
+            )
+        self.first_step = first_step
+        self.validation = validation
+        self.judge = NextToken.of(model) if validation is not None else None
+        self.width = model.get_input_embeddings().weight.shape[1]
+        self.saved = Saved(saved, self.door, identity or {})
+        self.outcome = Outcome(step=first_step)
+        self.last_step_seconds = self.last_validation_seconds = 0.0
+
+    # -- the run ---------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Train the model in place, weights in float32 meanwhile.
+
+        Returns:
+            What was done. The model has the best weights if there was validation, else the last.
+
+        Raises:
+            NumericalError: a loss or gradient is not a number, or the loss has doubled; what was
+                saved before is there still.
+            VerificationError: the masks were not held.
+        """
+        trained = [
+            p
+            for n, p in self.model.named_parameters()
+            if p.is_floating_point() and self.how.factor(n)
+        ]
+        if not trained:
+            raise RecipeError("no parameter is trained", remedy="see the rates")
+        with ExitStack() as stack:
+            stack.enter_context(in_float32(self.model, trained))
+            if self.how.gradient_checkpointing:
+                stack.enter_context(checkpointed(self.model))
+            self.begin()
+            self.train()
+            self.end()
+        return self.outcome
+
+    def begin(self) -> None:
+        """Shard, make the optimizer, and go on from what was saved."""
+        if self.masks is not None:
+            self.masks.apply(self.model)
+        self.door.shard(self.model)
+        if self.masks is not None and self.door.ranks > 1:
+            self.masks = self.masks.sharded(self.model)
+        self.model.eval()
+        named = self.model.named_parameters()
+        self.parameters = {n: p for n, p in named if p.requires_grad}
+        self.optimizer = self.how.make_optimizer(self.parameters.items())
+        changing = self.masks if self.hooks else None
+        facts = self.saved.load_state(self.parameters, self.optimizer, changing)
+        if facts is not None:
+            self.outcome.take(facts)
+        self.outcome.log = self.saved.log.lines
+        self.started = time.perf_counter() - self.door.same(self.outcome.seconds)
+        self.saved_at = time.perf_counter()
+
+    def train(self) -> None:
+        """All steps that are left."""
+        by_clock = bool(self.how.minutes)
+        self.progress.start("training", TICKS if by_clock else self.how.steps)
+        self.told = 0
+        self.tell(0.0)
+        if self.validation is not None and not self.outcome.validations:
+            self.validate()
+        while not self.over():
+            begun = time.perf_counter()
+            due = self.validations_due()
+            self.step()
+            self.last_step_seconds = time.perf_counter() - begun
+            if self.validations_due() > due:
+                self.validate()
+            self.save_now_and_then()
+        self.progress.finish()
+
+    def end(self) -> None:
+        """The last validation; the best weights; the masks looked at once more."""
+        validations = self.outcome.validations
+        if self.validation is not None and validations[-1][0] != self.outcome.step:
+            self.validate()
+        if self.validation is not None:
+            self.saved.restore_best(self.parameters)
+        if self.masks is not None:
+            self.masks.check(self.model)
+        self.outcome.seconds = time.perf_counter() - self.started
+        self.saved.keep_final(self.parameters)
+
+    def over(self) -> bool:
+        """Whether the run is; says why."""
+        if self.outcome.stopped == "patience":
+            return True
+        if not self.how.minutes:
+            self.outcome.stopped = "steps" if self.outcome.step >= self.how.steps else ""
+        else:
+            ahead = self.last_step_seconds + self.last_validation_seconds
+            left = 60 * self.how.minutes - self.clock() - ahead
+            self.outcome.stopped = "minutes" if self.door.same(left) <= 0 else ""
+        return bool(self.outcome.stopped)
+
+    def clock(self) -> float:
+        """Seconds of all runs together."""
+        return time.perf_counter() - self.started
+
+    def done(self) -> tuple[float, float]:
+        """The share of the run that is over, and the share that a step takes."""
+        if not self.how.minutes:
+            return self.outcome.step / self.how.steps, 1 / self.how.steps
+        seconds = 60 * self.how.minutes
+        done, share = self.clock() / seconds, max(self.last_step_seconds / seconds, 1e-3)
+        return self.door.same(done), self.door.same(share)
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One step of the optimizer, with the masks held."""
+        outcome, how = self.outcome, self.how
+        rate = how.rate(*self.done(), self.width)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        loss = self.backward()
+        if self.masks is not None:
+            self.masks.hold_gradients(self.model)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), how.clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.refuse(float(norm), "the norm of the gradient")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.masks is not None:
+            self.masks.hold(self.model, self.optimizer)
+        outcome.step += 1
+        outcome.tokens += self.batches.size * self.batches.windows.shape[1]
+        told = {"step": outcome.step, "loss": loss, "learning_rate": rate}
+        self.saved.log.add({**told, "gradient_norm": float(norm)})
+        for hook in self.hooks:
+            hook.on_step(outcome.step, how.steps, self.model, self.optimizer)
+        self.refuse_divergence()
+        self.tell(loss)
+
+    def backward(self) -> float:
+        """Gradients of all parts of a step; the loss, a mean over all processes."""
+        size = self.how.at_once(self.batches.windows.shape[1])
+        door = self.door
+        parts = self.batches.micro(self.outcome.step, size, self.device, door.rank, door.ranks)
+        total = 0.0
+        for part in parts:
+            share = len(part.numbers) * door.ranks / self.batches.size
+            with self.matmuls(), torch.enable_grad():
+                loss = self.objective(self.model, part) * share
+            total += loss.item()
+            loss.backward()
+        return self.refuse(door.mean(total), "the loss")
+
+    def matmuls(self) -> torch.autocast:
+        """The precision of products."""
+        return (fast_matmuls if self.how.fast_matmuls else exact_matmuls)(self.device)
+
+    # -- what is watched -------------------------------------------------------------------------
+
+    def refuse(self, value: float, what: str) -> float:
+        """A number that training cannot do without.
+
+        Raises:
+            NumericalError: it is NaN or infinite.
+        """
+        if not math.isfinite(value):
+            line = {"step": self.outcome.step + 1, "loss": None if what == "the loss" else value}
+            self.fail(f"{what} is {value}", {**line, "loss": None})
+        return value
+
+    def refuse_divergence(self) -> None:
+        """The median of the last losses may not be twice the lowest that it has been.
+
+        Raises:
+            NumericalError: it is.
+        """
+        losses = [line["loss"] for line in self.outcome.log]
+        if len(losses) < 2 * WATCHED:
+            return
+        last = statistics.median(losses[-WATCHED:])
+        self.lowest = min(getattr(self, "lowest", math.inf), last)
+        if last > DIVERGED * self.lowest:
+            self.fail(
+                f"the loss has risen from {self.lowest:.3g} to {last:.3g} (medians of {WATCHED} "
+                "steps): training diverges",
+                None,
+            )
+
+    def fail(self, what: str, line: dict[str, Any] | None) -> None:
+        """End a training that has gone wrong, with the best weights if any were kept."""
+        if line is not None:
+            self.saved.log.add(line)
+        if self.outcome.best_step is not None:
+            self.saved.restore_best(self.parameters)
+        kept = "" if self.saved.folder is None else f", what was saved is in {self.saved.folder}"
+        raise NumericalError(
+            what,
+            where=f"step {self.outcome.step} of training, learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:.2g}{kept}",
+            remedy="train with a third of the learning rate, or with a longer warm-up",
+        )
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """The next-token loss of the validation windows; the best weights are kept."""
+        assert self.validation is not None
+        assert self.judge is not None
+        begun, total = time.perf_counter(), 0.0
+        size = self.how.at_once(self.validation.shape[1])
+        for ids in self.validation.split(size):
+            with self.matmuls():
+                total += self.judge(self.model, Batch(ids.to(self.device), ())).item() * len(ids)
+        outcome = self.outcome
+        loss = self.refuse(self.door.same(total / len(self.validation)), "the validation loss")
+        outcome.validations.append((outcome.step, loss))
+        kept = (
+            sum(int(m.sum()) for m in self.masks.kept.values()) if self.hooks and self.masks else -1
+        )
+        if loss < outcome.best_loss or kept != outcome.best_kept:
+            outcome.best_loss, outcome.best_step, outcome.best_kept = loss, outcome.step, kept
+            self.saved.keep_best(self.parameters)
+        steps = [step for step, _ in outcome.validations]
+        if self.how.patience and outcome.best_step is not None:
+            after = sum(step > outcome.best_step for step in steps)
+            outcome.stopped = "patience" if after >= self.how.patience else ""
+        self.last_validation_seconds = time.perf_counter() - begun
+
+    def validations_due(self) -> int:
+        """How many validations of the run should be behind us."""
+        if self.validation is None:
+            return 0
+        return int(self.done()[0] * self.how.validations + 1e-9)
+
+    def save_now_and_then(self) -> None:
+        """Save what is needed to go on, if it is time or the run is over."""
+        waited = time.perf_counter() - self.saved_at >= 60 * self.how.save_minutes
+        if self.saved.folder is None or not self.door.same(float(waited)):
+            return
+        if self.masks is not None:
+            self.masks.check(self.model, self.optimizer)
+        self.outcome.seconds = self.clock()
+        changing = self.masks if self.hooks else None
+        self.saved.save_state(self.parameters, self.optimizer, changing, self.outcome.facts())
+        self.saved_at = time.perf_counter()
+
+    def tell(self, loss: float) -> None:
+        """Tell the progress bar of what is done."""
+        outcome = self.outcome
+        if self.how.minutes:
+            place = min(TICKS, int(TICKS * self.clock() / (60 * self.how.minutes)))
+        else:
+            place = outcome.step
+        note = f"loss {loss:.3f}" if loss else ""
+        if outcome.validations:
+            note += f", validation {math.exp(min(outcome.validations[-1][1], 700)):.2f}"
+        if self.last_step_seconds:
+            rate = self.batches.size * self.batches.windows.shape[1] / self.last_step_seconds
+            note += f", {rate:.0f} tokens/s"
+        self.progress.step(place - self.told, note)
+        self.told = place
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    masks: Masks | None,
+    how: TrainingPlan,
+    saved: Path | None = None,
+    hooks: Sequence[Hook] = (),
+    **options: Any,
+) -> Outcome:
+    """Train a model in place: `Loop(...).run()`; the arguments are those of `Loop`."""
+    return Loop(model, batches, objective, masks, how, saved=saved, hooks=hooks, **options).run()

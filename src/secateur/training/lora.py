@@ -1,0 +1,173 @@
+"""Low-rank adapters on a pruned model that, merged, leave every zero where it is.
+
+A plain adapter is trained as a dense B·A beside the sparse weight. Merged, it fills the zeros; and
+when the mask is put back, the model is not the one that was trained. Here the mask is in the
+forward from the first step:
+
+    y = x · ((W₀ + α/r · B A) ⊙ M)ᵀ        M: where W₀ is not zero
+
+so what is trained is what is merged. The adapters are peft's, and so are their files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from secateur.errors import RecipeError, VerificationError
+from secateur.models.architecture import Linear
+from secateur.models.skeleton import quiet_transformers
+from secateur.training.selecting import prunable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+else:
+    PeftModel = Any  # peft is optional, and takes seconds to import
+
+__all__ = ["ADAPTERS_ALONE", "Adapters", "attach", "merge"]
+
+ADAPTERS_ALONE = {"*": 0.0, "*.lora_[AB].*": 1.0}
+"""`rates` of a `TrainingPlan` that trains adapters and nothing else; the loop is to be given the
+model inside peft's wrapper, `adapted.get_base_model()`."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """W = (W₀ + alpha/rank · B A) ⊙ M, with A [rank, in] and B [out, rank]; A and B are trained.
+
+    Papers: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
+    arXiv:2106.09685; the mask on the product as in SparsePEFT, Muñoz et al. 2024, "SQFT: Low-cost
+    Model Adaptation in Low-precision Sparse Foundation Models", arXiv:2410.03750. Deviation from
+    that one: the rank is given, not searched for.
+
+    Args:
+        rank: r.
+        alpha: the product is scaled by alpha / rank.
+        dropout: of the adapters' inputs, in training.
+        include: globs over full names of linears; one that matches gets an adapter,
+        exclude: unless one of these matches.
+
+    Raises:
+        RecipeError: a number is out of range.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise RecipeError(f"the rank of adapters is {self.rank}", remedy="16 is usual")
+        if not self.alpha > 0:
+            raise RecipeError(
+                f"alpha of adapters is {self.alpha}", remedy="twice the rank is usual"
+            )
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(
+                f"dropout of adapters is {self.dropout}", remedy="give at least 0 and below 1"
+            )
+
+    def chosen(self, model: nn.Module) -> list[Linear]:
+        """The linears of the decoder layers that get an adapter.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        linears = prunable(model)
+        chosen = [
+            linear
+            for linear in linears
+            if any(fnmatchcase(linear.name, glob) for glob in self.include)
+            and not any(fnmatchcase(linear.name, glob) for glob in self.exclude)
+        ]
+        if not chosen:
+            raise RecipeError(
+                "include and exclude leave no linear to put an adapter on",
+                remedy=f"loosen them; there are {', '.join(x.name for x in linears[:4])}, …",
+            )
+        return chosen
+
+
+def attach(model: Any, how: Adapters | None = None) -> PeftModel:
+    """Put adapters on a pruned model, in place; everything else is frozen.
+
+    B begins as zeros, so the function is at first that of the model. Zeros of the weights at this
+    moment are the mask.
+
+    Args:
+        model: a causal language model, pruned.
+        how: rank and so on; the defaults if None.
+
+    Returns:
+        The model in peft's wrapper: train it, save its adapters, `merge` it.
+
+    Raises:
+        RecipeError: peft is not installed, or there is no linear for an adapter.
+    """
+    how = how or Adapters()
+    chosen = how.chosen(model)
+    peft = _peft()
+    from secateur.training.masked_adapter import MaskedAdapter
+
+    config = peft.LoraConfig(
+        r=how.rank,
+        lora_alpha=how.alpha,
+        lora_dropout=how.dropout,
+        target_modules=[linear.name for linear in chosen],
+        fan_in_fan_out=chosen[0].transposed,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    config._register_custom_module({type(linear.module): MaskedAdapter for linear in chosen})
+    with quiet_transformers():
+        return peft.get_peft_model(model, config)
+
+
+def merge(adapted: PeftModel) -> Any:
+    """The model with its adapters merged into the weights: same zeros, same function.
+
+    Raises:
+        VerificationError: a weight that was zero is not any more; nothing that this module does
+            leads there, but adapters that are not masked do.
+    """
+    from secateur.training.masked_adapter import MaskedAdapter
+
+    masks = {
+        name: adapter.kept
+        for name, adapter in adapted.get_base_model().named_modules()
+        if isinstance(adapter, MaskedAdapter)
+    }
+    merged = adapted.merge_and_unload()
+    filled = {
+        name: int(merged.get_submodule(name).weight[~kept].count_nonzero())
+        for name, kept in masks.items()
+    }
+    wrong = [name for name, count in filled.items() if count]
+    if wrong:
+        raise VerificationError(
+            f"{sum(filled.values())} pruned weights are not zero after merging",
+            where=", ".join(wrong[:4]),
+            remedy="attach adapters with secateur.training.lora.attach",
+        )
+    return merged
+
+
+def _peft() -> Any:
+    """The package, which is optional.
+
+    Raises:
+        RecipeError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as missing:
+        raise RecipeError(
+            "adapters need the package peft, which is not installed",
+            remedy="pip install 'secateur[lora]'",
+        ) from missing
+    return peft

@@ -1,0 +1,205 @@
+"""What a training leaves on disk while it runs, so that it can go on after any stop.
+
+    FOLDER/state.safetensors    weights in float32, moments, masks; in its header, how far it was
+    FOLDER/best.safetensors     weights in float32 at the best validation
+    FOLDER/log.jsonl            one line for every step: loss, learning rate, norm of the gradient
+
+Each file is there whole or not at all. Nothing is pickled. A run may go on with another number of
+processes: the files hold whole tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secateur.errors import RecipeError
+from secateur.training.door import Door, whole
+from secateur.training.masks import Masks, shard_like
+
+__all__ = ["Log", "Saved"]
+
+FACTS = "facts"
+
+
+class Log:
+    """The log of a training, written line by line.
+
+    Args:
+        file: None for memory only.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.lines: list[dict[str, Any]] = []
+
+    def begin(self, steps: int) -> None:
+        """Start anew, or go on after so many steps, whatever was written after them."""
+        self.lines = []
+        if self.file is None:
+            return
+        if steps and self.file.exists():
+            written = self.file.read_text(encoding="utf-8").splitlines()
+            self.lines = [json.loads(line) for line in written[:steps]]
+        self.file.write_text("".join(json.dumps(x) + "\n" for x in self.lines), encoding="utf-8")
+
+    def add(self, line: dict[str, Any]) -> None:
+        """One step more."""
+        self.lines.append(line)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+class Saved:
+    """The files of a training.
+
+    Args:
+        folder: where they lie; None keeps the best weights in memory, and nothing else.
+        door: the processes; the main one writes.
+        identity: everything the result depends on; a run that goes on must have the same.
+    """
+
+    def __init__(self, folder: Path | None, door: Door, identity: Mapping[str, Any]) -> None:
+        self.folder, self.door = folder, door
+        self.identity = json.loads(json.dumps(identity))
+        self.in_memory: dict[str, Tensor] | None = None
+        if folder is not None and door.main:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.log = Log(folder / "log.jsonl" if folder is not None and door.main else None)
+
+    def file(self, name: str) -> Path | None:
+        """One of the files, if there are files."""
+        return None if self.folder is None else self.folder / f"{name}.safetensors"
+
+    def save_state(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        masks: Masks | None,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Write all that is needed to go on."""
+        file = self.file("state")
+        if file is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        for name, parameter in parameters.items():
+            tensors[f"weights/{name}"] = whole(parameter)
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"moments/{name}/{key}"] = whole(value)
+                elif value is not None:
+                    numbers[f"moments/{name}/{key}"] = value
+        if masks is not None:
+            tensors |= {f"masks/{name}": whole(mask) for name, mask in masks.kept.items()}
+        told = {"identity": self.identity, "numbers": numbers, **facts}
+        self.write(file, tensors, {FACTS: json.dumps(told)})
+
+    def load_state(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        masks: Masks | None,
+    ) -> dict[str, Any] | None:
+        """Take up what an earlier run saved; its facts, or None if there is nothing.
+
+        Raises:
+            RecipeError: it was another run.
+        """
+        file = self.file("state")
+        if file is None or not file.exists():
+            self.log.begin(0)
+            return None
+        with safe_open(file, framework="pt") as stored:
+            facts: dict[str, Any] = json.loads(stored.metadata()[FACTS])
+            self.check(facts["identity"])
+            names, fused = set(stored.keys()), bool(optimizer.defaults.get("fused"))
+            for name, parameter in parameters.items():
+                put(stored.get_tensor(f"weights/{name}"), parameter)
+                start = f"moments/{name}/"
+                state = {
+                    key.removeprefix(start): like(stored.get_tensor(key), parameter, fused)
+                    for key in names
+                    if key.startswith(start)
+                }
+                numbers = facts["numbers"].items()
+                state |= {k.removeprefix(start): v for k, v in numbers if k.startswith(start)}
+                if state:
+                    optimizer.state[parameter] = state
+            for name, mask in {} if masks is None else masks.kept.items():
+                mask.copy_(stored.get_tensor(f"masks/{name}"))
+        self.log.begin(facts["step"])
+        return facts
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Refuse to go on with something else."""
+        differing = [k for k in self.identity if identity.get(k) != self.identity[k]]
+        if differing:
+            key = differing[0]
+            raise RecipeError(
+                f"the stopped training was another one: {', '.join(differing)} differ; "
+                f"{key} was {identity.get(key)!r}, now {self.identity[key]!r}",
+                where=str(self.folder),
+                remedy="go on with the same options, or begin anew with --restart",
+            )
+
+    def keep_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Keep the weights of this moment as the best so far."""
+        file = self.file("best")
+        if file is None:
+            self.in_memory = {n: p.detach().clone() for n, p in parameters.items()}
+            return
+        self.write(file, {name: whole(p) for name, p in parameters.items()}, {})
+
+    def restore_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give parameters the best weights, if any were kept."""
+        file = self.file("best")
+        if self.in_memory is not None:
+            with torch.no_grad():
+                for name, value in self.in_memory.items():
+                    parameters[name].copy_(value)
+        elif file is not None and file.exists():
+            with safe_open(file, framework="pt") as stored:
+                for name, parameter in parameters.items():
+                    put(stored.get_tensor(name), parameter)
+
+    def keep_final(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Write the weights of the end, for whoever makes a checkpoint of them."""
+        file = self.file("final")
+        if file is not None:
+            self.write(file, {name: whole(p) for name, p in parameters.items()}, {})
+
+    def write(self, file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write a file that is there whole or not at all; the main process does."""
+        if self.door.main:
+            unfinished = file.with_suffix(".unfinished")
+            save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished, metadata)
+            unfinished.rename(file)
+        self.door.wait()
+
+
+@torch.no_grad()
+def put(value: Tensor, parameter: nn.Parameter) -> None:
+    """Give a parameter a value that was read whole."""
+    parameter.copy_(like(value, parameter))
+
+
+def like(value: Tensor, parameter: nn.Parameter, fused: bool = True) -> Tensor:
+    """A tensor that was read whole, where and sharded as a parameter is, if it has its shape.
+
+    A number stays on the CPU unless the optimizer is fused: torch wants its steps there.
+    """
+    if value.shape != parameter.shape:
+        return value.to(parameter.device) if value.ndim or fused else value
+    if hasattr(parameter, "to_local"):
+        return shard_like(value, parameter)
+    return value.to(parameter.device)

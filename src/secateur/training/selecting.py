@@ -1,0 +1,149 @@
+"""The next masks of a model that is being trained: fewer weights kept, by any score and pattern."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from secateur.errors import RecipeError
+from secateur.models.architecture import Linear, describe, linears_of
+from secateur.sparsity.allocation.global_threshold import global_threshold
+from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.patterns.n_of_m import NOfM
+from secateur.sparsity.patterns.unstructured import Unstructured
+from secateur.sparsity.scores import ScoreFunction
+from secateur.sparsity.scores.magnitude import Magnitude
+from secateur.training.gathering import gather
+from secateur.types import Mask, Score, Windows
+
+__all__ = ["Criterion", "exchange", "prunable", "stage"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """By what weights are chosen.
+
+    What is pruned already stays pruned, so scores of pruned weights do not matter. With a pattern
+    of scope `global` one threshold over the model finds how much each linear loses; else each has
+    the same sparsity.
+
+    Args:
+        score: how important each weight is.
+        pattern: which zeros are allowed. N:M is approached through larger N.
+        windows: token ids [samples, sequence_length] to gather from, for scores that need it.
+    """
+
+    score: ScoreFunction = field(default_factory=Magnitude)
+    pattern: Pattern = field(default_factory=Unstructured)
+    windows: Windows | None = None
+
+    def masks(
+        self,
+        model: Any,
+        kept: Mapping[str, Tensor],
+        sparsity: float,
+        exchanged: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """The masks at a sparsity, True = kept, by parameter and in its stored orientation.
+
+        Args:
+            model: with the weights of this moment.
+            kept: the masks until now.
+            sparsity: of every linear, or of all together with scope `global`.
+            exchanged: this fraction of the kept weights is given up for pruned ones with the
+                largest gradients; see `exchange`.
+
+        Raises:
+            RecipeError: weights are to be exchanged under an N:M pattern.
+            PatternError: the pattern cannot have this sparsity.
+        """
+        pattern = stage(self.pattern, sparsity)
+        if pattern is None:
+            return dict(kept)
+        if exchanged and isinstance(pattern, NOfM):
+            raise RecipeError(
+                f"weights cannot be exchanged under the pattern {pattern.name}",
+                remedy="regrow weights with unstructured sparsity or blocks",
+            )
+        linears = {f"{x.name}.weight": x for x in prunable(model) if f"{x.name}.weight" in kept}
+        requires = self.score.requires | ({"gradient"} if exchanged else set())
+        gathered = gather(model, list(linears.values()), requires, self.windows)
+        rows = {n: kept[n].t() if x.transposed else kept[n] for n, x in linears.items()}
+        scores = {n: self.score(x.weight, gathered[x.name]) for n, x in linears.items()}
+        shares = _shares(pattern, scores, rows, sparsity)
+        masks = {}
+        for name, linear in linears.items():
+            score = scores[name].masked_fill(~rows[name], -math.inf)
+            mask = pattern.mask(score, shares[name])
+            if exchanged:
+                gradient = gathered[linear.name]["gradient"]
+                mask = exchange(score, gradient, pattern, shares[name], exchanged)
+            masks[name] = mask.t().contiguous() if linear.transposed else mask
+        return masks
+
+
+def exchange(
+    score: Score, gradient: Score, pattern: Pattern, sparsity: float, fraction: float
+) -> Mask:
+    """A mask of this sparsity in which weights with large gradients take the place of some others.
+
+    The lowest `fraction` of the weights that the score would keep are given up, and as many of all
+    others, those just given up among them, come (back) by |∂L/∂w|.
+
+    Paper: Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners", arXiv:1911.11134;
+    after a step of gradual pruning as in GraNet, Liu et al. 2021, arXiv:2106.10404.
+
+    Args:
+        score: −∞ where weights are pruned already.
+        gradient: of the loss, also where weights are pruned; float32 [out, in].
+        pattern: which zeros are allowed.
+        sparsity: of the result.
+        fraction: of the kept weights, at least 0 and below 1.
+    """
+    survivors = pattern.mask(score, sparsity + fraction * (1 - sparsity))
+    return pattern.mask(gradient.abs().masked_fill(survivors, math.inf), sparsity)
+
+
+def stage(pattern: Pattern, sparsity: float) -> Pattern | None:
+    """The pattern on its way to itself at a sparsity that it does not have yet.
+
+    For N:M that is N':M with the nearest N' >= N; None while that is all M. Other patterns can
+    have any sparsity.
+    """
+    if not isinstance(pattern, NOfM):
+        return pattern
+    kept = max(pattern.kept, math.floor((1 - sparsity) * pattern.group + 0.5))
+    return None if kept >= pattern.group else NOfM(kept, pattern.group)
+
+
+def prunable(model: Any) -> list[Linear]:
+    """All matrices of the decoder layers, in order."""
+    architecture = describe(model)
+    return [
+        linear
+        for index, layer in enumerate(architecture.layers(model))
+        for linear in linears_of(layer, architecture.layer_name(index)).values()
+    ]
+
+
+def _shares(
+    pattern: Pattern, scores: Mapping[str, Score], kept: Mapping[str, Mask], sparsity: float
+) -> dict[str, float]:
+    """The sparsity of each linear: the pattern's, the same for all, or by one threshold."""
+    if pattern.sparsity is not None:
+        return dict.fromkeys(scores, pattern.sparsity)
+    if pattern.scope != "global":
+        return dict.fromkeys(scores, sparsity)
+    units = {n: pattern.units(s.masked_fill(~kept[n], 0.0)) for n, s in scores.items()}
+    gone = {n: int((pattern.units(k.float()) == 0).sum()) for n, k in kept.items()}
+    sizes = {n: u.numel() for n, u in units.items()}
+    counts = global_threshold(
+        units.items,
+        max(round(sparsity * sum(sizes.values())), sum(gone.values())),
+        {n: (gone[n], sizes[n]) for n in sizes},
+    )
+    return {n: counts[n] / sizes[n] for n in sizes}

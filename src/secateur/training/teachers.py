@@ -1,0 +1,243 @@
+"""Who is learned from: a model in memory, or what it expects, written down beforehand.
+
+A model in memory runs once for every batch. Written down are, for every token, the k most likely
+next ones with their log probabilities, and what is left for all others together; then the student
+has the memory for itself, and a text that is read several times costs the teacher one reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from secateur.engine.precision import fast_matmuls
+from secateur.errors import RecipeError, SourceError
+from secateur.models.architecture import describe
+from secateur.models.shard_writer import ShardWriter
+from secateur.training.batches import Batch
+from secateur.training.heads import head_alone, last_hidden, through_head
+from secateur.training.hidden import Watch
+
+__all__ = ["ModelTeacher", "Teacher", "Told", "WrittenTeacher", "windows_digest", "write_teacher"]
+
+Expected = Callable[[slice, Tensor], Tensor]
+AT_ONCE_BYTES = 64 * 2**20
+METADATA = "teacher"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a teacher says about a batch.
+
+    Attributes:
+        expected: rows and log q of the student → log p, float32 [tokens, vocabulary].
+        hidden: outputs of its decoder layers, by number, where they were asked for.
+    """
+
+    expected: Expected
+    hidden: dict[int, Tensor]
+
+
+class Teacher(Protocol):
+    """Says what it expects."""
+
+    vocabulary: int
+
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> Told:
+        """What it expects at every token of a batch, and the outputs of some decoder layers."""
+        ...
+
+
+class ModelTeacher:
+    """A model in memory; nothing of it is trained.
+
+    Args:
+        model: a causal language model in eval mode, on the device of the student.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.requires_grad_(False)
+        self.head = head_alone(model)
+        self.vocabulary = vocabulary_of(model)
+
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> Told:
+        """See `Teacher`."""
+        with torch.no_grad(), _matmuls(batch.ids.device):
+            if layers:
+                blocks = describe(self.model).layers(self.model)
+                with Watch({n: blocks[n] for n in layers}) as watch:
+                    states = last_hidden(self.model, self.head, batch.ids)
+                hidden = watch.seen
+            else:
+                states, hidden = last_hidden(self.model, self.head, batch.ids), {}
+        return Told(_from_states(self.head, states, temperature, self.vocabulary), hidden)
+
+
+def _from_states(head: Any, states: Tensor, temperature: float, vocabulary: int) -> Expected:
+    """Log p of rows; logits are made for many tokens at once, and kept until all are asked for."""
+    size = max(1, AT_ONCE_BYTES // (4 * vocabulary))
+    block, logits = slice(0, 0), states
+
+    def expected(rows: slice, log_q: Tensor) -> Tensor:
+        nonlocal block, logits
+        if not block.start <= rows.start <= rows.stop <= block.stop:
+            block = slice(rows.start, max(rows.start + size, rows.stop))
+            with _matmuls(states.device):
+                logits = through_head(head, states[block])
+        own = logits[rows.start - block.start : rows.stop - block.start]
+        return (own / temperature).log_softmax(-1)
+
+    return expected
+
+
+class WrittenTeacher:
+    """The k most likely tokens of every place, from a file that `write_teacher` wrote.
+
+    What is left is one outcome, "any other token". It is spread as the student spreads it, so that
+    the student is never told how; see `divergence_rows`.
+
+    Args:
+        file: of the windows that the student reads, in their order.
+
+    Raises:
+        SourceError: there is no such file, or it is none of these.
+    """
+
+    def __init__(self, file: Path) -> None:
+        if not file.is_file():
+            raise SourceError("no such file of a teacher", where=str(file))
+        self.stored = safe_open(file, framework="pt")
+        told = (self.stored.metadata() or {}).get(METADATA)
+        if told is None:
+            raise SourceError(
+                "the file is not what a teacher expects",
+                where=str(file),
+                remedy="let `secateur distill --teacher-file` write it",
+            )
+        self.record: dict[str, Any] = json.loads(told)
+        self.vocabulary = int(self.record["vocabulary"])
+
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> Told:
+        """See `Teacher`.
+
+        Raises:
+            RecipeError: the file is of another temperature, or layers are asked for.
+        """
+        if layers:
+            raise RecipeError(
+                "a teacher that is written down has no hidden states",
+                remedy="leave the hidden loss out, or keep the teacher in memory",
+            )
+        if temperature != self.record["temperature"]:
+            raise RecipeError(
+                f"the teacher was written down at temperature {self.record['temperature']}, "
+                f"{temperature} is asked for",
+                remedy="write it again, or take that temperature",
+            )
+        device = batch.ids.device
+        read = [[self.stored.get_tensor(f"{n}/{part}") for n in batch.numbers] for part in PARTS]
+        known, rest, tokens = (torch.cat(parts).to(device) for parts in read)
+        joint = torch.cat([known.float(), rest[:, None]], -1).log_softmax(-1)
+
+        def expected(rows: slice, log_q: Tensor) -> Tensor:
+            places, log_p = tokens[rows].long(), joint[rows]
+            left = log_q.scatter(1, places, -torch.inf).logsumexp(-1, keepdim=True)
+            return (log_q + (log_p[:, -1:] - left)).scatter_(1, places, log_p[:, :-1])
+
+        return Told(expected, {})
+
+
+PARTS = ("log_p", "rest", "tokens")
+
+
+def write_teacher(
+    model: Any,
+    windows: Tensor,
+    file: Path,
+    *,
+    k: int,
+    temperature: float = 1.0,
+    name: str = "",
+    tell: Callable[[], None] = lambda: None,
+) -> None:
+    """Write down what a model expects at every token of windows, one window in memory.
+
+    Args:
+        model: the teacher.
+        windows: token ids [windows, length].
+        file: is there whole or not at all.
+        k: how many of the most likely tokens are kept; log p in float16, 6 bytes for each.
+        temperature: that the student will be taught at.
+        name: of the teacher, for the record.
+        tell: called after every window.
+
+    Raises:
+        RecipeError: k is not between 1 and the vocabulary less 1.
+    """
+    teacher = ModelTeacher(model)
+    if not 0 < k < teacher.vocabulary:
+        raise RecipeError(
+            f"the {k} most likely of {teacher.vocabulary} tokens", remedy="64 is usual"
+        )
+    length = windows.shape[1]
+    known: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for n in range(len(windows)):
+        known[f"{n}/log_p"] = (torch.float16, (length, k))
+        known[f"{n}/rest"] = (torch.float32, (length,))
+        known[f"{n}/tokens"] = (torch.int32, (length, k))
+    record = {
+        "teacher": name,
+        "temperature": temperature,
+        "k": k,
+        "vocabulary": teacher.vocabulary,
+        "windows": windows_digest(windows),
+    }
+    metadata = {METADATA: json.dumps(record)}
+    unfinished = file.with_suffix(".unfinished")
+    device = next(model.parameters()).device
+    with ShardWriter(unfinished, known, [], metadata) as writer:
+        for n, window in enumerate(windows):
+            expected = teacher(Batch(window[None].to(device), (n,)), temperature, ()).expected
+            for part, value in zip(PARTS, _most_likely(expected, length, k), strict=True):
+                writer.write(f"{n}/{part}", value.to(known[f"{n}/{part}"][0]).cpu())
+            tell()
+        writer.close(metadata)
+    unfinished.rename(file)
+
+
+def _most_likely(expected: Expected, length: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log p of the k most likely tokens of every place, log of the rest, and which they are."""
+    found = []
+    for start in range(0, length, 64):
+        log_p = expected(slice(start, min(start + 64, length)), torch.empty(0))
+        most = log_p.topk(k, dim=-1)
+        rest = log_p.scatter_(1, most.indices, -torch.inf).logsumexp(-1)
+        found.append((most.values, rest, most.indices))
+    values, rests, tokens = (torch.cat(x) for x in zip(*found, strict=True))
+    return values, rests, tokens
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many logits a model gives."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else int(model.config.vocab_size)
+
+
+def windows_digest(windows: Tensor) -> str:
+    """By which a file knows the windows that it is of."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _matmuls(device: torch.device) -> AbstractContextManager[Any]:
+    """The teacher may be rough: the student only needs to know the way."""
+    return fast_matmuls(device)

@@ -1,0 +1,156 @@
+"""How a model is trained: how long, how fast, with what optimizer; the defaults are safe."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import RecipeError
+from secateur.registry import did_you_mean
+
+__all__ = ["TrainingPlan", "optimizers"]
+
+RATE_TIMES_WIDTH = 0.25
+TOKENS_AT_ONCE = 2048
+NEED_MORE = {"LBFGS", "SparseAdam", "Optimizer"}
+"""Optimizers that need a closure, or gradients of another kind."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The learning rate rises over the first `warm_up` of the run and falls to 0 along half a
+    cosine. Its length is known: `steps`, or `minutes`, where the clock says how much is done.
+
+    A pruned model is near a good one: it needs small steps. The default learning rate is about a
+    tenth of what models of its width are first trained with.
+
+    Args:
+        steps: of the optimizer; 0 where `minutes` are given.
+        minutes: instead of steps. Everything counts: steps, validation, saving.
+        learning_rate: the highest; None stands for 0.25 / hidden size, as in
+            `engine/distillation.py`.
+        warm_up: share of the run.
+        clip: the norm that the gradient of all parameters is cut to; 0 for none.
+        optimizer: the name of a class of `torch.optim`.
+        optimizer_options: its arguments besides the learning rate.
+        rates: times the learning rate, by globs of parameter names; the last that matches counts.
+            0 freezes.
+        micro_batch: windows in one forward and backward, at most; None stands for about 2048
+            tokens. A step adds up the gradients of its parts.
+        gradient_checkpointing: decoder layers are run again in the backward, and keep their inputs
+            only.
+        fast_matmuls: products in bfloat16 where the processor is faster at it; weights and moments
+            are in float32 whatever happens.
+        validations: of the run, besides the one before it; 0 for none.
+        patience: stop after so many validations without a new best; 0 for never.
+        save_minutes: between saves of all that is needed to go on.
+
+    Raises:
+        RecipeError: a number is out of range, or there is no such optimizer.
+    """
+
+    steps: int = 0
+    minutes: float = 0.0
+    learning_rate: float | None = None
+    warm_up: float = 0.05
+    clip: float = 1.0
+    optimizer: str = "AdamW"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    fast_matmuls: bool = True
+    validations: int = 10
+    patience: int = 0
+    save_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.minutes > 0) or self.steps < 0 or self.minutes < 0:
+            raise RecipeError(
+                f"{self.steps} steps, {self.minutes} minutes",
+                remedy="say how long to train, either in steps or in minutes",
+            )
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise RecipeError(f"learning_rate is {self.learning_rate}", remedy="try 1e-4")
+        if not 0 <= self.warm_up < 1:
+            raise RecipeError(f"warm_up is {self.warm_up}", remedy="a share of the run; try 0.05")
+        if self.clip < 0 or any(factor < 0 for factor in self.rates.values()):
+            raise RecipeError("clip and rates cannot be negative", remedy="0 turns them off")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise RecipeError(f"micro_batch is {self.micro_batch}", remedy="give 1 or more windows")
+        if self.optimizer.lower() not in optimizers():
+            raise RecipeError(
+                f"torch has no optimizer {self.optimizer!r} that can be used here",
+                remedy=did_you_mean(self.optimizer, [x.__name__ for x in optimizers().values()]),
+            )
+
+    def rate(self, done: float, step_share: float, width: int) -> float:
+        """The learning rate of a step.
+
+        Args:
+            done: share of the run that is over before it.
+            step_share: share of the run that it takes.
+            width: hidden size of the model.
+        """
+        peak = self.learning_rate or RATE_TIMES_WIDTH / width
+        warm = min(1.0, (done + step_share) / self.warm_up) if self.warm_up else 1.0
+        return peak * warm * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def at_once(self, length: int) -> int:
+        """Windows of this length in one forward."""
+        return self.micro_batch or max(1, TOKENS_AT_ONCE // length)
+
+    def factor(self, name: str) -> float:
+        """Times the learning rate, of a parameter."""
+        matching = [factor for glob, factor in self.rates.items() if fnmatchcase(name, glob)]
+        return matching[-1] if matching else 1.0
+
+    def make_optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Any:
+        """The optimizer over parameters that are trained; each group has its `factor`.
+
+        Raises:
+            RecipeError: the optimizer does not take the options, or these parameters.
+        """
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in parameters:
+            groups.setdefault(self.factor(name), []).append(parameter)
+        kind = optimizers()[self.optimizer.lower()]
+        options = {"lr": 0.0, **DEFAULTS.get(kind.__name__, {}), **self.optimizer_options}
+        sharded = any(hasattr(p, "to_local") for group in groups.values() for p in group)
+        if "fused" in inspect.signature(kind).parameters and not sharded:
+            options.setdefault("fused", True)
+        told = [{"params": group, "factor": factor} for factor, group in groups.items()]
+        try:
+            return kind(told, **options)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RecipeError(
+                f"{kind.__name__} cannot be made: {str(error).splitlines()[0]}",
+                where=f"optimizer_options: {dict(self.optimizer_options)}",
+                remedy="see its page in the documentation of torch.optim",
+            ) from error
+
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "AdamW": {"betas": (0.9, 0.95), "weight_decay": 0.0},
+    "Adam": {"betas": (0.9, 0.95)},
+    "SGD": {"momentum": 0.9},
+}
+"""What differs from torch: language models are trained with a shorter memory of squares."""
+
+
+def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    """The optimizers of torch, by their names in small letters."""
+    return {
+        name.lower(): kind
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type)
+        and issubclass(kind, torch.optim.Optimizer)
+        and name not in NEED_MORE
+    }
