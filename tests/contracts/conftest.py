@@ -55,6 +55,8 @@ def make_example(
     statistics = {
         "column_norm": torch.linalg.vector_norm(inputs, dim=0),
         "gram": inputs.t() @ inputs,
+        "column_mean": inputs.mean(0),
+        "column_variance": inputs.var(0, unbiased=False),
         "gradient": gradients.mean(0),
         "fisher": gradients.square().mean(0),
         # what is solved may have been fitted to something; the zeros are those of the file

@@ -54,12 +54,26 @@ def block(score: Tensor, rows: int, columns: int, pruned: int) -> Tensor:
     return mask
 
 
+def whole_columns(score: Tensor, width: int, multiple: int, sparsity: float) -> Tensor:
+    """Groups of columns compete by the sum of all their scores."""
+    groups = score.shape[1] // width
+    sums = [float(score[:, i * width : (i + 1) * width].sum()) for i in range(groups)]
+    pruned = multiple * nearest_count(groups // multiple, sparsity)
+    mask = torch.ones(score.shape, dtype=torch.bool)
+    for i, kept in enumerate(keep(sums, pruned)):
+        mask[:, i * width : (i + 1) * width] = kept
+    return mask
+
+
 def mask_of(text: str, scope: str | None, score: Tensor, sparsity: float) -> Tensor:
     """The mask of a pattern as it is written in a recipe."""
     out, columns = score.shape
     if ":" in text:
         n, m = map(int, text.split(":"))
         return n_of_m(score, n, m)
+    if text.startswith("*x"):
+        width, _, multiple = text.removeprefix("*x").partition("/")
+        return whole_columns(score, int(width), int(multiple or 1), sparsity)
     if "x" in text:
         r, c = map(int, text.split("x"))
         return block(score, r, c, nearest_count((out // r) * (columns // c), sparsity))

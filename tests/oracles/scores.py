@@ -96,3 +96,33 @@ def column_norm(x: Tensor) -> Tensor:
 
 def gram(x: Tensor) -> Tensor:
     return x.double().t() @ x.double()
+
+
+def column_mean(x: Tensor) -> Tensor:
+    rows = x.double().tolist()
+    return torch.tensor(
+        [sum(row[j] for row in rows) / len(rows) for j in range(x.shape[1])], dtype=torch.float64
+    )
+
+
+def column_variance(x: Tensor) -> Tensor:
+    rows, means = x.double().tolist(), column_mean(x).tolist()
+    return torch.tensor(
+        [sum((row[j] - mean) ** 2 for row in rows) / len(rows) for j, mean in enumerate(means)],
+        dtype=torch.float64,
+    )
+
+
+def activation(weight: Tensor, statistics: dict[str, Tensor]) -> Tensor:
+    norm, rows = statistics["column_norm"].double().tolist(), weight.shape[0]
+    return each(weight, lambda i, j: norm[j] ** 2 / rows)
+
+
+def fluctuation(weight: Tensor, statistics: dict[str, Tensor]) -> Tensor:
+    w, variance = weight.double().tolist(), statistics["column_variance"].double().tolist()
+    return each(weight, lambda i, j: w[i][j] ** 2 * variance[j])
+
+
+def coupled_taylor(weight: Tensor, statistics: dict[str, Tensor]) -> Tensor:
+    w, gradient = weight.double().tolist(), statistics["gradient"].double().tolist()
+    return each(weight, lambda i, j: w[i][j] * gradient[i][j])

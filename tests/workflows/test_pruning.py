@@ -274,13 +274,13 @@ def test_the_audit_finds_zeros_that_were_filled_in(source: Path, tmp_path: Path)
     secateur.prune(source, output=out, method="magnitude", pattern="2:4")
     name = "model.layers.1.mlp.up_proj"
     sparsities = {name: 0.5}
-    verify(audit_checkpoint(out, parse_pattern("2:4"), sparsities))
+    verify(audit_checkpoint(out, lambda name: parse_pattern("2:4"), sparsities))
     reader = CheckpointReader(out)
     weight = reader.read(f"{name}.weight")
     place = tuple((weight == 0).nonzero()[0].tolist())
     weight[place] = 1.0
     PatchedCopy(reader, out).write(f"{name}.weight", weight)
-    audit = audit_checkpoint(out, parse_pattern("2:4"), sparsities)
+    audit = audit_checkpoint(out, lambda name: parse_pattern("2:4"), sparsities)
     assert [x.misplaced for x in audit.misplaced] == [1]
     with pytest.raises(VerificationError, match=rf"(?s)1 of 1536 weights are not zero.*{name}"):
         verify(audit)

@@ -47,6 +47,7 @@ def add_verbs() -> None:
     """Every file of this package that holds a verb enters it here."""
     from secateur.cli import (
         bench,
+        chain,
         compress,
         decompress,
         demo,
@@ -60,10 +61,13 @@ def add_verbs() -> None:
         prune,
         report,
         retrain,
+        structure,
         sweep,
     )
 
     app.command("prune")(prune.prune)
+    app.command("structure")(structure.structure)
+    app.command("chain")(chain.chain)
     app.command("plan")(plan.plan)
     app.command("retrain")(retrain.retrain)
     app.command("distill")(distill.distill)

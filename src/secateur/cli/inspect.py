@@ -38,8 +38,7 @@ def inspect(
     if audit.compressed:
         rows.insert(4, ("compressed", audit.compressed))
     print_table(model, ("", ""), rows, numbers=2)
-    marked = f".{layer}."
-    shown = [x for x in audit.linears if layer < 0 or marked in x.name]
+    shown = [x for x in audit.linears if layer < 0 or layer_of(x.name) == layer]
     print_table(
         "linears" if layer < 0 else f"linears of decoder layer {layer}",
         ("name", "out", "in", "zeros", *(("stored as",) if audit.compressed else ())),
@@ -54,6 +53,11 @@ def inspect(
             for x in shown
         ],
     )
+
+
+def layer_of(name: str) -> int:
+    """The number of a linear's decoder layer: the first in its name, experts have one behind it."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
 def stored_as(layout: dict[str, Any] | None) -> str:

@@ -12,7 +12,7 @@ from secateur.errors import RecipeError
 if TYPE_CHECKING:
     from secateur.recipes.schema import PruneRecipe
 
-__all__ = ["recipe_from"]
+__all__ = ["recipe_from", "values_from"]
 
 ModelArgument = Annotated[
     str, typer.Argument(help="Hub id, folder, GGUF file, named sample, or a recipe (*.yaml).")
@@ -130,14 +130,20 @@ SWITCHES = {"trust_remote_code"}
 
 
 def recipe_from(given: dict[str, Any]) -> PruneRecipe:
-    """The recipe that a verb's arguments describe; options that are None say nothing.
+    """The pruning recipe that a verb's arguments describe; options that are None say nothing.
 
     Args:
         given: the arguments of the verb, by name.
     """
+    from secateur.recipes.reading import build_recipe
+
+    return build_recipe(*values_from(given))
+
+
+def values_from(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], str | None]:
+    """Values of a recipe, `--set` assignments, and the recipe's file, from a verb's arguments."""
     from secateur.recipes.reading import (
         SECTIONS,
-        build_recipe,
         is_recipe_file,
         nested,
         read_recipe_file,
@@ -160,7 +166,7 @@ def recipe_from(given: dict[str, Any]) -> PruneRecipe:
             values.setdefault(key, {}).update(value)
         else:
             values[key] = value
-    return build_recipe(values, tuple(given.get("assignments") or ()), where)
+    return values, tuple(given.get("assignments") or ()), where
 
 
 def parse_override(text: str) -> tuple[str, float]:

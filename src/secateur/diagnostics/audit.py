@@ -6,7 +6,7 @@ set of zeros that the pattern allows, of the size that was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Audit:
 
 def audit_checkpoint(
     folder: Path,
-    pattern: Pattern | None = None,
+    pattern_of: Callable[[str], Pattern] | None = None,
     sparsity_of: Mapping[str, float] | None = None,
     *,
     trust_remote_code: bool = False,
@@ -99,7 +99,7 @@ def audit_checkpoint(
 
     Args:
         folder: a checkpoint, compressed or not.
-        pattern: the pattern its zeros must contain; None only counts.
+        pattern_of: the pattern that the zeros of a linear must contain; None only counts.
         sparsity_of: the sparsity of each linear by name, for the pattern.
         trust_remote_code: whether code that comes with the checkpoint may run.
     """
@@ -114,6 +114,7 @@ def audit_checkpoint(
             tensor = reader.read(name)
             weight = tensor.t() if linear.transposed else tensor
             asked = (sparsity_of or {}).get(linear.name, 0.0)
+            pattern = pattern_of(linear.name) if pattern_of else None
             counted = count(linear.name, weight, pattern, asked)
             if isinstance(reader, DenseView):
                 counted = replace(counted, layout=reader.layout_of(name))

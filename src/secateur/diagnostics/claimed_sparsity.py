@@ -127,8 +127,21 @@ def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
         for x in weights.linears
         if x.sparsity < min(DENSE, usual / 2) and not (claims.claimed(x.name) or 0) > 0
     ]
+    unseen = [x for x in dense if x.name in claims.unseen]
+    dense = [x for x in dense if x.name not in claims.unseen]
     left = [x for x in dense if claims.asked_dense(x.name)]
     found = []
+    if unseen:
+        found.append(
+            Finding(
+                "expert-unseen",
+                "warning",
+                listed([x.name for x in unseen], 4),
+                f"{len(unseen)} linears of experts are dense: no calibration token was routed to "
+                "them, say the records",
+                "calibrate on more text (--samples), of more kinds, or leave them out (--exclude)",
+            )
+        )
     if left:
         found.append(
             Finding(

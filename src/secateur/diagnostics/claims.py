@@ -45,6 +45,7 @@ class Claims:
         pattern: the pattern of the zeros; None where it is not told.
         selection: which linears were to be pruned; None without a recipe.
         sparsity: of all decoder matrices together.
+        unseen: linears of experts that calibration did not reach, and that were left dense.
         source: the model that was pruned.
         faults: records that cannot be read.
     """
@@ -54,6 +55,7 @@ class Claims:
     pattern: Pattern | None = None
     selection: Selection | None = None
     sparsity: float | None = None
+    unseen: frozenset[str] = frozenset()
     source: str | None = None
     faults: tuple[Finding, ...] = ()
 
@@ -105,13 +107,16 @@ def read_claims(model: Path) -> Claims:
             return empty
 
     manifest = read("manifest.json", manifest_of, {})
-    pattern, selection = read("recipe.yaml", lambda text: asked_by(text, manifest), (None, None))
+    pattern, selection = None, None
+    if manifest.get("method") != "structure":  # a cut model has no zeros to claim
+        pattern, selection = read("recipe.yaml", lambda x: asked_by(x, manifest), (None, None))
     return Claims(
         folder,
         read("layers.jsonl", claims_of, {}),
         pattern,
         selection,
         manifest.get("sparsity"),
+        read("layers.jsonl", unseen_of, frozenset()) if not faults else frozenset(),
         manifest.get("source"),
         tuple(faults),
     )
@@ -122,6 +127,7 @@ def manifest_of(text: str) -> dict[str, Any]:
     told = json.loads(text)
     return {
         "source": told["source"]["name"],
+        "method": told["method"].get("name"),
         "scope": told["method"]["scope"],
         "sparsity": float(told["result"]["decoder_sparsity"]),
     }
@@ -140,6 +146,13 @@ def claims_of(text: str) -> dict[str, Claim]:
         for line in lines
         for record in line.get("linears", [])
     }
+
+
+def unseen_of(text: str) -> frozenset[str]:
+    """The linears that no layer's last line speaks of as pruned, but as unseen."""
+    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    last = {line["layer"]: line for line in lines if "layer" in line}
+    return frozenset(name for line in last.values() for name in line.get("unseen", []))
 
 
 def asked_by(text: str, manifest: dict[str, Any]) -> tuple[Pattern, Selection]:

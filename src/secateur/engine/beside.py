@@ -65,6 +65,7 @@ class DenseBeside:
         index: its number.
         groups: its linears, by shared input.
         writers: those of them that write to the residual stream.
+        of_expert: whether a linear is an expert's, by its name.
         passage: the hidden states of both models.
         open_parking: gives the place where the copy's halted forwards wait.
         tell: called after every forward.
@@ -77,6 +78,7 @@ class DenseBeside:
         index: int,
         groups: Sequence[Sequence[Linear]],
         writers: Sequence[Linear],
+        of_expert: Callable[[str], bool],
         passage: Passage,
         open_parking: Callable[[nn.Module], Parking | None],
         tell: Callable[[], None],
@@ -87,7 +89,11 @@ class DenseBeside:
         modules = dict(self.layer.named_modules())
         names = {id(module): name for name, module in layer.named_modules()}
         twin = {id(x.module): modules[names[id(x.module)]] for group in groups for x in group}
-        self.groups = [[Linear(x.name, twin[id(x.module)]) for x in group] for group in groups]
+        # experts halt nothing here: which tokens they see is not the same in the two models
+        self.groups = [
+            [Linear(x.name, twin[id(x.module)]) for x in group if not of_expert(x.name)]
+            for group in groups
+        ]
         self.parking = open_parking(self.layer)
         forwards = [functools.partial(self.forward, batch) for batch in passage.batches()]
         self.matmuls = matmuls
@@ -108,9 +114,12 @@ class DenseBeside:
     def rows(self, group: int) -> int:
         """The size of what is wanted of a group, for one token; 0 where nothing is.
 
+        Of an expert nothing is: it is fitted to its own dense weights.
         Where the writers are known, only they are fitted: they keep the stream near the dense one,
         and fitting the others too brought nothing more in trials, at twice the cost.
         """
+        if not self.groups[group]:
+            return 0
         if self.writers:
             return self.groups[group][0].shape[0] if self.writes(group) else 0
         return self.groups[group][0].shape[1]

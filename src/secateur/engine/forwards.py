@@ -116,6 +116,7 @@ class HaltingForwards:
         self.matmuls = matmuls
         hub = getcurrent()
         self.parking = parking
+        self.groups = groups
         self.inputs = SharedInputs(groups, lambda group, x: hub.switch((group, x)))
         self.seen: list[dict[int, tuple[int, tuple[int, ...]]]] = [{} for _ in forwards]
         self.running = [greenlet(forward, parent=hub) for forward in forwards]
@@ -166,7 +167,8 @@ def by_group(
     Args:
         groups: the linears of the layer, by shared input.
         halting: the forwards of the layer that is pruned.
-        beside: those of the dense layer, if they keep pace; they are left halted at the end.
+        beside: those of the dense layer, if they keep pace, except at groups that are empty
+            there; they are left halted at the end.
         gather: called with a forward's index, a group's index, its input, and the input that the
             same group has in the dense model (None without).
         prune: called with a group's index when its input is known from all micro-batches.
@@ -185,12 +187,13 @@ def by_group(
             if arrival is None:
                 reached.add(-1)
                 continue
-            dense = beside.advance(index) if beside else None
+            dense = beside.advance(index) if beside and beside.groups[arrival[0]] else None
             gather(index, *arrival, dense[1] if dense else None)
             reached.update({arrival[0]} if dense is None else {arrival[0], dense[0]})
+            group = arrival[0]
             del arrival, dense
             halting.halt(index)
-            if beside:
+            if beside and beside.groups[group]:
                 beside.halt(index)
             waiting.append(index)
         halted = waiting

@@ -9,6 +9,7 @@ known at once. With reconstruction the layer is tuned before its outputs are pas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ from secateur.engine.reconstruction import (
     reconstruct,
 )
 from secateur.engine.residency import Parking
+from secateur.engine.routing import is_reached
 from secateur.engine.surgery import GroupStatistics, LinearRecord, prune_group
 from secateur.engine.tuning import draw_steps
 from secateur.models.architecture import Linear, linears_of
@@ -52,6 +54,7 @@ class LayerPass:
         self.last = index + 1 == len(run.target.layers)
         self.parking: Parking | None = None
         self.shadows: dict[str, tuple[Tensor, Tensor]] = {}
+        self.unseen: list[str] = []
 
     @property
     def tunes(self) -> bool:
@@ -68,11 +71,24 @@ class LayerPass:
             return self.prune_on_the_way(own)
         records: list[LinearRecord] = []
         fitted = self.shadowed(lambda linear: linear.weight, {})
-        for linear in self.pruned:
-            records += prune_group([linear], {}, own, run.method, run.sparsity_of, fitted)
+        for linear in self.reached(self.pruned, None, own):
+            records += prune_group([linear], {}, own, run.method_for, run.sparsity_of, fitted)
         if self.outputs_needed and run.reconstruction.passes:
             self.propagate()
         return records
+
+    def reached(
+        self,
+        linears: Sequence[Linear],
+        tokens: int | None,
+        own: Callable[[Linear], Mapping[str, Tensor]],
+    ) -> list[Linear]:
+        """Those that calibration says something of; the others are left, and noted."""
+        architecture = self.run.target.architecture
+        left = [x for x in linears if not is_reached(architecture, x, tokens, own(x))]
+        self.unseen += [x.name for x in left]
+        self.pruned = [x for x in self.pruned if x.name not in self.unseen]
+        return [x for x in linears if x.name not in self.unseen]
 
     def shadowed(
         self, fitted: Callable[[Linear], Tensor], shared: Mapping[str, Tensor]
@@ -100,7 +116,8 @@ class LayerPass:
         for linear in self.pruned:
             shadow, norm = self.shadows.pop(linear.name, (None, linear.weight.new_ones(1)))
             sparsity = run.sparsity_of[linear.name]
-            found.append(TunedWeight(linear, shadow, norm, run.method.pattern, sparsity))
+            pattern = run.method_for(linear.name).pattern
+            found.append(TunedWeight(linear, shadow, norm, pattern, sparsity))
         return found
 
     @property
@@ -115,30 +132,39 @@ class LayerPass:
         names, device = run.input_statistics, run.target.device
         # before there are hooks, for a copy of the layer would take them along
         beside = self.open_beside(groups) if run.settings.asymmetric else None
-        gathered = [
-            GroupStatistics(names, group[0], device, wanted=beside.rows(index) if beside else 0)
-            for index, group in enumerate(groups)
-        ]
+        gathered: dict[int, GroupStatistics] = {}
+
+        def of(group: int) -> GroupStatistics:
+            if group not in gathered:  # not before: a layer of many experts has many grams
+                rows = beside.rows(group) if beside else 0
+                gathered[group] = GroupStatistics(names, groups[group][0], device, wanted=rows)
+            return gathered[group]
 
         def gather(index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
             wanted = None
             if beside and dense is not None:
                 wanted = beside.wanted(index, group, dense)
-            gathered[group].update(x, wanted)
+            of(group).update(x, wanted)
 
         def gather_alone(group: int, x: Tensor) -> None:
             with exact_matmuls(device):
-                gathered[group].update(x)
+                of(group).update(x)
 
         def prune(group: int) -> None:
-            shared = gathered[group].value()
-            writer = beside is not None and beside.writes(group)
-            fitted = self.shadowed(
-                gathered[group].fitted(writer, run.settings.asymmetric_damping), shared
-            )
-            gathered[group].running.clear()
+            seen = of(group)
+            del gathered[group]
             linears = [x for x in groups[group] if run.works_on(x.name)]
-            records.extend(prune_group(linears, shared, own, run.method, run.sparsity_of, fitted))
+            linears = self.reached(linears, seen.tokens, own)
+            if not linears:
+                return
+            shared = seen.value()
+            writer = beside is not None and beside.writes(group)
+            fitted = self.shadowed(seen.fitted(writer, run.settings.asymmetric_damping), shared)
+            seen.running.clear()
+            found = prune_group(linears, shared, own, run.method_for, run.sparsity_of, fitted)
+            if run.target.architecture.of_expert(groups[group][0].name):
+                found = [replace(record, tokens=seen.tokens) for record in found]
+            records.extend(found)
 
         if run.settings.sequential == "group":
             self.halt_at_groups(groups, beside, gather, prune)
@@ -186,6 +212,7 @@ class LayerPass:
             self.index,
             groups,
             [self.linears[name] for name in writers if name in self.linears],
+            self.run.target.architecture.of_expert,
             passage,
             lambda dense: self.open_parking(dense, passage.dense),
             lambda: self.run.step(self.index),

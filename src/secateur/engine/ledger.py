@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Ledger:
     def __init__(self, file: Path | None, fingerprint: dict[str, Any]) -> None:
         self.file, self.fingerprint = file, fingerprint
         self.layers: list[dict[str, Any]] = []
+        self.entries: list[dict[str, Any]] = []
 
     def begin(self) -> None:
         """Start a new ledger."""
@@ -80,7 +82,8 @@ class Ledger:
                 where=str(self.file),
                 remedy="repeat the options of the first run, or start anew with --restart",
             )
-        self.layers = [line for line in lines[1:] if "layer" in line]
+        self.entries = lines[1:]
+        self.layers = [line for line in self.entries if "layer" in line]
         return len(self.layers)
 
     def finish_layer(
@@ -90,13 +93,25 @@ class Ledger:
         seconds: float,
         reconstruction: dict[str, float] | None = None,
         collapsed: dict[str, float] | None = None,
+        unseen: Sequence[str] = (),
     ) -> None:
-        """Enter a finished layer: its linears, time, what tuning brought, and what collapsed."""
-        entry = {"layer": index, "seconds": seconds, "linears": records}
+        """Enter a finished layer.
+
+        Args:
+            index: of the layer.
+            records: of its linears.
+            seconds: that it took.
+            reconstruction: what tuning brought.
+            collapsed: linears that lost their outputs.
+            unseen: linears of experts that calibration did not reach, and that were left.
+        """
+        entry: dict[str, Any] = {"layer": index, "seconds": seconds, "linears": records}
         if reconstruction:
             entry["reconstruction"] = reconstruction
         if collapsed:
             entry["collapsed"] = collapsed
+        if unseen:
+            entry["unseen"] = list(unseen)
         self.layers.append(entry)
         self.append(entry)
 

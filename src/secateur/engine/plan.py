@@ -229,6 +229,7 @@ def plan_run(
         activation_bytes=stored if settings.activations == "memory" else 0,
         forward_bytes=forward,
         solve_bytes=solve_bytes(method, shapes, settings.asymmetric)
+        + (settings.sequential == "layer" and "gram" in method.requires) * gram_bytes(target)
         + own * 8 * prunable // len(layers)
         + survey_bytes(target, allocation, prunable // len(layers), windows),
         writing_bytes=writing_bytes(target, windows, unwritten),
@@ -240,12 +241,25 @@ def plan_run(
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
         + 12 * prunable * bool(distillation.epochs),
         flops=2
-        * prunable
+        * working_weights(target)
         * (allocation.tokens(tokens) + tokens * passes(settings, reconstruction, distillation)),
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
     )
+
+
+def working_weights(target: Target) -> int:
+    """Weights of the decoder's matrices that one token is multiplied by; not of all experts."""
+    architecture, config = target.architecture, target.model.config
+    total = 0.0
+    for index, layer in enumerate(target.layers):
+        for linear in linears_of(layer, architecture.layer_name(index)).values():
+            share = 1.0
+            if architecture.experts is not None and architecture.of_expert(linear.name):
+                share = config.num_experts_per_tok / getattr(config, architecture.experts.count)
+            total += share * linear.shape[0] * linear.shape[1]
+    return round(total)
 
 
 def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int:
@@ -309,16 +323,24 @@ def solve_bytes(method: Method, shapes: list[tuple[int, int]], asymmetric: bool)
     return solve
 
 
+def gram_bytes(target: Target) -> int:
+    """The grams of all groups of a decoder layer: many, where there are many experts."""
+    largest = 0
+    for layer in target.layers:
+        linears = linears_of(layer, "")
+        groups = target.architecture.groups or tuple((n,) for n in linears)
+        grams = (4 * linears[g[0]].shape[1] ** 2 for g in groups if g[0] in linears)
+        largest = max(largest, sum(grams))
+    return largest
+
+
 def survey_bytes(
     target: Target, allocation: Allocation, layer_weights: int, windows: Tensor | None
 ) -> int:
     """What a look at one dense layer holds besides the layer: grams, what is kept, logits."""
     held = allocation.disk_bytes(layer_weights, target.dtype.itemsize)
     if "gram" in allocation.requires:
-        name = target.architecture.layer_name(0)
-        linears = linears_of(target.layers[0], name)
-        groups = target.architecture.groups or tuple((n,) for n in linears)
-        held += sum(4 * linears[g[0]].shape[1] ** 2 for g in groups if g[0] in linears)
+        held += gram_bytes(target)
     if isinstance(allocation, Search) and windows is not None:
         # Probabilities of the dense model, logits of a candidate, and one of them in the making.
         tokens = min(WINDOW_TOKENS, windows.shape[1])

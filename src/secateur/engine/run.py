@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,13 +31,17 @@ from secateur.engine.passage import Passage
 from secateur.engine.precision import fast_matmuls
 from secateur.engine.progress import Progress
 from secateur.engine.reconstruction import Reconstruction
+from secateur.engine.routing import coverage
 from secateur.engine.selection import Selection
 from secateur.engine.surgery import INPUT_STATISTICS, LinearRecord, check_finite
 from secateur.engine.targets import Target
 from secateur.errors import PatternError
 from secateur.models.architecture import Linear, linears_of
+from secateur.models.experts import refuse_fused
 from secateur.pages import reused_pages
 from secateur.sparsity.methods import Method
+from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.patterns.whole_columns import WholeColumns
 
 __all__ = ["Run", "Settings"]
 
@@ -42,6 +49,7 @@ __all__ = ["Run", "Settings"]
 log = logging.getLogger(__name__)
 
 NO_RECONSTRUCTION = Reconstruction(passes=0)
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,9 @@ class Run:
         ledger: where finished layers are entered.
         progress: told of every step.
         reconstruction: how pruned layers are tuned; not at all without passes.
+        patterns: of linears that have another one than the method's, by glob.
+        costs: what a unit of a linear counts in an allocation's budget, by name; its weights for
+            those that are not named.
     """
 
     def __init__(
@@ -98,10 +109,13 @@ class Run:
         ledger: Ledger,
         progress: Progress,
         reconstruction: Reconstruction = NO_RECONSTRUCTION,
+        patterns: Mapping[str, Pattern] = NOTHING,
+        costs: Mapping[str, int] = NOTHING,
     ) -> None:
         self.target, self.method, self.settings = target, method, settings
         self.windows, self.ledger, self.progress = windows, ledger, progress
         self.selection, self.sparsity = selection, sparsity
+        self.patterns, self.costs = patterns, costs
         self.reconstruction = reconstruction
         self.passage: Passage | None = None
         if windows is not None:
@@ -123,7 +137,9 @@ class Run:
 
         Raises:
             RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
+            ArchitectureError: there are experts that cannot be opened.
         """
+        refuse_fused(self.target.layers)
         self.shapes = {
             linear.name: linear.shape
             for index, layer in enumerate(self.target.layers)
@@ -132,16 +148,20 @@ class Run:
         self.selection.check(self.shapes)
         asked = {}
         for name, shape in self.shapes.items():
-            own = self.selection.override(name)
-            asked[name] = 0.0
-            if self.selection.selects(name):
-                asked[name] = self.sparsity if own is None else own
+            asked[name] = self.selection.asked(name, self.sparsity)
             if asked[name] > 0:
                 try:
-                    self.method.pattern.check(shape, asked[name])
+                    self.method_for(name).check(shape, asked[name])
                 except PatternError as error:
                     raise type(error)(error.what, where=name, remedy=error.remedy) from None
         return asked
+
+    def method_for(self, name: str) -> Method:
+        """The method, with the pattern that a linear has."""
+        for glob, pattern in self.patterns.items():
+            if fnmatchcase(name, glob):
+                return replace(self.method, pattern=pattern)
+        return self.method
 
     def works_on(self, name: str) -> bool:
         """Whether a linear is changed: one that loses weights, or that a method rounds."""
@@ -198,6 +218,8 @@ class Run:
             done = self.passage.open(done, dense=self.dense_needed)
             if done == 0:  # also where the hidden states of a stopped run are lost
                 self.ledger.begin()
+        for entry in self.ledger.layers:
+            self.leave(entry.get("unseen", ()))
         self.progress.start("pruning", self.steps_per_layer * (len(layers) - done))
         with reused_pages():
             for index in range(done, len(layers)):
@@ -205,6 +227,13 @@ class Run:
         if self.passage is not None:
             self.passage.close()
         self.progress.finish()
+        found = coverage(self.ledger.layers, self.target.architecture)
+        if found is not None:
+            found.tell()
+
+    def leave(self, unseen: Sequence[str]) -> None:
+        """Nothing is asked any more of linears that calibration did not reach."""
+        self.sparsity_of.update(dict.fromkeys(unseen, 0.0))
 
     def prune_layer(self, index: int) -> None:
         """One decoder layer, from reading it to the ledger."""
@@ -217,28 +246,42 @@ class Run:
             check_finite(list(passing.linears.values()))
             records = passing.prune()
             changed = [f"{record.name}.weight" for record in records]
+            if self.method.shifts:
+                biased = {x.name for x in passing.linears.values() if x.has_bias}
+                changed += [f"{x.name}.bias" for x in records if x.name in biased]
             if passing.tunes:
                 tuned = passing.tune()
                 changed = [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
             self.target.commit(index, changed)
-        self.finish_layer(index, records, tuned, started)
+        self.leave(passing.unseen)
+        self.finish_layer(index, records, tuned, passing.unseen, started)
 
     def finish_layer(
-        self, index: int, records: list[LinearRecord], tuned: dict[str, float], started: float
+        self,
+        index: int,
+        records: list[LinearRecord],
+        tuned: dict[str, float],
+        unseen: Sequence[str],
+        started: float,
     ) -> None:
         """Enter a layer into the ledger when all it leaves behind is safe."""
         if self.passage is not None and index + 1 < len(self.target.layers):
             self.passage.advance(index + 1)
         seconds = time.perf_counter() - started
-        lost = collapsed(records)
+        lost = collapsed([record for record in records if not self.takes_all(record)])
         entries = [record.to_json() for record in records]
-        self.ledger.finish_layer(index, entries, seconds, tuned, lost)
+        self.ledger.finish_layer(index, entries, seconds, tuned, lost, unseen)
         if self.passage is not None:
             self.passage.forget(index)
         # The last layer's forwards end early, as nobody needs their outputs.
         self.progress.step(self.steps_per_layer - self.told, note=f"layer {index}")
         if lost:
             self.react(self.target.architecture.layer_name(index), lost)
+
+    def takes_all(self, record: LinearRecord) -> bool:
+        """Whether a linear was to lose all its columns: a block that goes has not collapsed."""
+        whole = isinstance(self.method_for(record.name).pattern, WholeColumns)
+        return whole and record.pruned == record.shape[0] * record.shape[1]
 
     def react(self, layer: str, lost: dict[str, float]) -> None:
         """Stop, or say so, when a finished layer has collapsed.

@@ -21,11 +21,13 @@ class Selection:
         exclude: unless one of these matches.
         overrides: a sparsity of its own for linears that match; the last match counts, 0 keeps
             a linear dense.
+        starts: likewise, but an allocation may move away from it.
     """
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, float] = field(default_factory=dict)
+    starts: Mapping[str, float] = field(default_factory=dict)
 
     def selects(self, name: str) -> bool:
         """Whether a linear is pruned at all."""
@@ -34,8 +36,16 @@ class Selection:
 
     def override(self, name: str) -> float | None:
         """The sparsity of its own that a linear has, if any."""
-        own = [s for glob, s in self.overrides.items() if fnmatchcase(name, glob)]
-        return own[-1] if own else None
+        return last_match(self.overrides, name)
+
+    def asked(self, name: str, sparsity: float) -> float:
+        """What is asked of a linear where `sparsity` is asked of all."""
+        if not self.selects(name):
+            return 0.0
+        own = self.override(name)
+        if own is None:
+            own = last_match(self.starts, name)
+        return sparsity if own is None else own
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse globs that match nothing: they are spelling mistakes.
@@ -44,7 +54,7 @@ class Selection:
             RecipeError: listing all of them.
         """
         names = list(names)
-        globs = [*self.include, *self.exclude, *self.overrides]
+        globs = [*self.include, *self.exclude, *self.overrides, *self.starts]
         idle = [g for g in globs if not any(fnmatchcase(n, g) for n in names)]
         if idle:
             raise RecipeError(
@@ -56,3 +66,9 @@ class Selection:
                 "include and exclude leave no linear to prune",
                 remedy="loosen them; `secateur inspect MODEL` lists the names",
             )
+
+
+def last_match(values: Mapping[str, float], name: str) -> float | None:
+    """The value of the last glob that matches a name, if any does."""
+    own = [value for glob, value in values.items() if fnmatchcase(name, glob)]
+    return own[-1] if own else None

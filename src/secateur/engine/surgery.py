@@ -20,7 +20,7 @@ from secateur.sparsity.methods import Method
 
 __all__ = ["GroupStatistics", "LinearRecord", "check_finite", "prune_group"]
 
-INPUT_STATISTICS = frozenset({"column_norm", "gram"})
+INPUT_STATISTICS = frozenset({"column_mean", "column_norm", "column_variance", "gram"})
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class LinearRecord:
         error: relative squared error of its output on the calibration inputs, where known.
         lost: an estimate of that error where the solver measures none (`engine.collapse`).
         seconds: spent on scoring, masking and solving.
+        tokens: how many inputs the linear of an expert saw; None elsewhere, where it is all.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LinearRecord:
     error: float | None
     lost: float | None
     seconds: float
+    tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to the ledger."""
@@ -53,12 +55,16 @@ class LinearRecord:
 
 
 class GroupStatistics:
-    """Running statistics of the input that a group of linears shares."""
+    """Running statistics of the input that a group of linears shares.
+
+    Attributes:
+        tokens: inputs seen so far.
+    """
 
     def __init__(
         self, names: frozenset[str], linear: Linear, device: torch.device, *, wanted: int = 0
     ) -> None:
-        self.name = linear.name
+        self.name, self.tokens = linear.name, 0
         self.running = {
             name: statistics[name](linear.shape[1], device)
             for name in sorted(names & INPUT_STATISTICS)
@@ -68,6 +74,7 @@ class GroupStatistics:
     def update(self, x: Tensor, wanted: Tensor | None = None) -> None:
         """Add the inputs of one micro-batch, of any leading shape, and what is wanted of them."""
         flat = x.reshape(-1, x.shape[-1])
+        self.tokens += len(flat)
         for statistic in self.running.values():
             statistic.update(flat)
         if self.cross is not None:
@@ -125,7 +132,7 @@ def prune_group(
     linears: Sequence[Linear],
     shared: Mapping[str, Tensor],
     own: Callable[[Linear], Mapping[str, Tensor]],
-    method: Method,
+    method_for: Callable[[str], Method],
     sparsity_of: Mapping[str, float],
     fitted: Callable[[Linear], Tensor] = lambda linear: linear.weight,
 ) -> list[LinearRecord]:
@@ -135,16 +142,17 @@ def prune_group(
         linears: the linears to work on.
         shared: statistics of their input.
         own: statistics of each linear itself (gradient, fisher).
-        method: how.
+        method_for: how, by the name of a linear; they differ in the pattern only.
         sparsity_of: the sparsity of each linear, by name.
         fitted: gives the weight [out, in] that is pruned in the place of a linear's own.
     """
     if not linears:
         return []
-    prepared = method.solver.prepare(shared)
+    prepared = method_for(linears[0].name).solver.prepare(shared)
     records = []
     for linear in linears:
         started = time.perf_counter()
+        method = method_for(linear.name)
         sparsity = sparsity_of[linear.name]
         weight = fitted(linear)
         mask = None
@@ -154,6 +162,8 @@ def prune_group(
         solution = method.solver.solve(weight, prepared, method.pattern, sparsity, mask=mask)
         lost = lost_energy(weight, solution.mask, shared) if solution.error is None else None
         linear.assign(solution.weight)
+        if solution.shift is not None:
+            linear.shift(solution.shift)
         records.append(verified(linear, method, sparsity, solution, lost, started))
     return records
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from secateur.engine.forwards import by_layer
 from secateur.engine.layer_pass import LayerPass
 from secateur.engine.ledger import write_tensors, write_whole
+from secateur.engine.routing import is_reached, refuse_unreached
 from secateur.engine.run import Run
 from secateur.engine.search import search_levels
 from secateur.engine.surgery import INPUT_STATISTICS, GroupStatistics, check_finite
@@ -71,25 +73,29 @@ def grains_of(run: Run, allocation: Allocation) -> dict[str, Grain]:
     With the global scope the counts of the linears are those of one running total, so that the
     whole loses the number nearest to its sparsity.
     """
-    pattern, grains, seen = run.method.pattern, {}, 0
+    grains, seen = {}, 0
     for name, shape in run.shapes.items():
+        asked = run.selection.asked(name, run.sparsity)
         if run.sparsity_of[name] <= 0 or run.selection.override(name) is not None:
             continue
-        pruned, step = pattern.pruned(shape, run.sparsity), pattern.step(shape)
+        pattern = run.method_for(name).pattern
+        pruned, step = pattern.pruned(shape, asked), pattern.step(shape)
         if pattern.scope == "global":
             units = shape[0] * shape[1] // step
             before, seen = seen, seen + units
-            counts = [pruned_count(total, run.sparsity) for total in (before, seen)]
+            counts = [pruned_count(total, asked) for total in (before, seen)]
             pruned = (counts[1] - counts[0]) * step
-        grains[name] = Grain.around(shape, step, pruned, run.sparsity, allocation.reach)
+        grain = Grain.around(shape, step, pruned, asked, allocation.reach)
+        grains[name] = replace(grain, weights=run.costs.get(name, grain.weights))
     return grains
 
 
 def plain(run: Run, name: str, share: float) -> float:
-    """The sparsity asked of the model, if it prunes as many weights of this linear as `share`."""
-    pattern, shape = run.method.pattern, run.shapes[name]
-    same = pattern.pruned(shape, run.sparsity) == pattern.pruned(shape, share)
-    return run.sparsity if same else share
+    """The sparsity asked of this linear, if it prunes as many of its weights as `share`."""
+    pattern, shape = run.method_for(name).pattern, run.shapes[name]
+    asked = run.selection.asked(name, run.sparsity)
+    same = pattern.pruned(shape, asked) == pattern.pruned(shape, share)
+    return asked if same else share
 
 
 def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -132,6 +138,7 @@ def survey(run: Run, allocation: Allocation, grains: Mapping[str, Grain]) -> lis
             shared = gather_dense(passing, names)
             if not files[index].exists():
                 view = LayerView(run, index, passing.linears, shared, grains)
+                refuse_unreached(view.unreached)
                 kept = allocation.look(view)
                 write_tensors(files[index], {k: v.cpu().contiguous() for k, v in kept.items()})
         if passage is None:
@@ -194,16 +201,26 @@ class LayerView:
             for name, linear in self.linears.items()
         }
         self.prepared: tuple[int, Any] | None = None
+        self.unreached = [
+            name
+            for name in self.weights
+            if not is_reached(
+                run.target.architecture,
+                self.linears[name],
+                shared[name].tokens if name in shared else None,
+                own(self.linears[name]),
+            )
+        ]
 
     def score(self, name: str) -> Tensor:
         """The pattern's units of the run's score."""
-        method = self.run.method
+        method = self.run.method_for(name)
         score = method.score(self.linears[name].weight, self.statistics[name])
         return method.pattern.units(score)
 
     def solve(self, name: str, sparsity: float) -> Tensor:
         """The weight as the run would leave it, in the dtype of the model."""
-        method, weight = self.run.method, self.linears[name].weight
+        method, weight = self.run.method_for(name), self.linears[name].weight
         sparsity = plain(self.run, name, sparsity)
         if sparsity == 0:
             return weight

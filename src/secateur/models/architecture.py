@@ -7,6 +7,7 @@ layers are the longest list of modules that hold linears, and the groups are fou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,63 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
+from secateur.models.couplings import Couplings
 from secateur.registry import Registry
 
-__all__ = ["Architecture", "Family", "Linear", "describe", "families", "linears_of"]
+__all__ = [
+    "PROJECTIONS",
+    "Architecture",
+    "Experts",
+    "Family",
+    "Linear",
+    "describe",
+    "families",
+    "family_of",
+    "linears_of",
+]
 
 Groups = tuple[tuple[str, ...], ...]
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""The linears of an opened expert."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where the experts of a family lie, and what they are called.
+
+    Attributes:
+        module: path of the experts within a decoder layer; a layer without it is dense.
+        router: path of the module within a decoder layer whose `weight` [experts, hidden] routes.
+        stored: names of gate, up and down below each expert where a checkpoint stores them alone.
+        count: the name that the configuration has for the number of experts of a layer.
+    """
+
+    module: str = "mlp.experts"
+    router: str = "mlp.gate"
+    stored: tuple[str, str, str] = PROJECTIONS
+    count: str = "num_experts"
+
+    def groups(self, experts: int) -> Groups:
+        """The linears of so many experts by shared input, as in `Family.groups`."""
+        gate, up, down = PROJECTIONS
+        return tuple(
+            group
+            for e in range(experts)
+            for group in (
+                (f"{self.module}.{e}.{gate}", f"{self.module}.{e}.{up}"),
+                (f"{self.module}.{e}.{down}",),
+            )
+        )
+
+    def opened_in(self, layers: nn.Module) -> int:
+        """The most experts that a decoder layer has as modules; 0 where they are fused."""
+        found = [m for n, m in layers.named_modules() if n.endswith("." + self.module)]
+        return max((len(m) for m in found if isinstance(m, nn.ModuleList)), default=0)
+
+    def holds(self, name: str) -> bool:
+        """Whether a linear, by any name of it, is an expert's."""
+        return re.search(rf"(^|\.){re.escape(self.module)}\.\d+\.", name) is not None
 
 
 @dataclass(frozen=True)
@@ -32,19 +85,29 @@ class Family:
         groups: names of the linears within a decoder layer; those that share an input together.
         writers: linears whose output is added to the residual stream as it is. Empty where a
             norm comes between, or where it is not known.
+        experts: where the experts of its layers lie, whose linears are not among the groups;
+            None for a family without.
+        couplings: what has to be cut together; None where only whole layers can be cut.
     """
 
     model_types: tuple[str, ...]
     layers: str
     groups: Groups
     writers: tuple[str, ...] = ()
+    experts: Experts | None = None
+    couplings: Couplings | None = None
 
 
 families: Registry[Family] = Registry("family", "secateur.models.families")
 
-SPLIT_ATTENTION_GATED_FFN: Groups = (
+SPLIT_ATTENTION_GROUPS: Groups = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
+)
+"""Separate projections of queries, keys and values."""
+
+SPLIT_ATTENTION_GATED_FFN: Groups = (
+    *SPLIT_ATTENTION_GROUPS,
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
@@ -88,6 +151,18 @@ class Linear:
         """Overwrite the weight with values [out, in], cast to its dtype."""
         self.weight.copy_(weight)
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether something is added to the outputs."""
+        return getattr(self.module, "bias", None) is not None
+
+    @torch.no_grad()
+    def shift(self, by: Tensor) -> None:
+        """Add to the bias [out], summed in float32; nothing where there is none."""
+        if self.has_bias:
+            bias = self.module.get_parameter("bias")
+            bias.copy_(bias.float() + by)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -98,12 +173,16 @@ class Architecture:
         layers_path: path of the list of decoder layers.
         groups: linears by shared input, or None where they have to be found by running a layer.
         writers: linears whose output is added to the residual stream as it is, as far as known.
+        experts: where the experts of its layers lie; None without.
+        couplings: what has to be cut together, where it is declared.
     """
 
     family: str
     layers_path: str
     groups: Groups | None
     writers: tuple[str, ...] = ()
+    experts: Experts | None = None
+    couplings: Couplings | None = None
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers."""
@@ -113,16 +192,32 @@ class Architecture:
         """The full name of a decoder layer."""
         return f"{self.layers_path}.{index}"
 
+    def of_expert(self, name: str) -> bool:
+        """Whether a linear belongs to an expert, and so sees only the tokens sent to it."""
+        return self.experts is not None and self.experts.holds(name)
+
 
 def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
-    """All prunable matrices of a decoder layer, by their name within the layer."""
+    """All prunable matrices of a decoder layer, by their name within the layer.
+
+    A linear with a single output is a gate (of Qwen's shared expert), and left out: it has nothing
+    to share a loss with.
+    """
     from transformers.pytorch_utils import Conv1D
 
     return {
         name: Linear(f"{layer_name}.{name}", module)
         for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if isinstance(module, (nn.Linear, Conv1D)) and getattr(module, "out_features", 2) > 1
     }
+
+
+def family_of(model: Any) -> Family | None:
+    """The declared family of a model; None if there is none."""
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
+    found = (families[name] for name in families)
+    return next((family for family in found if model_type in family.model_types), None)
 
 
 def describe(model: Any) -> Architecture:
@@ -131,11 +226,13 @@ def describe(model: Any) -> Architecture:
     Raises:
         ArchitectureError: no list of decoder layers with linears was found.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    for name in families:
-        family = families[name]
-        if model_type in family.model_types:
-            return Architecture(name, family.layers, family.groups, family.writers)
+    family = family_of(model)
+    if family is not None:
+        groups, experts = family.groups, family.experts
+        if experts is not None:
+            groups += experts.groups(experts.opened_in(model.get_submodule(family.layers)))
+        name = next(name for name in families if families[name] is family)
+        return Architecture(name, family.layers, groups, family.writers, experts, family.couplings)
     candidates = sorted(candidate_layers(model), key=lambda c: c[1], reverse=True)
     if not candidates:
         raise ArchitectureError(

@@ -16,8 +16,9 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import FileIO
+from math import prod
 from pathlib import Path
 
 import torch
@@ -118,6 +119,33 @@ class CheckpointReader:
             stream.seek(entry.offset)
             read_all(stream, tensor)
         return tensor
+
+    def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+        """From now on see a tensor as several, which lie in it one after the other.
+
+        Args:
+            name: of the tensor; it is not seen any more.
+            parts: the shapes of those it consists of, by their names, in the order of its bytes.
+
+        Raises:
+            CheckpointError: a name is taken, or the parts are not all of the tensor.
+        """
+        entry = self.entries[name]
+        sizes = [prod(shape) * entry.dtype.itemsize for shape in parts.values()]
+        taken = sorted(parts.keys() & self.entries.keys())
+        if taken or sum(sizes) != entry.size_bytes:
+            raise CheckpointError(
+                f"{name} is stored, and so is {taken[0]}"
+                if taken
+                else f"{name} of shape {entry.shape} is not made of {len(parts)} equal parts",
+                where=str(entry.file),
+                remedy="the checkpoint holds something twice, or is damaged: get it again",
+            )
+        del self.entries[name]
+        offset = entry.offset
+        for (part, shape), size in zip(parts.items(), sizes, strict=True):
+            self.entries[part] = TensorEntry(entry.file, offset, size, entry.dtype, shape)
+            offset += size
 
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors as views of the file: only the pages that are touched take memory."""

@@ -16,9 +16,19 @@ import torch
 from torch import nn
 
 from secateur.errors import ArchitectureError, CheckpointError
+from secateur.models.architecture import family_of
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.experts import expert_renamings, open_experts, split_stored
 
-__all__ = ["build_skeleton", "empty", "fill", "quiet_transformers", "stored_names"]
+__all__ = [
+    "build_skeleton",
+    "empty",
+    "fill",
+    "quiet_transformers",
+    "skeleton_of",
+    "stored_names",
+    "without_weights",
+]
 
 
 @contextmanager
@@ -38,10 +48,31 @@ def quiet_transformers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models built here have their parameters on the meta device, and real buffers.
+
+    Buffers such as rotary frequencies are not stored in checkpoints, so they are made.
+    """
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
+        yield
+
+
+def skeleton_of(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of a class of transformers, parameters on the meta device, buffers real."""
+    with without_weights():
+        return model_class._from_config(config, dtype=dtype).eval()
+
+
 def build_skeleton(
     folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:
     """The model a checkpoint describes, parameters on the meta device, buffers real.
+
+    Experts of declared families are opened: each is a module of three linears.
 
     Args:
         folder: the checkpoint.
@@ -52,15 +83,12 @@ def build_skeleton(
         ArchitectureError: transformers knows no causal language model of this type, or the
             checkpoint wants to run code of its own and `trust_remote_code` is False.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            # Buffers such as rotary frequencies are not stored in checkpoints, so they are made.
-            with init_empty_weights(include_buffers=False), no_init_weights():
+            with without_weights():
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
                 )
@@ -71,6 +99,7 @@ def build_skeleton(
                 remedy="only decoders that AutoModelForCausalLM knows can be pruned; for code that "
                 "comes with a checkpoint you trust, pass --trust-remote-code",
             ) from error
+    open_experts(model)
     return model.eval()
 
 
@@ -78,7 +107,8 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
     """Map each parameter of the model to the name it is stored under.
 
     Checkpoints may omit or add the base model's prefix, or use names from before a renaming;
-    transformers' own table of renamings decides.
+    transformers' own table of renamings decides. Experts that are stored fused are from then on
+    seen by the reader as tensors of their own.
 
     Raises:
         CheckpointError: a parameter of a decoder layer is not stored.
@@ -87,12 +117,15 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    parameters = dict(model.named_parameters())
+    family = family_of(model)
+    if family is not None and family.experts is not None:
+        split_stored(reader, family.experts)
+        own = expert_renamings(family.experts)
+        renamings += [WeightRenaming(pattern, name) for pattern, name in own.items()]
+    parameters, known = dict(model.named_parameters()), dict(model.state_dict())
     mapping = {}
     for stored in reader.entries:
-        name, _ = rename_source_key(
-            stored, renamings, [], model.base_model_prefix, dict(model.state_dict())
-        )
+        name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, known)
         if name in parameters:
             mapping[name] = stored
             expected, found = tuple(parameters[name].shape), reader.entries[stored].shape

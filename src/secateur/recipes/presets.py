@@ -13,7 +13,7 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
-__all__ = ["DEFAULT_EFFORT", "filled_in", "presets"]
+__all__ = ["DEFAULT_EFFORT", "filled_in", "presets", "structure_presets"]
 
 DEFAULT_EFFORT = "balanced"
 
@@ -38,14 +38,50 @@ presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """What each effort stands for, as values of a recipe."""
 
+structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fast": {
+            "score": "wanda",
+            "solver": "least-squares",
+            "fast_matmuls": True,
+            "depth": {"by": "influence"},
+        },
+        "balanced": {
+            "score": "wanda",
+            "solver": "alps",
+            "parameters": {"iterations": 15, "growth": 1.6},
+            "asymmetric": True,
+            "fast_matmuls": True,
+            "depth": {"by": "greedy"},
+        },
+        "best": {
+            "score": "wanda",
+            "solver": "alps",
+            "parameters": {"iterations": 30, "growth": 1.3},
+            "asymmetric": True,
+            "fast_matmuls": True,
+            "depth": {"by": "search"},
+            "calibration": {"generated": 128},
+            "distillation": {"epochs": 1},
+        },
+    }
+)
+"""The same for structured cuts."""
+
 _COMPOSITION = {"method", "score", "solver", "refine", "parameters"}
 """Values that only make sense together: one that is given keeps a preset from the others."""
 
 
-def filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
+def filled_in(
+    values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] = presets
+) -> dict[str, Any]:
     """The values of a recipe, with those of its preset where it is silent.
 
     With neither an effort nor a method, a score or a solver, the effort is `balanced`.
+
+    Args:
+        values: of the recipe.
+        known: the presets of this kind of recipe.
 
     Raises:
         RecipeError: there is no such effort.
@@ -57,9 +93,9 @@ def filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
         if composed & {"method", "score", "solver"}:
             return given
         effort = DEFAULT_EFFORT
-    if effort not in presets:
-        raise RecipeError(f"unknown effort {effort!r}", remedy=did_you_mean(effort, [*presets]))
-    for key, value in presets[effort].items():
+    if effort not in known:
+        raise RecipeError(f"unknown effort {effort!r}", remedy=did_you_mean(effort, [*known]))
+    for key, value in known[effort].items():
         if composed and key in _COMPOSITION:
             continue
         if isinstance(value, Mapping) and isinstance(given.get(key, {}), Mapping):

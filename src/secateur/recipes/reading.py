@@ -11,12 +11,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
-from secateur.recipes.presets import filled_in
+from secateur.recipes.presets import filled_in, structure_presets
 from secateur.recipes.schema import Calibration, Distill, Memory, PruneRecipe, Reconstruct
+from secateur.recipes.structure_schema import Depth, StructureRecipe
 
 __all__ = [
     "SECTIONS",
     "build_recipe",
+    "build_structure_recipe",
     "dump_recipe",
     "is_recipe_file",
     "nested",
@@ -31,6 +33,7 @@ SECTIONS: Mapping[str, frozenset[str]] = {
     "memory": frozenset(Memory.model_fields),
     "reconstruction": frozenset(Reconstruct.model_fields),
     "distillation": frozenset(Distill.model_fields),
+    "depth": frozenset(Depth.model_fields),
 }
 """The sections of a recipe, and the options that belong to them."""
 
@@ -90,22 +93,39 @@ def build_recipe(
     Raises:
         RecipeError: listing every fault, with near names for unknown keys.
     """
+    return validated(PruneRecipe, filled_in(assigned(values, assignments)), where)
+
+
+def build_structure_recipe(
+    values: Mapping[str, Any], assignments: tuple[str, ...] = (), where: str | None = None
+) -> StructureRecipe:
+    """The same for a structured cut.
+
+    Raises:
+        RecipeError: listing every fault, with near names for unknown keys.
+    """
+    filled = filled_in(assigned(values, assignments), structure_presets)
+    return validated(StructureRecipe, filled, where)
+
+
+def assigned(values: Mapping[str, Any], assignments: tuple[str, ...]) -> dict[str, Any]:
+    """Nested values with `--set` assignments applied."""
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for assignment in assignments:
         set_value(merged, assignment)
-    return validated(PruneRecipe, filled_in(merged), where)
+    return merged
 
 
 def validated(kind: type[AnyRecipe], values: Mapping[str, Any], where: str | None) -> AnyRecipe:
     """A recipe of a kind.
 
     Raises:
-        RecipeError: listing every fault, with near names for unknown keys.
+        RecipeError: listing every fault.
     """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        faults = [fault_text(fault, kind) for fault in error.errors()]
+        faults = [fault_text(kind, fault) for fault in error.errors()]
         raise RecipeError(
             f"{len(faults)} fault{'s' * (len(faults) > 1)} in the recipe:\n    "
             + "\n    ".join(faults),
@@ -127,11 +147,11 @@ def nested(options: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def fault_text(fault: Any, kind: type[BaseModel] = PruneRecipe) -> str:
+def fault_text(kind: type[BaseModel], fault: Any) -> str:
     """One fault, told in a line."""
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        known = known_keys(fault["loc"][:-1], kind)
+        known = known_keys(kind, fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
@@ -140,8 +160,9 @@ def fault_text(fault: Any, kind: type[BaseModel] = PruneRecipe) -> str:
     return f"{path}: {fault['msg']} (got {fault['input']!r})"
 
 
-def known_keys(path: tuple[Any, ...], model: type[BaseModel] = PruneRecipe) -> list[str]:
-    """The keys a section of the recipe has."""
+def known_keys(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """The keys a section of a recipe has."""
+    model = kind
     for part in path:
         annotation = model.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]

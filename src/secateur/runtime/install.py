@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
+from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import assign, stored_names
 from secateur.runtime.dense_view import DenseView
 from secateur.runtime.formats import Layout, bitmask_parts, formats
@@ -45,16 +46,20 @@ def install(
     *,
     expand: bool = False,
     matrices_only: bool = False,
-) -> None:
+) -> list[str]:
     """Fill a skeleton from a compressed checkpoint.
 
     Args:
-        model: a transformers model with parameters on meta, as the configuration describes it.
+        model: a transformers model with parameters on meta, as the configuration describes it,
+            its experts opened.
         packed: the checkpoint.
         dtype: what the model computes in.
         expand: fill the dense modules that are there, as is always done without kernels.
         matrices_only: leave all that is not packed to somebody else, who must not find the dense
             modules of what is packed: without kernels, packed modules hold it expanded.
+
+    Returns:
+        The paths of the packed modules, which may be stored under other names.
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
@@ -85,6 +90,10 @@ def install(
     if head_at and tied:
         tie_head(model, embedding_at, head_at, shared.get(embedding_at))
     settle(model, dtype)
+    for module in model.modules():
+        if isinstance(module, OpenExperts):
+            module.call_idle = False
+    return list(shared)
 
 
 def refuse_missing(

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError, KernelError
+from secateur.models.architecture import family_of
+from secateur.models.experts import expert_renamings, open_experts
 from secateur.runtime.install import install
 from secateur.runtime.packed import QUANT_METHOD, SUFFIXES, PackedCheckpoint
 
@@ -74,12 +77,24 @@ class PackedQuantizer(HfQuantizer):
         if folder is None:
             raise CheckpointError("a compressed model is loaded from its files")
         packed = PackedCheckpoint(folder)
+        open_experts(model)
         with torch.device("cpu"):  # transformers makes everything on meta here
-            install(model, packed, self.dtype, matrices_only=True)
-        owners = "|".join(re.escape(name) for name in packed.layouts)
+            paths = install(model, packed, self.dtype, matrices_only=True)
+        owners = "|".join(re.escape(name) for name in {*packed.layouts, *paths})
         known = set(model._keys_to_ignore_on_load_unexpected or ())
         parts = "|".join(SUFFIXES)
         model._keys_to_ignore_on_load_unexpected = known | {rf"^(?:{owners})\.(?:{parts})$"}
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Experts stay as they are stored, one by one, instead of being fused."""
+        family = family_of(model)
+        if family is None or family.experts is None:
+            return weight_conversions
+        own = expert_renamings(family.experts)
+        return [
+            *(x for x in weight_conversions if not isinstance(x, WeightConverter)),
+            *(WeightRenaming(pattern, name) for pattern, name in own.items()),
+        ]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Packed models are written by `secateur compress` alone."""

@@ -1,8 +1,9 @@
-"""Lets `AutoModelForCausalLM.from_pretrained` read compressed folders once secateur is imported.
+"""Lets `AutoModelForCausalLM.from_pretrained` read secateur's folders once it is imported.
 
-transformers has no entry point for quantizers, and importing it takes a second that `import
-secateur` shall not cost. So a finder waits until somebody imports transformers' table of
-quantizers, and enters ours right after.
+transformers has no entry point for quantizers or models, and importing it takes a second that
+`import secateur` shall not cost. So a finder waits until somebody imports transformers' tables of
+them, and enters ours right after: the quantizer of compressed folders, and models whose layers
+differ in size.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from types import ModuleType
 
 __all__ = ["register_with_transformers"]
 
-TABLE = "transformers.quantizers.auto"
+TABLES = {
+    "transformers.quantizers.auto": "secateur.runtime.quantizer",
+    "transformers.models.auto.configuration_auto": "secateur.models.varied",
+}
+"""Modules of transformers that are waited for, and ours that enter something into them."""
 
 
 class After(importlib.abc.Loader):
-    """Loads a module as its own loader would, and enters our quantizer afterwards."""
+    """Loads a module as its own loader would, and imports ours afterwards."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: importlib.abc.Loader, ours: str) -> None:
+        self.loader, self.ours = loader, ours
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         """As the module's own loader does."""
@@ -32,33 +37,33 @@ class After(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Run the module, then ours."""
         self.loader.exec_module(module)
-        enter()
+        importlib.import_module(self.ours)
 
 
 class Waiting(importlib.abc.MetaPathFinder):
     """Finds nothing but the one module it waits for, and that only once."""
 
+    def __init__(self, table: str) -> None:
+        self.table = table
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec of the awaited module with a loader that goes on with ours."""
-        if name != TABLE:
+        if name != self.table:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = After(spec.loader)
+            spec.loader = After(spec.loader, TABLES[name])
         return spec
 
 
-def enter() -> None:
-    """Import the module that enters our quantizer."""
-    importlib.import_module("secateur.runtime.quantizer")
-
-
 def register_with_transformers() -> None:
-    """Enter the quantizer now if transformers is loaded, else as soon as it is."""
-    if TABLE in sys.modules:
-        enter()
-    elif not any(isinstance(finder, Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Waiting())
+    """Enter what is ours now where transformers is loaded, else as soon as it is."""
+    waiting = {finder.table for finder in sys.meta_path if isinstance(finder, Waiting)}
+    for table, ours in TABLES.items():
+        if table in sys.modules:
+            importlib.import_module(ours)
+        elif table not in waiting:
+            sys.meta_path.insert(0, Waiting(table))

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from secateur.errors import RecipeError
+from secateur.errors import PatternError, RecipeError
 from secateur.registry import did_you_mean
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.patterns.unstructured import Unstructured
+from secateur.sparsity.patterns.whole_columns import WholeColumns
 from secateur.sparsity.refinements import Refinement, refinements
 from secateur.sparsity.scores import ScoreFunction, scores
 from secateur.sparsity.solvers import Solver, solvers
@@ -156,6 +157,30 @@ class Method:
     def rounds(self) -> bool:
         """Whether the solver changes weights of linears that lose none, too."""
         return getattr(self.solver, "rounds", False)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the solver changes biases, too."""
+        return getattr(self.solver, "shifts", False)
+
+    def check(self, shape: tuple[int, int], sparsity: float) -> None:
+        """Refuse a matrix [out, in] that cannot be pruned like this.
+
+        Raises:
+            PatternError: the pattern cannot have this sparsity, or what chooses the weights knows
+                whole columns only.
+            ShapeError: the pattern does not fit the matrix.
+        """
+        self.pattern.check(shape, sparsity)
+        chooser: Any = self.score
+        name = self.score_name
+        if self.solver_selects:
+            chooser, name = self.solver, self.solver_name
+        if getattr(chooser, "of_units", False) and not isinstance(self.pattern, WholeColumns):
+            raise PatternError(
+                f"{name!r} chooses whole columns, not weights of the pattern {self.pattern.name!r}",
+                remedy="ask for whole columns, such as '*x1'",
+            )
 
     def mask(self, weight: Weight, statistics: Statistics, sparsity: float) -> Mask:
         """The mask by the score, bettered by the refinement if there is one."""

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 else:
     PeftModel = Any  # peft is optional, and takes seconds to import
 
-__all__ = ["Adapters", "attach", "merge"]
+__all__ = ["ADAPTERS_ALONE", "Adapters", "attach", "merge"]
+
+ADAPTERS_ALONE = {"*": 0.0, "*.lora_[AB].*": 1.0}
+"""`rates` of a `TrainingPlan` that trains adapters and nothing else; the loop is to be given the
+model inside peft's wrapper, `adapted.get_base_model()`."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from secateur.errors import CheckpointError, RecipeError, VerificationError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.registry import did_you_mean
 from secateur.sparsity.schedules import Schedule, levels
 from secateur.training.gradual import renew
+from secateur.training.masks import Masks
 from secateur.training.selecting import Criterion
 
 __all__ = ["Early", "KeepEarly", "Retrain", "Round", "Rounds", "prune_in_rounds"]
@@ -214,21 +215,9 @@ def prune_in_rounds(
         first_step = None if how.rewind == "nothing" else how.rewind_step
         this = Round(number, how.rounds, sparsity, first_step)
         retrain(this)
-        _check(model, kept, this)
+        Masks(kept).check(model)
         done.append(this)
     return done
-
-
-def _check(model: nn.Module, kept: Mapping[str, Tensor], after: Round) -> None:
-    """Raise VerificationError if a pruned weight is not zero."""
-    for name, mask in kept.items():
-        filled = int(model.get_parameter(name)[~mask].count_nonzero())
-        if filled:
-            raise VerificationError(
-                f"{filled} pruned weights are not zero after round {after.number}",
-                where=name,
-                remedy="the retraining must hold the masks at every step",
-            )
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:

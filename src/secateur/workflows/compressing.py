@@ -161,6 +161,7 @@ def compress(
         )
         rounded = round_checkpoint(recipe, progress, resume=resume, restart=restart)
         reader = CheckpointReader(rounded)
+        matrices = find_matrices(reader, embeddings, trust_remote_code)
     with whole_folder(Path(output), overwrite=overwrite) as partial:
         plan = make_plan(reader, matrices, format, values, progress)
         computed = computed_dtype(plan, matrices, values)
@@ -219,7 +220,8 @@ def find_matrices(
             f"the checkpoint stores none of the linears of {type(model).__name__} as a matrix of "
             "its own",
             where=str(reader.folder),
-            remedy="models whose experts are fused into one tensor cannot be compressed yet",
+            remedy="experts of families that secateur does not declare cannot be compressed; see "
+            "CONTRIBUTING.md, 'Add a model family'",
         )
     if embeddings == "int8":
         outside = [model.get_input_embeddings(), model.get_output_embeddings()]

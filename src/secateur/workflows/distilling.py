@@ -12,6 +12,7 @@ from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress
 from secateur.engine.run import Run
 from secateur.engine.targets import Target
+from secateur.models.experts import open_experts
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.whole import load_whole
 from secateur.recipes.schema import PruneRecipe
@@ -32,6 +33,7 @@ def distil_checkpoint(
         prepared.source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
     )
     student = load_whole(partial, device, trust_remote_code=trust)
+    open_experts(student)  # its parameters go by the names of the skeleton's
     saved = partial / "work" / "distillation.safetensors"
     told = distil(student, teacher, run, recipe, progress, saved)
     write_layers(student, prepared.target, run)

@@ -22,6 +22,7 @@ from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.survey import allocate
 from secateur.engine.targets import ModelTarget
 from secateur.errors import RecipeError
+from secateur.models.experts import opened_experts
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
@@ -67,7 +68,6 @@ def prune_module(
     windows = None
     if windows_needed(recipe, method, allocation):
         windows = module_windows(recipe, calibration, tokenizer, model)
-    target = ModelTarget(model)
     ledger = Ledger(None, {})
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     needs_disk = method.requires - INPUT_STATISTICS or allocation.reach > 0
@@ -83,7 +83,8 @@ def prune_module(
         if windows is not None and generated:
             own = own_windows(model, windows, generated, recipe.calibration.seed, progress)
             windows = torch.cat([windows, own])
-        with scratch as folder, quiet_transformers():
+        with opened_experts(model), scratch as folder, quiet_transformers():
+            target = ModelTarget(model)
             work = Path(folder) if folder else None
             settings = settings_of(recipe, "memory", work)
             run = Run(
@@ -105,7 +106,9 @@ def prune_module(
         model.train(was_training)
     records: Sequence[dict[str, Any]] = [r for layer in ledger.layers for r in layer["linears"]]
     zeros = sum(r["zeros"] for r in records)
-    weights = sum(r["shape"][0] * r["shape"][1] for r in records)
+    unseen = [name for layer in ledger.layers for name in layer.get("unseen", ())]
+    shapes = [*(r["shape"] for r in records), *(run.shapes[name] for name in unseen)]
+    weights = sum(out * columns for out, columns in shapes)
     return PruneReport(zeros / weights if weights else 0.0, ledger.layers)
 
 

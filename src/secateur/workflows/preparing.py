@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from secateur.recipes.schema import Calibration, Memory, PruneRecipe
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
+from secateur.sparsity.patterns import Pattern
 from secateur.workflows.carrying import refuse_quantized
 
 __all__ = [
@@ -64,6 +66,10 @@ class Prepared:
     calibration: dict[str, Any] | None
     unwritten: int = 0
     """Calibration windows that the dense model has yet to write."""
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    """Patterns of linears that have another one than the method's, by glob."""
+    costs: Mapping[str, int] = field(default_factory=dict)
+    """What a unit of a linear counts in an allocation's budget, by name."""
 
     @property
     def planned_windows(self) -> Tensor | None:

@@ -17,6 +17,7 @@ from secateur.engine.ledger import Ledger
 from secateur.engine.meter import Meter
 from secateur.engine.plan import Plan
 from secateur.engine.progress import Progress, Silent
+from secateur.engine.routing import coverage
 from secateur.engine.run import Run, Settings
 from secateur.engine.survey import settled_allocation
 from secateur.errors import RecipeError
@@ -38,7 +39,7 @@ from secateur.workflows.preparing import (
 )
 from secateur.workflows.writing import with_own_windows
 
-__all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_recipe"]
+__all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
 
 NO_PART = {"output", "memory", "calibration", "on_collapse"}
 """Fields of a recipe that the pruned weights do not depend on, or that are told in another way."""
@@ -131,6 +132,8 @@ def run_of(prepared: Prepared, settings: Settings, ledger: Ledger, progress: Pro
         ledger,
         progress,
         reconstruction_of(prepared.recipe),
+        prepared.patterns,
+        prepared.costs,
     )
 
 
@@ -155,9 +158,25 @@ def run_recipe(
         overwrite: replace an existing output folder.
     """
     meter = Meter.start()
-    output, partial = places(recipe, resume, restart, overwrite)
+    _, partial = places(recipe, resume, restart, overwrite)
     stored = partial / "secateur" / "windows.safetensors" if resume else None
     prepared = prepare(recipe, partial, stored)
+    return run_prepared(prepared, progress, meter, resume=resume, overwrite=overwrite)
+
+
+def run_prepared(
+    prepared: Prepared,
+    progress: Progress,
+    meter: Meter,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> PruneReport:
+    """Carry out a recipe that is prepared; its places were checked."""
+    recipe = prepared.recipe
+    assert recipe.output is not None
+    output = Path(recipe.output)
+    partial = output.with_name(output.name + ".partial")
     chosen, activations = choose_plan(prepared, recipe.memory)
     check_disk(chosen, output)
     prepared = with_own_windows(prepared, progress)
@@ -171,13 +190,15 @@ def run_recipe(
         distilled = distil_checkpoint(prepared, run, partial, progress)
     audit = audit_checkpoint(
         partial,
-        prepared.method.pattern,
+        lambda name: run.method_for(name).pattern,
         run.sparsity_of,
         trust_remote_code=recipe.trust_remote_code,
     )
     verify(audit)
     manifest = make_manifest(prepared, chosen, activations, audit, meter, resume)
     manifest["distillation"] = distilled
+    found = coverage(ledger.layers, run.target.architecture)
+    manifest["experts"] = found and found.to_json()
     manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
     finish(manifest, prepared, partial, output, overwrite)
     return PruneReport(audit.sparsity, ledger.layers, manifest, output)
@@ -220,6 +241,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         **recipe,
         "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
         "windows": fingerprint(prepared.windows),
+        "starts": dict(prepared.selection.starts),
+        "patterns": {glob: pattern.name for glob, pattern in prepared.patterns.items()},
         "source_files": [[f.name, f.stat().st_size] for f in prepared.reader.files],
     }
 

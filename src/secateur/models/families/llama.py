@@ -6,6 +6,7 @@ from secateur.models.architecture import (
     Family,
     families,
 )
+from secateur.models.couplings import LLAMA_COUPLINGS
 
 LLAMA = families.register("llama")(
     Family(
@@ -13,5 +14,6 @@ LLAMA = families.register("llama")(
         layers="model.layers",
         groups=SPLIT_ATTENTION_GATED_FFN,
         writers=PRE_NORM_WRITERS,
+        couplings=LLAMA_COUPLINGS,
     )
 )

@@ -1,6 +1,9 @@
 """Phi-3 and Phi-4: queries, keys and values in one matrix, gate and up in another."""
 
+from dataclasses import replace
+
 from secateur.models.architecture import PRE_NORM_WRITERS, Family, families
+from secateur.models.couplings import LLAMA_COUPLINGS, TWO_NORMS
 
 PHI3 = families.register("phi3")(
     Family(
@@ -13,5 +16,21 @@ PHI3 = families.register("phi3")(
             ("mlp.down_proj",),
         ),
         writers=PRE_NORM_WRITERS,
+        couplings=replace(
+            LLAMA_COUPLINGS,
+            layer={
+                **TWO_NORMS,
+                "self_attn.qkv_proj": ("queries+keys+keys", "hidden"),
+                "self_attn.o_proj": ("hidden", "queries"),
+                "mlp.gate_up_proj": ("neurons+neurons", "hidden"),
+                "mlp.down_proj": ("hidden", "neurons"),
+            },
+            attributes={
+                "self_attn": {
+                    "num_key_value_heads": "groups",
+                    "config.num_attention_heads": "heads",
+                }
+            },
+        ),
     )
 )

@@ -6,6 +6,7 @@ from secateur.models.architecture import (
     Family,
     families,
 )
+from secateur.models.couplings import LLAMA_COUPLINGS
 
 QWEN2 = families.register("qwen2")(
     Family(
@@ -13,5 +14,6 @@ QWEN2 = families.register("qwen2")(
         layers="model.layers",
         groups=SPLIT_ATTENTION_GATED_FFN,
         writers=PRE_NORM_WRITERS,
+        couplings=LLAMA_COUPLINGS,
     )
 )

@@ -54,7 +54,7 @@ def points_of(run: Run) -> Iterable[Judged]:
             text=found.text,
             protocol=found.protocol,
             series=run.name,
-            sparsity=run.manifest.result.decoder_sparsity,
+            sparsity=run.manifest.lost,
             perplexity=found.perplexity,
             dense=found.reference_perplexity,
             joined=False,

@@ -47,7 +47,16 @@ def claims(run: Run) -> list[Claim]:
 
 def smaller(run: Run) -> Claim:
     """The files, beside those of the same model in dense bfloat16."""
-    found = run.compression
+    found, cut = run.compression, run.manifest.structure
+    if found is None and cut is not None:
+        saved = 1 - cut.after.file_bytes / cut.before.file_bytes
+        return Claim(
+            "Smaller by",
+            percent(saved),
+            f"{megabytes(cut.after.file_bytes)} instead of {megabytes(cut.before.file_bytes)} in "
+            f"the same dtype; {percent(cut.decoder_removed)} of the decoder was cut out.",
+            good=saved > 0,
+        )
     if found is None:
         zeros = run.manifest.result.decoder_sparsity
         return Claim(

@@ -147,7 +147,10 @@ def title(records: Records) -> str:
     names = list(dict.fromkeys(bare_name(name) for name in models))
     subject = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
     if len(records.runs) == 1:
-        return f"{subject}, pruned to {percent(records.runs[0].manifest.result.decoder_sparsity)}"
+        manifest = records.runs[0].manifest
+        if manifest.structure is not None:
+            return f"{subject}, cut to {percent(1 - manifest.structure.decoder_removed)}"
+        return f"{subject}, pruned to {percent(manifest.result.decoder_sparsity)}"
     if records.runs:
         return f"{subject}: {len(records.runs)} pruned models compared"
     return f"{subject}: quality against sparsity"
@@ -192,9 +195,12 @@ def made_by(run: Run) -> str:
     """How a run was made, in a line."""
     method, result, cost = run.manifest.method, run.manifest.result, run.manifest.cost
     effort = f" ({method['effort']})" if method.get("effort") else ""
+    cut = run.manifest.structure
+    lost = f"{percent(result.decoder_sparsity, 1)} zeros in the decoder's matrices"
+    if cut is not None:
+        lost = f"{percent(cut.decoder_removed, 1)} of the decoder cut out"
     return (
-        f"{method.get('name', '?')}{effort}, {method.get('pattern', '?')}, "
-        f"{percent(result.decoder_sparsity, 1)} zeros in the decoder's matrices; pruned in "
+        f"{method.get('name', '?')}{effort}, {method.get('pattern', '?')}, {lost}; pruned in "
         f"{cost.seconds:.0f} s with {cost.peak_resident_bytes / 2**30:.2f} GiB"
     )
 

@@ -31,6 +31,9 @@ def of_run(run: Run) -> Part:
         "zeros in all parameters": percent(m.result.model_sparsity, 4),
         "parameters": f"{m.result.parameters:,}",
     }
+    if m.structure is not None:
+        result["parameters before"] = f"{m.structure.before.parameters:,}"
+        result["decoder cut out"] = percent(m.structure.decoder_removed, 2)
     cost: dict[str, Any] = {
         "time": f"{m.cost.seconds:.1f} s" + (", resumed" if m.cost.resumed else ""),
         "peak memory": f"{m.cost.peak_resident_bytes / 2**30:.2f} GiB",

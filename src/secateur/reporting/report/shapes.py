@@ -57,6 +57,22 @@ class Result(Shape):
     file_bytes: int
 
 
+class Counted(Shape):
+    """What a model consists of."""
+
+    parameters: int
+    decoder: int
+    file_bytes: int
+
+
+class Structure(Shape):
+    """What a structured cut took out."""
+
+    before: Counted
+    after: Counted
+    decoder_removed: float
+
+
 class Manifest(Shape):
     """`manifest.json`."""
 
@@ -69,6 +85,13 @@ class Manifest(Shape):
     plan: dict[str, Any] = Field(default_factory=dict)
     cost: Cost
     result: Result
+    structure: Structure | None = None
+
+    @property
+    def lost(self) -> float:
+        """The fraction of the decoder that is gone: cut out of it, or zero."""
+        gone = self.structure.decoder_removed if self.structure else 0.0
+        return 1 - (1 - gone) * (1 - self.result.decoder_sparsity)
 
 
 class Linear(Shape):

@@ -29,7 +29,9 @@ class GlobalThreshold:
 
         c_i = clip(n_i(θ), floor_i, cap_i)      floor_i, cap_i = (s ∓ reach) · size_i
 
-    of them, for the one θ at which Σ c_i is the budget. What a cap refuses, a lower threshold
+    of them, for the one θ at which Σ c_i is the budget. Where a unit of one linear costs more than
+    one of another (a KV group, a neuron), scores are divided by that cost and counts multiplied;
+    what one unit cannot hit, `budget.settle` evens out. What a cap refuses, a lower threshold
     would have taken elsewhere; so it is found by moving the threshold, not by spreading a rest.
 
     Source: global magnitude pruning (Han et al. 2015, arXiv:1506.02626), whose single threshold
@@ -59,9 +61,11 @@ class GlobalThreshold:
     def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
         """c_i / size_i; the scores are streamed three times."""
         sizes = {name: score.numel() for name, score in kept()}
-        # A score stands for one weight, or for a block.
-        weights = sum(g.total for g in grains.values()) // sum(sizes.values())
-        budget = sum(g.uniform * g.weights for g in grains.values()) // weights
+        # A score stands for one weight, for a block, or for a unit that costs others with it.
+        worth = {name: max(1, g.total // sizes[name]) for name, g in grains.items()}
+        shared = math.gcd(*worth.values())
+        worth = {name: each // shared for name, each in worth.items()}
+        budget = sum(g.uniform * g.weights for g in grains.values()) // shared
         bounds = {
             name: (
                 math.ceil(grain.lowest * sizes[name] / grain.units),
@@ -69,7 +73,12 @@ class GlobalThreshold:
             )
             for name, grain in grains.items()
         }
-        counts = global_threshold(kept, budget, bounds)
+
+        def by_worth() -> Iterator[tuple[str, Tensor]]:
+            for name, score in kept():
+                yield name, score / worth[name]
+
+        counts = global_threshold(by_worth, budget, bounds, worth)
         return {name: count / sizes[name] for name, count in counts.items()}
 
     def disk_bytes(self, weights: int, itemsize: int) -> int:
@@ -85,6 +94,7 @@ def global_threshold(
     scores: Callable[[], Iterable[tuple[str, Tensor]]],
     pruned: int,
     bounds: Mapping[str, tuple[int, int]] | None = None,
+    worth: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """How many entries each tensor loses when the `pruned` smallest of all tensors are pruned.
 
@@ -102,6 +112,8 @@ def global_threshold(
         pruned: how many entries to prune over all tensors.
         bounds: the least and the most entries each tensor loses, by name; None binds nothing.
             The threshold moves until the bounded counts add up to `pruned`.
+        worth: what an entry of each tensor counts; None: 1. The entry that would exceed `pruned`
+            stays, so that the sum may fall short by less than the largest worth.
 
     Returns:
         The number of entries to prune by name.
@@ -116,9 +128,11 @@ def global_threshold(
     for name, bits in _read(scores()):
         sizes[name] = len(bits)
         upper[name] = _histogram(bits >> 16)
-    if not 0 <= pruned <= sum(sizes.values()):
-        raise PatternError(f"cannot prune {pruned} of {sum(sizes.values())} weights")
-    limits = _Limits.of(sizes, bounds)
+    worth = dict.fromkeys(sizes, 1) if worth is None else worth
+    whole = sum(size * worth[name] for name, size in sizes.items())
+    if not 0 <= pruned <= whole:
+        raise PatternError(f"cannot prune {pruned} of {whole} weights")
+    limits = _Limits.of(sizes, bounds, worth)
     if not limits.least <= pruned <= limits.most:
         raise PatternError(
             f"cannot prune {pruned} weights within bounds that ask for {limits.least} to "
@@ -142,12 +156,12 @@ def global_threshold(
         )
     threshold, below = limits.locate(lower, below, pruned)
     counts = limits.clip(below)
-    ties = pruned - sum(counts.values())
+    ties = pruned - sum(count * worth[name] for name, count in counts.items())
     for name, histogram in lower.items():
         most = min(below[name] + int(histogram[threshold]), limits.highest[name])
-        equal = min(max(most - counts[name], 0), ties)
+        equal = min(max(most - counts[name], 0), ties // worth[name])
         counts[name] += equal
-        ties -= equal
+        ties -= equal * worth[name]
     return counts
 
 
@@ -157,23 +171,29 @@ class _Limits:
 
     lowest: Mapping[str, int]
     highest: Mapping[str, int]
+    worth: Mapping[str, int]
 
     @classmethod
-    def of(cls, sizes: Mapping[str, int], bounds: Mapping[str, tuple[int, int]] | None) -> _Limits:
+    def of(
+        cls,
+        sizes: Mapping[str, int],
+        bounds: Mapping[str, tuple[int, int]] | None,
+        worth: Mapping[str, int],
+    ) -> _Limits:
         """Bounds that are given, or all of every tensor."""
         if bounds is None:
-            return cls(dict.fromkeys(sizes, 0), sizes)
-        return cls({n: bounds[n][0] for n in sizes}, {n: bounds[n][1] for n in sizes})
+            return cls(dict.fromkeys(sizes, 0), sizes, worth)
+        return cls({n: bounds[n][0] for n in sizes}, {n: bounds[n][1] for n in sizes}, worth)
 
     @property
     def least(self) -> int:
-        """Entries that are pruned in any case."""
-        return sum(self.lowest.values())
+        """What is pruned in any case."""
+        return sum(count * self.worth[name] for name, count in self.lowest.items())
 
     @property
     def most(self) -> int:
-        """Entries that may be pruned."""
-        return sum(self.highest.values())
+        """What may be pruned."""
+        return sum(count * self.worth[name] for name, count in self.highest.items())
 
     def clip(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Counts within the limits."""
@@ -182,7 +202,7 @@ class _Limits:
     def locate(
         self, histograms: Mapping[str, Tensor], below: Mapping[str, int], pruned: int
     ) -> tuple[int, dict[str, int]]:
-        """The first bin at whose end at least `pruned` entries are pruned within the limits.
+        """The first bin at whose end at least `pruned` is pruned within the limits.
 
         Args:
             histograms: counts by bin of each tensor.
@@ -195,7 +215,7 @@ class _Limits:
         total = torch.zeros(_BINS, dtype=torch.int64)
         for name, histogram in histograms.items():
             reached = histogram.cumsum(0, dtype=torch.int64) + below[name]
-            total += reached.clamp_(self.lowest[name], self.highest[name])
+            total += reached.clamp_(self.lowest[name], self.highest[name]) * self.worth[name]
         held = int(torch.searchsorted(total, pruned))
         return held, {n: below[n] + int(h[:held].sum()) for n, h in histograms.items()}
 

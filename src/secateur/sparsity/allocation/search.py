@@ -62,7 +62,8 @@ def ladders(grains: Mapping[str, Grain], levels: int, step: float) -> dict[str, 
     A level is worth about `step` of a linear: a multiple of what a level of the smallest linear
     is worth, where the units of all linears allow that; then 8 levels of a small linear may be
     exactly 1 of a large one. Otherwise each linear has levels of its own whole units, and trades
-    find those that match.
+    find those that match. Where one linear has very coarse units (a KV group is worth hundreds of
+    neurons), the levels of finer ones are such that a few of them are one of those.
 
     Args:
         grains: of every linear that competes.
@@ -72,14 +73,23 @@ def ladders(grains: Mapping[str, Grain], levels: int, step: float) -> dict[str, 
     smallest = step * min(g.total for g in grains.values())
     common = math.lcm(*(g.weights for g in grains.values()))
     common *= max(1, round(smallest / common))
+    coarsest = max(g.weights for g in grains.values())
     found = {}
     for name, grain in grains.items():
         base = common if common <= 2 * smallest else grain.weights
         unit = base * max(1, round(step * grain.total / base))
+        if coarsest > 2 * smallest:
+            unit = nearest_part(coarsest // grain.weights, unit // grain.weights) * grain.weights
         down = (grain.uniform - grain.lowest) * grain.weights // unit
         up = (grain.highest - grain.uniform) * grain.weights // unit
         found[name] = Ladder(grain, unit, -min(levels, down), min(levels, up))
     return found
+
+
+def nearest_part(whole: int, wished: int) -> int:
+    """The divisor of `whole` nearest to what is wished, by ratio."""
+    parts = [d for d in range(1, whole + 1) if whole % d == 0]
+    return min(parts, key=lambda d: abs(math.log(d / wished)))
 
 
 @allocations.register("search")

@@ -27,11 +27,13 @@ class Solution:
         weight: the new weight [out, in], float32, exactly zero where the mask is False.
         mask: True = kept.
         error: ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs; None where no gram was gathered.
+        shift: what the bias is to gain, float32 [out], where there is one; None for nothing.
     """
 
     weight: Tensor
     mask: Mask
     error: float | None
+    shift: Tensor | None = None
 
 
 @runtime_checkable

@@ -1,0 +1,152 @@
+"""Structured cuts of SmolLM2-135M, by kind and by how much of the decoder goes.
+
+    python benchmarks/structure.py --calibration c4.jsonl --text wiki.txt
+    python benchmarks/structure.py … --rows "width, best" --levels 0.2 0.3
+
+Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, seed 0) of the calibration
+file (or windows in a safetensors file); perplexity on the first 24 non-overlapping windows of 2048
+tokens; excess = ln(perplexity) − ln(dense perplexity). A level is the fraction of the parameters of
+the decoder layers that goes; depth removes the nearest number of layers. The published codes are
+measured by `structured_rivals.py`, on the same windows and judged tokens. Whatever a row
+trains on is its calibration windows, and what the dense model writes from them (`best`).
+
+Every finished cell is kept in `results/structure.json` at once and skipped when it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import secateur
+from hardware import RESULTS, heading, keep, markdown
+
+MODEL, LAYERS, HIDDEN = "smollm2-135m", 30, 576
+LEVELS = (0.1, 0.2, 0.3, 0.5)
+
+Options = dict[str, Any]
+
+
+def depth(by: str, **more: Any) -> Callable[[float], Options]:
+    """Whole layers."""
+    return lambda level: {"keep_layers": LAYERS - round(level * LAYERS), "by": by, **more}
+
+
+def width(**more: Any) -> Callable[[float], Options]:
+    """Heads and neurons."""
+    return lambda level: {"keep_parameters": round(1 - level, 6), **more}
+
+
+def mixed(**more: Any) -> Callable[[float], Options]:
+    """A third of the level by depth, the rest by width."""
+    return lambda level: {
+        "keep_layers": LAYERS - round(level * LAYERS / 3),
+        "keep_parameters": round(1 - level, 6),
+        **more,
+    }
+
+
+def hidden(**more: Any) -> Callable[[float], Options]:
+    """Channels of the residual stream, in multiples of the 9 heads."""
+    return lambda level: {"hidden": 9 * round((1 - level) * HIDDEN / 9), **more}
+
+
+ROWS: dict[str, Callable[[float], Options]] = {
+    "depth, influence": depth("influence", effort="fast"),
+    "depth, greedy": depth("greedy", effort="balanced"),
+    "depth, influence, distilled": depth("influence", effort="best"),
+    "hidden": hidden(effort="fast"),
+    "hidden, distilled": hidden(effort="best"),
+    "width, fast": width(effort="fast"),
+    "width, balanced": width(effort="balanced"),
+    "width, balanced, global": width(effort="balanced", allocation="global"),
+    "width, best": width(effort="best"),
+    "mixed, best": mixed(effort="best", by="influence"),
+}
+
+
+def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]:
+    """One cell."""
+    options = ROWS[row](level)
+    if args.calibration.endswith(".safetensors"):
+        options |= {"calibration": args.calibration}
+        if options["effort"] == "best" and args.own_windows:
+            options |= {"calibration": args.own_windows, "generated": 0}
+    else:
+        options |= {"calibration": args.calibration, "samples": 64, "sequence_length": 512,
+                    "packing": "random-crop"}  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        report = secateur.structure(MODEL, output=Path(scratch) / "cut", **options)
+        judged = secateur.evaluate(
+            str(report.output), text=args.text, sequence_length=2048, max_windows=args.windows
+        )
+    told = report.manifest["structure"]
+    return {
+        "row": row,
+        "level": level,
+        "decoder_removed": told["decoder_removed"],
+        "varied": told["varied"],
+        "perplexity": judged.perplexity,
+        "protocol_id": judged.protocol_id,
+        "seconds": report.manifest["cost"]["seconds"],
+        "peak_resident_bytes": report.manifest["cost"]["peak_resident_bytes"],
+        "distillation": report.manifest["distillation"],
+    }
+
+
+def known_rows() -> list[dict[str, Any]]:
+    """What was measured before."""
+    file = RESULTS / "structure.json"
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Perplexity and excess by row and level."""
+    dense = next(r["perplexity"] for r in rows if r["row"] == "dense")
+    lines = []
+    for name in [n for n in ROWS if any(r["row"] == n for r in rows)]:
+        cells = []
+        for level in LEVELS:
+            found = [r for r in rows if (r["row"], r["level"]) == (name, level)]
+            cells += [
+                f"{r['perplexity']:.2f} ({math.log(r['perplexity'] / dense):.3f})" for r in found
+            ] or [""]
+        lines.append([name, *cells])
+    return markdown(["", *(f"{level:.0%}" for level in LEVELS)], lines)
+
+
+def main() -> None:
+    """Fill the table, as far as asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", default="boolq-calibration")
+    parser.add_argument("--own-windows", help="those windows with what the dense model wrote")
+    parser.add_argument("--text", default="boolq-held-out")
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--rows", nargs="*", default=[*ROWS], choices=[*ROWS])
+    parser.add_argument("--levels", nargs="*", type=float, default=LEVELS)
+    args = parser.parse_args()
+    print(heading())
+    protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
+    if not known_rows():
+        judged = secateur.evaluate(
+            MODEL, text=args.text, sequence_length=2048, max_windows=args.windows
+        )
+        row = {"row": "dense", "level": 0.0, "perplexity": judged.perplexity}
+        keep("structure", protocol, [{**row, "protocol_id": judged.protocol_id}])
+    for level in args.levels:
+        for row in args.rows:
+            if any((r["row"], r["level"]) == (row, level) for r in known_rows()):
+                continue
+            found = measured(args, row, level)
+            keep("structure", protocol, [*known_rows(), found])
+            print(found, flush=True)
+    print(table(known_rows()))
+
+
+if __name__ == "__main__":
+    main()

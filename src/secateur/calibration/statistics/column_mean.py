@@ -1,0 +1,44 @@
+"""The mean of each input feature over all calibration tokens."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from secateur.calibration.statistics import check_finite, statistics
+from secateur.types import Inputs
+
+__all__ = ["ColumnMean"]
+
+
+@statistics.register("column_mean")
+class ColumnMean:
+    """μ_j = 1/N Σ_t x_tj, float32 [in]; 0 before any token. Summed in float64.
+
+    Args:
+        in_features: the number of input features.
+        device: where the sums are kept and computed.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(2, in_features, dtype=torch.float64, device=device)
+
+    def update(self, x: Inputs) -> None:
+        """Add the inputs of more tokens, [tokens, in]: their number and their sum."""
+        inputs = x.detach()
+        self.total[0] += len(inputs)
+        self.total[1] += inputs.sum(0, dtype=torch.float64)
+
+    def merge(self, other: ColumnMean) -> None:
+        """Add what `other` has seen."""
+        self.total += other.total.to(self.total.device)
+
+    def value(self) -> Float32[Tensor, " in"]:
+        """μ_j of every input feature, float32 [in].
+
+        Raises:
+            NumericalError: an input was infinite or NaN.
+        """
+        check_finite(self.total[1])
+        return (self.total[1] / self.total[0].clamp(min=1)).float()

@@ -1,0 +1,185 @@
+"""`secateur structure`: fewer layers, heads, neurons, channels or experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.cli import options as o
+from secateur.errors import RecipeError
+
+if TYPE_CHECKING:
+    from secateur.workflows import StructureReport
+
+__all__ = ["structure"]
+
+COUNTS = ("keep_layers", "ffn", "heads", "hidden", "experts")
+"""Options that are a number of units, or a fraction of them."""
+
+
+def structure(
+    model: o.ModelArgument,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder for the smaller model.")
+    ] = None,
+    effort: o.Effort = None,
+    keep_layers: Annotated[
+        str | None,
+        typer.Option(help="Decoder layers that stay: a number, or a fraction such as 0.8."),
+    ] = None,
+    ffn: Annotated[
+        str | None, typer.Option(help="FFN neurons of each layer that stay, likewise.")
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="KV groups of each layer, with their query heads, that stay, likewise."),
+    ] = None,
+    hidden: Annotated[
+        str | None, typer.Option(help="Channels of the residual stream that stay, likewise.")
+    ] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="Experts of each layer that stay, likewise.")
+    ] = None,
+    keep_parameters: Annotated[
+        float | None,
+        typer.Option(
+            "--parameters",
+            help="Fraction of the decoder's parameters that stays; heads and neurons are cut.",
+        ),
+    ] = None,
+    file_mib: Annotated[
+        float | None, typer.Option(help="MiB of weights that may stay, likewise.")
+    ] = None,
+    kv_cache: Annotated[
+        float | None, typer.Option(help="Fraction of the KV cache that stays; heads are cut.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--depth-by",
+            help="How layers are chosen: influence, angular, greedy, search. [the preset's]",
+        ),
+    ] = None,
+    units: Annotated[
+        str | None,
+        typer.Option(
+            "--depth-units",
+            help="What goes: layers, or blocks (attention and FFN by themselves). [layers]",
+        ),
+    ] = None,
+    allocation: o.Allocation = None,
+    multiple: Annotated[
+        int | None, typer.Option(help="FFN neurons are kept in multiples of this. [1]")
+    ] = None,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Pad layers to one size, for engines that need it.")
+    ] = False,
+    score: o.ScoreName = None,
+    solver: o.SolverName = None,
+    asymmetric: o.Asymmetric = None,
+    fast_matmuls: o.FastMatmuls = None,
+    epochs: o.Epochs = None,
+    calibration: o.CalibrationSource = None,
+    samples: o.Samples = None,
+    sequence_length: o.SequenceLength = None,
+    generated: o.Generated = None,
+    seed: o.Seed = None,
+    packing: o.Packing = None,
+    field: o.Field = None,
+    memory_budget_gib: o.Budget = None,
+    activations: o.ActivationsPlace = None,
+    micro_batch_tokens: o.MicroBatch = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    assignments: o.Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what a stopped run left.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output folder.")
+    ] = False,
+    as_json: o.Json = False,
+) -> None:
+    """Cut structure out of a model: what is left is smaller and faster in every engine."""
+    given = dict(locals())
+    for name in COUNTS:
+        given[name] = number(name, given[name])
+    given["pad"] = pad or None
+    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.recipes.reading import build_structure_recipe
+    from secateur.workflows import structure_recipe
+
+    recipe = build_structure_recipe(*o.values_from(given))
+    with ProgressBar() as progress:
+        report = structure_recipe(
+            recipe, progress, resume=resume, restart=restart, overwrite=overwrite
+        )
+    if as_json:
+        print_json({"output": str(report.output), **report.manifest})
+        return
+    show(report)
+
+
+def number(name: str, text: str | None) -> int | float | None:
+    """A number of units, or (with a point) a fraction of them.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise RecipeError(
+            f"--{name.replace('_', '-')} {text!r} is no number",
+            remedy="give a number of units such as 24, or a fraction such as 0.75",
+        ) from None
+
+
+def show(report: StructureReport) -> None:
+    """What went, for people."""
+    from secateur.cli.rendering import gib, mib, print_table
+
+    told, cost = report.manifest["structure"], report.manifest["cost"]
+    before, after = told["before"], told["after"]
+
+    def line(what: str, key: str) -> tuple[str, str, str, str]:
+        return what, f"{before[key]:,}", f"{after[key]:,}", f"{share(before[key], after[key]):.1%}"
+
+    rows = [
+        line("parameters", "parameters"),
+        line("decoder layers'", "decoder"),
+        line("attention", "attention"),
+        line("feed-forward", "ffn"),
+        line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
+    ]
+    if before["experts"]:
+        rows.insert(4, line("experts", "experts"))
+    size = share(before["file_bytes"], after["file_bytes"])
+    rows.append(
+        ("weight files", mib(before["file_bytes"]), mib(after["file_bytes"]), f"{size:.1%}")
+    )
+    print_table("cut", ("", "before", "after", "left"), rows)
+    steps = [(f"{x['step']}, by {x['by']}", f"{step_share(x):.1%} left") for x in told["steps"]]
+    loads = "secateur, or trust_remote_code" if told["varied"] else "plain transformers"
+    rest: list[tuple[str, Any]] = [
+        ("loads with", loads),
+        ("time", f"{cost['seconds']:.1f} s"),
+        ("peak memory", gib(cost["peak_resident_bytes"])),
+        ("output", str(report.output)),
+    ]
+    print_table("steps", ("", "decoder"), [*steps, *rest], numbers=2)
+
+
+def share(before: int, after: int) -> float:
+    """What is left of a number."""
+    return after / before if before else 1.0
+
+
+def step_share(step: dict[str, Any]) -> float:
+    """What a step left of the decoder it got."""
+    return share(step["decoder_before"], step["decoder_after"])

@@ -1,0 +1,129 @@
+"""Which axis of which parameter carries which dimension: what has to be cut together.
+
+A dimension of a decoder is spread over many parameters: an FFN neuron is a row of two matrices and
+a column of a third, a KV group a run of rows in three and of columns in a fourth, a channel of the
+residual stream an entry of nearly everything. `Couplings` says so for a family, as data.
+
+An axis is named by what lies along it:
+
+| name        | along it                                                                        |
+|-------------|---------------------------------------------------------------------------------|
+| `hidden`    | channels of the residual stream                                                 |
+| `embedding` | the same, unless the embedding is narrower and projected                        |
+| `queries`   | query heads, those of a KV group together: groups × heads per group × head size |
+| `keys`      | key or value heads: groups × head size                                          |
+| `triples`   | query, key and value of one head after another: heads × 3 × head size           |
+| `neurons`   | FFN neurons                                                                     |
+| `experts`   | experts of a mixture                                                            |
+| `-`         | nothing that can be cut (the vocabulary, one head's own channels)               |
+
+Names joined by `+` are segments one after the other: `queries+keys+keys` of a fused projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = [
+    "EMBEDDING_AND_HEAD",
+    "FUSED_EXPERTS",
+    "GATED_FFN",
+    "HEAD_NORMS",
+    "LLAMA_COUPLINGS",
+    "SIZES_OF_EXPERTS",
+    "SPLIT_ATTENTION",
+    "TWO_NORMS",
+    "Axes",
+    "Couplings",
+]
+
+Axes = Mapping[str, tuple[str, ...]]
+"""Axes by name of a module or parameter. Of a linear or an embedding: those of its weight as
+[out, in], whatever way it is stored; its bias has the first. Of a norm: the one it runs over."""
+
+
+@dataclass(frozen=True)
+class Couplings:
+    """What has to be cut together in the models of one family.
+
+    Attributes:
+        layer: axes of modules and parameters, named within a decoder layer.
+        outside: axes of those outside the decoder layers, named within the model.
+        attention: the module that is the attention sub-block.
+        ffn: the modules that make up the FFN sub-block, one or several.
+        attention_norms: norms that serve the attention sub-block alone and go with it.
+        ffn_norms: norms that serve the FFN sub-block alone and go with it.
+        neurons_key: what the configuration calls the number of FFN neurons.
+        attributes: attributes of modules that hold a size, by module and attribute, as a quantity:
+            `heads`, `groups`, `queries` (heads × head size), `neurons`, `experts` or `hidden`.
+            An attribute `config.x` is a value the module reads from the model's configuration.
+        norm_offset: what a norm adds to its stored weight (1 for Gemma, which stores w - 1).
+        scaled_embedding: embeddings are multiplied by the square root of the hidden size.
+    """
+
+    layer: Axes
+    outside: Axes
+    attention: str = "self_attn"
+    ffn: tuple[str, ...] = ("mlp",)
+    attention_norms: tuple[str, ...] = ()
+    ffn_norms: tuple[str, ...] = ()
+    neurons_key: str = "intermediate_size"
+    attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+
+    def consumer(self, axis: str) -> str | None:
+        """The linear of a layer whose input columns are the units along `axis`."""
+        found = (n for n, axes in self.layer.items() if len(axes) == 2 and axes[1] == axis)
+        return next(found, None)
+
+
+SPLIT_ATTENTION: Axes = {
+    "self_attn.q_proj": ("queries", "hidden"),
+    "self_attn.k_proj": ("keys", "hidden"),
+    "self_attn.v_proj": ("keys", "hidden"),
+    "self_attn.o_proj": ("hidden", "queries"),
+}
+"""Separate projections, as Llama made them common."""
+
+GATED_FFN: Axes = {
+    "mlp.gate_proj": ("neurons", "hidden"),
+    "mlp.up_proj": ("neurons", "hidden"),
+    "mlp.down_proj": ("hidden", "neurons"),
+}
+"""A gated feed-forward of three linears."""
+
+FUSED_EXPERTS: Axes = {
+    "mlp.gate": ("experts", "hidden"),
+    "mlp.experts.gate_up_proj": ("experts", "-", "hidden"),
+    "mlp.experts.down_proj": ("experts", "hidden", "-"),
+}
+"""A router and experts as transformers holds them, all of a layer in two tensors."""
+
+SIZES_OF_EXPERTS: Mapping[str, Mapping[str, str]] = {
+    "mlp.experts": {"num_experts": "experts"},
+    "mlp.gate": {"num_experts": "experts", "hidden_dim": "hidden"},
+}
+"""The attributes in which router and experts keep their sizes."""
+
+EMBEDDING_AND_HEAD: Axes = {
+    "model.embed_tokens": ("-", "hidden"),
+    "model.norm": ("hidden",),
+    "lm_head": ("-", "hidden"),
+}
+"""What stands outside the decoder layers in most families."""
+
+TWO_NORMS: Axes = {"input_layernorm": ("hidden",), "post_attention_layernorm": ("hidden",)}
+"""One norm before each sub-block."""
+
+HEAD_NORMS: Axes = {"self_attn.q_norm": ("-",), "self_attn.k_norm": ("-",)}
+"""Norms over the channels of a head, which all heads share."""
+
+LLAMA_COUPLINGS = Couplings(
+    layer={**SPLIT_ATTENTION, **GATED_FFN, **TWO_NORMS},
+    outside=EMBEDDING_AND_HEAD,
+    attention_norms=("input_layernorm",),
+    ffn_norms=("post_attention_layernorm",),
+)
+"""Of the layout that Llama made common."""

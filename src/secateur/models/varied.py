@@ -1,0 +1,205 @@
+"""A model whose layers differ in size, or lack a sub-block: any class of transformers, resized.
+
+This file imports transformers and torch only. It is registered with the Auto classes when secateur
+is imported, and a copy of it lies beside the weights as the model's own code, so that transformers
+without secateur loads the folder with `trust_remote_code=True`.
+
+`config.json` is that of the base class, which is built first; `secateur_cut` in it says what of the
+built model is different:
+
+    base_model_type   the model type of the base class
+    secateur_cut
+      shapes          {module or parameter: the shape of its weight, as it is stored}
+      attributes      {module: {attribute: value}}; `config.x` is what the module reads as config.x
+      absent          {module: "attention" | "ffn" | "norm"}
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["FILE_NAME", "MODEL_TYPE", "VariedConfig", "VariedForCausalLM", "varied_classes"]
+
+MODEL_TYPE = "secateur_varied"
+FILE_NAME = "modeling_secateur_varied.py"
+"""What the copy of this file in a model's folder is called."""
+
+CACHES = ("cache", "past_key_values", "layer_past")
+"""What decoder layers call the cache when they hand it on."""
+
+
+class VariedConfig(PreTrainedConfig):
+    """Stands for the configuration of any varied model until its base class is known."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration, of a subclass of that of the base class."""
+        return varied_classes(config_dict["base_model_type"])[0].from_dict(config_dict, **kwargs)
+
+
+class VariedForCausalLM:
+    """Stands for the class of any varied model until its base class is known."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, config: Any, **kwargs: Any) -> Any:
+        """The model in a folder."""
+        model_class = varied_classes(config.base_model_type)[1]
+        return model_class.from_pretrained(*args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return varied_classes(config.base_model_type)[1]._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do: a varied model saves its own code."""
+
+
+@cache
+def varied_classes(base_model_type: str) -> tuple[Any, Any]:
+    """Configuration and model class of varied models of one type, known to the Auto classes."""
+    # Not above: this file is imported while transformers is half-way through importing this class.
+    from transformers import AutoModelForCausalLM
+
+    base_config: Any = type(AutoConfig.for_model(base_model_type))
+    base_model: Any = AutoModelForCausalLM._model_mapping[base_config]
+    config_class = type(
+        f"Varied{base_config.__name__}",
+        (base_config,),
+        {"model_type": MODEL_TYPE, "__module__": __name__},
+    )
+    model_class = type(
+        f"Varied{base_model.__name__}",
+        (Varied, base_model),
+        {"config_class": config_class, "__module__": __name__},
+    )
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    read_as_the_base(base_model, base_model_type, model_class)
+    return config_class, model_class
+
+
+def read_as_the_base(base_model: Any, base_model_type: str, model_class: Any) -> None:
+    """Let stored names be converted as for the base class: experts that are stored alone, fused."""
+    from transformers import conversion_mapping
+
+    known = conversion_mapping.get_checkpoint_conversion_mapping
+    conversion = known(base_model.__name__) or known(base_model_type)
+    if conversion is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(
+            model_class.__name__, conversion, overwrite=True
+        )
+
+
+class Varied:
+    """Comes before the base class: builds its model, then resizes it."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        resize(self, config, config.secateur_cut)
+
+    def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> None:
+        """As the base class does, with this file beside the weights."""
+        super().save_pretrained(folder, *args, **kwargs)
+        shutil.copyfile(__file__, Path(folder) / FILE_NAME)
+
+
+def resize(model: Any, config: Any, told: Mapping[str, Any]) -> None:
+    """Give the modules of a built model their own sizes."""
+    for path, kind in told.get("absent", {}).items():
+        old = model.get_submodule(path)
+        stand_ins = {"attention": NoAttention(getattr(old, "layer_idx", 0)), "ffn": NoOutput()}
+        model.set_submodule(path, stand_ins.get(kind, nn.Identity()))
+    for path, shape in told.get("shapes", {}).items():
+        reshape(model, path, tuple(shape))
+    for path, values in told.get("attributes", {}).items():
+        module = model.get_submodule(path)
+        read = {n.removeprefix("config."): v for n, v in values.items() if n.startswith("config.")}
+        if read:
+            module.config = OwnConfig(config, read)
+        for name, value in values.items():
+            if not name.startswith("config."):
+                setattr(module, name, value)
+    model.tie_weights()
+
+
+def reshape(model: Any, path: str, shape: tuple[int, ...]) -> None:
+    """Make the weight of a module, and its bias with it, or a parameter, of another shape."""
+    owner, _, leaf = path.rpartition(".")
+    if leaf in getattr(model.get_submodule(owner), "_parameters", {}):
+        module, leaves = model.get_submodule(owner), {leaf: shape}
+    else:
+        module = model.get_submodule(path)
+        leaves = {"weight": shape}
+        if getattr(module, "bias", None) is not None:
+            leaves["bias"] = shape[-1:] if isinstance(module, Conv1D) else shape[:1]
+        name_sizes(module, shape)
+    for name, size in leaves.items():
+        old = getattr(module, name)
+        setattr(module, name, nn.Parameter(torch.empty(size, dtype=old.dtype, device=old.device)))
+    model._init_weights(module)
+
+
+def name_sizes(module: Any, shape: tuple[int, ...]) -> None:
+    """Set the attributes in which the modules of torch and transformers keep their sizes."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = shape
+
+
+class NoAttention(nn.Module):
+    """Stands where an attention sub-block was: adds nothing, and keeps count of the tokens.
+
+    Positions and masks of the whole model are told by how much the first layers have cached, so
+    one byte for keys and one for values is cached of every token.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Zeros."""
+        past = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        if past is not None:
+            batch, tokens = hidden_states.shape[:2]
+            told = hidden_states.new_zeros(batch, 1, tokens, 1, dtype=torch.int8)
+            past.update(told, told, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class NoOutput(nn.Module):
+    """Stands where a feed-forward was: adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(hidden_states)
+
+
+class OwnConfig:
+    """The configuration of the model, but for a few values of one module's own."""
+
+    def __init__(self, config: Any, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+        self.__dict__["_of_the_model"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_of_the_model"], name)
+
+
+AutoConfig.register(MODEL_TYPE, VariedConfig, exist_ok=True)

@@ -1,0 +1,78 @@
+"""What a structured cut depends on: how much of what is kept, and how it is chosen."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from secateur.recipes.schema import Calibration, Distill, Memory, Strict
+
+__all__ = ["Depth", "Kept", "StructureRecipe"]
+
+Kept = int | float
+"""A number of units, or the fraction of them that is kept (a float of at most 1)."""
+
+
+class Depth(Strict):
+    """How decoder layers, or their two halves, are chosen."""
+
+    by: Literal["influence", "angular", "greedy", "search"] = Field(
+        "greedy", description="block influence, angular distance, greedy removal, or search"
+    )
+    units: Literal["layers", "blocks"] = Field(
+        "layers", description="whole decoder layers, or attention and FFN sub-blocks by themselves"
+    )
+
+
+class StructureRecipe(Strict):
+    """One structured cut."""
+
+    model: str = Field(description="hub id, folder, GGUF file, or named sample")
+    output: str | None = Field(None, description="folder for the smaller model; must not exist")
+    effort: Literal["fast", "balanced", "best"] | None = Field(
+        None, description="a preset: fills in what is not given; balanced if no score is given"
+    )
+    keep_layers: Kept | None = Field(None, gt=0, description="decoder layers that stay")
+    experts: Kept | None = Field(None, gt=0, description="experts of each layer that stay")
+    hidden: Kept | None = Field(None, gt=0, description="channels of the residual stream that stay")
+    heads: Kept | None = Field(None, ge=0, description="KV groups with their query heads that stay")
+    ffn: Kept | None = Field(None, ge=0, description="FFN neurons that stay")
+    keep_parameters: float | None = Field(
+        None, gt=0, lt=1, description="fraction of the decoder's parameters that stays, heads and "
+        "FFN neurons being cut where it costs least"
+    )  # fmt: skip
+    file_mib: float | None = Field(None, gt=0, description="MiB of weights that may stay, likewise")
+    kv_cache: float | None = Field(
+        None, gt=0, lt=1, description="fraction of the KV cache's bytes that stays"
+    )
+    allocation: str | None = Field(
+        None,
+        description="how much each layer loses: uniform, owl, layer-sensitivity, global or search",
+    )
+    multiple: int = Field(1, ge=1, description="FFN neurons are kept in multiples of this number")
+    pad: bool = Field(
+        False, description="pad layers with zeros to one size, for engines that need it"
+    )
+    depth: Depth = Field(default_factory=lambda: Depth())
+    score: str | None = Field(None, description="by which units are chosen")
+    solver: str | None = Field(None, description="what becomes of the weights that read them")
+    parameters: dict[str, int | float] = Field(
+        default_factory=dict, description="of the score and the solver"
+    )
+    asymmetric: bool = Field(
+        False, description="fit the outputs of the dense model on dense inputs"
+    )
+    fast_matmuls: bool = Field(
+        False, description="calibration's forwards in bfloat16 where the processor is faster at it"
+    )
+    calibration: Calibration = Field(default_factory=lambda: Calibration())
+    distillation: Distill = Field(default_factory=lambda: Distill())
+    memory: Memory = Field(default_factory=lambda: Memory())
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="of weights dequantized from GGUF; other sources keep theirs"
+    )
+    trust_remote_code: bool = Field(
+        False, description="let code that comes with the checkpoint run"
+    )

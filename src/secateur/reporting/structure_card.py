@@ -1,0 +1,97 @@
+"""The card of a model that was cut: what went, how it was chosen, and how it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.reporting.model_card import describe_calibration, source_card
+
+__all__ = ["structure_card"]
+
+TEMPLATE = """---
+{front_matter}
+---
+# {source}, cut to {kept} of its decoder
+
+Made by secateur {version}: {steps}.
+
+| | before | after |
+|---|---|---|
+| parameters | {before:,} | {after:,} |
+| of them in decoder layers | {decoder_before:,} | {decoder_after:,} |
+| KV cache of a token | {cache_before:,} bytes | {cache_after:,} bytes |
+| weight files | {file_before:.1f} MiB | {file_after:.1f} MiB |
+
+Units were chosen, and what reads them was refitted, on {calibration}. {distilled}
+
+## Use
+
+```python
+{use}
+```
+
+## Make it again
+
+`secateur structure recipe.yaml --output DIR` with `recipe.yaml`:
+
+```yaml
+{recipe}
+```
+
+Which units stayed is in `secateur/steps.json`; versions and hardware in `secateur/manifest.json`.
+"""
+
+PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("DIR")"""
+
+VARIED = """# Its layers have different sizes: importing secateur teaches transformers to load it.
+# Without secateur, pass trust_remote_code=True: the folder has the modelling file.
+import secateur
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("DIR")"""
+
+
+def structure_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path) -> str:
+    """The text of README.md for the output folder.
+
+    Args:
+        manifest: the manifest of the run.
+        recipe_yaml: the resolved recipe.
+        source_folder: the source checkpoint, for its licence and language.
+    """
+    from huggingface_hub import ModelCardData
+
+    source, told = manifest["source"], manifest["structure"]
+    inherited, before, after = source_card(source_folder), told["before"], told["after"]
+    data = ModelCardData(
+        base_model=source["name"] if source["kind"] == "hub" else None,
+        license=inherited.get("license"),
+        language=inherited.get("language"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "structured-pruning", "secateur"],
+    )
+    distilled = "It then learned from the uncut model on the same windows."
+    return TEMPLATE.format(
+        front_matter=data.to_yaml(),
+        source=source["name"],
+        kept=f"{1 - told['decoder_removed']:.1%}",
+        version=manifest["environment"]["secateur"],
+        steps=", then ".join(f"{step['step']} by {step['by']}" for step in told["steps"]),
+        before=before["parameters"],
+        after=after["parameters"],
+        decoder_before=before["decoder"],
+        decoder_after=after["decoder"],
+        cache_before=before["kv_cache_bytes_per_token"],
+        cache_after=after["kv_cache_bytes_per_token"],
+        file_before=before["file_bytes"] / 2**20,
+        file_after=after["file_bytes"] / 2**20,
+        calibration=describe_calibration(manifest["calibration"]),
+        distilled=distilled if manifest["distillation"] else "Nothing was trained.",
+        use=VARIED if told["varied"] else PLAIN,
+        recipe=recipe_yaml.rstrip(),
+    )

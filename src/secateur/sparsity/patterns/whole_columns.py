@@ -1,0 +1,119 @@
+"""Whole columns: what nobody reads any more can be cut out of the model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from jaxtyping import Float32
+from torch import Tensor
+
+from secateur.errors import PatternError, ShapeError
+from secateur.sparsity.exact_count import keep_largest, pruned_count
+from secateur.sparsity.patterns import check_score, patterns
+from secateur.types import Mask, Score
+
+__all__ = ["WholeColumns"]
+
+
+@patterns.register("whole-columns")
+@dataclass(frozen=True)
+class WholeColumns:
+    """Prunes groups of `width` consecutive columns, in all rows, with the lowest sum of scores.
+
+    In the linear that reads the neurons of a feed-forward block a group of 1 is a neuron; in the
+    one that reads attention's outputs a group as wide as a KV group's query heads is that group.
+    The number of groups pruned is the multiple of `multiple` nearest to what is asked. All of them
+    may go: then the linear adds nothing.
+
+    Args:
+        width: consecutive columns that go together.
+        multiple: groups are pruned, and so kept, in multiples of this number.
+
+    Raises:
+        PatternError: a number is below 1.
+    """
+
+    width: int
+    multiple: int = 1
+
+    sparsity = None
+    scope = "layer"
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.multiple < 1:
+            raise PatternError(
+                f"{self.name} prunes no columns", remedy="give numbers of 1 or more, such as '*x64'"
+            )
+
+    @classmethod
+    def parse(cls, text: str, scope: str | None) -> WholeColumns | None:
+        """Read `*xWIDTH` or `*xWIDTH/MULTIPLE`, for example `*x64`; None for any other text.
+
+        Raises:
+            PatternError: a number is 0, or another scope than `layer` is asked for.
+        """
+        written = re.fullmatch(r"\*x(\d+)(?:/(\d+))?", text)
+        if written is None:
+            return None
+        if scope not in (None, "layer"):
+            raise PatternError(
+                f"whole columns have no scope {scope!r}",
+                remedy="leave the scope out; an allocation compares linears",
+            )
+        return cls(int(written[1]), int(written[2] or 1))
+
+    @property
+    def name(self) -> str:
+        """As written in a recipe."""
+        return f"*x{self.width}" + (f"/{self.multiple}" if self.multiple > 1 else "")
+
+    @property
+    def columns_together(self) -> int:
+        """The width of a group."""
+        return self.width
+
+    def check(self, shape: tuple[int, int], sparsity: float) -> None:
+        """Raise PatternError for a sparsity outside [0, 1], ShapeError if groups do not tile."""
+        if not 0 <= sparsity <= 1:
+            raise PatternError(
+                f"sparsity is {sparsity}", remedy="give the fraction of columns to prune, 0 to 1"
+            )
+        if shape[1] % (self.width * self.multiple):
+            together = f" in multiples of {self.multiple}" if self.multiple > 1 else ""
+            raise ShapeError(
+                f"groups of {self.width} columns{together} do not tile this matrix of {shape[1]} "
+                "inputs",
+                remedy="leave this matrix out, or choose numbers that divide its inputs",
+            )
+
+    def groups_pruned(self, inputs: int, sparsity: float) -> int:
+        """How many groups of a matrix with so many inputs are pruned."""
+        return pruned_count(inputs // (self.width * self.multiple), sparsity) * self.multiple
+
+    def pruned(self, shape: tuple[int, int], sparsity: float) -> int:
+        """The number of zeros in a matrix [out, in]."""
+        return self.groups_pruned(shape[1], sparsity) * self.width * shape[0]
+
+    def step(self, shape: tuple[int, int]) -> int:
+        """The weights of as many groups as are pruned together."""
+        return shape[0] * self.width * self.multiple
+
+    def units(self, score: Score) -> Float32[Tensor, "one groups"]:
+        """|Σ of the scores of each group|, float32 [1, in / width]; few scores have signs."""
+        return score.sum(0).unflatten(0, (-1, self.width)).sum(1).abs()[None]
+
+    def mask(self, score: Score, sparsity: float) -> Mask:
+        """The mask [out, in]; on a tie the group with the lower index is pruned.
+
+        Raises:
+            ShapeError: the groups do not tile the matrix.
+            PatternError: the sparsity is outside [0, 1].
+            NumericalError: the score of a group is NaN.
+        """
+        rows, columns = score.shape
+        self.check((rows, columns), sparsity)
+        groups = self.units(score)
+        check_score(groups)
+        kept = keep_largest(groups, self.groups_pruned(columns, sparsity))
+        return kept.repeat_interleave(self.width, 1).expand(rows, -1).contiguous()

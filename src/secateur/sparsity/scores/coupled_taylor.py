@@ -1,0 +1,35 @@
+"""Coupled Taylor: how much the loss would change if a whole unit went, to first order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.sparsity.scores import scores
+from secateur.types import Score, Statistics, Weight
+
+__all__ = ["CoupledTaylor"]
+
+
+@scores.register("coupled_taylor")
+@dataclass(frozen=True)
+class CoupledTaylor:
+    """S_ij = W_ij · ∂L/∂W_ij with its sign, float32 [out, in]; L is the mean calibration loss.
+
+    Whole columns take |Σ_U S| of a unit U. For the columns that read a unit, Σ_U W · ∂L/∂W is the
+    derivative of the loss by a gate ξ on the unit's output at ξ = 1: contributions of single
+    weights that cancel do not count, as they do with `taylor`.
+
+    Papers: Ma et al. 2023, "LLM-Pruner", arXiv:2305.11627, whose group score is a sum over the
+    coupled structures; Michel et al. 2019, "Are Sixteen Heads Really Better than One?",
+    arXiv:1905.10650, for heads. Deviations: only the weights that read the unit enter (the gate is
+    the same seen from there), and the gradient is that of the mean loss, where Michel et al.
+    average the absolute values of single texts.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    of_units: ClassVar[bool] = True
+
+    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
+        """Score a weight [out, in] of any floating dtype; reads `gradient`, float32 [out, in]."""
+        return weight.detach().float() * statistics["gradient"]

@@ -1,0 +1,32 @@
+"""Fluctuation: what is nearly constant can be replaced by its mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.sparsity.scores import scores
+from secateur.types import Score, Statistics, Weight
+
+__all__ = ["Fluctuation"]
+
+
+@scores.register("fluctuation")
+@dataclass(frozen=True)
+class Fluctuation:
+    """S_ij = Var_t(x_tj) · W_ij², float32 [out, in].
+
+    Summed over the rows it is Var(x_j) · ‖W_:j‖²: what is lost by column j once the bias makes up
+    for its mean (solver `bias`), if inputs were uncorrelated.
+
+    Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language
+    Models" (FLAP), arXiv:2312.11983. Deviations: a head's columns are summed, not averaged, which
+    orders heads of one layer alike; scores are not standardised within a layer, so that FLAP's one
+    threshold over standardised scores is not what the allocation `global` does.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"column_variance"})
+
+    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
+        """Score a weight [out, in] of any floating dtype; reads `column_variance`, [in]."""
+        return weight.detach().float().square() * statistics["column_variance"]

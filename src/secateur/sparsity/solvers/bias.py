@@ -1,0 +1,56 @@
+"""Bias: the pruned weights become zero, and the bias takes over what they gave on average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float32
+from torch import Tensor
+
+from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.solvers import Solution, required_mask, solvers
+from secateur.types import Mask, Statistics, Weight
+
+__all__ = ["Bias"]
+
+
+@solvers.register("bias")
+@dataclass(frozen=True)
+class Bias:
+    """Ŵ = mask ⊙ W and b ← b + (W − Ŵ) μ, where μ is the mean input.
+
+    The mean output stays what it was. A linear without a bias gets none, so that the model keeps
+    its class: there this is the solver `zero`.
+
+    Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language
+    Models" (FLAP), arXiv:2312.11983. Deviation: the released code adds biases where there were
+    none, which needs modelling code of its own to load.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"column_mean"})
+    selects_by: ClassVar[str | None] = None
+    shifts: ClassVar[bool] = True
+
+    def prepare(self, statistics: Statistics) -> Float32[Tensor, " in"]:
+        """μ."""
+        return statistics["column_mean"]
+
+    def solve(
+        self,
+        weight: Weight,
+        prepared: Float32[Tensor, " in"],
+        pattern: Pattern,
+        sparsity: float,
+        *,
+        mask: Mask | None = None,
+    ) -> Solution:
+        """Zero a weight [out, in] where the mask is False, and say what the bias is to gain.
+
+        Raises:
+            RecipeError: no mask was given; this solver cannot choose one.
+        """
+        mask = required_mask(mask, "bias")
+        dense = weight.detach().float()
+        shift = dense.masked_fill(mask, 0.0) @ prepared
+        return Solution(dense.masked_fill(~mask, 0.0), mask, error=None, shift=shift)

@@ -1,0 +1,163 @@
+"""OSSCAR: whole units go one after the other, each time the one the others best make up for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import PatternError, RecipeError
+from secateur.sparsity.hessian import check_damping, check_weight, inverse_factor
+from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.patterns.whole_columns import WholeColumns
+from secateur.sparsity.solvers import Solution, solvers
+from secateur.sparsity.solvers.least_squares import LeastSquares, PreparedHessian
+from secateur.types import Mask, Statistics, Weight
+
+__all__ = ["OSSCAR", "PreparedUnits"]
+
+
+@dataclass(frozen=True)
+class PreparedUnits:
+    """What is known of an input.
+
+    Attributes:
+        refit: for the last step.
+        damping: of the Hessian.
+    """
+
+    refit: PreparedHessian
+    damping: float
+
+
+@solvers.register("osscar")
+@dataclass(frozen=True)
+class OSSCAR:
+    """Greedy removal of whole units of columns, with all others re-optimised after each.
+
+    With H = gram + λI, λ = damping · mean(diag(gram)), removing the columns p of a unit and giving
+    the others their best values costs, and changes,
+
+        ½ tr(W_p ([H⁻¹]_pp)⁻¹ W_pᵀ),    W ← W − W_p ([H⁻¹]_pp)⁻¹ [H⁻¹]_p:
+
+    The unit with the least cost goes (of equal ones that with the lower index), W and H⁻¹ are
+    brought up to date, and the next is sought among those left. Units of one column (neurons) go
+    `batch` at a time: fewer updates, and within a batch the costs are those before it. At the end
+    the kept columns are the exact minimisers for the units found, as the solver `least-squares`
+    gives them. A mask that is given is held, and only refitted.
+
+    Papers: Meng et al. 2024, "OSSCAR: One-Shot Structured Pruning in Vision and Language Models
+    with Combinatorial Optimization", arXiv:2403.12983; Kurtic et al. 2023, "ZipLM",
+    arXiv:2302.04089, for the update of H⁻¹. Deviations: no local search that swaps removed units
+    for kept ones; the last refit is solved afresh, so that rounding of the updates does not stay.
+
+    Args:
+        damping: fraction of the mean diagonal of the gram added to its diagonal.
+        batch: columns that go together, where a unit is one column; 1 is the plain greedy.
+
+    Raises:
+        RecipeError: the damping is negative or no number, or the batch below 1.
+    """
+
+    damping: float = 0.01
+    batch: int = 8
+    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    selects_by: ClassVar[str | None] = "obs"
+    of_units: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        if self.batch < 1:
+            raise RecipeError(f"batch is {self.batch}", remedy="give 1 or more, for example 8")
+
+    def prepare(self, statistics: Statistics) -> PreparedUnits:
+        """Damp the `gram`, float32 [in, in].
+
+        Raises:
+            NumericalError: the gram is not finite, or zero everywhere.
+        """
+        return PreparedUnits(LeastSquares(self.damping).prepare(statistics), self.damping)
+
+    def solve(
+        self,
+        weight: Weight,
+        prepared: PreparedUnits,
+        pattern: Pattern,
+        sparsity: float,
+        *,
+        mask: Mask | None = None,
+    ) -> Solution:
+        """Choose units, unless a mask is given, and refit; computed in float32.
+
+        Args:
+            weight: [out, in], any floating dtype; not changed.
+            prepared: of the inputs of this linear.
+            pattern: whole columns, where no mask is given.
+            sparsity: of the pattern.
+            mask: held.
+
+        Raises:
+            PatternError: no mask is given, and the pattern is not one of whole columns.
+            NumericalError: a weight is infinite or not a number, or H is not positive definite.
+        """
+        if mask is None:
+            if not isinstance(pattern, WholeColumns):
+                raise PatternError(
+                    f"the solver 'osscar' cannot choose weights for the pattern {pattern.name!r}",
+                    remedy="use whole columns, such as '*x1', or the solver 'obs'",
+                )
+            pattern.check((weight.shape[0], weight.shape[1]), sparsity)
+            mask = self.choose(weight, prepared, pattern, sparsity)
+        refit = LeastSquares(self.damping)
+        return refit.solve(weight, prepared.refit, pattern, sparsity, mask=mask)
+
+    def choose(
+        self, weight: Weight, prepared: PreparedUnits, pattern: WholeColumns, sparsity: float
+    ) -> Mask:
+        """The mask of the units that are left when enough have gone."""
+        check_weight(weight)
+        rows, columns = weight.shape
+        left = pattern.groups_pruned(columns, sparsity)
+        alive = torch.ones(columns // pattern.width, dtype=torch.bool, device=weight.device)
+        if left == len(alive):
+            alive[:] = False
+        elif left:
+            factor, dead = inverse_factor(prepared.refit.gram, prepared.damping)
+            inverse = factor.t() @ factor
+            now = weight.detach().float().masked_fill(dead, 0.0)
+            together = self.batch if pattern.width == 1 else 1
+            while left:
+                costs = _costs(now, inverse, pattern.width).masked_fill(~alive, torch.inf)
+                gone = costs.argsort(stable=True)[: min(together, left)]
+                alive[gone] = False
+                left -= len(gone)
+                if left:
+                    _remove(now, inverse, gone, pattern.width)
+        return alive.repeat_interleave(pattern.width)[None].expand(rows, -1).contiguous()
+
+
+def _costs(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
+    """tr(W_p ([H⁻¹]_pp)⁻¹ W_pᵀ) of every unit, float32 [units]; those that went give a number."""
+    if width == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    units = weight.shape[1] // width
+    own = inverse.unflatten(0, (units, width)).unflatten(2, (units, width))
+    blocks = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
+    parts = weight.unflatten(1, (units, width)).permute(1, 2, 0).double()
+    return (parts * torch.linalg.solve(blocks, parts)).sum(dim=(1, 2)).float()
+
+
+def _remove(weight: Tensor, inverse: Tensor, gone: Tensor, width: int) -> None:
+    """Bring W and H⁻¹ up to date, in place, after units went; theirs become an identity apart."""
+    inside = torch.arange(width, device=gone.device)
+    columns = (gone[:, None] * width + inside).flatten()
+    across = inverse[columns].clone()
+    solved = torch.linalg.solve(across[:, columns].double(), across.double()).float()
+    weight -= weight[:, columns] @ solved
+    inverse -= across.t() @ solved
+    weight[:, columns] = 0.0
+    inverse[columns] = 0.0
+    inverse[:, columns] = 0.0
+    inverse[columns, columns] = 1.0

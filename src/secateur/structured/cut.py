@@ -1,0 +1,264 @@
+"""What there is to cut in a model, and what of it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.models.architecture import Architecture, Linear, describe
+from secateur.models.couplings import Couplings
+
+__all__ = ["Cut", "Sizes", "consumers", "couplings_of", "sizes_of", "unit_width"]
+
+Kept = tuple[int, ...]
+"""Indices of units that are kept, ascending."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many units there are; of the tuples, one number per decoder layer.
+
+    Attributes:
+        hidden: channels of the residual stream.
+        head_dim: channels of one head.
+        heads_per_group: query heads that share a key and a value.
+        groups: KV groups; 0 where there is no attention.
+        neurons: FFN neurons; 0 where there is no FFN, or a mixture of experts.
+        experts: experts; 0 where the FFN is dense.
+    """
+
+    hidden: int
+    head_dim: int
+    heads_per_group: int
+    groups: tuple[int, ...]
+    neurons: tuple[int, ...]
+    experts: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.groups)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of a model. What is not named is kept whole; indices are of the uncut model.
+
+    Attributes:
+        layers: decoder layers.
+        groups: KV groups with their query heads, by layer; none: the attention sub-block goes.
+        neurons: FFN neurons, by layer; none: the FFN sub-block goes.
+        experts: experts, by layer.
+        hidden: channels of the residual stream.
+    """
+
+    layers: Kept | None = None
+    groups: Mapping[int, Kept] = field(default_factory=dict)
+    neurons: Mapping[int, Kept] = field(default_factory=dict)
+    experts: Mapping[int, Kept] = field(default_factory=dict)
+    hidden: Kept | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it: keys are text, tuples are lists."""
+        told: dict[str, Any] = {}
+        for name in ("layers", "hidden"):
+            if getattr(self, name) is not None:
+                told[name] = list(getattr(self, name))
+        for name in ("groups", "neurons", "experts"):
+            if getattr(self, name):
+                told[name] = {str(i): list(kept) for i, kept in getattr(self, name).items()}
+        return told
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Cut:
+        """From what `to_json` gives.
+
+        Raises:
+            RecipeError: it is something else.
+        """
+        try:
+            values: dict[str, Any] = {}
+            for name, value in told.items():
+                if name in ("layers", "hidden"):
+                    values[name] = None if value is None else whole_numbers(value)
+                else:
+                    values[name] = {int(i): whole_numbers(kept) for i, kept in value.items()}
+            return cls(**values)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise RecipeError(
+                f"this is no description of a cut: {error}",
+                remedy="lists of indices under layers and hidden, and under groups, neurons and "
+                "experts lists of indices by layer",
+            ) from None
+
+    def check(self, sizes: Sizes) -> None:
+        """Refuse what cannot be.
+
+        Args:
+            sizes: of the model that is to be cut.
+
+        Raises:
+            RecipeError: naming everything that cannot be.
+        """
+        faults = list(self.faults(sizes))
+        if faults:
+            raise RecipeError(
+                "the cut is impossible:\n    " + "\n    ".join(faults),
+                remedy="indices count from 0 and are of the uncut model, each once, ascending",
+            )
+
+    def faults(self, sizes: Sizes) -> Iterator[str]:
+        """Everything that cannot be, in words."""
+        yield from faults_of("decoder layers", self.layers, sizes.layers)
+        yield from faults_of("hidden channels", self.hidden, sizes.hidden)
+        for name, what in UNITS.items():
+            counts = getattr(sizes, name)
+            for layer, kept in getattr(self, name).items():
+                if not 0 <= layer < sizes.layers:
+                    yield f"{what} of layer {layer}: there are {sizes.layers} layers"
+                elif name == "experts" or kept:
+                    yield from faults_of(f"{what} of layer {layer}", kept, counts[layer])
+
+
+UNITS = {"groups": "KV groups", "neurons": "FFN neurons", "experts": "experts"}
+
+
+def faults_of(what: str, kept: Sequence[int] | None, there: int) -> Iterator[str]:
+    """What is wrong with a list of kept units, in words."""
+    if kept is None:
+        return
+    if not kept:
+        yield f"{what}: none is kept"
+    elif len(kept) > there:
+        yield f"{what}: {len(kept)} are to be kept, there are {there}"
+    elif min(kept) < 0 or max(kept) >= there:
+        odd = min(kept) if min(kept) < 0 else max(kept)
+        yield f"{what}: there is no {odd}, only 0 to {there - 1}"
+    elif list(kept) != sorted(set(kept)):
+        yield f"{what}: not ascending, or named twice"
+
+
+def whole_numbers(value: Any) -> Kept:
+    """A list of whole numbers as a tuple.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, list | tuple) or not all(type(x) is int for x in value):
+        raise TypeError(f"{str(value)[:60]} is no list of whole numbers")
+    return tuple(value)
+
+
+def sizes_of(model: Any) -> Sizes:
+    """What there is to cut in a model, loaded or a skeleton, its layers equal or not.
+
+    Of a family that declares no couplings only layers can be cut: everything else is 0.
+    """
+    architecture = describe(model)
+    config, layers = model.config, architecture.layers(model)
+    couplings, none = architecture.couplings, (0,) * len(layers)
+    heads = config.num_attention_heads
+    per_group = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    if couplings is None:
+        return Sizes(config.hidden_size, 0, per_group, none, none, none)
+    head_dim = next(
+        (size for layer in layers if (size := head_size(layer, couplings))),
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+    width = per_group * head_dim
+    return Sizes(
+        hidden=hidden_of(model, couplings),
+        head_dim=head_dim,
+        heads_per_group=per_group,
+        groups=tuple(columns(x, couplings.consumer("queries")) // width for x in layers),
+        neurons=tuple(columns(x, couplings.consumer("neurons")) for x in layers),
+        experts=tuple(experts_of(layer, couplings) for layer in layers),
+    )
+
+
+def consumers(model: Any) -> dict[str, str]:
+    """The linears whose input columns are the units, by kind, named within a decoder layer.
+
+    Raises:
+        ArchitectureError: the family declares no couplings.
+    """
+    couplings = couplings_of(describe(model))
+    found = {kind: couplings.consumer(axis) for kind, axis in CONSUMED.items()}
+    return {kind: name for kind, name in found.items() if name is not None}
+
+
+CONSUMED = {"groups": "queries", "neurons": "neurons"}
+
+
+def unit_width(sizes: Sizes, kind: str) -> int:
+    """How many consecutive input columns of its consumer make one unit.
+
+    Args:
+        sizes: of the model.
+        kind: `groups` or `neurons`.
+    """
+    return sizes.heads_per_group * sizes.head_dim if kind == "groups" else 1
+
+
+def couplings_of(architecture: Architecture) -> Couplings:
+    """What has to be cut together.
+
+    Raises:
+        ArchitectureError: the family does not say.
+    """
+    if architecture.couplings is None:
+        raise ArchitectureError(
+            f"only whole layers can be cut of this model ({architecture.family}): which parameters "
+            "belong to a head, a neuron or a channel is not declared",
+            remedy="cut layers, or declare the couplings of its family: see CONTRIBUTING.md, 'Add "
+            "a model family'",
+        )
+    return architecture.couplings
+
+
+def head_size(layer: nn.Module, couplings: Couplings) -> int | None:
+    """Channels of one head, as an attention module says; None where the sub-block is gone."""
+    module = find(layer, couplings.attention)
+    found: int | None = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    return found
+
+
+def columns(layer: nn.Module, name: str | None) -> int:
+    """Input columns of a linear of a layer; 0 where it is not there."""
+    module = None if name is None else find(layer, name)
+    if getattr(module, "weight", None) is None:
+        return 0
+    assert module is not None
+    return Linear("", module).shape[1]
+
+
+def experts_of(layer: nn.Module, couplings: Couplings) -> int:
+    """How many experts a layer has."""
+    there = dict(layer.named_parameters())
+    for name, axes in couplings.layer.items():
+        parameter = there.get(name, there.get(f"{name}.weight"))
+        if "experts" in axes and parameter is not None:
+            return int(parameter.shape[axes.index("experts")])
+    return 0
+
+
+def hidden_of(model: Any, couplings: Couplings) -> int:
+    """Channels of the residual stream: rows of the linears that write to it."""
+    there = dict(model.named_parameters())
+    for name, axes in couplings.outside.items():
+        if axes == ("hidden",) and f"{name}.weight" in there:
+            return int(there[f"{name}.weight"].shape[0])
+    hidden: int = model.config.hidden_size
+    return hidden
+
+
+def find(layer: nn.Module, name: str) -> nn.Module | None:
+    """A module by its name, or None."""
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        return None

@@ -1,0 +1,342 @@
+"""The smaller model: its configuration, whether a plain class of transformers fits it, its edits.
+
+Whether plain transformers can hold the result is not decided by rules but tried: the configuration
+with the new sizes is built on the meta device, and if all parameters have the shapes of the edits
+and the heads their size, it is that. Otherwise the result is a varied model (`models/varied.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.models.architecture import Architecture, describe
+from secateur.models.couplings import Couplings
+from secateur.models.skeleton import quiet_transformers, skeleton_of
+from secateur.structured.cut import Cut, Sizes, couplings_of, find, head_size, sizes_of
+from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, parameters_of
+
+__all__ = ["Design", "design", "kept_count"]
+
+
+@dataclass(frozen=True)
+class Design:
+    """A smaller model, before any tensor of it is made.
+
+    Attributes:
+        uncut: the uncut model, its experts as transformers holds them.
+        architecture: of the uncut model.
+        sizes: of the uncut model.
+        layers: what is kept of each layer that is kept.
+        skeleton: the cut model, parameters on the meta device.
+        edits: of each parameter, by its name in the cut model.
+    """
+
+    uncut: Any
+    architecture: Architecture
+    sizes: Sizes
+    layers: list[LayerCut]
+    skeleton: Any
+    edits: Mapping[str, Edit]
+
+    @property
+    def varied(self) -> bool:
+        """Whether it takes code of its own to load the result."""
+        return hasattr(self.skeleton.config, "secateur_cut")
+
+
+def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
+    """Design the model that is left by a cut.
+
+    Args:
+        model: the uncut model, loaded or a skeleton.
+        cut: what is kept.
+        pad: fill up smaller layers with units of zeros, so that plain transformers can load them.
+
+    Raises:
+        RecipeError: the cut is impossible.
+        ArchitectureError: the family does not declare what the cut needs, or no class fits.
+    """
+    model = with_fused_experts(model)
+    architecture, sizes = describe(model), sizes_of(model)
+    if any((cut.hidden, cut.groups, cut.neurons, cut.experts)):
+        couplings_of(architecture)
+    cut.check(sizes)
+    check_configuration(model, cut, sizes, pad)
+    hidden = None if cut.hidden is None else torch.tensor(cut.hidden, dtype=torch.long)
+    if hidden is not None and len(hidden) == sizes.hidden:
+        hidden = None
+    editor = Editor(model, architecture, sizes, hidden)
+    # A class that ties the number of heads to the hidden size holds no fewer heads than there were.
+    for padding in ("largest", "uncut") if pad else (None,):
+        layers = layer_cuts(cut, sizes, padding)
+        made = Design(model, architecture, sizes, layers, None, editor.edits(layers))
+        plain = built_plain(model, made, hidden)
+        if plain is not None:
+            return replace(made, skeleton=plain, edits=for_scaled_embedding(model, made, hidden))
+    if pad:
+        raise ArchitectureError(
+            "no plain class of transformers has these sizes, padded or not",
+            remedy="leave padding out; or keep all hidden channels, where the family ties their "
+            "number to the number of heads",
+        )
+    return replace(made, skeleton=built_varied(model, made, hidden))
+
+
+def with_fused_experts(model: Any) -> Any:
+    """The model, or a skeleton like it where its experts are opened (`models/experts.py`)."""
+    experts = describe(model).experts
+    if experts is None or not experts.opened_in(describe(model).layers(model)):
+        return model
+    return skeleton_of(type(model), model.config, model.dtype)
+
+
+def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
+    """Refuse what the configuration makes impossible.
+
+    Raises:
+        RecipeError: fewer experts than each token wants; padding where there is nothing to pad.
+        ArchitectureError: the index of a layer has a meaning in this model.
+    """
+    config = model.config
+    wanted = getattr(config, "num_experts_per_tok", None) or 0
+    for layer, kept in cut.experts.items():
+        if len(kept) < wanted:
+            raise RecipeError(
+                f"layer {layer}: {len(kept)} experts are to be kept, each token wants {wanted}",
+                remedy=f"keep {wanted} experts or more in each layer",
+            )
+    if pad and hasattr(config, "secateur_cut"):
+        raise RecipeError(
+            "this model lacks what would be padded: it was cut to different sizes before",
+            remedy="cut the model that it was made from, with padding",
+        )
+    if cut.layers is not None and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ArchitectureError(
+            "attention is scaled by the index of its layer, so layers cannot be cut",
+            remedy="cut heads, neurons or hidden channels",
+        )
+
+
+def base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Configuration class, model class and configuration of the class of transformers below."""
+    told = model.config.to_dict()
+    config_class, model_class = type(model.config), type(model)
+    if told.pop("secateur_cut", None) is not None:
+        config_class, model_class = config_class.__mro__[1], model_class.__mro__[2]
+        told["model_type"] = told.pop("base_model_type")
+        told.pop("auto_map", None)
+        told["architectures"] = [model_class.__name__]
+    return config_class, model_class, told
+
+
+def built_plain(model: Any, made: Design, hidden: Any) -> Any:
+    """The skeleton of a plain model with the new sizes; None where none has them."""
+    couplings = made.architecture.couplings
+    changes = layer_changes(model, made, hidden)
+    if couplings is not None:
+        sizes = uniform_sizes(made)
+        if sizes is None or any(gone_of(couplings, layer) for layer in made.layers):
+            return None
+        changes |= size_changes(model, made, couplings, sizes, hidden)
+    config_class, model_class, told = base_classes(model)
+    try:
+        skeleton = built(model_class, config_class, told | changes, model)
+    except Exception:  # each class refuses sizes in its own way
+        return None
+    return skeleton if fits(skeleton, made) else None
+
+
+def built(model_class: Any, config_class: Any, told: Mapping[str, Any], like: Any) -> Any:
+    """A skeleton of a class, from what its configuration says."""
+    with quiet_transformers():
+        config = config_class.from_dict(dict(told))
+    config._attn_implementation = like.config._attn_implementation
+    return skeleton_of(model_class, config, like.dtype)
+
+
+def fits(skeleton: Any, made: Design) -> bool:
+    """Whether parameters and heads of a skeleton are those of the design."""
+    shapes = {name: tuple(p.shape) for name, p in parameters_of(skeleton).items()}
+    if shapes != {name: edit.shape for name, edit in made.edits.items()}:
+        return False
+    couplings = made.architecture.couplings
+    if couplings is None:
+        return True
+    sizes = {head_size(layer, couplings) for layer in made.architecture.layers(skeleton)}
+    return sizes - {None} <= {made.sizes.head_dim}
+
+
+def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
+    """What the configuration says otherwise when layers go, or the residual stream is narrower."""
+    config, kept = model.config, [layer.index for layer in made.layers]
+    count = len(made.architecture.layers(model))
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    changes: dict[str, Any] = {key: len(kept)}
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == count and "layer_type" in name:
+            changes[name] = [value[i] for i in kept]
+    if getattr(config, "decoder_sparse_step", None) is not None and count != len(kept):
+        dense = [new for new, i in enumerate(kept) if not made.sizes.experts[i]]
+        changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if hidden is not None and getattr(config, "rms_norm_eps", None) is not None:
+        changes["rms_norm_eps"] = config.rms_norm_eps * made.sizes.hidden / len(hidden)
+    return changes
+
+
+def uniform_sizes(made: Design) -> dict[str, int] | None:
+    """The sizes that all layers have; None where they differ."""
+    found = {}
+    for name in ("groups", "neurons", "experts"):
+        counts = {kept_count(made, layer, name) for layer in made.layers}
+        if name != "groups" and any(made.sizes.experts):
+            counts -= {0}  # layers with experts have no neurons, and the other way round
+        if len(counts) > 1:
+            return None
+        found[name] = counts.pop() if counts else 0
+    return found
+
+
+def kept_count(made: Design, layer: LayerCut, name: str) -> int:
+    """How many units of a kind a layer keeps."""
+    kept = getattr(layer, name)
+    return getattr(made.sizes, name)[layer.index] if kept is None else len(kept)
+
+
+def size_changes(
+    model: Any, made: Design, couplings: Couplings, sizes: Mapping[str, int], hidden: Any
+) -> dict[str, Any]:
+    """What the configuration says of sizes that all layers have."""
+    config, names = model.config, model.config.attribute_map
+    channels = made.sizes.hidden if hidden is None else len(hidden)
+    heads = sizes["groups"] * made.sizes.heads_per_group
+    changes: dict[str, Any] = {
+        names.get("hidden_size", "hidden_size"): channels,
+        names.get("num_attention_heads", "num_attention_heads"): heads,
+    }
+    if hasattr(config, "num_key_value_heads"):
+        changes["num_key_value_heads"] = sizes["groups"]
+    if hasattr(config, "head_dim") or heads * made.sizes.head_dim != channels:
+        changes["head_dim"] = made.sizes.head_dim
+    if sizes["neurons"]:
+        changes[couplings.neurons_key] = sizes["neurons"]
+    if made.architecture.experts is not None:
+        count = made.architecture.experts.count
+        changes[names.get(count, count)] = sizes["experts"]
+    if getattr(config, "word_embed_proj_dim", None) == made.sizes.hidden:
+        changes["word_embed_proj_dim"] = channels
+    return changes
+
+
+def for_scaled_embedding(model: Any, made: Design, hidden: Any) -> dict[str, Edit]:
+    """The edits where √(hidden size), by which embeddings are multiplied, has become smaller.
+
+    The embedding makes up for it; where the head is tied to it, so that the logits would grow with
+    it, the final norm takes it back.
+    """
+    edits, couplings = dict(made.edits), made.architecture.couplings
+    if hidden is None or couplings is None or not couplings.scaled_embedding:
+        return edits
+    factor = sqrt(made.sizes.hidden / len(hidden))
+    embedding = next(n for n, axes in couplings.outside.items() if axes == ("-", "hidden"))
+    norm = next(n for n, axes in couplings.outside.items() if axes == ("hidden",))
+    name = f"{embedding}.weight"
+    edits[name] = replace(edits[name], scale=factor)
+    if model.config.tie_word_embeddings:
+        edit = edits[f"{norm}.weight"]
+        edits[f"{norm}.weight"] = replace(edit, scale=edit.scale / factor)
+    return edits
+
+
+def built_varied(model: Any, made: Design, hidden: Any) -> Any:
+    """The skeleton of a varied model.
+
+    Raises:
+        ArchitectureError: its parameters are not those of the design.
+    """
+    from secateur.models.varied import FILE_NAME, MODEL_TYPE, varied_classes
+
+    config_class, model_class, told = base_classes(model)
+    told |= layer_changes(model, made, hidden)
+    base = built(model_class, config_class, told, model)
+    varied_config, varied_model = varied_classes(told["model_type"])
+    code = FILE_NAME.removesuffix(".py")
+    told |= {
+        "base_model_type": told["model_type"],
+        "model_type": MODEL_TYPE,
+        "architectures": [varied_model.__name__],
+        "auto_map": {
+            "AutoConfig": f"{code}.VariedConfig",
+            "AutoModelForCausalLM": f"{code}.VariedForCausalLM",
+        },
+        "secateur_cut": difference(base, made, hidden),
+    }
+    skeleton = built(varied_model, varied_config, told, model)
+    if not fits(skeleton, made):
+        raise ArchitectureError(
+            "no model of this family can have these sizes",
+            where=type(model).__name__,
+            remedy="keep another number of hidden channels, or the same number in all layers",
+        )
+    return skeleton
+
+
+def difference(base: Any, made: Design, hidden: Any) -> dict[str, Any]:
+    """What is different in the cut model from a model that its base class builds."""
+    couplings = couplings_of(made.architecture)
+    absent: dict[str, str] = {}
+    attributes: dict[str, dict[str, int]] = {}
+    for new, layer in enumerate(made.layers):
+        name = made.architecture.layer_name(new)
+        for gone in gone_of(couplings, layer) + already_gone(made, couplings, layer):
+            kinds = {couplings.attention: "attention"} | dict.fromkeys(couplings.ffn, "ffn")
+            absent[f"{name}.{gone}"] = kinds.get(gone, "norm")
+        for path, quantities in couplings.attributes.items():
+            module = find(base, f"{name}.{path}")
+            if module is None or f"{name}.{path}" in absent:
+                continue
+            own = {a: quantity(made, layer, q, hidden) for a, q in quantities.items()}
+            own = {a: v for a, v in own.items() if v != read(base, module, a)}
+            if own:
+                attributes[f"{name}.{path}"] = own
+    shapes: dict[str, list[int]] = {}
+    for name, parameter in base.named_parameters():
+        edit = made.edits.get(base.all_tied_weights_keys.get(name, name))
+        owner, _, leaf = name.rpartition(".")
+        if edit is None or edit.shape == tuple(parameter.shape) or leaf == "bias":
+            continue
+        shapes[owner if leaf == "weight" else name] = list(edit.shape)
+    return {"shapes": shapes, "attributes": attributes, "absent": absent}
+
+
+def already_gone(made: Design, couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
+    """Modules of a layer whose sub-blocks the uncut model lacks."""
+    empty = torch.tensor([], dtype=torch.long)
+    sizes, i = made.sizes, layer.index
+    groups = None if sizes.groups[i] else empty
+    neurons = None if sizes.neurons[i] or sizes.experts[i] else empty
+    return gone_of(couplings, LayerCut(i, groups, neurons, None))
+
+
+def quantity(made: Design, layer: LayerCut, name: str, hidden: Any) -> int:
+    """A size that an attribute of a module holds."""
+    sizes, groups = made.sizes, kept_count(made, layer, "groups")
+    if name == "hidden":
+        return sizes.hidden if hidden is None else len(hidden)
+    if name in ("neurons", "experts"):
+        return kept_count(made, layer, name)
+    heads = groups * sizes.heads_per_group
+    return {"groups": groups, "heads": heads, "queries": heads * sizes.head_dim}[name]
+
+
+def read(base: Any, module: nn.Module, attribute: str) -> Any:
+    """An attribute of a module, or of the configuration it reads."""
+    if attribute.startswith("config."):
+        return getattr(base.config, attribute.removeprefix("config."))
+    return getattr(module, attribute)

@@ -1,0 +1,269 @@
+"""What happens to each parameter when units are cut.
+
+Where a norm runs over a dimension that is cut, its mean square is over fewer values. With the cut
+channels zero, √(mean x² over D) = √(D'/D) · √(mean x² over D'), so the weights of an RMSNorm are
+multiplied by √(D/D'), and its ε by D/D': the cut model then computes what the masked one does. A
+LayerNorm also subtracts the mean, and runs over the kept channels as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ArchitectureError
+from secateur.models.architecture import Architecture
+from secateur.models.couplings import Axes, Couplings
+from secateur.structured.cut import Cut, Sizes
+
+__all__ = ["Edit", "Editor", "LayerCut", "gone_of", "layer_cuts", "parameters_of"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """How a parameter of the cut model is made from one of the uncut.
+
+    Attributes:
+        source: name of the parameter in the uncut model.
+        kept: by stored axis the indices kept, -1 for zeros; None where all are.
+        shape: of the result.
+        scale: what the result is multiplied by, an `offset` added for the time being.
+        offset: what the module that holds the parameter adds to it.
+    """
+
+    source: str
+    kept: tuple[Tensor | None, ...]
+    shape: tuple[int, ...]
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        """The new values, in memory of their own unless nothing is to be done."""
+        for axis, index in enumerate(self.kept):
+            if index is not None:
+                index = index.to(parameter.device)
+                parameter = parameter.index_select(axis, index.clamp(min=0))
+                parameter.index_fill_(axis, (index < 0).nonzero().flatten(), 0)
+        if self.scale != 1:
+            scaled = (parameter.float() + self.offset) * self.scale - self.offset
+            parameter = scaled.to(parameter.dtype)
+        return parameter
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """What is kept of one decoder layer: None = all, -1 = a unit of zeros.
+
+    Attributes:
+        index: of the layer in the uncut model.
+        groups: KV groups; empty: no attention sub-block.
+        neurons: FFN neurons; empty: no FFN sub-block.
+        experts: experts.
+    """
+
+    index: int
+    groups: Tensor | None
+    neurons: Tensor | None
+    experts: Tensor | None
+
+
+def layer_cuts(cut: Cut, sizes: Sizes, padding: str | None = None) -> list[LayerCut]:
+    """What is kept of each layer that is kept, in order.
+
+    Args:
+        cut: checked.
+        sizes: of the uncut model.
+        padding: fill up with units of zeros, so that all layers are as large as the `largest` that
+            is left, or as large as the `uncut` ones. None: do not.
+    """
+    indices = range(sizes.layers) if cut.layers is None else cut.layers
+    found: dict[str, list[Tensor | None]] = {}
+    for name in ("groups", "neurons", "experts"):
+        kept = [getattr(cut, name).get(i, tuple(range(getattr(sizes, name)[i]))) for i in indices]
+        if padding is not None and name != "experts":
+            uncut = [getattr(sizes, name)[i] for i in indices]
+            largest = max(1, *(map(len, kept) if padding == "largest" else uncut))
+            kept = [
+                (*k, *[-1] * (largest - len(k))) if getattr(sizes, name)[i] else k
+                for i, k in zip(indices, kept, strict=True)
+            ]
+        found[name] = [
+            None
+            if k == tuple(range(getattr(sizes, name)[i])) and (k or i not in getattr(cut, name))
+            else torch.tensor(k, dtype=torch.long)
+            for i, k in zip(indices, kept, strict=True)
+        ]
+    return [
+        LayerCut(i, groups, neurons, experts)
+        for i, groups, neurons, experts in zip(indices, *found.values(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Editor:
+    """Finds the edit of every parameter of the cut model.
+
+    Attributes:
+        model: the uncut model, loaded or a skeleton.
+        architecture: its description.
+        sizes: its sizes.
+        stream: channels of the residual stream that are kept; None = all.
+    """
+
+    model: Any
+    architecture: Architecture
+    sizes: Sizes
+    stream: Tensor | None
+
+    @property
+    def couplings(self) -> Couplings:
+        """As declared; of a family that declares none nothing but layers is cut."""
+        return self.architecture.couplings or Couplings({}, {})
+
+    def edits(self, layers: list[LayerCut]) -> dict[str, Edit]:
+        """All edits, by the names of the parameters in the cut model.
+
+        Raises:
+            ArchitectureError: a parameter that may have to be cut is not declared.
+        """
+        prefix = self.architecture.layers_path + "."
+        there = parameters_of(self.model)
+        projected = any(name.endswith("project_in.weight") for name in there)
+        embedding = "-" if projected else "hidden"
+        outside = {
+            name: tuple(embedding if axis == "embedding" else axis for axis in axes)
+            for name, axes in self.couplings.outside.items()
+        }
+        found = {
+            name: self.edit(name, name, outside, LayerCut(-1, None, None, None))
+            for name in there
+            if not name.startswith(prefix)
+        }
+        for new, layer in enumerate(layers):
+            start = f"{prefix}{layer.index}."
+            gone = tuple(f"{module}." for module in gone_of(self.couplings, layer))
+            for name in there:
+                inner = name.removeprefix(start)
+                if name.startswith(start) and not inner.startswith(gone):
+                    edit = self.edit(name, inner, self.couplings.layer, layer)
+                    found[f"{prefix}{new}.{inner}"] = edit
+        return found
+
+    def edit(self, name: str, inner: str, declared: Axes, layer: LayerCut) -> Edit:
+        """The edit of one parameter.
+
+        Raises:
+            ArchitectureError: it is not declared, and may have to be cut.
+        """
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        parameter = module.get_parameter(leaf)
+        axes = declared.get(inner) or declared.get(inner.rpartition(".")[0])
+        if axes is None:
+            if any(x is not None for x in (self.stream, layer.groups, layer.neurons)):
+                raise ArchitectureError(
+                    "which dimensions this parameter has is not declared, so it cannot be cut",
+                    where=name,
+                    remedy="declare it in the couplings of the model's family",
+                )
+            return Edit(name, (None,) * parameter.ndim, tuple(parameter.shape))
+        if parameter.ndim == 1:
+            axes = axes[:1]
+        elif parameter.ndim == 2 and type(module).__name__ == "Conv1D":  # which stores [in, out]
+            axes = axes[::-1]
+        kept = tuple(kept_along(axis, self.sizes, layer, self.stream) for axis in axes)
+        sides = zip(parameter.shape, kept, strict=True)
+        shape = tuple(n if k is None else len(k) for n, k in sides)
+        edit = Edit(name, kept, shape)
+        if kept[0] is not None and is_rms_norm(module):
+            scale = sqrt(parameter.shape[0] / shape[0])
+            edit = replace(edit, scale=scale, offset=self.couplings.norm_offset)
+        if leaf == "bias" and is_padding(inner.rpartition(".")[0], self.couplings, layer):
+            edit = replace(edit, kept=(torch.full(shape, -1),))
+        return edit
+
+
+def parameters_of(model: Any) -> dict[str, Tensor]:
+    """Parameters by name, those that share one tensor once: in a skeleton none do."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return {n: p for n, p in model.named_parameters() if not (p.is_meta and n in tied)}
+
+
+def gone_of(couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
+    """Modules of a layer that go with its sub-blocks."""
+    gone: tuple[str, ...] = ()
+    if layer.groups is not None and not len(layer.groups):
+        gone += (couplings.attention, *couplings.attention_norms)
+    if layer.neurons is not None and not len(layer.neurons):
+        gone += (*couplings.ffn, *couplings.ffn_norms)
+    return gone
+
+
+def is_padding(name: str, couplings: Couplings, layer: LayerCut) -> bool:
+    """Whether this linear of a layer is the consumer of a sub-block of zeros only."""
+    for axis, kept in (("queries", layer.groups), ("neurons", layer.neurons)):
+        if name == couplings.consumer(axis) and kept is not None:
+            return bool((kept < 0).all())
+    return False
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether this is a norm by the root of the mean square."""
+    return "RMSNorm" in type(module).__name__
+
+
+def kept_along(axis: str, sizes: Sizes, layer: LayerCut, stream: Tensor | None) -> Tensor | None:
+    """Indices kept along an axis of a stored parameter; None = all.
+
+    Args:
+        axis: its name, or several joined by `+`.
+        sizes: of the uncut model.
+        layer: what is kept of the layer.
+        stream: channels of the residual stream that are kept.
+    """
+    segments = axis.split("+")
+    if len(segments) > 1:
+        parts = [kept_along(s, sizes, layer, stream) for s in segments]
+        if all(part is None for part in parts):
+            return None
+        full = [length(s, sizes, layer.index) for s in segments]
+        starts = [sum(full[:n]) for n in range(len(full))]
+        return torch.cat(
+            [
+                torch.arange(start, start + count)
+                if part is None
+                else torch.where(part < 0, part, part + start)
+                for part, start, count in zip(parts, starts, full, strict=True)
+            ]
+        )
+    widths = unit_widths(sizes)
+    if axis in widths:
+        return None if layer.groups is None else spread(layer.groups, widths[axis])
+    by_name = {"hidden": stream, "neurons": layer.neurons, "experts": layer.experts}
+    return by_name.get(axis)
+
+
+def unit_widths(sizes: Sizes) -> dict[str, int]:
+    """How many consecutive entries a KV group has along each axis that holds heads."""
+    size = sizes.head_dim
+    return {
+        "queries": sizes.heads_per_group * size,
+        "keys": size,
+        "triples": (sizes.heads_per_group + 2) * size,
+    }
+
+
+def length(axis: str, sizes: Sizes, layer: int) -> int:
+    """Entries along an axis of the uncut model."""
+    widths = unit_widths(sizes)
+    return sizes.groups[layer] * widths[axis] if axis in widths else sizes.neurons[layer]
+
+
+def spread(units: Tensor, width: int) -> Tensor:
+    """Indices of all entries of units of `width` consecutive ones; -1 stays -1."""
+    entries = units[:, None] * width + torch.arange(width)
+    return torch.where(units[:, None] < 0, -1, entries).flatten()

@@ -1,0 +1,85 @@
+"""Edits of the tensors that are stored, which need not be the parameters of the model.
+
+Names are those of the source with the layers, and experts, numbered anew: a checkpoint may leave
+out the base model's prefix, and most store every expert's linears alone where transformers holds
+all experts of a layer in one parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from secateur.errors import CheckpointError
+from secateur.structured.design import Design
+from secateur.structured.edits import Edit
+
+__all__ = ["stored_edits"]
+
+
+def stored_edits(made: Design, stored: Mapping[str, str], folder: Path) -> dict[str, Edit]:
+    """Edits of stored tensors, by the names that the results are stored under.
+
+    Args:
+        made: the design.
+        stored: from `stored_names`, of the model with its experts opened.
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: a parameter is not stored.
+    """
+    found: dict[str, Edit] = {}
+    for name, edit in made.edits.items():
+        for part in experts_apart(made, edit):
+            if part[1].source not in stored:
+                raise CheckpointError(
+                    f"the checkpoint does not hold {part[1].source}",
+                    where=str(folder),
+                    remedy="the file is incomplete, or of another model than config.json says",
+                )
+            source = stored[part[1].source]
+            target = numbered_anew(made, source, edit.source, name, part[0])
+            found[target] = replace(part[1], source=source)
+    return found
+
+
+def experts_apart(made: Design, edit: Edit) -> Iterator[tuple[tuple[int, int] | None, Edit]]:
+    """The edits of every expert's own linears, with its old and new number; others as they are."""
+    experts = made.architecture.experts
+    owner, _, leaf = edit.source.rpartition(".")
+    if experts is None or not owner.endswith(f".{experts.module}"):
+        yield None, edit
+        return
+    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+    _, rows, columns = edit.kept
+    shape = (edit.shape[1] // len(parts), edit.shape[2])
+    count = made.uncut.get_parameter(edit.source).shape[0]
+    kept = range(count) if edit.kept[0] is None else edit.kept[0].tolist()
+    for new, old in enumerate(kept):
+        for part in parts:
+            yield (old, new), Edit(f"{owner}.{old}.{part}.weight", (rows, columns), shape)
+
+
+def numbered_anew(
+    made: Design, stored: str, source: str, target: str, expert: tuple[int, int] | None
+) -> str:
+    """A stored name with the new number of its layer, and of its expert.
+
+    Args:
+        made: the design.
+        stored: the name in the uncut checkpoint.
+        source: the parameter's name in the uncut model.
+        target: its name in the cut one.
+        expert: old and new number of the expert.
+    """
+    prefix = made.architecture.layers_path + "."
+    if not source.startswith(prefix):
+        return stored
+    leaf = made.architecture.layers_path.rpartition(".")[2]
+    old, new = (name.removeprefix(prefix).partition(".")[0] for name in (source, target))
+    stored = re.sub(rf"(^|\.){leaf}\.{old}\.", rf"\g<1>{leaf}.{new}.", stored, count=1)
+    if expert is not None:
+        stored = re.sub(rf"\.experts\.{expert[0]}\.", f".experts.{expert[1]}.", stored, count=1)
+    return stored

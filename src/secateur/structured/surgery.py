@@ -1,0 +1,236 @@
+"""Cutting for good: from a model in memory, or from a checkpoint one tensor at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import RecipeError
+from secateur.models.architecture import Linear, describe
+from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, disk_error
+from secateur.models.shard_writer import ShardWriter
+from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
+from secateur.structured.accounting import Accounting, account
+from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
+from secateur.structured.design import Design, design
+from secateur.structured.edits import Edit
+from secateur.structured.stored import stored_edits
+
+__all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model"]
+
+METADATA = {"format": "pt"}
+
+
+class VariedSizesWarning(UserWarning):
+    """The result needs code of its own to be loaded."""
+
+
+class Progress(Protocol):
+    """Told of every step of long work."""
+
+    def start(self, label: str, steps: int) -> None:
+        """A stage of `steps` equal steps begins."""
+        ...
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        """`count` steps are done; `note` says where the work is."""
+        ...
+
+    def finish(self) -> None:
+        """The stage is over."""
+        ...
+
+
+def cut_model(model: Any, cut: Cut, *, pad: bool = False) -> Any:
+    """The model that is left; the one given is not changed, and shares what is not cut.
+
+    Args:
+        model: a loaded causal language model of transformers.
+        cut: what is kept.
+        pad: fill up smaller layers with units of zeros, so that all have the same size.
+
+    Raises:
+        RecipeError: the cut is impossible.
+        ArchitectureError: the family does not declare what the cut needs.
+    """
+    made = design(model, cut, pad=pad)
+    warn_if_varied(made)
+    result = made.skeleton
+    there = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, edit in made.edits.items():
+            source = there[edit.source]
+            assign(result, name, edit(source.detach()))
+            result.get_parameter(name).requires_grad_(source.requires_grad)
+    result.tie_weights()
+    for module in result.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(model.device))
+    result.generation_config = copy.deepcopy(model.generation_config)
+    return result.train(model.training)
+
+
+def cut_checkpoint(
+    folder: Path,
+    cut: Cut,
+    output_folder: Path,
+    *,
+    pad: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Accounting:
+    """Write the model that is left of a checkpoint, with one tensor in memory.
+
+    Tensors keep their dtypes and, as far as they are left, their files. Tokenizer and licence are
+    copied. The folder is made; nothing is written where the cut is impossible.
+
+    Args:
+        folder: the checkpoint.
+        cut: what is kept.
+        output_folder: where the new one goes.
+        pad: fill up smaller layers with units of zeros, so that all have the same size.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        progress: told of every tensor.
+
+    Raises:
+        RecipeError: the cut is impossible, or the output is the source.
+        CheckpointError: a parameter is not stored.
+        MemoryBudgetError: the disk is full.
+    """
+    if output_folder.exists() and output_folder.resolve() == folder.resolve():
+        raise RecipeError(
+            "the output is the source itself",
+            where=str(output_folder),
+            remedy="choose another --output",
+        )
+    reader = CheckpointReader(folder)
+    model = build_skeleton(folder, trust_remote_code=trust_remote_code)
+    made = design(model, cut, pad=pad)
+    stored = stored_names(model, reader)
+    edits = stored_edits(made, stored, folder)
+    warn_if_varied(made)
+    result = account(made)
+    output_folder.mkdir(parents=True, exist_ok=True)
+    write_beside(folder, output_folder, made)
+    write_tensors(reader, edits, output_folder, progress)
+    return result
+
+
+def warn_if_varied(made: Design) -> None:
+    """Say what a varied model asks of those who load it."""
+    if made.varied:
+        warnings.warn(
+            "no plain class of transformers has these sizes: transformers loads the result with "
+            "trust_remote_code=True (its code lies beside the weights) or once secateur is "
+            "imported; other engines do not. Padding may give sizes that one has",
+            VariedSizesWarning,
+            stacklevel=3,
+        )
+
+
+def write_beside(folder: Path, output: Path, made: Design) -> None:
+    """Write the configuration and copy what belongs to the model besides its weights.
+
+    Raises:
+        MemoryBudgetError: the disk is full.
+    """
+    from secateur.models import varied
+
+    try:
+        for file in copied_files(folder):
+            if file.name not in ("config.json", INDEX_NAME, varied.FILE_NAME):
+                shutil.copyfile(file, output / file.name)
+        if made.varied:
+            shutil.copyfile(varied.__file__, output / varied.FILE_NAME)
+        with quiet_transformers():
+            made.skeleton.config.save_pretrained(output)
+    except OSError as error:
+        raise disk_error(error, output) from error
+
+
+def write_tensors(
+    reader: CheckpointReader, edits: Mapping[str, Edit], output: Path, progress: Progress | None
+) -> None:
+    """Write every tensor that is left, and an index unless there is one file."""
+    if progress is not None:
+        progress.start("cutting", len(edits))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in reader.files:
+        mine = {n: e for n, e in edits.items() if reader.entries[e.source].file == file}
+        if not mine:
+            continue
+        known = {n: (reader.entries[e.source].dtype, e.shape) for n, e in mine.items()}
+        with ShardWriter(output / file.name, known, [], METADATA) as writer:
+            for name, edit in mine.items():
+                tensor = edit(reader.read(edit.source)).contiguous()
+                writer.write(name, tensor)
+                total += tensor.nbytes
+                if progress is not None:
+                    progress.step(note=name)
+            writer.close(METADATA)
+        weight_map |= dict.fromkeys(mine, file.name)
+    if len(reader.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (output / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    if progress is not None:
+        progress.finish()
+
+
+def cut_from_zeros(pruned: Any, *, trust_remote_code: bool = False) -> Cut:
+    """What is kept of a pruned model: the units whose columns in their consumer are not all zero.
+
+    A sub-block with none left goes. Only where the bias of the consumer is not zero, its first unit
+    stays, as what carries the bias.
+
+    Args:
+        pruned: a `CheckpointReader`, or a loaded model.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+
+    Raises:
+        ArchitectureError: the family declares no couplings.
+    """
+    reader = pruned if isinstance(pruned, CheckpointReader) else None
+    model = pruned
+    if reader is not None:
+        model = build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
+    architecture, sizes = describe(model), sizes_of(model)
+    couplings = couplings_of(architecture)
+    stored = {} if reader is None else stored_names(model, reader)
+    found: dict[str, dict[int, tuple[int, ...]]] = {"groups": {}, "neurons": {}}
+    for kind, axis in (("groups", "queries"), ("neurons", "neurons")):
+        name = couplings.consumer(axis)
+        for i, layer in enumerate(architecture.layers(model)):
+            count = getattr(sizes, kind)[i]
+            if not count or name is None:
+                continue
+            prefix = f"{architecture.layer_name(i)}.{name}"
+            linear = Linear(prefix, layer.get_submodule(name))
+            weight, bias = values_of(linear, reader, stored)
+            used = weight.reshape(len(weight), count, unit_width(sizes, kind)).ne(0).any((0, 2))
+            kept = tuple(used.nonzero().flatten().tolist())
+            if not kept and bias is not None and bool(bias.any()):
+                kept = (0,)
+            if len(kept) < count:
+                found[kind][i] = kept
+    return Cut(groups=found["groups"], neurons=found["neurons"])
+
+
+def values_of(
+    linear: Linear, reader: CheckpointReader | None, stored: Mapping[str, str]
+) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias of a linear, read if it is of a checkpoint."""
+    bias: nn.Parameter | None = getattr(linear.module, "bias", None)
+    if reader is None:
+        return linear.weight, bias
+    weight = reader.read(stored[f"{linear.name}.weight"])
+    weight = weight.t() if linear.transposed else weight
+    return weight, None if bias is None else reader.read(stored[f"{linear.name}.bias"])

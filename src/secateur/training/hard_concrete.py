@@ -1,0 +1,66 @@
+"""Gates that can be exactly 0 or 1 and still have gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.errors import RecipeError
+
+__all__ = ["HardConcrete"]
+
+_TEMPERATURE = 2 / 3
+_LOW, _HIGH = -0.1, 1.1
+
+
+class HardConcrete(nn.Module):
+    """z = clamp(s · (ζ − γ) + γ, 0, 1),  s = σ((log u − log(1 − u) + log α) / β),  u uniform.
+
+        P(z ≠ 0) = σ(log α − β log(−γ / ζ))         β = 2/3, γ = −0.1, ζ = 1.1
+
+    Paper: Louizos et al. 2018, "Learning Sparse Neural Networks through L₀ Regularization",
+    arXiv:1712.01312.
+
+    Args:
+        units: how many gates.
+        target: how many of them are to stay open at the end.
+        device: where they are.
+
+    Raises:
+        RecipeError: the target is not between 1 and the number of gates.
+    """
+
+    def __init__(self, units: int, target: int, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        if not 1 <= target <= units:
+            raise RecipeError(
+                f"{target} of {units} units are to be kept", remedy=f"give 1 to {units}"
+            )
+        self.units, self.target = units, target
+        # open nearly always at first: P(z = 1) is about 0.9
+        self.log_alpha = nn.Parameter(torch.full((units,), 3.0, device=device))
+
+    def sample(self) -> Float[Tensor, " units"]:
+        """Gates of one forward, each drawn for itself."""
+        tiny = torch.finfo(torch.float32).eps
+        u = torch.rand_like(self.log_alpha).clamp_(tiny, 1 - tiny)
+        s = torch.sigmoid((u.log() - (1 - u).log() + self.log_alpha) / _TEMPERATURE)
+        return (s * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+    def open_share(self) -> Float[Tensor, ""]:
+        """The expected share of gates that are not 0."""
+        return torch.sigmoid(self.log_alpha - _TEMPERATURE * math.log(-_LOW / _HIGH)).mean()
+
+    def kept(self) -> tuple[int, ...]:
+        """The `target` units that are open most often, in order; of equal ones the later."""
+        order = sorted(range(self.units), key=lambda i: (float(self.log_alpha[i].detach()), i))
+        return tuple(sorted(order[self.units - self.target :]))
+
+    def settled(self) -> Float[Tensor, " units"]:
+        """1 for the units that are kept, 0 for the others."""
+        gates = torch.zeros_like(self.log_alpha)
+        gates[list(self.kept())] = 1.0
+        return gates

@@ -1,0 +1,191 @@
+"""Heads and neurons: the run that prunes, with whole columns for a pattern.
+
+What reads the heads (the output projection) and the neurons (the down projection) loses whole
+columns, chosen and made up for layer by layer on pruned activations, as any linear of a pruning
+run. What made those columns is then read by nobody, and is cut away with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from secateur.engine.meter import Meter
+from secateur.engine.progress import Progress
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.structure_schema import StructureRecipe
+from secateur.sparsity.patterns import parse_pattern
+from secateur.structured.accounting import accounting
+from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
+from secateur.structured.surgery import cut_from_zeros
+from secateur.workflows.preparing import prepare
+from secateur.workflows.pruning import run_prepared
+from secateur.workflows.structure_plan import Aim
+
+__all__ = ["narrow"]
+
+LEVEL = 0.05
+"""The fraction of a layer's neurons that a level of a searched allocation is worth, about."""
+
+
+def narrow(
+    recipe: StructureRecipe,
+    aim: Aim,
+    folder: Path,
+    output: Path,
+    windows: Path,
+    progress: Progress,
+) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose heads and neurons and refit what reads them.
+
+    Args:
+        recipe: how.
+        aim: how much.
+        folder: the model.
+        output: takes the same model with columns of zeros.
+        windows: calibration tokens, saved.
+        progress: told of every step.
+
+    Returns:
+        What is kept, how it was chosen, and `output`.
+    """
+    values = {
+        "model": str(folder),
+        "output": str(output),
+        "score": recipe.score,
+        "solver": recipe.solver,
+        "parameters": recipe.parameters,
+        "sparsity": 0.0,
+        "allocation": recipe.allocation or "uniform",
+        "asymmetric": recipe.asymmetric,
+        "fast_matmuls": recipe.fast_matmuls,
+        "calibration": {"source": str(windows), "seed": recipe.calibration.seed},
+        "memory": recipe.memory.model_dump(),
+        "device": recipe.device,
+        "trust_remote_code": recipe.trust_remote_code,
+    }
+    resumes = (output.with_name(output.name + ".partial") / "secateur" / "layers.jsonl").exists()
+    if not output.exists():
+        prepared = prepare(build_recipe(values), output.with_name(output.name + ".partial"))
+        model = prepared.target.model
+        sizes, readers = sizes_of(model), consumers(model)
+        patterns = {
+            f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
+            for kind, name in readers.items()
+        }
+        starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
+        wanted = [glob for glob, share in starts.items() if share > 0 or aim.joint is not None]
+        prepared = replace(
+            prepared,
+            selection=replace(prepared.selection, include=tuple(wanted), starts=starts),
+            patterns=patterns,
+            costs=costs_of(prepared.target.architecture.layer_name, readers, sizes, model, recipe),
+        )
+        run_prepared(prepared, progress, Meter.start(), resume=resumes)
+    trust = recipe.trust_remote_code
+    cut = cut_from_zeros(CheckpointReader(output), trust_remote_code=trust)
+    allocation = recipe.allocation or "uniform"
+    if allocation == "uniform":
+        sizes = sizes_of(build_skeleton(output, trust_remote_code=trust))
+        cut = Cut(
+            groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
+        )
+    told = {"score": recipe.score, "solver": recipe.solver, "allocation": allocation}
+    return cut, told, output
+
+
+def evened(
+    kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]
+) -> dict[int, tuple[int, ...]]:
+    """As many units in each layer that was cut as in the one that kept most.
+
+    A layer has fewer where units were dead before: their weights are zero without having been
+    chosen. Some of those stay, so that layers have one size.
+    """
+    most = max(map(len, kept.values()), default=0)
+    found = {}
+    for layer, units in kept.items():
+        spare = [i for i in range(there[layer]) if i not in units]
+        found[layer] = tuple(sorted([*units, *spare[: most - len(units)]]))
+    return found
+
+
+def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:
+    """The pattern of the linear that reads units of a kind."""
+    together = multiple if kind == "neurons" else 1
+    return f"*x{unit_width(sizes, kind)}" + (f"/{together}" if together > 1 else "")
+
+
+def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
+    """The parameters that go with one unit of a kind, where there is such a kind."""
+    found = {}
+    for kind in ("groups", "neurons"):
+        each: tuple[int, ...] = getattr(sizes, kind)
+        if max(each) > 1:
+            layer = each.index(max(each))
+            fewer = {layer: tuple(range(each[layer] - 1))}
+            cut = Cut(groups=fewer) if kind == "groups" else Cut(neurons=fewer)
+            counted = accounting(model, cut)
+            found[kind] = counted.before.decoder - counted.after.decoder
+    return found
+
+
+def shares(aim: Aim, sizes: Sizes, model: Any) -> dict[str, float]:
+    """The fraction of groups and of neurons that goes, before any allocation.
+
+    Where a fraction of both together is asked for, as many whole groups go as that fraction of
+    them holds, and neurons make up the rest: there are hundreds of neurons for each group.
+
+    Raises:
+        RecipeError: not even all neurons would be enough.
+    """
+    if aim.joint is None:
+        return {k: x for k, x in (("groups", aim.heads), ("neurons", aim.neurons)) if x}
+    costs = unit_costs(sizes, model)
+    total = {kind: costs[kind] * sum(getattr(sizes, kind)) for kind in costs}
+    asked = aim.joint * sum(total.values())
+    found = {}
+    if "groups" in costs:
+        most = max(sizes.groups)
+        found["groups"] = int(aim.joint * most + 1e-9) / most
+    found["neurons"] = (asked - found.get("groups", 0.0) * total.get("groups", 0)) / total[
+        "neurons"
+    ]
+    if not 0 <= found["neurons"] < 1:
+        raise RecipeError(
+            f"{found['neurons']:.0%} of the FFN neurons would have to go",
+            remedy="keep more parameters, or drop layers too: --keep-layers",
+        )
+    return found
+
+
+def costs_of(
+    layer_name: Callable[[int], str],
+    readers: Mapping[str, str],
+    sizes: Sizes,
+    model: Any,
+    recipe: StructureRecipe,
+) -> dict[str, int]:
+    """What a unit of each linear counts in the budget of an allocation, in neurons.
+
+    A group counts the number of neurons that hold as many parameters, rounded to a few levels of a
+    search, so that groups and neurons can be traded.
+    """
+    costs, named = unit_costs(sizes, model), {}
+    if "neurons" not in costs:
+        return {}
+    level = LEVEL * max(sizes.neurons)
+    equal = costs.get("groups", 0) / costs["neurons"]
+    levels = max(1, round(equal / level))
+    step = max(1, round(equal / levels / recipe.multiple)) * recipe.multiple
+    for kind, reader in readers.items():
+        for layer, there in enumerate(getattr(sizes, kind)):
+            if there:
+                name = f"{layer_name(layer)}.{reader}"
+                named[name] = recipe.multiple if kind == "neurons" else levels * step
+    return named

@@ -1,0 +1,201 @@
+"""From what is asked of a structured cut to numbers of units, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.errors import RecipeError
+from secateur.recipes.structure_schema import Kept, StructureRecipe
+from secateur.structured.accounting import accounting
+from secateur.structured.cut import Cut, Sizes, sizes_of
+
+__all__ = ["Aim", "aim_of", "count"]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is asked, in units of the model.
+
+    Attributes:
+        sizes: of the model as it is.
+        drop_layers: decoder layers, or two sub-blocks for each, that go.
+        keep_experts: experts of each layer that stay; None keeps all.
+        keep_hidden: channels of the residual stream that stay; None keeps all.
+        heads: fraction of KV groups that goes.
+        neurons: fraction of FFN neurons that goes.
+        joint: fraction of the parameters of both together that goes; None where they are told
+            apart.
+    """
+
+    sizes: Sizes
+    drop_layers: int = 0
+    keep_experts: int | None = None
+    keep_hidden: int | None = None
+    heads: float = 0.0
+    neurons: float = 0.0
+    joint: float | None = None
+
+    @property
+    def narrows(self) -> bool:
+        """Whether heads or neurons are cut."""
+        return bool(self.heads or self.neurons or self.joint)
+
+
+def count(kept: Kept, total: int, what: str) -> int:
+    """How many of `total` units stay.
+
+    Args:
+        kept: a number of units, or a fraction (a float of at most 1).
+        total: units there are.
+        what: they are called.
+
+    Raises:
+        RecipeError: none would stay, or more than there are.
+    """
+    number = round(kept * total) if isinstance(kept, float) and kept <= 1 else kept
+    if number != int(number):
+        raise RecipeError(
+            f"{kept} {what} are neither a number of units nor a fraction of them",
+            remedy=f"give a whole number up to {total}, or a fraction up to 1.0",
+        )
+    if not 0 < number <= total:
+        raise RecipeError(
+            f"{kept} {what} were asked for, of {total} there are",
+            remedy=f"give a number from 1 to {total}, or a fraction of them such as 0.75",
+        )
+    return int(number)
+
+
+def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
+    """What a recipe asks of a model.
+
+    Args:
+        recipe: as the user wrote it.
+        model: the skeleton.
+
+    Raises:
+        RecipeError: nothing is asked, too much, or two things that do not go together.
+    """
+    sizes = sizes_of(model)
+    check_together(recipe)
+    layers = sizes.layers
+    drop = 0
+    if recipe.keep_layers is not None:
+        drop = layers - count(recipe.keep_layers, layers, "decoder layers")
+    hidden = experts = None
+    if recipe.hidden is not None:
+        hidden = count(recipe.hidden, sizes.hidden, "channels of the residual stream")
+    if recipe.experts is not None:
+        if not any(sizes.experts):
+            raise RecipeError("the model has no experts", remedy="leave --experts out")
+        experts = count(recipe.experts, max(sizes.experts), "experts of a layer")
+    heads = neurons = 0.0
+    if recipe.kv_cache is not None:  # layers that go take their part of the cache with them
+        heads = max(0.0, 1 - recipe.kv_cache * layers / (layers - drop))
+    if recipe.heads is not None:
+        heads = 1 - share(recipe.heads, sizes.groups, "KV groups")
+    if recipe.ffn is not None:
+        neurons = 1 - share(recipe.ffn, sizes.neurons, "FFN neurons")
+    if any(n % recipe.multiple for n in sizes.neurons):
+        raise RecipeError(
+            f"{max(sizes.neurons)} FFN neurons are no multiple of {recipe.multiple}",
+            remedy="choose a number that divides them, such as 8 or 64",
+        )
+    aim = Aim(sizes, drop, experts, hidden, heads, neurons)
+    target = decoder_target(recipe, model)
+    return aim if target is None else with_target(aim, target, model)
+
+
+def check_together(recipe: StructureRecipe) -> None:
+    """Refuse what contradicts itself, or says nothing.
+
+    Raises:
+        RecipeError: naming the options.
+    """
+    targets = [n for n in ("keep_parameters", "file_mib") if getattr(recipe, n) is not None]
+    widths = [n for n in ("heads", "ffn", "kv_cache") if getattr(recipe, n) is not None]
+    others = [n for n in ("keep_layers", "experts", "hidden") if getattr(recipe, n) is not None]
+    if not targets + widths + others:
+        raise RecipeError(
+            "nothing is to be cut",
+            remedy="say what stays: --keep-layers 24, --ffn 0.75, --heads 0.67, --hidden 0.9, "
+            "--experts 0.5, or --parameters 0.75 of the decoder's",
+        )
+    if len(targets) > 1:
+        raise RecipeError(f"{targets[0]} and {targets[1]} are two targets", remedy="give one")
+    if targets and widths:
+        raise RecipeError(
+            f"{targets[0]} says how much heads and neurons lose together, and {widths[0]} too",
+            remedy=f"leave {widths[0]} out, or the target",
+        )
+    if recipe.heads is not None and recipe.kv_cache is not None:
+        raise RecipeError("heads and kv_cache say the same thing", remedy="give one of them")
+
+
+def share(kept: Kept, each: tuple[int, ...], what: str) -> float:
+    """The fraction of units that stays in every layer.
+
+    Raises:
+        RecipeError: more than there are, or no layer has such units.
+    """
+    most = max(each)
+    if not most:
+        raise RecipeError(f"the model has no {what} that could be cut")
+    if kept == 0:
+        raise RecipeError(
+            f"no {what} would stay", remedy="to drop sub-blocks, use --depth-units blocks"
+        )
+    return count(kept, most, f"{what} of a layer") / most
+
+
+def decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
+    """The fraction of the decoder's parameters that is to stay, if a target was given."""
+    if recipe.keep_parameters is not None:
+        return recipe.keep_parameters
+    if recipe.file_mib is None:
+        return None
+    whole = accounting(model, Cut()).before
+    outside = whole.file_bytes - whole.decoder * model.dtype.itemsize
+    left = (recipe.file_mib * 2**20 - outside) / (whole.file_bytes - outside)
+    if not 0 < left < 1:
+        raise RecipeError(
+            f"{recipe.file_mib:g} MiB were asked for; the weights have "
+            f"{whole.file_bytes / 2**20:.1f}, of which {outside / 2**20:.1f} lie outside the "
+            "decoder layers",
+            remedy="give a number between these two",
+        )
+    return left
+
+
+def with_target(aim: Aim, target: float, model: Any) -> Aim:
+    """The aim, with the fraction that heads and neurons have to lose together.
+
+    Raises:
+        RecipeError: the other cuts reach the target alone, or no width could reach it.
+    """
+    found = accounting(model, representative(aim))
+    whole, rest = found.before.decoder, found.after
+    width = rest.attention + rest.ffn
+    joint = (rest.decoder - target * whole) / width if width else 0.0
+    if not 0 < joint < 1:
+        raise RecipeError(
+            f"{target:.1%} of the decoder's parameters are to stay; without a cut of heads and "
+            f"neurons {rest.decoder / whole:.1%} would, and these hold {width / whole:.1%}",
+            remedy="leave the target out, or choose another one",
+        )
+    return Aim(aim.sizes, aim.drop_layers, aim.keep_experts, aim.keep_hidden, joint=joint)
+
+
+def representative(aim: Aim) -> Cut:
+    """A cut with the same numbers of layers, experts and channels: the first ones stay."""
+    layers = range(aim.sizes.layers - aim.drop_layers)
+    experts = {}
+    if aim.keep_experts is not None:
+        experts = {
+            i: tuple(range(min(n, aim.keep_experts)))
+            for i, n in enumerate(aim.sizes.experts)
+            if n and i in layers
+        }
+    hidden = None if aim.keep_hidden is None else tuple(range(aim.keep_hidden))
+    return Cut(layers=tuple(layers), experts=experts, hidden=hidden)

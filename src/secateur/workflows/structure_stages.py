@@ -1,0 +1,198 @@
+"""The steps of a structured cut, each from one model folder to a smaller one.
+
+    depth ─► experts ─► hidden ─► heads and neurons
+
+Each step makes its folder whole or not at all, so a killed run goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.engine.depth import Depth, Dropped, choose_depth
+from secateur.engine.experts import expert_use, kept_experts
+from secateur.engine.hidden import hidden_scores
+from secateur.engine.ledger import Ledger
+from secateur.engine.progress import Progress
+from secateur.engine.run import Run, Settings
+from secateur.engine.selection import Selection
+from secateur.engine.targets import CheckpointTarget
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.whole_folder import whole_folder
+from secateur.recipes.structure_schema import StructureRecipe
+from secateur.sparsity.methods import compose
+from secateur.structured.cut import Cut
+from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
+from secateur.workflows.narrowing import narrow
+from secateur.workflows.structure_plan import Aim
+
+__all__ = ["Bench", "Step", "steps_of"]
+
+NOTES = "step.json"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every step is given.
+
+    Attributes:
+        recipe: as asked.
+        aim: in units.
+        windows: calibration tokens [samples, sequence_length].
+        device: where layers are worked on.
+        work: the folder in which each step has a folder of its own.
+        progress: told of everything.
+    """
+
+    recipe: StructureRecipe
+    aim: Aim
+    windows: Tensor
+    device: torch.device
+    work: Path
+    progress: Progress
+
+    def target(self, folder: Path) -> CheckpointTarget:
+        """A model folder, to be looked at."""
+        trust = self.recipe.trust_remote_code
+        return CheckpointTarget(
+            CheckpointReader(folder), None, self.device, trust_remote_code=trust
+        )
+
+    def scratch(self, name: str) -> Path:
+        """A folder for what a step notes on its way."""
+        folder = self.work / f"{name}-notes"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: how it chooses, from a model folder.
+
+    Attributes:
+        name: depth, experts, hidden or width.
+        choose: from the folder of the model, what is kept of it, how it was chosen, and the
+            folder that the kept weights are taken from (the model's own if they are as they were).
+    """
+
+    name: str
+    choose: Callable[[Bench, Path], tuple[Cut, dict[str, Any], Path]]
+
+    def carry_out(self, bench: Bench, folder: Path) -> tuple[Path, dict[str, Any]]:
+        """Choose and cut, unless an earlier run has; returns the new folder and its notes."""
+        made = bench.work / self.name
+        if not made.exists():
+            cut, told, kept = self.choose(bench, folder)
+            with whole_folder(made) as partial, warnings.catch_warnings():
+                # that the layers differ is said once, of the result
+                warnings.simplefilter("ignore", VariedSizesWarning)
+                found = cut_checkpoint(
+                    kept,
+                    cut,
+                    partial,
+                    pad=bench.recipe.pad,
+                    trust_remote_code=bench.recipe.trust_remote_code,
+                    progress=bench.progress,
+                )
+                notes = {"step": self.name, "cut": cut.to_json(), **told, **asdict(found)}
+                (partial / NOTES).write_text(json.dumps(notes), encoding="utf-8")
+            if kept != folder:
+                shutil.rmtree(kept)
+        notes = json.loads((made / NOTES).read_text(encoding="utf-8"))
+        return made, notes
+
+
+def steps_of(aim: Aim) -> list[Step]:
+    """The steps that an aim takes, in order."""
+    found = []
+    if aim.drop_layers:
+        found.append(Step("depth", choose_layers))
+    if aim.keep_experts is not None:
+        found.append(Step("experts", choose_experts))
+    if aim.keep_hidden is not None:
+        found.append(Step("hidden", choose_hidden))
+    if aim.narrows:
+        found.append(Step("width", choose_width))
+    return found
+
+
+def choose_layers(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which decoder layers, or sub-blocks, go."""
+    how, sizes, drop = bench.recipe.depth, bench.aim.sizes, bench.aim.drop_layers
+    by_layers = how.units == "layers"
+    depth = Depth(
+        units=how.units,
+        count=drop if by_layers else None,
+        share=None if by_layers else drop / sizes.layers,
+        method=how.by,
+        seed=bench.recipe.calibration.seed,
+    )
+    notes = bench.scratch("depth")
+    dropped = choose_depth(bench.target(folder), bench.windows, depth, notes, bench.progress)
+    told = {"by": how.by, "units": how.units, "fitness": dropped.fitness, "scores": dropped.scores}
+    return without(dropped, sizes.layers), told, folder
+
+
+def without(dropped: Dropped, layers: int) -> Cut:
+    """The cut that leaves out what was dropped."""
+    kept = tuple(i for i in range(layers) if i not in dropped.layers)
+    return Cut(
+        layers=kept,
+        groups=dict.fromkeys(dropped.attention, ()),
+        neurons=dict.fromkeys(dropped.ffn, ()),
+    )
+
+
+def choose_experts(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which experts stay: those whose outputs weigh most."""
+    target = bench.target(folder)
+    assert bench.aim.keep_experts is not None
+    tokens = bench.recipe.memory.micro_batch_tokens
+    use = expert_use(target, bench.windows, tokens, bench.progress)
+    top_k: int = target.model.config.num_experts_per_tok
+    return Cut(experts=kept_experts(use, bench.aim.keep_experts, top_k)), {"by": "reap"}, folder
+
+
+def choose_hidden(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which channels of the residual stream stay: those that norms hand on most of."""
+    target = bench.target(folder)
+    assert bench.aim.keep_hidden is not None
+    settings = Settings(
+        micro_batch_tokens=bench.recipe.memory.micro_batch_tokens,
+        fast_matmuls=bench.recipe.fast_matmuls,
+        work=bench.scratch("hidden"),
+    )
+    run = Run(
+        target,
+        compose("wanda", "unstructured"),
+        0.5,
+        Selection(),
+        bench.windows,
+        settings,
+        Ledger(None, {}),
+        bench.progress,
+    )
+    scores = hidden_scores(run, bench.aim.sizes.hidden)
+    order = scores.argsort(descending=True, stable=True)[: bench.aim.keep_hidden]
+    return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
+
+
+def choose_width(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which heads and neurons stay; what reads them is refitted, in a folder of its own."""
+    return narrow(
+        bench.recipe,
+        bench.aim,
+        folder,
+        bench.work / "narrowed",
+        bench.work.parent / "secateur" / "windows.safetensors",
+        bench.progress,
+    )

@@ -1,0 +1,101 @@
+"""A model with units switched off by hooks, the others untouched: what a cut model must equal.
+
+Names of modules are written out here by family, and nothing of the library is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import layer_norm
+
+LAYOUTS: dict[str, tuple[str, str, str, str, str]] = {
+    # layers, attention, its last linear, feed-forward, its last linear
+    "gpt2": ("transformer.h", "attn", "attn.c_proj", "mlp", "mlp.c_proj"),
+    "opt": ("model.decoder.layers", "self_attn", "self_attn.out_proj", "fc2", "fc2"),
+    "gpt_neox": ("gpt_neox.layers", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h"),
+}
+COMMON = ("model.layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
+
+
+def switch_off(
+    model: nn.Module,
+    family: str,
+    *,
+    layers: tuple[int, ...] | None = None,
+    groups: Mapping[int, tuple[int, ...]] | None = None,
+    neurons: Mapping[int, tuple[int, ...]] | None = None,
+    hidden: tuple[int, ...] | None = None,
+) -> None:
+    """Put hooks on a model, so that only the units named do anything."""
+    path, attention, out, ffn, down = LAYOUTS.get(family, COMMON)
+    config: Any = model.config
+    heads = config.num_attention_heads
+    per_group = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    for i, layer in enumerate(model.get_submodule(path)):
+        if layers is not None and i not in layers:
+            layer.register_forward_hook(
+                lambda m, args, kwargs, result: args[0] if args else kwargs["hidden_states"],
+                with_kwargs=True,
+            )
+        kept = (groups or {}).get(i)
+        if kept == ():
+            layer.get_submodule(attention).register_forward_hook(
+                lambda m, args, result: (torch.zeros_like(result[0]), *result[1:])
+            )
+        elif kept is not None:
+            wide = [g * per_group * size + c for g in kept for c in range(per_group * size)]
+            keep_inputs(layer.get_submodule(out), wide)
+            if family == "olmo2":  # its norms see all heads at once
+                narrow = [g * size + c for g in kept for c in range(size)]
+                keep_outputs(layer.get_submodule("self_attn.q_proj"), wide)
+                keep_outputs(layer.get_submodule("self_attn.k_proj"), narrow)
+        kept = (neurons or {}).get(i)
+        if kept == ():
+            layer.get_submodule(ffn).register_forward_hook(
+                lambda m, args, result: torch.zeros_like(result)
+            )
+        elif kept is not None:
+            keep_inputs(layer.get_submodule(down), list(kept))
+        if hidden is not None:
+            keep_outputs(layer.get_submodule(out), list(hidden))
+            keep_outputs(layer.get_submodule(down), list(hidden))
+    if hidden is not None:
+        narrow_stream(model, config.hidden_size, list(hidden))
+
+
+def narrow_stream(model: nn.Module, size: int, kept: list[int]) -> None:
+    """Only these channels of the residual stream carry anything; LayerNorms see no others."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda m, args, result: norm_of(m, args[0], kept))
+        elif name.endswith("project_in") or (
+            isinstance(module, nn.Embedding) and module.embedding_dim == size
+        ):
+            keep_outputs(module, kept)
+
+
+def norm_of(module: nn.LayerNorm, x: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    result = torch.zeros_like(x)
+    result[..., kept] = layer_norm(
+        x[..., kept], (len(kept),), module.weight[kept], module.bias[kept], module.eps
+    )
+    return result
+
+
+def keep_inputs(module: nn.Module, kept: list[int]) -> None:
+    module.register_forward_pre_hook(lambda m, args: (only(args[0], kept), *args[1:]))
+
+
+def keep_outputs(module: nn.Module, kept: list[int]) -> None:
+    module.register_forward_hook(lambda m, args, result: only(result, kept))
+
+
+def only(x: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    result = torch.zeros_like(x)
+    result[..., kept] = x[..., kept]
+    return result

@@ -1,0 +1,71 @@
+"""Cuts of the models of `zoo`, of every kind, for whatever number of groups and neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from secateur.structured.cut import Cut, Sizes
+from zoo import tiny_model
+
+CUTS: dict[str, Callable[[Sizes], Cut]] = {
+    "layers": lambda s: Cut(layers=(0, 2)),
+    "last layers": lambda s: Cut(layers=(1, 2)),
+    "groups": lambda s: Cut(groups={i: odd(s.groups[i]) for i in range(3)}),
+    "groups, differing": lambda s: Cut(groups={0: (s.groups[0] - 1,), 2: odd(s.groups[2])}),
+    "neurons": lambda s: Cut(neurons={i: odd(s.neurons[i]) for i in range(3)}),
+    "neurons, differing": lambda s: Cut(neurons={0: (1, 2, 5), 2: odd(s.neurons[2])}),
+    "hidden": lambda s: Cut(hidden=odd(s.hidden)),
+    "hidden, odd": lambda s: Cut(hidden=tuple(range(2, 29))),
+    "without attention": lambda s: Cut(groups={0: (), 1: odd(s.groups[1])}),
+    "without FFN": lambda s: Cut(neurons={1: (), 2: odd(s.neurons[2])}),
+    "everything": lambda s: Cut(
+        layers=(0, 2),
+        groups={0: odd(s.groups[0]), 2: ()},
+        neurons={0: (), 2: odd(s.neurons[2])},
+        hidden=odd(s.hidden),
+    ),
+}  # fmt: skip
+
+NEVER_PLAIN = {"groups, differing", "neurons, differing", "without attention", "without FFN",
+               "everything"}  # fmt: skip
+TIED_TO_HEADS = {"gpt2", "opt", "gpt_neox"}
+"""Families whose classes compute the size of a head from hidden size and number of heads."""
+
+WANT_WHOLE_HEADS = {"llama", "gemma2", "gemma3"}
+"""Families whose configurations refuse a hidden size that is no multiple of the heads."""
+
+
+def odd(count: int) -> tuple[int, ...]:
+    """Every second unit."""
+    return tuple(range(1, count, 2))
+
+
+def is_plain(family: str, name: str) -> bool:
+    """Whether plain transformers has a class for the result."""
+    tied = family in TIED_TO_HEADS and name.startswith(("groups", "hidden"))
+    refused = family in WANT_WHOLE_HEADS and name == "hidden, odd"
+    return name not in NEVER_PLAIN and not tied and not refused
+
+
+def model_of(family: str) -> Any:
+    """The tiny model of a family, where a cut can be exact.
+
+    OLMo 2 norms its queries over all heads, with the ε that its other norms have. Values of an
+    untrained model are small beside it, and one ε cannot follow both dimensions.
+    """
+    model: Any = tiny_model(family)
+    if family == "olmo2":
+        model.config.rms_norm_eps = 1e-12
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = 1e-12
+    return model
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal to float32 rounding."""
+    scale = float(expected.abs().max())
+    return float((found - expected).abs().max()) <= 2e-5 * scale

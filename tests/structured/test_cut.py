@@ -1,0 +1,109 @@
+"""What can be asked of a cut, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from cuts import CUTS, odd
+
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
+from secateur.structured.surgery import cut_from_zeros, cut_model
+from zoo import CONFIGS, tiny_model
+
+IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
+    "no layer": ({"layers": ()}, "decoder layers: none is kept"),
+    "more layers than there are": ({"layers": (0, 1, 2, 3)}, "4 are to be kept, there are 3"),
+    "unknown layer": ({"layers": (0, 3)}, "there is no 3, only 0 to 2"),
+    "negative layer": ({"layers": (-1, 2)}, "there is no -1"),
+    "layer twice": ({"layers": (0, 0, 2)}, "named twice"),
+    "layers in another order": ({"layers": (2, 0)}, "not ascending"),
+    "no channel": ({"hidden": ()}, "hidden channels: none is kept"),
+    "unknown channel": ({"hidden": (5, 32)}, "there is no 32"),
+    "unknown group": ({"groups": {1: (2,)}}, "KV groups of layer 1: there is no 2"),
+    "group twice": ({"groups": {1: (1, 1)}}, "named twice"),
+    "groups of an unknown layer": ({"groups": {7: (0,)}}, "KV groups of layer 7"),
+    "too many neurons": ({"neurons": {0: tuple(range(49))}}, "49 are to be kept, there are 48"),
+    "unknown neuron": ({"neurons": {0: (48,)}}, "there is no 48"),
+    "experts of a dense model": ({"experts": {0: (1,)}}, "experts of layer 0"),
+    "no expert": ({"experts": {0: ()}}, "none is kept"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_cuts_are_refused(name: str) -> None:
+    told, message = IMPOSSIBLE[name]
+    with pytest.raises(RecipeError, match=message) as caught:
+        cut_model(tiny_model("llama"), Cut(**told))
+    assert caught.value.remedy
+    assert caught.value.exit_code == 2
+
+
+def test_all_faults_are_told_at_once() -> None:
+    cut = Cut(layers=(9,), groups={0: (8,)}, neurons={1: (77,)}, hidden=())
+    with pytest.raises(RecipeError) as caught:
+        cut_model(tiny_model("llama"), cut)
+    assert caught.value.what.count("\n") == 4
+
+
+def test_layers_whose_index_scales_their_attention_are_not_cut() -> None:
+    model = tiny_model("gpt2")
+    model.config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(ArchitectureError, match="scaled by the index"):
+        cut_model(model, Cut(layers=(0, 2)))
+
+
+def test_what_padding_cannot_mend_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match="padded or not"):
+        cut_model(tiny_model("gpt2"), Cut(hidden=odd(32)), pad=True)
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_json_gives_the_cut_back(name: str) -> None:
+    cut = CUTS[name](sizes_of(tiny_model("llama")))
+    assert Cut.from_json(json.loads(json.dumps(cut.to_json()))) == cut
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"layers": "all"}, {"layers": [0.5]}, {"groups": [1]}, {"groups": {"x": [1]}}, {"heads": {}}],
+)
+def test_json_of_something_else_is_refused(told: Any) -> None:
+    with pytest.raises(RecipeError, match="no description of a cut"):
+        Cut.from_json(told)
+
+
+def test_sizes_are_read_from_the_modules() -> None:
+    assert sizes_of(tiny_model("qwen3")) == Sizes(32, 8, 2, (2,) * 3, (48,) * 3, (0,) * 3)
+    assert sizes_of(tiny_model("gpt2")) == Sizes(32, 8, 1, (4,) * 3, (128,) * 3, (0,) * 3)
+
+
+@pytest.mark.parametrize("family", [f for f in CONFIGS if f != "generic"])
+def test_units_whose_columns_are_zero_are_not_kept(family: str) -> None:
+    model = tiny_model(family)
+    sizes, named = sizes_of(model), consumers(model)
+    path = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}
+    layers: Any = model.get_submodule(path.get(family, "model.layers"))
+    expected = Cut(
+        groups={0: tuple(range(1, sizes.groups[0])), 2: ()},
+        neurons={1: tuple(range(3, sizes.neurons[1]))},
+    )
+    with torch.no_grad():
+        for kind, layer, count in (("groups", 0, 1), ("groups", 2, 9), ("neurons", 1, 3)):
+            module = layers[layer].get_submodule(named[kind])
+            columns = module.weight.t() if type(module).__name__ == "Conv1D" else module.weight
+            columns[:, : count * unit_width(sizes, kind)] = 0
+            if count == 9 and module.bias is not None:
+                module.bias.zero_()
+    assert cut_from_zeros(model) == expected
+
+
+def test_a_bias_keeps_its_sub_block() -> None:
+    model: Any = tiny_model("opt")
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc2.weight.zero_()
+    assert cut_from_zeros(model) == Cut(neurons={1: (0,)})

@@ -1,0 +1,174 @@
+"""Cut models of every family, against the same units switched off by hooks."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from cuts import CUTS, close, is_plain, model_of
+
+from oracles.masking import switch_off
+from secateur.errors import ArchitectureError
+from secateur.models.skeleton import quiet_transformers
+from secateur.structured.accounting import accounting
+from secateur.structured.cut import Cut, sizes_of
+from secateur.structured.surgery import VariedSizesWarning, cut_model
+from zoo import CONFIGS, tiny_windows
+
+DECLARED = [family for family in CONFIGS if family != "generic"]
+
+
+def cut_quietly(model: Any, cut: Cut, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VariedSizesWarning)
+        return cut_model(model, cut, **options)
+
+
+def logits(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=windows, use_cache=False).logits
+
+
+def masked(family: str, cut: Cut, windows: torch.Tensor) -> torch.Tensor:
+    model = model_of(family)
+    switch_off(
+        model, family, layers=cut.layers, groups=cut.groups, neurons=cut.neurons, hidden=cut.hidden
+    )
+    return logits(model, windows)
+
+
+def greedy(model: Any, prompt: torch.Tensor, tokens: int, use_cache: bool) -> Any:
+    with quiet_transformers():
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            use_cache=use_cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("family", DECLARED)
+def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_path: Path) -> None:
+    model, windows = model_of(family), tiny_windows(2)
+    cut = CUTS[name](sizes_of(model))
+    smaller = cut_quietly(model, cut)
+    expected = masked(family, cut, windows)
+    assert close(logits(smaller, windows), expected)
+    assert smaller.config.model_type == (
+        model.config.model_type if is_plain(family, name) else "secateur_varied"
+    )
+    with quiet_transformers():
+        smaller.save_pretrained(tmp_path)
+        loaded, told = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, output_loading_info=True
+        )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert not told["mismatched_keys"]
+    assert torch.equal(logits(loaded.eval(), windows), logits(smaller, windows))
+    prompt = windows[:, :9]  # longer than the sliding windows
+    with_cache, without = (greedy(loaded, prompt, 6, use) for use in (True, False))
+    assert torch.equal(with_cache.sequences, without.sequences)
+    assert close(torch.stack(with_cache.logits), torch.stack(without.logits))
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("family", DECLARED)
+def test_accounting_is_exact(family: str, name: str) -> None:
+    model, windows = model_of(family), tiny_windows(2, 7)
+    cut = CUTS[name](sizes_of(model))
+    found = accounting(model, cut)
+    for counted, one in ((found.before, model), (found.after, cut_quietly(model, cut))):
+        parameters = dict(one.named_parameters())
+        assert counted.parameters == sum(p.numel() for p in parameters.values())
+        layers = [p for n, p in parameters.items() if ".layers." in n or ".h." in n]
+        assert counted.decoder == sum(p.numel() for p in layers)
+        assert counted.file_bytes == sum(p.nbytes for p in parameters.values())
+        assert counted.other == counted.experts == 0
+        cache = one(input_ids=windows, use_cache=True).past_key_values
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert counted.kv_cache_bytes_per_token * windows.numel() == held
+    assert found.varied != is_plain(family, name)
+    assert 0 < found.removed < 1
+    assert 0 < found.decoder_removed < 1
+
+
+@pytest.mark.parametrize("name", ["groups, differing", "without FFN", "without attention"])
+@pytest.mark.parametrize("family", DECLARED)
+def test_padding_makes_sizes_equal(family: str, name: str) -> None:
+    model, windows = model_of(family), tiny_windows(2)
+    cut = CUTS[name](sizes_of(model))
+    padded = cut_model(model, cut, pad=True)
+    assert type(padded) is type(model)
+    assert len(set(sizes_of(padded).groups)) == len(set(sizes_of(padded).neurons)) == 1
+    assert close(logits(padded, windows), masked(family, cut, windows))
+
+
+def test_padding_is_to_the_largest_that_is_left() -> None:
+    cut = Cut(neurons={0: (3,), 1: (0, 5), 2: ()})
+    padded = cut_model(model_of("llama"), cut, pad=True)
+    assert sizes_of(padded).neurons == (2, 2, 2)
+    assert padded.config.intermediate_size == 2
+
+
+@pytest.mark.parametrize("family", DECLARED)
+def test_a_varied_model_can_be_cut_again(family: str) -> None:
+    model, windows = model_of(family), tiny_windows(2)
+    first = CUTS["without attention"](sizes_of(model))
+    second = Cut(groups={1: (0,)}, neurons={0: (3, 4)}, hidden=tuple(range(5, 30)))
+    twice = cut_quietly(cut_quietly(model, first), second)
+    both = Cut(groups={0: (), 1: (first.groups[1][0],)}, neurons={0: (3, 4)}, hidden=second.hidden)
+    assert close(logits(twice, windows), masked(family, both, windows))
+    back = Cut(layers=(2,))
+    plain = cut_model(cut_quietly(model, first), back)
+    assert type(plain) is type(model)
+    assert close(logits(plain, windows), masked(family, back, windows))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "opt"])
+def test_tied_embeddings_stay_tied(family: str) -> None:
+    model = model_of(family)
+    for name in ("hidden", "everything"):
+        smaller = cut_quietly(model, CUTS[name](sizes_of(model)))
+        head, embedding = smaller.get_output_embeddings(), smaller.get_input_embeddings()
+        assert head.weight is embedding.weight
+        assert head.in_features == embedding.embedding_dim == embedding.weight.shape[1]
+
+
+def test_layer_types_follow_their_layers() -> None:
+    model = model_of("gemma3")
+    assert cut_model(model, Cut(layers=(1, 2))).config.layer_types == [
+        "full_attention",
+        "sliding_attention",
+    ]
+    varied = cut_quietly(model, Cut(layers=(1,), groups={1: (0,)}, neurons={1: ()}))
+    assert varied.config.layer_types == ["full_attention"]
+
+
+def test_the_cut_model_leaves_the_other_alone() -> None:
+    model, windows = model_of("qwen3"), tiny_windows(2)
+    before = logits(model, windows)
+    cut_quietly(model, CUTS["everything"](sizes_of(model)))
+    assert torch.equal(logits(model, windows), before)
+
+
+def test_of_an_undeclared_family_layers_can_be_cut_and_no_more() -> None:
+    model, windows = model_of("generic"), tiny_windows(2)
+    cut = Cut(layers=(0, 2))
+    assert close(logits(cut_model(model, cut), windows), masked("generic", cut, windows))
+    with pytest.raises(ArchitectureError, match="only whole layers"):
+        cut_model(model, Cut(neurons={0: (1,)}))
+
+
+def test_different_sizes_are_warned_about() -> None:
+    with pytest.warns(VariedSizesWarning, match="trust_remote_code"):
+        cut_model(model_of("llama"), Cut(neurons={0: (1,)}))

@@ -1,0 +1,92 @@
+"""Gradual pruning, rounds, adapters and gates in the library's own training loop."""
+
+from __future__ import annotations
+
+import torch
+
+from secateur.sparsity.schedules.cubic import Cubic
+from secateur.sparsity.schedules.geometric import Geometric
+from secateur.training.batches import Batches
+from secateur.training.gradual import Gradual, GradualPruning, open_masks
+from secateur.training.learned_masks import Consumer, LearnedMasks, Shape
+from secateur.training.loop import Loop
+from secateur.training.lora import ADAPTERS_ALONE, attach, merge
+from secateur.training.masks import Masks
+from secateur.training.objectives import NextToken
+from secateur.training.rewinding import KeepEarly, Rounds, prune_in_rounds
+from secateur.training.selecting import Criterion
+from secateur.training.training_plan import TrainingPlan
+from zoo import tiny_model, tiny_windows, zeros_of
+
+WINDOWS = tiny_windows(samples=6)
+BATCHES = Batches(WINDOWS, size=3, seed=1)
+
+
+def plan(steps=12, **options):
+    options = {"learning_rate": 3e-3, "fast_matmuls": False, "validations": 2, **options}
+    return TrainingPlan(steps=steps, **options)
+
+
+def zeros(kept):
+    return sum(int((~mask).sum()) for mask in kept.values())
+
+
+def test_gradual_pruning_ends_with_its_masks_held():
+    model = tiny_model("llama")
+    masks = Masks(open_masks(model))
+    how = Gradual(Cubic(0.7), Criterion(windows=WINDOWS), every=2, regrowth=0.2)
+    hook = GradualPruning(masks.kept, how)
+    objective = NextToken.of(model)
+    loop = Loop(model, BATCHES, objective, masks, plan(), validation=WINDOWS, hooks=[hook])
+    outcome = loop.run()
+    masks.check(model)
+    assert zeros(masks.kept) == sum(round(0.7 * m.numel()) for m in masks.kept.values())
+    assert outcome.best_step is not None
+    assert outcome.best_step >= 9  # not of the time when more was kept
+
+
+def test_rounds_with_rewound_weights_train_what_is_left_of_the_run():
+    model = tiny_model("llama")
+    hook = KeepEarly(3)
+    Loop(model, BATCHES, NextToken.of(model), None, plan(), hooks=[hook]).run()
+    masks = Masks(open_masks(model))
+    steps = []
+
+    def retrain(this):
+        loop = Loop(model, BATCHES, NextToken.of(model), masks, plan(), first_step=this.first_step)
+        steps.append(len(loop.run().log))
+
+    how = Rounds(Geometric(0.8), 2, rewind="weights", rewind_step=3)
+    prune_in_rounds(model, masks.kept, how, retrain, hook.early)
+    masks.check(model)
+    assert steps == [9, 9]
+    assert zeros(masks.kept) == sum(round(0.8 * m.numel()) for m in masks.kept.values())
+
+
+def test_adapters_are_trained_alone():
+    model = tiny_model("llama")
+    masks = open_masks(model)
+    Masks(Criterion().masks(model, masks, 0.6)).apply(model)
+    before = zeros_of(model)
+    adapted = attach(model)
+    inner = adapted.get_base_model()
+    frozen = {n: p.detach().clone() for n, p in inner.named_parameters() if ".lora_" not in n}
+    objective = NextToken.of(inner)
+    outcome = Loop(inner, BATCHES, objective, None, plan(rates=ADAPTERS_ALONE)).run()
+    assert outcome.log[-1]["loss"] < outcome.log[0]["loss"]
+    assert all(torch.equal(inner.get_parameter(n), p) for n, p in frozen.items())
+    with torch.no_grad():
+        function = inner(input_ids=WINDOWS).logits
+        merged = merge(adapted)
+        torch.testing.assert_close(merged(input_ids=WINDOWS).logits, function, rtol=1e-4, atol=1e-4)
+    assert all(bool((zeros_of(merged)[name] | ~gone).all()) for name, gone in before.items())
+
+
+def test_gates_are_learned_beside_the_weights():
+    model = tiny_model("llama")
+    masks = LearnedMasks(model, Shape(neurons=24), {"neurons": Consumer("mlp.down_proj")})
+    objective = masks.objective(NextToken.of(model))
+    torch.manual_seed(0)
+    outcome = Loop(model, BATCHES, objective, None, plan(), hooks=[masks]).run()
+    assert outcome.step == 12
+    assert all(len(units) == 24 for units in masks.settle()["neurons"].values())

@@ -1,0 +1,213 @@
+"""Structured cuts on disk: what is asked is what is left, and what is impossible is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_pruning import digest
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.calibration.windows import save_windows
+from secateur.errors import RecipeError
+from secateur.structured.cut import sizes_of
+from zoo import CONFIGS, tiny_model, tiny_windows
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+DENSE = [family for family in CONFIGS if family not in (*MIXTURES, "generic")]
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> Path:
+    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
+    return tmp_path / "windows.safetensors"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    return tmp_path / "source"
+
+
+def decoder_parameters(folder: Path) -> int:
+    """Counted without the library's own accounting."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return sum(p.numel() for n, p in model.named_parameters() if ".layers." in n)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_neurons_and_heads_of_every_family(family: str, tmp_path: Path, windows: Path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "source")
+    before = sizes_of(model)
+    report = secateur.structure(
+        tmp_path / "source", output=tmp_path / "out", calibration=windows, ffn=0.75, heads=0.5,
+        effort="fast",
+    )  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    after = sizes_of(loaded)
+    assert [2 * g for g in after.groups] == list(before.groups)
+    assert [n * 3 // 4 for n in before.neurons] == list(after.neurons)
+    counted = report.manifest["structure"]["after"]
+    assert counted["parameters"] == sum(p.numel() for p in loaded.parameters())
+    ids = tiny_windows(2)
+    cached = loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
+    plain = loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_all_kinds_in_one_cut(source: Path, tmp_path: Path, windows: Path) -> None:
+    report = secateur.structure(
+        source, output=tmp_path / "out", calibration=windows, keep_layers=2, hidden=24, ffn=36,
+        heads=1, effort="fast",
+    )  # fmt: skip
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert (config.num_hidden_layers, config.hidden_size) == (2, 24)
+    assert (config.intermediate_size, config.num_key_value_heads, config.head_dim) == (36, 1, 8)
+    steps = json.loads((tmp_path / "out" / "secateur" / "steps.json").read_text())
+    assert [step["step"] for step in steps] == ["depth", "hidden", "width"]
+    assert steps[-1]["after"]["decoder"] == decoder_parameters(tmp_path / "out")
+    for one, other in pairwise(steps):
+        assert one["after"]["decoder"] == other["before"]["decoder"]
+    assert not report.manifest["structure"]["varied"]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "search"])
+def test_a_fraction_of_the_parameters(
+    allocation: str, source: Path, tmp_path: Path, windows: Path
+) -> None:
+    report = secateur.structure(
+        source, output=tmp_path / "out", calibration=windows, keep_parameters=0.7,
+        allocation=allocation, effort="fast",
+    )  # fmt: skip
+    told = report.manifest["structure"]
+    neuron = 3 * 32  # gate, up and down of a hidden size of 32
+    most = 3 * neuron if allocation == "uniform" else 6 * neuron
+    assert abs(told["after"]["decoder"] - 0.7 * told["before"]["decoder"]) <= most
+    assert told["after"]["decoder"] == decoder_parameters(tmp_path / "out")
+
+
+def test_a_report_and_a_diagnosis_of_a_cut_model(
+    source: Path, tmp_path: Path, windows: Path
+) -> None:
+    told = secateur.structure(
+        source, output=tmp_path / "out", calibration=windows, ffn=0.5, effort="fast"
+    ).manifest["structure"]
+    secateur.report([tmp_path / "out"], output=tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    left = f"{1 - told['decoder_removed']:.0%}".removesuffix("%")
+    assert re.search(rf"cut to {left}\s%", page)
+    found = secateur.diagnose(tmp_path / "out")
+    assert [f.id for f in found.findings if f.severity != "note"] == []
+
+
+def test_experts(tmp_path: Path, windows: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "source")
+    secateur.structure(
+        tmp_path / "source", output=tmp_path / "out", calibration=windows, experts=2, effort="fast"
+    )
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.num_local_experts == 2
+
+
+def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: Path) -> None:
+    plain = secateur.structure(
+        source, output=tmp_path / "a", calibration=windows, ffn=0.5, effort="balanced"
+    )
+    taught = secateur.structure(
+        source, output=tmp_path / "b", calibration=windows, ffn=0.5, effort="balanced", epochs=8,
+        peak_learning_rate=1e-4,
+    )  # fmt: skip
+    assert plain.manifest["distillation"] is None
+    told = taught.manifest["distillation"]
+    assert told["divergence_after"] < told["divergence_before"]
+    dense, ids = AutoModelForCausalLM.from_pretrained(source), tiny_windows()
+    wanted = dense(ids).logits.detach().log_softmax(-1)
+
+    def divergence(folder: Path) -> float:
+        with torch.no_grad():
+            found = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.log_softmax(-1)
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+    assert divergence(tmp_path / "b") < divergence(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "nothing is to be cut"),
+        ({"keep_layers": 4}, "4 decoder layers were asked for, of 3"),
+        ({"ffn": 0}, "no FFN neurons would stay"),
+        ({"ffn": 49}, "49 FFN neurons"),
+        ({"heads": 0.1}, "KV groups of a layer were asked for"),
+        ({"heads": 3}, "3 KV groups"),
+        ({"hidden": 33}, "33 channels"),
+        ({"hidden": 2.5}, "neither a number of units nor a fraction"),
+        ({"experts": 2}, "no experts"),
+        ({"ffn": 0.5, "multiple": 7}, "no multiple of 7"),
+        ({"keep_parameters": 0.5, "ffn": 0.5}, "keep_parameters says"),
+        ({"keep_parameters": 0.001}, "would have to go|are to stay"),
+        ({"file_mib": 900}, "MiB were asked for"),
+        ({"ffm": 0.5}, "did you mean 'ffn'"),
+    ],
+)
+def test_what_is_impossible_is_refused_before_any_work(
+    options: dict[str, Any], said: str, source: Path, tmp_path: Path, windows: Path
+) -> None:
+    with pytest.raises(RecipeError, match=said) as told:
+        secateur.structure(
+            source, output=tmp_path / "out", calibration=windows, effort="fast", **options
+        )
+    assert told.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+SCRIPT = """
+    import os, signal, sys
+    import secateur
+    from secateur.engine.progress import Silent
+
+    class Deadly(Silent):
+        left = int(sys.argv[4])
+        def step(self, count=1, note=""):
+            Deadly.left -= 1
+            if Deadly.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    secateur.structure(sys.argv[1], output=sys.argv[2], calibration=sys.argv[3], keep_layers=2,
+                       ffn=0.5, effort="fast", epochs=1, progress=Deadly(),
+                       resume=len(sys.argv) > 5)
+"""
+
+
+def test_a_killed_cut_goes_on_to_the_same_model(
+    source: Path, tmp_path: Path, windows: Path
+) -> None:
+    secateur.structure(
+        source, output=tmp_path / "whole", calibration=windows, keep_layers=2, ffn=0.5,
+        effort="fast", epochs=1,
+    )  # fmt: skip
+    script = textwrap.dedent(SCRIPT)
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out"), str(windows)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    kills, more = 0, ["8"]
+    while not (tmp_path / "out").exists():
+        done = subprocess.run([*command, *more], env=environment, check=False, capture_output=True)
+        kills += done.returncode == -signal.SIGKILL
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
+        more = ["30", "resume"]
+        assert kills < 20
+    assert kills >= 2
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
