@@ -12,6 +12,8 @@ import torch
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
+from tiny import save_tiny
+from trained import source_text
 from zoo import tiny_model, tiny_windows
 
 
@@ -58,6 +60,23 @@ def test_depth_width_pattern_int8(source: Path, tmp_path: Path, windows: str) ->
     assert not (tmp_path / "out.partial").exists()
     loaded = secateur.load(tmp_path / "out")
     assert loaded(tiny_windows(1)).logits.isfinite().all()
+
+
+def test_a_step_may_be_training_and_its_teacher_is_the_source(tmp_path: Path) -> None:
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    save_tiny(source)
+    text.write_text(source_text()[:30_000], encoding="utf-8")
+    calibration = {"source": str(text), "samples": 4, "sequence_length": 32}
+    steps = [
+        {"structure": {"ffn": 0.5, "effort": "fast", "calibration": calibration}},
+        {"prune": {"pattern": "2:4", "method": "wanda", "calibration": calibration}},
+        {"distill": {"text": str(text), "steps": 3, "validation_windows": 2}},
+    ]
+    report = secateur.chain(source, output=tmp_path / "out", steps=steps)
+    _, _, sparse, taught = report.links
+    assert (taught.parameters, taught.zeros) == (sparse.parameters, sparse.zeros)
+    told = json.loads((tmp_path / "out" / "secateur" / "training.json").read_text())
+    assert str(source) in json.dumps(told)
 
 
 def only_twice(real: Callable[..., None], then: Callable[..., None]) -> Callable[..., None]:

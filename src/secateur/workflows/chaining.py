@@ -22,11 +22,19 @@ from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError
 from secateur.models.sources import resolve
 from secateur.models.whole_folder import check_place
-from secateur.recipes.reading import SECTIONS, build_recipe, build_structure_recipe, nested
+from secateur.recipes.reading import (
+    SECTIONS,
+    build_recipe,
+    build_structure_recipe,
+    nested,
+    validated,
+)
+from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.registry import did_you_mean
 from secateur.workflows.carrying import RUN_FOLDER
 from secateur.workflows.compressing import compress
 from secateur.workflows.pruning import prune
+from secateur.workflows.retraining import distill, retrain
 from secateur.workflows.structuring import structure
 
 __all__ = ["ChainReport", "Link", "chain"]
@@ -34,9 +42,27 @@ __all__ = ["ChainReport", "Link", "chain"]
 VERBS: Mapping[str, Callable[..., Any]] = {
     "structure": structure,
     "prune": prune,
+    "retrain": retrain,
+    "distill": distill,
     "compress": compress,
 }
 """What a step can be."""
+
+BEGUN = {
+    "structure": "secateur/recipe.yaml",
+    "prune": "secateur/layers.jsonl",
+    "retrain": "work",
+    "distill": "work",
+}
+"""What a verb that was stopped has left in its partial folder, if it can go on."""
+
+READERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
+    "structure": lambda values: build_structure_recipe(nested(values)),
+    "prune": lambda values: build_recipe(nested(values)),
+    "retrain": lambda values: validated(RetrainRecipe, values, None),
+    "distill": lambda values: validated(DistillRecipe, values, None),
+}
+"""How the options of a verb are checked; those of others by their names."""
 
 GIVEN = {"model", "output", "resume", "restart", "overwrite", "progress"}
 """Options of a verb that a chain gives itself."""
@@ -95,7 +121,8 @@ def chain(
     Args:
         model: hub id, folder, GGUF file or named sample.
         output: the folder of the last step's model.
-        steps: each a verb (structure, prune, compress) with its options.
+        steps: each a verb (structure, prune, retrain, distill, compress) with its options. The
+            teacher of a distillation is the chain's model, unless another is named.
         resume: go on with a stopped chain.
         restart: discard what a stopped chain left.
         overwrite: replace an existing output folder.
@@ -118,6 +145,8 @@ def chain(
     links = [counted("source", folder, 0.0, trust_remote_code)]
     for number, (verb, options) in enumerate(wanted, start=1):
         made, told = work / f"{number:02d}-{verb}", work / f"{number:02d}-{verb}.json"
+        if verb == "distill":  # whatever was cut and pruned since
+            options.setdefault("teacher", str(model))
         if not told.exists():
             started = time.perf_counter()
             if not made.exists():
@@ -151,10 +180,9 @@ def checked(number: int, step: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     own = sorted(GIVEN & options.keys())
     if own:
         raise RecipeError(f"{own[0]!r} is for the chain to say", where=where, remedy="leave it out")
-    readers = {"prune": build_recipe, "structure": build_structure_recipe}
-    if verb in readers:
+    if verb in READERS:
         try:
-            readers[verb]({"model": "model", "output": "output", **nested(options)})
+            READERS[verb]({"model": "model", "output": "output", **options})
         except RecipeError as error:
             raise RecipeError(error.what, where=where, remedy=error.remedy) from None
         return verb, options
@@ -222,8 +250,7 @@ def carry_out(
 ) -> None:
     """One step, gone on with where it was stopped."""
     unfinished = made.with_name(made.name + ".partial")
-    notes = ("secateur/layers.jsonl", "secateur/recipe.yaml")
-    begun = any((unfinished / note).exists() for note in notes)
+    begun = verb in BEGUN and (unfinished / BEGUN[verb]).exists()
     going_on = {"resume": True} if begun else {"restart": True}
     VERBS[verb](
         folder,
