@@ -171,11 +171,13 @@ def table(_: argparse.Namespace) -> None:
     from hardware import markdown
 
     rows = known_rows()
-    texts = [*rows[0]["perplexity"]]
+    texts = [*dict.fromkeys(text for r in rows for text in r["perplexity"])]
     lines = []
     for r in rows:
         cells = [
-            f"{r['perplexity'][t]:.2f} ({r['excess'][t]:.3f})" if t in r["perplexity"] else ""
+            f"{r['perplexity'][t]:.2f} ({r['excess'].get(t, math.nan):.3f})"
+            if t in r["perplexity"]
+            else ""
             for t in texts
         ]
         told = [f"{100 * r['level']:.0f} %", f"{r['removed']:,}", f"{100 * r['fraction']:.2f} %"]
