@@ -25,8 +25,7 @@ from secateur.sparsity.methods import compose
 from secateur.sparsity.patterns import parse_pattern
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
-from secateur.structured.design import VariedSizesWarning
-from secateur.structured.surgery import cut_from_zeros, cut_model
+from secateur.structured.surgery import VariedSizesWarning, cut_from_zeros, cut_model
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
 

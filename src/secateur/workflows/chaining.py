@@ -21,7 +21,6 @@ from secateur.engine.ledger import write_whole
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError
 from secateur.models.sources import resolve
-from secateur.models.whole_folder import check_place
 from secateur.recipes.reading import (
     SECTIONS,
     build_recipe,
@@ -33,6 +32,7 @@ from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.registry import did_you_mean
 from secateur.workflows.carrying import RUN_FOLDER
 from secateur.workflows.compressing import compress
+from secateur.workflows.places import places
 from secateur.workflows.pruning import prune
 from secateur.workflows.retraining import distill, retrain
 from secateur.workflows.structuring import structure
@@ -47,6 +47,8 @@ VERBS: Mapping[str, Callable[..., Any]] = {
     "compress": compress,
 }
 """What a step can be."""
+
+PLAN = "chain.json"
 
 BEGUN = {
     "structure": "secateur/recipe.yaml",
@@ -137,10 +139,8 @@ def chain(
     if not wanted:
         raise RecipeError("the chain has no steps", remedy="for example steps: [prune: {…}]")
     source = resolve(str(model), trust_remote_code=trust_remote_code)
-    place = Path(output)
-    check_place(place, overwrite)
-    work = place.with_name(place.name + ".partial")
-    begin(work, wanted, resume, restart)
+    place, work = places(output, PLAN, "chain", resume=resume, restart=restart, overwrite=overwrite)
+    begin(work, wanted, resume)
     folder = source.folder
     links = [counted("source", folder, 0.0, trust_remote_code)]
     for number, (verb, options) in enumerate(wanted, start=1):
@@ -208,26 +208,13 @@ def flat(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def begin(
-    work: Path, wanted: Sequence[tuple[str, Mapping[str, Any]]], resume: bool, restart: bool
-) -> None:
-    """Make the folder of the steps, or go on with it.
+def begin(work: Path, wanted: Sequence[tuple[str, Mapping[str, Any]]], resume: bool) -> None:
+    """Make the folder of the steps, or make sure that it is of these.
 
     Raises:
-        RecipeError: there is nothing to go on with, or a stopped chain that was not asked for.
+        RecipeError: the stopped chain had other steps.
     """
-    file, plan = work / "chain.json", json.dumps(wanted, default=str)
-    begun = file.exists()
-    if resume and not begun:
-        raise RecipeError(
-            "there is no stopped chain to resume", where=str(work), remedy="run without --resume"
-        )
-    if begun and not resume and not restart:
-        raise RecipeError(
-            "a chain to this folder was stopped half-way",
-            where=str(work),
-            remedy="add --resume to go on with it, or --restart to discard it",
-        )
+    file, plan = work / PLAN, json.dumps(wanted, default=str)
     if resume and file.read_text(encoding="utf-8") != plan:
         raise RecipeError(
             "the stopped chain had other steps",

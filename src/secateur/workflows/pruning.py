@@ -28,6 +28,7 @@ from secateur.reporting.model_card import model_card
 from secateur.reporting.prune_report import PruneReport
 from secateur.workflows.distilling import distil_checkpoint
 from secateur.workflows.in_place import carry_out, prune_module
+from secateur.workflows.places import places
 from secateur.workflows.preparing import (
     Prepared,
     check_disk,
@@ -38,6 +39,8 @@ from secateur.workflows.preparing import (
     settings_of,
 )
 from secateur.workflows.writing import with_own_windows
+
+LEDGER = "secateur/layers.jsonl"
 
 __all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
 
@@ -158,7 +161,7 @@ def run_recipe(
         overwrite: replace an existing output folder.
     """
     meter = Meter.start()
-    _, partial = places(recipe, resume, restart, overwrite)
+    _, partial = places(recipe.output, LEDGER, resume=resume, restart=restart, overwrite=overwrite)
     stored = partial / "secateur" / "windows.safetensors" if resume else None
     prepared = prepare(recipe, partial, stored)
     return run_prepared(prepared, progress, meter, resume=resume, overwrite=overwrite)
@@ -202,36 +205,6 @@ def run_prepared(
     manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
     finish(manifest, prepared, partial, output, overwrite)
     return PruneReport(audit.sparsity, ledger.layers, manifest, output)
-
-
-def places(recipe: PruneRecipe, resume: bool, restart: bool, overwrite: bool) -> tuple[Path, Path]:
-    """The output folder and the partial one, checked before any work.
-
-    Raises:
-        RecipeError: output missing or taken, or a stopped run lies there.
-    """
-    if recipe.output is None:
-        raise RecipeError("no output folder", remedy="add --output DIR")
-    output = Path(recipe.output)
-    if output.exists() and not overwrite:
-        raise RecipeError(
-            "the output folder exists",
-            where=str(output),
-            remedy="choose another --output, or replace it with --overwrite",
-        )
-    partial = output.with_name(output.name + ".partial")
-    begun = (partial / "secateur" / "layers.jsonl").exists()
-    if resume and not begun:
-        raise RecipeError(
-            "there is no stopped run to resume", where=str(partial), remedy="run without --resume"
-        )
-    if begun and not resume and not restart:
-        raise RecipeError(
-            "a run to this folder was stopped half-way",
-            where=str(partial),
-            remedy="add --resume to go on with it, or --restart to discard it",
-        )
-    return output, partial
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.meter import Meter
 from secateur.engine.progress import Progress, Silent
-from secateur.errors import NumericalError, RecipeError
+from secateur.errors import NumericalError
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.whole import load_whole
@@ -37,6 +37,7 @@ from secateur.workflows.carrying import (
     read_config,
     refuse_quantized,
 )
+from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device
 from secateur.workflows.teaching import masks_of, objective_of, plan_of
 from secateur.workflows.training_text import TrainingText, read_training_text
@@ -139,7 +140,10 @@ def run_training(
     progress = progress if progress is not None and door.main else Silent()
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code)
     refuse_quantized(source.folder)
-    output, partial = places(recipe, source, resume, restart, overwrite)
+    output, partial = places(
+        recipe.output, "work", "training", resume=resume, restart=restart, overwrite=overwrite
+    )
+    check_output(source.folder, output)
     door.wait()
     work = partial / "work"
     if door.main:
@@ -183,41 +187,6 @@ def run_training(
         result["perplexity_after"],
         manifest,
     )
-
-
-def places(
-    recipe: RetrainRecipe, source: LocalCheckpoint, resume: bool, restart: bool, overwrite: bool
-) -> tuple[Path, Path]:
-    """The output folder and the partial one, checked before any work.
-
-    Raises:
-        RecipeError: output missing or taken, or a stopped run lies there, or none does.
-    """
-    if recipe.output is None:
-        raise RecipeError("no output folder", remedy="add --output DIR")
-    output = Path(recipe.output)
-    check_output(source.folder, output)
-    if output.exists() and not overwrite:
-        raise RecipeError(
-            "the output folder exists",
-            where=str(output),
-            remedy="choose another --output, or replace it with --overwrite",
-        )
-    partial = output.with_name(output.name + ".partial")
-    begun = (partial / "work").exists()
-    if resume and not begun:
-        raise RecipeError(
-            "there is no stopped training to resume",
-            where=str(partial),
-            remedy="run without --resume",
-        )
-    if begun and not resume and not restart:
-        raise RecipeError(
-            "a run to this folder was stopped half-way",
-            where=str(partial),
-            remedy="add --resume to go on with it, or --restart to discard it",
-        )
-    return output, partial
 
 
 def identity(recipe: RetrainRecipe, source: LocalCheckpoint, text: TrainingText) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from secateur.models.skeleton import build_skeleton, quiet_transformers, stored_
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
-from secateur.models.whole_folder import check_place
 from secateur.recipes.reading import build_structure_recipe, dump_recipe, nested
 from secateur.recipes.structure_schema import StructureRecipe
 from secateur.reporting.manifest import MANIFEST_VERSION, environment
@@ -38,12 +37,15 @@ from secateur.reporting.structure_card import structure_card
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.carrying import RUN_FOLDER, check_output, refuse_quantized
+from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device, window_plan
 from secateur.workflows.structure_plan import aim_of
 from secateur.workflows.structure_stages import NOTES, Bench, steps_of
 from secateur.workflows.writing import own_windows
 
 log = logging.getLogger(__name__)
+
+RECIPE = f"{RUN_FOLDER}/recipe.yaml"
 
 __all__ = ["StructureReport", "structure", "structure_recipe"]
 
@@ -114,7 +116,11 @@ def structure_recipe(
     refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
     aim = aim_of(recipe, skeleton)
-    output, partial = places(recipe, source, resume, restart, overwrite)
+    output, partial = places(
+        recipe.output, RECIPE, resume=resume, restart=restart, overwrite=overwrite
+    )
+    check_output(source.folder, output)
+    begin(recipe, partial, resume)
     windows, calibration = calibration_of(recipe, source, skeleton.config, partial, progress)
     work = partial / "work"
     folder, steps = source.folder, []
@@ -138,45 +144,24 @@ def structure_recipe(
     return StructureReport(manifest, output)
 
 
-def places(
-    recipe: StructureRecipe, source: LocalCheckpoint, resume: bool, restart: bool, overwrite: bool
-) -> tuple[Path, Path]:
-    """The output folder and the partial one, made ready.
+def begin(recipe: StructureRecipe, partial: Path, resume: bool) -> None:
+    """Make the partial folder, or make sure that it is of this recipe.
 
     Raises:
-        RecipeError: output missing or taken, or a stopped run lies there, of this recipe or of
-            another.
+        RecipeError: the stopped run had another recipe.
     """
-    if recipe.output is None:
-        raise RecipeError("no output folder", remedy="add --output DIR")
-    output = Path(recipe.output)
-    check_output(source.folder, output)
-    check_place(output, overwrite)
-    partial = output.with_name(output.name + ".partial")
-    written = partial / RUN_FOLDER / "recipe.yaml"
-    begun = written.exists()
-    if resume and not begun:
-        raise RecipeError(
-            "there is no stopped run to resume", where=str(partial), remedy="run without --resume"
-        )
+    written = partial / RECIPE
     if resume and written.read_text(encoding="utf-8") != dump_recipe(recipe):
         raise RecipeError(
             "the stopped run had another recipe",
             where=str(written),
             remedy="ask for the same as before, or discard it with --restart",
         )
-    if begun and not resume and not restart:
-        raise RecipeError(
-            "a run to this folder was stopped half-way",
-            where=str(partial),
-            remedy="add --resume to go on with it, or --restart to discard it",
-        )
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "work").mkdir(parents=True)
-        (partial / RUN_FOLDER).mkdir()
+        written.parent.mkdir()
         written.write_text(dump_recipe(recipe), encoding="utf-8")
-    return output, partial
 
 
 def calibration_of(
