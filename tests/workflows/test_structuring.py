@@ -112,6 +112,19 @@ def test_a_report_and_a_diagnosis_of_a_cut_model(
     assert [f.id for f in found.findings if f.severity != "note"] == []
 
 
+@pytest.mark.parametrize(
+    ("options", "score"),
+    [({"solver": "osscar"}, "obs"), ({"score": "fluctuation"}, "fluctuation")],
+)
+def test_parts_of_ones_own(
+    options: dict[str, Any], score: str, source: Path, tmp_path: Path, windows: Path
+) -> None:
+    secateur.structure(source, output=tmp_path / "out", calibration=windows, ffn=0.5, **options)
+    steps = json.loads((tmp_path / "out" / "secateur" / "steps.json").read_text())
+    assert steps[0]["score"] == score
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
+
+
 def test_experts(tmp_path: Path, windows: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path / "source")
     secateur.structure(

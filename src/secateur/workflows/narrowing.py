@@ -20,6 +20,7 @@ from secateur.models.skeleton import build_skeleton
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure_schema import StructureRecipe
 from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.solvers import solvers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.surgery import cut_from_zeros
@@ -57,7 +58,7 @@ def narrow(
     values = {
         "model": str(folder),
         "output": str(output),
-        "score": recipe.score,
+        "score": score_of(recipe),
         "solver": recipe.solver,
         "parameters": recipe.parameters,
         "sparsity": 0.0,
@@ -95,7 +96,7 @@ def narrow(
         cut = Cut(
             groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
         )
-    told = {"score": recipe.score, "solver": recipe.solver, "allocation": allocation}
+    told = {"score": score_of(recipe), "solver": recipe.solver, "allocation": allocation}
     return cut, told, output
 
 
@@ -113,6 +114,13 @@ def evened(
         spare = [i for i in range(there[layer]) if i not in units]
         found[layer] = tuple(sorted([*units, *spare[: most - len(units)]]))
     return found
+
+
+def score_of(recipe: StructureRecipe) -> str | None:
+    """The score that is asked for; where only a solver is, the one by which it chooses itself."""
+    if recipe.score is None and recipe.solver is not None:
+        return solvers[recipe.solver].selects_by or "wanda"
+    return recipe.score
 
 
 def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:
