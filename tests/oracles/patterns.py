@@ -55,10 +55,15 @@ def block(score: Tensor, rows: int, columns: int, pruned: int) -> Tensor:
 
 
 def whole_columns(score: Tensor, width: int, multiple: int, sparsity: float) -> Tensor:
-    """Groups of columns compete by the sum of all their scores."""
+    """Groups of columns compete by the size of the sum of all their scores."""
     groups = score.shape[1] // width
-    sums = [float(score[:, i * width : (i + 1) * width].sum()) for i in range(groups)]
-    pruned = multiple * nearest_count(groups // multiple, sparsity)
+    return fewest_columns(score, width, multiple * nearest_count(groups // multiple, sparsity))
+
+
+def fewest_columns(score: Tensor, width: int, pruned: int) -> Tensor:
+    """The groups of columns that count least go."""
+    groups = score.shape[1] // width
+    sums = [abs(float(score[:, i * width : (i + 1) * width].sum())) for i in range(groups)]
     mask = torch.ones(score.shape, dtype=torch.bool)
     for i, kept in enumerate(keep(sums, pruned)):
         mask[:, i * width : (i + 1) * width] = kept

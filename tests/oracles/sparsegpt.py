@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def selection_width(text: str, block_columns: int) -> int:
     if ":" in text:
         return int(text.split(":")[1])
     if "x" in text:
-        width = int(text.split("x")[1])
+        width = math.prod(map(int, text.split("x")[1].split("/")))
         return max(1, block_columns // width) * width
     return block_columns
 
@@ -78,6 +80,10 @@ def select(text: str, scope: str | None, score: Tensor, start: int, sparsity: fl
 
     if ":" in text:
         return patterns.mask_of(text, scope, score, sparsity)
+    if text.startswith("*x"):
+        columns, multiple = map(int, f"{text.removeprefix('*x')}/1".split("/")[:2])
+        pruned = multiple * share(1 / (columns * multiple))
+        return patterns.fewest_columns(score, columns, pruned)
     if "x" in text:
         r, c = map(int, text.split("x"))
         return patterns.block(score, r, c, share((out // r) / c))

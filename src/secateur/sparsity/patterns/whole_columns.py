@@ -70,8 +70,8 @@ class WholeColumns:
 
     @property
     def columns_together(self) -> int:
-        """The width of a group."""
-        return self.width
+        """The width of as many groups as are pruned together."""
+        return self.width * self.multiple
 
     def check(self, shape: tuple[int, int], sparsity: float) -> None:
         """Raise PatternError for a sparsity outside [0, 1], ShapeError if groups do not tile."""
