@@ -94,8 +94,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo(
-            "\ninterrupted; `secateur prune … --resume` goes on with a pruning run, "
-            "the same command again with a sweep",
+            "\ninterrupted; the same command with --resume goes on with prune, structure, retrain, "
+            "distill and chain, without it with a sweep",
             err=True,
         )
         sys.exit(130)

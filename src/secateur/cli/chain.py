@@ -30,7 +30,7 @@ def chain(
     ] = False,
     as_json: o.Json = False,
 ) -> None:
-    """Cut, prune and compress in one go, with one account of what is left."""
+    """Cut, prune, train and compress in one go, with one account of what is left."""
     from secateur.cli.rendering import ProgressBar, mib, print_json, print_table
     from secateur.recipes.reading import read_recipe_file
     from secateur.workflows import chain as run_chain
