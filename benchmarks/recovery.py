@@ -1,0 +1,157 @@
+"""What training brings back: pruned and cut SmolLM2-135M, trained for some minutes on two cores.
+
+    python benchmarks/recovery.py --calibration c4.jsonl --text WikiText-2=wiki.txt C4=held-out.txt
+
+Protocol: SmolLM2-135M is pruned (64 windows of 512 tokens of the calibration file, `random-crop`,
+seed 0, preset `balanced`), then trained on the calibration file for `--minutes` by `secateur retrain`
+(the next token) or `secateur distill` (the dense model), with their default recipes: both get the
+same time. Judged like all else here: the first 24 non-overlapping windows of 2048 tokens of each
+text, float32. Recovered = 1 − excess after / excess before, excess = ln(perplexity) −
+ln(dense perplexity). The judged texts are not trained on; `secateur` counts what they share with the
+training text for the validation windows only, which are held out of the training file.
+
+Every finished row is kept in `results/recovery.json` at once and skipped when it is there; with
+`--models` the pruned and trained folders are kept too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import secateur
+from hardware import RESULTS, heading, keep, markdown
+
+MODEL = "smollm2-135m"
+STARTS: dict[str, dict[str, Any]] = {
+    "2:4": {"pattern": "2:4"},
+    "60 %": {"sparsity": 0.6},
+    "a quarter cut": {"keep_parameters": 0.75},
+}
+"""What is taken of the dense model first; the last one by `secateur structure`."""
+WAYS = {"retrain": secateur.retrain, "distill": secateur.distill}
+
+
+def started(args: argparse.Namespace, start: str, models: Path) -> Path:
+    """The folder of a pruned or cut model."""
+    folder = models / ("start-" + start.strip(" %").replace(":", "-").replace(" ", "-"))
+    if not folder.exists():
+        take = secateur.structure if "keep_parameters" in STARTS[start] else secateur.prune
+        take(
+            MODEL,
+            output=folder,
+            calibration=args.calibration,
+            samples=64,
+            sequence_length=512,
+            packing="random-crop",
+            **STARTS[start],
+        )
+    return folder
+
+
+def judged(args: argparse.Namespace, model: str | Path) -> dict[str, float]:
+    """Perplexity by text."""
+    texts = dict(text.split("=", 1) for text in args.text)
+    return {
+        name: secateur.evaluate(
+            str(model), text=text, sequence_length=2048, max_windows=args.windows
+        ).perplexity
+        for name, text in texts.items()
+    }
+
+
+def trained(args: argparse.Namespace, start: str, way: str, models: Path) -> dict[str, Any]:
+    """One training and what it brought."""
+    minutes = args.minutes
+    folder = started(args, start, models)
+    output = models / f"{folder.name}-{way}-{minutes:g}"
+    options: dict[str, Any] = {"text": args.calibration, "minutes": minutes, "validations": 5}
+    if way == "distill":
+        options["teacher"] = MODEL
+    report = WAYS[way](folder, output=output, resume=output.with_name(output.name + ".partial").exists(),
+                       **options)  # fmt: skip
+    return {
+        "start": start,
+        "way": way,
+        "minutes": minutes,
+        "steps": report.steps,
+        "tokens": report.tokens,
+        "seconds": report.manifest["cost"]["training_seconds"],
+        "peak_resident_bytes": report.manifest["cost"]["peak_resident_bytes"],
+        "sparsity": report.sparsity,
+        "perplexity": judged(args, output),
+    }
+
+
+def known_rows() -> list[dict[str, Any]]:
+    """What was measured before."""
+    file = RESULTS / "recovery.json"
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+
+
+def same(row: dict[str, Any], start: str, way: str, minutes: float) -> bool:
+    """Whether a row is this one."""
+    return (row["start"], row["way"], row["minutes"]) == (start, way, minutes)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Perplexity, and in brackets the part of the excess loss that came back."""
+    dense = next(r["perplexity"] for r in rows if r["start"] == "dense")
+    lines = []
+    for row in rows:
+        cells = [row["start"], row["way"], f"{row['minutes']:g}" if row["minutes"] else "",
+                 f"{row['tokens']:,}" if row["tokens"] else ""]  # fmt: skip
+        before = [r for r in rows if same(r, row["start"], "", 0)]
+        for text, value in row["perplexity"].items():
+            back = ""
+            if row["way"]:
+                excess = math.log(before[0]["perplexity"][text] / dense[text])
+                back = f" ({1 - math.log(value / dense[text]) / excess:.0%})"
+            cells.append(f"{value:.2f}{back}")
+        lines.append(cells)
+    return markdown(["", "by", "minutes", "tokens read", *dense], lines)
+
+
+def main() -> None:
+    """Prune, train, judge, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", default="boolq-calibration")
+    parser.add_argument("--text", nargs="+", default=["BoolQ=boolq-held-out"])
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
+    parser.add_argument("--starts", nargs="*", default=[*STARTS], choices=[*STARTS])
+    parser.add_argument("--ways", nargs="*", default=[*WAYS], choices=[*WAYS])
+    args = parser.parse_args()
+    print(heading())
+    protocol = {"windows": args.windows, "sequence_length": 2048,
+                "calibration": "64 x 512, random-crop, seed 0"}  # fmt: skip
+
+    def add(row: dict[str, Any]) -> None:
+        order = ["dense", *STARTS]
+        rows = sorted([*known_rows(), row], key=lambda r: order.index(r["start"]))
+        keep("recovery", protocol, rows)
+        print(row, flush=True)
+
+    def untrained(start: str, model: str | Path) -> None:
+        if not any(same(r, start, "", 0) for r in known_rows()):
+            add({"start": start, "way": "", "minutes": 0, "tokens": 0,
+                 "perplexity": judged(args, model)})  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as scratch:
+        models = args.models or Path(scratch)
+        untrained("dense", MODEL)
+        for start in args.starts:
+            untrained(start, started(args, start, models))
+            for way in args.ways:
+                if not any(same(r, start, way, args.minutes) for r in known_rows()):
+                    add(trained(args, start, way, models))
+    print(table(known_rows()))
+
+
+if __name__ == "__main__":
+    main()
