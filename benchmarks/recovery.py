@@ -3,15 +3,15 @@
     python benchmarks/recovery.py --calibration c4.jsonl --text WikiText-2=wiki.txt C4=held-out.txt
 
 Protocol: SmolLM2-135M is pruned (64 windows of 512 tokens of the calibration file, `random-crop`,
-seed 0, preset `balanced`), then trained on the calibration file for `--minutes` by `secateur retrain`
-(the next token) or `secateur distill` (the dense model), with their default recipes: both get the
-same time. Judged like all else here: the first 24 non-overlapping windows of 2048 tokens of each
-text, float32. Recovered = 1 − excess after / excess before, excess = ln(perplexity) −
-ln(dense perplexity). The judged texts are not trained on; `secateur` counts what they share with the
-training text for the validation windows only, which are held out of the training file.
+seed 0, preset `balanced`), then trained on the calibration file for `--minutes` by `secateur
+retrain` (the next token) or `secateur distill` (the dense model): both get the same time, the same
+`--batch`, and else the default recipe. Judged like all else here: the first 24 non-overlapping
+windows of 2048 tokens of each text, float32. Recovered = 1 − excess after / excess before, excess =
+ln(perplexity) − ln(dense perplexity). The judged texts are not trained on, nor watched.
 
-Every finished row is kept in `results/recovery.json` at once and skipped when it is there; with
-`--models` the pruned and trained folders are kept too.
+Every finished row is kept in `results/recovery.json` at once and skipped when it is there; a
+training that was stopped goes on. With `--models` the pruned and trained folders are kept too. On a
+machine with other work, `OMP_NUM_THREADS=1` and twice the minutes are the same budget.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import math
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import secateur
 from hardware import RESULTS, heading, keep, markdown
@@ -69,15 +71,18 @@ def trained(args: argparse.Namespace, start: str, way: str, models: Path) -> dic
     minutes = args.minutes
     folder = started(args, start, models)
     output = models / f"{folder.name}-{way}-{minutes:g}"
-    options: dict[str, Any] = {"text": args.calibration, "minutes": minutes, "validations": 5}
+    options: dict[str, Any] = {"text": args.calibration, "minutes": minutes, "batch": args.batch,
+                               "validations": 5}  # fmt: skip
     if way == "distill":
         options["teacher"] = MODEL
-    report = WAYS[way](folder, output=output, resume=output.with_name(output.name + ".partial").exists(),
-                       **options)  # fmt: skip
+    stopped = output.with_name(output.name + ".partial").exists()
+    report = WAYS[way](folder, output=output, resume=stopped, **options)
     return {
         "start": start,
         "way": way,
         "minutes": minutes,
+        "threads": torch.get_num_threads(),
+        "batch": args.batch,
         "steps": report.steps,
         "tokens": report.tokens,
         "seconds": report.manifest["cost"]["training_seconds"],
@@ -104,6 +109,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         cells = [row["start"], row["way"], f"{row['minutes']:g}" if row["minutes"] else "",
+                 str(row["threads"]) if row["way"] else "",
                  f"{row['tokens']:,}" if row["tokens"] else ""]  # fmt: skip
         before = [r for r in rows if same(r, row["start"], "", 0)]
         for text, value in row["perplexity"].items():
@@ -113,7 +119,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 back = f" ({1 - math.log(value / dense[text]) / excess:.0%})"
             cells.append(f"{value:.2f}{back}")
         lines.append(cells)
-    return markdown(["", "by", "minutes", "tokens read", *dense], lines)
+    return markdown(["", "by", "minutes", "threads", "tokens read", *dense], lines)
 
 
 def main() -> None:
@@ -123,6 +129,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", default=["BoolQ=boolq-held-out"])
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--batch", type=int, default=1, help="windows of 512 tokens in a step")
     parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
     parser.add_argument("--starts", nargs="*", default=[*STARTS], choices=[*STARTS])
     parser.add_argument("--ways", nargs="*", default=[*WAYS], choices=[*WAYS])

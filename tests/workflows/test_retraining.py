@@ -107,6 +107,35 @@ def test_a_cut_student_learns_from_the_whole_model(places: Path, tmp_path: Path)
     assert done.perplexity_after <= done.perplexity_before
 
 
+def test_a_student_knows_which_layers_it_has(places: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "deep", num_hidden_layers=5)
+    windows = torch.randint(4, 90, (4, 16))
+    save_file({"input_ids": windows}, tmp_path / "w.safetensors")
+    cut = tmp_path / "cut"
+    secateur.structure(
+        tmp_path / "deep", output=cut, keep_layers=3, by="influence", effort="fast",
+        calibration=tmp_path / "w.safetensors",
+    )  # fmt: skip
+    kept = json.loads((cut / "secateur" / "steps.json").read_text())[0]["cut"]["layers"]
+    found = {}
+    for name, options in {"known": {}, "told": {"kept_layers": kept}, "other": {
+        "kept_layers": next(x for x in ([0, 1, 2], [2, 3, 4]) if x != kept)
+    }}.items():  # fmt: skip
+        train(
+            places,
+            tmp_path / name,
+            "distill",
+            model=cut,
+            hidden=1.0,
+            validation_windows=0,
+            **options,
+        )
+        found[name] = tensors(tmp_path / name)
+    same = [torch.equal(found["known"][n], found["told"][n]) for n in found["told"]]
+    assert all(same)
+    assert not all(torch.equal(found["known"][n], found["other"][n]) for n in found["other"])
+
+
 def test_a_mask_may_come_from_another_model(places: Path, tmp_path: Path) -> None:
     done = train(places, tmp_path / "out", model=places / "dense", mask=str(places / "pruned"))
     assert done.sparsity == pytest.approx(0.5)

@@ -18,6 +18,7 @@ def methods(as_json: o.Json = False) -> None:
     from secateur.sparsity.methods import methods as known
     from secateur.sparsity.patterns import patterns
     from secateur.sparsity.refinements import refinements
+    from secateur.sparsity.schedules import schedules
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
 
@@ -30,6 +31,7 @@ def methods(as_json: o.Json = False) -> None:
                 "refinements": {n: sorted(refinements[n].requires) for n in refinements},
                 "patterns": patterns.names(),
                 "allocations": allocations.names(),
+                "schedules": schedules.names(),
                 "presets": {name: dict(presets[name]) for name in presets},
             }
         )
@@ -57,6 +59,7 @@ def methods(as_json: o.Json = False) -> None:
             ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
             ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
             *(("allocation", n, allocated(allocations[n])) for n in allocations),
+            *(("schedule", n, "retrain --gradual, --set gradual.schedule") for n in schedules),
         ],
         numbers=3,
     )

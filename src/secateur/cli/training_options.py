@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from secateur.errors import RecipeError
-
 if TYPE_CHECKING:
     from secateur.recipes.training_schema import RetrainRecipe
     from secateur.reporting.training_report import TrainingReport
@@ -37,6 +35,13 @@ Optimizer = Annotated[str | None, typer.Option(help="A class of torch.optim. [Ad
 Checkpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Slower, with far less memory.")
 ]
+Lora = Annotated[
+    int | None, typer.Option(help="Train adapters of this rank, and merge them. [train weights]")
+]
+Gradual = Annotated[
+    str | None,
+    typer.Option(help="Prune on the way to this sparsity, or to N:M. [masks stay as they are]"),
+]
 Mask = Annotated[
     str | None,
     typer.Option(help="File of masks, or folder of a pruned model. [the model's own zeros]"),
@@ -47,6 +52,7 @@ Validation = Annotated[
 Patience = Annotated[
     int | None, typer.Option(help="Stop after so many validations without a new best. [never]")
 ]
+Tensorboard = Annotated[str | None, typer.Option(help="Folder for curves. [none]")]
 Seed = Annotated[int | None, typer.Option(help="Of the choice and order of windows. [0]")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped training.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Discard what a stopped one left.")]
@@ -66,9 +72,8 @@ def training_recipe(kind: type[AnyRecipe], given: dict[str, Any]) -> AnyRecipe:
         kind: of the recipe.
         given: the arguments of the verb, by name.
     """
-    import yaml
-
-    from secateur.recipes.reading import is_recipe_file, read_recipe_file, validated
+    from secateur.recipes.reading import assigned, is_recipe_file, read_recipe_file, validated
+    from secateur.recipes.training_schema import aim_alone, rank_alone
 
     model = given["model"]
     values: dict[str, Any] = {"model": model}
@@ -80,12 +85,10 @@ def training_recipe(kind: type[AnyRecipe], given: dict[str, Any]) -> AnyRecipe:
         for key, value in given.items()
         if key not in OF_THE_COMMAND and value is not None and value is not False
     }
-    for assignment in given.get("assignments") or ():
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise RecipeError(f"--set {assignment!r} is not KEY=VALUE")
-        values[key] = yaml.safe_load(text)
-    return validated(kind, values, where)
+    for key, opened in {"lora": rank_alone, "gradual": aim_alone}.items():
+        if key in values:  # so that --set gradual.every=20 finds a section
+            values[key] = opened(values[key])
+    return validated(kind, assigned(values, tuple(given.get("assignments") or ())), where)
 
 
 def run(recipe: RetrainRecipe, *, as_json: bool, **options: Any) -> None:

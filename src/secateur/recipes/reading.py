@@ -17,6 +17,7 @@ from secateur.recipes.structure_schema import Depth, StructureRecipe
 
 __all__ = [
     "SECTIONS",
+    "assigned",
     "build_recipe",
     "build_structure_recipe",
     "dump_recipe",

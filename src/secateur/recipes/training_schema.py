@@ -2,13 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from secateur.recipes.schema import Strict
 
-__all__ = ["DistillRecipe", "RetrainRecipe"]
+__all__ = [
+    "DistillRecipe",
+    "GradualOptions",
+    "LoraOptions",
+    "RetrainRecipe",
+    "aim_alone",
+    "rank_alone",
+]
+
+
+class LoraOptions(Strict):
+    """Low-rank adapters that are trained instead of the weights, and merged at the end."""
+
+    rank: int = Field(16, gt=0, description="of the product that is added to a weight")
+    alpha: float | None = Field(
+        None, gt=0, description="the product is scaled by alpha / rank; 2 · rank if not given"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' inputs")
+    include: tuple[str, ...] = Field(("*",), description="globs over names of linears")
+    exclude: tuple[str, ...] = Field((), description="of those, these are left alone")
+
+
+class GradualOptions(Strict):
+    """Pruning while training."""
+
+    sparsity: float | None = Field(
+        None, gt=0, lt=1, description="at the end; not for N:M, which has one of its own"
+    )
+    pattern: str = Field("unstructured", description="which zeros are allowed")
+    scope: Literal["row", "layer", "global"] | None = Field(
+        None, description="within which weights compete; the pattern's own if not given"
+    )
+    score: str = Field("magnitude", description="by which weights go")
+    schedule: str = Field("cubic", description="how sparsity rises: cubic, linear, geometric, …")
+    every: int = Field(10, gt=0, description="steps between new masks")
+    begin: float = Field(0.0, ge=0, le=1, description="share of the steps before the first ones")
+    end: float = Field(0.75, ge=0, le=1, description="share of the steps at which all is pruned")
+    regrowth: float = Field(
+        0.0, ge=0, lt=1, description="of the kept weights, exchanged by gradient each time"
+    )
+    windows: int = Field(16, gt=0, description="of the text, for scores and gradients")
+
+
+def rank_alone(value: Any) -> Any:
+    """`lora: 16` is a rank."""
+    return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def aim_alone(value: Any) -> Any:
+    """`gradual: 0.8` is a sparsity, `gradual: '2:4'` a pattern; so the command line writes them."""
+    if isinstance(value, str):
+        try:
+            return {"sparsity": float(value)}
+        except ValueError:
+            return {"pattern": value}
+    return {"sparsity": value} if isinstance(value, float) else value
 
 
 class RetrainRecipe(Strict):
@@ -48,6 +103,12 @@ class RetrainRecipe(Strict):
     fast_matmuls: bool = Field(
         True, description="products in bfloat16 where the processor is faster at it"
     )
+    lora: Annotated[LoraOptions | None, BeforeValidator(rank_alone)] = Field(
+        None, description="adapters of this rank are trained, and nothing else"
+    )
+    gradual: Annotated[GradualOptions | None, BeforeValidator(aim_alone)] = Field(
+        None, description="prune on the way to this sparsity, or to this N:M"
+    )
     mask: str | None = Field(
         None, description="file of masks, or folder of a pruned model; the model's zeros if None"
     )
@@ -60,6 +121,7 @@ class RetrainRecipe(Strict):
         0, ge=0, description="stop after so many validations without a new best; 0: never"
     )
     save_minutes: float = Field(5.0, ge=0, description="between saves to go on from")
+    tensorboard: str | None = Field(None, description="folder that takes curves; none if None")
     seed: int = Field(0, ge=0, description="of the choice and the order of windows")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = Field(

@@ -18,6 +18,7 @@ from secateur.engine.progress import Progress, Silent
 from secateur.engine.tuning import in_float32
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.training.batches import Batch, Batches
+from secateur.training.board import Board
 from secateur.training.door import Door, checkpointed
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken, Objective
@@ -57,6 +58,8 @@ class Loop:
         progress: told of every step.
         first_step: where to begin in the schedule and the order of batches.
         door: the processes that train together; made if None.
+        identity: everything the result depends on; a run that goes on must have the same.
+        board: folder that takes curves for TensorBoard; None for none.
 
     Raises:
         RecipeError: the masks are not of this model, or hooks are given without steps.
@@ -78,6 +81,7 @@ class Loop:
         first_step: int = 0,
         door: Door | None = None,
         identity: dict[str, Any] | None = None,
+        board: Path | None = None,
     ) -> None:
         self.model, self.batches, self.objective, self.how = model, batches, objective, how
         self.masks, self.hooks = masks, hooks
@@ -103,6 +107,8 @@ class Loop:
         self.judge = NextToken.of(model) if validation is not None else None
         self.width = model.get_input_embeddings().weight.shape[1]
         self.saved = Saved(saved, self.door, identity or {})
+        self.board_folder = board if self.door.main else None
+        self.board: Board | None = None
         self.outcome = Outcome(step=first_step)
         self.last_step_seconds = self.last_validation_seconds = 0.0
         self.lowest, self.watched = math.inf, 0
@@ -132,6 +138,8 @@ class Loop:
             if self.how.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
             self.begin()
+            if self.board is not None:
+                stack.callback(self.board.close)
             self.train()
             self.end()
         return self.outcome
@@ -152,6 +160,8 @@ class Loop:
         if facts is not None:
             self.outcome.take(facts)
         self.outcome.log = self.saved.log.lines
+        if self.board_folder is not None:
+            self.board = Board(self.board_folder, self.outcome.step)
         self.started = time.perf_counter() - self.door.same(self.outcome.seconds)
         self.saved_at = time.perf_counter()
 
@@ -229,8 +239,9 @@ class Loop:
             self.masks.hold(self.model, self.optimizer)
         outcome.step += 1
         outcome.tokens += self.batches.size * self.batches.windows.shape[1]
-        told = {"step": outcome.step, "loss": loss, "learning_rate": rate}
-        self.saved.log.add({**told, "gradient_norm": float(norm)})
+        told = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
+        self.saved.log.add({"step": outcome.step, **told})
+        self.draw({f"training/{name}": value for name, value in told.items()})
         for hook in self.hooks:
             hook.on_step(outcome.step, how.steps, self.model, self.optimizer)
         self.refuse_divergence()
@@ -312,6 +323,7 @@ class Loop:
         outcome = self.outcome
         loss = self.refuse(self.door.same(total / len(self.validation)), "the validation loss")
         outcome.validations.append((outcome.step, loss))
+        self.draw({"validation/loss": loss})
         kept = (
             sum(int(m.sum()) for m in self.masks.kept.values()) if self.hooks and self.masks else -1
         )
@@ -347,6 +359,11 @@ class Loop:
         changing = self.masks if self.hooks else None
         self.saved.save_state(self.parameters, self.optimizer, changing, self.outcome.facts())
         self.saved_at = time.perf_counter()
+
+    def draw(self, values: dict[str, float]) -> None:
+        """Points for TensorBoard, if it was asked for."""
+        if self.board is not None:
+            self.board.add(self.outcome.step, values)
 
     def tell(self, loss: float) -> None:
         """Tell the progress bar of what is done."""

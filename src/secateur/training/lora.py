@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from secateur.errors import RecipeError, VerificationError
@@ -93,7 +94,7 @@ class Adapters:
         return chosen
 
 
-def attach(model: Any, how: Adapters | None = None) -> PeftModel:
+def attach(model: Any, how: Adapters | None = None, seed: int = 0) -> PeftModel:
     """Put adapters on a pruned model, in place; everything else is frozen.
 
     B begins as zeros, so the function is at first that of the model. Zeros of the weights at this
@@ -102,6 +103,7 @@ def attach(model: Any, how: Adapters | None = None) -> PeftModel:
     Args:
         model: a causal language model, pruned.
         how: rank and so on; the defaults if None.
+        seed: of A's first values.
 
     Returns:
         The model in peft's wrapper: train it, save its adapters, `merge` it.
@@ -124,7 +126,8 @@ def attach(model: Any, how: Adapters | None = None) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({type(linear.module): MaskedAdapter for linear in chosen})
-    with quiet_transformers():
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.meter import Meter
@@ -30,6 +30,7 @@ from secateur.training.batches import Batches
 from secateur.training.door import Door
 from secateur.training.loop import Loop, Outcome
 from secateur.training.masks import Masks
+from secateur.workflows.adapting import adapt, merged
 from secateur.workflows.carrying import (
     RUN_FOLDER,
     carry_over,
@@ -44,7 +45,7 @@ from secateur.workflows.training_text import TrainingText, read_training_text
 
 __all__ = ["distill", "retrain", "run_training"]
 
-NO_PART = {"output", "device", "save_minutes", "learning_rate", "teacher_file"}
+NO_PART = {"output", "device", "save_minutes", "learning_rate", "teacher_file", "tensorboard"}
 """Fields that a stopped training may be gone on with differently. The learning rate is one: a
 training that diverged goes on from its last save with a lower one."""
 
@@ -154,25 +155,27 @@ def run_training(
     model = load_whole(source.folder, door.device, trust_remote_code=recipe.trust_remote_code)
     text = read_training_text(recipe, source.folder, model.config)
     plan = plan_of(recipe, text)
-    masks = masks_of(recipe, model)
     objective = objective_of(recipe, source, model, text, work, progress, door)
+    adapted = adapt(recipe, model, masks_of(recipe, model), text.windows, door)
     loop = Loop(
-        model,
+        adapted.model,
         Batches(text.windows, recipe.batch, recipe.seed),
         objective,
-        masks,
+        adapted.held,
         plan,
         validation=text.validation,
         saved=work,
+        hooks=adapted.hooks,
         progress=progress,
         door=door,
         identity=identity(recipe, source, text),
+        board=Path(recipe.tensorboard) if recipe.tensorboard else None,
     )
     with quiet_transformers(), log_kept(loop):
         outcome = loop.run()
     manifest = manifest_of(recipe, source, text, loop, outcome, meter)
     if door.main:
-        write(recipe, source, masks, manifest, partial)
+        write(recipe, source, adapted.masks, manifest, partial)
         if output.exists():
             shutil.rmtree(output)
         os.rename(partial, output)
@@ -232,6 +235,10 @@ def manifest_of(
     verb, objective = "retrain", "next token"
     if isinstance(recipe, DistillRecipe):
         verb, objective = "distill", f"{recipe.kind} KL, T = {recipe.temperature:g}"
+    if recipe.lora is not None:
+        objective += f", adapters of rank {recipe.lora.rank}"
+    if recipe.gradual is not None:
+        objective += f", pruned on the way to {loop.masks.sparsity if loop.masks else 0:.0%}"
     return {
         "verb": verb,
         "source": {"name": source.name, "kind": source.kind, "revision": source.revision},
@@ -266,9 +273,7 @@ def write(
     """
     trust, cpu = recipe.trust_remote_code, torch.device("cpu")
     model = load_whole(source.folder, cpu, trust_remote_code=trust)
-    with safe_open(partial / "work" / "final.safetensors", framework="pt") as final:
-        for name in final.keys():  # noqa: SIM118  (no mapping)
-            model.get_parameter(name).data.copy_(final.get_tensor(name))
+    model = merged(recipe, model, masks, load_file(partial / "work" / "final.safetensors"))
     with quiet_transformers():
         model.save_pretrained(partial)
     carry_over(source.folder, partial, read_config(source.folder))

@@ -27,6 +27,7 @@ from secateur.training.teachers import (
     write_teacher,
 )
 from secateur.training.training_plan import TrainingPlan
+from secateur.workflows.adapting import rates_of
 from secateur.workflows.carrying import RUN_FOLDER
 from secateur.workflows.training_text import TrainingText
 
@@ -53,7 +54,7 @@ def plan_of(recipe: RetrainRecipe, text: TrainingText) -> TrainingPlan:
         clip=recipe.clip,
         optimizer=recipe.optimizer,
         optimizer_options=recipe.optimizer_options,
-        rates=recipe.rates,
+        rates=rates_of(recipe),
         micro_batch=recipe.micro_batch,
         gradient_checkpointing=recipe.gradient_checkpointing,
         fast_matmuls=recipe.fast_matmuls,
@@ -107,7 +108,7 @@ def objective_of(
         model,
         ModelTeacher(teacher),
         teacher_layers=layers,
-        kept_layers=recipe.kept_layers,
+        kept_layers=kept_layers(recipe, source, place.name),
         hidden=recipe.hidden,
         **options,
     )
@@ -161,6 +162,22 @@ def pruned_from(source: LocalCheckpoint) -> str:
         )
     name: str = json.loads(manifest.read_text(encoding="utf-8"))["source"]["name"]
     return name
+
+
+def kept_layers(
+    recipe: DistillRecipe, source: LocalCheckpoint, teacher: str
+) -> tuple[int, ...] | None:
+    """Which layers of the teacher the student has: as asked, or as the notes of its cut say.
+
+    None where nothing is known of it, or the teacher is another model than the one that was cut.
+    """
+    steps = source.folder / RUN_FOLDER / "steps.json"
+    if recipe.kept_layers is not None or not recipe.hidden or not steps.is_file():
+        return recipe.kept_layers
+    if teacher != pruned_from(source):
+        return None
+    told = [x for x in json.loads(steps.read_text(encoding="utf-8")) if x["step"] == "depth"]
+    return tuple(told[0]["cut"]["layers"]) if told else None
 
 
 def check_tokenizers(student: LocalCheckpoint, teacher: LocalCheckpoint, trust: bool) -> None:

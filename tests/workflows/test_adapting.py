@@ -1,0 +1,173 @@
+"""Adapters and gradual pruning, from a recipe to the files that are left."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import secateur
+from secateur.cli import main
+from secateur.errors import PatternError, RecipeError
+from secateur.training import loop
+from tiny import save_tiny
+from trained import source_text
+
+OPTIONS: dict[str, Any] = {"steps": 12, "learning_rate": 5e-3, "validations": 2, "save_minutes": 0}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, one pruned from it, and a text."""
+    place = tmp_path_factory.mktemp("adapting")
+    save_tiny(place / "dense")
+    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
+    (place / "text.txt").write_text(source_text()[:60_000])
+    return place
+
+
+def train(places: Path, output: Path, model: str = "pruned", **options: Any) -> Any:
+    """By the Python API."""
+    values = {"text": str(places / "text.txt"), **OPTIONS, **options}
+    return secateur.retrain(places / model, output=output, **values)
+
+
+def matrices(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the decoder's linears."""
+    tensors = load_file(folder / "model.safetensors")
+    return {n: t for n, t in tensors.items() if n.endswith("proj.weight")}
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Names of the tensors that are different."""
+    old, new = (load_file(x / "model.safetensors") for x in (before, after))
+    assert old.keys() == new.keys()
+    return {n for n in old if not torch.equal(old[n], new[n])}
+
+
+def test_adapters_are_merged_and_the_zeros_stay(places: Path, tmp_path: Path) -> None:
+    lora = {"rank": 4, "include": ["*.q_proj", "*.down_proj"]}
+    done = train(places, tmp_path / "out", lora=lora, validation_windows=8)
+    assert done.perplexity_after < done.perplexity_before
+    assert done.sparsity == pytest.approx(0.5)
+    before, after = matrices(places / "pruned"), matrices(tmp_path / "out")
+    assert all(not after[n][before[n] == 0].any() for n in before)
+    moved = changed(places / "pruned", tmp_path / "out")
+    assert moved == {n for n in before if "q_proj" in n or "down_proj" in n}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not list((tmp_path / "out").glob("adapter*"))
+
+
+def test_what_is_saved_is_what_was_watched(places: Path, tmp_path: Path) -> None:
+    (tmp_path / "watched.txt").write_text(source_text(held_out=True)[:4_000])
+    watched = tmp_path / "watched.txt"
+    done = train(places, tmp_path / "out", lora=8, validation=str(watched))
+    judged = secateur.evaluate(tmp_path / "out", text=watched, sequence_length=64, max_windows=16)
+    assert judged.perplexity == pytest.approx(done.perplexity_after, rel=0.02)
+
+
+def test_gradual_pruning_ends_at_its_sparsity(places: Path, tmp_path: Path) -> None:
+    gradual = {"sparsity": 0.8, "every": 2}
+    done = train(places, tmp_path / "out", gradual=gradual)
+    assert done.sparsity == pytest.approx(0.8, abs=1e-3)
+    before, after = matrices(places / "pruned"), matrices(tmp_path / "out")
+    assert all(not after[n][before[n] == 0].any() for n in before)
+    assert done.manifest["objective"] == "next token, pruned on the way to 80%"
+
+
+@pytest.mark.parametrize(
+    "gradual", ["2:4", {"pattern": "2:4", "score": "wanda", "windows": 2, "every": 4}]
+)
+def test_gradual_pruning_to_a_pattern(gradual: Any, places: Path, tmp_path: Path) -> None:
+    done = train(places, tmp_path / "out", "dense", gradual=gradual)
+    assert done.sparsity == pytest.approx(0.5)
+    for weight in matrices(tmp_path / "out").values():
+        groups = weight.view(len(weight), -1, 4)
+        assert ((groups != 0).sum(-1) == 2).all()
+
+
+def test_with_a_teacher_and_regrowth(places: Path, tmp_path: Path) -> None:
+    gradual = {"sparsity": 0.7, "every": 2, "regrowth": 0.3, "windows": 4, "scope": "global"}
+    done = secateur.distill(
+        places / "dense", output=tmp_path / "out", teacher=places / "dense",
+        text=str(places / "text.txt"), gradual=gradual, **OPTIONS,
+    )  # fmt: skip
+    assert done.sparsity == pytest.approx(0.7, abs=1e-3)
+
+
+@pytest.mark.parametrize("way", [{"lora": 4}, {"gradual": {"sparsity": 0.8, "every": 2}}])
+def test_a_stopped_run_goes_on_to_the_same_files(
+    way: dict[str, Any], places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(places, tmp_path / "straight", **way)
+    plain = loop.Loop.step
+
+    def failing(self: loop.Loop) -> None:
+        if self.outcome.step == 5:
+            raise KeyboardInterrupt
+        plain(self)
+
+    monkeypatch.setattr(loop.Loop, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(places, tmp_path / "out", **way)
+    monkeypatch.setattr(loop.Loop, "step", plain)
+    train(places, tmp_path / "out", resume=True, **way)
+    straight, out = matrices(tmp_path / "straight"), matrices(tmp_path / "out")
+    assert all(torch.equal(straight[n], out[n]) for n in straight)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"lora": 4, "gradual": 0.8}, "adapters keep"),
+        ({"lora": 4, "rates": {"*embed*": 0.0}}, "rates say nothing"),
+        ({"lora": {"include": ["nowhere"]}}, "no linear"),
+        ({"lora": 0}, "greater than 0"),
+        ({"gradual": {"every": 2}}, "sparsity to end at"),
+        ({"gradual": {"pattern": "1:4", "sparsity": 0.5}}, "0.75, not 0.5"),
+        ({"gradual": 0.3}, "50.0% of the weights are zero already"),
+        ({"gradual": {"sparsity": 0.8, "schedule": "cubick"}}, "cubic"),
+        ({"gradual": 0.8, "steps": None, "minutes": 1.0}, "number of steps"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    options: dict[str, Any], what: str, places: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=what):
+        train(places, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_that_is_none(places: Path, tmp_path: Path) -> None:
+    with pytest.raises(PatternError, match="no pattern"):
+        train(places, tmp_path / "out", gradual="lots")
+
+
+def test_by_the_command_line(
+    places: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command(*words: object) -> Any:
+        common = ["--text", places / "text.txt", "--steps", 8, "--json"]
+        monkeypatch.setattr(sys, "argv", ["secateur", "retrain", *map(str, [*words, *common])])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return json.loads(capsys.readouterr().out)
+
+    pruned = places / "pruned"
+    told = command(pruned, "-o", tmp_path / "1", "--lora", 2, "--set", "lora.exclude=['*.o_proj']")
+    assert told["recipe"]["lora"]["rank"] == 2
+    assert told["objective"] == "next token, adapters of rank 2"
+    assert not any("o_proj" in name for name in changed(pruned, tmp_path / "1"))
+    told = command(pruned, "-o", tmp_path / "2", "--gradual", 0.6, "--set", "gradual.every=2")
+    assert told["recipe"]["gradual"]["every"] == 2
+    assert told["result"]["decoder_sparsity"] == pytest.approx(0.6, abs=1e-3)
