@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.calibration.continuation import AT_ONCE
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
-from secateur.engine.distillation import Distillation
 from secateur.engine.meter import resident_bytes
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.residency import LiveTensors
@@ -185,7 +184,7 @@ def plan_run(
     windows: Tensor | None,
     settings: Settings,
     reconstruction: Reconstruction,
-    distillation: Distillation,
+    epochs: int,
     allocation: Allocation,
     output_bytes: int,
     unwritten: int = 0,
@@ -198,7 +197,7 @@ def plan_run(
         windows: calibration tokens, or None.
         settings: how the work is done.
         reconstruction: how pruned layers are tuned.
-        distillation: how the whole model is tuned after that.
+        epochs: that the whole model learns from the dense one after that.
         allocation: what decides how much each linear loses.
         output_bytes: size of the files written.
         unwritten: how many of the windows the model has to write itself.
@@ -218,7 +217,7 @@ def plan_run(
             size = max(1, settings.micro_batch_tokens // windows.shape[1])
             hidden, call = calls_of(target, windows[:size])
             tuning = tuning_bytes(layers[0], hidden, call[0])
-        if distillation.epochs:
+        if epochs:
             distilling = distilling_bytes(target, windows[:1])
     own = bool(method.requires - INPUT_STATISTICS)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
@@ -239,10 +238,10 @@ def plan_run(
         + 2 * stored
         + own * (8 * prunable + len(layers) * stored)
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
-        + 12 * prunable * bool(distillation.epochs),
+        + 12 * prunable * bool(epochs),
         flops=2
         * working_weights(target)
-        * (allocation.tokens(tokens) + tokens * passes(settings, reconstruction, distillation)),
+        * (allocation.tokens(tokens) + tokens * passes(settings, reconstruction, epochs)),
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
@@ -299,12 +298,12 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
     return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
 
 
-def passes(settings: Settings, reconstruction: Reconstruction, distillation: Distillation) -> int:
+def passes(settings: Settings, reconstruction: Reconstruction, epochs: int) -> int:
     """Forwards of all calibration tokens; a forward with its backward counts as three."""
     plain = 1 if settings.sequential == "group" else 2
     dense = settings.asymmetric or reconstruction.passes > 0
     tuned = 2 + 3 * reconstruction.passes if reconstruction.passes else 0
-    return plain + dense + tuned + 4 * distillation.epochs
+    return plain + dense + tuned + 4 * epochs
 
 
 def waits(method: Method, settings: Settings) -> int:

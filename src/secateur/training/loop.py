@@ -29,7 +29,7 @@ from secateur.training.training_plan import TrainingPlan
 __all__ = ["Hook", "Loop", "Outcome", "train"]
 
 WATCHED = 10
-DIVERGED, SUSPECT, NOISE = 2.0, 1.5, 0.1
+SUSPECT, NOISE = 1.5, 0.1
 TICKS = 1000
 """Of the progress bar, where the clock says how much is done."""
 
@@ -60,6 +60,8 @@ class Loop:
         door: the processes that train together; made if None.
         identity: everything the result depends on; a run that goes on must have the same.
         board: folder that takes curves for TensorBoard; None for none.
+        trained: names of the parameters that learn; None for all that have a rate.
+        label: what the progress bar calls it.
 
     Raises:
         RecipeError: the masks are not of this model, or hooks are given without steps.
@@ -82,9 +84,12 @@ class Loop:
         door: Door | None = None,
         identity: dict[str, Any] | None = None,
         board: Path | None = None,
+        trained: frozenset[str] | None = None,
+        label: str = "training",
     ) -> None:
         self.model, self.batches, self.objective, self.how = model, batches, objective, how
         self.masks, self.hooks = masks, hooks
+        self.trained, self.label = trained, label
         self.progress = progress or Silent()
         self.device = next(model.parameters()).device
         self.door = door or Door(self.device)
@@ -130,6 +135,7 @@ class Loop:
             p
             for n, p in self.model.named_parameters()
             if p.is_floating_point() and self.how.factor(n)
+            if self.trained is None or n in self.trained
         ]
         if not trained:
             raise RecipeError("no parameter is trained", remedy="see the rates")
@@ -168,7 +174,7 @@ class Loop:
     def train(self) -> None:
         """All steps that are left."""
         by_clock = bool(self.how.minutes)
-        self.progress.start("training", TICKS if by_clock else self.how.steps)
+        self.progress.start(self.label, TICKS if by_clock else self.how.steps)
         self.told = 0
         self.tell(0.0)
         if self.validation is not None and not self.outcome.validations:
@@ -278,18 +284,19 @@ class Loop:
         return value
 
     def refuse_divergence(self) -> None:
-        """The median of the last losses may not be twice the lowest that it has been, and more.
+        """The median of the last losses may not be `diverged` times the lowest that it has been.
 
-        What is added is a tenth of the first one, so that a loss near 0 may jump about.
+        A tenth of the first one is added, so that a loss near 0 may jump about.
 
         Raises:
-            NumericalError: it is.
+            NumericalError: it is more.
         """
         losses = [line["loss"] for line in self.outcome.log]
         for end in range(max(WATCHED, self.watched + 1), len(losses) + 1):
             last, self.watched = statistics.median(losses[end - WATCHED : end]), end
             self.lowest = min(self.lowest, last)
-        if self.watched and last > DIVERGED * self.lowest + NOISE * losses[0]:
+        allowed = self.how.diverged * self.lowest + NOISE * losses[0]
+        if self.watched and self.how.diverged and last > allowed:
             self.fail(
                 f"the loss has risen from {self.lowest:.3g} to {last:.3g} (medians of {WATCHED} "
                 "steps): training diverges",
@@ -348,7 +355,8 @@ class Loop:
         Not while the loss is suspiciously high: what was saved before is to survive a divergence.
         """
         losses = [line["loss"] for line in self.outcome.log]
-        if self.watched and losses[-1] > SUSPECT * self.lowest + NOISE * losses[0]:
+        suspicious = SUSPECT * self.lowest + NOISE * losses[0]
+        if self.watched and self.how.diverged and losses[-1] > suspicious:
             return
         waited = time.perf_counter() - self.saved_at >= 60 * self.how.save_minutes
         if self.saved.folder is None or not self.door.same(float(waited)):

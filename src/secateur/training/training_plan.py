@@ -34,8 +34,9 @@ class TrainingPlan:
     Args:
         steps: of the optimizer; 0 where `minutes` are given.
         minutes: instead of steps. Everything counts: steps, validation, saving.
-        learning_rate: the highest; None stands for 0.25 / hidden size, as in
-            `engine/distillation.py`.
+        learning_rate: the highest; None stands for 0.25 / hidden size: what suits a small model is
+            too much for a wide one, and Adam's best rate falls as 1 / width (Yang et al. 2022,
+            arXiv:2203.03466). 0.25 was chosen at a hidden size of 576.
         warm_up: share of the run.
         clip: the norm that the gradient of all parameters is cut to; 0 for none.
         optimizer: the name of a class of `torch.optim`.
@@ -51,6 +52,8 @@ class TrainingPlan:
         validations: of the run, besides the one before it; 0 for none.
         patience: stop after so many validations without a new best; 0 for never.
         save_minutes: between saves of all that is needed to go on.
+        diverged: the median of the last losses may be so many times the lowest it was, and a tenth
+            of the first loss more; 0 allows anything.
 
     Raises:
         RecipeError: a number is out of range, or there is no such optimizer.
@@ -70,6 +73,7 @@ class TrainingPlan:
     validations: int = 10
     patience: int = 0
     save_minutes: float = 5.0
+    diverged: float = 2.0
 
     def __post_init__(self) -> None:
         if (self.steps > 0) == (self.minutes > 0) or self.steps < 0 or self.minutes < 0:

@@ -1,13 +1,18 @@
-"""The last step of a run that asks for it: the pruned model learns from the dense one."""
+"""The last step of a run that asks for it: the whole smaller model learns from the dense one.
+
+Layer by layer a pruned or cut model can only be near the dense one's hidden states; what counts is
+what it says. So its decoder layers are trained once more, together, on the calibration windows:
+`training/` with one window a step, until its next-token distributions are those of the dense model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from secateur.engine.distillation import Distiller
 from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress
 from secateur.engine.run import Run
@@ -15,10 +20,20 @@ from secateur.engine.targets import Target
 from secateur.models.experts import open_experts
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.whole import load_whole
-from secateur.recipes.schema import PruneRecipe
-from secateur.workflows.preparing import Prepared, distillation_of
+from secateur.recipes.schema import Distill, PruneRecipe
+from secateur.training.batches import Batches
+from secateur.training.loop import Loop
+from secateur.training.masks import Masks
+from secateur.training.objectives import Distil
+from secateur.training.teachers import ModelTeacher
+from secateur.training.training_plan import TrainingPlan
+from secateur.types import Windows
+from secateur.workflows.preparing import Prepared
 
-__all__ = ["distil", "distil_checkpoint", "distils"]
+__all__ = ["distil", "distil_checkpoint", "distils", "learn"]
+
+WARM_UP = 1 / 16
+SAVE_MINUTES = 5.0
 
 
 def distil_checkpoint(
@@ -34,8 +49,7 @@ def distil_checkpoint(
     )
     student = load_whole(partial, device, trust_remote_code=trust)
     open_experts(student)  # its parameters go by the names of the skeleton's
-    saved = partial / "work" / "distillation.safetensors"
-    told = distil(student, teacher, run, recipe, progress, saved)
+    told = distil(student, teacher, run, recipe, progress, partial / "work" / "distillation")
     write_layers(student, prepared.target, run)
     return told
 
@@ -57,21 +71,68 @@ def distil(
         for name in parameter_names(run.target, index)
         if student.get_parameter(name).is_floating_point()
     ]
-    distiller = Distiller(
-        student,
-        teacher,
-        trained,
-        pruned,
-        run.windows,
-        distillation_of(recipe),
-        recipe.calibration.seed,
-        saved,
+    masks = Masks({name: student.get_parameter(name).detach() != 0 for name in pruned})
+    how, seed = recipe.distillation, recipe.calibration.seed
+    return learn(student, teacher, trained, masks, run.windows, how, seed, progress, saved)
+
+
+def learn(
+    student: Any,
+    teacher: Any,
+    trained: Sequence[str],
+    masks: Masks | None,
+    windows: Windows,
+    how: Distill,
+    seed: int,
+    progress: Progress,
+    saved: Path | None = None,
+) -> dict[str, float]:
+    """Train a smaller model, in place, to say what the dense one says.
+
+    Args:
+        student: the pruned or cut causal language model, in eval mode.
+        teacher: the dense one, on the same device; it gets no gradients any more.
+        trained: the names of the student's parameters that learn.
+        masks: that are held; None for none.
+        windows: calibration tokens [samples, sequence_length].
+        how: epochs over them, and the learning rate.
+        seed: of the order of the windows.
+        progress: told of every step.
+        saved: folder for all that is needed to go on; None for none.
+
+    Returns:
+        The mean divergence over the first and the last eighth of the steps.
+
+    Raises:
+        NumericalError: the divergence is NaN or infinite.
+    """
+    plan = TrainingPlan(
+        steps=how.epochs * len(windows),
+        learning_rate=how.peak_learning_rate,
+        warm_up=WARM_UP,
+        optimizer="Adam",
+        validations=0,
+        save_minutes=SAVE_MINUTES,
+        diverged=0.0,
     )
-    progress.start("distilling", len(distiller.order))
     with quiet_transformers():
-        told = distiller.run(progress.step)
-    progress.finish()
-    return told
+        loop = Loop(
+            student,
+            Batches(windows, 1, seed),
+            Distil.between(student, ModelTeacher(teacher)),
+            masks,
+            plan,
+            saved=saved,
+            progress=progress,
+            trained=frozenset(trained),
+            label="distilling",
+        )
+        losses = [line["loss"] for line in loop.run().log]
+    eighth = -(-len(losses) // 8)
+    return {
+        "divergence_before": sum(losses[:eighth]) / eighth,
+        "divergence_after": sum(losses[-eighth:]) / eighth,
+    }
 
 
 def distils(recipe: PruneRecipe, run: Run) -> bool:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
-from secateur.engine.distillation import Distillation
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.run import Settings
@@ -37,7 +36,6 @@ __all__ = [
     "check_disk",
     "choose_device",
     "choose_plan",
-    "distillation_of",
     "method_of",
     "prepare",
     "reconstruction_of",
@@ -202,11 +200,6 @@ def reconstruction_of(recipe: PruneRecipe) -> Reconstruction:
     return Reconstruction(how.passes, how.learning_rate, how.remask)
 
 
-def distillation_of(recipe: PruneRecipe) -> Distillation:
-    """How the pruned model of a recipe learns from the dense one."""
-    return Distillation(recipe.distillation.epochs, recipe.distillation.peak_learning_rate)
-
-
 def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) -> bool:
     """Whether anything that a recipe asks for reads calibration tokens."""
     tuned = recipe.reconstruction.passes or recipe.distillation.epochs
@@ -332,7 +325,7 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
             prepared.planned_windows,
             settings_of(prepared.recipe, activations, None),
             reconstruction_of(prepared.recipe),
-            distillation_of(prepared.recipe),
+            prepared.recipe.distillation.epochs,
             prepared.allocation,
             prepared.output_bytes,
             prepared.unwritten,

@@ -19,14 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.calibration.windows import load_calibration, load_windows
-from secateur.engine.distillation import Distillation, Distiller
 from secateur.engine.ledger import write_whole
 from secateur.engine.meter import Meter
 from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError, VerificationError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.models.skeleton import build_skeleton, quiet_transformers, stored_names
+from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
@@ -37,6 +36,7 @@ from secateur.reporting.structure_card import structure_card
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.carrying import RUN_FOLDER, check_output, refuse_quantized
+from secateur.workflows.distilling import learn
 from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device, window_plan
 from secateur.workflows.structure_plan import aim_of
@@ -205,10 +205,9 @@ def distil(
     progress: Progress,
 ) -> dict[str, float] | None:
     """Let the cut model learn from the uncut one, and write its decoder layers."""
-    how = Distillation(recipe.distillation.epochs, recipe.distillation.peak_learning_rate)
+    how, trust = recipe.distillation, recipe.trust_remote_code
     if not how.epochs:
         return None
-    trust = recipe.trust_remote_code
     teacher = load_whole(source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust)
     student = load_whole(whole, device, trust_remote_code=trust)
     reader = CheckpointReader(whole)
@@ -220,20 +219,8 @@ def distil(
         for name, p in student.named_parameters()
         if id(p) not in outside and p.is_floating_point() and p.numel()
     ]
-    distiller = Distiller(
-        student,
-        teacher,
-        trained,
-        [],
-        windows,
-        how,
-        recipe.calibration.seed,
-        work / "distillation.safetensors",
-    )
-    progress.start("distilling", len(distiller.order))
-    with quiet_transformers():
-        told = distiller.run(progress.step)
-    progress.finish()
+    seed, saved = recipe.calibration.seed, work / "distillation"
+    told = learn(student, teacher, trained, None, windows, how, seed, progress, saved)
     copy = PatchedCopy(reader, whole)
     for name in trained:
         copy.write(stored[name], student.get_parameter(name).detach())

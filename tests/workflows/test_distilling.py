@@ -1,4 +1,4 @@
-"""The pruned model learns from the dense one: what is minimised, zeros, stopping and going on."""
+"""The pruned model learns from the dense one at the end of a run: zeros, stopping, going on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import kl_div
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.distillation import Distillation, Distiller, divergence
-from secateur.errors import MemoryBudgetError, NumericalError, RecipeError
+from secateur.engine.progress import Silent
+from secateur.errors import MemoryBudgetError, NumericalError
 from secateur.models.architecture import describe
+from secateur.recipes.schema import Distill
+from secateur.workflows.distilling import learn
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows, zeros_of
 
@@ -26,27 +27,6 @@ def mean_divergence(model, dense, windows) -> float:
     with torch.no_grad():
         log_p, log_q = (m(windows).logits.double().log_softmax(-1) for m in (dense, model))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_divergence_and_its_gradient(dtype: torch.dtype) -> None:
-    """Against autograd through torch's own KL, over more tokens than one chunk."""
-    draw = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(300, 40, generator=draw)).to(dtype).requires_grad_()
-    wanted = 3 * torch.randn(300, 40, generator=draw).to(dtype)
-    loss = kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
-    (loss / 300).backward()
-    found, gradient = divergence(logits.detach(), wanted)
-    assert found == pytest.approx(float(loss.detach()) / 300, rel=1e-5)
-    torch.testing.assert_close(gradient, logits.grad, rtol=1e-4, atol=1e-8)
-
-
-def test_tokens_that_cannot_come_count_nothing() -> None:
-    logits, wanted = torch.zeros(2, 5), torch.zeros(2, 5)
-    wanted[:, 3] = -torch.inf
-    found, gradient = divergence(logits, wanted)
-    assert found == pytest.approx(float(torch.tensor(5 / 4).log()), rel=1e-6)
-    assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,31 +57,25 @@ def test_bfloat16_stays_bfloat16_and_layers_left_dense_stay_as_they_are() -> Non
         assert torch.equal(before, after) == (not name.startswith(f"{layers}.1.")), name
 
 
-def test_the_rate_rises_and_falls() -> None:
-    how = Distillation(epochs=1, peak_learning_rate=1e-3)
-    rates = [how.rate(step, 160, 64) for step in range(160)]
-    assert rates[0] == pytest.approx(1e-4)
-    assert max(rates) == rates[9]
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] < 1e-6
-    given_none = [Distillation(epochs=1).rate(step, 160, 250) for step in range(160)]
-    assert given_none == pytest.approx(rates)
-
-
-@pytest.mark.parametrize("wrong", [{"epochs": -1}, {"peak_learning_rate": 0.0}])
-def test_numbers_out_of_range(wrong: dict) -> None:
-    with pytest.raises(RecipeError):
-        Distillation(**wrong)
-
-
-def test_a_divergence_that_is_no_number_is_told() -> None:
+def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_told() -> None:
     student, teacher = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():
+        next(describe(teacher).layers(teacher)[0].parameters()).mul_(1.5)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    names = [name for name in before if "layers.1" in name]
+
+    def learnt() -> dict[str, float]:
+        how = Distill(epochs=3)
+        return learn(student, teacher, names, None, tiny_windows(8), how, 0, Silent())
+
+    told = learnt()
+    assert told["divergence_after"] < told["divergence_before"]
+    moved = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(names)
+    with torch.no_grad():
         next(teacher.parameters()).fill_(torch.nan)
-    names = [n for n, _ in student.named_parameters() if "layers" in n]
-    distiller = Distiller(student, teacher, names, [], tiny_windows(2), Distillation(1), 0)
-    with pytest.raises(NumericalError, match="divergence from the dense model is nan"):
-        distiller.run(lambda: None)
+    with pytest.raises(NumericalError, match="the loss is nan"):
+        learnt()
 
 
 def test_a_model_that_loses_nothing_stays_as_it_is() -> None:
@@ -155,7 +129,7 @@ class StopAt:
 def test_stopped_and_gone_on_with_gives_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int]
 ) -> None:
-    monkeypatch.setattr("secateur.engine.distillation._SAVE_EVERY", 4)
+    monkeypatch.setattr("secateur.workflows.distilling.SAVE_MINUTES", 0.0)
     folder = save_tiny(tmp_path / "model")
     file = tmp_path / "windows.safetensors"
     save_windows(tiny_windows(5, 24), file)
@@ -176,5 +150,5 @@ def test_stopped_and_gone_on_with_gives_the_same(
     assert whole.manifest["calibration"]["samples"] == 5
     stored = load_file(tmp_path / "whole" / "secateur" / "windows.safetensors")
     assert stored["input_ids"].shape == (8, 24)
-    assert not list((tmp_path / "whole").rglob("distillation.safetensors"))
+    assert not list((tmp_path / "whole").rglob("state.safetensors"))
     assert json.loads((tmp_path / "again" / "secateur" / "manifest.json").read_text())
