@@ -51,6 +51,7 @@ def distill(
     validation: t.Validation = None,
     patience: t.Patience = None,
     tensorboard: t.Tensorboard = None,
+    memory_budget_gib: t.Budget = None,
     seed: t.Seed = None,
     field: o.Field = None,
     device: o.Device = None,

@@ -28,6 +28,7 @@ def retrain(
     validation: t.Validation = None,
     patience: t.Patience = None,
     tensorboard: t.Tensorboard = None,
+    memory_budget_gib: t.Budget = None,
     seed: t.Seed = None,
     field: o.Field = None,
     device: o.Device = None,

@@ -52,6 +52,9 @@ Validation = Annotated[
 Patience = Annotated[
     int | None, typer.Option(help="Stop after so many validations without a new best. [never]")
 ]
+Budget = Annotated[
+    float | None, typer.Option(help="Refuse to begin if more is needed. [4/5 of what is free]")
+]
 Tensorboard = Annotated[str | None, typer.Option(help="Folder for curves. [none]")]
 Seed = Annotated[int | None, typer.Option(help="Of the choice and order of windows. [0]")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped training.")]

@@ -123,6 +123,9 @@ class RetrainRecipe(Strict):
     save_minutes: float = Field(5.0, ge=0, description="between saves to go on from")
     tensorboard: str | None = Field(None, description="folder that takes curves; none if None")
     seed: int = Field(0, ge=0, description="of the choice and the order of windows")
+    memory_budget_gib: float | None = Field(
+        None, gt=0, description="refuse to begin if more is needed; four fifths of what is free"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = Field(
         False, description="let code that comes with the checkpoint run"

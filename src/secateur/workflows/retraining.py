@@ -18,7 +18,7 @@ from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.meter import Meter
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import NumericalError
-from secateur.models.skeleton import quiet_transformers
+from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.whole import load_whole
 from secateur.recipes.reading import dump_recipe, validated
@@ -40,12 +40,21 @@ from secateur.workflows.carrying import (
 )
 from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device
-from secateur.workflows.teaching import masks_of, objective_of, plan_of
+from secateur.workflows.teaching import masks_of, objective_of, plan_of, teacher_of
+from secateur.workflows.training_memory import TrainingMemory, check_memory, foretell
 from secateur.workflows.training_text import TrainingText, read_training_text
 
 __all__ = ["distill", "retrain", "run_training"]
 
-NO_PART = {"output", "device", "save_minutes", "learning_rate", "teacher_file", "tensorboard"}
+NO_PART = {
+    "output",
+    "device",
+    "save_minutes",
+    "learning_rate",
+    "teacher_file",
+    "tensorboard",
+    "memory_budget_gib",
+}
 """Fields that a stopped training may be gone on with differently. The learning rate is one: a
 training that diverged goes on from its last save with a lower one."""
 
@@ -152,10 +161,15 @@ def run_training(
             shutil.rmtree(partial, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
     door.wait()
-    model = load_whole(source.folder, door.device, trust_remote_code=recipe.trust_remote_code)
-    text = read_training_text(recipe, source.folder, model.config)
+    trust = recipe.trust_remote_code
+    skeleton = build_skeleton(source.folder, trust_remote_code=trust)
+    text = read_training_text(recipe, source.folder, skeleton.config)
     plan = plan_of(recipe, text)
-    objective = objective_of(recipe, source, model, text, work, progress, door)
+    teacher = teacher_of(recipe, source, work)
+    memory = foretell(recipe, source, teacher, text, plan, door)
+    check_memory(memory, recipe, door.device)
+    model = load_whole(source.folder, door.device, trust_remote_code=trust)
+    objective = objective_of(recipe, source, teacher, model, text, work, progress, door)
     adapted = adapt(recipe, model, masks_of(recipe, model), text.windows, door)
     loop = Loop(
         adapted.model,
@@ -173,7 +187,7 @@ def run_training(
     )
     with quiet_transformers(), log_kept(loop):
         outcome = loop.run()
-    manifest = manifest_of(recipe, source, text, loop, outcome, meter)
+    manifest = manifest_of(recipe, source, text, loop, outcome, meter, memory)
     if door.main:
         write(recipe, source, adapted.masks, manifest, partial)
         if output.exists():
@@ -228,6 +242,7 @@ def manifest_of(
     loop: Loop,
     outcome: Outcome,
     meter: Meter,
+    memory: TrainingMemory,
 ) -> dict[str, Any]:
     """Everything worth knowing about a finished training."""
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
@@ -249,6 +264,7 @@ def manifest_of(
         "processes": loop.door.ranks,
         "recipe": recipe.model_dump(mode="json"),
         "environment": environment(loop.device),
+        "planned": memory.to_json(),
         "cost": {**meter.read(), "training_seconds": outcome.seconds},
         "result": {
             **{k: v for k, v in outcome.facts().items() if k not in ("validations", "best_kept")},

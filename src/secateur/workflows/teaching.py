@@ -31,7 +31,7 @@ from secateur.workflows.adapting import rates_of
 from secateur.workflows.carrying import RUN_FOLDER
 from secateur.workflows.training_text import TrainingText
 
-__all__ = ["masks_of", "objective_of", "plan_of"]
+__all__ = ["masks_of", "objective_of", "plan_of", "teacher_of"]
 
 TOP_K = 64
 """Tokens that are written down of a teacher where nobody says how many."""
@@ -78,6 +78,7 @@ def masks_of(recipe: RetrainRecipe, model: Any) -> Masks:
 def objective_of(
     recipe: RetrainRecipe,
     source: LocalCheckpoint,
+    place: LocalCheckpoint | None,
     model: Any,
     text: TrainingText,
     work: Path,
@@ -86,18 +87,26 @@ def objective_of(
 ) -> Objective:
     """The loss; for a distillation the teacher is loaded, or what it expects.
 
+    Args:
+        recipe: as asked.
+        source: the student's checkpoint.
+        place: the teacher's; None where there is none, or it has been written down.
+        model: the student.
+        text: that is read.
+        work: folder that takes what a teacher writes down.
+        progress: told of that.
+        door: the processes.
+
     Raises:
-        RecipeError: the teacher is not known, or has another vocabulary.
+        RecipeError: the teacher has another vocabulary, or was written down for another text.
     """
     if not isinstance(recipe, DistillRecipe):
         return NextToken.of(model)
     options: dict[str, Any] = {"kind": recipe.kind, "temperature": recipe.temperature}
     options |= {"next_token": recipe.next_token}
-    file = Path(recipe.teacher_file) if recipe.teacher_file else work / "teacher.safetensors"
-    if (recipe.top_k or recipe.teacher_file) and file.exists():
+    file = written_down(recipe, work)
+    if place is None:
         return Distil.between(model, written(file, text), **options)
-    named = recipe.teacher or pruned_from(source)
-    place = resolve(named, trust_remote_code=recipe.trust_remote_code)
     check_tokenizers(source, place, recipe.trust_remote_code)
     device = next(model.parameters()).device
     teacher = load_whole(
@@ -129,6 +138,27 @@ def objective_of(
         progress.finish()
     door.wait()
     return Distil.between(model, written(file, text), hidden=recipe.hidden, **options)
+
+
+def teacher_of(
+    recipe: RetrainRecipe, source: LocalCheckpoint, work: Path
+) -> LocalCheckpoint | None:
+    """The checkpoint of the teacher; None where there is none, or it has been written down.
+
+    Raises:
+        RecipeError: the teacher is not known.
+    """
+    if not isinstance(recipe, DistillRecipe):
+        return None
+    if (recipe.top_k or recipe.teacher_file) and written_down(recipe, work).exists():
+        return None
+    named = recipe.teacher or pruned_from(source)
+    return resolve(named, trust_remote_code=recipe.trust_remote_code)
+
+
+def written_down(recipe: DistillRecipe, work: Path) -> Path:
+    """The file of what a teacher expects."""
+    return Path(recipe.teacher_file) if recipe.teacher_file else work / "teacher.safetensors"
 
 
 def written(file: Path, text: TrainingText) -> WrittenTeacher:

@@ -1,0 +1,181 @@
+"""Foretells the memory of a training, and refuses one that would not fit, before it begins.
+
+    all weights in float32
+    + for what is trained: gradients, and what the optimizer remembers
+    + the weights that are made of adapters
+    + what one micro-batch's forward keeps for its backward, rehearsed on the meta device
+    + a block of logits; the teacher; the masks
+
+Shared out over several processes are weights, gradients and memories; the teacher is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.meter import resident_bytes
+from secateur.engine.plan import calls_of, rehearse_training
+from secateur.engine.precision import fast_dtype
+from secateur.engine.targets import CheckpointTarget
+from secateur.errors import MemoryBudgetError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint
+from secateur.recipes.training_schema import RetrainRecipe
+from secateur.training.door import Door
+from secateur.training.heads import BLOCK_BYTES
+from secateur.training.selecting import prunable
+from secateur.training.training_plan import TrainingPlan
+from secateur.workflows.adapting import adapters
+from secateur.workflows.preparing import FREE_SHARE
+from secateur.workflows.training_text import TrainingText
+
+__all__ = ["TrainingMemory", "check_memory", "foretell"]
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """What one process of a training will need. All sizes in bytes.
+
+    Attributes:
+        process: the program itself, with text.
+        weights: of the student, float32.
+        optimizer: gradients and moments of what is trained.
+        adapters: the products of adapters, of all linears that have one.
+        forward: what a micro-batch keeps for its backward.
+        logits: a block of them, of student and teacher.
+        teacher: its weights.
+        masks: one byte for each weight of the decoder's matrices.
+    """
+
+    process: int
+    weights: int
+    optimizer: int
+    adapters: int
+    forward: int
+    logits: int
+    teacher: int
+    masks: int
+
+    @property
+    def peak(self) -> int:
+        """The estimate of the most memory in use."""
+        return sum(asdict(self).values())
+
+    def to_json(self) -> dict[str, int]:
+        """All figures."""
+        return {"peak": self.peak, **asdict(self)}
+
+
+def foretell(
+    recipe: RetrainRecipe,
+    source: LocalCheckpoint,
+    teacher: LocalCheckpoint | None,
+    text: TrainingText,
+    plan: TrainingPlan,
+    door: Door,
+) -> TrainingMemory:
+    """What a training will need.
+
+    Args:
+        recipe: as asked.
+        source: the student.
+        teacher: who is learned from, as a model in memory; None for none.
+        text: that is read.
+        plan: length and optimizer.
+        door: the processes.
+    """
+    trust = recipe.trust_remote_code
+    target = CheckpointTarget(
+        CheckpointReader(source.folder), None, door.device, trust_remote_code=trust
+    )
+    model = target.model
+    named = {n: p.numel() for n, p in model.named_parameters() if p.is_floating_point()}
+    trained = sum(count for name, count in named.items() if plan.factor(name))
+    products = 0
+    if recipe.lora is not None:
+        how = adapters(recipe)
+        shapes = [linear.shape for linear in how.chosen(model)]
+        trained = sum(how.rank * sum(shape) for shape in shapes)
+        products = sum(4 * out * columns for out, columns in shapes)
+    weights = sum(named.values())
+    micro = text.windows[: plan.at_once(text.windows.shape[1])]
+    return TrainingMemory(
+        process=resident_bytes(),
+        weights=4 * (weights + trained * (recipe.lora is not None)) // door.ranks,
+        optimizer=4 * trained * (1 + moments_of(plan)) // door.ranks,
+        adapters=products,
+        forward=forward_bytes(target, micro, plan.gradient_checkpointing),
+        logits=(1 + (teacher is not None)) * (BLOCK_BYTES + 4 * micro.numel() * width_of(model)),
+        teacher=0 if teacher is None else teacher_bytes(teacher, door.device, trust),
+        masks=sum(x.weight.numel() for x in prunable(model)) // door.ranks,
+    )
+
+
+def width_of(model: Any) -> int:
+    """The hidden size."""
+    width: int = model.get_input_embeddings().weight.shape[1]
+    return width
+
+
+def forward_bytes(target: CheckpointTarget, windows: Tensor, checkpointing: bool) -> int:
+    """What the decoder layers keep of one micro-batch until their backward.
+
+    With checkpointing each keeps its input, and one at a time all that is inside it.
+    """
+    hidden, calls = calls_of(target, windows)
+    layers = len(target.layers)
+    one = rehearse_training(target.layers[0], hidden, calls[0])
+    return one + layers * 4 * hidden.numel() if checkpointing else layers * one
+
+
+def moments_of(plan: TrainingPlan) -> int:
+    """How many tensors of a weight's size the optimizer remembers: looked at, for one weight."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = plan.make_optimizer([("weight", weight)])
+    optimizer.step()
+    state: Mapping[str, Any] = optimizer.state[weight]
+    return sum(isinstance(x, Tensor) and x.shape == weight.shape for x in state.values())
+
+
+def teacher_bytes(teacher: LocalCheckpoint, device: torch.device, trust: bool) -> int:
+    """The weights of a teacher in memory."""
+    model = build_skeleton(teacher.folder, trust_remote_code=trust)
+    dtype = fast_dtype(device) or model.dtype
+    return dtype.itemsize * sum(p.numel() for p in model.parameters())
+
+
+def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.device) -> None:
+    """Refuse a training that would not fit.
+
+    Raises:
+        MemoryBudgetError: naming what is needed, what there is, and what would help.
+    """
+    if device.type == "cuda":
+        free = float(torch.cuda.mem_get_info(device)[0]) + needed.process
+    else:
+        free = psutil.virtual_memory().available + needed.process
+    budget = recipe.memory_budget_gib * 2**30 if recipe.memory_budget_gib else FREE_SHARE * free
+    if needed.peak <= budget:
+        return
+    sizes = asdict(needed)
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    told = ", ".join(f"{name} {sizes[name] / 2**30:.2f}" for name in largest)
+    remedies = {
+        "optimizer": "--lora 16 or --optimizer SGD",
+        "forward": "--gradient-checkpointing, --micro-batch 1, or a shorter --sequence-length",
+        "teacher": "--top-k 64 (the teacher is written down first)",
+    }
+    useful = [remedies[name] for name in largest if name in remedies]
+    raise MemoryBudgetError(
+        f"training needs {needed.peak / 2**30:.2f} GiB ({told}); the budget is "
+        f"{budget / 2**30:.2f} GiB",
+        remedy=f"try {'; '.join(useful)}; or raise --memory-budget-gib",
+    )

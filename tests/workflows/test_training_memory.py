@@ -1,0 +1,97 @@
+"""What a training will need: refused before it begins, and near what it then takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import secateur
+from secateur.errors import MemoryBudgetError
+from tiny import save_tiny
+from trained import source_text
+
+WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "num_key_value_heads": 8}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights are more than the program, and a text."""
+    place = tmp_path_factory.mktemp("memory")
+    save_tiny(place / "wide", **WIDE)
+    (place / "text.txt").write_text(source_text()[:60_000])
+    return place
+
+
+def options(places: Path, **more: Any) -> dict[str, Any]:
+    return {"text": str(places / "text.txt"), "steps": 2, "windows": 24, "validation_windows": 0,
+            **more}  # fmt: skip
+
+
+MEASURE = """
+import json, sys, secateur
+verb, model, output, options = sys.argv[1], *sys.argv[2:4], json.loads(sys.argv[4])
+report = getattr(secateur, verb)(model, output=output, **options)
+print(json.dumps(report.manifest))
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "more"),
+    [
+        ("retrain", {}),
+        ("retrain", {"optimizer": "SGD", "optimizer_options": {"momentum": 0.0}}),
+        ("retrain", {"lora": 4}),
+        ("distill", {"gradient_checkpointing": True}),
+    ],
+)
+def test_the_peak_is_near_what_was_foretold(
+    verb: str, more: dict[str, Any], places: Path, tmp_path: Path
+) -> None:
+    told = options(places, **more)
+    if verb == "distill":
+        told["teacher"] = str(places / "wide")
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, verb, places / "wide", tmp_path / "out", json.dumps(told)],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    manifest = json.loads(out.splitlines()[-1])
+    planned, peak = manifest["planned"], manifest["cost"]["peak_resident_bytes"]
+    weights = 4 * sum(t.numel() for t in load_file(places / "wide/model.safetensors").values())
+    assert planned["weights"] == pytest.approx(weights, rel=0.1)
+    factor = {"lora": 0.1, "optimizer": 1.0}.get(next(iter(more), ""), 3.0)
+    assert planned["optimizer"] == pytest.approx(factor * weights, rel=0.25)
+    assert planned["peak"] == pytest.approx(peak, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("more", "named", "remedy"),
+    [
+        ({}, "optimizer", "--lora 16"),
+        ({"lora": 2, "sequence_length": 64, "batch": 8, "micro_batch": 8}, "weights", "budget"),
+        ({"sequence_length": 64, "batch": 64, "micro_batch": 64}, "forward", "--micro-batch 1"),
+    ],
+)
+def test_what_would_not_fit_is_refused(
+    more: dict[str, Any], named: str, remedy: str, places: Path, tmp_path: Path
+) -> None:
+    told = {**options(places, **more), "windows": 200, "memory_budget_gib": 0.1}
+    with pytest.raises(MemoryBudgetError) as error:
+        secateur.retrain(places / "wide", output=tmp_path / "out", **told)
+    assert named in str(error.value)
+    assert remedy in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_run_may_go_on_with_more(places: Path, tmp_path: Path) -> None:
+    told = options(places)
+    with pytest.raises(MemoryBudgetError):
+        secateur.retrain(places / "wide", output=tmp_path / "out", **told, memory_budget_gib=0.1)
+    done = secateur.retrain(places / "wide", output=tmp_path / "out", restart=True, **told)
+    assert done.steps == 2
