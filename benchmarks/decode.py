@@ -20,12 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 import secateur
+from gguf_writing import write_gguf
 from hardware import heading, keep, markdown
 from secateur.models.samples import sample_model
 from secateur.workflows.benching import BenchReport
@@ -48,20 +47,6 @@ SHAPE: dict[str, Any] = {
     "dtype": "bfloat16",
     "bos_token_id": 1,
     "eos_token_id": 2,
-}
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
 }
 
 
@@ -111,41 +96,6 @@ def write_checkpoint(tensors: dict[str, torch.Tensor], folder: Path) -> Path:
     return folder
 
 
-def write_gguf(tensors: dict[str, torch.Tensor], file: Path) -> Path:
-    """Q8_0, with a vocabulary of placeholders. The order within heads does not matter for speed."""
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(SHAPE["num_hidden_layers"])
-    writer.add_context_length(SHAPE["max_position_embeddings"])
-    writer.add_embedding_length(SHAPE["hidden_size"])
-    writer.add_feed_forward_length(SHAPE["intermediate_size"])
-    writer.add_head_count(SHAPE["num_attention_heads"])
-    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(SHAPE["rms_norm_eps"])
-    writer.add_rope_dimension_count(SHAPE["head_dim"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_tokenizer_model("llama")
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = [*special, *(f"t{i}" for i in range(SHAPE["vocab_size"] - len(special)))]
-    writer.add_token_list(words)
-    writer.add_token_scores([0.0] * len(words))
-    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(words) - len(special))])
-    for name, tensor in tensors.items():
-        parts = name.split(".", 3)
-        known = GGUF_NAMES[parts[3] if name.startswith("model.layers.") else name]
-        to = f"blk.{parts[2]}.{known}" if name.startswith("model.layers.") else known
-        values = tensor.float().numpy()
-        if values.ndim == 1:
-            writer.add_tensor(f"{to}.weight", values.astype(np.float32))
-            continue
-        kind = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(f"{to}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
 def packed(folder: Path, values: str, output: Path) -> Path:
     """The folder compressed."""
     if not output.exists():
@@ -171,7 +121,7 @@ def random_model(work: Path, rounds: int) -> list[dict[str, Any]]:
         shutil.rmtree(dense, ignore_errors=True)
         tensors = random_tensors()
         write_checkpoint(tensors, dense)
-        write_gguf(tensors, file)
+        write_gguf(SHAPE, tensors, file)
         del tensors
     ours = ("packed", "dense bf16", "torch bf16")
     rows = measured(

@@ -51,6 +51,13 @@ def structure(
     file_mib: Annotated[
         float | None, typer.Option(help="MiB of weights that may stay, likewise.")
     ] = None,
+    decode_latency: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the time per token that may stay, measured on this machine in "
+            "transformers at batch 1, likewise."
+        ),
+    ] = None,
     kv_cache: Annotated[
         float | None, typer.Option(help="Fraction of the KV cache that stays; heads are cut.")
     ] = None,
@@ -163,6 +170,11 @@ def show(report: StructureReport) -> None:
     rows.append(
         ("weight files", mib(before["file_bytes"]), mib(after["file_bytes"]), f"{size:.1%}")
     )
+    if told["latency"]:
+        now, then = (told["latency"][f"milliseconds_{when}"] for when in ("before", "after"))
+        rows.append(
+            ("time per token, timed", f"{now:.2f} ms", f"{then:.2f} ms", f"{then / now:.1%}")
+        )
     print_table("cut", ("", "before", "after", "left"), rows)
     steps = [(f"{x['step']}, by {x['by']}", f"{step_share(x):.1%} left") for x in told["steps"]]
     loads = "secateur, or trust_remote_code" if told["varied"] else "plain transformers"

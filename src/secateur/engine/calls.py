@@ -18,7 +18,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from secateur.errors import ArchitectureError
 
-__all__ = ["LayerCall", "call_layer", "first_inputs", "layer_calls", "replaced_layers"]
+__all__ = [
+    "LayerCall",
+    "Recorder",
+    "call_layer",
+    "first_inputs",
+    "layer_calls",
+    "replaced_layers",
+]
 
 
 class AfterLastLayer(BaseException):

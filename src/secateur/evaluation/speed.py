@@ -29,7 +29,7 @@ from secateur.errors import SecateurError
 from secateur.evaluation.contenders import CONTENDERS, Round, contender
 from secateur.runtime.kernels.library import library
 
-__all__ = ["Speed", "compare"]
+__all__ = ["Speed", "compare", "take_turns"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -78,8 +78,8 @@ class Speed:
 class Process:
     """A contender in a process of its own, not loaded yet."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
         self.ready: dict[str, Any] = {"failure": "it was not loaded"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "secateur.evaluation.speed"],
@@ -89,11 +89,11 @@ class Process:
             text=True,
         )
 
-    def load(self, folder: Path, prompt: Sequence[int], new_tokens: int) -> None:
+    def load(self, prompt: Sequence[int], new_tokens: int) -> None:
         """Let it load; `ready` says how that ended."""
         asked = {
             "name": self.name,
-            "folder": str(folder),
+            "folder": str(self.folder),
             "prompt": list(prompt),
             "new_tokens": new_tokens,
             "threads": len(os.sched_getaffinity(0)),
@@ -134,7 +134,7 @@ def compare(
     rounds: int,
     progress: Progress | None = None,
 ) -> list[Speed]:
-    """Time contenders in turns.
+    """Time contenders for one checkpoint in turns.
 
     Args:
         folder: a checkpoint, compressed or not.
@@ -147,17 +147,47 @@ def compare(
     Returns:
         One for each name, in the same order.
     """
+    return take_turns(
+        [(name, folder) for name in names],
+        prompt=prompt,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        progress=progress,
+    )
+
+
+def take_turns(
+    contenders: Sequence[tuple[str, Path]],
+    *,
+    prompt: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    progress: Progress | None = None,
+) -> list[Speed]:
+    """Time contenders in turns, each with a checkpoint of its own.
+
+    Args:
+        contenders: names of `CONTENDERS`, or paths of GGUF files, each with a checkpoint's folder.
+        prompt: token ids.
+        new_tokens: to write in each round, at least 2.
+        rounds: that count; one more warms up.
+        progress: told of every contender and every round.
+
+    Returns:
+        One for each of them, in the same order.
+    """
     progress = progress or Silent()
-    progress.start("loading", len(names))
+    progress.start("loading", len(contenders))
     processes: list[Process] = []
     try:
-        for name in names:
-            processes.append(Process(name))
-            processes[-1].load(folder, prompt, new_tokens)
-            progress.step(note=name)
+        for name, folder in contenders:  # they all import first, and side by side
+            processes.append(Process(name, folder))
+        for process in processes:
+            process.load(prompt, new_tokens)
+            progress.step(note=process.name)
         progress.finish()
         running = [p for p in processes if "failure" not in p.ready]
-        found: dict[str, list[Round]] = {p.name: [] for p in running}
+        found: dict[Process, list[Round]] = {p: [] for p in running}
         progress.start("measuring", (rounds + 1) * len(running))
         for number in range(rounds + 1):
             for process in running:
@@ -165,14 +195,14 @@ def compare(
                 if "failure" in told:
                     process.ready = told
                 elif number:
-                    found[process.name].append(told)
+                    found[process].append(told)
                 progress.step(note=process.name)
             running = [p for p in running if "failure" not in p.ready]
         progress.finish()
     finally:
         for process in processes:
             process.end()
-    return [speed_of(p, found.get(p.name, [])) for p in processes]
+    return [speed_of(p, found.get(p, [])) for p in processes]
 
 
 def speed_of(process: Process, rounds: list[Round]) -> Speed:

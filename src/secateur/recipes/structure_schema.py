@@ -43,6 +43,10 @@ class StructureRecipe(Strict):
         "FFN neurons being cut where it costs least"
     )  # fmt: skip
     file_mib: float | None = Field(None, gt=0, description="MiB of weights that may stay, likewise")
+    decode_latency: float | None = Field(
+        None, gt=0, lt=1, description="fraction of the time per token that may stay, batch 1, as "
+        "measured here; likewise"
+    )  # fmt: skip
     kv_cache: float | None = Field(
         None, gt=0, lt=1, description="fraction of the KV cache's bytes that stays"
     )

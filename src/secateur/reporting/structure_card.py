@@ -23,7 +23,7 @@ Made by secateur {version}: {steps}.
 | of them in decoder layers | {decoder_before:,} | {decoder_after:,} |
 | KV cache of a token | {cache_before:,} bytes | {cache_after:,} bytes |
 | weight files | {file_before:.1f} MiB | {file_after:.1f} MiB |
-
+{latency}
 Units were chosen, and what reads them was refitted, on {calibration}. {distilled}
 
 ## Use
@@ -41,6 +41,10 @@ Units were chosen, and what reads them was refitted, on {calibration}. {distille
 ```
 
 Which units stayed is in `secateur/steps.json`; versions and hardware in `secateur/manifest.json`.
+"""
+
+LATENCY = """| time of a token, batch 1, {context} tokens before it, {dtype}, {threads} threads | \
+{before:.2f} ms | {after:.2f} ms |
 """
 
 PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,8 +94,22 @@ def structure_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder:
         cache_after=after["kv_cache_bytes_per_token"],
         file_before=before["file_bytes"] / 2**20,
         file_after=after["file_bytes"] / 2**20,
+        latency=latency_row(told["latency"]),
         calibration=describe_calibration(manifest["calibration"]),
         distilled=distilled if manifest["distillation"] else "Nothing was trained.",
         use=VARIED if told["varied"] else PLAIN,
         recipe=recipe_yaml.rstrip(),
+    )
+
+
+def latency_row(told: Mapping[str, Any] | None) -> str:
+    """The row of a target in time; nothing where there was none."""
+    if told is None:
+        return ""
+    return LATENCY.format(
+        context=told["context_tokens"],
+        dtype=told["dtype"],
+        threads=told["threads"],
+        before=told["milliseconds_before"],
+        after=told["milliseconds_after"],
     )

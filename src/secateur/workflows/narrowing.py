@@ -28,7 +28,7 @@ from secateur.workflows.preparing import prepare
 from secateur.workflows.pruning import run_prepared
 from secateur.workflows.structure_plan import Aim
 
-__all__ = ["narrow"]
+__all__ = ["narrow", "uniform_cut"]
 
 LEVEL = 0.05
 """The fraction of a layer's neurons that a level of a searched allocation is worth, about."""
@@ -170,6 +170,35 @@ def shares(aim: Aim, sizes: Sizes, model: Any) -> dict[str, float]:
             remedy="keep more parameters, or drop layers too: --keep-layers",
         )
     return found
+
+
+def uniform_cut(aim: Aim, model: Any, multiple: int) -> Cut:
+    """What stays of heads and neurons where all layers lose the same: the first units.
+
+    Which ones a run keeps it decides on text; their number, and so size and speed, are these.
+
+    Args:
+        aim: how much.
+        model: loaded or a skeleton, with the layers, experts and channels that are to stay.
+        multiple: neurons are kept in multiples of this number.
+
+    Raises:
+        RecipeError: the aim cannot be reached by whole units, or none of a kind would stay.
+    """
+    sizes = sizes_of(model)
+    kept: dict[str, dict[int, tuple[int, ...]]] = {"groups": {}, "neurons": {}}
+    for kind, gone in shares(aim, sizes, model).items():
+        width, pattern = unit_width(sizes, kind), parse_pattern(pattern_text(sizes, kind, multiple))
+        for layer, units in enumerate(getattr(sizes, kind)):
+            if units and gone:
+                left = units - pattern.pruned((1, units * width), gone) // width
+                if not left:
+                    raise RecipeError(
+                        f"none of the {units} {kind} of a layer would stay",
+                        remedy="keep more, or drop layers too: --keep-layers",
+                    )
+                kept[kind][layer] = tuple(range(left))
+    return Cut(groups=kept["groups"], neurons=kept["neurons"])
 
 
 def costs_of(

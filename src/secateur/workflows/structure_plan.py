@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import RecipeError
+from secateur.models.architecture import describe
 from secateur.recipes.structure_schema import Kept, StructureRecipe
 from secateur.structured.accounting import accounting
-from secateur.structured.cut import Cut, Sizes, sizes_of
+from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of
 
 __all__ = ["Aim", "aim_of", "count"]
+
+
+TARGETS = ("keep_parameters", "file_mib", "decode_latency")
+"""What says how much heads and neurons lose together."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def count(kept: Kept, total: int, what: str) -> int:
 
 
 def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
-    """What a recipe asks of a model.
+    """What a recipe asks of a model; a target in time is found later (`latency_target.py`).
 
     Args:
         recipe: as the user wrote it.
@@ -76,6 +81,7 @@ def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
 
     Raises:
         RecipeError: nothing is asked, too much, or two things that do not go together.
+        ArchitectureError: heads and neurons are to reach a target, and are not declared.
     """
     sizes = sizes_of(model)
     check_together(recipe)
@@ -102,6 +108,8 @@ def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
             f"{max(sizes.neurons)} FFN neurons are no multiple of {recipe.multiple}",
             remedy="choose a number that divides them, such as 8 or 64",
         )
+    if any(getattr(recipe, name) is not None for name in TARGETS):
+        check_narrowable(model, sizes)
     aim = Aim(sizes, drop, experts, hidden, heads, neurons)
     target = decoder_target(recipe, model)
     return aim if target is None else with_target(aim, target, model)
@@ -113,7 +121,7 @@ def check_together(recipe: StructureRecipe) -> None:
     Raises:
         RecipeError: naming the options.
     """
-    targets = [n for n in ("keep_parameters", "file_mib") if getattr(recipe, n) is not None]
+    targets = [n for n in TARGETS if getattr(recipe, n) is not None]
     widths = [n for n in ("heads", "ffn", "kv_cache") if getattr(recipe, n) is not None]
     others = [n for n in ("keep_layers", "experts", "hidden") if getattr(recipe, n) is not None]
     if not targets + widths + others:
@@ -131,6 +139,22 @@ def check_together(recipe: StructureRecipe) -> None:
         )
     if recipe.heads is not None and recipe.kv_cache is not None:
         raise RecipeError("heads and kv_cache say the same thing", remedy="give one of them")
+
+
+def check_narrowable(model: Any, sizes: Sizes) -> None:
+    """Refuse a target where heads and neurons cannot be cut to reach it.
+
+    Raises:
+        ArchitectureError: the family does not declare what they are.
+        RecipeError: there are no neurons to make up for what whole heads leave.
+    """
+    couplings_of(describe(model))
+    if max(sizes.neurons) < 2:
+        raise RecipeError(
+            "the model has no FFN neurons outside its experts, and whole heads alone reach no "
+            "target",
+            remedy="say what stays of each: --heads, --experts, --keep-layers",
+        )
 
 
 def share(kept: Kept, each: tuple[int, ...], what: str) -> float:

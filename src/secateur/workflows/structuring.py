@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from secateur.engine.meter import Meter
 from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError, VerificationError
+from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
@@ -37,6 +38,7 @@ from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.carrying import RUN_FOLDER, check_output, refuse_quantized
 from secateur.workflows.distilling import learn
+from secateur.workflows.latency_target import FILE, found_latency
 from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device, window_plan
 from secateur.workflows.structure_plan import aim_of
@@ -108,8 +110,21 @@ def structure_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
+    timer: StepTimer = time_steps,
 ) -> StructureReport:
-    """Carry out a recipe; all work happens in `OUTPUT.partial`, which is renamed at the end."""
+    """Carry out a recipe; all work happens in `OUTPUT.partial`, which is renamed at the end.
+
+    Args:
+        recipe: what is asked.
+        progress: told of every step.
+        resume: go on with a stopped run to this output.
+        restart: discard what a stopped run left.
+        overwrite: replace an existing output folder.
+        timer: times a token, where the recipe has a target in time.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
     meter = Meter.start()
     device = choose_device(recipe.device)
     source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
@@ -120,7 +135,17 @@ def structure_recipe(
         recipe.output, RECIPE, resume=resume, restart=restart, overwrite=overwrite
     )
     check_output(source.folder, output)
-    begin(recipe, partial, resume)
+    if resume:
+        check_same(recipe, partial)
+    latency, file = None, partial / "work" / FILE
+    if recipe.decode_latency is not None:
+        kept = file if resume else None
+        latency = found_latency(recipe, aim, skeleton, device, timer, progress, kept)
+        aim = replace(aim, joint=latency["joint"])
+    if not resume:
+        begin(recipe, partial)
+    if latency is not None:
+        write_whole(file, latency)
     windows, calibration = calibration_of(recipe, source, skeleton.config, partial, progress)
     work = partial / "work"
     folder, steps = source.folder, []
@@ -139,29 +164,34 @@ def structure_recipe(
             "trust_remote_code=True; other engines need --pad"
         )
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
+    manifest["structure"]["latency"] = latency
     (partial / RUN_FOLDER / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
     finish(recipe, manifest, source, whole, partial, output)
     return StructureReport(manifest, output)
 
 
-def begin(recipe: StructureRecipe, partial: Path, resume: bool) -> None:
-    """Make the partial folder, or make sure that it is of this recipe.
+def check_same(recipe: StructureRecipe, partial: Path) -> None:
+    """Make sure that a stopped run was of this recipe.
 
     Raises:
-        RecipeError: the stopped run had another recipe.
+        RecipeError: it had another one.
     """
     written = partial / RECIPE
-    if resume and written.read_text(encoding="utf-8") != dump_recipe(recipe):
+    if written.read_text(encoding="utf-8") != dump_recipe(recipe):
         raise RecipeError(
             "the stopped run had another recipe",
             where=str(written),
             remedy="ask for the same as before, or discard it with --restart",
         )
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "work").mkdir(parents=True)
-        written.parent.mkdir()
-        written.write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def begin(recipe: StructureRecipe, partial: Path) -> None:
+    """Make the partial folder, empty but for the recipe."""
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "work").mkdir(parents=True)
+    written = partial / RECIPE
+    written.parent.mkdir()
+    written.write_text(dump_recipe(recipe), encoding="utf-8")
 
 
 def calibration_of(
