@@ -11,6 +11,7 @@ Shared out over several processes are weights, gradients and memories; the teach
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -96,7 +97,8 @@ def foretell(
         CheckpointReader(source.folder), None, door.device, trust_remote_code=trust
     )
     model = target.model
-    named = {n: p.numel() for n, p in model.named_parameters() if p.is_floating_point()}
+    stored = target.stored  # without what is tied to another
+    named = {n: p.numel() for n, p in model.named_parameters() if n in stored}
     trained = sum(count for name, count in named.items() if plan.factor(name))
     products = 0
     if recipe.lora is not None:
@@ -105,7 +107,8 @@ def foretell(
         trained = sum(how.rank * sum(shape) for shape in shapes)
         products = sum(4 * out * columns for out, columns in shapes)
     weights = sum(named.values())
-    micro = text.windows[: plan.at_once(text.windows.shape[1])]
+    together = min(plan.at_once(text.windows.shape[1]), recipe.batch // door.ranks or 1)
+    micro = text.windows[:together]
     return TrainingMemory(
         process=resident_bytes(),
         weights=4 * (weights + trained * (recipe.lora is not None)) // door.ranks,
@@ -148,8 +151,8 @@ def moments_of(plan: TrainingPlan) -> int:
 def teacher_bytes(teacher: LocalCheckpoint, device: torch.device, trust: bool) -> int:
     """The weights of a teacher in memory."""
     model = build_skeleton(teacher.folder, trust_remote_code=trust)
-    dtype = fast_dtype(device) or model.dtype
-    return dtype.itemsize * sum(p.numel() for p in model.parameters())
+    dtype, stored = fast_dtype(device) or model.dtype, CheckpointReader(teacher.folder)
+    return dtype.itemsize * sum(math.prod(entry.shape) for entry in stored.entries.values())
 
 
 def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.device) -> None:
