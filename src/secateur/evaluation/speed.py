@@ -29,7 +29,7 @@ from secateur.errors import SecateurError
 from secateur.evaluation.contenders import CONTENDERS, Round, contender
 from secateur.runtime.kernels.library import library
 
-__all__ = ["Speed", "compare", "take_turns"]
+__all__ = ["Speed", "take_turns"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -123,37 +123,6 @@ class Process:
             if stream is not None:
                 with suppress(BrokenPipeError):  # of a question that nobody reads any more
                     stream.close()
-
-
-def compare(
-    folder: Path,
-    names: Sequence[str],
-    *,
-    prompt: Sequence[int],
-    new_tokens: int,
-    rounds: int,
-    progress: Progress | None = None,
-) -> list[Speed]:
-    """Time contenders for one checkpoint in turns.
-
-    Args:
-        folder: a checkpoint, compressed or not.
-        names: of `CONTENDERS`, or paths of GGUF files.
-        prompt: token ids.
-        new_tokens: to write in each round, at least 2.
-        rounds: that count; one more warms up.
-        progress: told of every contender and every round.
-
-    Returns:
-        One for each name, in the same order.
-    """
-    return take_turns(
-        [(name, folder) for name in names],
-        prompt=prompt,
-        new_tokens=new_tokens,
-        rounds=rounds,
-        progress=progress,
-    )
 
 
 def take_turns(

@@ -51,7 +51,7 @@ PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("DIR")"""
 
-VARIED = """# Its layers have different sizes: importing secateur teaches transformers to load it.
+VARIED = """# No class of transformers has its sizes; importing secateur adds one.
 # Without secateur, pass trust_remote_code=True: the folder has the modelling file.
 import secateur
 from transformers import AutoModelForCausalLM, AutoTokenizer

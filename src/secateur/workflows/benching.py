@@ -13,7 +13,7 @@ from secateur.engine.ledger import write_whole
 from secateur.engine.progress import Progress
 from secateur.errors import RecipeError
 from secateur.evaluation.contenders import CONTENDERS
-from secateur.evaluation.speed import Speed, compare
+from secateur.evaluation.speed import Speed, take_turns
 from secateur.models.checkpoint import disk_error, shard_files
 from secateur.models.sources import resolve
 from secateur.registry import did_you_mean
@@ -106,9 +106,9 @@ def bench(
     reader = open_checkpoint(folder)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, tokens_of(folder), (prompt_tokens,), generator=generator).tolist()
-    speeds = compare(
-        folder,
-        list(dict.fromkeys([*contenders, *map(str, gguf)])),
+    names = dict.fromkeys([*contenders, *map(str, gguf)])
+    speeds = take_turns(
+        [(name, folder) for name in names],
         prompt=prompt,
         new_tokens=new_tokens,
         rounds=rounds,

@@ -160,7 +160,8 @@ def structure_recipe(
     found = verified(skeleton, whole, steps, recipe)
     if found.varied:
         log.warning(
-            "the layers have different sizes: the result loads once secateur is imported, or with "
+            "no class of transformers has these sizes (layers that differ, or heads that do not "
+            "divide the hidden size): the result loads once secateur is imported, or with "
             "trust_remote_code=True; other engines need --pad"
         )
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
