@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.main import get_command
 
 from secateur.calibration.windows import save_windows
 from secateur.cli import main
+from secateur.cli.app import app
 from secateur.models import checkpoint
 from tiny import save_tiny
 from zoo import tiny_windows
@@ -276,3 +278,17 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_help_shows_every_word_that_was_written(secateur, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets and stars mean something to what draws it."""
+    monkeypatch.setenv("COLUMNS", "400")
+    secateur("methods")  # enters the verbs
+    verbs = get_command(app).commands
+    assert {"prune", "structure", "retrain", "distill", "eval"} <= verbs.keys()
+    for name, verb in verbs.items():
+        shown = " ".join(secateur(name, "--help").out.split())
+        texts = [p.help for p in verb.params if p.help]
+        assert texts
+        for text in texts:
+            assert text.replace("`", "") in shown, name

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["recipe_from", "values_from"]
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="Hub id, folder, GGUF file, named sample, or a recipe (*.yaml).")
+    str, typer.Argument(help="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`).")
 ]
 Effort = Annotated[
     str | None,

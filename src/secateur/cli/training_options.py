@@ -16,7 +16,9 @@ __all__ = ["run", "training_recipe"]
 
 AnyRecipe = TypeVar("AnyRecipe", bound="RetrainRecipe")
 
-Student = Annotated[str, typer.Argument(help="Hub id, folder, named sample, or a recipe (*.yaml).")]
+Student = Annotated[
+    str, typer.Argument(help="Hub id, folder, named sample, or a recipe (`*.yaml`).")
+]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the result.")]
 Text = Annotated[
     str | None, typer.Option(help="What to train on; written as for calibration. [c4]")
@@ -62,7 +64,7 @@ Restart = Annotated[bool, typer.Option("--restart", help="Discard what a stopped
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="KEY=VALUE of the recipe, for example rates={'*norm*': 0}."),
+    typer.Option("--set", help="KEY=VALUE of the recipe, for example `rates={'*norm*': 0}`."),
 ]
 
 OF_THE_COMMAND = {"model", "assignments", "resume", "restart", "overwrite", "as_json"}
