@@ -14,7 +14,8 @@ llama.cpp (xllamacpp) with Q8_0.
 
 Each model is a process of its own. Within an engine the models take turns
 (`secateur.evaluation.speed`): a prompt of 256 tokens, then 32 new ones; medians over rounds, ratios
-to the same engine's uncut model. Memory is that of the process over one with the libraries alone.
+to the same engine's uncut model. Every finished engine is kept in the results at once, and skipped
+when it is there. Memory is that of the process over one with the libraries alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from safetensors.torch import load_file
 
 import secateur
 from gguf_writing import write_gguf
-from hardware import heading, keep, markdown
+from hardware import RESULTS, heading, keep, markdown
 from secateur.engine.progress import Silent
 from secateur.evaluation.speed import take_turns
 from secateur.models.checkpoint import shard_files
@@ -215,6 +216,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown([*columns, "prompt, tokens/s", "times", "memory", "files"], lines)
 
 
+def known_rows(name: str, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured before on this machine, by the same protocol."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return []
+    known = json.loads(file.read_text(encoding="utf-8"))
+    same = known["protocol"] == protocol and known["heading"] == heading()
+    return list(known["rows"]) if same else []
+
+
 def main() -> None:
     """Cut, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -228,8 +239,9 @@ def main() -> None:
     parser.add_argument("--name", default="structure-speed")
     args = parser.parse_args()
     print(heading())
-    protocol = {key: value for key, value in vars(args).items() if key not in ("work", "name")}
-    rows: list[dict[str, Any]] = []
+    told = ("model", "levels", "rounds", "prompt_tokens", "new_tokens")
+    protocol = {"protocol": __doc__, **{key: getattr(args, key) for key in told}}
+    rows = known_rows(args.name, protocol)
     with tempfile.TemporaryDirectory() as scratch:
         args.work = args.work or Path(scratch)
         made: dict[str, list[Model]] = {}
@@ -237,11 +249,13 @@ def main() -> None:
             if name.startswith("llama.cpp") and importlib.util.find_spec("xllamacpp") is None:
                 print(f"{name}: left out, xllamacpp is not installed", flush=True)
                 continue
+            if any(row["engine"] == name for row in rows):
+                continue
             started, dtype = time.monotonic(), ENGINES[name].dtype
             if dtype not in made:
                 made[dtype] = cut_models(args.model, dtype, args.levels, args.work)
             rows += measured(name, made[dtype], args)
-            keep(args.name, {"protocol": __doc__, **protocol}, rows)
+            keep(args.name, protocol, rows)
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     print(table(rows))
 
