@@ -182,7 +182,7 @@ def test_the_measured_speed(record: dict, kind: str, severity: str, pair: Pair) 
 
 def test_bench_writes_what_diagnose_reads(secateur, pair: Pair, monkeypatch) -> None:
     speeds = [Speed("packed", (0.1,), (0.2,), 5), Speed("torch bf16", (0.2,), (0.2,), 5)]
-    monkeypatch.setattr(benching, "compare", lambda *words, **options: speeds)
+    monkeypatch.setattr(benching, "take_turns", lambda *words, **options: speeds)
     done = secateur("bench", pair.pruned, "--json")
     assert done.code == 0, done.err
     stored = json.loads((pair.pruned / "secateur" / "bench.json").read_text())
