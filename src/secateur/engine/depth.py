@@ -34,6 +34,7 @@ from secateur.engine.progress import Progress
 from secateur.engine.search import cut
 from secateur.engine.targets import Target
 from secateur.errors import ArchitectureError, NumericalError, RecipeError
+from secateur.sparsity.allocation.search import check_stages
 
 __all__ = ["Depth", "Dropped", "choose_depth", "space_of"]
 
@@ -127,15 +128,7 @@ class Depth:
                 f"{self.generations} generations of {self.offspring} offspring cannot be made",
                 remedy="give 0 or more generations of 1 or more offspring",
             )
-        survivors = [s for s, _ in self.stages]
-        tokens = [t for _, t in self.stages]
-        falling = survivors == sorted(survivors, reverse=True) and survivors[-1:] == [1]
-        if not (falling and tokens == sorted(tokens) and tokens[0] > 0):
-            raise RecipeError(
-                f"stages are {self.stages}",
-                remedy="give (survivors, tokens) with ever fewer survivors on ever more tokens, "
-                "1 at last; for example ((4, 1024), (1, 8192))",
-            )
+        check_stages(self.stages, "((4, 1024), (1, 8192))")
 
     @property
     def judged_tokens(self) -> int:

@@ -291,11 +291,11 @@ class Loop:
         Raises:
             NumericalError: it is more.
         """
-        losses = [line["loss"] for line in self.outcome.log]
-        for end in range(max(WATCHED, self.watched + 1), len(losses) + 1):
-            last, self.watched = statistics.median(losses[end - WATCHED : end]), end
-            self.lowest = min(self.lowest, last)
-        allowed = self.how.diverged * self.lowest + NOISE * losses[0]
+        log = self.outcome.log
+        for end in range(max(WATCHED, self.watched + 1), len(log) + 1):
+            last = statistics.median(line["loss"] for line in log[end - WATCHED : end])
+            self.lowest, self.watched = min(self.lowest, last), end
+        allowed = self.how.diverged * self.lowest + NOISE * log[0]["loss"]
         if self.watched and self.how.diverged and last > allowed:
             self.fail(
                 f"the loss has risen from {self.lowest:.3g} to {last:.3g} (medians of {WATCHED} "
@@ -354,9 +354,9 @@ class Loop:
 
         Not while the loss is suspiciously high: what was saved before is to survive a divergence.
         """
-        losses = [line["loss"] for line in self.outcome.log]
-        suspicious = SUSPECT * self.lowest + NOISE * losses[0]
-        if self.watched and self.how.diverged and losses[-1] > suspicious:
+        log = self.outcome.log
+        suspicious = SUSPECT * self.lowest + NOISE * log[0]["loss"]
+        if self.watched and self.how.diverged and log[-1]["loss"] > suspicious:
             return
         waited = time.perf_counter() - self.saved_at >= 60 * self.how.save_minutes
         if self.saved.folder is None or not self.door.same(float(waited)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.errors import RecipeError, SourceError, VerificationError
 from secateur.training.selecting import prunable
 
-__all__ = ["Masks", "local", "shard_like"]
+__all__ = ["Masks", "local", "moments", "shard_like"]
 
 FIXED_AT_ZERO = (
     torch.optim.SGD,

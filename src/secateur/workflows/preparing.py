@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
+from secateur.engine.meter import resident_bytes
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.run import Settings
@@ -31,11 +32,13 @@ from secateur.sparsity.patterns import Pattern
 from secateur.workflows.carrying import refuse_quantized
 
 __all__ = [
+    "FREE_SHARE",
     "Prepared",
     "allocation_of",
     "check_disk",
     "choose_device",
     "choose_plan",
+    "memory_budget",
     "method_of",
     "prepare",
     "reconstruction_of",
@@ -313,8 +316,7 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
     Raises:
         MemoryBudgetError: not even then does the run fit the budget.
     """
-    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    budget = memory.budget_gib * 2**30 if memory.budget_gib else FREE_SHARE * free
+    budget = memory_budget(memory.budget_gib)
     tried = []
     for activations in ("memory", "disk"):
         if memory.activations not in ("auto", activations):
@@ -343,6 +345,12 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
         else "leave out what needs the whole model (--epochs 0 --generated 0), or raise "
         "--memory-budget-gib",
     )
+
+
+def memory_budget(gib: float | None) -> float:
+    """Bytes that this process may have at its peak: as asked, or a share of what is free."""
+    free = psutil.virtual_memory().available + resident_bytes()
+    return gib * 2**30 if gib else FREE_SHARE * free
 
 
 def check_disk(plan: Plan, output: Path) -> None:

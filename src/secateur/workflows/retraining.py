@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.meter import Meter
 from secateur.engine.progress import Progress, Silent
+from secateur.engine.targets import CheckpointTarget
 from secateur.errors import NumericalError
-from secateur.models.skeleton import build_skeleton, quiet_transformers
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.whole import load_whole
 from secateur.recipes.reading import dump_recipe, validated
@@ -154,19 +156,14 @@ def run_training(
         recipe.output, "work", "training", resume=resume, restart=restart, overwrite=overwrite
     )
     check_output(source.folder, output)
-    door.wait()
-    work = partial / "work"
-    if door.main:
-        if not resume:
-            shutil.rmtree(partial, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-    door.wait()
+    work = begin(partial, door, resume)
     trust = recipe.trust_remote_code
-    skeleton = build_skeleton(source.folder, trust_remote_code=trust)
-    text = read_training_text(recipe, source.folder, skeleton.config)
+    reader = CheckpointReader(source.folder)
+    target = CheckpointTarget(reader, None, door.device, trust_remote_code=trust)
+    text = read_training_text(recipe, source.folder, target.model.config)
     plan = plan_of(recipe, text)
     teacher = teacher_of(recipe, source, work)
-    memory = foretell(recipe, source, teacher, text, plan, door)
+    memory = foretell(recipe, target, teacher, text, plan, door)
     check_memory(memory, recipe, door.device)
     model = load_whole(source.folder, door.device, trust_remote_code=trust)
     objective = objective_of(recipe, source, teacher, model, text, work, progress, door)
@@ -194,6 +191,23 @@ def run_training(
             shutil.rmtree(output)
         os.rename(partial, output)
     door.wait()
+    return report_of(output, outcome, manifest)
+
+
+def begin(partial: Path, door: Door, resume: bool) -> Path:
+    """The folder that a training works in, made by the main process; the others wait for it."""
+    door.wait()
+    work = partial / "work"
+    if door.main:
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+    door.wait()
+    return work
+
+
+def report_of(output: Path, outcome: Outcome, manifest: dict[str, Any]) -> TrainingReport:
+    """What a training did, for whoever asked for it."""
     result = manifest["result"]
     return TrainingReport(
         output,

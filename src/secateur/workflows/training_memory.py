@@ -12,11 +12,9 @@ Shared out over several processes are weights, gradients and memories; the teach
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +29,11 @@ from secateur.models.sources import LocalCheckpoint
 from secateur.recipes.training_schema import RetrainRecipe
 from secateur.training.door import Door
 from secateur.training.heads import BLOCK_BYTES
+from secateur.training.masks import moments
 from secateur.training.selecting import prunable
 from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.adapting import adapters
-from secateur.workflows.preparing import FREE_SHARE
+from secateur.workflows.preparing import FREE_SHARE, memory_budget
 from secateur.workflows.training_text import TrainingText
 
 __all__ = ["TrainingMemory", "check_memory", "foretell"]
@@ -76,7 +75,7 @@ class TrainingMemory:
 
 def foretell(
     recipe: RetrainRecipe,
-    source: LocalCheckpoint,
+    target: CheckpointTarget,
     teacher: LocalCheckpoint | None,
     text: TrainingText,
     plan: TrainingPlan,
@@ -86,17 +85,13 @@ def foretell(
 
     Args:
         recipe: as asked.
-        source: the student.
+        target: the student, its layers on the meta device.
         teacher: who is learned from, as a model in memory; None for none.
         text: that is read.
         plan: length and optimizer.
         door: the processes.
     """
-    trust = recipe.trust_remote_code
-    target = CheckpointTarget(
-        CheckpointReader(source.folder), None, door.device, trust_remote_code=trust
-    )
-    model = target.model
+    model, trust = target.model, recipe.trust_remote_code
     stored = target.stored  # without what is tied to another
     named = {n: p.numel() for n, p in model.named_parameters() if n in stored}
     trained = sum(count for name, count in named.items() if plan.factor(name))
@@ -144,8 +139,7 @@ def moments_of(plan: TrainingPlan) -> int:
     weight.grad = torch.ones(2, 2)
     optimizer = plan.make_optimizer([("weight", weight)])
     optimizer.step()
-    state: Mapping[str, Any] = optimizer.state[weight]
-    return sum(isinstance(x, Tensor) and x.shape == weight.shape for x in state.values())
+    return len(list(moments(optimizer, weight)))
 
 
 def teacher_bytes(teacher: LocalCheckpoint, device: torch.device, trust: bool) -> int:
@@ -161,11 +155,9 @@ def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.de
     Raises:
         MemoryBudgetError: naming what is needed, what there is, and what would help.
     """
-    if device.type == "cuda":
-        free = float(torch.cuda.mem_get_info(device)[0]) + needed.process
-    else:
-        free = psutil.virtual_memory().available + needed.process
-    budget = recipe.memory_budget_gib * 2**30 if recipe.memory_budget_gib else FREE_SHARE * free
+    budget = memory_budget(recipe.memory_budget_gib)
+    if device.type == "cuda" and not recipe.memory_budget_gib:
+        budget = FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + needed.process)
     if needed.peak <= budget:
         return
     sizes = asdict(needed)

@@ -21,7 +21,17 @@ from secateur.sparsity.allocation.budget import Grain
 from secateur.sparsity.allocation.layer_sensitivity import ranks
 from secateur.sparsity.hessian import relative_output_error
 
-__all__ = ["Candidate", "Fitness", "Ladder", "Search", "Standing", "climb", "ladders", "mutate"]
+__all__ = [
+    "Candidate",
+    "Fitness",
+    "Ladder",
+    "Search",
+    "Standing",
+    "check_stages",
+    "climb",
+    "ladders",
+    "mutate",
+]
 
 Candidate = tuple[int, ...]
 """A level for each linear, in the order of the ladders; 0 is the target sparsity."""
@@ -141,15 +151,7 @@ class Search:
                 f"and {self.generations} generations cannot be made",
                 remedy="give levels and offspring of 1 or more, and a step in (0, 0.5)",
             )
-        survivors = [s for s, _ in self.stages]
-        tokens = [t for _, t in self.stages]
-        falling = survivors == sorted(survivors, reverse=True) and survivors[-1:] == [1]
-        if not (falling and tokens == sorted(tokens) and tokens[0] > 0):
-            raise RecipeError(
-                f"stages are {self.stages}",
-                remedy="give (survivors, tokens) with ever fewer survivors on ever more tokens, "
-                "1 at last; for example ((2, 512), (1, 2048))",
-            )
+        check_stages(self.stages, "((2, 512), (1, 2048))")
 
     @property
     def reach(self) -> float:
@@ -342,3 +344,23 @@ def _offspring(
 def _order(values: Sequence[float]) -> list[int]:
     """Indices from the lowest value up; what is not a number comes last."""
     return sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), values[i]))
+
+
+def check_stages(stages: tuple[tuple[int, int], ...], example: str) -> None:
+    """Refuse stages of a selection that do not narrow down to one, on ever more tokens.
+
+    Args:
+        stages: (survivors, tokens that they are judged by).
+        example: of good ones, for the remedy.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    survivors, tokens = [s for s, _ in stages], [t for _, t in stages]
+    falling = survivors == sorted(survivors, reverse=True) and survivors[-1:] == [1]
+    if not (falling and tokens == sorted(tokens) and tokens[0] > 0):
+        raise RecipeError(
+            f"stages are {stages}",
+            remedy="give (survivors, tokens) with ever fewer survivors on ever more tokens, "
+            f"1 at last; for example {example}",
+        )
