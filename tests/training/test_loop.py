@@ -129,13 +129,20 @@ def test_a_bfloat16_model_is_trained_in_float32_and_given_back_as_it_was() -> No
 
 def test_the_learning_rate_rises_and_falls() -> None:
     how = TrainingPlan(steps=100, warm_up=0.1, learning_rate=1.0)
-    rates = [how.rate(step / 100, 0.01, 64) for step in range(100)]
+    rates = [how.rate(step / 100, 0.01, how.peak(64, 2048)) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.09)))
     assert rates[50] == pytest.approx(0.5)
     assert rates[-1] < 1e-3
     assert max(rates[10:]) == rates[10]
-    assert TrainingPlan(steps=1).rate(0.5, 0.1, 500) == pytest.approx(0.25 / 500 / 2)
+    assert how.rate(0.5, 0.1, 3.0) == pytest.approx(1.5)
+
+
+def test_the_default_rate_is_for_the_width_and_for_the_tokens_of_a_step() -> None:
+    how = TrainingPlan(steps=1)
+    assert how.peak(500, 2048) == how.peak(500, 10_000) == pytest.approx(0.25 / 500)
+    assert how.peak(500, 512) == pytest.approx(0.25 / 500 / 2)
+    assert TrainingPlan(steps=1, learning_rate=0.1).peak(500, 512) == 0.1
 
 
 def test_minutes_end_a_run_in_time_and_the_rate_falls_to_nothing() -> None:

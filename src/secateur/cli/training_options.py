@@ -31,7 +31,10 @@ Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens pe
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Windows in a step. [4]")]
 MicroBatch = Annotated[int | None, typer.Option(help="Windows in one forward. [about 2048 tokens]")]
 Rate = Annotated[
-    float | None, typer.Option("--learning-rate", help="The highest. [0.25 / hidden size]")
+    float | None,
+    typer.Option(
+        "--learning-rate", help="The highest. [0.25 / hidden size, less for steps of few tokens]"
+    ),
 ]
 Optimizer = Annotated[str | None, typer.Option(help="A class of torch.optim. [AdamW]")]
 Checkpointing = Annotated[

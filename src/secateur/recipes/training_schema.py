@@ -82,7 +82,10 @@ class RetrainRecipe(Strict):
     minutes: float | None = Field(None, gt=0, description="to train, instead of steps")
     epochs: float = Field(1.0, gt=0, description="over the windows, where neither is given")
     learning_rate: float | None = Field(
-        None, gt=0, lt=1, description="the highest; 0.25 / hidden size if not given"
+        None,
+        gt=0,
+        lt=1,
+        description="the highest; if not given, 0.25 / hidden size · √(tokens in a step / 2048)",
     )
     warm_up: float = Field(0.05, ge=0, lt=1, description="share of the run")
     clip: float = Field(1.0, ge=0, description="norm that gradients are cut to; 0: not at all")

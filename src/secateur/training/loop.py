@@ -110,7 +110,9 @@ class Loop:
         self.first_step = first_step
         self.validation = validation
         self.judge = NextToken.of(model) if validation is not None else None
-        self.width = model.get_input_embeddings().weight.shape[1]
+        width = model.get_input_embeddings().weight.shape[1]
+        self.tokens_of_step = batches.size * batches.windows.shape[1]
+        self.peak = how.peak(width, self.tokens_of_step)
         self.saved = Saved(saved, self.door, identity or {})
         self.board_folder = board if self.door.main else None
         self.board: Board | None = None
@@ -230,7 +232,7 @@ class Loop:
     def step(self) -> None:
         """One step of the optimizer, with the masks held."""
         outcome, how = self.outcome, self.how
-        rate = how.rate(*self.done(), self.width)
+        rate = how.rate(*self.done(), self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         loss = self.backward()
@@ -244,7 +246,7 @@ class Loop:
         if self.masks is not None:
             self.masks.hold(self.model, self.optimizer)
         outcome.step += 1
-        outcome.tokens += self.batches.size * self.batches.windows.shape[1]
+        outcome.tokens += self.tokens_of_step
         told = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
         self.saved.log.add({"step": outcome.step, **told})
         self.draw({f"training/{name}": value for name, value in told.items()})
@@ -384,7 +386,7 @@ class Loop:
         if outcome.validations:
             note += f", validation {math.exp(min(outcome.validations[-1][1], 700)):.2f}"
         if self.last_step_seconds:
-            rate = self.batches.size * self.batches.windows.shape[1] / self.last_step_seconds
+            rate = self.tokens_of_step / self.last_step_seconds
             note += f", {rate:.0f} tokens/s"
         self.progress.step(place - self.told, note)
         self.told = place

@@ -15,10 +15,12 @@ from torch import nn
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
-__all__ = ["TrainingPlan", "optimizers"]
+__all__ = ["RATE_TIMES_WIDTH", "TrainingPlan", "optimizers"]
 
 RATE_TIMES_WIDTH = 0.25
 TOKENS_AT_ONCE = 2048
+TOKENS_OF_RATE = 2048
+"""Tokens in a step that the rate was chosen with."""
 NEED_MORE = {"LBFGS", "SparseAdam", "Optimizer"}
 """Optimizers that need a closure, or gradients of another kind."""
 
@@ -34,9 +36,11 @@ class TrainingPlan:
     Args:
         steps: of the optimizer; 0 where `minutes` are given.
         minutes: instead of steps. Everything counts: steps, validation, saving.
-        learning_rate: the highest; None stands for 0.25 / hidden size: what suits a small model is
-            too much for a wide one, and Adam's best rate falls as 1 / width (Yang et al. 2022,
-            arXiv:2203.03466). 0.25 was chosen at a hidden size of 576.
+        learning_rate: the highest; None stands for 0.25 / hidden size · √(tokens in a step / 2048),
+            with the root at most 1. What suits a small model is too much for a wide one: Adam's
+            best rate falls as 1 / width (Yang et al. 2022, arXiv:2203.03466). The fewer tokens in
+            a step, the more of its gradient is noise, which Adam does not see as small: its best
+            rate falls as the root of their number (Malladi et al. 2022, arXiv:2205.10287).
         warm_up: share of the run.
         clip: the norm that the gradient of all parameters is cut to; 0 for none.
         optimizer: the name of a class of `torch.optim`.
@@ -95,15 +99,24 @@ class TrainingPlan:
                 remedy=did_you_mean(self.optimizer, [x.__name__ for x in optimizers().values()]),
             )
 
-    def rate(self, done: float, step_share: float, width: int) -> float:
+    def peak(self, width: int, tokens: int) -> float:
+        """The highest learning rate.
+
+        Args:
+            width: hidden size of the model.
+            tokens: in a step, of all processes.
+        """
+        root = math.sqrt(min(1.0, tokens / TOKENS_OF_RATE))
+        return self.learning_rate or RATE_TIMES_WIDTH / width * root
+
+    def rate(self, done: float, step_share: float, peak: float) -> float:
         """The learning rate of a step.
 
         Args:
             done: share of the run that is over before it.
             step_share: share of the run that it takes.
-            width: hidden size of the model.
+            peak: the highest one.
         """
-        peak = self.learning_rate or RATE_TIMES_WIDTH / width
         warm = min(1.0, (done + step_share) / self.warm_up) if self.warm_up else 1.0
         return peak * warm * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

@@ -26,7 +26,7 @@ from secateur.training.loop import Loop
 from secateur.training.masks import Masks
 from secateur.training.objectives import Distil
 from secateur.training.teachers import ModelTeacher
-from secateur.training.training_plan import TrainingPlan
+from secateur.training.training_plan import RATE_TIMES_WIDTH, TrainingPlan
 from secateur.types import Windows
 from secateur.workflows.preparing import Prepared
 
@@ -106,9 +106,10 @@ def learn(
     Raises:
         NumericalError: the divergence is NaN or infinite.
     """
+    width = student.get_input_embeddings().weight.shape[1]
     plan = TrainingPlan(
         steps=how.epochs * len(windows),
-        learning_rate=how.peak_learning_rate,
+        learning_rate=how.peak_learning_rate or RATE_TIMES_WIDTH / width,
         warm_up=WARM_UP,
         optimizer="Adam",
         validations=0,
