@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from secateur.calibration.continuation import AT_ONCE
+from secateur.engine.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.meter import resident_bytes
 from secateur.engine.reconstruction import Reconstruction
@@ -38,17 +37,6 @@ SOLVE_COPIES = {"zero": 4, "obs": 7, "alps": 9}
 SOLVE_SQUARES = {"alps": 9}
 """Float32 matrices [in, in] at the same time; with ALPS the gram, A, four inverses, their sum and
 what an inverse takes; with the others 4."""
-
-
-class FusedAttention(TorchFunctionMode):
-    """Attention as the fused kernels do it: the [sequence, sequence] matrix is never made."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace attention by its output alone."""
-        if func is scaled_dot_product_attention:
-            query, value = args[0], args[2]
-            return query.new_empty((*query.shape[:-1], value.shape[-1]))
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,7 @@ def rehearse(
     ]
     buffers = dict(layer.named_buffers())
     try:
-        with torch.no_grad(), live, FusedAttention():
+        with torch.no_grad(), live, AttentionOfPlan():
             x = torch.empty(hidden.shape, dtype=hidden.dtype, device=meta)
             layer.to(meta)
             call_layer(layer, x, call)
@@ -102,13 +90,16 @@ def rehearse(
     return Rehearsal(live.peak_bytes, max(halted))
 
 
-def rehearse_training(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
+def rehearse_training(
+    layer: nn.Module, hidden: Tensor, call: LayerCall, *, written_out: bool = False
+) -> int:
     """What a layer's forward keeps alive in float32, with all that its backward needs.
 
     Args:
         layer: a decoder layer with its parameters on the meta device.
         hidden: the input of a micro-batch, for its shape.
         call: how the layer is called for it.
+        written_out: whether attention keeps its probabilities.
     """
     meta, parameters = torch.device("meta"), list(layer.parameters())
     call = call.to(meta, torch.float32)
@@ -117,7 +108,8 @@ def rehearse_training(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
     dtype = parameters[0].dtype
     layer.to(meta, torch.float32).requires_grad_(True)
     try:
-        with torch.enable_grad(), live, FusedAttention():
+        attention = WrittenOut() if written_out else AttentionOfPlan()
+        with torch.enable_grad(), live, attention:
             x = torch.empty(hidden.shape, dtype=torch.float32, device=meta)
             out = call_layer(layer, x, call)
             del out
@@ -294,7 +286,9 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
     trained = sum(p.numel() for p in target.layers.parameters())
     # logits of both, and the gradient of one
     logits = 3 * 4 * tokens * int(target.model.config.vocab_size)
-    forward = layers * rehearse_training(target.layers[0], hidden, calls[0])
+    written_out = writes_out(target.device, window.shape[1])
+    one = rehearse_training(target.layers[0], hidden, calls[0], written_out=written_out)
+    forward = layers * one
     return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
 
 

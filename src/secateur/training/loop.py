@@ -6,13 +6,14 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.attention import WrittenOut
 from secateur.engine.precision import exact_matmuls, fast_matmuls
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.tuning import in_float32
@@ -263,7 +264,7 @@ class Loop:
         total = 0.0
         for part in parts:
             share = len(part.numbers) * door.ranks / self.batches.size
-            with self.matmuls(), torch.enable_grad():
+            with self.matmuls(), self.attention(), torch.enable_grad():
                 loss = self.objective(self.model, part) * share
             total += loss.item()
             loss.backward()
@@ -272,6 +273,11 @@ class Loop:
     def matmuls(self) -> torch.autocast:
         """The precision of products."""
         return (fast_matmuls if self.how.fast_matmuls else exact_matmuls)(self.device)
+
+    def attention(self) -> AbstractContextManager[Any]:
+        """How a part of a step attends."""
+        quick = self.how.writes_out(self.device, self.batches.windows.shape[1])
+        return WrittenOut() if quick else nullcontext()
 
     # -- what is watched -------------------------------------------------------------------------
 

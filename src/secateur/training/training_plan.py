@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.engine.attention import writes_out
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
@@ -123,6 +124,11 @@ class TrainingPlan:
     def at_once(self, length: int) -> int:
         """Windows of this length in one forward."""
         return self.micro_batch or max(1, TOKENS_AT_ONCE // length)
+
+    def writes_out(self, device: torch.device, length: int) -> bool:
+        """Whether attention keeps its probabilities; see `secateur.engine.attention`."""
+        saving = self.gradient_checkpointing or not self.fast_matmuls
+        return not saving and writes_out(device, length)
 
     def factor(self, name: str) -> float:
         """Times the learning rate, of a parameter."""

@@ -109,7 +109,7 @@ def foretell(
         weights=4 * (weights + trained * (recipe.lora is not None)) // door.ranks,
         optimizer=4 * trained * (1 + moments_of(plan)) // door.ranks,
         adapters=products,
-        forward=forward_bytes(target, micro, plan.gradient_checkpointing),
+        forward=forward_bytes(target, micro, plan, door.device),
         logits=(1 + (teacher is not None)) * (BLOCK_BYTES + 4 * micro.numel() * width_of(model)),
         teacher=0 if teacher is None else teacher_bytes(teacher, door.device, trust),
         masks=sum(x.weight.numel() for x in prunable(model)) // door.ranks,
@@ -122,15 +122,18 @@ def width_of(model: Any) -> int:
     return width
 
 
-def forward_bytes(target: CheckpointTarget, windows: Tensor, checkpointing: bool) -> int:
+def forward_bytes(
+    target: CheckpointTarget, windows: Tensor, plan: TrainingPlan, device: torch.device
+) -> int:
     """What the decoder layers keep of one micro-batch until their backward.
 
     With checkpointing each keeps its input, and one at a time all that is inside it.
     """
     hidden, calls = calls_of(target, windows)
     layers = len(target.layers)
-    one = rehearse_training(target.layers[0], hidden, calls[0])
-    return one + layers * 4 * hidden.numel() if checkpointing else layers * one
+    written_out = plan.writes_out(device, windows.shape[1])
+    one = rehearse_training(target.layers[0], hidden, calls[0], written_out=written_out)
+    return one + layers * 4 * hidden.numel() if plan.gradient_checkpointing else layers * one
 
 
 def moments_of(plan: TrainingPlan) -> int:
