@@ -1,13 +1,16 @@
 """What training brings back: pruned and cut SmolLM2-135M, trained for some minutes on two cores.
 
-    python benchmarks/recovery.py --calibration c4.jsonl --text WikiText-2=wiki.txt C4=held-out.txt
+    python benchmarks/recovery.py --calibration c4.jsonl \\
+        --train C4=c4.jsonl WikiText-2=wiki-train.txt --text WikiText-2=wiki.txt C4=held-out.txt
 
 Protocol: SmolLM2-135M is pruned (64 windows of 512 tokens of the calibration file, `random-crop`,
-seed 0, preset `balanced`), then trained on the calibration file for `--minutes` by `secateur
-retrain` (the next token) or `secateur distill` (the dense model): both get the same time, the same
-`--batch`, and else the default recipe. Judged like all else here: the first 24 non-overlapping
-windows of 2048 tokens of each text, float32. Recovered = 1 − excess after / excess before, excess =
-ln(perplexity) − ln(dense perplexity). The judged texts are not trained on, nor watched.
+seed 0, preset `balanced`), then trained for `--minutes` by `secateur retrain` (the next token) or
+`secateur distill` (the dense model): both get the same time, the same `--batch`, and else the
+default recipe. They read the files of `--train` (without it the calibration file), as many
+characters of each as the shortest has, passages of 8000 characters in turns. Judged like all else
+here: the first 24 non-overlapping windows of 2048 tokens of each text, float32. Recovered = 1 −
+excess after / excess before, excess = ln(perplexity) − ln(dense perplexity). The judged texts are
+not trained on, nor watched.
 
 Every finished row is kept in `results/recovery.json` at once and skipped when it is there; a
 training that was stopped goes on. With `--models` the pruned and trained folders are kept too. On a
@@ -27,6 +30,7 @@ import torch
 
 import secateur
 from hardware import RESULTS, heading, keep, markdown
+from secateur.calibration.documents import read_text
 
 MODEL = "smollm2-135m"
 STARTS: dict[str, dict[str, Any]] = {
@@ -35,6 +39,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "a quarter cut": {"keep_parameters": 0.75},
 }
 """What is taken of the dense model first; the last one by `secateur structure`."""
+PASSAGE = 8000
 WAYS = {"retrain": secateur.retrain, "distill": secateur.distill}
 
 
@@ -66,13 +71,28 @@ def judged(args: argparse.Namespace, model: str | Path) -> dict[str, float]:
     }
 
 
+def mixed(args: argparse.Namespace, models: Path) -> tuple[str, str]:
+    """What is trained on: its name, and a file."""
+    texts = dict(text.split("=", 1) for text in args.train)
+    if len(texts) < 2:
+        return next(iter(texts.items()), ("calibration", args.calibration))
+    whole = [read_text(file).text for file in texts.values()]
+    length = min(map(len, whole))
+    file = models / "mixed.jsonl"
+    with file.open("w", encoding="utf-8") as out:
+        for start in range(0, length, PASSAGE):
+            for text in whole:
+                out.write(json.dumps({"text": text[start : min(start + PASSAGE, length)]}) + "\n")
+    return " and ".join(texts), str(file)
+
+
 def trained(args: argparse.Namespace, start: str, way: str, models: Path) -> dict[str, Any]:
     """One training and what it brought."""
-    minutes = args.minutes
-    folder = started(args, start, models)
-    output = models / f"{folder.name}-{way}-{minutes:g}"
-    options: dict[str, Any] = {"text": args.calibration, "minutes": minutes, "batch": args.batch,
-                               "validations": 5}  # fmt: skip
+    minutes, folder = args.minutes, started(args, start, models)
+    read, file = mixed(args, models)
+    output = models / f"{folder.name}-{way}-{minutes:g}-{read.replace(' ', '-')}"
+    options: dict[str, Any] = {"text": file, "minutes": minutes, "batch": args.batch,
+                               "validations": 2}  # fmt: skip
     if way == "distill":
         options["teacher"] = MODEL
     stopped = output.with_name(output.name + ".partial").exists()
@@ -80,6 +100,7 @@ def trained(args: argparse.Namespace, start: str, way: str, models: Path) -> dic
     return {
         "start": start,
         "way": way,
+        "read": read,
         "minutes": minutes,
         "threads": torch.get_num_threads(),
         "batch": args.batch,
@@ -98,9 +119,10 @@ def known_rows() -> list[dict[str, Any]]:
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
 
-def same(row: dict[str, Any], start: str, way: str, minutes: float) -> bool:
+def same(row: dict[str, Any], start: str, way: str, read: str, minutes: float) -> bool:
     """Whether a row is this one."""
-    return (row["start"], row["way"], row["minutes"]) == (start, way, minutes)
+    asked = (start, way, read, minutes)
+    return (row["start"], row["way"], row["read"], row["minutes"]) == asked
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -108,10 +130,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     dense = next(r["perplexity"] for r in rows if r["start"] == "dense")
     lines = []
     for row in rows:
-        cells = [row["start"], row["way"], f"{row['minutes']:g}" if row["minutes"] else "",
+        cells = [row["start"], row["way"], row["read"],
+                 f"{row['minutes']:g}" if row["minutes"] else "",
                  str(row["threads"]) if row["way"] else "",
                  f"{row['tokens']:,}" if row["tokens"] else ""]  # fmt: skip
-        before = [r for r in rows if same(r, row["start"], "", 0)]
+        before = [r for r in rows if same(r, row["start"], "", "", 0)]
         for text, value in row["perplexity"].items():
             back = ""
             if row["way"]:
@@ -119,13 +142,14 @@ def table(rows: list[dict[str, Any]]) -> str:
                 back = f" ({1 - math.log(value / dense[text]) / excess:.0%})"
             cells.append(f"{value:.2f}{back}")
         lines.append(cells)
-    return markdown(["", "by", "minutes", "threads", "tokens read", *dense], lines)
+    return markdown(["", "by", "on", "minutes", "threads", "tokens read", *dense], lines)
 
 
 def main() -> None:
     """Prune, train, judge, row by row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", default="boolq-calibration")
+    parser.add_argument("--train", nargs="*", default=[], help="NAME=FILE, one or more")
     parser.add_argument("--text", nargs="+", default=["BoolQ=boolq-held-out"])
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--minutes", type=float, default=20.0)
@@ -145,17 +169,18 @@ def main() -> None:
         print(row, flush=True)
 
     def untrained(start: str, model: str | Path) -> None:
-        if not any(same(r, start, "", 0) for r in known_rows()):
-            add({"start": start, "way": "", "minutes": 0, "tokens": 0,
+        if not any(same(r, start, "", "", 0) for r in known_rows()):
+            add({"start": start, "way": "", "read": "", "minutes": 0, "tokens": 0,
                  "perplexity": judged(args, model)})  # fmt: skip
 
     with tempfile.TemporaryDirectory() as scratch:
         models = args.models or Path(scratch)
+        read, _ = mixed(args, models)
         untrained("dense", MODEL)
         for start in args.starts:
             untrained(start, started(args, start, models))
             for way in args.ways:
-                if not any(same(r, start, way, args.minutes) for r in known_rows()):
+                if not any(same(r, start, way, read, args.minutes) for r in known_rows()):
                     add(trained(args, start, way, models))
     print(table(known_rows()))
 
