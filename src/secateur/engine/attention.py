@@ -13,7 +13,7 @@ from secateur.engine.precision import fast_dtype
 
 __all__ = ["AttentionOfPlan", "WrittenOut", "writes_out"]
 
-LONGEST = 1024
+LONGEST = 512
 """Tokens of a window up to which the scores are written out."""
 
 
@@ -31,8 +31,8 @@ class AttentionOfPlan(TorchFunctionMode):
 class WrittenOut(TorchFunctionMode):
     """Attention by two products and a softmax, all in bfloat16.
 
-    torch's fused kernel for CPUs reaches a fraction of the speed of its bfloat16 products: forward
-    and backward of 9 heads and 512 tokens take it twice as long as this. The price are the
+    torch's fused kernel for CPUs reaches a fraction of the speed of its bfloat16 products, so this
+    is quicker on short windows (`benchmarks/attention.py` says by how much). The price are the
     probabilities, which are kept for the backward, and scores that are rounded to 8 bits before
     the softmax.
     """
@@ -88,7 +88,7 @@ def _added(mask: Tensor | None, causal: bool, query: Tensor, columns: int, toget
 def writes_out(device: torch.device, length: int) -> bool:
     """Whether windows of this many tokens are trained on with the scores written out.
 
-    On processors that multiply bfloat16 themselves, up to `LONGEST` tokens: beyond, the
-    probabilities would be the most of what a layer keeps.
+    On processors that multiply bfloat16 themselves, up to `LONGEST` tokens: at 1024 it is no
+    quicker (`benchmarks/attention.py`), and the probabilities grow with the square.
     """
     return device.type == "cpu" and fast_dtype(device) is not None and length <= LONGEST
