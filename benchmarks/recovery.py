@@ -86,10 +86,12 @@ def mixed(args: argparse.Namespace, models: Path) -> tuple[str, str]:
     return " and ".join(texts), str(file)
 
 
-def trained(args: argparse.Namespace, start: str, way: str, models: Path) -> dict[str, Any]:
+def trained(
+    args: argparse.Namespace, start: str, way: str, text: tuple[str, str], models: Path
+) -> dict[str, Any]:
     """One training and what it brought."""
     minutes, folder = args.minutes, started(args, start, models)
-    read, file = mixed(args, models)
+    read, file = text
     output = models / f"{folder.name}-{way}-{minutes:g}-{read.replace(' ', '-')}"
     options: dict[str, Any] = {"text": file, "minutes": minutes, "batch": args.batch,
                                "validations": 2}  # fmt: skip
@@ -175,13 +177,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         models = args.models or Path(scratch)
-        read, _ = mixed(args, models)
+        text = mixed(args, models)
         untrained("dense", MODEL)
         for start in args.starts:
             untrained(start, started(args, start, models))
             for way in args.ways:
-                if not any(same(r, start, way, read, args.minutes) for r in known_rows()):
-                    add(trained(args, start, way, models))
+                if not any(same(r, start, way, text[0], args.minutes) for r in known_rows()):
+                    add(trained(args, start, way, text, models))
     print(table(known_rows()))
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from secateur.engine.precision import fast_dtype
+from secateur.models.attention import OtherAttention
 
 __all__ = ["AttentionOfPlan", "WrittenOut", "writes_out"]
 
@@ -17,18 +16,16 @@ LONGEST = 512
 """Tokens of a window up to which the scores are written out."""
 
 
-class AttentionOfPlan(TorchFunctionMode):
+class AttentionOfPlan(OtherAttention):
     """Attention as the fused kernels do it: the [sequence, sequence] matrix is never made."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace attention by its output alone."""
-        if func is scaled_dot_product_attention:
-            query, value = args[0], args[2]
-            return query.new_empty((*query.shape[:-1], value.shape[-1]))
-        return func(*args, **(kwargs or {}))
+    def attend(self, *args: Any, **options: Any) -> Tensor:
+        """The output alone."""
+        query, _, value = args[:3]
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-class WrittenOut(TorchFunctionMode):
+class WrittenOut(OtherAttention):
     """Attention by two products and a softmax, all in bfloat16.
 
     torch's fused kernel for CPUs reaches a fraction of the speed of its bfloat16 products, so this
@@ -37,12 +34,13 @@ class WrittenOut(TorchFunctionMode):
     the softmax.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace attention without dropout."""
-        told = kwargs or {}
-        if func is scaled_dot_product_attention and not told.get("dropout_p"):
-            return written_out(*args, **told)
-        return func(*args, **told)
+    def takes(self, options: dict[str, Any]) -> bool:
+        """Attention without dropout."""
+        return not options.get("dropout_p")
+
+    def attend(self, *args: Any, **options: Any) -> Tensor:
+        """See `written_out`."""
+        return written_out(*args, **options)
 
 
 def written_out(

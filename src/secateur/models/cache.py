@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from secateur.models.attention import OtherAttention
 
 __all__ = ["OneTokenAttention", "roomy_cache"]
 
@@ -38,19 +38,20 @@ def roomy_cache(config: Any, length: int) -> DynamicCache:
     return cache
 
 
-class OneTokenAttention(TorchFunctionMode):
+class OneTokenAttention(OtherAttention):
     """Attention of one token to those before it, softmax(q kᵀ · scale) v, as two matmuls.
 
     Query heads that share their keys are multiplied together. Calls that are causal, and so of
     more than one token, are left alone.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the attention of one token."""
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and not kwargs.get("is_causal"):
-            return _attended(*args, **kwargs)
-        return func(*args, **kwargs)
+    def takes(self, options: dict[str, Any]) -> bool:
+        """The attention of one token."""
+        return not options.get("is_causal")
+
+    def attend(self, *args: Any, **options: Any) -> Tensor:
+        """See `_attended`."""
+        return _attended(*args, **options)
 
 
 def _attended(
