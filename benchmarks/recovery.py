@@ -5,9 +5,11 @@
 
 Protocol: SmolLM2-135M is pruned (64 windows of 512 tokens of the calibration file, `random-crop`,
 seed 0, preset `balanced`), then trained for `--minutes` by `secateur retrain` (the next token) or
-`secateur distill` (the dense model): both get the same time, the same `--batch`, and else the
-default recipe. They read the files of `--train` (without it the calibration file), as many
-characters of each as the shortest has, passages of 8000 characters in turns. Judged like all else
+`secateur distill` (the dense model; "half" counts the next token as much as the teacher): all get
+the same time, the same `--batch`, and else the default recipe, with the embeddings (here the output
+head too) left as they are if `--frozen`. They read the files of `--train` (without it the
+calibration file), as many characters of each as the shortest has, passages of 8000 characters in
+turns. Judged like all else
 here: the first 24 non-overlapping windows of 2048 tokens of each text, float32. Recovered = 1 −
 excess after / excess before, excess = ln(perplexity) − ln(dense perplexity). The judged texts are
 not trained on, nor watched.
@@ -23,6 +25,7 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,13 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 """What is taken of the dense model first; the last one by `secateur structure`."""
 PASSAGE = 8000
-WAYS = {"retrain": secateur.retrain, "distill": secateur.distill}
+WAYS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "retrain": (secateur.retrain, {}),
+    "distill": (secateur.distill, {"teacher": MODEL}),
+    "distill, half": (secateur.distill, {"teacher": MODEL, "next_token": 0.5}),
+}
+FROZEN = {"rates": {"*embed*": 0.0}}
+Row = dict[str, Any]
 
 
 def started(args: argparse.Namespace, start: str, models: Path) -> Path:
@@ -88,22 +97,32 @@ def mixed(args: argparse.Namespace, models: Path) -> tuple[str, str]:
 
 def trained(
     args: argparse.Namespace, start: str, way: str, text: tuple[str, str], models: Path
-) -> dict[str, Any]:
+) -> Row:
     """One training and what it brought."""
     minutes, folder = args.minutes, started(args, start, models)
     read, file = text
-    output = models / f"{folder.name}-{way}-{minutes:g}-{read.replace(' ', '-')}"
-    options: dict[str, Any] = {"text": file, "minutes": minutes, "batch": args.batch,
-                               "validations": 2}  # fmt: skip
-    if way == "distill":
-        options["teacher"] = MODEL
+    frozen = "-frozen" if args.frozen else ""
+    name = f"{folder.name}-{way}-{minutes:g}-{read}{frozen}"
+    output = models / name.replace(",", "").replace(" ", "-")
+    train, options = WAYS[way]
     stopped = output.with_name(output.name + ".partial").exists()
-    report = WAYS[way](folder, output=output, resume=stopped, **options)
+    report = train(
+        folder,
+        output=output,
+        resume=stopped,
+        text=file,
+        minutes=minutes,
+        batch=args.batch,
+        validations=2,
+        **options,
+        **(FROZEN if args.frozen else {}),
+    )
     return {
         "start": start,
         "way": way,
         "read": read,
         "minutes": minutes,
+        "frozen": args.frozen,
         "threads": torch.get_num_threads(),
         "batch": args.batch,
         "steps": report.steps,
@@ -115,28 +134,27 @@ def trained(
     }
 
 
-def known_rows() -> list[dict[str, Any]]:
+def known_rows() -> list[Row]:
     """What was measured before."""
     file = RESULTS / "recovery.json"
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
 
-def same(row: dict[str, Any], start: str, way: str, read: str, minutes: float) -> bool:
-    """Whether a row is this one."""
-    asked = (start, way, read, minutes)
-    return (row["start"], row["way"], row["read"], row["minutes"]) == asked
+def same(row: Row, *asked: Any) -> bool:
+    """Whether a row is this one: its start, way, text, minutes, and whether embeddings stayed."""
+    return tuple(row[part] for part in ("start", "way", "read", "minutes", "frozen")) == asked
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Perplexity, and in brackets the part of the excess loss that came back."""
     dense = next(r["perplexity"] for r in rows if r["start"] == "dense")
     lines = []
     for row in rows:
         cells = [row["start"], row["way"], row["read"],
                  f"{row['minutes']:g}" if row["minutes"] else "",
-                 str(row["threads"]) if row["way"] else "",
+                 ("frozen" if row["frozen"] else "trained") if row["way"] else "",
                  f"{row['tokens']:,}" if row["tokens"] else ""]  # fmt: skip
-        before = [r for r in rows if same(r, row["start"], "", "", 0)]
+        before = [r for r in rows if same(r, row["start"], "", "", 0, False)]
         for text, value in row["perplexity"].items():
             back = ""
             if row["way"]:
@@ -144,7 +162,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 back = f" ({1 - math.log(value / dense[text]) / excess:.0%})"
             cells.append(f"{value:.2f}{back}")
         lines.append(cells)
-    return markdown(["", "by", "on", "minutes", "threads", "tokens read", *dense], lines)
+    return markdown(["", "by", "on", "minutes", "embeddings", "tokens read", *dense], lines)
 
 
 def main() -> None:
@@ -156,6 +174,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--batch", type=int, default=1, help="windows of 512 tokens in a step")
+    parser.add_argument("--frozen", action="store_true", help="embeddings are not trained")
     parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
     parser.add_argument("--starts", nargs="*", default=[*STARTS], choices=[*STARTS])
     parser.add_argument("--ways", nargs="*", default=[*WAYS], choices=[*WAYS])
@@ -164,16 +183,16 @@ def main() -> None:
     protocol = {"windows": args.windows, "sequence_length": 2048,
                 "calibration": "64 x 512, random-crop, seed 0"}  # fmt: skip
 
-    def add(row: dict[str, Any]) -> None:
+    def add(row: Row) -> None:
         order = ["dense", *STARTS]
         rows = sorted([*known_rows(), row], key=lambda r: order.index(r["start"]))
         keep("recovery", protocol, rows)
         print(row, flush=True)
 
     def untrained(start: str, model: str | Path) -> None:
-        if not any(same(r, start, "", "", 0) for r in known_rows()):
+        if not any(same(r, start, "", "", 0, False) for r in known_rows()):
             add({"start": start, "way": "", "read": "", "minutes": 0, "tokens": 0,
-                 "perplexity": judged(args, model)})  # fmt: skip
+                 "frozen": False, "perplexity": judged(args, model)})  # fmt: skip
 
     with tempfile.TemporaryDirectory() as scratch:
         models = args.models or Path(scratch)
@@ -182,7 +201,8 @@ def main() -> None:
         for start in args.starts:
             untrained(start, started(args, start, models))
             for way in args.ways:
-                if not any(same(r, start, way, text[0], args.minutes) for r in known_rows()):
+                asked = (start, way, text[0], args.minutes, args.frozen)
+                if not any(same(r, *asked) for r in known_rows()):
                     add(trained(args, start, way, text, models))
     print(table(known_rows()))
 

@@ -264,6 +264,11 @@ def manifest_of(
     verb, objective = "retrain", "next token"
     if isinstance(recipe, DistillRecipe):
         verb, objective = "distill", f"{recipe.kind} KL, T = {recipe.temperature:g}"
+        if recipe.next_token:
+            part = recipe.next_token
+            objective = f"{1 - part:g} of {objective}, {part:g} of next token"
+        if recipe.hidden:
+            objective += f", {recipe.hidden:g} of hidden states"
     if recipe.lora is not None:
         objective += f", adapters of rank {recipe.lora.rank}"
     if recipe.gradual is not None:
