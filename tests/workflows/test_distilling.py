@@ -57,6 +57,20 @@ def test_bfloat16_stays_bfloat16_and_layers_left_dense_stay_as_they_are() -> Non
         assert torch.equal(before, after) == (not name.startswith(f"{layers}.1.")), name
 
 
+def test_a_share_of_the_next_token_makes_the_text_likelier() -> None:
+    windows = tiny_windows(8)
+    losses = []
+    for share in (0.0, 0.5):
+        model = tiny_model("llama")
+        secateur.prune(
+            model, method="wanda", sparsity=0.5, calibration=windows, epochs=20,
+            peak_learning_rate=3e-3, next_token=share,
+        )  # fmt: skip
+        with torch.no_grad():
+            losses.append(float(model(windows, labels=windows).loss))
+    assert losses[1] < losses[0] - 0.1
+
+
 def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_told() -> None:
     student, teacher = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():

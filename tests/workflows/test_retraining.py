@@ -15,6 +15,7 @@ import secateur
 from secateur.cli import main
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.training import loop
+from secateur.training.teachers import windows_digest
 from tiny import save_tiny, tiny_tokenizer
 from trained import source_text
 
@@ -249,6 +250,21 @@ def test_the_command_line(
     code, told = command("retrain", places / "pruned", "-o", tmp_path / "x", "--set", "steps")
     assert code == 2
     assert "is not KEY=VALUE" in told
+
+
+def test_of_several_texts_equal_parts_are_read(places: Path, tmp_path: Path) -> None:
+    long, short = torch.randint(4, 50, (60, 16)), torch.randint(50, 90, (20, 16))
+    texts = [str(tmp_path / name) for name in ("long.safetensors", "short.safetensors")]
+    for file, ids in zip(texts, (long, short), strict=True):
+        save_file({"input_ids": ids}, file)
+    done = train(places, tmp_path / "out", text=texts, validation_windows=0)
+    assert done.manifest["text"]["windows"] == 40
+    assert done.manifest["text"]["source"] == ", ".join(texts)
+    together = torch.stack([long[:20], short], 1).flatten(0, 1)
+    assert done.manifest["text"]["sha256"] == windows_digest(together)
+    save_file({"input_ids": short[:, :8].contiguous()}, texts[1])
+    with pytest.raises(SourceError, match=r"different lengths .*: 16, .*: 8"):
+        train(places, tmp_path / "other", text=texts)
 
 
 def test_ready_windows_are_used_as_they_are(places: Path, tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ Student = Annotated[
 ]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the result.")]
 Text = Annotated[
-    str | None, typer.Option(help="What to train on; written as for calibration. [c4]")
+    list[str] | None,
+    typer.Option(
+        help="What to train on; written as for calibration. If repeated, equal parts of each. [c4]"
+    ),
 ]
 Minutes = Annotated[float | None, typer.Option(help="To train; the learning rate fits itself.")]
 Steps = Annotated[int | None, typer.Option(help="Of the optimizer, instead of minutes.")]
@@ -91,7 +94,7 @@ def training_recipe(kind: type[AnyRecipe], given: dict[str, Any]) -> AnyRecipe:
     values |= {
         key: value
         for key, value in given.items()
-        if key not in OF_THE_COMMAND and value is not None and value is not False
+        if key not in OF_THE_COMMAND and value is not None and value is not False and value != []
     }
     for key, opened in {"lora": rank_alone, "gradual": aim_alone}.items():
         if key in values:  # so that --set gradual.every=20 finds a section

@@ -67,6 +67,9 @@ class Distill(Strict):
     peak_learning_rate: float | None = Field(
         None, gt=0, lt=1, description="the highest; 0.25 / hidden size if not given"
     )
+    next_token: float = Field(
+        0.0, ge=0, le=1, description="share of the next token's loss beside the dense model's word"
+    )
 
 
 class PruneRecipe(Strict):

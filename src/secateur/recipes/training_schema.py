@@ -51,6 +51,11 @@ class GradualOptions(Strict):
     windows: int = Field(16, gt=0, description="of the text, for scores and gradients")
 
 
+def text_alone(value: Any) -> Any:
+    """`text: c4` is one text."""
+    return (value,) if isinstance(value, str) else value
+
+
 def rank_alone(value: Any) -> Any:
     """`lora: 16` is a rank."""
     return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
@@ -71,7 +76,11 @@ class RetrainRecipe(Strict):
 
     model: str = Field(description="hub id, folder or named sample: pruned, cut or dense")
     output: str | None = Field(None, description="folder for the trained model; must not exist")
-    text: str = Field("c4", description="what is trained on; as for calibration")
+    text: Annotated[tuple[str, ...], BeforeValidator(text_alone)] = Field(
+        ("c4",),
+        min_length=1,
+        description="what is trained on, as for calibration; of several, as many windows of each",
+    )
     field: str = Field("text", description="the field of a JSONL line that holds the text")
     sequence_length: int | None = Field(
         None, gt=1, description="tokens per window; 512, or less if the model is shorter"

@@ -95,7 +95,7 @@ def learn(
         trained: the names of the student's parameters that learn.
         masks: that are held; None for none.
         windows: calibration tokens [samples, sequence_length].
-        how: epochs over them, and the learning rate.
+        how: epochs over them, the learning rate, and the share of the next token.
         seed: of the order of the windows.
         progress: told of every step.
         saved: folder for all that is needed to go on; None for none.
@@ -120,7 +120,7 @@ def learn(
         loop = Loop(
             student,
             Batches(windows, 1, seed),
-            Distil.between(student, ModelTeacher(teacher)),
+            Distil.between(student, ModelTeacher(teacher), next_token=how.next_token),
             masks,
             plan,
             saved=saved,

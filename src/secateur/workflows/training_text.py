@@ -75,7 +75,7 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
         raise SourceError(
             f"the text gives {len(windows)} windows of {length} tokens, one step needs "
             f"{recipe.batch}",
-            where=recipe.text,
+            where=", ".join(recipe.text),
             remedy="name a longer text, or ask for a shorter sequence length or a smaller batch",
         )
     shared = None if validation is None else shared_share(windows, validation)
@@ -85,7 +85,7 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
         windows,
         validation,
         {
-            "source": recipe.text,
+            "source": ", ".join(recipe.text),
             "windows": len(windows),
             "sequence_length": windows.shape[1],
             "tokens": windows.numel(),
@@ -98,16 +98,37 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
 
 
 def windows_of(recipe: RetrainRecipe, folder: Path, length: int, vocabulary: int) -> Windows:
-    """All windows of the text, up to as many as the recipe wants."""
-    if recipe.text.endswith(".safetensors"):
-        return load_windows(Path(recipe.text).expanduser(), vocab_size=vocabulary)
-    documents = read_documents(recipe.text, field=recipe.field)
+    """All windows of the texts, up to as many as the recipe wants.
+
+    Of several texts there are as many windows of each as the shortest gives, in turns.
+
+    Raises:
+        SourceError: a text cannot be had, or files have windows of different lengths.
+    """
+    found = [windows_of_text(text, recipe, folder, length, vocabulary) for text in recipe.text]
+    if len({windows.shape[1] for windows in found}) > 1:
+        told = [f"{text}: {w.shape[1]}" for text, w in zip(recipe.text, found, strict=True)]
+        raise SourceError(
+            f"the texts have windows of different lengths ({', '.join(told)})",
+            remedy="make the windows of one length, or give the texts themselves",
+        )
+    each = min(map(len, found))
+    return torch.stack([windows[:each] for windows in found], 1).flatten(0, 1)
+
+
+def windows_of_text(
+    text: str, recipe: RetrainRecipe, folder: Path, length: int, vocabulary: int
+) -> Windows:
+    """The windows of one text, up to its part of what the recipe wants."""
+    if text.endswith(".safetensors"):
+        return load_windows(Path(text).expanduser(), vocab_size=vocabulary)
+    documents = read_documents(text, field=recipe.field)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-    plan = WindowPlan(recipe.windows, length, recipe.seed)
+    plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
     found = pack_windows(documents, tokenizer, plan)
     windows = torch.tensor(found, dtype=torch.int64).reshape(-1, length)
     if len(windows):
-        check_range(windows, vocabulary, recipe.text)
+        check_range(windows, vocabulary, text)
     return windows
 
 
