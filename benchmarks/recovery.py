@@ -8,8 +8,7 @@ seed 0, preset `balanced`), then trained for `--minutes` by `secateur retrain` (
 `secateur distill` (the dense model; "half" counts the next token as much as the teacher): all get
 the same time, the same `--batch`, and else the default recipe, with the embeddings (here the output
 head too) left as they are if `--frozen`. They read the files of `--train` (without it the
-calibration file), as many characters of each as the shortest has, passages of 8000 characters in
-turns. Judged like all else
+calibration file), as many windows of each as the shortest gives. Judged like all else
 here: the first 24 non-overlapping windows of 2048 tokens of each text, float32. Recovered = 1 −
 excess after / excess before, excess = ln(perplexity) − ln(dense perplexity). The judged texts are
 not trained on, nor watched.
@@ -33,7 +32,6 @@ import torch
 
 import secateur
 from hardware import RESULTS, heading, keep, markdown
-from secateur.calibration.documents import read_text
 
 MODEL = "smollm2-135m"
 STARTS: dict[str, dict[str, Any]] = {
@@ -42,7 +40,6 @@ STARTS: dict[str, dict[str, Any]] = {
     "a quarter cut": {"keep_parameters": 0.75},
 }
 """What is taken of the dense model first; the last one by `secateur structure`."""
-PASSAGE = 8000
 WAYS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "retrain": (secateur.retrain, {}),
     "distill": (secateur.distill, {"teacher": MODEL}),
@@ -50,6 +47,8 @@ WAYS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 FROZEN = {"rates": {"*embed*": 0.0}}
 Row = dict[str, Any]
+Texts = dict[str, str]
+"""Files by name."""
 
 
 def started(args: argparse.Namespace, start: str, models: Path) -> Path:
@@ -80,27 +79,10 @@ def judged(args: argparse.Namespace, model: str | Path) -> dict[str, float]:
     }
 
 
-def mixed(args: argparse.Namespace, models: Path) -> tuple[str, str]:
-    """What is trained on: its name, and a file."""
-    texts = dict(text.split("=", 1) for text in args.train)
-    if len(texts) < 2:
-        return next(iter(texts.items()), ("calibration", args.calibration))
-    whole = [read_text(file).text for file in texts.values()]
-    length = min(map(len, whole))
-    file = models / "mixed.jsonl"
-    with file.open("w", encoding="utf-8") as out:
-        for start in range(0, length, PASSAGE):
-            for text in whole:
-                out.write(json.dumps({"text": text[start : min(start + PASSAGE, length)]}) + "\n")
-    return " and ".join(texts), str(file)
-
-
-def trained(
-    args: argparse.Namespace, start: str, way: str, text: tuple[str, str], models: Path
-) -> Row:
+def trained(args: argparse.Namespace, start: str, way: str, texts: Texts, models: Path) -> Row:
     """One training and what it brought."""
     minutes, folder = args.minutes, started(args, start, models)
-    read, file = text
+    read = " and ".join(texts)
     frozen = "-frozen" if args.frozen else ""
     name = f"{folder.name}-{way}-{minutes:g}-{read}{frozen}"
     output = models / name.replace(",", "").replace(" ", "-")
@@ -110,7 +92,7 @@ def trained(
         folder,
         output=output,
         resume=stopped,
-        text=file,
+        text=list(texts.values()),
         minutes=minutes,
         batch=args.batch,
         validations=2,
@@ -196,14 +178,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         models = args.models or Path(scratch)
-        text = mixed(args, models)
+        texts = dict(text.split("=", 1) for text in args.train) or {"calibration": args.calibration}
         untrained("dense", MODEL)
         for start in args.starts:
             untrained(start, started(args, start, models))
             for way in args.ways:
-                asked = (start, way, text[0], args.minutes, args.frozen)
+                asked = (start, way, " and ".join(texts), args.minutes, args.frozen)
                 if not any(same(r, *asked) for r in known_rows()):
-                    add(trained(args, start, way, text, models))
+                    add(trained(args, start, way, texts, models))
     print(table(known_rows()))
 
 
