@@ -62,7 +62,7 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "fast_matmuls": True,
             "depth": {"by": "search"},
             "calibration": {"generated": 128},
-            "distillation": {"epochs": 1},
+            "distillation": {"epochs": 1, "next_token": 0.5},
         },
     }
 )
