@@ -238,7 +238,7 @@ def test_tuned_and_distilled(tmp_path: Path, windows: Path) -> None:
         asymmetric=True, passes=1, epochs=1, generated=2,
     )  # fmt: skip
     assert report.sparsity == 0.5
-    assert set(report.manifest["distillation"]) == {"divergence_before", "divergence_after"}
+    assert set(report.manifest["distillation"]) == {"loss_before", "loss_after"}
 
 
 def test_evaluated(tmp_path: Path) -> None:

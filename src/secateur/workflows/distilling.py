@@ -62,7 +62,7 @@ def distil(
     progress: Progress,
     saved: Path | None = None,
 ) -> dict[str, float]:
-    """Let a pruned model learn from the dense one; its divergence before and after."""
+    """Let a pruned model learn from the dense one; its loss before and after."""
     assert run.windows is not None
     pruned = [f"{name}.weight" for name, sparsity in run.sparsity_of.items() if sparsity > 0]
     trained = [
@@ -101,10 +101,11 @@ def learn(
         saved: folder for all that is needed to go on; None for none.
 
     Returns:
-        The mean divergence over the first and the last eighth of the steps.
+        The mean loss over the first and the last eighth of the steps: of the divergence alone, if
+        the next token does not count.
 
     Raises:
-        NumericalError: the divergence is NaN or infinite.
+        NumericalError: the loss is NaN or infinite.
     """
     width = student.get_input_embeddings().weight.shape[1]
     plan = TrainingPlan(
@@ -131,8 +132,8 @@ def learn(
         losses = [line["loss"] for line in loop.run().log]
     eighth = -(-len(losses) // 8)
     return {
-        "divergence_before": sum(losses[:eighth]) / eighth,
-        "divergence_after": sum(losses[-eighth:]) / eighth,
+        "loss_before": sum(losses[:eighth]) / eighth,
+        "loss_after": sum(losses[-eighth:]) / eighth,
     }
 
 
