@@ -6,7 +6,8 @@ ten layers of SmolLM2-135M: with blocks up to 4 MiB kept, 22.5 s; up to 1 MiB, 3
 22.8 s, but then the gaps between blocks of different sizes cost a third more memory than is in
 use. So the threshold is fixed at 4 MiB. A step of training is the same blocks again and again, the
 largest as large as the vocabulary: there everything is kept (a fifth less time for a step of 512
-tokens, one part in a hundred more memory). Where glibc is not the allocator nothing is done.
+tokens; one part in a hundred more memory, more where the process did other work before). Where
+glibc is not the allocator nothing is done.
 """
 
 from __future__ import annotations
