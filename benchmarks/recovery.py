@@ -68,14 +68,18 @@ def started(args: argparse.Namespace, start: str, models: Path) -> Path:
     return folder
 
 
+def files(named: list[str]) -> Texts:
+    """NAME=FILE, one or more, taken apart."""
+    return dict(text.split("=", 1) for text in named)
+
+
 def judged(args: argparse.Namespace, model: str | Path) -> dict[str, float]:
     """Perplexity by text."""
-    texts = dict(text.split("=", 1) for text in args.text)
     return {
         name: secateur.evaluate(
             str(model), text=text, sequence_length=2048, max_windows=args.windows
         ).perplexity
-        for name, text in texts.items()
+        for name, text in files(args.text).items()
     }
 
 
@@ -178,12 +182,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         models = args.models or Path(scratch)
-        texts = dict(text.split("=", 1) for text in args.train) or {"calibration": args.calibration}
+        texts = files(args.train) or {"calibration": args.calibration}
+        read = " and ".join(texts)
         untrained("dense", MODEL)
         for start in args.starts:
             untrained(start, started(args, start, models))
             for way in args.ways:
-                asked = (start, way, " and ".join(texts), args.minutes, args.frozen)
+                asked = (start, way, read, args.minutes, args.frozen)
                 if not any(same(r, *asked) for r in known_rows()):
                     add(trained(args, start, way, texts, models))
     print(table(known_rows()))

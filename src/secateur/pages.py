@@ -27,12 +27,11 @@ EVERYTHING = 2**31 - 1
 
 
 @contextmanager
-def reused_pages(block: int = KEPT_BLOCK_BYTES, kept: int = KEPT_BYTES) -> Iterator[None]:
+def reused_pages(largest: int = KEPT_BLOCK_BYTES) -> Iterator[None]:
     """Let freed memory stay with the process; it is given back at the end.
 
     Args:
-        block: bytes of the largest block that stays.
-        kept: bytes at the end of the heap that may be free.
+        largest: bytes of the largest block that stays.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -40,8 +39,8 @@ def reused_pages(block: int = KEPT_BLOCK_BYTES, kept: int = KEPT_BYTES) -> Itera
     except (OSError, AttributeError):
         yield
         return
-    mallopt(M_MMAP_THRESHOLD, block)
-    mallopt(M_TRIM_THRESHOLD, kept)
+    mallopt(M_MMAP_THRESHOLD, largest)
+    mallopt(M_TRIM_THRESHOLD, max(largest, KEPT_BYTES))
     try:
         yield
     finally:

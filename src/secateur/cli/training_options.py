@@ -94,7 +94,7 @@ def training_recipe(kind: type[AnyRecipe], given: dict[str, Any]) -> AnyRecipe:
     values |= {
         key: value
         for key, value in given.items()
-        if key not in OF_THE_COMMAND and value is not None and value is not False and value != []
+        if key not in OF_THE_COMMAND and value is not None and value is not False
     }
     for key, opened in {"lora": rank_alone, "gradual": aim_alone}.items():
         if key in values:  # so that --set gradual.every=20 finds a section

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["OtherAttention"]
 
 
-class OtherAttention(TorchFunctionMode):
+class OtherAttention(TorchFunctionMode, ABC):
     """While it is entered, `attend` is called instead of torch's attention, if it `takes` that."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -25,6 +26,6 @@ class OtherAttention(TorchFunctionMode):
         """Whether a call with these options is replaced."""
         return True
 
+    @abstractmethod
     def attend(self, *args: Any, **options: Any) -> Tensor:
         """The output; arguments as of `scaled_dot_product_attention`."""
-        raise NotImplementedError

@@ -144,7 +144,7 @@ class Loop:
         if not trained:
             raise RecipeError("no parameter is trained", remedy="see the rates")
         with ExitStack() as stack:
-            stack.enter_context(reused_pages(EVERYTHING, EVERYTHING))
+            stack.enter_context(reused_pages(EVERYTHING))
             stack.enter_context(in_float32(self.model, trained))
             if self.how.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
