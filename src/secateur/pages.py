@@ -4,10 +4,10 @@ The forwards of one micro-batch after another allocate and free the same few siz
 blocks to the kernel at once, which has to find and clear new pages for the next one. Measured on
 ten layers of SmolLM2-135M: with blocks up to 4 MiB kept, 22.5 s; up to 1 MiB, 31.2 s; up to 32 MiB,
 22.8 s, but then the gaps between blocks of different sizes cost a third more memory than is in
-use. So the threshold is fixed at 4 MiB. A step of training is the same blocks again and again, the
-largest as large as the vocabulary: there everything is kept (a fifth less time for a step of 512
-tokens; one part in a hundred more memory, more where the process did other work before). Where
-glibc is not the allocator nothing is done.
+use. So the threshold is fixed at 4 MiB. A step of training is the same larger blocks again and
+again: there, blocks up to 32 MiB stay, all of them (a third less time for a step of 512 tokens, as
+with blocks of every size, whose gaps are large where the process did other work before; 32 MiB is
+the most that older releases of glibc take). Where glibc is not the allocator nothing is done.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["EVERYTHING", "reused_pages"]
+__all__ = ["TRAINING_BLOCK_BYTES", "TRAINING_BYTES", "reused_pages"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BLOCK_BYTES = 4 * 2**20
-KEPT_BYTES = 64 * 2**20
+KEPT_BLOCK_BYTES, KEPT_BYTES = 4 * 2**20, 64 * 2**20
+TRAINING_BLOCK_BYTES, TRAINING_BYTES = 32 * 2**20, 2**31 - 1
+"""The largest block that a step of training uses again, and how much of them may lie free."""
 DEFAULT_BYTES = 128 * 2**10
-EVERYTHING = 2**31 - 1
-"""The most that can be said to glibc."""
 
 
 @contextmanager
-def reused_pages(largest: int = KEPT_BLOCK_BYTES) -> Iterator[None]:
+def reused_pages(largest: int = KEPT_BLOCK_BYTES, kept: int = KEPT_BYTES) -> Iterator[None]:
     """Let freed memory stay with the process; it is given back at the end.
 
     Args:
         largest: bytes of the largest block that stays.
+        kept: bytes that may lie free at the end of the heap.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -40,7 +40,7 @@ def reused_pages(largest: int = KEPT_BLOCK_BYTES) -> Iterator[None]:
         yield
         return
     mallopt(M_MMAP_THRESHOLD, largest)
-    mallopt(M_TRIM_THRESHOLD, max(largest, KEPT_BYTES))
+    mallopt(M_TRIM_THRESHOLD, kept)
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from secateur.engine.precision import exact_matmuls, fast_matmuls
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.tuning import in_float32
 from secateur.errors import NumericalError, RecipeError, SourceError
-from secateur.pages import EVERYTHING, reused_pages
+from secateur.pages import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.training.batches import Batch, Batches
 from secateur.training.board import Board
 from secateur.training.door import Door, checkpointed
@@ -144,7 +144,7 @@ class Loop:
         if not trained:
             raise RecipeError("no parameter is trained", remedy="see the rates")
         with ExitStack() as stack:
-            stack.enter_context(reused_pages(EVERYTHING))
+            stack.enter_context(reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES))
             stack.enter_context(in_float32(self.model, trained))
             if self.how.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
