@@ -7,7 +7,7 @@ from secateur.sparsity.patterns import Pattern, parse_pattern
 EXAMPLES: dict[str, list[tuple[str, str | None]]] = {
     "unstructured": [("unstructured", scope) for scope in ("row", "layer", "global")],
     "n:m": [(text, None) for text in ("2:4", "4:8", "1:4", "8:16", "3:5")],
-    "whole-columns": [("*x1", None), ("*x8", None), ("*x4/2", None)],
+    "whole-columns": [("*x1", None), ("*x8", None), ("*x4/2", None), ("*x4@3", None)],
     "block": [
         ("16x1", None),
         ("32x32", None),
@@ -23,8 +23,8 @@ def fitting_shape(text: str) -> tuple[int, int]:
     if ":" in text:
         return 7, 9 * int(text.split(":")[1])
     if text.startswith("*x"):
-        width, _, multiple = text.removeprefix("*x").partition("/")
-        return 7, 9 * int(width) * int(multiple or 1)
+        width, _, together = text.removeprefix("*x").replace("@", "/").partition("/")
+        return 7, 9 * int(width) * int(together or 1)
     if "x" in text:
         rows, columns = map(int, text.split("x"))
         return 3 * rows, columns * max(3, 27 // columns | 1)

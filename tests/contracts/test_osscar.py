@@ -32,6 +32,16 @@ def test_greedy_removal_equals_refitting_every_candidate(text, count, dead, exam
     torch.testing.assert_close(solution.weight, exact, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("text", "count"), [("*x1@3", 1), ("*x1@9", 4), ("*x3@2", 1)])
+def test_greedy_removal_takes_as_many_among_a_few(text, count, example):
+    case = example((6, 18), seed=5)
+    width, among = int(text[2]), int(text[4])
+    solution = solved(case, text, count / among)
+    mask = greedy_units(case.weight, case.inputs, width, count * 18 // (width * among), among)
+    assert torch.equal(solution.mask, mask)
+    assert (mask[0, ::width].view(-1, among).sum(1) == among - count).all()
+
+
 @pytest.mark.parametrize("text", ["*x1", "*x4"])
 @pytest.mark.parametrize("score", ["activation", "fluctuation", "wanda"])
 def test_less_is_lost_than_by_a_score_and_by_zeros(text, score, example):

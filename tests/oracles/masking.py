@@ -27,6 +27,7 @@ def switch_off(
     *,
     layers: tuple[int, ...] | None = None,
     groups: Mapping[int, tuple[int, ...]] | None = None,
+    queries: Mapping[int, tuple[int, ...]] | None = None,
     neurons: Mapping[int, tuple[int, ...]] | None = None,
     hidden: tuple[int, ...] | None = None,
 ) -> None:
@@ -54,6 +55,11 @@ def switch_off(
                 narrow = [g * size + c for g in kept for c in range(size)]
                 keep_outputs(layer.get_submodule("self_attn.q_proj"), wide)
                 keep_outputs(layer.get_submodule("self_attn.k_proj"), narrow)
+        if (kept := (queries or {}).get(i)) is not None:
+            wide = [h * size + c for h in kept for c in range(size)]
+            keep_inputs(layer.get_submodule(out), wide)
+            if family == "olmo2":
+                keep_outputs(layer.get_submodule("self_attn.q_proj"), wide)
         kept = (neurons or {}).get(i)
         if kept == ():
             layer.get_submodule(ffn).register_forward_hook(

@@ -77,6 +77,10 @@ def mask_of(text: str, scope: str | None, score: Tensor, sparsity: float) -> Ten
         n, m = map(int, text.split(":"))
         return n_of_m(score, n, m)
     if text.startswith("*x"):
+        if "@" in text:
+            width, among = map(int, text.removeprefix("*x").split("@"))
+            parts = score.split(width * among, dim=1)
+            return torch.cat([whole_columns(part, width, 1, sparsity) for part in parts], dim=1)
         width, _, multiple = text.removeprefix("*x").partition("/")
         return whole_columns(score, int(width), int(multiple or 1), sparsity)
     if "x" in text:

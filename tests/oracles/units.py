@@ -15,13 +15,19 @@ def without(weight: Tensor, gone: list[int], width: int) -> Tensor:
     return mask
 
 
-def greedy_units(weight: Tensor, inputs: Tensor, width: int, count: int) -> Tensor:
-    """Each time the unit goes whose loss, all others refitted, is least."""
+def greedy_units(weight: Tensor, inputs: Tensor, width: int, count: int, among: int = 0) -> Tensor:
+    """Each time the unit goes whose loss, all others refitted, is least.
+
+    Of each `among` consecutive units, if it is given, as many go.
+    """
     gone: list[int] = []
+    units = weight.shape[1] // width
+    among = among or units
     for _ in range(count):
         errors = {}
-        for unit in range(weight.shape[1] // width):
-            if unit not in gone:
+        for unit in range(units):
+            before = sum(other // among == unit // among for other in gone)
+            if unit not in gone and before < count * among // units:
                 refit = least_squares(weight, without(weight, [*gone, unit], width), inputs)
                 errors[unit] = damped_error(weight, refit, inputs)
         gone.append(min(errors, key=lambda unit: errors[unit]))

@@ -15,6 +15,13 @@ CUTS: dict[str, Callable[[Sizes], Cut]] = {
     "last layers": lambda s: Cut(layers=(1, 2)),
     "groups": lambda s: Cut(groups={i: odd(s.groups[i]) for i in range(3)}),
     "groups, differing": lambda s: Cut(groups={0: (s.groups[0] - 1,), 2: odd(s.groups[2])}),
+    "queries": lambda s: Cut(queries={i: queries(s, i) for i in range(3)}),
+    "queries and more": lambda s: Cut(
+        layers=(0, 2),
+        queries={i: queries(s, i) for i in (0, 2)},
+        neurons={0: (1, 2, 5)},
+        hidden=odd(s.hidden),
+    ),
     "neurons": lambda s: Cut(neurons={i: odd(s.neurons[i]) for i in range(3)}),
     "neurons, differing": lambda s: Cut(neurons={0: (1, 2, 5), 2: odd(s.neurons[2])}),
     "hidden": lambda s: Cut(hidden=odd(s.hidden)),
@@ -30,9 +37,10 @@ CUTS: dict[str, Callable[[Sizes], Cut]] = {
 }  # fmt: skip
 
 NEVER_PLAIN = {"groups, differing", "neurons, differing", "without attention", "without FFN",
-               "everything"}  # fmt: skip
+               "queries and more", "everything"}  # fmt: skip
 TIED_TO_HEADS = {"gpt2", "opt", "gpt_neox"}
-"""Families whose classes compute the size of a head from hidden size and number of heads."""
+"""Families whose classes compute the size of a head from hidden size and number of heads; none of
+them has several query heads in a KV group."""
 
 WANT_WHOLE_HEADS = {"llama", "gemma2", "gemma3"}
 """Families whose configurations refuse a hidden size that is no multiple of the heads."""
@@ -41,6 +49,12 @@ WANT_WHOLE_HEADS = {"llama", "gemma2", "gemma3"}
 def odd(count: int) -> tuple[int, ...]:
     """Every second unit."""
     return tuple(range(1, count, 2))
+
+
+def queries(sizes: Sizes, layer: int) -> tuple[int, ...]:
+    """One query head of each KV group, not always the same."""
+    each = sizes.heads_per_group
+    return tuple(group * each + (group + layer) % each for group in range(sizes.groups[layer]))
 
 
 def is_plain(family: str, name: str) -> bool:

@@ -27,6 +27,16 @@ IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
     "unknown group": ({"groups": {1: (2,)}}, "KV groups of layer 1: there is no 2"),
     "group twice": ({"groups": {1: (1, 1)}}, "named twice"),
     "groups of an unknown layer": ({"groups": {7: (0,)}}, "KV groups of layer 7"),
+    "query heads of one layer": ({"queries": {0: (0, 2)}}, "layer 1 keeps all, others do not"),
+    "query heads of one group": (
+        {"queries": dict.fromkeys(range(3), (0, 1, 2))},
+        "some KV groups keep 1, some 2",
+    ),
+    "query heads and groups": (
+        {"queries": dict.fromkeys(range(3), (0, 2)), "groups": {0: (1,)}},
+        "cannot be cut at once",
+    ),
+    "no query head": ({"queries": dict.fromkeys(range(3), ())}, "query heads of layer 0: none"),
     "too many neurons": ({"neurons": {0: tuple(range(49))}}, "49 are to be kept, there are 48"),
     "unknown neuron": ({"neurons": {0: (48,)}}, "there is no 48"),
     "experts of a dense model": ({"experts": {0: (1,)}}, "experts of layer 0"),

@@ -67,6 +67,84 @@ def test_neurons_and_heads_of_every_family(family: str, tmp_path: Path, windows:
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.parametrize(("hidden", "plain"), [(48, True), (32, False)])
+def test_as_many_query_heads_in_every_group(
+    hidden: int, plain: bool, tmp_path: Path, windows: Path
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=hidden, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "source")
+    report = secateur.structure(
+        tmp_path / "source", output=tmp_path / "out", calibration=windows, query_heads=3,
+        score="activation",
+    )  # fmt: skip
+    told = json.loads((tmp_path / "out" / "secateur" / "steps.json").read_text())
+    kept = {int(layer): heads for layer, heads in told[0]["cut"]["queries"].items()}
+    ids = tiny_windows(2)
+    inputs: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(tiny_windows())
+    energy = inputs[0].unflatten(-1, (8, hidden // 8)).square().sum((0, 1, 3))
+    for group in (0, 4):  # the first layer sees what the dense model does
+        weakest = group + int(energy[group : group + 4].argmin())
+        assert [h for h in kept[0] if group <= h < group + 4] == [
+            h for h in range(group, group + 4) if h != weakest
+        ]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sizes_of(loaded).heads_per_group == 3  # a Llama's 6 heads have to divide its channels
+    assert (loaded.config.model_type, loaded.config.num_attention_heads) == (
+        ("llama", 6) if plain else ("secateur_varied", 8)
+    )
+    with torch.no_grad():
+        for layer, heads in kept.items():
+            columns = model.model.layers[layer].self_attn.o_proj.weight.unflatten(1, (8, -1))
+            columns[:, [h for h in range(8) if h not in heads]] = 0
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    structure = report.manifest["structure"]
+    for size in ("kv_cache_bytes_per_token", "ffn"):
+        assert structure["after"][size] == structure["before"][size]
+
+
+GROUPED = [family for family in DENSE if family not in ("gpt2", "opt", "gpt_neox")]
+
+
+@pytest.mark.parametrize("family", GROUPED)
+def test_query_heads_of_every_family(family: str, tmp_path: Path, windows: Path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "source")
+    secateur.structure(
+        tmp_path / "source", output=tmp_path / "out", calibration=windows, query_heads=0.5,
+        keep_parameters=0.7, effort="fast",
+    )  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before, after = sizes_of(model), sizes_of(loaded)
+    assert (before.heads_per_group, after.heads_per_group) == (2, 1)
+    assert after.groups == before.groups
+    left = decoder_parameters(tmp_path / "out") / decoder_parameters(tmp_path / "source")
+    assert left == pytest.approx(0.7, abs=0.01)
+    ids = tiny_windows(2)
+    cached = loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
+    assert torch.equal(
+        cached, loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    )
+
+
+def test_query_heads_that_share_nothing_are_refused(tmp_path: Path, windows: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path / "source")
+    with pytest.raises(RecipeError, match="a key and a value of its own"):
+        secateur.structure(
+            tmp_path / "source", output=tmp_path / "out", calibration=windows, query_heads=1
+        )
+
+
 def test_all_kinds_in_one_cut(source: Path, tmp_path: Path, windows: Path) -> None:
     report = secateur.structure(
         source, output=tmp_path / "out", calibration=windows, keep_layers=2, hidden=24, ffn=36,
@@ -165,6 +243,10 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         ({"ffn": 49}, "49 FFN neurons"),
         ({"heads": 0.1}, "KV groups of a layer were asked for"),
         ({"heads": 3}, "3 KV groups"),
+        ({"query_heads": 3}, "3 query heads of a KV group were asked for, of 2"),
+        ({"query_heads": 0.1}, "query heads of a KV group"),
+        ({"query_heads": 2}, "nothing is to be cut"),
+        ({"keep_layers": 3}, "nothing is to be cut"),
         ({"hidden": 33}, "33 channels"),
         ({"hidden": 2.5}, "neither a number of units nor a fraction"),
         ({"experts": 2}, "no experts"),
@@ -200,7 +282,7 @@ SCRIPT = """
                 os.kill(os.getpid(), signal.SIGKILL)
 
     secateur.structure(sys.argv[1], output=sys.argv[2], calibration=sys.argv[3], keep_layers=2,
-                       ffn=0.5, effort="fast", epochs=1, progress=Deadly(),
+                       query_heads=1, ffn=0.5, effort="fast", epochs=1, progress=Deadly(),
                        resume=len(sys.argv) > 5)
 """
 
@@ -209,8 +291,8 @@ def test_a_killed_cut_goes_on_to_the_same_model(
     source: Path, tmp_path: Path, windows: Path
 ) -> None:
     secateur.structure(
-        source, output=tmp_path / "whole", calibration=windows, keep_layers=2, ffn=0.5,
-        effort="fast", epochs=1,
+        source, output=tmp_path / "whole", calibration=windows, keep_layers=2, query_heads=1,
+        ffn=0.5, effort="fast", epochs=1,
     )  # fmt: skip
     script = textwrap.dedent(SCRIPT)
     command = [sys.executable, "-c", script, str(source), str(tmp_path / "out"), str(windows)]

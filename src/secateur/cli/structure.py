@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["structure"]
 
-COUNTS = ("keep_layers", "ffn", "heads", "hidden", "experts")
+COUNTS = ("keep_layers", "ffn", "heads", "query_heads", "hidden", "experts")
 """Options that are a number of units, or a fraction of them."""
 
 
@@ -34,6 +34,10 @@ def structure(
     heads: Annotated[
         str | None,
         typer.Option(help="KV groups of each layer, with their query heads, that stay, likewise."),
+    ] = None,
+    query_heads: Annotated[
+        str | None,
+        typer.Option(help="Query heads of each KV group that stay, likewise; the cache stays."),
     ] = None,
     hidden: Annotated[
         str | None, typer.Option(help="Channels of the residual stream that stay, likewise.")

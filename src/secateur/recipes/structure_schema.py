@@ -37,6 +37,9 @@ class StructureRecipe(Strict):
     experts: Kept | None = Field(None, gt=0, description="experts of each layer that stay")
     hidden: Kept | None = Field(None, gt=0, description="channels of the residual stream that stay")
     heads: Kept | None = Field(None, ge=0, description="KV groups with their query heads that stay")
+    query_heads: Kept | None = Field(
+        None, gt=0, description="query heads of each KV group that stay; keys and values stay too"
+    )
     ffn: Kept | None = Field(None, ge=0, description="FFN neurons that stay")
     keep_parameters: float | None = Field(
         None, gt=0, lt=1, description="fraction of the decoder's parameters that stays, heads and "

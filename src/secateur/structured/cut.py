@@ -12,7 +12,19 @@ from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import Architecture, Linear, describe
 from secateur.models.couplings import Couplings
 
-__all__ = ["Cut", "Sizes", "consumers", "couplings_of", "sizes_of", "unit_width"]
+__all__ = [
+    "QUERIES_OF_A_GROUP",
+    "UNITS",
+    "Cut",
+    "Sizes",
+    "consumers",
+    "couplings_of",
+    "sizes_of",
+    "unit_width",
+]
+
+QUERIES_OF_A_GROUP = "num_key_value_groups"
+"""What attention modules of transformers call the number of query heads that share a key."""
 
 Kept = tuple[int, ...]
 """Indices of units that are kept, ascending."""
@@ -43,6 +55,11 @@ class Sizes:
         """How many decoder layers there are."""
         return len(self.groups)
 
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """Query heads of each layer."""
+        return tuple(groups * self.heads_per_group for groups in self.groups)
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -51,6 +68,8 @@ class Cut:
     Attributes:
         layers: decoder layers.
         groups: KV groups with their query heads, by layer; none: the attention sub-block goes.
+        queries: query heads, by layer: as many of each KV group, and in every layer that has
+            attention. Groups stay whole then.
         neurons: FFN neurons, by layer; none: the FFN sub-block goes.
         experts: experts, by layer.
         hidden: channels of the residual stream.
@@ -58,6 +77,7 @@ class Cut:
 
     layers: Kept | None = None
     groups: Mapping[int, Kept] = field(default_factory=dict)
+    queries: Mapping[int, Kept] = field(default_factory=dict)
     neurons: Mapping[int, Kept] = field(default_factory=dict)
     experts: Mapping[int, Kept] = field(default_factory=dict)
     hidden: Kept | None = None
@@ -68,7 +88,7 @@ class Cut:
         for name in ("layers", "hidden"):
             if getattr(self, name) is not None:
                 told[name] = list(getattr(self, name))
-        for name in ("groups", "neurons", "experts"):
+        for name in UNITS:
             if getattr(self, name):
                 told[name] = {str(i): list(kept) for i, kept in getattr(self, name).items()}
         return told
@@ -91,8 +111,8 @@ class Cut:
         except (TypeError, ValueError, AttributeError) as error:
             raise RecipeError(
                 f"this is no description of a cut: {error}",
-                remedy="lists of indices under layers and hidden, and under groups, neurons and "
-                "experts lists of indices by layer",
+                remedy="lists of indices under layers and hidden, and under groups, queries, "
+                "neurons and experts lists of indices by layer",
             ) from None
 
     def check(self, sizes: Sizes) -> None:
@@ -120,11 +140,35 @@ class Cut:
             for layer, kept in getattr(self, name).items():
                 if not 0 <= layer < sizes.layers:
                     yield f"{what} of layer {layer}: there are {sizes.layers} layers"
-                elif name == "experts" or kept:
+                elif name in ("experts", "queries") or kept:
                     yield from faults_of(f"{what} of layer {layer}", kept, counts[layer])
+        yield from self.uneven(sizes)
+
+    def uneven(self, sizes: Sizes) -> Iterator[str]:
+        """What is wrong with query heads that are kept, in words."""
+        if not self.queries:
+            return
+        if self.groups:
+            yield "query heads and whole KV groups cannot be cut at once"
+        there = range(sizes.layers) if self.layers is None else self.layers
+        missing = [i for i in there if sizes.groups[i] and i not in self.queries]
+        if missing:
+            yield f"query heads: layer {missing[0]} keeps all, others do not"
+        per_group = {
+            sum(head // sizes.heads_per_group == group for head in kept)
+            for layer, kept in self.queries.items()
+            for group in range(sizes.groups[layer])
+        }
+        if len(per_group) > 1:
+            yield f"query heads: some KV groups keep {min(per_group)}, some {max(per_group)}"
 
 
-UNITS = {"groups": "KV groups", "neurons": "FFN neurons", "experts": "experts"}
+UNITS = {
+    "groups": "KV groups",
+    "queries": "query heads",
+    "neurons": "FFN neurons",
+    "experts": "experts",
+}
 
 
 def faults_of(what: str, kept: Sequence[int] | None, there: int) -> Iterator[str]:
@@ -165,6 +209,9 @@ def sizes_of(model: Any) -> Sizes:
     per_group = heads // (getattr(config, "num_key_value_heads", None) or heads)
     if couplings is None:
         return Sizes(config.hidden_size, 0, per_group, none, none, none)
+    told = (find(layer, couplings.attention) for layer in layers)
+    named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in told)
+    per_group = next((each for each in named if each), per_group)
     head_dim = next(
         (size for layer in layers if (size := head_size(layer, couplings))),
         getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -199,9 +246,10 @@ def unit_width(sizes: Sizes, kind: str) -> int:
 
     Args:
         sizes: of the model.
-        kind: `groups` or `neurons`.
+        kind: `groups`, `queries` or `neurons`.
     """
-    return sizes.heads_per_group * sizes.head_dim if kind == "groups" else 1
+    widths = {"groups": sizes.heads_per_group * sizes.head_dim, "queries": sizes.head_dim}
+    return widths.get(kind, 1)
 
 
 def couplings_of(architecture: Architecture) -> Couplings:

@@ -19,7 +19,15 @@ from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import Architecture, describe
 from secateur.models.couplings import Couplings
 from secateur.models.skeleton import quiet_transformers, skeleton_of
-from secateur.structured.cut import Cut, Sizes, couplings_of, find, head_size, sizes_of
+from secateur.structured.cut import (
+    QUERIES_OF_A_GROUP,
+    Cut,
+    Sizes,
+    couplings_of,
+    find,
+    head_size,
+    sizes_of,
+)
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, parameters_of
 
 __all__ = ["Design", "design", "kept_count"]
@@ -50,6 +58,14 @@ class Design:
         """Whether it takes code of its own to load the result."""
         return hasattr(self.skeleton.config, "secateur_cut")
 
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that are left to each KV group."""
+        for layer in self.layers:
+            if layer.queries is not None:
+                return len(layer.queries) // self.sizes.groups[layer.index]
+        return self.sizes.heads_per_group
+
 
 def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     """Design the model that is left by a cut.
@@ -65,7 +81,7 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     """
     model = with_fused_experts(model)
     architecture, sizes = describe(model), sizes_of(model)
-    if any((cut.hidden, cut.groups, cut.neurons, cut.experts)):
+    if any((cut.hidden, cut.groups, cut.queries, cut.neurons, cut.experts)):
         couplings_of(architecture)
     cut.check(sizes)
     check_configuration(model, cut, sizes, pad)
@@ -215,7 +231,7 @@ def size_changes(
     """What the configuration says of sizes that all layers have."""
     config, names = model.config, model.config.attribute_map
     channels = made.sizes.hidden if hidden is None else len(hidden)
-    heads = sizes["groups"] * made.sizes.heads_per_group
+    heads = sizes["groups"] * made.heads_per_group
     changes: dict[str, Any] = {
         names.get("hidden_size", "hidden_size"): channels,
         names.get("num_attention_heads", "num_attention_heads"): heads,
@@ -297,10 +313,13 @@ def difference(base: Any, made: Design, hidden: Any) -> dict[str, Any]:
         for gone in gone_of(couplings, layer) + already_gone(made, couplings, layer):
             kinds = {couplings.attention: "attention"} | dict.fromkeys(couplings.ffn, "ffn")
             absent[f"{name}.{gone}"] = kinds.get(gone, "norm")
-        for path, quantities in couplings.attributes.items():
+        for path in {**couplings.attributes, couplings.attention: {}}:
             module = find(base, f"{name}.{path}")
             if module is None or f"{name}.{path}" in absent:
                 continue
+            quantities = {**couplings.attributes.get(path, {})}
+            if hasattr(module, QUERIES_OF_A_GROUP):
+                quantities[QUERIES_OF_A_GROUP] = "heads_per_group"
             own = {a: quantity(made, layer, q, hidden) for a, q in quantities.items()}
             own = {a: v for a, v in own.items() if v != read(base, module, a)}
             if own:
@@ -321,7 +340,7 @@ def already_gone(made: Design, couplings: Couplings, layer: LayerCut) -> tuple[s
     sizes, i = made.sizes, layer.index
     groups = None if sizes.groups[i] else empty
     neurons = None if sizes.neurons[i] or sizes.experts[i] else empty
-    return gone_of(couplings, LayerCut(i, groups, neurons, None))
+    return gone_of(couplings, LayerCut(i, groups, None, neurons, None))
 
 
 def quantity(made: Design, layer: LayerCut, name: str, hidden: Any) -> int:
@@ -331,8 +350,9 @@ def quantity(made: Design, layer: LayerCut, name: str, hidden: Any) -> int:
         return sizes.hidden if hidden is None else len(hidden)
     if name in ("neurons", "experts"):
         return kept_count(made, layer, name)
-    heads = groups * sizes.heads_per_group
-    return {"groups": groups, "heads": heads, "queries": heads * sizes.head_dim}[name]
+    heads = groups * made.heads_per_group
+    found = {"groups": groups, "heads": heads, "queries": heads * sizes.head_dim}
+    return {**found, "heads_per_group": made.heads_per_group}[name]
 
 
 def read(base: Any, module: nn.Module, attribute: str) -> Any:

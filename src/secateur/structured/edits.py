@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Architecture
 from secateur.models.couplings import Axes, Couplings
-from secateur.structured.cut import Cut, Sizes
+from secateur.structured.cut import UNITS, Cut, Sizes
 
 __all__ = ["Edit", "Editor", "LayerCut", "gone_of", "layer_cuts", "parameters_of"]
 
@@ -61,12 +61,14 @@ class LayerCut:
     Attributes:
         index: of the layer in the uncut model.
         groups: KV groups; empty: no attention sub-block.
+        queries: query heads; all groups stay if there are any.
         neurons: FFN neurons; empty: no FFN sub-block.
         experts: experts.
     """
 
     index: int
     groups: Tensor | None
+    queries: Tensor | None
     neurons: Tensor | None
     experts: Tensor | None
 
@@ -82,9 +84,9 @@ def layer_cuts(cut: Cut, sizes: Sizes, padding: str | None = None) -> list[Layer
     """
     indices = range(sizes.layers) if cut.layers is None else cut.layers
     found: dict[str, list[Tensor | None]] = {}
-    for name in ("groups", "neurons", "experts"):
+    for name in UNITS:
         kept = [getattr(cut, name).get(i, tuple(range(getattr(sizes, name)[i]))) for i in indices]
-        if padding is not None and name != "experts":
+        if padding is not None and name in ("groups", "neurons"):
             uncut = [getattr(sizes, name)[i] for i in indices]
             largest = max(1, *(map(len, kept) if padding == "largest" else uncut))
             kept = [
@@ -98,8 +100,8 @@ def layer_cuts(cut: Cut, sizes: Sizes, padding: str | None = None) -> list[Layer
             for i, k in zip(indices, kept, strict=True)
         ]
     return [
-        LayerCut(i, groups, neurons, experts)
-        for i, groups, neurons, experts in zip(indices, *found.values(), strict=True)
+        LayerCut(i, **dict(zip(found, kept, strict=True)))
+        for i, *kept in zip(indices, *found.values(), strict=True)
     ]
 
 
@@ -139,7 +141,7 @@ class Editor:
             for name, axes in self.couplings.outside.items()
         }
         found = {
-            name: self.edit(name, name, outside, LayerCut(-1, None, None, None))
+            name: self.edit(name, name, outside, LayerCut(-1, None, None, None, None))
             for name in there
             if not name.startswith(prefix)
         }
@@ -164,7 +166,8 @@ class Editor:
         parameter = module.get_parameter(leaf)
         axes = declared.get(inner) or declared.get(inner.rpartition(".")[0])
         if axes is None:
-            if any(x is not None for x in (self.stream, layer.groups, layer.neurons)):
+            cut = (self.stream, layer.groups, layer.queries, layer.neurons)
+            if any(x is not None for x in cut):
                 raise ArchitectureError(
                     "which dimensions this parameter has is not declared, so it cannot be cut",
                     where=name,
@@ -242,9 +245,30 @@ def kept_along(axis: str, sizes: Sizes, layer: LayerCut, stream: Tensor | None) 
         )
     widths = unit_widths(sizes)
     if axis in widths:
+        if layer.queries is not None:
+            return along_queries(axis, sizes, layer.queries)
         return None if layer.groups is None else spread(layer.groups, widths[axis])
     by_name = {"hidden": stream, "neurons": layer.neurons, "experts": layer.experts}
     return by_name.get(axis)
+
+
+def along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
+    """Indices kept along an axis that holds heads, where query heads go; None = all.
+
+    Args:
+        axis: its name.
+        sizes: of the uncut model.
+        kept: query heads.
+    """
+    if axis != "triples":
+        return spread(kept, sizes.head_dim) if axis == "queries" else None
+    each, size = sizes.heads_per_group, sizes.head_dim
+    parts = []
+    for group in range(int(kept[-1]) // each + 1):  # its query heads, and its key and value
+        own = kept[kept // each == group] - group * each
+        heads = torch.cat([own, torch.tensor([each, each + 1])])
+        parts.append(spread(heads + group * (each + 2), size))
+    return torch.cat(parts)
 
 
 def unit_widths(sizes: Sizes) -> dict[str, int]:

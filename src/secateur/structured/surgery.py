@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -185,7 +185,9 @@ def write_tensors(
         progress.finish()
 
 
-def cut_from_zeros(pruned: Any, *, trust_remote_code: bool = False) -> Cut:
+def cut_from_zeros(
+    pruned: Any, *, kinds: Sequence[str] = ("groups", "neurons"), trust_remote_code: bool = False
+) -> Cut:
     """What is kept of a pruned model: the units whose columns in their consumer are not all zero.
 
     A sub-block with none left goes. Only where the bias of the consumer is not zero, its first unit
@@ -193,6 +195,7 @@ def cut_from_zeros(pruned: Any, *, trust_remote_code: bool = False) -> Cut:
 
     Args:
         pruned: a `CheckpointReader`, or a loaded model.
+        kinds: of units: `groups` or `queries`, and `neurons`.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
@@ -205,9 +208,9 @@ def cut_from_zeros(pruned: Any, *, trust_remote_code: bool = False) -> Cut:
     architecture, sizes = describe(model), sizes_of(model)
     couplings = couplings_of(architecture)
     stored = {} if reader is None else stored_names(model, reader)
-    found: dict[str, dict[int, tuple[int, ...]]] = {"groups": {}, "neurons": {}}
-    for kind, axis in (("groups", "queries"), ("neurons", "neurons")):
-        name = couplings.consumer(axis)
+    found: dict[str, Any] = {kind: {} for kind in kinds}
+    for kind in kinds:
+        name = couplings.consumer("neurons" if kind == "neurons" else "queries")
         for i, layer in enumerate(architecture.layers(model)):
             count = getattr(sizes, kind)[i]
             if not count or name is None:
@@ -221,7 +224,7 @@ def cut_from_zeros(pruned: Any, *, trust_remote_code: bool = False) -> Cut:
                 kept = (0,)
             if len(kept) < count:
                 found[kind][i] = kept
-    return Cut(groups=found["groups"], neurons=found["neurons"])
+    return Cut(**found)
 
 
 def values_of(

@@ -88,7 +88,8 @@ class Search:
     def alone(self) -> bool:
         """Whether nothing but heads and neurons is cut."""
         aim = self.aim
-        return not aim.drop_layers and aim.keep_experts is None and aim.keep_hidden is None
+        others = aim.keep_experts, aim.keep_hidden, aim.keep_queries
+        return not aim.drop_layers and others == (None, None, None)
 
     def timed(
         self, fractions: Sequence[float], known: Collection[Size] = ()

@@ -8,18 +8,19 @@ run. What made those columns is then read by nobody, and is cut away with them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from secateur.engine.meter import Meter
 from secateur.engine.progress import Progress
+from secateur.engine.targets import Target
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure_schema import StructureRecipe
-from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
@@ -28,10 +29,25 @@ from secateur.workflows.preparing import prepare
 from secateur.workflows.pruning import run_prepared
 from secateur.workflows.structure_plan import Aim
 
-__all__ = ["narrow", "uniform_cut"]
+__all__ = ["narrow", "thin_groups", "uniform_cut"]
 
 LEVEL = 0.05
 """The fraction of a layer's neurons that a level of a searched allocation is worth, about."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run over the linears that read units is to do.
+
+    Attributes:
+        starts: the fraction of units that goes before any allocation, by glob of linears.
+        patterns: by glob of linears.
+        costs: of a unit in the budget of an allocation, by linear.
+    """
+
+    starts: Mapping[str, float]
+    patterns: Mapping[str, Pattern]
+    costs: Mapping[str, int] = field(default_factory=dict)
 
 
 def narrow(
@@ -55,6 +71,81 @@ def narrow(
     Returns:
         What is kept, how it was chosen, and `output`.
     """
+
+    def asked(target: Target) -> Asked:
+        model = target.model
+        sizes, readers = sizes_of(model), consumers(model)
+        starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
+        return Asked(
+            {glob: share for glob, share in starts.items() if share > 0 or aim.joint is not None},
+            {
+                f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
+                for kind, name in readers.items()
+            },
+            costs_of(target.architecture.layer_name, readers, sizes, model, recipe),
+        )
+
+    prune_units(recipe, folder, output, windows, progress, asked)
+    trust = recipe.trust_remote_code
+    cut = cut_from_zeros(CheckpointReader(output), trust_remote_code=trust)
+    allocation = recipe.allocation or "uniform"
+    if allocation == "uniform":
+        sizes = sizes_of(build_skeleton(output, trust_remote_code=trust))
+        cut = Cut(
+            groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
+        )
+    told = {"score": score_of(recipe), "solver": recipe.solver, "allocation": allocation}
+    return cut, told, output
+
+
+def thin_groups(
+    recipe: StructureRecipe,
+    heads: int,
+    folder: Path,
+    output: Path,
+    windows: Path,
+    progress: Progress,
+) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose query heads, as many in every KV group, and refit what reads them.
+
+    Args:
+        recipe: how.
+        heads: that stay in each group.
+        folder: the model.
+        output: takes the same model with columns of zeros.
+        windows: calibration tokens, saved.
+        progress: told of every step.
+
+    Returns:
+        What is kept, how it was chosen, and `output`.
+    """
+
+    def asked(target: Target) -> Asked:
+        sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
+        each = sizes.heads_per_group
+        pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
+        return Asked({f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
+
+    uniform = recipe.model_copy(update={"allocation": "uniform"})
+    prune_units(uniform, folder, output, windows, progress, asked)
+    trust = recipe.trust_remote_code
+    cut = cut_from_zeros(CheckpointReader(output), kinds=("queries",), trust_remote_code=trust)
+    sizes = sizes_of(build_skeleton(output, trust_remote_code=trust))
+    kept = {i: evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
+    return Cut(queries=kept), {"score": score_of(recipe), "solver": recipe.solver}, output
+
+
+def prune_units(
+    recipe: StructureRecipe,
+    folder: Path,
+    output: Path,
+    windows: Path,
+    progress: Progress,
+    asked: Callable[[Target], Asked],
+) -> None:
+    """A pruning run whose linears lose whole columns, unless an earlier run has made `output`."""
+    if output.exists():
+        return
     values = {
         "model": str(folder),
         "output": str(output),
@@ -70,34 +161,18 @@ def narrow(
         "device": recipe.device,
         "trust_remote_code": recipe.trust_remote_code,
     }
-    resumes = (output.with_name(output.name + ".partial") / "secateur" / "layers.jsonl").exists()
-    if not output.exists():
-        prepared = prepare(build_recipe(values), output.with_name(output.name + ".partial"))
-        model = prepared.target.model
-        sizes, readers = sizes_of(model), consumers(model)
-        patterns = {
-            f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
-            for kind, name in readers.items()
-        }
-        starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
-        wanted = [glob for glob, share in starts.items() if share > 0 or aim.joint is not None]
-        prepared = replace(
-            prepared,
-            selection=replace(prepared.selection, include=tuple(wanted), starts=starts),
-            patterns=patterns,
-            costs=costs_of(prepared.target.architecture.layer_name, readers, sizes, model, recipe),
-        )
-        run_prepared(prepared, progress, Meter.start(), resume=resumes)
-    trust = recipe.trust_remote_code
-    cut = cut_from_zeros(CheckpointReader(output), trust_remote_code=trust)
-    allocation = recipe.allocation or "uniform"
-    if allocation == "uniform":
-        sizes = sizes_of(build_skeleton(output, trust_remote_code=trust))
-        cut = Cut(
-            groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
-        )
-    told = {"score": score_of(recipe), "solver": recipe.solver, "allocation": allocation}
-    return cut, told, output
+    partial = output.with_name(output.name + ".partial")
+    resumes = (partial / "secateur" / "layers.jsonl").exists()
+    prepared = prepare(build_recipe(values), partial)
+    found = asked(prepared.target)
+    include = tuple(found.starts)
+    prepared = replace(
+        prepared,
+        selection=replace(prepared.selection, include=include, starts=found.starts),
+        patterns=found.patterns,
+        costs=found.costs,
+    )
+    run_prepared(prepared, progress, Meter.start(), resume=resumes)
 
 
 def evened(
@@ -114,6 +189,16 @@ def evened(
         spare = [i for i in range(there[layer]) if i not in units]
         found[layer] = tuple(sorted([*units, *spare[: most - len(units)]]))
     return found
+
+
+def evened_groups(heads: int, sizes: Sizes, layer: int, kept: tuple[int, ...]) -> tuple[int, ...]:
+    """So many query heads in each KV group of a layer; see `evened`."""
+    each, found = sizes.heads_per_group, []
+    for start in range(0, sizes.queries[layer], each):
+        own = [head for head in kept if start <= head < start + each]
+        spare = [head for head in range(start, start + each) if head not in own]
+        found += sorted([*own, *spare[: heads - len(own)]])
+    return tuple(found)
 
 
 def score_of(recipe: StructureRecipe) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.errors import RecipeError
@@ -27,6 +27,7 @@ class Aim:
         drop_layers: decoder layers, or two sub-blocks for each, that go.
         keep_experts: experts of each layer that stay; None keeps all.
         keep_hidden: channels of the residual stream that stay; None keeps all.
+        keep_queries: query heads of each KV group that stay; None keeps all.
         heads: fraction of KV groups that goes.
         neurons: fraction of FFN neurons that goes.
         joint: fraction of the parameters of both together that goes; None where they are told
@@ -37,6 +38,7 @@ class Aim:
     drop_layers: int = 0
     keep_experts: int | None = None
     keep_hidden: int | None = None
+    keep_queries: int | None = None
     heads: float = 0.0
     neurons: float = 0.0
     joint: float | None = None
@@ -45,6 +47,12 @@ class Aim:
     def narrows(self) -> bool:
         """Whether heads or neurons are cut."""
         return bool(self.heads or self.neurons or self.joint)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether anything is."""
+        kept = self.keep_experts, self.keep_hidden, self.keep_queries
+        return bool(self.drop_layers or self.narrows or kept != (None, None, None))
 
 
 def count(kept: Kept, total: int, what: str) -> int:
@@ -72,6 +80,12 @@ def count(kept: Kept, total: int, what: str) -> int:
     return int(number)
 
 
+def fewer(kept: Kept, total: int, what: str) -> int | None:
+    """How many units stay; None where all do. The arguments and errors are those of `count`."""
+    number = count(kept, total, what)
+    return number if number < total else None
+
+
 def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
     """What a recipe asks of a model; a target in time is found later (`latency_target.py`).
 
@@ -91,11 +105,12 @@ def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
         drop = layers - count(recipe.keep_layers, layers, "decoder layers")
     hidden = experts = None
     if recipe.hidden is not None:
-        hidden = count(recipe.hidden, sizes.hidden, "channels of the residual stream")
+        hidden = fewer(recipe.hidden, sizes.hidden, "channels of the residual stream")
     if recipe.experts is not None:
         if not any(sizes.experts):
             raise RecipeError("the model has no experts", remedy="leave --experts out")
-        experts = count(recipe.experts, max(sizes.experts), "experts of a layer")
+        experts = fewer(recipe.experts, max(sizes.experts), "experts of a layer")
+    queries = queries_of(recipe, sizes)
     heads = neurons = 0.0
     if recipe.kv_cache is not None:  # layers that go take their part of the cache with them
         heads = max(0.0, 1 - recipe.kv_cache * layers / (layers - drop))
@@ -110,9 +125,16 @@ def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
         )
     if any(getattr(recipe, name) is not None for name in TARGETS):
         check_narrowable(model, sizes)
-    aim = Aim(sizes, drop, experts, hidden, heads, neurons)
+    aim = Aim(sizes, drop, experts, hidden, queries, heads, neurons)
     target = decoder_target(recipe, model)
-    return aim if target is None else with_target(aim, target, model)
+    if target is not None:
+        aim = with_target(aim, target, model)
+    if not aim.cuts and recipe.decode_latency is None:
+        raise RecipeError(
+            "nothing is to be cut: the model has no more than what is to stay",
+            remedy="say a smaller number, or a fraction below 1 such as 0.75",
+        )
+    return aim
 
 
 def check_together(recipe: StructureRecipe) -> None:
@@ -123,7 +145,8 @@ def check_together(recipe: StructureRecipe) -> None:
     """
     targets = [n for n in TARGETS if getattr(recipe, n) is not None]
     widths = [n for n in ("heads", "ffn", "kv_cache") if getattr(recipe, n) is not None]
-    others = [n for n in ("keep_layers", "experts", "hidden") if getattr(recipe, n) is not None]
+    steps = ("keep_layers", "experts", "hidden", "query_heads")
+    others = [n for n in steps if getattr(recipe, n) is not None]
     if not targets + widths + others:
         raise RecipeError(
             "nothing is to be cut",
@@ -139,6 +162,23 @@ def check_together(recipe: StructureRecipe) -> None:
         )
     if recipe.heads is not None and recipe.kv_cache is not None:
         raise RecipeError("heads and kv_cache say the same thing", remedy="give one of them")
+
+
+def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
+    """How many query heads of each KV group stay; None for all.
+
+    Raises:
+        RecipeError: a group has one query head, or there is no such number of them.
+    """
+    if recipe.query_heads is None:
+        return None
+    each = sizes.heads_per_group
+    if each == 1 or not any(sizes.groups):
+        raise RecipeError(
+            "every query head of the model has a key and a value of its own",
+            remedy="cut them together, with --heads",
+        )
+    return fewer(recipe.query_heads, each, "query heads of a KV group")
 
 
 def check_narrowable(model: Any, sizes: Sizes) -> None:
@@ -208,11 +248,11 @@ def with_target(aim: Aim, target: float, model: Any) -> Aim:
             f"neurons {rest.decoder / whole:.1%} would, and these hold {width / whole:.1%}",
             remedy="leave the target out, or choose another one",
         )
-    return Aim(aim.sizes, aim.drop_layers, aim.keep_experts, aim.keep_hidden, joint=joint)
+    return replace(aim, joint=joint)
 
 
 def representative(aim: Aim) -> Cut:
-    """A cut with the same numbers of layers, experts and channels: the first ones stay."""
+    """A cut with the same numbers of layers, experts, channels and query heads: the first stay."""
     layers = range(aim.sizes.layers - aim.drop_layers)
     experts = {}
     if aim.keep_experts is not None:
@@ -222,4 +262,12 @@ def representative(aim: Aim) -> Cut:
             if n and i in layers
         }
     hidden = None if aim.keep_hidden is None else tuple(range(aim.keep_hidden))
-    return Cut(layers=tuple(layers), experts=experts, hidden=hidden)
+    queries = {}
+    if aim.keep_queries is not None:
+        each = aim.sizes.heads_per_group
+        queries = {
+            i: tuple(head for head in range(n) if head % each < aim.keep_queries)
+            for i, n in enumerate(aim.sizes.queries)
+            if n and i in layers
+        }
+    return Cut(layers=tuple(layers), queries=queries, experts=experts, hidden=hidden)

@@ -1,6 +1,6 @@
 """The steps of a structured cut, each from one model folder to a smaller one.
 
-    depth ─► experts ─► hidden ─► heads and neurons
+    depth ─► experts ─► hidden ─► query heads ─► heads and neurons
 
 Each step makes its folder whole or not at all, so a killed run goes on behind the last one.
 """
@@ -32,7 +32,7 @@ from secateur.recipes.structure_schema import StructureRecipe
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
-from secateur.workflows.narrowing import narrow
+from secateur.workflows.narrowing import narrow, thin_groups
 from secateur.workflows.structure_plan import Aim
 
 __all__ = ["Bench", "Step", "steps_of"]
@@ -60,6 +60,11 @@ class Bench:
     work: Path
     progress: Progress
 
+    @property
+    def calibration(self) -> Path:
+        """The file of the windows."""
+        return self.work.parent / "secateur" / "windows.safetensors"
+
     def target(self, folder: Path) -> CheckpointTarget:
         """A model folder, to be looked at."""
         trust = self.recipe.trust_remote_code
@@ -79,7 +84,7 @@ class Step:
     """One step: how it chooses, from a model folder.
 
     Attributes:
-        name: depth, experts, hidden or width.
+        name: depth, experts, hidden, queries or width.
         choose: from the folder of the model, what is kept of it, how it was chosen, and the
             folder that the kept weights are taken from (the model's own if they are as they were).
     """
@@ -120,6 +125,8 @@ def steps_of(aim: Aim) -> list[Step]:
         found.append(Step("experts", choose_experts))
     if aim.keep_hidden is not None:
         found.append(Step("hidden", choose_hidden))
+    if aim.keep_queries is not None:
+        found.append(Step("queries", choose_queries))
     if aim.narrows:
         found.append(Step("width", choose_width))
     return found
@@ -186,6 +193,19 @@ def choose_hidden(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path
     return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
 
 
+def choose_queries(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which query heads of each KV group stay; what reads them is refitted."""
+    assert bench.aim.keep_queries is not None
+    return thin_groups(
+        bench.recipe,
+        bench.aim.keep_queries,
+        folder,
+        bench.work / "thinned",
+        bench.calibration,
+        bench.progress,
+    )
+
+
 def choose_width(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Which heads and neurons stay; what reads them is refitted, in a folder of its own."""
     return narrow(
@@ -193,6 +213,6 @@ def choose_width(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]
         bench.aim,
         folder,
         bench.work / "narrowed",
-        bench.work.parent / "secateur" / "windows.safetensors",
+        bench.calibration,
         bench.progress,
     )

@@ -24,36 +24,44 @@ class WholeColumns:
     In the linear that reads the neurons of a feed-forward block a group of 1 is a neuron; in the
     one that reads attention's outputs a group as wide as a KV group's query heads is that group.
     The number of groups pruned is the multiple of `multiple` nearest to what is asked. All of them
-    may go: then the linear adds nothing.
+    may go: then the linear adds nothing. With `among`, groups compete only within as many
+    consecutive ones, and as many go in each: query heads, of which every KV group keeps the same
+    number, are groups as wide as a head among those of a KV group.
 
     Args:
         width: consecutive columns that go together.
         multiple: groups are pruned, and so kept, in multiples of this number.
+        among: consecutive groups that compete; 0 for all.
 
     Raises:
-        PatternError: a number is below 1.
+        PatternError: a number is too small, or `multiple` and `among` are both given.
     """
 
     width: int
     multiple: int = 1
+    among: int = 0
 
     sparsity = None
     scope = "layer"
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.multiple < 1:
+        if self.width < 1 or self.multiple < 1 or self.among < 0:
             raise PatternError(
                 f"{self.name} prunes no columns", remedy="give numbers of 1 or more, such as '*x64'"
+            )
+        if self.multiple > 1 and self.among:
+            raise PatternError(
+                f"{self.name} has a multiple and groups that compete", remedy="give one of them"
             )
 
     @classmethod
     def parse(cls, text: str, scope: str | None) -> WholeColumns | None:
-        """Read `*xWIDTH` or `*xWIDTH/MULTIPLE`, for example `*x64`; None for any other text.
+        """Read `*xWIDTH`, `*xWIDTH/MULTIPLE` or `*xWIDTH@AMONG`; None for any other text.
 
         Raises:
             PatternError: a number is 0, or another scope than `layer` is asked for.
         """
-        written = re.fullmatch(r"\*x(\d+)(?:/(\d+))?", text)
+        written = re.fullmatch(r"\*x(\d+)(?:/(\d+)|@([1-9]\d*))?", text)
         if written is None:
             return None
         if scope not in (None, "layer"):
@@ -61,17 +69,18 @@ class WholeColumns:
                 f"whole columns have no scope {scope!r}",
                 remedy="leave the scope out; an allocation compares linears",
             )
-        return cls(int(written[1]), int(written[2] or 1))
+        return cls(int(written[1]), int(written[2] or 1), int(written[3] or 0))
 
     @property
     def name(self) -> str:
         """As written in a recipe."""
-        return f"*x{self.width}" + (f"/{self.multiple}" if self.multiple > 1 else "")
+        competing = f"@{self.among}" if self.among else ""
+        return f"*x{self.width}" + (f"/{self.multiple}" if self.multiple > 1 else competing)
 
     @property
     def columns_together(self) -> int:
-        """The width of as many groups as are pruned together."""
-        return self.width * self.multiple
+        """The width of as many groups as depend on each other."""
+        return self.width * (self.among or self.multiple)
 
     def check(self, shape: tuple[int, int], sparsity: float) -> None:
         """Raise PatternError for a sparsity outside [0, 1], ShapeError if groups do not tile."""
@@ -79,8 +88,9 @@ class WholeColumns:
             raise PatternError(
                 f"sparsity is {sparsity}", remedy="give the fraction of columns to prune, 0 to 1"
             )
-        if shape[1] % (self.width * self.multiple):
-            together = f" in multiples of {self.multiple}" if self.multiple > 1 else ""
+        if shape[1] % self.columns_together:
+            tiles = self.columns_together // self.width
+            together = f" in multiples of {tiles}" if tiles > 1 else ""
             raise ShapeError(
                 f"groups of {self.width} columns{together} do not tile this matrix of {shape[1]} "
                 "inputs",
@@ -89,7 +99,10 @@ class WholeColumns:
 
     def groups_pruned(self, inputs: int, sparsity: float) -> int:
         """How many groups of a matrix with so many inputs are pruned."""
-        return pruned_count(inputs // (self.width * self.multiple), sparsity) * self.multiple
+        groups = inputs // self.width
+        if self.among:
+            return pruned_count(self.among, sparsity) * (groups // self.among)
+        return pruned_count(groups // self.multiple, sparsity) * self.multiple
 
     def pruned(self, shape: tuple[int, int], sparsity: float) -> int:
         """The number of zeros in a matrix [out, in]."""
@@ -97,7 +110,8 @@ class WholeColumns:
 
     def step(self, shape: tuple[int, int]) -> int:
         """The weights of as many groups as are pruned together."""
-        return shape[0] * self.width * self.multiple
+        together = shape[1] // self.columns_together if self.among else self.multiple
+        return shape[0] * self.width * together
 
     def units(self, score: Score) -> Float32[Tensor, "one groups"]:
         """|Σ of the scores of each group|, float32 [1, in / width]; few scores have signs."""
@@ -115,5 +129,10 @@ class WholeColumns:
         self.check((rows, columns), sparsity)
         groups = self.units(score)
         check_score(groups)
-        kept = keep_largest(groups, self.groups_pruned(columns, sparsity))
+        pruned = self.groups_pruned(columns, sparsity)
+        if self.among:
+            parts = groups.view(-1, self.among)
+            kept = keep_largest(parts, pruned // len(parts)).view(1, -1)
+        else:
+            kept = keep_largest(groups, pruned)
         return kept.repeat_interleave(self.width, 1).expand(rows, -1).contiguous()

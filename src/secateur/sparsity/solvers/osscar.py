@@ -44,7 +44,8 @@ class OSSCAR:
 
     The unit with the least cost goes (of equal ones that with the lower index), W and H⁻¹ are
     brought up to date, and the next is sought among those left. Units of one column (neurons) go
-    `batch` at a time: fewer updates, and within a batch the costs are those before it. At the end
+    `batch` at a time: fewer updates, and within a batch the costs are those before it. Where units
+    compete among a few, those of which enough have gone keep the rest. At the end
     the kept columns are the exact minimisers for the units found, as the solver `least-squares`
     gives them. A mask that is given is held, and only refitted.
 
@@ -128,8 +129,14 @@ class OSSCAR:
             inverse = factor.t() @ factor
             now = weight.detach().float().masked_fill(dead, 0.0)
             together = self.batch if pattern.width == 1 else 1
+            allowed = pattern.groups_pruned(pattern.columns_together, sparsity)
+            together = 1 if pattern.among else together
             while left:
-                costs = _costs(now, inverse, pattern.width).masked_fill(~alive, torch.inf)
+                stays = ~alive
+                if pattern.among:
+                    full = stays.view(-1, pattern.among).sum(1) == allowed
+                    stays = stays | full.repeat_interleave(pattern.among)
+                costs = _costs(now, inverse, pattern.width).masked_fill(stays, torch.inf)
                 gone = costs.argsort(stable=True)[: min(together, left)]
                 alive[gone] = False
                 left -= len(gone)
