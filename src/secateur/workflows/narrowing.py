@@ -29,7 +29,7 @@ from secateur.workflows.preparing import prepare
 from secateur.workflows.pruning import run_prepared
 from secateur.workflows.structure_plan import Aim
 
-__all__ = ["narrow", "thin_groups", "uniform_cut"]
+__all__ = ["Narrowing", "uniform_cut"]
 
 LEVEL = 0.05
 """The fraction of a layer's neurons that a level of a searched allocation is worth, about."""
@@ -50,129 +50,106 @@ class Asked:
     costs: Mapping[str, int] = field(default_factory=dict)
 
 
-def narrow(
-    recipe: StructureRecipe,
-    aim: Aim,
-    folder: Path,
-    output: Path,
-    windows: Path,
-    progress: Progress,
-) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose heads and neurons and refit what reads them.
+@dataclass(frozen=True)
+class Narrowing:
+    """Units are chosen, and what reads them is refitted, by a pruning run.
 
-    Args:
+    Attributes:
         recipe: how.
-        aim: how much.
         folder: the model.
         output: takes the same model with columns of zeros.
         windows: calibration tokens, saved.
         progress: told of every step.
-
-    Returns:
-        What is kept, how it was chosen, and `output`.
     """
 
-    def asked(target: Target) -> Asked:
-        model = target.model
-        sizes, readers = sizes_of(model), consumers(model)
-        starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
-        return Asked(
-            {glob: share for glob, share in starts.items() if share > 0 or aim.joint is not None},
-            {
-                f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
-                for kind, name in readers.items()
-            },
-            costs_of(target.architecture.layer_name, readers, sizes, model, recipe),
-        )
+    recipe: StructureRecipe
+    folder: Path
+    output: Path
+    windows: Path
+    progress: Progress
 
-    prune_units(recipe, folder, output, windows, progress, asked)
-    trust = recipe.trust_remote_code
-    cut = cut_from_zeros(CheckpointReader(output), trust_remote_code=trust)
-    allocation = recipe.allocation or "uniform"
-    if allocation == "uniform":
-        sizes = sizes_of(build_skeleton(output, trust_remote_code=trust))
-        cut = Cut(
-            groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
-        )
-    told = {"score": score_of(recipe), "solver": recipe.solver, "allocation": allocation}
-    return cut, told, output
+    def narrow(self, aim: Aim) -> tuple[Cut, dict[str, Any], Path]:
+        """Heads and neurons: what is kept, how it was chosen, and `output`."""
+        recipe, allocation = self.recipe, self.recipe.allocation or "uniform"
+        sizes = self.prune(lambda target: width_asked(recipe, aim, target), allocation)
+        cut = self.cut()
+        if allocation == "uniform":
+            cut = Cut(
+                groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
+            )
+        return cut, self.told() | {"allocation": allocation}, self.output
+
+    def thin_groups(self, heads: int) -> tuple[Cut, dict[str, Any], Path]:
+        """So many query heads in every KV group: what is kept, how it was chosen, and `output`."""
+        sizes = self.prune(lambda target: queries_asked(heads, target), "uniform")
+        cut = self.cut(kinds=("queries",))
+        kept = {i: evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
+        return Cut(queries=kept), self.told(), self.output
+
+    def prune(self, asked: Callable[[Target], Asked], allocation: str) -> Sizes:
+        """The run, unless an earlier one has made `output`; the sizes of the model."""
+        recipe, output = self.recipe, self.output
+        values = {
+            "model": str(self.folder),
+            "output": str(output),
+            "score": score_of(recipe),
+            "solver": recipe.solver,
+            "parameters": recipe.parameters,
+            "sparsity": 0.0,
+            "allocation": allocation,
+            "asymmetric": recipe.asymmetric,
+            "fast_matmuls": recipe.fast_matmuls,
+            "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
+            "memory": recipe.memory.model_dump(),
+            "device": recipe.device,
+            "trust_remote_code": recipe.trust_remote_code,
+        }
+        if not output.exists():
+            partial = output.with_name(output.name + ".partial")
+            resumes = (partial / "secateur" / "layers.jsonl").exists()
+            prepared = prepare(build_recipe(values), partial)
+            found = asked(prepared.target)
+            include = tuple(found.starts)
+            prepared = replace(
+                prepared,
+                selection=replace(prepared.selection, include=include, starts=found.starts),
+                patterns=found.patterns,
+                costs=found.costs,
+            )
+            run_prepared(prepared, self.progress, Meter.start(), resume=resumes)
+        return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
+
+    def cut(self, **kinds: Any) -> Cut:
+        """What is kept of the pruned model."""
+        trust = self.recipe.trust_remote_code
+        return cut_from_zeros(CheckpointReader(self.output), trust_remote_code=trust, **kinds)
+
+    def told(self) -> dict[str, Any]:
+        """How it was chosen."""
+        return {"score": score_of(self.recipe), "solver": self.recipe.solver}
 
 
-def thin_groups(
-    recipe: StructureRecipe,
-    heads: int,
-    folder: Path,
-    output: Path,
-    windows: Path,
-    progress: Progress,
-) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose query heads, as many in every KV group, and refit what reads them.
-
-    Args:
-        recipe: how.
-        heads: that stay in each group.
-        folder: the model.
-        output: takes the same model with columns of zeros.
-        windows: calibration tokens, saved.
-        progress: told of every step.
-
-    Returns:
-        What is kept, how it was chosen, and `output`.
-    """
-
-    def asked(target: Target) -> Asked:
-        sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
-        each = sizes.heads_per_group
-        pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
-        return Asked({f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
-
-    uniform = recipe.model_copy(update={"allocation": "uniform"})
-    prune_units(uniform, folder, output, windows, progress, asked)
-    trust = recipe.trust_remote_code
-    cut = cut_from_zeros(CheckpointReader(output), kinds=("queries",), trust_remote_code=trust)
-    sizes = sizes_of(build_skeleton(output, trust_remote_code=trust))
-    kept = {i: evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
-    return Cut(queries=kept), {"score": score_of(recipe), "solver": recipe.solver}, output
-
-
-def prune_units(
-    recipe: StructureRecipe,
-    folder: Path,
-    output: Path,
-    windows: Path,
-    progress: Progress,
-    asked: Callable[[Target], Asked],
-) -> None:
-    """A pruning run whose linears lose whole columns, unless an earlier run has made `output`."""
-    if output.exists():
-        return
-    values = {
-        "model": str(folder),
-        "output": str(output),
-        "score": score_of(recipe),
-        "solver": recipe.solver,
-        "parameters": recipe.parameters,
-        "sparsity": 0.0,
-        "allocation": recipe.allocation or "uniform",
-        "asymmetric": recipe.asymmetric,
-        "fast_matmuls": recipe.fast_matmuls,
-        "calibration": {"source": str(windows), "seed": recipe.calibration.seed},
-        "memory": recipe.memory.model_dump(),
-        "device": recipe.device,
-        "trust_remote_code": recipe.trust_remote_code,
-    }
-    partial = output.with_name(output.name + ".partial")
-    resumes = (partial / "secateur" / "layers.jsonl").exists()
-    prepared = prepare(build_recipe(values), partial)
-    found = asked(prepared.target)
-    include = tuple(found.starts)
-    prepared = replace(
-        prepared,
-        selection=replace(prepared.selection, include=include, starts=found.starts),
-        patterns=found.patterns,
-        costs=found.costs,
+def width_asked(recipe: StructureRecipe, aim: Aim, target: Target) -> Asked:
+    """What a run is to do to the readers of heads and neurons."""
+    model = target.model
+    sizes, readers = sizes_of(model), consumers(model)
+    starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
+    return Asked(
+        {glob: share for glob, share in starts.items() if share > 0 or aim.joint is not None},
+        {
+            f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
+            for kind, name in readers.items()
+        },
+        costs_of(target.architecture.layer_name, readers, sizes, model, recipe),
     )
-    run_prepared(prepared, progress, Meter.start(), resume=resumes)
+
+
+def queries_asked(heads: int, target: Target) -> Asked:
+    """What a run is to do to the readers of query heads, so that so many of a group stay."""
+    sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
+    each = sizes.heads_per_group
+    pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
+    return Asked({f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
 
 
 def evened(

@@ -32,7 +32,7 @@ from secateur.recipes.structure_schema import StructureRecipe
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
-from secateur.workflows.narrowing import narrow, thin_groups
+from secateur.workflows.narrowing import Narrowing
 from secateur.workflows.structure_plan import Aim
 
 __all__ = ["Bench", "Step", "steps_of"]
@@ -60,17 +60,17 @@ class Bench:
     work: Path
     progress: Progress
 
-    @property
-    def calibration(self) -> Path:
-        """The file of the windows."""
-        return self.work.parent / "secateur" / "windows.safetensors"
-
     def target(self, folder: Path) -> CheckpointTarget:
         """A model folder, to be looked at."""
         trust = self.recipe.trust_remote_code
         return CheckpointTarget(
             CheckpointReader(folder), None, self.device, trust_remote_code=trust
         )
+
+    def narrowing(self, folder: Path, name: str) -> Narrowing:
+        """A run that chooses units of a model folder, in a folder of this name."""
+        windows = self.work.parent / "secateur" / "windows.safetensors"
+        return Narrowing(self.recipe, folder, self.work / name, windows, self.progress)
 
     def scratch(self, name: str) -> Path:
         """A folder for what a step notes on its way."""
@@ -194,25 +194,11 @@ def choose_hidden(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path
 
 
 def choose_queries(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Which query heads of each KV group stay; what reads them is refitted."""
+    """Which query heads of each KV group stay; what reads them is refitted, in its own folder."""
     assert bench.aim.keep_queries is not None
-    return thin_groups(
-        bench.recipe,
-        bench.aim.keep_queries,
-        folder,
-        bench.work / "thinned",
-        bench.calibration,
-        bench.progress,
-    )
+    return bench.narrowing(folder, "thinned").thin_groups(bench.aim.keep_queries)
 
 
 def choose_width(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Which heads and neurons stay; what reads them is refitted, in a folder of its own."""
-    return narrow(
-        bench.recipe,
-        bench.aim,
-        folder,
-        bench.work / "narrowed",
-        bench.calibration,
-        bench.progress,
-    )
+    return bench.narrowing(folder, "narrowed").narrow(bench.aim)
