@@ -64,6 +64,17 @@ def test_a_checkpoint_is_pruned_as_a_loaded_model_is(
     assert report.output == tmp_path / "out"
 
 
+def test_a_file_of_windows_needs_no_tokenizer_in_place_either(windows: Path) -> None:
+    one, other = tiny_model("llama"), tiny_model("llama")
+    options = {"method": "wanda", "sparsity": 0.5}
+    secateur.prune(one, calibration=windows, **options)
+    secateur.prune(other, calibration=tiny_windows(), **options)
+    for name, module in matrices(one).items():
+        assert torch.equal(matrices(other)[name].weight, module.weight), name
+    with pytest.raises(RecipeError, match="without a tokenizer"):
+        secateur.prune(other, calibration="boolq-calibration", **options)
+
+
 def test_disk_and_memory_give_the_same_weights(source: Path, windows: Path, tmp_path: Path) -> None:
     digests = set()
     for place in ("memory", "disk"):

@@ -195,7 +195,8 @@ def load_calibration(
             raise RecipeError(
                 "a text cannot be calibrated on without a tokenizer",
                 where=source,
-                remedy="give the tokenizer, or a .safetensors file of windows",
+                remedy="give the tokenizer, or token windows [samples, sequence_length] or a "
+                ".safetensors file of them",
             )
         documents = read_documents(source, field=field, split=split, config=config)
         windows = make_windows(documents, tokenizer, plan)

@@ -21,7 +21,6 @@ from secateur.engine.selection import Selection
 from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.survey import allocate
 from secateur.engine.targets import ModelTarget
-from secateur.errors import RecipeError
 from secateur.models.experts import opened_experts
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.reading import build_recipe, nested
@@ -118,11 +117,6 @@ def module_windows(
     """Calibration windows for a loaded model."""
     if isinstance(calibration, Tensor):
         return calibration.to("cpu", torch.int64)
-    if tokenizer is None:
-        raise RecipeError(
-            "calibration text needs a tokenizer",
-            remedy="pass tokenizer=..., or token windows [samples, sequence_length]",
-        )
     windows, _ = load_calibration(
         str(calibration),
         tokenizer,

@@ -99,7 +99,8 @@ def parse_pattern(text: str, scope: str | None = None) -> Pattern:
     raise PatternError(
         f"no pattern is written {text!r}",
         remedy="use 'unstructured', N:M (for example '2:4', N kept of M), "
-        "or a block of rows x columns (for example '16x1', '32x32')",
+        "a block of rows x columns (for example '16x1', '32x32'), or whole columns (for example "
+        "'*x64', or '*x64@3' for as many of each three)",
     )
 
 

@@ -90,7 +90,7 @@ class WholeColumns:
             )
         if shape[1] % self.columns_together:
             tiles = self.columns_together // self.width
-            together = f" in multiples of {tiles}" if tiles > 1 else ""
+            together = f", {tiles} together," if tiles > 1 else ""
             raise ShapeError(
                 f"groups of {self.width} columns{together} do not tile this matrix of {shape[1]} "
                 "inputs",
