@@ -42,6 +42,16 @@ def width(**more: Any) -> Callable[[float], Options]:
     return lambda level: {"keep_parameters": round(1 - level, 6), **more}
 
 
+FFN, WHOLE = 0.75, {"whole_first": 3, "whole_last": 1}
+"""The neurons' share of a decoder layer, and the layers that LLM-Pruner keeps whole."""
+
+
+def middle(**more: Any) -> Callable[[float], Options]:
+    """Neurons of all layers but the first three and the last."""
+    share = LAYERS / (LAYERS - sum(WHOLE.values())) / FFN
+    return lambda level: {"ffn": round(1 - level * share, 6), **WHOLE, **more}
+
+
 def mixed(**more: Any) -> Callable[[float], Options]:
     """A third of the level by depth, the rest by width."""
     return lambda level: {
@@ -66,6 +76,7 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "width, balanced": width(effort="balanced"),
     "width, balanced, global": width(effort="balanced", allocation="global"),
     "width, best": width(effort="best"),
+    "middle, best": middle(effort="best"),
     "mixed, best": mixed(effort="best", by="influence"),
 }
 

@@ -176,6 +176,40 @@ def test_a_fraction_of_the_parameters(
     assert told["after"]["decoder"] == decoder_parameters(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("options", "groups", "neurons"),
+    [
+        ({"ffn": 0.5, "whole_first": 1}, (2, 2, 2), (48, 24, 24)),
+        ({"heads": 1, "ffn": 0.75, "whole_last": 1}, (1, 1, 2), (36, 36, 48)),
+        ({"kv_cache": 0.67, "whole_first": 1}, (2, 1, 1), (48, 48, 48)),
+        ({"keep_layers": 2, "ffn": 0.5, "whole_last": 1, "by": "influence"}, (2, 2), (24, 48)),
+    ],
+)
+def test_layers_at_the_ends_stay_whole(
+    options: dict[str, Any], groups: tuple[int, ...], neurons: tuple[int, ...],
+    source: Path, tmp_path: Path, windows: Path,
+) -> None:  # fmt: skip
+    secateur.structure(
+        source, output=tmp_path / "out", calibration=windows, effort="fast", **options
+    )
+    sizes = sizes_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert (sizes.groups, sizes.neurons) == (groups, neurons)
+
+
+def test_a_target_is_reached_by_the_layers_between_the_ends(
+    source: Path, tmp_path: Path, windows: Path
+) -> None:
+    told = secateur.structure(
+        source, output=tmp_path / "out", calibration=windows, keep_parameters=0.8, whole_first=1,
+        effort="fast",
+    ).manifest["structure"]  # fmt: skip
+    sizes = sizes_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert (sizes.groups[0], sizes.neurons[0]) == (2, 48)
+    assert sizes.neurons[1] == sizes.neurons[2] < 48
+    neuron = 3 * 32
+    assert abs(told["after"]["decoder"] - 0.8 * told["before"]["decoder"]) <= 2 * neuron
+
+
 def test_a_report_and_a_diagnosis_of_a_cut_model(
     source: Path, tmp_path: Path, windows: Path
 ) -> None:
@@ -247,6 +281,9 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         ({"query_heads": 0.1}, "query heads of a KV group"),
         ({"query_heads": 2}, "nothing is to be cut"),
         ({"keep_layers": 3}, "nothing is to be cut"),
+        ({"ffn": 0.5, "whole_first": 2, "whole_last": 1}, "of 3 layers, 2 at the start and 1 at"),
+        ({"query_heads": 1, "whole_last": 1}, "none can keep them"),
+        ({"kv_cache": 0.5, "whole_last": 2}, "no KV groups would stay"),
         ({"hidden": 33}, "33 channels"),
         ({"hidden": 2.5}, "neither a number of units nor a fraction"),
         ({"experts": 2}, "no experts"),

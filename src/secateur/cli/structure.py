@@ -80,6 +80,13 @@ def structure(
         ),
     ] = None,
     allocation: o.Allocation = None,
+    whole_first: Annotated[
+        int | None,
+        typer.Option(help="Layers at the start that keep all heads and neurons. [0]"),
+    ] = None,
+    whole_last: Annotated[
+        int | None, typer.Option(help="Layers at the end that keep them, likewise. [0]")
+    ] = None,
     multiple: Annotated[
         int | None, typer.Option(help="FFN neurons are kept in multiples of this. [1]")
     ] = None,

@@ -57,6 +57,12 @@ class StructureRecipe(Strict):
         None,
         description="how much each layer loses: uniform, owl, layer-sensitivity, global or search",
     )
+    whole_first: int = Field(
+        0, ge=0, description="decoder layers at the start that keep all heads and neurons"
+    )
+    whole_last: int = Field(
+        0, ge=0, description="decoder layers at the end that keep all heads and neurons"
+    )
     multiple: int = Field(1, ge=1, description="FFN neurons are kept in multiples of this number")
     pad: bool = Field(
         False, description="pad layers with zeros to one size, for engines that need it"

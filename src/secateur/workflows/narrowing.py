@@ -43,11 +43,13 @@ class Asked:
         starts: the fraction of units that goes before any allocation, by glob of linears.
         patterns: by glob of linears.
         costs: of a unit in the budget of an allocation, by linear.
+        whole: globs of linears that keep all units.
     """
 
     starts: Mapping[str, float]
     patterns: Mapping[str, Pattern]
     costs: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,15 @@ class Narrowing:
             resumes = (partial / "secateur" / "layers.jsonl").exists()
             prepared = prepare(build_recipe(values), partial)
             found = asked(prepared.target)
-            include = tuple(found.starts)
+            selection = replace(
+                prepared.selection,
+                include=tuple(found.starts),
+                exclude=found.whole,
+                starts=found.starts,
+            )
             prepared = replace(
                 prepared,
-                selection=replace(prepared.selection, include=include, starts=found.starts),
+                selection=selection,
                 patterns=found.patterns,
                 costs=found.costs,
             )
@@ -134,13 +141,15 @@ def width_asked(recipe: StructureRecipe, aim: Aim, target: Target) -> Asked:
     model = target.model
     sizes, readers = sizes_of(model), consumers(model)
     starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
+    layer_name, cut = target.architecture.layer_name, aim.narrowed(sizes.layers)
     return Asked(
         {glob: share for glob, share in starts.items() if share > 0 or aim.joint is not None},
         {
             f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
             for kind, name in readers.items()
         },
-        costs_of(target.architecture.layer_name, readers, sizes, model, recipe),
+        costs_of(layer_name, readers, sizes, model, recipe),
+        tuple(f"{layer_name(i)}.*" for i in range(sizes.layers) if i not in cut),
     )
 
 
@@ -209,7 +218,8 @@ def shares(aim: Aim, sizes: Sizes, model: Any) -> dict[str, float]:
     """The fraction of groups and of neurons that goes, before any allocation.
 
     Where a fraction of both together is asked for, as many whole groups go as that fraction of
-    them holds, and neurons make up the rest: there are hundreds of neurons for each group.
+    them holds, and neurons make up the rest: there are hundreds of neurons for each group. The
+    layers that are cut make up for those that stay whole.
 
     Raises:
         RecipeError: not even all neurons would be enough.
@@ -217,12 +227,13 @@ def shares(aim: Aim, sizes: Sizes, model: Any) -> dict[str, float]:
     if aim.joint is None:
         return {k: x for k, x in (("groups", aim.heads), ("neurons", aim.neurons)) if x}
     costs = unit_costs(sizes, model)
-    total = {kind: costs[kind] * sum(getattr(sizes, kind)) for kind in costs}
-    asked = aim.joint * sum(total.values())
+    cut = aim.narrowed(sizes.layers)
+    asked = aim.joint * sum(costs[kind] * sum(getattr(sizes, kind)) for kind in costs)
+    total = {kind: costs[kind] * sum(getattr(sizes, kind)[i] for i in cut) for kind in costs}
     found = {}
     if "groups" in costs:
         most = max(sizes.groups)
-        found["groups"] = int(aim.joint * most + 1e-9) / most
+        found["groups"] = int(min(1, asked / sum(total.values())) * most + 1e-9) / most
     found["neurons"] = (asked - found.get("groups", 0.0) * total.get("groups", 0)) / total[
         "neurons"
     ]
@@ -251,7 +262,8 @@ def uniform_cut(aim: Aim, model: Any, multiple: int) -> Cut:
     kept: dict[str, dict[int, tuple[int, ...]]] = {"groups": {}, "neurons": {}}
     for kind, gone in shares(aim, sizes, model).items():
         width, pattern = unit_width(sizes, kind), parse_pattern(pattern_text(sizes, kind, multiple))
-        for layer, units in enumerate(getattr(sizes, kind)):
+        for layer in aim.narrowed(sizes.layers):
+            units: int = getattr(sizes, kind)[layer]
             if units and gone:
                 left = units - pattern.pruned((1, units * width), gone) // width
                 if not left:

@@ -32,6 +32,7 @@ class Aim:
         neurons: fraction of FFN neurons that goes.
         joint: fraction of the parameters of both together that goes; None where they are told
             apart.
+        ends: layers at the start and at the end that keep all heads and neurons.
     """
 
     sizes: Sizes
@@ -42,6 +43,11 @@ class Aim:
     heads: float = 0.0
     neurons: float = 0.0
     joint: float | None = None
+    ends: tuple[int, int] = (0, 0)
+
+    def narrowed(self, layers: int) -> range:
+        """The layers whose heads and neurons are cut, of so many that are left."""
+        return range(self.ends[0], layers - self.ends[1])
 
     @property
     def narrows(self) -> bool:
@@ -112,8 +118,15 @@ def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
         experts = fewer(recipe.experts, max(sizes.experts), "experts of a layer")
     queries = queries_of(recipe, sizes)
     heads = neurons = 0.0
+    ends = ends_of(recipe, layers - drop)
     if recipe.kv_cache is not None:  # layers that go take their part of the cache with them
-        heads = max(0.0, 1 - recipe.kv_cache * layers / (layers - drop))
+        gone = max(0.0, 1 - recipe.kv_cache * layers / (layers - drop))
+        heads = gone * (layers - drop) / (layers - drop - sum(ends))
+        if heads >= 1:
+            raise RecipeError(
+                f"no KV groups would stay between the {sum(ends)} layers that keep all",
+                remedy="keep more of the cache, or fewer layers whole",
+            )
     if recipe.heads is not None:
         heads = 1 - share(recipe.heads, sizes.groups, "KV groups")
     if recipe.ffn is not None:
@@ -125,7 +138,7 @@ def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
         )
     if any(getattr(recipe, name) is not None for name in TARGETS):
         check_narrowable(model, sizes)
-    aim = Aim(sizes, drop, experts, hidden, queries, heads, neurons)
+    aim = Aim(sizes, drop, experts, hidden, queries, heads, neurons, ends=ends)
     target = decoder_target(recipe, model)
     if target is not None:
         aim = with_target(aim, target, model)
@@ -179,6 +192,31 @@ def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
             remedy="cut them together, with --heads",
         )
     return fewer(recipe.query_heads, each, "query heads of a KV group")
+
+
+def ends_of(recipe: StructureRecipe, layers: int) -> tuple[int, int]:
+    """Layers at the start and at the end that keep all heads and neurons.
+
+    Args:
+        recipe: as the user wrote it.
+        layers: that stay.
+
+    Raises:
+        RecipeError: none would be left between them, or query heads are to go, of which all layers
+            have as many.
+    """
+    ends = recipe.whole_first, recipe.whole_last
+    if sum(ends) >= layers:
+        raise RecipeError(
+            f"of {layers} layers, {ends[0]} at the start and {ends[1]} at the end are to be whole",
+            remedy="leave some between them",
+        )
+    if any(ends) and recipe.query_heads is not None:
+        raise RecipeError(
+            "all layers have as many query heads in a KV group, so none can keep them",
+            remedy="leave --whole-first and --whole-last out, or --query-heads",
+        )
+    return ends
 
 
 def check_narrowable(model: Any, sizes: Sizes) -> None:
