@@ -123,6 +123,16 @@ def test_a_target_beside_fewer_layers(source: Path, windows: Path) -> None:
     assert whole["milliseconds"] / whole["milliseconds_uncut"] == pytest.approx(0.75)
 
 
+def test_a_target_with_a_layer_that_stays_whole(source: Path, windows: Path) -> None:
+    timer = Known()
+    cut(source, windows, timer, decode_latency=0.7, whole_first=1)
+    model = AutoModelForCausalLM.from_pretrained(source.with_name("out"))
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    assert 0.68 < timer.seconds(model) / timer.seconds(dense) <= 0.7
+    first, whole = (sum(p.numel() for p in m.model.layers[0].parameters()) for m in (model, dense))
+    assert first == whole
+
+
 class Uneven(Known):
     """Slower by half where the neurons are no multiple of 16, as real kernels can be."""
 

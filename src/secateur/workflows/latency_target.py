@@ -112,7 +112,11 @@ class Search:
                 continue
             skeleton = design(self.narrowable, cut).skeleton
             sizes = sizes_of(skeleton)
-            units = max(sizes.groups), max(sizes.neurons)
+            narrowed = self.aim.narrowed(sizes.layers)
+            units = (
+                max(sizes.groups[i] for i in narrowed),
+                max(sizes.neurons[i] for i in narrowed),
+            )
             if units not in before:
                 made.setdefault(units, (kept, skeleton))
         if not made:
