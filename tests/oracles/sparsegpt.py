@@ -65,7 +65,7 @@ def selection_width(text: str, block_columns: int) -> int:
     if ":" in text:
         return int(text.split(":")[1])
     if "x" in text:
-        width = math.prod(map(int, text.split("x")[1].split("/")))
+        width = math.prod(map(int, text.split("x")[1].replace("@", "/").split("/")))
         return max(1, block_columns // width) * width
     return block_columns
 
@@ -78,7 +78,7 @@ def select(text: str, scope: str | None, score: Tensor, start: int, sparsity: fl
         before = patterns.nearest_count(round(start * units_per_column), sparsity)
         return patterns.nearest_count(round((start + width) * units_per_column), sparsity) - before
 
-    if ":" in text:
+    if ":" in text or "@" in text:
         return patterns.mask_of(text, scope, score, sparsity)
     if text.startswith("*x"):
         columns, multiple = map(int, f"{text.removeprefix('*x')}/1".split("/")[:2])
