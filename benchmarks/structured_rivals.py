@@ -13,7 +13,9 @@ rival adds count as its own, embeddings and the output head do not. Perplexity: 
 non-overlapping windows of 2048 tokens, loss over each window's own next tokens; excess = its
 logarithm less that of the dense model. Every finished row is kept in
 `results/structured-rivals.json` at once and skipped when it is there, text by text; WORK keeps the
-cut models, so that another text can be judged later, and the losses that SLEB measured.
+cut models, so that another text can be judged later, and the losses that SLEB measured. Seconds
+are those of the processor, one thread; null where a run was suspended while they were still
+wall seconds.
 """
 
 from __future__ import annotations
@@ -105,9 +107,9 @@ def cut(args: argparse.Namespace, level: float, whole: int) -> tuple[Any, dict[s
     if file.exists():
         return torch.load(file, weights_only=False)
     windows = load_file(args.windows)["input_ids"].to(torch.int64)
-    start = time.perf_counter()
+    start = time.process_time()
     model, details = RIVALS[args.rival](Task(args.model, args.checkout, windows, args.work), level)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     removed = whole - decoder_parameters(model)
     row = {
         "row": args.rival, "level": level, "commit": commit_of(args.checkout),
@@ -181,7 +183,8 @@ def table(_: argparse.Namespace) -> None:
             for t in texts
         ]
         told = [f"{100 * r['level']:.0f} %", f"{r['removed']:,}", f"{100 * r['fraction']:.2f} %"]
-        lines.append([r["row"], *told, *cells, f"{r['seconds']:.0f} s"])
+        cutting = "" if r["seconds"] is None else f"{r['seconds']:.0f} s"
+        lines.append([r["row"], *told, *cells, cutting])
     print(markdown(["", "level", "removed", "of decoder", *texts, "cutting"], lines))
 
 
