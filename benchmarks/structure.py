@@ -76,6 +76,7 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "width, balanced": width(effort="balanced"),
     "width, balanced, global": width(effort="balanced", allocation="global"),
     "width, best": width(effort="best"),
+    "middle, balanced": middle(effort="balanced"),
     "middle, best": middle(effort="best"),
     "mixed, best": mixed(effort="best", by="influence"),
 }
