@@ -14,8 +14,8 @@ non-overlapping windows of 2048 tokens, loss over each window's own next tokens;
 logarithm less that of the dense model. Every finished row is kept in
 `results/structured-rivals.json` at once and skipped when it is there, text by text; WORK keeps the
 cut models, so that another text can be judged later, and the losses that SLEB measured. Seconds
-are those of the processor, one thread; null where a run was suspended while they were still
-wall seconds.
+are those of the processor, one thread; of FLAP and SliceGPT's first rows those of the wall beside
+other work, of LLM-Pruner's, which was suspended meanwhile, null.
 """
 
 from __future__ import annotations

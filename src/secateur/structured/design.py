@@ -313,7 +313,7 @@ def difference(base: Any, made: Design, hidden: Any) -> dict[str, Any]:
         for gone in gone_of(couplings, layer) + already_gone(made, couplings, layer):
             kinds = {couplings.attention: "attention"} | dict.fromkeys(couplings.ffn, "ffn")
             absent[f"{name}.{gone}"] = kinds.get(gone, "norm")
-        for path in {**couplings.attributes, couplings.attention: {}}:
+        for path in dict.fromkeys((*couplings.attributes, couplings.attention)):
             module = find(base, f"{name}.{path}")
             if module is None or f"{name}.{path}" in absent:
                 continue

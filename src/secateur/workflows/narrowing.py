@@ -7,7 +7,7 @@ run. What made those columns is then read by nobody, and is cut away with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -170,21 +170,23 @@ def evened(
     chosen. Some of those stay, so that layers have one size.
     """
     most = max(map(len, kept.values()), default=0)
-    found = {}
-    for layer, units in kept.items():
-        spare = [i for i in range(there[layer]) if i not in units]
-        found[layer] = tuple(sorted([*units, *spare[: most - len(units)]]))
-    return found
+    return {layer: filled(units, range(there[layer]), most) for layer, units in kept.items()}
 
 
 def evened_groups(heads: int, sizes: Sizes, layer: int, kept: tuple[int, ...]) -> tuple[int, ...]:
     """So many query heads in each KV group of a layer; see `evened`."""
-    each, found = sizes.heads_per_group, []
+    each = sizes.heads_per_group
+    found: list[int] = []
     for start in range(0, sizes.queries[layer], each):
-        own = [head for head in kept if start <= head < start + each]
-        spare = [head for head in range(start, start + each) if head not in own]
-        found += sorted([*own, *spare[: heads - len(own)]])
+        group = range(start, start + each)
+        found += filled([head for head in kept if head in group], group, heads)
     return tuple(found)
+
+
+def filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
+    """So many of the units that are there: those kept, and the first others."""
+    spare = [unit for unit in there if unit not in kept]
+    return tuple(sorted([*kept, *spare[: count - len(kept)]]))
 
 
 def score_of(recipe: StructureRecipe) -> str | None:
