@@ -166,6 +166,12 @@ def check_together(recipe: StructureRecipe) -> None:
             remedy="say what stays: --keep-layers 24, --ffn 0.75, --heads 0.67, --hidden 0.9, "
             "--experts 0.5, or --parameters 0.75 of the decoder's",
         )
+    narrowed = targets or widths or recipe.query_heads is not None
+    if not narrowed and (recipe.whole_first or recipe.whole_last):
+        raise RecipeError(
+            "layers are to keep all their heads and neurons, and no others lose any",
+            remedy="leave --whole-first and --whole-last out, or say --ffn, --heads or a target",
+        )
     if len(targets) > 1:
         raise RecipeError(f"{targets[0]} and {targets[1]} are two targets", remedy="give one")
     if targets and widths:
