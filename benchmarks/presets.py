@@ -51,6 +51,7 @@ OURS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
+    "best, without the next token": {"effort": "best", "distillation": {"next_token": 0.0}},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
     "balanced, float32, damping 0.1": {
         "effort": "balanced",

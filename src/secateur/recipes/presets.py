@@ -32,7 +32,7 @@ presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "asymmetric": True,
             "fast_matmuls": True,
             "calibration": {"generated": 128},
-            "distillation": {"epochs": 1},
+            "distillation": {"epochs": 1, "next_token": 0.5},
         },
     }
 )
