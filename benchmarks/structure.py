@@ -76,8 +76,11 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "width, balanced": width(effort="balanced"),
     "width, balanced, global": width(effort="balanced", allocation="global"),
     "width, best": width(effort="best"),
+    "width, best, 128 own windows": width(effort="best", generated=128),
     "middle, balanced": middle(effort="balanced"),
     "middle, best": middle(effort="best"),
+    "middle, best, 128 own windows": middle(effort="best", generated=128),
+    "middle, best, 128 own windows, two epochs": middle(effort="best", generated=128, epochs=2),
     "mixed, best": mixed(effort="best", by="influence"),
 }
 

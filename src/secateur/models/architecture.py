@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "families",
     "family_of",
+    "hidden_size",
     "linears_of",
 ]
 
@@ -218,6 +219,12 @@ def family_of(model: Any) -> Family | None:
     model_type = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
     found = (families[name] for name in families)
     return next((family for family in found if model_type in family.model_types), None)
+
+
+def hidden_size(model: Any) -> int:
+    """The width of the residual stream, as the embeddings have it."""
+    width: int = model.get_input_embeddings().weight.shape[1]
+    return width
 
 
 def describe(model: Any) -> Architecture:

@@ -61,7 +61,7 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "asymmetric": True,
             "fast_matmuls": True,
             "depth": {"by": "search"},
-            "calibration": {"generated": 128},
+            "calibration": {"generated": 256},
             "distillation": {"epochs": 1, "next_token": 0.5},
         },
     }

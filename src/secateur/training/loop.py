@@ -18,6 +18,7 @@ from secateur.engine.precision import exact_matmuls, fast_matmuls
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.tuning import in_float32
 from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.models.architecture import hidden_size
 from secateur.pages import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.training.batches import Batch, Batches
 from secateur.training.board import Board
@@ -112,9 +113,8 @@ class Loop:
         self.first_step = first_step
         self.validation = validation
         self.judge = NextToken.of(model) if validation is not None else None
-        width = model.get_input_embeddings().weight.shape[1]
         self.tokens_of_step = batches.size * batches.windows.shape[1]
-        self.peak = how.peak(width, self.tokens_of_step)
+        self.peak = how.peak(hidden_size(model), self.tokens_of_step)
         self.saved = Saved(saved, self.door, identity or {})
         self.board_folder = board if self.door.main else None
         self.board: Board | None = None

@@ -17,6 +17,7 @@ from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress
 from secateur.engine.run import Run
 from secateur.engine.targets import Target
+from secateur.models.architecture import hidden_size
 from secateur.models.experts import open_experts
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.whole import load_whole
@@ -107,10 +108,9 @@ def learn(
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
-    width = student.get_input_embeddings().weight.shape[1]
     plan = TrainingPlan(
         steps=how.epochs * len(windows),
-        learning_rate=how.peak_learning_rate or RATE_TIMES_WIDTH / width,
+        learning_rate=how.peak_learning_rate or RATE_TIMES_WIDTH / hidden_size(student),
         warm_up=WARM_UP,
         optimizer="Adam",
         validations=0,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from secateur.engine.plan import calls_of, rehearse_training
 from secateur.engine.precision import fast_dtype
 from secateur.engine.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError
+from secateur.models.architecture import hidden_size
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
@@ -110,16 +110,10 @@ def foretell(
         optimizer=4 * trained * (1 + moments_of(plan)) // door.ranks,
         adapters=products,
         forward=forward_bytes(target, micro, plan, door.device),
-        logits=(1 + (teacher is not None)) * (BLOCK_BYTES + 4 * micro.numel() * width_of(model)),
+        logits=(1 + (teacher is not None)) * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
         teacher=0 if teacher is None else teacher_bytes(teacher, door.device, trust),
         masks=sum(x.weight.numel() for x in prunable(model)) // door.ranks,
     )
-
-
-def width_of(model: Any) -> int:
-    """The hidden size."""
-    width: int = model.get_input_embeddings().weight.shape[1]
-    return width
 
 
 def forward_bytes(
