@@ -15,7 +15,8 @@ written once and used for all columns.
 
 Every finished run is kept in `results/presets.json` at once, and skipped when it is there: the
 table can be made in several sittings, and by several processes. `--only` names rows, `--columns`
-columns, `--seeds` seeds.
+columns, `--seeds` seeds. Rows say where and when they were measured; of those that do not, the ones
+with seconds are of two cores of an AMD EPYC with AVX-512 BF16.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ def main() -> None:
             cost = run(args, row, column, seed, windows, out)
             cost |= {"seconds": None} if args.untimed else {}
             found = {"row": row, "column": column, "seed": seed, **cost,
-                     "perplexity": judge(args, str(out))}  # fmt: skip
+                     "perplexity": judge(args, str(out)), "measured": heading()}  # fmt: skip
             shutil.rmtree(out)
         keep(args.name, protocol, [*known_rows(stored), found])
         print(found, flush=True)
