@@ -16,7 +16,8 @@ written once and used for all columns.
 Every finished run is kept in `results/presets.json` at once, and skipped when it is there: the
 table can be made in several sittings, and by several processes. `--only` names rows, `--columns`
 columns, `--seeds` seeds. Rows say where and when they were measured; of those that do not, the ones
-with seconds are of two cores of an AMD EPYC with AVX-512 BF16.
+with seconds are of two cores of an AMD EPYC with AVX-512 BF16. `best, without the next token` was
+the preset `best` when its rows were measured.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 import torch
 
 import secateur
-from hardware import RESULTS, heading, keep, markdown
+from hardware import add, heading, known_rows, markdown
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import WindowPlan, load_windows, make_windows, save_windows
 from secateur.engine.precision import fast_dtype
@@ -106,13 +107,18 @@ def with_own_windows(args: argparse.Namespace, seed: int, given: Path, count: in
     return file
 
 
+def own_asked(options: dict[str, Any]) -> int:
+    """How many windows the model writes; what is given by itself goes before a preset's."""
+    count: int = options.get("generated", options.get("calibration", {}).get("generated", 0))
+    return count
+
+
 def run_ours(
     args: argparse.Namespace, row: str, column: str, seed: int, windows: Path, out: Path
 ) -> dict[str, Any]:
     """Prune with Secateur; what it cost."""
     sparsity, pattern = COLUMNS[column]
-    options = filled_in(OURS[row])
-    generated = options.get("calibration", {}).get("generated", options.get("generated", 0))
+    generated = own_asked(filled_in(OURS[row]))
     if args.untimed and generated:
         windows = with_own_windows(args, seed, windows, generated)
         options = {**OURS[row], "generated": 0}
@@ -186,14 +192,6 @@ def table(rows: list[dict[str, Any]], text: str) -> str:
     return f"{text}: dense {dense:.2f}\n" + markdown(["", *COLUMNS], lines)
 
 
-def known_rows(stored: Path) -> list[dict[str, Any]]:
-    """All finished runs, those of other processes too."""
-    if not stored.exists():
-        return []
-    rows: list[dict[str, Any]] = json.loads(stored.read_text(encoding="utf-8"))["rows"]
-    return rows
-
-
 def main() -> None:
     """Fill the table, as far as asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -213,15 +211,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1 if args.untimed else 2)
     print(heading())
-    stored = RESULTS / f"{args.name}.json"
     protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
-    if not known_rows(stored):
+    if not known_rows(args.name):
         dense = judge(args, args.model)
         row = {"row": "dense", "column": "", "seed": 0, "perplexity": dense}
-        keep(args.name, protocol, [row])
+        add(args.name, protocol, row)
     wanted = [(r, c, s) for s in args.seeds for c in args.columns for r in args.only]
     for row, column, seed in wanted:
-        if (row, column, seed) in {(r["row"], r["column"], r["seed"]) for r in known_rows(stored)}:
+        if (row, column, seed) in {
+            (r["row"], r["column"], r["seed"]) for r in known_rows(args.name)
+        }:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             kept = args.keep_windows or Path(scratch)
@@ -230,11 +229,11 @@ def main() -> None:
             cost = run(args, row, column, seed, windows, out)
             cost |= {"seconds": None} if args.untimed else {}
             found = {"row": row, "column": column, "seed": seed, **cost,
-                     "perplexity": judge(args, str(out)), "measured": heading()}  # fmt: skip
+                     "perplexity": judge(args, str(out))}  # fmt: skip
             shutil.rmtree(out)
-        keep(args.name, protocol, [*known_rows(stored), found])
+        add(args.name, protocol, found)
         print(found, flush=True)
-    rows = known_rows(stored)
+    rows = known_rows(args.name)
     for text in rows[0]["perplexity"]:
         print(table(rows, text))
 

@@ -16,7 +16,6 @@ Every finished cell is kept in `results/structure.json` at once and skipped when
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import secateur
-from hardware import RESULTS, heading, keep, markdown
+from hardware import add, heading, known_rows, markdown
+from presets import own_asked
+from secateur.calibration.windows import load_windows
+from secateur.recipes.presets import filled_in, structure_presets
 
 MODEL, LAYERS, HIDDEN = "smollm2-135m", 30, 576
 LEVELS = (0.1, 0.2, 0.3, 0.5)
@@ -88,9 +90,14 @@ ROWS: dict[str, Callable[[float], Options]] = {
 def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]:
     """One cell."""
     options = ROWS[row](level)
+    asked = own_asked(filled_in(options, structure_presets))
     if args.calibration.endswith(".safetensors"):
         options |= {"calibration": args.calibration}
         if options["effort"] == "best" and args.own_windows:
+            both, given = (load_windows(Path(f)) for f in (args.own_windows, args.calibration))
+            written = len(both) - len(given)
+            if written != asked:
+                raise SystemExit(f"{row} takes {asked} own windows, the file has {written}")
             options |= {"calibration": args.own_windows, "generated": 0}
     else:
         options |= {"calibration": args.calibration, "samples": 64, "sequence_length": 512,
@@ -112,12 +119,6 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
         "peak_resident_bytes": report.manifest["cost"]["peak_resident_bytes"],
         "distillation": report.manifest["distillation"],
     }
-
-
-def known_rows() -> list[dict[str, Any]]:
-    """What was measured before."""
-    file = RESULTS / "structure.json"
-    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -147,20 +148,20 @@ def main() -> None:
     args = parser.parse_args()
     print(heading())
     protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
-    if not known_rows():
+    if not known_rows("structure"):
         judged = secateur.evaluate(
             MODEL, text=args.text, sequence_length=2048, max_windows=args.windows
         )
         row = {"row": "dense", "level": 0.0, "perplexity": judged.perplexity}
-        keep("structure", protocol, [{**row, "protocol_id": judged.protocol_id}])
+        add("structure", protocol, {**row, "protocol_id": judged.protocol_id})
     for level in args.levels:
         for row in args.rows:
-            if any((r["row"], r["level"]) == (row, level) for r in known_rows()):
+            if any((r["row"], r["level"]) == (row, level) for r in known_rows("structure")):
                 continue
             found = measured(args, row, level)
-            keep("structure", protocol, [*known_rows(), found])
+            add("structure", protocol, found)
             print(found, flush=True)
-    print(table(known_rows()))
+    print(table(known_rows("structure")))
 
 
 if __name__ == "__main__":
