@@ -71,7 +71,8 @@ def hidden(**more: Any) -> Callable[[float], Options]:
 ROWS: dict[str, Callable[[float], Options]] = {
     "depth, influence": depth("influence", effort="fast"),
     "depth, greedy": depth("greedy", effort="balanced"),
-    "depth, influence, distilled": depth("influence", effort="best"),
+    "depth, search": depth("search", effort="balanced"),
+    "depth, search, distilled": depth("search", effort="best"),
     "hidden": hidden(effort="fast"),
     "hidden, distilled": hidden(effort="best"),
     "width, fast": width(effort="fast"),
@@ -83,7 +84,8 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "middle, best": middle(effort="best"),
     "middle, best, 128 own windows": middle(effort="best", generated=128),
     "middle, best, 128 own windows, two epochs": middle(effort="best", generated=128, epochs=2),
-    "mixed, best": mixed(effort="best", by="influence"),
+    "mixed, balanced": mixed(effort="balanced"),
+    "mixed, best": mixed(effort="best"),
 }
 
 
