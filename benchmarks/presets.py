@@ -54,6 +54,8 @@ OURS: dict[str, dict[str, Any]] = {
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
     "best, without the next token": {"effort": "best", "distillation": {"next_token": 0.0}},
+    "best, SparseGPT instead of ALPS": {"effort": "best", "method": "sparsegpt"},
+    "best, without own windows": {"effort": "best", "generated": 0},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
     "balanced, float32, damping 0.1": {
         "effort": "balanced",
