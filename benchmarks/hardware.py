@@ -1,19 +1,15 @@
-"""What a benchmark was run on, and where its results go."""
+"""What a benchmark was run on, kept with its results."""
 
 from __future__ import annotations
 
 import datetime
-import fcntl
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from secateur.reporting.manifest import environment
-
-RESULTS = Path(__file__).parent / "results"
+from stored import Rows, alone, known_rows, write_rows
 
 
 def heading() -> str:
@@ -26,33 +22,15 @@ def heading() -> str:
     )
 
 
-def keep(name: str, protocol: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+def keep(name: str, protocol: dict[str, Any], rows: Rows) -> Path:
     """Write rows with their protocol; returns the file."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
-    content = {"heading": heading(), "protocol": protocol, "rows": rows}
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return file
-
-
-def known_rows(name: str) -> list[dict[str, Any]]:
-    """All finished rows of a table, those of other processes too."""
-    file = RESULTS / f"{name}.json"
-    if not file.exists():
-        return []
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return rows
+    return write_rows(name, heading(), protocol, rows)
 
 
 def add(name: str, protocol: dict[str, Any], row: dict[str, Any]) -> None:
     """Add a row, and where and when it was measured; several processes may do so at once."""
-    RESULTS.mkdir(exist_ok=True)
-    folder = os.open(RESULTS, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with alone():
         keep(name, protocol, [*known_rows(name), {**row, "measured": heading()}])
-    finally:
-        os.close(folder)  # which gives the lock back
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 import secateur
-from hardware import add, heading, known_rows, markdown
+from hardware import add, heading, markdown
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import WindowPlan, load_windows, make_windows, save_windows
 from secateur.engine.precision import fast_dtype
@@ -45,6 +45,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 from secateur.recipes.presets import filled_in
 from secateur.workflows.writing import own_windows
+from stored import known_rows
 
 COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
            "4:8": (0.5, "4:8")}  # fmt: skip

@@ -14,13 +14,13 @@ Every finished row is kept in `results/quality.json` at once and skipped when it
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import secateur
-from hardware import RESULTS, heading, keep, markdown
+from hardware import heading, keep, markdown
+from stored import known_rows
 
 MODEL = "smollm2-135m"
 TASKS = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
@@ -95,13 +95,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(columns, lines)
 
 
-def known_rows() -> list[dict[str, Any]]:
-    """What was measured before."""
-    file = RESULTS / "quality.json"
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    return list(rows)
-
-
 def main() -> None:
     """Prune and judge row by row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -116,15 +109,15 @@ def main() -> None:
     protocol = {"windows": args.windows, "limit": args.limit, "shots": 0,
                 "calibration": "64 x 512, random-crop, seed 0"}  # fmt: skip
     for row in args.rows:
-        if any(x["row"] == row for x in known_rows()):
+        if any(x["row"] == row for x in known_rows("quality")):
             continue
         with tempfile.TemporaryDirectory() as scratch:
             name = row.replace(", ", "-").replace(" %", "").replace(":", "-")
             found = judged(args, row, (args.models or Path(scratch)) / name)
-        rows = sorted([*known_rows(), found], key=lambda x: [*ROWS].index(x["row"]))
+        rows = sorted([*known_rows("quality"), found], key=lambda x: [*ROWS].index(x["row"]))
         keep("quality", protocol, rows)
         print(found, flush=True)
-    print(table(known_rows()))
+    print(table(known_rows("quality")))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ machine with other work, `OMP_NUM_THREADS=1` and twice the minutes are the same 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -31,7 +30,8 @@ from typing import Any
 import torch
 
 import secateur
-from hardware import RESULTS, heading, keep, markdown
+from hardware import heading, keep, markdown
+from stored import known_rows
 
 MODEL = "smollm2-135m"
 STARTS: dict[str, dict[str, Any]] = {
@@ -120,12 +120,6 @@ def trained(args: argparse.Namespace, start: str, way: str, texts: Texts, models
     }
 
 
-def known_rows() -> list[Row]:
-    """What was measured before."""
-    file = RESULTS / "recovery.json"
-    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-
-
 def same(row: Row, *asked: Any) -> bool:
     """Whether a row is this one: its start, way, text, minutes, and whether embeddings stayed."""
     return tuple(row[part] for part in ("start", "way", "read", "minutes", "frozen")) == asked
@@ -171,12 +165,12 @@ def main() -> None:
 
     def add(row: Row) -> None:
         order = ["dense", *STARTS]
-        rows = sorted([*known_rows(), row], key=lambda r: order.index(r["start"]))
+        rows = sorted([*known_rows("recovery"), row], key=lambda r: order.index(r["start"]))
         keep("recovery", protocol, rows)
         print(row, flush=True)
 
     def untrained(start: str, model: str | Path) -> None:
-        if not any(same(r, start, "", "", 0, False) for r in known_rows()):
+        if not any(same(r, start, "", "", 0, False) for r in known_rows("recovery")):
             add({"start": start, "way": "", "read": "", "minutes": 0, "tokens": 0,
                  "frozen": False, "perplexity": judged(args, model)})  # fmt: skip
 
@@ -189,9 +183,9 @@ def main() -> None:
             untrained(start, started(args, start, models))
             for way in args.ways:
                 asked = (start, way, read, args.minutes, args.frozen)
-                if not any(same(r, *asked) for r in known_rows()):
+                if not any(same(r, *asked) for r in known_rows("recovery")):
                     add(trained(args, start, way, texts, models))
-    print(table(known_rows()))
+    print(table(known_rows("recovery")))
 
 
 if __name__ == "__main__":

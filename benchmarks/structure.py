@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import secateur
-from hardware import add, heading, known_rows, markdown
+from hardware import add, heading, markdown
 from presets import own_asked
 from secateur.calibration.windows import load_windows
 from secateur.recipes.presets import filled_in, structure_presets
+from stored import known_rows
 
 MODEL, LAYERS, HIDDEN = "smollm2-135m", 30, 576
 LEVELS = (0.1, 0.2, 0.3, 0.5)

@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 
 import secateur
 from gguf_writing import write_gguf
-from hardware import RESULTS, heading, keep, markdown
+from hardware import heading, keep, markdown
 from secateur.engine.progress import Silent
 from secateur.evaluation.speed import take_turns
 from secateur.models.checkpoint import shard_files
@@ -47,6 +47,7 @@ from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_checkpoint
 from secateur.workflows.narrowing import uniform_cut
 from secateur.workflows.structure_plan import aim_of
+from stored import known_rows
 
 LEVELS = (0.1, 0.2, 0.3, 0.5)
 MULTIPLE = 32
@@ -216,16 +217,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown([*columns, "prompt, tokens/s", "times", "memory", "files"], lines)
 
 
-def known_rows(name: str, protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was measured before on this machine, by the same protocol."""
-    file = RESULTS / f"{name}.json"
-    if not file.exists():
-        return []
-    known = json.loads(file.read_text(encoding="utf-8"))
-    same = known["protocol"] == protocol and known["heading"] == heading()
-    return list(known["rows"]) if same else []
-
-
 def main() -> None:
     """Cut, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -241,7 +232,7 @@ def main() -> None:
     print(heading())
     told = ("model", "levels", "rounds", "prompt_tokens", "new_tokens")
     protocol = {"protocol": __doc__, **{key: getattr(args, key) for key in told}}
-    rows = known_rows(args.name, protocol)
+    rows = known_rows(args.name, protocol, heading())
     with tempfile.TemporaryDirectory() as scratch:
         args.work = args.work or Path(scratch)
         made: dict[str, list[Model]] = {}

@@ -21,7 +21,6 @@ other work, of LLM-Pruner's, which was suspended meanwhile, null.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -37,9 +36,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from rivals import load_model
+from stored import Rows, alone, known_rows, write_rows
 from structured_codes import RIVALS, Task, decoder_parameters, package, stand_in
 
-STORED = Path(__file__).parent / "results" / "structured-rivals.json"
+STORED = "structured-rivals"
 LEVELS = (0.1, 0.2, 0.3, 0.5)
 JUDGED = "judged.safetensors"
 PROTOCOL = {
@@ -68,11 +68,6 @@ def perplexity(model: Any, windows: Tensor) -> float:
     return torch.stack(losses).mean().exp().item()
 
 
-def known_rows() -> list[dict[str, Any]]:
-    """What was measured before, by other processes too."""
-    return list(json.loads(STORED.read_text())["rows"]) if STORED.exists() else []
-
-
 def heading() -> str:
     """Hardware, versions and day; the rivals' environment has no Secateur."""
     import transformers
@@ -87,8 +82,15 @@ def heading() -> str:
 
 
 def keep(row: dict[str, Any]) -> None:
-    """Write a row in place of what was known of it."""
-    rows = [r for r in known_rows() if (r["row"], r["level"]) != (row["row"], row["level"])]
+    """Write a row in place of what was known of it; several processes may do so at once."""
+    with alone():
+        write_rows(STORED, heading(), PROTOCOL, with_excess(row))
+
+
+def with_excess(row: dict[str, Any]) -> Rows:
+    """All rows, this one among them."""
+    this = (row["row"], row["level"])
+    rows = [r for r in known_rows(STORED) if (r["row"], r["level"]) != this]
     reference = next((r for r in [*rows, row] if r["row"] == "dense"), {"perplexity": {}})
     rows = sorted([*rows, row], key=lambda r: ([*RIVALS].index(r["row"]), r["level"]))
     for r in rows:
@@ -97,8 +99,7 @@ def keep(row: dict[str, Any]) -> None:
             for text, value in r["perplexity"].items()
             if text in reference["perplexity"]
         }
-    content = {"heading": heading(), "protocol": PROTOCOL, "rows": rows}
-    STORED.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return rows
 
 
 def cut(args: argparse.Namespace, level: float, whole: int) -> tuple[Any, dict[str, Any]]:
@@ -115,7 +116,7 @@ def cut(args: argparse.Namespace, level: float, whole: int) -> tuple[Any, dict[s
         "row": args.rival, "level": level, "commit": commit_of(args.checkout),
         "removed": removed, "fraction": removed / whole,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": seconds, "details": details, "perplexity": {},
+        "seconds": seconds, "details": details, "measured": heading(), "perplexity": {},
     }  # fmt: skip
     torch.save((model.eval(), row), file)
     return model, row
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     judged = load_file(args.work / JUDGED)
     whole = decoder_parameters(load_model(args.model))
     for level in args.levels if args.rival != "dense" else [0.0]:
-        known = {(r["row"], r["level"]): r["perplexity"] for r in known_rows()}
+        known = {(r["row"], r["level"]): r["perplexity"] for r in known_rows(STORED)}
         texts = [x for x in args.texts or judged if x not in known.get((args.rival, level), {})]
         if not texts:
             continue
@@ -172,7 +173,7 @@ def table(_: argparse.Namespace) -> None:
     """One line a rival and level."""
     from hardware import markdown
 
-    rows = known_rows()
+    rows = known_rows(STORED)
     texts = [*dict.fromkeys(text for r in rows for text in r["perplexity"])]
     lines = []
     for r in rows:

@@ -11,7 +11,6 @@ its side. Compared are the outcome of every item, and the log-likelihood of ever
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from hardware import RESULTS, heading, keep, markdown
+from hardware import heading, keep, markdown
 from secateur.evaluation.task_data import TASKS
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
+from stored import known_rows
 
 FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
 KNOWN = (*FIVE, "hellaswag", "sciq")
@@ -103,13 +103,6 @@ def compare(name: str, folder: Path, limit: int) -> dict[str, Any]:
     }
 
 
-def earlier_rows(name: str, protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was measured before by the same protocol."""
-    file = RESULTS / f"{name}.json"
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return kept["rows"] if kept.get("protocol") == protocol else []
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """A line for each metric of each task."""
     columns = ["task", "metric", "secateur", "lm-eval", "chance", "items that differ",
@@ -137,7 +130,7 @@ def main() -> None:
     print(heading())
     folder = resolve(args.model).folder
     protocol = {"model": args.model, "limit": args.limit, "shots": 0, "dtype": "float32"}
-    rows = earlier_rows(args.name, protocol)
+    rows = known_rows(args.name, protocol)
     for name in args.tasks:
         if any(row["task"] == name for row in rows):
             continue

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -23,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardware import RESULTS, heading, keep, markdown
+from hardware import heading, keep, markdown
 from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import Gradual, GradualPruning, open_masks, renew
 from secateur.training.rewinding import Early, KeepEarly, Round, Rounds, prune_in_rounds
 from secateur.training.selecting import Criterion
+from stored import known_rows
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from trained import STEPS, held_out_loss, source_ids, train, untrained
@@ -141,11 +141,8 @@ def differences(rows: list[dict[str, Any]], better: str, worse: str) -> str:
 
 def with_earlier(protocol: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows by seed, with what earlier runs under the same protocol have measured."""
-    file = RESULTS / "tickets.json"
-    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    known = earlier["rows"] if earlier.get("protocol") == protocol else []
     by_seed: dict[int, dict[str, Any]] = {}
-    for row in [*known, *rows]:
+    for row in [*known_rows("tickets", protocol), *rows]:
         by_seed[row["seed"]] = by_seed.get(row["seed"], {}) | row
     return [by_seed[seed] for seed in sorted(by_seed)]
 
