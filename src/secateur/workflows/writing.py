@@ -13,6 +13,7 @@ from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.whole import load_whole
+from secateur.pages import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.workflows.preparing import Prepared
 
 __all__ = ["own_windows", "with_own_windows"]
@@ -48,7 +49,8 @@ def own_windows(model: Any, windows: Tensor, count: int, seed: int, progress: Pr
     """Windows [count, sequence_length] that a dense model writes, with progress told."""
     batches = -(-count // AT_ONCE)
     progress.start("writing windows", batches * (windows.shape[1] - PREFIX))
-    with quiet_transformers():
+    # the blocks of many sizes that it takes would lie in the way of all that comes after
+    with quiet_transformers(), reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
         own = continue_windows(model, windows, count, seed=seed, tell=progress.step)
     progress.finish()
     return own
