@@ -20,7 +20,7 @@ from typing import Any
 
 import secateur
 from hardware import heading, keep, markdown
-from stored import known_rows
+from stored import alone, known_rows
 
 MODEL = "smollm2-135m"
 TASKS = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
@@ -114,8 +114,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             name = row.replace(", ", "-").replace(" %", "").replace(":", "-")
             found = judged(args, row, (args.models or Path(scratch)) / name)
-        rows = sorted([*known_rows("quality"), found], key=lambda x: [*ROWS].index(x["row"]))
-        keep("quality", protocol, rows)
+        with alone():
+            rows = sorted([*known_rows("quality"), found], key=lambda x: [*ROWS].index(x["row"]))
+            keep("quality", protocol, rows)
         print(found, flush=True)
     print(table(known_rows("quality")))
 

@@ -31,7 +31,7 @@ import torch
 
 import secateur
 from hardware import heading, keep, markdown
-from stored import known_rows
+from stored import alone, known_rows
 
 MODEL = "smollm2-135m"
 STARTS: dict[str, dict[str, Any]] = {
@@ -165,8 +165,9 @@ def main() -> None:
 
     def add(row: Row) -> None:
         order = ["dense", *STARTS]
-        rows = sorted([*known_rows("recovery"), row], key=lambda r: order.index(r["start"]))
-        keep("recovery", protocol, rows)
+        with alone():
+            rows = sorted([*known_rows("recovery"), row], key=lambda r: order.index(r["start"]))
+            keep("recovery", protocol, rows)
         print(row, flush=True)
 
     def untrained(start: str, model: str | Path) -> None:
