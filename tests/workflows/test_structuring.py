@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, SourceError
 from secateur.structured.cut import sizes_of
 from zoo import CONFIGS, tiny_model, tiny_windows
 
@@ -285,6 +285,9 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         ({"keep_layers": 2, "whole_first": 1}, "no others lose any"),
         ({"query_heads": 1, "whole_last": 1}, "none can keep them"),
         ({"kv_cache": 0.5, "whole_last": 2}, "no KV groups would stay"),
+        ({"kv_cache": 0.3}, "none of the 2 KV groups of a layer would stay"),
+        ({"keep_parameters": 0.03}, "of the FFN neurons would have to go"),
+        ({"ffn": 0.4, "multiple": 48}, "none of the 48 FFN neurons of a layer would stay"),
         ({"hidden": 33}, "33 channels"),
         ({"hidden": 2.5}, "neither a number of units nor a fraction"),
         ({"experts": 2}, "no experts"),
@@ -304,6 +307,14 @@ def test_what_is_impossible_is_refused_before_any_work(
         )
     assert told.value.exit_code == 2
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_text_that_is_not_there_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="nowhere.safetensors"):
+        secateur.structure(
+            source, output=tmp_path / "out", calibration=tmp_path / "nowhere.safetensors", ffn=0.5
+        )
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -24,12 +24,15 @@ from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
+from secateur.structured.design import design
 from secateur.structured.surgery import cut_from_zeros
 from secateur.workflows.preparing import prepare
 from secateur.workflows.pruning import run_prepared
-from secateur.workflows.structure_plan import Aim
+from secateur.workflows.structure_plan import Aim, representative
 
-__all__ = ["Narrowing", "uniform_cut"]
+__all__ = ["Narrowing", "check_width", "uniform_cut"]
+
+NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
 
 LEVEL = 0.05
 """The fraction of a layer's neurons that a level of a searched allocation is worth, about."""
@@ -247,6 +250,26 @@ def shares(aim: Aim, sizes: Sizes, model: Any) -> dict[str, float]:
     return found
 
 
+def check_width(recipe: StructureRecipe, aim: Aim, model: Any) -> None:
+    """Refuse, before any work, a width that whole heads and neurons cannot make.
+
+    Args:
+        recipe: as the user wrote it.
+        aim: what it asks; nothing is said here of a time that sizes are yet to be found for.
+        model: the uncut skeleton.
+
+    Raises:
+        RecipeError: none of a kind would stay.
+    """
+    if not aim.narrows:
+        return
+    left = design(model, representative(aim)).skeleton
+    if recipe.allocation in (None, "uniform"):
+        uniform_cut(aim, left, recipe.multiple)
+    else:
+        shares(aim, sizes_of(left), left)
+
+
 def uniform_cut(aim: Aim, model: Any, multiple: int) -> Cut:
     """What stays of heads and neurons where all layers lose the same: the first units.
 
@@ -270,7 +293,7 @@ def uniform_cut(aim: Aim, model: Any, multiple: int) -> Cut:
                 left = units - pattern.pruned((1, units * width), gone) // width
                 if not left:
                     raise RecipeError(
-                        f"none of the {units} {kind} of a layer would stay",
+                        f"none of the {units} {NAMES[kind]} of a layer would stay",
                         remedy="keep more, or drop layers too: --keep-layers",
                     )
                 kept[kind][layer] = tuple(range(left))

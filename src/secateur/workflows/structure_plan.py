@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 from secateur.errors import RecipeError
@@ -127,6 +128,9 @@ def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
                 f"no KV groups would stay between the {sum(ends)} layers that keep all",
                 remedy="keep more of the cache, or fewer layers whole",
             )
+        if recipe.allocation in (None, "uniform"):  # whole groups, and no more than was asked for
+            most = max(1, *sizes.groups)
+            heads = ceil(heads * most - 1e-9) / most
     if recipe.heads is not None:
         heads = 1 - share(recipe.heads, sizes.groups, "KV groups")
     if recipe.ffn is not None:

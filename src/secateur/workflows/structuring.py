@@ -39,6 +39,7 @@ from secateur.structured.cut import Cut
 from secateur.workflows.carrying import RUN_FOLDER, check_output, refuse_quantized
 from secateur.workflows.distilling import learn
 from secateur.workflows.latency_target import FILE, found_latency
+from secateur.workflows.narrowing import check_width
 from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device, window_plan
 from secateur.workflows.structure_plan import aim_of
@@ -47,7 +48,16 @@ from secateur.workflows.writing import own_windows
 
 log = logging.getLogger(__name__)
 
-RECIPE = f"{RUN_FOLDER}/recipe.yaml"
+RECIPE, CALIBRATION = f"{RUN_FOLDER}/recipe.yaml", "calibration.json"
+
+VARIED = (
+    "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
+    "hidden size): the result loads once secateur is imported, or with trust_remote_code=True; "
+    "other engines need --pad"
+)
+
+Read = tuple[Tensor, dict[str, Any]]
+"""Calibration windows [samples, sequence_length], and where they are from."""
 
 __all__ = ["StructureReport", "structure", "structure_recipe"]
 
@@ -137,7 +147,12 @@ def structure_recipe(
     check_output(source.folder, output)
     if resume:
         check_same(recipe, partial)
-    latency, file = None, partial / "work" / FILE
+    check_width(recipe, aim, skeleton)
+    work = partial / "work"
+    text = None
+    if not (resume and (work / CALIBRATION).exists()):
+        text = read_calibration(recipe, source, skeleton.config)
+    latency, file = None, work / FILE
     if recipe.decode_latency is not None:
         kept = file if resume else None
         latency = found_latency(recipe, aim, skeleton, device, timer, progress, kept)
@@ -146,8 +161,7 @@ def structure_recipe(
         begin(recipe, partial)
     if latency is not None:
         write_whole(file, latency)
-    windows, calibration = calibration_of(recipe, source, skeleton.config, partial, progress)
-    work = partial / "work"
+    windows, calibration = calibration_of(recipe, source, text, partial, progress)
     folder, steps = source.folder, []
     bench = Bench(recipe, aim, windows, device, work, progress)
     for step in steps_of(aim):
@@ -159,11 +173,7 @@ def structure_recipe(
     distilled = distil(recipe, source, whole, windows, device, work, progress)
     found = verified(skeleton, whole, steps, recipe)
     if found.varied:
-        log.warning(
-            "no class of transformers has these sizes (layers that differ, or heads that do not "
-            "divide the hidden size): the result loads once secateur is imported, or with "
-            "trust_remote_code=True; other engines need --pad"
-        )
+        log.warning(VARIED)
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
     manifest["structure"]["latency"] = latency
     (partial / RUN_FOLDER / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
@@ -195,26 +205,38 @@ def begin(recipe: StructureRecipe, partial: Path) -> None:
     written.write_text(dump_recipe(recipe), encoding="utf-8")
 
 
-def calibration_of(
-    recipe: StructureRecipe, source: LocalCheckpoint, config: Any, partial: Path, progress: Progress
-) -> tuple[Tensor, dict[str, Any]]:
-    """Calibration windows, with those that the uncut model writes; kept for a run that goes on."""
-    file, told = partial / RUN_FOLDER / "windows.safetensors", partial / "work" / "calibration.json"
-    if told.exists():
-        return load_windows(file), json.loads(told.read_text(encoding="utf-8"))
-    options, trust = recipe.calibration, recipe.trust_remote_code
-    tokenizer = None
+def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: Any) -> Read:
+    """Calibration windows of the text, and where they are from."""
+    options, tokenizer = recipe.calibration, None
     if not options.source.endswith(".safetensors"):
-        tokenizer = load_tokenizer(source.folder, trust_remote_code=trust)
-    windows, provenance = load_calibration(
+        tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
+    return load_calibration(
         options.source,
         tokenizer,
         window_plan(options, config),
         field=options.field,
         vocab_size=config.vocab_size,
     )
+
+
+def calibration_of(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    text: Read | None,
+    partial: Path,
+    progress: Progress,
+) -> Read:
+    """The windows of the text, with those that the uncut model writes; kept for a run that goes on.
+
+    Without a text they are those that were kept.
+    """
+    file, told = partial / RUN_FOLDER / "windows.safetensors", partial / "work" / CALIBRATION
+    if text is None:
+        return load_windows(file), json.loads(told.read_text(encoding="utf-8"))
+    windows, provenance = text
+    options = recipe.calibration
     if options.generated:
-        device = choose_device(recipe.device)
+        device, trust = choose_device(recipe.device), recipe.trust_remote_code
         writer = load_whole(
             source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
         )
