@@ -57,6 +57,7 @@ OURS: dict[str, dict[str, Any]] = {
     "best, without the next token": {"effort": "best", "distillation": {"next_token": 0.0}},
     "best, SparseGPT instead of ALPS": {"effort": "best", "method": "sparsegpt"},
     "best, without own windows": {"effort": "best", "generated": 0},
+    "best, 256 own windows": {"effort": "best", "generated": 256},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
     "balanced, float32, damping 0.1": {
         "effort": "balanced",

@@ -288,6 +288,7 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         ({"kv_cache": 0.3}, "none of the 2 KV groups of a layer would stay"),
         ({"keep_parameters": 0.03}, "of the FFN neurons would have to go"),
         ({"ffn": 0.4, "multiple": 48}, "none of the 48 FFN neurons of a layer would stay"),
+        ({"ffn": 0.6, "multiple": 48}, "all 48 FFN neurons of a layer would stay"),
         ({"hidden": 33}, "33 channels"),
         ({"hidden": 2.5}, "neither a number of units nor a fraction"),
         ({"experts": 2}, "no experts"),

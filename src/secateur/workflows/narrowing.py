@@ -259,15 +259,23 @@ def check_width(recipe: StructureRecipe, aim: Aim, model: Any) -> None:
         model: the uncut skeleton.
 
     Raises:
-        RecipeError: none of a kind would stay.
+        RecipeError: none of a kind would stay, or all of one that is to lose some.
     """
     if not aim.narrows:
         return
     left = design(model, representative(aim)).skeleton
-    if recipe.allocation in (None, "uniform"):
-        uniform_cut(aim, left, recipe.multiple)
-    else:
-        shares(aim, sizes_of(left), left)
+    sizes = sizes_of(left)
+    if recipe.allocation not in (None, "uniform"):
+        shares(aim, sizes, left)
+        return
+    cut = uniform_cut(aim, left, recipe.multiple)
+    for kind, gone in (("groups", aim.heads), ("neurons", aim.neurons)):
+        units = getattr(sizes, kind)
+        if gone and all(len(kept) == units[i] for i, kept in getattr(cut, kind).items()):
+            raise RecipeError(
+                f"all {max(units)} {NAMES[kind]} of a layer would stay",
+                remedy="keep less, or in smaller multiples: --multiple",
+            )
 
 
 def uniform_cut(aim: Aim, model: Any, multiple: int) -> Cut:
