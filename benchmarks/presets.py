@@ -58,6 +58,8 @@ OURS: dict[str, dict[str, Any]] = {
     "best, SparseGPT instead of ALPS": {"effort": "best", "method": "sparsegpt"},
     "best, without own windows": {"effort": "best", "generated": 0},
     "best, 256 own windows": {"effort": "best", "generated": 256},
+    "best, without asymmetric fitting": {"effort": "best", "asymmetric": False},
+    "best, tuned as well": {"effort": "best", "passes": 2},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
     "balanced, float32, damping 0.1": {
         "effort": "balanced",
