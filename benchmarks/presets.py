@@ -76,6 +76,7 @@ OURS: dict[str, dict[str, Any]] = {
     },
     "balanced + own windows": {"effort": "balanced", "generated": 128},
     "balanced + tuning": {"effort": "balanced", "passes": 6},
+    "balanced + layer sensitivity": {"effort": "balanced", "allocation": "layer-sensitivity"},
     "balanced + distillation": {"effort": "balanced", "epochs": 1},
     "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "epochs": 1},
     "our ALPS": {"method": "alps"},
