@@ -49,6 +49,11 @@ FFN, WHOLE = 0.75, {"whole_first": 3, "whole_last": 1}
 """The neurons' share of a decoder layer, and the layers that LLM-Pruner keeps whole."""
 
 
+def neurons(**more: Any) -> Callable[[float], Options]:
+    """Neurons alone, of all layers; up to 30 % that is what `width` takes too."""
+    return lambda level: {"ffn": round(1 - level / FFN, 6), **more}
+
+
 def middle(**more: Any) -> Callable[[float], Options]:
     """Neurons of all layers but the first three and the last."""
     share = LAYERS / (LAYERS - sum(WHOLE.values())) / FFN
@@ -81,6 +86,7 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "width, balanced, global": width(effort="balanced", allocation="global"),
     "width, best": width(effort="best"),
     "width, best, 128 own windows": width(effort="best", generated=128),
+    "neurons, balanced": neurons(effort="balanced"),
     "middle, balanced": middle(effort="balanced"),
     "middle, best": middle(effort="best"),
     "middle, best, 128 own windows": middle(effort="best", generated=128),

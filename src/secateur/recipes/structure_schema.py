@@ -42,8 +42,8 @@ class StructureRecipe(Strict):
     )
     ffn: Kept | None = Field(None, ge=0, description="FFN neurons that stay")
     keep_parameters: float | None = Field(
-        None, gt=0, lt=1, description="fraction of the decoder's parameters that stays, heads and "
-        "FFN neurons being cut where it costs least"
+        None, gt=0, lt=1, description="fraction of the decoder's parameters that stays; heads "
+        "and FFN neurons lose the same share"
     )  # fmt: skip
     file_mib: float | None = Field(None, gt=0, description="MiB of weights that may stay, likewise")
     decode_latency: float | None = Field(
