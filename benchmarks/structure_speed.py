@@ -2,11 +2,11 @@
 
     python benchmarks/structure_speed.py [--work DIR] [--rounds 3] [--engines "llama.cpp, Q8_0" …]
 
-Cuts: none, width (heads and neurons) and depth (decoder layers), each to about 90, 80, 70 and 50 %
-of the decoder's parameters. The first units stay: which ones go does not matter for speed, so
-nothing is calibrated (`secateur.structured.surgery` alone), and texts are worthless. Width takes as
-many units as `secateur structure --parameters … --multiple 32` would; 32 neurons are a block of
-llama.cpp's Q8_0.
+Cuts: none, and the kinds of `structure.py`, each to about 90, 80, 70 and 50 % of the decoder's
+parameters. The first units stay: which ones go does not matter for speed, so nothing is calibrated
+(`secateur.structured.surgery` alone), and texts are worthless. Neurons stay in multiples of 32, a
+block of llama.cpp's Q8_0. llama.cpp gets no cut of the hidden size, then no multiple of 32, and
+none whose layers differ.
 
 Engines: transformers in float32 and bfloat16, Secateur's own loop with bfloat16 weights and with
 int8 ones (`secateur compress --values int8 --embeddings int8` of the dense, cut model), and
@@ -26,7 +26,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,24 @@ from secateur.evaluation.speed import take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
-from secateur.recipes.reading import build_structure_recipe
+from secateur.recipes.reading import build_structure_recipe, nested
 from secateur.structured.accounting import Accounting
 from secateur.structured.cut import Cut
+from secateur.structured.design import design
 from secateur.structured.surgery import cut_checkpoint
 from secateur.workflows.narrowing import uniform_cut
-from secateur.workflows.structure_plan import aim_of
+from secateur.workflows.structure_plan import aim_of, representative
 from stored import known_rows
+from structure import LEVELS, MODEL, depth, hidden, middle, mixed, width
 
-LEVELS = (0.1, 0.2, 0.3, 0.5)
 MULTIPLE = 32
+KINDS = {
+    "width": width(),
+    "depth": depth("influence"),
+    "mixed": mixed(),
+    "hidden": hidden(),
+    "middle": middle(),
+}
 
 
 @dataclass(frozen=True)
@@ -96,11 +104,13 @@ class Engine:
         contender: in `secateur.evaluation.contenders`; None for the path of what was made.
         made: from the checkpoint and a work folder, the folder that is loaded and what has the
             weights.
+        without: kinds of cuts that it is not given.
     """
 
     dtype: str
     contender: str | None
     made: Callable[[Model, Path], tuple[Path, Path]]
+    without: tuple[str, ...] = ()
 
 
 ENGINES = {
@@ -108,7 +118,7 @@ ENGINES = {
     "transformers, bfloat16": Engine("bfloat16", "packed in transformers", as_stored),
     "secateur, bfloat16": Engine("bfloat16", "packed", as_stored),
     "secateur, int8": Engine("bfloat16", "packed", int8),
-    "llama.cpp, Q8_0": Engine("bfloat16", None, q8_0),
+    "llama.cpp, Q8_0": Engine("bfloat16", None, q8_0, ("hidden", "middle")),
 }
 """Of what is not packed, the contenders `packed` run what is stored."""
 
@@ -116,15 +126,14 @@ ENGINES = {
 def cuts(folder: Path, levels: list[float]) -> dict[str, Cut]:
     """The cuts of a model, by name."""
     skeleton = build_skeleton(folder)
-    layers = skeleton.config.num_hidden_layers
     found = {"uncut": Cut()}
-    for level in levels:
-        asked = {"model": str(folder), "keep_parameters": 1 - level, "multiple": MULTIPLE}
-        aim = aim_of(build_structure_recipe(asked), skeleton)
-        found[f"width, {level:.0%}"] = uniform_cut(aim, skeleton, MULTIPLE)
-    for level in levels:
-        kept = layers - round(level * layers)
-        found[f"depth, {level:.0%}"] = Cut(layers=tuple(range(kept)))
+    for kind, options in KINDS.items():
+        for level in levels:
+            asked = {"model": str(folder), "multiple": MULTIPLE, **options(level)}
+            aim = aim_of(build_structure_recipe(nested(asked)), skeleton)
+            cut = representative(aim)
+            width = uniform_cut(aim, design(skeleton, cut).skeleton, MULTIPLE)
+            found[f"{kind}, {level:.0%}"] = replace(cut, groups=width.groups, neurons=width.neurons)
     return found
 
 
@@ -154,6 +163,7 @@ def in_dtype(source: str, dtype: str, work: Path) -> Path:
 def measured(name: str, models: list[Model], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one engine."""
     engine = ENGINES[name]
+    models = [model for model in models if model.name.split(",")[0] not in engine.without]
     made = [engine.made(model, args.work) for model in models]
     vocabulary = build_skeleton(models[0].folder).config.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -220,7 +230,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Cut, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--work", type=Path, help="folder for the models, kept")
     parser.add_argument("--levels", nargs="+", type=float, default=[*LEVELS])
     parser.add_argument("--engines", nargs="+", default=[*ENGINES], choices=[*ENGINES])
@@ -230,7 +239,7 @@ def main() -> None:
     parser.add_argument("--name", default="structure-speed")
     args = parser.parse_args()
     print(heading())
-    told = ("model", "levels", "rounds", "prompt_tokens", "new_tokens")
+    told = ("levels", "rounds", "prompt_tokens", "new_tokens")
     protocol = {"protocol": __doc__, **{key: getattr(args, key) for key in told}}
     rows = known_rows(args.name, protocol, heading())
     with tempfile.TemporaryDirectory() as scratch:
@@ -244,7 +253,7 @@ def main() -> None:
                 continue
             started, dtype = time.monotonic(), ENGINES[name].dtype
             if dtype not in made:
-                made[dtype] = cut_models(args.model, dtype, args.levels, args.work)
+                made[dtype] = cut_models(MODEL, dtype, args.levels, args.work)
             rows += measured(name, made[dtype], args)
             keep(args.name, protocol, rows)
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
