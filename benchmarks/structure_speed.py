@@ -132,8 +132,10 @@ def cuts(folder: Path, levels: list[float]) -> dict[str, Cut]:
             asked = {"model": str(folder), "multiple": MULTIPLE, **options(level)}
             aim = aim_of(build_structure_recipe(nested(asked)), skeleton)
             cut = representative(aim)
-            width = uniform_cut(aim, design(skeleton, cut).skeleton, MULTIPLE)
-            found[f"{kind}, {level:.0%}"] = replace(cut, groups=width.groups, neurons=width.neurons)
+            narrowed = uniform_cut(aim, design(skeleton, cut).skeleton, MULTIPLE)
+            found[f"{kind}, {level:.0%}"] = replace(
+                cut, groups=narrowed.groups, neurons=narrowed.neurons
+            )
     return found
 
 
