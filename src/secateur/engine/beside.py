@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from secateur.engine.calls import call_layer
 from secateur.engine.forwards import HaltingForwards
 from secateur.engine.passage import Passage
-from secateur.engine.residency import Parking
 from secateur.models.architecture import Linear
 
-__all__ = ["DenseBeside"]
+__all__ = ["DenseBeside", "Written"]
 
 
 class Written:
@@ -67,7 +66,6 @@ class DenseBeside:
         writers: those of them that write to the residual stream.
         of_expert: whether a linear is an expert's, by its name.
         passage: the hidden states of both models.
-        open_parking: gives the place where the copy's halted forwards wait.
         tell: called after every forward.
         matmuls: gives a context for the forwards.
     """
@@ -80,7 +78,6 @@ class DenseBeside:
         writers: Sequence[Linear],
         of_expert: Callable[[str], bool],
         passage: Passage,
-        open_parking: Callable[[nn.Module], Parking | None],
         tell: Callable[[], None],
         matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
@@ -94,7 +91,8 @@ class DenseBeside:
             [Linear(x.name, twin[id(x.module)]) for x in group if not of_expert(x.name)]
             for group in groups
         ]
-        self.parking = open_parking(self.layer)
+        assert passage.dense is not None
+        self.parking = passage.parking(index, self.layer, passage.dense)
         forwards = [functools.partial(self.forward, batch) for batch in passage.batches()]
         self.matmuls = matmuls
         self.halting = HaltingForwards(self.groups, forwards, self.parking, matmuls)

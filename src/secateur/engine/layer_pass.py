@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.activations import Activations
 from secateur.engine.beside import DenseBeside
 from secateur.engine.calls import call_layer
 from secateur.engine.forwards import HaltingForwards, by_group, by_layer, find_groups
@@ -188,7 +187,8 @@ class LayerPass:
         """One pass, group by group, with the dense layer beside the pruned one if there is one."""
         assert self.passage is not None
         write, finished = self.outputs_needed, False
-        self.parking = self.open_parking(self.layer, self.passage.hidden)
+        assert self.passage.hidden is not None
+        self.parking = self.passage.parking(self.index, self.layer, self.passage.hidden)
         forwards = [self.forward(b, write=write) for b in self.passage.batches()]
         halting = HaltingForwards(groups, forwards, self.parking, self.run.matmuls)
         if beside:
@@ -214,7 +214,6 @@ class LayerPass:
             [self.linears[name] for name in writers if name in self.linears],
             self.run.target.architecture.of_expert,
             passage,
-            lambda dense: self.open_parking(dense, passage.dense),
             lambda: self.run.step(self.index),
             self.run.matmuls,
         )
@@ -312,17 +311,3 @@ class LayerPass:
             self.run.step(self.index)
 
         return run
-
-    def open_parking(self, layer: nn.Module, stream: Activations | None) -> Parking | None:
-        """Where halted forwards are put: nowhere, when memory holds them."""
-        on_disk = self.run.settings.activations == "disk"
-        if not on_disk and self.run.target.device.type == "cpu":
-            return None
-        assert self.passage is not None
-        assert stream is not None
-        permanent = [
-            *layer.parameters(),
-            *layer.buffers(),
-            *self.passage.shared_tensors(self.index),
-        ]
-        return Parking(permanent, stream.folder if on_disk else None)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.engine.activations import Activations
 from secateur.engine.calls import LayerCall, first_inputs, layer_calls
+from secateur.engine.residency import Parking
 from secateur.engine.targets import Target
 
 __all__ = ["Passage"]
@@ -55,6 +56,19 @@ class Passage:
     def shared_tensors(self, index: int) -> list[Tensor]:
         """What a layer is handed besides its hidden states, for all sizes of micro-batch."""
         return [tensor for calls in self.calls.values() for tensor in calls[index].tensors()]
+
+    def parking(self, index: int, layer: nn.Module, stream: Activations) -> Parking | None:
+        """Where halted forwards of a layer are put: nowhere, when memory holds them.
+
+        Args:
+            index: of the layer.
+            layer: with its weights.
+            stream: the hidden states that pass it.
+        """
+        if self.in_memory and self.target.device.type == "cpu":
+            return None
+        permanent = [*layer.parameters(), *layer.buffers(), *self.shared_tensors(index)]
+        return Parking(permanent, None if self.in_memory else stream.folder)
 
     def record_calls(self, sizes: set[int]) -> None:
         """Learn how the model calls its layers, for micro-batches of so many windows."""

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from secateur.calibration.continuation import PREFIX
 from secateur.calibration.windows import load_calibration, load_windows
 from secateur.engine.ledger import write_whole
 from secateur.engine.meter import Meter
@@ -44,7 +45,7 @@ from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device, window_plan
 from secateur.workflows.structure_plan import aim_of
 from secateur.workflows.structure_stages import NOTES, Bench, steps_of
-from secateur.workflows.writing import own_windows
+from secateur.workflows.writing import with_written
 
 log = logging.getLogger(__name__)
 
@@ -236,13 +237,16 @@ def calibration_of(
     windows, provenance = text
     options = recipe.calibration
     if options.generated:
-        device, trust = choose_device(recipe.device), recipe.trust_remote_code
-        writer = load_whole(
-            source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
+        windows = with_written(
+            source.folder,
+            windows,
+            options.generated,
+            options.seed,
+            choose_device(recipe.device),
+            progress,
+            trust_remote_code=recipe.trust_remote_code,
         )
-        own = own_windows(writer, windows, options.generated, options.seed, progress)
-        windows = torch.cat([windows, own])
-        provenance = {**provenance, "generated": len(own)}
+        provenance = {**provenance, "generated": options.generated, "generated_prefix": PREFIX}
     save_file({"input_ids": windows.contiguous()}, file)
     write_whole(told, provenance)
     return windows, provenance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from secateur.models.whole import load_whole
 from secateur.pages import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.workflows.preparing import Prepared
 
-__all__ = ["own_windows", "with_own_windows"]
+__all__ = ["own_windows", "with_own_windows", "with_written"]
 
 
 def with_own_windows(prepared: Prepared, progress: Progress) -> Prepared:
@@ -26,23 +27,37 @@ def with_own_windows(prepared: Prepared, progress: Progress) -> Prepared:
     """
     if not prepared.unwritten:
         return prepared
-    device = prepared.target.device
-    model = load_whole(
-        prepared.source.folder,
-        device,
-        dtype=fast_dtype(device),
-        trust_remote_code=prepared.recipe.trust_remote_code,
-    )
     assert prepared.windows is not None
     assert prepared.calibration is not None
-    seed = prepared.recipe.calibration.seed
-    own = own_windows(model, prepared.windows, prepared.unwritten, seed, progress)
-    return dataclasses.replace(
-        prepared,
-        windows=torch.cat([prepared.windows, own]),
-        unwritten=0,
-        calibration=prepared.calibration | {"generated": len(own), "generated_prefix": PREFIX},
+    windows = with_written(
+        prepared.source.folder,
+        prepared.windows,
+        prepared.unwritten,
+        prepared.recipe.calibration.seed,
+        prepared.target.device,
+        progress,
+        trust_remote_code=prepared.recipe.trust_remote_code,
     )
+    told = {"generated": prepared.unwritten, "generated_prefix": PREFIX}
+    calibration = {**prepared.calibration, **told}
+    return dataclasses.replace(prepared, windows=windows, unwritten=0, calibration=calibration)
+
+
+def with_written(
+    folder: Path,
+    windows: Tensor,
+    count: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    *,
+    trust_remote_code: bool = False,
+) -> Tensor:
+    """Windows, and behind them as many as asked that the dense model of a folder writes."""
+    model = load_whole(
+        folder, device, dtype=fast_dtype(device), trust_remote_code=trust_remote_code
+    )
+    return torch.cat([windows, own_windows(model, windows, count, seed, progress)])
 
 
 def own_windows(model: Any, windows: Tensor, count: int, seed: int, progress: Progress) -> Tensor:
