@@ -191,7 +191,7 @@ class Decoder:
         self._alive += [cosine, sine]
         return cosine, sine
 
-    def prefill(self, ids: Int64[Tensor, "tokens"]) -> Float[Tensor, "vocabulary"]:
+    def prefill(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " vocabulary"]:
         """Begin anew with a prompt; returns the logits after its last token, float32.
 
         Raises:
@@ -219,7 +219,7 @@ class Decoder:
         logits: Tensor = out.logits[0, -1].float()
         return logits
 
-    def step(self, token: int) -> Float[Tensor, "vocabulary"]:
+    def step(self, token: int) -> Float[Tensor, " vocabulary"]:
         """Take one token in; returns the logits of the next, float32.
 
         Raises:
@@ -245,7 +245,7 @@ class Decoder:
 
     def continued(
         self,
-        ids: Int64[Tensor, "tokens"],
+        ids: Int64[Tensor, " tokens"],
         max_new_tokens: int,
         *,
         temperature: float = 0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -316,12 +316,8 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
     Raises:
         MemoryBudgetError: not even then does the run fit the budget.
     """
-    budget = memory_budget(memory.budget_gib)
-    tried = []
-    for activations in ("memory", "disk"):
-        if memory.activations not in ("auto", activations):
-            continue
-        plan = plan_run(
+    return fitting_plan(
+        lambda activations: plan_run(
             prepared.target,
             prepared.method,
             prepared.planned_windows,
@@ -331,7 +327,27 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
             prepared.allocation,
             prepared.output_bytes,
             prepared.unwritten,
-        )
+        ),
+        memory,
+    )
+
+
+def fitting_plan(planned: Callable[[str], Plan], memory: Memory) -> tuple[Plan, str]:
+    """The first of two plans that memory would hold, and where its hidden states wait.
+
+    Args:
+        planned: gives the plan with hidden states in `memory` or on `disk`.
+        memory: how much there may be, and whether the place is asked for.
+
+    Raises:
+        MemoryBudgetError: neither fits the budget.
+    """
+    budget = memory_budget(memory.budget_gib)
+    tried = []
+    for activations in ("memory", "disk"):
+        if memory.activations not in ("auto", activations):
+            continue
+        plan = planned(activations)
         if plan.peak_bytes <= budget:
             return plan, activations
         place = "on disk" if activations == "disk" else "in memory"

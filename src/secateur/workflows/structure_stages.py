@@ -1,6 +1,6 @@
 """The steps of a structured cut, each from one model folder to a smaller one.
 
-    depth ─► experts ─► hidden ─► query heads ─► heads and neurons
+    depth ─► experts ─► hidden ─► refit ─► query heads ─► heads and neurons
 
 Each step makes its folder whole or not at all, so a killed run goes on behind the last one.
 """
@@ -15,68 +15,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from secateur.engine.depth import Depth, Dropped, choose_depth
 from secateur.engine.experts import expert_use, kept_experts
 from secateur.engine.hidden import hidden_scores
 from secateur.engine.ledger import Ledger
-from secateur.engine.progress import Progress
 from secateur.engine.run import Run, Settings
 from secateur.engine.selection import Selection
-from secateur.engine.targets import CheckpointTarget
-from secateur.models.checkpoint import CheckpointReader
+from secateur.models.architecture import describe
 from secateur.models.whole_folder import whole_folder
 from secateur.recipes.structure_schema import StructureRecipe
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from secateur.workflows.narrowing import Narrowing
+from secateur.workflows.refitting import RefitStep, refits
+from secateur.workflows.structure_bench import NOTES, Bench
 from secateur.workflows.structure_plan import Aim
 
-__all__ = ["Bench", "Step", "steps_of"]
-
-NOTES = "step.json"
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every step is given.
-
-    Attributes:
-        recipe: as asked.
-        aim: in units.
-        windows: calibration tokens [samples, sequence_length].
-        device: where layers are worked on.
-        work: the folder in which each step has a folder of its own.
-        progress: told of everything.
-    """
-
-    recipe: StructureRecipe
-    aim: Aim
-    windows: Tensor
-    device: torch.device
-    work: Path
-    progress: Progress
-
-    def target(self, folder: Path) -> CheckpointTarget:
-        """A model folder, to be looked at."""
-        trust = self.recipe.trust_remote_code
-        return CheckpointTarget(
-            CheckpointReader(folder), None, self.device, trust_remote_code=trust
-        )
-
-    def narrowing(self, folder: Path, name: str) -> Narrowing:
-        """A run that chooses units of a model folder, in a folder of this name."""
-        windows = self.work.parent / "secateur" / "windows.safetensors"
-        return Narrowing(self.recipe, folder, self.work / name, windows, self.progress)
-
-    def scratch(self, name: str) -> Path:
-        """A folder for what a step notes on its way."""
-        folder = self.work / f"{name}-notes"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+__all__ = ["Step", "steps_of"]
 
 
 @dataclass(frozen=True)
@@ -116,15 +72,17 @@ class Step:
         return made, notes
 
 
-def steps_of(aim: Aim) -> list[Step]:
-    """The steps that an aim takes, in order."""
-    found = []
+def steps_of(recipe: StructureRecipe, aim: Aim, model: Any) -> list[Step | RefitStep]:
+    """The steps that an aim takes, in order; the model is the uncut skeleton."""
+    found: list[Step | RefitStep] = []
     if aim.drop_layers:
         found.append(Step("depth", choose_layers))
     if aim.keep_experts is not None:
         found.append(Step("experts", choose_experts))
     if aim.keep_hidden is not None:
         found.append(Step("hidden", choose_hidden))
+    if refits(recipe, aim, describe(model)):
+        found.append(RefitStep())
     if aim.keep_queries is not None:
         found.append(Step("queries", choose_queries))
     if aim.narrows:
@@ -196,9 +154,15 @@ def choose_hidden(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path
 def choose_queries(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Which query heads of each KV group stay; what reads them is refitted, in its own folder."""
     assert bench.aim.keep_queries is not None
-    return bench.narrowing(folder, "thinned").thin_groups(bench.aim.keep_queries)
+    return narrowing(bench, folder, "thinned").thin_groups(bench.aim.keep_queries)
 
 
 def choose_width(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Which heads and neurons stay; what reads them is refitted, in a folder of its own."""
-    return bench.narrowing(folder, "narrowed").narrow(bench.aim)
+    return narrowing(bench, folder, "narrowed").narrow(bench.aim)
+
+
+def narrowing(bench: Bench, folder: Path, name: str) -> Narrowing:
+    """A run that chooses units of a model folder, in a folder of this name."""
+    windows = bench.work.parent / "secateur" / "windows.safetensors"
+    return Narrowing(bench.recipe, folder, bench.work / name, windows, bench.progress)

@@ -43,8 +43,9 @@ from secateur.workflows.latency_target import FILE, found_latency
 from secateur.workflows.narrowing import check_width
 from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device, window_plan
+from secateur.workflows.structure_bench import NOTES, Bench
 from secateur.workflows.structure_plan import aim_of
-from secateur.workflows.structure_stages import NOTES, Bench, steps_of
+from secateur.workflows.structure_stages import steps_of
 from secateur.workflows.writing import with_written
 
 log = logging.getLogger(__name__)
@@ -164,8 +165,8 @@ def structure_recipe(
         write_whole(file, latency)
     windows, calibration = calibration_of(recipe, source, text, partial, progress)
     folder, steps = source.folder, []
-    bench = Bench(recipe, aim, windows, device, work, progress)
-    for step in steps_of(aim):
+    bench = Bench(recipe, aim, source.folder, windows, device, work, progress)
+    for step in steps_of(recipe, aim, skeleton):
         folder, told = step.carry_out(bench, folder)
         steps.append(told)
     whole = work / "whole"

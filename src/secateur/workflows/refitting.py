@@ -1,0 +1,113 @@
+"""The step after layers or channels went: what stayed is refitted beside the uncut model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from secateur.engine.ledger import Ledger
+from secateur.engine.plan import Plan, plan_run
+from secateur.engine.reconstruction import Reconstruction
+from secateur.engine.refit import Refit, can_refit
+from secateur.engine.run import Settings
+from secateur.engine.targets import CheckpointTarget
+from secateur.models.architecture import Architecture
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.recipes.structure_schema import StructureRecipe
+from secateur.sparsity.allocation import allocations
+from secateur.sparsity.methods import compose
+from secateur.workflows.preparing import fitting_plan
+from secateur.workflows.structure_bench import NOTES, Bench
+from secateur.workflows.structure_plan import Aim
+
+__all__ = ["RefitStep", "refits"]
+
+
+def refits(recipe: StructureRecipe, aim: Aim, architecture: Architecture) -> bool:
+    """Whether a cut has this step: if fitting to the uncut model is asked, and can help."""
+    channels = aim.keep_hidden is not None
+    asked = recipe.asymmetric and (channels or aim.drop_layers > 0)
+    return asked and can_refit(architecture, channels=channels)
+
+
+class RefitStep:
+    """Linears are fitted to what the uncut model computes; the sizes stay."""
+
+    name = "refit"
+
+    def carry_out(self, bench: Bench, folder: Path) -> tuple[Path, dict[str, Any]]:
+        """Refit into a new folder, unless an earlier run has; returns it and its notes.
+
+        A killed refit goes on behind the last layer that is in its ledger.
+        """
+        made = bench.work / self.name
+        if not made.exists():
+            partial = bench.work / f"{self.name}.partial"
+            copy = PatchedCopy(CheckpointReader(folder), partial)
+            written = bench.scratch(self.name) / "layers.jsonl"
+            ledger, done = Ledger(written, {"step": self.name}), 0
+            if written.exists():
+                done = ledger.resume()
+            else:
+                copy.create()
+                ledger.begin()
+            self.refit(bench, bench.target(folder, copy), ledger).execute(done)
+            notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+            told = dict.fromkeys(("before", "after"), notes["after"])
+            told |= {"step": self.name, "by": "least squares", "varied": notes["varied"]}
+            (partial / NOTES).write_text(json.dumps(told), encoding="utf-8")
+            os.rename(partial, made)
+        return made, json.loads((made / NOTES).read_text(encoding="utf-8"))
+
+    def refit(self, bench: Bench, cut: CheckpointTarget, ledger: Ledger) -> Refit:
+        """The refit of what the steps before this one left."""
+        dense = bench.target(bench.source)
+        layers, channels = kept(bench, "depth"), kept(bench, "hidden")
+        return Refit(
+            dense,
+            cut,
+            layers or range(len(dense.layers)),
+            channels,
+            bench.windows,
+            settings_of(bench, dense),
+            ledger,
+            bench.progress,
+        )
+
+
+def kept(bench: Bench, step: str) -> tuple[int, ...] | None:
+    """What an earlier step left, of the kind that it cuts; None for all."""
+    notes = bench.work / step / NOTES
+    if not notes.exists():
+        return None
+    kind = {"depth": "layers"}.get(step, step)
+    cut = json.loads(notes.read_text(encoding="utf-8"))["cut"]
+    return tuple(cut[kind]) if kind in cut else None
+
+
+def settings_of(bench: Bench, dense: CheckpointTarget) -> Settings:
+    """How the work is done; hidden states wait on disk if memory would not hold them.
+
+    Raises:
+        MemoryBudgetError: not even then is there enough.
+    """
+    memory = bench.recipe.memory
+    # it holds what a run does that fits writers to the uncut model: two layers, their forwards
+    method, uniform = compose("wanda", "unstructured"), allocations["uniform"]()
+
+    def settings(activations: str) -> Settings:
+        return Settings(
+            asymmetric=True,
+            fast_matmuls=bench.recipe.fast_matmuls,
+            micro_batch_tokens=memory.micro_batch_tokens,
+            activations=activations,
+            work=bench.scratch(RefitStep.name),
+        )
+
+    def planned(activations: str) -> Plan:
+        how, none = settings(activations), Reconstruction(passes=0)
+        return plan_run(dense, method, bench.windows, how, none, 0, uniform, 0)
+
+    return settings(fitting_plan(planned, memory)[1])
