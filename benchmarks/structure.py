@@ -76,10 +76,14 @@ def hidden(**more: Any) -> Callable[[float], Options]:
 
 ROWS: dict[str, Callable[[float], Options]] = {
     "depth, influence": depth("influence", effort="fast"),
-    "depth, greedy": depth("greedy", effort="balanced"),
-    "depth, search": depth("search", effort="balanced"),
+    "depth, greedy": depth("greedy", effort="balanced", asymmetric=False),
+    "depth, search": depth("search", effort="balanced", asymmetric=False),
+    "depth, influence, refitted": depth("influence", effort="balanced"),
+    "depth, greedy, refitted": depth("greedy", effort="balanced"),
+    "depth, search, refitted": depth("search", effort="balanced"),
     "depth, search, distilled": depth("search", effort="best"),
     "hidden": hidden(effort="fast"),
+    "hidden, refitted": hidden(effort="balanced"),
     "hidden, distilled": hidden(effort="best"),
     "width, fast": width(effort="fast"),
     "width, balanced": width(effort="balanced"),

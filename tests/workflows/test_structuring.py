@@ -332,8 +332,8 @@ SCRIPT = """
                 os.kill(os.getpid(), signal.SIGKILL)
 
     secateur.structure(sys.argv[1], output=sys.argv[2], calibration=sys.argv[3], keep_layers=2,
-                       query_heads=1, ffn=0.5, effort="fast", epochs=1, progress=Deadly(),
-                       resume=len(sys.argv) > 5)
+                       query_heads=1, ffn=0.5, effort="fast", asymmetric=True, epochs=1,
+                       progress=Deadly(), resume=len(sys.argv) > 5)
 """
 
 
@@ -342,7 +342,7 @@ def test_a_killed_cut_goes_on_to_the_same_model(
 ) -> None:
     secateur.structure(
         source, output=tmp_path / "whole", calibration=windows, keep_layers=2, query_heads=1,
-        ffn=0.5, effort="fast", epochs=1,
+        ffn=0.5, effort="fast", asymmetric=True, epochs=1,
     )  # fmt: skip
     script = textwrap.dedent(SCRIPT)
     command = [sys.executable, "-c", script, str(source), str(tmp_path / "out"), str(windows)]
@@ -356,3 +356,43 @@ def test_a_killed_cut_goes_on_to_the_same_model(
         assert kills < 20
     assert kills >= 2
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def losses(folder: Path, dense: Any) -> float:
+    """Mean KL(dense ‖ what plain transformers makes of a folder) on the calibration windows."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        p, q = (m(tiny_windows()).logits.double().log_softmax(-1) for m in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("options", [{"keep_layers": 2}, {"hidden": 24},
+                                     {"keep_layers": 2, "hidden": 28, "ffn": 0.9}])  # fmt: skip
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3", "qwen2_moe"])
+def test_what_stayed_is_refitted_beside_the_uncut_model(
+    family: str, options: dict[str, Any], tmp_path: Path, windows: Path
+) -> None:
+    dense = tiny_model(family)
+    dense.save_pretrained(tmp_path / "source")
+    both = {}
+    for name, asymmetric in (("plain", False), ("refit", True)):
+        both[name] = secateur.structure(
+            tmp_path / "source", output=tmp_path / name, calibration=windows,
+            effort="fast", asymmetric=asymmetric, **options,
+        )  # fmt: skip
+    steps = {n: [s["step"] for s in r.manifest["structure"]["steps"]] for n, r in both.items()}
+    assert [step for step in steps["refit"] if step != "refit"] == steps["plain"]
+    assert steps["refit"].index("refit") == len([o for o in options if o != "ffn"])
+    sizes = [r.manifest["structure"]["after"] for r in both.values()]
+    assert sizes[0] == sizes[1]
+    assert losses(tmp_path / "refit", dense) < 0.8 * losses(tmp_path / "plain", dense)
+
+
+def test_a_family_whose_writers_are_not_known_is_cut_without_a_refit(
+    tmp_path: Path, windows: Path
+) -> None:
+    tiny_model("gemma2").save_pretrained(tmp_path / "source")
+    report = secateur.structure(
+        tmp_path / "source", output=tmp_path / "out", calibration=windows, keep_layers=2
+    )
+    assert [s["step"] for s in report.manifest["structure"]["steps"]] == ["depth"]

@@ -167,12 +167,12 @@ class Refit:
                 one = LayerRefit(self, place, layer, twin, wanted)
                 one.carry_out()
                 target.commit(place, [f"{x.name}.weight" for x in one.linears])
-            if wanted is not None:
-                for batch in self.dense.batches():
-                    self.dense.write(batch, wanted.read(batch))
-        if place + 1 < len(self.layers):
-            self.dense.advance(index + 1 + gap)
-            self.cut.advance(place + 1)
+            if place + 1 < len(self.layers):
+                if wanted is not None:
+                    for batch in self.dense.batches():
+                        self.dense.write(batch, wanted.read(batch))
+                self.dense.advance(index + 1 + gap)
+                self.cut.advance(place + 1)
         self.ledger.finish_layer(place, [], time.perf_counter() - started)
         self.dense.forget(index)
         self.cut.forget(place)
@@ -224,6 +224,7 @@ class LayerRefit:
     ) -> None:
         self.refit, self.layer, self.twin, self.wanted = refit, layer, twin, wanted
         self.place, self.index = place, refit.layers[place]
+        self.last = place + 1 == len(refit.layers)
         self.cut, self.dense = refit.cut, refit.dense
         architecture = self.cut.target.architecture
         own = linears_of(layer, architecture.layer_name(place))
@@ -258,8 +259,12 @@ class LayerRefit:
         ]
         self.gathered: dict[int, GroupStatistics] = {}
         try:
-            by_group(self.own_groups(0), halting[0], halting[1], self.gather, self.fit)
-            halting[1].finish()
+            by_group(
+                self.own_groups(0), halting[0], halting[1], self.gather, self.fit,
+                outputs_needed=not self.last,
+            )  # fmt: skip
+            if not self.last:
+                halting[1].finish()
         finally:
             for forwards, written in zip(halting, self.written, strict=True):
                 forwards.close()
@@ -278,8 +283,8 @@ class LayerRefit:
             hidden = passage.read(batch)
             if parking is not None:
                 parking.live.note(hidden)
-            passage.write(batch, call_layer(layer, hidden, passage.call(index, batch)))
             self.refit.progress.step(note=f"layer {index}")
+            passage.write(batch, call_layer(layer, hidden, passage.call(index, batch)))
 
         forwards = [partial(forward, batch) for batch in passage.batches()]
         return HaltingForwards(self.own_groups(side), forwards, parking, self.refit.matmuls)
