@@ -69,7 +69,7 @@ def structure(
         str | None,
         typer.Option(
             "--depth-by",
-            help="How layers are chosen: influence, angular, greedy, search. [the preset's]",
+            help="How layers are chosen: influence, angular, greedy, search. [influence]",
         ),
     ] = None,
     units: Annotated[

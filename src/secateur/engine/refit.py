@@ -230,7 +230,7 @@ class LayerRefit:
         own = linears_of(layer, architecture.layer_name(place))
         other = linears_of(twin, architecture.layer_name(self.index))
         assert architecture.groups is not None
-        pairs = [
+        pairs: list[list[Pair]] = [
             [(own[n], other[n]) for n in group if n in own and n in other]
             for group in architecture.groups
             if not architecture.of_expert(group[0])

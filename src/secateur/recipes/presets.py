@@ -44,7 +44,6 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "score": "wanda",
             "solver": "least-squares",
             "fast_matmuls": True,
-            "depth": {"by": "influence"},
         },
         "balanced": {
             "score": "wanda",
@@ -52,7 +51,6 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "parameters": {"iterations": 15, "growth": 1.6},
             "asymmetric": True,
             "fast_matmuls": True,
-            "depth": {"by": "greedy"},
         },
         "best": {
             "score": "wanda",
@@ -60,7 +58,6 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "parameters": {"iterations": 30, "growth": 1.3},
             "asymmetric": True,
             "fast_matmuls": True,
-            "depth": {"by": "search"},
             "calibration": {"generated": 256},
             "distillation": {"epochs": 1, "next_token": 0.5},
         },

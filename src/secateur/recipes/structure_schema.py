@@ -18,7 +18,7 @@ class Depth(Strict):
     """How decoder layers, or their two halves, are chosen."""
 
     by: Literal["influence", "angular", "greedy", "search"] = Field(
-        "greedy", description="block influence, angular distance, greedy removal, or search"
+        "influence", description="block influence, angular distance, greedy removal, or search"
     )
     units: Literal["layers", "blocks"] = Field(
         "layers", description="whole decoder layers, or attention and FFN sub-blocks by themselves"
