@@ -28,7 +28,7 @@ from secateur.models.checkpoint import CheckpointReader
 from zoo import CONFIGS, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows()  # 6 of 20 tokens
-QUICK = {"stages": ((2, 40), (1, 120)), "generations": 3, "offspring": 3}
+QUICK = {"method": "search", "stages": ((2, 40), (1, 120)), "generations": 3, "offspring": 3}
 WRITERS = {
     "phi3": ("self_attn.o_proj", "mlp.down_proj"),
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
@@ -215,7 +215,7 @@ def test_a_long_search_finds_the_best_of_all_sets() -> None:
         )
         for dropped in combinations(range(6), 3)
     }
-    how = Depth(count=3, stages=((1, 120),), generations=40, offspring=4)
+    how = Depth(count=3, method="search", stages=((1, 120),), generations=40, offspring=4)
     found = choose(model, how)
     assert found.layers == min(worth, key=lambda dropped: worth[dropped])
     assert found.fitness == pytest.approx(worth[found.layers], rel=1e-3)
@@ -231,7 +231,7 @@ def test_sub_blocks_reach_the_budget_and_are_worth_what_is_said(
 ) -> None:
     model = tiny_model(family)
     amount = {"share": 0.5} if units == "blocks" else {"count": 2}
-    found = choose(model, Depth(units=units, method=method, **amount, **QUICK))
+    found = choose(model, Depth(units=units, **amount, **{**QUICK, "method": method}))
     gone = len(found.layers) + len(found.attention), len(found.layers) + len(found.ffn)
     if units == "blocks":
         assert found.share >= 0.5 - 1e-6
@@ -376,16 +376,16 @@ def test_norms_on_the_stream_are_told_of() -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with pytest.raises(ArchitectureError, match="still changes its input"):
-        choose(model, Depth(units="attention", count=1))
+        choose(model, Depth(units="attention", count=1, method="search"))
     assert len(choose(model, Depth(count=1, **QUICK)).layers) == 1
 
 
 def test_a_work_folder_of_another_choice_is_refused(tmp_path: Path) -> None:
     choose(tiny_model("llama"), Depth(count=1, method="influence"), tmp_path)
     with pytest.raises(RecipeError, match="objective: 'divergence' then, 'loss' now"):
-        choose(tiny_model("llama"), Depth(count=1, objective="loss"), tmp_path)
+        choose(tiny_model("llama"), Depth(count=1, method="search", objective="loss"), tmp_path)
     with pytest.raises(RecipeError, match="embedded"):
-        choose(tiny_model("llama", seed=1), Depth(count=1), tmp_path)
+        choose(tiny_model("llama", seed=1), Depth(count=1, method="search"), tmp_path)
 
 
 def test_a_model_that_overflows_is_told_of() -> None:

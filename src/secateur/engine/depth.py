@@ -85,7 +85,7 @@ class Depth:
     units: str = "layers"
     count: int | None = None
     share: float | None = None
-    method: str = "search"
+    method: str = "influence"
     objective: str = "divergence"
     stages: Stages = ((4, 1024), (1, 8192))
     generations: int = 12
