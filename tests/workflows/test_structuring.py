@@ -19,6 +19,7 @@ from test_pruning import digest
 from transformers import AutoModelForCausalLM
 
 import secateur
+from oracles.depth import divergence
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError, SourceError
 from secateur.structured.cut import sizes_of
@@ -358,14 +359,6 @@ def test_a_killed_cut_goes_on_to_the_same_model(
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-def losses(folder: Path, dense: Any) -> float:
-    """Mean KL(dense ‖ what plain transformers makes of a folder) on the calibration windows."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        p, q = (m(tiny_windows()).logits.double().log_softmax(-1) for m in (dense, model))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
 @pytest.mark.parametrize("options", [{"keep_layers": 2}, {"hidden": 24},
                                      {"keep_layers": 2, "hidden": 28, "ffn": 0.9}])  # fmt: skip
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3", "qwen2_moe"])
@@ -385,7 +378,11 @@ def test_what_stayed_is_refitted_beside_the_uncut_model(
     assert steps["refit"].index("refit") == len([o for o in options if o != "ffn"])
     sizes = [r.manifest["structure"]["after"] for r in both.values()]
     assert sizes[0] == sizes[1]
-    assert losses(tmp_path / "refit", dense) < 0.8 * losses(tmp_path / "plain", dense)
+    losses = {
+        n: divergence(dense, AutoModelForCausalLM.from_pretrained(tmp_path / n), tiny_windows())
+        for n in both
+    }
+    assert losses["refit"] < 0.8 * losses["plain"]
 
 
 def test_a_family_whose_writers_are_not_known_is_cut_without_a_refit(

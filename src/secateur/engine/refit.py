@@ -263,7 +263,7 @@ class LayerRefit:
                 self.own_groups(0), halting[0], halting[1], self.gather, self.fit,
                 outputs_needed=not self.last,
             )  # fmt: skip
-            if not self.last:
+            if not self.last and self.wanted is None:  # else the stream goes on from `wanted`
                 halting[1].finish()
         finally:
             for forwards, written in zip(halting, self.written, strict=True):

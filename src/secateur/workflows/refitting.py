@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,12 @@ class RefitStep:
     def refit(self, bench: Bench, cut: CheckpointTarget, ledger: Ledger) -> Refit:
         """The refit of what the steps before this one left."""
         dense = bench.target(bench.source)
-        layers, channels = kept(bench, "depth"), kept(bench, "hidden")
+        layers = kept(bench, "depth", "layers") or range(len(dense.layers))
         return Refit(
             dense,
             cut,
-            layers or range(len(dense.layers)),
-            channels,
+            layers,
+            kept(bench, "hidden", "hidden"),
             bench.windows,
             settings_of(bench, dense),
             ledger,
@@ -77,14 +78,13 @@ class RefitStep:
         )
 
 
-def kept(bench: Bench, step: str) -> tuple[int, ...] | None:
-    """What an earlier step left, of the kind that it cuts; None for all."""
+def kept(bench: Bench, step: str, kind: str) -> Sequence[int] | None:
+    """What an earlier step left of one kind of unit; None for all."""
     notes = bench.work / step / NOTES
     if not notes.exists():
         return None
-    kind = {"depth": "layers"}.get(step, step)
-    cut = json.loads(notes.read_text(encoding="utf-8"))["cut"]
-    return tuple(cut[kind]) if kind in cut else None
+    found: Sequence[int] = json.loads(notes.read_text(encoding="utf-8"))["cut"][kind]
+    return found
 
 
 def settings_of(bench: Bench, dense: CheckpointTarget) -> Settings:

@@ -45,7 +45,7 @@ class Bench:
     def target(self, folder: Path, output: PatchedCopy | None = None) -> CheckpointTarget:
         """A model folder, to be looked at, or with a copy that takes new weights."""
         trust = self.recipe.trust_remote_code
-        reader = output.source if output else CheckpointReader(folder)
+        reader = CheckpointReader(folder)
         return CheckpointTarget(reader, output, self.device, trust_remote_code=trust)
 
     def scratch(self, name: str) -> Path:
