@@ -69,11 +69,11 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            ledger = output.with_name(output.name + ".partial") / "secateur" / "layers.jsonl"
-            done = max(len(ledger.read_text().splitlines()) - 1, 0) if ledger.exists() else None
+            partial = output.with_name(output.name + ".partial")
+            ledger = partial / "model" / "secateur" / "layers.jsonl"
+            done = len(ledger.read_text().splitlines()) if ledger.exists() else None
             if not output.exists():
-                more = ["--resume"] if ledger.exists() else []
-                subprocess.run(command(output, args, *more), check=True, capture_output=True)
+                subprocess.run(command(output, args, "--resume"), check=True, capture_output=True)
             rows.append(
                 {
                     "killed_after_seconds": moment,

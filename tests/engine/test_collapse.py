@@ -52,7 +52,7 @@ def test_a_collapsing_run_is_stopped_and_can_go_on(source, windows, tmp_path: Pa
     assert f"{where}." in stopped.value.what
     assert "--restart" in str(stopped.value.remedy)
     assert not out.exists()
-    done = lines(tmp_path / "out.partial" / "secateur" / "layers.jsonl")
+    done = lines(tmp_path / "out.partial" / "model" / "secateur" / "layers.jsonl")
     assert len(done) == index + 1
     assert all(f"{where}." in name for name in done[-1]["collapsed"])
     assert all(lost > 0.8 for lost in done[-1]["collapsed"].values())

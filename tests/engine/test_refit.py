@@ -12,12 +12,12 @@ from torch import nn
 
 from oracles import beside
 from oracles.depth import divergence
-from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Silent
 from secateur.engine.refit import Refit, can_refit
 from secateur.engine.run import Settings
 from secateur.engine.targets import ModelTarget
 from secateur.models.architecture import describe
+from secateur.runs.ledger import Ledger
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_model
 from zoo import CONFIGS, MIXTURES, tiny_model, tiny_windows
@@ -47,7 +47,7 @@ def refitted(dense: nn.Module, left: nn.Module, cut: Cut, settings: Settings = S
     layers = range(3) if cut.layers is None else cut.layers
     Refit(
         ModelTarget(dense), ModelTarget(left), layers, cut.hidden, tiny_windows(), settings,
-        Ledger(None, {}), Silent(),
+        Ledger(), Silent(),
     ).execute()  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import torch
 import secateur
 from oracles import allocation as oracle
 from secateur.calibration.windows import save_windows
-from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Silent
 from secateur.engine.run import Run, Settings
 from secateur.engine.search import Judge, search_levels
@@ -20,6 +19,7 @@ from secateur.engine.survey import allocate, grains_of, survey
 from secateur.engine.targets import CheckpointTarget, ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
@@ -46,7 +46,7 @@ def run_of(model, work: Path, method="wanda", sparsity=0.5, overrides=None, scop
         Selection(overrides=overrides or {}),
         tiny_windows(),
         Settings(micro_batch_tokens=40, work=work),
-        Ledger(None, {}),
+        Ledger(),
         Silent(),
     )
 

@@ -9,13 +9,13 @@ import torch
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Silent
 from secateur.engine.run import Run, Settings
 from secateur.engine.selection import Selection
 from secateur.engine.survey import allocate, grains_of
 from secateur.engine.targets import ModelTarget
 from secateur.models.checkpoint import CheckpointReader
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
@@ -73,7 +73,7 @@ def unit_run(model, work: Path, solver="osscar", score="obs", multiple=1, shares
         ),
         tiny_windows(),
         Settings(micro_batch_tokens=40, work=work),
-        Ledger(None, {}),
+        Ledger(),
         Silent(),
         patterns={
             f"*.{name}": parse_pattern(f"*x{unit_width(sizes, kind)}/{each[kind]}")

@@ -51,7 +51,7 @@ def manifest(method: str = "sparsegpt", sparsity: float = 0.5) -> dict[str, Any]
 
 
 def layer_lines(layers: int = 30, sparsity: float = 0.5) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = [{"fingerprint": {"model": "smollm2-135m"}}]
+    lines: list[dict[str, Any]] = []
     for i in range(layers):
         linears = [
             {

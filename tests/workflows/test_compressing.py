@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from secateur.errors import (
 from secateur.models import shard_writer
 from secateur.models.skeleton import quiet_transformers
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
+from secateur.runs.folder import RunFolder
 from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
 from tiny import save_tiny
@@ -284,8 +286,6 @@ def test_rounding_can_be_stopped_and_gone_on_with(
     assert_same(tmp_path / "out", tmp_path / "whole")
 
     monkeypatch.undo()
-    (tmp_path / "out.rounded.partial" / "secateur").mkdir(parents=True)
-    (tmp_path / "out.rounded.partial" / "secateur" / "layers.jsonl").write_text("{}")
     secateur.compress(source, output=tmp_path / "out", restart=True, overwrite=True, **options)
     assert_same(tmp_path / "out", tmp_path / "whole")
     assert sorted(x.name for x in tmp_path.iterdir()) == ["m", "out", "w.safetensors", "whole"]
@@ -409,8 +409,10 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no folder of a model"):
         secateur.compress(source, output=tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
-    (tmp_path / "p.partial" / "work").mkdir(parents=True)
-    with pytest.raises(RecipeError, match="stopped half-way"):
+    with contextlib.suppress(KeyboardInterrupt), RunFolder(tmp_path / "p", "prune") as stopped:
+        stopped.begin({})
+        interrupted()
+    with pytest.raises(RecipeError, match="a stopped `secateur prune` lies"):
         secateur.compress(source, output=tmp_path / "p")
     assert (tmp_path / "p.partial" / "work").exists()
 
@@ -446,7 +448,7 @@ def test_a_disk_too_small_is_noticed_first(tmp_path: Path, monkeypatch) -> None:
     source = pruned_model(tmp_path / "m")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("secateur.workflows.carrying.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(MemoryBudgetError, match="GiB of disk"):
+    with pytest.raises(MemoryBudgetError, match="MiB of disk"):
         secateur.compress(source, output=tmp_path / "c")
     assert not (tmp_path / "c.partial").exists()
 
@@ -472,8 +474,8 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
     assert (tmp_path / "c.partial").exists()
     with pytest.raises(CheckpointError):
-        PackedCheckpoint(tmp_path / "c.partial")
-    begun = sorted((tmp_path / "c.partial").glob("*.safetensors"))
+        PackedCheckpoint(tmp_path / "c.partial" / "model")
+    begun = sorted((tmp_path / "c.partial" / "model").glob("*.safetensors"))
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         secateur.models.header.read_header(begun[-1])
     secateur.compress(source, output=tmp_path / "c")

@@ -152,8 +152,7 @@ def test_stopped_and_gone_on_with_gives_the_same(
     whole = secateur.prune(folder, output=tmp_path / "whole", **options)
     with pytest.raises(StoppedError):
         secateur.prune(folder, output=tmp_path / "again", progress=StopAt(*stop), **options)
-    begun = stop[0] == "distilling"
-    secateur.prune(folder, output=tmp_path / "again", resume=begun, **options)
+    secateur.prune(folder, output=tmp_path / "again", resume=True, **options)
     one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "again"))
     assert one.keys() == two.keys()
     for name, value in one.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,8 +37,6 @@ def demo(
     from secateur.workflows import report as write_report
 
     folder = Path(output)
-    if (folder / "secateur" / "manifest.json").exists():
-        shutil.rmtree(folder)  # an earlier demo
     with ProgressBar() as progress:
         stderr.print(f"[bold]1/3[/] pruning {MODEL} to {sparsity:.0%} ({effort})")
         report = prune(
@@ -52,6 +49,7 @@ def demo(
             sequence_length=512,
             progress=progress,
             restart=True,
+            overwrite=True,
         )
         stderr.print("[bold]2/3[/] judging the result beside the dense model")
         judged = judge(

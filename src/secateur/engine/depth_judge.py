@@ -20,9 +20,10 @@ from torch.nn.functional import cross_entropy
 
 from secateur.engine.depth_space import WHOLE, Candidate, Space
 from secateur.engine.depth_stream import Stream
-from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Progress
 from secateur.engine.search import DenseLogits
+from secateur.runs.identity import refuse_another
+from secateur.runs.ledger import Ledger
 
 __all__ = ["Judge", "Measured"]
 
@@ -104,14 +105,16 @@ class Measured:
         self, space: Space, judge: Judge, file: Path | None, fingerprint: dict[str, Any]
     ) -> None:
         self.space, self.judge = space, judge
-        self.ledger = Ledger(file, fingerprint)
+        self.ledger = Ledger(file)
         self.values: dict[tuple[Candidate, tuple[int, ...]], float] = {}
         self.influence: list[float] | None = None
-        if file is None or not file.exists():
+        if self.ledger.begun:
+            self.ledger.resume()
+        if not self.ledger.entries:
             self.ledger.begin()
-            return
-        self.ledger.resume()
-        for entry in self.ledger.entries:
+            self.ledger.append({"fingerprint": fingerprint})
+        refuse_another(self.ledger.entries[0]["fingerprint"], fingerprint, file or Path())
+        for entry in self.ledger.entries[1:]:
             if "influence" in entry:
                 self.influence = entry["influence"]
                 continue

@@ -22,11 +22,11 @@ from torch.nn.functional import cross_entropy
 
 from secateur.engine.activations import Activations
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, replaced_layers
-from secateur.engine.ledger import write_tensors
 from secateur.engine.progress import Progress
 from secateur.engine.targets import Target
 from secateur.errors import NumericalError
 from secateur.models.architecture import linears_of
+from secateur.runs.atomic import write_tensors
 
 __all__ = ["gather_gradients"]
 

@@ -37,7 +37,6 @@ from secateur.engine.activations import Activations
 from secateur.engine.beside import Written
 from secateur.engine.calls import call_layer
 from secateur.engine.forwards import HaltingForwards, by_group
-from secateur.engine.ledger import Ledger
 from secateur.engine.passage import Passage
 from secateur.engine.precision import fast_matmuls
 from secateur.engine.progress import Progress
@@ -46,6 +45,7 @@ from secateur.engine.surgery import GroupStatistics, check_finite
 from secateur.engine.targets import Target
 from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.pages import reused_pages
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.dense_target import dense_target
 
 __all__ = ["Refit", "can_refit"]

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from secateur.engine.collapse import collapsed, stop, told
 from secateur.engine.layer_pass import LayerPass
-from secateur.engine.ledger import Ledger
 from secateur.engine.passage import Passage
 from secateur.engine.precision import fast_matmuls
 from secateur.engine.progress import Progress
@@ -39,6 +38,7 @@ from secateur.errors import PatternError
 from secateur.models.architecture import Linear, linears_of
 from secateur.models.experts import refuse_fused
 from secateur.pages import reused_pages
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.methods import Method
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.patterns.whole_columns import WholeColumns

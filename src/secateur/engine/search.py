@@ -23,10 +23,10 @@ from torch.func import functional_call
 
 from secateur.engine.calls import first_inputs, layer_calls, replaced_layers
 from secateur.engine.gradients import Injector
-from secateur.engine.ledger import write_whole
 from secateur.engine.precision import fast_matmuls
 from secateur.engine.run import Run
 from secateur.models.architecture import Linear, linears_of
+from secateur.runs.atomic import write_json
 from secateur.sparsity.allocation.budget import Grain
 from secateur.sparsity.allocation.search import Candidate, Ladder, Search, Standing, climb
 
@@ -67,7 +67,7 @@ def search_levels(
     judge = Judge(run, rungs, files, search.judged_tokens)
     standing = begun
     for standing in climb(search, list(rungs.values()), informed, judge.fitness, begun):
-        write_whole(reached, asdict(standing))
+        write_json(reached, asdict(standing))
     run.progress.finish()
     assert standing is not None
     levels = zip(rungs.items(), standing.best, strict=True)

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from secateur.engine.forwards import by_layer
 from secateur.engine.layer_pass import LayerPass
-from secateur.engine.ledger import write_tensors, write_whole
 from secateur.engine.routing import is_reached, refuse_unreached
 from secateur.engine.run import Run
 from secateur.engine.search import search_levels
 from secateur.engine.surgery import INPUT_STATISTICS, GroupStatistics, check_finite
 from secateur.models.architecture import Linear
+from secateur.runs.atomic import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Grain, settle
 from secateur.sparsity.allocation.search import Search
@@ -61,7 +61,7 @@ def allocate(run: Run, allocation: Allocation) -> None:
         else:
             wished = allocation.wish(partial(stored, files), grains, run.sparsity)
         shares = {name: plain(run, name, s) for name, s in settle(wished, grains).items()}
-        write_whole(settled, {"sparsity_of": shares, **found})
+        write_json(settled, {"sparsity_of": shares, **found})
         for file in files:
             file.unlink()
     run.sparsity_of.update(json.loads(settled.read_text())["sparsity_of"])

@@ -108,6 +108,28 @@ class CompressionReport:
             "seconds": self.seconds,
         }
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> CompressionReport:
+        """The report whose `to_json` this is."""
+        return cls(
+            output=Path(record["output"]),
+            source_bytes=record["source_bytes"],
+            parameters=record["bfloat16_bytes"] // BFLOAT16_BYTES,
+            file_bytes=record["file_bytes"],
+            linears=counts(record["linears"]),
+            formats={name: counts(stored) for name, stored in record["formats"].items()},
+            embeddings=counts(record["embeddings"]),
+            archive=record["archive"],
+            negative_zeros=record["negative_zeros"],
+            seconds=record["seconds"],
+            rounding=record["rounding"],
+        )
+
+
+def counts(record: dict[str, Any]) -> Stored:
+    """The counts in a record, without what follows from them."""
+    return Stored(**{name: record[name] for name in Stored.__dataclass_fields__})
+
 
 def told(stored: Stored) -> dict[str, Any]:
     """Counts and sizes of matrices, with what follows from them."""

@@ -199,6 +199,7 @@ class Loop:
         validations = self.outcome.validations
         if self.validation is not None and validations[-1][0] != self.outcome.step:
             self.validate()
+        self.save()  # a run that is killed from here on is not trained again
         if self.validation is not None:
             self.saved.restore_best(self.parameters)
         if self.masks is not None:
@@ -369,8 +370,11 @@ class Loop:
         if self.watched and self.how.diverged and log[-1]["loss"] > suspicious:
             return
         waited = time.perf_counter() - self.saved_at >= 60 * self.how.save_minutes
-        if self.saved.folder is None or not self.door.same(float(waited)):
-            return
+        if self.saved.folder is not None and self.door.same(float(waited)):
+            self.save()
+
+    def save(self) -> None:
+        """Save what is needed to go on."""
         if self.masks is not None:
             self.masks.check(self.model, self.optimizer)
         self.outcome.seconds = self.clock()

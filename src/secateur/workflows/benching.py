@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from secateur.engine.ledger import write_whole
 from secateur.engine.progress import Progress
 from secateur.errors import RecipeError
 from secateur.evaluation.contenders import CONTENDERS
@@ -18,9 +17,11 @@ from secateur.models.checkpoint import disk_error, shard_files
 from secateur.models.sources import resolve
 from secateur.registry import did_you_mean
 from secateur.reporting.manifest import environment
+from secateur.runs.atomic import write_json
+from secateur.runs.folder import NOTES
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
-from secateur.workflows.carrying import RUN_FOLDER, read_config
+from secateur.workflows.carrying import read_config
 
 __all__ = ["BenchReport", "bench"]
 
@@ -154,11 +155,11 @@ def check_asked(
 
 def keep(report: BenchReport, model: str, folder: Path) -> None:
     """Write what was measured beside the records of a pruning run, if the folder has them."""
-    if not (folder / RUN_FOLDER).is_dir():
+    if not (folder / NOTES).is_dir():
         return
-    file = folder / RUN_FOLDER / "bench.json"
+    file = folder / NOTES / "bench.json"
     try:
-        write_whole(file, {"schema": SCHEMA, "model": model, **report.to_json()})
+        write_json(file, {"schema": SCHEMA, "model": model, **report.to_json()})
     except OSError as error:
         raise disk_error(error, file) from error
 

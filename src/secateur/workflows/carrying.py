@@ -8,21 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import CheckpointError, MemoryBudgetError, RecipeError
+from secateur.errors import CheckpointError
 from secateur.models.checkpoint import INDEX_NAME, copied_files, disk_error
 from secateur.models.header import parse_json
+from secateur.runs.folder import NOTES
 
-__all__ = [
-    "RUN_FOLDER",
-    "carry_over",
-    "check_free",
-    "check_output",
-    "read_config",
-    "refuse_quantized",
-]
-
-RUN_FOLDER = "secateur"
-"""Where recipe, manifest and records of a pruning run lie within a model's folder."""
+__all__ = ["carry_over", "read_config", "refuse_quantized"]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -69,37 +60,10 @@ def carry_over(source: Path, target: Path, config: Mapping[str, Any]) -> None:
         for file in copied_files(source):
             if file.name not in ("config.json", INDEX_NAME):
                 shutil.copyfile(file, target / file.name)
-        if (source / RUN_FOLDER).is_dir():
-            shutil.copytree(source / RUN_FOLDER, target / RUN_FOLDER)
+        if (source / NOTES).is_dir():
+            shutil.copytree(source / NOTES, target / NOTES, dirs_exist_ok=True)
         (target / "config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     except OSError as error:
         raise disk_error(error, target) from error
-
-
-def check_output(source: Path, output: Path) -> None:
-    """Refuse to write a model over the one it is made from.
-
-    Raises:
-        RecipeError: both are the same folder.
-    """
-    if output.exists() and output.resolve() == source.resolve():
-        raise RecipeError(
-            "the output is the source itself", where=str(output), remedy="choose another --output"
-        )
-
-
-def check_free(needed_bytes: int, folder: Path) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        MemoryBudgetError: naming both sizes.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed_bytes > free:
-        raise MemoryBudgetError(
-            f"the result needs {needed_bytes / 2**30:.2f} GiB of disk, {free / 2**30:.2f} are free",
-            where=str(folder),
-            remedy="free some space, or choose another --output",
-        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.diagnostics.audit import audit_checkpoint
-from secateur.engine.ledger import write_whole
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError
+from secateur.models.checkpoint import shard_files
 from secateur.models.sources import resolve
 from secateur.recipes.reading import (
     SECTIONS,
@@ -30,9 +29,10 @@ from secateur.recipes.reading import (
 )
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.registry import did_you_mean
-from secateur.workflows.carrying import RUN_FOLDER
+from secateur.runs.atomic import write_json
+from secateur.runs.folder import NOTES, RunFolder
+from secateur.runs.identity import file_digests
 from secateur.workflows.compressing import compress
-from secateur.workflows.places import places
 from secateur.workflows.pruning import prune
 from secateur.workflows.retraining import distill, retrain
 from secateur.workflows.structuring import structure
@@ -48,15 +48,7 @@ VERBS: Mapping[str, Callable[..., Any]] = {
 }
 """What a step can be."""
 
-PLAN = "chain.json"
-
-BEGUN = {
-    "structure": "secateur/recipe.yaml",
-    "prune": "secateur/layers.jsonl",
-    "retrain": "work",
-    "distill": "work",
-}
-"""What a verb that was stopped has left in its partial folder, if it can go on."""
+CHAIN = "chain.json"
 
 READERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "structure": lambda values: build_structure_recipe(nested(values)),
@@ -125,7 +117,7 @@ def chain(
         output: the folder of the last step's model.
         steps: each a verb (structure, prune, retrain, distill, compress) with its options. The
             teacher of a distillation is the chain's model, unless another is named.
-        resume: go on with a stopped chain.
+        resume: go on with a stopped chain; start, if there is none.
         restart: discard what a stopped chain left.
         overwrite: replace an existing output folder.
         trust_remote_code: whether code that comes with the checkpoint may run.
@@ -138,26 +130,63 @@ def chain(
     wanted = [checked(number, step) for number, step in enumerate(steps, start=1)]
     if not wanted:
         raise RecipeError("the chain has no steps", remedy="for example steps: [prune: {…}]")
+    folder = RunFolder(output, "chain", resume=resume, restart=restart, overwrite=overwrite)
+    folder.keep_apart(model)
     source = resolve(str(model), trust_remote_code=trust_remote_code)
-    place, work = places(output, PLAN, "chain", resume=resume, restart=restart, overwrite=overwrite)
-    begin(work, wanted, resume)
-    folder = source.folder
-    links = [counted("source", folder, 0.0, trust_remote_code)]
-    for number, (verb, options) in enumerate(wanted, start=1):
-        made, told = work / f"{number:02d}-{verb}", work / f"{number:02d}-{verb}.json"
+    folder.keep_apart(source.folder)
+    for verb, options in wanted:
         if verb == "distill":  # whatever was cut and pruned since
             options.setdefault("teacher", str(model))
-        if not told.exists():
+    with folder:
+        folder.worth_resuming = lambda: any(folder.work.iterdir())
+        weights = file_digests(shard_files(source.folder))
+        folder.begin({"model": str(model), "steps": wanted, "source_files": weights})
+        if not folder.finished:
+            links = carry_out(wanted, source.folder, folder, trust_remote_code, progress)
+            report = ChainReport(links, folder.output)
+            gather_notes(folder)
+            write_json(folder.notes / CHAIN, report.to_json())
+            folder.finish()
+    return read_report(folder.output)
+
+
+def carry_out(
+    wanted: Sequence[tuple[str, Mapping[str, Any]]],
+    source: Path,
+    folder: RunFolder,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[Link, ...]:
+    """All steps, as far as an earlier run has not; what is left after each.
+
+    The account of a step is written when its folder is whole. When all accounts are there, the
+    folder of the last step becomes the result.
+    """
+    before = source
+    links = [counted("source", source, 0.0, trust_remote_code)]
+    for number, (verb, options) in enumerate(wanted, start=1):
+        made = folder.work / f"{number:02d}-{verb}"
+        account = made.with_suffix(".json")
+        if not account.exists():
             started = time.perf_counter()
             if not made.exists():
-                carry_out(verb, options, folder, made, trust_remote_code, progress)
+                how = {"resume": True} if verb != "compress" or options.get("calibration") else {}
+                VERBS[verb](
+                    before,
+                    output=made,
+                    progress=progress,
+                    trust_remote_code=trust_remote_code,
+                    **how,
+                    **options,
+                )
             seconds = time.perf_counter() - started
-            write_whole(told, asdict(counted(verb, made, seconds, trust_remote_code)))
-        links.append(Link(**json.loads(told.read_text(encoding="utf-8"))))
-        folder = made
-    report = ChainReport(tuple(links), place)
-    finish(folder, work, report)
-    return report
+            write_json(account, asdict(counted(verb, made, seconds, trust_remote_code)))
+        links.append(Link(**json.loads(account.read_text(encoding="utf-8"))))
+        before = made
+    if before.exists():
+        shutil.rmtree(folder.model)
+        before.rename(folder.model)
+    return tuple(links)
 
 
 def checked(number: int, step: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -208,47 +237,6 @@ def flat(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def begin(work: Path, wanted: Sequence[tuple[str, Mapping[str, Any]]], resume: bool) -> None:
-    """Make the folder of the steps, or make sure that it is of these.
-
-    Raises:
-        RecipeError: the stopped chain had other steps.
-    """
-    file, plan = work / PLAN, json.dumps(wanted, default=str)
-    if resume and file.read_text(encoding="utf-8") != plan:
-        raise RecipeError(
-            "the stopped chain had other steps",
-            where=str(file),
-            remedy="ask for the same as before, or discard it with --restart",
-        )
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        file.write_text(plan, encoding="utf-8")
-
-
-def carry_out(
-    verb: str,
-    options: Mapping[str, Any],
-    folder: Path,
-    made: Path,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> None:
-    """One step, gone on with where it was stopped."""
-    unfinished = made.with_name(made.name + ".partial")
-    begun = verb in BEGUN and (unfinished / BEGUN[verb]).exists()
-    going_on = {"resume": True} if begun else {"restart": True}
-    VERBS[verb](
-        folder,
-        output=made,
-        progress=progress,
-        trust_remote_code=trust_remote_code,
-        **going_on,
-        **options,
-    )
-
-
 def counted(step: str, folder: Path, seconds: float, trust_remote_code: bool) -> Link:
     """What a folder holds."""
     audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code)
@@ -256,20 +244,20 @@ def counted(step: str, folder: Path, seconds: float, trust_remote_code: bool) ->
     return Link(step, audit.parameters, zeros, audit.file_bytes, seconds)
 
 
-def finish(last: Path, work: Path, report: ChainReport) -> None:
-    """Keep the notes of every step, and give the last one's folder its name."""
-    notes = last / RUN_FOLDER
-    notes.mkdir(exist_ok=True)
-    for folder in sorted(work.iterdir()):
-        if folder.is_dir() and folder != last and (folder / RUN_FOLDER).is_dir():
+def gather_notes(folder: RunFolder) -> None:
+    """Keep the notes of every step but the last beside those of the result."""
+    for step in sorted(folder.work.iterdir()):
+        if (step / NOTES).is_dir():
             shutil.copytree(
-                folder / RUN_FOLDER,
-                notes / "steps" / folder.name,
+                step / NOTES,
+                folder.notes / "steps" / step.name,
                 ignore=shutil.ignore_patterns("*.safetensors"),
                 dirs_exist_ok=True,
             )
-    write_whole(notes / "chain.json", report.to_json())
-    if report.output.exists():
-        shutil.rmtree(report.output)
-    os.rename(last, report.output)
-    shutil.rmtree(work)
+
+
+def read_report(output: Path) -> ChainReport:
+    """The account that lies in a chain's result."""
+    told = json.loads((output / NOTES / CHAIN).read_text(encoding="utf-8"))
+    links = tuple(Link(**{k: x for k, x in link.items() if k != "kept"}) for link in told["links"])
+    return ChainReport(links, output)

@@ -3,13 +3,12 @@
 Two passes over the source, one matrix in memory: the first counts, chooses the smallest layout
 for each matrix and so knows every size; the second packs and writes. The result is read again and
 verified before the folder gets its name. With calibration text a run before them moves the weights
-to int8 grids (`rounding`), in a folder of its own that is removed at the end.
+to int8 grids (`rounding`); that run can be resumed.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,9 +24,12 @@ from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import resolve
-from secateur.models.whole_folder import check_place, whole_folder
 from secateur.reporting.compression_card import compression_card
 from secateur.reporting.compression_report import CompressionReport, Stored
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.folder import RunFolder
+from secateur.runs.identity import file_digests
+from secateur.runs.output import check_free
 from secateur.runtime.choice import (
     AUTO,
     Choice,
@@ -38,14 +40,7 @@ from secateur.runtime.choice import (
 )
 from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
 from secateur.runtime.packed import PackedCheckpoint, PlannedFile, quantization_config, write_packed
-from secateur.workflows.carrying import (
-    RUN_FOLDER,
-    carry_over,
-    check_free,
-    check_output,
-    read_config,
-    refuse_quantized,
-)
+from secateur.workflows.carrying import carry_over, read_config, refuse_quantized
 from secateur.workflows.rounding import (
     check_options,
     round_checkpoint,
@@ -54,6 +49,11 @@ from secateur.workflows.rounding import (
 )
 
 __all__ = ["compress"]
+
+COMPRESSION = "compression.json"
+
+NO_PART = {"budget_gib", "activations"}
+"""Options that the rounded weights do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -144,48 +144,58 @@ def compress(
     check_options(text, values, options)
     if embeddings not in (AUTO, "int8"):
         raise RecipeError(f"embeddings cannot be {embeddings!r}", remedy="use 'auto' or 'int8'")
+    folder = RunFolder(output, "compress", resume=resume, restart=restart, overwrite=overwrite)
+    folder.keep_apart(model, text)
     source = resolve(model, trust_remote_code=trust_remote_code)
-    check_output(source.folder, Path(output))
+    folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
-    config = read_config(source.folder)
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, embeddings, trust_remote_code)
-    progress = progress or Silent()
-    rounded = None
-    if text is not None:
-        check_place(Path(output), overwrite)
-        place = Path(f"{output}.rounded")
-        zeros = fractions(reader, matrices)
-        recipe = rounding_recipe(
-            source.folder, zeros, place, text, trust_remote_code=trust_remote_code, **options
-        )
-        rounded = round_checkpoint(recipe, progress, resume=resume, restart=restart)
-        reader = CheckpointReader(rounded)
-        matrices = find_matrices(reader, embeddings, trust_remote_code)
-    with whole_folder(Path(output), overwrite=overwrite) as partial:
+    progress, rounded = progress or Silent(), None
+    folder.worth_resuming = lambda: any(folder.work.iterdir())
+    with folder:
+        if text is not None:
+            how = {"format": format, "values": values, "embeddings": embeddings, "archive": archive}
+            told = {key: x for key, x in options.items() if key not in NO_PART}
+            weights = {"source_files": file_digests(reader.files)}
+            folder.begin({**how, "calibration": text, **told, **weights})
+        if folder.finished:
+            record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
+            return CompressionReport.from_json(json.loads(record))
+        if text is not None:
+            zeros, place = fractions(reader, matrices), folder.work / "rounded"
+            recipe = rounding_recipe(
+                source.folder, zeros, place, text, trust_remote_code=trust_remote_code, **options
+            )
+            rounded = round_checkpoint(recipe, progress)
+            reader = CheckpointReader(rounded)
+            matrices = find_matrices(reader, embeddings, trust_remote_code)
+        made = folder.fresh_model()
         plan = make_plan(reader, matrices, format, values, progress)
         computed = computed_dtype(plan, matrices, values)
         cast_others(plan, reader, values, computed)
         files = plan_files(reader, plan)
-        size = sum(spec.nbytes for file in files for spec in file.tensors.values())
-        check_free(size, partial)
+        check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
         progress.start("packing", len(reader.entries))
-        tensors = contents(reader, plan, progress)
-        write_packed(partial, files, tensors, archive=archive)
+        write_packed(made, files, contents(reader, plan, progress), archive=archive)
         progress.finish()
-        config |= {
-            "dtype": str(computed).removeprefix("torch."),
-            "quantization_config": quantization_config(archive),
-        }
-        config.pop("torch_dtype", None)
-        carry_over(source.folder, partial, config)
-        packed = verified(partial, progress)
+        carry_over(source.folder, made, packed_config(source.folder, computed, archive))
+        packed = verified(made, progress)
         rounding = told_of(rounded) if rounded else {}
-        report = make_report(reader, packed, plan, matrices, Path(output), rounding, begun)
-        write_notes(report, source.name, source.folder, partial)
-    if rounded:
-        shutil.rmtree(rounded)
+        report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)
+        write_notes(report, source.name, source.folder, folder)
+        folder.finish()
     return report
+
+
+def packed_config(source: Path, computed: torch.dtype, archive: bool) -> dict[str, Any]:
+    """The configuration of the compressed checkpoint."""
+    config = read_config(source)
+    config.pop("torch_dtype", None)
+    return config | {
+        "dtype": str(computed).removeprefix("torch."),
+        "quantization_config": quantization_config(archive),
+    }
 
 
 def fractions(reader: CheckpointReader, matrices: dict[str, Matrix]) -> dict[str, float]:
@@ -389,10 +399,8 @@ def make_report(
     )
 
 
-def write_notes(report: CompressionReport, name: str, source: Path, partial: Path) -> None:
+def write_notes(report: CompressionReport, name: str, source: Path, folder: RunFolder) -> None:
     """Write the record of the compression and the card."""
-    (partial / RUN_FOLDER).mkdir(exist_ok=True)
-    record = json.dumps(report.to_json() | {"source": name}, indent=2)
-    (partial / RUN_FOLDER / "compression.json").write_text(record, encoding="utf-8")
+    write_json(folder.notes / COMPRESSION, report.to_json() | {"source": name})
     card = compression_card(report, Path(name).name, source)
-    (partial / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder.model / "README.md", card)

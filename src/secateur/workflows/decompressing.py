@@ -10,18 +10,14 @@ from secateur.engine.progress import Progress, Silent
 from secateur.models.checkpoint import INDEX_NAME
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.sources import resolve
-from secateur.models.whole_folder import whole_folder
 from secateur.reporting.compression_card import source_part
 from secateur.reporting.compression_report import DecompressionReport
+from secateur.runs.atomic import write_text
+from secateur.runs.folder import RunFolder
+from secateur.runs.output import check_free
 from secateur.runtime.dense_view import DenseView
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.carrying import (
-    RUN_FOLDER,
-    carry_over,
-    check_free,
-    check_output,
-    read_config,
-)
+from secateur.workflows.carrying import carry_over, read_config
 
 __all__ = ["decompress"]
 
@@ -53,28 +49,31 @@ def decompress(
         SecateurError: what, where, and what to do.
     """
     begun = time.perf_counter()
+    folder = RunFolder(output, "decompress", overwrite=overwrite)
+    folder.keep_apart(model)
     source = resolve(model)
-    check_output(source.folder, Path(output))
+    folder.keep_apart(source.folder)
     packed = PackedCheckpoint(source.folder)
     view = DenseView(packed)
     config = read_config(source.folder)
     del config["quantization_config"]
-    progress = progress or Silent()
-    with whole_folder(Path(output), overwrite=overwrite) as partial:
-        check_free(view.total_bytes, partial)
-        write_dense(view, partial, progress)
-        carry_over(source.folder, partial, config)
-        (partial / RUN_FOLDER / "compression.json").unlink(missing_ok=True)
-        if (partial / RUN_FOLDER).is_dir() and not any((partial / RUN_FOLDER).iterdir()):
-            (partial / RUN_FOLDER).rmdir()
+    with folder:
+        made = folder.fresh_model()
+        check_free(view.total_bytes, made)
+        write_dense(view, made, progress or Silent())
+        carry_over(source.folder, made, config)
+        (folder.notes / "compression.json").unlink(missing_ok=True)
+        if not any(folder.notes.iterdir()):
+            folder.notes.rmdir()
         card = source.folder / "README.md"
         if card.is_file():
             text = source_part(card.read_text(encoding="utf-8"))
             if text.strip():
-                (partial / "README.md").write_text(text, encoding="utf-8")
-        file_bytes = sum((partial / file.name).stat().st_size for file in view.files)
+                write_text(made / "README.md", text)
+        file_bytes = sum((made / file.name).stat().st_size for file in view.files)
+        folder.finish()
     return DecompressionReport(
-        output=Path(output),
+        output=folder.output,
         source_bytes=sum(file.stat().st_size for file in view.files),
         file_bytes=file_bytes,
         matrices=len(packed.layouts),

@@ -22,7 +22,6 @@ from secateur.diagnostics.training_log import check_training, read_log
 from secateur.diagnostics.units import check_units, head_size
 from secateur.diagnostics.values import check_values
 from secateur.diagnostics.weights import Weights, look_at_weights
-from secateur.engine.ledger import write_whole
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.targets import CheckpointTarget
 from secateur.errors import RecipeError
@@ -31,6 +30,7 @@ from secateur.models.checkpoint import disk_error
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.manifest import environment
+from secateur.runs.atomic import write_json
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.workflows.preparing import choose_device
 
@@ -278,6 +278,6 @@ def keep(found: Diagnosis) -> None:
         return
     file = folder / "diagnosis.json"
     try:
-        write_whole(file, found.to_json())
+        write_json(file, found.to_json())
     except OSError as error:
         raise disk_error(error, file) from error

@@ -7,11 +7,12 @@ what it says. So its decoder layers are trained once more, together, on the cali
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors import safe_open
 
 from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress
@@ -22,6 +23,8 @@ from secateur.models.experts import open_experts
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.whole import load_whole
 from secateur.recipes.schema import Distill, PruneRecipe
+from secateur.runs.atomic import write_json
+from secateur.runs.folder import RunFolder
 from secateur.training.batches import Batches
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks
@@ -31,28 +34,48 @@ from secateur.training.training_plan import RATE_TIMES_WIDTH, TrainingPlan
 from secateur.types import Windows
 from secateur.workflows.preparing import Prepared
 
-__all__ = ["distil", "distil_checkpoint", "distils", "learn"]
+__all__ = ["FINAL", "distil", "distil_checkpoint", "distils", "learn", "once"]
+
+FINAL, LEARNED = "final.safetensors", "learned.json"
+"""What a distillation leaves in its folder: the weights, then the losses."""
 
 WARM_UP = 1 / 16
 SAVE_MINUTES = 5.0
 
 
 def distil_checkpoint(
-    prepared: Prepared, run: Run, partial: Path, progress: Progress
+    prepared: Prepared, run: Run, folder: RunFolder, progress: Progress
 ) -> dict[str, float] | None:
-    """Load the dense and the pruned model, distil, and write the layers; None if not asked for."""
+    """Load the dense and the pruned model, distil, and write the layers; None if not asked for.
+
+    What was learned is whole in a file before the first layer is written over. So a killed run
+    learns from the pruned model, or writes what was learned, and never mixes the two.
+    """
     recipe, device = prepared.recipe, prepared.target.device
     if not distils(recipe, run):
         return None
-    trust = recipe.trust_remote_code
-    teacher = load_whole(
-        prepared.source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
-    )
-    student = load_whole(partial, device, trust_remote_code=trust)
-    open_experts(student)  # its parameters go by the names of the skeleton's
-    told = distil(student, teacher, run, recipe, progress, partial / "work" / "distillation")
-    write_layers(student, prepared.target, run)
-    return told
+    saved, trust = folder.work / "distillation", recipe.trust_remote_code
+
+    def learn_whole() -> dict[str, float]:
+        teacher = load_whole(
+            prepared.source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
+        )
+        student = load_whole(folder.model, device, trust_remote_code=trust)
+        open_experts(student)  # its parameters go by the names of the skeleton's
+        return distil(student, teacher, run, recipe, progress, saved)
+
+    losses = once(saved, learn_whole)
+    write_layers(saved, prepared.target, run)
+    return losses
+
+
+def once(saved: Path, learn: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The losses of a distillation that writes into a folder; an earlier run may have ended it."""
+    told = saved / LEARNED
+    if not told.exists():
+        write_json(told, learn())
+    losses: dict[str, float] = json.loads(told.read_text(encoding="utf-8"))
+    return losses
 
 
 def distil(
@@ -155,11 +178,13 @@ def parameter_names(target: Target, index: int) -> list[str]:
     return [f"{prefix}.{name}" for name, _ in target.layers[index].named_parameters()]
 
 
-def write_layers(student: nn.Module, target: Target, run: Run) -> None:
-    """Write the layers of the student over those of the checkpoint."""
-    for index in pruned_layers(run):
-        names = parameter_names(target, index)
-        with target.layer(index):
-            for name in names:
-                target.model.get_parameter(name).data.copy_(student.get_parameter(name).data)
-            target.commit(index, names)
+def write_layers(saved: Path, target: Target, run: Run) -> None:
+    """Write the layers as they were learned over those of the checkpoint."""
+    with safe_open(saved / FINAL, "pt") as learned:
+        there = set(learned.keys())
+        for index in pruned_layers(run):
+            names = [name for name in parameter_names(target, index) if name in there]
+            with target.layer(index):
+                for name in names:
+                    target.model.get_parameter(name).data.copy_(learned.get_tensor(name))
+                target.commit(index, names)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from secateur.calibration.windows import load_calibration
 from secateur.engine.gradients import gather_gradients
-from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Progress
 from secateur.engine.run import Run
 from secateur.engine.selection import Selection
@@ -26,6 +25,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.prune_report import PruneReport
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import Allocation
 from secateur.workflows.distilling import distil, distils
 from secateur.workflows.preparing import (
@@ -67,7 +67,7 @@ def prune_module(
     windows = None
     if windows_needed(recipe, method, allocation):
         windows = module_windows(recipe, calibration, tokenizer, model)
-    ledger = Ledger(None, {})
+    ledger = Ledger()
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     needs_disk = method.requires - INPUT_STATISTICS or allocation.reach > 0
     scratch: Any = (

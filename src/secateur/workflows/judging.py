@@ -32,7 +32,7 @@ from secateur.reporting.evaluation_schema import (
     TaskRecord,
 )
 from secateur.reporting.manifest import environment
-from secateur.workflows.carrying import RUN_FOLDER
+from secateur.runs.folder import NOTES
 from secateur.workflows.evaluating import load_model, told_of_windows, windows_of
 
 __all__ = ["judge"]
@@ -124,8 +124,8 @@ def judge(
         tasks=task_records(judged, dense, prepared, progress),
         generation=generation_record(judged, dense, prompts, progress) if generation else None,
     )
-    if not isinstance(model, nn.Module) and (Path(model) / RUN_FOLDER).is_dir():
-        record.save(Path(model) / RUN_FOLDER / FILE_NAME)
+    if not isinstance(model, nn.Module) and (Path(model) / NOTES).is_dir():
+        record.save(Path(model) / NOTES / FILE_NAME)
     if output is not None:
         record.save(Path(output))
     return record

@@ -19,6 +19,7 @@ from secateur.engine.progress import Progress
 from secateur.errors import RecipeError
 from secateur.evaluation.step_time import StepTimer
 from secateur.recipes.structure_schema import StructureRecipe
+from secateur.runs.atomic import write_json
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.design import design
 from secateur.workflows.narrowing import uniform_cut
@@ -137,7 +138,7 @@ def found_latency(
     device: torch.device,
     timer: StepTimer,
     progress: Progress,
-    kept: Path | None = None,
+    kept: Path,
 ) -> dict[str, Any]:
     """The largest size that keeps to the target, and everything that was measured.
 
@@ -148,7 +149,7 @@ def found_latency(
         device: where a token is timed.
         timer: times it.
         progress: told of every turn.
-        kept: a file with what a stopped run has found, if there is such a run.
+        kept: the file of what was found; a stopped run may have written it.
 
     Returns:
         What the manifest says of it; `joint` is the fraction of heads and neurons that goes.
@@ -156,7 +157,7 @@ def found_latency(
     Raises:
         RecipeError: no size keeps to the target, or the other cuts do so alone.
     """
-    if kept is not None and kept.exists():
+    if kept.exists():
         told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return told
     assert recipe.decode_latency is not None
@@ -170,7 +171,7 @@ def found_latency(
         progress,
     )
     best, sizes, context = largest(search, recipe.decode_latency)
-    return {
+    found: dict[str, Any] = {
         "target": recipe.decode_latency,
         "joint": 1 - best.kept,
         "milliseconds_before": best.milliseconds_uncut,
@@ -182,6 +183,8 @@ def found_latency(
         "threads": torch.get_num_threads(),
         "candidates": [asdict(size) for size in sizes],
     }
+    write_json(kept, found)
+    return found
 
 
 def largest(search: Search, target: float) -> tuple[Size, list[Size], int]:

@@ -20,6 +20,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure_schema import StructureRecipe
+from secateur.runs.folder import RunFolder
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
 from secateur.structured.accounting import accounting
@@ -110,9 +111,8 @@ class Narrowing:
             "trust_remote_code": recipe.trust_remote_code,
         }
         if not output.exists():
-            partial = output.with_name(output.name + ".partial")
-            resumes = (partial / "secateur" / "layers.jsonl").exists()
-            prepared = prepare(build_recipe(values), partial)
+            folder = RunFolder(output, "prune", resume=True)
+            prepared = prepare(build_recipe(values), folder.model)
             found = asked(prepared.target)
             selection = replace(
                 prepared.selection,
@@ -126,7 +126,7 @@ class Narrowing:
                 patterns=found.patterns,
                 costs=found.costs,
             )
-            run_prepared(prepared, self.progress, Meter.start(), resume=resumes)
+            run_prepared(prepared, folder, self.progress, Meter.start())
         return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
 
     def cut(self, **kinds: Any) -> Cut:

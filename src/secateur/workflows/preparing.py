@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,6 @@ __all__ = [
     "FREE_SHARE",
     "Prepared",
     "allocation_of",
-    "check_disk",
     "choose_device",
     "choose_plan",
     "memory_budget",
@@ -67,6 +65,8 @@ class Prepared:
     calibration: dict[str, Any] | None
     unwritten: int = 0
     """Calibration windows that the dense model has yet to write."""
+    stored: bool = False
+    """Whether the windows are those that a stopped run has kept."""
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     """Patterns of linears that have another one than the method's, by glob."""
     costs: Mapping[str, int] = field(default_factory=dict)
@@ -239,11 +239,12 @@ def prepare(
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     windows: Tensor | None = None
     calibration: dict[str, Any] | None = None
-    unwritten = 0
+    unwritten, stored = 0, False
     if windows_needed(recipe, method, allocation):
-        if stored_windows is not None and stored_windows.exists():
+        stored = stored_windows is not None and stored_windows.exists()
+        if stored:
+            assert stored_windows is not None
             windows = load_windows(stored_windows)
-            calibration = {}
         else:
             windows, calibration = calibration_windows(recipe, source, target, only_plan)
             unwritten = recipe.calibration.generated
@@ -259,6 +260,7 @@ def prepare(
         windows,
         calibration,
         unwritten,
+        stored,
     )
 
 
@@ -367,21 +369,3 @@ def memory_budget(gib: float | None) -> float:
     """Bytes that this process may have at its peak: as asked, or a share of what is free."""
     free = psutil.virtual_memory().available + resident_bytes()
     return gib * 2**30 if gib else FREE_SHARE * free
-
-
-def check_disk(plan: Plan, output: Path) -> None:
-    """Refuse a run that would fill the disk.
-
-    Raises:
-        MemoryBudgetError: naming how much is missing.
-    """
-    place = output.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if plan.disk_bytes > free:
-        raise MemoryBudgetError(
-            f"the run needs {plan.disk_bytes / 2**30:.2f} GiB of disk, {free / 2**30:.2f} are free",
-            where=str(place),
-            remedy="free some space, or choose another --output",
-        )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
-from secateur.engine.ledger import Ledger
 from secateur.engine.meter import Meter
 from secateur.engine.plan import Plan
 from secateur.engine.progress import Progress, Silent
@@ -26,12 +23,15 @@ from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.manifest import MANIFEST_VERSION, environment
 from secateur.reporting.model_card import model_card
 from secateur.reporting.prune_report import PruneReport
+from secateur.runs.atomic import write_json, write_tensors, write_text
+from secateur.runs.folder import NOTES, RunFolder
+from secateur.runs.identity import file_digests
+from secateur.runs.ledger import Ledger
+from secateur.runs.output import check_free
 from secateur.workflows.distilling import distil_checkpoint
 from secateur.workflows.in_place import carry_out, prune_module
-from secateur.workflows.places import places
 from secateur.workflows.preparing import (
     Prepared,
-    check_disk,
     choose_plan,
     fingerprint,
     prepare,
@@ -40,12 +40,13 @@ from secateur.workflows.preparing import (
 )
 from secateur.workflows.writing import with_own_windows
 
-LEDGER = "secateur/layers.jsonl"
+LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
+WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 
 __all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
 
-NO_PART = {"output", "memory", "calibration", "on_collapse"}
-"""Fields of a recipe that the pruned weights do not depend on, or that are told in another way."""
+NO_PART = {"output", "memory", "on_collapse"}
+"""Fields of a recipe that the pruned weights do not depend on."""
 
 
 def plan(model: str, **options: Any) -> Plan:
@@ -61,7 +62,7 @@ def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
     """The plan of a recipe, and where its hidden states would wait."""
     prepared = prepare(recipe, only_plan=True)
     run_of(
-        prepared, settings_of(recipe, "memory", None), Ledger(None, {}), Silent()
+        prepared, settings_of(recipe, "memory", None), Ledger(), Silent()
     )  # refuses what does not fit
     return choose_plan(prepared, recipe.memory)
 
@@ -86,7 +87,7 @@ def prune(
         calibration: text, or token windows [samples, sequence_length] for a module.
         tokenizer: needed for a module when `calibration` is text.
         progress: told of every step.
-        resume: go on with a stopped run to this output.
+        resume: go on with a stopped run to this output; start, if there is none.
         restart: discard what a stopped run left.
         overwrite: replace an existing output folder.
         **options: keys of the recipe (`method`, `sparsity`, `pattern`, `scope`, `include`, …) and
@@ -150,61 +151,63 @@ def run_recipe(
 ) -> PruneReport:
     """Prune a checkpoint into a new folder.
 
-    All work happens in `OUTPUT.partial`, which becomes OUTPUT by one rename when everything is
-    written and verified.
-
     Args:
         recipe: the recipe.
         progress: told of every step.
-        resume: go on with a run that was stopped.
+        resume: go on with a run that was stopped; start, if there is none.
         restart: discard what a stopped run left.
         overwrite: replace an existing output folder.
     """
     meter = Meter.start()
-    _, partial = places(recipe.output, LEDGER, resume=resume, restart=restart, overwrite=overwrite)
-    stored = partial / "secateur" / "windows.safetensors" if resume else None
-    prepared = prepare(recipe, partial, stored)
-    return run_prepared(prepared, progress, meter, resume=resume, overwrite=overwrite)
+    folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
+    folder.keep_apart(recipe.model, recipe.calibration.source)
+    prepared = prepare(recipe, folder.model, folder.notes / WINDOWS if folder.state else None)
+    return run_prepared(prepared, folder, progress, meter)
 
 
 def run_prepared(
-    prepared: Prepared,
-    progress: Progress,
-    meter: Meter,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
+    prepared: Prepared, folder: RunFolder, progress: Progress, meter: Meter
 ) -> PruneReport:
-    """Carry out a recipe that is prepared; its places were checked."""
+    """Carry out a recipe that is prepared, in a folder that nobody has entered yet."""
     recipe = prepared.recipe
-    assert recipe.output is not None
-    output = Path(recipe.output)
-    partial = output.with_name(output.name + ".partial")
+    folder.keep_apart(prepared.source.folder)
     chosen, activations = choose_plan(prepared, recipe.memory)
-    check_disk(chosen, output)
-    prepared = with_own_windows(prepared, progress)
-    work = partial / "work"
-    settings = settings_of(recipe, activations, work)
-    ledger = Ledger(partial / "secateur" / "layers.jsonl", identity(prepared))
-    run = run_of(prepared, settings, ledger, progress)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.calibration.seed)
-        carry_out(run, prepared.allocation, begin(prepared, ledger, partial, resume))
-        distilled = distil_checkpoint(prepared, run, partial, progress)
-    audit = audit_checkpoint(
-        partial,
-        lambda name: run.method_for(name).pattern,
-        run.sparsity_of,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    verify(audit)
-    manifest = make_manifest(prepared, chosen, activations, audit, meter, resume)
-    manifest["distillation"] = distilled
-    found = coverage(ledger.layers, run.target.architecture)
-    manifest["experts"] = found and found.to_json()
-    manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
-    finish(manifest, prepared, partial, output, overwrite)
-    return PruneReport(audit.sparsity, ledger.layers, manifest, output)
+    check_free(chosen.disk_bytes, folder.output)
+    with folder:
+        folder.begin(identity(prepared))
+        if folder.finished:
+            return report_of(folder.output)
+        prepared = with_kept_windows(prepared, folder, progress)
+        ledger = Ledger(folder.notes / LEDGER)
+        folder.worth_resuming = lambda: bool(ledger.entries)
+        run = run_of(prepared, settings_of(recipe, activations, folder.work), ledger, progress)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.calibration.seed)
+            carry_out(run, prepared.allocation, begin(prepared, ledger))
+            distilled = distil_checkpoint(prepared, run, folder, progress)
+        audit = audit_checkpoint(
+            folder.model,
+            lambda name: run.method_for(name).pattern,
+            run.sparsity_of,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        verify(audit)
+        manifest = make_manifest(prepared, chosen, activations, audit, meter, folder)
+        manifest["distillation"] = distilled
+        found = coverage(ledger.layers, run.target.architecture)
+        manifest["experts"] = found and found.to_json()
+        manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
+        write_notes(manifest, prepared, folder)
+        folder.finish()
+    return PruneReport(audit.sparsity, ledger.layers, manifest, folder.output)
+
+
+def report_of(output: Path) -> PruneReport:
+    """What the notes of a finished run say was done."""
+    ledger = Ledger(output / NOTES / LEDGER)
+    ledger.resume()
+    manifest = json.loads((output / NOTES / MANIFEST).read_text(encoding="utf-8"))
+    return PruneReport(manifest["result"]["decoder_sparsity"], ledger.layers, manifest, output)
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
@@ -213,38 +216,42 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     return {
         **recipe,
         "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
-        "windows": fingerprint(prepared.windows),
         "starts": dict(prepared.selection.starts),
         "patterns": {glob: pattern.name for glob, pattern in prepared.patterns.items()},
-        "source_files": [[f.name, f.stat().st_size] for f in prepared.reader.files],
+        "source_files": file_digests(prepared.reader.files),
     }
 
 
-def begin(prepared: Prepared, ledger: Ledger, partial: Path, resume: bool) -> int:
-    """Make the partial folder, or go on with it; returns how many layers are done."""
-    if resume:
+def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
+    """The same, with all calibration windows, which are kept for a run that is resumed.
+
+    Where they are from is written first, so that windows that are there are complete.
+    """
+    told = folder.work / CALIBRATION
+    if prepared.stored:
+        provenance = json.loads(told.read_text(encoding="utf-8"))
+        return dataclasses.replace(prepared, calibration=provenance)
+    prepared = with_own_windows(prepared, progress)
+    write_json(told, prepared.calibration)
+    if prepared.windows is not None:
+        write_tensors(folder.notes / WINDOWS, {"input_ids": prepared.windows.contiguous()})
+    return prepared
+
+
+def begin(prepared: Prepared, ledger: Ledger) -> int:
+    """Make the copy that takes the pruned weights, unless it is there; returns the layers done."""
+    if ledger.begun:
         return ledger.resume()
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "work").mkdir(parents=True)
-    (partial / "secateur").mkdir()
     assert prepared.target.output is not None
     prepared.target.output.create()
-    if prepared.windows is not None:
-        save_file(
-            {"input_ids": prepared.windows.contiguous()},
-            partial / "secateur" / "windows.safetensors",
-        )
-    source = json.dumps(prepared.calibration)
-    (partial / "secateur" / "calibration.json").write_text(source, encoding="utf-8")
     ledger.begin()
     return 0
 
 
 def make_manifest(
-    prepared: Prepared, plan: Plan, activations: str, audit: Audit, meter: Meter, resumed: bool
+    prepared: Prepared, plan: Plan, activations: str, audit: Audit, meter: Meter, folder: RunFolder
 ) -> dict[str, Any]:
     """Everything worth knowing about a finished run."""
-    partial = prepared.target.output.folder  # type: ignore[union-attr]
     method = prepared.method
     zeros = sum(x.zeros for x in audit.linears)
     return {
@@ -270,12 +277,12 @@ def make_manifest(
             "distillation": prepared.recipe.distillation.model_dump(),
             "asked_sparsity": prepared.sparsity,
         },
-        "allocation": describe_allocation(prepared, partial / "work"),
-        "calibration": json.loads((partial / "secateur" / "calibration.json").read_text()),
+        "allocation": describe_allocation(prepared, folder.work),
+        "calibration": prepared.calibration,
         "calibration_digest": fingerprint(prepared.windows),
         "environment": environment(prepared.target.device),
         "plan": {**plan.to_json(), "activations": activations},
-        "cost": {**meter.read(), "resumed": resumed},
+        "cost": {**meter.read(), "resumed": folder.resumed},
         "result": {
             "decoder_sparsity": audit.sparsity,
             "model_sparsity": zeros / audit.parameters,
@@ -296,18 +303,10 @@ def describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
     return {**told, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
 
 
-def finish(
-    manifest: dict[str, Any], prepared: Prepared, partial: Path, output: Path, overwrite: bool
-) -> None:
-    """Write recipe, manifest and card, clear the work folder, and give the folder its name."""
+def write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
+    """Write recipe, manifest and card into the result."""
     recipe_yaml = dump_recipe(prepared.recipe)
-    notes = partial / "secateur"
-    (notes / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-    (notes / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    write_text(folder.notes / "recipe.yaml", recipe_yaml)
+    write_json(folder.notes / MANIFEST, manifest)
     card = model_card(manifest, recipe_yaml, prepared.source.folder)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    (notes / "calibration.json").unlink()
-    shutil.rmtree(partial / "work")
-    if overwrite and output.exists():
-        shutil.rmtree(output)
-    os.rename(partial, output)
+    write_text(folder.model / "README.md", card)

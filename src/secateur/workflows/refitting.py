@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.ledger import Ledger
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.refit import Refit, can_refit
@@ -17,6 +15,8 @@ from secateur.engine.targets import CheckpointTarget
 from secateur.models.architecture import Architecture
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.recipes.structure_schema import StructureRecipe
+from secateur.runs.atomic import write_json
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
 from secateur.workflows.preparing import fitting_plan
@@ -48,8 +48,8 @@ class RefitStep:
             partial = bench.work / f"{self.name}.partial"
             copy = PatchedCopy(CheckpointReader(folder), partial)
             written = bench.scratch(self.name) / "layers.jsonl"
-            ledger, done = Ledger(written, {"step": self.name}), 0
-            if written.exists():
+            ledger, done = Ledger(written), 0
+            if ledger.begun:
                 done = ledger.resume()
             else:
                 copy.create()
@@ -58,8 +58,8 @@ class RefitStep:
             notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
             told = dict.fromkeys(("before", "after"), notes["after"])
             told |= {"step": self.name, "by": "least squares", "varied": notes["varied"]}
-            (partial / NOTES).write_text(json.dumps(told), encoding="utf-8")
-            os.rename(partial, made)
+            write_json(partial / NOTES, told)
+            partial.rename(made)
         return made, json.loads((made / NOTES).read_text(encoding="utf-8"))
 
     def refit(self, bench: Bench, cut: CheckpointTarget, ledger: Ledger) -> Refit:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,15 @@ from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.reporting.manifest import environment
 from secateur.reporting.training_card import training_card
 from secateur.reporting.training_report import TrainingReport
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.folder import NOTES, RunFolder
+from secateur.runs.identity import file_digests
 from secateur.training.batches import Batches
 from secateur.training.door import Door
 from secateur.training.loop import Loop, Outcome
 from secateur.training.masks import Masks
 from secateur.workflows.adapting import adapt, merged
-from secateur.workflows.carrying import (
-    RUN_FOLDER,
-    carry_over,
-    check_output,
-    read_config,
-    refuse_quantized,
-)
-from secateur.workflows.places import places
+from secateur.workflows.carrying import carry_over, read_config, refuse_quantized
 from secateur.workflows.preparing import choose_device
 from secateur.workflows.teaching import masks_of, objective_of, plan_of, teacher_of
 from secateur.workflows.training_memory import TrainingMemory, check_memory, foretell
@@ -59,6 +54,8 @@ NO_PART = {
 }
 """Fields that a stopped training may be gone on with differently. The learning rate is one: a
 training that diverged goes on from its last save with a lower one."""
+
+TRAININGS = "training.json"
 
 OUTDATED = ("evaluation.json", "diagnosis.json", "bench.json", "compression.json")
 """Notes of what was measured of the weights before."""
@@ -80,7 +77,7 @@ def retrain(
         model: hub id, folder or named sample.
         output: the folder to write.
         progress: told of every step.
-        resume: go on with a stopped training to this output.
+        resume: go on with a stopped training to this output; start, if there is none.
         restart: discard what a stopped training left.
         overwrite: replace an existing output folder.
         **options: the other fields of `secateur.recipes.training_schema.RetrainRecipe`: `text`,
@@ -112,7 +109,7 @@ def distill(
         output: the folder to write.
         teacher: who is learned from; the model that was pruned, if None.
         progress: told of every step.
-        resume: go on with a stopped training to this output.
+        resume: go on with a stopped training to this output; start, if there is none.
         restart: discard what a stopped training left.
         overwrite: replace an existing output folder.
         **options: the other fields of `secateur.recipes.training_schema.DistillRecipe`: those of
@@ -135,34 +132,55 @@ def run_training(
     restart: bool = False,
     overwrite: bool = False,
 ) -> TrainingReport:
-    """Train as a recipe says.
+    """Train as a recipe says, into a new folder.
 
-    All work happens in `OUTPUT.partial`, which becomes OUTPUT by one rename when everything is
-    written and looked at. In several processes the first one writes, and all return.
+    In several processes the first one writes, and all return.
 
     Args:
         recipe: of a retraining or a distillation.
         progress: told of every step.
-        resume: go on with a training that was stopped.
+        resume: go on with a training that was stopped; start, if there is none.
         restart: discard what a stopped training left.
         overwrite: replace an existing output folder.
     """
     meter = Meter.start()
     door = Door(choose_device(recipe.device))
     progress = progress if progress is not None and door.main else Silent()
+    verb = "distill" if isinstance(recipe, DistillRecipe) else "retrain"
+    folder = RunFolder(recipe.output, verb, resume=resume, restart=restart, overwrite=overwrite)
+    folder.keep_apart(recipe.model, recipe.mask, recipe.validation, *recipe.text)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
-    output, partial = places(
-        recipe.output, "work", "training", resume=resume, restart=restart, overwrite=overwrite
-    )
-    check_output(source.folder, output)
-    work = begin(partial, door, resume)
-    trust = recipe.trust_remote_code
+    door.wait()  # all have looked at the folder before one of them enters it
+    with folder if door.main else nullcontext():
+        door.wait()
+        if not folder.finished:
+            train_into(folder, recipe, source, door, progress, meter)
+        door.wait()
+    return report_of(folder.output)
+
+
+def train_into(
+    folder: RunFolder,
+    recipe: RetrainRecipe,
+    source: LocalCheckpoint,
+    door: Door,
+    progress: Progress,
+    meter: Meter,
+) -> None:
+    """The training, which an earlier run may have begun, and the model that it makes."""
+    trust, work = recipe.trust_remote_code, folder.work
     reader = CheckpointReader(source.folder)
     target = CheckpointTarget(reader, None, door.device, trust_remote_code=trust)
     text = read_training_text(recipe, source.folder, target.model.config)
+    if door.main:
+        folder.begin(identity(recipe, reader, text))
+        folder.worth_resuming = (work / "log.jsonl").exists
     plan = plan_of(recipe, text)
     teacher = teacher_of(recipe, source, work)
+    if teacher is not None:
+        folder.keep_apart(teacher.folder)
     memory = foretell(recipe, target, teacher, text, plan, door)
     check_memory(memory, recipe, door.device)
     model = load_whole(source.folder, door.device, trust_remote_code=trust)
@@ -179,55 +197,37 @@ def run_training(
         hooks=adapted.hooks,
         progress=progress,
         door=door,
-        identity=identity(recipe, source, text),
         board=Path(recipe.tensorboard) if recipe.tensorboard else None,
     )
     with quiet_transformers(), log_kept(loop):
         outcome = loop.run()
-    manifest = manifest_of(recipe, source, text, loop, outcome, meter, memory)
     if door.main:
-        write(recipe, source, adapted.masks, manifest, partial)
-        if output.exists():
-            shutil.rmtree(output)
-        os.rename(partial, output)
-    door.wait()
-    return report_of(output, outcome, manifest)
+        manifest = manifest_of(recipe, source, text, loop, outcome, meter, memory)
+        write(recipe, source, adapted.masks, manifest, folder)
+        folder.finish()
 
 
-def begin(partial: Path, door: Door, resume: bool) -> Path:
-    """The folder that a training works in, made by the main process; the others wait for it."""
-    door.wait()
-    work = partial / "work"
-    if door.main:
-        if not resume:
-            shutil.rmtree(partial, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-    door.wait()
-    return work
-
-
-def report_of(output: Path, outcome: Outcome, manifest: dict[str, Any]) -> TrainingReport:
-    """What a training did, for whoever asked for it."""
+def report_of(output: Path) -> TrainingReport:
+    """What the notes of a finished training say was done."""
+    manifest = json.loads((output / NOTES / TRAININGS).read_text(encoding="utf-8"))[-1]
     result = manifest["result"]
     return TrainingReport(
         output,
-        result.get("decoder_sparsity", 0.0),
-        outcome.step,
-        outcome.tokens,
+        result["decoder_sparsity"],
+        result["step"],
+        result["tokens"],
         result["perplexity_before"],
         result["perplexity_after"],
         manifest,
     )
 
 
-def identity(recipe: RetrainRecipe, source: LocalCheckpoint, text: TrainingText) -> dict[str, Any]:
+def identity(recipe: RetrainRecipe, reader: CheckpointReader, text: TrainingText) -> dict[str, Any]:
     """Everything the trained weights depend on."""
     return {
         **recipe.model_dump(mode="json", exclude=NO_PART),
         "tokens": text.record["sha256"],
-        "source_files": [
-            [f.name, f.stat().st_size] for f in sorted(source.folder.glob("*.safetensors"))
-        ],
+        "source_files": file_digests(reader.files),
     }
 
 
@@ -299,33 +299,30 @@ def write(
     source: LocalCheckpoint,
     masks: Masks,
     manifest: dict[str, Any],
-    partial: Path,
+    folder: RunFolder,
 ) -> None:
     """Write the model and its notes, and look at the files once more.
 
     Raises:
         VerificationError: a pruned weight is not zero in them.
     """
-    trust, cpu = recipe.trust_remote_code, torch.device("cpu")
+    trust, cpu, made = recipe.trust_remote_code, torch.device("cpu"), folder.fresh_model()
     model = load_whole(source.folder, cpu, trust_remote_code=trust)
-    model = merged(recipe, model, masks, load_file(partial / "work" / "final.safetensors"))
+    model = merged(recipe, model, masks, load_file(folder.work / "final.safetensors"))
     with quiet_transformers():
-        model.save_pretrained(partial)
-    carry_over(source.folder, partial, read_config(source.folder))
-    masks.check(load_whole(partial, cpu, trust_remote_code=trust))
-    notes = partial / RUN_FOLDER
-    notes.mkdir(exist_ok=True)
+        model.save_pretrained(made)
+    carry_over(source.folder, made, read_config(source.folder))
+    masks.check(load_whole(made, cpu, trust_remote_code=trust))
     for name in OUTDATED:
-        (notes / name).unlink(missing_ok=True)
+        (folder.notes / name).unlink(missing_ok=True)
     manifest["result"]["decoder_sparsity"] = audit_checkpoint(
-        partial, trust_remote_code=trust
+        made, trust_remote_code=trust
     ).sparsity
-    trainings = notes / "training.json"
+    trainings = folder.notes / TRAININGS
     before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []
-    trainings.write_text(json.dumps([*before, manifest], indent=2), encoding="utf-8")
-    shutil.copyfile(partial / "work" / "log.jsonl", notes / "training.jsonl")
+    write_json(trainings, [*before, manifest])
+    shutil.copyfile(folder.work / "log.jsonl", folder.notes / "training.jsonl")
     recipe_yaml = dump_recipe(recipe)
-    (notes / "training.yaml").write_text(recipe_yaml, encoding="utf-8")
+    write_text(folder.notes / "training.yaml", recipe_yaml)
     card = training_card(manifest, recipe_yaml, source.folder)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(partial / "work")
+    write_text(made / "README.md", card)

@@ -8,14 +8,13 @@ before it. The result is a checkpoint of the same dtype whose weights lie on int
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from secateur.engine.progress import Progress
 from secateur.errors import RecipeError
-from secateur.recipes.reading import SECTIONS, build_recipe, dump_recipe, nested
+from secateur.recipes.reading import SECTIONS, build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.workflows.pruning import run_recipe
 
@@ -71,23 +70,12 @@ def rounding_recipe(
     )
 
 
-def round_checkpoint(
-    recipe: PruneRecipe, progress: Progress, *, resume: bool, restart: bool
-) -> Path:
-    """Carry a rounding recipe out, or go on with it; returns the folder.
-
-    Raises:
-        RecipeError: a stopped run lies there, and neither `resume` nor `restart` is asked for.
-    """
+def round_checkpoint(recipe: PruneRecipe, progress: Progress) -> Path:
+    """Carry a rounding recipe out, as far as an earlier run has not; returns the folder."""
     assert recipe.output is not None
     output = Path(recipe.output)
-    written = output / "secateur" / "recipe.yaml"
-    if written.exists() and resume and written.read_text(encoding="utf-8") == dump_recipe(recipe):
-        return output
-    if output.exists():
-        shutil.rmtree(output)
-    begun = (output.with_name(output.name + ".partial") / "secateur" / "layers.jsonl").exists()
-    run_recipe(recipe, progress, resume=resume and begun, restart=restart)
+    if not output.exists():
+        run_recipe(recipe, progress, resume=True)
     return output
 
 
@@ -95,7 +83,7 @@ def told_of(rounded: Path) -> dict[str, Any]:
     """What the notes of the result say about how it was rounded."""
     notes = rounded / "secateur"
     manifest = json.loads((notes / "manifest.json").read_text(encoding="utf-8"))
-    lines = (notes / "layers.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    lines = (notes / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     errors = [linear["error"] for line in lines for linear in json.loads(line)["linears"]]
     return {
         "solver": manifest["method"]["solver"],

@@ -29,6 +29,7 @@ class Bench:
         aim: in units.
         source: the folder of the uncut model.
         windows: calibration tokens [samples, sequence_length].
+        windows_file: where they are kept.
         device: where layers are worked on.
         work: the folder in which each step has a folder of its own.
         progress: told of everything.
@@ -38,6 +39,7 @@ class Bench:
     aim: Aim
     source: Path
     windows: Tensor
+    windows_file: Path
     device: torch.device
     work: Path
     progress: Progress

@@ -18,12 +18,12 @@ from typing import Any
 from secateur.engine.depth import Depth, Dropped, choose_depth
 from secateur.engine.experts import expert_use, kept_experts
 from secateur.engine.hidden import hidden_scores
-from secateur.engine.ledger import Ledger
 from secateur.engine.run import Run, Settings
 from secateur.engine.selection import Selection
 from secateur.models.architecture import describe
-from secateur.models.whole_folder import whole_folder
 from secateur.recipes.structure_schema import StructureRecipe
+from secateur.runs.atomic import whole_folder
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
@@ -143,7 +143,7 @@ def choose_hidden(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path
         Selection(),
         bench.windows,
         settings,
-        Ledger(None, {}),
+        Ledger(),
         bench.progress,
     )
     scores = hidden_scores(run, bench.aim.sizes.hidden)
@@ -164,5 +164,5 @@ def choose_width(bench: Bench, folder: Path) -> tuple[Cut, dict[str, Any], Path]
 
 def narrowing(bench: Bench, folder: Path, name: str) -> Narrowing:
     """A run that chooses units of a model folder, in a folder of this name."""
-    windows = bench.work.parent / "secateur" / "windows.safetensors"
-    return Narrowing(bench.recipe, folder, bench.work / name, windows, bench.progress)
+    output = bench.work / name
+    return Narrowing(bench.recipe, folder, output, bench.windows_file, bench.progress)

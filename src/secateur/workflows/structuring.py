@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from secateur.calibration.continuation import PREFIX
 from secateur.calibration.windows import load_calibration, load_windows
-from secateur.engine.ledger import write_whole
 from secateur.engine.meter import Meter
 from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress, Silent
-from secateur.errors import RecipeError, VerificationError
+from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
-from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -35,22 +32,25 @@ from secateur.recipes.reading import build_structure_recipe, dump_recipe, nested
 from secateur.recipes.structure_schema import StructureRecipe
 from secateur.reporting.manifest import MANIFEST_VERSION, environment
 from secateur.reporting.structure_card import structure_card
+from secateur.runs.atomic import write_json, write_tensors, write_text
+from secateur.runs.folder import RunFolder
+from secateur.runs.identity import file_digests
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
-from secateur.workflows.carrying import RUN_FOLDER, check_output, refuse_quantized
-from secateur.workflows.distilling import learn
+from secateur.workflows.carrying import refuse_quantized
+from secateur.workflows.distilling import FINAL, learn, once
 from secateur.workflows.latency_target import FILE, found_latency
 from secateur.workflows.narrowing import check_width
-from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device, window_plan
 from secateur.workflows.structure_bench import NOTES, Bench
-from secateur.workflows.structure_plan import aim_of
+from secateur.workflows.structure_plan import Aim, aim_of
 from secateur.workflows.structure_stages import steps_of
 from secateur.workflows.writing import with_written
 
 log = logging.getLogger(__name__)
 
-RECIPE, CALIBRATION = f"{RUN_FOLDER}/recipe.yaml", "calibration.json"
+CALIBRATION, WINDOWS = "calibration.json", "windows.safetensors"
+MANIFEST, STEPS = "manifest.json", "steps.json"
 
 VARIED = (
     "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
@@ -95,7 +95,7 @@ def structure(
         output: the folder to write.
         calibration: text by which it is chosen what goes.
         progress: told of every step.
-        resume: go on with a stopped run to this output.
+        resume: go on with a stopped run to this output; start, if there is none.
         restart: discard what a stopped run left.
         overwrite: replace an existing output folder.
         **options: keys of the recipe (`keep_layers`, `ffn`, `heads`, `keep_parameters`, …) and of
@@ -124,12 +124,12 @@ def structure_recipe(
     overwrite: bool = False,
     timer: StepTimer = time_steps,
 ) -> StructureReport:
-    """Carry out a recipe; all work happens in `OUTPUT.partial`, which is renamed at the end.
+    """Carry out a recipe into a new folder.
 
     Args:
         recipe: what is asked.
         progress: told of every step.
-        resume: go on with a stopped run to this output.
+        resume: go on with a stopped run to this output; start, if there is none.
         restart: discard what a stopped run left.
         overwrite: replace an existing output folder.
         timer: times a token, where the recipe has a target in time.
@@ -138,73 +138,73 @@ def structure_recipe(
         SecateurError: what, where, and what to do.
     """
     meter = Meter.start()
-    device = choose_device(recipe.device)
+    folder = RunFolder(
+        recipe.output, "structure", resume=resume, restart=restart, overwrite=overwrite
+    )
+    folder.keep_apart(recipe.model, recipe.calibration.source)
     source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
     aim = aim_of(recipe, skeleton)
-    output, partial = places(
-        recipe.output, RECIPE, resume=resume, restart=restart, overwrite=overwrite
-    )
-    check_output(source.folder, output)
-    if resume:
-        check_same(recipe, partial)
     check_width(recipe, aim, skeleton)
-    work = partial / "work"
-    text = None
-    if not (resume and (work / CALIBRATION).exists()):
-        text = read_calibration(recipe, source, skeleton.config)
-    latency, file = None, work / FILE
+    with folder:
+        folder.begin(identity(recipe, source))
+        if not folder.finished:
+            folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
+            cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter)
+    manifest = json.loads((folder.notes / MANIFEST).read_text(encoding="utf-8"))
+    return StructureReport(manifest, folder.output)
+
+
+def cut_into(
+    folder: RunFolder,
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    skeleton: Any,
+    aim: Aim,
+    timer: StepTimer,
+    progress: Progress,
+    meter: Meter,
+) -> None:
+    """All steps, each of which an earlier run may have made, and the result."""
+    device, latency = choose_device(recipe.device), None
+    windows, calibration = calibration_of(recipe, source, skeleton.config, folder, progress)
     if recipe.decode_latency is not None:
-        kept = file if resume else None
-        latency = found_latency(recipe, aim, skeleton, device, timer, progress, kept)
+        latency = found_latency(recipe, aim, skeleton, device, timer, progress, folder.work / FILE)
         aim = replace(aim, joint=latency["joint"])
-    if not resume:
-        begin(recipe, partial)
-    if latency is not None:
-        write_whole(file, latency)
-    windows, calibration = calibration_of(recipe, source, text, partial, progress)
-    folder, steps = source.folder, []
-    bench = Bench(recipe, aim, source.folder, windows, device, work, progress)
+    made, steps = source.folder, []
+    bench = Bench(
+        recipe, aim, source.folder, windows, folder.notes / WINDOWS, device, folder.work, progress
+    )
     for step in steps_of(recipe, aim, skeleton):
-        folder, told = step.carry_out(bench, folder)
+        made, told = step.carry_out(bench, made)
         steps.append(told)
-    whole = work / "whole"
-    PatchedCopy(CheckpointReader(folder), whole).create()
-    (whole / NOTES).unlink(missing_ok=True)
-    distilled = distil(recipe, source, whole, windows, device, work, progress)
-    found = verified(skeleton, whole, steps, recipe)
+    PatchedCopy(CheckpointReader(made), folder.model).create()
+    (folder.model / NOTES).unlink(missing_ok=True)
+    distilled = distil(recipe, source, folder, windows, device, progress)
+    found = verified(skeleton, folder.model, steps, recipe)
     if found.varied:
         log.warning(VARIED)
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
     manifest["structure"]["latency"] = latency
-    (partial / RUN_FOLDER / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
-    finish(recipe, manifest, source, whole, partial, output)
-    return StructureReport(manifest, output)
+    manifest["cost"]["resumed"] = folder.resumed
+    write_json(folder.notes / STEPS, steps)
+    recipe_yaml = dump_recipe(recipe)
+    write_text(folder.notes / "recipe.yaml", recipe_yaml)
+    write_json(folder.notes / MANIFEST, manifest)
+    card = structure_card(manifest, recipe_yaml, source.folder)
+    write_text(folder.model / "README.md", card)
+    folder.finish()
 
 
-def check_same(recipe: StructureRecipe, partial: Path) -> None:
-    """Make sure that a stopped run was of this recipe.
-
-    Raises:
-        RecipeError: it had another one.
-    """
-    written = partial / RECIPE
-    if written.read_text(encoding="utf-8") != dump_recipe(recipe):
-        raise RecipeError(
-            "the stopped run had another recipe",
-            where=str(written),
-            remedy="ask for the same as before, or discard it with --restart",
-        )
-
-
-def begin(recipe: StructureRecipe, partial: Path) -> None:
-    """Make the partial folder, empty but for the recipe."""
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "work").mkdir(parents=True)
-    written = partial / RECIPE
-    written.parent.mkdir()
-    written.write_text(dump_recipe(recipe), encoding="utf-8")
+def identity(recipe: StructureRecipe, source: LocalCheckpoint) -> dict[str, Any]:
+    """Everything the cut model depends on."""
+    return {
+        **recipe.model_dump(mode="json", exclude={"output", "memory"}),
+        "micro_batch_tokens": recipe.memory.micro_batch_tokens,
+        "source_files": file_digests(shard_files(source.folder)),
+    }
 
 
 def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: Any) -> Read:
@@ -224,18 +224,19 @@ def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: A
 def calibration_of(
     recipe: StructureRecipe,
     source: LocalCheckpoint,
-    text: Read | None,
-    partial: Path,
+    config: Any,
+    folder: RunFolder,
     progress: Progress,
 ) -> Read:
-    """The windows of the text, with those that the uncut model writes; kept for a run that goes on.
+    """The windows of the text, with those that the uncut model writes.
 
-    Without a text they are those that were kept.
+    They are kept for a run that is resumed. Where they are from is written last, so that what an
+    earlier run has kept is complete.
     """
-    file, told = partial / RUN_FOLDER / "windows.safetensors", partial / "work" / CALIBRATION
-    if text is None:
+    file, told = folder.notes / WINDOWS, folder.work / CALIBRATION
+    if told.exists():
         return load_windows(file), json.loads(told.read_text(encoding="utf-8"))
-    windows, provenance = text
+    windows, provenance = read_calibration(recipe, source, config)
     options = recipe.calibration
     if options.generated:
         windows = with_written(
@@ -248,42 +249,48 @@ def calibration_of(
             trust_remote_code=recipe.trust_remote_code,
         )
         provenance = {**provenance, "generated": options.generated, "generated_prefix": PREFIX}
-    save_file({"input_ids": windows.contiguous()}, file)
-    write_whole(told, provenance)
+    write_tensors(file, {"input_ids": windows.contiguous()})
+    write_json(told, provenance)
     return windows, provenance
 
 
 def distil(
     recipe: StructureRecipe,
     source: LocalCheckpoint,
-    whole: Path,
+    folder: RunFolder,
     windows: Tensor,
     device: torch.device,
-    work: Path,
     progress: Progress,
 ) -> dict[str, float] | None:
-    """Let the cut model learn from the uncut one, and write its decoder layers."""
+    """Let the cut model learn from the uncut one, and write what it learned over its weights."""
     how, trust = recipe.distillation, recipe.trust_remote_code
     if not how.epochs:
         return None
-    teacher = load_whole(source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust)
-    student = load_whole(whole, device, trust_remote_code=trust)
-    reader = CheckpointReader(whole)
-    stored = stored_names(student, reader)
-    outside = {id(p) for p in student.get_input_embeddings().parameters()}
-    outside |= {id(p) for p in student.get_output_embeddings().parameters()}
-    trained = [
-        name
-        for name, p in student.named_parameters()
-        if id(p) not in outside and p.is_floating_point() and p.numel()
-    ]
-    seed, saved = recipe.calibration.seed, work / "distillation"
-    told = learn(student, teacher, trained, None, windows, how, seed, progress, saved)
-    copy = PatchedCopy(reader, whole)
-    for name in trained:
-        copy.write(stored[name], student.get_parameter(name).detach())
+    saved, reader = folder.work / "distillation", CheckpointReader(folder.model)
+
+    def learn_whole() -> dict[str, float]:
+        teacher = load_whole(
+            source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
+        )
+        student = load_whole(folder.model, device, trust_remote_code=trust)
+        outside = {id(p) for p in student.get_input_embeddings().parameters()}
+        outside |= {id(p) for p in student.get_output_embeddings().parameters()}
+        trained = [
+            name
+            for name, p in student.named_parameters()
+            if id(p) not in outside and p.is_floating_point() and p.numel()
+        ]
+        seed = recipe.calibration.seed
+        return learn(student, teacher, trained, None, windows, how, seed, progress, saved)
+
+    losses = once(saved, learn_whole)
+    stored = stored_names(build_skeleton(folder.model, trust_remote_code=trust), reader)
+    copy = PatchedCopy(reader, folder.model)
+    with safe_open(saved / FINAL, "pt") as learned:
+        for name in learned.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            copy.write(stored[name], learned.get_tensor(name))
     copy.sync()
-    return told
+    return losses
 
 
 def verified(
@@ -361,25 +368,3 @@ def summary(step: Mapping[str, Any]) -> dict[str, Any]:
         "decoder_before": step["before"]["decoder"],
         "decoder_after": step["after"]["decoder"],
     }
-
-
-def finish(
-    recipe: StructureRecipe,
-    manifest: Mapping[str, Any],
-    source: LocalCheckpoint,
-    whole: Path,
-    partial: Path,
-    output: Path,
-) -> None:
-    """Bring notes and model together, and give the folder its name."""
-    notes = partial / RUN_FOLDER
-    (notes / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    card = structure_card(manifest, dump_recipe(recipe), source.folder)
-    shutil.rmtree(whole / RUN_FOLDER, ignore_errors=True)
-    (whole / "README.md").write_text(card, encoding="utf-8")
-    for file in whole.iterdir():
-        os.replace(file, partial / file.name)
-    shutil.rmtree(partial / "work")
-    if output.exists():
-        shutil.rmtree(output)
-    os.rename(partial, output)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +19,6 @@ from torch import Tensor
 
 from secateur.calibration.documents import JoinedText, read_text
 from secateur.calibration.windows import load_windows, save_windows
-from secateur.engine.ledger import write_whole
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
@@ -33,6 +34,10 @@ from secateur.reporting.manifest import environment
 from secateur.reporting.plots import save_plots
 from secateur.reporting.report.shapes import Manifest, read_shape
 from secateur.reporting.sweep_result import PointKey, SweepPoint, SweepResult, read_sweep
+from secateur.runs.atomic import write_json
+from secateur.runs.folder import NOTES
+from secateur.runs.lock import Lock
+from secateur.runs.output import cannot_write, check_apart
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 from secateur.workflows.carrying import read_config
@@ -71,23 +76,53 @@ def sweep(
     Raises:
         SecateurError: the plan makes no sense, or another sweep lies in the folder.
     """
-    work = Work(plan, Path(output), keep_models, progress or Silent())
-    work.begin()
-    work.judge_dense()
-    done = {point.key: point for point in work.result.points}
-    for place, key in enumerate(work.grid, start=1):
-        if key in done:
-            work.drop_weights(done[key])
-            continue
-        told = Labelled(work.progress, f"{place}/{len(work.grid)} {point_name(key)}")
-        try:
-            work.enter(key, told)
-        except SecateurError as error:
-            named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
-            work.result.failures.append({**named, "what": error.what, "where": error.where})
-            work.save()
-    write_views(work.result, work.folder)
+    folder = Path(output)
+    for read in (plan.model, plan.calibration, *plan.texts):
+        check_apart(read, folder, folder)
+    with alone(folder):
+        work = Work(plan, folder, keep_models, progress or Silent())
+        work.begin()
+        work.judge_dense()
+        done = {point.key: point for point in work.result.points}
+        for place, key in enumerate(work.grid, start=1):
+            if key in done:
+                work.drop_weights(done[key])
+                continue
+            told = Labelled(work.progress, f"{place}/{len(work.grid)} {point_name(key)}")
+            try:
+                work.enter(key, told)
+            except SecateurError as error:
+                named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
+                work.result.failures.append({**named, "what": error.what, "where": error.where})
+                work.save()
+        write_views(work.result, work.folder)
     return work.result
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of a folder; one that was made here and stayed empty is removed.
+
+    Raises:
+        RecipeError: another process works there, or the folder cannot be written.
+    """
+    lock = Lock(folder)
+    try:
+        taken = lock.take()
+    except OSError as error:
+        raise cannot_write(error, folder) from error
+    if not taken:
+        raise RecipeError(
+            "another sweep is at work in this folder",
+            where=str(folder),
+            remedy="wait until it ends, or choose another --output",
+        )
+    try:
+        yield
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        lock.release()
 
 
 class Work:
@@ -145,7 +180,7 @@ class Work:
     def save(self) -> None:
         """Enter what is known so far, in one step, in the order of the plan."""
         self.result.points.sort(key=lambda point: self.grid.index(point.key))
-        write_whole(self.folder / "sweep.json", self.result.to_json())
+        write_json(self.folder / "sweep.json", self.result.to_json())
 
     def begin(self) -> None:
         """Make the folder, and cut the windows all points are calibrated on.
@@ -237,10 +272,8 @@ class Work:
         """Prune a point, or go on with it, judge it and enter it; then its weights may go."""
         place = self.place(key)
         if not place.exists():  # else it was pruned and not judged
-            partial = place.with_name(place.name + ".partial")
-            resume = (partial / "secateur" / "layers.jsonl").exists()
-            run_recipe(self.recipe(key), progress, resume=resume)
-        manifest = read_shape(Manifest, place / "secateur" / "manifest.json")
+            run_recipe(self.recipe(key), progress, resume=True)
+        manifest = read_shape(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
         dense = self.result.dense
         notes = str(place.relative_to(self.folder))
@@ -264,11 +297,11 @@ class Work:
         if point.folder is not None or not place.is_dir():
             return
         for entry in place.iterdir():
-            if entry.is_dir() and entry.name != "secateur":
+            if entry.is_dir() and entry.name != NOTES:
                 shutil.rmtree(entry)
             elif entry.is_file():
                 entry.unlink()
-        (place / "secateur" / "windows.safetensors").unlink(missing_ok=True)
+        (place / NOTES / "windows.safetensors").unlink(missing_ok=True)
 
 
 def texts_of(

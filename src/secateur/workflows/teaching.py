@@ -17,6 +17,7 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.runs.folder import NOTES
 from secateur.training.door import Door
 from secateur.training.masks import Masks
 from secateur.training.objectives import Distil, NextToken, Objective
@@ -28,7 +29,6 @@ from secateur.training.teachers import (
 )
 from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.adapting import rates_of
-from secateur.workflows.carrying import RUN_FOLDER
 from secateur.workflows.training_text import TrainingText
 
 __all__ = ["masks_of", "objective_of", "plan_of", "teacher_of"]
@@ -183,7 +183,7 @@ def pruned_from(source: LocalCheckpoint) -> str:
     Raises:
         RecipeError: the folder does not say.
     """
-    manifest = source.folder / RUN_FOLDER / "manifest.json"
+    manifest = source.folder / NOTES / "manifest.json"
     if not manifest.is_file():
         raise RecipeError(
             "the model does not say what it was pruned from, so the teacher is not known",
@@ -201,7 +201,7 @@ def kept_layers(
 
     None where nothing is known of it, or the teacher is another model than the one that was cut.
     """
-    steps = source.folder / RUN_FOLDER / "steps.json"
+    steps = source.folder / NOTES / "steps.json"
     if recipe.kept_layers is not None or not recipe.hidden or not steps.is_file():
         return recipe.kept_layers
     if teacher != pruned_from(source):

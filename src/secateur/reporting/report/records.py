@@ -139,11 +139,9 @@ def read_if_there(shape: type[AnyShape], file: Path) -> AnyShape | None:
 
 
 def read_layers(file: Path) -> tuple[Layer, ...]:
-    """What was done to each layer; the first line of the file says whose ledger it is."""
+    """What was done to each layer."""
     if not file.is_file():
         return ()
     lines = file.read_text(encoding="utf-8").splitlines()
-    layers = [
-        parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines[1:], start=2)
-    ]
+    layers = [parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
     return tuple(sorted(layers, key=lambda layer: layer.layer))

@@ -1,0 +1,106 @@
+"""Files and folders that are there whole or not at all, and names that change hands in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["UNFINISHED", "take_name", "whole_folder", "write_json", "write_tensors", "write_text"]
+
+UNFINISHED = ".unfinished"
+"""Suffix of a file or folder that does not have its own name yet."""
+
+AT_FDCWD, NO_REPLACE, EXCHANGE = -100, 1, 2
+"""Arguments of Linux's renameat2(2)."""
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all, also after a power cut."""
+    unfinished = file.with_name(file.name + UNFINISHED)
+    with unfinished.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write content as JSON into a file that is there whole or not at all."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors into a safetensors file that is there whole or not at all."""
+    unfinished = file.with_name(file.name + UNFINISHED)
+    save_file(tensors, unfinished)
+    unfinished.replace(file)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into; it gets its name by one rename when the block ends well.
+
+    What a killed call left under the unfinished name is removed first.
+
+    Args:
+        folder: the folder to make, within the work folder of a run; it is not there yet.
+    """
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    unfinished.rename(folder)
+
+
+def take_name(made: Path, name: Path, spare: Path) -> None:
+    """Give a folder its final name. What has the name now ends under `made`, or under `spare`.
+
+    Where the system can swap two names in one step (Linux), the name always belongs to a whole
+    folder: to the old one, then to the new one. Elsewhere the old one lies under `spare` for a
+    moment, and after a kill in that moment `RunFolder` puts it back.
+
+    Args:
+        made: the new folder.
+        name: the name that it gets.
+        spare: a free name beside `made`.
+
+    Raises:
+        FileExistsError: the name was free a moment ago, and is not any more.
+    """
+    if not os.path.lexists(name):
+        if not rename(made, name, NO_REPLACE):
+            made.rename(name)
+    elif not rename(made, name, EXCHANGE):
+        name.rename(spare)
+        made.rename(name)
+
+
+def rename(old: Path, new: Path, flag: int) -> bool:
+    """Linux's renameat2: False where the system or the file system has no such call.
+
+    Raises:
+        OSError: the system refuses the rename.
+    """
+    call = (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if os.name == "posix"
+        else None
+    )
+    if call is None:
+        return False
+    if call(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(new))

@@ -1,0 +1,62 @@
+"""What makes a run this run: everything its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import RecipeError
+
+__all__ = ["file_digests", "refuse_another"]
+
+BLOCK_BYTES = 2**22
+LONGEST = 60
+"""Characters of a value that an error still shows."""
+
+
+def file_digests(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files, by name: what a run reads may not change while it is stopped."""
+    found = {}
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(BLOCK_BYTES):
+                digest.update(block)
+        found[file.name] = digest.hexdigest()
+    return found
+
+
+def refuse_another(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Refuse to resume a run that was another one.
+
+    Args:
+        before: the identity that the stopped run wrote down.
+        now: the identity of the run that wants to resume it.
+        where: the stopped run.
+
+    Raises:
+        RecipeError: they differ; it says in what.
+    """
+    now = json.loads(json.dumps(now))
+    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if not differing:
+        return
+    raise RecipeError(
+        "the stopped run was another one "
+        f"({'; '.join(difference(key, before.get(key), now.get(key)) for key in differing)})",
+        where=str(where),
+        remedy="repeat the options of the first call, or start anew with --restart",
+    )
+
+
+def difference(key: str, before: Any, now: Any) -> str:
+    """How one part of two identities differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+        inner = (difference(k, before.get(k), now.get(k)) for k in parts)
+        return f"{key}: {', '.join(inner)}"
+    told = f"{key}: {before!r} then, {now!r} now"
+    return told if len(told) <= 2 * LONGEST else f"{key} has changed"

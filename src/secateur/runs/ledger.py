@@ -1,0 +1,94 @@
+"""The ledger of a run: one line for each finished layer, so that a killed run can go on.
+
+A line is written only after the layer's weights and the next layer's inputs are on disk. A line
+that a kill has torn is dropped, and its layer is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """Append-only record of a run.
+
+    Args:
+        file: where it is kept; None for a run in memory only.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self.entries: list[dict[str, Any]] = []
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """The entries of finished layers, in the order in which they were finished."""
+        return [entry for entry in self.entries if "layer" in entry]
+
+    @property
+    def begun(self) -> bool:
+        """Whether an earlier run has begun this ledger."""
+        return self.file is not None and self.file.exists()
+
+    def begin(self) -> None:
+        """Start a new ledger."""
+        self.entries = []
+        if self.file is not None:
+            self.file.write_bytes(b"")
+
+    def resume(self) -> int:
+        """Read an earlier run's ledger; returns how many layers are finished."""
+        assert self.file is not None
+        self.entries = []
+        whole = 0
+        for line in self.file.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            self.entries.append(json.loads(line))
+            whole += len(line)
+        os.truncate(self.file, whole)
+        return len(self.layers)
+
+    def finish_layer(
+        self,
+        index: int,
+        records: list[dict[str, Any]],
+        seconds: float,
+        reconstruction: dict[str, float] | None = None,
+        collapsed: dict[str, float] | None = None,
+        unseen: Sequence[str] = (),
+    ) -> None:
+        """Enter a finished layer.
+
+        Args:
+            index: of the layer.
+            records: of its linears.
+            seconds: that it took.
+            reconstruction: what tuning brought.
+            collapsed: linears that lost their outputs.
+            unseen: linears of experts that calibration did not reach, and that were left.
+        """
+        entry: dict[str, Any] = {"layer": index, "seconds": seconds, "linears": records}
+        if reconstruction:
+            entry["reconstruction"] = reconstruction
+        if collapsed:
+            entry["collapsed"] = collapsed
+        if unseen:
+            entry["unseen"] = list(unseen)
+        self.append(entry)
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Write one line and make it last."""
+        self.entries.append(entry)
+        if self.file is None:
+            return
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())

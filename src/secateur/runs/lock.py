@@ -1,0 +1,60 @@
+"""One process works on a folder at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, nothing keeps two runs apart
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Lock"]
+
+
+class Lock:
+    """A lock on a folder itself, so that no file has to lie there.
+
+    The system lets go of it when the process ends, however it ends.
+
+    Args:
+        folder: is made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.descriptor: int | None = None
+
+    def take(self) -> bool:
+        """Make and lock the folder; False if another process holds it."""
+        while self.descriptor is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(self.folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(descriptor)
+                    return False
+                if self.is_folder(descriptor):
+                    self.descriptor = descriptor
+                else:  # its last holder has just removed it
+                    os.close(descriptor)
+        return True
+
+    def is_folder(self, descriptor: int) -> bool:
+        """Whether an open folder is still the one of this name."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.folder))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Let others in."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None

@@ -1,0 +1,131 @@
+"""Where a result may go: what may be replaced, what may not, and what the disk says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
+
+__all__ = ["cannot_write", "check_apart", "check_free", "check_replaceable", "is_full"]
+
+
+def check_replaceable(output: Path, overwrite: bool, result: Path | None = None) -> None:
+    """Refuse to write over something, unless it is a model and the user wants it replaced.
+
+    Args:
+        output: the folder to write.
+        overwrite: whether a model that is there may be replaced.
+        result: where the finished result lies, if the work is done.
+
+    Raises:
+        RecipeError: something is there.
+    """
+    if not os.path.lexists(output):
+        return
+    kept = f"; the result is whole in {result}" if result else ""
+    again = ", with --resume" if result else ""
+    if not overwrite:
+        raise RecipeError(
+            f"the output folder {'has appeared meanwhile' if result else 'exists'}{kept}",
+            where=str(output),
+            remedy=f"move it away and run again{again}, or replace it with --overwrite{again}"
+            if result
+            else "choose another --output, or replace it with --overwrite",
+        )
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
+        raise RecipeError(
+            f"the output is there and is no folder of a model, so it is not replaced{kept}",
+            where=str(output),
+            remedy=f"choose another --output, or remove it yourself{again}",
+        )
+
+
+def check_apart(read: str | Path, output: Path, partial: Path) -> None:
+    """Refuse an output that would replace what a run reads, or that lies within it.
+
+    Args:
+        read: a file or folder that the run reads; a name that is no path is left alone.
+        output: the folder to write.
+        partial: the folder that it is made in.
+
+    Raises:
+        RecipeError: one of the two folders is, or lies in, what is read, or the other way round.
+    """
+    try:
+        if not os.path.lexists(read):
+            return
+    except (OSError, ValueError):  # a hub id or a text that no file could be called
+        return
+    source = Path(os.path.realpath(read))
+    for place in (Path(os.path.realpath(output)), Path(os.path.realpath(partial))):
+        if source == place:
+            what = "the output is the source itself"
+        elif source.is_relative_to(place):
+            what = "the source lies in the output, which would replace it"
+        elif source.is_dir() and place.is_relative_to(source):
+            what = "the output lies in the source"
+        else:
+            continue
+        raise RecipeError(
+            what,
+            where=f"source {source}, output {place}",
+            remedy="choose an --output beside the source",
+        )
+
+
+def check_free(needed_bytes: int, folder: Path) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        needed_bytes: that will be written.
+        folder: where; it need not be there yet.
+
+    Raises:
+        MemoryBudgetError: naming both sizes.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed_bytes > free:
+        raise MemoryBudgetError(
+            f"the run needs {size(needed_bytes)} of disk, {size(free)} are free",
+            where=str(place),
+            remedy="free some space, or choose another --output",
+        )
+
+
+def size(count: int) -> str:
+    """Bytes, in the unit in which the number can be read."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; safetensors tells it in its message only."""
+    if isinstance(error, SafetensorError):
+        return f"(os error {errno.ENOSPC})" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def cannot_write(error: BaseException, where: Path) -> SecateurError:
+    """What a write that failed means to the user."""
+    if is_full(error):
+        place = where
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        return MemoryBudgetError(
+            f"the disk is full ({free / 2**20:.0f} MiB free)",
+            where=str(where),
+            remedy="free some space and run again with --resume, or choose another --output",
+        )
+    return RecipeError(
+        f"the output cannot be written: {getattr(error, 'strerror', None) or error}",
+        where=str(getattr(error, "filename", None) or where),
+        remedy="choose an --output in a folder that you may write to",
+    )

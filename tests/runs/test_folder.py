@@ -1,0 +1,272 @@
+"""The folder of a run: what it keeps, what it refuses, what it never touches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from secateur.errors import CheckpointError, MemoryBudgetError, RecipeError
+from secateur.runs import atomic
+from secateur.runs.folder import RunFolder
+
+IDENTITY = {"sparsity": 0.5, "source_files": {"model.safetensors": "0" * 64}}
+
+
+def write(folder: RunFolder, text: str) -> None:
+    """A result that a check takes for a model."""
+    (folder.model / "config.json").write_text("{}")
+    (folder.model / "weights").write_text(text)
+
+
+def finished(output: Path, text: str, **options: bool) -> None:
+    """A whole run."""
+    with RunFolder(output, "prune", **options) as folder:
+        folder.begin(IDENTITY)
+        write(folder, text)
+        folder.finish()
+
+
+def stopped(output: Path, **options: bool) -> None:
+    """A run that a kill stops when it has something to resume."""
+    with pytest.raises(KeyboardInterrupt), RunFolder(output, "prune", **options) as folder:
+        folder.begin(IDENTITY)
+        (folder.work / "layer").write_text("half of it")
+        raise KeyboardInterrupt
+
+
+def test_a_finished_run_leaves_its_result_and_nothing_else(tmp_path: Path) -> None:
+    finished(tmp_path / "deep" / "out", "new")
+    assert [x.name for x in (tmp_path / "deep").iterdir()] == ["out"]
+    assert sorted(x.name for x in (tmp_path / "deep" / "out").iterdir()) == [
+        "config.json", "secateur", "weights",
+    ]  # fmt: skip
+
+
+def test_a_stopped_run_is_resumed_or_discarded_and_never_silently_lost(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped(out)
+    with pytest.raises(RecipeError, match="stopped half-way"):
+        RunFolder(out, "prune")
+    with pytest.raises(RecipeError, match="a stopped `secateur prune` lies"):
+        RunFolder(out, "structure", resume=True)
+    with (
+        pytest.raises(RecipeError, match=r"sparsity: 0\.5 then, 0\.6 now"),
+        RunFolder(out, "prune", resume=True) as folder,
+    ):
+        folder.begin({**IDENTITY, "sparsity": 0.6})
+    with RunFolder(out, "prune", resume=True) as folder:
+        assert folder.resumed
+        assert (folder.work / "layer").read_text() == "half of it"
+        folder.begin(IDENTITY)
+        write(folder, "resumed")
+        folder.finish()
+    assert (out / "weights").read_text() == "resumed"
+    stopped(tmp_path / "other")
+    with RunFolder(tmp_path / "other", "structure", restart=True) as folder:
+        assert not folder.resumed
+        assert not any(folder.work.iterdir())
+
+
+def test_resume_starts_where_nothing_was_begun(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "out", "prune", resume=True) as folder:
+        assert not folder.resumed
+        folder.begin(IDENTITY)
+        write(folder, "new")
+        folder.finish()
+    assert (tmp_path / "out" / "weights").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [(CheckpointError("NaN"), False), (MemoryBudgetError("full"), True), (KeyError("x"), True)],
+)
+def test_an_error_keeps_what_can_be_resumed_and_nothing_else(
+    error: Exception, left: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(type(error)), RunFolder(tmp_path / "out", "prune") as folder:
+        folder.begin(IDENTITY)
+        folder.worth_resuming = lambda: False
+        raise error
+    assert (tmp_path / "out.partial").exists() == left
+    with pytest.raises(type(error)), RunFolder(tmp_path / "early", "prune") as folder:
+        raise error
+    assert not (tmp_path / "early.partial").exists()
+
+
+def test_an_error_of_a_resumed_run_keeps_the_work_of_the_first(tmp_path: Path) -> None:
+    stopped(tmp_path / "out")
+    with (
+        pytest.raises(CheckpointError),
+        RunFolder(tmp_path / "out", "prune", resume=True) as folder,
+    ):
+        folder.worth_resuming = lambda: False
+        raise CheckpointError("before begin")
+    assert (tmp_path / "out.partial" / "work" / "layer").exists()
+
+
+def test_a_full_disk_is_an_error_of_ours_that_can_be_resumed(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MemoryBudgetError, match=r"(?s)the disk is full.*--resume"),
+        RunFolder(tmp_path / "out", "prune") as folder,
+    ):
+        folder.begin(IDENTITY)
+        raise OSError(28, os.strerror(28), str(folder.work))
+    assert (tmp_path / "out.partial").exists()
+
+
+# -- what is there already -------------------------------------------------------------------------
+
+
+def test_an_output_is_replaced_only_where_the_user_wants_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finished(out, "old")
+    with pytest.raises(RecipeError, match="--overwrite"):
+        RunFolder(out, "prune")
+    finished(out, "new", overwrite=True)
+    assert (out / "weights").read_text() == "new"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(RecipeError, match="no folder of a model"):
+        RunFolder(tmp_path / "mine", "prune", overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RecipeError, match="exists"):
+        RunFolder(tmp_path / "link", "prune")
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_an_output_that_appears_meanwhile_is_not_touched(empty: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(RecipeError, match="has appeared meanwhile"),
+        RunFolder(out, "prune") as folder,
+    ):
+        folder.begin(IDENTITY)
+        write(folder, "new")
+        out.mkdir()
+        if not empty:
+            (out / "mine").write_text("mine")
+        folder.finish()
+    assert [x.name for x in out.iterdir()] == ([] if empty else ["mine"])
+    out.rename(tmp_path / "away")
+    with RunFolder(out, "prune", resume=True) as folder:
+        folder.begin(IDENTITY)
+        assert (folder.model / "weights").read_text() == "new"
+        folder.finish()
+    assert (out / "weights").read_text() == "new"
+
+
+def test_a_folder_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
+    for options in ({}, {"restart": True}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(RecipeError, match="no run of secateur has made it"):
+            RunFolder(tmp_path / "out", "prune", **options)
+    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+
+
+def test_outputs_that_would_replace_or_enter_the_source_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "dir" / "model"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    for output, why in (
+        (source, "the output is the source itself"),
+        (tmp_path / "link", "the output is the source itself"),
+        (tmp_path / "dir" / ".." / "dir" / "model", "the output is the source itself"),
+        (tmp_path / "dir", "the source lies in the output"),
+        (source / "out", "the output lies in the source"),
+        (tmp_path / "link" / "out", "the output lies in the source"),
+    ):
+        (tmp_path / "dir" / "config.json").write_text("{}")
+        (source / "config.json").write_text("{}")
+        with pytest.raises(RecipeError, match=why):
+            RunFolder(output, "prune", overwrite=True).keep_apart(str(source))
+    RunFolder(tmp_path / "dir" / "out", "prune").keep_apart(source, None, "hub/id", "x" * 5000)
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "file/out"])
+def test_an_output_that_cannot_be_made_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    with (
+        pytest.raises(RecipeError, match="cannot be written"),
+        RunFolder(tmp_path / name, "prune"),
+    ):
+        pass
+
+
+# -- two at once, and kills ------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_and_learns_of_the_first(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with RunFolder(out, "prune") as folder:
+        folder.begin(IDENTITY)
+        for options in ({"resume": True}, {"restart": True}):
+            second = RunFolder(out, "prune", **options)
+            with pytest.raises(RecipeError, match=rf"process {os.getpid()} .*is at work"), second:
+                pass
+        write(folder, "first")
+        folder.finish()
+    assert (out / "weights").read_text() == "first"
+
+
+class KilledError(BaseException):
+    """A kill, as a test can catch it."""
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_killed_anywhere_while_it_gets_its_name(
+    swaps: bool, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every change of the file system in `finish` and after it is a point to be killed at."""
+    names = ["rename", "replace", "unlink", "rmdir"]
+    if not swaps:
+        monkeypatch.setattr(atomic, "rename", lambda *_: False)
+    point, resumed = 0, 0
+    while True:
+        out = tmp_path / f"out-{point}"
+        if overwrite:
+            finished(out, "old")
+        left = point
+
+        def counting(real: object) -> object:
+            def call(*args: object, **options: object) -> object:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise KilledError
+                return real(*args, **options)  # type: ignore[operator]
+
+            return call
+
+        folder = RunFolder(out, "prune", overwrite=overwrite)
+        try:
+            with monkeypatch.context() as patched, folder:
+                folder.begin(IDENTITY)
+                write(folder, "new")
+                for name in names:
+                    patched.setattr(os, name, counting(getattr(os, name)))
+                patched.setattr(atomic, "rename", counting(atomic.rename))
+                folder.finish()
+            break
+        except KilledError:
+            folder.lock.release()
+        if swaps and overwrite:
+            assert (out / "weights").read_text() in ("old", "new")
+        point += 1
+        if not (folder.partial / "run.json").exists():  # killed at the very last
+            assert (out / "weights").read_text() == "new"
+            continue
+        with RunFolder(out, "prune", resume=True, overwrite=overwrite) as again:
+            assert not overwrite or (out / "weights").exists()
+            again.begin(IDENTITY)
+            assert (again.model / "weights").read_text() == "new"
+            if not again.finished:
+                again.finish()
+        assert (out / "weights").read_text() == "new"
+        assert not folder.partial.exists()
+        resumed += 1
+    assert point - 2 <= resumed
+    assert resumed >= 5
