@@ -6,14 +6,16 @@ from pathlib import Path
 
 from secateur.runs.ledger import Ledger
 
+LINEAR = {"name": "a", "shape": (4, 8), "zeros": 16}
+
 
 def test_a_torn_line_is_dropped_and_done_again(tmp_path: Path) -> None:
     file = tmp_path / "layers.jsonl"
     first = Ledger(file)
     assert not first.begun
     first.begin()
-    first.finish_layer(0, [{"name": "a"}], 1.0)
-    first.finish_layer(1, [{"name": "b"}], 1.0)
+    first.finish_layer(0, [LINEAR], 1.0)
+    first.finish_layer(1, [LINEAR], 1.0)
     whole = file.read_bytes()
     for cut in range(1, len(whole.splitlines()[-1])):
         file.write_bytes(whole[:-cut])
@@ -21,7 +23,7 @@ def test_a_torn_line_is_dropped_and_done_again(tmp_path: Path) -> None:
         assert again.begun
         assert again.resume() == 1
         assert file.read_bytes() == whole.splitlines(keepends=True)[0]
-        again.finish_layer(1, [{"name": "b"}], 1.0)
+        again.finish_layer(1, [LINEAR], 1.0)
         assert file.read_bytes() == whole
         assert again.layers == first.layers
 

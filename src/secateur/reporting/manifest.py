@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["MANIFEST_VERSION", "environment"]
-
-MANIFEST_VERSION = 1
+__all__ = ["environment"]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

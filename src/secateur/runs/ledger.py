@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.runs.records import Layer, declared
+
 __all__ = ["Ledger"]
 
 
@@ -81,7 +83,7 @@ class Ledger:
             entry["collapsed"] = collapsed
         if unseen:
             entry["unseen"] = list(unseen)
-        self.append(entry)
+        self.append(declared(Layer, entry))
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one line and make it last."""

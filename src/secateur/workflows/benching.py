@@ -19,6 +19,7 @@ from secateur.registry import did_you_mean
 from secateur.reporting.manifest import environment
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES
+from secateur.runs.records import Bench, declared
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.workflows.carrying import read_config
@@ -159,7 +160,8 @@ def keep(report: BenchReport, model: str, folder: Path) -> None:
         return
     file = folder / NOTES / "bench.json"
     try:
-        write_json(file, {"schema": SCHEMA, "model": model, **report.to_json()})
+        record = {"schema": SCHEMA, "model": model, **report.to_json()}
+        write_json(file, declared(Bench, record))
     except OSError as error:
         raise disk_error(error, file) from error
 

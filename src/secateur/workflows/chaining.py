@@ -32,6 +32,7 @@ from secateur.registry import did_you_mean
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests
+from secateur.runs.records import Chain, declared
 from secateur.workflows.compressing import compress
 from secateur.workflows.pruning import prune
 from secateur.workflows.retraining import distill, retrain
@@ -145,7 +146,7 @@ def chain(
             links = carry_out(wanted, source.folder, folder, trust_remote_code, progress)
             report = ChainReport(links, folder.output)
             gather_notes(folder)
-            write_json(folder.notes / CHAIN, report.to_json())
+            write_json(folder.notes / CHAIN, declared(Chain, report.to_json()))
             folder.finish()
     return read_report(folder.output)
 

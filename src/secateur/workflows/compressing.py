@@ -30,6 +30,7 @@ from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.output import check_free
+from secateur.runs.records import Compression, declared
 from secateur.runtime.choice import (
     AUTO,
     Choice,
@@ -401,6 +402,7 @@ def make_report(
 
 def write_notes(report: CompressionReport, name: str, source: Path, folder: RunFolder) -> None:
     """Write the record of the compression and the card."""
-    write_json(folder.notes / COMPRESSION, report.to_json() | {"source": name})
+    record = declared(Compression, report.to_json() | {"source": name})
+    write_json(folder.notes / COMPRESSION, record)
     card = compression_card(report, Path(name).name, source)
     write_text(folder.model / "README.md", card)

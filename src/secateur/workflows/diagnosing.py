@@ -30,6 +30,7 @@ from secateur.models.checkpoint import disk_error
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.manifest import environment
+from secateur.runs import records
 from secateur.runs.atomic import write_json
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.workflows.preparing import choose_device
@@ -278,6 +279,6 @@ def keep(found: Diagnosis) -> None:
         return
     file = folder / "diagnosis.json"
     try:
-        write_json(file, found.to_json())
+        write_json(file, records.declared(records.Diagnosis, found.to_json()))
     except OSError as error:
         raise disk_error(error, file) from error

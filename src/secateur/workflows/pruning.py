@@ -20,7 +20,7 @@ from secateur.engine.survey import settled_allocation
 from secateur.errors import RecipeError
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.schema import PruneRecipe
-from secateur.reporting.manifest import MANIFEST_VERSION, environment
+from secateur.reporting.manifest import environment
 from secateur.reporting.model_card import model_card
 from secateur.reporting.prune_report import PruneReport
 from secateur.runs.atomic import write_json, write_tensors, write_text
@@ -28,6 +28,7 @@ from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.ledger import Ledger
 from secateur.runs.output import check_free
+from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.workflows.distilling import distil_checkpoint
 from secateur.workflows.in_place import carry_out, prune_module
 from secateur.workflows.preparing import (
@@ -307,6 +308,6 @@ def write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder)
     """Write recipe, manifest and card into the result."""
     recipe_yaml = dump_recipe(prepared.recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
-    write_json(folder.notes / MANIFEST, manifest)
+    write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
     card = model_card(manifest, recipe_yaml, prepared.source.folder)
     write_text(folder.model / "README.md", card)

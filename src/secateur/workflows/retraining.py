@@ -30,6 +30,7 @@ from secateur.reporting.training_report import TrainingReport
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests
+from secateur.runs.records import Training, declared
 from secateur.training.batches import Batches
 from secateur.training.door import Door
 from secateur.training.loop import Loop, Outcome
@@ -320,7 +321,7 @@ def write(
     ).sparsity
     trainings = folder.notes / TRAININGS
     before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []
-    write_json(trainings, [*before, manifest])
+    write_json(trainings, [*before, declared(Training, manifest)])
     shutil.copyfile(folder.work / "log.jsonl", folder.notes / "training.jsonl")
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "training.yaml", recipe_yaml)

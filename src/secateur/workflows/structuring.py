@@ -30,11 +30,12 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 from secateur.recipes.reading import build_structure_recipe, dump_recipe, nested
 from secateur.recipes.structure_schema import StructureRecipe
-from secateur.reporting.manifest import MANIFEST_VERSION, environment
+from secateur.reporting.manifest import environment
 from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_tensors, write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
+from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.carrying import refuse_quantized
@@ -192,7 +193,7 @@ def cut_into(
     write_json(folder.notes / STEPS, steps)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
-    write_json(folder.notes / MANIFEST, manifest)
+    write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
     card = structure_card(manifest, recipe_yaml, source.folder)
     write_text(folder.model / "README.md", card)
     folder.finish()

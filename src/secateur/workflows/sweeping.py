@@ -32,12 +32,12 @@ from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.curves import sweep_charts
 from secateur.reporting.manifest import environment
 from secateur.reporting.plots import save_plots
-from secateur.reporting.report.shapes import Manifest, read_shape
 from secateur.reporting.sweep_result import PointKey, SweepPoint, SweepResult, read_sweep
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES
 from secateur.runs.lock import Lock
 from secateur.runs.output import cannot_write, check_apart
+from secateur.runs.records import Manifest, read_record
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 from secateur.workflows.carrying import read_config
@@ -273,7 +273,7 @@ class Work:
         place = self.place(key)
         if not place.exists():  # else it was pruned and not judged
             run_recipe(self.recipe(key), progress, resume=True)
-        manifest = read_shape(Manifest, place / NOTES / "manifest.json")
+        manifest = read_record(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
         dense = self.result.dense
         notes = str(place.relative_to(self.folder))

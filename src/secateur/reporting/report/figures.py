@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Mark, Series
 from secateur.reporting.curves import Judged, curve_charts, judged_points
 from secateur.reporting.report.records import Records, Run
-from secateur.reporting.report.shapes import Linear
 from secateur.reporting.wording import megabytes
+from secateur.runs.records import Linear
 
 __all__ = [
     "all_figures",

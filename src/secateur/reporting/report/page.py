@@ -29,9 +29,9 @@ from secateur.reporting.report.headline import Claim, claims
 from secateur.reporting.report.provenance import Part, of_run, of_sweep
 from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import Records, Run, Sweep
-from secateur.reporting.report.shapes import Finding
 from secateur.reporting.sweep_result import SweepResult
 from secateur.reporting.wording import bare_name, counted, percent
+from secateur.runs.records import Finding
 
 __all__ = ["render"]
 

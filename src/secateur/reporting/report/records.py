@@ -8,17 +8,17 @@ from pathlib import Path
 
 from secateur.errors import SourceError
 from secateur.reporting.evaluation_schema import FILE_NAME, EvaluationRecord, read_evaluation
-from secateur.reporting.report.shapes import (
-    AnyShape,
+from secateur.reporting.sweep_result import SweepResult, read_sweep
+from secateur.runs.records import (
+    AnyRecord,
     Bench,
     Compression,
     Diagnosis,
     Layer,
     Manifest,
     parsed,
-    read_shape,
+    read_record,
 )
-from secateur.reporting.sweep_result import SweepResult, read_sweep
 
 __all__ = ["Records", "Run", "Sweep", "read_records"]
 
@@ -123,7 +123,7 @@ def read_run(place: Path, name: str) -> Run:
     return Run(
         name,
         place,
-        read_shape(Manifest, notes / "manifest.json"),
+        read_record(Manifest, notes / "manifest.json"),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         layers=read_layers(notes / "layers.jsonl"),
         evaluation=read_evaluation(judged) if judged.is_file() else None,
@@ -133,9 +133,9 @@ def read_run(place: Path, name: str) -> Run:
     )
 
 
-def read_if_there(shape: type[AnyShape], file: Path) -> AnyShape | None:
+def read_if_there(record: type[AnyRecord], file: Path) -> AnyRecord | None:
     """A file of a run that need not be there."""
-    return read_shape(shape, file) if file.is_file() else None
+    return read_record(record, file) if file.is_file() else None
 
 
 def read_layers(file: Path) -> tuple[Layer, ...]:
