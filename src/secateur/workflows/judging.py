@@ -33,7 +33,7 @@ from secateur.reporting.evaluation_schema import (
 )
 from secateur.reporting.manifest import environment
 from secateur.workflows.carrying import RUN_FOLDER
-from secateur.workflows.evaluating import load_model, told_of_windows, windows_of
+from secateur.workflows.evaluating import load_model, started, told_of_windows, windows_of
 
 __all__ = ["judge"]
 
@@ -164,7 +164,9 @@ def text_records(
     )
     if dense is None:
         with told_of_windows(progress, "perplexity", len(windows)) as tell:
-            result = perplexity(judged.model, windows, progress=tell)
+            result = perplexity(
+                judged.model, windows, start_tokens=started(protocol), progress=tell
+            )
         return perplexity_record(text, result, None, protocol), None
     length = windows.shape[1]
     other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, max_windows)
@@ -174,7 +176,9 @@ def text_records(
             remedy="name the dense model that this one was pruned from as reference",
         )
     with told_of_windows(progress, "divergence", len(windows)) as tell:
-        moved = divergence(judged.model, dense.model, windows, progress=tell)
+        moved = divergence(
+            judged.model, dense.model, windows, start_tokens=started(protocol), progress=tell
+        )
     return (
         perplexity_record(text, moved.model, moved.reference, protocol),
         divergence_record(text, moved, protocol),

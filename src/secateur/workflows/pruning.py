@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.ledger import Ledger
 from secateur.engine.meter import Meter
@@ -230,9 +230,10 @@ def begin(prepared: Prepared, ledger: Ledger, partial: Path, resume: bool) -> in
     assert prepared.target.output is not None
     prepared.target.output.create()
     if prepared.windows is not None:
-        save_file(
-            {"input_ids": prepared.windows.contiguous()},
+        save_windows(
+            prepared.windows,
             partial / "secateur" / "windows.safetensors",
+            start=(prepared.calibration or {}).get("start_tokens", ()),
         )
     source = json.dumps(prepared.calibration)
     (partial / "secateur" / "calibration.json").write_text(source, encoding="utf-8")

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.calibration.continuation import PREFIX
-from secateur.calibration.windows import load_calibration, load_windows
+from secateur.calibration.windows import load_calibration, load_windows, save_windows
 from secateur.engine.ledger import write_whole
 from secateur.engine.meter import Meter
 from secateur.engine.precision import fast_dtype
@@ -27,6 +26,7 @@ from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError, VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.positions import positions_of
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -218,6 +218,7 @@ def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: A
         window_plan(options, config),
         field=options.field,
         vocab_size=config.vocab_size,
+        positions=positions_of(config),
     )
 
 
@@ -248,7 +249,7 @@ def calibration_of(
             trust_remote_code=recipe.trust_remote_code,
         )
         provenance = {**provenance, "generated": options.generated, "generated_prefix": PREFIX}
-    save_file({"input_ids": windows.contiguous()}, file)
+    save_windows(windows, file, start=provenance.get("start_tokens", ()))
     write_whole(told, provenance)
     return windows, provenance
 
