@@ -97,8 +97,7 @@ def show_texts(judged: EvaluationRecord) -> None:
     """What both models make of the first prompt."""
     from secateur.cli.rendering import stdout
 
-    assert judged.generation is not None
-    first = judged.generation.samples[0]
+    first = judged.generation[0].samples[0]
     for name, text in (("dense", first.reference_text or ""), ("pruned", first.text)):
         stdout.print(f"\n[bold]{name} says:[/] ", end="")
         stdout.print(f"{first.prompt}{text}", markup=False)

@@ -1,16 +1,20 @@
 """`secateur/evaluation.json`: what a model was judged to be, every number with its protocol.
 
-Written by `secateur eval`; read by the report and the sweep. Documented in `docs/evaluation.md`.
+Written by `secateur eval`; read by the report. Documented in `docs/evaluation.md`. One file holds
+the results of several calls: a new result takes the place of an earlier one with the same protocol
+id, and all others stay.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from secateur.engine.ledger import write_whole
 from secateur.errors import CheckpointError
 
 __all__ = [
@@ -28,7 +32,10 @@ __all__ = [
 FILE_NAME = "evaluation.json"
 """Its name in the folder `secateur/` of a run."""
 
-SCHEMA: Literal["secateur.evaluation/1"] = "secateur.evaluation/1"
+FIRST_SCHEMA = "secateur.evaluation/1"
+"""One reference and environment for all results, one divergence, one set of texts."""
+
+SCHEMA: Literal["secateur.evaluation/2"] = "secateur.evaluation/2"
 
 
 class Record(BaseModel):
@@ -37,7 +44,45 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PerplexityRecord(Record):
+class Result(Record):
+    """What every result says beside its numbers.
+
+    Attributes:
+        protocol: everything the numbers depend on besides the model.
+        protocol_id: its short name.
+        reference: the dense model that the numbers are held against; None for none.
+        environment: versions and hardware.
+        inherited_from: the model that was measured, if it is another one with the same weights.
+    """
+
+    protocol: dict[str, Any]
+    protocol_id: str
+    reference: str | None
+    environment: dict[str, Any]
+    inherited_from: str | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same for results of which the newer replaces the older."""
+        return (self.protocol_id,)
+
+    def after(self, earlier: Result) -> Result:
+        """The result that stays where an earlier one has the same key: the newer.
+
+        One without a reference keeps what the earlier one says of the reference, where that
+        still holds.
+        """
+        if self.reference is not None or earlier.reference is None:
+            return self
+        kept = self.reference_numbers(earlier)
+        return self.model_copy(update={**kept, "reference": earlier.reference}) if kept else self
+
+    def reference_numbers(self, earlier: Any) -> Mapping[str, Any]:
+        """The fields about the reference that hold beside this result; none if they do not."""
+        return {}
+
+
+class PerplexityRecord(Result):
     """Perplexity on one text; `reference_perplexity` is the dense model's on the same windows."""
 
     text: str
@@ -45,13 +90,15 @@ class PerplexityRecord(Record):
     mean_loss: float
     standard_error: float | None
     reference_perplexity: float | None
-    protocol: dict[str, Any]
-    protocol_id: str
     seconds: float
 
+    def reference_numbers(self, earlier: PerplexityRecord) -> Mapping[str, Any]:
+        """The perplexity of the reference depends on the protocol alone."""
+        return {"reference_perplexity": earlier.reference_perplexity}
 
-class DivergenceRecord(Record):
-    """Distance from the reference on the first text, nats per token."""
+
+class DivergenceRecord(Result):
+    """Distance from the reference on a text, nats per token."""
 
     text: str
     kl: float
@@ -61,11 +108,9 @@ class DivergenceRecord(Record):
     loss_change: float
     loss_change_standard_error: float | None
     tokens: int
-    protocol: dict[str, Any]
-    protocol_id: str
 
 
-class TaskRecord(Record):
+class TaskRecord(Result):
     """One metric of one task; what comes after `shots` is null without a reference."""
 
     task: str
@@ -80,8 +125,23 @@ class TaskRecord(Record):
     difference_standard_error: float | None
     significant: bool | None
     retention: float | None
-    protocol: dict[str, Any]
-    protocol_id: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Both metrics of a task have its protocol id."""
+        return self.protocol_id, self.metric
+
+    def reference_numbers(self, earlier: TaskRecord) -> Mapping[str, Any]:
+        """The comparison in pairs holds if the score is what it was."""
+        if self.value != earlier.value:
+            return {}
+        return {
+            "reference_value": earlier.reference_value,
+            "difference": earlier.difference,
+            "difference_standard_error": earlier.difference_standard_error,
+            "significant": earlier.significant,
+            "retention": earlier.retention,
+        }
 
 
 class SampleRecord(Record):
@@ -95,7 +155,7 @@ class SampleRecord(Record):
     degenerate: bool
 
 
-class GenerationRecord(Record):
+class GenerationRecord(Result):
     """Texts; `repetition` is the mean of the samples, `degenerate` their count."""
 
     samples: list[SampleRecord]
@@ -103,35 +163,75 @@ class GenerationRecord(Record):
     degenerate: int
     reference_repetition: float | None
     reference_degenerate: int | None
-    protocol: dict[str, Any]
-    protocol_id: str
+
+    def reference_numbers(self, earlier: GenerationRecord) -> Mapping[str, Any]:
+        """The texts of the reference stand beside the same texts."""
+        if [one.text for one in self.samples] != [one.text for one in earlier.samples]:
+            return {}
+        return {
+            "samples": earlier.samples,
+            "reference_repetition": earlier.reference_repetition,
+            "reference_degenerate": earlier.reference_degenerate,
+        }
+
+
+AnyResult = TypeVar("AnyResult", bound=Result)
 
 
 class EvaluationRecord(Record):
-    """The whole file."""
+    """The whole file, or what one judgement adds to it."""
 
-    schema_name: Literal["secateur.evaluation/1"] = Field(default=SCHEMA, alias="schema")
+    schema_name: Literal["secateur.evaluation/2"] = Field(default=SCHEMA, alias="schema")
     model: str
-    reference: str | None
-    environment: dict[str, Any]
-    perplexity: list[PerplexityRecord]
-    divergence: DivergenceRecord | None
-    tasks: list[TaskRecord]
-    generation: GenerationRecord | None
+    perplexity: list[PerplexityRecord] = []
+    divergence: list[DivergenceRecord] = []
+    tasks: list[TaskRecord] = []
+    generation: list[GenerationRecord] = []
+
+    @property
+    def results(self) -> list[Result]:
+        """All results, whatever they measure."""
+        return [*self.perplexity, *self.divergence, *self.tasks, *self.generation]
+
+    def after(self, earlier: EvaluationRecord) -> EvaluationRecord:
+        """These results, and those of an earlier judgement that were not measured again."""
+        return EvaluationRecord(
+            model=self.model,
+            perplexity=merged(earlier.perplexity, self.perplexity),
+            divergence=merged(earlier.divergence, self.divergence),
+            tasks=merged(earlier.tasks, self.tasks),
+            generation=merged(earlier.generation, self.generation),
+        )
+
+    def inherited(self) -> EvaluationRecord:
+        """The same results for another model with the same weights, each marked as inherited."""
+
+        def marked(results: Sequence[AnyResult]) -> list[AnyResult]:
+            return [
+                one.model_copy(update={"inherited_from": one.inherited_from or self.model})
+                for one in results
+            ]
+
+        return EvaluationRecord(
+            model=self.model,
+            perplexity=marked(self.perplexity),
+            divergence=marked(self.divergence),
+            tasks=marked(self.tasks),
+            generation=marked(self.generation),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
         return self.model_dump(mode="json", by_alias=True)
 
     def save(self, file: Path) -> None:
-        """Write the file.
+        """Write the file in one step: a write that is stopped leaves what was there.
 
         Raises:
             CheckpointError: it cannot be written.
         """
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
         try:
-            file.write_text(text, encoding="utf-8")
+            write_whole(file, self.to_json())
         except OSError as error:
             raise CheckpointError(
                 f"the evaluation cannot be written: {error}",
@@ -139,16 +239,33 @@ class EvaluationRecord(Record):
                 remedy="name a file in a folder that exists and can be written (--output)",
             ) from error
 
+    def add_to(self, file: Path) -> None:
+        """Enter these results into a file, which need not be there yet.
+
+        Raises:
+            CheckpointError: what is there cannot be read, or the file cannot be written.
+        """
+        (self.after(read_evaluation(file)) if file.is_file() else self).save(file)
+
+
+def merged(earlier: Sequence[AnyResult], newer: Sequence[AnyResult]) -> list[AnyResult]:
+    """Earlier results, those of the same key replaced, and behind them what is new."""
+    found: dict[tuple[str, ...], Any] = {one.key: one for one in earlier}
+    for one in newer:
+        found[one.key] = one.after(found[one.key]) if one.key in found else one
+    return list(found.values())
+
 
 def read_evaluation(file: Path) -> EvaluationRecord:
-    """Read the file back, checked.
+    """Read the file back, checked; one of the first schema is read as well.
 
     Raises:
         CheckpointError: it cannot be read, or is not of this schema; every fault is listed.
     """
-    remedy = "run `secateur eval` again"
+    remedy = "move the file away and run `secateur eval` again"
     try:
-        return EvaluationRecord.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return EvaluationRecord.model_validate(from_first(values))
     except ValidationError as error:
         faults = [
             f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
@@ -163,3 +280,19 @@ def read_evaluation(file: Path) -> EvaluationRecord:
         raise CheckpointError(
             f"the evaluation cannot be read: {error}", where=str(file), remedy=remedy
         ) from error
+
+
+def from_first(values: Any) -> Any:
+    """The content of a file of the first schema in the form of this one; any other as it is."""
+    if not isinstance(values, dict) or values.get("schema") != FIRST_SCHEMA:
+        return values
+    shared = {name: values.get(name) for name in ("reference", "environment")}
+
+    def each(found: Any) -> Any:
+        single = [] if found is None else [found]
+        results = found if isinstance(found, list) else single
+        return [{**shared, **one} if isinstance(one, dict) else one for one in results]
+
+    kinds = ("perplexity", "divergence", "tasks", "generation")
+    others = {k: v for k, v in values.items() if k not in (*shared, *kinds)}
+    return {**others, "schema": SCHEMA, **{kind: each(values.get(kind)) for kind in kinds}}

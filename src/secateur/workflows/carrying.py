@@ -11,6 +11,8 @@ from typing import Any
 from secateur.errors import CheckpointError, MemoryBudgetError, RecipeError
 from secateur.models.checkpoint import INDEX_NAME, copied_files, disk_error
 from secateur.models.header import parse_json
+from secateur.reporting.evaluation_schema import FILE_NAME as EVALUATION
+from secateur.reporting.evaluation_schema import read_evaluation
 
 __all__ = [
     "RUN_FOLDER",
@@ -23,6 +25,9 @@ __all__ = [
 
 RUN_FOLDER = "secateur"
 """Where recipe, manifest and records of a pruning run lie within a model's folder."""
+
+MEASURED = (EVALUATION, "diagnosis.json", "bench.json", "compression.json")
+"""Notes of what was measured of weights and files; all others say how they were made."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -54,28 +59,48 @@ def refuse_quantized(folder: Path) -> None:
     )
 
 
-def carry_over(source: Path, target: Path, config: Mapping[str, Any]) -> None:
+def carry_over(
+    source: Path, target: Path, config: Mapping[str, Any], *, same_weights: bool
+) -> None:
     """Copy tokenizer, licence and the records of the pruning run; write the configuration.
+
+    What was measured of the source is left behind. Only its evaluation comes along where the
+    weights are the same, every result marked with the model that it was measured on. A diagnosis
+    and a bench are also about the files, so they have to be made again.
 
     Args:
         source: a checkpoint.
         target: the folder of the new one.
         config: its configuration.
+        same_weights: whether the new one has the weights of the source, number for number.
 
     Raises:
         MemoryBudgetError: the disk is full.
+        CheckpointError: the evaluation of the source cannot be read.
     """
+    notes = source / RUN_FOLDER
+    inherited = None
+    if same_weights and (notes / EVALUATION).is_file():
+        inherited = read_evaluation(notes / EVALUATION).inherited()
     try:
         for file in copied_files(source):
             if file.name not in ("config.json", INDEX_NAME):
                 shutil.copyfile(file, target / file.name)
-        if (source / RUN_FOLDER).is_dir():
-            shutil.copytree(source / RUN_FOLDER, target / RUN_FOLDER)
+        if notes.is_dir() and any(file.name not in MEASURED for file in notes.iterdir()):
+            shutil.copytree(
+                notes,
+                target / RUN_FOLDER,
+                # notes of earlier steps lie deeper, and stay true of those
+                ignore=lambda folder, _: MEASURED if Path(folder) == notes else (),
+            )
         (target / "config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     except OSError as error:
         raise disk_error(error, target) from error
+    if inherited is not None:
+        (target / RUN_FOLDER).mkdir(exist_ok=True)
+        inherited.save(target / RUN_FOLDER / EVALUATION)
 
 
 def check_output(source: Path, output: Path) -> None:

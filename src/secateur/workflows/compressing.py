@@ -46,12 +46,7 @@ from secateur.workflows.carrying import (
     read_config,
     refuse_quantized,
 )
-from secateur.workflows.rounding import (
-    check_options,
-    round_checkpoint,
-    rounding_recipe,
-    told_of,
-)
+from secateur.workflows.rounding import check_options, round_checkpoint, rounding_recipe, told_of
 
 __all__ = ["compress"]
 
@@ -92,6 +87,11 @@ class Plan:
         if choice is None or (choice.layout.format == "dense" and choice.layout.values != "int8"):
             return None
         return choice.layout
+
+    def keeps_weights(self, reader: CheckpointReader) -> bool:
+        """Whether every tensor is stored in the dtype of the source, so that no number changes."""
+        stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
+        return all(stored[name] == entry.dtype for name, entry in reader.entries.items())
 
 
 def compress(
@@ -178,7 +178,8 @@ def compress(
             "quantization_config": quantization_config(archive),
         }
         config.pop("torch_dtype", None)
-        carry_over(source.folder, partial, config)
+        kept = rounded is None and plan.keeps_weights(reader)
+        carry_over(source.folder, partial, config, same_weights=kept)
         packed = verified(partial, progress)
         rounding = told_of(rounded) if rounded else {}
         report = make_report(reader, packed, plan, matrices, Path(output), rounding, begun)

@@ -15,13 +15,7 @@ from secateur.reporting.compression_card import source_part
 from secateur.reporting.compression_report import DecompressionReport
 from secateur.runtime.dense_view import DenseView
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.carrying import (
-    RUN_FOLDER,
-    carry_over,
-    check_free,
-    check_output,
-    read_config,
-)
+from secateur.workflows.carrying import carry_over, check_free, check_output, read_config
 
 __all__ = ["decompress"]
 
@@ -63,10 +57,9 @@ def decompress(
     with whole_folder(Path(output), overwrite=overwrite) as partial:
         check_free(view.total_bytes, partial)
         write_dense(view, partial, progress)
-        carry_over(source.folder, partial, config)
-        (partial / RUN_FOLDER / "compression.json").unlink(missing_ok=True)
-        if (partial / RUN_FOLDER).is_dir() and not any((partial / RUN_FOLDER).iterdir()):
-            (partial / RUN_FOLDER).rmdir()
+        # int8 comes back rounded to the dtype of the configuration
+        rounded = any(layout.values == "int8" for layout in packed.layouts.values())
+        carry_over(source.folder, partial, config, same_weights=not rounded)
         card = source.folder / "README.md"
         if card.is_file():
             text = source_part(card.read_text(encoding="utf-8"))

@@ -60,9 +60,6 @@ NO_PART = {
 """Fields that a stopped training may be gone on with differently. The learning rate is one: a
 training that diverged goes on from its last save with a lower one."""
 
-OUTDATED = ("evaluation.json", "diagnosis.json", "bench.json", "compression.json")
-"""Notes of what was measured of the weights before."""
-
 
 def retrain(
     model: str | Path,
@@ -311,12 +308,10 @@ def write(
     model = merged(recipe, model, masks, load_file(partial / "work" / "final.safetensors"))
     with quiet_transformers():
         model.save_pretrained(partial)
-    carry_over(source.folder, partial, read_config(source.folder))
+    carry_over(source.folder, partial, read_config(source.folder), same_weights=False)
     masks.check(load_whole(partial, cpu, trust_remote_code=trust))
     notes = partial / RUN_FOLDER
     notes.mkdir(exist_ok=True)
-    for name in OUTDATED:
-        (notes / name).unlink(missing_ok=True)
     manifest["result"]["decoder_sparsity"] = audit_checkpoint(
         partial, trust_remote_code=trust
     ).sparsity
