@@ -360,6 +360,20 @@ def test_places_are_every_window_and_no_more() -> None:
     ]  # fmt: skip
 
 
+def test_a_sweep_calibrates_and_judges_behind_it(gemma: Path, text: Path, tmp_path: Path) -> None:
+    plan = secateur.SweepPlan(
+        str(gemma), ("wanda",), (0.5,), calibration=str(text), samples=3, sequence_length=32,
+        texts=(str(text),), judge_length=32,
+    )  # fmt: skip
+    result = secateur.sweep(plan, tmp_path / "sweep")
+    assert result.failures == []
+    assert result.calibration["start_tokens"] == [BOS]
+    assert stored_start(tmp_path / "sweep" / "windows.safetensors") == (BOS,)
+    judged = secateur.evaluate(gemma, text=text, sequence_length=32)
+    assert result.dense[str(text)] == pytest.approx(judged.perplexity)
+    assert protocol_id("ppl", result.protocol[str(text)]) == judged.protocol_id
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_tasks_are_read_behind_the_start_token(add_bos: bool) -> None:
     """lm-eval encodes with the tokenizer's own special tokens: right as it is."""

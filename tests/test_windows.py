@@ -220,6 +220,9 @@ def test_window_tensors_longer_than_the_model():
             tiny_model("llama"), method="wanda", sparsity=0.5,
             calibration=torch.full((2, 8), 96),
         )  # fmt: skip
+    for bad in (torch.ones(2, 8), torch.ones(8, dtype=torch.int64), tiny_windows(0, 8)):
+        with pytest.raises(SourceError, match="is not windows of token ids"):
+            secateur.prune(tiny_model("llama"), method="wanda", sparsity=0.5, calibration=bad)
 
 
 def test_training_text_longer_than_the_model(tmp_path):

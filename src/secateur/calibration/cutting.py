@@ -10,6 +10,9 @@ and windows that do not overlap use up S − k tokens of text each: none is lost
 none is read twice. Only the windows have start tokens, the text between has none. An end token
 that a tokenizer appends to a text belongs to the text. Where the tokenizer puts no start token,
 k is 0 and a window is S tokens of text.
+
+No start token is predicted when a model is judged. In training and in gradients the first token of
+a window is not predicted, which is the same for k ≤ 1; of two start tokens the second is.
 """
 
 from __future__ import annotations

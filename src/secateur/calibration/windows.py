@@ -258,20 +258,13 @@ def load_windows(
         raise CheckpointError(
             f"not a whole safetensors file: {error}", where=str(path), remedy="write it again"
         ) from error
-    remedy = "write it with save_windows: int64 input_ids [samples, sequence_length]"
     if "input_ids" not in tensors:
         raise SourceError(
             f"no tensor 'input_ids'; the file has: {', '.join(tensors) or 'none'}",
             where=str(path),
-            remedy=remedy,
+            remedy="write it with save_windows: int64 input_ids [samples, sequence_length]",
         )
     ids = tensors["input_ids"]
-    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or ids.numel() == 0:
-        raise SourceError(
-            f"input_ids is {ids.dtype} of shape {tuple(ids.shape)}, not windows of token ids",
-            where=str(path),
-            remedy=remedy,
-        )
     check_fit(ids, str(path), vocab_size=vocab_size, positions=positions)
     return ids.to(torch.int64)
 
@@ -290,7 +283,7 @@ def stored_start(path: Path) -> tuple[int, ...]:
 
 
 def check_fit(ids: Tensor, where: str, *, vocab_size: int | None, positions: int | None) -> None:
-    """Check windows against a model's vocabulary and length, before anything runs.
+    """Check that windows are some, and that a model can read them, before anything runs.
 
     Args:
         ids: token ids [windows, sequence_length].
@@ -299,9 +292,15 @@ def check_fit(ids: Tensor, where: str, *, vocab_size: int | None, positions: int
         positions: how many tokens the model reads at once; None if it does not say.
 
     Raises:
-        SourceError: a token id is not in the vocabulary.
+        SourceError: it is no matrix of token ids, or one of them is not in the vocabulary.
         RecipeError: the windows are longer than the model reads.
     """
+    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or ids.numel() == 0:
+        raise SourceError(
+            f"{ids.dtype} of shape {tuple(ids.shape)} is not windows of token ids",
+            where=where,
+            remedy="give int64 token ids [samples, sequence_length], at least one",
+        )
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or (vocab_size is not None and highest >= vocab_size):
         raise SourceError(

@@ -183,10 +183,10 @@ class EvaluationRecord(Record):
 
     schema_name: Literal["secateur.evaluation/2"] = Field(default=SCHEMA, alias="schema")
     model: str
-    perplexity: list[PerplexityRecord] = []
-    divergence: list[DivergenceRecord] = []
-    tasks: list[TaskRecord] = []
-    generation: list[GenerationRecord] = []
+    perplexity: list[PerplexityRecord]
+    divergence: list[DivergenceRecord]
+    tasks: list[TaskRecord]
+    generation: list[GenerationRecord]
 
     @property
     def results(self) -> list[Result]:

@@ -121,9 +121,8 @@ def module_windows(
     """Calibration windows for a loaded model."""
     vocabulary, positions = model.config.vocab_size, positions_of(model.config)
     if isinstance(calibration, Tensor):
-        given = calibration.to("cpu", torch.int64)
-        check_fit(given, "the tensor of windows", vocab_size=vocabulary, positions=positions)
-        return given
+        check_fit(calibration, "calibration", vocab_size=vocabulary, positions=positions)
+        return calibration.to("cpu", torch.int64)
     windows, _ = load_calibration(
         str(calibration),
         tokenizer,
