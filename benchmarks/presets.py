@@ -37,14 +37,18 @@ import torch
 import secateur
 from hardware import add, heading, markdown
 from secateur.calibration.documents import read_documents
-from secateur.calibration.windows import WindowPlan, load_windows, make_windows, save_windows
-from secateur.engine.precision import fast_dtype
+from secateur.calibration.windows import (
+    WindowPlan,
+    load_windows,
+    make_windows,
+    save_windows,
+    stored_start,
+)
 from secateur.engine.progress import Silent
 from secateur.models.sources import resolve
-from secateur.models.tokenizer import load_tokenizer
-from secateur.models.whole import load_whole
+from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.recipes.presets import filled_in
-from secateur.workflows.writing import own_windows
+from secateur.workflows.writing import with_written
 from stored import known_rows
 
 COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
@@ -98,7 +102,8 @@ def windows_file(args: argparse.Namespace, seed: int, folder: Path) -> Path:
     if not file.exists():
         tokenizer = load_tokenizer(resolve(args.model).folder)
         plan = WindowPlan(64, 512, seed, "random-crop")
-        save_windows(make_windows(read_documents(args.calibration), tokenizer, plan), file)
+        windows = make_windows(read_documents(args.calibration), tokenizer, plan)
+        save_windows(windows, file, start=start_tokens(tokenizer))
     return file
 
 
@@ -106,11 +111,9 @@ def with_own_windows(args: argparse.Namespace, seed: int, given: Path, count: in
     """The windows, and those that the dense model writes from them, as a recipe would have it."""
     file = given.with_name(f"{given.stem}-and-{count}.safetensors")
     if not file.exists():
-        device = torch.device("cpu")
-        model = load_whole(resolve(args.model).folder, device, dtype=fast_dtype(device))
-        windows = load_windows(given)
-        own = own_windows(model, windows, count, seed, Silent())
-        save_windows(torch.cat([windows, own]), file)
+        folder, device = resolve(args.model).folder, torch.device("cpu")
+        windows = with_written(folder, load_windows(given), count, seed, device, Silent())
+        save_windows(windows, file, start=stored_start(given))
     return file
 
 

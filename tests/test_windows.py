@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import secateur
 from secateur.calibration.windows import (
     PIECE_CHARACTERS,
     WindowPlan,
@@ -18,7 +19,8 @@ from secateur.calibration.windows import (
     save_windows,
 )
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from tiny import tiny_tokenizer
+from tiny import save_tiny, tiny_tokenizer
+from zoo import tiny_model, tiny_windows
 
 EOS = 2
 WORDS = [f"w{i}" for i in range(40)]
@@ -60,13 +62,6 @@ def test_the_seed_decides(packing):
 
     assert torch.equal(draw(5), draw(5))
     assert not torch.equal(draw(5), draw(6))
-
-
-def test_a_start_token_stays_at_the_head_of_each_document():
-    plan = WindowPlan(samples=4, sequence_length=9)
-    windows = make_windows(documents(4, 7), tiny_tokenizer(WORDS, add_bos=True), plan)
-    assert (windows[:, 0] == 1).all()
-    assert (windows[:, -1] == EOS).all()
 
 
 def test_one_long_file_is_sampled_all_over():
@@ -191,3 +186,49 @@ def test_calibration_from_text_and_from_windows_are_the_same(tmp_path):
             load_calibration(given, tokenizer, plan, vocab_size=20)
     with pytest.raises(RecipeError, match="without a tokenizer"):
         load_calibration(source, None, plan, vocab_size=44)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_window_files_longer_than_the_model(family, tmp_path):
+    """Refused wherever windows are read, whatever a model would make of such positions."""
+    model, file = save_tiny(tmp_path / "m", family), tmp_path / "w.safetensors"
+    save_windows(torch.randint(4, 96, (6, 70)), file)
+    verbs = {
+        "prune": {"method": "wanda", "sparsity": 0.5, "calibration": file},
+        "compress": {"values": "int8", "calibration": file},
+        "retrain": {"text": [str(file)], "steps": 1},
+        "distill": {"teacher": model, "text": [str(file)], "steps": 1},
+    }
+    if family == "llama":
+        verbs["structure"] = {"keep_layers": 1, "calibration": file}
+    for verb, options in verbs.items():
+        with pytest.raises(RecipeError, match="windows of 70 tokens, the model reads 64 at once"):
+            getattr(secateur, verb)(model, output=tmp_path / verb, **options)
+        assert not (tmp_path / verb).exists()
+    with pytest.raises(RecipeError, match="windows of 70 tokens, the model reads 64 at once"):
+        secateur.diagnose(model, dense=model, text=file)
+
+
+def test_window_tensors_longer_than_the_model():
+    for family in ("llama", "gpt2"):
+        with pytest.raises(RecipeError, match="windows of 70 tokens, the model reads 64 at once"):
+            secateur.prune(
+                tiny_model(family), method="wanda", sparsity=0.5, calibration=tiny_windows(3, 70)
+            )
+    with pytest.raises(SourceError, match="the vocabulary has 96"):
+        secateur.prune(
+            tiny_model("llama"), method="wanda", sparsity=0.5,
+            calibration=torch.full((2, 8), 96),
+        )  # fmt: skip
+    for bad in (torch.ones(2, 8), torch.ones(8, dtype=torch.int64), tiny_windows(0, 8)):
+        with pytest.raises(SourceError, match="is not windows of token ids"):
+            secateur.prune(tiny_model("llama"), method="wanda", sparsity=0.5, calibration=bad)
+
+
+def test_training_text_longer_than_the_model(tmp_path):
+    model, text = save_tiny(tmp_path / "m", "gpt2"), tmp_path / "t.txt"
+    text.write_text("some words " * 200, encoding="utf-8")
+    with pytest.raises(RecipeError, match="windows of 70 tokens, the model reads 64 at once"):
+        secateur.retrain(
+            model, text=[str(text)], output=tmp_path / "out", steps=1, batch=1, sequence_length=70
+        )

@@ -17,7 +17,7 @@ from secateur.cli import main
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation import generation_checks
 from secateur.evaluation.generation_checks import check_generation, repetition
-from secateur.reporting.evaluation_schema import EvaluationRecord, read_evaluation
+from secateur.runs.evaluation import EvaluationRecord, read_evaluation
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model
 
@@ -75,10 +75,12 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, ca
     saved = json.loads((pruned / "secateur" / "evaluation.json").read_text())
     assert found == saved == json.loads((tmp_path / "e.json").read_text())
     assert next(iter(saved)) == "schema"
-    assert saved["schema"] == "secateur.evaluation/1"
+    assert saved["schema"] == "secateur.evaluation/2"
     record = read_evaluation(tmp_path / "e.json")
     assert record.to_json() == found
-    assert (record.model, record.reference) == (str(pruned), str(dense))
+    assert record.model == str(pruned)
+    assert {one.reference for one in record.results} == {str(dense)}
+    assert all(one.environment["device"] == "cpu" for one in record.results)
     (one,) = record.perplexity
     assert one.reference_perplexity == pytest.approx(
         secateur.evaluate(dense, text=text, sequence_length=32).perplexity, rel=1e-5
@@ -86,15 +88,16 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, ca
     assert one.perplexity == pytest.approx(
         secateur.evaluate(pruned, text=text, sequence_length=32).perplexity, rel=1e-5
     )
-    assert record.divergence.kl > 0
+    assert record.divergence[0].kl > 0
     assert [(t.task, t.metric) for t in record.tasks] == [
         ("hellaswag", "acc"), ("hellaswag", "acc_norm"), ("boolq", "acc"),
     ]  # fmt: skip
     for task in record.tasks:
         assert (task.items, task.shots) == (6, 1)
         assert task.difference == pytest.approx(task.value - task.reference_value)
-    assert len(record.generation.samples) == 8
-    assert all(s.reference_text is not None for s in record.generation.samples)
+    (texts,) = record.generation
+    assert len(texts.samples) == 8
+    assert all(s.reference_text is not None for s in texts.samples)
 
 
 def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> None:
@@ -108,10 +111,10 @@ def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> No
     assert command(monkeypatch, *arguments, "--reference", dense) == 0
     beside = capsys.readouterr().out
     record = read_evaluation(pruned / "secateur" / "evaluation.json")
-    for made in (record.perplexity[0], record.tasks[0], record.generation):
+    for made in (record.perplexity[0], record.tasks[0], record.generation[0]):
         assert made.protocol_id in alone
         assert made.protocol_id in beside
-    assert record.divergence.protocol_id in beside
+    assert record.divergence[0].protocol_id in beside
     assert "retention" in beside
     assert "retention" not in alone
     assert "0.500" in alone  # chance
@@ -124,11 +127,11 @@ def test_loaded_models(text: Path) -> None:
     record = secateur.judge(
         model, reference=model, tokenizer=tokenizer, perplexity=[text], sequence_length=16
     )
-    assert record.divergence.kl == 0
+    assert record.divergence[0].kl == 0
     assert record.perplexity[0].protocol_id == (
         secateur.evaluate(model, text=text, tokenizer=tokenizer, sequence_length=16).protocol_id
     )
-    assert (record.tasks, record.generation) == ([], None)
+    assert (record.tasks, record.generation) == ([], [])
 
 
 def test_nothing_to_judge_by(dense: Path) -> None:
@@ -175,7 +178,7 @@ def test_a_file_of_another_schema(dense: Path, text: Path, tmp_path: Path) -> No
     values = json.loads(file.read_text())
     assert EvaluationRecord.model_validate(values) == record
     del values["perplexity"][0]["protocol_id"]
-    values["schema"], values["tsaks"] = "secateur.evaluation/2", []
+    values["schema"], values["tsaks"] = "secateur.evaluation/3", []
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError) as raised:
         read_evaluation(file)

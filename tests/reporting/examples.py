@@ -75,6 +75,7 @@ def evaluation(
     def task(name: str, metric: str, value: float, dense: float, chance: float) -> dict[str, Any]:
         near = dense - chance < 0.07
         return {
+            **said,
             "task": name, "metric": metric, "value": value, "standard_error": 0.034,
             "chance": chance, "items": 200, "shots": 0, "reference_value": dense,
             "difference": value - dense, "difference_standard_error": 0.024,
@@ -83,26 +84,27 @@ def evaluation(
             "protocol_id": "task-1f2e3d4c", "protocol": {"data set": name, "items": 200},
         }  # fmt: skip
 
+    said = {"reference": "smollm2-135m", "environment": ENVIRONMENT}
     gain = 0.01 if better else 0.0
     return {
-        "schema": "secateur.evaluation/1",
+        "schema": "secateur.evaluation/2",
         "model": "pruned",
-        "reference": "smollm2-135m",
-        "environment": ENVIRONMENT,
         "perplexity": [
             {
+                **said,
                 "text": "boolq-held-out", "perplexity": perplexity,
                 "mean_loss": math.log(perplexity), "standard_error": 0.021,
                 "reference_perplexity": 21.73, "protocol": dict(PERPLEXITY_PROTOCOL),
                 "protocol_id": "ppl-0a1b2c3d", "seconds": 9.0,
             }
         ],
-        "divergence": {
+        "divergence": [{
+            **said,
             "text": "boolq-held-out", "kl": 0.312, "kl_standard_error": 0.008,
             "top1_agreement": 0.71, "top1_standard_error": 0.003, "loss_change": 0.387,
             "loss_change_standard_error": 0.011, "tokens": 20440,
-            "protocol_id": "div-9a8b7c6d", "protocol": {"windows": 40},
-        },
+            "protocol_id": "div-9a8b7c6d", "protocol": dict(PERPLEXITY_PROTOCOL),
+        }],
         "tasks": [
             task("hellaswag", "acc_norm", 0.375 + gain, 0.43, 0.25),
             task("piqa", "acc", 0.63 + gain, 0.685, 0.5),
@@ -110,7 +112,8 @@ def evaluation(
             task("arc_easy", "acc_norm", 0.51 + gain, 0.59, 0.25),
             task("sciq", "acc", 0.80, 0.79, 0.25),
         ],
-        "generation": {
+        "generation": [{
+            **said,
             "samples": [
                 {
                     "prompt": "The Eiffel Tower is a famous landmark in",
@@ -131,7 +134,7 @@ def evaluation(
             "repetition": 0.31, "degenerate": 1, "reference_repetition": 0.05,
             "reference_degenerate": 0, "protocol": {"new_tokens": 40},
             "protocol_id": "gen-5e6f7a8b",
-        },
+        }],
     }  # fmt: skip
 
 

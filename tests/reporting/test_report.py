@@ -199,7 +199,7 @@ def test_a_perplexity_alone_is_a_claim_too(tmp_path: Path) -> None:
     assert "×1.47" in page.text
     assert "the same 71\u00a0% of the time" in page.text
     told["perplexity"][0]["reference_perplexity"] = None
-    told["divergence"] = None
+    told["divergence"] = []
     page = page_of(tmp_path, write_run(tmp_path / "other", evaluation=told))
     assert "The dense model was not judged beside it" in page.text
 
@@ -261,8 +261,8 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:
-    newer = {**evaluation(), "schema": "secateur.evaluation/2"}
-    with pytest.raises(CheckpointError, match=r"secateur\.evaluation/1"):
+    newer = {**evaluation(), "schema": "secateur.evaluation/3"}
+    with pytest.raises(CheckpointError, match=r"secateur\.evaluation/2"):
         report([write_run(tmp_path / "run", evaluation=newer)], tmp_path / "report.html")
 
 

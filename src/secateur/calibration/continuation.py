@@ -7,7 +7,7 @@ few tokens of a calibration window and goes on as the model would,
     token_i ~ softmax(logits(token_1 … token_{i−1}))
 
 drawn at temperature 1 with nothing cut off, so that the windows are distributed as the model
-believes text to be.
+believes text to be. Where windows begin with a start token, new ones do too, before those few.
 
 Paper: Williams et al. 2024, "Self-calibration for Language Model Quantization and Pruning",
 arXiv:2410.17170. There a text begins with the start token alone and its temperature falls from a
@@ -16,7 +16,7 @@ tuned value; here it begins in a calibration window, which keeps it near what th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from secateur.calibration.cutting import without_start
 from secateur.errors import SourceError
 from secateur.models.cache import OneTokenAttention, roomy_cache
 from secateur.types import Windows
@@ -43,6 +44,7 @@ def continue_windows(
     count: int,
     *,
     seed: int,
+    start: Sequence[int] = (),
     tell: Callable[[], None] = lambda: None,
 ) -> Int64[Tensor, "count sequence_length"]:
     """Windows that a model writes.
@@ -52,6 +54,8 @@ def continue_windows(
         windows: calibration windows [samples, sequence_length].
         count: how many to write.
         seed: of the beginnings and of the draws.
+        start: tokens that the model's tokenizer puts in front of a text. A new window begins with
+            them and has none of them later.
         tell: called for every token of a batch of at most 64 windows.
 
     Returns:
@@ -62,24 +66,30 @@ def continue_windows(
             and values.
     """
     samples, length = windows.shape
-    if length <= PREFIX:
+    given = len(start) + PREFIX
+    if length <= given:
         raise SourceError(
-            f"windows of {length} tokens leave nothing to write after the first {PREFIX}",
-            remedy=f"use a sequence length above {PREFIX}, or no generated windows",
+            f"windows of {length} tokens leave nothing to write after the first {given}",
+            remedy=f"use a sequence length above {given}, or no generated windows",
         )
+    text = without_start(windows, start)
+    heads = torch.tensor(start, dtype=windows.dtype).expand(AT_ONCE, -1)
     written = []
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         for first in range(0, count, AT_ONCE):
             rows = torch.arange(first, min(first + AT_ONCE, count)) % samples
-            starts = torch.randint(0, length - PREFIX, (len(rows), 1))
-            beginnings = windows[rows[:, None], starts + torch.arange(PREFIX)]
-            written.append(continued(model, beginnings, length, tell).cpu())
+            places = torch.randint(0, text.shape[1] - PREFIX, (len(rows), 1))
+            words = text[rows[:, None], places + torch.arange(PREFIX)]
+            beginnings = torch.cat([heads[: len(rows)], words], dim=1)
+            written.append(continued(model, beginnings, length, start, tell).cpu())
     return torch.cat(written) if written else windows[:0]
 
 
-def continued(model: Any, beginnings: Tensor, length: int, tell: Callable[[], None]) -> Tensor:
-    """Go on from [windows, PREFIX] tokens to [windows, length].
+def continued(
+    model: Any, beginnings: Tensor, length: int, start: Sequence[int], tell: Callable[[], None]
+) -> Tensor:
+    """Go on from [windows, given] tokens to [windows, length].
 
     Token by token, the beginning as well: what one token of every window needs is all the memory
     it takes beside the cache. The model's own generation configuration has no say.
@@ -91,7 +101,8 @@ def continued(model: Any, beginnings: Tensor, length: int, tell: Callable[[], No
     # transformers 5.24 gave the argument, and the field of the output, another name
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     ends = model.config.get_text_config(decoder=True).eos_token_id
-    never = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    never = torch.tensor([*ends, *start], dtype=torch.int64)
     for place in range(length - 1):
         seen = tokens[:, place : place + 1].to(model.device)
         with OneTokenAttention():
@@ -103,7 +114,7 @@ def continued(model: Any, beginnings: Tensor, length: int, tell: Callable[[], No
             )
         if place + 1 >= given:
             logits = output.logits[:, -1]
-            logits[:, never.to(logits.device)] = -torch.inf  # no window ends early
+            logits[:, never.to(logits.device)] = -torch.inf  # no window ends early, or begins again
             tokens[:, place + 1] = drawn(logits).to(tokens.device)
             tell()
     return tokens

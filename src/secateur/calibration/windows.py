@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -13,18 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.cutting import WindowCutter
 from secateur.calibration.documents import read_documents
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.models.tokenizer import Tokenizer, token_ids
+from secateur.models.tokenizer import Tokenizer, start_tokens
 from secateur.registry import did_you_mean
 from secateur.types import Windows
 
-__all__ = ["WindowPlan", "load_calibration", "load_windows", "make_windows", "save_windows"]
+__all__ = [
+    "WindowPlan",
+    "check_fit",
+    "load_calibration",
+    "load_windows",
+    "make_windows",
+    "save_windows",
+    "stored_start",
+]
 
 PACKINGS = ("concatenate", "random-crop")
 PIECE_CHARACTERS = 65_536
 PIECES_AT_ONCE = 32
 MAX_MISSES = 20_000
+START = "start_tokens"
+"""Where records and the headers of window files name the tokens that each window begins with."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class WindowPlan:
 
     Args:
         samples: number of windows.
-        sequence_length: tokens in each.
+        sequence_length: tokens in each, start tokens among them.
         seed: of the draw.
         packing: `concatenate` cuts windows from a stream of shuffled documents and wastes no text;
             `random-crop` takes one window from a random place of a random document that is longer
@@ -63,25 +75,29 @@ class WindowPlan:
 def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
     """Cut calibration windows from documents.
 
+    Each window begins with the start tokens of the tokenizer, if it puts any, and has no others;
+    see `cutting`.
+
     `concatenate` shuffles the documents with the seed, puts the end-of-sequence token between
-    them, cuts the stream into windows that do not overlap, and draws `samples` of these. A start
-    token stays at the head of each document if the tokenizer puts one there. Documents above
-    65 536 characters are first cut into pieces at line ends, so that one long file is sampled
-    all over.
+    them, cuts the stream into windows that do not overlap, and draws `samples` of these. Documents
+    above 65 536 characters are first cut into pieces at line ends, so that one long file is
+    sampled all over.
 
     `random-crop` draws documents and places with the same calls to `random` as the published
-    code, and so gives its windows for the same seed, documents and tokenizer.
+    code, and so gives its windows for the same seed, documents and tokenizer; the first token of
+    each gives way to the start token, where there is one.
 
     Returns:
         Token ids [samples, sequence_length], int64.
 
     Raises:
         SourceError: there is not enough text for the windows asked.
+        RecipeError: the start tokens leave no room for text.
     """
-    cut = crop_windows if plan.packing == "random-crop" else pack_windows
-    windows = cut(documents, tokenizer, plan)
+    draw = crop_windows if plan.packing == "random-crop" else pack_windows
+    windows = draw(documents, tokenizer, plan)
     if len(windows) < plan.samples:
-        fits = f"; there is enough for --samples {len(windows)}" if windows else ""
+        fits = f"; there is enough for --samples {len(windows)}" if len(windows) else ""
         raise SourceError(
             f"the text gives {len(windows)} windows of {plan.sequence_length} tokens, "
             f"{plan.samples} were asked",
@@ -89,13 +105,12 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
             remedy="name a longer text, or ask for fewer samples or a shorter sequence length"
             + fits,
         )
-    return torch.tensor(windows, dtype=torch.int64)
+    return windows
 
 
-def pack_windows(
-    documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan
-) -> list[list[int]]:
-    """Windows cut one after the other from the stream of shuffled documents."""
+def pack_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
+    """At most `samples` windows, cut one after the other from the stream of shuffled documents."""
+    cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
     pieces = cut_pieces(documents, max(PIECE_CHARACTERS, 16 * plan.sequence_length))
     rng.shuffle(pieces)
@@ -103,16 +118,15 @@ def pack_windows(
     stream: list[int] = []
     for first in range(0, len(pieces), PIECES_AT_ONCE):
         texts = [documents[i][a:b] for i, a, b in pieces[first : first + PIECES_AT_ONCE]]
-        for ids in token_ids(tokenizer, texts):
+        for ids in cutter.read(texts):
             stream.extend(ids)
             if end is not None and ids and ids[-1] != end:
                 stream.append(end)
-        if len(stream) >= plan.samples * plan.sequence_length:
+        if len(stream) >= plan.samples * cutter.text_length:
             break
-    length = plan.sequence_length
-    starts = list(range(0, len(stream) - length + 1, length))
-    rng.shuffle(starts)
-    return [stream[start : start + length] for start in starts[: plan.samples]]
+    places = cutter.places(len(stream))
+    rng.shuffle(places)
+    return cutter.cut(stream, places[: plan.samples])
 
 
 def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int]]:
@@ -133,27 +147,25 @@ def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int
     return pieces
 
 
-def crop_windows(
-    documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan
-) -> list[list[int]]:
-    """One window from a random place of each of `samples` random long documents."""
+def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
+    """One window from a random place of each of at most `samples` random long documents."""
+    cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
-    length = plan.sequence_length
+    length = cutter.text_length
     too_short: set[int] = set()
-    windows: list[list[int]] = []
+    windows: list[Windows] = []
     misses = 0
     while documents and len(windows) < plan.samples and misses < MAX_MISSES:
         number = rng.randint(0, len(documents) - 1)
-        ids = [] if number in too_short else token_ids(tokenizer, [documents[number]])[0]
+        ids = [] if number in too_short else cutter.read([documents[number]])[0]
         if len(ids) <= length:
             too_short.add(number)
             misses += 1
             continue
         # the published code never starts at the very last place; neither does this
-        start = rng.randint(0, len(ids) - length - 1)
-        windows.append(ids[start : start + length])
+        windows.append(cutter.cut(ids, [rng.randint(0, len(ids) - length - 1)]))
         misses = 0
-    return windows
+    return torch.cat(windows) if windows else cutter.cut([], [])
 
 
 def load_calibration(
@@ -162,6 +174,7 @@ def load_calibration(
     plan: WindowPlan,
     *,
     vocab_size: int,
+    positions: int | None = None,
     field: str = "text",
     split: str | None = None,
     config: str | None = None,
@@ -174,22 +187,27 @@ def load_calibration(
         tokenizer: of the model that will read the windows; None will do for ready windows.
         plan: how windows are cut from a text.
         vocab_size: of the model; no token may lie beyond it.
+        positions: how many tokens the model reads at once; None if it does not say.
         field: as in `read_documents`.
         split: as in `read_documents`.
         config: as in `read_documents`.
 
     Returns:
         The windows [samples, sequence_length], and a record of JSON values: the source, the plan,
-        and the SHA-256 of the windows, by which two runs can be seen to have used the same.
+        the start tokens if each window begins with some, and the SHA-256 of the windows, by which
+        two runs can be seen to have used the same.
 
     Raises:
         SourceError: the source cannot be had, has too little text, or gives tokens that are not in
             the model's vocabulary.
-        RecipeError: the source is a text and there is no tokenizer.
+        RecipeError: the source is a text and there is no tokenizer, or the windows are longer than
+            the model reads.
     """
     record: dict[str, Any] = {"source": source}
     if source.endswith(".safetensors"):
-        windows = load_windows(Path(source).expanduser(), vocab_size=vocab_size)
+        file = Path(source).expanduser()
+        windows = load_windows(file, vocab_size=vocab_size, positions=positions)
+        start = stored_start(file)
     else:
         if tokenizer is None:
             raise RecipeError(
@@ -200,8 +218,10 @@ def load_calibration(
             )
         documents = read_documents(source, field=field, split=split, config=config)
         windows = make_windows(documents, tokenizer, plan)
-        check_range(windows, vocab_size, source)
+        check_fit(windows, source, vocab_size=vocab_size, positions=positions)
+        start = start_tokens(tokenizer)
         record |= {"documents": len(documents), **asdict(plan)}
+    record |= {START: list(start)} if start else {}
     record |= {
         "samples": windows.shape[0],
         "sequence_length": windows.shape[1],
@@ -212,15 +232,19 @@ def load_calibration(
     return windows, record
 
 
-def load_windows(path: Path, *, vocab_size: int | None = None) -> Windows:
+def load_windows(
+    path: Path, *, vocab_size: int | None = None, positions: int | None = None
+) -> Windows:
     """Windows from a safetensors file with one tensor `input_ids` [samples, sequence_length].
 
     Args:
         path: the file.
         vocab_size: token ids must be below it.
+        positions: windows must not be longer.
 
     Raises:
         SourceError: there is no such file, or it holds no windows of this vocabulary.
+        RecipeError: the windows are longer than the model reads.
         CheckpointError: the file is damaged.
     """
     from safetensors import SafetensorError
@@ -234,26 +258,49 @@ def load_windows(path: Path, *, vocab_size: int | None = None) -> Windows:
         raise CheckpointError(
             f"not a whole safetensors file: {error}", where=str(path), remedy="write it again"
         ) from error
-    remedy = "write it with save_windows: int64 input_ids [samples, sequence_length]"
     if "input_ids" not in tensors:
         raise SourceError(
             f"no tensor 'input_ids'; the file has: {', '.join(tensors) or 'none'}",
             where=str(path),
-            remedy=remedy,
+            remedy="write it with save_windows: int64 input_ids [samples, sequence_length]",
         )
     ids = tensors["input_ids"]
-    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or ids.numel() == 0:
-        raise SourceError(
-            f"input_ids is {ids.dtype} of shape {tuple(ids.shape)}, not windows of token ids",
-            where=str(path),
-            remedy=remedy,
-        )
-    check_range(ids, vocab_size, str(path))
+    check_fit(ids, str(path), vocab_size=vocab_size, positions=positions)
     return ids.to(torch.int64)
 
 
-def check_range(ids: Tensor, vocab_size: int | None, where: str) -> None:
-    """Check that token ids are in a vocabulary; None if only its lower end is known."""
+def stored_start(path: Path) -> tuple[int, ...]:
+    """The start tokens that the header of a window file names; none if it names none.
+
+    Args:
+        path: a file that `load_windows` has read.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        told = (file.metadata() or {}).get(START, "[]")
+    return tuple(json.loads(told))
+
+
+def check_fit(ids: Tensor, where: str, *, vocab_size: int | None, positions: int | None) -> None:
+    """Check that windows are some, and that a model can read them, before anything runs.
+
+    Args:
+        ids: token ids [windows, sequence_length].
+        where: what the windows are from, for the message.
+        vocab_size: of the model; None if only its lower end is known.
+        positions: how many tokens the model reads at once; None if it does not say.
+
+    Raises:
+        SourceError: it is no matrix of token ids, or one of them is not in the vocabulary.
+        RecipeError: the windows are longer than the model reads.
+    """
+    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or ids.numel() == 0:
+        raise SourceError(
+            f"{ids.dtype} of shape {tuple(ids.shape)} is not windows of token ids",
+            where=where,
+            remedy="give int64 token ids [samples, sequence_length], at least one",
+        )
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or (vocab_size is not None and highest >= vocab_size):
         raise SourceError(
@@ -261,20 +308,33 @@ def check_range(ids: Tensor, vocab_size: int | None, where: str) -> None:
             where=where,
             remedy="make the windows with the tokenizer of this model",
         )
+    if positions is not None and ids.shape[1] > positions:
+        raise RecipeError(
+            f"windows of {ids.shape[1]} tokens, the model reads {positions} at once",
+            where=where,
+            remedy=f"make windows of {positions} tokens or less",
+        )
 
 
 def save_windows(
-    windows: Windows, path: Path, *, metadata: Mapping[str, str] | None = None
+    windows: Windows,
+    path: Path,
+    *,
+    start: Sequence[int] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write windows to a safetensors file that `load_windows` reads, in one step.
 
     Args:
         windows: token ids [samples, sequence_length].
         path: the file; its folder must be there.
+        start: the tokens that each window begins with because the tokenizer puts them; the header
+            of the file names them, as `start_tokens`.
         metadata: text kept in the header of the file.
     """
     from safetensors.torch import save_file
 
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file({"input_ids": windows.contiguous()}, partial, metadata=dict(metadata or {}))
+    told = {START: json.dumps(list(start))} if start else {}
+    save_file({"input_ids": windows.contiguous()}, partial, metadata={**(metadata or {}), **told})
     os.replace(partial, path)

@@ -11,7 +11,7 @@ from secateur.cli import options as o
 
 if TYPE_CHECKING:
     from secateur.diagnostics.audit import Audit
-    from secateur.reporting.evaluation_schema import EvaluationRecord
+    from secateur.runs.evaluation import EvaluationRecord
 
 __all__ = ["demo"]
 
@@ -95,8 +95,7 @@ def show_texts(judged: EvaluationRecord) -> None:
     """What both models make of the first prompt."""
     from secateur.cli.rendering import stdout
 
-    assert judged.generation is not None
-    first = judged.generation.samples[0]
+    first = judged.generation[0].samples[0]
     for name, text in (("dense", first.reference_text or ""), ("pruned", first.text)):
         stdout.print(f"\n[bold]{name} says:[/] ", end="")
         stdout.print(f"{first.prompt}{text}", markup=False)

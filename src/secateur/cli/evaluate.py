@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from secateur.cli import options as o
 
 if TYPE_CHECKING:
-    from secateur.reporting.evaluation_schema import EvaluationRecord
+    from collections.abc import Sequence
+
+    from secateur.runs.evaluation import (
+        DivergenceRecord,
+        EvaluationRecord,
+        GenerationRecord,
+        TaskRecord,
+    )
 
 __all__ = ["evaluate"]
 
@@ -53,7 +60,8 @@ def evaluate(
     """Measure what a model is worth: perplexity, divergence from dense, tasks, texts.
 
     Every number is printed with the id of its protocol: numbers with different ids cannot be
-    compared. A folder of a run keeps the result in secateur/evaluation.json.
+    compared. A folder of a run keeps the results in secateur/evaluation.json,
+    beside earlier ones of other protocols.
     """
     from secateur.cli.rendering import ProgressBar, print_json
     from secateur.workflows import judge
@@ -87,7 +95,6 @@ def show(record: EvaluationRecord) -> None:
     """Tables for people, and the protocols they were measured by."""
     from secateur.cli.rendering import print_table
 
-    protocols: dict[str, dict[str, Any]] = {}
     if record.perplexity:
         columns = ("text", "perplexity", "reference", "nats per token", "protocol")
         rows = [
@@ -101,26 +108,21 @@ def show(record: EvaluationRecord) -> None:
             for one in record.perplexity
         ]
         print_table(record.model, columns, rows)
-        protocols |= {one.protocol_id: one.protocol for one in record.perplexity}
-    if record.divergence:
-        show_divergence(record)
-        protocols[record.divergence.protocol_id] = record.divergence.protocol
+    for moved in record.divergence:
+        show_divergence(moved)
     if record.tasks:
-        show_tasks(record)
-        protocols |= {one.protocol_id: one.protocol for one in record.tasks}
-    if record.generation:
-        show_generation(record)
-        protocols[record.generation.protocol_id] = record.generation.protocol
+        show_tasks(record.tasks)
+    for texts in record.generation:
+        show_generation(texts)
+    protocols = {one.protocol_id: one.protocol for one in record.results}
     told = [(key, ", ".join(f"{k} {v}" for k, v in p.items())) for key, p in protocols.items()]
     print_table("protocols", ("id", "what it is"), told, numbers=2)
 
 
-def show_divergence(record: EvaluationRecord) -> None:
+def show_divergence(found: DivergenceRecord) -> None:
     """Distance from the reference."""
     from secateur.cli.rendering import print_table
 
-    found = record.divergence
-    assert found is not None
     rows = [
         ("KL(dense ‖ pruned), nats per token", with_error(found.kl, found.kl_standard_error)),
         (
@@ -132,19 +134,20 @@ def show_divergence(record: EvaluationRecord) -> None:
             with_error(found.loss_change, found.loss_change_standard_error),
         ),
     ]
-    title = f"distance from {record.reference} on {found.text} ({found.protocol_id})"
+    title = f"distance from {found.reference} on {found.text} ({found.protocol_id})"
     print_table(title, ("", ""), rows)
 
 
-def show_tasks(record: EvaluationRecord) -> None:
+def show_tasks(tasks: Sequence[TaskRecord]) -> None:
     """Scores, with chance beside them so that nobody reads noise as quality."""
     from secateur.cli.rendering import print_table
 
     columns = ["task", "metric", "score", "chance", "items", "shots"]
-    if record.reference:
+    beside = any(one.reference for one in tasks)
+    if beside:
         columns += ["reference", "difference", "retention"]
     rows = []
-    for one in record.tasks:
+    for one in tasks:
         row = [
             one.task,
             one.metric,
@@ -153,7 +156,7 @@ def show_tasks(record: EvaluationRecord) -> None:
             str(one.items),
             str(one.shots),
         ]
-        if record.reference:
+        if beside:
             mark = "" if one.significant is None else " *" if one.significant else " n.s."
             error = one.difference_standard_error
             row += [
@@ -163,26 +166,24 @@ def show_tasks(record: EvaluationRecord) -> None:
             ]
         rows.append([*row, one.protocol_id])
     print_table("tasks", [*columns, "protocol"], rows, numbers=2)
-    if record.reference:
+    if beside:
         typer.echo(
             "* significant at 95 % over pairs of items, n.s. not; retention of the lead over"
         )
         typer.echo("chance; no lead: the reference is not two standard errors above it")
 
 
-def show_generation(record: EvaluationRecord) -> None:
+def show_generation(found: GenerationRecord) -> None:
     """Texts side by side."""
     from secateur.cli.rendering import print_table
 
-    found = record.generation
-    assert found is not None
     columns = ["prompt", "text", "repeated"]
-    if record.reference:
+    if found.reference:
         columns.insert(2, "reference")
     rows = []
     for one in found.samples:
         share = f"{one.repetition:.0%}" + (" degenerate" if one.degenerate else "")
-        between = [one.reference_text or ""] if record.reference else []
+        between = [one.reference_text or ""] if found.reference else []
         rows.append([one.prompt, one.text, *between, share])
     print_table(f"texts ({found.protocol_id})", columns, rows, numbers=len(columns) - 1)
     told = f"repeated 4-grams: {found.repetition:.0%}, degenerate: {found.degenerate}"

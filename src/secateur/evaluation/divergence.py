@@ -32,6 +32,7 @@ from secateur.evaluation.perplexity import (
     body_and_head,
     check_windows,
     evaluating,
+    given,
     last_states,
     place_of,
     summary,
@@ -75,6 +76,7 @@ def divergence(
     reference: nn.Module,
     windows: Windows,
     *,
+    start_tokens: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DivergenceResult:
@@ -84,6 +86,7 @@ def divergence(
         model: the pruned model; runs where its weights are.
         reference: the dense one, of the same vocabulary; likewise.
         windows: token ids [windows, sequence_length].
+        start_tokens: how many start tokens each window begins with; none of them is predicted.
         batch_size: windows in one forward; by default about 2048 tokens.
         progress: called with the windows done and their total after each forward.
 
@@ -93,8 +96,9 @@ def divergence(
         SourceError: a token id is not in a vocabulary.
     """
     count, length = windows.shape
-    check_windows(model, windows)
-    check_windows(reference, windows)
+    check_windows(model, windows, start_tokens)
+    check_windows(reference, windows, start_tokens)
+    first = given(start_tokens)
     batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
     rows: list[Tensor] = []
     done, started = 0, time.perf_counter()
@@ -102,13 +106,13 @@ def divergence(
         probe = windows[:1, :PROBE_TOKENS]
         both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)]
         for batch in windows.split(batch_size):
-            rows.append(compared(both, batch))
+            rows.append(compared(both, batch, first))
             done += len(batch)
             if progress is not None:
                 progress(done, count)
     seconds = time.perf_counter() - started
     kl, agreement, own, dense = torch.cat(rows, dim=1).tolist()
-    results = [summary(losses, length, seconds) for losses in (own, dense)]
+    results = [summary(losses, length, first, seconds) for losses in (own, dense)]
     if not all(map(math.isfinite, kl)):
         raise NumericalError(
             "the divergence is not finite",
@@ -129,13 +133,15 @@ def divergence(
     )
 
 
-def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor) -> Tensor:
+def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int) -> Tensor:
     """For each window of a batch: KL, agreement, loss of the model, loss of the reference.
+
+    Means are over the tokens of a window but for the `first` few, which are not predicted.
 
     Returns:
         float64 [4, batch], on the CPU.
     """
-    sides = [last_states(model, parts, ids.to(place_of(model))) for model, parts in both]
+    sides = [last_states(model, parts, ids.to(place_of(model)), first) for model, parts in both]
     vocabularies = [parts.vocabulary for parts, _ in sides]
     if len(set(vocabularies)) > 1:
         raise RecipeError(
@@ -144,7 +150,7 @@ def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor) -> Tensor:
         )
     chunk = max(1, LOGITS_BYTES // (4 * vocabularies[0]))
     (parts, states), (dense_parts, dense_states) = sides
-    targets = ids[:, 1:].reshape(-1).to(states.device)
+    targets = ids[:, first:].reshape(-1).to(states.device)
     found = [
         token_numbers(parts.head(own).float(), dense_parts.head(dense).float().to(own.device), t)
         for own, dense, t in zip(

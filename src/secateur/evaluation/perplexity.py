@@ -2,10 +2,13 @@
 
     perplexity = exp( − 1/N · Σ log p(tokenᵢ | the tokens before it in its window) )
 
-The protocol: the text is one stream, tokenised once with the tokenizer's default special tokens,
-and cut into windows that do not overlap; the last partial window is dropped. Within a window of S
-tokens the model predicts tokens 2 to S, so N = windows · (S − 1). Perplexities can be compared
-only where data set, join, sequence length and tokenizer are the same: `protocol` records them.
+The protocol: the text is one stream, tokenised once, and cut into windows that do not overlap; the
+last partial window is dropped. Where the tokenizer puts a start token in front of a text, each
+window of S tokens begins with it and has S − 1 tokens of text (`calibration.cutting`). Within a
+window the model predicts tokens 2 to S, so N = windows · (S − 1), and a start token is never
+predicted: behind k > 1 of them the first prediction is token k + 1. Perplexities can be compared
+only where data set, join, sequence length, start tokens and tokenizer are the same: `protocol`
+records them.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.calibration.cutting import WindowCutter
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.evaluation.protocol import fingerprint
 from secateur.evaluation.uncertainty import mean_of, standard_error
-from secateur.models.tokenizer import Tokenizer, token_ids
+from secateur.models.positions import positions_of
+from secateur.models.tokenizer import Tokenizer
 from secateur.types import Windows
 
 __all__ = ["PerplexityResult", "evaluation_windows", "perplexity", "protocol", "summary"]
@@ -43,7 +48,7 @@ class PerplexityResult:
     Args:
         perplexity: exp of the mean loss; infinite where that overflows.
         mean_loss: nats per predicted token.
-        tokens: predicted tokens, one less than its length for each window.
+        tokens: predicted tokens; of each window all but the first, or but its start tokens.
         windows: number of windows.
         sequence_length: tokens in each window.
         standard_error: of the mean loss, over windows; None for a single window.
@@ -67,14 +72,14 @@ def evaluation_windows(
     Args:
         text: the whole text, tokenised once.
         tokenizer: used with its default special tokens.
-        sequence_length: tokens in a window, at least 2.
+        sequence_length: tokens in a window, at least 2, start tokens among them.
         max_windows: only the first so many; all by default.
 
     Returns:
         Token ids [windows, sequence_length], int64.
 
     Raises:
-        RecipeError: the sequence length is below 2.
+        RecipeError: the sequence length is below 2, or the start tokens leave no room for text.
         SourceError: the text is shorter than one window.
     """
     if sequence_length < 2 or (max_windows is not None and max_windows < 1):
@@ -82,19 +87,25 @@ def evaluation_windows(
             f"sequence_length {sequence_length}, windows {max_windows}: nothing to predict",
             remedy="give a sequence_length of 2 or more and at least one window",
         )
-    ids = token_ids(tokenizer, [text])[0]
-    count = len(ids) // sequence_length
-    if count == 0:
+    cutter = WindowCutter.of(tokenizer, sequence_length)
+    ids = cutter.read([text])[0]
+    places = cutter.places(len(ids))
+    if not places:
         raise SourceError(
-            f"the text has {len(ids)} tokens, one window needs {sequence_length}",
+            f"the text has {len(ids)} tokens, one window needs {cutter.text_length}",
             remedy="name a longer text or a shorter sequence length",
         )
-    count = min(count, max_windows or count)
-    return torch.tensor(ids[: count * sequence_length]).view(count, sequence_length)
+    return cutter.cut(ids, places[:max_windows])
 
 
 def protocol(
-    windows: Windows, *, dataset: str, join: str, tokenizer: str, dtype: torch.dtype
+    windows: Windows,
+    *,
+    dataset: str,
+    join: str,
+    tokenizer: str,
+    dtype: torch.dtype,
+    start: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What must be printed with a perplexity, as JSON values.
 
@@ -104,24 +115,33 @@ def protocol(
         join: how its documents were joined.
         tokenizer: the name of the model it belongs to.
         dtype: of the model's weights.
+        start: the start tokens of its tokenizer; they are in the protocol if there are any.
     """
     count, length = windows.shape
+    named = {"start_tokens": list(start)} if start else {}
     return {
         "dataset": dataset,
         "join": join,
         "sequence_length": length,
         "windows": count,
-        "tokens": count * (length - 1),
+        "tokens": count * (length - given(len(start))),
         "token_ids": fingerprint(windows),
+        **named,
         "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": tokenizer,
     }
+
+
+def given(start_tokens: int) -> int:
+    """How many tokens of a window are read and not predicted: the first, or all start tokens."""
+    return max(1, start_tokens)
 
 
 def perplexity(
     model: nn.Module,
     windows: Windows,
     *,
+    start_tokens: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
@@ -135,6 +155,7 @@ def perplexity(
         model: a transformers model, or any module that maps ids [batch, sequence] to logits or to
             an object with `logits`; it runs where its weights are.
         windows: token ids [windows, sequence_length].
+        start_tokens: how many start tokens each window begins with; none of them is predicted.
         batch_size: windows in one forward; by default about 2048 tokens.
         progress: called with the windows done and their total after each forward.
 
@@ -144,26 +165,27 @@ def perplexity(
         SourceError: a token id is not in the model's vocabulary.
     """
     count, length = windows.shape
-    check_windows(model, windows)
-    device = place_of(model)
+    check_windows(model, windows, start_tokens)
+    device, first = place_of(model), given(start_tokens)
     batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
     losses: list[float] = []
     started = time.perf_counter()
     with torch.inference_mode(), evaluating(model):
         parts = body_and_head(model, windows[:1, :PROBE_TOKENS].to(device))
         for batch in windows.split(batch_size):
-            losses += window_losses(model, parts, batch.to(device)).tolist()
+            losses += window_losses(model, parts, batch.to(device), first).tolist()
             if progress is not None:
                 progress(len(losses), count)
-    return summary(losses, length, time.perf_counter() - started)
+    return summary(losses, length, first, time.perf_counter() - started)
 
 
-def summary(losses: Sequence[float], length: int, seconds: float) -> PerplexityResult:
+def summary(losses: Sequence[float], length: int, first: int, seconds: float) -> PerplexityResult:
     """The perplexity of windows whose mean losses are known.
 
     Args:
         losses: of each window, nats per predicted token.
         length: tokens in a window.
+        first: how many of them are not predicted.
         seconds: that it took to measure them.
 
     Raises:
@@ -182,7 +204,7 @@ def summary(losses: Sequence[float], length: int, seconds: float) -> PerplexityR
     return PerplexityResult(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         mean_loss=mean,
-        tokens=count * (length - 1),
+        tokens=count * (length - first),
         windows=count,
         sequence_length=length,
         standard_error=standard_error(losses),
@@ -190,16 +212,16 @@ def summary(losses: Sequence[float], length: int, seconds: float) -> PerplexityR
     )
 
 
-def check_windows(model: nn.Module, windows: Windows) -> None:
+def check_windows(model: nn.Module, windows: Windows, start_tokens: int = 0) -> None:
     """Check windows against the model's vocabulary and context before anything runs."""
-    length = windows.shape[1]
+    length, least = windows.shape[1], given(start_tokens) + 1
     config: Any = getattr(model, "config", None)
+    context = positions_of(config)
     if hasattr(config, "get_text_config"):  # of a model that also sees or hears
         config = config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    if length < 2 or (isinstance(context, int) and length > context):
+    if length < least or (context is not None and length > context):
         raise RecipeError(
-            f"windows of {length} tokens, the model reads 2 to {context}",
+            f"windows of {length} tokens, the model reads {least} to {context}",
             remedy=f"give a sequence length of at most {context}",
         )
     vocabulary = getattr(config, "vocab_size", None)
@@ -266,26 +288,28 @@ def forward_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return result if isinstance(result, Tensor) else result.logits
 
 
-def last_states(model: nn.Module, parts: Parts | None, ids: Tensor) -> tuple[Parts, Tensor]:
-    """The last hidden states of all tokens that have a next one, and what makes logits of them.
+def last_states(
+    model: nn.Module, parts: Parts | None, ids: Tensor, first: int
+) -> tuple[Parts, Tensor]:
+    """The last hidden states from which a token is predicted, and what makes logits of them.
 
     Where the model cannot be taken apart, the states are its logits.
 
     Returns:
-        The parts, and states [batch · (sequence − 1), width].
+        The parts, and states [batch · (sequence − first), width].
     """
     if parts is None:
         states = forward_logits(model, ids)
         parts = Parts(nn.Identity(), nn.Identity(), states.shape[-1])
     else:
         states = parts.body(ids)
-    return parts, states[:, :-1].flatten(0, 1)
+    return parts, states[:, first - 1 : -1].flatten(0, 1)
 
 
-def window_losses(model: nn.Module, parts: Parts | None, ids: Tensor) -> Tensor:
+def window_losses(model: nn.Module, parts: Parts | None, ids: Tensor, first: int) -> Tensor:
     """The mean loss of each window of a batch, float64 [batch]."""
-    parts, states = last_states(model, parts, ids)
-    targets = ids[:, 1:].reshape(-1).to(states.device)
+    parts, states = last_states(model, parts, ids, first)
+    targets = ids[:, first:].reshape(-1).to(states.device)
     chunk = max(1, LOGITS_BYTES // (4 * parts.vocabulary))
     losses = [
         functional.cross_entropy(parts.head(rows).float(), target, reduction="none")

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any  # checked by mypy only: importing transformers takes seconds
 
-__all__ = ["Tokenizer", "load_tokenizer", "token_ids"]
+__all__ = [
+    "Tokenizer",
+    "load_tokenizer",
+    "start_tokens",
+    "start_tokens_of",
+    "text_tokens",
+]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,6 +29,9 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tekken.json",
 )
+
+PROBES = ("a", "A", "1", ".")
+"""Texts that show what a tokenizer puts in front; several, as a vocabulary may lack letters."""
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -35,7 +44,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
     Raises:
         CheckpointError: the folder has no tokenizer, or it cannot be read.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise CheckpointError(
             "the folder has no tokenizer",
             where=str(folder),
@@ -61,12 +70,70 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
             ) from error
 
 
-def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """The token ids of each text, with the tokenizer's default special tokens.
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder has files of a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def start_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that a tokenizer puts in front of a text, found by encoding one.
+
+    A short text is encoded with and without special tokens; what stands before the text in the
+    first is the start. Names such as `bos_token` are not looked at: many tokenizers have one and
+    do not use it.
+
+    Returns:
+        Token ids; none for most tokenizers, one for Gemma or Llama, two for GLM.
+
+    Raises:
+        CheckpointError: the text cannot be found again between the special tokens.
+    """
+    for probe in PROBES:
+        bare = encoded(tokenizer, [probe], add_special_tokens=False)[0]
+        if bare:
+            whole = encoded(tokenizer, [probe])[0]
+            for place in range(len(whole) - len(bare) + 1):
+                if whole[place : place + len(bare)] == bare:
+                    return tuple(whole[:place])
+            break
+    raise CheckpointError(
+        "the tokenizer does not show where its special tokens end and the text begins: "
+        + "; ".join(f"{probe!r} becomes {encoded(tokenizer, [probe])[0]}" for probe in PROBES),
+        remedy="give windows of token ids in a .safetensors file instead of a text",
+    )
+
+
+def start_tokens_of(folder: Path, *, trust_remote_code: bool = False) -> tuple[int, ...]:
+    """The start tokens of a checkpoint folder's tokenizer; none where it has no tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read.
+    """
+    if not has_tokenizer(folder):
+        return ()
+    return start_tokens(load_tokenizer(folder, trust_remote_code=trust_remote_code))
+
+
+def text_tokens(tokenizer: Tokenizer, texts: list[str], start: tuple[int, ...]) -> list[list[int]]:
+    """The token ids of each text, without the start tokens; an end token stays where it is put.
 
     Texts are never truncated, however long, and a text longer than the model's context is no
     reason for a warning: it is cut into windows afterwards.
+
+    Args:
+        tokenizer: used with its default special tokens.
+        texts: any number of them.
+        start: what `start_tokens` says of the tokenizer.
     """
+    count = len(start)
+    return [
+        ids[count:] if tuple(ids[:count]) == start else ids for ids in encoded(tokenizer, texts)
+    ]
+
+
+def encoded(tokenizer: Tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
+    """The token ids of each text, whole and without a warning."""
     if not texts:
         return []
-    return [list(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    found = tokenizer(texts, truncation=False, verbose=False, **options)["input_ids"]
+    return [list(ids) for ids in found]

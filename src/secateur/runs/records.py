@@ -8,8 +8,8 @@
     diagnosis.json       Diagnosis      diagnose
     bench.json           Bench          bench
 
-`evaluation.json` and `sweep.json` have theirs in `reporting/`. Whoever writes goes through
-`declared`, which refuses a key that is not in here: no file says what no reader knows.
+`evaluation.json` has its schema in `evaluation.py`, `sweep.json` in `reporting/`. Whoever writes
+goes through `declared`, which refuses a key that is not in here: no file says what no reader knows.
 Whoever reads goes through `read_record`, which leaves keys of newer releases alone.
 """
 

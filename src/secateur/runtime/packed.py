@@ -285,7 +285,7 @@ def write_packed(
     """Write the safetensors files of a compressed checkpoint, and their index if there are several.
 
     Args:
-        folder: exists; take one that is not looked at before it is whole (`models.whole_folder`).
+        folder: exists; take one that is not looked at before it is whole (`runs.folder`).
         files: what will be in each file.
         tensors: every planned tensor once, those of a file together, file after file.
         archive: compress larger tensors.

@@ -42,12 +42,7 @@ from secateur.runtime.choice import (
 from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
 from secateur.runtime.packed import PackedCheckpoint, PlannedFile, quantization_config, write_packed
 from secateur.workflows.carrying import carry_over, read_config, refuse_quantized
-from secateur.workflows.rounding import (
-    check_options,
-    round_checkpoint,
-    rounding_recipe,
-    told_of,
-)
+from secateur.workflows.rounding import check_options, round_checkpoint, rounding_recipe, told_of
 
 __all__ = ["compress"]
 
@@ -93,6 +88,11 @@ class Plan:
         if choice is None or (choice.layout.format == "dense" and choice.layout.values != "int8"):
             return None
         return choice.layout
+
+    def keeps_weights(self, reader: CheckpointReader) -> bool:
+        """Whether every tensor is stored in the dtype of the source, so that no number changes."""
+        stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
+        return all(stored[name] == entry.dtype for name, entry in reader.entries.items())
 
 
 def compress(
@@ -180,7 +180,9 @@ def compress(
         progress.start("packing", len(reader.entries))
         write_packed(made, files, contents(reader, plan, progress), archive=archive)
         progress.finish()
-        carry_over(source.folder, made, packed_config(source.folder, computed, archive))
+        kept = rounded is None and plan.keeps_weights(reader)
+        config = packed_config(source.folder, computed, archive)
+        carry_over(source.folder, made, config, same_weights=kept)
         packed = verified(made, progress)
         rounding = told_of(rounded) if rounded else {}
         report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)

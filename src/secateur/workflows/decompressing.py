@@ -57,12 +57,13 @@ def decompress(
     view = DenseView(packed)
     config = read_config(source.folder)
     del config["quantization_config"]
+    # int8 comes back rounded to the dtype of the configuration
+    rounded = any(layout.values == "int8" for layout in packed.layouts.values())
     with folder:
         made = folder.fresh_model()
         check_free(view.total_bytes, made)
         write_dense(view, made, progress or Silent())
-        carry_over(source.folder, made, config)
-        (folder.notes / "compression.json").unlink(missing_ok=True)
+        carry_over(source.folder, made, config, same_weights=not rounded)
         if not any(folder.notes.iterdir()):
             folder.notes.rmdir()
         card = source.folder / "README.md"

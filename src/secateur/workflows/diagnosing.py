@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.documents import read_text
-from secateur.calibration.windows import load_windows
+from secateur.calibration.windows import load_windows, stored_start
 from secateur.diagnostics.claimed_sparsity import check_sparsity
 from secateur.diagnostics.claims import Claims, read_claims
 from secateur.diagnostics.diagnosis import Diagnosis, layer_sparsity
@@ -27,8 +27,9 @@ from secateur.engine.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluation_windows
 from secateur.models.checkpoint import disk_error
+from secateur.models.positions import positions_of
 from secateur.models.sources import resolve
-from secateur.models.tokenizer import load_tokenizer
+from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.reporting.manifest import environment
 from secateur.runs import records
 from secateur.runs.atomic import write_json
@@ -153,11 +154,13 @@ def beside(
 ) -> Reference:
     """A dense model checked to be of the same kind, and the windows both read."""
     check_same_model(ours, theirs)
-    tokens = token_windows(ours, text, windows, sequence_length, trust_remote_code)
+    tokens, start = token_windows(ours, text, windows, sequence_length, trust_remote_code)
+    named = {"start_tokens": list(start)} if start else {}
     protocol = {
         "text": text,
         "windows": len(tokens),
         "sequence_length": tokens.shape[1],
+        **named,
         "computed_in": "float32",
     }
     return Reference(theirs, tokens, protocol)
@@ -169,14 +172,16 @@ def token_windows(
     windows: int,
     sequence_length: int | None,
     trust_remote_code: bool,
-) -> Tensor:
-    """The windows that both models read."""
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The windows that both models read, and the start tokens that each of them begins with."""
     if windows < 1:
         raise RecipeError(f"windows is {windows}", remedy="give 1 or more")
     config = target.model.config.get_text_config()
     if text.endswith(".safetensors"):
-        return load_windows(Path(text).expanduser(), vocab_size=config.vocab_size)[:windows]
-    longest = getattr(config, "max_position_embeddings", None) or STANDARD_LENGTH
+        file = Path(text).expanduser()
+        stored = load_windows(file, vocab_size=config.vocab_size, positions=positions_of(config))
+        return stored[:windows], stored_start(file)
+    longest = positions_of(config) or STANDARD_LENGTH
     length = sequence_length or min(STANDARD_LENGTH, longest)
     if length > longest:
         raise RecipeError(
@@ -184,7 +189,8 @@ def token_windows(
             remedy=f"use --sequence-length {longest} or less",
         )
     tokenizer = load_tokenizer(target.reader.folder, trust_remote_code=trust_remote_code)
-    return evaluation_windows(read_text(text).text, tokenizer, length, max_windows=windows)
+    tokens = evaluation_windows(read_text(text).text, tokenizer, length, max_windows=windows)
+    return tokens, start_tokens(tokenizer)
 
 
 def looked_at(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.evaluation.protocol import protocol_id
+from secateur.models.positions import positions_of
 from secateur.models.sources import resolve
-from secateur.models.tokenizer import load_tokenizer
+from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
 from secateur.runtime.load import load
 from secateur.runtime.packed import is_packed
@@ -35,7 +36,7 @@ class Evaluation:
         perplexity: exp of the mean loss.
         mean_loss: nats per token.
         standard_error: of the mean loss, over windows.
-        protocol: data set, join, sequence length, windows, tokens, dtype, tokenizer.
+        protocol: data set, join, sequence length, windows, tokens, start tokens, dtype, tokenizer.
         protocol_id: its short name; the same where perplexities may be compared.
         seconds: of the evaluation.
     """
@@ -85,7 +86,7 @@ def evaluate(
         name = str(model)
     windows, protocol = windows_of(text, loaded, tokenizer, name, sequence_length, max_windows)
     with told_of_windows(progress, "perplexity", len(windows)) as tell:
-        result = perplexity(loaded, windows, progress=tell)
+        result = perplexity(loaded, windows, start_tokens=started(protocol), progress=tell)
     return Evaluation(
         result.perplexity,
         result.mean_loss,
@@ -105,7 +106,7 @@ def windows_of(
     max_windows: int | None,
 ) -> tuple[Windows, dict[str, Any]]:
     """The windows that a model is judged on, and the protocol that goes with them."""
-    longest = getattr(loaded.config, "max_position_embeddings", None) or 2048
+    longest = positions_of(loaded.config) or 2048
     joined = read_text(str(text))
     windows = evaluation_windows(
         joined.text, tokenizer, sequence_length or min(2048, longest), max_windows=max_windows
@@ -116,8 +117,14 @@ def windows_of(
         join=joined.join,
         tokenizer=name,
         dtype=next(loaded.parameters()).dtype,
+        start=start_tokens(tokenizer),
     )
     return windows, protocol
+
+
+def started(protocol: Mapping[str, Any]) -> int:
+    """How many start tokens the windows of a protocol begin with."""
+    return len(protocol.get("start_tokens", ()))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.windows import load_calibration
+from secateur.calibration.windows import check_fit, load_calibration
 from secateur.engine.gradients import gather_gradients
 from secateur.engine.progress import Progress
 from secateur.engine.run import Run
@@ -21,7 +21,9 @@ from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.survey import allocate
 from secateur.engine.targets import ModelTarget
 from secateur.models.experts import opened_experts
+from secateur.models.positions import positions_of
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.tokenizer import start_tokens
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.prune_report import PruneReport
@@ -80,7 +82,9 @@ def prune_module(
     generated = recipe.calibration.generated
     try:
         if windows is not None and generated:
-            own = own_windows(model, windows, generated, recipe.calibration.seed, progress)
+            start = () if tokenizer is None else start_tokens(tokenizer)
+            seed = recipe.calibration.seed
+            own = own_windows(model, windows, generated, start, seed, progress)
             windows = torch.cat([windows, own])
         with opened_experts(model), scratch as folder, quiet_transformers():
             target = ModelTarget(model)
@@ -115,13 +119,16 @@ def module_windows(
     recipe: PruneRecipe, calibration: str | Path | Tensor, tokenizer: Any, model: Any
 ) -> Tensor:
     """Calibration windows for a loaded model."""
+    vocabulary, positions = model.config.vocab_size, positions_of(model.config)
     if isinstance(calibration, Tensor):
+        check_fit(calibration, "calibration", vocab_size=vocabulary, positions=positions)
         return calibration.to("cpu", torch.int64)
     windows, _ = load_calibration(
         str(calibration),
         tokenizer,
         window_plan(recipe.calibration, model.config),
         field=recipe.calibration.field,
-        vocab_size=model.config.vocab_size,
+        vocab_size=vocabulary,
+        positions=positions,
     )
     return windows

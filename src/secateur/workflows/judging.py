@@ -22,7 +22,8 @@ from secateur.evaluation.perplexity import PerplexityResult, perplexity, place_o
 from secateur.evaluation.protocol import protocol_id
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
-from secateur.reporting.evaluation_schema import (
+from secateur.reporting.manifest import environment
+from secateur.runs.evaluation import (
     FILE_NAME,
     DivergenceRecord,
     EvaluationRecord,
@@ -30,10 +31,10 @@ from secateur.reporting.evaluation_schema import (
     PerplexityRecord,
     SampleRecord,
     TaskRecord,
+    read_evaluation,
 )
-from secateur.reporting.manifest import environment
 from secateur.runs.folder import NOTES
-from secateur.workflows.evaluating import load_model, told_of_windows, windows_of
+from secateur.workflows.evaluating import load_model, started, told_of_windows, windows_of
 
 __all__ = ["judge"]
 
@@ -74,8 +75,8 @@ def judge(
 ) -> EvaluationRecord:
     """Judge a model, each number with its protocol and uncertainty.
 
-    A folder that `secateur prune` wrote keeps the result in `secateur/evaluation.json`, in place of
-    what an earlier judgement left there.
+    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
+    replace earlier ones of the same protocol; what was not measured again stays.
 
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
@@ -87,13 +88,16 @@ def judge(
         shots: answered examples in front of each question.
         generation: whether to let it write, and look for loops.
         prompts: what it goes on from.
-        output: a file for the result.
+        output: a file for the results of this call; it is replaced.
         tokenizer: needed for a loaded model.
         sequence_length: tokens per window; 2048, or less if the model is shorter.
         max_windows: judge on the first windows of each text only.
         device: auto, cpu, cuda or cuda:N; a loaded model stays where it is.
         trust_remote_code: whether code that comes with a checkpoint may run.
         progress: told of every step.
+
+    Returns:
+        The results of this call.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -104,28 +108,39 @@ def judge(
             remedy="name a text (perplexity), tasks, or ask for generation",
         )
     progress = progress or Silent()
+    kept = None
+    if not isinstance(model, nn.Module) and (Path(model) / NOTES).is_dir():
+        kept = Path(model) / NOTES / FILE_NAME
+        if kept.is_file():
+            read_evaluation(kept)  # what cannot be added to is refused before anything is measured
     # the rows of tasks first: what is missing is told before a model is loaded
     prepared = prepare_tasks(tasks, source=str(task_data), limit=limit, shots=shots)
     judged = loaded_model(model, tokenizer, device, trust_remote_code)
     dense = None
     if reference is not None:
         dense = loaded_model(reference, tokenizer, device, trust_remote_code)
-    texts, apart = [], None
+    said = {
+        "reference": dense.name if dense else None,
+        "environment": environment(place_of(judged.model)),
+    }
+    texts, apart = [], list[DivergenceRecord]()
     for text in perplexity:
-        found, moved = text_records(judged, dense, text, sequence_length, max_windows, progress)
+        found, moved = text_records(
+            judged, dense, said, text, sequence_length, max_windows, progress
+        )
         texts.append(found)
         apart = apart or moved
     record = EvaluationRecord(
         model=judged.name,
-        reference=dense.name if dense else None,
-        environment=environment(place_of(judged.model)),
         perplexity=texts,
         divergence=apart,
-        tasks=task_records(judged, dense, prepared, progress),
-        generation=generation_record(judged, dense, prompts, progress) if generation else None,
+        tasks=task_records(judged, dense, said, prepared, progress),
+        generation=(
+            [generation_record(judged, dense, said, prompts, progress)] if generation else []
+        ),
     )
-    if not isinstance(model, nn.Module) and (Path(model) / NOTES).is_dir():
-        record.save(Path(model) / NOTES / FILE_NAME)
+    if kept is not None:
+        record.add_to(kept)
     if output is not None:
         record.save(Path(output))
     return record
@@ -149,12 +164,15 @@ def loaded_model(
 def text_records(
     judged: Judged,
     dense: Judged | None,
+    said: dict[str, Any],
     text: str | Path,
     sequence_length: int | None,
     max_windows: int | None,
     progress: Progress,
-) -> tuple[PerplexityRecord, DivergenceRecord | None]:
+) -> tuple[PerplexityRecord, list[DivergenceRecord]]:
     """Perplexity on a text; with a reference also its perplexity, and the divergence from it.
+
+    `said` is what every result says of the reference and the environment, here and below.
 
     Raises:
         RecipeError: the reference reads the text as other tokens.
@@ -164,8 +182,10 @@ def text_records(
     )
     if dense is None:
         with told_of_windows(progress, "perplexity", len(windows)) as tell:
-            result = perplexity(judged.model, windows, progress=tell)
-        return perplexity_record(text, result, None, protocol), None
+            result = perplexity(
+                judged.model, windows, start_tokens=started(protocol), progress=tell
+            )
+        return perplexity_record(text, result, None, protocol, said), []
     length = windows.shape[1]
     other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, max_windows)
     if other.shape != windows.shape or bool((other != windows).any()):
@@ -174,10 +194,12 @@ def text_records(
             remedy="name the dense model that this one was pruned from as reference",
         )
     with told_of_windows(progress, "divergence", len(windows)) as tell:
-        moved = divergence(judged.model, dense.model, windows, progress=tell)
+        moved = divergence(
+            judged.model, dense.model, windows, start_tokens=started(protocol), progress=tell
+        )
     return (
-        perplexity_record(text, moved.model, moved.reference, protocol),
-        divergence_record(text, moved, protocol),
+        perplexity_record(text, moved.model, moved.reference, protocol, said),
+        [divergence_record(text, moved, protocol, said)],
     )
 
 
@@ -186,6 +208,7 @@ def perplexity_record(
     result: PerplexityResult,
     reference: PerplexityResult | None,
     protocol: dict[str, Any],
+    said: dict[str, Any],
 ) -> PerplexityRecord:
     """A perplexity as it is stored."""
     return PerplexityRecord(
@@ -197,11 +220,12 @@ def perplexity_record(
         protocol=protocol,
         protocol_id=protocol_id("ppl", protocol),
         seconds=result.seconds,
+        **said,
     )
 
 
 def divergence_record(
-    text: str | Path, moved: DivergenceResult, protocol: dict[str, Any]
+    text: str | Path, moved: DivergenceResult, protocol: dict[str, Any], said: dict[str, Any]
 ) -> DivergenceRecord:
     """A divergence as it is stored."""
     return DivergenceRecord(
@@ -215,26 +239,31 @@ def divergence_record(
         tokens=moved.tokens,
         protocol=protocol,
         protocol_id=protocol_id("div", protocol),
+        **said,
     )
 
 
 def task_records(
-    judged: Judged, dense: Judged | None, prepared: Sequence[PreparedTask], progress: Progress
+    judged: Judged,
+    dense: Judged | None,
+    said: dict[str, Any],
+    prepared: Sequence[PreparedTask],
+    progress: Progress,
 ) -> list[TaskRecord]:
     """Scores of tasks, beside those of the reference."""
     if not prepared:
         return []
     own = run_tasks(judged.model, judged.tokenizer, prepared, progress)
     if dense is None:
-        return [task_record(score, None) for score in own]
+        return [task_record(score, None, said) for score in own]
     theirs = run_tasks(dense.model, dense.tokenizer, prepared, progress)
     return [
-        task_record(score, compare(score.outcomes, other.outcomes, score.chance))
+        task_record(score, compare(score.outcomes, other.outcomes, score.chance), said)
         for score, other in zip(own, theirs, strict=True)
     ]
 
 
-def task_record(score: TaskScore, beside: Comparison | None) -> TaskRecord:
+def task_record(score: TaskScore, beside: Comparison | None, said: dict[str, Any]) -> TaskRecord:
     """A score as it is stored."""
     return TaskRecord(
         task=score.task,
@@ -251,11 +280,16 @@ def task_record(score: TaskScore, beside: Comparison | None) -> TaskRecord:
         retention=beside.retention if beside else None,
         protocol=dict(score.protocol),
         protocol_id=score.protocol_id,
+        **said,
     )
 
 
 def generation_record(
-    judged: Judged, dense: Judged | None, prompts: Sequence[str], progress: Progress
+    judged: Judged,
+    dense: Judged | None,
+    said: dict[str, Any],
+    prompts: Sequence[str],
+    progress: Progress,
 ) -> GenerationRecord:
     """Texts of the model, side by side with those of the reference."""
     own = check_generation(judged.model, judged.tokenizer, prompts=prompts, progress=progress)
@@ -282,4 +316,5 @@ def generation_record(
         reference_degenerate=sum(one.degenerate for one in theirs) if theirs else None,
         protocol=protocol,
         protocol_id=protocol_id("gen", protocol),
+        **said,
     )

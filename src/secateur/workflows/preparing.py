@@ -21,6 +21,7 @@ from secateur.engine.selection import Selection
 from secateur.engine.targets import CheckpointTarget, Target
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_files
+from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.schema import Calibration, Memory, PruneRecipe
@@ -244,7 +245,7 @@ def prepare(
         stored = stored_windows is not None and stored_windows.exists()
         if stored:
             assert stored_windows is not None
-            windows = load_windows(stored_windows)
+            windows = load_windows(stored_windows, positions=positions_of(target.model.config))
         else:
             windows, calibration = calibration_windows(recipe, source, target, only_plan)
             unwritten = recipe.calibration.generated
@@ -281,6 +282,7 @@ def calibration_windows(
         plan,
         field=options.field,
         vocab_size=target.model.config.vocab_size,
+        positions=positions_of(target.model.config),
     )
     return windows, provenance
 
@@ -291,7 +293,7 @@ def window_plan(options: Calibration, config: Any) -> WindowPlan:
     Raises:
         RecipeError: the windows asked for are longer than the model reads.
     """
-    longest = getattr(config, "max_position_embeddings", None) or 2048
+    longest = positions_of(config) or 2048
     length = options.sequence_length or min(2048, longest)
     if length > longest:
         raise RecipeError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.meter import Meter
 from secateur.engine.plan import Plan
@@ -23,7 +24,7 @@ from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.manifest import environment
 from secateur.reporting.model_card import model_card
 from secateur.reporting.prune_report import PruneReport
-from secateur.runs.atomic import write_json, write_tensors, write_text
+from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.ledger import Ledger
@@ -235,7 +236,8 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     prepared = with_own_windows(prepared, progress)
     write_json(told, prepared.calibration)
     if prepared.windows is not None:
-        write_tensors(folder.notes / WINDOWS, {"input_ids": prepared.windows.contiguous()})
+        start = (prepared.calibration or {}).get("start_tokens", ())
+        save_windows(prepared.windows, folder.notes / WINDOWS, start=start)
     return prepared
 
 

@@ -58,9 +58,6 @@ training that diverged goes on from its last save with a lower one."""
 
 TRAININGS = "training.json"
 
-OUTDATED = ("evaluation.json", "diagnosis.json", "bench.json", "compression.json")
-"""Notes of what was measured of the weights before."""
-
 
 def retrain(
     model: str | Path,
@@ -312,10 +309,8 @@ def write(
     model = merged(recipe, model, masks, load_file(folder.work / "final.safetensors"))
     with quiet_transformers():
         model.save_pretrained(made)
-    carry_over(source.folder, made, read_config(source.folder))
+    carry_over(source.folder, made, read_config(source.folder), same_weights=False)
     masks.check(load_whole(made, cpu, trust_remote_code=trust))
-    for name in OUTDATED:
-        (folder.notes / name).unlink(missing_ok=True)
     manifest["result"]["decoder_sparsity"] = audit_checkpoint(
         made, trust_remote_code=trust
     ).sparsity

@@ -17,13 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from secateur.calibration.continuation import PREFIX
-from secateur.calibration.windows import load_calibration, load_windows
+from secateur.calibration.windows import load_calibration, load_windows, save_windows
 from secateur.engine.meter import Meter
 from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
+from secateur.models.positions import positions_of
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -32,7 +33,7 @@ from secateur.recipes.reading import build_structure_recipe, dump_recipe, nested
 from secateur.recipes.structure_schema import StructureRecipe
 from secateur.reporting.manifest import environment
 from secateur.reporting.structure_card import structure_card
-from secateur.runs.atomic import write_json, write_tensors, write_text
+from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
@@ -219,6 +220,7 @@ def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: A
         window_plan(options, config),
         field=options.field,
         vocab_size=config.vocab_size,
+        positions=positions_of(config),
     )
 
 
@@ -250,7 +252,7 @@ def calibration_of(
             trust_remote_code=recipe.trust_remote_code,
         )
         provenance = {**provenance, "generated": options.generated, "generated_prefix": PREFIX}
-    write_tensors(file, {"input_ids": windows.contiguous()})
+    save_windows(windows, file, start=provenance.get("start_tokens", ()))
     write_json(told, provenance)
     return windows, provenance
 

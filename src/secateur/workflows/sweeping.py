@@ -24,7 +24,7 @@ from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.tokenizer import load_tokenizer
+from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
 from secateur.recipes.presets import presets
 from secateur.recipes.reading import build_recipe
@@ -138,7 +138,7 @@ class Work:
         self.device = choose_device(plan.device)
         self.needy = [key for key in self.grid if self.needs_windows(key)]
         self.source = resolve(plan.model, trust_remote_code=plan.trust_remote_code)
-        self.texts, self.windows = texts_of(plan, self.source)
+        self.texts, self.windows, self.start = texts_of(plan, self.source)
         self.result = self.found_or_new()
 
     @property
@@ -192,7 +192,8 @@ class Work:
         if self.needy and self.result.calibration is None:
             prepared = prepare(self.recipe(self.needy[0], self.plan.calibration))
             assert prepared.windows is not None
-            save_windows(prepared.windows, self.windows_file)
+            told = prepared.calibration or {}
+            save_windows(prepared.windows, self.windows_file, start=told.get("start_tokens", ()))
             self.result.calibration = prepared.calibration
         elif (
             self.result.calibration is not None
@@ -248,7 +249,7 @@ class Work:
         losses = {}
         for text, windows in self.windows.items():
             with told_of_windows(progress, f"judging on {text}", len(windows)) as tell:
-                result = perplexity(loaded, windows, progress=tell)
+                result = perplexity(loaded, windows, start_tokens=len(self.start), progress=tell)
             losses[text] = result.mean_loss
         return losses, next(loaded.parameters()).dtype
 
@@ -265,6 +266,7 @@ class Work:
                 join=self.texts[text].join,
                 tokenizer=self.plan.model,
                 dtype=dtype,
+                start=self.start,
             )
         self.save()
 
@@ -306,8 +308,8 @@ class Work:
 
 def texts_of(
     plan: SweepPlan, source: LocalCheckpoint
-) -> tuple[dict[str, JoinedText], dict[str, Tensor]]:
-    """The texts to judge on, and their windows."""
+) -> tuple[dict[str, JoinedText], dict[str, Tensor], tuple[int, ...]]:
+    """The texts to judge on, their windows, and the start tokens that each window begins with."""
     tokenizer = load_tokenizer(source.folder, trust_remote_code=plan.trust_remote_code)
     config = read_config(source.folder)
     longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
@@ -317,7 +319,7 @@ def texts_of(
         text: evaluation_windows(joined.text, tokenizer, length, max_windows=plan.max_windows)
         for text, joined in texts.items()
     }
-    return texts, windows
+    return texts, windows, start_tokens(tokenizer)
 
 
 def digest(windows: Tensor) -> str:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.cutting import begins_with, without_start
 from secateur.calibration.documents import read_documents, read_text
 from secateur.calibration.overlap import SEQUENCE, shared_share
-from secateur.calibration.windows import WindowPlan, check_range, load_windows, pack_windows
+from secateur.calibration.windows import WindowPlan, check_fit, load_windows, pack_windows
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.perplexity import evaluation_windows
-from secateur.models.tokenizer import load_tokenizer
+from secateur.models.positions import positions_of
+from secateur.models.tokenizer import load_tokenizer, start_tokens_of
 from secateur.recipes.training_schema import RetrainRecipe
 from secateur.training.teachers import windows_digest
 from secateur.types import Windows
@@ -54,11 +56,12 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
 
     Raises:
         SourceError: a text cannot be had, or is too short for one step.
-        RecipeError: the text to watch is in the text to learn from.
+        RecipeError: the text to watch is in the text to learn from, or the windows are longer than
+            the model reads.
     """
-    longest = getattr(config, "max_position_embeddings", None) or LENGTH
-    length = recipe.sequence_length or min(LENGTH, longest)
-    windows = windows_of(recipe, folder, length, config.vocab_size)
+    length = recipe.sequence_length or min(LENGTH, positions_of(config) or LENGTH)
+    start = start_tokens_of(folder, trust_remote_code=recipe.trust_remote_code)
+    windows = windows_of(recipe, folder, length, config)
     validation, watched = None, "none"
     if recipe.validation_windows and recipe.validation is not None:
         tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
@@ -78,7 +81,9 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
             where=", ".join(recipe.text),
             remedy="name a longer text, or ask for a shorter sequence length or a smaller batch",
         )
-    shared = None if validation is None else shared_share(windows, validation)
+    shared = None
+    if validation is not None:
+        shared = shared_share(without_start(windows, start), without_start(validation, start))
     if shared and recipe.validation is not None:
         refuse_overlap(shared, watched)
     return TrainingText(
@@ -88,6 +93,7 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
             "source": ", ".join(recipe.text),
             "windows": len(windows),
             "sequence_length": windows.shape[1],
+            **({"start_tokens": list(start)} if start and begins_with(windows, start) else {}),
             "tokens": windows.numel(),
             "sha256": windows_digest(windows),
             "validation": watched,
@@ -97,7 +103,7 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
     )
 
 
-def windows_of(recipe: RetrainRecipe, folder: Path, length: int, vocabulary: int) -> Windows:
+def windows_of(recipe: RetrainRecipe, folder: Path, length: int, config: Any) -> Windows:
     """All windows of the texts, up to as many as the recipe wants.
 
     Of several texts there are as many windows of each as the shortest gives, in turns.
@@ -105,7 +111,7 @@ def windows_of(recipe: RetrainRecipe, folder: Path, length: int, vocabulary: int
     Raises:
         SourceError: a text cannot be had, or files have windows of different lengths.
     """
-    found = [windows_of_text(text, recipe, folder, length, vocabulary) for text in recipe.text]
+    found = [windows_of_text(text, recipe, folder, length, config) for text in recipe.text]
     if len({windows.shape[1] for windows in found}) > 1:
         told = [f"{text}: {w.shape[1]}" for text, w in zip(recipe.text, found, strict=True)]
         raise SourceError(
@@ -117,18 +123,19 @@ def windows_of(recipe: RetrainRecipe, folder: Path, length: int, vocabulary: int
 
 
 def windows_of_text(
-    text: str, recipe: RetrainRecipe, folder: Path, length: int, vocabulary: int
+    text: str, recipe: RetrainRecipe, folder: Path, length: int, config: Any
 ) -> Windows:
     """The windows of one text, up to its part of what the recipe wants."""
+    vocabulary, positions = config.vocab_size, positions_of(config)
     if text.endswith(".safetensors"):
-        return load_windows(Path(text).expanduser(), vocab_size=vocabulary)
+        file = Path(text).expanduser()
+        return load_windows(file, vocab_size=vocabulary, positions=positions)
     documents = read_documents(text, field=recipe.field)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
     plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
-    found = pack_windows(documents, tokenizer, plan)
-    windows = torch.tensor(found, dtype=torch.int64).reshape(-1, length)
+    windows = pack_windows(documents, tokenizer, plan)
     if len(windows):
-        check_range(windows, vocabulary, text)
+        check_fit(windows, text, vocab_size=vocabulary, positions=positions)
     return windows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from secateur.calibration.continuation import AT_ONCE, PREFIX, continue_windows
 from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.tokenizer import start_tokens_of
 from secateur.models.whole import load_whole
 from secateur.pages import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.workflows.preparing import Prepared
@@ -54,18 +56,26 @@ def with_written(
     trust_remote_code: bool = False,
 ) -> Tensor:
     """Windows, and behind them as many as asked that the dense model of a folder writes."""
+    start = start_tokens_of(folder, trust_remote_code=trust_remote_code)
     model = load_whole(
         folder, device, dtype=fast_dtype(device), trust_remote_code=trust_remote_code
     )
-    return torch.cat([windows, own_windows(model, windows, count, seed, progress)])
+    return torch.cat([windows, own_windows(model, windows, count, start, seed, progress)])
 
 
-def own_windows(model: Any, windows: Tensor, count: int, seed: int, progress: Progress) -> Tensor:
-    """Windows [count, sequence_length] that a dense model writes, with progress told."""
+def own_windows(
+    model: Any,
+    windows: Tensor,
+    count: int,
+    start: Sequence[int],
+    seed: int,
+    progress: Progress,
+) -> Tensor:
+    """Windows [count, sequence_length] that a dense model writes behind its start tokens."""
     batches = -(-count // AT_ONCE)
-    progress.start("writing windows", batches * (windows.shape[1] - PREFIX))
+    progress.start("writing windows", batches * (windows.shape[1] - len(start) - PREFIX))
     # the blocks of many sizes that it takes would lie in the way of all that comes after
     with quiet_transformers(), reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
-        own = continue_windows(model, windows, count, seed=seed, tell=progress.step)
+        own = continue_windows(model, windows, count, seed=seed, start=start, tell=progress.step)
     progress.finish()
     return own

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Mark, Series
 from secateur.reporting.curves import Judged, curve_charts, judged_points
 from secateur.reporting.report.records import Records, Run
-from secateur.reporting.wording import megabytes
+from secateur.reporting.wording import bare_name, megabytes
 from secateur.runs.records import Linear
 
 __all__ = [
@@ -49,11 +49,12 @@ def curves(records: Records) -> list[LineChart]:
 def points_of(run: Run) -> Iterable[Judged]:
     """The perplexities of a run, as points beside those of sweeps."""
     for found in run.evaluation.perplexity if run.evaluation else ():
+        of = found.inherited_from
         yield Judged(
             model=run.manifest.source.name,
             text=found.text,
             protocol=found.protocol,
-            series=run.name,
+            series=run.name if of is None else f"{run.name} (measured on {bare_name(of)})",
             sparsity=run.manifest.lost,
             perplexity=found.perplexity,
             dense=found.reference_perplexity,

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from secateur.reporting.evaluation_schema import EvaluationRecord, PerplexityRecord, TaskRecord
 from secateur.reporting.report.records import Run
 from secateur.reporting.wording import bare_name, counted, megabytes, percent, signed
+from secateur.runs.evaluation import (
+    EvaluationRecord,
+    PerplexityRecord,
+    Result,
+    TaskRecord,
+)
 
 __all__ = ["Claim", "claims", "speed_gain"]
 
@@ -115,9 +120,10 @@ def quality(run: Run) -> Claim:
     if found is not None:
         kept = [task for task in found.tasks if task.retention is not None]
         if kept:
-            return kept_on_tasks(kept, len(found.tasks))
+            return inherited(kept, kept_on_tasks(kept, len(found.tasks)))
         if found.perplexity:
-            return kept_by_perplexity(run, found.perplexity[0], found)
+            first = found.perplexity[0]
+            return inherited([first], kept_by_perplexity(run, first, found))
     return Claim(
         "Quality kept",
         "not measured",
@@ -125,6 +131,16 @@ def quality(run: Run) -> Claim:
         measured=False,
         command=f"secateur eval {run.folder} --reference {run.manifest.source.name}",
     )
+
+
+def inherited(results: Sequence[Result], claim: Claim) -> Claim:
+    """A claim that says which model it is of, where that is another one with the same weights."""
+    names = dict.fromkeys(one.inherited_from for one in results if one.inherited_from)
+    if not names:
+        return claim
+    of = " and ".join(map(bare_name, names))
+    told = f"{claim.told} Measured on {of}, which has the same weights, not on this folder."
+    return replace(claim, told=told)
 
 
 def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
@@ -153,8 +169,8 @@ def kept_by_perplexity(run: Run, found: PerplexityRecord, evaluation: Evaluation
         )
     ratio = found.perplexity / found.reference_perplexity
     agreement = ""
-    if evaluation.divergence:
-        same = percent(evaluation.divergence.top1_agreement)
+    for moved in (one for one in evaluation.divergence if one.protocol == found.protocol):
+        same = percent(moved.top1_agreement)
         agreement = f" The most likely token is the same {same} of the time."
     excess = math.log(ratio) if ratio > 0 and math.isfinite(ratio) else math.inf
     dense = f"dense {found.reference_perplexity:.2f} ({signed(excess, 3)} nats a token)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import Records, Run, Sweep
 from secateur.reporting.sweep_result import SweepResult
 from secateur.reporting.wording import bare_name, counted, percent
+from secateur.runs.evaluation import GenerationRecord
 from secateur.runs.records import Finding
 
 __all__ = ["render"]
@@ -212,12 +213,11 @@ def chips(run: Run) -> list[tuple[str, str]]:
         counts = {s: sum(f.severity == s for f in run.diagnosis.findings) for s in SEVERITIES}
         told = [(s, counted(n, s)) for s, n in counts.items() if n]
         told = told or [("good", "diagnosis: healthy")]
-    generation = run.evaluation.generation if run.evaluation else None
-    dense = (generation.reference_degenerate or 0) if generation else 0
-    if generation and generation.degenerate > dense:
-        told.append(
-            ("error", f"{counted(generation.degenerate, 'degenerate text')}, dense {dense}")
-        )
+    for texts in run.evaluation.generation if run.evaluation else ():
+        dense = texts.reference_degenerate or 0
+        if texts.degenerate > dense:
+            words = f"{counted(texts.degenerate, 'degenerate text')}, dense {dense}"
+            told.append(("error", words))
     return told
 
 
@@ -241,17 +241,26 @@ def sweep_view(sweep: Sweep) -> SweepView:
 def samples(runs: Sequence[Run]) -> list[PromptView]:
     """What models wrote, by prompt: the dense one first, where its text is known."""
     prompts: dict[str, list[Voice]] = {}
-    for run in runs:
-        generation = run.evaluation.generation if run.evaluation else None
-        for sample in generation.samples if generation else ():
+    for run, texts in written(runs):
+        name = run.name
+        if texts.inherited_from is not None:
+            name = f"{bare_name(texts.inherited_from)}, same weights as {name}"
+        for sample in texts.samples:
             voices = prompts.setdefault(sample.prompt, [])
             loops = (sample.reference_repetition or 0) > DEGENERATE
             text = (sample.reference_text or "").strip()
             dense = Voice("dense", text, ours=False, degenerate=loops)
             if sample.reference_text is not None and dense not in voices:
                 voices.insert(sum(not voice.ours for voice in voices), dense)
-            voices.append(Voice(run.name, sample.text.strip(), degenerate=sample.degenerate))
+            voices.append(Voice(name, sample.text.strip(), degenerate=sample.degenerate))
     return [PromptView(prompt, voices) for prompt, voices in prompts.items()]
+
+
+def written(runs: Sequence[Run]) -> Iterator[tuple[Run, GenerationRecord]]:
+    """The texts of every run."""
+    for run in runs:
+        for texts in run.evaluation.generation if run.evaluation else ():
+            yield run, texts
 
 
 def provenance(records: Records) -> list[Part]:

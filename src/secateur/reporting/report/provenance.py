@@ -48,17 +48,24 @@ def of_run(run: Run) -> Part:
         ("Cost", facts(cost)),
         ("Pruned with", facts(m.environment)),
     ]
-    evaluation = run.evaluation
-    if evaluation and evaluation.environment:
-        held = {"reference": evaluation.reference} if evaluation.reference else {}
-        other = differing(evaluation.environment, m.environment)
-        tables.append(("Judged with", facts({**held, **other})))
+    tables += judged_with(run)
     if run.bench:
         tables.append(("Timed with", facts(differing(run.bench.protocol, m.environment))))
     if run.compression:
         formats = ", ".join(run.compression.formats)
         tables.append(("Stored as", facts({"formats": formats})))
     return Part(run.name, tables, run.recipe)
+
+
+def judged_with(run: Run) -> list[tuple[str, Facts]]:
+    """What the results of an evaluation depend on: a table for each set of conditions."""
+    tables: list[tuple[str, Facts]] = []
+    for result in run.evaluation.results if run.evaluation else ():
+        held = {"reference": result.reference, "measured on": result.inherited_from}
+        table = facts({**held, **differing(result.environment, run.manifest.environment)})
+        if ("Judged with", table) not in tables:
+            tables.append(("Judged with", table))
+    return tables
 
 
 def of_sweep(sweep: Sweep) -> Part:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from secateur.reporting.evaluation_schema import (
+from secateur.reporting.report.records import Run
+from secateur.reporting.wording import bare_name, percent, signed
+from secateur.runs.evaluation import (
     DivergenceRecord,
     EvaluationRecord,
     PerplexityRecord,
+    Result,
     TaskRecord,
 )
-from secateur.reporting.report.records import Run
-from secateur.reporting.wording import bare_name, percent, signed
 
 __all__ = ["Cell", "QualityRow", "quality_rows"]
 
@@ -75,11 +76,20 @@ def quality_rows(runs: Sequence[Run]) -> list[QualityRow]:
 def lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
     """The lines of one evaluation, without cells, each with the cell that belongs in it."""
     for perplexity in found.perplexity:
-        yield perplexity_line(perplexity)
-    if found.divergence:
-        yield from divergence_lines(found.divergence)
+        yield marked(perplexity, *perplexity_line(perplexity))
+    for divergence in found.divergence:
+        for line in divergence_lines(divergence):
+            yield marked(divergence, *line)
     for task in found.tasks:
-        yield task_line(task)
+        yield marked(task, *task_line(task))
+
+
+def marked(found: Result, row: QualityRow, cell: Cell) -> tuple[QualityRow, Cell]:
+    """A line, its cell saying where the number is from if this model was not measured."""
+    if found.inherited_from is None:
+        return row, cell
+    said = f"not measured: of {bare_name(found.inherited_from)}, which has the same weights"
+    return row, replace(cell, beside=", ".join(filter(None, (cell.beside, said))))
 
 
 def perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:

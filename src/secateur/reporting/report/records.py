@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import SourceError
-from secateur.reporting.evaluation_schema import FILE_NAME, EvaluationRecord, read_evaluation
 from secateur.reporting.sweep_result import SweepResult, read_sweep
+from secateur.runs.evaluation import FILE_NAME, EvaluationRecord, read_evaluation
 from secateur.runs.records import (
     AnyRecord,
     Bench,

@@ -1,0 +1,18 @@
+"""How many tokens a model reads at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["positions_of"]
+
+
+def positions_of(config: Any) -> int | None:
+    """The number of positions in a model's configuration; None if it names none.
+
+    Args:
+        config: of a transformers model; of one that also sees or hears, its text part counts.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) else None

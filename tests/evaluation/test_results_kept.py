@@ -1,0 +1,176 @@
+"""Results of several judgements in one file: what was measured once is not lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from task_rows import write_rows
+
+import secateur
+from secateur.engine import ledger
+from secateur.errors import CheckpointError
+from secateur.runs.evaluation import EvaluationRecord, read_evaluation
+from tiny import save_tiny
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "dense", max_position_embeddings=512)
+
+
+@pytest.fixture
+def pruned(tmp_path: Path, dense: Path) -> Path:
+    folder = tmp_path / "pruned"
+    shutil.copytree(dense, folder)
+    tensors = load_file(dense / "model.safetensors")
+    torch.manual_seed(1)
+    for tensor in tensors.values():
+        tensor.mul_(torch.rand_like(tensor) > 0.3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "secateur").mkdir()
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("the stone by the river, a lamp on paper. " * 12)
+    return file
+
+
+@pytest.fixture
+def kept(pruned: Path) -> Path:
+    return pruned / "secateur" / "evaluation.json"
+
+
+def test_a_second_call_keeps_what_it_does_not_measure(dense, pruned, text, kept, tmp_path) -> None:
+    """On 80ad24a the second call set divergence and generation to null."""
+    write_rows(tmp_path / "data", "boolq", 6)
+    first = secateur.judge(
+        pruned, reference=dense, perplexity=[text], sequence_length=32, generation=True,
+        prompts=["the lamp"],
+    )  # fmt: skip
+    second = secateur.judge(pruned, tasks=["boolq"], task_data=tmp_path / "data")
+    third = secateur.judge(pruned, perplexity=[text], sequence_length=16)
+    found = read_evaluation(kept)
+    assert found.divergence == first.divergence
+    assert found.generation == first.generation
+    assert found.tasks == second.tasks
+    assert found.perplexity == [*first.perplexity, *third.perplexity]
+    assert [one.reference for one in found.results] == [
+        str(dense), None, str(dense), None, str(dense),
+    ]  # fmt: skip
+
+
+def test_the_same_protocol_is_replaced(dense, pruned, text, kept) -> None:
+    secateur.judge(pruned, reference=dense, perplexity=[text], sequence_length=32)
+    values = json.loads(kept.read_text())
+    values["perplexity"][0]["perplexity"] = values["divergence"][0]["kl"] = 7.0
+    kept.write_text(json.dumps(values))
+    again = secateur.judge(pruned, reference=dense, perplexity=[text], sequence_length=32)
+    found = read_evaluation(kept)
+    assert found.perplexity == again.perplexity
+    assert found.divergence == again.divergence
+    assert found.perplexity[0].perplexity != 7.0
+
+
+def test_what_was_said_of_the_reference_stays(dense, pruned, text, kept, tmp_path) -> None:
+    """The same measured again alone: the dense model's numbers still stand beside it."""
+    write_rows(tmp_path / "data", "boolq", 6)
+    options: dict[str, Any] = {
+        "perplexity": [text], "sequence_length": 32, "tasks": ["boolq"], "limit": 6,
+        "task_data": tmp_path / "data", "generation": True, "prompts": ["the lamp"],
+    }  # fmt: skip
+    first = secateur.judge(pruned, reference=dense, **options)
+    secateur.judge(pruned, **options)
+    found = read_evaluation(kept)
+    (before,), (after,) = first.perplexity, found.perplexity
+    assert after.reference_perplexity == before.reference_perplexity
+    assert after.seconds != before.seconds  # its own numbers are new
+    assert {one.reference for one in found.results} == {str(dense)}
+    assert found.tasks == first.tasks
+    assert found.generation[0].samples == first.generation[0].samples
+    values = json.loads(kept.read_text())
+    values["tasks"][0] |= {"value": 0.0, "difference": -0.5}
+    values["generation"][0]["samples"][0]["text"] = "another"
+    kept.write_text(json.dumps(values))
+    secateur.judge(pruned, **options)
+    found = read_evaluation(kept)
+    assert found.tasks[0].difference is None  # a comparison with another score
+    assert found.generation[0].reference is None
+
+
+def test_a_file_of_the_first_schema_is_read_and_added_to(pruned, text, kept) -> None:
+    perplexity = {
+        "text": "old", "perplexity": 9.0, "mean_loss": 2.2, "standard_error": None,
+        "reference_perplexity": 8.0, "protocol": {"windows": 3}, "protocol_id": "ppl-00000000",
+        "seconds": 1.0,
+    }  # fmt: skip
+    divergence = {
+        "text": "old", "kl": 0.1, "kl_standard_error": None, "top1_agreement": 0.9,
+        "top1_standard_error": None, "loss_change": 0.1, "loss_change_standard_error": None,
+        "tokens": 7, "protocol": {"windows": 3}, "protocol_id": "div-00000000",
+    }  # fmt: skip
+    old: dict[str, Any] = {
+        "schema": "secateur.evaluation/1", "model": "m", "reference": "d",
+        "environment": {"device": "cpu"}, "perplexity": [perplexity], "divergence": divergence,
+        "tasks": [], "generation": None,
+    }  # fmt: skip
+    kept.write_text(json.dumps(old))
+    record = read_evaluation(kept)
+    assert (record.divergence[0].reference, record.generation) == ("d", [])
+    assert record.perplexity[0].environment == {"device": "cpu"}
+    secateur.judge(pruned, perplexity=[text], sequence_length=32)
+    assert [one.text for one in read_evaluation(kept).perplexity] == ["old", str(text)]
+    assert json.loads(kept.read_text())["schema"] == "secateur.evaluation/2"
+    for damage in ({"divergence": 5}, {"perplexity": "x"}, {"tasks": [3]}, {"reference": 1}):
+        kept.write_text(json.dumps({**old, **damage}))
+        with pytest.raises(CheckpointError, match="not of the schema"):
+            read_evaluation(kept)
+
+
+def test_a_damaged_file_is_refused_before_anything_is_measured(pruned, text, kept) -> None:
+    kept.write_text('{"schema": "secateur.evalu')
+    with pytest.raises(CheckpointError, match=r"(?s)cannot be read.*move the file away"):
+        secateur.judge(pruned, reference="no/such-model", perplexity=[text])
+    assert kept.read_text() == '{"schema": "secateur.evalu'
+
+
+def test_a_write_that_is_stopped_leaves_what_was_there(pruned, text, kept, monkeypatch) -> None:
+    secateur.judge(pruned, perplexity=[text], sequence_length=32)
+    before = kept.read_text()
+
+    class Killed(BaseException):
+        pass
+
+    def torn(self: Path, data: str, *args: Any, **options: Any) -> int:
+        with self.open("w") as stream:
+            stream.write(data[: len(data) // 2])
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger.Path, "write_text", torn)
+        with pytest.raises(Killed):
+            secateur.judge(pruned, perplexity=[text], sequence_length=16)
+    assert kept.read_text() == before
+    secateur.judge(pruned, perplexity=[text], sequence_length=16)
+    assert len(read_evaluation(kept).perplexity) == 2
+    assert os.listdir(kept.parent) == ["evaluation.json"]
+
+
+def test_marks_of_inheritance_are_replaced_by_measuring(pruned, text, kept) -> None:
+    record = secateur.judge(pruned, perplexity=[text], sequence_length=32)
+    marked = record.inherited()
+    assert [one.inherited_from for one in marked.results] == [str(pruned)]
+    other = EvaluationRecord.model_validate({**marked.to_json(), "model": "other"})
+    assert other.inherited() == other  # the first that was measured
+    marked.save(kept)
+    secateur.judge(pruned, perplexity=[text], sequence_length=32)
+    assert [one.inherited_from for one in read_evaluation(kept).results] == [None]
