@@ -41,7 +41,7 @@ def matrix(layout: Layout, seed: int) -> Tensor:
 def packed_folder(folder: Path, *, archive: bool = False) -> dict[str, Tensor]:
     """Write a compressed folder of two files; returns its tensors by full name."""
     folder.mkdir(parents=True)
-    files = [PlannedFile(f"model-0000{i}-of-00002.safetensors") for i in (1, 2)]
+    files = [PlannedFile(f"secateur-0000{i}-of-00002.safetensors") for i in (1, 2)]
     tensors: dict[str, Tensor] = {}
     for place, file in enumerate(files):
         for number, (name, layout) in enumerate(LAYOUTS.items()):

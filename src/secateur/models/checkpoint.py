@@ -28,6 +28,9 @@ from secateur.errors import CheckpointError, MemoryBudgetError
 from secateur.models.header import TensorEntry, parse_json, read_header
 
 __all__ = [
+    "INDEX_NAME",
+    "INDEX_NAMES",
+    "PACKED_INDEX_NAME",
     "CheckpointReader",
     "PatchedCopy",
     "TensorEntry",
@@ -36,21 +39,41 @@ __all__ = [
     "read_all",
     "read_header",
     "shard_files",
+    "shard_name",
     "write_all",
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PACKED_INDEX_NAME = "secateur.safetensors.index.json"
+"""The index of a compressed checkpoint. Its files have names that transformers does not look for:
+it would take parts of packed matrices for tensors it does not know, and draw the rest at random."""
+INDEX_NAMES = (PACKED_INDEX_NAME, INDEX_NAME)
 SHARD_NAME = re.compile(r"[\w .+-]{1,200}\.safetensors", re.ASCII)
 
 
+def shard_name(stem: str, number: int, count: int) -> str:
+    """What the file `number` (from 1) of `count` is called, `stem` being `model` or `secateur`."""
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+
+
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order, each checked to be there.
+    """The safetensors files of a checkpoint, compressed or not, in order, each checked to be there.
 
     Raises:
-        CheckpointError: there are none, or the index names files that are missing.
+        CheckpointError: there are none, the index names files that are missing, or the folder
+            holds a dense and a compressed checkpoint.
     """
     index = folder / INDEX_NAME
+    if (folder / PACKED_INDEX_NAME).is_file():
+        if index.is_file() or (folder / SINGLE_NAME).is_file():
+            raise CheckpointError(
+                "the folder holds two checkpoints: a compressed one and a dense one",
+                where=str(folder),
+                remedy=f"remove secateur*.safetensors and {PACKED_INDEX_NAME}, or the files of the "
+                "dense model, or make the compressed folder again",
+            )
+        index = folder / PACKED_INDEX_NAME
     if index.is_file():
         try:
             names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))

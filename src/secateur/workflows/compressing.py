@@ -22,7 +22,7 @@ from torch import Tensor
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import describe, linears_of
-from secateur.models.checkpoint import CheckpointReader
+from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import resolve
 from secateur.models.whole_folder import check_place, whole_folder
@@ -296,7 +296,11 @@ def cast_others(plan: Plan, reader: CheckpointReader, values: str, computed: tor
 
 def plan_files(reader: CheckpointReader, plan: Plan) -> list[PlannedFile]:
     """What each file will hold; all parts of a matrix go where its weight was."""
-    files = {file: PlannedFile(file.name) for file in reader.files}
+    count = len(reader.files)
+    files = {
+        file: PlannedFile(shard_name("secateur", number, count))
+        for number, file in enumerate(reader.files, start=1)
+    }
     for name, entry in reader.entries.items():
         planned, layout = files[entry.file], plan.layout(name)
         if layout is None:
