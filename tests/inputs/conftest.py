@@ -44,7 +44,7 @@ def refused(run: Callable[..., Outcome]) -> Callable[..., str]:
     def refused(*words: object) -> str:
         done = run(*words)
         assert done.code in (1, 2), done
-        assert done.err.startswith("error: "), done.err
+        assert done.err.lstrip().startswith("error: "), done.err
         assert "fault in secateur" not in done.err
         assert "remedy: " in done.err
         return done.err

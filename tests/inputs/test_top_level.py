@@ -132,7 +132,7 @@ def test_ctrl_c_says_how_to_go_on(flags: list[str]) -> None:
     assert "--resume" in done.stderr
     assert "Traceback" not in done.stderr
     if flags:
-        assert json.loads(done.stdout)["error"]["kind"] == "Interrupted"
+        assert json.loads(done.stdout)["error"]["kind"] == "UserInterruptError"
 
 
 def test_usage_errors_and_help_are_as_ever(run) -> None:

@@ -108,3 +108,11 @@ class Forgery:
         text = edit(json.dumps(header)).encode()
         body = b"".join(bytes(self.data[name]) for name in self.data if name in self.header)
         self.file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def index_again(folder: Path) -> None:
+    """Write the index that fits the files, after tensors were renamed or removed."""
+    files = sorted(folder.glob("*.safetensors"))
+    weight_map = {name: file.name for file in files for name in Forgery(file).header}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "secateur.safetensors.index.json").write_text(json.dumps(index))

@@ -10,7 +10,7 @@ import torch
 
 import secateur
 from runtime.packed_examples import Forgery
-from runtime.packed_models import IDS, packed_model, pruned_folder, python
+from runtime.packed_models import IDS, packed_model, pruned_folder, python, settled  # noqa: F401
 from secateur.errors import CheckpointError
 from secateur.runtime.packed import PackedCheckpoint
 from tiny import save_tiny
@@ -27,6 +27,9 @@ except OSError as error:
 
 REGISTERED = """
 import json, sys, secateur, torch
+import secateur.runtime.install as install
+from secateur.runtime.kernels.dispatch import Choice
+install.choose = lambda *_: Choice(64, 10.0)
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))
@@ -42,6 +45,7 @@ def test_plain_transformers_finds_no_weights(tmp_path: Path, shards: int, archiv
     assert "refused: Error no file named model.safetensors" in done.stdout
 
 
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("shards", [1, 3])
 def test_transformers_with_secateur_computes_the_same(tmp_path: Path, shards: int) -> None:
     folder = packed_model(tmp_path, shards=shards)
@@ -99,6 +103,7 @@ def as_version_1(folder: Path, shards: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("shards", [1, 2])
 def test_version_1_is_still_read(tmp_path: Path, shards: int) -> None:
     from transformers import AutoModelForCausalLM

@@ -16,7 +16,7 @@ from torch import nn
 
 import secateur
 from oracles.kernels import rounded_to_bytes
-from runtime.packed_examples import Forgery
+from runtime.packed_examples import Forgery, index_again
 from runtime.packed_models import IDS, packed_model, python, settled
 from secateur.errors import CheckpointError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
@@ -337,6 +337,7 @@ def test_a_tensor_that_is_missing(tmp_path: Path, name: str) -> None:
             table.pop(full)
     forgery.told["layouts"].pop(name, None)
     forgery.write()
+    index_again(folder)
     with pytest.raises(CheckpointError, match="does not hold"):
         secateur.load(folder)
     with pytest.raises(CheckpointError, match="does not hold"):
@@ -367,6 +368,7 @@ def pack_by_hand(folder: Path, name: str, layout: Layout) -> None:
             table[f"{name}.{suffix}"] = entry
     forgery.told["layouts"][name] = layout.to_json()
     forgery.write()
+    index_again(folder)
 
 
 @pytest.mark.parametrize("format", ["bitmask", "dense"])

@@ -114,7 +114,7 @@ def test_formats_shards_and_archives_come_back(
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     assert config["quantization_config"] == {
         "quant_method": "secateur",
-        "version": 1,
+        "version": 2,
         "archive": archive,
     }
     assert config["dtype"] == str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ else arrives here is a fault of secateur; its traceback goes into a file, and th
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import platform
 import shlex
@@ -20,7 +21,7 @@ from pathlib import Path
 from secateur.errors import SecateurError
 from secateur.models.samples import cache_folder
 
-__all__ = ["InternalError", "Interrupted", "as_told"]
+__all__ = ["InternalError", "UserInterruptError", "as_told"]
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place for --output",
@@ -43,7 +44,7 @@ class InternalError(SecateurError):
     """A fault in secateur itself."""
 
 
-class Interrupted(SecateurError):
+class UserInterruptError(SecateurError):
     """The user pressed Ctrl-C."""
 
     exit_code = 130
@@ -58,7 +59,7 @@ def as_told(error: BaseException | None) -> SecateurError:
     if isinstance(error, SecateurError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted(
+        return UserInterruptError(
             "interrupted",
             remedy="the same command with --resume goes on with prune, structure, retrain, distill "
             "and chain, without it with a sweep",
@@ -66,9 +67,9 @@ def as_told(error: BaseException | None) -> SecateurError:
     if isinstance(error, OSError) and error.errno is not None:
         return told_of_system(error)
     file = write_log(error)
-    said = str(error).strip().splitlines()
+    said = [type(error).__name__, *str(error).strip().splitlines()]
     return InternalError(
-        f"this is a fault in secateur: {type(error).__name__}{f': {said[0][:200]}' if said else ''}",
+        f"this is a fault in secateur: {': '.join(said[:2])[:200]}",
         where=f"the full traceback is in {file}" if file else "the traceback is above",
         remedy="please open an issue of the project, with that text and the command, and say what "
         "you expected",
@@ -113,7 +114,11 @@ def described(error: BaseException | None) -> str:
     lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
     lines += [f"{name}: {installed(name)}" for name in ("secateur", "torch", "transformers")]
     lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
-    return "\n".join(lines) + "\n" + "".join(traceback.format_exception(None, error, error and error.__traceback__))
+    return (
+        "\n".join(lines)
+        + "\n"
+        + "".join(traceback.format_exception(None, error, error and error.__traceback__))
+    )
 
 
 def installed(package: str) -> str:
@@ -126,7 +131,7 @@ def installed(package: str) -> str:
 
 def work_folders(arguments: list[str]) -> list[Path]:
     """The work folder of the run that a command line names, if it is there."""
-    for flag, value in zip(arguments, arguments[1:], strict=False):
+    for flag, value in itertools.pairwise(arguments):
         if flag in ("--output", "-o"):
             folder = Path(f"{value}.partial") / "work"
             return [folder] if folder.is_dir() else []

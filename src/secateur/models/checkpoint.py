@@ -54,7 +54,9 @@ SHARD_NAME = re.compile(r"[\w .+-]{1,200}\.safetensors", re.ASCII)
 
 def shard_name(stem: str, number: int, count: int) -> str:
     """What the file `number` (from 1) of `count` is called, `stem` being `model` or `secateur`."""
-    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+    return (
+        f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+    )
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -120,6 +122,9 @@ class CheckpointReader:
 
     Args:
         folder: holds `model.safetensors`, or shards and their index.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, or a tensor is in two of them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -127,7 +132,16 @@ class CheckpointReader:
         self.files = shard_files(folder)
         self.entries: dict[str, TensorEntry] = {}
         for file in self.files:
-            self.entries.update(read_header(file).entries)
+            entries = read_header(file).entries
+            twice = sorted(entries.keys() & self.entries.keys())
+            if twice:
+                raise CheckpointError(
+                    f"{len(twice)} tensors are in two files, the first of them {twice[0]!r}",
+                    where=f"{self.entries[twice[0]].file} and {file.name}",
+                    remedy="copy or download the checkpoint again; which of the two counts is not "
+                    "known",
+                )
+            self.entries.update(entries)
 
     @property
     def total_bytes(self) -> int:
