@@ -241,7 +241,7 @@ def test_calibration_makes_int8_closer_and_keeps_zeros(
         ({"calibration": "x.txt"}, "the values are to be 'auto'"),
         ({"calibration": "x.txt", "values": "float16"}, "help to round|helps to round"),
         ({"values": "int8", "samples": 4}, "'samples' is about calibration"),
-        ({"values": "int8", "calibration": "x.txt", "colour": 4}, "unknown option 'colour'"),
+        ({"values": "int8", "calibration": "x.txt", "colour": 4}, "no option 'colour'"),
         ({"values": "int8", "calibration": "none.txt"}, "none.txt"),
     ],
 )

@@ -69,7 +69,7 @@ def add_verbs() -> None:
         sweep,
     )
 
-    verbs = {
+    verbs: dict[str, Callable[..., None]] = {
         "prune": prune.prune,
         "structure": structure.structure,
         "chain": chain.chain,
@@ -95,6 +95,9 @@ def add_verbs() -> None:
 class Stopped(BaseException):
     """Carries an exception past typer, which would end the process on it with hardly a word."""
 
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
+
 
 def past_typer(verb: Callable[..., None]) -> Callable[..., None]:
     """The same verb; Ctrl-C and the end of an input reach `main`."""
@@ -104,7 +107,7 @@ def past_typer(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **options)
         except (KeyboardInterrupt, EOFError) as error:
-            raise Stopped from error
+            raise Stopped(error) from error
 
     return run
 
@@ -118,7 +121,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (Exception, KeyboardInterrupt, Stopped) as error:
-        told = as_told(error.__cause__ if isinstance(error, Stopped) else error)
+        told = as_told(error.cause if isinstance(error, Stopped) else error)
         tell(told)
         sys.exit(told.exit_code)
 

@@ -50,7 +50,7 @@ class UserInterruptError(SecateurError):
     exit_code = 130
 
 
-def as_told(error: BaseException | None) -> SecateurError:
+def as_told(error: BaseException) -> SecateurError:
     """An exception as an error with what, where and remedy.
 
     Args:
@@ -87,7 +87,7 @@ def told_of_system(error: OSError) -> SecateurError:
     )
 
 
-def write_log(error: BaseException | None) -> Path | None:
+def write_log(error: BaseException) -> Path | None:
     """Write the traceback into a file, and return it.
 
     The first of these places that can be written: the work folder of the run, the state folder of
@@ -109,16 +109,12 @@ def write_log(error: BaseException | None) -> Path | None:
     return None
 
 
-def described(error: BaseException | None) -> str:
+def described(error: BaseException) -> str:
     """The traceback, and what one needs to know to repeat it."""
     lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
     lines += [f"{name}: {installed(name)}" for name in ("secateur", "torch", "transformers")]
     lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
-    return (
-        "\n".join(lines)
-        + "\n"
-        + "".join(traceback.format_exception(None, error, error and error.__traceback__))
-    )
+    return "\n".join(lines) + "\n" + "".join(traceback.format_exception(error))
 
 
 def installed(package: str) -> str:

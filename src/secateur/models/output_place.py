@@ -28,18 +28,21 @@ def check_writable(output: Path, *, file: bool = False) -> None:
     Raises:
         RecipeError: it is a symbolic link, its name is too long, or its folder cannot be written.
     """
-    if output.is_symlink() and not file:
-        raise RecipeError(
-            f"the output is a symbolic link to {os.readlink(output)}",
-            where=str(output),
-            remedy="name a folder that is none, or remove the link",
-        )
+    linked = None
     try:
+        if output.is_symlink() and not file:
+            linked = os.readlink(output)
         os.lstat(output if file else output.with_name(output.name + LONGEST_ENDING))
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         raise refusal(error, output) from None
+    if linked is not None:
+        raise RecipeError(
+            f"the output is a symbolic link to {linked}",
+            where=str(output),
+            remedy="name a folder that is none, or remove the link",
+        )
     folder = output.absolute().parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

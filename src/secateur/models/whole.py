@@ -37,6 +37,7 @@ def load_whole(
     check_sizes(folder)
     with quiet_transformers(), transformers_errors(folder):
         loaded: Any
+        told: dict[str, Any]
         loaded, told = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",

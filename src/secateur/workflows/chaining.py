@@ -144,7 +144,7 @@ def chain(
     progress = progress or Silent()
     if isinstance(steps, str) or not isinstance(steps, Sequence) or not steps:
         raise RecipeError(
-            "the chain has no list of steps", remedy="for example steps: [prune: {…}]"
+            "the chain has no steps in a list", remedy="for example steps: [prune: {…}]"
         )
     wanted = [checked(number, step) for number, step in enumerate(steps, start=1)]
     source = resolve(str(model), trust_remote_code=trust_remote_code)

@@ -85,7 +85,7 @@ def decompress(
 def write_dense(view: DenseView, folder: Path, progress: Progress) -> None:
     """Write every tensor, and an index if there are several files."""
     progress.start("unpacking", len(view.entries))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, file in enumerate(view.files, start=1):
         dense = shard_name("model", number, len(view.files))
         mine = {name: e for name, e in view.entries.items() if e.file == file}

@@ -60,7 +60,7 @@ def find_matrices(
     if embeddings == "int8":
         outside = [model.get_input_embeddings(), model.get_output_embeddings()]
         for path, module in model.named_modules():
-            name = stored.get(f"{path}.weight")  # a tied head is not stored again
-            if any(module is x for x in outside) and name is not None:
-                found[name] = Matrix()
+            kept = stored.get(f"{path}.weight")  # a tied head is not stored again
+            if any(module is x for x in outside) and kept is not None:
+                found[kept] = Matrix()
     return found
