@@ -16,7 +16,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, MemoryBudgetError
-from secateur.models.header import TensorEntry, parse_json, read_header
+from secateur.models.header import Header, TensorEntry, parse_json, read_header
 
 __all__ = [
     "INDEX_NAME",
@@ -38,6 +38,7 @@ __all__ = [
     "disk_error",
     "read_all",
     "read_header",
+    "read_headers",
     "shard_files",
     "shard_name",
     "write_all",
@@ -117,6 +118,26 @@ def shard_files(folder: Path) -> list[Path]:
     )
 
 
+def read_headers(files: Sequence[Path]) -> list[Header]:
+    """The headers of all files of a checkpoint, each held against the size of its file.
+
+    Raises:
+        CheckpointError: a file is damaged, or a tensor is in two of them.
+    """
+    headers = [read_header(file) for file in files]
+    owner: dict[str, Path] = {}
+    for file, header in zip(files, headers, strict=True):
+        twice = sorted(header.entries.keys() & owner.keys())
+        if twice:
+            raise CheckpointError(
+                f"{len(twice)} of the tensors are in two files, the first of them {twice[0]!r}",
+                where=f"{owner[twice[0]]} and {file.name}",
+                remedy="copy or download the checkpoint again; nobody can know which one counts",
+            )
+        owner |= dict.fromkeys(header.entries, file)
+    return headers
+
+
 class CheckpointReader:
     """Reads a safetensors folder one tensor at a time.
 
@@ -131,17 +152,8 @@ class CheckpointReader:
         self.folder = folder
         self.files = shard_files(folder)
         self.entries: dict[str, TensorEntry] = {}
-        for file in self.files:
-            entries = read_header(file).entries
-            twice = sorted(entries.keys() & self.entries.keys())
-            if twice:
-                raise CheckpointError(
-                    f"{len(twice)} tensors are in two files, the first of them {twice[0]!r}",
-                    where=f"{self.entries[twice[0]].file} and {file.name}",
-                    remedy="copy or download the checkpoint again; which of the two counts is not "
-                    "known",
-                )
-            self.entries.update(entries)
+        for header in read_headers(self.files):
+            self.entries.update(header.entries)
 
     @property
     def total_bytes(self) -> int:

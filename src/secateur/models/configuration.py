@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import ArchitectureError, CheckpointError, SecateurError
-from secateur.models.checkpoint import shard_files
-from secateur.models.header import Header, parse_json, read_header
+from secateur.models.checkpoint import read_headers, shard_files
+from secateur.models.header import Header, parse_json
 
 __all__ = ["check_sizes", "read_configuration", "transformers_errors"]
 
@@ -65,8 +65,7 @@ def check_sizes(folder: Path) -> None:
         CheckpointError: naming the key, its value and what the headers hold.
     """
     config = read_configuration(folder)
-    headers = [read_header(file) for file in shard_files(folder)]
-    stored = Stored(headers)
+    stored = Stored(read_headers(shard_files(folder)))
     for part in (config, *(config[name] for name in TEXT_PARTS if name in config)):
         if isinstance(part, dict):
             check_part(part, stored, str(folder / "config.json"))
