@@ -26,7 +26,13 @@ from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
 from secateur.runs.atomic import UNFINISHED, take_name, write_json
 from secateur.runs.identity import refuse_another
 from secateur.runs.lock import Lock
-from secateur.runs.output import cannot_write, check_apart, check_replaceable, is_full
+from secateur.runs.output import (
+    cannot_write,
+    check_apart,
+    check_replaceable,
+    check_writable,
+    is_full,
+)
 
 __all__ = ["NOTES", "RunFolder"]
 
@@ -86,6 +92,7 @@ class RunFolder:
         if output is None or not str(output):
             raise RecipeError("no output folder", remedy="add --output DIR")
         self.output = Path(os.path.abspath(output))
+        check_writable(self.output)
         self.verb, self.overwrite, self.restart = verb, overwrite, restart
         self.wants_resume = resume
         self.partial = self.output.with_name(self.output.name + ".partial")

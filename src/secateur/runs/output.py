@@ -2,16 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
 
-__all__ = ["cannot_write", "check_apart", "check_free", "check_replaceable", "is_full"]
+__all__ = [
+    "cannot_write",
+    "check_apart",
+    "check_free",
+    "check_replaceable",
+    "check_writable",
+    "is_full",
+]
+
+LONGEST_ENDING = ".partial"
+"""What a run puts behind the name of the output while it works."""
+
+REFUSALS = {
+    errno.ENAMETOOLONG: ("the name of the output is too long", "choose a shorter name"),
+    errno.ENOTDIR: ("the output would lie under a file", "choose another --output"),
+    errno.EISDIR: ("the output is a folder, not a file", "name a file"),
+    errno.ELOOP: ("the output lies behind symbolic links in a circle", "choose another one"),
+}
+"""What an error of the system says of an output, and what to do."""
+
+
+def check_writable(output: Path, *, file: bool = False) -> None:
+    """Refuse an output that could not be made; nothing is left behind.
+
+    Permissions are not computed but tried: quotas, read-only file systems and the rights of root
+    are known to the system alone.
+
+    Args:
+        output: the folder or file that will be made, with the folders it lies in.
+        file: whether it is a file, which may be there.
+
+    Raises:
+        RecipeError: it is a symbolic link, its name is too long, or its folder cannot be written.
+        MemoryBudgetError: the disk is full.
+    """
+    try:
+        if output.is_symlink() and not file:
+            raise RecipeError(
+                f"the output is a symbolic link to {os.readlink(output)}",
+                where=str(output),
+                remedy="name a folder that is none, or remove the link",
+            )
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(output if file else output.with_name(output.name + LONGEST_ENDING))
+        if file and output.exists():
+            with output.open("ab"):
+                return
+        folder = output.absolute().parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with tempfile.TemporaryDirectory(prefix=".secateur-", dir=folder):
+            pass
+    except ValueError as error:  # a name that no file can have
+        raise RecipeError(
+            f"the output cannot be written: {error}", where=repr(output), remedy="choose another"
+        ) from None
+    except OSError as error:
+        raise cannot_write(error, output) from None
 
 
 def check_replaceable(output: Path, overwrite: bool, result: Path | None = None) -> None:
@@ -124,8 +183,11 @@ def cannot_write(error: BaseException, where: Path) -> SecateurError:
             where=str(where),
             remedy="free some space and run again with --resume, or choose another --output",
         )
-    return RecipeError(
-        f"the output cannot be written: {getattr(error, 'strerror', None) or error}",
-        where=str(getattr(error, "filename", None) or where),
-        remedy="choose an --output in a folder that you may write to",
+    what, remedy = REFUSALS.get(
+        getattr(error, "errno", None) or 0,
+        (
+            f"the output cannot be written: {getattr(error, 'strerror', None) or error}",
+            "choose a folder that you may write to, or change its permissions",
+        ),
     )
+    return RecipeError(what, where=str(where), remedy=remedy)

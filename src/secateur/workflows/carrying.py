@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import INDEX_NAME, copied_files, disk_error
+from secateur.models.checkpoint import INDEX_NAMES, copied_files, disk_error
 from secateur.models.header import parse_json
 from secateur.runs.evaluation import FILE_NAME as EVALUATION
 from secateur.runs.evaluation import read_evaluation
@@ -75,7 +75,7 @@ def carry_over(
         inherited = read_evaluation(notes / EVALUATION).inherited()
     try:
         for file in copied_files(source):
-            if file.name not in ("config.json", INDEX_NAME):
+            if file.name not in ("config.json", *INDEX_NAMES):
                 shutil.copyfile(file, target / file.name)
         if notes.is_dir() and any(file.name not in MEASURED for file in notes.iterdir()):
             shutil.copytree(

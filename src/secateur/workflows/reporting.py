@@ -16,6 +16,7 @@ from secateur.reporting.report.evidence import evidence
 from secateur.reporting.report.figures import all_figures
 from secateur.reporting.report.page import render
 from secateur.reporting.report.records import Records, Run, read_records
+from secateur.runs.output import check_writable
 
 __all__ = ["ReportFiles", "report"]
 
@@ -54,16 +55,14 @@ def report(
         SecateurError: a folder is no run or sweep, a file in it is damaged, or a card was asked
             for and there is not exactly one run.
     """
+    page = Path(output)
+    for file in (page, *([] if card is None else [Path(card)])):
+        check_writable(file, file=True)
     records = read_records([Path(run) for run in runs])
     if card is not None and len(records.runs) != 1:
         raise RecipeError(
             f"a model card is about one run; {len(records.runs)} are named",
             remedy="name one run folder, or leave --card out",
-        )
-    page = Path(output)
-    if page.is_dir():
-        raise RecipeError(
-            "the output is a folder, not a file", where=str(page), remedy="name an .html file"
         )
     page.parent.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
