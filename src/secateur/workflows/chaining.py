@@ -180,13 +180,12 @@ def carry_out(
         if not account.exists():
             started = time.perf_counter()
             if not made.exists():
-                how = {"resume": True} if verb != "compress" or options.get("calibration") else {}
                 VERBS[verb](
                     before,
                     output=made,
                     progress=progress,
                     trust_remote_code=trust_remote_code,
-                    **how,
+                    resume=True,
                     **options,
                 )
             seconds = time.perf_counter() - started

@@ -36,7 +36,7 @@ from secateur.reporting.sweep_result import PointKey, SweepPoint, SweepResult, r
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES
 from secateur.runs.lock import Lock
-from secateur.runs.output import cannot_write, check_apart, check_writable
+from secateur.runs.output import cannot_write, check_apart
 from secateur.runs.records import Manifest, read_record
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
@@ -135,7 +135,6 @@ class Work:
     def __init__(self, plan: SweepPlan, folder: Path, keep: bool, progress: Progress) -> None:
         self.plan, self.folder, self.keep, self.progress = plan, folder, keep, progress
         self.grid = plan.grid()
-        check_writable(folder / "sweep.json", file=True)
         self.device = choose_device(plan.device)
         self.needy = [key for key in self.grid if self.needs_windows(key)]
         self.source = resolve(plan.model, trust_remote_code=plan.trust_remote_code)
