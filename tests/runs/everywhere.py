@@ -1,0 +1,343 @@
+"""A fault between any two file operations of every verb; then the same call again.
+
+    PYTHONPATH=tests python tests/runs/everywhere.py [--quick] [--json FILE] [CASE …]
+
+Prints, for every verb, how many points were tried and what was left. A kill and a full disk are
+tried before every operation and in the middle of every file that is written; with an old output to
+replace (`overwrite`), all points at the beginning and at the end and every fourth between. The same
+call again, with `resume=True` where the verb has it, must give the bytes of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from cases import CASES, Case, make_sources
+from contents import contents, every_byte
+from faults import SHIM, Ended, Operation, Point, Shim, build_shim, environment, points_of, why_not
+
+import secateur
+
+IDENTICAL, REFUSED, LOST, DIFFERENT = "identical", "refused", "lost", "different"
+OUTPUT = "out"
+QUICK = {(False, False): 8, (False, True): 6, (True, False): 3, (True, True): 2}
+"""Points of each case in the default tests: by whether the disk is full, and whether an old output
+is replaced."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point, and what became of it.
+
+    Attributes:
+        case: which.
+        replacing: whether an old output was there.
+        point: in words.
+        full: whether the disk was full, not the process killed.
+        verdict: `identical`: the same call again gave the bytes of an uninterrupted run, or they
+            were there already. `refused`: it did not, but nothing had been done that could be
+            lost. `lost`: it did not, and the work of the stopped run cannot be gone on with; or it
+            ended in an error that is none of ours. `different`: it ended well, with other bytes.
+        reached: whether the fault was injected.
+        gone: neither the old output nor the whole new one is anywhere.
+        away: neither is under its own name.
+        crashed: a full disk ended the first call in an error that is none of ours.
+        left_over: what lies beside the output at the end and does not after an uninterrupted run.
+        steps_done: steps of progress of the stopped run.
+        steps_repeated: those of them that were made again.
+        told: errors.
+    """
+
+    case: str
+    replacing: bool
+    point: str
+    full: bool
+    verdict: str
+    reached: bool
+    gone: bool = False
+    away: bool = False
+    crashed: bool = False
+    left_over: tuple[str, ...] = ()
+    steps_done: int = 0
+    steps_repeated: int = 0
+    told: tuple[str, ...] = ()
+
+    @property
+    def survived(self) -> bool:
+        """Whether nothing was lost, nothing is wrong, and nothing lies about."""
+        whole = self.verdict in (IDENTICAL, REFUSED)
+        return whole and not (self.gone or self.left_over)
+
+
+@dataclass
+class Bench:
+    """A case at work in a folder of its own.
+
+    Attributes:
+        shim: which injects.
+        name: of the case.
+        sources: folder of the models and texts.
+        here: the watched folder; the output is made in it.
+        replacing: whether an old output is there.
+    """
+
+    shim: Shim
+    name: str
+    sources: Path
+    here: Path
+    replacing: bool
+    reference: dict[str, str] = field(default_factory=dict)
+    beside: set[str] = field(default_factory=set)
+    steps: int = 0
+
+    @property
+    def case(self) -> Case:
+        """The case."""
+        return CASES[self.name]
+
+    @property
+    def output(self) -> Path:
+        """The folder that is made."""
+        return self.here / OUTPUT
+
+    def clear(self) -> None:
+        """As before the first call."""
+        shutil.rmtree(self.here, ignore_errors=True)
+        self.here.mkdir(parents=True)
+        if self.replacing:
+            shutil.copytree(self.sources / "old", self.output)
+
+    def call(self, point: Point | None, **options: bool) -> Ended:
+        """Call the verb in a fork."""
+        case, sources, output = self.case, self.sources, self.output
+        return self.shim.attempt(
+            lambda steps: case.call(sources, output, steps, **options), self.here, point
+        )
+
+    def measure(self) -> list[Operation]:
+        """An uninterrupted run: its operations, and what it makes."""
+        self.clear()
+        ended = self.call(None, **self.case.anew(self.replacing))
+        if ended.how != "done":
+            raise SystemExit(f"{self.name}: {ended.told}\n{self.shim.log.read_text()}")
+        self.reference, self.steps = contents(self.output), ended.steps
+        self.beside = {x.name for x in self.here.iterdir()}
+        return list(ended.operations)
+
+    def is_new(self, folder: Path) -> bool:
+        """Whether a folder is what an uninterrupted run makes."""
+        return folder.is_dir() and contents(folder) == self.reference
+
+    def is_old(self, folder: Path) -> bool:
+        """Whether a folder is the output that was there before."""
+        return folder.is_dir() and every_byte(folder) == every_byte(self.sources / "old")
+
+    def whole(self, folder: Path) -> bool:
+        """Whether a folder is the old output or the new one."""
+        return self.is_new(folder) or self.is_old(folder)
+
+    def attempt(self, point: Point) -> Trial:
+        """A fault at a point, and the same call again."""
+        self.clear()
+        anew, retry = self.case.anew(self.replacing), self.case.retry(self.replacing)
+        first = self.call(point, **anew)
+        told = [first.told] if first.how != "killed" else []
+        reached = len(first.operations) > point.operation.number
+        crashed = first.how in ("crashed", "hung")
+        away = self.replacing and not self.whole(self.output)
+        gone = away and not any(self.whole(x) for x in self.here.iterdir())
+        finished = self.is_new(self.output)
+        there = self.output.exists() and not self.replacing and self.case.replaces
+        half = there and not finished
+        again = self.call(None, **retry)
+        verdict = IDENTICAL if self.is_new(self.output) and not half else DIFFERENT
+        if half:
+            told.append("a half-written folder had the name of the output")
+        elif again.how != "done" and not finished:
+            told.append(again.told)
+            verdict = LOST if first.steps or again.how != "refused" else REFUSED
+            if self.call(None, **anew).how != "done":
+                told.append("a call that does not resume fails too")
+        elif first.how == "done" and not finished:
+            verdict = DIFFERENT
+        beside = {x.name for x in self.here.iterdir()} - self.beside
+        left_over = () if finished or verdict != IDENTICAL else tuple(sorted(beside))
+        repeated = max(0, first.steps + again.steps - self.steps) if not finished else 0
+        return Trial(
+            self.name, self.replacing, str(point), point.full, verdict, reached, gone, away,
+            crashed, left_over, first.steps, min(repeated, first.steps), tuple(told),
+        )  # fmt: skip
+
+
+def chosen(points: Sequence[Point], operations: Sequence[Operation], stride: int) -> list[Point]:
+    """The points of the first and the last stage of the work, and every so manyth between."""
+    stages = [x.stage for x in operations]
+    ends = {min(stages), max(stages)}
+    between = [p for p in points if p.operation.stage not in ends]
+    kept = set(between[stride // 2 :: stride])
+    return [p for p in points if p.operation.stage in ends or p in kept]
+
+
+def spread(points: Sequence[Point], count: int) -> list[Point]:
+    """So many of the points: half of them the last ones, the others spread over the rest."""
+    if len(points) <= count:
+        return list(points)
+    late = points[len(points) - count // 2 :]
+    early, wanted = points[: len(points) - len(late)], count - len(late)
+    return [early[i * len(early) // wanted] for i in range(wanted)] + list(late)
+
+
+def trials(
+    shim: Shim, place: Path, names: Sequence[str], quick: bool, stride: int
+) -> Iterator[Trial]:
+    """Try every case, without and with an output to replace.
+
+    Args:
+        shim: which injects.
+        place: a folder to work in, with the sources.
+        names: of the cases.
+        quick: try as many points of each case as `QUICK` says.
+        stride: where an old output is replaced, every so manyth point between begin and end.
+    """
+    for (full, replacing), count in QUICK.items():
+        for name in names:
+            if replacing and not CASES[name].replaces:
+                continue
+            bench = Bench(shim, name, place / "sources", place / "here", replacing)
+            operations = bench.measure()
+            points = points_of(operations, full=full)
+            if replacing and not quick:
+                points = chosen(points, operations, stride)
+            for point in spread(points, count) if quick else points:
+                yield bench.attempt(point)
+
+
+COLUMNS = {
+    "points": lambda x: True,
+    "bit-identical": lambda x: x.verdict == IDENTICAL,
+    "refused, nothing lost": lambda x: x.verdict == REFUSED,
+    "work lost": lambda x: x.verdict == LOST,
+    "silently different": lambda x: x.verdict == DIFFERENT,
+    "old output gone": lambda x: x.gone,
+    "old output not in place": lambda x: x.away,
+    "traceback": lambda x: x.crashed,
+    "left over": lambda x: bool(x.left_over),
+    "survived": lambda x: x.survived,
+}
+
+
+def table(found: Sequence[Trial]) -> str:
+    """How many points of each verb had which fate, as Markdown."""
+    kinds = sorted({(x.full, x.replacing) for x in found})
+    lines = []
+    for full, replacing in kinds:
+        fault = "Full disk" if full else "Killed"
+        lines += [
+            "",
+            f"{fault}, {'an old output is replaced' if replacing else 'a new output'}:",
+            "",
+        ]
+        lines += [" | ".join(["| case", *COLUMNS, "steps repeated |"])]
+        lines += ["|" + "---|" * (len(COLUMNS) + 2)]
+        rows = [x for x in found if (x.full, x.replacing) == (full, replacing) and x.reached]
+        for name in [*dict.fromkeys(x.case for x in rows), "all"]:
+            mine = [x for x in rows if name in (x.case, "all")]
+            counts = [str(sum(map(test, mine))) for test in COLUMNS.values()]
+            done, again = (
+                sum(x.steps_done for x in mine), sum(x.steps_repeated for x in mine)
+            )  # fmt: skip
+            share = f"{again / done:.0%}" if done else "–"
+            lines.append(" | ".join([f"| {name}", *counts, f"{share} |"]))
+    return "\n".join(lines).strip()
+
+
+def faults_table(found: Sequence[Trial]) -> str:
+    """The points that were not survived, the same ones of a case together."""
+    told: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for x in found:
+        if x.survived and not x.crashed:
+            continue
+        kind = [x.verdict, *(n for n in ("gone", "crashed") if getattr(x, n))]
+        kind += [f"left over: {', '.join(x.left_over)}"] if x.left_over else []
+        key = f"{x.case}{', replacing' if x.replacing else ''}: {', '.join(kind)}"
+        key += f": {'; '.join(t[:160] for t in x.told if t)}"
+        told[key] += 1
+        first.setdefault(key, x.point)
+    return "\n".join(f"{n:4d} × {key}\n       first: {first[key]}" for key, n in told.items())
+
+
+def warm_up() -> None:
+    """Import whatever forks will need, so that none of them has to; compute nothing."""
+    torch.set_num_threads(1)
+    for module in pkgutil.walk_packages(secateur.__path__, "secateur."):
+        if module.name.rpartition(".")[2] not in ("__main__", "_native"):
+            importlib.import_module(module.name)
+    for name in ("transformers.models.llama.modeling_llama", "tokenizers", "matplotlib.pyplot"):
+        importlib.import_module(name)
+    distilling = importlib.import_module("secateur.workflows.distilling")
+    assert hasattr(distilling, "SAVE_MINUTES")
+    distilling.SAVE_MINUTES = 0.0  # every step is saved
+
+
+def main() -> None:
+    """Try every point and print what became of it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--quick", action="store_true", help="some points of each case only")
+    parser.add_argument("--read", type=Path, nargs="+", help="print the table of such files")
+    parser.add_argument("--stride", type=int, default=4, help="between points while replacing")
+    parser.add_argument("--json", type=Path, help="file that gets a line for every point")
+    args = parser.parse_args()
+    unknown = sorted(set(args.cases) - set(CASES))
+    if unknown:
+        parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    if args.read:
+        lines = [x for file in args.read for x in file.read_text(encoding="utf-8").splitlines()]
+        print_tables([Trial(**json.loads(x)) for x in lines])
+        return
+    if why_not():
+        parser.exit(1, f"{why_not()}\n")
+    with tempfile.TemporaryDirectory(prefix="secateur-faults-") as scratch:
+        place = Path(scratch).resolve()
+        if SHIM not in os.environ:
+            library = build_shim(Path(tempfile.mkdtemp(prefix="secateur-shim-")))
+            os.execve(sys.executable, [sys.executable, *sys.argv], environment(library))
+        warm_up()
+        shim = Shim(place)
+        made = shim.attempt(lambda _: make_sources(place / "sources"), place / "nothing")
+        if made.how != "done":
+            parser.exit(1, shim.log.read_text())
+        found = []
+        for trial in trials(shim, place, args.cases or [*CASES], args.quick, args.stride):
+            found.append(trial)
+            if args.json:
+                with args.json.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(asdict(trial)) + "\n")
+            if sys.stderr.isatty():
+                print(f"\r{len(found)} {trial.case}", end=" " * 20, file=sys.stderr)
+    print_tables(found)
+
+
+def print_tables(found: Sequence[Trial]) -> None:
+    """The counts, and what went wrong."""
+    print(f"secateur {secateur.__version__}, torch {torch.__version__}\n")
+    print(table(found))
+    print("\nNot survived, or told by an error that is none of ours:\n")
+    print(faults_table(found) or "none")
+
+
+if __name__ == "__main__":
+    main()
