@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ from contents import contents, every_byte
 from faults import SHIM, Ended, Operation, Point, Shim, build_shim, environment, points_of, why_not
 
 import secateur
+from secateur.engine.progress import Silent
+from secateur.sparsity.allocation.search import Search
 
 IDENTICAL, REFUSED, LOST, DIFFERENT = "identical", "refused", "lost", "different"
 OUTPUT = "out"
@@ -55,8 +57,8 @@ class Trial:
         away: neither is under its own name.
         crashed: a full disk ended the first call in an error that is none of ours.
         left_over: what lies beside the output at the end and does not after an uninterrupted run.
-        steps_done: steps of progress of the stopped run.
-        steps_repeated: those of them that were made again.
+        steps_done: how often the stopped run reported progress.
+        steps_repeated: how often the work was reported again.
         told: errors.
     """
 
@@ -191,16 +193,22 @@ def chosen(points: Sequence[Point], operations: Sequence[Operation], stride: int
 
 
 def spread(points: Sequence[Point], count: int) -> list[Point]:
-    """So many of the points: half of them the last ones, the others spread over the rest."""
-    if len(points) <= count:
-        return list(points)
-    late = points[len(points) - count // 2 :]
-    early, wanted = points[: len(points) - len(late)], count - len(late)
-    return [early[i * len(early) // wanted] for i in range(wanted)] + list(late)
+    """So many of the points: those about the rename to the output, and others evenly spread."""
+    last = [i for i, p in enumerate(points) if p.operation.kind == "rename" and is_output(p)][-1:]
+    kept = {i for rename in last for i in (rename - 1, rename, rename + 1) if i < len(points)}
+    others = [i for i in range(len(points)) if i not in kept]
+    wanted = min(len(others), max(0, count - len(kept)))
+    kept |= {others[i * len(others) // wanted] for i in range(wanted)}
+    return [points[i] for i in sorted(kept)]
+
+
+def is_output(point: Point) -> bool:
+    """Whether an operation is about the folder that a verb makes, and not about what is in it."""
+    return "/" not in point.operation.path
 
 
 def trials(
-    shim: Shim, place: Path, names: Sequence[str], quick: bool, stride: int
+    shim: Shim, place: Path, names: Sequence[str], quick: int, stride: int
 ) -> Iterator[Trial]:
     """Try every case, without and with an output to replace.
 
@@ -208,8 +216,8 @@ def trials(
         shim: which injects.
         place: a folder to work in, with the sources.
         names: of the cases.
-        quick: try as many points of each case as `QUICK` says.
-        stride: where an old output is replaced, every so manyth point between begin and end.
+        quick: try as many points of each case as `QUICK` says, times this; 0: all.
+        stride: every so manyth point between begin and end; a quarter where an output is replaced.
     """
     for (full, replacing), count in QUICK.items():
         for name in names:
@@ -218,9 +226,9 @@ def trials(
             bench = Bench(shim, name, place / "sources", place / "here", replacing)
             operations = bench.measure()
             points = points_of(operations, full=full)
-            if replacing and not quick:
-                points = chosen(points, operations, stride)
-            for point in spread(points, count) if quick else points:
+            if not quick:
+                points = chosen(points, operations, 4 * stride if replacing else stride)
+            for point in spread(points, quick * count) if quick else points:
                 yield bench.attempt(point)
 
 
@@ -280,7 +288,7 @@ def faults_table(found: Sequence[Trial]) -> str:
 
 
 def warm_up() -> None:
-    """Import whatever forks will need, so that none of them has to; compute nothing."""
+    """Import whatever forks will need, so that none of them has to, and make slow choices small."""
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(secateur.__path__, "secateur."):
         if module.name.rpartition(".")[2] not in ("__main__", "_native"):
@@ -290,15 +298,22 @@ def warm_up() -> None:
     distilling = importlib.import_module("secateur.workflows.distilling")
     assert hasattr(distilling, "SAVE_MINUTES")
     distilling.SAVE_MINUTES = 0.0  # every step is saved
+    small = Search(generations=2, offspring=2, stages=((2, 40), (1, 80)))
+    Search.__init__.__defaults__ = tuple(getattr(small, x.name) for x in fields(Search))
 
 
 def main() -> None:
     """Try every point and print what became of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--quick", action="store_true", help="some points of each case only")
+    parser.add_argument(
+        "--quick", type=int, nargs="?", default=0, const=1, metavar="TIMES",
+        help="some points of each case only, or so many times as many",
+    )  # fmt: skip
     parser.add_argument("--read", type=Path, nargs="+", help="print the table of such files")
-    parser.add_argument("--stride", type=int, default=4, help="between points while replacing")
+    parser.add_argument(
+        "--stride", type=int, default=1, help="every so manyth point only between begin and end"
+    )
     parser.add_argument("--json", type=Path, help="file that gets a line for every point")
     args = parser.parse_args()
     unknown = sorted(set(args.cases) - set(CASES))
@@ -320,6 +335,8 @@ def main() -> None:
         made = shim.attempt(lambda _: make_sources(place / "sources"), place / "nothing")
         if made.how != "done":
             parser.exit(1, shim.log.read_text())
+        # once here, so that forks find its registries and tables filled
+        CASES["prune"].call(place / "sources", place / "warm" / "out", Silent())
         found = []
         for trial in trials(shim, place, args.cases or [*CASES], args.quick, args.stride):
             found.append(trial)

@@ -46,7 +46,7 @@ WATCH, KILL, KILL_TORN, FULL, FULL_TORN = 1, 2, 3, 4, 5
 CAPACITY, PATH_BYTES = 60_000, 200
 NEVER = -1
 SHIM = "SECATEUR_TEST_SHIM"
-SECONDS = 120.0
+SECONDS = 300.0
 """After which a try counts as one that never ends."""
 
 
@@ -164,7 +164,7 @@ class Steps:
         self.shim.mark.value += 1
 
     def step(self, count: int = 1, note: str = "") -> None:
-        self.shim.steps.value += count
+        self.shim.steps.value += 1  # one that resumes may report all earlier steps at once
 
     def finish(self) -> None:
         self.shim.mark.value += 1
@@ -177,7 +177,7 @@ class Ended:
     Attributes:
         how: `done`, `killed`, `refused` (an error of ours), `crashed` (any other) or `hung`.
         told: the error, on one line.
-        steps: of progress that were made.
+        steps: how often the progress was told of steps.
         operations: that changed files.
     """
 
