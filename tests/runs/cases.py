@@ -42,6 +42,7 @@ class Case:
             sources and the one that the output lies in.
         resumes: whether the verb takes `resume`.
         replaces: whether it takes `overwrite`.
+        weight: how many times as many points the default tests try.
     """
 
     verb: str
@@ -49,6 +50,7 @@ class Case:
     options: Mapping[str, Any]
     resumes: bool = True
     replaces: bool = True
+    weight: int = 1
 
     def call(
         self, sources: Path, output: Path, progress: Any, model: Path | None = None, **more: Any
@@ -107,7 +109,7 @@ TRAINING = {
 CASES: Mapping[str, Case] = {
     "prune": Case("prune", "dense", WANDA),
     "prune best": Case(
-        "prune", "dense", {**BEST, **LEARNT, "method": "alps", "sparsity": 0.5}
+        "prune", "dense", {**BEST, **LEARNT, "method": "alps", "sparsity": 0.5}, weight=3
     ),
     "prune disk": Case("prune", "dense", {**WANDA, "activations": "disk"}),
     "prune search": Case("prune", "dense", {**WANDA, "allocation": "search"}),

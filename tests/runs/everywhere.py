@@ -1,6 +1,6 @@
 """A fault between any two file operations of every verb; then the same call again.
 
-    PYTHONPATH=tests python tests/runs/everywhere.py [--quick] [--json FILE] [CASE …]
+    PYTHONPATH=tests python tests/runs/everywhere.py [--quick] [--twice] [--json FILE] [CASE …]
 
 Prints, for every verb, how many points were tried and what was left. A kill and a full disk are
 tried before every operation and in the middle of every file that is written; with an old output to
@@ -15,10 +15,11 @@ import importlib
 import json
 import os
 import pkgutil
+import random
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,60 +28,33 @@ import torch
 from cases import CASES, Case, make_sources
 from contents import contents, every_byte
 from faults import SHIM, Ended, Operation, Point, Shim, build_shim, environment, points_of, why_not
+from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, table
 
 import secateur
 from secateur.engine.progress import Silent
 from secateur.sparsity.allocation.search import Search
 
-IDENTICAL, REFUSED, LOST, DIFFERENT = "identical", "refused", "lost", "different"
 OUTPUT = "out"
-QUICK = {(False, False): 8, (False, True): 6, (True, False): 3, (True, True): 2}
+QUICK = {(False, False): 7, (False, True): 5, (True, False): 3, (True, True): 2}
 """Points of each case in the default tests: by whether the disk is full, and whether an old output
 is replaced."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One point, and what became of it.
+class Found:
+    """What lies there after a fault.
 
     Attributes:
-        case: which.
-        replacing: whether an old output was there.
-        point: in words.
-        full: whether the disk was full, not the process killed.
-        verdict: `identical`: the same call again gave the bytes of an uninterrupted run, or they
-            were there already. `refused`: it did not, but nothing had been done that could be
-            lost. `lost`: it did not, and the work of the stopped run cannot be gone on with; or it
-            ended in an error that is none of ours. `different`: it ended well, with other bytes.
-        reached: whether the fault was injected.
-        gone: neither the old output nor the whole new one is anywhere.
-        away: neither is under its own name.
-        crashed: a full disk ended the first call in an error that is none of ours.
-        left_over: what lies beside the output at the end and does not after an uninterrupted run.
-        steps_done: how often the stopped run reported progress.
-        steps_repeated: how often the work was reported again.
-        told: errors.
+        finished: the whole new output has its name.
+        half: something else has it, and there was no old output.
+        away: neither the old output nor the new one has its name.
+        gone: neither is anywhere.
     """
 
-    case: str
-    replacing: bool
-    point: str
-    full: bool
-    verdict: str
-    reached: bool
-    gone: bool = False
-    away: bool = False
-    crashed: bool = False
-    left_over: tuple[str, ...] = ()
-    steps_done: int = 0
-    steps_repeated: int = 0
-    told: tuple[str, ...] = ()
-
-    @property
-    def survived(self) -> bool:
-        """Whether nothing was lost, nothing is wrong, and nothing lies about."""
-        whole = self.verdict in (IDENTICAL, REFUSED)
-        return whole and not (self.gone or self.left_over)
+    finished: bool
+    half: bool
+    away: bool
+    gone: bool
 
 
 @dataclass
@@ -93,6 +67,10 @@ class Bench:
         sources: folder of the models and texts.
         here: the watched folder; the output is made in it.
         replacing: whether an old output is there.
+        reference: what an uninterrupted run makes.
+        beside: what lies beside it then.
+        steps: how often such a run reports progress.
+        operations: of such a run.
     """
 
     shim: Shim
@@ -103,6 +81,7 @@ class Bench:
     reference: dict[str, str] = field(default_factory=dict)
     beside: set[str] = field(default_factory=set)
     steps: int = 0
+    operations: int = 0
 
     @property
     def case(self) -> Case:
@@ -135,6 +114,7 @@ class Bench:
         if ended.how != "done":
             raise SystemExit(f"{self.name}: {ended.told}\n{self.shim.log.read_text()}")
         self.reference, self.steps = contents(self.output), ended.steps
+        self.operations = len(ended.operations)
         self.beside = {x.name for x in self.here.iterdir()}
         return list(ended.operations)
 
@@ -146,23 +126,34 @@ class Bench:
         """Whether a folder is the output that was there before."""
         return folder.is_dir() and every_byte(folder) == every_byte(self.sources / "old")
 
-    def whole(self, folder: Path) -> bool:
-        """Whether a folder is the old output or the new one."""
-        return self.is_new(folder) or self.is_old(folder)
+    def differing(self) -> str:
+        """The files of the output that are not those of an uninterrupted run."""
+        made = contents(self.output) if self.output.is_dir() else {}
+        names = {*made, *self.reference}
+        return ", ".join(sorted(x for x in names if made.get(x) != self.reference.get(x)))
 
-    def attempt(self, point: Point) -> Trial:
-        """A fault at a point, and the same call again."""
+    def look(self) -> Found:
+        """What a fault has left."""
+        away = self.replacing and not (self.is_new(self.output) or self.is_old(self.output))
+        gone = away and not any(self.is_new(x) or self.is_old(x) for x in self.here.iterdir())
+        finished = self.is_new(self.output)
+        named = self.output.exists() and not self.replacing and self.case.replaces
+        return Found(finished, named and not finished, away, gone)
+
+    def attempt(self, point: Point, *, twice: bool = False) -> Trial:
+        """A fault at a point, and the same call again; `twice`: killed once more before that."""
         self.clear()
         anew, retry = self.case.anew(self.replacing), self.case.retry(self.replacing)
         first = self.call(point, **anew)
+        found = [self.look()]
         told = [first.told] if first.how != "killed" else []
-        reached = len(first.operations) > point.operation.number
-        crashed = first.how in ("crashed", "hung")
-        away = self.replacing and not self.whole(self.output)
-        gone = away and not any(self.whole(x) for x in self.here.iterdir())
-        finished = self.is_new(self.output)
-        there = self.output.exists() and not self.replacing and self.case.replaces
-        half = there and not finished
+        if twice:
+            left = max(1, self.operations - len(first.operations))
+            drawn = random.Random(point.operation.number).randrange(left)
+            second = self.call(Point(Operation(drawn, "any", 0, 0, ""), False, False), **retry)
+            told += [] if second.how in ("killed", "done") else [second.told]
+            found.append(self.look())
+        finished, half = found[-1].finished, any(x.half for x in found)
         again = self.call(None, **retry)
         verdict = IDENTICAL if self.is_new(self.output) and not half else DIFFERENT
         if half:
@@ -172,15 +163,28 @@ class Bench:
             verdict = LOST if first.steps or again.how != "refused" else REFUSED
             if self.call(None, **anew).how != "done":
                 told.append("a call that does not resume fails too")
-        elif first.how == "done" and not finished:
+        elif first.how == "done" and not found[0].finished:
             verdict = DIFFERENT
+        if verdict == DIFFERENT:
+            told.append(f"differs: {self.differing()}")
         beside = {x.name for x in self.here.iterdir()} - self.beside
-        left_over = () if finished or verdict != IDENTICAL else tuple(sorted(beside))
+        left_over = tuple(sorted(beside)) if again.how == "done" else ()
         repeated = max(0, first.steps + again.steps - self.steps) if not finished else 0
         return Trial(
-            self.name, self.replacing, str(point), point.full, verdict, reached, gone, away,
-            crashed, left_over, first.steps, min(repeated, first.steps), tuple(told),
-        )  # fmt: skip
+            self.name,
+            self.replacing,
+            str(point),
+            point.full,
+            verdict,
+            len(first.operations) > point.operation.number,
+            any(x.gone for x in found),
+            any(x.away for x in found),
+            first.how in ("crashed", "hung"),
+            left_over,
+            first.steps,
+            min(repeated, first.steps),
+            tuple(told),
+        )
 
 
 def chosen(points: Sequence[Point], operations: Sequence[Operation], stride: int) -> list[Point]:
@@ -198,7 +202,7 @@ def spread(points: Sequence[Point], count: int) -> list[Point]:
     kept = {i for rename in last for i in (rename - 1, rename, rename + 1) if i < len(points)}
     others = [i for i in range(len(points)) if i not in kept]
     wanted = min(len(others), max(0, count - len(kept)))
-    kept |= {others[i * len(others) // wanted] for i in range(wanted)}
+    kept |= {others[i * (len(others) - 1) // max(1, wanted - 1)] for i in range(wanted)}
     return [points[i] for i in sorted(kept)]
 
 
@@ -208,7 +212,7 @@ def is_output(point: Point) -> bool:
 
 
 def trials(
-    shim: Shim, place: Path, names: Sequence[str], quick: int, stride: int
+    shim: Shim, place: Path, names: Sequence[str], *, quick: int, stride: int, twice: bool
 ) -> Iterator[Trial]:
     """Try every case, without and with an output to replace.
 
@@ -218,6 +222,7 @@ def trials(
         names: of the cases.
         quick: try as many points of each case as `QUICK` says, times this; 0: all.
         stride: every so manyth point between begin and end; a quarter where an output is replaced.
+        twice: kill the call that follows on a fault, too.
     """
     for (full, replacing), count in QUICK.items():
         for name in names:
@@ -228,68 +233,17 @@ def trials(
             points = points_of(operations, full=full)
             if not quick:
                 points = chosen(points, operations, 4 * stride if replacing else stride)
-            for point in spread(points, quick * count) if quick else points:
-                yield bench.attempt(point)
-
-
-COLUMNS = {
-    "points": lambda x: True,
-    "bit-identical": lambda x: x.verdict == IDENTICAL,
-    "refused, nothing lost": lambda x: x.verdict == REFUSED,
-    "work lost": lambda x: x.verdict == LOST,
-    "silently different": lambda x: x.verdict == DIFFERENT,
-    "old output gone": lambda x: x.gone,
-    "old output not in place": lambda x: x.away,
-    "traceback": lambda x: x.crashed,
-    "left over": lambda x: bool(x.left_over),
-    "survived": lambda x: x.survived,
-}
-
-
-def table(found: Sequence[Trial]) -> str:
-    """How many points of each verb had which fate, as Markdown."""
-    kinds = sorted({(x.full, x.replacing) for x in found})
-    lines = []
-    for full, replacing in kinds:
-        fault = "Full disk" if full else "Killed"
-        lines += [
-            "",
-            f"{fault}, {'an old output is replaced' if replacing else 'a new output'}:",
-            "",
-        ]
-        lines += [" | ".join(["| case", *COLUMNS, "steps repeated |"])]
-        lines += ["|" + "---|" * (len(COLUMNS) + 2)]
-        rows = [x for x in found if (x.full, x.replacing) == (full, replacing) and x.reached]
-        for name in [*dict.fromkeys(x.case for x in rows), "all"]:
-            mine = [x for x in rows if name in (x.case, "all")]
-            counts = [str(sum(map(test, mine))) for test in COLUMNS.values()]
-            done, again = (
-                sum(x.steps_done for x in mine), sum(x.steps_repeated for x in mine)
-            )  # fmt: skip
-            share = f"{again / done:.0%}" if done else "–"
-            lines.append(" | ".join([f"| {name}", *counts, f"{share} |"]))
-    return "\n".join(lines).strip()
-
-
-def faults_table(found: Sequence[Trial]) -> str:
-    """The points that were not survived, the same ones of a case together."""
-    told: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for x in found:
-        if x.survived and not x.crashed:
-            continue
-        kind = [x.verdict, *(n for n in ("gone", "crashed") if getattr(x, n))]
-        kind += [f"left over: {', '.join(x.left_over)}"] if x.left_over else []
-        key = f"{x.case}{', replacing' if x.replacing else ''}: {', '.join(kind)}"
-        key += f": {'; '.join(t[:160] for t in x.told if t)}"
-        told[key] += 1
-        first.setdefault(key, x.point)
-    return "\n".join(f"{n:4d} × {key}\n       first: {first[key]}" for key, n in told.items())
+            wanted = quick * count * CASES[name].weight
+            for point in spread(points, wanted) if quick else points:
+                yield bench.attempt(point, twice=twice)
 
 
 def warm_up() -> None:
-    """Import whatever forks will need, so that none of them has to, and make slow choices small."""
-    torch.set_num_threads(1)
+    """Import whatever forks will need, so that none of them has to, and make slow choices small.
+
+    Threads are limited by the environment only: after `torch.set_num_threads` a fork that has not
+    made its own pool yet fails now and then.
+    """
     for module in pkgutil.walk_packages(secateur.__path__, "secateur."):
         if module.name.rpartition(".")[2] not in ("__main__", "_native"):
             importlib.import_module(module.name)
@@ -314,6 +268,7 @@ def main() -> None:
     parser.add_argument(
         "--stride", type=int, default=1, help="every so manyth point only between begin and end"
     )
+    parser.add_argument("--twice", action="store_true", help="kill the call that follows, too")
     parser.add_argument("--json", type=Path, help="file that gets a line for every point")
     args = parser.parse_args()
     unknown = sorted(set(args.cases) - set(CASES))
@@ -328,8 +283,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="secateur-faults-") as scratch:
         place = Path(scratch).resolve()
         if SHIM not in os.environ:
-            library = build_shim(Path(tempfile.mkdtemp(prefix="secateur-shim-")))
-            os.execve(sys.executable, [sys.executable, *sys.argv], environment(library))
+            again = [sys.executable, *sys.argv]
+            sys.exit(subprocess.run(again, env=environment(build_shim(place))).returncode)
         warm_up()
         shim = Shim(place)
         made = shim.attempt(lambda _: make_sources(place / "sources"), place / "nothing")
@@ -338,7 +293,14 @@ def main() -> None:
         # once here, so that forks find its registries and tables filled
         CASES["prune"].call(place / "sources", place / "warm" / "out", Silent())
         found = []
-        for trial in trials(shim, place, args.cases or [*CASES], args.quick, args.stride):
+        for trial in trials(
+            shim,
+            place,
+            args.cases or [*CASES],
+            quick=args.quick,
+            stride=args.stride,
+            twice=args.twice,
+        ):
             found.append(trial)
             if args.json:
                 with args.json.open("a", encoding="utf-8") as stream:

@@ -6,6 +6,7 @@ finished folder gets its name. Processes are forked from one that has everything
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,8 +15,11 @@ from pathlib import Path
 
 import pytest
 from cases import CASES
-from everywhere import IDENTICAL, QUICK, Trial
+from everywhere import QUICK
 from faults import build_shim, environment, why_not
+from outcomes import IDENTICAL, Trial
+
+import secateur
 
 SCRIPT = Path(__file__).with_name("everywhere.py")
 SHARES = [
@@ -65,8 +69,12 @@ def of(trials: list[Trial], case: str, *, full: bool) -> list[Trial]:
     return found
 
 
-def test_every_case_is_tried() -> None:
+def test_every_verb_that_writes_a_folder_is_tried() -> None:
     assert sorted(name for names in SHARES for name in names) == sorted(CASES)
+    public = {name: getattr(secateur, name) for name in secateur.__all__}
+    functions = {name: x for name, x in public.items() if inspect.isfunction(x)}
+    writing = {n for n, x in functions.items() if "overwrite" in inspect.signature(x).parameters}
+    assert {*writing, "sweep"} == {case.verb for case in CASES.values()}
 
 
 @pytest.mark.parametrize("case", CASES)
