@@ -1,0 +1,154 @@
+"""What faults are injected into: every verb that writes, on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import secateur
+from secateur.calibration.windows import save_windows
+from tiny import save_tiny
+from zoo import tiny_windows
+
+__all__ = ["CASES", "Case", "make_sources"]
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
+
+
+def make_sources(place: Path) -> None:
+    """The models and texts that all cases start from."""
+    place.mkdir(parents=True)
+    save_tiny(place / "dense", shards=2, num_hidden_layers=2)
+    save_tiny(place / "deep", num_hidden_layers=3)
+    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
+    secateur.compress(place / "pruned", output=place / "small")
+    secateur.prune(place / "deep", output=place / "old", method="magnitude", sparsity=0.25)
+    save_windows(tiny_windows(4, 20), place / "windows.safetensors")
+    save_windows(tiny_windows(4, 20, seed=2), place / "others.safetensors")
+    (place / "text.txt").write_text(TEXT, encoding="utf-8")
+    (place / "other.txt").write_text(TEXT.replace("fox", "cat"), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A verb with its options.
+
+    Attributes:
+        verb: a function of `secateur`.
+        source: the model, one of `make_sources`.
+        options: the other arguments; `{sources}` and `{here}` in texts stand for the folder of the
+            sources and the one that the output lies in.
+        resumes: whether the verb takes `resume`.
+        replaces: whether it takes `overwrite`.
+        weight: how many times as many points the default tests try.
+    """
+
+    verb: str
+    source: str
+    options: Mapping[str, Any]
+    resumes: bool = True
+    replaces: bool = True
+    weight: int = 1
+
+    def call(
+        self, sources: Path, output: Path, progress: Any, model: Path | None = None, **more: Any
+    ) -> Any:
+        """Call the verb, of another model than the case's if one is given."""
+        places = {"{sources}": str(sources), "{here}": str(output.parent)}
+        options = filled({**self.options, **more}, places)
+        verb = SPECIAL.get(self.verb) or getattr(secateur, self.verb)
+        source = sources / self.source if model is None else model
+        return verb(source, output=output, progress=progress, **options)
+
+    def retry(self, overwrite: bool) -> dict[str, bool]:
+        """Options of the call that mends what a fault left."""
+        return {**({"resume": True} if self.resumes else {}), **self.anew(overwrite)}
+
+    def anew(self, overwrite: bool) -> dict[str, bool]:
+        """Options of a call that replaces what is there, or of a plain one."""
+        return {"overwrite": True} if overwrite else {}
+
+
+def filled(value: Any, places: Mapping[str, str]) -> Any:
+    """A value whose texts have the places filled in."""
+    if isinstance(value, str):
+        for name, place in places.items():
+            value = value.replace(name, place)
+        return value
+    if isinstance(value, Mapping):
+        return {key: filled(x, places) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [filled(x, places) for x in value]
+    return value
+
+
+def swept(model: Path, *, output: Path, progress: Any, **options: Any) -> Any:
+    """A sweep that keeps its models."""
+    lists = {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}
+    plan = secateur.SweepPlan(str(model), **lists)
+    return secateur.sweep(plan, output, keep_models=True, progress=progress)
+
+
+SPECIAL: Mapping[str, Callable[..., Any]] = {"sweep": swept}
+
+WINDOWS = {"calibration": "{sources}/windows.safetensors"}
+WANDA = {"method": "wanda", "sparsity": 0.5, **WINDOWS}
+FEW = {"parameters": {"iterations": 3, "growth": 2.0}}
+BEST = {"effort": "best", **FEW, **WINDOWS}
+"""The preset, in small. Whoever gives parameters gives method, or score and solver, too."""
+FAST = {"effort": "fast", **WINDOWS}
+REFIT = {"score": "wanda", "solver": "alps"}
+LEARNT = {"generated": 2, "epochs": 1, "peak_learning_rate": 1e-3}
+TRAINING = {
+    "text": "{sources}/text.txt", "sequence_length": 16, "windows": 12, "batch": 4, "steps": 3,
+    "validations": 1, "validation_windows": 2, "save_minutes": 0,
+}  # fmt: skip
+
+CASES: Mapping[str, Case] = {
+    "prune": Case("prune", "dense", WANDA),
+    "prune best": Case(
+        "prune", "dense", {**BEST, **LEARNT, "method": "alps", "sparsity": 0.5}, weight=3
+    ),
+    "prune disk": Case("prune", "dense", {**WANDA, "activations": "disk"}),
+    "prune search": Case("prune", "dense", {**WANDA, "allocation": "search"}),
+    "structure": Case("structure", "dense", {**FAST, "ffn": 0.5, "heads": 0.5}),
+    "structure best": Case(
+        "structure", "deep", {**BEST, **REFIT, **LEARNT, "keep_layers": 2}
+    ),
+    "retrain": Case("retrain", "pruned", TRAINING),
+    "distill": Case(
+        "distill",
+        "pruned",
+        {
+            **TRAINING, "teacher": "{sources}/dense", "top_k": 4,
+            "teacher_file": "{here}/teacher.safetensors",
+        },
+    ),
+    "chain": Case(
+        "chain",
+        "dense",
+        {
+            "steps": [
+                {"structure": {**FAST, "ffn": 0.5}},
+                {"prune": {"pattern": "2:4", "method": "wanda", **WINDOWS}},
+                {"retrain": TRAINING},
+                {"compress": {}},
+            ]
+        },
+    ),
+    "compress": Case("compress", "pruned", {}),
+    "compress int8": Case("compress", "pruned", {"values": "int8", **WINDOWS}),
+    "decompress": Case("decompress", "small", {}, resumes=False),
+    "sweep": Case(
+        "sweep",
+        "dense",
+        {
+            "methods": ("magnitude", "wanda"), "sparsities": (0.5,), **WINDOWS,
+            "texts": ("{sources}/text.txt",), "judge_length": 16, "max_windows": 4,
+        },
+        resumes=False,
+        replaces=False,
+    ),
+}  # fmt: skip

@@ -1,0 +1,330 @@
+"""Who may write where, and what a run goes on with: the rules of a run's folder, for every verb."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import CASES, make_sources
+from contents import contents, every_byte
+
+from secateur.errors import RecipeError
+
+VERBS = (
+    "prune", "structure", "retrain", "distill", "chain", "compress", "compress int8", "decompress",
+)  # fmt: skip
+RESUMABLE = [name for name in VERBS if CASES[name].resumes]
+WAYS = ({}, {"resume": True}, {"restart": True}, {"overwrite": True})
+
+
+class Stopped(BaseException):
+    """As Ctrl-C would end a run."""
+
+
+class At:
+    """A progress that does something at one of its steps, once, and counts them all."""
+
+    def __init__(self, step: int = 0, act: Callable[[], object] = lambda: None) -> None:
+        self.wanted, self.act, self.steps, self.stages = step, act, 0, 0
+
+    def start(self, label: str, steps: int) -> None:
+        self.stages += 1
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        before, self.steps = self.steps, self.steps + count
+        if before < self.wanted <= self.steps:
+            self.act()
+
+    def finish(self) -> None:
+        pass
+
+
+def stop() -> None:
+    """End a run."""
+    raise Stopped
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models and texts."""
+    place = tmp_path_factory.mktemp("runs") / "sources"
+    make_sources(place)
+    return place
+
+
+Straight = Callable[[str], tuple[dict[str, str], int]]
+
+
+@pytest.fixture(scope="module")
+def straight(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """What an uninterrupted run of a case makes, and its steps of progress."""
+    found: dict[str, tuple[dict[str, str], int]] = {}
+
+    def made(name: str) -> tuple[dict[str, str], int]:
+        if name not in found:
+            output, counted = tmp_path_factory.mktemp("straight") / "out", At()
+            CASES[name].call(sources, output, counted)
+            found[name] = contents(output), counted.steps
+        return found[name]
+
+    return made
+
+
+def ways(name: str) -> list[dict[str, bool]]:
+    """The ways in which a verb can be called."""
+    case = CASES[name]
+    known = {*(("resume", "restart") if case.resumes else ()), *case.anew(case.replaces)}
+    return [way for way in WAYS if way.keys() <= known]
+
+
+def work_in(folder: Path) -> dict[str, str]:
+    """All that lies in a folder, but for who worked there last."""
+    return {name: x for name, x in every_byte(folder).items() if Path(name).name != "run.json"}
+
+
+# -- two at once ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def holder(sources: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process whose runs wait at their first step; see `holder.py`."""
+    here = Path(__file__).parent
+    paths = [str(here.parent), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, str(here / "holder.py"), str(sources)]
+    with subprocess.Popen(
+        command, text=True, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("name", [*VERBS, "sweep"])
+def test_a_second_run_is_refused_and_names_the_first(
+    name: str, sources: Path, holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    output, told = tmp_path / "out", []
+    holder.stdin.write(f"{name}\t{output}\n")
+    holder.stdin.flush()
+    assert holder.stdout.readline() == "held\n"
+    for way in ways(name):
+        try:
+            CASES[name].call(sources, output, At(), **way)
+            told.append("it was not refused")
+        except RecipeError as error:
+            told.append(str(error))
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    first = holder.stdout.readline()
+    assert first == "done\n"
+    for text in told:
+        assert str(holder.pid) in text
+        assert socket.gethostname() in text
+        assert re.search(r"\d\d:\d\d", text)
+    CASES[name].call(sources, tmp_path / "straight", At())
+    assert contents(output) == contents(tmp_path / "straight")
+
+
+# -- what is somebody else's ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["first step", "last step"])
+@pytest.mark.parametrize("name", VERBS)
+def test_an_output_that_appears_meanwhile_is_not_touched(
+    name: str, when: str, sources: Path, straight: Straight, tmp_path: Path
+) -> None:
+    expected, steps = straight(name)
+    output, case = tmp_path / "out", CASES[name]
+
+    def appear() -> None:
+        shutil.copytree(sources / "old", output)
+
+    with pytest.raises(RecipeError):
+        case.call(sources, output, At(1 if when == "first step" else steps, appear))
+    assert every_byte(output) == every_byte(sources / "old")
+    shutil.rmtree(output)
+    case.call(sources, output, At(), **case.retry(False))
+    assert contents(output) == expected
+
+
+@pytest.mark.parametrize("beside", ["out.partial", "out.rounded", "out.rounded.partial"])
+@pytest.mark.parametrize("name", VERBS)
+def test_a_folder_of_the_user_beside_the_output_is_never_deleted(
+    name: str, beside: str, sources: Path, tmp_path: Path
+) -> None:
+    (tmp_path / beside).mkdir()
+    (tmp_path / beside / "mine.txt").write_text("mine", encoding="utf-8")
+    for way in ways(name):
+        with contextlib.suppress(RecipeError):
+            CASES[name].call(sources, tmp_path / "out", At(), **way)
+        assert (tmp_path / beside / "mine.txt").read_text(encoding="utf-8") == "mine"
+
+
+# -- source and output are two places ---------------------------------------------------------
+
+Places = tuple[Path, Path]
+
+
+def same(model: Path, old: Path) -> Places:
+    return model, model
+
+
+def same_by_another_name(model: Path, old: Path) -> Places:
+    return model, old / ".." / model.name
+
+
+def output_is_a_link_to_the_source(model: Path, old: Path) -> Places:
+    link = model.with_name("link")
+    link.symlink_to(model, target_is_directory=True)
+    return model, link
+
+
+def source_is_a_link_to_the_output(model: Path, old: Path) -> Places:
+    link, _ = reversed(output_is_a_link_to_the_source(model, old))
+    return link, model
+
+
+def source_inside_the_output(model: Path, old: Path) -> Places:
+    return Path(shutil.move(model, old / "model")), old
+
+
+def source_deep_inside_the_output(model: Path, old: Path) -> Places:
+    (old / "models").mkdir()
+    return Path(shutil.move(model, old / "models" / "model")), old
+
+
+def source_inside_by_a_link(model: Path, old: Path) -> Places:
+    inside, _ = source_inside_the_output(model, old)
+    link = old.with_name("link")
+    link.symlink_to(inside, target_is_directory=True)
+    return link, old
+
+
+def output_inside_the_source(model: Path, old: Path) -> Places:
+    return model, Path(shutil.move(old, model / "old"))
+
+
+def output_inside_by_a_link(model: Path, old: Path) -> Places:
+    link = model.with_name("link")
+    link.symlink_to(model, target_is_directory=True)
+    shutil.move(old, model / "old")
+    return model, link / "old"
+
+
+LAYOUTS = [
+    same, same_by_another_name, output_is_a_link_to_the_source, source_is_a_link_to_the_output,
+    source_inside_the_output, source_deep_inside_the_output, source_inside_by_a_link,
+    output_inside_the_source, output_inside_by_a_link,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("name", [*VERBS, "sweep"])
+def test_source_and_output_must_be_apart(
+    name: str, layout: Callable[[Path, Path], Places], sources: Path, tmp_path: Path
+) -> None:
+    case, place = CASES[name], tmp_path / "place"
+    shutil.copytree(sources / case.source, place / "model")
+    shutil.copytree(sources / "old", place / "old")
+    model, output = layout(place / "model", place / "old")
+    before, seen = every_byte(tmp_path), At()
+    with pytest.raises(RecipeError):
+        case.call(sources, output, seen, model=model, **case.anew(case.replaces))
+    assert every_byte(tmp_path) == before
+    assert seen.stages == 0
+
+
+def test_a_teacher_inside_the_output_is_not_deleted(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "old", tmp_path / "out")
+    shutil.copytree(sources / "dense", tmp_path / "out" / "teacher")
+    before = every_byte(tmp_path)
+    options: dict[str, Any] = {"teacher": str(tmp_path / "out" / "teacher"), "overwrite": True}
+    with pytest.raises(RecipeError):
+        CASES["distill"].call(sources, tmp_path / "out", At(), **options)
+    assert every_byte(tmp_path) == before
+
+
+# -- going on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_resume_starts_where_nothing_was_left(
+    name: str, sources: Path, straight: Straight, tmp_path: Path
+) -> None:
+    CASES[name].call(sources, tmp_path / "out", At(), resume=True)
+    assert contents(tmp_path / "out") == straight(name)[0]
+
+
+TEXT = {"calibration": "{sources}/text.txt", "sequence_length": 16, "samples": 4}
+CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("prune", {}, {"calibration": "{sources}/others.safetensors"}),
+    ("prune", TEXT, {"samples": 3}),
+    ("prune", TEXT, {"calibration": "{sources}/other.txt"}),
+    ("prune", TEXT, {"seed": 1}),
+    ("structure", {}, {"calibration": "{sources}/others.safetensors"}),
+    ("structure", TEXT, {"samples": 3}),
+    ("compress int8", {}, {"calibration": "{sources}/others.safetensors"}),
+    ("compress int8", TEXT, {"samples": 3}),
+    ("retrain", {}, {"text": "{sources}/other.txt"}),
+    ("retrain", {}, {"windows": 11}),
+    ("distill", {}, {"text": "{sources}/other.txt"}),
+    ("chain", {}, {"steps": CASES["chain"].options["steps"][:3]}),
+]
+
+
+def stopped(name: str, sources: Path, output: Path, steps: int, **options: Any) -> None:
+    """A run that is stopped after half of its steps."""
+    with pytest.raises(Stopped):
+        CASES[name].call(sources, output, At(max(1, steps // 2), stop), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "change"), CHANGES, ids=lambda x: x if isinstance(x, str) else "-".join(x)
+)
+def test_resume_with_another_text_is_refused(
+    name: str, options: dict[str, Any], change: dict[str, Any], sources: Path, tmp_path: Path
+) -> None:
+    case, counted = CASES[name], At()
+    case.call(sources, tmp_path / "straight" / "out", counted, **options)
+    here = tmp_path / "here"
+    here.mkdir()
+    stopped(name, sources, here / "out", counted.steps, **options)
+    before = work_in(here)
+    with pytest.raises(RecipeError):
+        case.call(sources, here / "out", At(), resume=True, **{**options, **change})
+    assert work_in(here) == before
+    case.call(sources, here / "out", At(), resume=True, **options)
+    assert contents(here / "out") == contents(tmp_path / "straight" / "out")
+
+
+@pytest.mark.parametrize("name", [x for x in RESUMABLE if x != "compress"])
+def test_resume_with_other_weights_in_the_source_is_refused(
+    name: str, sources: Path, straight: Straight, tmp_path: Path
+) -> None:
+    case, here = CASES[name], tmp_path / "here"
+    model = Path(shutil.copytree(sources / case.source, tmp_path / "model"))
+    here.mkdir()
+    stopped(name, sources, here / "out", straight(name)[1], model=model)
+    before, file = work_in(here), max(model.glob("*.safetensors"))
+    as_it_was = file.read_bytes()
+    changed = bytearray(as_it_was)
+    changed[-2] ^= 1
+    file.write_bytes(changed)
+    with pytest.raises(RecipeError):
+        case.call(sources, here / "out", At(), model=model, resume=True)
+    assert work_in(here) == before
+    file.write_bytes(as_it_was)
+    case.call(sources, here / "out", At(), model=model, resume=True)
+    assert contents(here / "out") == straight(name)[0]
