@@ -76,21 +76,19 @@ def off(found: torch.Tensor, matrix: torch.Tensor, shift: float) -> float:
     ("tokens", "share", "shift"),
     [
         (600, 0.5, 0.1),  # by halves
-        (600, 0.9, 0.1),  # by Cholesky
-        (600, 0.99, 0.1),
+        (600, 0.9, 0.1),
+        (600, 0.99, 0.1),  # by Cholesky
         (600, 0.99, 0.002),  # halves fail with an error of torch's
-        (100, 0.9, 0.002),  # by Cholesky in float64
+        (100, 0.9, 0.001),  # by Cholesky in float64
     ],
 )
-def test_right_where_one_eigenvalue_rules(
-    tokens: int, share: float, shift: float
-) -> None:
+def test_right_where_one_eigenvalue_rules(tokens: int, share: float, shift: float) -> None:
     matrix = ruled_gram(300, tokens, share)
     kept = matrix.clone()
     found = inverse(matrix, shift)
     assert found.dtype == torch.float32
     assert torch.equal(matrix, kept)
-    assert off(found, matrix, shift) < 0.01  # estimated as less than half a percent
+    assert off(found, matrix, shift) < 0.01
     exact = torch.linalg.inv(matrix.double() + shift * torch.eye(300, dtype=torch.float64))
     assert float((found - exact).norm() / exact.norm()) < 1e-3
 
@@ -106,9 +104,9 @@ def test_each_way_is_tried_only_when_the_one_before_is_off(monkeypatch: pytest.M
 
         monkeypatch.setattr(shifted_inverse, name, watched)
     inverse(ruled_gram(300, 600, 0.5), 0.1)
-    inverse(ruled_gram(300, 600, 0.9), 0.1)
+    inverse(ruled_gram(300, 600, 0.99), 0.1)
     assert tried == ["_by_halves", "_by_halves"]
-    inverse(ruled_gram(300, 100, 0.9), 0.002)
+    inverse(ruled_gram(300, 100, 0.9), 0.001)
     assert tried[2:] == ["_by_halves", "_by_cholesky_in_double"]
 
 
