@@ -51,15 +51,15 @@ def switch_off(
         elif kept is not None:
             wide = [g * per_group * size + c for g in kept for c in range(per_group * size)]
             keep_inputs(layer.get_submodule(out), wide)
-            if family == "olmo2":  # its norms see all heads at once
+            if family == "olmo2":  # its norms run over all heads that are left
                 narrow = [g * size + c for g in kept for c in range(size)]
-                keep_outputs(layer.get_submodule("self_attn.q_proj"), wide)
-                keep_outputs(layer.get_submodule("self_attn.k_proj"), narrow)
+                narrow_norm(layer.get_submodule("self_attn.q_norm"), wide)
+                narrow_norm(layer.get_submodule("self_attn.k_norm"), narrow)
         if (kept := (queries or {}).get(i)) is not None:
             wide = [h * size + c for h in kept for c in range(size)]
             keep_inputs(layer.get_submodule(out), wide)
             if family == "olmo2":
-                keep_outputs(layer.get_submodule("self_attn.q_proj"), wide)
+                narrow_norm(layer.get_submodule("self_attn.q_norm"), wide)
         kept = (neurons or {}).get(i)
         if kept == ():
             layer.get_submodule(ffn).register_forward_hook(
@@ -91,6 +91,19 @@ def norm_of(module: nn.LayerNorm, x: torch.Tensor, kept: list[int]) -> torch.Ten
         x[..., kept], (len(kept),), module.weight[kept], module.bias[kept], module.eps
     )
     return result
+
+
+def narrow_norm(module: Any, kept: list[int]) -> None:
+    """An RMSNorm over these entries alone."""
+
+    def norm(m: Any, args: Any, result: torch.Tensor) -> torch.Tensor:
+        x = args[0][..., kept]
+        root = (x.square().mean(-1, keepdim=True) + m.variance_epsilon).sqrt()
+        normed = torch.zeros_like(result)
+        normed[..., kept] = m.weight[kept] * x / root
+        return normed
+
+    module.register_forward_hook(norm)
 
 
 def keep_inputs(module: nn.Module, kept: list[int]) -> None:

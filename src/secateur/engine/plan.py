@@ -22,6 +22,7 @@ from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.residency import LiveTensors
 from secateur.engine.run import Settings
 from secateur.engine.search import WINDOW_TOKENS
+from secateur.engine.solver_cost import solve_bytes, solve_squares
 from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.targets import Target
 from secateur.models.architecture import linears_of
@@ -30,13 +31,6 @@ from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.methods import Method
 
 __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
-
-SOLVE_COPIES = {"zero": 4, "obs": 7, "alps": 9}
-"""Float32 copies of the largest weight at the height of scoring, masking and solving, measured."""
-
-SOLVE_SQUARES = {"alps": 9}
-"""Float32 matrices [in, in] at the same time; with ALPS the gram, A, four inverses, their sum and
-what an inverse takes; with the others 4."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +131,8 @@ class Plan:
         forward_bytes: running and halted forwards.
         solve_bytes: statistics, scores and solver of the largest linear; or of a whole layer,
             with what is kept of it, while an allocation looks at the dense model.
+        solve_squares: the float32 matrices [widest_inputs, widest_inputs] among them.
+        widest_inputs: the most inputs of a linear.
         writing_bytes: the whole model with the keys and values of what it writes, before the run.
         tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
         distilling_bytes: both whole models, gradients, moments, one window's forward and logits.
@@ -149,6 +145,8 @@ class Plan:
     activation_bytes: int
     forward_bytes: int
     solve_bytes: int
+    solve_squares: int
+    widest_inputs: int
     writing_bytes: int
     tuning_bytes: int
     distilling_bytes: int
@@ -164,6 +162,12 @@ class Plan:
         pruning = max(self.forward_bytes + self.solve_bytes, self.tuning_bytes)
         pruning += self.layer_bytes + self.activation_bytes
         return self.process_bytes + max(pruning, self.writing_bytes, self.distilling_bytes)
+
+    @property
+    def squares(self) -> tuple[str, int]:
+        """The matrices of the solver, in words and bytes."""
+        told = f"{self.solve_squares} matrices of {self.widest_inputs} x {self.widest_inputs}"
+        return told, 4 * self.solve_squares * self.widest_inputs**2
 
     def to_json(self) -> dict[str, int]:
         """All figures."""
@@ -223,6 +227,8 @@ def plan_run(
         + (settings.sequential == "layer" and "gram" in method.requires) * gram_bytes(target)
         + own * 8 * prunable // len(layers)
         + survey_bytes(target, allocation, prunable // len(layers), windows),
+        solve_squares=solve_squares(method, settings.asymmetric),
+        widest_inputs=max(columns for _, columns in shapes),
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         distilling_bytes=distilling,
@@ -305,15 +311,6 @@ def waits(method: Method, settings: Settings) -> int:
     gathered = bool(method.requires & INPUT_STATISTICS) or settings.asymmetric
     halting = gathered and settings.sequential == "group" and settings.activations == "memory"
     return halting * (1 + settings.asymmetric)
-
-
-def solve_bytes(method: Method, shapes: list[tuple[int, int]], asymmetric: bool) -> int:
-    """Statistics, scores, masks and solver of the largest linear."""
-    solve = SOLVE_COPIES.get(method.solver_name, 7) * 4 * max(o * i for o, i in shapes)
-    if "gram" in method.requires or asymmetric:
-        squares = SOLVE_SQUARES.get(method.solver_name, 4) + 2 * asymmetric
-        solve += 4 * squares * max(i for _, i in shapes) ** 2
-    return solve
 
 
 def gram_bytes(target: Target) -> int:

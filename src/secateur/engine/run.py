@@ -32,6 +32,7 @@ from secateur.engine.progress import Progress
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.routing import coverage
 from secateur.engine.selection import Selection
+from secateur.engine.solver_cost import warn_of_work
 from secateur.engine.surgery import INPUT_STATISTICS, LinearRecord, all_zero, check_finite
 from secateur.engine.targets import Target
 from secateur.errors import PatternError
@@ -129,6 +130,7 @@ class Run:
         self.groups: Sequence[Sequence[str]] | None = target.architecture.groups
         self.told = 0
         self.sparsity_of = self.plan_sparsity()
+        warn_of_work(self.shapes, self.sparsity_of, self.method_for)
 
     # -- what is asked of each linear ----------------------------------------------------------
 

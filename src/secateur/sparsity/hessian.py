@@ -14,6 +14,7 @@ from secateur.errors import NumericalError, RecipeError
 from secateur.types import Gram, Weight
 
 __all__ = [
+    "FACTOR_SQUARES",
     "check_damping",
     "check_gram",
     "check_weight",
@@ -27,6 +28,9 @@ __all__ = [
 # L_jj² / H_jj is the share of column j that the other columns do not explain. Below these shares
 # the subtraction that made the pivot has lost nearly all digits of the dtype: the factor is noise.
 _SMALLEST_PIVOT = {torch.float32: 1e-5, torch.float64: 1e-12}
+FACTOR_SQUARES = 5
+"""Float32 matrices [in, in] at the height of `inverse_factor`, the gram among them."""
+
 _RECURSION_WIDTH = 256
 _CHUNK_COLUMNS = 256
 
@@ -109,6 +113,9 @@ def inverse_factor(
     the upper triangular R with H = RRᵀ, which needs one factorisation and one triangular
     inverse: faster, and H⁻¹ itself, the least accurate of the three, is never formed.
 
+    Memory: the gram and two matrices in the dtype of the work, so 3 squares of float32 [in, in];
+    5 where float32 is not enough and float64 has to be tried (`FACTOR_SQUARES`).
+
     Args:
         gram: float32 [in, in].
         damping: fraction of the mean diagonal added to the diagonal.
@@ -122,7 +129,7 @@ def inverse_factor(
     """
     damped, dead = damped_diagonal(gram, damping)
     for dtype in (torch.float32, torch.float64):
-        factor = _factorise(gram.to(dtype, copy=True), damped.to(dtype))
+        factor = _factorise(gram, damped, dtype)
         if factor is not None:
             return factor.float(), dead
     raise NumericalError(
@@ -144,30 +151,34 @@ def cholesky(hessian: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"
     return lower
 
 
-def _factorise(hessian: Tensor, damped: Tensor) -> Tensor | None:
+def _factorise(gram: Gram, damped: Tensor, dtype: torch.dtype) -> Tensor | None:
     """U with UᵀU = H⁻¹, or None if it cannot be had in this precision."""
-    hessian.diagonal().copy_(damped)
     # Lower and upper swap when rows and columns are reversed: JHJ = LLᵀ gives H = RRᵀ, R = JLJ.
-    lower = cholesky(hessian.flip(0, 1))
+    hessian = gram.flip(0, 1).to(dtype)
+    hessian.diagonal().copy_(damped.flip(0))
+    lower = cholesky(hessian)
+    del hessian
     if lower is None:
         return None
-    inverse = _invert_upper(lower.flip(0, 1))
-    return inverse if bool(torch.isfinite(inverse).all()) else None
+    upper = lower.flip(0, 1)
+    del lower
+    _invert_upper(upper)
+    finite = (bool(torch.isfinite(rows).all()) for rows in upper.split(_CHUNK_COLUMNS))
+    return upper if all(finite) else None
 
 
-def _invert_upper(upper: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix by halves, so that nearly all work is in matmuls."""
+def _invert_upper(upper: Tensor) -> None:
+    """Invert an upper triangular matrix in place, by halves: nearly all work is in matmuls."""
     n = len(upper)
     if n <= _RECURSION_WIDTH:
         identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, identity, upper=True)
+        upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
+        return
     half = n // 2
-    inverse = torch.zeros_like(upper, memory_format=torch.contiguous_format)
-    inverse[:half, :half] = _invert_upper(upper[:half, :half])
-    inverse[half:, half:] = _invert_upper(upper[half:, half:])
-    corner = inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:]
-    inverse[:half, half:] = corner.neg_()
-    return inverse
+    first, last, corner = upper[:half, :half], upper[half:, half:], upper[:half, half:]
+    _invert_upper(first)
+    _invert_upper(last)
+    corner.copy_((first @ corner @ last).neg_())
 
 
 def output_energy(weight: Weight, gram: Gram) -> float:

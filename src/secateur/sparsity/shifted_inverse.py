@@ -9,9 +9,16 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from secateur.errors import NumericalError
+from secateur.sparsity.hessian import cholesky
+
 __all__ = ["ShiftedInverse", "inverse"]
 
 _RECURSION_WIDTH = 256
+# How far an inverse may be off, and in how many steps that is estimated. Of the inverses of a real
+# model (SmolLM2-135M) the worst by halves is 0.006 off.
+_OFF = 0.01
+_STEPS = 6
 # How far a sum may be off for an eigenvalue, how many eigenvalues are looked at, and how many ρ.
 _PRECISION = 0.005
 _EIGENVALUES = 400
@@ -25,7 +32,7 @@ class ShiftedInverse:
     |1 − (λ + ρ) Σ cᵢ / (λ + ρᵢ)|. The cᵢ are the least-squares solution for λ spread over all that
     a matrix with unit diagonal can have, 0 to `in`; the ρᵢ lie at the Chebyshev points of the range
     of ln ρ, as few of them as make every sum right to within half a percent: 4 for a range of 15.
-    The inverses are computed when one of them is first asked for, and kept.
+    The inverses are computed when one of them is first needed, and kept.
 
     Args:
         matrix: A, symmetric, positive semidefinite, with unit diagonal, float32 [in, in].
@@ -47,13 +54,12 @@ class ShiftedInverse:
 
     @cached_property
     def inverses(self) -> list[Tensor]:
-        """(A + ρᵢI)⁻¹, float32 [in, in] each."""
-        found = []
-        for shift in self.shifts:
-            shifted = self.matrix.clone()
-            shifted.diagonal().add_(shift)
-            found.append(inverse(shifted))
-        return found
+        """(A + ρᵢI)⁻¹, float32 [in, in] each.
+
+        Raises:
+            NumericalError: one of them cannot be had in float32.
+        """
+        return [inverse(self.matrix, shift) for shift in self.shifts]
 
     def at(self, shift: float, out: Tensor | None = None) -> Float32[Tensor, "in in"]:
         """(A + ρI)⁻¹, float32 [in, in].
@@ -84,15 +90,99 @@ def _between(low: float, high: float, count: int) -> list[float]:
     return [math.exp(middle + half * math.cos(angle)) for angle in angles]
 
 
-def inverse(matrix: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
-    """The inverse of a symmetric positive definite matrix, by halves.
+def inverse(matrix: Float32[Tensor, "n n"], shift: float = 0.0) -> Float32[Tensor, "n n"]:
+    """(A + ρI)⁻¹ of a symmetric positive semidefinite A, right to within one percent.
+
+    The fastest way comes first, and its error is estimated: by halves, by Cholesky, by Cholesky in
+    float64. The estimate may be two or three times too small where errors have no common direction.
+    Where one eigenvalue λ is far above the others, errors of A⁻¹ count λ-fold in A A⁻¹, and halves,
+    which subtract such numbers, lose most. ‖(A + ρI)X − I‖₂ with ρ = 0.1 and λ = 0.9 n:
+
+        n       halves    Cholesky    float64, rounded to float32
+        300     0.009     1.6e-4      3.9e-5
+        1024    0.078     5.5e-4      1.3e-4
+        4096    1.1       3.4e-3      5.6e-4
+
+    Args:
+        matrix: A, float32 [n, n], not changed.
+        shift: ρ.
+
+    Raises:
+        NumericalError: A + ρI is not positive definite, or float32 cannot hold its inverse.
+    """
+    off = math.inf
+    for attempt in (_by_halves, _by_cholesky_in_single, _by_cholesky_in_double):
+        found = attempt(matrix, shift)
+        if found is None:
+            continue
+        off = _off(found, matrix, shift)
+        if off <= _OFF:
+            return found
+        del found  # before the next one takes its memory
+    reason = "it is not positive definite" if off == math.inf else f"the best is {off:.1%} off"
+    raise NumericalError(
+        f"a scaled gram of {len(matrix)} inputs plus {shift:.3g} has no inverse in float32: "
+        f"{reason}",
+        remedy="use more calibration tokens, a larger rho or damping, or the method sparsegpt",
+    )
+
+
+def _shifted(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
+    """A + ρI, in memory of its own."""
+    shifted = matrix.to(dtype, copy=True)
+    shifted.diagonal().add_(shift)
+    return shifted
+
+
+def _by_halves(matrix: Tensor, shift: float) -> Tensor | None:
+    """The inverse with nearly all work in matmuls; None where a block is not positive definite."""
+    try:
+        return _halved(_shifted(matrix, shift, torch.float32))
+    except torch.linalg.LinAlgError:
+        return None
+
+
+def _by_cholesky_in_single(matrix: Tensor, shift: float) -> Tensor | None:
+    """The inverse by Cholesky; None where the matrix is not positive definite."""
+    return _by_cholesky(matrix, shift, torch.float32)
+
+
+def _by_cholesky_in_double(matrix: Tensor, shift: float) -> Tensor | None:
+    """The same in float64, rounded to float32."""
+    return _by_cholesky(matrix, shift, torch.float64)
+
+
+def _by_cholesky(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor | None:
+    lower = cholesky(_shifted(matrix, shift, dtype))
+    if lower is None:
+        return None
+    found = torch.cholesky_inverse(lower)
+    del lower  # before float64 becomes float32
+    return found.float()
+
+
+def _off(found: Tensor, matrix: Tensor, shift: float) -> float:
+    """‖E‖₂ of E = (A + ρI)X − I, estimated from below by power iteration on EᵀE."""
+    start = torch.Generator().manual_seed(0)
+    vector = torch.randn(len(matrix), generator=start).to(matrix.device)
+    off = 0.0
+    for _ in range(_STEPS):
+        vector /= vector.norm()
+        image = found @ vector
+        error = matrix @ image + shift * image - vector
+        off = float(error.norm())
+        if off == 0:
+            break
+        vector = found @ (matrix @ error + shift * error) - error
+    return off if math.isfinite(off) else math.inf
+
+
+def _halved(matrix: Tensor) -> Tensor:
+    """The inverse of a symmetric positive definite matrix by halves.
 
     With A = [P Q; Qᵀ R] and S = R − QᵀP⁻¹Q, the blocks of A⁻¹ are P⁻¹ + P⁻¹Q S⁻¹ QᵀP⁻¹, −P⁻¹Q S⁻¹
     and S⁻¹. Nearly all work is in matmuls: 35 ms against 53 ms for `torch.cholesky_inverse` of
     1536 columns.
-
-    Args:
-        matrix: float32 [n, n], not changed.
     """
     n = len(matrix)
     if n <= _RECURSION_WIDTH:
@@ -100,9 +190,9 @@ def inverse(matrix: Float32[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
     half = n // 2
     found = torch.empty_like(matrix)
     upper, corner = found[:half, :half], matrix[:half, half:]
-    upper.copy_(inverse(matrix[:half, :half]))
+    upper.copy_(_halved(matrix[:half, :half]))
     product = upper @ corner
-    found[half:, half:] = inverse(torch.addmm(matrix[half:, half:], corner.t(), product, alpha=-1))
+    found[half:, half:] = _halved(torch.addmm(matrix[half:, half:], corner.t(), product, alpha=-1))
     across = product @ found[half:, half:]
     upper.addmm_(across, product.t())
     found[:half, half:] = across.neg_()

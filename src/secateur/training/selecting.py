@@ -27,9 +27,9 @@ __all__ = ["Criterion", "exchange", "prunable", "stage"]
 class Criterion:
     """By what weights are chosen.
 
-    What is pruned already stays pruned, so scores of pruned weights do not matter. With a pattern
-    of scope `global` one threshold over the model finds how much each linear loses; else each has
-    the same sparsity.
+    What is pruned already stays pruned, unless weights are exchanged: a pattern gets the masks of
+    now as the weights it may keep (`Pattern.mask`). With a pattern of scope `global` one threshold
+    over the model finds how much each linear loses; else each has the same sparsity.
 
     Args:
         score: how important each weight is.
@@ -77,17 +77,23 @@ class Criterion:
         shares = _shares(pattern, scores, rows, sparsity)
         masks = {}
         for name, linear in linears.items():
-            score = scores[name].masked_fill(~rows[name], -math.inf)
-            mask = pattern.mask(score, shares[name])
+            score, alive = scores[name], rows[name]
             if exchanged:
                 gradient = gathered[linear.name]["gradient"]
-                mask = exchange(score, gradient, pattern, shares[name], exchanged)
+                mask = exchange(score, alive, gradient, pattern, shares[name], exchanged)
+            else:
+                mask = pattern.mask(score, shares[name], allowed=alive)
             masks[name] = mask.t().contiguous() if linear.transposed else mask
         return masks
 
 
 def exchange(
-    score: Score, gradient: Score, pattern: Pattern, sparsity: float, fraction: float
+    score: Score,
+    kept: Mask,
+    gradient: Score,
+    pattern: Pattern,
+    sparsity: float,
+    fraction: float,
 ) -> Mask:
     """A mask of this sparsity in which weights with large gradients take the place of some others.
 
@@ -98,14 +104,21 @@ def exchange(
     after a step of gradual pruning as in GraNet, Liu et al. 2021, arXiv:2106.10404.
 
     Args:
-        score: −∞ where weights are pruned already.
+        score: float32 [out, in].
+        kept: the mask until now, bool [out, in].
         gradient: of the loss, also where weights are pruned; float32 [out, in].
         pattern: which zeros are allowed.
         sparsity: of the result.
         fraction: of the kept weights, at least 0 and below 1.
     """
-    survivors = pattern.mask(score, sparsity + fraction * (1 - sparsity))
-    return pattern.mask(gradient.abs().masked_fill(survivors, math.inf), sparsity)
+    survivors = pattern.mask(score, sparsity + fraction * (1 - sparsity), allowed=kept)
+    rows, columns = score.shape
+    missing = rows * columns - pattern.pruned((rows, columns), sparsity) - int(survivors.sum())
+    if missing <= 0:
+        return survivors
+    # What comes back is a mask of its own, among all that do not survive.
+    share = (rows * columns - missing) / (rows * columns)
+    return survivors | pattern.mask(gradient.abs(), share, allowed=~survivors)
 
 
 def stage(pattern: Pattern, sparsity: float) -> Pattern | None:

@@ -359,13 +359,19 @@ def fitting_plan(planned: Callable[[str], Plan], memory: Memory) -> tuple[Plan, 
         place = "on disk" if activations == "disk" else "in memory"
         tried.append(f"{plan.peak_bytes / 2**30:.2f} GiB with activations {place}")
     whole = max(plan.writing_bytes, plan.distilling_bytes)
+    remedy = "lower --micro-batch-tokens, --samples or --sequence-length"
+    needed = f"the run needs {' or '.join(tried)}"
+    if whole and plan.process_bytes + whole > budget:
+        remedy = "leave out what needs the whole model (--epochs 0 --generated 0)"
+    elif plan.solve_squares and plan.process_bytes + plan.solve_bytes > budget:
+        matrices, size = plan.squares
+        needed += f", {size / 2**30:.2f} GiB of that for {matrices} in the solver"
+        remedy = (
+            "prune without a gram (--method wanda), or leave the widest linears out (--exclude)"
+        )
     raise MemoryBudgetError(
-        f"the run needs {' or '.join(tried)}; the budget is {budget / 2**30:.2f} GiB",
-        remedy="lower --micro-batch-tokens, --samples or --sequence-length, "
-        "or raise --memory-budget-gib"
-        if not whole or plan.process_bytes + whole <= budget
-        else "leave out what needs the whole model (--epochs 0 --generated 0), or raise "
-        "--memory-budget-gib",
+        f"{needed}; the budget is {budget / 2**30:.2f} GiB",
+        remedy=f"{remedy}, or raise --memory-budget-gib",
     )
 
 

@@ -6,6 +6,8 @@ of equal scores the one with the lower index is pruned first.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,7 +18,14 @@ from secateur.errors import NumericalError, PatternError
 from secateur.registry import Registry
 from secateur.types import Mask, Score
 
-__all__ = ["Pattern", "check_score", "check_sparsity", "parse_pattern", "patterns"]
+__all__ = [
+    "Pattern",
+    "check_sparsity",
+    "parse_pattern",
+    "patterns",
+    "unit_scores",
+    "within",
+]
 
 
 @runtime_checkable
@@ -55,8 +64,17 @@ class Pattern(Protocol):
         """The number of zeros that a matrix [out, in] gains or loses at least, and in multiples."""
         ...
 
-    def mask(self, score: Score, sparsity: float) -> Mask:
-        """The mask of a matrix: True = kept; exactly `pruned(score.shape, sparsity)` zeros."""
+    def mask(self, score: Score, sparsity: float, *, allowed: Mask | None = None) -> Mask:
+        """The mask of a matrix: True = kept; exactly `pruned(score.shape, sparsity)` zeros.
+
+        Args:
+            score: float32 [out, in]; higher = keep.
+            sparsity: the fraction of zeros.
+            allowed: the weights that may be kept, bool [out, in]; None for all. No other weight is
+                ever kept, and scores of others do not count. Units of which no weight may be kept
+                are pruned first. There are more zeros than `pruned` only where too few units are
+                left, or where a unit that is kept holds weights that may not be.
+        """
         ...
 
     def units(self, score: Score) -> Float32[Tensor, "unit_rows unit_columns"]:
@@ -116,6 +134,37 @@ def check_sparsity(sparsity: float, scope: str) -> None:
             f"sparsity is {sparsity}",
             remedy=f"give the fraction of zeros, at least 0 and below 1{percent}",
         )
+
+
+def unit_scores(
+    units: Callable[[Score], Tensor], score: Score, allowed: Mask | None
+) -> Float32[Tensor, "unit_rows unit_columns"]:
+    """The scores of a pattern's units; −∞ for units of which no weight may be kept.
+
+    The mark is set when the scores of each unit have been joined: a sum, or its magnitude, would
+    make something else of it.
+
+    Args:
+        units: joins scores [out, in] into those of units; at least 0 for scores of 0 and 1, and 0
+            only where all are 0.
+        score: of each weight.
+        allowed: which weights may be kept; None for all.
+
+    Raises:
+        NumericalError: the score of a unit is NaN.
+    """
+    if allowed is None:
+        found = units(score)
+    else:
+        found = units(score.masked_fill(~allowed, 0.0))
+        found = found.masked_fill(units(allowed.to(score.dtype)) == 0, -math.inf)
+    check_score(found)
+    return found
+
+
+def within(mask: Mask, allowed: Mask | None) -> Mask:
+    """The weights of a mask that may be kept."""
+    return mask if allowed is None else mask & allowed
 
 
 def check_score(score: Score) -> None:

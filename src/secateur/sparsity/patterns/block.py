@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.errors import PatternError, ShapeError
 from secateur.sparsity.exact_count import keep_largest, pruned_count
-from secateur.sparsity.patterns import check_score, check_sparsity, patterns
+from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
 from secateur.types import Mask, Score
 
 __all__ = ["Block"]
@@ -102,7 +102,7 @@ class Block:
         tiles = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
         return tiles.sum(dim=(1, 3))
 
-    def mask(self, score: Score, sparsity: float) -> Mask:
+    def mask(self, score: Score, sparsity: float, *, allowed: Mask | None = None) -> Mask:
         """The mask [out, in]; on a tie the block with the lower index is pruned.
 
         Raises:
@@ -112,9 +112,9 @@ class Block:
         """
         rows, columns = score.shape
         self.check((rows, columns), sparsity)
-        blocks = self.units(score)
-        check_score(blocks)
+        blocks = unit_scores(self.units, score, allowed)
         kept = keep_largest(blocks.reshape(1, -1), pruned_count(blocks.numel(), sparsity)).reshape(
             blocks.shape
         )
-        return kept.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        kept = kept.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        return within(kept, allowed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from secateur.errors import PatternError, ShapeError
 from secateur.sparsity.exact_count import keep_largest
-from secateur.sparsity.patterns import check_score, check_sparsity, patterns
+from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
 from secateur.types import Mask, Score
 
 __all__ = ["NOfM"]
@@ -109,7 +109,7 @@ class NOfM:
             remedy="a global threshold needs the pattern 'unstructured' or blocks",
         )
 
-    def mask(self, score: Score, sparsity: float) -> Mask:
+    def mask(self, score: Score, sparsity: float, *, allowed: Mask | None = None) -> Mask:
         """The mask [out, in]; on a tie the lower index of a group is pruned.
 
         Raises:
@@ -119,6 +119,6 @@ class NOfM:
         """
         rows, columns = score.shape
         self.check((rows, columns), sparsity)
-        check_score(score)
-        groups = score.reshape(-1, self.group)
-        return keep_largest(groups, self.group - self.kept).reshape(score.shape)
+        groups = unit_scores(lambda each: each, score, allowed).reshape(-1, self.group)
+        kept = keep_largest(groups, self.group - self.kept).reshape(score.shape)
+        return within(kept, allowed)

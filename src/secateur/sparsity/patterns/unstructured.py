@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from secateur.errors import PatternError
 from secateur.registry import did_you_mean
 from secateur.sparsity.exact_count import keep_largest, pruned_count
-from secateur.sparsity.patterns import check_score, check_sparsity, patterns
+from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
 from secateur.types import Mask, Score
 
 __all__ = ["Unstructured"]
@@ -73,7 +73,7 @@ class Unstructured:
         """The score itself: each weight is pruned for itself."""
         return score
 
-    def mask(self, score: Score, sparsity: float) -> Mask:
+    def mask(self, score: Score, sparsity: float, *, allowed: Mask | None = None) -> Mask:
         """The mask [out, in] of the highest scores; on a tie the lower index is pruned.
 
         Raises:
@@ -82,7 +82,7 @@ class Unstructured:
         """
         rows, columns = score.shape
         self.check((rows, columns), sparsity)
-        check_score(score)
+        score = unit_scores(self.units, score, allowed)
         competing = score if self.scope == "row" else score.reshape(1, -1)
         count = pruned_count(competing.shape[1], sparsity)
-        return keep_largest(competing, count).reshape(score.shape)
+        return within(keep_largest(competing, count).reshape(score.shape), allowed)

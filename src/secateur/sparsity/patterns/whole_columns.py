@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.errors import PatternError, ShapeError
 from secateur.sparsity.exact_count import keep_largest, pruned_count
-from secateur.sparsity.patterns import check_score, patterns
+from secateur.sparsity.patterns import patterns, unit_scores, within
 from secateur.types import Mask, Score
 
 __all__ = ["WholeColumns"]
@@ -117,7 +117,7 @@ class WholeColumns:
         """|Σ of the scores of each group|, float32 [1, in / width]; few scores have signs."""
         return score.sum(0).unflatten(0, (-1, self.width)).sum(1).abs()[None]
 
-    def mask(self, score: Score, sparsity: float) -> Mask:
+    def mask(self, score: Score, sparsity: float, *, allowed: Mask | None = None) -> Mask:
         """The mask [out, in]; on a tie the group with the lower index is pruned.
 
         Raises:
@@ -127,12 +127,12 @@ class WholeColumns:
         """
         rows, columns = score.shape
         self.check((rows, columns), sparsity)
-        groups = self.units(score)
-        check_score(groups)
+        groups = unit_scores(self.units, score, allowed)
         pruned = self.groups_pruned(columns, sparsity)
         if self.among:
             parts = groups.view(-1, self.among)
             kept = keep_largest(parts, pruned // len(parts)).view(1, -1)
         else:
             kept = keep_largest(groups, pruned)
-        return kept.repeat_interleave(self.width, 1).expand(rows, -1).contiguous()
+        kept = kept.repeat_interleave(self.width, 1).expand(rows, -1)
+        return within(kept, allowed).contiguous()

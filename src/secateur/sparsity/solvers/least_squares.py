@@ -22,7 +22,7 @@ from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
 from secateur.types import Gram, Mask, Statistics, Weight
 
-__all__ = ["LeastSquares", "PreparedHessian"]
+__all__ = ["LeastSquares", "PreparedHessian", "systems_bytes"]
 
 # Entries of the systems that are gathered and factorised together: 64 MiB in float32.
 _CHUNK_ENTRIES = 2**24
@@ -75,6 +75,19 @@ class LeastSquares:
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """Floating-point operations of the factorisations, kept³ / 3 for each distinct row.
+
+        Args:
+            shape: of the weight, (out, in).
+            pattern: of its zeros; the rows of a block, and all of a whole column, are alike.
+            sparsity: the fraction of zeros.
+        """
+        rows, columns = shape
+        if pattern.scope != "group":  # in an N:M pattern each row has its own zeros
+            rows = len(pattern.units(torch.empty(shape, device="meta")))
+        return rows * ((1 - sparsity) * columns) ** 3 / 3
+
     def prepare(self, statistics: Statistics) -> PreparedHessian:
         """Damp the `gram`, float32 [in, in].
 
@@ -121,6 +134,16 @@ class LeastSquares:
             mask=mask,
             error=relative_output_error(weight, solved, prepared.gram),
         )
+
+
+def systems_bytes(rows: int, columns: int) -> int:
+    """What solving for a weight [rows, columns] takes at most, besides the gram.
+
+    That is five times the entries of a chunk: in float64 the systems with their factors, then the
+    factors with right sides and solutions.
+    """
+    largest_support = columns * (columns + rows)
+    return 5 * 4 * max(min(_CHUNK_ENTRIES, rows * largest_support), largest_support)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""No pattern ever brings a pruned weight back, unless weights are exchanged on purpose."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+
+from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
+from secateur.sparsity.patterns.n_of_m import NOfM
+from secateur.sparsity.schedules.cubic import Cubic
+from secateur.sparsity.schedules.geometric import Geometric
+from secateur.training.gradual import Gradual, GradualPruning, open_masks
+from secateur.training.rewinding import Rounds, prune_in_rounds
+from secateur.training.selecting import Criterion, exchange
+from zoo import tiny_windows
+
+SIDE = 480  # every pattern of the examples tiles such a matrix
+EXCHANGEABLE = [one for one in ALL if not isinstance(parsed(*one), NOfM)]  # N:M is refused
+
+
+def model_for_any_pattern():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=SIDE,
+        intermediate_size=SIDE,
+        num_hidden_layers=1,
+        num_attention_heads=15,
+        num_key_value_heads=15,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def move(model, masks, seed):
+    """What a step of training does to the weights that are kept."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = model.get_parameter(name)
+            weight.add_(0.02 * torch.randn(weight.shape, generator=random) * mask)
+
+
+def came_back(before, after) -> int:
+    return sum(int((after[name] & ~before[name]).sum()) for name in after)
+
+
+def zeros(masks) -> dict[str, int]:
+    return {name: int((~mask).sum()) for name, mask in masks.items()}
+
+
+def zero_weights(model, masks) -> dict[str, int]:
+    return {name: int((model.get_parameter(name) == 0).sum()) for name in masks}
+
+
+def promised(pattern, model, masks, sparsity) -> dict[str, int]:
+    return {n: pattern.pruned(tuple(model.get_parameter(n).shape), sparsity) for n in masks}
+
+
+@pytest.mark.parametrize(("text", "scope"), ALL)
+def test_a_mask_lies_within_what_is_allowed(text, scope):
+    pattern, shape = parsed(text, scope), fitting_shape(text)
+    random = torch.Generator().manual_seed(2)
+    score = torch.randn(shape, generator=random)  # of both signs
+    for sparsity in sparsities(pattern):
+        for density in (0.0, 0.3, 0.98):
+            allowed = torch.rand(shape, generator=random) < density
+            before = allowed.clone()
+            mask = pattern.mask(score, sparsity, allowed=allowed)
+            assert not bool((mask & ~allowed).any())
+            assert int((~mask).sum()) >= pattern.pruned(shape, sparsity)
+            assert torch.equal(allowed, before)
+        everything = torch.ones(shape, dtype=torch.bool)
+        plain = pattern.mask(score, sparsity)
+        assert torch.equal(pattern.mask(score, sparsity, allowed=everything), plain)
+
+
+@pytest.mark.parametrize(("text", "scope"), ALL)
+def test_the_next_mask_of_a_mask_is_exact_whatever_the_scores_of_the_pruned(text, scope):
+    pattern, shape = parsed(text, scope), fitting_shape(text)
+    random = torch.Generator().manual_seed(3)
+    wanted = sparsities(pattern)
+    for first, second in pairwise(wanted if len(wanted) > 1 else wanted * 2):
+        kept = pattern.mask(torch.rand(shape, generator=random), first)
+        score = torch.rand(shape, generator=random)
+        for ruled_out in (1e6, -1e6, float("inf"), float("nan")):
+            mask = pattern.mask(score.masked_fill(~kept, ruled_out), second, allowed=kept)
+            assert not bool((mask & ~kept).any())
+            assert int((~mask).sum()) == pattern.pruned(shape, second)
+
+
+@pytest.mark.parametrize(("text", "scope"), ALL)
+def test_gradual_pruning(text, scope):
+    pattern, model = parsed(text, scope), model_for_any_pattern()
+    goal = 0.5 if pattern.sparsity is None else pattern.sparsity
+    masks = open_masks(model)
+    hook = GradualPruning(masks, Gradual(Cubic(goal), Criterion(pattern=pattern), every=2))
+    history = []
+    for step in range(1, 9):
+        move(model, masks, step)
+        hook.on_step(step, 8, model, None)
+        history.append({name: mask.clone() for name, mask in masks.items()})
+        assert zero_weights(model, masks) == zeros(masks)
+    assert all(came_back(before, after) == 0 for before, after in pairwise(history))
+    if scope == "global":
+        total = sum(mask.numel() for mask in masks.values())
+        step = pattern.step((SIDE, SIDE))
+        assert abs(sum(zeros(masks).values()) - goal * total) < step
+    else:
+        assert zeros(masks) == promised(pattern, model, masks, goal)
+
+
+@pytest.mark.parametrize(("text", "scope"), ALL)
+def test_pruning_in_rounds(text, scope):
+    pattern, model = parsed(text, scope), model_for_any_pattern()
+    goal = 0.5 if pattern.sparsity is None else pattern.sparsity
+    masks = open_masks(model)
+    history = []
+
+    def retrain(this):
+        assert zero_weights(model, masks) == zeros(masks)
+        history.append({name: mask.clone() for name, mask in masks.items()})
+        move(model, masks, this.number)
+
+    prune_in_rounds(model, masks, Rounds(Geometric(goal), 3, Criterion(pattern=pattern)), retrain)
+    assert len(history) == 3
+    assert all(came_back(before, after) == 0 for before, after in pairwise(history))
+    if scope != "global":
+        assert zeros(masks) == promised(pattern, model, masks, goal)
+
+
+@pytest.mark.parametrize(("text", "scope"), EXCHANGEABLE)
+def test_only_an_exchange_brings_weights_back(text, scope):
+    pattern, shape = parsed(text, scope), fitting_shape(text)
+    random = torch.Generator().manual_seed(4)
+    score, gradient = torch.randn(2, *shape, generator=random)
+    kept = pattern.mask(torch.rand(shape, generator=random), 0.3)
+    gradient += 5.0 * ~kept  # what is pruned would help most
+    none = exchange(score, kept, gradient, pattern, 0.5, 0.0)
+    assert torch.equal(none, pattern.mask(score, 0.5, allowed=kept))
+    some = exchange(score, kept, gradient, pattern, 0.5, 0.9)
+    assert bool((some & ~kept).any())
+    assert int((~some).sum()) == pattern.pruned(shape, 0.5)
+    survivors = pattern.mask(score, 0.95, allowed=kept)
+    assert bool((some | ~survivors).all())
+
+
+def test_exchange_in_a_model_keeps_the_count():
+    model, windows = model_for_any_pattern(), tiny_windows(samples=2)
+    criterion = Criterion(pattern=parsed("*x8", None), windows=windows)
+    first = criterion.masks(model, open_masks(model), 0.5)
+    second = criterion.masks(model, first, 0.5, exchanged=0.3)
+    assert zeros(first) == zeros(second)
+    assert came_back(first, second) > 0

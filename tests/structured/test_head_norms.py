@@ -1,0 +1,79 @@
+"""OLMo 2 norms queries and keys over all heads: what becomes of that norm when heads are cut."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from cuts import close, model_of
+
+from secateur.structured import edits
+from secateur.structured.cut import Cut
+from secateur.structured.surgery import cut_model
+from zoo import tiny_windows
+
+HEADS, KEPT, SIZE = 8, 4, 8
+HALF = Cut(groups={i: tuple(range(KEPT)) for i in range(3)})
+
+
+def olmo(seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.Olmo2Config(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name:
+                parameter.mul_(4.0)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tiny_windows(), use_cache=False).logits
+
+
+def unread(model: Any) -> torch.Tensor:
+    """The outputs with the heads that go still there, and read by nobody."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[:, KEPT * SIZE :] = 0.0
+    return logits(model)
+
+
+def test_exact_where_the_heads_that_go_are_as_large_as_those_that_stay() -> None:
+    model = olmo(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj"):
+                weight = layer.self_attn.get_submodule(name).weight
+                weight[KEPT * SIZE :] = weight[: KEPT * SIZE]
+    smaller = cut_model(model, HALF)
+    assert close(logits(smaller), unread(model))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_less_is_lost_than_with_the_factor_of_a_cut_stream(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = olmo(seed)
+    plain = logits(cut_model(model, HALF))
+    monkeypatch.setattr(edits, "norm_scale", lambda axis, before, kept: sqrt(before / len(kept)))
+    sharpened = logits(cut_model(model, HALF))
+    expected = unread(model)
+    errors = [float((x - expected).norm() / expected.norm()) for x in (plain, sharpened)]
+    assert errors[0] < 0.25
+    assert errors[1] > 0.5
+
+
+def test_heads_of_zeros_that_fill_a_layer_up_do_not_count() -> None:
+    model = model_of("olmo2")
+    cut = Cut(groups={0: (0,), 1: (0, 1), 2: (1,)})
+    with pytest.warns(UserWarning, match="trust_remote_code"):
+        smaller = cut_model(model, cut)
+    assert close(logits(cut_model(model, cut, pad=True)), logits(smaller))
