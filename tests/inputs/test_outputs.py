@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from secateur.models.output_place import check_writable
+from secateur.runs.output import check_writable
 
 from secateur.errors import RecipeError
 
