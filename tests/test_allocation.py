@@ -116,6 +116,7 @@ class Layer:
 
     def __init__(self, weights, statistics, grains, solve=None):
         self.weights, self.statistics, self.grains, self.fixed = weights, statistics, grains, {}
+        self.tokens = dict.fromkeys(weights, 64)
         self._solve = solve
 
     def score(self, name):
@@ -149,6 +150,34 @@ def test_owl_is_its_formula():
     shares = settle(wished, grains)
     for name, share in shares.items():  # the rounding of 8 small matrices
         assert share == pytest.approx(wished[name], abs=1.5 / grains[name].units)
+
+
+def mixture(share, outliers):
+    """Attention that sees 4096 tokens and 16 experts, the e-th of which sees this share of them."""
+    random = torch.Generator().manual_seed(7)
+    weights, statistics, tokens = {}, {}, {}
+    for name in ("attention", *range(16)):
+        key, seen = str(name), 4096 if name == "attention" else round(4096 * share(name))
+        weights[key], tokens[key] = torch.randn(48, 64, generator=random), seen
+        rms = torch.ones(64)
+        rms[:outliers] = 20.0
+        statistics[key] = {"column_norm": rms * seen**0.5}
+    layer = Layer(weights, statistics, {})
+    layer.tokens = tokens
+    return layer
+
+
+def test_owl_finds_outliers_in_mixtures_however_tokens_are_spread():
+    even, uneven = (lambda e: 1 / 4), (lambda e: (1, 1, 1, *[1 / 13] * 13)[e])
+    found = {}
+    for name, share in (("even", even), ("uneven", uneven)):
+        for outliers in (0, 1):
+            layer = mixture(share, outliers)
+            found[name, outliers] = float(OWL().look(layer)["attention"])
+            dense = mixture(lambda e: 1, outliers)
+            assert found[name, outliers] == float(OWL().look(dense)["attention"])
+    assert found["even", 0] == found["uneven", 0] < 1e-4
+    assert found["even", 1] == found["uneven", 1] > 1e-2
 
 
 def test_owl_of_equal_layers_is_uniform():

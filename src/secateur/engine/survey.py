@@ -192,6 +192,7 @@ class LayerView:
         values = {id(s): s.value() for s in shared.values()}
         own = run.own_statistics(index)
         self.group = {name: id(statistics) for name, statistics in shared.items()}
+        self.tokens = {name: statistics.tokens for name, statistics in shared.items()}
         self.statistics = {
             name: {
                 **values.get(self.group.get(name, 0), {}),

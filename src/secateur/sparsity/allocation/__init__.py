@@ -47,6 +47,11 @@ class DenseLayer(Protocol):
         """What was gathered of the inputs of each linear of this layer."""
         ...
 
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """How many inputs each linear of this layer saw; of experts only those sent to them."""
+        ...
+
     def score(self, name: str) -> Tensor:
         """The scores of a linear that compete under the run's pattern, by the run's score."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,17 +22,22 @@ __all__ = ["OWL"]
 class OWL:
     """Outlier weighed layer-wise sparsity.
 
-    With the scores A_ij = |W_ij| · ‖X_j‖₂ of all linears of decoder layer l taken together,
+    With the scores A_ij = |W_ij| · ‖X_j‖₂ / √T of all linears of decoder layer l taken together,
+    T the tokens that a linear sees,
 
         D_l = share of A above M · mean(A)
         r_l = (D_l − min D) / (max D − min D) · 2λ
         s_l = s − (r_l − mean r)
 
     so that all linears of a layer have one sparsity, and those of all layers lie within 2λ.
+    √T is the same for all linears of a dense layer and cancels there. In a mixture experts see only
+    the tokens that are sent to them; without it attention, which sees all, would be full of
+    outliers, the more so the less evenly tokens are spread.
 
     Paper: Yin et al. 2023, "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for
     Pruning LLMs to High Sparsity", arXiv:2310.05175. Deviations: the mean over layers is weighted
-    by their weights, so that the number of zeros is exact (the same for layers of one size); D is
+    by their weights, so that the number of zeros is exact (the same for layers of one size); the
+    paper knows no mixtures and no √T; D is
     a share, not a percentage, which cancels; equal layers stay uniform, where the released code
     divides by zero; linears that do not compete (left out, or with a sparsity of their own) are
     not looked at.
@@ -77,8 +83,10 @@ class OWL:
         return {name: share.clone() for name in layer.weights}
 
     def score(self, layer: DenseLayer, name: str) -> Tensor:
-        """|W_ij| · ‖X_j‖₂, float32 [out, in]."""
-        return layer.weights[name].float().abs() * layer.statistics[name]["column_norm"]
+        """|W_ij| · ‖X_j‖₂ · √(largest T of the layer / T), float32 [out, in]."""
+        most = max(layer.tokens[other] for other in layer.weights)
+        norm = layer.statistics[name]["column_norm"] * math.sqrt(most / layer.tokens[name])
+        return layer.weights[name].float().abs() * norm
 
     def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
         """S − (r_l − mean r), the mean weighted by weights."""
