@@ -1,6 +1,6 @@
 """A fault between any two file operations of every verb; then the same call again.
 
-    PYTHONPATH=tests python tests/runs/everywhere.py [--quick] [--twice] [--json FILE] [CASE …]
+    PYTHONPATH=tests python tests/runs/everywhere.py [--quick N] [--twice] [--json FILE] [CASE …]
 
 Prints, for every verb, how many points were tried and what was left. A kill and a full disk are
 tried before every operation and in the middle of every file that is written; with an old output to
@@ -11,6 +11,7 @@ call again, with `resume=True` where the verb has it, must give the bytes of an 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -260,10 +261,7 @@ def main() -> None:
     """Try every point and print what became of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
-    parser.add_argument(
-        "--quick", type=int, nargs="?", default=0, const=1, metavar="TIMES",
-        help="some points of each case only, or so many times as many",
-    )  # fmt: skip
+    parser.add_argument("--quick", type=int, default=0, metavar="N", help="some points, N times")
     parser.add_argument("--read", type=Path, nargs="+", help="print the table of such files")
     parser.add_argument(
         "--stride", type=int, default=1, help="every so manyth point only between begin and end"
@@ -292,6 +290,8 @@ def main() -> None:
             parser.exit(1, shim.log.read_text())
         # once here, so that forks find its registries and tables filled
         CASES["prune"].call(place / "sources", place / "warm" / "out", Silent())
+        gc.collect()
+        gc.freeze()  # or the first collection in a fork copies every page that holds an object
         found = []
         for trial in trials(
             shim,

@@ -1,7 +1,7 @@
 """Killed, or with the disk full, between any two file operations: nothing is lost.
 
-`everywhere.py` tries every point; here it tries some of each verb, most of them at the end, where a
-finished folder gets its name. Processes are forked from one that has everything imported.
+`everywhere.py` tries every point; here it tries some of each verb, among them those about the
+rename that gives a finished folder its name. Every try is a fork of one process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
     files = [place / f"{number}.jsonl" for number in range(len(SHARES))]
     running = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, "--quick", "--json", file, *names],
+            [sys.executable, SCRIPT, "--quick", "1", "--json", file, *names],
             env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for file, names in zip(files, SHARES, strict=True)
