@@ -123,3 +123,18 @@ def test_what_is_written_is_read_the_same_by_both(value: object) -> None:
 def test_a_resolved_recipe_is_read_again() -> None:
     recipe = build_recipe({"model": "1e5", "method": "wanda", "pattern": "2:4"})
     assert build_recipe(read_yaml(dump_recipe(recipe))) == recipe
+
+
+def test_sections_that_are_no_sections(refused, tmp_path: Path) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text("model: m\nsparsity: 0.5\ncalibration: 5\n")
+    assert "not keys and values" in refused("prune", file, "--samples", 4, "-o", out)
+    assert "valid dictionary" in refused("prune", file, "-o", out)
+
+
+@pytest.mark.parametrize(
+    "text", ["model: 5\noutput: o\nsteps: []", "model: m\noutput: [o]\nsteps: 7"]
+)
+def test_chains_whose_names_are_none(refused, tmp_path: Path, text: str) -> None:
+    (tmp_path / "chain.yaml").write_text(text)
+    refused("chain", tmp_path / "chain.yaml")
