@@ -18,7 +18,7 @@ from secateur.errors import VerificationError
 from secateur.models.architecture import describe, linears_of
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.runtime.dense_view import DenseView, open_checkpoint
-from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.patterns import Pattern, misplaced
 
 __all__ = ["Audit", "LinearCount", "audit_checkpoint", "verify"]
 
@@ -136,19 +136,15 @@ def audit_checkpoint(
 
 
 def count(name: str, weight: Tensor, pattern: Pattern | None, sparsity: float) -> LinearCount:
-    """Count one matrix.
-
-    The pattern, given the score 1 for weights that are not zero and 0 for those that are, prunes
-    zeros first. So whatever it prunes beyond them is misplaced.
-    """
-    nonzero = weight != 0
+    """Count one matrix."""
     out, columns = weight.shape
-    misplaced = 0
-    if pattern is not None and sparsity > 0:
-        mask = pattern.mask(nonzero.to(torch.float32), sparsity)
-        misplaced = int((nonzero & ~mask).sum())
-    zeros = weight.numel() - int(nonzero.sum())
-    return LinearCount(name, (out, columns), zeros, weight.numel(), misplaced)
+    return LinearCount(
+        name,
+        (out, columns),
+        zeros=weight.numel() - int(torch.count_nonzero(weight)),
+        weights=weight.numel(),
+        misplaced=0 if pattern is None else misplaced(pattern, weight, sparsity),
+    )
 
 
 def verify(audit: Audit) -> None:
