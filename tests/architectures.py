@@ -37,6 +37,10 @@ SPEECH: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1,
 }  # fmt: skip
 
+GEMMA4: dict[str, Any] = {
+    **LOCAL, "layer_types": SLIDING, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+}  # fmt: skip
 PLAIN = (
     "arcee bloom cohere cohere2 diffllama ernie4_5 exaone4 falcon gemma2 gemma3_text "
     "glm4 gpt2 gpt_neox gptj granite hunyuan_v1_dense llama mistral nemotron olmo2 olmo3 opt "
@@ -51,9 +55,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "exaone4": {"layer_types": SLIDING, "sliding_window": 8},
     "gemma2": LOCAL,
     "gemma3_text": {**LOCAL, "layer_types": SLIDING},
-    "gemma4_text": {
-        **LOCAL, "layer_types": SLIDING, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 0,
+    "gemma4_text": GEMMA4,
+    "gemma4_text small": {
+        **GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
     },
     "gemma3n_text": {
         **LOCAL, "layer_types": SLIDING, "hidden_size_per_layer_input": 8,

@@ -34,7 +34,7 @@ class AfterLastLayer(BaseException):
     """The private signal that ends a recording; not an Exception, so that no model catches it."""
 
 
-class OtherShape(Exception):
+class OtherShapeError(Exception):
     """The private signal that a model did not pass on what a stand-in returned."""
 
 
@@ -60,7 +60,8 @@ class LayerCall:
                 return x
             return x.to(device, dtype if x.is_floating_point() else None)
 
-        return LayerCall(*tree_map(moved, (self.args, self.kwargs)), self.in_tuple)
+        args, kwargs = tree_map(moved, (self.args, self.kwargs))
+        return LayerCall(args, kwargs, self.in_tuple)
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments."""
@@ -130,7 +131,7 @@ class Recorder(StandIn):
         if self.shapes is not None:
             self.shapes.add(hidden.shape)
             if len(self.shapes) > 1:
-                raise OtherShape(f"hidden states of shapes {sorted(map(tuple, self.shapes))}")
+                raise OtherShapeError(f"hidden states of shapes {sorted(map(tuple, self.shapes))}")
         self.hidden, self.call = hidden, LayerCall(tuple(args[1:]), kwargs, self.in_tuple)
         if self.last:
             raise AfterLastLayer

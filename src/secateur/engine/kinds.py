@@ -130,7 +130,7 @@ def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
     if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
         raise ArchitectureError(
             f"{type(target.model).__name__} gives its layers hidden states of shape "
-            f"{tuple(hidden.shape)} for a window of {length} tokens, not [1, {length}, hidden size]",
+            f"{tuple(hidden.shape)} for a window of {length} tokens",
             remedy="this family cannot be pruned layer by layer yet",
         )
     return hidden, calls

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ from secateur.engine.run import Settings
 from secateur.engine.search import WINDOW_TOKENS
 from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.targets import Target
-from secateur.models.architecture import Groups, linears_of
+from secateur.models.architecture import Groups, linears_of, text_config
+from secateur.models.inventory import Left
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.methods import Method
@@ -129,6 +131,7 @@ class Plan:
         distilling_bytes: both whole models, gradients, moments, one window's forward and logits.
         disk_bytes: the result, and what is kept to resume.
         flops: floating-point operations of the forwards.
+        left: matrices that will not be pruned, and why; where the plan was made for a recipe.
     """
 
     process_bytes: int
@@ -144,6 +147,7 @@ class Plan:
     num_hidden_layers: int
     prunable_weights: int
     calibration_tokens: int
+    left: list[Left] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int:
@@ -152,7 +156,7 @@ class Plan:
         pruning += self.layer_bytes + self.activation_bytes
         return self.process_bytes + max(pruning, self.writing_bytes, self.distilling_bytes)
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         """All figures."""
         return {"peak_bytes": self.peak_bytes, **asdict(self)}
 
@@ -201,6 +205,7 @@ def plan_run(
         if epochs:
             distilling = distilling_bytes(target, windows[:1])
     own = bool(method.requires - INPUT_STATISTICS)
+    sequential = settings.sequential == "layer"
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     stored *= 1 + (settings.asymmetric or reconstruction.passes > 0)
     return Plan(
@@ -209,7 +214,7 @@ def plan_run(
         activation_bytes=stored if settings.activations == "memory" else 0,
         forward_bytes=forward,
         solve_bytes=solve_bytes(method, shapes, settings.asymmetric)
-        + (settings.sequential == "layer" and "gram" in method.requires) * gram_bytes(target, found)
+        + (gram_bytes(target, found) if sequential and "gram" in method.requires else 0)
         + own * 8 * prunable // len(layers)
         + survey_bytes(target, found, allocation, prunable // len(layers), windows),
         writing_bytes=writing_bytes(target, windows, unwritten),
@@ -231,7 +236,7 @@ def plan_run(
 
 def working_weights(target: Target) -> int:
     """Weights of the decoder's matrices that one token is multiplied by; not of all experts."""
-    architecture, config = target.architecture, target.model.config
+    architecture, config = target.architecture, text_config(target.model.config)
     total = 0.0
     for index, layer in enumerate(target.layers):
         for linear in linears_of(layer, architecture.layer_name(index)).values():
@@ -249,7 +254,7 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     """
     if windows is None or not unwritten:
         return 0
-    config = target.model.config
+    config = text_config(target.model.config)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     features = 2 * len(target.layers) * (getattr(config, "num_key_value_heads", None) or heads)
@@ -274,7 +279,7 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
     weights = sum(p.numel() for p in target.model.parameters())
     trained = sum(p.numel() for p in target.layers.parameters())
     # logits of both, and the gradient of one
-    logits = 3 * 4 * tokens * int(target.model.config.vocab_size)
+    logits = 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
     written_out = writes_out(target.device, window.shape[1])
     forward = sum(
         count * rehearse_training(layer, hidden, call, written_out=written_out)
@@ -330,7 +335,7 @@ def survey_bytes(
     if isinstance(allocation, Search) and windows is not None:
         # Probabilities of the dense model, logits of a candidate, and one of them in the making.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
-        held += 3 * 4 * tokens * int(target.model.config.vocab_size)
+        held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
     return held
 
 

@@ -11,7 +11,15 @@ from torch import nn
 
 from secateur.models.architecture import Architecture, describe
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.models.skeleton import assign, build_skeleton, empty, fill, stored_names
+from secateur.models.inventory import Matrix, inventory, stored_shapes
+from secateur.models.skeleton import (
+    assign,
+    build_skeleton,
+    empty,
+    fill,
+    model_names,
+    stored_names,
+)
 
 __all__ = ["CheckpointTarget", "ModelTarget", "Target"]
 
@@ -27,6 +35,10 @@ class Target(Protocol):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers; those not in work may be empty."""
+        ...
+
+    def matrices(self) -> list[Matrix]:
+        """Every floating-point tensor of two or more dimensions, as it is stored."""
         ...
 
     def outside(self) -> Any:
@@ -60,6 +72,11 @@ class ModelTarget:
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
         return self.architecture.layers(self.model)
+
+    def matrices(self) -> list[Matrix]:
+        """Every floating-point parameter of two or more dimensions, shared ones once."""
+        shapes = stored_shapes(dict(self.model.named_parameters()))
+        return inventory(self.model, self.architecture, {n: n for n in shapes}, shapes)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -105,6 +122,11 @@ class CheckpointTarget:
     def layers(self) -> nn.ModuleList:
         """The decoder layers, on the meta device unless in work."""
         return self.architecture.layers(self.model)
+
+    def matrices(self) -> list[Matrix]:
+        """Every floating-point tensor of two or more dimensions, as it is stored."""
+        names, shapes = model_names(self.model, self.reader), stored_shapes(self.reader.entries)
+        return inventory(self.model, self.architecture, names, shapes)
 
     @contextmanager
     def outside(self) -> Iterator[None]:

@@ -30,6 +30,7 @@ __all__ = [
     "family_of",
     "hidden_size",
     "linears_of",
+    "text_config",
 ]
 
 Groups = tuple[tuple[str, ...], ...]
@@ -227,6 +228,11 @@ def hidden_size(model: Any) -> int:
     return width
 
 
+def text_config(config: Any) -> Any:
+    """The part of a configuration that is about text; all of it where there is no other part."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def describe(model: Any) -> Architecture:
     """Describe a causal language model.
 
@@ -263,13 +269,12 @@ def refuse_non_decoders(model: Any, layers: nn.Module) -> None:
     """
     config = getattr(model, "config", None)
     remedy = "Secateur prunes causal decoders, which predict the next token from those before it"
-    # A decoder taken out of an encoder-decoder says False; its class still knows.
-    if getattr(config, "is_encoder_decoder", False) or getattr(
-        type(config), "is_encoder_decoder", False
-    ):
+    # The configuration of a decoder taken out of an encoder-decoder says False; its class knows.
+    told = (getattr(each, "is_encoder_decoder", False) for each in (config, type(config)))
+    if any(told):
         raise ArchitectureError(
-            f"{type(model).__name__} ({config.model_type}) is an encoder-decoder, not a causal "
-            "decoder: its encoder would stay as it is",
+            f"{type(model).__name__} is part of an encoder-decoder, not a causal decoder: its "
+            "encoder would stay as it is",
             remedy=remedy,
         )
     causal = {bool(m.is_causal) for m in layers.modules() if hasattr(m, "is_causal")}

@@ -24,6 +24,7 @@ __all__ = [
     "build_skeleton",
     "empty",
     "fill",
+    "model_names",
     "quiet_transformers",
     "skeleton_of",
     "stored_names",
@@ -103,15 +104,12 @@ def build_skeleton(
     return model.eval()
 
 
-def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
-    """Map each parameter of the model to the name it is stored under.
+def model_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
+    """The name that the model has, or would have, for each stored tensor.
 
     Checkpoints may omit or add the base model's prefix, or use names from before a renaming;
     transformers' own table of renamings decides. Experts that are stored fused are from then on
     seen by the reader as tensors of their own.
-
-    Raises:
-        CheckpointError: a parameter of a decoder layer is not stored.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -122,10 +120,21 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
         split_stored(reader, family.experts)
         own = expert_renamings(family.experts)
         renamings += [WeightRenaming(pattern, name) for pattern, name in own.items()]
-    parameters, known = dict(model.named_parameters()), dict(model.state_dict())
-    mapping = {}
-    for stored in reader.entries:
-        name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, known)
+    known, prefix = dict(model.state_dict()), model.base_model_prefix
+    return {
+        stored: rename_source_key(stored, renamings, [], prefix, known)[0]
+        for stored in reader.entries
+    }
+
+
+def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
+    """Map each parameter of the model to the name it is stored under (see `model_names`).
+
+    Raises:
+        CheckpointError: a parameter is stored in another shape.
+    """
+    parameters, mapping = dict(model.named_parameters()), {}
+    for stored, name in model_names(model, reader).items():
         if name in parameters:
             mapping[name] = stored
             expected, found = tuple(parameters[name].shape), reader.entries[stored].shape

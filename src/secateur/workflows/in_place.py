@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.windows import load_calibration
 from secateur.engine.gradients import gather_gradients
+from secateur.engine.leaving import left_by
 from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Progress
 from secateur.engine.run import Run
@@ -21,7 +22,9 @@ from secateur.engine.selection import Selection
 from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.survey import allocate
 from secateur.engine.targets import ModelTarget
+from secateur.models.architecture import text_config
 from secateur.models.experts import opened_experts
+from secateur.models.inventory import Matrix
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
@@ -101,14 +104,22 @@ def prune_module(
             carry_out(run, allocation, 0)
             if teacher is not None:
                 distil(model, teacher, run, recipe, progress)
+            unseen = [name for layer in ledger.layers for name in layer.get("unseen", ())]
+            matrices = target.matrices()
+            left = left_by(run, matrices, unseen)
+            sparsity = decoder_sparsity(model, matrices)
     finally:
         model.train(was_training)
-    records: Sequence[dict[str, Any]] = [r for layer in ledger.layers for r in layer["linears"]]
-    zeros = sum(r["zeros"] for r in records)
-    unseen = [name for layer in ledger.layers for name in layer.get("unseen", ())]
-    shapes = [*(r["shape"] for r in records), *(run.shapes[name] for name in unseen)]
-    weights = sum(out * columns for out, columns in shapes)
-    return PruneReport(zeros / weights if weights else 0.0, ledger.layers)
+    return PruneReport(sparsity, ledger.layers, left=left)
+
+
+def decoder_sparsity(model: nn.Module, matrices: Sequence[Matrix]) -> float:
+    """The fraction of zeros in the matrices of the decoder layers."""
+    names = [matrix.name for matrix in matrices if matrix.is_decoder_matrix]
+    weights = [model.get_parameter(name) for name in names]
+    kept = sum(int(torch.count_nonzero(weight)) for weight in weights)
+    total = sum(weight.numel() for weight in weights)
+    return 1 - kept / total if total else 0.0
 
 
 def module_windows(
@@ -122,6 +133,6 @@ def module_windows(
         tokenizer,
         window_plan(recipe.calibration, model.config),
         field=recipe.calibration.field,
-        vocab_size=model.config.vocab_size,
+        vocab_size=text_config(model.config).vocab_size,
     )
     return windows

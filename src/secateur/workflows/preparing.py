@@ -21,6 +21,7 @@ from secateur.engine.run import Settings
 from secateur.engine.selection import Selection
 from secateur.engine.targets import CheckpointTarget, Target
 from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_files
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -278,7 +279,7 @@ def calibration_windows(
         tokenizer,
         plan,
         field=options.field,
-        vocab_size=target.model.config.vocab_size,
+        vocab_size=text_config(target.model.config).vocab_size,
     )
     return windows, provenance
 
@@ -289,7 +290,7 @@ def window_plan(options: Calibration, config: Any) -> WindowPlan:
     Raises:
         RecipeError: the windows asked for are longer than the model reads.
     """
-    longest = getattr(config, "max_position_embeddings", None) or 2048
+    longest = getattr(text_config(config), "max_position_embeddings", None) or 2048
     length = options.sequence_length or min(2048, longest)
     if length > longest:
         raise RecipeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
+from secateur.engine.leaving import left_by
 from secateur.engine.ledger import Ledger
 from secateur.engine.meter import Meter
 from secateur.engine.plan import Plan
@@ -60,10 +62,10 @@ def plan(model: str, **options: Any) -> Plan:
 def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
     """The plan of a recipe, and where its hidden states would wait."""
     prepared = prepare(recipe, only_plan=True)
-    run_of(
-        prepared, settings_of(recipe, "memory", None), Ledger(None, {}), Silent()
-    )  # refuses what does not fit
-    return choose_plan(prepared, recipe.memory)
+    # refuses what does not fit
+    run = run_of(prepared, settings_of(recipe, "memory", None), Ledger(None, {}), Silent())
+    chosen, activations = choose_plan(prepared, recipe.memory)
+    return replace(chosen, left=left_by(run, prepared.target.matrices())), activations
 
 
 def prune(
@@ -202,9 +204,11 @@ def run_prepared(
     manifest["distillation"] = distilled
     found = coverage(ledger.layers, run.target.architecture)
     manifest["experts"] = found and found.to_json()
+    left = left_by(run, prepared.target.matrices(), found.unseen if found else ())
+    manifest["left"] = [one.to_json() for one in left]
     manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
     finish(manifest, prepared, partial, output, overwrite)
-    return PruneReport(audit.sparsity, ledger.layers, manifest, output)
+    return PruneReport(audit.sparsity, ledger.layers, manifest, output, left)
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
@@ -246,7 +250,6 @@ def make_manifest(
     """Everything worth knowing about a finished run."""
     partial = prepared.target.output.folder  # type: ignore[union-attr]
     method = prepared.method
-    zeros = sum(x.zeros for x in audit.linears)
     return {
         "manifest_version": MANIFEST_VERSION,
         "source": {
@@ -278,7 +281,7 @@ def make_manifest(
         "cost": {**meter.read(), "resumed": resumed},
         "result": {
             "decoder_sparsity": audit.sparsity,
-            "model_sparsity": zeros / audit.parameters,
+            "model_sparsity": audit.model_sparsity,
             "parameters": audit.parameters,
             "file_bytes": audit.file_bytes,
         },
