@@ -41,11 +41,12 @@ GEMMA4: dict[str, Any] = {
     **LOCAL, "layer_types": SLIDING, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 0,
 }  # fmt: skip
-PLAIN = (
-    "arcee bloom cohere cohere2 diffllama ernie4_5 exaone4 falcon gemma2 gemma3_text "
-    "glm4 gpt2 gpt_neox gptj granite hunyuan_v1_dense llama mistral nemotron olmo2 olmo3 opt "
-    "persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 xglm"
-).split()
+PLAIN = [
+    "arcee", "bloom", "cohere", "cohere2", "diffllama", "ernie4_5", "exaone4", "falcon", "gemma2",
+    "gemma3_text", "glm4", "gpt2", "gpt_neox", "gptj", "granite", "hunyuan_v1_dense", "llama",
+    "mistral", "nemotron", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3",
+    "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm",
+]  # fmt: skip
 """Decoders whose layers are all of one kind, but for their masks."""
 
 EXTRA: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from secateur.engine.run import Run
-from secateur.models.inventory import Left, Matrix, summary
+from secateur.models.inventory import Left, Matrix, summary, weights_of
 
 __all__ = ["left_by"]
 
@@ -26,9 +26,10 @@ def reasons(
 ) -> Iterator[tuple[str, str, int]]:
     """Name, reason and number of weights of every matrix that is not pruned."""
     unseen = run.inputs_unseen()
+    matrices = list(matrices)
+    yield from weights_of(matrices)
     for matrix in matrices:
         if matrix.linear is None:
-            yield matrix.name, matrix.reason, matrix.weights
             continue
         name = matrix.linear.name
         if run.sparsity_of[name] > 0:

@@ -19,11 +19,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from secateur.errors import CheckpointError
 from secateur.models.architecture import Architecture, Linear, linears_of
+from secateur.models.experts import of_unknown_experts
 from secateur.models.sharing import shared_parameters
 
 __all__ = ["Left", "Matrix", "inventory", "stored_shapes", "summary", "weights_of"]
 
 EXPERTS = "experts in a layout that is not known"
+BESIDE = "not in the decoder's layers"
+NOT_BUILT = "stored, but no part of the causal language model that transformers builds"
 UNKNOWN = "a decoder layer's tensor in a form that is not known"
 
 
@@ -37,6 +40,8 @@ class Matrix:
         layer: the number of its decoder layer; None outside.
         linear: the prunable linear whose weight it is, if any.
         reason: why it cannot be pruned; empty for a linear's.
+        part: the part of the model beside the decoder layers that it belongs to, if any; such a
+            part is named once, not tensor by tensor.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Matrix:
     layer: int | None
     linear: Linear | None
     reason: str = ""
+    part: str = ""
 
     @property
     def weights(self) -> int:
@@ -77,7 +83,7 @@ class Left:
     """Tensors of one sort that are not pruned.
 
     Attributes:
-        names: of all of them, `*` for numbers.
+        names: of all of them, `*` for numbers; or of the part of the model that they are.
         reason: why.
         tensors: how many.
         weights: values in them.
@@ -94,7 +100,7 @@ class Left:
 
     def told(self) -> str:
         """For people."""
-        return f"{self.names} ({self.reason}; {self.weights:,} weights)"
+        return f"{self.names}: {self.reason}, {self.weights:,} weights"
 
 
 def inventory(
@@ -143,12 +149,14 @@ def inventory(
             found.append(Matrix(stored, shape, layer_of[name], linears[name]))
         elif name in parameters:
             reason = reason_of(model, architecture, name, inside=inside is not None)
-            found.append(Matrix(stored, shape, inside, None, reason))
+            part = part_beside(name, architecture.layers_path) if reason == BESIDE else ""
+            found.append(Matrix(stored, shape, inside, None, reason, part))
         elif inside is not None:
             reason = EXPERTS if "expert" in name else UNKNOWN
             found.append(Matrix(stored, shape, inside, None, reason))
         else:
-            found.append(Matrix(stored, shape, None, None, "not in the model of transformers"))
+            part = part_beside(name, architecture.layers_path)
+            found.append(Matrix(stored, shape, None, None, NOT_BUILT, part))
     last = len(place)
     return sorted(
         found, key=lambda m: (count if m.layer is None else m.layer, place.get(names[m.name], last))
@@ -176,17 +184,22 @@ def reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool
         return "embedding"
     if module is model.get_output_embeddings():
         return "output head"
+    if not inside:
+        return BESIDE
     if isinstance(module, _ConvNd):
         return "convolution"
     if "norm" in sort.lower():
         return "norm"
-    if not inside:
-        return f"not in the decoder's layers: {part_beside(name, architecture.layers_path)}"
-    if model.get_parameter(name).ndim > 2:
-        return EXPERTS if "expert" in f"{path} {sort}".lower() else UNKNOWN
+    if name.endswith("bias"):
+        return "bias"
     router = architecture.experts.router if architecture.experts else None
     if "router" in sort.lower() or (router and path.endswith(f".{router}")):
         return "router"
+    parameter = model.get_parameter(name)
+    if of_unknown_experts(path, module, parameter):
+        return EXPERTS
+    if parameter.ndim > 2:
+        return UNKNOWN
     return "gate with one output" if isinstance(module, nn.Linear) else f"parameter of {sort}"
 
 
@@ -216,4 +229,4 @@ def weights_of(matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, int]]:
     """What `summary` needs of the matrices that cannot be pruned."""
     for matrix in matrices:
         if matrix.linear is None:
-            yield matrix.name, matrix.reason, matrix.weights
+            yield matrix.part or matrix.name, matrix.reason, matrix.weights
