@@ -9,7 +9,7 @@ either the weight of a linear that can be pruned or has a reason.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -138,6 +138,7 @@ def inventory(
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     within = re.compile(re.escape(architecture.layers_path) + r"\.(\d+)\.")
     count = len(architecture.layers(model))
+    path = stored_path(architecture, names, linears)
     found = []
     for stored, shape in shapes.items():
         if len(shape) < 2:
@@ -149,13 +150,13 @@ def inventory(
             found.append(Matrix(stored, shape, layer_of[name], linears[name]))
         elif name in parameters:
             reason = reason_of(model, architecture, name, inside=inside is not None)
-            part = part_beside(name, architecture.layers_path) if reason == BESIDE else ""
+            part = part_beside(stored, path) if reason == BESIDE else ""
             found.append(Matrix(stored, shape, inside, None, reason, part))
         elif inside is not None:
             reason = EXPERTS if "expert" in name else UNKNOWN
             found.append(Matrix(stored, shape, inside, None, reason))
         else:
-            part = part_beside(name, architecture.layers_path)
+            part = part_beside(stored, path)
             found.append(Matrix(stored, shape, None, None, NOT_BUILT, part))
     last = len(place)
     return sorted(
@@ -180,7 +181,8 @@ def reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool
     path = name.rpartition(".")[0]
     module = model.get_submodule(path)
     sort = type(module).__name__
-    if isinstance(module, nn.Embedding):
+    decoder = architecture.layers_path.rpartition(".")[0]
+    if isinstance(module, nn.Embedding) and path.startswith(decoder):
         return "embedding"
     if module is model.get_output_embeddings():
         return "output head"
@@ -201,6 +203,18 @@ def reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool
     if parameter.ndim > 2:
         return UNKNOWN
     return "gate with one output" if isinstance(module, nn.Linear) else f"parameter of {sort}"
+
+
+def stored_path(
+    architecture: Architecture, names: Mapping[str, str], linears: Collection[str]
+) -> str:
+    """The path of the decoder layers in stored names, which may begin in another way."""
+    path = architecture.layers_path
+    for stored, name in names.items():
+        within = name.removeprefix(path)
+        if name in linears and stored.endswith(within):
+            return stored.removesuffix(within)
+    return path
 
 
 def part_beside(name: str, layers_path: str) -> str:

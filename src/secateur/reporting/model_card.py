@@ -26,7 +26,9 @@ Made by secateur {version} with **{method[name]}** (score {method[score]}, solve
 | peak memory | {peak} GiB |
 
 The zeros are stored as zeros: this folder is as large as the source, and engines that do not know
-of sparsity run it at the source's speed. Vectors (norms, biases) are never pruned. {left}
+of sparsity run it at the source's speed.
+
+Vectors (norms, biases) are never pruned. {left}
 
 {evidence}## Use
 
