@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -189,6 +190,35 @@ def test_a_layer_that_does_not_run_by_itself_is_named(monkeypatch: pytest.Monkey
         raise KeyError("keys of layer 0")
 
     monkeypatch.setattr(model.model.layers[1], "forward", forward)
-    with pytest.raises(ArchitectureError, match="does not run by itself .KeyError: 'keys of") as e:
+    with pytest.raises(ArchitectureError, match=r"does not run by itself .KeyError: 'keys of") as e:
         secateur.prune(model, method="wanda", sparsity=0.5, calibration=tiny_windows())
     assert e.value.where == "model.layers.1"
+
+
+def test_stored_buffers_are_read(tmp_path: Path) -> None:
+    """A checkpoint may hold more than parameters: here the scale of each layer."""
+    model = tiny_architecture("gemma4_text")
+    for i, layer in enumerate(model.model.layers):
+        layer.layer_scalar.fill_(0.5 + i)
+    with quiet_transformers():
+        model.save_pretrained(tmp_path / "source")
+    save_file({"input_ids": tiny_windows(4, 12)}, tmp_path / "windows.safetensors")
+    options = {"method": "wanda", "sparsity": 0.5, "micro_batch_tokens": 24}
+    secateur.prune(
+        tmp_path / "source", output=tmp_path / "out",
+        calibration=tmp_path / "windows.safetensors", **options,
+    )  # fmt: skip
+    secateur.prune(model, calibration=tiny_windows(4, 12), **options)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in model.state_dict().items():
+        if name in made:
+            assert torch.equal(made[name], value), name
+    assert made["model.layers.1.layer_scalar"] == 1.5
+    secateur.compress(tmp_path / "out", output=tmp_path / "small")
+    packed = secateur.load(tmp_path / "small")
+    assert packed.model.layers[1].layer_scalar == 1.5
+    with pytest.raises(ArchitectureError, match="3 buffers of the decoder layers are stored"):
+        secateur.structure(
+            tmp_path / "source", output=tmp_path / "cut", keep_layers=2,
+            calibration=tmp_path / "windows.safetensors",
+        )  # fmt: skip

@@ -369,6 +369,7 @@ def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
 
 def kinds(target: Target, calls: list[LayerCall]) -> list[tuple[nn.Module, LayerCall, int]]:
     """A layer of each kind, how it is called, and how many of the kind there are."""
-    counts = Counter(kind_of(*pair) for pair in zip(target.layers, calls, strict=True))
-    first = {kind_of(x, call): (x, call) for x, call in zip(target.layers, calls, strict=True)}
-    return [(*first[kind], count) for kind, count in counts.items()]
+    pairs = list(zip(target.layers, calls, strict=True))
+    of = [kind_of(*pair) for pair in pairs]
+    first = dict(zip(reversed(of), reversed(pairs), strict=True))
+    return [(*first[kind], count) for kind, count in Counter(of).items()]

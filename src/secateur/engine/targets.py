@@ -11,12 +11,13 @@ from torch import nn
 
 from secateur.models.architecture import Architecture, describe
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.models.inventory import Matrix, inventory, stored_shapes
+from secateur.models.inventory import Matrix, inventory, inventory_of, stored_shapes
 from secateur.models.skeleton import (
     assign,
     build_skeleton,
     empty,
     fill,
+    fill_buffers,
     model_names,
     stored_names,
 )
@@ -75,8 +76,7 @@ class ModelTarget:
 
     def matrices(self) -> list[Matrix]:
         """Every floating-point parameter of two or more dimensions, shared ones once."""
-        shapes = stored_shapes(dict(self.model.named_parameters()))
-        return inventory(self.model, self.architecture, {n: n for n in shapes}, shapes)
+        return inventory_of(self.model, self.architecture)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -117,6 +117,7 @@ class CheckpointTarget:
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
         self.stored = stored_names(self.model, reader)
+        fill_buffers(self.model, reader)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -22,7 +22,7 @@ from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.models.experts import of_unknown_experts
 from secateur.models.sharing import shared_parameters
 
-__all__ = ["Left", "Matrix", "inventory", "stored_shapes", "summary", "weights_of"]
+__all__ = ["Left", "Matrix", "inventory", "inventory_of", "stored_shapes", "summary", "weights_of"]
 
 EXPERTS = "experts in a layout that is not known"
 BESIDE = "not in the decoder's layers"
@@ -162,6 +162,12 @@ def inventory(
     return sorted(
         found, key=lambda m: (count if m.layer is None else m.layer, place.get(names[m.name], last))
     )
+
+
+def inventory_of(model: Any, architecture: Architecture) -> list[Matrix]:
+    """The inventory of a loaded model: its own parameters, those that are shared once."""
+    shapes = stored_shapes(dict(model.named_parameters()))
+    return inventory(model, architecture, {name: name for name in shapes}, shapes)
 
 
 def stored_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -24,9 +24,11 @@ __all__ = [
     "build_skeleton",
     "empty",
     "fill",
+    "fill_buffers",
     "model_names",
     "quiet_transformers",
     "skeleton_of",
+    "stored_buffers",
     "stored_names",
     "without_weights",
 ]
@@ -145,6 +147,22 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
                     remedy="the configuration and the weights are of different models",
                 )
     return mapping
+
+
+def stored_buffers(model: Any) -> dict[str, torch.Tensor]:
+    """Buffers that a checkpoint holds: what a router was balanced by, the scale of a layer."""
+    kept = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def fill_buffers(model: Any, reader: CheckpointReader) -> None:
+    """Give the buffers of a skeleton their stored values; those that are not stored were made."""
+    buffers = stored_buffers(model)
+    if not buffers:
+        return
+    for stored, name in model_names(model, reader).items():
+        if name in buffers:
+            buffers[name].copy_(reader.read(stored))
 
 
 def fill(

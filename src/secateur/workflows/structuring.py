@@ -26,6 +26,7 @@ from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError, VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
+from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
@@ -217,7 +218,7 @@ def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: A
         tokenizer,
         window_plan(options, config),
         field=options.field,
-        vocab_size=config.vocab_size,
+        vocab_size=text_config(config).vocab_size,
     )
 
 
