@@ -30,6 +30,7 @@ __all__ = [
     "family_of",
     "hidden_size",
     "linears_of",
+    "refuse_non_decoders",
     "text_config",
 ]
 
@@ -268,7 +269,7 @@ def refuse_non_decoders(model: Any, layers: nn.Module) -> None:
         ArchitectureError: it is one of them.
     """
     config = getattr(model, "config", None)
-    remedy = "Secateur prunes causal decoders, which predict the next token from those before it"
+    remedy = "Secateur works on causal decoders, which predict the next token from those before it"
     # The configuration of a decoder taken out of an encoder-decoder says False; its class knows.
     told = (getattr(each, "is_encoder_decoder", False) for each in (config, type(config)))
     if any(told):
