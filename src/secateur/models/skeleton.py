@@ -185,9 +185,17 @@ def fill(
 
     Raises:
         CheckpointError: a parameter is not stored.
+        ArchitectureError: it is that of experts, which are stored in an unknown layout.
     """
     for name, _ in list(module.named_parameters()):
         full = f"{prefix}.{name}"
+        if full not in names and "experts" in name:
+            raise ArchitectureError(
+                "the experts are stored otherwise than transformers holds them, in a layout that "
+                "is not known for this family",
+                where=full,
+                remedy="declare its family: see CONTRIBUTING.md, 'Add a model family'",
+            )
         if full not in names:
             raise CheckpointError(
                 f"the checkpoint does not hold {full}",
