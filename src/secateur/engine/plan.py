@@ -157,8 +157,9 @@ class Plan:
         return self.process_bytes + max(pruning, self.writing_bytes, self.distilling_bytes)
 
     def to_json(self) -> dict[str, Any]:
-        """All figures."""
-        return {"peak_bytes": self.peak_bytes, **asdict(self)}
+        """All figures; what is left only where it is known."""
+        told = {"peak_bytes": self.peak_bytes, **asdict(self)}
+        return told if self.left else {k: v for k, v in told.items() if k != "left"}
 
 
 def plan_run(

@@ -132,7 +132,8 @@ def inventory(
         raise CheckpointError(
             f"{len(absent)} of {len(linears)} matrices of the decoder layers are not stored",
             where=min(absent),
-            remedy="the checkpoint is incomplete: copy or download it again",
+            remedy="the checkpoint is incomplete (download it again), or it stores them in another "
+            "form than the modules of transformers have",
         )
     place = {name: number for number, name in enumerate(linears)}
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
