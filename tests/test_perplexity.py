@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from secateur.errors import NumericalError, RecipeError, SourceError
+from architectures import tiny_architecture
+from secateur.errors import ArchitectureError, NumericalError, RecipeError, SourceError
 from secateur.evaluation import perplexity as room
 from secateur.evaluation.generation import generate
 from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol
@@ -189,3 +190,9 @@ def test_generate(tmp_path, capfd):
     ):
         with pytest.raises(RecipeError, match="give a"):
             generate(model, tokenizer, **bad)
+
+
+def test_an_encoder_has_no_causal_perplexity() -> None:
+    model = tiny_architecture("bert")
+    with pytest.raises(ArchitectureError, match="BertLMHeadModel is an encoder"):
+        perplexity(model, tiny_windows(2, 8))

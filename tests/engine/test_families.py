@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secateur
-from secateur.engine.forwards import find_groups
+from secateur.engine.kinds import find_groups
 from secateur.models.architecture import describe, linears_of
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from secateur.engine.ledger import Ledger
 
 from oracles.hidden import channel_scores
 from secateur.engine.hidden import hidden_scores
@@ -17,6 +16,7 @@ from secateur.engine.targets import ModelTarget
 from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import describe
 from secateur.models.experts import opened_experts
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.methods import compose
 from zoo import CONFIGS, MIXTURES, tiny_model, tiny_windows
 
@@ -34,7 +34,7 @@ def scores_of(model, work: Path) -> torch.Tensor:
             Selection(),
             WINDOWS,
             Settings(micro_batch_tokens=40, fast_matmuls=False, work=work),
-            Ledger(None, {}),
+            Ledger(),
             Silent(),
         )
         return hidden_scores(run, model.config.hidden_size)

@@ -14,7 +14,7 @@ import secateur
 from oracles.mixtures import inputs_of, prune_experts, reap
 from oracles.sparsegpt import sparsegpt
 from secateur.engine.experts import expert_use, kept_experts
-from secateur.engine.forwards import find_groups
+from secateur.engine.kinds import find_groups
 from secateur.engine.progress import Silent
 from secateur.engine.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, RecipeError

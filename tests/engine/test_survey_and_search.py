@@ -19,8 +19,8 @@ from secateur.engine.survey import allocate, grains_of, survey
 from secateur.engine.targets import CheckpointTarget, ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.runs.ledger import Ledger
 from secateur.models.experts import opened_experts
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from secateur.runs.output import check_writable
 
 from secateur.errors import RecipeError
+from secateur.runs.output import check_writable
 
 ALL = ["prune", "structure", "retrain", "compress", "sweep", "report"]
 

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 import secateur
 from oracles.depth import divergence
 from secateur.calibration.windows import save_windows
-from secateur.errors import RecipeError, SourceError
+from secateur.errors import ArchitectureError, RecipeError, SourceError
 from secateur.structured.cut import sizes_of
+from tiny import save_tiny
 from zoo import CONFIGS, tiny_model, tiny_windows
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -393,3 +394,15 @@ def test_a_family_whose_writers_are_not_known_is_cut_without_a_refit(
         tmp_path / "source", output=tmp_path / "out", calibration=windows, keep_layers=2
     )
     assert [s["step"] for s in report.manifest["structure"]["steps"]] == ["depth"]
+
+
+@pytest.mark.parametrize("unit", ["ffn", "heads", "hidden", "kv_cache", "keep_parameters"])
+def test_units_of_an_undeclared_family_are_not_said_to_be_absent(
+    unit: str, tmp_path: Path, windows: Path
+) -> None:
+    """It has neurons and heads; only nobody has declared which parameters they are."""
+    source = save_tiny(tmp_path / "source", "generic")
+    with pytest.raises(ArchitectureError, match="does not declare which parameters") as caught:
+        secateur.structure(source, output=tmp_path / "out", calibration=windows, **{unit: 0.5})
+    assert "CONTRIBUTING.md" in str(caught.value)
+    assert not (tmp_path / "out").exists()

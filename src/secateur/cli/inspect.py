@@ -21,7 +21,7 @@ def inspect(
     as_json: o.Json = False,
 ) -> None:
     """Show family, sizes, linears and the sparsity really stored, layer by layer."""
-    from secateur.cli.rendering import mib, print_json, print_table
+    from secateur.cli.rendering import mib, not_pruned, print_json, print_table
     from secateur.workflows import inspect_model
 
     audit = inspect_model(model, trust_remote_code=trust_remote_code)
@@ -41,6 +41,8 @@ def inspect(
         ("weight files", mib(audit.file_bytes)),
         ("stored as", ", ".join(f"{k} ({mib(v)})" for k, v in audit.dtypes.items())),
         ("zeros in decoder matrices", f"{audit.sparsity:.4%}"),
+        ("zeros in all parameters", f"{audit.model_sparsity:.4%}"),
+        ("cannot be pruned", not_pruned(audit.left)),
     ]
     if audit.compressed:
         rows.insert(4, ("compressed", audit.compressed))

@@ -31,7 +31,7 @@ def plan(
 ) -> None:
     """Tell what pruning would need: memory, disk, work. Reads no weights and writes nothing."""
     recipe = o.recipe_from(locals())
-    from secateur.cli.rendering import gib, mib, print_json, print_table
+    from secateur.cli.rendering import gib, mib, not_pruned, print_json, print_table
     from secateur.workflows import plan_recipe
 
     found, where = plan_recipe(recipe)
@@ -42,6 +42,7 @@ def plan(
     rows = [
         ("decoder layers", f"{found.num_hidden_layers}"),
         ("weights that can be pruned", f"{found.prunable_weights:,}"),
+        ("not pruned", not_pruned(found.left)),
         ("calibration tokens", f"{found.calibration_tokens:,}"),
         ("work", f"{found.flops / 1e12:.1f} TFLOP"),
         ("disk", gib(found.disk_bytes)),

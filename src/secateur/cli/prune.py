@@ -76,7 +76,7 @@ def prune(
 
 def show(report: PruneReport) -> None:
     """What was done, for people."""
-    from secateur.cli.rendering import gib, mib, print_table
+    from secateur.cli.rendering import gib, mib, not_pruned, print_table
 
     result, cost = report.manifest["result"], report.manifest["cost"]
     rows = [
@@ -84,6 +84,7 @@ def show(report: PruneReport) -> None:
         ("allocation", report.manifest["allocation"]["name"]),
         ("zeros in decoder matrices", f"{result['decoder_sparsity']:.4%}"),
         ("zeros in all parameters", f"{result['model_sparsity']:.4%}"),
+        ("not pruned", not_pruned(report.left)),
         ("time", f"{cost['seconds']:.1f} s"),
         ("peak memory", gib(cost["peak_resident_bytes"])),
         ("planned memory", gib(report.manifest["plan"]["peak_bytes"])),

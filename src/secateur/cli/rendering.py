@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +17,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["ProgressBar", "gib", "mib", "print_json", "print_table", "stderr", "stdout"]
+if TYPE_CHECKING:
+    from secateur.models.inventory import Left
+
+__all__ = [
+    "ProgressBar",
+    "gib",
+    "mib",
+    "not_pruned",
+    "print_json",
+    "print_table",
+    "stderr",
+    "stdout",
+]
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -31,6 +43,11 @@ def gib(size: float) -> str:
 def mib(size: float) -> str:
     """A size in MiB."""
     return f"{size / 2**20:,.0f} MiB"
+
+
+def not_pruned(left: Sequence[Left]) -> str:
+    """Matrices that are not pruned, one sort a line."""
+    return "\n".join(one.told() for one in left) or "nothing"
 
 
 def print_json(value: Any) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from secateur.errors import VerificationError
 from secateur.models.architecture import describe, linears_of
-from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
+from secateur.models.inventory import Left, inventory, stored_shapes, summary, weights_of
+from secateur.models.skeleton import build_skeleton, model_names, refuse_missing
 from secateur.runtime.dense_view import DenseView, open_checkpoint
-from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.patterns import Pattern, misplaced
 
 __all__ = ["Audit", "LinearCount", "audit_checkpoint", "verify"]
 
@@ -47,15 +48,20 @@ class Audit:
     """The zeros of a checkpoint.
 
     Attributes:
-        linears: every matrix of the decoder layers.
+        linears: every matrix stored for the decoder layers, those of experts whose layout is not
+            known among them.
         parameters: all parameters of the model, embeddings included.
         file_bytes: size of the weight files.
+        zeros: among all parameters.
+        left: matrices that cannot be pruned, and why.
         compressed: whether it is a compressed checkpoint, and whether an archive.
     """
 
     linears: list[LinearCount]
     parameters: int
     file_bytes: int
+    zeros: int = 0
+    left: list[Left] = field(default_factory=list)
     family: str = ""
     num_hidden_layers: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
@@ -66,6 +72,11 @@ class Audit:
         """Fraction of zeros among the matrices of the decoder layers."""
         weights = sum(x.weights for x in self.linears)
         return sum(x.zeros for x in self.linears) / weights if weights else 0.0
+
+    @property
+    def model_sparsity(self) -> float:
+        """Fraction of zeros among all parameters."""
+        return self.zeros / self.parameters if self.parameters else 0.0
 
     @property
     def misplaced(self) -> list[LinearCount]:
@@ -82,6 +93,8 @@ class Audit:
             "dtypes": self.dtypes,
             "compressed": self.compressed,
             "decoder_sparsity": self.sparsity,
+            "model_sparsity": self.model_sparsity,
+            "left": [left.to_json() for left in self.left],
             "linears": [{**asdict(x), "sparsity": x.sparsity} for x in self.linears],
         }
 
@@ -93,7 +106,7 @@ def audit_checkpoint(
     *,
     trust_remote_code: bool = False,
 ) -> Audit:
-    """Count the zeros of every decoder matrix, one matrix in memory at a time.
+    """Count the zeros of every stored tensor, one tensor in memory at a time.
 
     A compressed checkpoint is unpacked for it, so what is counted is what a model computes with.
 
@@ -106,20 +119,27 @@ def audit_checkpoint(
     reader = open_checkpoint(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     architecture = describe(model)
-    stored = stored_names(model, reader)
+    names = model_names(model, reader)
     layers = enumerate(architecture.layers(model))
     linears = [x for i, y in layers for x in linears_of(y, architecture.layer_name(i)).values()]
-    refuse_missing((f"{linear.name}.weight" for linear in linears), stored, folder)
-    counts = []
-    for linear in linears:
-        name = stored[f"{linear.name}.weight"]
-        tensor = reader.read(name)
-        weight = tensor.t() if linear.transposed else tensor
-        asked = (sparsity_of or {}).get(linear.name, 0.0)
-        pattern = pattern_of(linear.name) if pattern_of else None
-        counted = count(linear.name, weight, pattern, asked)
+    known = {name: stored for stored, name in names.items()}
+    refuse_missing((f"{linear.name}.weight" for linear in linears), known, folder)
+    matrices = {
+        m.name: m for m in inventory(model, architecture, names, stored_shapes(reader.entries))
+    }
+    counts, zeros = [], 0
+    for stored in [*matrices, *(reader.entries.keys() - matrices.keys())]:
+        tensor = reader.read(stored)
+        zeros += tensor.numel() - int(torch.count_nonzero(tensor))
+        matrix = matrices.get(stored)
+        if matrix is None or not matrix.is_decoder_matrix:
+            continue
+        name = matrix.full_name
+        asked = (sparsity_of or {}).get(name, 0.0)
+        pattern = pattern_of(name) if pattern_of and asked else None
+        counted = count(name, matrix.seen(tensor), pattern, asked)
         if isinstance(reader, DenseView):
-            counted = replace(counted, layout=reader.layout_of(name))
+            counted = replace(counted, layout=reader.layout_of(stored))
         counts.append(counted)
     packed = reader.packed if isinstance(reader, DenseView) else None
     dtypes: dict[str, int] = {}
@@ -130,6 +150,8 @@ def audit_checkpoint(
         counts,
         parameters=sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values()),
         file_bytes=sum(file.stat().st_size for file in reader.files),
+        zeros=zeros,
+        left=summary(weights_of(matrices.values())),
         family=architecture.family,
         num_hidden_layers=len(architecture.layers(model)),
         dtypes=dtypes,
@@ -138,19 +160,15 @@ def audit_checkpoint(
 
 
 def count(name: str, weight: Tensor, pattern: Pattern | None, sparsity: float) -> LinearCount:
-    """Count one matrix.
-
-    The pattern, given the score 1 for weights that are not zero and 0 for those that are, prunes
-    zeros first. So whatever it prunes beyond them is misplaced.
-    """
-    nonzero = weight != 0
+    """Count one matrix."""
     out, columns = weight.shape
-    misplaced = 0
-    if pattern is not None and sparsity > 0:
-        mask = pattern.mask(nonzero.to(torch.float32), sparsity)
-        misplaced = int((nonzero & ~mask).sum())
-    zeros = weight.numel() - int(nonzero.sum())
-    return LinearCount(name, (out, columns), zeros, weight.numel(), misplaced)
+    return LinearCount(
+        name,
+        (out, columns),
+        zeros=weight.numel() - int(torch.count_nonzero(weight)),
+        weights=weight.numel(),
+        misplaced=0 if pattern is None else misplaced(pattern, weight, sparsity),
+    )
 
 
 def verify(audit: Audit) -> None:

@@ -119,7 +119,8 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
 
 def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
     """Linears that are dense although others are pruned, and whether anybody asked for it."""
-    usual = statistics.median(x.sparsity for x in weights.linears)
+    known = [x.sparsity for x in weights.linears if x.known]
+    usual = statistics.median(known) if known else 0.0
     if usual < PRUNED:
         return []
     dense = [
@@ -129,8 +130,21 @@ def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
     ]
     unseen = [x for x in dense if x.name in claims.unseen]
     dense = [x for x in dense if x.name not in claims.unseen]
+    unknown = [x for x in dense if not x.known]
+    dense = [x for x in dense if x.known]
     left = [x for x in dense if claims.asked_dense(x.name)]
     found = []
+    if unknown:
+        found.append(
+            Finding(
+                "dense-linear",
+                "warning",
+                listed([x.name for x in unknown], 4),
+                f"{len(unknown)} stored matrices of the decoder layers are dense, others have "
+                f"{usual:.1%} zeros: their layout is not known, so nothing prunes them",
+                "do not call the whole model sparse: `secateur inspect` counts what is stored",
+            )
+        )
     if unseen:
         found.append(
             Finding(

@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.diagnostics.audit import count
 from secateur.diagnostics.claims import Claims
 from secateur.engine.targets import CheckpointTarget
-from secateur.models.architecture import linears_of
+from secateur.models.inventory import Matrix
 
 __all__ = ["LinearHealth", "Weights", "look_at_weights"]
 
@@ -32,6 +32,7 @@ class LinearHealth:
         zeros: how many weights are zero.
         misplaced: weights that are not zero although the claimed pattern needs them to be.
         size: root mean square of the weights that are not zero.
+        known: False for matrices of experts in a layout that is not known, which were not pruned.
         dead_rows: bool [out], which outputs have no weight left.
         dead_columns: bool [in], which inputs no weight reads.
     """
@@ -43,6 +44,7 @@ class LinearHealth:
     zeros: int
     misplaced: int
     size: float
+    known: bool
     dead_rows: Tensor
     dead_columns: Tensor
 
@@ -87,25 +89,18 @@ def look_at_weights(
         claims: gives the pattern and sparsity that each matrix should have.
         tell: called after every tensor with its name.
     """
-    places = {}
-    for index, layer in enumerate(target.layers):
-        name = target.architecture.layer_name(index)
-        for kind, linear in linears_of(layer, name).items():
-            stored = target.stored[f"{linear.name}.weight"]
-            places[stored] = index, kind, linear.name, linear.transposed
+    reader = target.reader
+    matrices = {matrix.name: matrix for matrix in target.matrices()}
     linears, not_finite = [], {}
-    for stored in target.reader.entries:
-        tensor = target.reader.read(stored)
+    for stored in [*matrices, *(reader.entries.keys() - matrices.keys())]:
+        tensor = reader.read(stored)
         bad = not_finite_in(tensor)
         if bad:
             not_finite[stored] = bad, tensor.numel()
-        if stored in places:
-            index, kind, name, transposed = places[stored]
-            weight = tensor.t() if transposed else tensor
-            linears.append(health_of(name, index, kind, weight, claims))
+        matrix = matrices.get(stored)
+        if matrix is not None and matrix.is_decoder_matrix:
+            linears.append(health_of(matrix, matrix.seen(tensor), claims))
         tell(stored)
-    order = {place[2]: number for number, place in enumerate(places.values())}
-    linears.sort(key=lambda x: order[x.name])
     return Weights(linears, not_finite, len(target.reader.entries))
 
 
@@ -116,8 +111,10 @@ def not_finite_in(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-def health_of(name: str, index: int, kind: str, weight: Tensor, claims: Claims) -> LinearHealth:
+def health_of(matrix: Matrix, weight: Tensor, claims: Claims) -> LinearHealth:
     """Count one matrix [out, in]."""
+    assert matrix.layer is not None
+    name = matrix.full_name
     claim = claims.linears.get(name)
     counted = count(name, weight, claims.pattern, claim.asked if claim else 0.0)
     nonzero = weight != 0
@@ -125,12 +122,13 @@ def health_of(name: str, index: int, kind: str, weight: Tensor, claims: Claims) 
     size = (weight.float().square().sum(dtype=torch.float64) / max(1, kept)).sqrt()
     return LinearHealth(
         name,
-        index,
-        kind,
+        matrix.layer,
+        matrix.kind,
         counted.shape,
         counted.zeros,
         counted.misplaced,
         float(size),
+        matrix.linear is not None,
         ~nonzero.any(dim=1),
         ~nonzero.any(dim=0),
     )

@@ -21,8 +21,10 @@ from secateur.errors import ArchitectureError
 __all__ = [
     "LayerCall",
     "Recorder",
+    "StandIn",
     "call_layer",
     "first_inputs",
+    "in_short",
     "layer_calls",
     "replaced_layers",
 ]
@@ -32,12 +34,23 @@ class AfterLastLayer(BaseException):
     """The private signal that ends a recording; not an Exception, so that no model catches it."""
 
 
+class OtherShapeError(Exception):
+    """The private signal that a model did not pass on what a stand-in returned."""
+
+
 @dataclass(frozen=True)
 class LayerCall:
-    """The arguments of one decoder layer besides its hidden states."""
+    """The arguments of one decoder layer besides its hidden states.
+
+    Attributes:
+        args: by position, behind the hidden states.
+        kwargs: by name.
+        in_tuple: whether the model expects the layer's output in a tuple.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    in_tuple: bool = False
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
         """The same call with its tensors on another device, floating ones in another dtype."""
@@ -47,7 +60,8 @@ class LayerCall:
                 return x
             return x.to(device, dtype if x.is_floating_point() else None)
 
-        return LayerCall(*tree_map(moved, (self.args, self.kwargs)))
+        args, kwargs = tree_map(moved, (self.args, self.kwargs))
+        return LayerCall(args, kwargs, self.in_tuple)
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments."""
@@ -60,27 +74,68 @@ def call_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-class Recorder(nn.Module):
-    """Stands in for a decoder layer, keeps how it was called, and passes its input on."""
+class StandIn(nn.Module):
+    """Takes the place of a decoder layer and has all its attributes.
 
-    def __init__(self, layer: nn.Module, last: bool) -> None:
+    Models read marks off their layers, for example which kind of mask a layer needs.
+
+    Args:
+        layer: the layer.
+        in_tuple: whether the model expects a tuple.
+    """
+
+    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
         super().__init__()
-        # Models read such marks off their layers (for example which kind of mask a layer wants).
-        for mark in ("layer_type", "attention_type", "is_sliding", "layer_idx"):
-            if hasattr(layer, mark):
-                setattr(self, mark, getattr(layer, mark))
-        self.last = last
+        vars(self)["stands_for"] = layer  # not as a submodule
+        self.in_tuple = in_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the layer, where the stand-in has none of this name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["stands_for"], name)
+
+    def answer(self, hidden: Tensor) -> Any:
+        """Hidden states in the form in which the layer returns them."""
+        return (hidden, None) if self.in_tuple else hidden
+
+
+class Recorder(StandIn):
+    """Stands in for a decoder layer, keeps how it was called, and passes its input on.
+
+    Args:
+        layer: the layer.
+        last: whether the forward ends here.
+        in_tuple: whether the model expects a tuple.
+        shapes: takes the shapes of hidden states that the recorders of one forward see; a second
+            shape shows that the model took a tensor for a tuple. None to accept any.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        last: bool,
+        in_tuple: bool = False,
+        shapes: set[torch.Size] | None = None,
+    ) -> None:
+        super().__init__(layer, in_tuple)
+        self.last, self.shapes = last, shapes
         self.hidden: Tensor | None = None
         self.call: LayerCall | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Record and pass on."""
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.hidden, self.call = hidden, LayerCall(tuple(args[1:]), kwargs)
+        if self.shapes is not None:
+            self.shapes.add(hidden.shape)
+            if len(self.shapes) > 1:
+                raise OtherShapeError(f"hidden states of shapes {sorted(map(tuple, self.shapes))}")
+        self.hidden, self.call = hidden, LayerCall(tuple(args[1:]), kwargs, self.in_tuple)
         if self.last:
             raise AfterLastLayer
-        return hidden
+        return self.answer(hidden)
 
 
 @contextmanager
@@ -97,17 +152,34 @@ def replaced_layers(layers: nn.ModuleList, stand_ins: list[nn.Module]) -> Iterat
 
 
 def record(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> list[Recorder]:
-    """Record one forward of the model up to its last decoder layer."""
-    recorders = [Recorder(layer, i == len(layers) - 1) for i, layer in enumerate(layers)]
-    with torch.no_grad(), replaced_layers(layers, list(recorders)):
-        try:
-            model(input_ids=input_ids, use_cache=False)
-        except AfterLastLayer:
-            return recorders
+    """Record one forward of the model up to its last decoder layer.
+
+    Some models expect a tensor of a layer and some a tuple; whichever passes on is right.
+    """
+    faults: list[Exception] = []
+    for in_tuple in (False, True):
+        shapes: set[torch.Size] = set()
+        last = len(layers) - 1
+        recorders = [Recorder(x, i == last, in_tuple, shapes) for i, x in enumerate(layers)]
+        with torch.no_grad(), replaced_layers(layers, list(recorders)):
+            try:
+                model(input_ids=input_ids, use_cache=False)
+            except AfterLastLayer:
+                if all(recorder.call is not None for recorder in recorders):
+                    return recorders
+            except Exception as fault:
+                faults.append(fault)
     raise ArchitectureError(
-        f"{type(model).__name__} did not call its {len(layers)} decoder layers in a plain forward",
+        f"{type(model).__name__} did not call its {len(layers)} decoder layers in a plain "
+        f"forward{f' ({in_short(faults[0])})' if faults else ''}",
         remedy="this model is not a plain decoder; it cannot be pruned layer by layer",
-    )
+    ) from (faults[0] if faults else None)
+
+
+def in_short(fault: Exception) -> str:
+    """An exception in one line."""
+    lines = str(fault).strip().splitlines()
+    return f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__
 
 
 def first_inputs(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> Tensor:

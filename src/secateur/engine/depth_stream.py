@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.engine.calls import first_inputs, layer_calls, replaced_layers
 from secateur.engine.depth_space import ATTENTION, FFN, WHOLE
-from secateur.engine.gradients import Injector
+from secateur.engine.gradients import injected
 from secateur.engine.precision import fast_matmuls
 from secateur.engine.targets import Target
 from secateur.errors import ArchitectureError
@@ -155,7 +155,7 @@ class Stream:
         """What the model makes of the last layer's output: logits [sequence, vocabulary]."""
         model, layers = self.target.model, self.target.layers
         ids = self.windows[row][None].to(self.target.device)
-        stand_ins: list[nn.Module] = [Injector(hidden) for _ in layers]
+        stand_ins = injected(layers, self.calls, hidden)
         with replaced_layers(layers, stand_ins), fast_matmuls(self.target.device):
             found: Tensor = model(input_ids=ids, use_cache=False).logits
         return found[0]

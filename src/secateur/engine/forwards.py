@@ -17,17 +17,18 @@ forwards of the dense layer keep pace with those of the pruned one, halted at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from secateur.engine.kinds import input_mark
 from secateur.engine.residency import Parking
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 
-__all__ = ["HaltingForwards", "by_group", "by_layer", "find_groups"]
+__all__ = ["HaltingForwards", "by_group", "by_layer"]
 
 Forward = Callable[[], None]
 Gather = Callable[[int, Tensor], None]
@@ -43,7 +44,7 @@ class SharedInputs:
 
     def __init__(self, groups: Sequence[Sequence[Linear]], arrived: Gather) -> None:
         self.arrived = arrived
-        self.seen: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.seen: dict[int, Hashable] = {}
         self.handles = [
             linear.module.register_forward_pre_hook(self.hook(index, linear))
             for index, group in enumerate(groups)
@@ -55,7 +56,7 @@ class SharedInputs:
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            mark = (x.untyped_storage()._cdata, tuple(x.shape))
+            mark = input_mark(x)
             if group not in self.seen:
                 self.seen[group] = mark
                 self.arrived(group, x)
@@ -118,7 +119,7 @@ class HaltingForwards:
         self.parking = parking
         self.groups = groups
         self.inputs = SharedInputs(groups, lambda group, x: hub.switch((group, x)))
-        self.seen: list[dict[int, tuple[int, tuple[int, ...]]]] = [{} for _ in forwards]
+        self.seen: list[dict[int, Hashable]] = [{} for _ in forwards]
         self.running = [greenlet(forward, parent=hub) for forward in forwards]
         self.current = 0
 
@@ -206,30 +207,3 @@ def by_group(
         if halted:
             prune(reached.pop())
             left -= 1
-
-
-def find_groups(linears: Sequence[Linear], forward: Callable[[], object]) -> list[list[Linear]]:
-    """Which linears share an input, found by running the layer once; in the order they run.
-
-    Args:
-        linears: all linears of the layer.
-        forward: runs the layer on a sample of its input.
-    """
-    arrivals: dict[tuple[int, tuple[int, ...]], list[Linear]] = {}
-    keep: list[Tensor] = []  # an input that is freed could lend its address to another
-
-    def watch(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            keep.append(args[0])
-            mark = (args[0].untyped_storage()._cdata, tuple(args[0].shape))
-            arrivals.setdefault(mark, []).append(linear)
-
-        return before
-
-    handles = [linear.module.register_forward_pre_hook(watch(linear)) for linear in linears]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(arrivals.values())

@@ -21,26 +21,43 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from secateur.engine.activations import Activations
-from secateur.engine.calls import LayerCall, call_layer, first_inputs, replaced_layers
+from secateur.engine.calls import (
+    LayerCall,
+    StandIn,
+    call_layer,
+    first_inputs,
+    replaced_layers,
+)
 from secateur.engine.progress import Progress
 from secateur.engine.targets import Target
 from secateur.errors import NumericalError
 from secateur.models.architecture import linears_of
 from secateur.runs.atomic import write_tensors
 
-__all__ = ["gather_gradients"]
+__all__ = ["gather_gradients", "injected"]
 
 
-class Injector(nn.Module):
-    """Stands in for the decoder layers: whatever comes in, the given hidden states come out."""
+class Injector(StandIn):
+    """Stands in for a decoder layer: whatever comes in, the given hidden states come out.
 
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
+    Args:
+        layer: the layer.
+        call: how the model calls it.
+        hidden: what comes out.
+    """
+
+    def __init__(self, layer: nn.Module, call: LayerCall, hidden: Tensor) -> None:
+        super().__init__(layer, call.in_tuple)
         self.hidden = hidden
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the given hidden states."""
-        return self.hidden
+        return self.answer(self.hidden)
+
+
+def injected(layers: nn.ModuleList, calls: list[LayerCall], hidden: Tensor) -> list[nn.Module]:
+    """Stand-ins for all decoder layers, so that a model makes its output of the last ones'."""
+    return [Injector(x, call, hidden) for x, call in zip(layers, calls, strict=True)]
 
 
 class GradientPass:
@@ -123,7 +140,7 @@ class GradientPass:
                 rows = slice(row, row + 1)
                 ids = ids[None].to(self.target.device)
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
-                with replaced_layers(layers, [Injector(hidden) for _ in layers]):
+                with replaced_layers(layers, injected(layers, self.calls, hidden)):
                     logits = model(input_ids=ids, use_cache=False).logits
                 loss = cross_entropy(logits[0, :-1].float(), ids[0, 1:])
                 if not torch.isfinite(loss):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur.engine.beside import DenseBeside
 from secateur.engine.calls import call_layer
-from secateur.engine.forwards import HaltingForwards, by_group, by_layer, find_groups
+from secateur.engine.forwards import HaltingForwards, by_group, by_layer
 from secateur.engine.precision import exact_matmuls
 from secateur.engine.reconstruction import (
     TunedWeight,
@@ -279,16 +279,7 @@ class LayerPass:
     def grouped(self) -> list[list[Linear]]:
         """The linears to prune, by shared input; groups that stay dense are left out."""
         run, linears = self.run, self.linears
-        if run.groups is None:
-            assert self.passage is not None
-            size = min(self.passage.calls)
-            hidden, call = self.passage.read(slice(0, size)), self.passage.calls[size][self.index]
-            found = find_groups(
-                list(linears.values()), lambda: call_layer(self.layer, hidden, call)
-            )
-            by_module = {id(linear.module): name for name, linear in linears.items()}
-            run.groups = [[by_module[id(x.module)] for x in group] for group in found]
-        groups = [[linears[name] for name in group if name in linears] for group in run.groups]
+        groups = [[linears[n] for n in group] for group in run.layouts[self.index].groups]
         return [g for g in groups if any(run.works_on(x.name) for x in g)]
 
     def outputs(self, hidden: Tensor, batch: slice) -> Tensor:

@@ -7,8 +7,9 @@ content, while every operation is watched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from secateur.calibration.continuation import AT_ONCE
 from secateur.engine.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
+from secateur.engine.kinds import Layout, kind_of, layouts, on_meta, refuse_unknown
 from secateur.engine.meter import resident_bytes
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.residency import LiveTensors
@@ -25,7 +27,8 @@ from secateur.engine.search import WINDOW_TOKENS
 from secateur.engine.solver_cost import solve_bytes, solve_squares
 from secateur.engine.surgery import INPUT_STATISTICS
 from secateur.engine.targets import Target
-from secateur.models.architecture import linears_of
+from secateur.models.architecture import Groups, linears_of, text_config
+from secateur.models.inventory import Left
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.methods import Method
@@ -46,14 +49,12 @@ class Rehearsal:
     halted_bytes: int
 
 
-def rehearse(
-    layer: nn.Module, groups: Sequence[Sequence[str]] | None, hidden: Tensor, call: LayerCall
-) -> Rehearsal:
+def rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> Rehearsal:
     """Pass one micro-batch through a layer on the meta device.
 
     Args:
         layer: a decoder layer with its parameters on the meta device.
-        groups: linears by shared input; None counts a halt at every linear.
+        groups: linears by shared input.
         hidden: an input of the layer, for its shape and dtype.
         call: how the layer is called.
     """
@@ -63,24 +64,20 @@ def rehearse(
     live = LiveTensors(permanent, find_peak=True)
     halted = [0]
     linears = linears_of(layer, "")
-    first = [group[0] for group in groups] if groups else list(linears)
     handles = [
-        linears[name].module.register_forward_pre_hook(
+        linears[group[0]].module.register_forward_pre_hook(
             lambda module, args: halted.append(live.live_bytes())
         )
-        for name in first
-        if name in linears
+        for group in groups
     ]
-    buffers = dict(layer.named_buffers())
     try:
         with torch.no_grad(), live, AttentionOfPlan():
             x = torch.empty(hidden.shape, dtype=hidden.dtype, device=meta)
-            layer.to(meta)
-            call_layer(layer, x, call)
+            with on_meta(layer):
+                call_layer(layer, x, call)
     finally:
         for handle in handles:
             handle.remove()
-        put_back(layer, buffers)
     return Rehearsal(live.peak_bytes, max(halted))
 
 
@@ -98,26 +95,18 @@ def rehearse_training(
     meta, parameters = torch.device("meta"), list(layer.parameters())
     call = call.to(meta, torch.float32)
     live = LiveTensors([*parameters, *layer.buffers(), *call.tensors()], find_peak=True)
-    buffers = dict(layer.named_buffers())
     dtype = parameters[0].dtype
-    layer.to(meta, torch.float32).requires_grad_(True)
-    try:
-        attention = WrittenOut() if written_out else AttentionOfPlan()
-        with torch.enable_grad(), live, attention:
-            x = torch.empty(hidden.shape, dtype=torch.float32, device=meta)
-            out = call_layer(layer, x, call)
-            del out
-    finally:
-        layer.to(dtype).requires_grad_(False)
-        put_back(layer, buffers)
+    with on_meta(layer):
+        layer.to(torch.float32).requires_grad_(True)
+        try:
+            attention = WrittenOut() if written_out else AttentionOfPlan()
+            with torch.enable_grad(), live, attention:
+                x = torch.empty(hidden.shape, dtype=torch.float32, device=meta)
+                out = call_layer(layer, x, call)
+                del out
+        finally:
+            layer.to(dtype).requires_grad_(False)
     return live.peak_bytes
-
-
-def put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Give a layer its real buffers again."""
-    for name, buffer in buffers.items():
-        path, _, leaf = name.rpartition(".")
-        layer.get_submodule(path)._buffers[leaf] = buffer
 
 
 @dataclass(frozen=True)
@@ -138,6 +127,7 @@ class Plan:
         distilling_bytes: both whole models, gradients, moments, one window's forward and logits.
         disk_bytes: the result, and what is kept to resume.
         flops: floating-point operations of the forwards.
+        left: matrices that will not be pruned, and why; where the plan was made for a recipe.
     """
 
     process_bytes: int
@@ -155,6 +145,7 @@ class Plan:
     num_hidden_layers: int
     prunable_weights: int
     calibration_tokens: int
+    left: list[Left] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int:
@@ -169,9 +160,10 @@ class Plan:
         told = f"{self.solve_squares} matrices of {self.widest_inputs} x {self.widest_inputs}"
         return told, 4 * self.solve_squares * self.widest_inputs**2
 
-    def to_json(self) -> dict[str, int]:
-        """All figures."""
-        return {"peak_bytes": self.peak_bytes, **asdict(self)}
+    def to_json(self) -> dict[str, Any]:
+        """All figures; what is left only where it is known."""
+        told = {"peak_bytes": self.peak_bytes, **asdict(self)}
+        return told if self.left else {k: v for k, v in told.items() if k != "left"}
 
 
 def plan_run(
@@ -198,7 +190,9 @@ def plan_run(
         output_bytes: size of the files written.
         unwritten: how many of the windows the model has to write itself.
     """
+    refuse_unknown(target)
     layers = target.layers
+    found = layouts(target, windows.shape[1]) if windows is not None else []
     shapes = [
         linear.shape
         for index, layer in enumerate(layers)
@@ -208,14 +202,15 @@ def plan_run(
     tokens = windows.numel() if windows is not None else 0
     stored, forward, tuning, distilling = 0, 0, 0, 0
     if windows is not None:
-        stored, forward = forward_bytes(target, windows, settings, waits(method, settings))
+        stored, forward = forward_bytes(target, found, windows, settings, waits(method, settings))
         if reconstruction.passes:
             size = max(1, settings.micro_batch_tokens // windows.shape[1])
-            hidden, call = calls_of(target, windows[:size])
-            tuning = tuning_bytes(layers[0], hidden, call[0])
+            hidden, calls = calls_of(target, windows[:size])
+            tuning = max(tuning_bytes(x, hidden, c) for x, c, _ in kinds(target, calls))
         if epochs:
             distilling = distilling_bytes(target, windows[:1])
     own = bool(method.requires - INPUT_STATISTICS)
+    sequential = settings.sequential == "layer"
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     stored *= 1 + (settings.asymmetric or reconstruction.passes > 0)
     return Plan(
@@ -224,9 +219,9 @@ def plan_run(
         activation_bytes=stored if settings.activations == "memory" else 0,
         forward_bytes=forward,
         solve_bytes=solve_bytes(method, shapes, settings.asymmetric)
-        + (settings.sequential == "layer" and "gram" in method.requires) * gram_bytes(target)
+        + (gram_bytes(target, found) if sequential and "gram" in method.requires else 0)
         + own * 8 * prunable // len(layers)
-        + survey_bytes(target, allocation, prunable // len(layers), windows),
+        + survey_bytes(target, found, allocation, prunable // len(layers), windows),
         solve_squares=solve_squares(method, settings.asymmetric),
         widest_inputs=max(columns for _, columns in shapes),
         writing_bytes=writing_bytes(target, windows, unwritten),
@@ -248,7 +243,7 @@ def plan_run(
 
 def working_weights(target: Target) -> int:
     """Weights of the decoder's matrices that one token is multiplied by; not of all experts."""
-    architecture, config = target.architecture, target.model.config
+    architecture, config = target.architecture, text_config(target.model.config)
     total = 0.0
     for index, layer in enumerate(target.layers):
         for linear in linears_of(layer, architecture.layer_name(index)).values():
@@ -266,7 +261,7 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     """
     if windows is None or not unwritten:
         return 0
-    config = target.model.config
+    config = text_config(target.model.config)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     features = 2 * len(target.layers) * (getattr(config, "num_key_value_heads", None) or heads)
@@ -287,14 +282,16 @@ def tuning_bytes(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
 def distilling_bytes(target: Target, window: Tensor) -> int:
     """Two whole models, one in float32 with gradients and moments, and one window's forward."""
     hidden, calls = calls_of(target, window)
-    layers, tokens = len(target.layers), window.numel()
+    tokens = window.numel()
     weights = sum(p.numel() for p in target.model.parameters())
     trained = sum(p.numel() for p in target.layers.parameters())
     # logits of both, and the gradient of one
-    logits = 3 * 4 * tokens * int(target.model.config.vocab_size)
+    logits = 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
     written_out = writes_out(target.device, window.shape[1])
-    one = rehearse_training(target.layers[0], hidden, calls[0], written_out=written_out)
-    forward = layers * one
+    forward = sum(
+        count * rehearse_training(layer, hidden, call, written_out=written_out)
+        for layer, call, count in kinds(target, calls)
+    )
     return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
 
 
@@ -313,33 +310,35 @@ def waits(method: Method, settings: Settings) -> int:
     return halting * (1 + settings.asymmetric)
 
 
-def gram_bytes(target: Target) -> int:
+def gram_bytes(target: Target, found: Sequence[Layout]) -> int:
     """The grams of all groups of a decoder layer: many, where there are many experts."""
     largest = 0
-    for layer in target.layers:
+    for layer, layout in zip(target.layers, found, strict=True):
         linears = linears_of(layer, "")
-        groups = target.architecture.groups or tuple((n,) for n in linears)
-        grams = (4 * linears[g[0]].shape[1] ** 2 for g in groups if g[0] in linears)
-        largest = max(largest, sum(grams))
+        largest = max(largest, sum(4 * linears[g[0]].shape[1] ** 2 for g in layout.groups))
     return largest
 
 
 def survey_bytes(
-    target: Target, allocation: Allocation, layer_weights: int, windows: Tensor | None
+    target: Target,
+    found: Sequence[Layout],
+    allocation: Allocation,
+    layer_weights: int,
+    windows: Tensor | None,
 ) -> int:
     """What a look at one dense layer holds besides the layer: grams, what is kept, logits."""
     held = allocation.disk_bytes(layer_weights, target.dtype.itemsize)
     if "gram" in allocation.requires:
-        held += gram_bytes(target)
+        held += gram_bytes(target, found)
     if isinstance(allocation, Search) and windows is not None:
         # Probabilities of the dense model, logits of a candidate, and one of them in the making.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
-        held += 3 * 4 * tokens * int(target.model.config.vocab_size)
+        held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
     return held
 
 
 def forward_bytes(
-    target: Target, windows: Tensor, settings: Settings, waiting: int
+    target: Target, found: Sequence[Layout], windows: Tensor, settings: Settings, waiting: int
 ) -> tuple[int, int]:
     """Hidden states of all windows, and what forwards keep alive while they run and wait."""
     size = min(max(1, settings.micro_batch_tokens // windows.shape[1]), windows.shape[0])
@@ -347,7 +346,8 @@ def forward_bytes(
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     own = hidden.numel() * hidden.dtype.itemsize
     stored = own * windows.numel() // batch_tokens
-    rehearsals = rehearse_kinds(target, hidden, calls)
+    groups = {id(x): layout.groups for x, layout in zip(target.layers, found, strict=True)}
+    rehearsals = [rehearse(x, groups[id(x)], hidden, call) for x, call, _ in kinds(target, calls)]
     forward = max(r.running_bytes for r in rehearsals)
     # A halted forward's own input is a view of the stored hidden states.
     halted = max(r.halted_bytes for r in rehearsals) - own
@@ -365,11 +365,9 @@ def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
         return hidden, layer_calls(target.model, target.layers, [ids])
 
 
-def rehearse_kinds(target: Target, hidden: Tensor, calls: list[LayerCall]) -> list[Rehearsal]:
-    """Rehearse one micro-batch in each kind of layer: kinds differ in how they are called."""
-    kinds: dict[Any, tuple[nn.Module, LayerCall]] = {}
-    for layer, call in zip(target.layers, calls, strict=True):
-        kind = tuple(tuple(t.shape) for t in call.tensors())
-        kinds.setdefault(kind, (layer, call))
-    groups = target.architecture.groups
-    return [rehearse(layer, groups, hidden, call) for layer, call in kinds.values()]
+def kinds(target: Target, calls: list[LayerCall]) -> list[tuple[nn.Module, LayerCall, int]]:
+    """A layer of each kind, how it is called, and how many of the kind there are."""
+    pairs = list(zip(target.layers, calls, strict=True))
+    of = [kind_of(*pair) for pair in pairs]
+    first = dict(zip(reversed(of), reversed(pairs), strict=True))
+    return [(*first[kind], count) for kind, count in Counter(of).items()]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.engine.collapse import collapsed, stop, told
+from secateur.engine.kinds import kind_of, layouts, refuse_unknown
 from secateur.engine.layer_pass import LayerPass
 from secateur.engine.passage import Passage
 from secateur.engine.precision import fast_matmuls
@@ -35,13 +36,12 @@ from secateur.engine.selection import Selection
 from secateur.engine.solver_cost import warn_of_work
 from secateur.engine.surgery import INPUT_STATISTICS, LinearRecord, all_zero, check_finite
 from secateur.engine.targets import Target
-from secateur.errors import PatternError
+from secateur.errors import PatternError, VerificationError
 from secateur.models.architecture import Linear, linears_of
-from secateur.models.experts import refuse_fused
 from secateur.pages import reused_pages
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.methods import Method
-from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.patterns import Pattern, misplaced
 from secateur.sparsity.patterns.whole_columns import WholeColumns
 
 __all__ = ["Run", "Settings"]
@@ -127,8 +127,10 @@ class Run:
                 settings.activations == "memory",
                 settings.work,
             )
-        self.groups: Sequence[Sequence[str]] | None = target.architecture.groups
+        refuse_unknown(target)
+        self.layouts = layouts(target, windows.shape[1]) if windows is not None else []
         self.told = 0
+        self.verified: set[Hashable] = set()
         self.sparsity_of = self.plan_sparsity()
         warn_of_work(self.shapes, self.sparsity_of, self.method_for)
 
@@ -139,24 +141,27 @@ class Run:
 
         Raises:
             RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
-            ArchitectureError: there are experts that cannot be opened.
         """
-        refuse_fused(self.target.layers)
         self.shapes = {
             linear.name: linear.shape
             for index, layer in enumerate(self.target.layers)
             for linear in linears_of(layer, self.target.architecture.layer_name(index)).values()
         }
         self.selection.check(self.shapes)
-        asked = {}
+        asked, unseen = {}, self.inputs_unseen()
         for name, shape in self.shapes.items():
-            asked[name] = self.selection.asked(name, self.sparsity)
+            asked[name] = 0.0 if name in unseen else self.selection.asked(name, self.sparsity)
             if asked[name] > 0:
                 try:
                     self.method_for(name).check(shape, asked[name])
                 except PatternError as error:
                     raise type(error)(error.what, where=name, remedy=error.remedy) from None
         return asked
+
+    def inputs_unseen(self) -> set[str]:
+        """Linears left as they are in a calibrated run, because no hook sees their inputs."""
+        name = self.target.architecture.layer_name
+        return {f"{name(i)}.{n}" for i, layout in enumerate(self.layouts) for n in layout.unseen}
 
     def method_for(self, name: str) -> Method:
         """The method, with the pattern that a linear has."""
@@ -256,9 +261,36 @@ class Run:
             if passing.tunes:
                 tuned = passing.tune()
                 changed = [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
+            self.leave(passing.unseen)
+            self.verify_kind(layer, list(passing.linears.values()))
             self.target.commit(index, changed)
-        self.leave(passing.unseen)
         self.finish_layer(index, records, tuned, passing.unseen, started)
+
+    def verify_kind(self, layer: nn.Module, linears: Sequence[Linear]) -> None:
+        """Look for the zeros of every matrix in the first layer of each kind.
+
+        A fault that would show in every layer of a kind so ends the run while little is lost.
+
+        Raises:
+            VerificationError: naming layer, matrix and how many zeros are missing.
+        """
+        kind = kind_of(layer)
+        if kind in self.verified:
+            return
+        for linear in linears:
+            asked = self.sparsity_of[linear.name]
+            pattern = self.method_for(linear.name).pattern
+            missing = misplaced(pattern, linear.weight, asked)
+            if missing:
+                raise VerificationError(
+                    f"{missing} of {linear.weight.numel()} weights are not zero and should be, "
+                    f"at sparsity {asked:g} in the pattern {pattern.name}; this is the first "
+                    f"{type(layer).__name__} of its kind, and no layer behind it was worked on",
+                    where=f"{linear.name}.weight",
+                    remedy="this is a fault in secateur or in a plug-in; please report it, and "
+                    f"leave the matrix out: --exclude '{linear.name}'",
+                )
+        self.verified.add(kind)
 
     def finish_layer(
         self,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur.engine.calls import first_inputs, layer_calls, replaced_layers
-from secateur.engine.gradients import Injector
+from secateur.engine.gradients import injected
 from secateur.engine.precision import fast_matmuls
 from secateur.engine.run import Run
 from secateur.models.architecture import Linear, linears_of
@@ -190,7 +190,7 @@ class Judge:
         """What the model makes of the last layer's output: logits [sequence, vocabulary]."""
         model, layers = self.target.model, self.target.layers
         ids = self.windows[row : row + 1].to(self.target.device)
-        stand_ins: list[nn.Module] = [Injector(hidden) for _ in layers]
+        stand_ins = injected(layers, self.calls, hidden)
         with replaced_layers(layers, stand_ins), fast_matmuls(self.target.device):
             found: Tensor = model(input_ids=ids, use_cache=False).logits
         return found[0]

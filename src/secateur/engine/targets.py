@@ -11,11 +11,14 @@ from torch import nn
 
 from secateur.models.architecture import Architecture, describe
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.inventory import Matrix, inventory, inventory_of, stored_shapes
 from secateur.models.skeleton import (
     assign,
     build_skeleton,
     empty,
     fill,
+    fill_buffers,
+    model_names,
     refuse_missing,
     stored_names,
 )
@@ -34,6 +37,10 @@ class Target(Protocol):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers; those not in work may be empty."""
+        ...
+
+    def matrices(self) -> list[Matrix]:
+        """Every floating-point tensor of two or more dimensions, as it is stored."""
         ...
 
     def outside(self) -> Any:
@@ -67,6 +74,10 @@ class ModelTarget:
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
         return self.architecture.layers(self.model)
+
+    def matrices(self) -> list[Matrix]:
+        """Every floating-point parameter of two or more dimensions, shared ones once."""
+        return inventory_of(self.model, self.architecture)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -110,11 +121,17 @@ class CheckpointTarget:
         prefix = self.architecture.layers_path + "."
         needed = (n for n, _ in self.model.named_parameters() if n.startswith(prefix))
         refuse_missing(needed, self.stored, reader.folder)
+        fill_buffers(self.model, reader)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, on the meta device unless in work."""
         return self.architecture.layers(self.model)
+
+    def matrices(self) -> list[Matrix]:
+        """Every floating-point tensor of two or more dimensions, as it is stored."""
+        names, shapes = model_names(self.model, self.reader), stored_shapes(self.reader.entries)
+        return inventory(self.model, self.architecture, names, shapes)
 
     @contextmanager
     def outside(self) -> Iterator[None]:

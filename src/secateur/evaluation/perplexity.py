@@ -30,6 +30,7 @@ from secateur.calibration.cutting import WindowCutter
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.evaluation.protocol import fingerprint
 from secateur.evaluation.uncertainty import mean_of, standard_error
+from secateur.models.architecture import refuse_non_decoders
 from secateur.models.positions import positions_of
 from secateur.models.tokenizer import Tokenizer
 from secateur.types import Windows
@@ -160,12 +161,14 @@ def perplexity(
         progress: called with the windows done and their total after each forward.
 
     Raises:
+        ArchitectureError: the model is an encoder, or part of an encoder-decoder.
         NumericalError: the loss of a window is not a number, or infinite.
         RecipeError: windows are shorter than 2, or longer than the model's context.
         SourceError: a token id is not in the model's vocabulary.
     """
     count, length = windows.shape
     check_windows(model, windows, start_tokens)
+    refuse_non_decoders(model, model)
     device, first = place_of(model), given(start_tokens)
     batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
     losses: list[float] = []

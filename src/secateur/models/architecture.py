@@ -30,6 +30,8 @@ __all__ = [
     "family_of",
     "hidden_size",
     "linears_of",
+    "refuse_non_decoders",
+    "text_config",
 ]
 
 Groups = tuple[tuple[str, ...], ...]
@@ -227,11 +229,17 @@ def hidden_size(model: Any) -> int:
     return width
 
 
+def text_config(config: Any) -> Any:
+    """The part of a configuration that is about text; all of it where there is no other part."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def describe(model: Any) -> Architecture:
     """Describe a causal language model.
 
     Raises:
-        ArchitectureError: no list of decoder layers with linears was found.
+        ArchitectureError: it is no causal decoder, or no list of decoder layers with linears was
+            found.
     """
     family = family_of(model)
     if family is not None:
@@ -246,18 +254,55 @@ def describe(model: Any) -> Architecture:
             f"{type(model).__name__} has no list of decoder layers made of linears",
             remedy="declare its family: see CONTRIBUTING.md, 'Add a model family'",
         )
-    return Architecture("generic", candidates[0][0], None)
+    path = candidates[0][0]
+    refuse_non_decoders(model, model.get_submodule(path))
+    return Architecture("generic", path, None)
 
 
-def candidate_layers(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Lists of like modules that hold linears: (path, number of weights in linears)."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
-            weights = sum(
-                linear.module.weight.numel()  # type: ignore[operator]
+def refuse_non_decoders(model: Any, layers: nn.Module) -> None:
+    """Refuse encoders and encoder-decoders, whose tokens do not only look back.
+
+    An encoder shows by its attention: none of it is causal. Where attention does not say, the
+    configuration may (`is_decoder`).
+
+    Raises:
+        ArchitectureError: it is one of them.
+    """
+    config = getattr(model, "config", None)
+    remedy = "Secateur works on causal decoders, which predict the next token from those before it"
+    # The configuration of a decoder taken out of an encoder-decoder says False; its class knows.
+    told = (getattr(each, "is_encoder_decoder", False) for each in (config, type(config)))
+    if any(told):
+        raise ArchitectureError(
+            f"{type(model).__name__} is part of an encoder-decoder, not a causal decoder: its "
+            "encoder would stay as it is",
+            remedy=remedy,
+        )
+    causal = {bool(m.is_causal) for m in layers.modules() if hasattr(m, "is_causal")}
+    decodes = True in causal if causal else getattr(config, "is_decoder", True)
+    if not decodes:
+        raise ArchitectureError(
+            f"{type(model).__name__} is an encoder, not a causal decoder: its tokens see those "
+            "behind them",
+            remedy=remedy,
+        )
+
+
+def candidate_layers(model: Any) -> Iterator[tuple[str, int]]:
+    """Lists of modules of the decoder that hold linears: (path, number of weights in linears).
+
+    The modules may be of several classes, as in hybrids. Where a model says which of its parts is
+    the decoder (`get_decoder`), towers for pictures or sound beside it are not looked at.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    start = next((path for path, module in model.named_modules() if module is decoder), "")
+    for path, module in decoder.named_modules(prefix=start):
+        if isinstance(module, nn.ModuleList) and len(module):
+            weights = {
+                id(linear.module): linear.module.weight.numel()  # type: ignore[operator]
                 for child in module
                 for linear in linears_of(child, path).values()
                 if linear.name != f"{path}."
-            )
+            }
             if weights:
-                yield path, weights
+                yield path, sum(weights.values())

@@ -25,6 +25,7 @@ __all__ = [
     "Expert",
     "OpenExperts",
     "expert_renamings",
+    "of_unknown_experts",
     "open_experts",
     "opened_experts",
     "refuse_fused",
@@ -154,6 +155,18 @@ def open_experts(model: nn.Module) -> dict[str, nn.Module]:
     return replaced
 
 
+def of_unknown_experts(path: str, module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter holds matrices of experts in a layout that is not known.
+
+    Args:
+        path: of the module.
+        module: whose parameter it is.
+        parameter: within a decoder layer; routers are for the caller to tell.
+    """
+    named = "expert" in f"{path}.{type(module).__name__}".lower()
+    return named and parameter.ndim > 1 and not isinstance(module, nn.Linear)
+
+
 def refuse_fused(layers: nn.Module) -> None:
     """Refuse to work on decoder layers that hold experts which cannot be opened.
 
@@ -161,15 +174,15 @@ def refuse_fused(layers: nn.Module) -> None:
         ArchitectureError: they are of a family that is not declared, or of another form.
     """
     for path, module in layers.named_modules():
-        parameter = dict(module.named_parameters(recurse=False)).get(FUSED[0])
-        if parameter is not None and parameter.ndim == 3:
-            raise ArchitectureError(
-                f"the experts ({type(module).__name__}) are fused into one tensor, in a form that "
-                "is not known for this family",
-                where=path,
-                remedy="mixtral, qwen2_moe and qwen3_moe are known; see CONTRIBUTING.md, 'Add a "
-                "model family'",
-            )
+        for parameter in module.parameters(recurse=False):
+            if of_unknown_experts(path, module, parameter):
+                raise ArchitectureError(
+                    f"the experts ({type(module).__name__}) are fused into one tensor, in a form "
+                    "that is not known for this family",
+                    where=path,
+                    remedy="mixtral, qwen2_moe and qwen3_moe are known; see CONTRIBUTING.md, 'Add "
+                    "a model family'",
+                )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import CheckpointError
+from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.architecture import family_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import check_sizes, transformers_errors
@@ -25,9 +25,12 @@ __all__ = [
     "build_skeleton",
     "empty",
     "fill",
+    "fill_buffers",
+    "model_names",
     "quiet_transformers",
     "refuse_missing",
     "skeleton_of",
+    "stored_buffers",
     "stored_names",
     "without_weights",
 ]
@@ -99,15 +102,12 @@ def build_skeleton(
     return model.eval()
 
 
-def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
-    """Map each parameter of the model to the name it is stored under.
+def model_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
+    """The name that the model has, or would have, for each stored tensor.
 
     Checkpoints may omit or add the base model's prefix, or use names from before a renaming;
     transformers' own table of renamings decides. Experts that are stored fused are from then on
     seen by the reader as tensors of their own.
-
-    Raises:
-        CheckpointError: a tensor has another shape than the configuration asks for.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -118,10 +118,21 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
         split_stored(reader, family.experts)
         own = expert_renamings(family.experts)
         renamings += [WeightRenaming(pattern, name) for pattern, name in own.items()]
-    parameters, known = dict(model.named_parameters()), dict(model.state_dict())
-    mapping = {}
-    for stored in reader.entries:
-        name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, known)
+    known, prefix = dict(model.state_dict()), model.base_model_prefix
+    return {
+        stored: rename_source_key(stored, renamings, [], prefix, known)[0]
+        for stored in reader.entries
+    }
+
+
+def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
+    """Map each parameter of the model to the name it is stored under (see `model_names`).
+
+    Raises:
+        CheckpointError: a parameter is stored in another shape.
+    """
+    parameters, mapping = dict(model.named_parameters()), {}
+    for stored, name in model_names(model, reader).items():
         if name in parameters:
             mapping[name] = stored
             expected, found = tuple(parameters[name].shape), reader.entries[stored].shape
@@ -144,8 +155,16 @@ def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Pat
 
     Raises:
         CheckpointError: naming the first of them.
+        ArchitectureError: they are those of experts, which are stored in an unknown layout.
     """
     missing = [name for name in needed if name not in stored]
+    if missing and all("experts" in name for name in missing):
+        raise ArchitectureError(
+            "the experts are stored otherwise than transformers holds them, in a layout that is "
+            "not known for this family",
+            where=missing[0],
+            remedy="declare its family: see CONTRIBUTING.md, 'Add a model family'",
+        )
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(
@@ -154,6 +173,22 @@ def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Pat
             remedy="the files are incomplete, or of another model than config.json says: copy or "
             "download them again",
         )
+
+
+def stored_buffers(model: Any) -> dict[str, torch.Tensor]:
+    """Buffers that a checkpoint holds: what a router was balanced by, the scale of a layer."""
+    kept = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def fill_buffers(model: Any, reader: CheckpointReader) -> None:
+    """Give the buffers of a skeleton their stored values; those that are not stored were made."""
+    buffers = stored_buffers(model)
+    if not buffers:
+        return
+    for stored, name in model_names(model, reader).items():
+        if name in buffers:
+            buffers[name].copy_(reader.read(stored))
 
 
 def fill(
@@ -176,6 +211,7 @@ def fill(
 
     Raises:
         CheckpointError: a parameter is not stored.
+        ArchitectureError: it is that of experts, which are stored in an unknown layout.
     """
     owned = [name for name, _ in module.named_parameters()]
     refuse_missing((f"{prefix}.{name}" for name in owned), names, reader.folder)

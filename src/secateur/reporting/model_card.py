@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ Made by secateur {version} with **{method[name]}** (score {method[score]}, solve
 | peak memory | {peak} GiB |
 
 The zeros are stored as zeros: this folder is as large as the source, and engines that do not know
-of sparsity run it at the source's speed. Embeddings, norms and output head are the source's.
+of sparsity run it at the source's speed.
+
+Vectors (norms, biases) are never pruned. {left}
 
 {evidence}## Use
 
@@ -87,8 +89,17 @@ def model_card(
         hardware=f"{environment['cpu']}, {environment['threads']} threads",
         peak=f"{manifest['cost']['peak_resident_bytes'] / 2**30:.2f}",
         recipe=recipe_yaml.rstrip(),
+        left=not_pruned(manifest.get("left", [])),
         evidence=f"{evidence}\n\n" if evidence else "",
     )
+
+
+def not_pruned(left: Sequence[Mapping[str, Any]]) -> str:
+    """The matrices that were left as they are, one sort a line."""
+    if not left:
+        return "No matrix was left out."
+    lines = [f"- `{x['names']}`: {x['reason']}, {x['weights']:,} weights" for x in left]
+    return "These matrices were not pruned:\n\n" + "\n".join(lines)
 
 
 def describe_calibration(calibration: Mapping[str, Any] | None) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.models.inventory import Left
+
 __all__ = ["PruneReport"]
 
 
@@ -16,6 +18,7 @@ class PruneReport:
     Attributes:
         sparsity: fraction of zeros in the matrices of the decoder layers.
         layers: per layer, the records of its linears.
+        left: matrices of the model that were not pruned, and why.
         manifest: versions, hardware, choices, cost and result; empty for a model pruned in place.
         output: the folder written, if any.
     """
@@ -24,3 +27,4 @@ class PruneReport:
     layers: list[dict[str, Any]]
     manifest: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
+    left: list[Left] = field(default_factory=list)

@@ -105,6 +105,15 @@ class Structure(Record):
     latency: dict[str, Any] | None = None
 
 
+class Left(Record):
+    """Tensors of one sort that were not pruned; `models.inventory.Left` says what is what."""
+
+    names: str
+    reason: str
+    tensors: int
+    weights: int
+
+
 class Manifest(Record):
     """`manifest.json`."""
 
@@ -123,6 +132,7 @@ class Manifest(Record):
     distillation: dict[str, float] | None = None
     experts: dict[str, Any] | None = None
     collapsed: tuple[str, ...] = ()
+    left: tuple[Left, ...] = ()
 
     @property
     def lost(self) -> float:

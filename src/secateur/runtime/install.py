@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
 from secateur.models.experts import OpenExperts
-from secateur.models.skeleton import assign, refuse_missing, stored_names
+from secateur.models.skeleton import assign, fill_buffers, refuse_missing, stored_names
 from secateur.runtime.dense_view import DenseView
 from secateur.runtime.formats import Layout, bitmask_parts, formats
 from secateur.runtime.kernels.dispatch import choose, kind_of
@@ -89,6 +89,8 @@ def install(
             matrix = Matrix(formats[layout.format].unpack(parts, layout).to(dtype))
         shared[path] = matrix
         replace(model, path, packed_module(model, path, path == embedding_at, matrix, dtype))
+    if not matrices_only:
+        fill_buffers(model, view)
     if head_at and tied:
         tie_head(model, embedding_at, head_at, shared.get(embedding_at))
     settle(model, dtype)

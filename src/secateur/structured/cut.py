@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.architecture import Architecture, Linear, describe
+from secateur.models.architecture import Architecture, Linear, describe, hidden_size
 from secateur.models.couplings import Couplings
 
 __all__ = [
@@ -205,10 +205,10 @@ def sizes_of(model: Any) -> Sizes:
     architecture = describe(model)
     config, layers = model.config, architecture.layers(model)
     couplings, none = architecture.couplings, (0,) * len(layers)
+    if couplings is None:
+        return Sizes(hidden_size(model), 0, 1, none, none, none)
     heads = config.num_attention_heads
     per_group = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    if couplings is None:
-        return Sizes(config.hidden_size, 0, per_group, none, none, none)
     told = (find(layer, couplings.attention) for layer in layers)
     named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in told)
     per_group = next((each for each in named if each), per_group)
@@ -260,8 +260,8 @@ def couplings_of(architecture: Architecture) -> Couplings:
     """
     if architecture.couplings is None:
         raise ArchitectureError(
-            f"only whole layers can be cut of this model ({architecture.family}): which parameters "
-            "belong to a head, a neuron or a channel is not declared",
+            f"only whole layers can be cut of this model ({architecture.family}): its family does "
+            "not declare which parameters belong to a head, a neuron, an expert or a channel",
             remedy="cut layers, or declare the couplings of its family: see CONTRIBUTING.md, 'Add "
             "a model family'",
         )

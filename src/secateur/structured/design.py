@@ -18,7 +18,7 @@ from torch import nn
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import Architecture, describe
 from secateur.models.couplings import Couplings
-from secateur.models.skeleton import quiet_transformers, skeleton_of
+from secateur.models.skeleton import quiet_transformers, skeleton_of, stored_buffers
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,
     Cut,
@@ -81,6 +81,7 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     """
     model = with_fused_experts(model)
     architecture, sizes = describe(model), sizes_of(model)
+    refuse_buffers(model, architecture)
     if any((cut.hidden, cut.groups, cut.queries, cut.neurons, cut.experts)):
         couplings_of(architecture)
     cut.check(sizes)
@@ -102,7 +103,29 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
             remedy="leave padding out; or keep all hidden channels, where the family ties their "
             "number to the number of heads",
         )
+    if architecture.couplings is None:
+        raise ArchitectureError(
+            f"{type(model).__name__} cannot be built with {len(made.layers)} of its "
+            f"{len(sizes.neurons)} layers: how its configuration names their kinds is not known",
+            remedy="this family's layers cannot be cut yet",
+        )
     return replace(made, skeleton=built_varied(model, made, hidden))
+
+
+def refuse_buffers(model: Any, architecture: Architecture) -> None:
+    """Refuse decoder layers that store values besides their parameters: a cut would lose them.
+
+    Raises:
+        ArchitectureError: naming the first.
+    """
+    prefix = architecture.layers_path + "."
+    found = [name for name in stored_buffers(model) if name.startswith(prefix)]
+    if found:
+        raise ArchitectureError(
+            f"{len(found)} buffers of the decoder layers are stored, and a cut would not keep them",
+            where=found[0],
+            remedy="this family cannot be cut yet",
+        )
 
 
 def with_fused_experts(model: Any) -> Any:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.errors import RecipeError, SourceError, VerificationError
-from secateur.training.selecting import prunable
+from secateur.models.architecture import describe
+from secateur.models.inventory import inventory_of
 
 __all__ = ["Masks", "local", "moments", "shard_like"]
 
@@ -48,11 +49,13 @@ class Masks:
 
     @classmethod
     def of(cls, model: Any) -> Masks:
-        """The zeros that the matrices of the decoder layers have now, where they have any."""
-        weights = {
-            f"{x.name}.weight": x.module.get_parameter("weight").detach() for x in prunable(model)
-        }
-        masks = {name: weight != 0 for name, weight in weights.items()}
+        """The zeros that the matrices of the decoder layers have now, where they have any.
+
+        Also those of experts that transformers holds in one tensor.
+        """
+        matrices = inventory_of(model, describe(model))
+        names = [matrix.name for matrix in matrices if matrix.is_decoder_matrix]
+        masks = {name: model.get_parameter(name).detach() != 0 for name in names}
         return cls({name: mask for name, mask in masks.items() if not mask.all()})
 
     @classmethod

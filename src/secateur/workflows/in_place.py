@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from secateur.calibration.windows import check_fit, load_calibration
 from secateur.engine.gradients import gather_gradients
+from secateur.engine.leaving import left_by
 from secateur.engine.progress import Progress
 from secateur.engine.run import Run
 from secateur.engine.selection import Selection
 from secateur.engine.surgery import INPUT_STATISTICS, refuse_all_zero
 from secateur.engine.survey import allocate
 from secateur.engine.targets import ModelTarget
+from secateur.models.architecture import text_config
 from secateur.models.experts import opened_experts
+from secateur.models.inventory import Matrix
 from secateur.models.positions import positions_of
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import start_tokens
@@ -106,21 +109,29 @@ def prune_module(
             carry_out(run, allocation, 0)
             if teacher is not None:
                 distil(model, teacher, run, recipe, progress)
+            unseen = [name for layer in ledger.layers for name in layer.get("unseen", ())]
+            matrices = target.matrices()
+            left = left_by(run, matrices, unseen)
+            sparsity = decoder_sparsity(model, matrices)
     finally:
         model.train(was_training)
-    records: Sequence[dict[str, Any]] = [r for layer in ledger.layers for r in layer["linears"]]
-    zeros = sum(r["zeros"] for r in records)
-    unseen = [name for layer in ledger.layers for name in layer.get("unseen", ())]
-    shapes = [*(r["shape"] for r in records), *(run.shapes[name] for name in unseen)]
-    weights = sum(out * columns for out, columns in shapes)
-    return PruneReport(zeros / weights if weights else 0.0, ledger.layers)
+    return PruneReport(sparsity, ledger.layers, left=left)
+
+
+def decoder_sparsity(model: nn.Module, matrices: Sequence[Matrix]) -> float:
+    """The fraction of zeros in the matrices of the decoder layers."""
+    names = [matrix.name for matrix in matrices if matrix.is_decoder_matrix]
+    weights = [model.get_parameter(name) for name in names]
+    kept = sum(int(torch.count_nonzero(weight)) for weight in weights)
+    total = sum(weight.numel() for weight in weights)
+    return 1 - kept / total if total else 0.0
 
 
 def module_windows(
     recipe: PruneRecipe, calibration: str | Path | Tensor, tokenizer: Any, model: Any
 ) -> Tensor:
     """Calibration windows for a loaded model."""
-    vocabulary, positions = model.config.vocab_size, positions_of(model.config)
+    vocabulary, positions = text_config(model.config).vocab_size, positions_of(model.config)
     if isinstance(calibration, Tensor):
         check_fit(calibration, "calibration", vocab_size=vocabulary, positions=positions)
         return calibration.to("cpu", torch.int64)

@@ -21,6 +21,7 @@ from secateur.engine.selection import Selection
 from secateur.engine.surgery import refuse_all_zero
 from secateur.engine.targets import CheckpointTarget, Target
 from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_files
 from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
@@ -283,7 +284,7 @@ def calibration_windows(
         tokenizer,
         plan,
         field=options.field,
-        vocab_size=target.model.config.vocab_size,
+        vocab_size=text_config(target.model.config).vocab_size,
         positions=positions_of(target.model.config),
     )
     return windows, provenance

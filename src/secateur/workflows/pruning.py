@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
+from secateur.engine.leaving import left_by
 from secateur.engine.meter import Meter
 from secateur.engine.plan import Plan
 from secateur.engine.progress import Progress, Silent
@@ -19,6 +20,7 @@ from secateur.engine.routing import coverage
 from secateur.engine.run import Run, Settings
 from secateur.engine.survey import settled_allocation
 from secateur.errors import RecipeError
+from secateur.models.inventory import Left
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.manifest import environment
@@ -63,10 +65,11 @@ def plan(model: str, **options: Any) -> Plan:
 def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
     """The plan of a recipe, and where its hidden states would wait."""
     prepared = prepare(recipe, only_plan=True)
-    run_of(
-        prepared, settings_of(recipe, "memory", None), Ledger(), Silent()
-    )  # refuses what does not fit
-    return choose_plan(prepared, recipe.memory)
+    # refuses what does not fit
+    run = run_of(prepared, settings_of(recipe, "memory", None), Ledger(), Silent())
+    chosen, activations = choose_plan(prepared, recipe.memory)
+    left = left_by(run, prepared.target.matrices())
+    return dataclasses.replace(chosen, left=left), activations
 
 
 def prune(
@@ -198,10 +201,12 @@ def run_prepared(
         manifest["distillation"] = distilled
         found = coverage(ledger.layers, run.target.architecture)
         manifest["experts"] = found and found.to_json()
+        left = left_by(run, prepared.target.matrices(), found.unseen if found else ())
+        manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
         folder.finish()
-    return PruneReport(audit.sparsity, ledger.layers, manifest, folder.output)
+    return PruneReport(audit.sparsity, ledger.layers, manifest, folder.output, left)
 
 
 def report_of(output: Path) -> PruneReport:
@@ -209,7 +214,9 @@ def report_of(output: Path) -> PruneReport:
     ledger = Ledger(output / NOTES / LEDGER)
     ledger.resume()
     manifest = json.loads((output / NOTES / MANIFEST).read_text(encoding="utf-8"))
-    return PruneReport(manifest["result"]["decoder_sparsity"], ledger.layers, manifest, output)
+    left = [Left(**one) for one in manifest["left"]]
+    sparsity = manifest["result"]["decoder_sparsity"]
+    return PruneReport(sparsity, ledger.layers, manifest, output, left)
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
@@ -256,7 +263,6 @@ def make_manifest(
 ) -> dict[str, Any]:
     """Everything worth knowing about a finished run."""
     method = prepared.method
-    zeros = sum(x.zeros for x in audit.linears)
     return {
         "manifest_version": MANIFEST_VERSION,
         "source": {
@@ -288,7 +294,7 @@ def make_manifest(
         "cost": {**meter.read(), "resumed": folder.resumed},
         "result": {
             "decoder_sparsity": audit.sparsity,
-            "model_sparsity": zeros / audit.parameters,
+            "model_sparsity": audit.model_sparsity,
             "parameters": audit.parameters,
             "file_bytes": audit.file_bytes,
         },

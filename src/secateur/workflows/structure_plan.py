@@ -18,6 +18,9 @@ __all__ = ["Aim", "aim_of", "count"]
 TARGETS = ("keep_parameters", "file_mib", "decode_latency")
 """What says how much heads and neurons lose together."""
 
+UNITS = (*TARGETS, "heads", "ffn", "kv_cache", "query_heads", "hidden", "experts")
+"""What cuts within layers, for which a family has to be declared."""
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -102,10 +105,12 @@ def aim_of(recipe: StructureRecipe, model: Any) -> Aim:
 
     Raises:
         RecipeError: nothing is asked, too much, or two things that do not go together.
-        ArchitectureError: heads and neurons are to reach a target, and are not declared.
+        ArchitectureError: units within layers are to go, and the family does not declare them.
     """
-    sizes = sizes_of(model)
     check_together(recipe)
+    if any(getattr(recipe, name) is not None for name in UNITS):
+        couplings_of(describe(model))
+    sizes = sizes_of(model)
     layers = sizes.layers
     drop = 0
     if recipe.keep_layers is not None:
@@ -233,10 +238,8 @@ def check_narrowable(model: Any, sizes: Sizes) -> None:
     """Refuse a target where heads and neurons cannot be cut to reach it.
 
     Raises:
-        ArchitectureError: the family does not declare what they are.
         RecipeError: there are no neurons to make up for what whole heads leave.
     """
-    couplings_of(describe(model))
     if max(sizes.neurons) < 2:
         raise RecipeError(
             "the model has no FFN neurons outside its experts, and whole heads alone reach no "

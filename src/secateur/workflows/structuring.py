@@ -23,6 +23,7 @@ from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress, Silent
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
+from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
 from secateur.models.positions import positions_of
 from secateur.models.skeleton import build_skeleton, stored_names
@@ -219,7 +220,7 @@ def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: A
         tokenizer,
         window_plan(options, config),
         field=options.field,
-        vocab_size=config.vocab_size,
+        vocab_size=text_config(config).vocab_size,
         positions=positions_of(config),
     )
 

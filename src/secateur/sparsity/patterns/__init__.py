@@ -16,11 +16,13 @@ from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError
 from secateur.registry import Registry
-from secateur.types import Mask, Score
+from secateur.types import Mask, Score, Weight
 
 __all__ = [
     "Pattern",
+    "check_score",
     "check_sparsity",
+    "misplaced",
     "parse_pattern",
     "patterns",
     "unit_scores",
@@ -182,3 +184,15 @@ def check_score(score: Score) -> None:
             remedy="look for NaN or infinite weights, or an overflow in the calibration inputs; "
             "loading the model in bfloat16 or float32 avoids overflow",
         )
+
+
+def misplaced(pattern: Pattern, weight: Weight, sparsity: float) -> int:
+    """How many weights of a matrix [out, in] are not zero although the pattern needs them to be.
+
+    The pattern, given the score 1 for weights that are not zero and 0 for those that are, prunes
+    zeros first. So whatever it prunes beyond them is misplaced.
+    """
+    if sparsity <= 0:
+        return 0
+    nonzero = weight != 0
+    return int((nonzero & ~pattern.mask(nonzero.to(torch.float32), sparsity)).sum())

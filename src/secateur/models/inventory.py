@@ -1,0 +1,253 @@
+"""What a model stores, tensor by tensor: what can be pruned, and why the rest cannot.
+
+Counts stand on stored tensors, not on modules. A module may be there twice and stored once, and a
+tensor may be stored that no module shows: experts that transformers fuses, a tower for pictures,
+a layer that predicts further tokens. So every floating-point tensor of two or more dimensions is
+either the weight of a linear that can be pruned or has a reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from secateur.errors import CheckpointError
+from secateur.models.architecture import Architecture, Linear, linears_of
+from secateur.models.experts import of_unknown_experts
+from secateur.models.sharing import shared_parameters
+
+__all__ = ["Left", "Matrix", "inventory", "inventory_of", "stored_shapes", "summary", "weights_of"]
+
+EXPERTS = "experts in a layout that is not known"
+BESIDE = "not in the decoder's layers"
+NOT_BUILT = "stored, but no part of the causal language model that transformers builds"
+UNKNOWN = "a decoder layer's tensor in a form that is not known"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A stored tensor of two or more dimensions.
+
+    Attributes:
+        name: as it is stored.
+        shape: as it is stored.
+        layer: the number of its decoder layer; None outside.
+        linear: the prunable linear whose weight it is, if any.
+        reason: why it cannot be pruned; empty for a linear's.
+        part: the part of the model beside the decoder layers that it belongs to, if any; such a
+            part is named once, not tensor by tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None
+    linear: Linear | None
+    reason: str = ""
+    part: str = ""
+
+    @property
+    def weights(self) -> int:
+        """How many values it has."""
+        return prod(self.shape)
+
+    @property
+    def is_decoder_matrix(self) -> bool:
+        """Whether it counts among the matrices of the decoder: linears, and unknown experts."""
+        return self.linear is not None or self.reason in (EXPERTS, UNKNOWN)
+
+    @property
+    def full_name(self) -> str:
+        """The linear's name; as it is stored, where it is none's."""
+        return self.linear.name if self.linear else self.name.removesuffix(".weight")
+
+    @property
+    def kind(self) -> str:
+        """Its name within the decoder layer."""
+        return re.split(rf"(?:^|\.){self.layer}\.", self.full_name, maxsplit=1)[-1]
+
+    def seen(self, tensor: Tensor) -> Tensor:
+        """The stored tensor as a matrix [out, in]; several matrices in one lie below each other."""
+        if self.linear is not None:
+            return tensor.t() if self.linear.transposed else tensor
+        return tensor.flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class Left:
+    """Tensors of one sort that are not pruned.
+
+    Attributes:
+        names: of all of them, `*` for numbers; or of the part of the model that they are.
+        reason: why.
+        tensors: how many.
+        weights: values in them.
+    """
+
+    names: str
+    reason: str
+    tensors: int
+    weights: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written to the manifest."""
+        return asdict(self)
+
+    def told(self) -> str:
+        """For people."""
+        return f"{self.names}: {self.reason}, {self.weights:,} weights"
+
+
+def inventory(
+    model: Any,
+    architecture: Architecture,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[Matrix]:
+    """Every stored floating-point tensor of two or more dimensions.
+
+    Those of the decoder layers come first, in the order of the layers and of the modules in them.
+
+    Args:
+        model: loaded, or a skeleton.
+        architecture: its description.
+        names: the model's name for each stored tensor (`skeleton.model_names`).
+        shapes: of the floating-point tensors, by stored name.
+
+    Raises:
+        CheckpointError: a linear of a decoder layer is not stored.
+    """
+    linears, layer_of = {}, {}
+    for index, layer in enumerate(architecture.layers(model)):
+        for linear in linears_of(layer, architecture.layer_name(index)).values():
+            linears[f"{linear.name}.weight"] = linear
+            layer_of[f"{linear.name}.weight"] = index
+    absent = linears.keys() - set(names.values()) - shared_parameters(model, architecture).keys()
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} of {len(linears)} matrices of the decoder layers are not stored",
+            where=min(absent),
+            remedy="the checkpoint is incomplete (download it again), or it stores them in another "
+            "form than the modules of transformers have",
+        )
+    place = {name: number for number, name in enumerate(linears)}
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    within = re.compile(re.escape(architecture.layers_path) + r"\.(\d+)\.")
+    count = len(architecture.layers(model))
+    path = stored_path(architecture, names, linears)
+    found = []
+    for stored, shape in shapes.items():
+        if len(shape) < 2:
+            continue
+        name = names[stored]
+        match = within.match(name)
+        inside = int(match[1]) if match and int(match[1]) < count else None
+        if name in linears:
+            found.append(Matrix(stored, shape, layer_of[name], linears[name]))
+        elif name in parameters:
+            reason = reason_of(model, architecture, name, inside=inside is not None)
+            part = part_beside(stored, path) if reason == BESIDE else ""
+            found.append(Matrix(stored, shape, inside, None, reason, part))
+        elif inside is not None:
+            reason = EXPERTS if "expert" in name else UNKNOWN
+            found.append(Matrix(stored, shape, inside, None, reason))
+        else:
+            part = part_beside(stored, path)
+            found.append(Matrix(stored, shape, None, None, NOT_BUILT, part))
+    last = len(place)
+    return sorted(
+        found, key=lambda m: (count if m.layer is None else m.layer, place.get(names[m.name], last))
+    )
+
+
+def inventory_of(model: Any, architecture: Architecture) -> list[Matrix]:
+    """The inventory of a loaded model: its own parameters, those that are shared once."""
+    shapes = stored_shapes(dict(model.named_parameters()))
+    return inventory(model, architecture, {name: name for name in shapes}, shapes)
+
+
+def stored_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what is floating-point: of a reader's entries, or of named parameters."""
+    return {n: tuple(e.shape) for n, e in entries.items() if e.dtype.is_floating_point}
+
+
+def reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool) -> str:
+    """Why a parameter of two or more dimensions is no linear that can be pruned.
+
+    Args:
+        model: loaded, or a skeleton.
+        architecture: its description.
+        name: of the parameter.
+        inside: whether it belongs to a decoder layer.
+    """
+    path = name.rpartition(".")[0]
+    module = model.get_submodule(path)
+    sort = type(module).__name__
+    decoder = architecture.layers_path.rpartition(".")[0]
+    if isinstance(module, nn.Embedding) and path.startswith(decoder):
+        return "embedding"
+    if module is model.get_output_embeddings():
+        return "output head"
+    if not inside:
+        return BESIDE
+    if isinstance(module, _ConvNd):
+        return "convolution"
+    if "norm" in sort.lower():
+        return "norm"
+    if name.endswith("bias"):
+        return "bias"
+    router = architecture.experts.router if architecture.experts else None
+    if "router" in sort.lower() or (router and path.endswith(f".{router}")):
+        return "router"
+    parameter = model.get_parameter(name)
+    if of_unknown_experts(path, module, parameter):
+        return EXPERTS
+    if parameter.ndim > 2:
+        return UNKNOWN
+    return "gate with one output" if isinstance(module, nn.Linear) else f"parameter of {sort}"
+
+
+def stored_path(
+    architecture: Architecture, names: Mapping[str, str], linears: Collection[str]
+) -> str:
+    """The path of the decoder layers in stored names, which may begin in another way."""
+    path = architecture.layers_path
+    for stored, name in names.items():
+        within = name.removeprefix(path)
+        if name in linears and stored.endswith(within):
+            return stored.removesuffix(within)
+    return path
+
+
+def part_beside(name: str, layers_path: str) -> str:
+    """The largest part of a model that holds a parameter and not the decoder layers."""
+    mine, theirs = name.split("."), layers_path.split(".")
+    same = 0
+    while same < len(theirs) and same < len(mine) - 1 and mine[same] == theirs[same]:
+        same += 1
+    return ".".join(mine[: same + 1])
+
+
+def summary(left: Iterable[tuple[str, str, int]]) -> list[Left]:
+    """What is not pruned in a few lines: tensors whose names differ in numbers, together.
+
+    Args:
+        left: name, reason and number of weights of each tensor.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name, reason, weights in left:
+        sort = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        groups.setdefault((sort, reason), []).append(weights)
+    return [Left(n, reason, len(all_), sum(all_)) for (n, reason), all_ in groups.items()]
+
+
+def weights_of(matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, int]]:
+    """What `summary` needs of the matrices that cannot be pruned."""
+    for matrix in matrices:
+        if matrix.linear is None:
+            yield matrix.part or matrix.name, matrix.reason, matrix.weights
