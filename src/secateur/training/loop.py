@@ -160,8 +160,8 @@ class Loop:
         if self.masks is not None:
             self.masks.apply(self.model)
         self.door.shard(self.model)
-        if self.masks is not None and self.door.ranks > 1:
-            self.masks = self.masks.sharded(self.model)
+        if self.masks is not None:
+            self.masks = self.masks.beside(self.model)  # once, not at every step
         self.model.eval()
         named = self.model.named_parameters()
         self.parameters = {n: p for n, p in named if p.requires_grad}
