@@ -19,6 +19,7 @@ from unittest import mock
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -66,6 +67,7 @@ class OnCuda(Tensor):
             device=CUDA,
         )
         made.inner = inner
+        homes[made.untyped_storage()._cdata] = inner.untyped_storage()
         return made
 
     @classmethod
@@ -93,6 +95,9 @@ class OnCuda(Tensor):
         return ["inner"], None
 
 
+homes: dict[int, torch.UntypedStorage] = {}
+"""Where the numbers of a storage on cuda are."""
+
 waits: list[str] = []
 """What the host waited for since this was emptied."""
 
@@ -111,27 +116,44 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     if not there and (device is None or torch.device(device).type != "cuda"):
         return func(*args, **kwargs)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        with Pretending():  # as under no_grad, where it is taken apart before it comes here
+            return func.decompose(*args, **kwargs)
+    if func is aten.set_.source_Storage:
+        return set_storage(*args)
     if there:
         refuse_mixed(func, args, kwargs)
-    target = CUDA if device is None or torch.device(device).type == "cuda" else CPU
+    target = CUDA if device is None else torch.device(device)
     if func is aten.copy_.default:
         target = CUDA if isinstance(args[0], OnCuda) else CPU
-    if there and (func in WAITING or has_bool_index(func, args) or target == CPU):
+    if there and (func in WAITING or has_bool_index(func, args) or target.type == "cpu"):
         waits.append(str(func))
     inner_args, inner_kwargs = tree_map(unwrapped, (args, kwargs))
-    for name in ("device", "pin_memory"):
-        if inner_kwargs.get(name) is not None:
-            inner_kwargs[name] = CPU if name == "device" else False
+    if device is not None and target.type == "cuda":
+        inner_kwargs["device"] = CPU
+    if inner_kwargs.get("pin_memory"):
+        inner_kwargs["pin_memory"] = False
     if func is aten.histc.default and not inner_args[0].is_floating_point():
         out = func(inner_args[0].float(), *inner_args[1:]).to(inner_args[0].dtype)  # a GPU can
     else:
         out = func(*inner_args, **inner_kwargs)
     if func is aten._to_copy.default and out is inner_args[0]:
         out = out.clone()
-    if target == CPU:
+    if target.type != "cuda":
         return args[0] if func is aten.copy_.default else out
-    out = tree_map(lambda x: OnCuda(x) if isinstance(x, Tensor) else x, out)
+    out = tree_map(lambda x: beside(x, there) if isinstance(x, Tensor) else x, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if there else out
+
+
+def beside(inner: Tensor, others: list[Any]) -> OnCuda:
+    """A tensor on cuda; it shares the storage there of those whose numbers it shares here."""
+    made = OnCuda(inner)
+    for other in others:
+        if other.inner.untyped_storage()._cdata == inner.untyped_storage()._cdata:
+            place = inner.storage_offset(), inner.size(), inner.stride()
+            move_storage(made, other.untyped_storage(), *place)
+            break
+    return made
 
 
 def refuse_mixed(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -172,6 +194,37 @@ def unwrapped(value: Any) -> Any:
     return value.inner if isinstance(value, OnCuda) else value
 
 
+def set_storage(tensor: OnCuda, storage: torch.UntypedStorage) -> OnCuda:
+    """`tensor.set_(storage)`: all bytes of a storage."""
+    tensor.inner = torch.empty(0, dtype=tensor.dtype).set_(homes[storage._cdata])
+    move_storage(tensor, storage, 0, tensor.inner.size(), tensor.inner.stride())
+    return tensor
+
+
+def move_storage(tensor: OnCuda, storage: torch.UntypedStorage, *place: Any) -> None:
+    """Tell torch where a tensor lies: storage, offset, size and strides."""
+    before = torch._C._meta_in_tls_dispatch_include()
+    with no_dispatch():
+        torch._C._set_meta_in_tls_dispatch_include(True)
+        try:
+            aten.set_.source_Storage_storage_offset(tensor, storage, *place)
+        finally:
+            torch._C._set_meta_in_tls_dispatch_include(before)
+
+
+def resize_storage(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+    """`storage.resize_(size)`."""
+    home = homes.get(storage._cdata) if storage.device.type == "cuda" else None
+    if home is None:
+        return _resize(storage, size)
+    assert 0 in (size, home.nbytes()) or size == home.nbytes()
+    _resize(home, size)
+    return storage
+
+
+_resize = torch.UntypedStorage.resize_
+
+
 def set_data(tensor: Tensor, value: Tensor) -> None:
     """`tensor.data = value`: torch changes what it knows, and the numbers follow."""
     if isinstance(tensor, OnCuda) != isinstance(value, OnCuda):
@@ -208,6 +261,7 @@ def pretended_cuda() -> Iterator[None]:
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") comes by here
     patches = [mock.patch(cuda + name, answer) for name, answer in answers.items()]
     address = safetensors.torch.storage_ptr  # where a tensor lies, for safetensors to find twins
+    patches.append(mock.patch("torch.UntypedStorage.resize_", resize_storage))
     patches.append(mock.patch("safetensors.torch.storage_ptr", lambda x: address(unwrapped(x))))
     for patch in patches:
         patch.start()
@@ -218,4 +272,5 @@ def pretended_cuda() -> Iterator[None]:
         for patch in patches:
             patch.stop()
         torch._C._set_only_lift_cpu_tensors(False)
+        homes.clear()
         torch.__future__.set_swap_module_params_on_conversion(before)

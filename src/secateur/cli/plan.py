@@ -47,7 +47,7 @@ def plan(
         ("memory: the program itself", mib(found.process_bytes)),
         ("memory: one decoder layer", mib(found.layer_bytes)),
         (f"memory: hidden states (in {where})", mib(found.activation_bytes)),
-        ("memory: forwards", mib(found.forward_bytes)),
+        ("memory: forwards", mib(found.forward_bytes + found.waiting_bytes)),
         ("memory: statistics and solver", mib(found.solve_bytes)),
         *(
             (f"memory: the whole model, {what}", mib(size))
@@ -57,6 +57,7 @@ def plan(
             )
             if size
         ),
-        ("peak memory", gib(found.peak_bytes)),
+        ("peak memory of the GPU" if found.on_gpu else "peak memory", gib(found.peak_bytes)),
+        *([("peak memory of the host", gib(found.host_peak_bytes))] if found.on_gpu else []),
     ]
     print_table("plan", ("", ""), rows)

@@ -86,7 +86,7 @@ def show(report: PruneReport) -> None:
         ("zeros in all parameters", f"{result['model_sparsity']:.4%}"),
         ("time", f"{cost['seconds']:.1f} s"),
         ("peak memory", gib(cost["peak_resident_bytes"])),
-        ("planned memory", gib(report.manifest["plan"]["peak_bytes"])),
+        ("planned memory", gib(report.manifest["plan"]["host_peak_bytes"])),
         ("weight files", mib(result["file_bytes"])),
         ("output", str(report.output)),
     ]

@@ -38,15 +38,16 @@ def pruned_on_both(family: str = "llama", **options: Any) -> None:
     """Prune in place on the CPU and on cuda: the same zeros, or nearly."""
     here, there = tiny_model(family), tiny_model(family).to("cuda")
     for model in (here, there):
-        secateur.prune(model, calibration=WINDOWS, **{"sparsity": 0.5, **options})
+        secateur.prune(model, calibration=WINDOWS, **{"sparsity": 0.5, "micro_batch_tokens": 32, **options})
     assert all(isinstance(p, OnCuda) for p in there.parameters())
     found = zeros_of(there.cpu())
     for name, expected in zeros_of(here).items():
         assert float((found[name] == expected).float().mean()) > 0.98, name
 
 
-@pytest.mark.parametrize("name", list(methods))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("llama", n) for n in methods), *((f, "sparsegpt") for f in FAMILIES[1:])]
+)
 def test_prune(family: str, name: str) -> None:
     pruned_on_both(family, method=name)
 
@@ -60,7 +61,7 @@ def test_allocation(name: str) -> None:
     "options",
     [
         {"method": "sparsegpt", "asymmetric": True},
-        {"method": "wanda", "reconstruction": True},
+        {"method": "wanda", "reconstruction": {"passes": 1}},
         {"method": "wanda", "refine": "swaps"},
         {"method": "wanda", "solver": "bias"},
         {"method": "wanda", "sequential": "layer"},
