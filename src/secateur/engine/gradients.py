@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from secateur.engine.activations import Activations
 from secateur.engine.calls import LayerCall, call_layer, first_inputs, replaced_layers
 from secateur.engine.ledger import write_tensors
+from secateur.engine.precision import full_float32
 from secateur.engine.progress import Progress
 from secateur.engine.targets import Target
 from secateur.errors import NumericalError
@@ -172,6 +173,7 @@ class GradientPass:
         self.upstream.forget(index + 1)
 
 
+@full_float32()
 def gather_gradients(
     target: Target,
     windows: Tensor,
