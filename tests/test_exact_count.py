@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,43 @@ def test_a_row_of_millions():
 def test_more_than_there_is_is_refused(pruned):
     with pytest.raises(PatternError, match=f"cannot prune {pruned} of 4"):
         keep_largest(torch.zeros(2, 4), pruned)
+
+
+INFINITE = math.inf
+ROWS = {
+    "one": torch.tensor([3.0]),
+    "two": torch.tensor([2.0, -1.0]),
+    "all equal": torch.full((997,), 0.25),
+    "zeros of both signs": torch.tensor([0.0, -0.0] * 40 + [1.0, -1.0]),
+    "infinite": torch.tensor([INFINITE, -INFINITE, 0.0, 1.0, -1.0] * 30),
+    "ties": torch.randint(0, 9, (5000,), generator=torch.Generator().manual_seed(0)).float(),
+    "of all sizes": torch.randn(4096, generator=torch.Generator().manual_seed(1)).mul(9).exp(),
+    "of both signs": torch.randn(4097, generator=torch.Generator().manual_seed(2)),
+    "too small to be normal": torch.arange(-300, 300) * 1.4e-45,
+    "close together": 1 + torch.arange(5000).flip(0) * 2**-23,
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_histogram_of_a_gpu_finds_what_kthvalue_finds(name: str) -> None:
+    row = ROWS[name]
+    n = len(row)
+    for pruned in sorted({1, 2, n // 3, n // 2, n - 1, n} & set(range(1, n + 1))):
+        found = exact_count._smallest_by_histogram(row, pruned)
+        assert found.shape == (1,)
+        assert torch.equal(found, torch.kthvalue(row, pruned).values[None]), pruned
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_gpu_prunes_long_rows_as_a_cpu_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_histogram(score: Any, pruned: int) -> Any:
+        rows = [exact_count._smallest_by_histogram(torch.from_numpy(x), pruned) for x in score]
+        return torch.stack(rows).numpy()
+
+    score = torch.stack([ROWS[name], ROWS[name].flip(0)])
+    n = score.shape[1]
+    counts = sorted({1, n // 2, n - 1} & set(range(1, n)))
+    expected = [exact_count._by_threshold(score, pruned) for pruned in counts]
+    monkeypatch.setattr(exact_count, "_smallest", by_histogram)
+    for pruned, mask in zip(counts, expected, strict=True):
+        assert torch.equal(exact_count._by_threshold(score, pruned), mask)

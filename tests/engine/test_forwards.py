@@ -65,7 +65,7 @@ def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
     expected = stage.plain()
     if place != "frames":
         kept = [*stage.layer.parameters(), *stage.layer.buffers(), *stage.call.tensors()]
-        stage.parking = Parking(kept, tmp_path if place == "disk" else None)
+        stage.parking = Parking(kept, tmp_path if place == "disk" else None, torch.device("cpu"))
     order, pruned = [], []
     stage.pass_by_group(lambda i, group, x, _: order.append((group, tuple(x.shape))), pruned.append)
     assert pruned == [0, 1, 2, 3]
@@ -79,7 +79,7 @@ def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
 def test_parked_forwards_hold_next_to_nothing(tmp_path: Path) -> None:
     stage = Stage()
     kept = [*stage.layer.parameters(), *stage.call.tensors()]
-    stage.parking = parking = Parking(kept, tmp_path)
+    stage.parking = parking = Parking(kept, tmp_path, torch.device("cpu"))
     held_while_others_run = []
 
     def gather(_: int, group: int, x: torch.Tensor, dense: None) -> None:

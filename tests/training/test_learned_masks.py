@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -43,6 +44,28 @@ def test_gates_are_open_as_often_as_they_say(log_alpha):
     assert bool((drawn == 1).any())
     drawn.sum().backward()
     assert bool((gates.log_alpha.grad[(drawn > 0) & (drawn < 1)] > 0).all())
+
+
+def test_gates_begin_as_open_as_they_say():
+    gates = HardConcrete(200_000, 1)
+    torch.manual_seed(0)
+    drawn = gates.sample()
+    log_alpha = float(gates.log_alpha[0].detach())
+    assert log_alpha == 3
+    one = 1 / (1 + math.exp(2 / 3 * math.log(1.1 / 0.1) - log_alpha))  # P(z = 1)
+    assert one == pytest.approx(0.802, abs=5e-4)
+    assert float((drawn == 1).float().mean()) == pytest.approx(one, abs=0.005)
+    assert float((drawn > 0).float().mean()) == pytest.approx(0.990, abs=0.005)
+    assert "P(z = 1) = 0.802" in HardConcrete.__doc__
+
+
+def test_of_equal_gates_the_later_are_kept_however_many_there_are():
+    random = torch.Generator().manual_seed(0)
+    gates = HardConcrete(3001, 1000)
+    gates.log_alpha.data = torch.randint(0, 7, (3001,), generator=random).float()
+    order = sorted(range(3001), key=lambda i: (float(gates.log_alpha[i].detach()), i))
+    assert gates.kept() == tuple(sorted(order[2001:]))
+    assert gates.settled().nonzero()[:, 0].tolist() == list(gates.kept())
 
 
 def test_gates_keep_exactly_their_target():

@@ -105,7 +105,12 @@ Field = Annotated[
     str | None, typer.Option("--field", help="Field of a JSONL line that holds the text.")
 ]
 Budget = Annotated[
-    float | None, typer.Option("--memory-budget-gib", help="Peak resident memory allowed.")
+    float | None,
+    typer.Option(
+        "--memory-budget-gib",
+        help="Peak memory allowed: of the GPU with --device cuda, else of this process. "
+        "[4/5 of what is free]",
+    ),
 ]
 ActivationsPlace = Annotated[
     str | None, typer.Option("--activations", help="auto, memory or disk.")

@@ -49,7 +49,7 @@ def plan(
         ("memory: the program itself", mib(found.process_bytes)),
         ("memory: one decoder layer", mib(found.layer_bytes)),
         (f"memory: hidden states (in {where})", mib(found.activation_bytes)),
-        ("memory: forwards", mib(found.forward_bytes)),
+        ("memory: forwards", mib(found.forward_bytes + found.waiting_bytes)),
         ("memory: statistics and solver", mib(found.solve_bytes)),
         *([(f"  of that {matrices}", mib(size))] if size else []),
         *(
@@ -60,6 +60,7 @@ def plan(
             )
             if size
         ),
-        ("peak memory", gib(found.peak_bytes)),
+        ("peak memory of the GPU" if found.on_gpu else "peak memory", gib(found.peak_bytes)),
+        *([("peak memory of the host", gib(found.host_peak_bytes))] if found.on_gpu else []),
     ]
     print_table("plan", ("", ""), rows)

@@ -87,7 +87,7 @@ def show(report: PruneReport) -> None:
         ("not pruned", not_pruned(report.left)),
         ("time", f"{cost['seconds']:.1f} s"),
         ("peak memory", gib(cost["peak_resident_bytes"])),
-        ("planned memory", gib(report.manifest["plan"]["peak_bytes"])),
+        ("planned memory", gib(report.manifest["plan"]["host_peak_bytes"])),
         ("weight files", mib(result["file_bytes"])),
         ("output", str(report.output)),
     ]

@@ -61,7 +61,11 @@ Patience = Annotated[
     int | None, typer.Option(help="Stop after so many validations without a new best. [never]")
 ]
 Budget = Annotated[
-    float | None, typer.Option(help="Refuse to begin if more is needed. [4/5 of what is free]")
+    float | None,
+    typer.Option(
+        help="Refuse to begin if more is needed, on the GPU with --device cuda, else by this "
+        "process. [4/5 of what is free]"
+    ),
 ]
 Tensorboard = Annotated[str | None, typer.Option(help="Folder for curves. [none]")]
 Seed = Annotated[int | None, typer.Option(help="Of the choice and order of windows. [0]")]

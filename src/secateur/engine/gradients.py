@@ -28,6 +28,7 @@ from secateur.engine.calls import (
     first_inputs,
     replaced_layers,
 )
+from secateur.engine.precision import full_float32
 from secateur.engine.progress import Progress
 from secateur.engine.targets import Target
 from secateur.errors import NumericalError
@@ -189,6 +190,7 @@ class GradientPass:
         self.upstream.forget(index + 1)
 
 
+@full_float32()
 def gather_gradients(
     target: Target,
     windows: Tensor,

@@ -68,7 +68,8 @@ class Passage:
         if self.in_memory and self.target.device.type == "cpu":
             return None
         permanent = [*layer.parameters(), *layer.buffers(), *self.shared_tensors(index)]
-        return Parking(permanent, None if self.in_memory else stream.folder)
+        folder = None if self.in_memory else stream.folder
+        return Parking(permanent, folder, self.target.device)
 
     def record_calls(self, sizes: set[int]) -> None:
         """Learn how the model calls its layers, for micro-batches of so many windows."""

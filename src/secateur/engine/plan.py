@@ -117,7 +117,8 @@ class Plan:
         process_bytes: the program itself, with model skeleton and calibration tokens.
         layer_bytes: the weights of the largest decoder layer; twice with asymmetric fitting.
         activation_bytes: hidden states held in memory.
-        forward_bytes: running and halted forwards.
+        forward_bytes: a running forward.
+        waiting_bytes: halted forwards; a GPU's wait in host memory.
         solve_bytes: statistics, scores and solver of the largest linear; or of a whole layer,
             with what is kept of it, while an allocation looks at the dense model.
         solve_squares: the float32 matrices [widest_inputs, widest_inputs] among them.
@@ -125,34 +126,49 @@ class Plan:
         writing_bytes: the whole model with the keys and values of what it writes, before the run.
         tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
         distilling_bytes: both whole models, gradients, moments, one window's forward and logits.
+        loading_bytes: the whole model in host memory before it goes to a GPU, where one is loaded.
         disk_bytes: the result, and what is kept to resume.
         flops: floating-point operations of the forwards.
         left: matrices that will not be pruned, and why; where the plan was made for a recipe.
+        on_gpu: whether a GPU computes, with memory of its own.
     """
 
     process_bytes: int
     layer_bytes: int
     activation_bytes: int
     forward_bytes: int
+    waiting_bytes: int
     solve_bytes: int
     solve_squares: int
     widest_inputs: int
     writing_bytes: int
     tuning_bytes: int
     distilling_bytes: int
+    loading_bytes: int
     disk_bytes: int
     flops: int
     num_hidden_layers: int
     prunable_weights: int
     calibration_tokens: int
     left: list[Left] = field(default_factory=list)
+    on_gpu: bool = False
 
     @property
     def peak_bytes(self) -> int:
-        """The estimate of peak resident memory."""
-        pruning = max(self.forward_bytes + self.solve_bytes, self.tuning_bytes)
-        pruning += self.layer_bytes + self.activation_bytes
-        return self.process_bytes + max(pruning, self.writing_bytes, self.distilling_bytes)
+        """The estimate of peak memory where products run: of the GPU, or of this process."""
+        working = self.forward_bytes + self.solve_bytes
+        host = not self.on_gpu  # where there is one memory for all
+        pruning = max(working + host * self.waiting_bytes, self.tuning_bytes) + self.layer_bytes
+        whole = max(self.writing_bytes, self.distilling_bytes)
+        return host * self.process_bytes + max(pruning + host * self.activation_bytes, whole)
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The estimate of peak resident memory of this process."""
+        if not self.on_gpu:
+            return self.peak_bytes
+        pruning = self.layer_bytes + self.activation_bytes + self.waiting_bytes
+        return self.process_bytes + max(pruning, self.loading_bytes)
 
     @property
     def squares(self) -> tuple[str, int]:
@@ -162,7 +178,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """All figures; what is left only where it is known."""
-        told = {"peak_bytes": self.peak_bytes, **asdict(self)}
+        peaks = {name: getattr(self, name) for name in ("peak_bytes", "host_peak_bytes")}
+        told = {**peaks, **asdict(self)}
         return told if self.left else {k: v for k, v in told.items() if k != "left"}
 
 
@@ -200,9 +217,10 @@ def plan_run(
     ]
     prunable = sum(out * columns for out, columns in shapes)
     tokens = windows.numel() if windows is not None else 0
-    stored, forward, tuning, distilling = 0, 0, 0, 0
+    stored, forward, waiting, tuning, distilling = 0, 0, 0, 0, 0
     if windows is not None:
-        stored, forward = forward_bytes(target, found, windows, settings, waits(method, settings))
+        waits_for = waits(method, settings)
+        stored, forward, waiting = forward_bytes(target, found, windows, settings, waits_for)
         if reconstruction.passes:
             size = max(1, settings.micro_batch_tokens // windows.shape[1])
             hidden, calls = calls_of(target, windows[:size])
@@ -218,6 +236,7 @@ def plan_run(
         layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
         activation_bytes=stored if settings.activations == "memory" else 0,
         forward_bytes=forward,
+        waiting_bytes=waiting,
         solve_bytes=solve_bytes(method, shapes, settings.asymmetric)
         + (gram_bytes(target, found) if sequential and "gram" in method.requires else 0)
         + own * 8 * prunable // len(layers)
@@ -227,6 +246,7 @@ def plan_run(
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         distilling_bytes=distilling,
+        loading_bytes=(unwritten > 0 or epochs > 0) * whole_bytes(target),
         disk_bytes=output_bytes
         + 2 * stored
         + own * (8 * prunable + len(layers) * stored)
@@ -238,7 +258,13 @@ def plan_run(
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
+        on_gpu=target.device.type == "cuda",
     )
+
+
+def whole_bytes(target: Target) -> int:
+    """All weights in the dtype of the model."""
+    return sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
 
 
 def working_weights(target: Target) -> int:
@@ -266,8 +292,7 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     features = 2 * len(target.layers) * (getattr(config, "num_key_value_heads", None) or heads)
     rows = min(unwritten, AT_ONCE)
-    weights = sum(p.numel() for p in target.model.parameters())
-    stored = (weights + features * size * rows * windows.shape[1]) * target.dtype.itemsize
+    stored = whole_bytes(target) + features * size * rows * windows.shape[1] * target.dtype.itemsize
     return stored + rows * int(config.vocab_size) * (target.dtype.itemsize + 8)
 
 
@@ -339,8 +364,8 @@ def survey_bytes(
 
 def forward_bytes(
     target: Target, found: Sequence[Layout], windows: Tensor, settings: Settings, waiting: int
-) -> tuple[int, int]:
-    """Hidden states of all windows, and what forwards keep alive while they run and wait."""
+) -> tuple[int, int, int]:
+    """Hidden states of all windows, and what forwards keep alive: one that runs, those halted."""
     size = min(max(1, settings.micro_batch_tokens // windows.shape[1]), windows.shape[0])
     hidden, calls = calls_of(target, windows[:size])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
@@ -351,10 +376,10 @@ def forward_bytes(
     forward = max(r.running_bytes for r in rehearsals)
     # A halted forward's own input is a view of the stored hidden states.
     halted = max(r.halted_bytes for r in rehearsals) - own
-    forward += waiting * halted * (windows.numel() // batch_tokens)
+    held = waiting * halted * (windows.numel() // batch_tokens)
     if waiting > 1:  # what the writers of both models have added to the residual stream
-        forward += waiting * stored
-    return stored, forward
+        held += waiting * stored
+    return stored, forward, held
 
 
 def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:

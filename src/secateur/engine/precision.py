@@ -2,19 +2,49 @@
 
 A gradient only needs to point the right way, and candidates only need to be ranked. The forwards
 of calibration may be rough too, where a recipe says so: then a float32 model sees the rounding
-that a bfloat16 model always has. Statistics and solvers are in float32 whatever happens.
+that a bfloat16 model always has. Statistics and solvers are in float32 whatever happens: not in
+TF32 either, which has 10 bits of 23 and which a program may have allowed for its own products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-__all__ = ["exact_matmuls", "fast_dtype", "fast_matmuls"]
+__all__ = ["exact_matmuls", "fast_dtype", "fast_matmuls", "full_float32"]
 
 
-def exact_matmuls(device: torch.device) -> torch.autocast:
-    """A context in which matmuls run in the dtype of what is multiplied."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """A context in which float32 matmuls have all bits of float32, whatever torch was told.
+
+    `torch.set_float32_matmul_precision` and the flags it stands for are "highest" inside, and
+    afterwards what they were, also after an exception. They hold for the whole process.
+    """
+    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [getattr(x, "fp32_precision", None) for x in products]  # torch 2.9 and later
+    try:
+        together = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the newer flags were set, and there is no one word for them
+        together = None
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if together is not None:
+            torch.set_float32_matmul_precision(together)
+        for backend, precision in zip(products, before, strict=True):
+            if precision is not None and backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+
+@contextmanager
+def exact_matmuls(device: torch.device) -> Iterator[None]:
+    """A context in which matmuls run in the dtype of what is multiplied, with all its bits."""
+    with full_float32(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def fast_matmuls(device: torch.device) -> torch.autocast:

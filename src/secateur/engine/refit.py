@@ -38,7 +38,7 @@ from secateur.engine.beside import Written
 from secateur.engine.calls import call_layer
 from secateur.engine.forwards import HaltingForwards, by_group
 from secateur.engine.passage import Passage
-from secateur.engine.precision import fast_matmuls
+from secateur.engine.precision import fast_matmuls, full_float32
 from secateur.engine.progress import Progress
 from secateur.engine.run import Settings
 from secateur.engine.surgery import GroupStatistics, check_finite
@@ -99,6 +99,7 @@ class Refit:
         self.cut = Passage(cut, windows, tokens, in_memory, places[1])
 
     @torch.no_grad()
+    @full_float32()
     def execute(self, done: int = 0) -> None:
         """Refit every layer of the cut model from number `done` on."""
         with reused_pages():

@@ -74,18 +74,26 @@ class Parking:
     Args:
         permanent: tensors that stay where they are: weights, shared arguments.
         folder: parked on disk there, or in host memory when None (for forwards on a GPU).
+        device: where forwards run. Only what lies there is put aside: a forward on a GPU also
+            reads host tensors that all forwards share, such as the hidden states of all windows.
     """
 
-    def __init__(self, permanent: Iterable[Tensor], folder: Path | None) -> None:
+    def __init__(
+        self, permanent: Iterable[Tensor], folder: Path | None, device: torch.device
+    ) -> None:
         self.live = LiveTensors(permanent)
-        self.folder = folder
+        self.folder, self.device = folder, device
         self.alive: dict[int, dict[int, StorageWeakRef]] = {}
         self.parked: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
         self.saved: dict[int, list[Tensor]] = {}
 
     def park(self, forward: int) -> None:
         """Free the memory of what the forward that just halted keeps alive."""
-        storages = [storage for storage in self.live.live() if storage.nbytes()]
+        storages = [
+            storage
+            for storage in self.live.live()
+            if storage.nbytes() and storage.device.type == self.device.type
+        ]
         self.alive[forward] = self.live.current
         self.parked[forward] = [(storage, storage.nbytes()) for storage in storages]
         if self.folder is None:

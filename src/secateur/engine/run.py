@@ -28,7 +28,7 @@ from secateur.engine.collapse import collapsed, stop, told
 from secateur.engine.kinds import kind_of, layouts, refuse_unknown
 from secateur.engine.layer_pass import LayerPass
 from secateur.engine.passage import Passage
-from secateur.engine.precision import fast_matmuls
+from secateur.engine.precision import fast_matmuls, full_float32
 from secateur.engine.progress import Progress
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.routing import coverage
@@ -217,6 +217,7 @@ class Run:
         self.progress.step(note=f"layer {index}")
 
     @torch.no_grad()
+    @full_float32()
     def execute(self, done: int = 0) -> None:
         """Prune every layer from number `done` on."""
         layers = self.target.layers

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from secateur.engine.forwards import by_layer
 from secateur.engine.layer_pass import LayerPass
+from secateur.engine.precision import full_float32
 from secateur.engine.routing import is_reached, refuse_unreached
 from secateur.engine.run import Run
 from secateur.engine.search import search_levels
@@ -42,6 +43,7 @@ def settled_allocation(work: Path) -> Path:
     return work / "allocation.json"
 
 
+@full_float32()
 def allocate(run: Run, allocation: Allocation) -> None:
     """Replace the uniform sparsity a run asks of its linears by that of an allocation.
 

@@ -41,8 +41,8 @@ def quantize_rows(weight: Weight) -> tuple[Tensor, Tensor]:
         NumericalError: a weight is NaN or infinite, and so has no place on the grid.
     """
     out, columns = weight.shape
-    quantized = torch.empty(out, columns, dtype=torch.int8)
-    scale = torch.empty(out, dtype=torch.float32)
+    quantized = torch.empty(out, columns, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(out, dtype=torch.float32, device=weight.device)
     rows = max(1, AT_ONCE // max(1, columns))
     for start in range(0, out, rows):
         block = slice(start, start + rows)

@@ -54,7 +54,10 @@ class Memory(Strict):
     """How much memory the run may take."""
 
     budget_gib: float | None = Field(
-        None, gt=0, description="peak resident memory in GiB; default four fifths of what is free"
+        None,
+        gt=0,
+        description="peak memory in GiB of the device that computes: of the GPU, or of the process "
+        "on a CPU; default four fifths of what is free there",
     )
     activations: Literal["auto", "memory", "disk"] = Field(
         "auto", description="where hidden states wait"

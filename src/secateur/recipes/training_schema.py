@@ -141,7 +141,10 @@ class RetrainRecipe(Strict):
     tensorboard: str | None = Field(None, description="folder that takes curves; none if None")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of the choice and the order of windows")
     memory_budget_gib: float | None = Field(
-        None, gt=0, description="refuse to begin if more is needed; four fifths of what is free"
+        None,
+        gt=0,
+        description="refuse to begin if the device that computes (the GPU, or the process on a "
+        "CPU) needs more; default four fifths of what is free there",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = Field(

@@ -22,6 +22,8 @@ _CHUNK = 2**19
 # From this many scores a row, a sample tells where the threshold must be.
 _SAMPLED_WIDTH = 2**16
 _SAMPLE = 2**13
+# Of 32 bits: the lowest of each pass, and how many values its bits have.
+_PASSES = ((21, 2**11), (10, 2**11), (0, 2**10))
 
 
 def pruned_count(total: int, sparsity: float) -> int:
@@ -88,6 +90,8 @@ def _by_threshold(score: Tensor, pruned: int) -> Tensor:
     """For long rows: keep what exceeds the `pruned`-th smallest, then settle the ties."""
     if score.is_cpu:
         threshold = torch.from_numpy(_smallest(score.numpy(), pruned))
+    elif score.shape[1] >= _SAMPLED_WIDTH:
+        threshold = torch.stack([_smallest_by_histogram(row, pruned) for row in score])
     else:
         threshold = torch.kthvalue(score, pruned, dim=1, keepdim=True).values
     keep = score > threshold
@@ -121,6 +125,28 @@ def _smallest_by_sample(row: Any, pruned: int) -> Any:
     if not 0 <= place < len(near):
         near, place = row, pruned - 1
     return np.partition(near, place)[place : place + 1]
+
+
+def _smallest_by_histogram(row: Tensor, pruned: int) -> Tensor:
+    """The `pruned`-th smallest entry of a row [n], as [1]; for GPUs.
+
+    There `torch.kthvalue` gives a whole row to one multiprocessor. Here all of them count how many
+    entries begin with which bits, in three passes over fewer and fewer entries: read as an integer,
+    with the other bits of negative numbers turned around, a float has its place in the order.
+    """
+    keys, place = _in_order(row.view(torch.int32)), pruned - 1
+    for shift, digits in _PASSES:
+        digit = (keys >> shift) + 2**10 if shift == _PASSES[0][0] else (keys >> shift) & digits - 1
+        up_to = torch.bincount(digit, minlength=digits).cumsum(0)
+        found = int((up_to <= place).sum())
+        place -= int(up_to[found - 1]) if found else 0
+        keys = keys[digit == found]
+    return _in_order(keys[:1]).view(torch.float32)
+
+
+def _in_order(bits: Tensor) -> Tensor:
+    """Integers in the order of the floats with these bits, and back; int32. −0 is just below 0."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _last_ties(equal: Tensor, kept: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from secateur.calibration.statistics import Statistic, statistics
+from secateur.engine.precision import full_float32
 from secateur.errors import NumericalError, RecipeError
 from secateur.models.architecture import Linear
 from secateur.types import Statistics, Windows
@@ -26,6 +27,7 @@ OF_GRADIENTS = frozenset({"gradient", "fisher"})
 AT_HAND = frozenset({"stored"})
 
 
+@full_float32()
 def gather(
     model: Any, linears: Sequence[Linear], requires: frozenset[str], windows: Windows | None
 ) -> dict[str, Statistics]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import RecipeError
@@ -14,12 +14,16 @@ __all__ = ["HardConcrete"]
 
 _TEMPERATURE = 2 / 3
 _LOW, _HIGH = -0.1, 1.1
+_START = 3.0
 
 
 class HardConcrete(nn.Module):
     """z = clamp(s · (ζ − γ) + γ, 0, 1),  s = σ((log u − log(1 − u) + log α) / β),  u uniform.
 
-        P(z ≠ 0) = σ(log α − β log(−γ / ζ))         β = 2/3, γ = −0.1, ζ = 1.1
+        P(z ≠ 0) = σ(log α − β log(−γ / ζ))               β = 2/3, γ = −0.1, ζ = 1.1
+        P(z = 1) = σ(log α − β log((1 − γ) / (ζ − 1)))
+
+    Gates begin at log α = 3, where P(z ≠ 0) = 0.990 and P(z = 1) = 0.802.
 
     Paper: Louizos et al. 2018, "Learning Sparse Neural Networks through L₀ Regularization",
     arXiv:1712.01312.
@@ -40,8 +44,7 @@ class HardConcrete(nn.Module):
                 f"{target} of {units} units are to be kept", remedy=f"give 1 to {units}"
             )
         self.units, self.target = units, target
-        # open nearly always at first: P(z = 1) is about 0.9
-        self.log_alpha = nn.Parameter(torch.full((units,), 3.0, device=device))
+        self.log_alpha = nn.Parameter(torch.full((units,), _START, device=device))
 
     def sample(self) -> Float[Tensor, " units"]:
         """Gates of one forward, each drawn for itself."""
@@ -56,11 +59,13 @@ class HardConcrete(nn.Module):
 
     def kept(self) -> tuple[int, ...]:
         """The `target` units that are open most often, in order; of equal ones the later."""
-        order = sorted(range(self.units), key=lambda i: (float(self.log_alpha[i].detach()), i))
-        return tuple(sorted(order[self.units - self.target :]))
+        return tuple(self._kept_units().tolist())
 
     def settled(self) -> Float[Tensor, " units"]:
-        """1 for the units that are kept, 0 for the others."""
-        gates = torch.zeros_like(self.log_alpha)
-        gates[list(self.kept())] = 1.0
-        return gates
+        """1 for the units that are kept, 0 for the others; nothing here waits for a GPU."""
+        return torch.zeros_like(self.log_alpha).index_fill_(0, self._kept_units(), 1.0)
+
+    @torch.no_grad()
+    def _kept_units(self) -> Int64[Tensor, " target"]:
+        """Their indices, ascending. A stable sort, as `topk` promises no order among equal ones."""
+        return self.log_alpha.argsort(stable=True)[self.units - self.target :].sort().values

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.attention import WrittenOut
-from secateur.engine.precision import exact_matmuls, fast_matmuls
+from secateur.engine.precision import exact_matmuls, fast_matmuls, full_float32
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.tuning import in_float32
 from secateur.errors import NumericalError, RecipeError, SourceError
@@ -144,6 +144,7 @@ class Loop:
         if not trained:
             raise RecipeError("no parameter is trained", remedy="see the rates")
         with ExitStack() as stack:
+            stack.enter_context(full_float32())  # also in backwards, which no autocast covers
             stack.enter_context(reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES))
             stack.enter_context(in_float32(self.model, trained))
             if self.how.gradient_checkpointing:
@@ -160,8 +161,8 @@ class Loop:
         if self.masks is not None:
             self.masks.apply(self.model)
         self.door.shard(self.model)
-        if self.masks is not None and self.door.ranks > 1:
-            self.masks = self.masks.sharded(self.model)
+        if self.masks is not None:
+            self.masks = self.masks.beside(self.model)  # once, not at every step
         self.model.eval()
         named = self.model.named_parameters()
         self.parameters = {n: p for n, p in named if p.requires_grad}
@@ -273,7 +274,7 @@ class Loop:
             loss.backward()
         return self.refuse(door.mean(total), "the loss")
 
-    def matmuls(self) -> torch.autocast:
+    def matmuls(self) -> AbstractContextManager[Any]:
         """The precision of products."""
         return (fast_matmuls if self.how.fast_matmuls else exact_matmuls)(self.device)
 

@@ -101,14 +101,20 @@ class Masks:
                     remedy="give the masks of this model; a cut model needs masks of its own",
                 )
 
-    def sharded(self, model: nn.Module) -> Masks:
-        """The same, shared out over the processes as the parameters of the model are."""
-        shared = {
-            name: shard_like(mask, model.get_parameter(name))
-            for name, mask in self.kept.items()
-            if hasattr(model.get_parameter(name), "to_local")
-        }
-        return Masks({**self.kept, **shared})
+    def beside(self, model: nn.Module) -> Masks:
+        """The same masks, each where its parameter lies: on its device, sharded as it is.
+
+        A mask that lies there already is not copied, so changes in place are seen here too.
+        """
+        parameters = {name: model.get_parameter(name) for name in self.kept}
+        return Masks(
+            {
+                name: shard_like(mask, parameters[name])
+                if hasattr(parameters[name], "to_local")
+                else mask.to(parameters[name].device)
+                for name, mask in self.kept.items()
+            }
+        )
 
     @property
     def sparsity(self) -> float:
@@ -121,7 +127,7 @@ class Masks:
     def apply(self, model: nn.Module) -> None:
         """Set the pruned weights of a model to 0."""
         for parameter, mask in self.of_parameters(model):
-            local(parameter).mul_(mask.to(local(parameter).device))
+            local(parameter).mul_(mask)
 
     @torch.no_grad()
     def hold_gradients(self, model: nn.Module) -> None:
@@ -162,7 +168,7 @@ class Masks:
                 )
 
     def of_parameters(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter that has a mask, with the part of the mask that this process has."""
+        """Each parameter that has a mask, with this process's part of it on the same device."""
         for name, mask in self.kept.items():
             parameter = model.get_parameter(name)
             yield parameter, mask_of(mask, parameter)
@@ -174,10 +180,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def mask_of(mask: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a mask that belongs to this process's part of a parameter."""
-    if not hasattr(parameter, "to_local") or hasattr(mask, "to_local"):
-        return local(mask)
-    return local(shard_like(mask, parameter))
+    """The part of a mask that belongs to this process's part of a parameter, on its device."""
+    if hasattr(parameter, "to_local") and not hasattr(mask, "to_local"):
+        mask = shard_like(mask, parameter)
+    return local(mask).to(local(parameter).device)
 
 
 def shard_like(value: Tensor, parameter: Any) -> Tensor:

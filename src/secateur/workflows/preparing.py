@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
-from secateur.engine.meter import resident_bytes
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.run import Settings
 from secateur.engine.selection import Selection
 from secateur.engine.surgery import refuse_all_zero
 from secateur.engine.targets import CheckpointTarget, Target
-from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.errors import RecipeError
 from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_files
 from secateur.models.positions import positions_of
@@ -32,14 +30,13 @@ from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.patterns import Pattern
 from secateur.workflows.carrying import refuse_quantized
+from secateur.workflows.fitting import fitting_plan
 
 __all__ = [
-    "FREE_SHARE",
     "Prepared",
     "allocation_of",
     "choose_device",
     "choose_plan",
-    "memory_budget",
     "method_of",
     "prepare",
     "reconstruction_of",
@@ -47,9 +44,6 @@ __all__ = [
     "window_plan",
     "windows_needed",
 ]
-
-FREE_SHARE = 0.8
-"""Of the memory that is free, what a run may take when nobody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -336,47 +330,5 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
             prepared.unwritten,
         ),
         memory,
+        prepared.target.device,
     )
-
-
-def fitting_plan(planned: Callable[[str], Plan], memory: Memory) -> tuple[Plan, str]:
-    """The first of two plans that memory would hold, and where its hidden states wait.
-
-    Args:
-        planned: gives the plan with hidden states in `memory` or on `disk`.
-        memory: how much there may be, and whether the place is asked for.
-
-    Raises:
-        MemoryBudgetError: neither fits the budget.
-    """
-    budget = memory_budget(memory.budget_gib)
-    tried = []
-    for activations in ("memory", "disk"):
-        if memory.activations not in ("auto", activations):
-            continue
-        plan = planned(activations)
-        if plan.peak_bytes <= budget:
-            return plan, activations
-        place = "on disk" if activations == "disk" else "in memory"
-        tried.append(f"{plan.peak_bytes / 2**30:.2f} GiB with activations {place}")
-    whole = max(plan.writing_bytes, plan.distilling_bytes)
-    remedy = "lower --micro-batch-tokens, --samples or --sequence-length"
-    needed = f"the run needs {' or '.join(tried)}"
-    if whole and plan.process_bytes + whole > budget:
-        remedy = "leave out what needs the whole model (--epochs 0 --generated 0)"
-    elif plan.solve_squares and plan.process_bytes + plan.solve_bytes > budget:
-        matrices, size = plan.squares
-        needed += f", {size / 2**30:.2f} GiB of that for {matrices} in the solver"
-        remedy = (
-            "prune without a gram (--method wanda), or leave the widest linears out (--exclude)"
-        )
-    raise MemoryBudgetError(
-        f"{needed}; the budget is {budget / 2**30:.2f} GiB",
-        remedy=f"{remedy}, or raise --memory-budget-gib",
-    )
-
-
-def memory_budget(gib: float | None) -> float:
-    """Bytes that this process may have at its peak: as asked, or a share of what is free."""
-    free = psutil.virtual_memory().available + resident_bytes()
-    return gib * 2**30 if gib else FREE_SHARE * free

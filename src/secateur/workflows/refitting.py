@@ -19,7 +19,7 @@ from secateur.runs.atomic import write_json
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
-from secateur.workflows.preparing import fitting_plan
+from secateur.workflows.fitting import fitting_plan
 from secateur.workflows.structure_bench import NOTES, Bench
 from secateur.workflows.structure_plan import Aim
 
@@ -110,4 +110,4 @@ def settings_of(bench: Bench, dense: CheckpointTarget) -> Settings:
         how, none = settings(activations), Reconstruction(passes=0)
         return plan_run(dense, method, bench.windows, how, none, 0, uniform, 0)
 
-    return settings(fitting_plan(planned, memory)[1])
+    return settings(fitting_plan(planned, memory, dense.device)[1])

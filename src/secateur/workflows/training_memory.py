@@ -33,7 +33,7 @@ from secateur.training.masks import moments
 from secateur.training.selecting import prunable
 from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.adapting import adapters
-from secateur.workflows.preparing import FREE_SHARE, memory_budget
+from secateur.workflows.fitting import memory_budget
 from secateur.workflows.training_text import TrainingText
 
 __all__ = ["TrainingMemory", "check_memory", "foretell"]
@@ -52,6 +52,8 @@ class TrainingMemory:
         logits: a block of them, of student and teacher.
         teacher: its weights.
         masks: one byte for each weight of the decoder's matrices.
+        on_gpu: whether a GPU computes. It has all of this but the process, and the process has the
+            weights too while they are loaded.
     """
 
     process: int
@@ -62,15 +64,27 @@ class TrainingMemory:
     logits: int
     teacher: int
     masks: int
+    on_gpu: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What is in use at the peak where products run, by name."""
+        left_out = {"on_gpu", "process"} if self.on_gpu else {"on_gpu"}
+        return {name: size for name, size in asdict(self).items() if name not in left_out}
 
     @property
     def peak(self) -> int:
-        """The estimate of the most memory in use."""
-        return sum(asdict(self).values())
+        """The estimate of the most memory in use where products run: of the GPU, or all."""
+        return sum(self.sizes.values())
+
+    @property
+    def host_peak(self) -> int:
+        """The estimate of the most memory in use by this process."""
+        return self.process + max(self.weights, self.teacher) if self.on_gpu else self.peak
 
     def to_json(self) -> dict[str, int]:
         """All figures."""
-        return {"peak": self.peak, **asdict(self)}
+        return {"peak": self.peak, "host_peak": self.host_peak, **asdict(self)}
 
 
 def foretell(
@@ -113,6 +127,7 @@ def foretell(
         logits=(1 + (teacher is not None)) * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
         teacher=0 if teacher is None else teacher_bytes(teacher, door.device, trust),
         masks=sum(x.weight.numel() for x in prunable(model)) // door.ranks,
+        on_gpu=door.device.type == "cuda",
     )
 
 
@@ -152,12 +167,11 @@ def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.de
     Raises:
         MemoryBudgetError: naming what is needed, what there is, and what would help.
     """
-    budget = memory_budget(recipe.memory_budget_gib)
-    if device.type == "cuda" and not recipe.memory_budget_gib:
-        budget = FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + needed.process)
-    if needed.peak <= budget:
+    budget = memory_budget(recipe.memory_budget_gib, device)
+    shortage = budget.shortage(needed.peak, needed.host_peak)
+    if shortage is None:
         return
-    sizes = asdict(needed)
+    sizes = needed.sizes
     largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
     told = ", ".join(f"{name} {sizes[name] / 2**30:.2f}" for name in largest)
     remedies = {
@@ -167,7 +181,6 @@ def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.de
     }
     useful = [remedies[name] for name in largest if name in remedies]
     raise MemoryBudgetError(
-        f"training needs {needed.peak / 2**30:.2f} GiB ({told}); the budget is "
-        f"{budget / 2**30:.2f} GiB",
+        f"training needs {shortage}; largest: {told}",
         remedy=f"try {'; '.join(useful)}; or raise --memory-budget-gib",
     )

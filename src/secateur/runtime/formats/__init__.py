@@ -167,6 +167,8 @@ class Format(Protocol):
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
         """The parts of a matrix [out, in], cast to the values of the layout, by suffix.
 
+        The matrix may lie on any device. Parts lie on the CPU: they are what files hold.
+
         Raises:
             NumericalError: the values cannot hold a weight.
         """

@@ -32,7 +32,7 @@ def as_stored(weight: Weight, layout: Layout) -> tuple[Mask, Tensor, dict[str, T
     Raises:
         NumericalError: a weight would become infinite, or is not finite and has to be int8.
     """
-    weight = weight.contiguous()
+    weight = weight.cpu().contiguous()  # parts are what files hold
     if layout.values == "int8":
         quantized, scale = quantize_rows(weight)
         return kept_mask(weight), quantized, {"weight_scale": scale}

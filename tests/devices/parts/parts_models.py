@@ -1,0 +1,154 @@
+"""Whole models on cuda: layer by layer, allocations, refits, cuts, judging; from disk too."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuts import CUTS, model_of
+from pretended import OnCuda
+
+import secateur
+from secateur.calibration.windows import save_windows
+from secateur.engine.depth import Depth, choose_depth
+from secateur.engine.ledger import Ledger
+from secateur.engine.progress import Silent
+from secateur.engine.refit import Refit
+from secateur.engine.run import Settings
+from secateur.engine.targets import ModelTarget
+from secateur.evaluation.divergence import divergence
+from secateur.evaluation.perplexity import perplexity
+from secateur.sparsity.allocation import allocations
+from secateur.sparsity.methods import methods
+from secateur.structured.cut import Cut, sizes_of
+from secateur.structured.surgery import cut_model
+from zoo import tiny_model, tiny_windows, zeros_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::secateur.structured.surgery.VariedSizesWarning")
+
+WINDOWS = tiny_windows(samples=4, length=16)
+FAMILIES = ["llama", "gpt2", "phi3", "qwen2_moe"]
+
+
+def pruned_on_both(family: str = "llama", **options: Any) -> None:
+    """Prune in place on the CPU and on cuda: the same zeros, or nearly."""
+    here, there = tiny_model(family), tiny_model(family).to("cuda")
+    for model in (here, there):
+        secateur.prune(
+            model, calibration=WINDOWS, **{"sparsity": 0.5, "micro_batch_tokens": 32, **options}
+        )
+    assert all(isinstance(p, OnCuda) for p in there.parameters())
+    found = zeros_of(there.cpu())
+    for name, expected in zeros_of(here).items():
+        assert float((found[name] == expected).float().mean()) > 0.98, name
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("llama", n) for n in methods), *((f, "sparsegpt") for f in FAMILIES[1:])],
+)
+def test_prune(family: str, name: str) -> None:
+    pruned_on_both(family, method=name)
+
+
+@pytest.mark.parametrize("name", list(allocations))
+def test_allocation(name: str) -> None:
+    pruned_on_both(method="wanda", allocation=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "sparsegpt", "asymmetric": True},
+        {"method": "wanda", "refine": "swaps"},
+        {"method": "wanda", "solver": "bias"},
+        {"method": "wanda", "sequential": "layer"},
+        {"method": "wanda", "scope": "global"},
+        {"method": "sparsegpt", "pattern": "2:4"},
+        {"method": "sparsegpt", "fast_matmuls": True},
+    ],
+    ids=lambda x: "-".join(map(str, x.values())),
+)
+def test_prune_with(options: dict[str, Any]) -> None:
+    pruned_on_both(**options)
+
+
+@pytest.mark.parametrize("remask", [True, False])
+def test_reconstruction(remask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = {"method": "wanda", "reconstruction": {"passes": 1, "remask": remask}}
+    model = tiny_model("llama").to("cuda")
+    secateur.prune(model, calibration=WINDOWS, sparsity=0.5, **tuned)  # in bfloat16
+    monkeypatch.setattr("secateur.engine.precision._fast_bfloat16", lambda device: False)
+    pruned_on_both(**tuned)
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """A model and windows on disk, and how to run on cuda."""
+    tiny_model("llama").save_pretrained(folder / "source")
+    save_windows(WINDOWS, folder / "windows.safetensors")
+    return {
+        "output": folder / "out",
+        "calibration": folder / "windows.safetensors",
+        "device": "cuda",
+    }
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "taylor", "obd"])
+def test_prune_a_checkpoint(name: str, tmp_path: Path) -> None:
+    options = saved(tmp_path)
+    secateur.prune(tmp_path / "source", method=name, sparsity=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ffn": 0.75, "heads": 0.5},
+        {"keep_layers": 2},
+        {"hidden": 24},
+        {"keep_layers": 2, "hidden": 24},
+    ],
+    ids=str,
+)
+def test_structure_a_checkpoint(options: dict[str, Any], tmp_path: Path) -> None:
+    secateur.structure(tmp_path / "source", **saved(tmp_path), **options)
+
+
+@pytest.mark.parametrize("name", list(CUTS))
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_cut(family: str, name: str) -> None:
+    model = model_of(family).to("cuda")
+    cut = CUTS[name](sizes_of(model))
+    left = cut_model(model, cut)
+    assert all(isinstance(p, OnCuda) for p in left.parameters())
+    expected = cut_model(model_of(family), cut)(input_ids=WINDOWS).logits
+    torch.testing.assert_close(left(input_ids=WINDOWS.to("cuda")).logits.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    "cut", [Cut(layers=(0, 2)), Cut(hidden=tuple(range(1, 25)))], ids=["layers", "hidden"]
+)
+def test_refit(cut: Cut) -> None:
+    dense = tiny_model("llama").to("cuda")
+    left = copy.deepcopy(cut_model(dense, cut))
+    layers = range(3) if cut.layers is None else cut.layers
+    Refit(
+        ModelTarget(dense), ModelTarget(left), layers, cut.hidden, WINDOWS, Settings(),
+        Ledger(None, {}), Silent(),
+    ).execute()  # fmt: skip
+    assert all(isinstance(p, OnCuda) for p in left.parameters())
+
+
+@pytest.mark.parametrize("method", ["influence", "angular", "greedy", "search"])
+def test_depth(method: str, tmp_path: Path) -> None:
+    target = ModelTarget(tiny_model("llama").to("cuda"))
+    choose_depth(target, WINDOWS, Depth(count=1, method=method), tmp_path, Silent())
+
+
+def test_perplexity_and_divergence() -> None:
+    dense, other = tiny_model("llama").to("cuda"), tiny_model("llama", seed=1).to("cuda")
+    here = perplexity(tiny_model("llama"), WINDOWS).perplexity
+    assert perplexity(dense, WINDOWS).perplexity == pytest.approx(here, rel=1e-4)
+    divergence(other, dense, WINDOWS)

@@ -1,0 +1,166 @@
+"""A model learns on cuda: masks, adapters, gradual pruning, gates, distillation, rounds."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended import OnCuda
+
+from contracts.pattern_examples import EXAMPLES
+from secateur.sparsity.patterns import parse_pattern, patterns
+from secateur.sparsity.schedules import schedules
+from secateur.sparsity.schedules.geometric import Geometric
+from secateur.sparsity.scores import scores
+from secateur.training.batches import Batches
+from secateur.training.divergences import KINDS
+from secateur.training.gradual import Gradual, GradualPruning, open_masks
+from secateur.training.hard_concrete import HardConcrete
+from secateur.training.learned_masks import Consumer, LearnedMasks, Shape
+from secateur.training.loop import train
+from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
+from secateur.training.masks import Masks
+from secateur.training.objectives import Distil, NextToken
+from secateur.training.rewinding import Early, Rounds, prune_in_rounds
+from secateur.training.selecting import Criterion
+from secateur.training.teachers import ModelTeacher, WrittenTeacher, write_teacher
+from secateur.training.training_plan import TrainingPlan
+from zoo import tiny_model, tiny_windows
+
+WINDOWS = tiny_windows(samples=8, length=12)
+STEPS: dict[str, Any] = {"steps": 3, "learning_rate": 1e-3, "micro_batch": 2, "validations": 1}
+CONSUMERS = {"neurons": Consumer("mlp.down_proj"), "groups": Consumer("self_attn.o_proj", 16)}
+
+
+def pruned(family: str = "llama") -> Any:
+    """A model on cuda; half of each matrix is zero."""
+    model = tiny_model(family)
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name in open_masks(model):
+            weight = model.get_parameter(name)
+            weight[torch.rand(weight.shape, generator=random) < 0.5] = 0.0
+    return model.to("cuda")
+
+
+def learn(model: Any, objective: Any, masks: Masks | None, folder: Path, **options: Any) -> None:
+    plan = TrainingPlan(**STEPS, **options.pop("plan", {}))
+    train(
+        model, Batches(WINDOWS, 4, seed=0), objective, masks, plan, folder,
+        validation=WINDOWS[:3], **options,
+    )  # fmt: skip
+    assert all(isinstance(p, OnCuda) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
+def test_masks_from_a_file(name: str, tmp_path: Path) -> None:
+    model = pruned()
+    Masks.of(model).save(tmp_path / "masks.safetensors")
+    masks = Masks.load(tmp_path / "masks.safetensors")
+    (tmp_path / "work").mkdir()
+    learn(model, NextToken.of(model), masks, tmp_path / "work", plan={"optimizer": name})
+    masks.check(model)
+    masks.check(model.cpu())
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{"fast_matmuls": True}, {"fast_matmuls": False, "gradient_checkpointing": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_ways_to_train(family: str, plan: dict[str, Any], tmp_path: Path) -> None:
+    model = pruned(family)
+    learn(model, NextToken.of(model), Masks.of(model), tmp_path, plan=plan)
+
+
+def test_adapters(tmp_path: Path) -> None:
+    adapted = attach(pruned(), Adapters(rank=2))
+    base = adapted.get_base_model()
+    learn(base, NextToken.of(base), None, tmp_path, plan={"rates": ADAPTERS_ALONE})
+    merge(adapted)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((n, "unstructured") for n in schedules), *(("cubic", kind) for kind in patterns)],
+)
+def test_gradual(name: str, kind: str, tmp_path: Path) -> None:
+    text, scope = next(x for x in EXAMPLES[kind] if "32" not in x[0])
+    pattern = parse_pattern(text, scope)
+    model = tiny_model("llama").to("cuda")
+    masks = Masks(open_masks(model))
+    how = Gradual(schedules[name](pattern.sparsity or 0.5), Criterion(pattern=pattern), every=1)
+    learn(model, NextToken.of(model), masks, tmp_path, hooks=(GradualPruning(masks.kept, how),))
+
+
+@pytest.mark.parametrize("name", [n for n in scores if n != "kept"])
+def test_criterion(name: str) -> None:
+    model = tiny_model("llama").to("cuda")
+    score = scores[name]
+    pattern = parse_pattern("*x1" if getattr(score, "of_units", False) else "unstructured")
+    criterion = Criterion(score(), pattern, WINDOWS)
+    kept = open_masks(model)
+    for mask in criterion.masks(model, kept, 0.3).values():
+        assert isinstance(mask, OnCuda)
+    criterion.masks(model, kept, 0.3, exchanged=0.1)
+    if getattr(score, "of_units", False):
+        return  # its scores may be negative, so they have no global order
+    globally = Criterion(score(), parse_pattern("unstructured", "global"), WINDOWS)
+    globally.masks(model, kept, 0.3)
+
+
+def test_gates(both: Any, waited: list[str]) -> None:
+    gates = HardConcrete(6, 4, "cuda")
+    gates.log_alpha.data.copy_(torch.tensor([0.5, 2.0, 0.5, -1.0, 3.0, 0.0]))
+    gates.sample().sum().backward()
+    gates.open_share().backward()
+    assert gates.kept() == (0, 1, 2, 4)
+    settled = gates.settled()
+    waited.clear()
+    again = gates.settled()
+    assert not waited, "a forward with settled gates waits for the GPU"
+    assert isinstance(again, OnCuda)
+    assert again.tolist() == settled.tolist()
+
+
+def test_learned_masks(tmp_path: Path) -> None:
+    model = pruned()
+    shape = Shape(groups=1, neurons=20, layers=2, hidden=24)
+    masks = LearnedMasks(model, shape, CONSUMERS)
+    objective = masks.objective(NextToken.of(model))
+    learn(model, objective, None, tmp_path, hooks=(masks,))
+    masks.settle()
+    model(input_ids=WINDOWS.to("cuda"))
+    masks.remove()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"next_token": 0.5, "hidden": 1.0, "teacher_layers": 3}], ids=str
+)
+def test_distillation(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    student, teacher = pruned(), ModelTeacher(tiny_model("llama", seed=1).to("cuda"))
+    objective = Distil.between(student, teacher, kind=kind, temperature=2.0, **options)
+    learn(student, objective, Masks.of(student), tmp_path)
+
+
+@pytest.mark.parametrize("k", [4, 64])
+def test_distillation_from_a_file(k: int, tmp_path: Path) -> None:
+    student, teacher = pruned(), tiny_model("llama", seed=1).to("cuda")
+    write_teacher(teacher, WINDOWS, tmp_path / "told.safetensors", k=k, temperature=2.0)
+    told = WrittenTeacher(tmp_path / "told.safetensors")
+    objective = Distil.between(student, told, temperature=2.0)
+    learn(student, objective, Masks.of(student), tmp_path)
+
+
+@pytest.mark.parametrize("rewind", ["rate", "weights", "nothing"])
+def test_rounds(rewind: str) -> None:
+    model = tiny_model("llama").to("cuda")
+    early = Early.of(copy.deepcopy(model), step=1)
+    kept = open_masks(model)
+    how = Rounds(Geometric(0.8), 2, rewind=rewind, rewind_step=1)
+    prune_in_rounds(model, kept, how, lambda this: None, early)
