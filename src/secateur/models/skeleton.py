@@ -68,16 +68,20 @@ def skeleton_of(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def build_skeleton(
-    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    opened: bool = True,
 ) -> Any:
     """The model a checkpoint describes, parameters on the meta device, buffers real.
-
-    Experts of declared families are opened: each is a module of three linears.
 
     Args:
         folder: the checkpoint.
         dtype: what it will compute in; None for what `config.json` says.
         trust_remote_code: whether model code that comes with the checkpoint may run.
+        opened: make each expert of declared families a module of three linears; False leaves the
+            experts as transformers holds them.
 
     Raises:
         ArchitectureError: transformers knows no causal language model of this type, or the
@@ -99,7 +103,8 @@ def build_skeleton(
                 remedy="only decoders that AutoModelForCausalLM knows can be pruned; for code that "
                 "comes with a checkpoint you trust, pass --trust-remote-code",
             ) from error
-    open_experts(model)
+    if opened:
+        open_experts(model)
     return model.eval()
 
 

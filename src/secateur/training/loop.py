@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.engine.attention import WrittenOut
 from secateur.engine.precision import exact_matmuls, fast_matmuls
 from secateur.engine.progress import Progress, Silent
-from secateur.engine.tuning import in_float32
+from secateur.engine.tuning import in_float32, to_float32
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.models.architecture import hidden_size
 from secateur.pages import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
@@ -135,16 +135,17 @@ class Loop:
                 saved before is there still.
             VerificationError: the masks were not held.
         """
-        trained = [
-            p
+        trained = {
+            n
             for n, p in self.model.named_parameters()
             if p.is_floating_point() and self.how.factor(n)
             if self.trained is None or n in self.trained
-        ]
+        }
         if not trained:
             raise RecipeError("no parameter is trained", remedy="see the rates")
         with ExitStack() as stack:
             stack.enter_context(reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES))
+            self.door.shard(self.model, to_float32)
             stack.enter_context(in_float32(self.model, trained))
             if self.how.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
@@ -156,12 +157,10 @@ class Loop:
         return self.outcome
 
     def begin(self) -> None:
-        """Shard, make the optimizer, and go on from what was saved."""
+        """Apply the masks, make the optimizer, and go on from what was saved."""
         if self.masks is not None:
+            self.masks = self.masks.held_in(self.model)
             self.masks.apply(self.model)
-        self.door.shard(self.model)
-        if self.masks is not None and self.door.ranks > 1:
-            self.masks = self.masks.sharded(self.model)
         self.model.eval()
         named = self.model.named_parameters()
         self.parameters = {n: p for n, p in named if p.requires_grad}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.meter import Meter
@@ -22,7 +21,6 @@ from secateur.errors import NumericalError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.whole import load_whole
 from secateur.recipes.reading import dump_recipe, validated
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.reporting.manifest import environment
@@ -30,9 +28,11 @@ from secateur.reporting.training_card import training_card
 from secateur.reporting.training_report import TrainingReport
 from secateur.training.batches import Batches
 from secateur.training.door import Door
+from secateur.training.gradual import GradualPruning
 from secateur.training.loop import Loop, Outcome
 from secateur.training.masks import Masks
-from secateur.workflows.adapting import adapt, merged
+from secateur.training.sharing import load
+from secateur.workflows.adapting import adapt
 from secateur.workflows.carrying import (
     RUN_FOLDER,
     carry_over,
@@ -40,10 +40,18 @@ from secateur.workflows.carrying import (
     read_config,
     refuse_quantized,
 )
+from secateur.workflows.masking import masks_of
 from secateur.workflows.places import places
 from secateur.workflows.preparing import choose_device
-from secateur.workflows.teaching import masks_of, objective_of, plan_of, teacher_of
-from secateur.workflows.training_memory import TrainingMemory, check_memory, foretell
+from secateur.workflows.teaching import objective_of, plan_of, teacher_of
+from secateur.workflows.trained_weights import check_written, full_disk_named, write_trained
+from secateur.workflows.training_memory import (
+    TrainingMemory,
+    check_disk,
+    check_memory,
+    disk_bytes,
+    foretell,
+)
 from secateur.workflows.training_text import TrainingText, read_training_text
 
 __all__ = ["distill", "retrain", "run_training"]
@@ -127,6 +135,7 @@ def distill(
     return run_training(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
 
 
+@full_disk_named
 def run_training(
     recipe: RetrainRecipe,
     progress: Progress | None = None,
@@ -165,9 +174,12 @@ def run_training(
     teacher = teacher_of(recipe, source, work)
     memory = foretell(recipe, target, teacher, text, plan, door)
     check_memory(memory, recipe, door.device)
-    model = load_whole(source.folder, door.device, trust_remote_code=trust)
+    check_disk(disk_bytes(recipe, target, text, plan), partial)
+    dtype = torch.float32 if door.ranks > 1 else None
+    model = load(source.folder, door, dtype=dtype, trust_remote_code=trust)
+    masks = masks_of(recipe, model, door)
     objective = objective_of(recipe, source, teacher, model, text, work, progress, door)
-    adapted = adapt(recipe, model, masks_of(recipe, model), text.windows, door)
+    adapted = adapt(recipe, model, masks, text.windows, door)
     loop = Loop(
         adapted.model,
         Batches(text.windows, recipe.batch, recipe.seed),
@@ -187,6 +199,10 @@ def run_training(
     manifest = manifest_of(recipe, source, text, loop, outcome, meter, memory)
     if door.main:
         write(recipe, source, adapted.masks, manifest, partial)
+    door.wait()
+    check_written(partial, adapted.masks, trust_remote_code=trust)
+    door.wait()
+    if door.main:
         if output.exists():
             shutil.rmtree(output)
         os.rename(partial, output)
@@ -272,7 +288,8 @@ def manifest_of(
     if recipe.lora is not None:
         objective += f", adapters of rank {recipe.lora.rank}"
     if recipe.gradual is not None:
-        objective += f", pruned on the way to {loop.masks.sparsity if loop.masks else 0:.0%}"
+        kept = {n: m for x in loop.hooks if isinstance(x, GradualPruning) for n, m in x.kept.items()}
+        objective += f", pruned on the way to {Masks(kept).sparsity:.0%}"
     return {
         "verb": verb,
         "source": {"name": source.name, "kind": source.kind, "revision": source.revision},
@@ -301,24 +318,15 @@ def write(
     manifest: dict[str, Any],
     partial: Path,
 ) -> None:
-    """Write the model and its notes, and look at the files once more.
-
-    Raises:
-        VerificationError: a pruned weight is not zero in them.
-    """
-    trust, cpu = recipe.trust_remote_code, torch.device("cpu")
-    model = load_whole(source.folder, cpu, trust_remote_code=trust)
-    model = merged(recipe, model, masks, load_file(partial / "work" / "final.safetensors"))
-    with quiet_transformers():
-        model.save_pretrained(partial)
+    """Write the model and its notes."""
+    write_trained(recipe, source.folder, masks, partial)
     carry_over(source.folder, partial, read_config(source.folder))
-    masks.check(load_whole(partial, cpu, trust_remote_code=trust))
     notes = partial / RUN_FOLDER
     notes.mkdir(exist_ok=True)
     for name in OUTDATED:
         (notes / name).unlink(missing_ok=True)
     manifest["result"]["decoder_sparsity"] = audit_checkpoint(
-        partial, trust_remote_code=trust
+        partial, trust_remote_code=recipe.trust_remote_code
     ).sparsity
     trainings = notes / "training.json"
     before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []
