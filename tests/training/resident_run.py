@@ -1,9 +1,9 @@
-"""Run by torchrun in two processes: a training from a folder, with the bytes of all tensors counted.
+"""Run by torchrun in two processes: a training whose tensors are counted, byte by byte.
 
 torchrun --nproc-per-node 2 resident_run.py VERB FOLDER OUTPUT OPTIONS
 
-Prints one line of JSON for each process: the bytes that live when the training is set up, the most
-that lived before that, and the most while decoder layers and head ran.
+Writes OUTPUT.json.RANK: the most bytes that lived while the model was read, the bytes when all was
+set up, and the most in the steps and while the result was written.
 """
 
 from __future__ import annotations
@@ -12,46 +12,56 @@ import gc
 import json
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import secateur
 from secateur.training.loop import Loop
+from secateur.workflows import retraining
+
+COUNTED = 2**14
+"""Parameters with at least so many weights are a reason to look."""
+KINDS = (torch.bool, torch.bfloat16, torch.float32)
+"""Weights and masks."""
 
 
 def live_bytes() -> int:
-    """The bytes of the storages of all tensors there are, of numbers with a point and of masks."""
+    """The bytes of the storages of all weights and masks that there are."""
     storages = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for found in gc.get_objects():
-            if not isinstance(found, Tensor):
-                continue
-            tensor = getattr(found, "_local_tensor", found)
-            if tensor.device.type == "meta" or not (
-                tensor.is_floating_point() or tensor.dtype == torch.bool
-            ):
-                continue
-            storage = tensor.untyped_storage()
-            if storage.nbytes():
+            if isinstance(found, Tensor) and found.dtype in KINDS and not found.is_meta:
+                storage = getattr(found, "_local_tensor", found).untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
 class Census:
-    """Looks often, from a thread, and after every module while the training runs."""
+    """The most that was alive, as often as one looked."""
 
     def __init__(self) -> None:
-        self.most, self.over = 0, threading.Event()
+        self.most = 0
 
-    def look(self, *_: Any) -> None:
+    def look(self, *_: object) -> None:
         """Count once."""
         self.most = max(self.most, live_bytes())
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that looks before and after it does its work."""
+
+        def looking(*args: Any, **options: Any) -> Any:
+            self.look()
+            done = call(*args, **options)
+            self.look()
+            return done
+
+        return looking
 
     def taken(self) -> int:
         """The most since the last call."""
@@ -60,41 +70,47 @@ class Census:
 
 
 def main(verb: str, folder: str, output: str, options: dict[str, Any]) -> None:
-    """Train, and say what lived."""
+    """Train, and write down what lived."""
     torch.set_num_threads(1)
-    census, told = Census(), {"rank": int(os.environ.get("RANK", 0))}
-    begin, train = Loop.begin, Loop.train
-    plain = torch.nn.Module._apply, torch.nn.Parameter.__new__
+    gc.disable()  # what is alive only because nobody collected it is alive
+    census, told = Census(), {}
+    load, begin, train, make = retraining.load, Loop.begin, Loop.train, nn.Parameter.__new__
 
-    def counted_parameter(cls: Any, *args: Any, **more: Any) -> Any:
-        made = plain[1](cls, *args, **more)
-        if not made.is_meta and made.numel() > 2**14:
+    def making(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+        made = make(cls, data, requires_grad)
+        if not made.is_meta and made.numel() >= COUNTED:
             census.look()
         return made
 
-    def counted_begin(loop: Loop) -> None:
-        begin(loop)
+    def loading(*args: Any, **more: Any) -> Any:
+        census.taken()
+        model = load(*args, **more)
         census.look()
-        gc.collect()
-        told["before"], told["set_up"] = census.taken(), live_bytes()
+        told["reading"] = census.taken()
+        return model
+
+    def beginning(loop: Loop) -> None:
+        begin(loop)
+        told["set_up"] = live_bytes()
         for name, module in loop.model.named_modules():
             if name.endswith(("down_proj", "lm_head")):
                 module.register_forward_hook(census.look)
-                module.register_full_backward_hook(census.look)
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+            setattr(torch.distributed, name, census.around(getattr(torch.distributed, name)))
+        census.taken()
 
-    def counted_train(loop: Loop) -> None:
+    def training(loop: Loop) -> None:
         train(loop)
-        told["during"] = census.taken()
+        told["steps"] = census.taken()
 
-    Loop.begin, Loop.train = counted_begin, counted_train  # type: ignore[method-assign]
-    torch.nn.Parameter.__new__ = counted_parameter  # type: ignore[method-assign,assignment]
+    retraining.load = loading
+    Loop.begin, Loop.train = beginning, training  # type: ignore[method-assign]
+    nn.Parameter.__new__ = making  # type: ignore[method-assign,assignment]
     report = getattr(secateur, verb)(folder, output=output, **options)
-    torch.nn.Parameter.__new__ = plain[1]  # type: ignore[method-assign]
-    gc.collect()
-    told |= {"after": census.taken(), "planned": report.manifest["planned"]}
-    print(json.dumps(told), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    census.look()
+    told |= {"writing": census.taken(), **report.manifest["planned"]}
+    Path(f"{output}.json.{os.environ['RANK']}").write_text(json.dumps(told), encoding="utf-8")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class Door:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         if isinstance(model, FSDPModule):
+            self.reshard(model)
             return
         mesh, chosen = init_device_mesh(self.device.type, (self.ranks,)), units(model, apart)
         refuse_shared(chosen)
@@ -79,6 +80,14 @@ class Door:
             fully_shard(unit, mesh=mesh)
             for parameter in before:  # a part has been copied; torch lets go of the rest too late
                 parameter.data = parameter.data.new_empty(0)
+
+    def reshard(self, model: Any) -> None:
+        """Let go of what the last forward gathered outside of the decoder layers.
+
+        Without a backward torch keeps it, and the parameters of the model would be those.
+        """
+        if self.ranks > 1:
+            model.reshard()
 
     def mean(self, value: float) -> float:
         """Of a number over all processes."""

@@ -336,6 +336,7 @@ class Loop:
         for ids in self.validation.split(size):
             with self.matmuls():
                 total += self.judge(self.model, Batch(ids.to(self.device), ())).item() * len(ids)
+        self.door.reshard(self.model)
         outcome = self.outcome
         loss = self.refuse(self.door.same(total / len(self.validation)), "the validation loss")
         outcome.validations.append((outcome.step, loss))
