@@ -26,6 +26,9 @@ from secateur.workflows import retraining
 
 COUNTED = 2**14
 """Parameters with at least so many weights are a reason to look."""
+COLLECTIVES = {"all_gather_into_tensor", "reduce_scatter_tensor",
+               "all_gather_single", "reduce_scatter_single"}  # fmt: skip
+"""What FSDP2 calls, in older and newer releases of torch."""
 KINDS = (torch.bool, torch.bfloat16, torch.float32)
 """Weights and masks."""
 
@@ -95,7 +98,7 @@ def main(verb: str, folder: str, output: str, options: dict[str, Any]) -> None:
         for name, module in loop.model.named_modules():
             if name.endswith(("down_proj", "lm_head")):
                 module.register_forward_hook(census.look)
-        for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        for name in COLLECTIVES & vars(torch.distributed).keys():
             setattr(torch.distributed, name, census.around(getattr(torch.distributed, name)))
         census.taken()
 
