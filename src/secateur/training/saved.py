@@ -56,22 +56,26 @@ class Log:
             written = self.file.read_text(encoding="utf-8").splitlines()
             self.lines = [json.loads(line) for line in written[:steps]]
         unfinished = self.file.with_suffix(".unfinished")
-        try:
-            text = "".join(json.dumps(x) + "\n" for x in self.lines)
-            unfinished.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise disk_error(error, self.file) from error
+        self.written(unfinished, "w", self.lines)
         unfinished.rename(self.file)
 
     def add(self, line: dict[str, Any]) -> None:
-        """One step more."""
+        """One step more.
+
+        Raises:
+            MemoryBudgetError: the disk is full.
+        """
         self.lines.append(line)
         if self.file is not None:
-            try:
-                with self.file.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise disk_error(error, self.file) from error
+            self.written(self.file, "a", [line])
+
+    def written(self, file: Path, mode: str, lines: list[dict[str, Any]]) -> None:
+        """Write lines, or say that the disk is full."""
+        try:
+            with file.open(mode, encoding="utf-8") as stream:
+                stream.write("".join(json.dumps(x) + "\n" for x in lines))
+        except OSError as error:
+            raise disk_error(error, file) from error
 
 
 class Saved:
