@@ -80,7 +80,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path: Path) -> None:
-    options = {**OPTIONS, "text": str(places / "text.txt"), "teacher": str(places / "dense"), "next_token": 1.0}
+    options = {
+        **OPTIONS,
+        "text": str(places / "text.txt"),
+        "teacher": str(places / "dense"),
+        "next_token": 1.0,
+    }
     start(COUNTING, 2, "distill", places / "pruned", tmp_path / "two", json.dumps(options))
     stored = load_file(places / "pruned" / "model.safetensors")
     sizes = {name: tensor.nbytes for name, tensor in stored.items()}

@@ -77,7 +77,9 @@ def test_a_full_disk_is_named_and_the_training_goes_on(
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial" / "work").glob("*.unfinished"))
     train(places, tmp_path / "out", resume=True)
-    straight, out = (load_file(x / "model.safetensors") for x in (places / "straight", tmp_path / "out"))
+    straight, out = (
+        load_file(x / "model.safetensors") for x in (places / "straight", tmp_path / "out")
+    )
     assert all(torch.equal(straight[name], out[name]) for name in straight)
 
 

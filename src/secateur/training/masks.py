@@ -101,8 +101,7 @@ class Masks:
             fitting(name, mask, parameters)
 
     def held_in(self, model: nn.Module) -> Masks:
-        """The same where the parameters of a model are: on their device, and of each as much as
-        this process has."""
+        """The same, on the devices of the parameters; of each the part that this process has."""
         return Masks({n: part_of(mask, model.get_parameter(n)) for n, mask in self.kept.items()})
 
     @property

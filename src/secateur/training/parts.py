@@ -34,7 +34,7 @@ def rows_of(parameter: Any) -> slice:
 
 
 def as_part(rows: Tensor, parameter: Any) -> Tensor:
-    """This process's rows of a tensor that is shared out as a parameter is."""
+    """The rows that this process has of a tensor that is shared out as a parameter is."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -68,5 +68,3 @@ def whole(tensor: Tensor) -> Tensor:
     if hasattr(full, "full_tensor"):
         full = full.full_tensor()
     return full.cpu()
-
-

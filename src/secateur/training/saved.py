@@ -198,9 +198,7 @@ class Saved:
         if file is not None:
             self.write(file, parameters, {})
 
-    def write(
-        self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> None:
+    def write(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write a file that is there whole or not at all; one tensor is whole at a time.
 
         All processes put each tensor together, the main one writes it.
@@ -240,13 +238,14 @@ def put(stored: Any, key: str, parameter: nn.Parameter) -> None:
 def read_part(stored: Any, key: str, parameter: Tensor, fused: bool = True) -> Tensor:
     """A tensor of an open file, where and shared out as a parameter is, if it has its shape.
 
-    Only this process's rows are read. A number stays on the CPU unless the optimizer is fused:
+    Only this process's rows are read. They are copied: what lies in a mapped file keeps it on the
+    disk after another has taken its name. A number stays on the CPU unless the optimizer is fused:
     torch wants its steps there.
     """
     device, file = local(parameter).device, stored.get_slice(key)
     if tuple(file.get_shape()) != tuple(parameter.shape):
         value: Tensor = stored.get_tensor(key)
-        return value.to(device) if value.ndim or fused else value
+        return value.to(device if value.ndim or fused else "cpu", copy=True)
     if is_shared(parameter):
-        return as_part(file[rows_of(parameter)].to(device), parameter)
-    return stored.get_tensor(key).to(device)  # type: ignore[no-any-return]
+        return as_part(file[rows_of(parameter)].to(device, copy=True), parameter)
+    return stored.get_tensor(key).to(device, copy=True)

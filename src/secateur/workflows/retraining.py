@@ -288,7 +288,9 @@ def manifest_of(
     if recipe.lora is not None:
         objective += f", adapters of rank {recipe.lora.rank}"
     if recipe.gradual is not None:
-        kept = {n: m for x in loop.hooks if isinstance(x, GradualPruning) for n, m in x.kept.items()}
+        kept = {
+            n: m for x in loop.hooks if isinstance(x, GradualPruning) for n, m in x.kept.items()
+        }
         objective += f", pruned on the way to {Masks(kept).sparsity:.0%}"
     return {
         "verb": verb,
