@@ -23,6 +23,7 @@ from trained import source_text
 
 OPTIONS: dict[str, Any] = {"steps": 6, "windows": 40, "validation_windows": 4, "validations": 2,
                            "save_minutes": 0}  # fmt: skip
+MAPS = Path("/proc/self/maps")
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -116,3 +117,23 @@ def test_the_plan_is_what_lies_on_the_disk(
     train(places, tmp_path / "out")
     assert most <= 1.1 * planned[0]  # headers count for much in so small a model
     assert most >= 0.7 * planned[0]
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="Linux says there what is mapped")
+def test_a_save_that_is_replaced_is_not_kept_on_the_disk(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", failing(Loop.step, 3))
+        with pytest.raises(MemoryBudgetError):
+            train(places, tmp_path / "out")
+    mapped = []
+    plain = Loop.train
+
+    def look(self: Loop) -> None:
+        mapped.append("state.safetensors" in MAPS.read_text())
+        plain(self)
+
+    monkeypatch.setattr(Loop, "train", look)
+    train(places, tmp_path / "out", resume=True)
+    assert mapped == [False]
