@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from learning import pruned_model, zeros
 from safetensors.torch import load_file
 
+import secateur
+from tiny import save_tiny
+from trained import source_text
+
 PROGRAM = Path(__file__).with_name("sharded_run.py")
+COUNTING = Path(__file__).with_name("resident_run.py")
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+OPTIONS: dict[str, Any] = {
+    "steps": 4, "windows": 16, "batch": 2, "sequence_length": 16, "validation_windows": 2,
+    "validations": 1, "fast_matmuls": False, "optimizer": "Adam", "learning_rate": 5e-3,
+}  # fmt: skip
+SLACK = 2**16
+"""Bytes for buffers and what else is small."""
 
 
-def run(folder: Path, processes: int, steps: int) -> dict[str, torch.Tensor]:
-    """The final weights of a run of so many processes."""
-    places = [str(PROGRAM.parent), str(PROGRAM.parents[1]), *sys.path]
+def start(program: Path, processes: int, *words: object) -> None:
+    """Run a program in so many processes."""
+    places = [str(program.parent), str(program.parents[1]), *sys.path]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launch if processes > 1 else []), str(PROGRAM), str(folder)]
+    command = [sys.executable, *(launch if processes > 1 else []), str(program)]
     ended = subprocess.run(
-        [*command, str(steps)], env=environment, timeout=540, capture_output=True, text=True
+        [*command, *map(str, words)], env=environment, timeout=540, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
+
+
+def run(folder: Path, processes: int, steps: int) -> dict[str, torch.Tensor]:
+    """The final weights of a run of so many processes."""
+    start(PROGRAM, processes, folder, steps)
     return load_file(folder / "final.safetensors")
 
 
@@ -43,3 +67,48 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
         assert not together[name][gone].any()
     more = run(tmp_path / "two", 1, 12)  # finished: one process reads what two have written
     assert all(torch.equal(more[name], together[name]) for name in together)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, a student pruned from it, and a text."""
+    place = tmp_path_factory.mktemp("sharded")
+    save_tiny(place / "dense", **WIDE)
+    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
+    (place / "text.txt").write_text(source_text()[:60_000])
+    return place
+
+
+def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path: Path) -> None:
+    options = {
+        **OPTIONS,
+        "text": str(places / "text.txt"),
+        "teacher": str(places / "dense"),
+        "next_token": 1.0,
+    }
+    start(COUNTING, 2, "distill", places / "pruned", tmp_path / "two", json.dumps(options))
+    stored = load_file(places / "pruned" / "model.safetensors")
+    sizes = {name: tensor.nbytes for name, tensor in stored.items()}
+    layer = sum(size for name, size in sizes.items() if "layers.0." in name)
+    half = sum(sizes.values()) // 2
+    masks = sum(sizes[n] // 4 for n, x in stored.items() if x.ndim == 2 and not x.all()) // 2
+    for rank in range(2):
+        told = json.loads(Path(f"{tmp_path / 'two'}.json.{rank}").read_text())
+        assert told["reading"] <= half + layer + SLACK
+        # The teacher is in bfloat16 where that is faster; its embeddings and head stay gathered.
+        assert told["set_up"] <= half + masks + half + SLACK
+        # Gradients and two moments; of a layer two buffers and the weights, as FSDP2 has them.
+        assert told["steps"] <= 4 * half + masks + half + 3 * layer + told["forward"] + SLACK
+        assert told["writing"] <= 4 * half + masks + half + max(sizes.values()) + SLACK
+        assert told["weights"] == half
+        parts = ("weights", "gathered", "optimizer", "teacher", "masks", "forward")
+        planned = sum(told[name] for name in parts)
+        assert 0.6 * planned <= told["steps"] <= planned
+    secateur.distill(places / "pruned", output=tmp_path / "one", **options)
+    one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("one", "two"))
+    moved = 0
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=2e-4, atol=2e-5)
+        moved += int((weight != stored[name]).sum())
+        assert not two[name][stored[name] == 0].any() or stored[name].ndim < 2
+    assert moved > 1000

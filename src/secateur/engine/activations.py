@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.models.checkpoint import disk_error, read_all, write_all
+from secateur.models.checkpoint import read_all, write_all
+from secateur.runs.output import cannot_write
 
 __all__ = ["Activations"]
 
@@ -76,7 +77,7 @@ class Activations:
                 stream.seek(rows.start * self.row_bytes)
                 write_all(stream, hidden.to("cpu", self.dtype).contiguous())
         except OSError as error:
-            raise disk_error(error, file) from error
+            raise cannot_write(error, file) from error
 
     def advance(self, layer: int) -> None:
         """What was written since the last call becomes the input of `layer`, safe on disk."""
@@ -90,7 +91,7 @@ class Activations:
                     write_all(stream, self.held)
             file.rename(self.file(layer))
         except OSError as error:
-            raise disk_error(error, file) from error
+            raise cannot_write(error, file) from error
 
     def forget(self, layer: int) -> None:
         """The inputs of a finished layer are not needed any more."""

@@ -161,10 +161,11 @@ def reconstruct(
         how: gives the learning rate.
         tell: called after every step.
     """
-    parameters = [p for p in layer.parameters() if p.is_floating_point()]
+    named = {n: p for n, p in layer.named_parameters() if p.is_floating_point()}
+    parameters = list(named.values())
     device = parameters[0].device
     calls = {size: call(size).to(device, torch.float32) for size in {len(x) for x in steps}}
-    with in_float32(layer, parameters):
+    with in_float32(layer, named.keys()):
         for tuned in pruned:
             tuned.begin()
         optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, fused=True)

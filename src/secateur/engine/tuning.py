@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-__all__ = ["draw_steps", "half_cosine", "in_float32"]
+__all__ = ["draw_steps", "half_cosine", "in_float32", "to_float32"]
 
 
 def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
@@ -35,24 +35,36 @@ def half_cosine(step: int, steps: int) -> float:
 
 
 @contextmanager
-def in_float32(module: nn.Module, tuned: Sequence[nn.Parameter]) -> Iterator[None]:
+def in_float32(module: nn.Module, tuned: Collection[str]) -> Iterator[None]:
     """Floating parameters of a module in float32 for a while, with gradients for the tuned alone.
+
+    Parameters are remembered by name, so that none that is replaced meanwhile is kept alive.
 
     Args:
         module: its parameters get back their dtypes and `requires_grad`, and lose their gradients.
-        tuned: those of them that are to have gradients.
+        tuned: names of those of them that are to have gradients.
     """
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
-    before = [(p.dtype, p.requires_grad) for p in parameters]
-    for p in parameters:
-        p.requires_grad_(False)
-        p.data = p.data.float()
-    for p in tuned:
-        p.requires_grad_(True)
+    before = {
+        name: (p.dtype, p.requires_grad)
+        for name, p in module.named_parameters()
+        if p.is_floating_point()
+    }
+    to_float32(module)
+    for name in before:
+        module.get_parameter(name).requires_grad_(name in tuned)
     try:
         yield
     finally:
-        for p, (dtype, wanted_gradient) in zip(parameters, before, strict=True):
+        for name, (dtype, wanted_gradient) in before.items():
+            p = module.get_parameter(name)
             p.grad = None
-            p.data = p.data.to(dtype)
+            if p.dtype != dtype:
+                p.data = p.data.to(dtype)
             p.requires_grad_(wanted_gradient)
+
+
+def to_float32(module: nn.Module) -> None:
+    """Floating parameters of a module in float32, in place."""
+    for p in module.parameters():
+        if p.is_floating_point() and p.dtype != torch.float32:
+            p.data = p.data.float()

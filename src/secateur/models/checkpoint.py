@@ -12,7 +12,6 @@ resident memory and because an in-place write needs the offsets.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import re
 import shutil
@@ -24,8 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.errors import CheckpointError, MemoryBudgetError
+from secateur.errors import CheckpointError
 from secateur.models.header import Header, TensorEntry, parse_json, read_header
+from secateur.runs.output import cannot_write
 
 __all__ = [
     "INDEX_NAME",
@@ -35,7 +35,6 @@ __all__ = [
     "PatchedCopy",
     "TensorEntry",
     "copied_files",
-    "disk_error",
     "read_all",
     "read_header",
     "read_headers",
@@ -279,7 +278,7 @@ class PatchedCopy:
                 target.unlink(missing_ok=True)
                 shutil.copyfile(file, target)
         except OSError as error:
-            raise disk_error(error, self.folder) from error
+            raise cannot_write(error, self.folder) from error
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Overwrite one tensor; it is cast to the dtype that is stored.
@@ -300,7 +299,7 @@ class PatchedCopy:
                 stream.seek(entry.offset)
                 write_all(stream, tensor.detach().to("cpu", entry.dtype).contiguous())
         except OSError as error:
-            raise disk_error(error, file) from error
+            raise cannot_write(error, file) from error
         self._dirty.add(file)
 
     def sync(self) -> None:
@@ -309,15 +308,3 @@ class PatchedCopy:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         self._dirty.clear()
-
-
-def disk_error(error: OSError, where: Path) -> Exception:
-    """What a failed write means to the user."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(where if where.exists() else where.parent).free
-        return MemoryBudgetError(
-            f"the disk is full ({free / 2**20:.0f} MiB free)",
-            where=str(where),
-            remedy="free some space and run again with --resume, or choose another --output",
-        )
-    return CheckpointError(f"cannot write: {error}", where=str(where))

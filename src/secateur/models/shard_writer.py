@@ -18,8 +18,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from secateur.models.checkpoint import disk_error, write_all
+from secateur.models.checkpoint import write_all
 from secateur.models.header import DTYPES
+from secateur.runs.output import cannot_write
 
 __all__ = ["ShardWriter", "dtype_name"]
 
@@ -66,7 +67,7 @@ class ShardWriter:
         try:
             self.stream = file.open("wb", buffering=0)
         except OSError as error:
-            raise disk_error(error, file) from error
+            raise cannot_write(error, file) from error
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -96,7 +97,7 @@ class ShardWriter:
             self.stream.seek(8 + self.header_bytes + offset)
             write_all(self.stream, tensor.contiguous())
         except OSError as error:
-            raise disk_error(error, self.file) from error
+            raise cannot_write(error, self.file) from error
 
     def close(self, metadata: Mapping[str, str]) -> None:
         """Write the header, and return when the file would survive a power cut."""
@@ -111,7 +112,7 @@ class ShardWriter:
             self.stream.write(text.ljust(self.header_bytes))
             os.fsync(self.stream.fileno())
         except OSError as error:
-            raise disk_error(error, self.file) from error
+            raise cannot_write(error, self.file) from error
 
 
 def header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:

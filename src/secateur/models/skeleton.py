@@ -73,16 +73,20 @@ def skeleton_of(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def build_skeleton(
-    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    opened: bool = True,
 ) -> Any:
     """The model a checkpoint describes, parameters on the meta device, buffers real.
-
-    Experts of declared families are opened: each is a module of three linears.
 
     Args:
         folder: the checkpoint.
         dtype: what it will compute in; None for what `config.json` says.
         trust_remote_code: whether model code that comes with the checkpoint may run.
+        opened: make each expert of declared families a module of three linears; False leaves the
+            experts as transformers holds them.
 
     Raises:
         CheckpointError: the configuration does not fit the headers of the weights.
@@ -98,7 +102,8 @@ def build_skeleton(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
             )
-    open_experts(model)
+    if opened:
+        open_experts(model)
     return model.eval()
 
 

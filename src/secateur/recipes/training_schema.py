@@ -129,6 +129,9 @@ class RetrainRecipe(Strict):
     mask: str | None = Field(
         None, description="file of masks, or folder of a pruned model; the model's zeros if None"
     )
+    regrow: bool = Field(
+        False, description="let weights come back that are zero in the model but not in the mask"
+    )
     validation: str | None = Field(
         None, description="text to watch; windows of the training text are held out if None"
     )

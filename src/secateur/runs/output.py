@@ -137,12 +137,13 @@ def check_apart(read: str | Path, output: Path, partial: Path) -> None:
         )
 
 
-def check_free(needed_bytes: int, folder: Path) -> None:
+def check_free(needed_bytes: int, folder: Path, own: Path | None = None) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Args:
         needed_bytes: that will be written.
         folder: where; it need not be there yet.
+        own: what a stopped run left there will be written over, so it counts as free.
 
     Raises:
         MemoryBudgetError: naming both sizes.
@@ -151,6 +152,8 @@ def check_free(needed_bytes: int, folder: Path) -> None:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
+    if own is not None:
+        free += sum(file.stat().st_size for file in own.rglob("*") if file.is_file())
     if needed_bytes > free:
         raise MemoryBudgetError(
             f"the run needs {size(needed_bytes)} of disk, {size(free)} are free",

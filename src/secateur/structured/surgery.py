@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear, describe
-from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, disk_error
+from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
+from secateur.runs.output import cannot_write
 from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Design, design
@@ -153,7 +154,7 @@ def write_beside(folder: Path, output: Path, made: Design) -> None:
         with quiet_transformers():
             made.skeleton.config.save_pretrained(output)
     except OSError as error:
-        raise disk_error(error, output) from error
+        raise cannot_write(error, output) from error
 
 
 def write_tensors(

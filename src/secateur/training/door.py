@@ -7,7 +7,7 @@ weight, gradient, moment and mask, and reads its share of every step's windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
+from secateur.training.parts import is_shared
 
-__all__ = ["Door", "checkpointed", "whole"]
+__all__ = ["Door", "checkpointed", "units"]
 
 
 class Door:
@@ -40,20 +42,52 @@ class Door:
         """Whether this process writes files and tells of progress."""
         return self.rank == 0
 
-    def shard(self, model: Any) -> None:
+    def shard(
+        self,
+        model: Any,
+        fill: Callable[[nn.Module], None] = lambda unit: None,
+        *,
+        apart: bool = True,
+    ) -> None:
         """Share a model out, in place; nothing happens in a single process.
 
-        Each decoder layer is gathered when it is its turn, embeddings and head for all of it.
+        One unit after the other: no process has more than its part of those before it and the
+        whole of one. A unit is gathered again when it is its turn.
+
+        Args:
+            model: a causal language model, or its skeleton; one that is shared out stays as it is.
+                Its parameters are replaced, and the old ones are left empty.
+            fill: called with each unit before it is shared out; it may give it its weights.
+            apart: embeddings and head are units of their own, if they are not tied. False leaves
+                them gathered once they were.
+
+        Raises:
+            ArchitectureError: two decoder layers have a parameter in common.
         """
         if self.ranks == 1:
             return
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        mesh = init_device_mesh(self.device.type, (self.ranks,))
-        for layer in describe(model).layers(model):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        if isinstance(model, FSDPModule):
+            self.reshard(model)
+            return
+        mesh, chosen = init_device_mesh(self.device.type, (self.ranks,)), units(model, apart)
+        refuse_shared(chosen)
+        for unit in chosen:
+            fill(unit)
+            before = [p for p in unit.parameters() if not is_shared(p)]
+            fully_shard(unit, mesh=mesh)
+            for parameter in before:  # a part has been copied; torch lets go of the rest too late
+                parameter.data = parameter.data.new_empty(0)
+
+    def reshard(self, model: Any) -> None:
+        """Let go of what the last forward gathered outside of the decoder layers.
+
+        Without a backward torch keeps it, and the parameters of the model would be those.
+        """
+        if self.ranks > 1:
+            model.reshard()
 
     def mean(self, value: float) -> float:
         """Of a number over all processes."""
@@ -68,17 +102,52 @@ class Door:
         """The number of the main process, for all."""
         return value if self.ranks == 1 else self.mean(value if self.main else 0.0) * self.ranks
 
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Of each number, the sum over all processes; exact for whole numbers below 2**53."""
+        if self.ranks == 1:
+            return list(values)
+        told: Tensor = self.accelerator.reduce(
+            torch.tensor(list(values), dtype=torch.float64, device=self.device), "sum"
+        )
+        return [float(x) for x in told.cpu()]
+
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; all processes must ask for it."""
-    full: Tensor = tensor.detach()
-    if hasattr(full, "full_tensor"):
-        full = full.full_tensor()
-    return full.cpu()
+def units(model: Any, apart: bool = True) -> list[nn.Module]:
+    """What of a model is gathered at a time: each decoder layer, and what lies outside of them.
+
+    Args:
+        model: a causal language model.
+        apart: embeddings and head alone, where they are not tied, before the rest.
+    """
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    outside = [inputs, head] if apart and isinstance(head, nn.Linear) else []
+    if outside and inputs.weight is head.weight:
+        outside = []
+    return [*describe(model).layers(model), *outside, model]
+
+
+def refuse_shared(chosen: Sequence[nn.Module]) -> None:
+    """Refuse units that have a parameter in common; the last holds all, so it is left out.
+
+    Raises:
+        ArchitectureError: naming it.
+    """
+    seen: set[int] = set()
+    for unit in chosen[:-1]:
+        own = {id(p): name for name, p in unit.named_parameters()}
+        common = [own[key] for key in own.keys() & seen]
+        if common:
+            raise ArchitectureError(
+                f"decoder layers share {len(common)} parameters, so they cannot be divided among "
+                "several processes",
+                where=min(common),
+                remedy="start the command without torchrun or accelerate launch",
+            )
+        seen |= own.keys()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.engine.attention import WrittenOut
 from secateur.engine.precision import exact_matmuls, fast_matmuls, full_float32
 from secateur.engine.progress import Progress, Silent
-from secateur.engine.tuning import in_float32
+from secateur.engine.tuning import in_float32, to_float32
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.models.architecture import hidden_size
 from secateur.pages import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
@@ -135,17 +135,18 @@ class Loop:
                 saved before is there still.
             VerificationError: the masks were not held.
         """
-        trained = [
-            p
+        trained = {
+            n
             for n, p in self.model.named_parameters()
             if p.is_floating_point() and self.how.factor(n)
             if self.trained is None or n in self.trained
-        ]
+        }
         if not trained:
             raise RecipeError("no parameter is trained", remedy="see the rates")
         with ExitStack() as stack:
             stack.enter_context(full_float32())  # also in backwards, which no autocast covers
             stack.enter_context(reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES))
+            self.door.shard(self.model, to_float32)
             stack.enter_context(in_float32(self.model, trained))
             if self.how.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
@@ -157,12 +158,10 @@ class Loop:
         return self.outcome
 
     def begin(self) -> None:
-        """Shard, make the optimizer, and go on from what was saved."""
+        """Apply the masks, make the optimizer, and go on from what was saved."""
         if self.masks is not None:
+            self.masks = self.masks.held_in(self.model)
             self.masks.apply(self.model)
-        self.door.shard(self.model)
-        if self.masks is not None:
-            self.masks = self.masks.beside(self.model)  # once, not at every step
         self.model.eval()
         named = self.model.named_parameters()
         self.parameters = {n: p for n, p in named if p.requires_grad}
@@ -339,6 +338,7 @@ class Loop:
         for ids in self.validation.split(size):
             with self.matmuls():
                 total += self.judge(self.model, Batch(ids.to(self.device), ())).item() * len(ids)
+        self.door.reshard(self.model)
         outcome = self.outcome
         loss = self.refuse(self.door.same(total / len(self.validation)), "the validation loss")
         outcome.validations.append((outcome.step, loss))

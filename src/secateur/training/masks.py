@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur.errors import RecipeError, SourceError, VerificationError
 from secateur.models.architecture import describe
-from secateur.models.inventory import inventory_of
+from secateur.models.header import read_header
+from secateur.training.parts import as_part, is_shared, local, part_of
 
-__all__ = ["Masks", "local", "moments", "shard_like"]
+__all__ = ["Masks", "matrices", "moments", "stored_masks"]
 
 FIXED_AT_ZERO = (
     torch.optim.SGD,
@@ -49,14 +51,31 @@ class Masks:
 
     @classmethod
     def of(cls, model: Any) -> Masks:
-        """The zeros that the matrices of the decoder layers have now, where they have any.
+        """The zeros that the matrices of a model have now, where they have any.
 
-        Also those of experts that transformers holds in one tensor.
+        Experts that transformers holds in one tensor are among them (`matrices`). Of a model that
+        is shared out each process has the masks of its part.
         """
-        matrices = inventory_of(model, describe(model))
-        names = [matrix.name for matrix in matrices if matrix.is_decoder_matrix]
-        masks = {name: model.get_parameter(name).detach() != 0 for name in names}
-        return cls({name: mask for name, mask in masks.items() if not mask.all()})
+        masks = {name: part_of_zeros(weight) for name, weight in matrices(model).items()}
+        return cls({name: mask for name, mask in masks.items() if not local(mask).all()})
+
+    @classmethod
+    def given(cls, model: nn.Module, masks: Iterable[tuple[str, Tensor]]) -> Masks:
+        """Masks that come from elsewhere, whole, one after the other.
+
+        Args:
+            model: whose they are to be; it may be shared out.
+            masks: by names of parameters; each is divided at once and not kept.
+
+        Raises:
+            RecipeError: a parameter is not there, or has another shape.
+        """
+        parameters, kept = dict(model.named_parameters()), {}
+        for name, mask in masks:
+            fitting(name, mask, parameters)
+            if not mask.all():
+                kept[name] = part_of(mask, parameters[name])
+        return cls(kept)
 
     @classmethod
     def load(cls, file: Path) -> Masks:
@@ -65,17 +84,7 @@ class Masks:
         Raises:
             SourceError: there is no such file, or it holds something else than masks.
         """
-        if not file.is_file():
-            raise SourceError("no such file of masks", where=str(file), remedy="check the path")
-        kept = load_file(file)
-        wrong = [name for name, mask in kept.items() if mask.dtype != torch.bool]
-        if wrong or not kept:
-            raise SourceError(
-                f"the file holds no masks: {', '.join(wrong[:4]) or 'it is empty'}",
-                where=str(file),
-                remedy="masks are bool tensors by the names of parameters, True = kept",
-            )
-        return cls(kept)
+        return cls(dict(stored_masks(file)))
 
     def save(self, file: Path) -> None:
         """Write the masks as bool tensors, by the names of parameters."""
@@ -89,32 +98,11 @@ class Masks:
         """
         parameters = dict(model.named_parameters())
         for name, mask in self.kept.items():
-            if name not in parameters:
-                raise RecipeError(
-                    f"there is a mask of {name}, but the model has no such parameter",
-                    remedy="give the masks of this model",
-                )
-            if parameters[name].shape != mask.shape:
-                raise RecipeError(
-                    f"the mask is {list(mask.shape)}, the weight {list(parameters[name].shape)}",
-                    where=name,
-                    remedy="give the masks of this model; a cut model needs masks of its own",
-                )
+            fitting(name, mask, parameters)
 
-    def beside(self, model: nn.Module) -> Masks:
-        """The same masks, each where its parameter lies: on its device, sharded as it is.
-
-        A mask that lies there already is not copied, so changes in place are seen here too.
-        """
-        parameters = {name: model.get_parameter(name) for name in self.kept}
-        return Masks(
-            {
-                name: shard_like(mask, parameters[name])
-                if hasattr(parameters[name], "to_local")
-                else mask.to(parameters[name].device)
-                for name, mask in self.kept.items()
-            }
-        )
+    def held_in(self, model: nn.Module) -> Masks:
+        """The same, on the devices of the parameters; of each the part that this process has."""
+        return Masks({n: part_of(mask, model.get_parameter(n)) for n, mask in self.kept.items()})
 
     @property
     def sparsity(self) -> float:
@@ -154,7 +142,7 @@ class Masks:
         """
         for name, mask in self.kept.items():
             parameter = model.get_parameter(name)
-            gone = ~mask_of(mask, parameter)
+            gone = ~local(mask)
             held = [local(parameter)]
             if optimizer is not None:
                 held += list(moments(optimizer, parameter))
@@ -170,28 +158,67 @@ class Masks:
     def of_parameters(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter that has a mask, with this process's part of it on the same device."""
         for name, mask in self.kept.items():
-            parameter = model.get_parameter(name)
-            yield parameter, mask_of(mask, parameter)
+            yield model.get_parameter(name), local(mask)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: all of it, unless it is sharded over several."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def stored_masks(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The masks in a file that `Masks.save` wrote, one after the other.
+
+    Raises:
+        SourceError: there is no such file, or it holds something else than masks.
+    """
+    if not file.is_file():
+        raise SourceError("no such file of masks", where=str(file), remedy="check the path")
+    entries = read_header(file).entries
+    wrong = [name for name, entry in entries.items() if entry.dtype != torch.bool]
+    if wrong or not entries:
+        raise SourceError(
+            f"the file holds no masks: {', '.join(wrong[:4]) or 'it is empty'}",
+            where=str(file),
+            remedy="masks are bool tensors by the names of parameters, True = kept",
+        )
+    with safe_open(file, framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118 it is no mapping
+            yield name, stored.get_tensor(name)
 
 
-def mask_of(mask: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a mask that belongs to this process's part of a parameter, on its device."""
-    if hasattr(parameter, "to_local") and not hasattr(mask, "to_local"):
-        mask = shard_like(mask, parameter)
-    return local(mask).to(local(parameter).device)
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The matrices of the decoder layers: parameters of two or more dimensions.
+
+    Tensors that hold all experts of a layer are among them; embeddings and head are not.
+    """
+    start = describe(model).layers_path + "."
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if name.startswith(start) and p.ndim >= 2 and p.is_floating_point()
+    }
 
 
-def shard_like(value: Tensor, parameter: Any) -> Tensor:
-    """A whole tensor, shared out over the processes as a sharded parameter is."""
-    from torch.distributed.tensor import distribute_tensor
+@torch.no_grad()
+def part_of_zeros(weight: Tensor) -> Tensor:
+    """The mask of a weight's zeros, True = kept, shared out as the weight is."""
+    kept = local(weight.detach()) != 0
+    return as_part(kept, weight) if is_shared(weight) else kept
 
-    mesh = parameter.device_mesh
-    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)
+
+def fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a mask that is not of these parameters.
+
+    Raises:
+        RecipeError: the parameter is not there, or has another shape.
+    """
+    if name not in parameters:
+        raise RecipeError(
+            f"there is a mask of {name}, but the model has no such parameter",
+            remedy="give the masks of this model",
+        )
+    if parameters[name].shape != mask.shape:
+        raise RecipeError(
+            f"the mask is {list(mask.shape)}, the weight {list(parameters[name].shape)}",
+            where=name,
+            remedy="give the masks of this model; a cut model needs masks of its own",
+        )
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:

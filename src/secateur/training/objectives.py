@@ -41,7 +41,7 @@ class NextToken:
 
     @classmethod
     def of(cls, model: Any) -> NextToken:
-        """For a model, before it is sharded over processes."""
+        """For a model; all processes that share it must ask together."""
         return cls(head_alone(model))
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
@@ -102,7 +102,7 @@ class Distil:
         hidden: float = 0.0,
         **options: Any,
     ) -> Distil:
-        """For a student, before it is sharded over processes.
+        """For a student; all processes that share it must ask together.
 
         Args:
             student: a causal language model.

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.errors import RecipeError
-from secateur.training.door import Door, whole
-from secateur.training.masks import Masks, shard_like
+from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.models.shard_writer import ShardWriter
+from secateur.runs.output import cannot_write
+from secateur.training.door import Door
+from secateur.training.masks import Masks
+from secateur.training.parts import as_part, is_shared, local, rows_of, whole
 
 __all__ = ["Log", "Saved"]
 
@@ -41,21 +44,38 @@ class Log:
         self.lines: list[dict[str, Any]] = []
 
     def begin(self, steps: int) -> None:
-        """Start anew, or go on after so many steps, whatever was written after them."""
+        """Start anew, or go on after so many steps, whatever was written after them.
+
+        Raises:
+            MemoryBudgetError: the disk is full; the log is as it was.
+        """
         self.lines = []
         if self.file is None:
             return
         if steps and self.file.exists():
             written = self.file.read_text(encoding="utf-8").splitlines()
             self.lines = [json.loads(line) for line in written[:steps]]
-        self.file.write_text("".join(json.dumps(x) + "\n" for x in self.lines), encoding="utf-8")
+        unfinished = self.file.with_suffix(".unfinished")
+        self.written(unfinished, "w", self.lines)
+        unfinished.rename(self.file)
 
     def add(self, line: dict[str, Any]) -> None:
-        """One step more."""
+        """One step more.
+
+        Raises:
+            MemoryBudgetError: the disk is full.
+        """
         self.lines.append(line)
         if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            self.written(self.file, "a", [line])
+
+    def written(self, file: Path, mode: str, lines: list[dict[str, Any]]) -> None:
+        """Write lines, or say that the disk is full."""
+        try:
+            with file.open(mode, encoding="utf-8") as stream:
+                stream.write("".join(json.dumps(x) + "\n" for x in lines))
+        except OSError as error:
+            raise cannot_write(error, file) from error
 
 
 class Saved:
@@ -93,14 +113,14 @@ class Saved:
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, Any] = {}
         for name, parameter in parameters.items():
-            tensors[f"weights/{name}"] = whole(parameter)
+            tensors[f"weights/{name}"] = parameter
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"moments/{name}/{key}"] = whole(value)
+                    tensors[f"moments/{name}/{key}"] = value
                 elif value is not None:
                     numbers[f"moments/{name}/{key}"] = value
         if masks is not None:
-            tensors |= {f"masks/{name}": whole(mask) for name, mask in masks.kept.items()}
+            tensors |= {f"masks/{name}": mask for name, mask in masks.kept.items()}
         told = {"identity": self.identity, "numbers": numbers, **facts}
         self.write(file, tensors, {FACTS: json.dumps(told)})
 
@@ -124,10 +144,10 @@ class Saved:
             self.check(facts["identity"])
             names, fused = set(stored.keys()), bool(optimizer.defaults.get("fused"))
             for name, parameter in parameters.items():
-                put(stored.get_tensor(f"weights/{name}"), parameter)
+                put(stored, f"weights/{name}", parameter)
                 start = f"moments/{name}/"
                 state = {
-                    key.removeprefix(start): like(stored.get_tensor(key), parameter, fused)
+                    key.removeprefix(start): read_part(stored, key, parameter, fused)
                     for key in names
                     if key.startswith(start)
                 }
@@ -158,7 +178,7 @@ class Saved:
         if file is None:
             self.in_memory = {n: p.detach().clone() for n, p in parameters.items()}
             return
-        self.write(file, {name: whole(p) for name, p in parameters.items()}, {})
+        self.write(file, parameters, {})
 
     def restore_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give parameters the best weights, if any were kept."""
@@ -170,36 +190,62 @@ class Saved:
         elif file is not None and file.exists():
             with safe_open(file, framework="pt") as stored:
                 for name, parameter in parameters.items():
-                    put(stored.get_tensor(name), parameter)
+                    put(stored, name, parameter)
 
     def keep_final(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Write the weights of the end, for whoever makes a checkpoint of them."""
         file = self.file("final")
         if file is not None:
-            self.write(file, {name: whole(p) for name, p in parameters.items()}, {})
+            self.write(file, parameters, {})
 
-    def write(self, file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Write a file that is there whole or not at all; the main process does."""
+    def write(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write a file that is there whole or not at all; one tensor is whole at a time.
+
+        All processes put each tensor together, the main one writes it.
+
+        Raises:
+            MemoryBudgetError: the disk is full; what was saved before is there still.
+        """
+        unfinished = file.with_suffix(".unfinished")
+        known = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+        try:
+            with ShardWriter(unfinished, known, [], metadata) if self.door.main else nobody() as to:
+                for name, tensor in tensors.items():
+                    value = whole(tensor)
+                    if to is not None:
+                        to.write(name, value)
+                if to is not None:
+                    to.close(metadata)
+        except MemoryBudgetError:
+            unfinished.unlink(missing_ok=True)
+            raise
         if self.door.main:
-            unfinished = file.with_suffix(".unfinished")
-            save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished, metadata)
             unfinished.rename(file)
         self.door.wait()
 
 
+def nobody() -> AbstractContextManager[None]:
+    """Stands for the file where another process writes it."""
+    return nullcontext()
+
+
 @torch.no_grad()
-def put(value: Tensor, parameter: nn.Parameter) -> None:
-    """Give a parameter a value that was read whole."""
-    parameter.copy_(like(value, parameter))
+def put(stored: Any, key: str, parameter: nn.Parameter) -> None:
+    """Give a parameter a value from an open file."""
+    local(parameter).copy_(local(read_part(stored, key, parameter)))
 
 
-def like(value: Tensor, parameter: nn.Parameter, fused: bool = True) -> Tensor:
-    """A tensor that was read whole, where and sharded as a parameter is, if it has its shape.
+def read_part(stored: Any, key: str, parameter: Tensor, fused: bool = True) -> Tensor:
+    """A tensor of an open file, where and shared out as a parameter is, if it has its shape.
 
-    A number stays on the CPU unless the optimizer is fused: torch wants its steps there.
+    Only this process's rows are read. They are copied: what lies in a mapped file keeps it on the
+    disk after another has taken its name. A number stays on the CPU unless the optimizer is fused:
+    torch wants its steps there.
     """
-    if value.shape != parameter.shape:
-        return value.to(parameter.device) if value.ndim or fused else value
-    if hasattr(parameter, "to_local"):
-        return shard_like(value, parameter)
-    return value.to(parameter.device)
+    device, file = local(parameter).device, stored.get_slice(key)
+    if tuple(file.get_shape()) != tuple(parameter.shape):
+        value: Tensor = stored.get_tensor(key)
+        return value.to(device if value.ndim or fused else "cpu", copy=True)
+    if is_shared(parameter):
+        return as_part(file[rows_of(parameter)].to(device, copy=True), parameter)
+    return stored.get_tensor(key).to(device, copy=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,6 +172,7 @@ def write_teacher(
     temperature: float = 1.0,
     name: str = "",
     tell: Callable[[], None] = lambda: None,
+    writes: bool = True,
 ) -> None:
     """Write down what a model expects at every token of windows, one window in memory.
 
@@ -183,6 +184,7 @@ def write_teacher(
         temperature: that the student will be taught at.
         name: of the teacher, for the record.
         tell: called after every window.
+        writes: False for a process that has a part of the model and runs it, but writes nothing.
 
     Raises:
         RecipeError: k is not between 1 and the vocabulary less 1.
@@ -208,14 +210,17 @@ def write_teacher(
     metadata = {METADATA: json.dumps(record)}
     unfinished = file.with_suffix(".unfinished")
     device = next(model.parameters()).device
-    with ShardWriter(unfinished, known, [], metadata) as writer:
+    with ShardWriter(unfinished, known, [], metadata) if writes else nullcontext() as writer:
         for n, window in enumerate(windows):
             expected = teacher(Batch(window[None].to(device), (n,)), temperature, ()).expected
             for part, value in zip(PARTS, _most_likely(expected, length, k), strict=True):
-                writer.write(f"{n}/{part}", value.to(known[f"{n}/{part}"][0]).cpu())
+                if writer is not None:
+                    writer.write(f"{n}/{part}", value.to(known[f"{n}/{part}"][0]).cpu())
             tell()
-        writer.close(metadata)
-    unfinished.rename(file)
+        if writer is not None:
+            writer.close(metadata)
+    if writes:
+        unfinished.rename(file)
 
 
 def _most_likely(expected: Expected, length: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

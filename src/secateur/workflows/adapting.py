@@ -71,14 +71,16 @@ def adapt(recipe: RetrainRecipe, model: Any, masks: Masks, windows: Windows, doo
             "adapters and gradual pruning need a single process",
             remedy="start the command without torchrun or accelerate launch",
         )
-    masks.fit(model)
+    masks = masks.held_in(model)
     masks.apply(model)
     if recipe.lora is not None:
         return Adapted(attach(model, adapters(recipe), recipe.seed).get_base_model(), None, masks)
     assert recipe.gradual is not None
-    opened = Masks(open_masks(model))
-    hook = GradualPruning(opened.kept, gradual(recipe.gradual, opened.sparsity, windows))
-    return Adapted(model, opened, opened, (hook,))
+    opened = open_masks(model)
+    hook = GradualPruning(opened, gradual(recipe.gradual, Masks(opened).sparsity, windows))
+    # What is zero elsewhere (experts that are stored in one tensor) stays as it is.
+    held = Masks({**Masks.of(model).kept, **opened})
+    return Adapted(model, held, held, (hook,))
 
 
 def adapters(recipe: RetrainRecipe) -> Adapters:

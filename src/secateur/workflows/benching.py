@@ -13,12 +13,13 @@ from secateur.engine.progress import Progress
 from secateur.errors import RecipeError
 from secateur.evaluation.contenders import CONTENDERS
 from secateur.evaluation.speed import Speed, take_turns
-from secateur.models.checkpoint import disk_error, shard_files
+from secateur.models.checkpoint import shard_files
 from secateur.models.sources import resolve
 from secateur.registry import did_you_mean
 from secateur.reporting.manifest import environment
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES
+from secateur.runs.output import cannot_write
 from secateur.runs.records import Bench, declared
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
@@ -163,7 +164,7 @@ def keep(report: BenchReport, model: str, folder: Path) -> None:
         record = {"schema": SCHEMA, "model": model, **report.to_json()}
         write_json(file, declared(Bench, record))
     except OSError as error:
-        raise disk_error(error, file) from error
+        raise cannot_write(error, file) from error
 
 
 def tokens_of(folder: Path) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import INDEX_NAMES, copied_files, disk_error
+from secateur.models.checkpoint import INDEX_NAMES, copied_files
 from secateur.models.header import parse_json
 from secateur.runs.evaluation import FILE_NAME as EVALUATION
 from secateur.runs.evaluation import read_evaluation
 from secateur.runs.folder import NOTES
+from secateur.runs.output import cannot_write
 
 __all__ = ["carry_over", "read_config", "refuse_quantized"]
 
@@ -89,7 +90,7 @@ def carry_over(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     except OSError as error:
-        raise disk_error(error, target) from error
+        raise cannot_write(error, target) from error
     if inherited is not None:
         (target / NOTES).mkdir(exist_ok=True)
         inherited.save(target / NOTES / EVALUATION)

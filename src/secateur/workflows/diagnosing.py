@@ -26,13 +26,13 @@ from secateur.engine.progress import Progress, Silent
 from secateur.engine.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluation_windows
-from secateur.models.checkpoint import disk_error
 from secateur.models.positions import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.reporting.manifest import environment
 from secateur.runs import records
 from secateur.runs.atomic import write_json
+from secateur.runs.output import cannot_write
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.workflows.preparing import choose_device
 
@@ -287,4 +287,4 @@ def keep(found: Diagnosis) -> None:
     try:
         write_json(file, records.declared(records.Diagnosis, found.to_json()))
     except OSError as error:
-        raise disk_error(error, file) from error
+        raise cannot_write(error, file) from error

@@ -177,7 +177,7 @@ def run_prepared(
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
     chosen, activations = choose_plan(prepared, recipe.memory)
-    check_free(chosen.disk_bytes, folder.output)
+    check_free(chosen.disk_bytes, folder.output, folder.partial)
     with folder:
         folder.begin(identity(prepared))
         if folder.finished:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.meter import Meter
@@ -21,7 +20,6 @@ from secateur.errors import NumericalError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.whole import load_whole
 from secateur.recipes.reading import dump_recipe, validated
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.reporting.manifest import environment
@@ -30,16 +28,21 @@ from secateur.reporting.training_report import TrainingReport
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests
+from secateur.runs.output import check_free
 from secateur.runs.records import Training, declared
 from secateur.training.batches import Batches
 from secateur.training.door import Door
+from secateur.training.gradual import GradualPruning
 from secateur.training.loop import Loop, Outcome
 from secateur.training.masks import Masks
-from secateur.workflows.adapting import adapt, merged
+from secateur.training.sharing import load
+from secateur.workflows.adapting import adapt
 from secateur.workflows.carrying import carry_over, read_config, refuse_quantized
+from secateur.workflows.masking import masks_of
 from secateur.workflows.preparing import choose_device
-from secateur.workflows.teaching import masks_of, objective_of, plan_of, teacher_of
-from secateur.workflows.training_memory import TrainingMemory, check_memory, foretell
+from secateur.workflows.teaching import objective_of, plan_of, teacher_of
+from secateur.workflows.trained_weights import check_written, write_trained
+from secateur.workflows.training_memory import TrainingMemory, check_memory, disk_bytes, foretell
 from secateur.workflows.training_text import TrainingText, read_training_text
 
 __all__ = ["distill", "retrain", "run_training"]
@@ -181,9 +184,12 @@ def train_into(
         folder.keep_apart(teacher.folder)
     memory = foretell(recipe, target, teacher, text, plan, door)
     check_memory(memory, recipe, door.device)
-    model = load_whole(source.folder, door.device, trust_remote_code=trust)
+    check_free(disk_bytes(recipe, target, text, plan), folder.output, folder.partial)
+    dtype = torch.float32 if door.ranks > 1 else None
+    model = load(source.folder, door, dtype=dtype, trust_remote_code=trust)
+    masks = masks_of(recipe, model, door)
     objective = objective_of(recipe, source, teacher, model, text, work, progress, door)
-    adapted = adapt(recipe, model, masks_of(recipe, model), text.windows, door)
+    adapted = adapt(recipe, model, masks, text.windows, door)
     loop = Loop(
         adapted.model,
         Batches(text.windows, recipe.batch, recipe.seed),
@@ -202,6 +208,10 @@ def train_into(
     if door.main:
         manifest = manifest_of(recipe, source, text, loop, outcome, meter, memory)
         write(recipe, source, adapted.masks, manifest, folder)
+    door.wait()
+    check_written(folder.model, adapted.masks, trust_remote_code=trust)
+    door.wait()
+    if door.main:
         folder.finish()
 
 
@@ -270,7 +280,10 @@ def manifest_of(
     if recipe.lora is not None:
         objective += f", adapters of rank {recipe.lora.rank}"
     if recipe.gradual is not None:
-        objective += f", pruned on the way to {loop.masks.sparsity if loop.masks else 0:.0%}"
+        kept = {
+            n: m for x in loop.hooks if isinstance(x, GradualPruning) for n, m in x.kept.items()
+        }
+        objective += f", pruned on the way to {Masks(kept).sparsity:.0%}"
     return {
         "verb": verb,
         "source": {"name": source.name, "kind": source.kind, "revision": source.revision},
@@ -299,20 +312,12 @@ def write(
     manifest: dict[str, Any],
     folder: RunFolder,
 ) -> None:
-    """Write the model and its notes, and look at the files once more.
-
-    Raises:
-        VerificationError: a pruned weight is not zero in them.
-    """
-    trust, cpu, made = recipe.trust_remote_code, torch.device("cpu"), folder.fresh_model()
-    model = load_whole(source.folder, cpu, trust_remote_code=trust)
-    model = merged(recipe, model, masks, load_file(folder.work / "final.safetensors"))
-    with quiet_transformers():
-        model.save_pretrained(made)
+    """Write the model and its notes."""
+    made = folder.fresh_model()
+    write_trained(recipe, source.folder, masks, folder.work / "final.safetensors", made)
     carry_over(source.folder, made, read_config(source.folder), same_weights=False)
-    masks.check(load_whole(made, cpu, trust_remote_code=trust))
     manifest["result"]["decoder_sparsity"] = audit_checkpoint(
-        made, trust_remote_code=trust
+        made, trust_remote_code=recipe.trust_remote_code
     ).sparsity
     trainings = folder.notes / TRAININGS
     before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []

@@ -1,12 +1,10 @@
-"""What the recipe of a training means: how long, which masks, which loss, whose teaching."""
+"""What the recipe of a training means: how long, which loss, whose teaching."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from secateur.engine.precision import fast_dtype
 from secateur.engine.progress import Progress
@@ -15,12 +13,11 @@ from secateur.models.architecture import describe
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.models.whole import load_whole
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.runs.folder import NOTES
 from secateur.training.door import Door
-from secateur.training.masks import Masks
 from secateur.training.objectives import Distil, NextToken, Objective
+from secateur.training.sharing import load
 from secateur.training.teachers import (
     ModelTeacher,
     WrittenTeacher,
@@ -31,7 +28,7 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.adapting import rates_of
 from secateur.workflows.training_text import TrainingText
 
-__all__ = ["masks_of", "objective_of", "plan_of", "teacher_of"]
+__all__ = ["objective_of", "plan_of", "teacher_of"]
 
 TOP_K = 64
 """Tokens that are written down of a teacher where nobody says how many."""
@@ -62,17 +59,6 @@ def plan_of(recipe: RetrainRecipe, text: TrainingText) -> TrainingPlan:
         patience=recipe.patience,
         save_minutes=recipe.save_minutes,
     )
-
-
-def masks_of(recipe: RetrainRecipe, model: Any) -> Masks:
-    """The masks that are held: those named, or the zeros of the model."""
-    if recipe.mask is None:
-        return Masks.of(model)
-    place = Path(recipe.mask)
-    if place.is_dir():
-        pruned = load_whole(place, torch.device("cpu"), trust_remote_code=recipe.trust_remote_code)
-        return Masks.of(pruned)
-    return Masks.load(place)
 
 
 def objective_of(
@@ -108,9 +94,12 @@ def objective_of(
     if place is None:
         return Distil.between(model, written(file, text), **options)
     check_tokenizers(source, place, recipe.trust_remote_code)
-    device = next(model.parameters()).device
-    teacher = load_whole(
-        place.folder, device, dtype=fast_dtype(device), trust_remote_code=recipe.trust_remote_code
+    teacher = load(
+        place.folder,
+        door,
+        dtype=fast_dtype(door.device),
+        apart=False,  # its head is applied after its forward
+        trust_remote_code=recipe.trust_remote_code,
     )
     layers = len(describe(teacher).layers(teacher))
     objective = Distil.between(
@@ -123,19 +112,19 @@ def objective_of(
     )
     if not recipe.top_k and not recipe.teacher_file:
         return objective
-    if door.main:
-        progress.start("teacher", len(text.windows))
-        with quiet_transformers():
-            write_teacher(
-                teacher,
-                text.windows,
-                file,
-                k=recipe.top_k or TOP_K,
-                temperature=recipe.temperature,
-                name=place.name,
-                tell=progress.step,
-            )
-        progress.finish()
+    progress.start("teacher", len(text.windows))
+    with quiet_transformers():
+        write_teacher(
+            teacher,
+            text.windows,
+            file,
+            k=recipe.top_k or TOP_K,
+            temperature=recipe.temperature,
+            name=place.name,
+            tell=progress.step,
+            writes=door.main,
+        )
+    progress.finish()
     door.wait()
     return Distil.between(model, written(file, text), hidden=recipe.hidden, **options)
 

@@ -1,4 +1,4 @@
-"""Foretells the memory of a training, and refuses one that would not fit, before it begins.
+"""Foretells memory and disk of a training, and refuses one that would not fit, before it begins.
 
     all weights in float32
     + for what is trained: gradients, and what the optimizer remembers
@@ -6,7 +6,12 @@
     + what one micro-batch's forward keeps for its backward, rehearsed on the meta device
     + a block of logits; the teacher; the masks
 
-Shared out over several processes are weights, gradients and memories; the teacher is not.
+Shared out over several processes are weights, gradients, memories, masks, and the teacher's layers.
+What is gathered of them at a time is counted for itself: two decoder layers, since the next one is
+fetched while one runs, with the gradients of one; embeddings or head; of the teacher both.
+
+On disk, at the same time: what is saved to go on, the best weights, one of these anew or the final
+ones, and the result.
 """
 
 from __future__ import annotations
@@ -22,21 +27,22 @@ from secateur.engine.plan import calls_of, rehearse_training
 from secateur.engine.precision import fast_dtype
 from secateur.engine.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError
-from secateur.models.architecture import hidden_size
+from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
-from secateur.recipes.training_schema import RetrainRecipe
+from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.training.door import Door
 from secateur.training.heads import BLOCK_BYTES
-from secateur.training.masks import moments
+from secateur.training.masks import matrices, moments
 from secateur.training.selecting import prunable
 from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.adapting import adapters
 from secateur.workflows.fitting import memory_budget
+from secateur.workflows.teaching import TOP_K
 from secateur.workflows.training_text import TrainingText
 
-__all__ = ["TrainingMemory", "check_memory", "foretell"]
+__all__ = ["TrainingMemory", "check_memory", "disk_bytes", "foretell"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class TrainingMemory:
     Attributes:
         process: the program itself, with text.
         weights: of the student, float32.
+        gathered: of student and teacher, while parts of them are whole; 0 in a single process.
         optimizer: gradients and moments of what is trained.
         adapters: the products of adapters, of all linears that have one.
         forward: what a micro-batch keeps for its backward.
@@ -58,6 +65,7 @@ class TrainingMemory:
 
     process: int
     weights: int
+    gathered: int
     optimizer: int
     adapters: int
     forward: int
@@ -116,19 +124,32 @@ def foretell(
         trained = sum(how.rank * sum(shape) for shape in shapes)
         products = sum(4 * out * columns for out, columns in shapes)
     weights = sum(named.values())
-    together = min(plan.at_once(text.windows.shape[1]), recipe.batch // door.ranks or 1)
+    ranks = door.ranks
+    together = min(plan.at_once(text.windows.shape[1]), recipe.batch // ranks or 1)
     micro = text.windows[:together]
     return TrainingMemory(
         process=resident_bytes(),
-        weights=4 * (weights + trained * (recipe.lora is not None)) // door.ranks,
-        optimizer=4 * trained * (1 + moments_of(plan)) // door.ranks,
+        weights=4 * (weights + trained * (recipe.lora is not None)) // ranks,
+        gathered=gathered_bytes(target, 4) if ranks > 1 else 0,
+        optimizer=4 * trained * (1 + moments_of(plan)) // ranks,
         adapters=products,
         forward=forward_bytes(target, micro, plan, door.device),
         logits=(1 + (teacher is not None)) * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
-        teacher=0 if teacher is None else teacher_bytes(teacher, door.device, trust),
-        masks=sum(x.weight.numel() for x in prunable(model)) // door.ranks,
+        teacher=0 if teacher is None else teacher_bytes(teacher, door, trust),
+        masks=sum(math.prod(p.shape) for p in matrices(model).values()) // ranks,
         on_gpu=door.device.type == "cuda",
     )
+
+
+def gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
+    """What one of several processes has of a student besides its part, at the most."""
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in target.layers]
+    outside = [
+        sum(p.numel() for p in module.parameters())
+        for module in (target.model.get_input_embeddings(), target.model.get_output_embeddings())
+        if module is not None
+    ]
+    return itemsize * max(3 * max(layers), 2 * max(outside))
 
 
 def forward_bytes(
@@ -154,11 +175,42 @@ def moments_of(plan: TrainingPlan) -> int:
     return len(list(moments(optimizer, weight)))
 
 
-def teacher_bytes(teacher: LocalCheckpoint, device: torch.device, trust: bool) -> int:
-    """The weights of a teacher in memory."""
+def teacher_bytes(teacher: LocalCheckpoint, door: Door, trust: bool) -> int:
+    """The weights of a teacher that a process has.
+
+    Of several, each has a part of the decoder layers and one of them whole, and what is outside.
+    """
     model = build_skeleton(teacher.folder, trust_remote_code=trust)
-    dtype, stored = fast_dtype(device) or model.dtype, CheckpointReader(teacher.folder)
-    return dtype.itemsize * sum(math.prod(entry.shape) for entry in stored.entries.values())
+    dtype, stored = fast_dtype(door.device) or model.dtype, CheckpointReader(teacher.folder)
+    weights = sum(math.prod(entry.shape) for entry in stored.entries.values())
+    if door.ranks > 1:
+        layers = describe(model).layers(model)
+        within = sum(p.numel() for p in layers.parameters())
+        one = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+        weights += 2 * one - (within - within // door.ranks)
+    return dtype.itemsize * weights
+
+
+def disk_bytes(
+    recipe: RetrainRecipe, target: CheckpointTarget, text: TrainingText, plan: TrainingPlan
+) -> int:
+    """What a training has on disk at the most; each file is written anew beside the old one."""
+    stored = target.stored
+    named = {n: p.numel() for n, p in target.model.named_parameters() if n in stored}
+    trained = sum(count for name, count in named.items() if plan.factor(name))
+    if recipe.lora is not None:
+        how = adapters(recipe)
+        trained = sum(how.rank * sum(linear.shape) for linear in how.chosen(target.model))
+    final = 4 * trained
+    state = final * (1 + moments_of(plan))
+    if recipe.gradual is not None:
+        state += sum(x.weight.numel() for x in prunable(target.model))
+    best = final * (text.validation is not None)
+    taught = 0
+    if isinstance(recipe, DistillRecipe) and (recipe.top_k or recipe.teacher_file):
+        taught = text.windows.numel() * (6 * (recipe.top_k or TOP_K) + 4)
+    result = target.reader.total_bytes
+    return state + best + taught + max(state, best, final + result)
 
 
 def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.device) -> None:

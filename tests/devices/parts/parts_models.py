@@ -10,11 +10,11 @@ import pytest
 import torch
 from cuts import CUTS, model_of
 from pretended import OnCuda
+from secateur.engine.ledger import Ledger
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.depth import Depth, choose_depth
-from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Silent
 from secateur.engine.refit import Refit
 from secateur.engine.run import Settings

@@ -1,0 +1,64 @@
+"""A checkpoint that several processes read, each its part, and none the whole of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton
+from secateur.models.stored import StoredModel, aliases
+from secateur.models.whole import load_whole
+from secateur.training.door import Door
+
+__all__ = ["load"]
+
+
+def load(
+    folder: Path,
+    door: Door,
+    *,
+    dtype: torch.dtype | None = None,
+    apart: bool = True,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model as transformers builds it, in eval mode; shared out if there are several processes.
+
+    One process loads it whole. Of several, each reads the decoder layers one after the other and
+    keeps its part of each, so it never has more than its part of the model and one layer.
+
+    Args:
+        folder: the checkpoint.
+        door: the processes.
+        dtype: of the parameters; None keeps the stored one.
+        apart: see `Door.shard`.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: a parameter is not stored.
+    """
+    if door.ranks == 1:
+        return load_whole(folder, door.device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
+    stored = StoredModel(model, CheckpointReader(folder))
+    names = {group[0]: group for group in aliases(model)}
+
+    def fill(unit: nn.Module) -> None:
+        own = {id(p) for p in unit.parameters() if p.is_meta}
+        for name, group in names.items():
+            if id(model.get_parameter(name)) not in own:
+                continue
+            value = stored.read(name).to(door.device, dtype)
+            parameter = nn.Parameter(value, requires_grad=value.is_floating_point())
+            for alias in group:
+                owner, _, leaf = alias.rpartition(".")
+                model.get_submodule(owner)._parameters[leaf] = parameter
+
+    for name, buffer in model.named_buffers():
+        if name in stored.group_of:
+            buffer.copy_(stored.read(name))
+    door.shard(model, fill, apart=apart)
+    return model
