@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from secateur.errors import RecipeError
 from secateur.evaluation.protocol import fingerprint, protocol_id
-from secateur.evaluation.uncertainty import compare, retention, standard_error
+from secateur.evaluation.uncertainty import central_share, compare, retention, standard_error
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=30))
@@ -48,6 +48,38 @@ def test_pairs_see_what_two_scores_do_not() -> None:
     apart = math.hypot(standard_error(dense), standard_error(model))
     assert abs(beside.difference) < 1.96 * apart
     assert beside.significant is True
+
+
+QUANTILES = {
+    1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 5: 2.57058, 7: 2.36462, 9: 2.26216, 10: 2.22814,
+    20: 2.08596, 30: 2.04227, 60: 2.00030, 99: 1.98422, 120: 1.97993, 1000: 1.96234, 9999: 1.96020,
+}  # fmt: skip
+"""t with 95 % of the distribution within ±t, by degrees of freedom; from tables."""
+
+
+@pytest.mark.parametrize(("degrees", "t"), QUANTILES.items())
+def test_student_t_against_tables(degrees: int, t: float) -> None:
+    assert central_share(t, degrees) == pytest.approx(0.95, abs=2e-6)
+    assert central_share(0.0, degrees) == 0.0
+    assert central_share(math.inf, degrees) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_student_t_of_two_and_of_very_many_degrees() -> None:
+    assert central_share(1.5, 1) == pytest.approx(2 / math.pi * math.atan(1.5), abs=1e-15)
+    assert central_share(1.5, 2) == pytest.approx(1.5 / math.sqrt(2 + 1.5**2), abs=1e-15)
+    assert central_share(1.959964, 1_000_000) == pytest.approx(0.95, abs=1e-6)
+
+
+def test_few_items_need_a_larger_difference() -> None:
+    """Three pairs and six, both at 3 standard errors, which would do for very many."""
+    three, six = 1 / math.sqrt(3), math.sqrt(5) / 3
+    for differences, significant in (
+        ([1.0, 1.0 + three, 1.0 - three], False),  # 4.30 are needed
+        ([1.0 + six, 1.0 - six] * 3, True),  # 2.57 are needed
+    ):
+        found = compare(differences, [0.0] * len(differences), 0.0)
+        assert found.difference / found.standard_error == pytest.approx(3.0)
+        assert found.significant is significant
 
 
 def test_the_edge_of_significance() -> None:
