@@ -84,7 +84,7 @@ def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path:
         **OPTIONS,
         "text": str(places / "text.txt"),
         "teacher": str(places / "dense"),
-        "next_token": 1.0,
+        "next_token": 0.5,
     }
     start(COUNTING, 2, "distill", places / "pruned", tmp_path / "two", json.dumps(options))
     stored = load_file(places / "pruned" / "model.safetensors")
