@@ -73,6 +73,14 @@ class Structure(Shape):
     decoder_removed: float
 
 
+class NotPruned(Shape):
+    """Matrices of one sort that were left as they are."""
+
+    names: str
+    reason: str
+    weights: int
+
+
 class Manifest(Shape):
     """`manifest.json`."""
 
@@ -86,6 +94,7 @@ class Manifest(Shape):
     cost: Cost
     result: Result
     structure: Structure | None = None
+    left: list[NotPruned] = Field(default_factory=list)
 
     @property
     def lost(self) -> float:
