@@ -215,10 +215,14 @@ def test_left_out_matrices_are_told_everywhere(
         told = " ".join(capsys.readouterr().out.split())
         assert "vision_tower: not in the decoder's layers" in told.replace("│ │ │ ", ""), verb
     card = (tmp_path / "out" / "README.md").read_text()
-    tower = [t for n, t in stored(source).items() if n.startswith("vision_tower.") and t.ndim > 1
-             and "position_embedding" not in n]  # fmt: skip
+    tower = [t for n, t in stored(source).items() if n.startswith("vision_tower.") and t.ndim > 1]
     weights = sum(t.numel() for t in tower)
     assert f"- `vision_tower`: not in the decoder's layers, {weights:,} weights" in card
+    page = tmp_path / "report.html"
+    monkeypatch.setattr("sys.argv", ["secateur", "report", str(tmp_path / "out"), "-o", str(page)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "not in the decoder&#39;s layers" in page.read_text()
     model = architectures.tiny_architecture("lfm2")
     report = secateur.prune(model, method="magnitude", sparsity=0.5, exclude=["*.w1"])
     told = {one.names: one.reason for one in report.left}

@@ -45,6 +45,7 @@ def of_run(run: Run) -> Part:
         ("Method", facts({**m.method, "allocation": m.allocation})),
         ("Calibration", facts(m.calibration or {"text": "none needed"})),
         ("Result", facts(result)),
+        ("Not pruned", [(x.names, f"{x.reason}, {x.weights:,} weights") for x in m.left]),
         ("Cost", facts(cost)),
         ("Pruned with", facts(m.environment)),
     ]
@@ -54,7 +55,7 @@ def of_run(run: Run) -> Part:
     if run.compression:
         formats = ", ".join(run.compression.formats)
         tables.append(("Stored as", facts({"formats": formats})))
-    return Part(run.name, tables, run.recipe)
+    return Part(run.name, [table for table in tables if table[1]], run.recipe)
 
 
 def judged_with(run: Run) -> list[tuple[str, Facts]]:
