@@ -27,6 +27,7 @@ import torch
 
 import secateur
 from hardware import heading, keep
+from secateur.models.checkpoint import shard_files
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.decode import Decoder
 from secateur.runtime.linear import PackedLinear
@@ -152,7 +153,7 @@ def main() -> None:
                 for text, file in (x.split("=", 1) for x in args.text)
             },
             "file_bytes": {
-                name: (folder / "model.safetensors").stat().st_size
+                name: sum(file.stat().st_size for file in shard_files(folder))
                 for name, folder in folders.items()
             },
             "memory_bytes": {

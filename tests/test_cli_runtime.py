@@ -103,7 +103,7 @@ def test_contenders_that_cannot_run_are_told_and_the_rest_is_measured(secateur, 
     assert plain["resident_bytes"] > 0
     assert "nothing to compare" in told["verdict"]
     assert told["protocol"]["kernels"] == kernel_info().tier
-    assert told["file_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert told["file_bytes"] == (folder / "secateur.safetensors").stat().st_size
 
 
 @needs_kernels

@@ -41,7 +41,7 @@ def matrix(layout: Layout, seed: int) -> Tensor:
 def packed_folder(folder: Path, *, archive: bool = False) -> dict[str, Tensor]:
     """Write a compressed folder of two files; returns its tensors by full name."""
     folder.mkdir(parents=True)
-    files = [PlannedFile(f"model-0000{i}-of-00002.safetensors") for i in (1, 2)]
+    files = [PlannedFile(f"secateur-0000{i}-of-00002.safetensors") for i in (1, 2)]
     tensors: dict[str, Tensor] = {}
     for place, file in enumerate(files):
         for number, (name, layout) in enumerate(LAYOUTS.items()):
@@ -108,3 +108,11 @@ class Forgery:
         text = edit(json.dumps(header)).encode()
         body = b"".join(bytes(self.data[name]) for name in self.data if name in self.header)
         self.file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def index_again(folder: Path) -> None:
+    """Write the index that fits the files, after tensors were renamed or removed."""
+    files = sorted(folder.glob("*.safetensors"))
+    weight_map = {name: file.name for file in files for name in Forgery(file).header}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "secateur.safetensors.index.json").write_text(json.dumps(index))

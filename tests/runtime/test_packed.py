@@ -22,7 +22,7 @@ from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.runtime.formats import PartSpec, formats
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
-FIRST_FILE, SECOND_FILE = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+FIRST_FILE, SECOND_FILE = (f"secateur-0000{i}-of-00002.safetensors" for i in (1, 2))
 
 
 @pytest.mark.parametrize("archive", [False, True])
@@ -135,21 +135,22 @@ def config_with(folder: Path, **told: object) -> None:
 
 
 def remove_from_index(folder: Path) -> None:
-    file = folder / "model.safetensors.index.json"
+    file = folder / "secateur.safetensors.index.json"
     index = json.loads(file.read_text())
     index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f == FIRST_FILE}
     file.write_text(json.dumps(index))
 
 
 def misplace(folder: Path) -> None:
-    file = folder / "model.safetensors.index.json"
-    file.write_text(file.read_text().replace('"bias": "model-00002', '"bias": "model-00001'))
+    file = folder / "secateur.safetensors.index.json"
+    file.write_text(file.read_text().replace('"bias": "secateur-00002', '"bias": "secateur-00001'))
 
 
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda f: config_with(f, version=2), "version 2, this release reads version 1"),
+        (lambda f: config_with(f, version=3), "version 3, this release reads 1 to 2"),
+        (lambda f: config_with(f, version=1), "config.json says version 1, and secateur"),
         (lambda f: config_with(f, version=True), "version True"),
         (lambda f: config_with(f, archive="no"), "archive is not true or false"),
         (lambda f: config_with(f, archive=True), "disagree about being an archive"),
@@ -159,7 +160,7 @@ def misplace(folder: Path) -> None:
         (lambda f: (f / SECOND_FILE).unlink(), "1 of 2 shards are missing"),
         (remove_from_index, "the checkpoint has the files"),
         (misplace, "disagree about 'bias'"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "secateur.safetensors.index.json").write_text("{"), "cannot be read"),
         (lambda f: shutil.copy(f / FIRST_FILE, f / SECOND_FILE), "is in two files"),
     ],
 )
@@ -192,9 +193,9 @@ def test_a_flipped_bit_is_told_by_tensor(tmp_path: Path, name: str) -> None:
 def test_a_newer_file_says_what_to_do(tmp_path: Path) -> None:
     packed_folder(tmp_path / "m")
     forgery = Forgery(tmp_path / "m" / FIRST_FILE)
-    forgery.told["version"] = 2
+    forgery.told["version"] = 3
     forgery.write()
-    with pytest.raises(CheckpointError, match=r"(?s)version 2.*pip install --upgrade secateur"):
+    with pytest.raises(CheckpointError, match=r"(?s)version 3.*pip install --upgrade secateur"):
         PackedCheckpoint(tmp_path / "m")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.errors import VerificationError
 from secateur.models.architecture import describe, linears_of
-from secateur.models.skeleton import build_skeleton, stored_names
+from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern
 
@@ -107,18 +107,20 @@ def audit_checkpoint(
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     architecture = describe(model)
     stored = stored_names(model, reader)
+    layers = enumerate(architecture.layers(model))
+    linears = [x for i, y in layers for x in linears_of(y, architecture.layer_name(i)).values()]
+    refuse_missing((f"{linear.name}.weight" for linear in linears), stored, folder)
     counts = []
-    for index, layer in enumerate(architecture.layers(model)):
-        for linear in linears_of(layer, architecture.layer_name(index)).values():
-            name = stored[f"{linear.name}.weight"]
-            tensor = reader.read(name)
-            weight = tensor.t() if linear.transposed else tensor
-            asked = (sparsity_of or {}).get(linear.name, 0.0)
-            pattern = pattern_of(linear.name) if pattern_of else None
-            counted = count(linear.name, weight, pattern, asked)
-            if isinstance(reader, DenseView):
-                counted = replace(counted, layout=reader.layout_of(name))
-            counts.append(counted)
+    for linear in linears:
+        name = stored[f"{linear.name}.weight"]
+        tensor = reader.read(name)
+        weight = tensor.t() if linear.transposed else tensor
+        asked = (sparsity_of or {}).get(linear.name, 0.0)
+        pattern = pattern_of(linear.name) if pattern_of else None
+        counted = count(linear.name, weight, pattern, asked)
+        if isinstance(reader, DenseView):
+            counted = replace(counted, layout=reader.layout_of(name))
+        counts.append(counted)
     packed = reader.packed if isinstance(reader, DenseView) else None
     dtypes: dict[str, int] = {}
     for entry in (packed or reader).entries.values():

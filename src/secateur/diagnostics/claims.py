@@ -91,6 +91,7 @@ def read_claims(model: Path) -> Claims:
             KeyError,
             TypeError,
             AttributeError,
+            RecursionError,
             yaml.YAMLError,
             SecateurError,
         ) as e:

@@ -33,7 +33,7 @@ from secateur.engine.progress import Progress
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.routing import coverage
 from secateur.engine.selection import Selection
-from secateur.engine.surgery import INPUT_STATISTICS, LinearRecord, check_finite
+from secateur.engine.surgery import INPUT_STATISTICS, LinearRecord, all_zero, check_finite
 from secateur.engine.targets import Target
 from secateur.errors import PatternError
 from secateur.models.architecture import Linear, linears_of
@@ -244,6 +244,8 @@ class Run:
         with self.target.layer(index) as layer:
             passing = LayerPass(self, index, layer)
             check_finite(list(passing.linears.values()))
+            for empty in all_zero(passing.linears.values()):
+                log.warning("%s is all zero before it is pruned", empty)
             records = passing.prune()
             changed = [f"{record.name}.weight" for record in records]
             if self.method.shifts:

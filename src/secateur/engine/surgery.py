@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +13,20 @@ from torch import Tensor
 from secateur.calibration.cross_gram import CrossGram
 from secateur.calibration.statistics import statistics
 from secateur.engine.collapse import lost_energy
+from secateur.engine.targets import Target
 from secateur.errors import NumericalError, VerificationError
-from secateur.models.architecture import Linear
+from secateur.models.architecture import Linear, linears_of
 from secateur.sparsity.dense_target import dense_target
 from secateur.sparsity.methods import Method
 
-__all__ = ["GroupStatistics", "LinearRecord", "check_finite", "prune_group"]
+__all__ = [
+    "GroupStatistics",
+    "LinearRecord",
+    "all_zero",
+    "check_finite",
+    "prune_group",
+    "refuse_all_zero",
+]
 
 INPUT_STATISTICS = frozenset({"column_mean", "column_norm", "column_variance", "gram"})
 
@@ -126,6 +134,32 @@ def check_finite(linears: Sequence[Linear]) -> None:
                     where=f"{linear.name}.weight",
                     remedy="the checkpoint is damaged: get it again, or mend it before pruning",
                 )
+
+
+def all_zero(linears: Iterable[Linear]) -> list[str]:
+    """The names of linears that have no weight other than zero."""
+    return [linear.name for linear in linears if not linear.weight.any()]
+
+
+def refuse_all_zero(target: Target) -> None:
+    """Refuse a decoder in which there is nothing to prune; sound ones end at their first layer.
+
+    Raises:
+        NumericalError: every matrix of every decoder layer is zero.
+    """
+    count = 0
+    for index in range(len(target.layers)):
+        with target.layer(index) as layer:
+            linears = linears_of(layer, target.architecture.layer_name(index)).values()
+            if len(all_zero(linears)) < len(linears):
+                return
+            count += len(linears)
+    if count:
+        raise NumericalError(
+            f"all {count} matrices of the decoder are zero",
+            where=target.architecture.layers_path,
+            remedy="the checkpoint holds no trained weights: get it again",
+        )
 
 
 def prune_group(

@@ -11,7 +11,14 @@ from torch import nn
 
 from secateur.models.architecture import Architecture, describe
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.models.skeleton import assign, build_skeleton, empty, fill, stored_names
+from secateur.models.skeleton import (
+    assign,
+    build_skeleton,
+    empty,
+    fill,
+    refuse_missing,
+    stored_names,
+)
 
 __all__ = ["CheckpointTarget", "ModelTarget", "Target"]
 
@@ -100,6 +107,9 @@ class CheckpointTarget:
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
         self.stored = stored_names(self.model, reader)
+        prefix = self.architecture.layers_path + "."
+        needed = (n for n, _ in self.model.named_parameters() if n.startswith(prefix))
+        refuse_missing(needed, self.stored, reader.folder)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -16,7 +16,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -25,9 +25,12 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, MemoryBudgetError
-from secateur.models.header import TensorEntry, parse_json, read_header
+from secateur.models.header import Header, TensorEntry, parse_json, read_header
 
 __all__ = [
+    "INDEX_NAME",
+    "INDEX_NAMES",
+    "PACKED_INDEX_NAME",
     "CheckpointReader",
     "PatchedCopy",
     "TensorEntry",
@@ -35,22 +38,45 @@ __all__ = [
     "disk_error",
     "read_all",
     "read_header",
+    "read_headers",
     "shard_files",
+    "shard_name",
     "write_all",
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PACKED_INDEX_NAME = "secateur.safetensors.index.json"
+"""The index of a compressed checkpoint. Its files have names that transformers does not look for:
+it would take parts of packed matrices for tensors it does not know, and draw the rest at random."""
+INDEX_NAMES = (PACKED_INDEX_NAME, INDEX_NAME)
 SHARD_NAME = re.compile(r"[\w .+-]{1,200}\.safetensors", re.ASCII)
 
 
+def shard_name(stem: str, number: int, count: int) -> str:
+    """What the file `number` (from 1) of `count` is called, `stem` being `model` or `secateur`."""
+    return (
+        f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+    )
+
+
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order, each checked to be there.
+    """The safetensors files of a checkpoint, compressed or not, in order, each checked to be there.
 
     Raises:
-        CheckpointError: there are none, or the index names files that are missing.
+        CheckpointError: there are none, the index names files that are missing, or the folder
+            holds a dense and a compressed checkpoint.
     """
     index = folder / INDEX_NAME
+    if (folder / PACKED_INDEX_NAME).is_file():
+        if index.is_file() or (folder / SINGLE_NAME).is_file():
+            raise CheckpointError(
+                "the folder holds two checkpoints: a compressed one and a dense one",
+                where=str(folder),
+                remedy=f"remove secateur*.safetensors and {PACKED_INDEX_NAME}, or the files of the "
+                "dense model, or make the compressed folder again",
+            )
+        index = folder / PACKED_INDEX_NAME
     if index.is_file():
         try:
             names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
@@ -92,19 +118,42 @@ def shard_files(folder: Path) -> list[Path]:
     )
 
 
+def read_headers(files: Sequence[Path]) -> list[Header]:
+    """The headers of all files of a checkpoint, each held against the size of its file.
+
+    Raises:
+        CheckpointError: a file is damaged, or a tensor is in two of them.
+    """
+    headers = [read_header(file) for file in files]
+    owner: dict[str, Path] = {}
+    for file, header in zip(files, headers, strict=True):
+        twice = sorted(header.entries.keys() & owner.keys())
+        if twice:
+            raise CheckpointError(
+                f"{len(twice)} of the tensors are in two files, the first of them {twice[0]!r}",
+                where=f"{owner[twice[0]]} and {file.name}",
+                remedy="copy or download the checkpoint again; nobody can know which one counts",
+            )
+        owner |= dict.fromkeys(header.entries, file)
+    return headers
+
+
 class CheckpointReader:
     """Reads a safetensors folder one tensor at a time.
 
     Args:
         folder: holds `model.safetensors`, or shards and their index.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, or a tensor is in two of them.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = shard_files(folder)
         self.entries: dict[str, TensorEntry] = {}
-        for file in self.files:
-            self.entries.update(read_header(file).entries)
+        for header in read_headers(self.files):
+            self.entries.update(header.entries)
 
     @property
     def total_bytes(self) -> int:

@@ -7,7 +7,7 @@ holds one decoder layer at a time, whatever the number of layers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import ArchitectureError, CheckpointError
+from secateur.errors import CheckpointError
 from secateur.models.architecture import family_of
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.experts import expert_renamings, open_experts, split_stored
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "empty",
     "fill",
     "quiet_transformers",
+    "refuse_missing",
     "skeleton_of",
     "stored_names",
     "without_weights",
@@ -80,25 +82,19 @@ def build_skeleton(
         trust_remote_code: whether model code that comes with the checkpoint may run.
 
     Raises:
+        CheckpointError: the configuration does not fit the headers of the weights.
         ArchitectureError: transformers knows no causal language model of this type, or the
             checkpoint wants to run code of its own and `trust_remote_code` is False.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            with without_weights():
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
-                )
-        except (ValueError, KeyError, ImportError, AttributeError) as error:
-            raise ArchitectureError(
-                f"transformers cannot build this model: {str(error).splitlines()[0]}",
-                where=str(folder / "config.json"),
-                remedy="only decoders that AutoModelForCausalLM knows can be pruned; for code that "
-                "comes with a checkpoint you trust, pass --trust-remote-code",
-            ) from error
+    check_sizes(folder)
+    with quiet_transformers(), transformers_errors(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with without_weights():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
+            )
     open_experts(model)
     return model.eval()
 
@@ -111,7 +107,7 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
     seen by the reader as tensors of their own.
 
     Raises:
-        CheckpointError: a parameter of a decoder layer is not stored.
+        CheckpointError: a tensor has another shape than the configuration asks for.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -138,6 +134,28 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
     return mapping
 
 
+def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Path) -> None:
+    """Refuse a checkpoint that lacks parameters that are needed.
+
+    Args:
+        needed: names of parameters.
+        stored: from `stored_names`.
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    missing = [name for name in needed if name not in stored]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"the checkpoint does not hold {', '.join(missing[:3])}{more}",
+            where=str(folder),
+            remedy="the files are incomplete, or of another model than config.json says: copy or "
+            "download them again",
+        )
+
+
 def fill(
     module: nn.Module,
     prefix: str,
@@ -159,15 +177,10 @@ def fill(
     Raises:
         CheckpointError: a parameter is not stored.
     """
-    for name, _ in list(module.named_parameters()):
-        full = f"{prefix}.{name}"
-        if full not in names:
-            raise CheckpointError(
-                f"the checkpoint does not hold {full}",
-                where=str(reader.folder),
-                remedy="the file is incomplete, or of another model than config.json says",
-            )
-        value = reader.read(names[full]).to(device, dtype)
+    owned = [name for name, _ in module.named_parameters()]
+    refuse_missing((f"{prefix}.{name}" for name in owned), names, reader.folder)
+    for name in owned:
+        value = reader.read(names[f"{prefix}.{name}"]).to(device, dtype)
         assign(module, name, value)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import os
 import re
@@ -136,8 +135,10 @@ def check_folder(folder: Path) -> None:
         CheckpointError: what is missing or damaged, with the bytes expected and found.
     """
     from secateur.models.checkpoint import read_header, shard_files
+    from secateur.models.configuration import read_configuration
 
     check_config(folder)
+    read_configuration(folder)
     for shard in shard_files(folder):
         with shard.open("rb") as stream:
             if stream.read(32).startswith(b"version https://git-lfs"):
@@ -150,7 +151,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(folder: Path) -> None:
-    """Check that a folder has the configuration of a model."""
+    """Check that a folder has a configuration."""
     file = folder / "config.json"
     if not file.is_file():
         remedy = "name a folder written by save_pretrained"
@@ -160,20 +161,6 @@ def check_config(folder: Path) -> None:
         elif ggufs:
             remedy = f"name the GGUF file itself: {folder / ggufs[0]}"
         raise CheckpointError("the folder has no config.json", where=str(folder), remedy=remedy)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"the configuration is not JSON: {error}",
-            where=str(file),
-            remedy="copy or download the file again",
-        ) from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(
-            "the configuration is not that of a model: it has no 'model_type'",
-            where=str(file),
-            remedy="name a folder written by save_pretrained",
-        )
 
 
 def convert_gguf(file: Path, dtype: str = "float32", *, key: str | None = None) -> Path:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from secateur.models.skeleton import quiet_transformers
+from secateur.models.configuration import check_sizes, transformers_errors
+from secateur.models.skeleton import quiet_transformers, refuse_missing
 
 __all__ = ["load_whole"]
 
@@ -26,11 +27,23 @@ def load_whole(
         device: where the model goes.
         dtype: of its parameters; None keeps the stored one.
         trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: the configuration does not fit the weights, or some are missing.
+        ArchitectureError: transformers cannot build the model, or it wants to run its own code.
     """
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+    check_sizes(folder)
+    with quiet_transformers(), transformers_errors(folder):
+        loaded: Any
+        told: dict[str, Any]
+        loaded, told = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+    # transformers draws them at random, and says so only in its log
+    refuse_missing(sorted(told["missing_keys"]), {}, folder)
     return loaded.to(device).eval()

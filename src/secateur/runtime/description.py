@@ -21,6 +21,7 @@ from secateur.runtime.formats import Layout, PartSpec
 
 __all__ = [
     "METADATA_KEY",
+    "READABLE",
     "VERSION",
     "Description",
     "checksum",
@@ -29,7 +30,9 @@ __all__ = [
 ]
 
 METADATA_KEY = "secateur"
-VERSION = 1
+VERSION = 2
+"""What is written. Version 1 differs in the names of the weight files alone."""
+READABLE = (1, 2)
 KEYS = {"version", "archive", "files", "layouts", "checksums", "archived", "digest"}
 NEWER = "update secateur: pip install --upgrade secateur"
 
@@ -44,6 +47,7 @@ class Description:
         layouts: of the packed matrices in this file, by name without a suffix.
         checksums: CRC-32 of the stored bytes of each tensor.
         archived: what the compressed tensors decode to.
+        version: of the format.
     """
 
     archive: bool
@@ -51,6 +55,7 @@ class Description:
     layouts: Mapping[str, Layout]
     checksums: Mapping[str, int]
     archived: Mapping[str, Archived]
+    version: int = VERSION
 
 
 def checksum(stored: memoryview) -> int:
@@ -66,7 +71,7 @@ def describe_file(description: Description, stored: Mapping[str, PartSpec]) -> d
         stored: dtype and shape of its tensors, as they are stored.
     """
     told: dict[str, Any] = {
-        "version": VERSION,
+        "version": description.version,
         "archive": description.archive,
         "files": list(description.files),
         "layouts": {name: layout.to_json() for name, layout in description.layouts.items()},
@@ -110,6 +115,7 @@ def read_description(header: Header) -> Description:
         {name: Layout.from_json(layout) for name, layout in told["layouts"].items()},
         {name: read_checksum(name, text) for name, text in told["checksums"].items()},
         {name: archived_spec(x, stored[name]) for name, x in told["archived"].items()},
+        told["version"],
     )
 
 
@@ -130,9 +136,9 @@ def told_by(header: Header) -> dict[str, Any]:
         raise CheckpointError(f"the description is not JSON: {error}") from None
     if not isinstance(told, dict) or type(told.get("version")) is not int:
         raise CheckpointError("the description has no version")
-    if told["version"] != VERSION:
+    if told["version"] not in READABLE:
         raise CheckpointError(
-            f"the file is of version {told['version']}, this release reads version {VERSION}",
+            f"the file is of version {told['version']}, this release reads 1 to {VERSION}",
             remedy=NEWER,
         )
     if set(told) != KEYS:

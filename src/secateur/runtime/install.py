@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
 from secateur.models.experts import OpenExperts
-from secateur.models.skeleton import assign, stored_names
+from secateur.models.skeleton import assign, refuse_missing, stored_names
 from secateur.runtime.dense_view import DenseView
 from secateur.runtime.formats import Layout, bitmask_parts, formats
 from secateur.runtime.kernels.dispatch import choose, kind_of
@@ -72,7 +72,9 @@ def install(
     head_at = path_of(model, model.get_output_embeddings())
     names = stored_names(model, view)
     tied = f"{head_at}.weight" not in names and bool(model.config.tie_word_embeddings)
-    refuse_missing(model, names, f"{head_at}.weight" if tied else "", packed)
+    head = f"{head_at}.weight" if tied else ""
+    needed = (name for name, _ in model.named_parameters() if name != head)
+    refuse_missing(needed, names, packed.folder)
     for parameter, stored in names.items():
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
@@ -94,23 +96,6 @@ def install(
         if isinstance(module, OpenExperts):
             module.call_idle = False
     return list(shared)
-
-
-def refuse_missing(
-    model: Any, names: Mapping[str, str], tied: str, packed: PackedCheckpoint
-) -> None:
-    """Refuse a checkpoint that lacks a parameter of the model.
-
-    Raises:
-        CheckpointError: naming the first of them.
-    """
-    missing = [n for n, _ in model.named_parameters() if n not in names and n != tied]
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint does not hold {', '.join(missing[:3])}",
-            where=str(packed.folder),
-            remedy="the files are incomplete, or of another model than config.json says",
-        )
 
 
 def packed_module(

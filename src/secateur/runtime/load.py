@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from secateur.errors import CheckpointError
+from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.whole import load_whole
 from secateur.pages import reused_pages
 from secateur.runtime.dense_view import computed_dtype
 from secateur.runtime.install import install
+from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 __all__ = ["load"]
@@ -38,7 +40,8 @@ def load(
         trust_remote_code: whether model code that comes with the checkpoint may run.
 
     Returns:
-        A transformers model; `generate` and all else work as ever.
+        A transformers model; `generate` and all else work as ever. `save_pretrained` writes a
+        dense checkpoint if all modules are dense, and raises CheckpointError if any is packed.
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
@@ -60,9 +63,25 @@ def load(
     with reused_pages():  # what measuring and unpacking took is given back here
         install(model, packed, dtype, expand=expand)
     model.config.dtype = dtype
+    settle_saving(model)
     with quiet_transformers():
         from transformers import GenerationConfig
 
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def settle_saving(model: Any) -> None:
+    """Let `save_pretrained` write a dense model as one, and refuse any other.
+
+    What transformers would write of packed modules has no weights in it. Opened experts have
+    names that it cannot turn back.
+    """
+    from secateur.runtime.quantizer import PackedConfig, PackedQuantizer
+
+    unwritable = (PackedLinear, PackedEmbedding, OpenExperts)
+    if any(isinstance(module, unwritable) for module in model.modules()):
+        model.hf_quantizer = PackedQuantizer(PackedConfig())
+    else:
+        del model.config.quantization_config

@@ -18,12 +18,19 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import INDEX_NAME, as_bytes, read_all, shard_files
+from secateur.models.checkpoint import (
+    INDEX_NAMES,
+    PACKED_INDEX_NAME,
+    as_bytes,
+    read_all,
+    shard_files,
+)
 from secateur.models.header import TensorEntry, parse_json, read_header
 from secateur.models.shard_writer import ShardWriter
 from secateur.runtime.archive import SMALLEST_BYTES, Archived, decode, encode
 from secateur.runtime.description import (
     NEWER,
+    READABLE,
     VERSION,
     Description,
     checksum,
@@ -98,6 +105,7 @@ class PackedCheckpoint:
 
     Attributes:
         folder: the same.
+        version: of the format.
         archive: whether larger tensors are compressed.
         files: its safetensors files.
         layouts: of the packed matrices, by name without a suffix.
@@ -111,8 +119,9 @@ class PackedCheckpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.archive = archive_of(self.folder)
+        self.version, self.archive = version_and_archive(self.folder)
         self.files = shard_files(self.folder)
+        check_file_names(self.folder, self.version)
         self.layouts: dict[str, Layout] = {}
         self.entries: dict[str, TensorEntry] = {}
         self.specs: dict[str, PartSpec] = {}
@@ -134,6 +143,10 @@ class PackedCheckpoint:
                 f"the checkpoint has the files {', '.join(description.files)[:200]}; "
                 f"{', '.join(names)[:200]} are there",
                 remedy="copy or download the missing files",
+            )
+        if description.version != self.version:
+            raise CheckpointError(
+                f"this file is of version {description.version}, config.json says {self.version}"
             )
         if description.archive != self.archive:
             raise CheckpointError("config.json and this file disagree about being an archive")
@@ -204,8 +217,8 @@ class PackedCheckpoint:
                 yield name, self.read(name)
 
 
-def archive_of(folder: Path) -> bool:
-    """Whether `config.json` speaks of an archive.
+def version_and_archive(folder: Path) -> tuple[int, bool]:
+    """The version of the format, and whether the folder is an archive, as `config.json` says.
 
     Raises:
         CheckpointError: it does not speak of a compressed checkpoint, or of another version.
@@ -218,16 +231,32 @@ def archive_of(folder: Path) -> bool:
             where=where,
             remedy="make one with `secateur compress DIR --output OUT`",
         )
-    if type(told.get("version")) is not int or told["version"] != VERSION:
+    version = told.get("version")
+    if type(version) is not int or version not in READABLE:
         raise CheckpointError(
-            f"the folder is of version {str(told.get('version'))[:40]}, this release reads "
-            f"version {VERSION}",
+            f"the folder is of version {str(version)[:40]}, this release reads 1 to {VERSION}",
             where=where,
             remedy=NEWER,
         )
     if type(told.get("archive")) is not bool:
         raise CheckpointError("archive is not true or false", where=where)
-    return bool(told["archive"])
+    return version, bool(told["archive"])
+
+
+def check_file_names(folder: Path, version: int) -> None:
+    """Refuse weight files whose names are those of the other version.
+
+    Raises:
+        CheckpointError: so it is.
+    """
+    indexed = (folder / PACKED_INDEX_NAME).is_file()
+    if indexed != (version > 1):
+        raise CheckpointError(
+            f"config.json says version {version}, and {PACKED_INDEX_NAME} is "
+            f"{'there' if indexed else 'missing'}",
+            where=str(folder),
+            remedy="copy or download all files of the folder again",
+        )
 
 
 def parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
@@ -247,15 +276,16 @@ def check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
     Raises:
         CheckpointError: naming the tensor.
     """
-    if not (folder / INDEX_NAME).is_file():
+    index = next((folder / n for n in INDEX_NAMES if (folder / n).is_file()), None)
+    if index is None:
         return
-    told = parse_json((folder / INDEX_NAME).read_bytes())["weight_map"]
+    told = parse_json(index.read_bytes())["weight_map"]
     found = {name: entry.file.name for name, entry in entries.items()}
     odd = {*told.items()} ^ {*found.items()}
     if odd:
         raise CheckpointError(
             f"the index and the files disagree about {min(odd)[0]!r}",
-            where=str(folder / INDEX_NAME),
+            where=str(index),
             remedy="copy or download the index again",
         )
 
@@ -282,7 +312,7 @@ def write_packed(
     *,
     archive: bool = False,
 ) -> None:
-    """Write the safetensors files of a compressed checkpoint, and their index if there are several.
+    """Write the safetensors files of a compressed checkpoint, and their index.
 
     Args:
         folder: exists; take one that is not looked at before it is whole (`models.whole_folder`).
@@ -297,11 +327,10 @@ def write_packed(
     remaining = iter(tensors)
     for file in files:
         write_file(folder / file.name, file, names, remaining, archive)
-    if len(files) > 1:
-        weight_map = {name: file.name for file in files for name in file.tensors}
-        size = sum((folder / file.name).stat().st_size for file in files)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    weight_map = {name: file.name for file in files for name in file.tensors}
+    size = sum((folder / file.name).stat().st_size for file in files)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / PACKED_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def write_file(

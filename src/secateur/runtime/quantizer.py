@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError, KernelError
 from secateur.models.architecture import family_of
+from secateur.models.checkpoint import PACKED_INDEX_NAME
 from secateur.models.experts import expert_renamings, open_experts
 from secateur.runtime.install import install
 from secateur.runtime.packed import QUANT_METHOD, SUFFIXES, PackedCheckpoint
@@ -65,6 +66,19 @@ class PackedQuantizer(HfQuantizer):
                 remedy="leave device_map out, or use `secateur decompress` and load the result",
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Say where the weights are; it is the one place where a quantizer sees the configuration.
+
+        The files have names that transformers does not look for, so that without secateur it finds
+        none instead of drawing the packed matrices at random.
+        """
+        if self.quantization_config.version > 1:
+            config.transformers_weights = PACKED_INDEX_NAME
+        return config
+
+    # releases of transformers before update_attn_implementation hand the configuration to this
+    update_tp_plan = update_attn_implementation
+
     def update_device_map(self, device_map: Any) -> Any:
         """Everything on the CPU."""
         return None if device_map is None else {"": "cpu"}
@@ -77,6 +91,8 @@ class PackedQuantizer(HfQuantizer):
         if folder is None:
             raise CheckpointError("a compressed model is loaded from its files")
         packed = PackedCheckpoint(folder)
+        if hasattr(model.config, "transformers_weights"):
+            del model.config.transformers_weights
         open_experts(model)
         with torch.device("cpu"):  # transformers makes everything on meta here
             paths = install(model, packed, self.dtype, matrices_only=True)
@@ -97,8 +113,16 @@ class PackedQuantizer(HfQuantizer):
         ]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Packed models are written by `secateur compress` alone."""
-        return False
+        """Called by `save_pretrained` alone, before anything is written.
+
+        Raises:
+            CheckpointError: packed models are written by `secateur compress` alone.
+        """
+        raise CheckpointError(
+            "a packed model cannot be saved",
+            remedy="copy its folder; or save secateur.load(FOLDER, expand=True); or run "
+            "`secateur decompress FOLDER --output DENSE`",
+        )
 
     @property
     def is_trainable(self) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError, MemoryBudgetError, RecipeError
-from secateur.models.checkpoint import INDEX_NAME, copied_files, disk_error
+from secateur.models.checkpoint import INDEX_NAMES, copied_files, disk_error
 from secateur.models.header import parse_json
 
 __all__ = [
@@ -67,7 +67,7 @@ def carry_over(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     """
     try:
         for file in copied_files(source):
-            if file.name not in ("config.json", INDEX_NAME):
+            if file.name not in ("config.json", *INDEX_NAMES):
                 shutil.copyfile(file, target / file.name)
         if (source / RUN_FOLDER).is_dir():
             shutil.copytree(source / RUN_FOLDER, target / RUN_FOLDER)

@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from secateur.engine.progress import Progress, Silent
-from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.architecture import describe, linears_of
-from secateur.models.checkpoint import CheckpointReader
-from secateur.models.skeleton import build_skeleton, stored_names
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.sources import resolve
 from secateur.models.whole_folder import check_place, whole_folder
 from secateur.reporting.compression_card import compression_card
@@ -31,7 +29,6 @@ from secateur.reporting.compression_report import CompressionReport, Stored
 from secateur.runtime.choice import (
     AUTO,
     Choice,
-    check_wishes,
     choose_layout,
     values_for,
     without_negative_zeros,
@@ -46,32 +43,15 @@ from secateur.workflows.carrying import (
     read_config,
     refuse_quantized,
 )
+from secateur.workflows.compress_options import check_compression
+from secateur.workflows.packable import Matrix, find_matrices
 from secateur.workflows.rounding import (
-    check_options,
     round_checkpoint,
     rounding_recipe,
     told_of,
 )
 
 __all__ = ["compress"]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A stored tensor that can be packed.
-
-    Attributes:
-        transposed: whether it is stored [in, out].
-        linear: the name of a linear of a decoder layer; empty for an embedding and the head.
-    """
-
-    transposed: bool = False
-    linear: str = ""
-
-    @property
-    def prunable(self) -> bool:
-        """Whether it is a linear of a decoder layer."""
-        return bool(self.linear)
 
 
 @dataclass
@@ -139,11 +119,9 @@ def compress(
         SecateurError: what, where, and what to do.
     """
     begun = time.perf_counter()
-    check_wishes(format, values)
     text = None if calibration is None else str(calibration)
-    check_options(text, values, options)
-    if embeddings not in (AUTO, "int8"):
-        raise RecipeError(f"embeddings cannot be {embeddings!r}", remedy="use 'auto' or 'int8'")
+    check_compression(format, values, embeddings, archive, text, **options)
+    check_place(Path(output), overwrite)
     source = resolve(model, trust_remote_code=trust_remote_code)
     check_output(source.folder, Path(output))
     refuse_quantized(source.folder)
@@ -153,7 +131,6 @@ def compress(
     progress = progress or Silent()
     rounded = None
     if text is not None:
-        check_place(Path(output), overwrite)
         place = Path(f"{output}.rounded")
         zeros = fractions(reader, matrices)
         recipe = rounding_recipe(
@@ -195,40 +172,6 @@ def fractions(reader: CheckpointReader, matrices: dict[str, Matrix]) -> dict[str
         if matrix.prunable:
             weight = reader.read(name)
             found[matrix.linear] = 1 - int(weight.count_nonzero()) / weight.numel()
-    return found
-
-
-def find_matrices(
-    reader: CheckpointReader, embeddings: str, trust_remote_code: bool
-) -> dict[str, Matrix]:
-    """The matrices of a checkpoint that can be packed, by stored name.
-
-    Raises:
-        ArchitectureError: there are none.
-    """
-    model = build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
-    stored = stored_names(model, reader)
-    architecture = describe(model)
-    found = {}
-    for index, layer in enumerate(architecture.layers(model)):
-        for linear in linears_of(layer, architecture.layer_name(index)).values():
-            name = stored.get(f"{linear.name}.weight")
-            if name is not None and name.endswith(".weight"):
-                found[name] = Matrix(linear.transposed, linear.name)
-    if not found:
-        raise ArchitectureError(
-            f"the checkpoint stores none of the linears of {type(model).__name__} as a matrix of "
-            "its own",
-            where=str(reader.folder),
-            remedy="experts of families that secateur does not declare cannot be compressed; see "
-            "CONTRIBUTING.md, 'Add a model family'",
-        )
-    if embeddings == "int8":
-        outside = [model.get_input_embeddings(), model.get_output_embeddings()]
-        for path, module in model.named_modules():
-            name = stored.get(f"{path}.weight")  # a tied head is not stored again
-            if any(module is x for x in outside) and name is not None:
-                found[name] = Matrix()
     return found
 
 
@@ -296,7 +239,11 @@ def cast_others(plan: Plan, reader: CheckpointReader, values: str, computed: tor
 
 def plan_files(reader: CheckpointReader, plan: Plan) -> list[PlannedFile]:
     """What each file will hold; all parts of a matrix go where its weight was."""
-    files = {file: PlannedFile(file.name) for file in reader.files}
+    count = len(reader.files)
+    files = {
+        file: PlannedFile(shard_name("secateur", number, count))
+        for number, file in enumerate(reader.files, start=1)
+    }
     for name, entry in reader.entries.items():
         planned, layout = files[entry.file], plan.layout(name)
         if layout is None:

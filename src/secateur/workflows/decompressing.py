@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from secateur.engine.progress import Progress, Silent
-from secateur.models.checkpoint import INDEX_NAME
+from secateur.models.checkpoint import INDEX_NAME, shard_files, shard_name
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.sources import resolve
 from secateur.models.whole_folder import whole_folder
@@ -72,7 +72,7 @@ def decompress(
             text = source_part(card.read_text(encoding="utf-8"))
             if text.strip():
                 (partial / "README.md").write_text(text, encoding="utf-8")
-        file_bytes = sum((partial / file.name).stat().st_size for file in view.files)
+        file_bytes = sum(file.stat().st_size for file in shard_files(partial))
     return DecompressionReport(
         output=Path(output),
         source_bytes=sum(file.stat().st_size for file in view.files),
@@ -85,16 +85,21 @@ def decompress(
 def write_dense(view: DenseView, folder: Path, progress: Progress) -> None:
     """Write every tensor, and an index if there are several files."""
     progress.start("unpacking", len(view.entries))
-    for file in view.files:
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(view.files, start=1):
+        dense = shard_name("model", number, len(view.files))
         mine = {name: e for name, e in view.entries.items() if e.file == file}
         known = {name: (entry.dtype, entry.shape) for name, entry in mine.items()}
-        with ShardWriter(folder / file.name, known, [], METADATA) as writer:
+        with ShardWriter(folder / dense, known, [], METADATA) as writer:
             for name in mine:
                 writer.write(name, view.read(name))
                 progress.step(note=name)
             writer.close(METADATA)
+        weight_map |= dict.fromkeys(mine, dense)
     progress.finish()
     if len(view.files) > 1:
-        weight_map = {name: entry.file.name for name, entry in sorted(view.entries.items())}
-        index = {"metadata": {"total_size": view.total_bytes}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": view.total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")

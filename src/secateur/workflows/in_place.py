@@ -18,7 +18,7 @@ from secateur.engine.ledger import Ledger
 from secateur.engine.progress import Progress
 from secateur.engine.run import Run
 from secateur.engine.selection import Selection
-from secateur.engine.surgery import INPUT_STATISTICS
+from secateur.engine.surgery import INPUT_STATISTICS, refuse_all_zero
 from secateur.engine.survey import allocate
 from secateur.engine.targets import ModelTarget
 from secateur.models.experts import opened_experts
@@ -84,6 +84,7 @@ def prune_module(
             windows = torch.cat([windows, own])
         with opened_experts(model), scratch as folder, quiet_transformers():
             target = ModelTarget(model)
+            refuse_all_zero(target)
             work = Path(folder) if folder else None
             settings = settings_of(recipe, "memory", work)
             run = Run(

@@ -1,0 +1,191 @@
+"""`config.json` held against the weights, before transformers makes anything of it.
+
+A number in it decides how many modules are built and how long their buffers are. What a checkpoint
+can be built from is in its headers, so numbers that do not fit are refused within milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import ArchitectureError, CheckpointError, SecateurError
+from secateur.models.checkpoint import read_headers, shard_files
+from secateur.models.header import Header, parse_json
+
+__all__ = ["check_sizes", "read_configuration", "transformers_errors"]
+
+TEXT_PARTS = ("text_config", "decoder", "generator")
+"""Where transformers looks for the part of a configuration that describes the decoder."""
+
+LAYERS = "num_hidden_layers"
+WIDTHS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+"""Sizes that some stored tensor has a side of at least."""
+
+MAX_POSITIONS = 2**31
+
+
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """The JSON of `config.json`.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, or does not name a type of model.
+    """
+    file = folder / "config.json"
+    try:
+        config = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        fault = "cannot be read" if isinstance(error, OSError) else "is not JSON"
+        raise CheckpointError(
+            f"the configuration {fault}: {error}",
+            where=str(file),
+            remedy="copy or download the file again",
+        ) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            "the configuration is not that of a model: it has no 'model_type'",
+            where=str(file),
+            remedy="name a folder written by save_pretrained",
+        )
+    return config
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse a configuration whose sizes the stored tensors cannot have.
+
+    Not everything is found here: shapes are compared one by one when the model has been built
+    without weights. Here is what would make building it impossible or endless.
+
+    Raises:
+        CheckpointError: naming the key, its value and what the headers hold.
+    """
+    config = read_configuration(folder)
+    stored = Stored(read_headers(shard_files(folder)))
+    for part in (config, *(config[name] for name in TEXT_PARTS if name in config)):
+        if isinstance(part, dict):
+            check_part(part, stored, str(folder / "config.json"))
+
+
+class Stored:
+    """What the headers of a checkpoint say of its sizes.
+
+    Attributes:
+        layers: the most tensors' owners that are numbered in one place.
+        side: the longest side of a tensor, or the highest such number if it is longer.
+    """
+
+    def __init__(self, headers: list[Header]) -> None:
+        numbered: dict[str, set[str]] = defaultdict(set)
+        for header in headers:
+            for name in header.entries:
+                for found in re.finditer(r"\d+", name):
+                    numbered[name[: found.start()]].add(found[0])
+        self.layers = max(map(len, numbered.values()), default=0)
+        sides = [side for header in headers for shape in shapes_in(header) for side in shape]
+        self.side = max([self.layers, *sides])
+
+
+def shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
+    """The shapes of the tensors of a file, and of the matrices that are packed in it."""
+    yield from (entry.shape for entry in header.entries.values())
+    try:
+        told = json.loads(header.metadata.get("secateur", "{}"))
+        for table in (told["layouts"], told["archived"]):
+            yield from (tuple(map(int, described["shape"])) for described in table.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return  # there is none, or it is damaged, which the reader of packed files tells
+
+
+def check_part(part: Mapping[str, Any], stored: Stored, where: str) -> None:
+    """Check the numbers of a configuration, or of the part of it that describes the decoder."""
+    found = {}
+    for name, key in keys_of(part).items():
+        value = part.get(key)
+        if value is None or isinstance(value, list):  # absent, or one for each layer
+            continue
+        found[name] = value
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"{key} is {str(value)[:40]!r}, not a whole number from 1",
+                where=where,
+                remedy="copy or download config.json again",
+            )
+        most = stored.layers if name == LAYERS else stored.side if name in WIDTHS else MAX_POSITIONS
+        if value > most:
+            kind = (
+                f"the weights have {most} layers"
+                if name == LAYERS
+                else f"no stored tensor is larger than {most}"
+                if name in WIDTHS
+                else "no model has as many"
+            )
+            raise CheckpointError(
+                f"{key} is {value}, and {kind}",
+                where=where,
+                remedy="the configuration and the weights are of different models, or the weights "
+                "are incomplete: copy or download both again",
+            )
+    check_heads(found, "head_dim" in part or has_default(part, "head_dim"), where)
+
+
+def check_heads(found: Mapping[str, int], free_width: bool, where: str) -> None:
+    """Refuse heads that cannot share out the hidden size, or the groups of keys and values."""
+    heads = found.get("num_attention_heads")
+    if heads is None:
+        return
+    groups, hidden = found.get("num_key_value_heads"), found.get("hidden_size")
+    if groups is not None and heads % groups:
+        what = f"{heads} attention heads cannot share {groups} heads of keys and values evenly"
+    elif hidden is not None and not free_width and hidden % heads:
+        what = f"hidden size {hidden} does not divide into {heads} attention heads"
+    else:
+        return
+    raise CheckpointError(what, where=where, remedy="copy or download config.json again")
+
+
+def keys_of(part: Mapping[str, Any]) -> dict[str, str]:
+    """How this type of model calls the sizes that are checked."""
+    names = (LAYERS, *WIDTHS, "max_position_embeddings")
+    called = getattr(config_class(part), "attribute_map", {})
+    return {name: called.get(name, name) for name in names}
+
+
+def has_default(part: Mapping[str, Any], name: str) -> bool:
+    """Whether the type of model has a value for a key that is not there."""
+    return getattr(config_class(part), name, None) is not None
+
+
+def config_class(part: Mapping[str, Any]) -> Any:
+    """The configuration class of transformers; None for types that it does not know."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = part.get("base_model_type", part.get("model_type"))
+    return CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
+
+
+@contextmanager
+def transformers_errors(folder: Path) -> Iterator[None]:
+    """Turn whatever transformers raises on a configuration into an error of ours.
+
+    Its model classes check little, and each fails in its own way on what it did not expect.
+
+    Raises:
+        ArchitectureError: it cannot build the model.
+    """
+    try:
+        yield
+    except (SecateurError, MemoryError):
+        raise
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ArchitectureError(
+            f"transformers cannot build this model: {said[0][:300]}",
+            where=str(folder / "config.json"),
+            remedy="only decoders that AutoModelForCausalLM knows can be pruned; for code that "
+            "comes with a checkpoint you trust, pass --trust-remote-code",
+        ) from error

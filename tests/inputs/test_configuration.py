@@ -1,0 +1,162 @@
+"""A `config.json` that does not fit the weights is refused at once, whatever it says."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+
+import secateur
+from secateur.errors import ArchitectureError, CheckpointError
+from secateur.models.configuration import check_sizes
+from secateur.models.skeleton import build_skeleton
+from secateur.models.whole import load_whole
+from tiny import save_tiny
+from zoo import CONFIGS, MIXTURES
+
+DEEP = '{"model_type": "llama", "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+def change(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, **changes}))
+
+
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"num_hidden_layers": 10**9}, "is 1000000000, and the weights have 3 layers"),
+    ({"num_hidden_layers": 4}, "num_hidden_layers is 4, and the weights have 3 layers"),
+    ({"num_hidden_layers": "three"}, "num_hidden_layers is 'three', not a whole number"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is '0', not a whole number from 1"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is 'True', not a whole number"),
+    ({"hidden_size": 10**12}, "hidden_size is 1000000000000, and no stored tensor is larger than"),
+    ({"hidden_size": 64.5}, "hidden_size is '64.5', not a whole number"),
+    ({"hidden_size": 64}, "config.json asks for"),
+    ({"vocab_size": 10**12}, "vocab_size is 1000000000000, and no stored tensor is larger"),
+    ({"num_attention_heads": 0}, "num_attention_heads is '0', not a whole number from 1"),
+    ({"num_attention_heads": 5}, "5 attention heads cannot share 2 heads of keys and values"),
+    ({"num_attention_heads": 5, "num_key_value_heads": 5}, ""),
+    ({"num_key_value_heads": -1}, "num_key_value_heads is '-1', not a whole number"),
+    ({"head_dim": 10**15}, "head_dim is 1000000000000000, and no stored tensor"),
+    ({"intermediate_size": 10**15}, "transformers cannot build this model"),
+    ({"intermediate_size": "many"}, ""),
+    ({"max_position_embeddings": 10**12}, "no model has as many"),
+    ({"hidden_act": "nonsense"}, "transformers cannot build this model"),
+    ({"rope_parameters": 7}, ""),
+    ({"model_type": "no_such_type"}, "transformers cannot build this model"),
+    ({"model_type": ["llama"]}, "has no 'model_type'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "what"), CHANGES)
+def test_numbers_that_do_not_fit(refused, model: Path, changes, what: str) -> None:
+    change(model, **changes)
+    assert what in refused("inspect", model)
+
+
+def test_ten_to_nine_layers_are_refused_at_once(refused, model: Path, tmp_path: Path) -> None:
+    change(model, num_hidden_layers=10**9)
+    for words in (
+        ["inspect", model],
+        ["prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out"],
+    ):
+        refused(*words)  # whatever has to be imported is now
+        begun = time.process_time()
+        assert "the weights have 3 layers" in refused(*words)
+        assert time.process_time() - begun < 2  # it ran until somebody killed it
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_configuration_that_is_nested_too_deeply(refused, model: Path) -> None:
+    (model / "config.json").write_text(DEEP)
+    assert "nested too deeply" in refused("inspect", model)
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, *MIXTURES])
+def test_every_family_of_the_zoo_fits_its_own_weights(tmp_path: Path, family: str) -> None:
+    check_sizes(save_tiny(tmp_path / "m", family, tokenizer=False))
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_compressed_folder_fits_and_10_to_9_layers_do_not(
+    refused, model: Path, tmp_path: Path, archive: bool
+) -> None:
+    secateur.compress(
+        model, output=tmp_path / "c", archive=archive, embeddings="int8", values="int8"
+    )
+    check_sizes(tmp_path / "c")
+    change(tmp_path / "c", num_hidden_layers=10**9)
+    assert "the weights have 3 layers" in refused("inspect", tmp_path / "c")
+    assert "the weights have 3 layers" in refused("generate", tmp_path / "c", "--prompt", "a")
+
+
+def test_heads_of_a_family_whose_shapes_do_not_tell_them(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", "gpt_neox", tokenizer=False)
+    change(folder, num_attention_heads=5)
+    with pytest.raises(CheckpointError, match="does not divide into 5 attention heads"):
+        build_skeleton(folder)
+
+
+def rewrite(folder: Path, names: dict[str, str | None]) -> None:
+    """Rename tensors, or drop those that are to be called None."""
+    file = folder / "model.safetensors"
+    tensors = {names.get(n, n): t for n, t in load_file(file).items()}
+    tensors.pop(None, None)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+RENAMED: dict[str, str | None] = {
+    "model.layers.1.mlp.up_proj.weight": "model.layers.1.mlp.sideways.weight"
+}
+DROPPED: dict[str, str | None] = {"model.layers.1.mlp.up_proj.weight": None}
+
+
+@pytest.mark.parametrize("names", [RENAMED, DROPPED])
+def test_a_checkpoint_that_lacks_a_matrix(refused, model: Path, tmp_path: Path, names) -> None:
+    rewrite(model, names)
+    missing = "the checkpoint does not hold model.layers.1.mlp.up_proj.weight"
+    assert missing in refused("inspect", model)
+    out = tmp_path / "out"
+    assert missing in refused("prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", out)
+    assert not out.with_name("out.partial").exists()
+    assert missing in refused("compress", model, "--output", out)
+    # transformers draws it at random and goes on
+    assert missing in refused("generate", model, "--prompt", "a")
+
+
+def test_what_a_checkpoint_may_lack(tmp_path: Path) -> None:
+    tied = save_tiny(tmp_path / "m", "llama", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    load_whole(tied, secateur.workflows.preparing.choose_device("cpu"))
+
+
+def test_code_of_the_checkpoint_is_refused_as_an_error(refused, model: Path) -> None:
+    change(model, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+           model_type="evil")  # fmt: skip
+    (model / "evil.py").write_text("raise SystemExit('it ran')")
+    told = refused("generate", model, "--prompt", "a")
+    assert "--trust-remote-code" in told
+    assert "it ran" not in told
+
+
+def test_memory_that_is_full_is_not_blamed_on_the_model(model: Path, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", full)
+    with pytest.raises(MemoryError):
+        build_skeleton(model)
+
+
+def test_whatever_transformers_raises_is_an_error_of_ours(model: Path, monkeypatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise IndexError
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", broken)
+    with pytest.raises(ArchitectureError, match="cannot build this model: IndexError"):
+        build_skeleton(model)

@@ -1,0 +1,149 @@
+"""Who finds the weights of a compressed folder: secateur, and nobody else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from runtime.packed_examples import Forgery
+from runtime.packed_models import IDS, packed_model, pruned_folder, python, settled  # noqa: F401
+from secateur.errors import CheckpointError
+from secateur.runtime.packed import PackedCheckpoint
+from tiny import save_tiny
+
+PLAIN = """
+import sys
+from transformers import AutoModelForCausalLM
+assert not any(name.startswith("secateur") for name in sys.modules)
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except OSError as error:
+    print("refused:", error)
+"""
+
+REGISTERED = """
+import json, sys, secateur, torch
+import secateur.runtime.install as install
+from secateur.runtime.kernels.dispatch import Choice
+install.choose = lambda *_: Choice(64, 10.0)
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))
+"""
+
+
+@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_plain_transformers_finds_no_weights(tmp_path: Path, shards: int, archive: bool) -> None:
+    folder = packed_model(tmp_path, shards=shards, archive=archive)
+    done = python(PLAIN, folder)
+    assert done.returncode == 0, done.stderr
+    assert "refused: Error no file named model.safetensors" in done.stdout
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("shards", [1, 3])
+def test_transformers_with_secateur_computes_the_same(tmp_path: Path, shards: int) -> None:
+    folder = packed_model(tmp_path, shards=shards)
+    done = python(REGISTERED, folder, json.dumps(IDS.tolist()))
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = secateur.load(folder, dtype=torch.float32)(IDS).logits
+    assert torch.equal(torch.tensor(json.loads(done.stdout)), expected)
+
+
+def test_a_packed_model_is_not_saved(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = packed_model(tmp_path)
+    for model in (secateur.load(folder), AutoModelForCausalLM.from_pretrained(folder)):
+        with pytest.raises(CheckpointError, match=r"cannot be saved[\s\S]*decompress"):
+            model.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_an_expanded_model_is_saved_as_a_dense_one(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = packed_model(tmp_path)
+    expanded = secateur.load(folder, expand=True)
+    expanded.save_pretrained(tmp_path / "saved")
+    told = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert "quantization_config" not in told
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(IDS).logits
+        assert torch.equal(found, expanded(IDS).logits)
+
+
+def test_opened_experts_are_not_saved(tmp_path: Path) -> None:
+    secateur.compress(save_tiny(tmp_path / "m", "mixtral"), output=tmp_path / "c", values="int8")
+    with pytest.raises(CheckpointError, match="cannot be saved"):
+        secateur.load(tmp_path / "c", expand=True).save_pretrained(tmp_path / "saved")
+
+
+def as_version_1(folder: Path, shards: int) -> None:
+    """Turn a folder into what releases before version 2 wrote."""
+    names = {x.name: x.name.replace("secateur", "model") for x in folder.glob("*.safetensors")}
+    for name, older in names.items():
+        forgery = Forgery(folder / name)
+        forgery.told |= {"version": 1, "files": sorted(names.values())}
+        forgery.write()
+        (folder / name).rename(folder / older)
+    index = folder / "secateur.safetensors.index.json"
+    if shards > 1:
+        text = index.read_text().replace("secateur-", "model-")
+        (folder / "model.safetensors.index.json").write_text(text)
+    index.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["version"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("shards", [1, 2])
+def test_version_1_is_still_read(tmp_path: Path, shards: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = packed_model(tmp_path, shards=shards)
+    with torch.no_grad():
+        expected = secateur.load(folder)(IDS).logits
+        as_version_1(folder, shards)
+        assert torch.equal(secateur.load(folder)(IDS).logits, expected)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(IDS).logits, expected)
+
+
+def test_files_of_one_version_and_a_configuration_of_the_other(tmp_path: Path) -> None:
+    folder = packed_model(tmp_path)
+    forgery = Forgery(folder / "secateur.safetensors")
+    forgery.told["version"] = 1
+    forgery.write()
+    with pytest.raises(CheckpointError, match=r"of version 1, config\.json says 2"):
+        PackedCheckpoint(folder)
+    (folder / "secateur.safetensors.index.json").unlink()
+    (folder / "secateur.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"says version 2, and secateur.*is missing"):
+        PackedCheckpoint(folder)
+
+
+def test_a_folder_of_two_checkpoints(tmp_path: Path) -> None:
+    folder = packed_model(tmp_path)
+    (folder / "model.safetensors").write_bytes(
+        (tmp_path / "dense" / "model.safetensors").read_bytes()
+    )
+    with pytest.raises(CheckpointError, match="holds two checkpoints"):
+        secateur.load(folder)
+
+
+def test_a_decompressed_folder_has_the_names_that_transformers_knows(tmp_path: Path) -> None:
+    source = pruned_folder(tmp_path / "m", shards=2)
+    secateur.compress(source, output=tmp_path / "c")
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    assert sorted(x.name for x in (tmp_path / "d").glob("*safetensors*")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
