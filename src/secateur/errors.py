@@ -12,6 +12,8 @@
     ├── MemoryBudgetError        exit 1  the plan does not fit the memory or disk that is there
     └── VerificationError        exit 3  the result is not what was asked for
 
+`secateur.cli.faults` has two more: Ctrl-C (exit 130), and a fault in secateur itself (exit 1).
+
 Each message says what happened (with numbers), where, and what to do about it.
 """
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 import secateur
+from secateur.cli.faults import as_told
 from secateur.errors import SecateurError
 
 __all__ = ["main"]
@@ -22,7 +25,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # "rich" would take a default in brackets for a style
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 the run failed, 2 bad usage or recipe, 3 a verification failed.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 bad usage or recipe, 3 a verification failed, "
+    "130 interrupted.",
 )
 
 
@@ -65,43 +69,61 @@ def add_verbs() -> None:
         sweep,
     )
 
-    app.command("prune")(prune.prune)
-    app.command("structure")(structure.structure)
-    app.command("chain")(chain.chain)
-    app.command("plan")(plan.plan)
-    app.command("retrain")(retrain.retrain)
-    app.command("distill")(distill.distill)
-    app.command("eval")(evaluate.evaluate)
-    app.command("inspect")(inspect.inspect)
-    app.command("methods")(methods.methods)
-    app.command("compress")(compress.compress)
-    app.command("decompress")(decompress.decompress)
-    app.command("generate")(generate.generate)
-    app.command("bench")(bench.bench)
-    app.command("sweep")(sweep.sweep)
-    app.command("report")(report.report)
-    app.command("diagnose")(diagnose.diagnose)
-    app.command("demo")(demo.demo)
+    verbs: dict[str, Callable[..., None]] = {
+        "prune": prune.prune,
+        "structure": structure.structure,
+        "chain": chain.chain,
+        "plan": plan.plan,
+        "retrain": retrain.retrain,
+        "distill": distill.distill,
+        "eval": evaluate.evaluate,
+        "inspect": inspect.inspect,
+        "methods": methods.methods,
+        "compress": compress.compress,
+        "decompress": decompress.decompress,
+        "generate": generate.generate,
+        "bench": bench.bench,
+        "sweep": sweep.sweep,
+        "report": report.report,
+        "diagnose": diagnose.diagnose,
+        "demo": demo.demo,
+    }
+    for name, verb in verbs.items():
+        app.command(name)(past_typer(verb))
+
+
+class Stopped(BaseException):
+    """Carries an exception past typer, which would end the process on it with hardly a word."""
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
+
+
+def past_typer(verb: Callable[..., None]) -> Callable[..., None]:
+    """The same verb; Ctrl-C and the end of an input reach `main`."""
+
+    @functools.wraps(verb)
+    def run(*args: object, **options: object) -> None:
+        try:
+            verb(*args, **options)
+        except (KeyboardInterrupt, EOFError) as error:
+            raise Stopped(error) from error
+
+    return run
 
 
 def main() -> None:
-    """Run a command; every error raised on purpose ends in a message and its exit code."""
-    add_verbs()
+    """Run a command; every exception ends in a message and its exit code."""
     try:
+        add_verbs()
         app()
-    except SecateurError as error:
-        tell(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo(
-            "\ninterrupted; the same command with --resume goes on with prune, structure, retrain, "
-            "distill and chain, without it with a sweep",
-            err=True,
-        )
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        told = as_told(error.cause if isinstance(error, Stopped) else error)
+        tell(told)
+        sys.exit(told.exit_code)
 
 
 def tell(error: SecateurError) -> None:
@@ -110,4 +132,5 @@ def tell(error: SecateurError) -> None:
         kind = type(error).__name__
         told = {"kind": kind, "what": error.what, "where": error.where, "remedy": error.remedy}
         typer.echo(json.dumps({"error": told}))
-    typer.echo(f"error: {error}", err=True)
+    text = f"error: {error}".encode("utf-8", "backslashreplace")  # names may hold lone surrogates
+    typer.echo(text.decode(), err=True)

@@ -45,6 +45,10 @@ def chain(
             where=recipe,
             remedy="a chain has a model, an output and steps: a list of verbs with options",
         )
+    if not isinstance(values["model"], str) or not isinstance(place, str):
+        raise RecipeError(
+            "model and output are names", where=recipe, remedy="put them in quotes if need be"
+        )
     with ProgressBar() as progress:
         report = run_chain(
             values["model"],

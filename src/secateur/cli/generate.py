@@ -29,12 +29,15 @@ def generate(
     from secateur.cli.rendering import print_json
     from secateur.workflows import generate as run_generation
 
-    def tell(text: str) -> None:
-        if not as_json:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+    written = False
 
-    tell(prompt)
+    def tell(text: str) -> None:
+        nonlocal written
+        if not as_json:
+            sys.stdout.write(text if written else prompt + text)
+            sys.stdout.flush()
+        written = True
+
     made = run_generation(
         model,
         prompt,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.cli import options as o
+from secateur.errors import RecipeError
 
 __all__ = ["inspect"]
 
@@ -24,6 +25,12 @@ def inspect(
     from secateur.workflows import inspect_model
 
     audit = inspect_model(model, trust_remote_code=trust_remote_code)
+    if layer >= audit.num_hidden_layers:
+        raise RecipeError(
+            f"there is no decoder layer {layer}: the model has {audit.num_hidden_layers}",
+            where="--layer",
+            remedy=f"use a number from 0 to {audit.num_hidden_layers - 1}, or -1 for all",
+        )
     if as_json:
         print_json({"model": model, **audit.to_json()})
         return

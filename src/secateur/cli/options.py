@@ -163,7 +163,14 @@ def values_from(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...],
         options["overrides"] = dict(parse_override(text) for text in given["override"])
     for key, value in nested(options).items():
         if key in SECTIONS:
-            values.setdefault(key, {}).update(value)
+            section = values.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise RecipeError(
+                    f"{key} is {str(section)[:40]!r}, not keys and values",
+                    where=where,
+                    remedy=f"write for example '{key}: {{{next(iter(value))}: …}}'",
+                )
+            section.update(value)
         else:
             values[key] = value
     return values, tuple(given.get("assignments") or ()), where

@@ -1,0 +1,142 @@
+"""What becomes of an exception that no verb has turned into an error of its own.
+
+An `OSError` says that something of this machine went wrong: a disk, a permission, a name. Whatever
+else arrives here is a fault of secateur; its traceback goes into a file, and the user is told so.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from secateur.errors import SecateurError
+from secateur.models.samples import cache_folder
+
+__all__ = ["InternalError", "UserInterruptError", "as_told"]
+
+REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another place for --output",
+    errno.EDQUOT: "free some of your quota, or choose another place for --output",
+    errno.EACCES: "choose a place where you may read and write, or change its permissions",
+    errno.EPERM: "choose a place where you may read and write, or change its permissions",
+    errno.EROFS: "choose a place on a file system that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
+    errno.EISDIR: "this is a folder: name a file",
+    errno.ENOENT: "check the path; another program may have removed the file",
+    errno.EMFILE: "close other programs, or raise the limit of open files (ulimit -n)",
+    errno.EIO: "the disk or the network drive reports a fault: check it, and use another one",
+    errno.ENOMEM: "close other programs, or lower --memory-budget-gib",
+}
+"""What to do about the errors of the operating system that users meet."""
+
+
+class InternalError(SecateurError):
+    """A fault in secateur itself."""
+
+
+class UserInterruptError(SecateurError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130
+
+
+def as_told(error: BaseException) -> SecateurError:
+    """An exception as an error with what, where and remedy.
+
+    Args:
+        error: as it was raised; a `SecateurError` stays as it is.
+    """
+    if isinstance(error, SecateurError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return UserInterruptError(
+            "interrupted",
+            remedy="the same command with --resume goes on with prune, structure, retrain, distill "
+            "and chain, without it with a sweep",
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return told_of_system(error)
+    file = write_log(error)
+    said = [type(error).__name__, *str(error).strip().splitlines()]
+    return InternalError(
+        f"this is a fault in secateur: {': '.join(said[:2])[:200]}",
+        where=f"the full traceback is in {file}" if file else "the traceback is above",
+        remedy="please open an issue of the project, with that text and the command, and say what "
+        "you expected",
+    )
+
+
+def told_of_system(error: OSError) -> SecateurError:
+    """What an error of the operating system means."""
+    names = [os.fspath(x) for x in (error.filename, error.filename2) if isinstance(x, (str, bytes))]
+    where = " → ".join(os.fsdecode(name) for name in names)
+    return SecateurError(
+        f"the operating system refuses: {error.strerror or error}",
+        where=where or None,
+        remedy=REMEDIES.get(error.errno or 0, "mend what it complains of, and run again"),
+    )
+
+
+def write_log(error: BaseException) -> Path | None:
+    """Write the traceback into a file, and return it.
+
+    The first of these places that can be written: the work folder of the run, the state folder of
+    secateur, the folder for temporary files. None if none of them can; then it goes to stderr.
+    """
+    text = described(error)
+    name = f"fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    for folder in (*work_folders(sys.argv), cache_folder() / "faults", temporary_folder()):
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / name
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError:
+            continue
+        return file.absolute()
+    sys.stderr.write(text)
+    return None
+
+
+def described(error: BaseException) -> str:
+    """The traceback, and what one needs to know to repeat it."""
+    lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
+    lines += [f"{name}: {installed(name)}" for name in ("secateur", "torch", "transformers")]
+    lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
+    return "\n".join(lines) + "\n" + "".join(traceback.format_exception(error))
+
+
+def installed(package: str) -> str:
+    """The version of a package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def work_folders(arguments: list[str]) -> list[Path]:
+    """The work folder of the run that a command line names, if it is there."""
+    for flag, value in itertools.pairwise(arguments):
+        if flag in ("--output", "-o"):
+            folder = Path(f"{value}.partial") / "work"
+            return [folder] if folder.is_dir() else []
+    return []
+
+
+def temporary_folder() -> Path | None:
+    """The folder for temporary files; None if the system has none that can be written."""
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError:
+        return None
