@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
 from secateur.recipes.presets import filled_in, structure_presets
 from secateur.recipes.schema import Calibration, Distill, Memory, PruneRecipe, Reconstruct
 from secateur.recipes.structure_schema import Depth, StructureRecipe
+from secateur.recipes.yaml_text import read_yaml, write_yaml
 
 __all__ = [
     "SECTIONS",
@@ -51,13 +51,20 @@ def read_recipe_file(file: Path) -> dict[str, Any]:
         RecipeError: there is no such file, or it is not a mapping.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(
-            f"the recipe cannot be read: {error.strerror}", where=str(file)
+            f"the recipe cannot be read: {error.strerror}",
+            where=str(file),
+            remedy="check the path, and whether you may read the file",
         ) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe is not YAML: {error}", where=str(file)) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"the recipe is not UTF-8 text: {error}",
+            where=str(file),
+            remedy="save it as UTF-8",
+        ) from None
+    content = read_yaml(text, str(file))
     if not isinstance(content, dict):
         raise RecipeError(
             "a recipe is a mapping of keys to values",
@@ -83,7 +90,7 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise RecipeError(f"--set {assignment!r}: {section!r} holds a value, not keys")
-    values[key] = yaml.safe_load(text)
+    values[key] = read_yaml(text, f"--set {assignment}"[:200])
 
 
 def build_recipe(
@@ -131,6 +138,7 @@ def validated(kind: type[AnyRecipe], values: Mapping[str, Any], where: str | Non
             f"{len(faults)} fault{'s' * (len(faults) > 1)} in the recipe:\n    "
             + "\n    ".join(faults),
             where=where,
+            remedy="mend these keys; the verb's --help says what they take",
         ) from None
 
 
@@ -158,7 +166,7 @@ def fault_text(kind: type[BaseModel], fault: Any) -> str:
         return f"{path}: unknown key; {hint}"
     if fault["type"] == "missing":
         return f"{path}: missing"
-    return f"{path}: {fault['msg']} (got {fault['input']!r})"
+    return f"{path}: {fault['msg']} (got {repr(fault['input'])[:100]})"
 
 
 def known_keys(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
@@ -173,5 +181,4 @@ def known_keys(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
 
 def dump_recipe(recipe: BaseModel) -> str:
     """The recipe as YAML, every default written out."""
-    values = recipe.model_dump(mode="json")
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return write_yaml(recipe.model_dump(mode="json"))

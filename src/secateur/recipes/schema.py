@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Strict as Strictness
 
-__all__ = ["Calibration", "Distill", "Memory", "PruneRecipe", "Reconstruct"]
+__all__ = ["MAX_SEED", "Calibration", "Distill", "Memory", "PruneRecipe", "Reconstruct", "Texts"]
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, not silence; a recipe does not change once made."""
+    """Unknown keys are errors, not silence; a recipe does not change once made.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A value has to be of the type of its field: `"0.5"` is text and no number, and 1 is not true. A
+    whole number is a number. Numbers are finite.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Texts = Annotated[tuple[str, ...], Strictness(False)]
+"""Several texts; YAML has lists where Python has tuples."""
+
+MAX_SEED = 2**63 - 1
+"""The largest that every generator takes."""
 
 
 class Calibration(Strict):
@@ -28,7 +40,7 @@ class Calibration(Strict):
     sequence_length: int | None = Field(
         None, gt=1, description="tokens per window; 2048, or less if the model is shorter"
     )
-    seed: int = Field(0, ge=0, description="seed of the choice of windows")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the choice of windows")
     packing: Literal["concatenate", "random-crop"] = Field(
         "concatenate",
         description="join documents and cut, or crop long documents at random as the papers do",
@@ -112,8 +124,8 @@ class PruneRecipe(Strict):
         "uniform",
         description="how much each linear loses: uniform, owl, layer-sensitivity, global or search",
     )
-    include: tuple[str, ...] = Field(("*",), description="globs of linears to prune")
-    exclude: tuple[str, ...] = Field((), description="globs of linears to leave dense")
+    include: Texts = Field(("*",), description="globs of linears to prune")
+    exclude: Texts = Field((), description="globs of linears to leave dense")
     overrides: dict[str, float] = Field(
         default_factory=dict, description="sparsity by glob, for exceptions"
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from secateur.recipes.schema import Strict
+from secateur.recipes.schema import MAX_SEED, Strict, Texts
 
 __all__ = [
     "DistillRecipe",
@@ -26,8 +26,8 @@ class LoraOptions(Strict):
         None, gt=0, description="the product is scaled by alpha / rank; 2 · rank if not given"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' inputs")
-    include: tuple[str, ...] = Field(("*",), description="globs over names of linears")
-    exclude: tuple[str, ...] = Field((), description="of those, these are left alone")
+    include: Texts = Field(("*",), description="globs over names of linears")
+    exclude: Texts = Field((), description="of those, these are left alone")
 
 
 class GradualOptions(Strict):
@@ -56,6 +56,11 @@ def text_alone(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def tuple_of(value: Any) -> Any:
+    """YAML has lists where Python has tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def rank_alone(value: Any) -> Any:
     """`lora: 16` is a rank."""
     return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
@@ -76,7 +81,7 @@ class RetrainRecipe(Strict):
 
     model: str = Field(description="hub id, folder or named sample: pruned, cut or dense")
     output: str | None = Field(None, description="folder for the trained model; must not exist")
-    text: Annotated[tuple[str, ...], BeforeValidator(text_alone)] = Field(
+    text: Annotated[Texts, BeforeValidator(text_alone)] = Field(
         ("c4",),
         min_length=1,
         description="what is trained on, as for calibration; of several, as many windows of each",
@@ -134,7 +139,7 @@ class RetrainRecipe(Strict):
     )
     save_minutes: float = Field(5.0, ge=0, description="between saves to go on from")
     tensorboard: str | None = Field(None, description="folder that takes curves; none if None")
-    seed: int = Field(0, ge=0, description="of the choice and the order of windows")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the choice and the order of windows")
     memory_budget_gib: float | None = Field(
         None, gt=0, description="refuse to begin if more is needed; four fifths of what is free"
     )
@@ -156,7 +161,7 @@ class DistillRecipe(RetrainRecipe):
     temperature: float = Field(1.0, gt=0, description="of both; gradients are scaled by its square")
     next_token: float = Field(0.0, ge=0, le=1, description="share of the plain loss")
     hidden: float = Field(0.0, ge=0, description="weight of the loss of hidden states; 0: none")
-    kept_layers: tuple[int, ...] | None = Field(
+    kept_layers: Annotated[tuple[int, ...], BeforeValidator(tuple_of)] | None = Field(
         None, description="which layers of the teacher the student has; spread evenly if None"
     )
     top_k: int | None = Field(

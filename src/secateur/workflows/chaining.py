@@ -6,7 +6,6 @@ or not at all, so a killed chain goes on with the step it was in, which goes on 
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.ledger import write_whole
 from secateur.engine.progress import Progress, Silent
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, SecateurError
 from secateur.models.sources import resolve
 from secateur.recipes.reading import (
     SECTIONS,
@@ -28,11 +27,14 @@ from secateur.recipes.reading import (
     nested,
     validated,
 )
+from secateur.recipes.schema import PruneRecipe
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.registry import did_you_mean
 from secateur.workflows.carrying import RUN_FOLDER
+from secateur.workflows.compress_options import check_compression
 from secateur.workflows.compressing import compress
 from secateur.workflows.places import places
+from secateur.workflows.preparing import allocation_of, choose_device, method_of, settings_of
 from secateur.workflows.pruning import prune
 from secateur.workflows.retraining import distill, retrain
 from secateur.workflows.structuring import structure
@@ -58,13 +60,18 @@ BEGUN = {
 }
 """What a verb that was stopped has left in its partial folder, if it can go on."""
 
-READERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
-    "structure": lambda values: build_structure_recipe(nested(values)),
-    "prune": lambda values: build_recipe(nested(values)),
-    "retrain": lambda values: validated(RetrainRecipe, values, None),
-    "distill": lambda values: validated(DistillRecipe, values, None),
+ENDS = {"model": "model", "output": "output"}
+"""What a recipe must have, and a step has not yet when it is checked."""
+
+
+CHECKS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
+    "structure": lambda options: build_structure_recipe(nested({**ENDS, **options})),
+    "prune": lambda options: check_recipe(build_recipe(nested({**ENDS, **options}))),
+    "retrain": lambda options: validated(RetrainRecipe, {**ENDS, **options}, None),
+    "distill": lambda options: validated(DistillRecipe, {**ENDS, **options}, None),
+    "compress": lambda options: check_compression(**options),
 }
-"""How the options of a verb are checked; those of others by their names."""
+"""How the options of a verb are checked before any work."""
 
 GIVEN = {"model", "output", "resume", "restart", "overwrite", "progress"}
 """Options of a verb that a chain gives itself."""
@@ -135,9 +142,11 @@ def chain(
         RecipeError: a step is unknown or has an unknown option, told before any work.
     """
     progress = progress or Silent()
+    if isinstance(steps, str) or not isinstance(steps, Sequence) or not steps:
+        raise RecipeError(
+            "the chain has no steps in a list", remedy="for example steps: [prune: {…}]"
+        )
     wanted = [checked(number, step) for number, step in enumerate(steps, start=1)]
-    if not wanted:
-        raise RecipeError("the chain has no steps", remedy="for example steps: [prune: {…}]")
     source = resolve(str(model), trust_remote_code=trust_remote_code)
     place, work = places(output, PLAN, "chain", resume=resume, restart=restart, overwrite=overwrite)
     begin(work, wanted, resume)
@@ -176,25 +185,34 @@ def checked(number: int, step: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise RecipeError(
             f"{verb!r} is no step", where=where, remedy=did_you_mean(str(verb), [*VERBS])
         )
+    where = f"{where}: {verb}"
+    if given is not None and not isinstance(given, Mapping):
+        raise RecipeError(
+            f"the options are {str(given)[:40]!r}, not keys and values",
+            where=where,
+            remedy=f"{verb}: {{key: value}}",
+        )
     options = flat(given or {})
     own = sorted(GIVEN & options.keys())
     if own:
         raise RecipeError(f"{own[0]!r} is for the chain to say", where=where, remedy="leave it out")
-    if verb in READERS:
-        try:
-            READERS[verb]({"model": "model", "output": "output", **options})
-        except RecipeError as error:
-            raise RecipeError(error.what, where=where, remedy=error.remedy) from None
-        return verb, options
-    known = set(inspect.signature(VERBS[verb]).parameters) - GIVEN
-    unknown = sorted(options.keys() - known - {"samples", "sequence_length", "seed", "packing"})
-    if unknown:
-        raise RecipeError(
-            f"{verb} has no option {unknown[0]!r}",
-            where=where,
-            remedy=did_you_mean(unknown[0], sorted(known)),
-        )
+    try:
+        CHECKS[verb](options)
+    except SecateurError as error:
+        raise type(error)(error.what, where=where, remedy=error.remedy) from None
     return verb, options
+
+
+def check_recipe(recipe: PruneRecipe) -> None:
+    """Check whatever of a recipe can be checked without its model.
+
+    Raises:
+        SecateurError: a part is unknown, or parts do not fit together.
+    """
+    method, _ = method_of(recipe)
+    allocation_of(recipe, method)
+    choose_device(recipe.device)
+    settings_of(recipe, "memory", None)
 
 
 def flat(options: Mapping[str, Any]) -> dict[str, Any]:

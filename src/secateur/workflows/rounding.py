@@ -17,12 +17,15 @@ from secateur.engine.progress import Progress
 from secateur.errors import RecipeError
 from secateur.recipes.reading import SECTIONS, build_recipe, dump_recipe, nested
 from secateur.recipes.schema import PruneRecipe
+from secateur.registry import did_you_mean
 from secateur.workflows.pruning import run_recipe
 
 __all__ = ["check_options", "round_checkpoint", "told_of"]
 
 OPTIONS = SECTIONS["calibration"] - {"generated"} | SECTIONS["memory"] | {"device"}
 """What of a recipe can be said of rounding."""
+NAMED = {"archive", "calibration", "embeddings", "format", "values"}
+"""What else can be said of a compression."""
 
 
 def check_options(calibration: str | None, values: str, options: Mapping[str, Any]) -> None:
@@ -33,7 +36,10 @@ def check_options(calibration: str | None, values: str, options: Mapping[str, An
     """
     unknown = sorted(options.keys() - OPTIONS)
     if unknown:
-        raise RecipeError(f"unknown option {unknown[0]!r}", remedy=", ".join(sorted(OPTIONS)))
+        raise RecipeError(
+            f"compress has no option {unknown[0]!r}",
+            remedy=did_you_mean(unknown[0], sorted(OPTIONS | NAMED)),
+        )
     if calibration is not None and values != "int8":
         raise RecipeError(
             f"calibration text helps to round to int8, and the values are to be {values!r}",
