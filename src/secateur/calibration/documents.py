@@ -19,6 +19,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,7 @@ def file_documents(path: Path, field: str) -> Iterator[str]:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         yield line_document(line, f"{path}:{number}", field)
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise SourceError(
             f"{path.name} cannot be read as UTF-8 text: {error}",
             where=str(path),
@@ -194,9 +195,10 @@ def line_document(line: str, where: str, field: str) -> str:
     """The text of one JSON line."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        fault = "is nested too deeply" if isinstance(error, RecursionError) else "is not JSON"
         raise SourceError(
-            f"the line is not JSON: {error}",
+            f"the line {fault}: {error}",
             where=where,
             remedy="write one JSON object a line, or name the file .txt if it is plain text",
         ) from None
@@ -213,7 +215,17 @@ def line_document(line: str, where: str, field: str) -> str:
             where=where,
             remedy="name the field that holds the text",
         )
-    return cast(str, row[field])
+    text = cast(str, row[field])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair, and tokenizers
+        raise SourceError(  # cannot read it
+            f"the text has half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
+            f"{error.start}",
+            where=where,
+            remedy="write the character whole, or leave it out",
+        ) from None
+    return text
 
 
 def hub_dataset(source: str, config: str | None) -> HubDataset | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,7 @@ def generate(
     """
     from secateur.models.skeleton import quiet_transformers
 
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise RecipeError(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}",
             remedy="give at least one new token and a temperature of 0 or more",

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from secateur.errors import RecipeError
+from secateur.models.output_place import check_writable
 
 __all__ = ["check_place", "whole_folder"]
 
@@ -52,8 +53,9 @@ def check_place(output: Path, overwrite: bool) -> None:
     """Refuse to write over something, unless it is a model and the user wants it replaced.
 
     Raises:
-        RecipeError: the output is there.
+        RecipeError: the output is there, or cannot be written.
     """
+    check_writable(output)
     if not output.exists():
         return
     if not overwrite:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.evaluation.generation import generate as generate_with_transformers
+from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.schema import MAX_SEED
 from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.load import load
 
 __all__ = ["Generation", "generate"]
+
+POSITIONS = "max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,9 @@ def generate(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    if max_new_tokens < 1 or temperature < 0:
-        raise RecipeError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}",
-            remedy="give at least one new token and a temperature of 0 or more",
-        )
+    check_asked(prompt, max_new_tokens, temperature, seed)
     folder = resolve(model, trust_remote_code=trust_remote_code).folder
+    check_length(max_new_tokens, positions_told(folder))
     started = time.perf_counter()
     loaded = load(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -81,6 +84,7 @@ def generate(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
     if len(ids) == 0:
         raise RecipeError("the prompt has no token", remedy="give a prompt of at least one word")
+    check_length(len(ids) + max_new_tokens, getattr(loaded.config, POSITIONS, None))
     reason = why_not(loaded, len(ids) + max_new_tokens)
     if reason is not None:
         text = generate_with_transformers(
@@ -120,3 +124,47 @@ def generate(
     return Generation(
         prompt, text, len(tokens), ready - started, first, rate, "one call for each token"
     )
+
+
+def check_asked(prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Refuse what makes no sense for any model.
+
+    Raises:
+        RecipeError: naming the option.
+    """
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise RecipeError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}",
+            remedy="give at least one new token and a temperature of 0 or more",
+        )
+    if not 0 <= seed <= MAX_SEED:
+        raise RecipeError(
+            f"seed {seed} is not a number from 0 to 2⁶³ − 1", remedy="give a smaller one"
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"the prompt is not text at character {error.start}: it has half of a surrogate pair",
+            remedy="give the prompt as UTF-8",
+        ) from None
+
+
+def positions_told(folder: Path) -> int | None:
+    """How many tokens the configuration says that the model reads."""
+    told = read_configuration(folder).get(POSITIONS)
+    return told if type(told) is int else None
+
+
+def check_length(tokens: int, positions: int | None) -> None:
+    """Refuse more tokens than the model has positions.
+
+    Raises:
+        RecipeError: naming both numbers.
+    """
+    if positions is not None and tokens > positions:
+        raise RecipeError(
+            f"prompt and new tokens are {tokens}, and the model has {positions} positions",
+            where="--max-new-tokens",
+            remedy=f"use a smaller number; prompt and new tokens together are at most {positions}",
+        )

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from secateur.errors import RecipeError
+from secateur.models.output_place import check_writable
 from secateur.reporting.compression_card import with_dense_card
 from secateur.reporting.model_card import model_card
 from secateur.reporting.plots import save_plots
@@ -54,16 +55,14 @@ def report(
         SecateurError: a folder is no run or sweep, a file in it is damaged, or a card was asked
             for and there is not exactly one run.
     """
+    page = Path(output)
+    for file in (page, *([] if card is None else [Path(card)])):
+        check_writable(file, file=True)
     records = read_records([Path(run) for run in runs])
     if card is not None and len(records.runs) != 1:
         raise RecipeError(
             f"a model card is about one run; {len(records.runs)} are named",
             remedy="name one run folder, or leave --card out",
-        )
-    page = Path(output)
-    if page.is_dir():
-        raise RecipeError(
-            "the output is a folder, not a file", where=str(page), remedy="name an .html file"
         )
     page.parent.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()

@@ -22,6 +22,7 @@ from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
+from secateur.models.output_place import check_writable
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
@@ -100,6 +101,7 @@ class Work:
     def __init__(self, plan: SweepPlan, folder: Path, keep: bool, progress: Progress) -> None:
         self.plan, self.folder, self.keep, self.progress = plan, folder, keep, progress
         self.grid = plan.grid()
+        check_writable(folder / "sweep.json", file=True)
         self.device = choose_device(plan.device)
         self.needy = [key for key in self.grid if self.needs_windows(key)]
         self.source = resolve(plan.model, trust_remote_code=plan.trust_remote_code)

@@ -1,0 +1,100 @@
+"""Outputs that cannot be made are refused before any work.
+
+Root may write into folders that are read-only, so those are made by patching, and by /proc.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from secateur.errors import RecipeError
+from secateur.models.output_place import check_writable
+
+ALL = ["prune", "structure", "retrain", "compress", "sweep", "report"]
+
+
+@pytest.fixture
+def words(model: Path, windows: Path) -> Callable[[str], list[object]]:
+    """The words of a verb that would do its work, but for the output."""
+    text = ["--calibration", windows, "--samples", 4]
+    return {
+        "prune": ["prune", model, "--method", "wanda", "--sparsity", 0.5, *text],
+        "structure": ["structure", model, "--keep-layers", 2, "--effort", "fast", *text],
+        "retrain": ["retrain", model, "--text", windows, "--steps", 1],
+        "compress": ["compress", model],
+        "sweep": ["sweep", model, "--methods", "magnitude", "--sparsities", 0.5, *text,
+                  "--perplexity", windows],
+        "report": ["report", model],
+    }.__getitem__  # fmt: skip
+
+
+def read_only(*_: object, **__: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/read-only")
+
+
+@pytest.mark.parametrize("verb", ALL)
+def test_a_folder_that_cannot_be_written(refused, words, tmp_path, monkeypatch, verb) -> None:
+    command = words(verb)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    told = refused(*command, "--output", tmp_path / "new" / "out")
+    assert "the output cannot be written: Read-only file system" in told
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("verb", ALL)
+def test_a_path_under_a_file(refused, words, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    told = refused(*words(verb), "--output", tmp_path / "file" / "out")
+    assert "the output would lie under a file" in told
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("verb", ALL)
+def test_a_name_that_is_too_long(refused, words, tmp_path: Path, verb: str) -> None:
+    told = refused(*words(verb), "--output", tmp_path / ("x" * 300))
+    assert "the name of the output is too long" in told
+
+
+@pytest.mark.parametrize("verb", ["prune", "structure", "retrain", "compress"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_symbolic_link_to_the_source(
+    refused, words, model: Path, tmp_path: Path, verb: str, overwrite: bool
+) -> None:
+    (tmp_path / "link").symlink_to(model)
+    flags = ["--overwrite"] if overwrite else []
+    told = refused(*words(verb), "--output", tmp_path / "link", *flags)
+    assert "the output is a symbolic link" in told
+    assert (model / "model.safetensors").is_file()
+
+
+def test_a_name_that_is_too_long_with_its_ending(tmp_path: Path) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    check_writable(tmp_path / ("x" * (longest - len(".partial"))))
+    with pytest.raises(RecipeError, match="too long"):
+        check_writable(tmp_path / ("x" * (longest - 1)))
+    check_writable(tmp_path / ("x" * (longest - 1)), file=True)
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "/dev/null/out", "x\0y"])
+def test_places_where_nothing_can_be_made(tmp_path: Path, place: str) -> None:
+    with pytest.raises(RecipeError, match=r"remedy"):
+        check_writable(Path(place) if place.startswith("/") else tmp_path / place)
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b" / "out")
+    check_writable(tmp_path / "a" / "page.html", file=True)
+    assert not list(tmp_path.iterdir())
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    check_writable(page, file=True)
+    assert page.read_text() == "old"
+    with pytest.raises(RecipeError, match="a folder, not a file"):
+        check_writable(tmp_path, file=True)

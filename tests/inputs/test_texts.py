@@ -1,0 +1,123 @@
+"""Calibration texts and prompts that are none."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import secateur
+from secateur.calibration.documents import read_documents
+from secateur.errors import RecipeError, SourceError
+from secateur.workflows import generate
+from tiny import save_tiny
+
+LINE = '{"text": "one two three"}\n'
+
+FILES: list[tuple[str, bytes, str]] = [
+    ("t.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
+    ("t.jsonl", b'{"text": "a\\ud800b"}', r"half of a surrogate pair \(\\ud800\) at character 1"),
+    ("t.jsonl", b"\xff\xfe", "cannot be read as UTF-8"),
+    ("t.jsonl.gz", LINE.encode(), "cannot be read as UTF-8 text: Not a gzipped file"),
+    ("t.jsonl.gz", gzip.compress(LINE.encode())[:-9], "cannot be read"),
+    ("t.jsonl.gz", gzip.compress(LINE.encode() * 99)[:20] + b"\xff" * 40, "cannot be read"),
+    ("t.txt.gz", b"", "holds no text"),
+    ("t.jsonl", b"9" * 5000, "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "what"), FILES)
+def test_files_that_are_no_texts(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=what):
+        read_documents(str(tmp_path / name))
+
+
+def test_both_halves_of_a_surrogate_pair_are_one_character(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
+    assert read_documents(str(tmp_path / "t.jsonl")) == ["\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max-new-tokens", 1_000_000_000],
+        ["--max-new-tokens", 62],
+        ["--max-new-tokens", 0],
+        ["--temperature", "nan"],
+        ["--temperature", "inf"],
+        ["--seed", "1" * 23],
+        ["--prompt", "a\udcffb"],
+        ["--prompt", ""],
+    ],
+)
+def test_what_generate_refuses(refused, model: Path, words: list[object]) -> None:
+    refused("generate", model, "--prompt", "abc", *words)
+
+
+def test_a_seed_of_23_digits(refused, model: Path, windows: Path, tmp_path: Path) -> None:
+    words = ["--method", "wanda", "--sparsity", 0.5, "--calibration", windows]
+    told = refused("prune", model, *words, "--seed", "1" * 23, "-o", tmp_path / "out")
+    assert "calibration.seed" in told
+
+
+def test_all_positions_can_be_used(model: Path) -> None:
+    assert generate(str(model), "abc", max_new_tokens=61).tokens <= 61
+    with pytest.raises(RecipeError, match=r"are 65, and the model has 64 positions"):
+        generate(str(model), "abc", max_new_tokens=62)
+    with pytest.raises(RecipeError, match="temperature nan"):
+        generate(str(model), "abc", temperature=math.nan)
+
+
+def test_a_layer_that_is_not_there(refused, run, model: Path) -> None:
+    assert "there is no decoder layer 99: the model has 3" in refused(
+        "inspect", model, "--layer", 99
+    )
+    assert run("inspect", model, "--layer", 2).code == 0
+    assert run("inspect", model, "--layer", -1).code == 0
+
+
+def zeroed(folder: Path, kept: str = "nothing") -> Path:
+    """A model whose decoder matrices are zero, but for those with a word in their names."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and "layers" in name and kept not in name:
+            tensor.zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_decoder_of_zeros_is_refused(refused, run, model: Path, tmp_path: Path) -> None:
+    zeroed(model)
+    words = ["prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out"]
+    assert "all 21 matrices of the decoder are zero" in refused(*words)
+    assert not (tmp_path / "out.partial").exists()
+    loaded = secateur.models.whole.load_whole(model, torch.device("cpu"))
+    with pytest.raises(secateur.errors.NumericalError, match="all 21 matrices"):
+        secateur.prune(loaded, method="magnitude", sparsity=0.5)
+
+
+def test_a_matrix_of_zeros_is_named(model: Path, tmp_path: Path, caplog) -> None:
+    zeroed(model, kept="layers.2.mlp")
+    secateur.prune(model, output=tmp_path / "out", method="magnitude", sparsity=0.5)
+    named = [r.getMessage() for r in caplog.records if "all zero before it is pruned" in r.message]
+    assert len(named) == 18
+    assert named[0].startswith("model.layers.0.")
+
+
+def test_a_tensor_in_two_shards(refused, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", shards=2)
+    first, second = sorted(folder.glob("*.safetensors"))
+    tensors = load_file(second)
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**tensors, name: tensor + 1}, second, metadata={"format": "pt"})
+    told = refused("inspect", folder)
+    assert f"1 of the tensors are in two files, the first of them '{name}'" in told
+    assert first.name in told
+    assert second.name in told
+    assert "are in two files" in refused("generate", folder, "--prompt", "a", "--max-new-tokens", 1)
