@@ -1,4 +1,4 @@
-"""A device "cuda" whose tensors are computed on the CPU: every value is real, only the place is not.
+"""A device "cuda" whose tensors are computed on the CPU: values are real, only the place is not.
 
 A tensor of this device says that it lies on cuda:0, to Python and to torch's C++ alike, and keeps
 its numbers in a CPU tensor inside. So all that depends on the device takes the way it takes on a
@@ -77,7 +77,7 @@ class OnCuda(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.Tensor.data.__set__:
+            if func == torch.Tensor.data.__set__:
                 return set_data(*args)
             return func(*args, **(kwargs or {}))
 

@@ -1,4 +1,4 @@
-"""Run tests on the pretended device, in a process of its own: `rehearse.py LIBRARY pytest-arguments`.
+"""Run tests on the pretended device, in a process of its own: `rehearse.py LIBRARY ARGUMENTS…`.
 
 The library must be there before torch, and changes what torch believes of the machine for good, so
 no other test may run in the same process.

@@ -22,6 +22,8 @@ import torch
 HERE = Path(__file__).parent
 PARTS = sorted(path.stem for path in (HERE / "parts").glob("parts_*.py"))
 
+PATHS = "tests tests/devices tests/structured tests/contracts"
+
 Case = tuple[str, str, str]
 """The test, how it ended, and what it said."""
 
@@ -53,14 +55,17 @@ def rehearsed(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     command = [
         sys.executable, str(HERE / "rehearse.py"), str(library), str(HERE / "parts"), "-q",
         "--rootdir", str(HERE.parent.parent), "-o", "python_files=parts_*.py",
-        "-o", "junit_family=xunit1", "-p", "no:cacheprovider", f"--junitxml={report}",
+        "-o", "junit_family=xunit1", "-o", f"pythonpath={PATHS}",
+        "-p", "no:cacheprovider", f"--junitxml={report}",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=HERE.parent.parent,
         env=environment, timeout=1800,
     )  # fmt: skip
-    assert report.is_file(), f"the rehearsal did not end:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    assert report.is_file(), (
+        f"the rehearsal did not end:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    )
     found: dict[str, list[Case]] = {part: [] for part in PARTS}
     for case in ET.parse(report).getroot().iter("testcase"):
         found[Path(case.attrib["file"]).stem].append(ending(case))
@@ -82,7 +87,9 @@ def test_every_part_runs_on_cuda(part: str, rehearsed: dict[str, list[Case]]) ->
     """Lists what was rehearsed; shown with `pytest -rP`."""
     cases = rehearsed[part]
     assert cases, f"nothing was rehearsed of {part}"
-    kinds = Counter(name.split("[")[0].removeprefix("test_") for name, how, _ in cases if how == "green")
+    kinds = Counter(
+        name.split("[")[0].removeprefix("test_") for name, how, _ in cases if how == "green"
+    )
     print(f"{part}: " + ", ".join(f"{kind} × {count}" for kind, count in kinds.items()))
     for name, how, why in cases:
         if how == "not runnable":

@@ -89,7 +89,8 @@ def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> 
 def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, float]) -> None:
     recipe = RetrainRecipe.model_construct(memory_budget_gib=None)
     sizes = dict.fromkeys(
-        ("process", "weights", "optimizer", "adapters", "forward", "logits", "teacher", "masks"), GIB
+        ("process", "weights", "optimizer", "adapters", "forward", "logits", "teacher", "masks"),
+        GIB,
     )
     here = TrainingMemory(**sizes)
     there = replace(here, on_gpu=True)

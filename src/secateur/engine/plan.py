@@ -167,9 +167,9 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """The estimate of peak memory where products run: of the GPU, or of this process."""
-        working = self.forward_bytes + self.solve_bytes
         host = not self.on_gpu  # where there is one memory for all
-        pruning = max(working + host * self.waiting_bytes, self.tuning_bytes) + self.layer_bytes
+        pruning = self.forward_bytes + self.solve_bytes + host * self.waiting_bytes
+        pruning = max(pruning, self.tuning_bytes) + self.layer_bytes
         whole = max(self.writing_bytes, self.distilling_bytes)
         return host * self.process_bytes + max(pruning + host * self.activation_bytes, whole)
 
@@ -183,8 +183,8 @@ class Plan:
 
     def to_json(self) -> dict[str, int]:
         """All figures."""
-        peaks = {name: getattr(self, name) for name in ("peak_bytes", "host_peak_bytes")}
-        return {**peaks, **asdict(self)}
+        peaks = {"peak_bytes": self.peak_bytes, "host_peak_bytes": self.host_peak_bytes}
+        return peaks | asdict(self)
 
 
 def plan_run(

@@ -1,4 +1,4 @@
-"""Whole models on cuda: the layer-by-layer run, allocations, refits, cuts, judging, from disk too."""
+"""Whole models on cuda: layer by layer, allocations, refits, cuts, judging; from disk too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from cuts import CUTS, model_of
 from pretended import OnCuda
 
@@ -25,7 +24,7 @@ from secateur.evaluation.perplexity import perplexity
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import methods
 from secateur.structured.cut import Cut, sizes_of
-from secateur.structured.surgery import cut_from_zeros, cut_model
+from secateur.structured.surgery import cut_model
 from zoo import tiny_model, tiny_windows, zeros_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::secateur.structured.surgery.VariedSizesWarning")
@@ -38,7 +37,9 @@ def pruned_on_both(family: str = "llama", **options: Any) -> None:
     """Prune in place on the CPU and on cuda: the same zeros, or nearly."""
     here, there = tiny_model(family), tiny_model(family).to("cuda")
     for model in (here, there):
-        secateur.prune(model, calibration=WINDOWS, **{"sparsity": 0.5, "micro_batch_tokens": 32, **options})
+        secateur.prune(
+            model, calibration=WINDOWS, **{"sparsity": 0.5, "micro_batch_tokens": 32, **options}
+        )
     assert all(isinstance(p, OnCuda) for p in there.parameters())
     found = zeros_of(there.cpu())
     for name, expected in zeros_of(here).items():
@@ -46,7 +47,8 @@ def pruned_on_both(family: str = "llama", **options: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [*(("llama", n) for n in methods), *((f, "sparsegpt") for f in FAMILIES[1:])]
+    ("family", "name"),
+    [*(("llama", n) for n in methods), *((f, "sparsegpt") for f in FAMILIES[1:])],
 )
 def test_prune(family: str, name: str) -> None:
     pruned_on_both(family, method=name)
@@ -61,7 +63,6 @@ def test_allocation(name: str) -> None:
     "options",
     [
         {"method": "sparsegpt", "asymmetric": True},
-        {"method": "wanda", "reconstruction": {"passes": 1}},
         {"method": "wanda", "refine": "swaps"},
         {"method": "wanda", "solver": "bias"},
         {"method": "wanda", "sequential": "layer"},
@@ -75,11 +76,24 @@ def test_prune_with(options: dict[str, Any]) -> None:
     pruned_on_both(**options)
 
 
+@pytest.mark.parametrize("remask", [True, False])
+def test_reconstruction(remask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = {"method": "wanda", "reconstruction": {"passes": 1, "remask": remask}}
+    model = tiny_model("llama").to("cuda")
+    secateur.prune(model, calibration=WINDOWS, sparsity=0.5, **tuned)  # in bfloat16
+    monkeypatch.setattr("secateur.engine.precision._fast_bfloat16", lambda device: False)
+    pruned_on_both(**tuned)
+
+
 def saved(folder: Path) -> dict[str, Any]:
     """A model and windows on disk, and how to run on cuda."""
     tiny_model("llama").save_pretrained(folder / "source")
     save_windows(WINDOWS, folder / "windows.safetensors")
-    return {"output": folder / "out", "calibration": folder / "windows.safetensors", "device": "cuda"}
+    return {
+        "output": folder / "out",
+        "calibration": folder / "windows.safetensors",
+        "device": "cuda",
+    }
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "taylor", "obd"])
@@ -90,7 +104,12 @@ def test_prune_a_checkpoint(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"ffn": 0.75, "heads": 0.5}, {"keep_layers": 2}, {"hidden": 24}, {"keep_layers": 2, "hidden": 24}],
+    [
+        {"ffn": 0.75, "heads": 0.5},
+        {"keep_layers": 2},
+        {"hidden": 24},
+        {"keep_layers": 2, "hidden": 24},
+    ],
     ids=str,
 )
 def test_structure_a_checkpoint(options: dict[str, Any], tmp_path: Path) -> None:
@@ -98,7 +117,7 @@ def test_structure_a_checkpoint(options: dict[str, Any], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", list(CUTS))
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_cut(family: str, name: str) -> None:
     model = model_of(family).to("cuda")
     cut = CUTS[name](sizes_of(model))
@@ -108,7 +127,9 @@ def test_cut(family: str, name: str) -> None:
     torch.testing.assert_close(left(input_ids=WINDOWS.to("cuda")).logits.cpu(), expected)
 
 
-@pytest.mark.parametrize("cut", [Cut(layers=(0, 2)), Cut(hidden=tuple(range(1, 25)))], ids=["layers", "hidden"])
+@pytest.mark.parametrize(
+    "cut", [Cut(layers=(0, 2)), Cut(hidden=tuple(range(1, 25)))], ids=["layers", "hidden"]
+)
 def test_refit(cut: Cut) -> None:
     dense = tiny_model("llama").to("cuda")
     left = copy.deepcopy(cut_model(dense, cut))

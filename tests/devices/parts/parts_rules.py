@@ -39,7 +39,9 @@ def planted_result(weight: Tensor) -> Tensor:
         (planted_result, AssertionError, "lies on the CPU"),
     ],
 )
-def test_planted_fault(fault: Callable[..., Tensor], error: type, said: str, both: Callable) -> None:
+def test_planted_fault(
+    fault: Callable[..., Tensor], error: type, said: str, both: Callable
+) -> None:
     with pytest.raises(error, match=said):
         both(fault, torch.randn(6, 8))
 

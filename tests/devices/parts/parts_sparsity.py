@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contracts.pattern_examples import ALL, fitting_shape, parsed
+from contracts.pattern_examples import ALL, EXAMPLES, fitting_shape, parsed
 from secateur.calibration.cross_gram import CrossGram
 from secateur.calibration.statistics import statistics
 from secateur.errors import PatternError
@@ -29,6 +29,7 @@ def key(text: str, scope: str | None) -> str:
 
 
 PATTERNS = [pytest.param(*case, id=key(*case)) for case in ALL]
+OF_EACH_KIND = [pytest.param(*cases[0], id=key(*cases[0])) for cases in EXAMPLES.values()]
 
 
 @pytest.mark.parametrize("name", list(scores))
@@ -68,16 +69,14 @@ def test_pattern_of_one_long_row(both):
 
 
 @pytest.mark.parametrize("name", list(solvers))
-@pytest.mark.parametrize(("text", "scope"), PATTERNS)
+@pytest.mark.parametrize(("text", "scope"), OF_EACH_KIND)
 def test_solver(name, text, scope, example, both):
     solver, pattern = solvers[name](), parsed(text, scope)
     case = example(fitting_shape(text), dead=1)
     mask = pattern.mask(case.weight.abs(), share(pattern))
 
     def holding(weight, known, kept):
-        solved = solver.solve(
-            weight, solver.prepare(known), pattern, share(pattern), mask=kept
-        )
+        solved = solver.solve(weight, solver.prepare(known), pattern, share(pattern), mask=kept)
         return solved.weight, solved.mask, solved.error, solved.shift
 
     def choosing(weight, known):
@@ -94,7 +93,7 @@ def test_solver(name, text, scope, example, both):
 
 
 @pytest.mark.parametrize("name", list(refinements))
-@pytest.mark.parametrize(("text", "scope"), PATTERNS)
+@pytest.mark.parametrize(("text", "scope"), OF_EACH_KIND)
 def test_refinement(name, text, scope, example, both):
     refinement, pattern = refinements[name](), parsed(text, scope)
     case = example(fitting_shape(text))

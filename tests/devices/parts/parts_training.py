@@ -67,7 +67,9 @@ def test_masks_from_a_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [{"fast_matmuls": True}, {"fast_matmuls": False, "gradient_checkpointing": True}], ids=str
+    "plan",
+    [{"fast_matmuls": True}, {"fast_matmuls": False, "gradient_checkpointing": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_ways_to_train(family: str, plan: dict[str, Any], tmp_path: Path) -> None:
@@ -137,7 +139,9 @@ def test_learned_masks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, {"next_token": 0.5, "hidden": 1.0, "teacher_layers": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"next_token": 0.5, "hidden": 1.0, "teacher_layers": 3}], ids=str
+)
 def test_distillation(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     student, teacher = pruned(), ModelTeacher(tiny_model("llama", seed=1).to("cuda"))
     objective = Distil.between(student, teacher, kind=kind, temperature=2.0, **options)
