@@ -156,9 +156,9 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """The estimate of peak memory where products run: of the GPU, or of this process."""
-        working = self.forward_bytes + self.solve_bytes
         host = not self.on_gpu  # where there is one memory for all
-        pruning = max(working + host * self.waiting_bytes, self.tuning_bytes) + self.layer_bytes
+        pruning = self.forward_bytes + self.solve_bytes + host * self.waiting_bytes
+        pruning = max(pruning, self.tuning_bytes) + self.layer_bytes
         whole = max(self.writing_bytes, self.distilling_bytes)
         return host * self.process_bytes + max(pruning + host * self.activation_bytes, whole)
 
@@ -230,6 +230,7 @@ def plan_run(
     own = bool(method.requires - INPUT_STATISTICS)
     sequential = settings.sequential == "layer"
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
     stored *= 1 + (settings.asymmetric or reconstruction.passes > 0)
     return Plan(
         process_bytes=resident_bytes(),
@@ -246,7 +247,7 @@ def plan_run(
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         distilling_bytes=distilling,
-        loading_bytes=(unwritten > 0 or epochs > 0) * whole_bytes(target),
+        loading_bytes=whole if unwritten or epochs else 0,
         disk_bytes=output_bytes
         + 2 * stored
         + own * (8 * prunable + len(layers) * stored)
@@ -260,11 +261,6 @@ def plan_run(
         calibration_tokens=tokens,
         on_gpu=target.device.type == "cuda",
     )
-
-
-def whole_bytes(target: Target) -> int:
-    """All weights in the dtype of the model."""
-    return sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
 
 
 def working_weights(target: Target) -> int:
@@ -292,7 +288,8 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     features = 2 * len(target.layers) * (getattr(config, "num_key_value_heads", None) or heads)
     rows = min(unwritten, AT_ONCE)
-    stored = whole_bytes(target) + features * size * rows * windows.shape[1] * target.dtype.itemsize
+    weights = sum(p.numel() for p in target.model.parameters())
+    stored = (weights + features * size * rows * windows.shape[1]) * target.dtype.itemsize
     return stored + rows * int(config.vocab_size) * (target.dtype.itemsize + 8)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from cuts import CUTS, model_of
 from pretended import OnCuda
-from secateur.engine.ledger import Ledger
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -21,6 +20,7 @@ from secateur.engine.run import Settings
 from secateur.engine.targets import ModelTarget
 from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import perplexity
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import methods
 from secateur.structured.cut import Cut, sizes_of
@@ -136,7 +136,7 @@ def test_refit(cut: Cut) -> None:
     layers = range(3) if cut.layers is None else cut.layers
     Refit(
         ModelTarget(dense), ModelTarget(left), layers, cut.hidden, WINDOWS, Settings(),
-        Ledger(None, {}), Silent(),
+        Ledger(), Silent(),
     ).execute()  # fmt: skip
     assert all(isinstance(p, OnCuda) for p in left.parameters())
 
