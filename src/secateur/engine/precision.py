@@ -23,7 +23,8 @@ def full_float32() -> Iterator[None]:
     `torch.set_float32_matmul_precision` and the flags it stands for are "highest" inside, and
     afterwards what they were, also after an exception. They hold for the whole process.
     """
-    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    products = [x.matmul for x in backends if hasattr(x, "matmul")]
     before = [getattr(x, "fp32_precision", None) for x in products]  # torch 2.9 and later
     try:
         together = torch.get_float32_matmul_precision()
