@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -78,7 +78,7 @@ def zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str
 
 @torch.no_grad()
 def refuse_lost(masks: Masks, model: Any, door: Door, place: Path, regrows: bool) -> None:
-    """Refuse masks by which zeros of matrices, embeddings left out, would get lost.
+    """Refuse masks by which zeros of the model's matrices would get lost.
 
     Args:
         masks: as each process has them.
@@ -91,9 +91,7 @@ def refuse_lost(masks: Masks, model: Any, door: Door, place: Path, regrows: bool
         RecipeError: the masks have no zeros, or a matrix has more than `BY_CHANCE` of zeros that
             the masks do not hold.
     """
-    # The embedding of a padding token is zero in most models: that says nothing of pruning.
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = {n: p for n, p in matrices(model).items() if id(p) not in embeddings}
+    weights = matrices(model)
     counts: list[float] = []
     for name, weight in weights.items():
         lost = local(weight) == 0
