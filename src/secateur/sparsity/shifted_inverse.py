@@ -94,8 +94,8 @@ def inverse(matrix: Float32[Tensor, "n n"], shift: float = 0.0) -> Float32[Tenso
     """(A + ρI)⁻¹ of a symmetric positive semidefinite A, right to within one percent.
 
     The fastest way comes first, and its error is estimated: by halves, by Cholesky, by Cholesky in
-    float64. The estimate may be ten times too small where errors have no common direction; for halves,
-    where it decides, they have one.
+    float64. The estimate may be ten times too small where errors have no common direction. Halves,
+    where it decides, have one.
     Where one eigenvalue λ is far above the others, errors of A⁻¹ count λ-fold in A A⁻¹, and halves,
     which subtract such numbers, lose most. ‖(A + ρI)X − I‖₂ with ρ = 0.1 and λ = 0.9 n:
 
