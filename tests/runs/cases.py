@@ -43,6 +43,8 @@ class Case:
         resumes: whether the verb takes `resume`.
         replaces: whether it takes `overwrite`.
         weight: how many times as many points the default tests try.
+        saves: whether a distillation at the end of the run is saved at every step; otherwise after
+            minutes, which is never here.
     """
 
     verb: str
@@ -51,6 +53,7 @@ class Case:
     resumes: bool = True
     replaces: bool = True
     weight: int = 1
+    saves: bool = False
 
     def call(
         self, sources: Path, output: Path, progress: Any, model: Path | None = None, **more: Any
@@ -101,6 +104,7 @@ BEST = {"effort": "best", **FEW, **WINDOWS}
 FAST = {"effort": "fast", **WINDOWS}
 REFIT = {"score": "wanda", "solver": "alps"}
 LEARNT = {"generated": 2, "epochs": 1, "peak_learning_rate": 1e-3}
+PRUNE_BEST = {**BEST, **LEARNT, "method": "alps", "sparsity": 0.5}
 TRAINING = {
     "text": "{sources}/text.txt", "sequence_length": 16, "windows": 12, "batch": 4, "steps": 3,
     "validations": 1, "validation_windows": 2, "save_minutes": 0,
@@ -108,9 +112,8 @@ TRAINING = {
 
 CASES: Mapping[str, Case] = {
     "prune": Case("prune", "dense", WANDA),
-    "prune best": Case(
-        "prune", "dense", {**BEST, **LEARNT, "method": "alps", "sparsity": 0.5}, weight=3
-    ),
+    "prune best": Case("prune", "dense", PRUNE_BEST, weight=3),
+    "prune best saved": Case("prune", "dense", PRUNE_BEST, saves=True),
     "prune disk": Case("prune", "dense", {**WANDA, "activations": "disk"}),
     "prune search": Case("prune", "dense", {**WANDA, "allocation": "search"}),
     "structure": Case("structure", "dense", {**FAST, "ffn": 0.5, "heads": 0.5}),

@@ -28,12 +28,24 @@ from pathlib import Path
 import torch
 from cases import CASES, Case, make_sources
 from contents import contents, every_byte
-from faults import SHIM, Ended, Operation, Point, Shim, build_shim, environment, points_of, why_not
+from faults import (
+    SHIM,
+    Ended,
+    Operation,
+    Point,
+    Shim,
+    Steps,
+    build_shim,
+    environment,
+    points_of,
+    why_not,
+)
 from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, table
 
 import secateur
 from secateur.engine.progress import Silent
 from secateur.sparsity.allocation.search import Search
+from secateur.workflows import distilling
 
 OUTPUT = "out"
 QUICK = {(False, False): 7, (False, True): 5, (True, False): 3, (True, True): 2}
@@ -103,10 +115,14 @@ class Bench:
 
     def call(self, point: Point | None, **options: bool) -> Ended:
         """Call the verb in a fork."""
-        case, sources, output = self.case, self.sources, self.output
-        return self.shim.attempt(
-            lambda steps: case.call(sources, output, steps, **options), self.here, point
-        )
+
+        def work(steps: Steps) -> None:
+            if self.case.saves:
+                assert hasattr(distilling, "SAVE_MINUTES")
+                distilling.SAVE_MINUTES = 0.0
+            self.case.call(self.sources, self.output, steps, **options)
+
+        return self.shim.attempt(work, self.here, point)
 
     def measure(self) -> list[Operation]:
         """An uninterrupted run: its operations, and what it makes."""
@@ -250,9 +266,6 @@ def warm_up() -> None:
             importlib.import_module(module.name)
     for name in ("transformers.models.llama.modeling_llama", "tokenizers", "matplotlib.pyplot"):
         importlib.import_module(name)
-    distilling = importlib.import_module("secateur.workflows.distilling")
-    assert hasattr(distilling, "SAVE_MINUTES")
-    distilling.SAVE_MINUTES = 0.0  # every step is saved
     small = Search(generations=2, offspring=2, stages=((2, 40), (1, 80)))
     Search.__init__.__defaults__ = tuple(getattr(small, x.name) for x in fields(Search))
 

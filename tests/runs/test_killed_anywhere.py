@@ -26,6 +26,7 @@ SHARES = [
     [
         "prune",
         "prune best",
+        "prune best saved",
         "prune disk",
         "prune search",
         "structure",
