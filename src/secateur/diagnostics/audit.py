@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from secateur.errors import VerificationError
-from secateur.models.architecture import describe, linears_of
-from secateur.models.inventory import Left, inventory, stored_shapes, summary, weights_of
-from secateur.models.skeleton import build_skeleton, model_names, refuse_missing
+from secateur.models.architecture import describe
+from secateur.models.inventory import (
+    Left,
+    inventory,
+    refuse_missing_linears,
+    stored_shapes,
+    summary,
+    weights_of,
+)
+from secateur.models.skeleton import build_skeleton, model_names
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern, misplaced
 
@@ -120,10 +127,8 @@ def audit_checkpoint(
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     architecture = describe(model)
     names = model_names(model, reader)
-    layers = enumerate(architecture.layers(model))
-    linears = [x for i, y in layers for x in linears_of(y, architecture.layer_name(i)).values()]
     known = {name: stored for stored, name in names.items()}
-    refuse_missing((f"{linear.name}.weight" for linear in linears), known, folder)
+    refuse_missing_linears(model, architecture, known, folder)
     matrices = {
         m.name: m for m in inventory(model, architecture, names, stored_shapes(reader.entries))
     }

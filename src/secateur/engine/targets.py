@@ -11,7 +11,13 @@ from torch import nn
 
 from secateur.models.architecture import Architecture, describe
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.models.inventory import Matrix, inventory, inventory_of, stored_shapes
+from secateur.models.inventory import (
+    Matrix,
+    inventory,
+    inventory_of,
+    refuse_missing_linears,
+    stored_shapes,
+)
 from secateur.models.skeleton import (
     assign,
     build_skeleton,
@@ -19,7 +25,6 @@ from secateur.models.skeleton import (
     fill,
     fill_buffers,
     model_names,
-    refuse_missing,
     stored_names,
 )
 
@@ -118,9 +123,7 @@ class CheckpointTarget:
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
         self.stored = stored_names(self.model, reader)
-        prefix = self.architecture.layers_path + "."
-        needed = (n for n, _ in self.model.named_parameters() if n.startswith(prefix))
-        refuse_missing(needed, self.stored, reader.folder)
+        refuse_missing_linears(self.model, self.architecture, self.stored, reader.folder)
         fill_buffers(self.model, reader)
 
     @property

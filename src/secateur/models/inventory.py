@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,8 +22,18 @@ from secateur.errors import CheckpointError
 from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.models.experts import of_unknown_experts
 from secateur.models.sharing import shared_parameters
+from secateur.models.skeleton import refuse_missing
 
-__all__ = ["Left", "Matrix", "inventory", "inventory_of", "stored_shapes", "summary", "weights_of"]
+__all__ = [
+    "Left",
+    "Matrix",
+    "inventory",
+    "inventory_of",
+    "refuse_missing_linears",
+    "stored_shapes",
+    "summary",
+    "weights_of",
+]
 
 EXPERTS = "experts in a layout that is not known"
 BESIDE = "not in the decoder's layers"
@@ -101,6 +112,31 @@ class Left:
     def told(self) -> str:
         """For people."""
         return f"{self.names}: {self.reason}, {self.weights:,} weights"
+
+
+def refuse_missing_linears(
+    model: Any, architecture: Architecture, stored: Mapping[str, str], folder: Path
+) -> None:
+    """Refuse a checkpoint that lacks a linear of a decoder layer.
+
+    A layer that shares its weights with another need not be stored.
+
+    Args:
+        model: as its configuration describes it.
+        architecture: its description.
+        stored: from `stored_names`.
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: naming the first of those that are missing.
+    """
+    shared = shared_parameters(model, architecture)
+    needed = [
+        f"{linear.name}.weight"
+        for index, layer in enumerate(architecture.layers(model))
+        for linear in linears_of(layer, architecture.layer_name(index)).values()
+    ]
+    refuse_missing((name for name in needed if name not in shared), stored, folder)
 
 
 def inventory(

@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
 from secateur.runs.atomic import UNFINISHED, take_name, write_json
 from secateur.runs.identity import refuse_another
-from secateur.runs.lock import Lock
+from secateur.runs.lock import Lock, holder, in_use
 from secateur.runs.output import (
     cannot_write,
     check_apart,
@@ -133,6 +131,8 @@ class RunFolder:
         """
         try:
             stopped = self.stopped()
+            if self.lock.is_taken:
+                raise in_use(None if stopped is None else asdict(stopped), self.partial)
             self.finished = self.wants_resume and self.has_name(stopped)
             begun = stopped if stopped is not None and stopped.identity is not None else None
             if begun is not None and not self.restart and not self.has_name(begun):
@@ -208,13 +208,14 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         try:
             if not self.lock.take():
-                raise self.in_use()
+                stopped = self.stopped()
+                raise in_use(None if stopped is None else asdict(stopped), self.partial)
             self.put_back()
             self.state = self.look()
             self.resumed = self.state is not None
             if self.state is None:
                 self.clear()
-            self.write_state(replace(self.state or State(self.verb), **holder()))
+            self.write_state(replace(self.state or State(self.verb), **holder(self.verb)))
             if not self.finished:
                 self.work.mkdir(exist_ok=True)
                 self.notes.mkdir(parents=True, exist_ok=True)
@@ -322,26 +323,3 @@ class RunFolder:
         for file in (self.mark, self.partial / STATE):
             file.unlink(missing_ok=True)
         self.partial.rmdir()
-
-    def in_use(self) -> RecipeError:
-        """That another run holds the folder, and which one."""
-        stopped = self.stopped()
-        who = (
-            "another process"
-            if stopped is None
-            else (
-                f"process {stopped.process} on {stopped.host} (secateur {stopped.verb}, "
-                f"since {stopped.since})"
-            )
-        )
-        return RecipeError(
-            f"{who} is at work on this output",
-            where=str(self.partial),
-            remedy="wait until it ends, or choose another --output",
-        )
-
-
-def holder() -> dict[str, Any]:
-    """Who works on a folder: this process."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"process": os.getpid(), "host": socket.gethostname(), "since": since}

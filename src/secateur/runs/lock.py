@@ -1,17 +1,44 @@
-"""One process works on a folder at a time."""
+"""One process works on a folder at a time, and others learn which one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from secateur.errors import RecipeError
 
 try:
     import fcntl
 except ImportError:  # Windows has none: there, nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Lock"]
+__all__ = ["Lock", "holder", "in_use"]
+
+
+def holder(verb: str) -> dict[str, Any]:
+    """Who works on a folder: this process."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"verb": verb, "process": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def in_use(who: Mapping[str, Any] | None, folder: Path) -> RecipeError:
+    """That another process works on a folder, and which one as far as it has said so."""
+    name = "another process"
+    if who is not None:
+        name = (
+            f"process {who['process']} on {who['host']} (secateur {who['verb']}, since "
+            f"{who['since']})"
+        )
+    return RecipeError(
+        f"{name} is at work on this output",
+        where=str(folder),
+        remedy="wait until it ends, or choose another --output",
+    )
 
 
 class Lock:
@@ -45,6 +72,15 @@ class Lock:
                 else:  # its last holder has just removed it
                     os.close(descriptor)
         return True
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether another process holds the folder now."""
+        if self.descriptor is not None or not self.folder.exists():
+            return False
+        taken = not self.take()
+        self.release()
+        return taken
 
     def is_folder(self, descriptor: int) -> bool:
         """Whether an open folder is still the one of this name."""

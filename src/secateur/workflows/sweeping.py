@@ -8,6 +8,7 @@ depend on how the layers before it were pruned, so every point gathers its own.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from secateur.reporting.plots import save_plots
 from secateur.reporting.sweep_result import PointKey, SweepPoint, SweepResult, read_sweep
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES
-from secateur.runs.lock import Lock
+from secateur.runs.lock import Lock, holder, in_use
 from secateur.runs.output import cannot_write, check_apart
 from secateur.runs.records import Manifest, read_record
 from secateur.sparsity.methods import methods
@@ -105,24 +106,23 @@ def alone(folder: Path) -> Iterator[None]:
 
     Raises:
         RecipeError: another process works there, or the folder cannot be written.
+        MemoryBudgetError: the disk is full.
     """
-    lock = Lock(folder)
+    lock, who = Lock(folder), folder / "run.json"
     try:
-        taken = lock.take()
+        if not lock.take():
+            told = json.loads(who.read_text(encoding="utf-8")) if who.exists() else None
+            raise in_use(told, folder)
+        write_json(who, holder("sweep"))
+        yield
     except OSError as error:
         raise cannot_write(error, folder) from error
-    if not taken:
-        raise RecipeError(
-            "another sweep is at work in this folder",
-            where=str(folder),
-            remedy="wait until it ends, or choose another --output",
-        )
-    try:
-        yield
     finally:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        lock.release()
+        if lock.descriptor is not None:
+            who.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+            lock.release()
 
 
 class Work:
@@ -273,7 +273,8 @@ class Work:
     def enter(self, key: PointKey, progress: Progress) -> None:
         """Prune a point, or go on with it, judge it and enter it; then its weights may go."""
         place = self.place(key)
-        if not place.exists():  # else it was pruned and not judged
+        partial = place.with_name(place.name + ".partial")
+        if partial.exists() or not place.exists():  # else it was pruned and not judged
             run_recipe(self.recipe(key), progress, resume=True)
         manifest = read_record(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
