@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -23,9 +24,9 @@ def full_float32() -> Iterator[None]:
     `torch.set_float32_matmul_precision` and the flags it stands for are "highest" inside, and
     afterwards what they were, also after an exception. They hold for the whole process.
     """
-    backends = (torch.backends.cuda, torch.backends.mkldnn)
-    products = [x.matmul for x in backends if hasattr(x, "matmul")]
-    before = [getattr(x, "fp32_precision", None) for x in products]  # torch 2.9 and later
+    # flags of their own, and those of the CPU, came with torch 2.9
+    products: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", 0)]
+    before = [getattr(x, "fp32_precision", None) for x in products]
     try:
         together = torch.get_float32_matmul_precision()
     except RuntimeError:  # only the newer flags were set, and there is no one word for them

@@ -43,7 +43,8 @@ def pruned_on_both(family: str = "llama", **options: Any) -> None:
     assert all(isinstance(p, OnCuda) for p in there.parameters())
     found = zeros_of(there.cpu())
     for name, expected in zeros_of(here).items():
-        assert float((found[name] == expected).float().mean()) > 0.98, name
+        # sums in another order; ALPS, which iterates, carries that to a few more weights
+        assert float((found[name] == expected).float().mean()) > 0.95, name
 
 
 @pytest.mark.parametrize(
