@@ -206,7 +206,7 @@ def test_weights_that_are_not_numbers(bad, secateur, model, windows, tmp_path) -
     assert done.code == 1
     assert "1 of 1536 weights are NaN or infinite" in done.err
     assert name in done.err
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_truncated_and_unknown_models(secateur, model, windows, tmp_path) -> None:

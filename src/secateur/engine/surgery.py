@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.calibration.cross_gram import CrossGram
 from secateur.calibration.statistics import statistics
 from secateur.engine.collapse import lost_energy
+from secateur.engine.progress import Progress
 from secateur.engine.targets import Target
 from secateur.errors import NumericalError, VerificationError
 from secateur.models.architecture import Linear, linears_of
@@ -25,7 +26,7 @@ __all__ = [
     "all_zero",
     "check_finite",
     "prune_group",
-    "refuse_all_zero",
+    "refuse_unusable",
 ]
 
 INPUT_STATISTICS = frozenset({"column_mean", "column_norm", "column_variance", "gram"})
@@ -141,20 +142,22 @@ def all_zero(linears: Iterable[Linear]) -> list[str]:
     return [linear.name for linear in linears if not linear.weight.any()]
 
 
-def refuse_all_zero(target: Target) -> None:
-    """Refuse a decoder in which there is nothing to prune; sound ones end at their first layer.
+def refuse_unusable(target: Target, progress: Progress) -> None:
+    """Read all matrices once, and refuse those that no run could be finished with.
 
     Raises:
-        NumericalError: every matrix of every decoder layer is zero.
+        NumericalError: a weight is NaN or infinite, or every matrix of every decoder layer is zero.
     """
-    count = 0
+    count, zero = 0, 0
+    progress.start("checking weights", len(target.layers))
     for index in range(len(target.layers)):
         with target.layer(index) as layer:
-            linears = linears_of(layer, target.architecture.layer_name(index)).values()
-            if len(all_zero(linears)) < len(linears):
-                return
-            count += len(linears)
-    if count:
+            linears = list(linears_of(layer, target.architecture.layer_name(index)).values())
+            check_finite(linears)
+            count, zero = count + len(linears), zero + len(all_zero(linears))
+        progress.step(note=f"layer {index}")
+    progress.finish()
+    if zero == count > 0:
         raise NumericalError(
             f"all {count} matrices of the decoder are zero",
             where=target.architecture.layers_path,

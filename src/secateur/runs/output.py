@@ -105,7 +105,7 @@ def check_replaceable(output: Path, overwrite: bool, result: Path | None = None)
 
 
 def check_apart(read: str | Path, output: Path, partial: Path) -> None:
-    """Refuse an output that would replace what a run reads, or that lies within it.
+    """Refuse an output that would replace what a run reads, or that lies within a model's folder.
 
     Args:
         read: a file or folder that the run reads; a name that is no path is left alone.
@@ -126,7 +126,7 @@ def check_apart(read: str | Path, output: Path, partial: Path) -> None:
             what = "the output is the source itself"
         elif source.is_relative_to(place):
             what = "the source lies in the output, which would replace it"
-        elif source.is_dir() and place.is_relative_to(source):
+        elif (source / "config.json").exists() and place.is_relative_to(source):
             what = "the output lies in the source"
         else:
             continue

@@ -18,7 +18,7 @@ from secateur.engine.leaving import left_by
 from secateur.engine.progress import Progress
 from secateur.engine.run import Run
 from secateur.engine.selection import Selection
-from secateur.engine.surgery import INPUT_STATISTICS, refuse_all_zero
+from secateur.engine.surgery import INPUT_STATISTICS, refuse_unusable
 from secateur.engine.survey import allocate
 from secateur.engine.targets import ModelTarget
 from secateur.models.architecture import text_config
@@ -91,7 +91,7 @@ def prune_module(
             windows = torch.cat([windows, own])
         with opened_experts(model), scratch as folder, quiet_transformers():
             target = ModelTarget(model)
-            refuse_all_zero(target)
+            refuse_unusable(target, progress)
             work = Path(folder) if folder else None
             settings = settings_of(recipe, "memory", work)
             run = Run(

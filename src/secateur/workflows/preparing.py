@@ -16,7 +16,6 @@ from secateur.engine.plan import Plan, plan_run
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.run import Settings
 from secateur.engine.selection import Selection
-from secateur.engine.surgery import refuse_all_zero
 from secateur.engine.targets import CheckpointTarget, Target
 from secateur.errors import RecipeError
 from secateur.models.architecture import text_config
@@ -233,7 +232,6 @@ def prepare(
         device,
         trust_remote_code=recipe.trust_remote_code,
     )
-    refuse_all_zero(target)
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     windows: Tensor | None = None
     calibration: dict[str, Any] | None = None

@@ -18,6 +18,7 @@ from secateur.engine.plan import Plan
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.routing import coverage
 from secateur.engine.run import Run, Settings
+from secateur.engine.surgery import refuse_unusable
 from secateur.engine.survey import settled_allocation
 from secateur.errors import RecipeError
 from secateur.models.inventory import Left
@@ -182,6 +183,8 @@ def run_prepared(
         folder.begin(identity(prepared))
         if folder.finished:
             return report_of(folder.output)
+        if not folder.resumed:
+            refuse_unusable(prepared.target, progress)
         prepared = with_kept_windows(prepared, folder, progress)
         ledger = Ledger(folder.notes / LEDGER)
         folder.worth_resuming = lambda: bool(ledger.entries)
