@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from task_rows import write_rows
 
 import secateur
@@ -20,32 +17,6 @@ from secateur.evaluation.generation_checks import check_generation, repetition
 from secateur.runs.evaluation import EvaluationRecord, read_evaluation
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model
-
-
-@pytest.fixture
-def dense(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "dense", max_position_embeddings=512)
-
-
-@pytest.fixture
-def pruned(tmp_path: Path, dense: Path) -> Path:
-    """The dense model with a third of its values gone, in a folder of a run."""
-    folder = tmp_path / "pruned"
-    shutil.copytree(dense, folder)
-    tensors = load_file(dense / "model.safetensors")
-    torch.manual_seed(1)
-    for tensor in tensors.values():
-        tensor.mul_(torch.rand_like(tensor) > 0.3)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "secateur").mkdir()
-    return folder
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("the stone by the river, a lamp on paper. " * 12)
-    return file
 
 
 @pytest.fixture

@@ -4,45 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from task_rows import write_rows
 
 import secateur
-from secateur.engine import ledger
 from secateur.errors import CheckpointError
 from secateur.runs.evaluation import EvaluationRecord, read_evaluation
-from tiny import save_tiny
-
-
-@pytest.fixture
-def dense(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "dense", max_position_embeddings=512)
-
-
-@pytest.fixture
-def pruned(tmp_path: Path, dense: Path) -> Path:
-    folder = tmp_path / "pruned"
-    shutil.copytree(dense, folder)
-    tensors = load_file(dense / "model.safetensors")
-    torch.manual_seed(1)
-    for tensor in tensors.values():
-        tensor.mul_(torch.rand_like(tensor) > 0.3)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "secateur").mkdir()
-    return folder
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("the stone by the river, a lamp on paper. " * 12)
-    return file
 
 
 @pytest.fixture
@@ -150,13 +120,12 @@ def test_a_write_that_is_stopped_leaves_what_was_there(pruned, text, kept, monke
     class Killed(BaseException):
         pass
 
-    def torn(self: Path, data: str, *args: Any, **options: Any) -> int:
-        with self.open("w") as stream:
-            stream.write(data[: len(data) // 2])
+    def killed(descriptor: int) -> None:
+        os.truncate(descriptor, 100)  # what had reached the disk
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(ledger.Path, "write_text", torn)
+        patched.setattr(atomic.os, "fsync", killed)
         with pytest.raises(Killed):
             secateur.judge(pruned, perplexity=[text], sequence_length=16)
     assert kept.read_text() == before
