@@ -125,7 +125,7 @@ def test_a_write_that_is_stopped_leaves_what_was_there(pruned, text, kept, monke
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(atomic.os, "fsync", killed)
+        patched.setattr(os, "fsync", killed)
         with pytest.raises(Killed):
             secateur.judge(pruned, perplexity=[text], sequence_length=16)
     assert kept.read_text() == before
