@@ -7,10 +7,12 @@ no other test may run in the same process.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1])
+    os.environ["PRETENDED_CUDA"] = "1"
     import pytest
 
     sys.exit(pytest.main(sys.argv[2:]))
