@@ -270,7 +270,7 @@ def test_a_torn_line_of_a_ledger_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", layers=2)
     with (folder / "secateur" / "layers.jsonl").open("a") as stream:
         stream.write('{"layer": 2, "lin')
-    with pytest.raises(CheckpointError, match=r"layers\.jsonl:4"):
+    with pytest.raises(CheckpointError, match=r"layers\.jsonl:3"):
         report([folder], tmp_path / "report.html")
 
 

@@ -205,9 +205,8 @@ def test_a_second_run_is_refused_and_learns_of_the_first(tmp_path: Path) -> None
     with RunFolder(out, "prune") as folder:
         folder.begin(IDENTITY)
         for options in ({"resume": True}, {"restart": True}):
-            second = RunFolder(out, "prune", **options)
-            with pytest.raises(RecipeError, match=rf"process {os.getpid()} .*is at work"), second:
-                pass
+            with pytest.raises(RecipeError, match=rf"process {os.getpid()} .*is at work"):
+                RunFolder(out, "prune", **options)
         write(folder, "first")
         folder.finish()
     assert (out / "weights").read_text() == "first"

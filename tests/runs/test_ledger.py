@@ -6,7 +6,7 @@ from pathlib import Path
 
 from secateur.runs.ledger import Ledger
 
-LINEAR = {"name": "a", "shape": (4, 8), "zeros": 16}
+LINEAR = {"name": "a", "shape": [4, 8], "zeros": 16}
 
 
 def test_a_torn_line_is_dropped_and_done_again(tmp_path: Path) -> None:

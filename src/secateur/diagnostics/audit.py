@@ -19,7 +19,6 @@ from secateur.models.architecture import describe
 from secateur.models.inventory import (
     Left,
     inventory,
-    refuse_missing_linears,
     stored_shapes,
     summary,
     weights_of,
@@ -127,8 +126,6 @@ def audit_checkpoint(
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     architecture = describe(model)
     names = model_names(model, reader)
-    known = {name: stored for stored, name in names.items()}
-    refuse_missing_linears(model, architecture, known, folder)
     matrices = {
         m.name: m for m in inventory(model, architecture, names, stored_shapes(reader.entries))
     }

@@ -15,7 +15,7 @@ from secateur.models.inventory import (
     Matrix,
     inventory,
     inventory_of,
-    refuse_missing_linears,
+    stored_linears,
     stored_shapes,
 )
 from secateur.models.skeleton import (
@@ -123,7 +123,7 @@ class CheckpointTarget:
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
         self.stored = stored_names(self.model, reader)
-        refuse_missing_linears(self.model, self.architecture, self.stored, reader.folder)
+        stored_linears(self.model, self.architecture, self.stored)  # refuses what is missing
         fill_buffers(self.model, reader)
 
     @property

@@ -115,6 +115,8 @@ def check_part(part: Mapping[str, Any], stored: Stored, where: str) -> None:
                 where=where,
                 remedy="copy or download config.json again",
             )
+        if name == LAYERS and part.get("is_encoder_decoder"):
+            continue  # such a model has two numbers of layers; it is refused by its kind
         most = stored.layers if name == LAYERS else stored.side if name in WIDTHS else MAX_POSITIONS
         if value > most:
             kind = (

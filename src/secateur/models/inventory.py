@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,14 +21,13 @@ from secateur.errors import CheckpointError
 from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.models.experts import of_unknown_experts
 from secateur.models.sharing import shared_parameters
-from secateur.models.skeleton import refuse_missing
 
 __all__ = [
     "Left",
     "Matrix",
     "inventory",
     "inventory_of",
-    "refuse_missing_linears",
+    "stored_linears",
     "stored_shapes",
     "summary",
     "weights_of",
@@ -114,29 +112,35 @@ class Left:
         return f"{self.names}: {self.reason}, {self.weights:,} weights"
 
 
-def refuse_missing_linears(
-    model: Any, architecture: Architecture, stored: Mapping[str, str], folder: Path
-) -> None:
-    """Refuse a checkpoint that lacks a linear of a decoder layer.
+def stored_linears(
+    model: Any, architecture: Architecture, names: Iterable[str]
+) -> dict[str, tuple[int, Linear]]:
+    """The linears of the decoder layers with their layer's number, by the names of their weights.
 
     A layer that shares its weights with another need not be stored.
 
     Args:
-        model: as its configuration describes it.
+        model: loaded, or a skeleton.
         architecture: its description.
-        stored: from `stored_names`.
-        folder: of the checkpoint.
+        names: of the parameters that are stored, as the model calls them.
 
     Raises:
-        CheckpointError: naming the first of those that are missing.
+        CheckpointError: one is not stored.
     """
-    shared = shared_parameters(model, architecture)
-    needed = [
-        f"{linear.name}.weight"
+    linears = {
+        f"{linear.name}.weight": (index, linear)
         for index, layer in enumerate(architecture.layers(model))
         for linear in linears_of(layer, architecture.layer_name(index)).values()
-    ]
-    refuse_missing((name for name in needed if name not in shared), stored, folder)
+    }
+    absent = linears.keys() - set(names) - shared_parameters(model, architecture).keys()
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} of {len(linears)} matrices of the decoder layers are not stored",
+            where=min(absent),
+            remedy="the checkpoint is incomplete (download it again), or it stores them in another "
+            "form than the modules of transformers have",
+        )
+    return linears
 
 
 def inventory(
@@ -158,19 +162,7 @@ def inventory(
     Raises:
         CheckpointError: a linear of a decoder layer is not stored.
     """
-    linears, layer_of = {}, {}
-    for index, layer in enumerate(architecture.layers(model)):
-        for linear in linears_of(layer, architecture.layer_name(index)).values():
-            linears[f"{linear.name}.weight"] = linear
-            layer_of[f"{linear.name}.weight"] = index
-    absent = linears.keys() - set(names.values()) - shared_parameters(model, architecture).keys()
-    if absent:
-        raise CheckpointError(
-            f"{len(absent)} of {len(linears)} matrices of the decoder layers are not stored",
-            where=min(absent),
-            remedy="the checkpoint is incomplete (download it again), or it stores them in another "
-            "form than the modules of transformers have",
-        )
+    linears = stored_linears(model, architecture, names.values())
     place = {name: number for number, name in enumerate(linears)}
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     within = re.compile(re.escape(architecture.layers_path) + r"\.(\d+)\.")
@@ -184,7 +176,7 @@ def inventory(
         match = within.match(name)
         inside = int(match[1]) if match and int(match[1]) < count else None
         if name in linears:
-            found.append(Matrix(stored, shape, layer_of[name], linears[name]))
+            found.append(Matrix(stored, shape, *linears[name]))
         elif name in parameters:
             reason = reason_of(model, architecture, name, inside=inside is not None)
             part = part_beside(stored, path) if reason == BESIDE else ""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
+from secateur.engine.kinds import refuse_unknown
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.reconstruction import Reconstruction
 from secateur.engine.run import Settings
@@ -232,6 +233,7 @@ def prepare(
         device,
         trust_remote_code=recipe.trust_remote_code,
     )
+    refuse_unknown(target)
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     windows: Tensor | None = None
     calibration: dict[str, Any] | None = None
