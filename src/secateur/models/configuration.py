@@ -115,8 +115,6 @@ def check_part(part: Mapping[str, Any], stored: Stored, where: str) -> None:
                 where=where,
                 remedy="copy or download config.json again",
             )
-        if name == LAYERS and part.get("is_encoder_decoder"):
-            continue  # such a model has two numbers of layers; it is refused by its kind
         most = stored.layers if name == LAYERS else stored.side if name in WIDTHS else MAX_POSITIONS
         if value > most:
             kind = (
@@ -153,7 +151,9 @@ def check_heads(found: Mapping[str, int], free_width: bool, where: str) -> None:
 def keys_of(part: Mapping[str, Any]) -> dict[str, str]:
     """How this type of model calls the sizes that are checked."""
     names = (LAYERS, *WIDTHS, "max_position_embeddings")
-    called = getattr(config_class(part), "attribute_map", {})
+    called = dict(getattr(config_class(part), "attribute_map", {}))
+    if "decoder_layers" in part:  # an encoder-decoder maps the name to its encoder's
+        called[LAYERS] = "decoder_layers"
     return {name: called.get(name, name) for name in names}
 
 
