@@ -23,7 +23,7 @@ from secateur.models.inventory import (
     summary,
     weights_of,
 )
-from secateur.models.skeleton import build_skeleton, model_names
+from secateur.models.skeleton import build_skeleton, model_names, stored_names
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern, misplaced
 
@@ -126,6 +126,7 @@ def audit_checkpoint(
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     architecture = describe(model)
     names = model_names(model, reader)
+    stored_names(model, reader)  # refuses other shapes than the configuration asks for
     matrices = {
         m.name: m for m in inventory(model, architecture, names, stored_shapes(reader.entries))
     }

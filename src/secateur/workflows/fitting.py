@@ -94,11 +94,11 @@ def fitting_plan(
     room = budget.computing - (0 if plan.on_gpu else plan.process_bytes)
     needed = f"the run needs more memory than there is; {'; '.join(tried)}"
     remedy = "lower --micro-batch-tokens, --samples or --sequence-length"
-    if whole > room:
+    if whole and whole > room:
         remedy = "leave out what needs the whole model (--epochs 0 --generated 0)"
     elif plan.solve_squares and plan.solve_bytes > room:
         matrices, size = plan.squares
-        needed += f"; {size / 2**30:.2f} GiB are for {matrices} in the solver"
+        needed += f", {size / 2**30:.2f} GiB of that for {matrices} in the solver"
         remedy = (
             "prune without a gram (--method wanda), or leave the widest linears out (--exclude)"
         )

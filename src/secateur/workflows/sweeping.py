@@ -37,7 +37,7 @@ from secateur.reporting.sweep_result import PointKey, SweepPoint, SweepResult, r
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES
 from secateur.runs.lock import Lock, holder, in_use
-from secateur.runs.output import cannot_write, check_apart
+from secateur.runs.output import cannot_write, check_apart, check_writable
 from secateur.runs.records import Manifest, read_record
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
@@ -78,6 +78,7 @@ def sweep(
         SecateurError: the plan makes no sense, or another sweep lies in the folder.
     """
     folder = Path(output)
+    check_writable(folder / "sweep.json", file=True)
     for read in (plan.model, plan.calibration, *plan.texts):
         check_apart(read, folder, folder)
     with alone(folder):
