@@ -92,7 +92,7 @@ def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, 
         ("process", "weights", "optimizer", "adapters", "forward", "logits", "teacher", "masks"),
         GIB,
     )
-    here = TrainingMemory(**sizes)
+    here = TrainingMemory(**sizes, gathered=0)
     there = replace(here, on_gpu=True)
     assert (here.peak, here.host_peak) == (8 * GIB, 8 * GIB)
     assert (there.peak, there.host_peak) == (7 * GIB, 2 * GIB)
