@@ -146,7 +146,6 @@ BAD = {
     "device": (["--device", "tpu", "--sparsity", "0.5"], 2, "'tpu' is not auto, cpu"),
     "budget": (["--memory-budget-gib", "0.01", "--sparsity", "0.5"], 1, "the budget is 0.01 GiB"),
     "no windows": (["--calibration", "nowhere.jsonl", "--sparsity", "0.5"], 2, "nowhere.jsonl"),
-    "resume nothing": (["--resume", "--sparsity", "0.5"], 2, "no stopped run to resume"),
     "sequence too long": (
         ["--calibration", "boolq-calibration", "--sequence-length", "65", "--sparsity", "0.5"],
         2,

@@ -179,6 +179,8 @@ def run_prepared(
     folder.keep_apart(prepared.source.folder)
     chosen, activations = choose_plan(prepared, recipe.memory)
     check_free(chosen.disk_bytes, folder.output, folder.partial)
+    ledger = Ledger(folder.notes / LEDGER)
+    folder.worth_resuming = lambda: bool(ledger.entries)
     with folder:
         folder.begin(identity(prepared))
         if folder.finished:
@@ -186,8 +188,6 @@ def run_prepared(
         if not folder.resumed:
             refuse_unusable(prepared.target, progress)
         prepared = with_kept_windows(prepared, folder, progress)
-        ledger = Ledger(folder.notes / LEDGER)
-        folder.worth_resuming = lambda: bool(ledger.entries)
         run = run_of(prepared, settings_of(recipe, activations, folder.work), ledger, progress)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
