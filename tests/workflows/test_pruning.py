@@ -188,11 +188,11 @@ def test_kill_9_and_resume(source: Path, windows: Path, tmp_path: Path) -> None:
         import secateur
         class Killer:
             seen = 0
-            def start(self, label, steps): pass
+            def start(self, label, steps): Killer.label = label
             def finish(self): pass
             def step(self, count=1, note=""):
                 Killer.seen += 1
-                if note == "layer 1" and count: os.kill(os.getpid(), signal.SIGKILL)
+                if Killer.label == "pruning" and note == "layer 1" and count: os.kill(os.getpid(), signal.SIGKILL)
         secateur.prune(sys.argv[1], output=sys.argv[2], method="wanda", sparsity=0.5,
                        calibration=sys.argv[3], progress=Killer())
     """)
