@@ -192,7 +192,8 @@ def test_kill_9_and_resume(source: Path, windows: Path, tmp_path: Path) -> None:
             def finish(self): pass
             def step(self, count=1, note=""):
                 Killer.seen += 1
-                if Killer.label == "pruning" and note == "layer 1" and count: os.kill(os.getpid(), signal.SIGKILL)
+                if Killer.label == "pruning" and note == "layer 1" and count:
+                    os.kill(os.getpid(), signal.SIGKILL)
         secateur.prune(sys.argv[1], output=sys.argv[2], method="wanda", sparsity=0.5,
                        calibration=sys.argv[3], progress=Killer())
     """)
