@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -155,6 +157,30 @@ def test_an_output_that_appears_meanwhile_is_not_touched(empty: bool, tmp_path: 
         assert (folder.model / "weights").read_text() == "new"
         folder.finish()
     assert (out / "weights").read_text() == "new"
+
+
+def test_a_whole_result_is_kept_though_nothing_of_the_run_can_be_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(RecipeError, match=r"the result is whole in .*model"),
+        RunFolder(out, "decompress") as folder,
+    ):
+        write(folder, "new")
+        out.mkdir()
+        folder.finish()
+    assert (tmp_path / "out.partial" / "model" / "weights").read_text() == "new"
+
+
+def test_a_file_system_without_locks_is_worked_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    finished(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "weights").read_text() == "new"
+    assert "without locks" in caplog.text
 
 
 def test_a_folder_of_somebody_else_is_not_removed(tmp_path: Path) -> None:

@@ -277,6 +277,7 @@ class PatchedCopy:
                 target = self.folder / file.name
                 target.unlink(missing_ok=True)
                 shutil.copyfile(file, target)
+                self._dirty.add(target)
         except OSError as error:
             raise cannot_write(error, self.folder) from error
 

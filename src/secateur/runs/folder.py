@@ -95,7 +95,7 @@ class RunFolder:
         self.wants_resume = resume
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.worth_resuming: Callable[[], bool] = lambda: True
-        self.finished = self.resumed = False
+        self.whole = self.finished = self.resumed = False
         self.lock = Lock(self.partial)
         self.state = self.look()
 
@@ -265,6 +265,7 @@ class RunFolder:
             RecipeError: an output has appeared meanwhile; the result stays in the partial folder.
         """
         assert self.state is not None
+        self.whole = True
         check_replaceable(self.output, self.overwrite, result=self.model)
         found = self.model.stat()
         self.write_state(replace(self.state, finished=(found.st_dev, found.st_ino)))
@@ -291,7 +292,9 @@ class RunFolder:
             self.spare.rename(self.output)
 
     def is_waste(self, error: BaseException) -> bool:
-        """Whether nothing that an error has left behind is worth resuming."""
+        """Whether nothing that an error has left behind is worth keeping."""
+        if self.whole:
+            return False
         if self.state is None or self.state.identity is None:
             return True
         lasting = isinstance(error, SecateurError) and not isinstance(error, MemoryBudgetError)

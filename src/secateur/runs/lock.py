@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import socket
 import time
@@ -18,6 +20,11 @@ except ImportError:  # Windows has none: there, nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Lock", "holder", "in_use"]
+
+log = logging.getLogger(__name__)
+
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What file systems answer that know no locks."""
 
 
 def holder(verb: str) -> dict[str, Any]:
@@ -67,6 +74,10 @@ class Lock:
                 except BlockingIOError:
                     os.close(descriptor)
                     return False
+                except OSError as error:
+                    if error.errno not in WITHOUT_LOCKS:
+                        raise
+                    log.warning("%s is on a file system without locks: %s", self.folder, error)
                 if self.is_folder(descriptor):
                     self.descriptor = descriptor
                 else:  # its last holder has just removed it

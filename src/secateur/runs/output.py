@@ -87,12 +87,12 @@ def check_replaceable(output: Path, overwrite: bool, result: Path | None = None)
     if not os.path.lexists(output):
         return
     kept = f"; the result is whole in {result}" if result else ""
-    again = ", with --resume" if result else ""
+    again = " and run again, with --resume where the command has it" if result else ""
     if not overwrite:
         raise RecipeError(
             f"the output folder {'has appeared meanwhile' if result else 'exists'}{kept}",
             where=str(output),
-            remedy=f"move it away and run again{again}, or replace it with --overwrite{again}"
+            remedy=f"move it away{again}; or rename the result yourself"
             if result
             else "choose another --output, or replace it with --overwrite",
         )
