@@ -13,33 +13,18 @@ import torch
 from safetensors.torch import save_file
 from typer.main import get_command
 
+from commands import Outcome, runner
 from secateur.calibration.windows import save_windows
-from secateur.cli import main
 from secateur.cli.app import app
 from secateur.models import checkpoint
 from tiny import save_tiny
 from zoo import tiny_windows
 
 
-class Outcome:
-    """What a command printed and how it ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
 def secateur(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run a command in this process."""
-
-    def run(*words: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture
