@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ def run_recipe(
     meter = Meter.start()
     folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, recipe.calibration.source)
-    prepared = prepare(recipe, folder.model, folder.notes / WINDOWS if folder.state else None)
+    kept = folder.notes if folder.finished else folder.work
+    prepared = prepare(recipe, folder.model, kept / WINDOWS if folder.state else None)
     return run_prepared(prepared, folder, progress, meter)
 
 
@@ -247,7 +249,7 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     write_json(told, prepared.calibration)
     if prepared.windows is not None:
         start = (prepared.calibration or {}).get("start_tokens", ())
-        save_windows(prepared.windows, folder.notes / WINDOWS, start=start)
+        save_windows(prepared.windows, folder.work / WINDOWS, start=start)
     return prepared
 
 
@@ -316,7 +318,9 @@ def describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
 
 
 def write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
-    """Write recipe, manifest and card into the result."""
+    """Write recipe, manifest, windows and card into the result."""
+    if prepared.windows is not None:
+        shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(prepared.recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
     write_json(folder.notes / MANIFEST, declared(Manifest, manifest))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -178,7 +179,7 @@ def cut_into(
         aim = replace(aim, joint=latency["joint"])
     made, steps = source.folder, []
     bench = Bench(
-        recipe, aim, source.folder, windows, folder.notes / WINDOWS, device, folder.work, progress
+        recipe, aim, source.folder, windows, folder.work / WINDOWS, device, folder.work, progress
     )
     for step in steps_of(recipe, aim, skeleton):
         made, told = step.carry_out(bench, made)
@@ -193,6 +194,7 @@ def cut_into(
     manifest["structure"]["latency"] = latency
     manifest["cost"]["resumed"] = folder.resumed
     write_json(folder.notes / STEPS, steps)
+    shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
     write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
@@ -237,7 +239,7 @@ def calibration_of(
     They are kept for a run that is resumed. Where they are from is written last, so that what an
     earlier run has kept is complete.
     """
-    file, told = folder.notes / WINDOWS, folder.work / CALIBRATION
+    file, told = folder.work / WINDOWS, folder.work / CALIBRATION
     if told.exists():
         return load_windows(file), json.loads(told.read_text(encoding="utf-8"))
     windows, provenance = read_calibration(recipe, source, config)
