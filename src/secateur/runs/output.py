@@ -63,7 +63,7 @@ def check_writable(output: Path, *, file: bool = False) -> None:
         folder = output.absolute().parent
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
-        with tempfile.TemporaryDirectory(prefix=".secateur-", dir=folder):
+        with tempfile.TemporaryFile(dir=folder):  # on Linux it has no name, so a kill leaves none
             pass
     except ValueError as error:  # a name that no file can have
         raise RecipeError(
