@@ -42,7 +42,7 @@ def read_only(*_: object, **__: object) -> None:
 def test_a_folder_that_cannot_be_written(refused, words, tmp_path, monkeypatch, verb) -> None:
     command = words(verb)
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     told = refused(*command, "--output", tmp_path / "new" / "out")
     assert "the output cannot be written: Read-only file system" in told
     assert sorted(tmp_path.iterdir()) == before
