@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from secateur.calibration.documents import read_documents
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.tokenizer import Tokenizer, start_tokens
 from secateur.registry import did_you_mean
+from secateur.runs.atomic import write_bytes
 from secateur.types import Windows
 
 __all__ = [
@@ -332,9 +332,8 @@ def save_windows(
             of the file names them, as `start_tokens`.
         metadata: text kept in the header of the file.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     told = {START: json.dumps(list(start))} if start else {}
-    save_file({"input_ids": windows.contiguous()}, partial, metadata={**(metadata or {}), **told})
-    os.replace(partial, path)
+    tensors = {"input_ids": windows.contiguous()}
+    write_bytes(path, save(tensors, metadata={**(metadata or {}), **told}))

@@ -15,7 +15,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["UNFINISHED", "take_name", "whole_folder", "write_json", "write_tensors", "write_text"]
+__all__ = [
+    "UNFINISHED",
+    "take_name",
+    "whole_folder",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]
 
 UNFINISHED = ".unfinished"
 """Suffix of a file or folder that does not have its own name yet."""
@@ -24,14 +32,19 @@ AT_FDCWD, NO_REPLACE, EXCHANGE = -100, 1, 2
 """Arguments of Linux's renameat2(2)."""
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all, also after a power cut."""
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, also after a power cut."""
     unfinished = file.with_name(file.name + UNFINISHED)
-    with unfinished.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+    with unfinished.open("wb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.replace(file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    write_bytes(file, text.encode("utf-8"))
 
 
 def write_json(file: Path, content: Any) -> None:
