@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,10 @@ FILES: list[tuple[bytes, str]] = [
 def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, what: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
-    begun = time.process_time()
     with pytest.raises(RecipeError, match=what) as error:
         read_recipe_file(file)
     assert error.value.where == str(file)
     assert len(str(error.value)) < 2000  # 9⁸ aliases printed 226 MB
-    assert time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize("verb", ["prune", "structure", "retrain", "distill", "chain"])
