@@ -1,7 +1,7 @@
 """What becomes of an exception that no verb has turned into an error of its own.
 
 An `OSError` says that something of this machine went wrong: a disk, a permission, a name. Whatever
-else arrives here is a fault of secateur; its traceback goes into a file, and the user is told so.
+else arrives here is a fault of secateur; its traceback goes into a file, which the message names.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ __all__ = ["exact_matmuls", "fast_dtype", "fast_matmuls", "full_float32"]
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """A context in which float32 matmuls have all bits of float32, whatever torch was told.
+    """A context in which float32 matmuls have all bits of float32, whatever torch is set to.
 
     `torch.set_float32_matmul_precision` and the flags it stands for are "highest" inside, and
     afterwards what they were, also after an exception. They hold for the whole process.

@@ -42,7 +42,7 @@ def in_float32(module: nn.Module, tuned: Collection[str]) -> Iterator[None]:
 
     Args:
         module: its parameters get back their dtypes and `requires_grad`, and lose their gradients.
-        tuned: names of those of them that are to have gradients.
+        tuned: names of the parameters that get gradients.
     """
     before = {
         name: (p.dtype, p.requires_grad)

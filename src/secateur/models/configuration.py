@@ -72,7 +72,7 @@ def check_sizes(folder: Path) -> None:
 
 
 class Stored:
-    """What the headers of a checkpoint say of its sizes.
+    """The sizes that the headers of a checkpoint show.
 
     Attributes:
         layers: the most tensors' owners that are numbered in one place.

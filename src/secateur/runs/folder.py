@@ -160,7 +160,7 @@ class RunFolder:
             )
 
     def stopped(self) -> State | None:
-        """What an earlier run says of itself in the partial folder.
+        """The state that an earlier run wrote into the partial folder.
 
         Raises:
             RecipeError: the folder is there, and no run has made it.

@@ -31,7 +31,7 @@ REFUSALS = {
     errno.EISDIR: ("the output is a folder, not a file", "name a file"),
     errno.ELOOP: ("the output lies behind symbolic links in a circle", "choose another one"),
 }
-"""What an error of the system says of an output, and what to do."""
+"""What is wrong with an output, by the error number of the system, and what to do."""
 
 
 def check_writable(output: Path, *, file: bool = False) -> None:
