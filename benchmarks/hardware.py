@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from secateur.reporting.manifest import environment
+from secateur.runs.environment import environment
 from stored import Rows, alone, known_rows, write_rows
 
 

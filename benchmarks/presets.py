@@ -44,11 +44,11 @@ from secateur.calibration.windows import (
     save_windows,
     stored_start,
 )
-from secateur.engine.progress import Silent
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
+from secateur.progress import Silent
 from secateur.recipes.presets import filled_in
-from secateur.workflows.writing import with_written
+from secateur.workflows.prune.self_generated_text import with_written
 from stored import known_rows
 
 COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),

@@ -36,18 +36,18 @@ from safetensors.torch import load_file
 import secateur
 from gguf_writing import write_gguf
 from hardware import heading, keep, markdown
-from secateur.engine.progress import Silent
 from secateur.evaluation.speed import take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
+from secateur.progress import Silent
 from secateur.recipes.reading import build_structure_recipe, nested
 from secateur.structured.accounting import Accounting
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_checkpoint
-from secateur.workflows.narrowing import uniform_cut
-from secateur.workflows.structure_plan import aim_of, representative
+from secateur.workflows.structure.cut_plan import aim_of, representative
+from secateur.workflows.structure.narrow import uniform_cut
 from stored import known_rows
 from structure import LEVELS, MODEL, depth, hidden, middle, mixed, width
 

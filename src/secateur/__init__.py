@@ -24,24 +24,20 @@ if TYPE_CHECKING:
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
-    from secateur.workflows import (
-        SweepPlan,
-        bench,
-        chain,
-        compress,
-        decompress,
-        diagnose,
-        distill,
-        evaluate,
-        generate,
-        judge,
-        plan,
-        prune,
-        report,
-        retrain,
-        structure,
-        sweep,
-    )
+    from secateur.workflows.chain import chain
+    from secateur.workflows.compress.pack import compress
+    from secateur.workflows.compress.unpack import decompress
+    from secateur.workflows.judge.bench import bench
+    from secateur.workflows.judge.diagnose import diagnose
+    from secateur.workflows.judge.evaluate import judge
+    from secateur.workflows.judge.generate import generate
+    from secateur.workflows.judge.perplexity import evaluate
+    from secateur.workflows.prune.checkpoint import plan, prune
+    from secateur.workflows.report import report
+    from secateur.workflows.structure.checkpoint import structure
+    from secateur.workflows.sweep.plan import SweepPlan
+    from secateur.workflows.sweep.run import sweep
+    from secateur.workflows.train.checkpoint import distill, retrain
 
 __version__ = "0.1.0"
 
@@ -75,29 +71,29 @@ __all__ = [
 
 HOMES = {
     "SecateurError": "secateur.errors",
-    "SweepPlan": "secateur.workflows",
+    "SweepPlan": "secateur.workflows.sweep.plan",
     "allocations": "secateur.sparsity.allocation",
-    "bench": "secateur.workflows",
-    "chain": "secateur.workflows",
+    "bench": "secateur.workflows.judge.bench",
+    "chain": "secateur.workflows.chain",
     "compose": "secateur.sparsity.methods",
-    "compress": "secateur.workflows",
-    "decompress": "secateur.workflows",
-    "diagnose": "secateur.workflows",
-    "distill": "secateur.workflows",
-    "evaluate": "secateur.workflows",
-    "generate": "secateur.workflows",
-    "judge": "secateur.workflows",
+    "compress": "secateur.workflows.compress.pack",
+    "decompress": "secateur.workflows.compress.unpack",
+    "diagnose": "secateur.workflows.judge.diagnose",
+    "distill": "secateur.workflows.train.checkpoint",
+    "evaluate": "secateur.workflows.judge.perplexity",
+    "generate": "secateur.workflows.judge.generate",
+    "judge": "secateur.workflows.judge.evaluate",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
-    "plan": "secateur.workflows",
-    "prune": "secateur.workflows",
+    "plan": "secateur.workflows.prune.checkpoint",
+    "prune": "secateur.workflows.prune.checkpoint",
     "refinements": "secateur.sparsity.refinements",
-    "report": "secateur.workflows",
-    "retrain": "secateur.workflows",
+    "report": "secateur.workflows.report",
+    "retrain": "secateur.workflows.train.checkpoint",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
-    "structure": "secateur.workflows",
-    "sweep": "secateur.workflows",
+    "structure": "secateur.workflows.structure.checkpoint",
+    "sweep": "secateur.workflows.sweep.run",
 }
 
 

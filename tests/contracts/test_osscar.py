@@ -79,7 +79,7 @@ def test_everything_may_go(example):
 def test_units_are_refused_where_there_are_none():
     for method in (
         compose(None, "2:4", score="obs", solver="osscar"),
-        compose(None, "unstructured", score="coupled_taylor"),
+        compose(None, "unstructured", score="coupled-taylor"),
     ):
         with pytest.raises(PatternError, match="chooses whole columns"):
             method.check((8, 8), 0.5)
@@ -99,7 +99,7 @@ def test_coupled_taylor_is_the_derivative_by_a_gate_on_the_unit(width, example):
     (by_gate,) = torch.autograd.grad(loss, gate)
     leaf = weight.clone().requires_grad_()
     (by_weight,) = torch.autograd.grad(((inputs @ leaf.t() - wanted) ** 2).mean(), leaf)
-    method = compose(None, f"*x{width}", score="coupled_taylor")
+    method = compose(None, f"*x{width}", score="coupled-taylor")
     units = method.pattern.units(method.score(weight, {"gradient": by_weight}))
     torch.testing.assert_close(units[0], by_gate.abs(), rtol=1e-4, atol=1e-5)
 

@@ -11,11 +11,8 @@ import secateur as library
 from diagnostics.planted import Pair, edit, found
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.speed import Speed
-from secateur.workflows import benching
-from test_cli import secateur
+from secateur.workflows.judge import bench as benching
 from tiny import save_tiny
-
-__all__ = ["secateur"]
 
 
 def flat(text: str) -> str:

@@ -12,9 +12,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from secateur.engine.progress import Silent
 from secateur.evaluation.step_time import fill, time_steps
 from secateur.models.skeleton import skeleton_of
+from secateur.progress import Silent
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
 from secateur.structured.edits import parameters_of

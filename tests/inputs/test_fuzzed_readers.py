@@ -21,8 +21,8 @@ from secateur.errors import CheckpointError, SecateurError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import check_folder
 from secateur.recipes.reading import build_recipe, build_structure_recipe, read_recipe_file
-from secateur.workflows import inspect_model
-from secateur.workflows.chaining import checked
+from secateur.workflows.chain import checked
+from secateur.workflows.judge.inspect import inspect_model
 from tiny import save_tiny
 
 

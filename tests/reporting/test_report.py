@@ -23,12 +23,9 @@ from reporting.examples import (
 )
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.workflows.reporting import report
-from test_cli import secateur
+from secateur.workflows.report import report
 from tiny import save_tiny
 from zoo import tiny_windows
-
-__all__ = ["secateur"]
 
 VOID = {"meta", "link", "br", "img", "input", "line", "path", "circle"}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reporting.examples import diagnosis, evaluation, write_full_run, write_run, write_sweep
-from secateur.workflows.reporting import report
+from secateur.workflows.report import report
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -13,14 +13,11 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, PatternError, RecipeError
 from secateur.evaluation.perplexity import perplexity
 from secateur.reporting.sweep_result import read_sweep
-from secateur.workflows import sweeping
-from secateur.workflows.sweep_plan import SweepPlan
-from secateur.workflows.sweeping import sweep
-from test_cli import secateur
+from secateur.workflows.sweep import run as sweeping
+from secateur.workflows.sweep.plan import SweepPlan
+from secateur.workflows.sweep.run import sweep
 from tiny import save_tiny
 from zoo import tiny_windows
-
-__all__ = ["secateur"]
 
 
 @pytest.fixture

@@ -43,9 +43,9 @@ from faults import (
 from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, table
 
 import secateur
-from secateur.engine.progress import Silent
+from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
-from secateur.workflows import distilling
+from secateur.workflows.prune import distillation as distilling
 
 OUTPUT = "out"
 QUICK = {(False, False): 7, (False, True): 5, (True, False): 3, (True, True): 2}

@@ -148,7 +148,7 @@ class Entry(ctypes.Structure):
     )
 
 
-class Board(ctypes.Structure):
+class TensorBoardLog(ctypes.Structure):
     """As in `shim.c`: the operations, in memory that forks share."""
 
     _fields_ = (("count", ctypes.c_longlong), ("entries", Entry * CAPACITY))
@@ -204,8 +204,8 @@ class Shim:
             ctypes.c_int,
         )
         self.mark = ctypes.c_int.in_dll(self.library, "faults_mark")
-        self.shared = mmap.mmap(-1, ctypes.sizeof(Board))
-        self.board = Board.from_buffer(self.shared)
+        self.shared = mmap.mmap(-1, ctypes.sizeof(TensorBoardLog))
+        self.board = TensorBoardLog.from_buffer(self.shared)
         self.shared_steps = mmap.mmap(-1, ctypes.sizeof(ctypes.c_longlong))
         self.steps = ctypes.c_longlong.from_buffer(self.shared_steps)
         self.said, self.log = scratch / "said.txt", scratch / "log.txt"

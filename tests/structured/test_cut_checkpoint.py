@@ -28,7 +28,7 @@ from secateur.structured.surgery import (
     cut_from_zeros,
     cut_model,
 )
-from secateur.workflows.inspecting import inspect_model
+from secateur.workflows.judge.inspect import inspect_model
 from tiny import save_tiny
 from zoo import CONFIGS, tiny_windows
 

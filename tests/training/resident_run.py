@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.training.loop import Loop
-from secateur.workflows import retraining
+from secateur.workflows.train import checkpoint as retraining
 
 COUNTED = 2**14
 """Parameters with at least so many weights are a reason to look."""

@@ -13,8 +13,8 @@ import pytest
 import torch
 from learning import EXACT, SEQUENCES, batches, pruned_model, weights
 
-from secateur.engine.progress import Silent
 from secateur.errors import RecipeError
+from secateur.progress import Silent
 from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.loop import Loop, Outcome

@@ -9,7 +9,7 @@ import typer
 from secateur.cli import options as o
 
 if TYPE_CHECKING:
-    from secateur.workflows.benching import BenchReport
+    from secateur.workflows.judge.bench import BenchReport
 
 __all__ = ["bench"]
 
@@ -32,7 +32,7 @@ def bench(
     """Measure speed and memory at batch 1 on the CPU, packed and in all other ways, in turns."""
     from secateur.cli.rendering import ProgressBar, print_json
     from secateur.evaluation.contenders import CONTENDERS
-    from secateur.workflows import bench as run_bench
+    from secateur.workflows.judge.bench import bench as run_bench
 
     with ProgressBar() as progress:
         report = run_bench(

@@ -33,7 +33,7 @@ def chain(
     """Cut, prune, train and compress in one go, with one account of what is left."""
     from secateur.cli.rendering import ProgressBar, mib, print_json, print_table
     from secateur.recipes.reading import read_recipe_file
-    from secateur.workflows import chain as run_chain
+    from secateur.workflows.chain import chain as run_chain
 
     values = read_recipe_file(Path(recipe))
     place = output or values.get("output")

@@ -9,7 +9,7 @@ import typer
 from secateur.cli import options as o
 
 if TYPE_CHECKING:
-    from secateur.workflows import CompressionReport
+    from secateur.reporting.compression_report import CompressionReport
 
 __all__ = ["compress"]
 
@@ -64,7 +64,7 @@ def compress(
 ) -> None:
     """Store a pruned model without its zeros."""
     from secateur.cli.rendering import ProgressBar, print_json
-    from secateur.workflows import compress as run_compression
+    from secateur.workflows.compress.pack import compress as run_compression
 
     with ProgressBar() as progress:
         report = run_compression(

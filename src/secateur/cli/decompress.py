@@ -21,7 +21,7 @@ def decompress(
 ) -> None:
     """Write a compressed model as plain dense safetensors again."""
     from secateur.cli.rendering import ProgressBar, mib, print_json, print_table
-    from secateur.workflows import decompress as run_decompression
+    from secateur.workflows.compress.unpack import decompress as run_decompression
 
     with ProgressBar() as progress:
         report = run_decompression(model, output=output, overwrite=overwrite, progress=progress)

@@ -33,8 +33,10 @@ def demo(
 ) -> None:
     """Prune SmolLM2-135M, judge it beside the dense model on other text, and write a report."""
     from secateur.cli.rendering import ProgressBar, print_json, stderr
-    from secateur.workflows import inspect_model, judge, prune
-    from secateur.workflows import report as write_report
+    from secateur.workflows.judge.evaluate import judge
+    from secateur.workflows.judge.inspect import inspect_model
+    from secateur.workflows.prune.checkpoint import prune
+    from secateur.workflows.report import report as write_report
 
     folder = Path(output)
     with ProgressBar() as progress:

@@ -46,8 +46,8 @@ def diagnose(
 ) -> None:
     """Check zeros, values, units and layers; exit code 3 if something is proven wrong."""
     from secateur.cli.rendering import ProgressBar, print_json
-    from secateur.workflows.diagnosing import check_target
-    from secateur.workflows.diagnosing import diagnose as run_diagnosis
+    from secateur.workflows.judge.diagnose import check_target
+    from secateur.workflows.judge.diagnose import diagnose as run_diagnosis
 
     if target:
         machine = check_target()

@@ -64,7 +64,7 @@ def evaluate(
     beside earlier ones of other protocols.
     """
     from secateur.cli.rendering import ProgressBar, print_json
-    from secateur.workflows import judge
+    from secateur.workflows.judge.evaluate import judge
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     texts = perplexity or ([] if names or generation else ["wikitext2"])

@@ -27,7 +27,7 @@ def generate(
 ) -> None:
     """Continue a prompt on the CPU; packed linears stay packed."""
     from secateur.cli.rendering import print_json
-    from secateur.workflows import generate as run_generation
+    from secateur.workflows.judge.generate import generate as run_generation
 
     written = False
 

@@ -22,7 +22,7 @@ def inspect(
 ) -> None:
     """Show family, sizes, linears and the sparsity really stored, layer by layer."""
     from secateur.cli.rendering import mib, not_pruned, print_json, print_table
-    from secateur.workflows import inspect_model
+    from secateur.workflows.judge.inspect import inspect_model
 
     audit = inspect_model(model, trust_remote_code=trust_remote_code)
     if layer >= audit.num_hidden_layers:

@@ -32,7 +32,7 @@ def plan(
     """Tell what pruning would need: memory, disk, work. Reads no weights and writes nothing."""
     recipe = o.recipe_from(locals())
     from secateur.cli.rendering import gib, mib, not_pruned, print_json, print_table
-    from secateur.workflows import plan_recipe
+    from secateur.workflows.prune.checkpoint import plan_recipe
 
     found, where = plan_recipe(recipe)
     if as_json:

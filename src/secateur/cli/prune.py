@@ -9,7 +9,7 @@ import typer
 from secateur.cli import options as o
 
 if TYPE_CHECKING:
-    from secateur.workflows import PruneReport
+    from secateur.reporting.prune_report import PruneReport
 
 __all__ = ["prune"]
 
@@ -64,7 +64,7 @@ def prune(
     """Prune a model into a new folder that plain transformers loads."""
     recipe = o.recipe_from(locals())
     from secateur.cli.rendering import ProgressBar, print_json
-    from secateur.workflows import run_recipe
+    from secateur.workflows.prune.checkpoint import run_recipe
 
     with ProgressBar() as progress:
         report = run_recipe(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)

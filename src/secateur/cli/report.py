@@ -31,7 +31,7 @@ def report(
 ) -> None:
     """Put what was measured of pruned models on one self-contained page, side by side."""
     from secateur.cli.rendering import print_json, stdout
-    from secateur.workflows import report as write_report
+    from secateur.workflows.report import report as write_report
 
     files = write_report(runs, output, plots=plots, card=card)
     if as_json:

@@ -10,7 +10,7 @@ from secateur.cli import options as o
 from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
-    from secateur.workflows import StructureReport
+    from secateur.workflows.structure.checkpoint import StructureReport
 
 __all__ = ["structure"]
 
@@ -128,7 +128,7 @@ def structure(
     given["pad"] = pad or None
     from secateur.cli.rendering import ProgressBar, print_json
     from secateur.recipes.reading import build_structure_recipe
-    from secateur.workflows import structure_recipe
+    from secateur.workflows.structure.checkpoint import structure_recipe
 
     recipe = build_structure_recipe(*o.values_from(given))
     with ProgressBar() as progress:

@@ -59,8 +59,8 @@ def sweep(
     }
     shares = numbers(sparsities)
     from secateur.cli.rendering import ProgressBar, print_json
-    from secateur.workflows import SweepPlan
-    from secateur.workflows import sweep as run_sweep
+    from secateur.workflows.sweep.plan import SweepPlan
+    from secateur.workflows.sweep.run import sweep as run_sweep
 
     plan = SweepPlan(
         model,

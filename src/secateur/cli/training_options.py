@@ -109,7 +109,7 @@ def training_recipe(kind: type[AnyRecipe], given: dict[str, Any]) -> AnyRecipe:
 def run(recipe: RetrainRecipe, *, as_json: bool, **options: Any) -> None:
     """Train as a recipe says, and show what was done; in several processes the first one does."""
     from secateur.cli.rendering import ProgressBar, print_json
-    from secateur.workflows import run_training
+    from secateur.workflows.train.checkpoint import run_training
 
     if int(os.environ.get("RANK", "0")):
         run_training(recipe, **options)

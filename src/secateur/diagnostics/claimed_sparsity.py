@@ -7,7 +7,7 @@ import statistics
 from secateur.diagnostics.claims import Claims
 from secateur.diagnostics.findings import Finding, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
-from secateur.engine.collapse import COLLAPSED
+from secateur.engine.prune.collapse import COLLAPSED
 
 __all__ = ["check_sparsity"]
 

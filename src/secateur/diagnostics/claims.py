@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from secateur.diagnostics.findings import Finding
-from secateur.engine.selection import Selection
+from secateur.engine.prune.selection import Selection
 from secateur.errors import SecateurError
 from secateur.sparsity.patterns import Pattern, parse_pattern
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.engine.calls import call_layer
-from secateur.engine.passage import Passage
-from secateur.engine.targets import CheckpointTarget
+from secateur.engine.stream.calls import call_layer
+from secateur.engine.stream.passage import Passage
+from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 
 __all__ = ["LayerDrift", "check_same_model", "walk"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.diagnostics.audit import count
 from secateur.diagnostics.claims import Claims
-from secateur.engine.targets import CheckpointTarget
+from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.inventory import Matrix
 
 __all__ = ["LinearHealth", "Weights", "look_at_weights"]

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.continuation import AT_ONCE
-from secateur.engine.attention import AttentionOfPlan, WrittenOut, writes_out
-from secateur.engine.calls import LayerCall, call_layer, first_inputs, layer_calls
-from secateur.engine.kinds import Layout, kind_of, layouts, on_meta, refuse_unknown
-from secateur.engine.meter import resident_bytes
-from secateur.engine.reconstruction import Reconstruction
-from secateur.engine.residency import LiveTensors
-from secateur.engine.run import Settings
-from secateur.engine.search import WINDOW_TOKENS
-from secateur.engine.solver_cost import solve_bytes, solve_squares
-from secateur.engine.surgery import INPUT_STATISTICS
-from secateur.engine.targets import Target
+from secateur.engine.choose.tournament import WINDOW_TOKENS
+from secateur.engine.prune.reconstruction import Reconstruction
+from secateur.engine.prune.run import Settings
+from secateur.engine.prune.solver_cost import solve_bytes, solve_squares
+from secateur.engine.prune.surgery import INPUT_STATISTICS
+from secateur.engine.stream.attention import AttentionOfPlan, WrittenOut, writes_out
+from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
+from secateur.engine.stream.kinds import Layout, kind_of, layouts, on_meta, refuse_unknown
+from secateur.engine.stream.residency import LiveTensors
+from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.inventory import Left
+from secateur.runs.meter import resident_bytes
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.methods import Method

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.engine.progress import Progress, Silent
 from secateur.evaluation.generation import generate
 from secateur.evaluation.protocol import fingerprint
 from secateur.models.tokenizer import Tokenizer
+from secateur.progress import Progress, Silent
 
 __all__ = ["PROMPTS", "Sample", "check_generation", "generation_protocol", "repetition"]
 

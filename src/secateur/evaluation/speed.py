@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 import torch
 
-from secateur.engine.progress import Progress, Silent
 from secateur.errors import SecateurError
 from secateur.evaluation.contenders import CONTENDERS, Round, contender
+from secateur.progress import Progress, Silent
 from secateur.runtime.kernels.library import library
 
 __all__ = ["Speed", "take_turns"]

@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.calls import Recorder, replaced_layers
-from secateur.engine.progress import Progress
+from secateur.engine.stream.calls import Recorder, replaced_layers
 from secateur.models.architecture import describe
 from secateur.models.skeleton import assign, quiet_transformers
+from secateur.progress import Progress
 from secateur.runtime.decode import given_cache
 from secateur.structured.cut import Cut
 from secateur.structured.design import design

@@ -17,12 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.progress import Progress, Silent
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.protocol import fingerprint, protocol_id
 from secateur.evaluation.task_data import TaskSpec, local_rows, task_spec
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.tokenizer import Tokenizer
+from secateur.progress import Progress, Silent
 
 __all__ = ["PreparedTask", "TaskScore", "prepare_tasks", "run_tasks"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from secateur.allocator import reused_pages
 from secateur.errors import CheckpointError
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.whole import load_whole
-from secateur.pages import reused_pages
 from secateur.runtime.dense_view import computed_dtype
 from secateur.runtime.install import install
 from secateur.runtime.linear import PackedEmbedding, PackedLinear

@@ -35,7 +35,7 @@ class VariedSizesWarning(UserWarning):
 
 
 class Progress(Protocol):
-    """Told of every step of long work."""
+    """TeacherOutput of every step of long work."""
 
     def start(self, label: str, steps: int) -> None:
         """A stage of `steps` equal steps begins."""

@@ -1,8 +1,8 @@
 """What scores must know of a whole model while it is trained: its inputs and its gradients.
 
-The engine gathers the same with one decoder layer in memory (`engine/forwards.py`,
-`engine/gradients.py`). A model under training is in memory anyway, so plain forwards and backwards
-will do, and each window is seen with the weights of this moment.
+The engine gathers the same with one decoder layer in memory (`engine/stream/forwards.py`,
+`engine/stream/gradients.py`). A model under training is in memory anyway, so plain forwards and
+backwards will do, and each window is seen with the weights of this moment.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from secateur.calibration.statistics import Statistic, statistics
-from secateur.engine.precision import full_float32
 from secateur.errors import NumericalError, RecipeError
 from secateur.models.architecture import Linear
+from secateur.precision import full_float32
 from secateur.types import Statistics, Windows
 
 __all__ = ["gather"]

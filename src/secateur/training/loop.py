@@ -13,20 +13,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.attention import WrittenOut
-from secateur.engine.precision import exact_matmuls, fast_matmuls, full_float32
-from secateur.engine.progress import Progress, Silent
-from secateur.engine.tuning import in_float32, to_float32
+from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
+from secateur.engine.prune.tuning import in_float32, to_float32
+from secateur.engine.stream.attention import WrittenOut
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.models.architecture import hidden_size
-from secateur.pages import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
+from secateur.precision import exact_matmuls, fast_matmuls, full_float32
+from secateur.progress import Progress, Silent
 from secateur.training.batches import Batch, Batches
-from secateur.training.board import Board
-from secateur.training.door import Door, checkpointed
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken, Objective
 from secateur.training.outcome import Outcome
+from secateur.training.process_group import ProcessGroup, checkpointed
 from secateur.training.saved import Saved
+from secateur.training.tensorboard_log import TensorBoardLog
 from secateur.training.training_plan import TrainingPlan
 
 __all__ = ["Hook", "Loop", "Outcome", "train"]
@@ -60,7 +60,7 @@ class Loop:
         hooks: called after every step.
         progress: told of every step.
         first_step: where to begin in the schedule and the order of batches.
-        door: the processes that train together; made if None.
+        processes: the processes that train together; made if None.
         identity: everything the result depends on; a run that goes on must have the same.
         board: folder that takes curves for TensorBoard; None for none.
         trained: names of the parameters that learn; None for all that have a rate.
@@ -84,7 +84,7 @@ class Loop:
         hooks: Sequence[Hook] = (),
         progress: Progress | None = None,
         first_step: int = 0,
-        door: Door | None = None,
+        processes: ProcessGroup | None = None,
         identity: dict[str, Any] | None = None,
         board: Path | None = None,
         trained: frozenset[str] | None = None,
@@ -95,19 +95,20 @@ class Loop:
         self.trained, self.label = trained, label
         self.progress = progress or Silent()
         self.device = next(model.parameters()).device
-        self.door = door or Door(self.device)
+        self.processes = processes or ProcessGroup(self.device)
         if not len(batches.windows):
             raise SourceError("there is no text to train on", remedy="name a longer text")
         if masks is not None:
             masks.fit(model)
-        if hooks and (how.minutes or self.door.ranks > 1):
+        if hooks and (how.minutes or self.processes.ranks > 1):
             raise RecipeError(
                 "hooks need a number of steps, and a single process",
                 remedy="train by steps instead of minutes, in one process",
             )
-        if batches.size % self.door.ranks:
+        if batches.size % self.processes.ranks:
             raise RecipeError(
-                f"{batches.size} windows in a step cannot be shared by {self.door.ranks} processes",
+                f"{batches.size} windows in a step cannot be shared by "
+                f"{self.processes.ranks} processes",
                 remedy="give a batch that is a multiple of the processes",
             )
         self.first_step = first_step
@@ -115,9 +116,9 @@ class Loop:
         self.judge = NextToken.of(model) if validation is not None else None
         self.tokens_of_step = batches.size * batches.windows.shape[1]
         self.peak = how.peak(hidden_size(model), self.tokens_of_step)
-        self.saved = Saved(saved, self.door, identity or {})
-        self.board_folder = board if self.door.main else None
-        self.board: Board | None = None
+        self.saved = Saved(saved, self.processes, identity or {})
+        self.board_folder = board if self.processes.main else None
+        self.board: TensorBoardLog | None = None
         self.outcome = Outcome(step=first_step)
         self.last_step_seconds = self.last_validation_seconds = 0.0
         self.lowest, self.watched = math.inf, 0
@@ -146,7 +147,7 @@ class Loop:
         with ExitStack() as stack:
             stack.enter_context(full_float32())  # also in backwards, which no autocast covers
             stack.enter_context(reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES))
-            self.door.shard(self.model, to_float32)
+            self.processes.shard(self.model, to_float32)
             stack.enter_context(in_float32(self.model, trained))
             if self.how.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
@@ -172,8 +173,8 @@ class Loop:
             self.outcome.take(facts)
         self.outcome.log = self.saved.log.lines
         if self.board_folder is not None:
-            self.board = Board(self.board_folder, self.outcome.step)
-        self.started = time.perf_counter() - self.door.same(self.outcome.seconds)
+            self.board = TensorBoardLog(self.board_folder, self.outcome.step)
+        self.started = time.perf_counter() - self.processes.same(self.outcome.seconds)
         self.saved_at = time.perf_counter()
 
     def train(self) -> None:
@@ -216,7 +217,7 @@ class Loop:
         else:
             ahead = self.last_step_seconds + self.last_validation_seconds
             left = 60 * self.how.minutes - self.clock() - ahead
-            self.outcome.stopped = "minutes" if self.door.same(left) <= 0 else ""
+            self.outcome.stopped = "minutes" if self.processes.same(left) <= 0 else ""
         return bool(self.outcome.stopped)
 
     def clock(self) -> float:
@@ -229,7 +230,7 @@ class Loop:
             return self.outcome.step / self.how.steps, 1 / self.how.steps
         seconds = 60 * self.how.minutes
         done, share = self.clock() / seconds, max(self.last_step_seconds / seconds, 1e-3)
-        return self.door.same(done), self.door.same(share)
+        return self.processes.same(done), self.processes.same(share)
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -262,16 +263,18 @@ class Loop:
     def backward(self) -> float:
         """Gradients of all parts of a step; the loss, a mean over all processes."""
         size = self.how.at_once(self.batches.windows.shape[1])
-        door = self.door
-        parts = self.batches.micro(self.outcome.step, size, self.device, door.rank, door.ranks)
+        processes = self.processes
+        parts = self.batches.micro(
+            self.outcome.step, size, self.device, processes.rank, processes.ranks
+        )
         total = 0.0
         for part in parts:
-            share = len(part.numbers) * door.ranks / self.batches.size
+            share = len(part.numbers) * processes.ranks / self.batches.size
             with self.matmuls(), self.attention(), torch.enable_grad():
                 loss = self.objective(self.model, part) * share
             total += loss.item()
             loss.backward()
-        return self.refuse(door.mean(total), "the loss")
+        return self.refuse(processes.mean(total), "the loss")
 
     def matmuls(self) -> AbstractContextManager[Any]:
         """The precision of products."""
@@ -338,9 +341,9 @@ class Loop:
         for ids in self.validation.split(size):
             with self.matmuls():
                 total += self.judge(self.model, Batch(ids.to(self.device), ())).item() * len(ids)
-        self.door.reshard(self.model)
+        self.processes.reshard(self.model)
         outcome = self.outcome
-        loss = self.refuse(self.door.same(total / len(self.validation)), "the validation loss")
+        loss = self.refuse(self.processes.same(total / len(self.validation)), "the validation loss")
         outcome.validations.append((outcome.step, loss))
         self.draw({"validation/loss": loss})
         kept = (
@@ -371,7 +374,7 @@ class Loop:
         if self.watched and self.how.diverged and log[-1]["loss"] > suspicious:
             return
         waited = time.perf_counter() - self.saved_at >= 60 * self.how.save_minutes
-        if self.saved.folder is not None and self.door.same(float(waited)):
+        if self.saved.folder is not None and self.processes.same(float(waited)):
             self.save()
 
     def save(self) -> None:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.shard_writer import ShardWriter
 from secateur.runs.output import cannot_write
-from secateur.training.door import Door
 from secateur.training.masks import Masks
 from secateur.training.parts import as_part, is_shared, local, rows_of, whole
+from secateur.training.process_group import ProcessGroup
 
 __all__ = ["Log", "Saved"]
 
@@ -83,17 +83,19 @@ class Saved:
 
     Args:
         folder: where they lie; None keeps the best weights in memory, and nothing else.
-        door: the processes; the main one writes.
+        processes: the processes; the main one writes.
         identity: everything the result depends on; a run that goes on must have the same.
     """
 
-    def __init__(self, folder: Path | None, door: Door, identity: Mapping[str, Any]) -> None:
-        self.folder, self.door = folder, door
+    def __init__(
+        self, folder: Path | None, processes: ProcessGroup, identity: Mapping[str, Any]
+    ) -> None:
+        self.folder, self.processes = folder, processes
         self.identity = json.loads(json.dumps(identity))
         self.in_memory: dict[str, Tensor] | None = None
-        if folder is not None and door.main:
+        if folder is not None and processes.main:
             folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(folder / "log.jsonl" if folder is not None and door.main else None)
+        self.log = Log(folder / "log.jsonl" if folder is not None and processes.main else None)
 
     def file(self, name: str) -> Path | None:
         """One of the files, if there are files."""
@@ -209,7 +211,11 @@ class Saved:
         unfinished = file.with_suffix(".unfinished")
         known = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
         try:
-            with ShardWriter(unfinished, known, [], metadata) if self.door.main else nobody() as to:
+            with (
+                ShardWriter(unfinished, known, [], metadata)
+                if self.processes.main
+                else nobody() as to
+            ):
                 for name, tensor in tensors.items():
                     value = whole(tensor)
                     if to is not None:
@@ -219,9 +225,9 @@ class Saved:
         except MemoryBudgetError:
             unfinished.unlink(missing_ok=True)
             raise
-        if self.door.main:
+        if self.processes.main:
             unfinished.rename(file)
-        self.door.wait()
+        self.processes.wait()
 
 
 def nobody() -> AbstractContextManager[None]:

@@ -12,14 +12,14 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.stored import StoredModel, aliases
 from secateur.models.whole import load_whole
-from secateur.training.door import Door
+from secateur.training.process_group import ProcessGroup
 
 __all__ = ["load"]
 
 
 def load(
     folder: Path,
-    door: Door,
+    processes: ProcessGroup,
     *,
     dtype: torch.dtype | None = None,
     apart: bool = True,
@@ -32,16 +32,18 @@ def load(
 
     Args:
         folder: the checkpoint.
-        door: the processes.
+        processes: the processes.
         dtype: of the parameters; None keeps the stored one.
-        apart: see `Door.shard`.
+        apart: see `ProcessGroup.shard`.
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         CheckpointError: a parameter is not stored.
     """
-    if door.ranks == 1:
-        return load_whole(folder, door.device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if processes.ranks == 1:
+        return load_whole(
+            folder, processes.device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     model = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
     stored = StoredModel(model, CheckpointReader(folder))
     names = {group[0]: group for group in aliases(model)}
@@ -51,7 +53,7 @@ def load(
         for name, group in names.items():
             if id(model.get_parameter(name)) not in own:
                 continue
-            value = stored.read(name).to(door.device, dtype)
+            value = stored.read(name).to(processes.device, dtype)
             parameter = nn.Parameter(value, requires_grad=value.is_floating_point())
             for alias in group:
                 owner, _, leaf = alias.rpartition(".")
@@ -60,5 +62,5 @@ def load(
     for name, buffer in model.named_buffers():
         if name in stored.group_of:
             buffer.copy_(stored.read(name))
-    door.shard(model, fill, apart=apart)
+    processes.shard(model, fill, apart=apart)
     return model

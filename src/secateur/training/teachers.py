@@ -19,15 +19,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.engine.precision import fast_matmuls
 from secateur.errors import RecipeError, SourceError
 from secateur.models.architecture import describe
 from secateur.models.shard_writer import ShardWriter
+from secateur.precision import fast_matmuls
 from secateur.training.batches import Batch
 from secateur.training.heads import head_alone, last_hidden, through_head
 from secateur.training.hidden import Watch
 
-__all__ = ["ModelTeacher", "Teacher", "Told", "WrittenTeacher", "windows_digest", "write_teacher"]
+__all__ = [
+    "ModelTeacher",
+    "Teacher",
+    "TeacherOutput",
+    "WrittenTeacher",
+    "windows_digest",
+    "write_teacher",
+]
 
 Expected = Callable[[slice, Tensor], Tensor]
 AT_ONCE_BYTES = 64 * 2**20
@@ -35,7 +42,7 @@ METADATA = "teacher"
 
 
 @dataclass(frozen=True)
-class Told:
+class TeacherOutput:
     """What a teacher says about a batch.
 
     Attributes:
@@ -52,7 +59,7 @@ class Teacher(Protocol):
 
     vocabulary: int
 
-    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> Told:
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
         """What it expects at every token of a batch, and the outputs of some decoder layers."""
         ...
 
@@ -69,7 +76,7 @@ class ModelTeacher:
         self.head = head_alone(model)
         self.vocabulary = vocabulary_of(model)
 
-    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> Told:
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
         """See `Teacher`."""
         with torch.no_grad(), _matmuls(batch.ids.device):
             if layers:
@@ -79,7 +86,7 @@ class ModelTeacher:
                 hidden = watch.seen
             else:
                 states, hidden = last_hidden(self.model, self.head, batch.ids), {}
-        return Told(_from_states(self.head, states, temperature, self.vocabulary), hidden)
+        return TeacherOutput(_from_states(self.head, states, temperature, self.vocabulary), hidden)
 
 
 def _from_states(head: Any, states: Tensor, temperature: float, vocabulary: int) -> Expected:
@@ -126,7 +133,7 @@ class WrittenTeacher:
         self.record: dict[str, Any] = json.loads(told)
         self.vocabulary = int(self.record["vocabulary"])
 
-    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> Told:
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
         """See `Teacher`.
 
         Raises:
@@ -152,7 +159,7 @@ class WrittenTeacher:
             left = log_q.scatter(1, places, -torch.inf).logsumexp(-1, keepdim=True)
             return (log_q + (log_p[:, -1:] - left)).scatter_(1, places, log_p[:, :-1])
 
-        return Told(expected, {})
+        return TeacherOutput(expected, {})
 
     def read(self, part: str, numbers: Sequence[int]) -> Tensor:
         """A part for some windows, one after the other, in float32 or whole numbers."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.engine.attention import writes_out
+from secateur.engine.stream.attention import writes_out
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
@@ -126,7 +126,7 @@ class TrainingPlan:
         return self.micro_batch or max(1, TOKENS_AT_ONCE // length)
 
     def writes_out(self, device: torch.device, length: int) -> bool:
-        """Whether attention keeps its probabilities; see `secateur.engine.attention`."""
+        """Whether attention keeps its probabilities; see `secateur.engine.stream.attention`."""
         saving = self.gradient_checkpointing or not self.fast_matmuls
         return not saving and writes_out(device, length)
 

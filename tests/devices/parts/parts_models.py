@@ -13,13 +13,13 @@ from pretended import OnCuda
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.depth import Depth, choose_depth
-from secateur.engine.progress import Silent
-from secateur.engine.refit import Refit
-from secateur.engine.run import Settings
-from secateur.engine.targets import ModelTarget
+from secateur.engine.choose.depth import Depth, choose_depth
+from secateur.engine.prune.refit import Refit
+from secateur.engine.prune.run import Settings
+from secateur.engine.stream.targets import ModelTarget
 from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import perplexity
+from secateur.progress import Silent
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import methods
@@ -82,7 +82,7 @@ def test_reconstruction(remask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = {"method": "wanda", "reconstruction": {"passes": 1, "remask": remask}}
     model = tiny_model("llama").to("cuda")
     secateur.prune(model, calibration=WINDOWS, sparsity=0.5, **tuned)  # in bfloat16
-    monkeypatch.setattr("secateur.engine.precision._fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
     pruned_on_both(**tuned)
 
 

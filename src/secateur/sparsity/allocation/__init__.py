@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from secateur.registry import Registry
-from secateur.sparsity.allocation.budget import Grain
+from secateur.sparsity.allocation.budget import Granularity
 from secateur.types import Statistics
 
 __all__ = ["Allocation", "DenseLayer", "Kept", "allocations"]
@@ -28,7 +28,7 @@ class DenseLayer(Protocol):
     """One decoder layer of the dense model, as an allocation sees it."""
 
     @property
-    def grains(self) -> Mapping[str, Grain]:
+    def grains(self) -> Mapping[str, Granularity]:
         """Of every linear of the model that competes, by full name."""
         ...
 
@@ -80,7 +80,9 @@ class Allocation(Protocol):
         """What to keep of a layer, by any key that is used once in a model."""
         ...
 
-    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+    def wish(
+        self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
+    ) -> dict[str, float]:
         """A sparsity for each linear in `grains`; it need not fit the budget exactly."""
         ...
 

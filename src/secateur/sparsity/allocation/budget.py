@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from secateur.errors import RecipeError
 
-__all__ = ["Grain", "settle"]
+__all__ = ["Granularity", "settle"]
 
 _BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
 _SNAP = 1e-6  # of a unit: a wish that is a whole number but for rounding is that number
 
 
 @dataclass(frozen=True)
-class Grain:
+class Granularity:
     """How finely, and how far, a linear can be pruned.
 
     Attributes:
@@ -36,7 +36,7 @@ class Grain:
     @classmethod
     def around(
         cls, shape: tuple[int, int], step: int, pruned: int, sparsity: float, reach: float
-    ) -> Grain:
+    ) -> Granularity:
         """The grain of a matrix that may go `reach` to either side of its target.
 
         Args:
@@ -60,7 +60,7 @@ class Grain:
         return self.units * self.weights
 
 
-def settle(wished: Mapping[str, float], grains: Mapping[str, Grain]) -> dict[str, float]:
+def settle(wished: Mapping[str, float], grains: Mapping[str, Granularity]) -> dict[str, float]:
     """The sparsities nearest to a wish that prune exactly the uniform budget.
 
     All wishes are moved by the same amount t, within the bounds of each linear, until their sum
@@ -104,12 +104,12 @@ def settle(wished: Mapping[str, float], grains: Mapping[str, Grain]) -> dict[str
     }
 
 
-def _budget(grains: Sequence[Grain]) -> int:
+def _budget(grains: Sequence[Granularity]) -> int:
     """Weights that uniform sparsity prunes."""
     return sum(grain.uniform * grain.weights for grain in grains)
 
 
-def _shifted(shares: Sequence[float], grains: Sequence[Grain]) -> list[float]:
+def _shifted(shares: Sequence[float], grains: Sequence[Granularity]) -> list[float]:
     """The units of each linear once all shares are moved by what meets the budget; not whole."""
 
     def moved(shift: float) -> list[float]:
@@ -126,7 +126,7 @@ def _shifted(shares: Sequence[float], grains: Sequence[Grain]) -> list[float]:
     return moved(high)
 
 
-def _whole(targets: Sequence[float], grains: Sequence[Grain]) -> list[int] | None:
+def _whole(targets: Sequence[float], grains: Sequence[Granularity]) -> list[int] | None:
     """Whole units near the targets that prune exactly the budget, or None."""
     counts = [math.floor(target + _SNAP) for target in targets]
     rest = _budget(grains) - sum(c * g.weights for c, g in zip(counts, grains, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError, RecipeError
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
-from secateur.sparsity.allocation.budget import Grain
+from secateur.sparsity.allocation.budget import Granularity
 
 __all__ = ["GlobalThreshold", "global_threshold"]
 
@@ -58,7 +58,9 @@ class GlobalThreshold:
         """The scores of each linear that compete, float32."""
         return {name: layer.score(name) for name in layer.weights}
 
-    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+    def wish(
+        self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
+    ) -> dict[str, float]:
         """c_i / size_i; the scores are streamed three times."""
         sizes = {name: score.numel() for name, score in kept()}
         # A score stands for one weight, for a block, or for a unit that costs others with it.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
-from secateur.sparsity.allocation.budget import Grain
+from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.hessian import relative_output_error
 
 __all__ = ["LayerSensitivity", "ranks"]
@@ -75,7 +75,9 @@ class LayerSensitivity:
             for name, weight in layer.weights.items()
         }
 
-    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+    def wish(
+        self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
+    ) -> dict[str, float]:
         """S + β · (1 − 2 · rank / (n − 1))."""
         errors = {name: float(error) for name, error in kept()}
         last = max(len(errors) - 1, 1)

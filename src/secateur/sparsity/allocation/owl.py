@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
-from secateur.sparsity.allocation.budget import Grain
+from secateur.sparsity.allocation.budget import Granularity
 
 __all__ = ["OWL"]
 
@@ -88,7 +88,9 @@ class OWL:
         norm = layer.statistics[name]["column_norm"] * math.sqrt(most / layer.tokens[name])
         return layer.weights[name].float().abs() * norm
 
-    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+    def wish(
+        self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
+    ) -> dict[str, float]:
         """S − (r_l − mean r), the mean weighted by weights."""
         shares = {name: float(share) for name, share in kept()}
         least, most = min(shares.values()), max(shares.values())

@@ -1,7 +1,7 @@
 """Search: levels of sparsity are traded between linears as long as the model gains by it.
 
 The pure part: which levels there are, which trades keep the budget, who survives. What a
-candidate is worth is told by a function; `engine.search` measures it on the model.
+candidate is worth is told by a function; `engine.choose.tournament` measures it on the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
-from secateur.sparsity.allocation.budget import Grain
+from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.allocation.layer_sensitivity import ranks
 from secateur.sparsity.hessian import relative_output_error
 
@@ -56,7 +56,7 @@ class Ladder:
         highest: the highest legal level, at least 0.
     """
 
-    grain: Grain
+    grain: Granularity
     unit: int
     lowest: int
     highest: int
@@ -66,7 +66,7 @@ class Ladder:
         return (self.grain.uniform + level * self.unit // self.grain.weights) / self.grain.units
 
 
-def ladders(grains: Mapping[str, Grain], levels: int, step: float) -> dict[str, Ladder]:
+def ladders(grains: Mapping[str, Granularity], levels: int, step: float) -> dict[str, Ladder]:
     """The levels of every linear, such that linears of different size can trade.
 
     A level is worth about `step` of a linear: a multiple of what a level of the smallest linear
@@ -171,7 +171,7 @@ class Search:
             entering = survivors
         return calibration + tokens
 
-    def ladders(self, grains: Mapping[str, Grain]) -> dict[str, Ladder]:
+    def ladders(self, grains: Mapping[str, Granularity]) -> dict[str, Ladder]:
         """The levels of every linear."""
         return ladders(grains, self.levels, self.step)
 
@@ -210,7 +210,9 @@ class Search:
                     level[robust], level[tender] = wanted, -wanted
         return tuple(level.values())
 
-    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+    def wish(
+        self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
+    ) -> dict[str, float]:
         """Where the search starts: the candidate informed by sensitivity."""
         rungs = self.ladders(grains)
         errors = {

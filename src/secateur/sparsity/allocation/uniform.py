@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
-from secateur.sparsity.allocation.budget import Grain
+from secateur.sparsity.allocation.budget import Granularity
 
 __all__ = ["Uniform"]
 
@@ -28,7 +28,9 @@ class Uniform:
         """Nothing to keep."""
         return {}
 
-    def wish(self, kept: Kept, grains: Mapping[str, Grain], sparsity: float) -> dict[str, float]:
+    def wish(
+        self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
+    ) -> dict[str, float]:
         """The same for all."""
         return dict.fromkeys(grains, sparsity)
 

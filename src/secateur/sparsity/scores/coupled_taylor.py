@@ -11,7 +11,7 @@ from secateur.types import Score, Statistics, Weight
 __all__ = ["CoupledTaylor"]
 
 
-@scores.register("coupled_taylor")
+@scores.register("coupled-taylor")
 @dataclass(frozen=True)
 class CoupledTaylor:
     """S_ij = W_ij · ∂L/∂W_ij with its sign, float32 [out, in]; L is the mean calibration loss.

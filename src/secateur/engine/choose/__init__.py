@@ -1,0 +1,1 @@
+"""What to prune or cut: surveys, the search, depth, channels, experts."""

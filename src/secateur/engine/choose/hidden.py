@@ -1,0 +1,132 @@
+"""How much each channel of the residual stream is used: what the sub-blocks read of it.
+
+    score_j = Σ over reads r of ‖Y_j^(r)‖₂,   Y^(r) = what read r gets, over all calibration tokens
+
+A read is one tensor that a sub-block takes from the residual stream: the output of the norm before
+it or, where there is no norm before it (OLMo 2), the stream itself. Every read counts once,
+however many linears it goes to: queries, keys and values share one, and so do the router and all
+experts of a mixture.
+
+Paper: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation"
+(Minitron), arXiv:2407.14679, which sums over the outputs of all norms. Deviations: the L2 norm
+over all tokens in the place of the mean over a sequence and the L2 norm over sequences; the norm
+in front of the output head is left out, since its outputs are not seen layer by layer; norms whose
+outputs no sub-block reads (after a sub-block, or within attention) are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from secateur.calibration.statistics import statistics
+from secateur.engine.prune.layer_pass import LayerPass
+from secateur.engine.prune.run import Run
+from secateur.errors import ArchitectureError, NumericalError
+from secateur.models.architecture import Architecture
+
+__all__ = ["hidden_scores"]
+
+
+@torch.no_grad()
+def hidden_scores(run: Run, hidden: int) -> Float32[Tensor, " hidden"]:
+    """The scores of all channels, with one decoder layer in memory; higher = keep.
+
+    Args:
+        run: whose model and calibration tokens are used.
+        hidden: the width of the residual stream.
+
+    Raises:
+        ArchitectureError: the model's family does not declare what reads the residual stream.
+        NumericalError: what a layer reads is infinite or not a number.
+    """
+    passage, layers = run.passage, run.target.layers
+    assert passage is not None
+    scores = torch.zeros(hidden)
+    architecture = run.target.architecture
+    all_readers = [readers_of(layer, architecture) for layer in layers]
+    passage.open(0, dense=False)
+    run.progress.start("hidden channels", len(passage.batches()) * len(layers))
+    for index, readers in enumerate(all_readers):
+        with run.target.layer(index) as layer:
+            passing = LayerPass(run, index, layer)
+            reads = StreamReads([layer.get_submodule(name) for name in readers], hidden, run)
+            try:
+                for batch in passage.batches():
+                    reads.begin()
+                    passing.forward(batch, write=not passing.last)()
+            finally:
+                reads.close()
+        try:
+            scores += reads.norms()
+        except NumericalError as error:
+            where = architecture.layer_name(index)
+            raise NumericalError(error.what, where=where, remedy=error.remedy) from None
+        if index + 1 < len(layers):
+            passage.advance(index + 1)
+        passage.forget(index)
+    run.progress.finish()
+    passage.close()
+    return scores
+
+
+def readers_of(layer: nn.Module, architecture: Architecture) -> list[str]:
+    """The modules of a decoder layer whose input is read from the residual stream.
+
+    Experts are not among them: each reads only some tokens of what their router reads.
+
+    Raises:
+        ArchitectureError: the family declares no couplings.
+    """
+    if architecture.couplings is None:
+        raise ArchitectureError(
+            f"the family {architecture.family!r} does not declare which linears read the residual "
+            "stream, so its channels cannot be scored",
+            remedy="leave the hidden size as it is, or declare the family's couplings: see "
+            "CONTRIBUTING.md, 'Add a model family'",
+        )
+    declared = architecture.couplings.layer
+    return [n for n, _ in layer.named_modules() if declared.get(n, ())[1:] == ("hidden",)]
+
+
+class StreamReads:
+    """Hooks on the readers of a layer, which add up what each read gets.
+
+    Args:
+        readers: modules with the input [..., hidden] first.
+        hidden: the width of the residual stream.
+        run: on whose device.
+    """
+
+    def __init__(self, readers: list[nn.Module], hidden: int, run: Run) -> None:
+        self.hidden, self.device = hidden, run.target.device
+        self.totals = [statistics["column_norm"](hidden, self.device) for _ in readers]
+        self.seen: list[Tensor] = []
+        self.handles = [reader.register_forward_pre_hook(self.before) for reader in readers]
+
+    def begin(self) -> None:
+        """A forward begins: its reads come in the same order as those of the others."""
+        self.seen = []
+
+    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Add what a reader receives, unless another one has received the same tensor."""
+        read = args[0].reshape(-1, self.hidden)
+        # Those seen are kept until the forward ends, so that no address is used twice.
+        if any(read.data_ptr() == other.data_ptr() for other in self.seen):
+            return
+        self.totals[len(self.seen)].update(read)
+        self.seen.append(read)
+
+    def norms(self) -> Tensor:
+        """Σ over the reads of ‖Y_j‖₂, float32 [hidden], on the CPU."""
+        total = torch.zeros(self.hidden)
+        for statistic in self.totals:
+            total += statistic.value().cpu()
+        return total
+
+    def close(self) -> None:
+        """Take the hooks off, and let go of the last forward."""
+        self.seen = []
+        for handle in self.handles:
+            handle.remove()

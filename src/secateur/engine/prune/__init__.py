@@ -1,0 +1,1 @@
+"""A run that prunes: layer by layer, group by group."""

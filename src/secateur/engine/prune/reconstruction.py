@@ -1,0 +1,186 @@
+"""After a layer is pruned, what is left of it is tuned to give the outputs of the dense layer.
+
+The inputs are those of the pruned model, the targets are the outputs that the dense model has at
+this place, so a layer also makes up for what the layers before it lost. All parameters of the
+layer move, norms and biases too; nothing is added. In the first part of the tuning pruned weights
+may come back and others go in their place, always as many as the pattern asks; then the mask is
+held. One decoder layer is in memory, with its gradients and the two moments of Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.prune.tuning import half_cosine, in_float32
+from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.errors import RecipeError
+from secateur.models.architecture import Linear
+from secateur.precision import fast_matmuls
+from secateur.sparsity.patterns import Pattern
+
+# The mask is chosen anew every so many steps, and for this part of the tuning.
+_CHOOSE_EVERY = 4
+_CHOOSING = 0.6
+
+__all__ = ["Reconstruction", "TunedWeight", "output_error", "reconstruct"]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Adam on the parameters θ of a pruned decoder layer f:
+
+        minimise over θ   mean_t ‖f_θ(x̂)_t − y_t‖² / ‖y_t‖²
+
+    where t runs over the tokens of a step, x̂ are the layer's inputs in the pruned model and y the
+    dense layer's outputs on the dense inputs. Each token counts by its own size because the norms
+    that follow divide by it: a few tokens have hidden states a thousand times larger than the
+    others, and would otherwise be all that is fitted.
+
+    The learning rate falls from `learning_rate` to 0 along a half cosine over all steps.
+
+    With `remask`, pruned weights go on in the shadow: the layer runs with θ ⊙ mask, the gradient
+    with respect to that product moves all of θ (straight through the mask), and every four steps
+    the pattern chooses the mask anew by |θ| · ‖x̂‖₂ (Wanda's score). A pruned weight begins as it
+    was before it was pruned. After 60 % of the steps the mask is held.
+
+    After: block-wise reconstruction as in BRECQ (Li et al. 2021, arXiv:2102.05426), used for
+    pruned language models by Wanda++ (Yang et al. 2025, arXiv:2503.04992), among others; the
+    gradient through the mask as in Zhou et al. 2021, arXiv:2102.04010, without its decay.
+
+    Args:
+        passes: over the calibration windows; 0 tunes nothing.
+        learning_rate: of the first step.
+        remask: whether the mask may change.
+
+    Raises:
+        RecipeError: a number is out of range.
+    """
+
+    passes: int = 3
+    learning_rate: float = 1e-3
+    remask: bool = True
+
+    def __post_init__(self) -> None:
+        if self.passes < 0:
+            raise RecipeError(f"passes is {self.passes}", remedy="give 0 or more; 3 is usual")
+        if not 0 < self.learning_rate < 1:
+            raise RecipeError(
+                f"learning_rate is {self.learning_rate}", remedy="give a small number such as 1e-3"
+            )
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.learning_rate * half_cosine(step, steps)
+
+
+def output_error(output: Tensor, target: Tensor) -> Tensor:
+    """mean_t ‖output_t − target_t‖² / ‖target_t‖², a scalar, over all tokens t.
+
+    Args:
+        output: [..., hidden], any floating dtype; computed in float32.
+        target: the same shape.
+    """
+    target = target.float()
+    error = (output.float() - target).square().sum(-1)
+    return (error / target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
+class TunedWeight:
+    """A pruned matrix while it is tuned.
+
+    Args:
+        linear: the matrix, pruned.
+        shadow: its weights [out, in] before they were pruned; None holds the mask as it is.
+        norm: ‖x̂‖₂ of each input, float32 [in].
+        pattern: the zeros that are allowed.
+        sparsity: the fraction of zeros.
+    """
+
+    def __init__(
+        self,
+        linear: Linear,
+        shadow: Tensor | None,
+        norm: Tensor,
+        pattern: Pattern,
+        sparsity: float,
+    ) -> None:
+        self.linear, self.norm = linear, norm
+        self.pattern, self.sparsity = pattern, sparsity
+        self.parameter = linear.module.get_parameter("weight")
+        self.mask = self.parameter.detach() != 0
+        self.full = None if shadow is None else self.turned(shadow)
+
+    def turned(self, matrix: Tensor) -> Tensor:
+        """From [out, in] to how the module stores it, or back."""
+        return matrix.t().contiguous() if self.linear.transposed else matrix
+
+    def begin(self) -> None:
+        """The parameter is in float32 now: kept weights as they are, pruned ones in the shadow."""
+        if self.full is not None:
+            self.full = torch.where(self.mask, self.parameter.detach(), self.full.float())
+
+    def before_step(self, *, choosing: bool) -> None:
+        """Let the optimizer move what may move."""
+        assert self.parameter.grad is not None
+        if self.full is None or not choosing:
+            self.parameter.grad *= self.mask  # with no moments, a pruned weight stays zero
+        if self.full is not None:
+            self.parameter.data = self.full
+
+    def after_step(self, *, choose: bool) -> None:
+        """Prune again what the layer runs with."""
+        if self.full is None:
+            return
+        if choose:
+            score = self.turned(self.full).abs() * self.norm
+            self.mask = self.turned(self.pattern.mask(score, self.sparsity))
+        self.parameter.data = self.full * self.mask
+
+
+def reconstruct(
+    layer: nn.Module,
+    pruned: Sequence[TunedWeight],
+    steps: Sequence[Sequence[int]],
+    example: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
+    call: Callable[[int], LayerCall],
+    how: Reconstruction,
+    tell: Callable[[], None],
+) -> None:
+    """Tune a pruned decoder layer in place.
+
+    Args:
+        layer: with its pruned weights; tuned in float32 whatever its dtype.
+        pruned: its pruned matrices.
+        steps: the calibration windows of each step.
+        example: gives inputs and target of some windows, each [windows, sequence_length, hidden].
+        call: how the layer is called for so many windows.
+        how: gives the learning rate.
+        tell: called after every step.
+    """
+    named = {n: p for n, p in layer.named_parameters() if p.is_floating_point()}
+    parameters = list(named.values())
+    device = parameters[0].device
+    calls = {size: call(size).to(device, torch.float32) for size in {len(x) for x in steps}}
+    with in_float32(layer, named.keys()):
+        for tuned in pruned:
+            tuned.begin()
+        optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, fused=True)
+        for step, windows in enumerate(steps):
+            inputs, target = example(windows)
+            for group in optimizer.param_groups:
+                group["lr"] = how.rate(step, len(steps))
+            with torch.enable_grad(), fast_matmuls(device):
+                output = call_layer(layer, inputs.float(), calls[len(windows)])
+                output_error(output, target).backward()
+            choosing = step < _CHOOSING * len(steps)
+            for tuned in pruned:
+                tuned.before_step(choosing=choosing)
+            optimizer.step()
+            optimizer.zero_grad()
+            for tuned in pruned:
+                tuned.after_step(choose=choosing and step % _CHOOSE_EVERY == _CHOOSE_EVERY - 1)
+            tell()

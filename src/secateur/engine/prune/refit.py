@@ -1,0 +1,337 @@
+"""Refit what stayed of a model to what the uncut one computes.
+
+    inputs of both models ─► halt at each group of linears ─► least squares ─► inputs of the next
+
+A cut of layers, experts or channels takes something out of the residual stream that nothing makes
+up for. So the model that is left passes layer by layer beside the uncut one, and every linear is
+fitted in closed form, to the inputs that it has now, before the next one's are known:
+
+    min over Ŵ:  ‖T − ŴX̂‖² + λ‖A − Ŵ‖²       (`dense_target`; A the weight that the cut left)
+
+* What reads the stream: T = WX, the outputs of the same linear in the uncut model.
+* What writes to it: T = WX + H − Ĥ of the channels that stayed, H and Ĥ the stream before it. The
+  last one before layers that went is asked for the stream behind them: T = H' − Ĥ, unless it is
+  followed by experts.
+
+Where a norm stands between a sub-block and the stream (Gemma, OLMo 2), or it is not declared which
+linears write (OPT), these are fitted to T = WX like the others. Experts of a mixture stay as they
+are: which tokens they see is not the same in both models.
+
+This is asymmetric fitting (Li et al. 2025, arXiv:2504.02692) of whatever was cut. For layers, one
+linear map in the place of those that went, merged into the weights before them, is Shopkhoev et
+al. 2025, "ReplaceMe", arXiv:2505.02819. Deviations: it is fitted to the inputs of the down
+projection, not to its outputs, and every linear is, not only the one before the gap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocator import reused_pages
+from secateur.engine.prune.run import Settings
+from secateur.engine.prune.surgery import GroupStatistics, check_finite
+from secateur.engine.stream.activations import Activations
+from secateur.engine.stream.calls import call_layer
+from secateur.engine.stream.dense_twin import Written
+from secateur.engine.stream.forwards import HaltingForwards, by_group
+from secateur.engine.stream.passage import Passage
+from secateur.engine.stream.targets import Target
+from secateur.models.architecture import Architecture, Linear, linears_of
+from secateur.precision import fast_matmuls, full_float32
+from secateur.progress import Progress
+from secateur.runs.ledger import Ledger
+from secateur.sparsity.dense_target import dense_target
+
+__all__ = ["Refit", "can_refit"]
+
+Pair = tuple[Linear, Linear]
+"""A linear of the cut model, and the same one of the uncut model."""
+
+
+def can_refit(architecture: Architecture, *, channels: bool) -> bool:
+    """Whether a refit could change anything after a cut, of channels or only of others.
+
+    Without a linear that is known to write to the stream, layers leave nothing to make up for.
+    """
+    return bool(architecture.groups) and bool(architecture.writers or channels)
+
+
+class Refit:
+    """The refit of one cut model, layer by layer.
+
+    Args:
+        dense: the uncut model.
+        cut: what is left of it, whose layers take the new weights.
+        layers: of the uncut model that stayed, ascending.
+        channels: of its residual stream that stayed, ascending; None for all.
+        windows: calibration tokens [samples, sequence_length].
+        settings: how the work is done.
+        ledger: where finished layers are entered.
+        progress: told of every forward.
+    """
+
+    def __init__(
+        self,
+        dense: Target,
+        cut: Target,
+        layers: Sequence[int],
+        channels: Sequence[int] | None,
+        windows: Tensor,
+        settings: Settings,
+        ledger: Ledger,
+        progress: Progress,
+    ) -> None:
+        self.settings, self.ledger, self.progress = settings, ledger, progress
+        self.layers = layers
+        self.channels = None if channels is None else torch.tensor(channels, device=dense.device)
+        tokens, in_memory = settings.micro_batch_tokens, settings.activations == "memory"
+        places = [settings.work and settings.work / name for name in ("uncut", "cut")]
+        for place in places:
+            if place:
+                place.mkdir(exist_ok=True)
+        self.dense = Passage(dense, windows, tokens, in_memory, places[0])
+        self.cut = Passage(cut, windows, tokens, in_memory, places[1])
+
+    @torch.no_grad()
+    @full_float32()
+    def execute(self, done: int = 0) -> None:
+        """Refit every layer of the cut model from number `done` on."""
+        with reused_pages():
+            done = self.open(done)
+            gaps = [self.gap(place) for place in range(done, len(self.layers))]
+            missing = range(0 if done else self.layers[0])
+            forwards = len(missing) + sum(2 + (gap + 1 if gap else 0) for gap in gaps)
+            self.progress.start("refitting", forwards * len(self.cut.batches()))
+            for index in missing:
+                self.skip(index)
+            for place in range(done, len(self.layers)):
+                self.refit_layer(place)
+        for passage in (self.dense, self.cut):
+            passage.close()
+        self.progress.finish()
+
+    def open(self, done: int) -> int:
+        """Make the inputs of layer `done` ready, or else those of the first one."""
+        if done == len(self.layers):
+            return done
+        if done and (
+            self.cut.open(done, dense=False) == done
+            and self.dense.open(self.layers[done], dense=False) == self.layers[done]
+        ):
+            return done
+        self.cut.open(0, dense=False)
+        self.dense.open(0, dense=False)
+        self.ledger.begin()
+        return 0
+
+    def gap(self, place: int) -> int:
+        """How many layers of the uncut model went behind one of the cut model."""
+        last = place + 1 == len(self.layers)
+        following = len(self.dense.target.layers) if last else self.layers[place + 1]
+        return following - self.layers[place] - 1
+
+    def skip(self, index: int) -> None:
+        """Let the uncut model alone pass a layer that went."""
+        passage = self.dense
+        with passage.target.layer(index) as layer:
+            for batch in passage.batches():
+                passage.write(batch, self.passed(passage, layer, index, passage.read(batch), batch))
+        passage.advance(index + 1)
+        passage.forget(index)
+
+    def passed(
+        self, passage: Passage, layer: nn.Module, index: int, hidden: Tensor, batch: slice
+    ) -> Tensor:
+        """What a layer makes of the hidden states of one micro-batch."""
+        with self.matmuls():
+            out = call_layer(layer, hidden, passage.call(index, batch))
+        self.progress.step(note=f"layer {index}")
+        return out
+
+    def matmuls(self) -> AbstractContextManager[object]:
+        """A context for the forwards."""
+        device = self.dense.target.device
+        return fast_matmuls(device) if self.settings.fast_matmuls else nullcontext()
+
+    def refit_layer(self, place: int) -> None:
+        """One layer of the cut model, from reading it to the ledger."""
+        started, index, gap = time.perf_counter(), self.layers[place], self.gap(place)
+        with self.ahead(index, gap) as wanted:
+            target = self.cut.target
+            with self.dense.target.layer(index) as twin, target.layer(place) as layer:
+                one = LayerRefit(self, place, layer, twin, wanted)
+                one.carry_out()
+                target.commit(place, [f"{x.name}.weight" for x in one.linears])
+            if place + 1 < len(self.layers):
+                if wanted is not None:
+                    for batch in self.dense.batches():
+                        self.dense.write(batch, wanted.read(batch))
+                self.dense.advance(index + 1 + gap)
+                self.cut.advance(place + 1)
+        self.ledger.finish_layer(place, [], time.perf_counter() - started)
+        self.dense.forget(index)
+        self.cut.forget(place)
+
+    @contextmanager
+    def ahead(self, index: int, gap: int) -> Iterator[Activations | None]:
+        """The stream of the uncut model behind the layers that went after one; None if none did."""
+        passage = self.dense
+        if not gap:
+            yield None
+            return
+        assert passage.hidden is not None
+        folder = None if passage.in_memory or passage.work is None else passage.work / "ahead"
+        if folder:
+            folder.mkdir(exist_ok=True)
+        shape, dtype = passage.hidden.shape, passage.hidden.dtype
+        stream = Activations(shape, dtype, folder, passage.in_memory)
+        for number in range(index, index + 1 + gap):
+            source = passage.hidden if number == index else stream
+            with passage.target.layer(number) as layer:
+                for batch in passage.batches():
+                    hidden = source.read(batch).to(passage.target.device)
+                    stream.write(batch, self.passed(passage, layer, number, hidden, batch))
+            stream.advance(number + 1)
+            if number > index:
+                stream.forget(number)
+        yield stream
+        stream.forget(index + 1 + gap)
+
+
+class LayerRefit:
+    """The refit of one layer.
+
+    Args:
+        refit: what it is part of.
+        place: of the layer in the cut model.
+        layer: with the weights that the cut left.
+        twin: the same layer of the uncut model.
+        wanted: the uncut stream behind the layers that went after it; None if none did.
+    """
+
+    def __init__(
+        self,
+        refit: Refit,
+        place: int,
+        layer: nn.Module,
+        twin: nn.Module,
+        wanted: Activations | None,
+    ) -> None:
+        self.refit, self.layer, self.twin, self.wanted = refit, layer, twin, wanted
+        self.place, self.index = place, refit.layers[place]
+        self.last = place + 1 == len(refit.layers)
+        self.cut, self.dense = refit.cut, refit.dense
+        architecture = self.cut.target.architecture
+        own = linears_of(layer, architecture.layer_name(place))
+        other = linears_of(twin, architecture.layer_name(self.index))
+        assert architecture.groups is not None
+        pairs: list[list[Pair]] = [
+            [(own[n], other[n]) for n in group if n in own and n in other]
+            for group in architecture.groups
+            if not architecture.of_expert(group[0])
+        ]
+        self.groups = [group for group in pairs if group]
+        self.writers = [(own[n], other[n]) for n in architecture.writers if n in own]
+        self.others = [other[n] for n in architecture.writers if n in other]
+        experts = architecture.experts
+        self.mixture = experts is not None and experts.module in dict(layer.named_modules())
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Those that are refitted."""
+        return [linear for group in self.groups for linear, _ in group]
+
+    def carry_out(self) -> None:
+        """Pass all windows through both layers, and fit each group when they have reached it."""
+        check_finite(self.linears)
+        halting = [
+            self.halting(0, self.cut, self.layer, self.place),
+            self.halting(1, self.dense, self.twin, self.index),
+        ]
+        self.written = [
+            Written([linear for linear, _ in self.writers], halting[0]),
+            Written(self.others, halting[1]),
+        ]
+        self.gathered: dict[int, GroupStatistics] = {}
+        try:
+            by_group(
+                self.own_groups(0), halting[0], halting[1], self.gather, self.fit,
+                outputs_needed=not self.last,
+            )  # fmt: skip
+            if not self.last and self.wanted is None:  # else the stream goes on from `wanted`
+                halting[1].finish()
+        finally:
+            for forwards, written in zip(halting, self.written, strict=True):
+                forwards.close()
+                written.close()
+
+    def own_groups(self, side: int) -> list[list[Linear]]:
+        """The linears by shared input: of the cut model (0), or of the uncut one (1)."""
+        return [[pair[side] for pair in group] for group in self.groups]
+
+    def halting(self, side: int, passage: Passage, layer: nn.Module, index: int) -> HaltingForwards:
+        """The forwards of one of the models through its layer."""
+        assert passage.hidden is not None
+        parking = passage.parking(index, layer, passage.hidden)
+
+        def forward(batch: slice) -> None:
+            hidden = passage.read(batch)
+            if parking is not None:
+                parking.live.note(hidden)
+            self.refit.progress.step(note=f"layer {index}")
+            passage.write(batch, call_layer(layer, hidden, passage.call(index, batch)))
+
+        forwards = [partial(forward, batch) for batch in passage.batches()]
+        return HaltingForwards(self.own_groups(side), forwards, parking, self.refit.matmuls)
+
+    def writes(self, group: int) -> bool:
+        """Whether a group is a linear that writes to the stream."""
+        return any(self.groups[group][0][0] is linear for linear, _ in self.writers)
+
+    def gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
+        """Add one micro-batch's inputs in both models to the statistics of a group."""
+        assert dense is not None
+        linear, _ = self.groups[group][0]
+        wanted = self.target(index, group, dense) if self.writes(group) else dense
+        if group not in self.gathered:
+            device, rows = self.cut.target.device, wanted.shape[-1]
+            self.gathered[group] = GroupStatistics(frozenset({"gram"}), linear, device, wanted=rows)
+        self.gathered[group].update(x, wanted)
+
+    def target(self, index: int, group: int, dense: Tensor) -> Tensor:
+        """What is wanted of a linear that writes to the stream, without its bias."""
+        linear, twin = self.groups[group][0]
+        batch = self.dense.batches()[index]
+        stream = self.cut.read(batch) + self.written[0].so_far(index)
+        last = linear is self.writers[-1][0] and not self.mixture
+        if self.wanted is not None and last:
+            there = self.wanted.read(batch).to(stream.device)
+            bias = linear.module.get_parameter("bias") if linear.has_bias else 0.0
+            return self.kept(there) - stream - bias
+        there = self.dense.read(batch) + self.written[1].so_far(index)
+        with self.refit.matmuls():
+            out = dense @ twin.weight.t()
+        return self.kept(out + there) - stream
+
+    def kept(self, states: Tensor) -> Tensor:
+        """The channels of the stream that stayed."""
+        return states if self.refit.channels is None else states[..., self.refit.channels]
+
+    def fit(self, group: int) -> None:
+        """Solve for the weights of a group."""
+        seen, damping = self.gathered.pop(group), self.refit.settings.asymmetric_damping
+        assert seen.cross is not None
+        gram, moments, writes = seen.value()["gram"], seen.cross.value(), self.writes(group)
+        for linear, twin in self.groups[group]:
+            found = moments
+            if not writes:
+                found = twin.weight.float() @ moments
+                if len(found) > linear.shape[0]:  # its outputs are channels, behind a norm
+                    found = found[self.refit.channels]
+            linear.assign(dense_target(gram, found, linear.weight.float(), damping))

@@ -1,0 +1,1 @@
+"""One way to walk a model: its layers in turn, recorded calls, halted forwards."""

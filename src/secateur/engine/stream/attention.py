@@ -1,0 +1,92 @@
+"""Attention done otherwise than the model asks for it: planned, or trained quickly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.models.attention import OtherAttention
+from secateur.precision import fast_dtype
+
+__all__ = ["AttentionOfPlan", "WrittenOut", "writes_out"]
+
+LONGEST = 512
+"""Tokens of a window up to which the scores are written out."""
+
+
+class AttentionOfPlan(OtherAttention):
+    """Attention as the fused kernels do it: the [sequence, sequence] matrix is never made."""
+
+    def attend(self, *args: Any, **options: Any) -> Tensor:
+        """The output alone."""
+        query, _, value = args[:3]
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+class WrittenOut(OtherAttention):
+    """Attention by two products and a softmax, all in bfloat16.
+
+    torch's fused kernel for CPUs reaches a fraction of the speed of its bfloat16 products, so this
+    is quicker on short windows (`benchmarks/attention.py` says by how much). The price are the
+    probabilities, which are kept for the backward, and scores that are rounded to 8 bits before
+    the softmax.
+    """
+
+    def takes(self, options: dict[str, Any]) -> bool:
+        """Attention without dropout."""
+        return not options.get("dropout_p")
+
+    def attend(self, *args: Any, **options: Any) -> Tensor:
+        """See `written_out`."""
+        return written_out(*args, **options)
+
+
+def written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale · Q Kᵀ + mask) V in bfloat16; arguments as of torch's function.
+
+    Query heads that read the same keys are rows of one product: nothing is repeated.
+    """
+    *_, heads, rows, width = query.shape
+    groups, columns = key.shape[-3:-1]
+    together = heads // groups
+    kind = torch.bfloat16
+    q = query.to(kind) * (width**-0.5 if scale is None else scale)
+    q = q.reshape(-1, together * rows, width)
+    k, v = (x.to(kind).reshape(-1, columns, x.shape[-1]) for x in (key, value))
+    scores = torch.baddbmm(_added(attn_mask, is_causal, query, columns, together), q, k.mT)
+    return (scores.softmax(-1) @ v).view(*query.shape[:-1], -1)
+
+
+def _added(mask: Tensor | None, causal: bool, query: Tensor, columns: int, together: int) -> Tensor:
+    """What is added to the scores, as [windows · groups, heads of a group · rows, columns]."""
+    *outer, heads, rows, _ = query.shape
+    if mask is None:
+        mask = query.new_ones(rows, columns, dtype=torch.bool)
+        mask = mask.tril() if causal else mask
+    if mask.dtype == torch.bool:
+        least = torch.finfo(torch.bfloat16).min
+        mask = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill(~mask, least)
+    mask = mask.to(torch.bfloat16)
+    if mask.numel() == rows * columns:  # the same for all windows and heads
+        return mask.reshape(rows, columns).repeat(together, 1)
+    return mask.expand(*outer, heads, rows, columns).reshape(-1, together * rows, columns)
+
+
+def writes_out(device: torch.device, length: int) -> bool:
+    """Whether windows of this many tokens are trained on with the scores written out.
+
+    On processors that multiply bfloat16 themselves, up to `LONGEST` tokens: at 1024 it is no
+    quicker (`benchmarks/attention.py`), and the probabilities grow with the square.
+    """
+    return device.type == "cpu" and fast_dtype(device) is not None and length <= LONGEST

@@ -1,0 +1,227 @@
+"""The kinds of layers that a model has, and which linears of each share an input.
+
+Hybrids have layers of several kinds: attention, linear attention, convolution, state space, dense
+and sparse feed-forward. What holds for the first layer does not hold for the others, so the groups
+of each kind are found: those that its family declares, if they are all of the layer's linears, or
+else by running one layer of the kind once. A checkpoint's layers run without their weights, on the
+meta device, so whatever cannot be pruned is refused before any work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, in_short, layer_calls
+from secateur.engine.stream.targets import Target
+from secateur.errors import ArchitectureError, SecateurError
+from secateur.models.architecture import Groups, Linear, linears_of
+from secateur.models.experts import refuse_fused
+from secateur.models.sharing import refuse_shared
+
+__all__ = ["Layout", "find_groups", "input_mark", "kind_of", "layouts", "on_meta", "refuse_unknown"]
+
+TOKENS = 64
+"""A window of this length is enough to see which linears share an input."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The linears of one kind of layer, by their names within it.
+
+    Attributes:
+        groups: those that share an input together, in the order they run.
+        unseen: those whose input no hook sees, or that get several in one forward. Scores and
+            solvers that need inputs cannot work on them.
+    """
+
+    groups: Groups
+    unseen: tuple[str, ...] = ()
+
+
+def kind_of(layer: nn.Module, call: LayerCall | None = None) -> Hashable:
+    """What layers of one kind have in common.
+
+    Classes, shapes and plain settings of all modules, and with `call` the shapes and plain values
+    that the model hands to them.
+    """
+    made_of = tuple(
+        (
+            path,
+            type(module),
+            tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False)),
+            tuple(
+                (name, value)
+                for name, value in sorted(vars(module).items())
+                if isinstance(value, (bool, int, str)) and name not in ("layer_idx", "training")
+            ),
+        )
+        for path, module in layer.named_modules()
+    )
+    if call is None:
+        return made_of
+    plain = [(k, v) for k, v in call.kwargs.items() if isinstance(v, (bool, int, str, type(None)))]
+    shapes = tuple(tuple(t.shape) for t in call.tensors())
+    return made_of, shapes, tuple(sorted(plain, key=str))
+
+
+def refuse_unknown(target: Target) -> None:
+    """Refuse layers whose parameters are laid out in a way that is not known.
+
+    Raises:
+        ArchitectureError: naming the module.
+    """
+    refuse_fused(target.layers)
+    refuse_shared(target.model, target.architecture)
+
+
+def layouts(target: Target, length: int) -> list[Layout]:
+    """The layout of every decoder layer.
+
+    Args:
+        target: the model; layers of a checkpoint are empty and stay so.
+        length: of calibration windows.
+
+    Raises:
+        ArchitectureError: a layer cannot run by itself, or the model does not call its layers as
+            a plain decoder does.
+    """
+    declared = [declared_layout(target, layer) for layer in target.layers]
+    if all(layout is not None for layout in declared):
+        return [layout for layout in declared if layout is not None]
+    hidden, calls = sample(target, min(length, TOKENS))
+    found: dict[Hashable, Layout] = {}
+    result = []
+    for index, (layer, known) in enumerate(zip(target.layers, declared, strict=True)):
+        kind = kind_of(layer, calls[index])
+        if known is None and kind not in found:
+            name = target.architecture.layer_name(index)
+            found[kind] = seen_layout(layer, name, hidden, calls[index])
+        result.append(known or found[kind])
+    return result
+
+
+def declared_layout(target: Target, layer: nn.Module) -> Layout | None:
+    """The groups that the family declares, where they are all of a layer's linears."""
+    if target.architecture.groups is None:
+        return None
+    there = linears_of(layer, "")
+    groups = [[n for n in group if n in there] for group in target.architecture.groups]
+    if {name for group in groups for name in group} != set(there):
+        return None
+    return Layout(tuple(tuple(group) for group in groups if group))
+
+
+def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
+    """An input of the first layer, [1, length, hidden], and how each layer is called.
+
+    Raises:
+        ArchitectureError: calls depend on the tokens, or hidden states have another form.
+    """
+    vocabulary = int(target.model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(length, device=target.device)[None] % vocabulary
+    with target.outside():
+        calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
+        hidden = first_inputs(target.model, target.layers, ids)
+    if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+        raise ArchitectureError(
+            f"{type(target.model).__name__} gives its layers hidden states of shape "
+            f"{tuple(hidden.shape)} for a window of {length} tokens",
+            remedy="this family cannot be pruned layer by layer yet",
+        )
+    return hidden, calls
+
+
+def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> Layout:
+    """The layout of a layer as one forward of it shows.
+
+    Args:
+        layer: with weights, or on the meta device.
+        name: its full name.
+        hidden: an input.
+        call: how it is called.
+
+    Raises:
+        ArchitectureError: it cannot run by itself.
+    """
+    linears = linears_of(layer, name)
+    device = next(layer.parameters()).device
+
+    def forward() -> None:
+        with torch.no_grad():
+            call_layer(layer, hidden.to(device), call.to(device))
+
+    try:
+        if device.type == "meta":
+            with on_meta(layer):
+                groups = find_groups(list(linears.values()), forward)
+        else:
+            groups = find_groups(list(linears.values()), forward)
+    except SecateurError:
+        raise
+    except Exception as fault:
+        raise ArchitectureError(
+            f"a {type(layer).__name__} does not run by itself ({in_short(fault)})",
+            where=name,
+            remedy="this family cannot be pruned layer by layer yet",
+        ) from fault
+    short = {id(linear.module): n for n, linear in linears.items()}
+    named = [tuple(short[id(x.module)] for x in group) for group in groups]
+    often = [n for group in named for n in group]
+    unseen = tuple(n for n in linears if often.count(n) != 1)
+    kept = (tuple(n for n in group if n not in unseen) for group in named)
+    return Layout(tuple(group for group in kept if group), unseen)
+
+
+@contextmanager
+def on_meta(layer: nn.Module) -> Iterator[None]:
+    """A layer without weights for a while also without the content of its buffers."""
+    buffers = dict(layer.named_buffers())
+    layer.to("meta")
+    try:
+        yield
+    finally:
+        put_back(layer, buffers)
+
+
+def put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Give a layer its real buffers again."""
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        layer.get_submodule(path)._buffers[leaf] = buffer
+
+
+def input_mark(x: Tensor) -> Hashable:
+    """What tells one input from another while both live: its memory, and which part of it."""
+    version = 0 if x.is_inference() else x._version
+    return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), version
+
+
+def find_groups(linears: Sequence[Linear], forward: Callable[[], object]) -> list[list[Linear]]:
+    """Which linears share an input, found by running the layer once; in the order they run.
+
+    Args:
+        linears: all linears of the layer.
+        forward: runs the layer on a sample of its input.
+    """
+    arrivals: dict[Hashable, list[Linear]] = {}
+    keep: list[Tensor] = []  # an input that is freed could lend its address to another
+
+    def watch(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            keep.append(args[0])
+            arrivals.setdefault(input_mark(args[0]), []).append(linear)
+
+        return before
+
+    handles = [linear.module.register_forward_pre_hook(watch(linear)) for linear in linears]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(arrivals.values())

@@ -1,0 +1,1 @@
+"""`secateur compress` and `decompress`: the zeros leave the file, and come back."""

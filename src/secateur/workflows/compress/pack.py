@@ -1,0 +1,358 @@
+"""Compressing a pruned checkpoint: its zeros are no longer stored.
+
+Two passes over the source, one matrix in memory: the first counts, chooses the smallest layout
+for each matrix and so knows every size; the second packs and writes. The result is read again and
+verified before the folder gets its name. With calibration text a run before them moves the weights
+to int8 grids (`rounding`); that run can be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader, shard_name
+from secateur.models.sources import resolve
+from secateur.progress import Progress, Silent
+from secateur.reporting.compression_card import compression_card
+from secateur.reporting.compression_report import CompressionReport, Stored
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.folder import RunFolder
+from secateur.runs.identity import file_digests
+from secateur.runs.output import check_free
+from secateur.runs.records import Compression, declared
+from secateur.runtime.choice import (
+    AUTO,
+    Choice,
+    choose_layout,
+    values_for,
+    without_negative_zeros,
+)
+from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
+from secateur.runtime.packed import PackedCheckpoint, PlannedFile, quantization_config, write_packed
+from secateur.workflows.checkpoint_files import carry_over, read_config, refuse_quantized
+from secateur.workflows.compress.options import check_compression
+from secateur.workflows.compress.packable import Matrix, find_matrices
+from secateur.workflows.compress.rounding import round_checkpoint, rounding_recipe, told_of
+
+__all__ = ["compress"]
+
+COMPRESSION = "compression.json"
+
+NO_PART = {"budget_gib", "activations"}
+"""Options that the rounded weights do not depend on."""
+
+
+@dataclass
+class Plan:
+    """How every tensor of the source will be stored.
+
+    Attributes:
+        choices: of the matrices that were looked at, by stored name.
+        dtypes: of every tensor that is stored under its own name.
+    """
+
+    choices: dict[str, Choice] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def layout(self, name: str) -> Layout | None:
+        """The layout of a tensor; None for one that stays as it is, or is only cast."""
+        choice = self.choices.get(name)
+        if choice is None or (choice.layout.format == "dense" and choice.layout.values != "int8"):
+            return None
+        return choice.layout
+
+    def keeps_weights(self, reader: CheckpointReader) -> bool:
+        """Whether every tensor is stored in the dtype of the source, so that no number changes."""
+        stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
+        return all(stored[name] == entry.dtype for name, entry in reader.entries.items())
+
+
+def compress(
+    model: str | Path,
+    *,
+    output: str | Path,
+    format: str = AUTO,
+    values: str = AUTO,
+    embeddings: str = AUTO,
+    archive: bool = False,
+    calibration: str | Path | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CompressionReport:
+    """Write a checkpoint without its zeros.
+
+    Args:
+        model: folder, hub id, GGUF file or named sample; pruned, or little is gained.
+        output: the folder to write; it appears when everything is written and verified.
+        format: `auto` takes the smallest for each matrix; `bitmask`, `n-of-m` or `dense` takes
+            that one, or dense where it is smaller or does not fit.
+        values: `auto` keeps the dtype of the source and is lossless; `bfloat16`, `float16`,
+            `float32`, `int8`. Other tensors that are wider are cast to what the model computes in.
+        embeddings: `auto` leaves embedding and head as they are, `int8` quantizes them too.
+        archive: compress the files further (byte planes and zstandard); to be unpacked on loading.
+        calibration: text, as for `prune`; int8 weights then make up for each other's rounding
+            (GPTQ), so that outputs stay closer to those of the source. Without it each is rounded
+            to the nearest.
+        resume: go on with a stopped run that had calibration.
+        restart: discard what such a run left.
+        overwrite: replace an existing output folder.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        progress: told of every step.
+        **options: of calibration and memory, as for `prune`: `samples`, `sequence_length`,
+            `seed`, `budget_gib`, `micro_batch_tokens`, `device`, …
+
+    Returns:
+        Sizes before and after.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    begun = time.perf_counter()
+    text = None if calibration is None else str(calibration)
+    check_compression(format, values, embeddings, archive, text, **options)
+    folder = RunFolder(output, "compress", resume=resume, restart=restart, overwrite=overwrite)
+    folder.keep_apart(model, text)
+    source = resolve(model, trust_remote_code=trust_remote_code)
+    folder.keep_apart(source.folder)
+    refuse_quantized(source.folder)
+    reader = CheckpointReader(source.folder)
+    matrices = find_matrices(reader, embeddings, trust_remote_code)
+    progress, rounded = progress or Silent(), None
+    folder.worth_resuming = lambda: any(folder.work.iterdir())
+    with folder:
+        if text is not None:
+            how = {"format": format, "values": values, "embeddings": embeddings, "archive": archive}
+            told = {key: x for key, x in options.items() if key not in NO_PART}
+            weights = {"source_files": file_digests(reader.files)}
+            folder.begin({**how, "calibration": text, **told, **weights})
+        if folder.finished:
+            record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
+            return CompressionReport.from_json(json.loads(record))
+        if text is not None:
+            zeros, place = fractions(reader, matrices), folder.work / "rounded"
+            recipe = rounding_recipe(
+                source.folder, zeros, place, text, trust_remote_code=trust_remote_code, **options
+            )
+            rounded = round_checkpoint(recipe, progress)
+            reader = CheckpointReader(rounded)
+            matrices = find_matrices(reader, embeddings, trust_remote_code)
+        made = folder.fresh_model()
+        plan = make_plan(reader, matrices, format, values, progress)
+        computed = computed_dtype(plan, matrices, values)
+        cast_others(plan, reader, values, computed)
+        files = plan_files(reader, plan)
+        check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
+        progress.start("packing", len(reader.entries))
+        write_packed(made, files, contents(reader, plan, progress), archive=archive)
+        progress.finish()
+        kept = rounded is None and plan.keeps_weights(reader)
+        config = packed_config(source.folder, computed, archive)
+        carry_over(source.folder, made, config, same_weights=kept)
+        packed = verified(made, progress)
+        rounding = told_of(rounded) if rounded else {}
+        report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)
+        write_notes(report, source.name, source.folder, folder)
+        folder.finish()
+    return report
+
+
+def packed_config(source: Path, computed: torch.dtype, archive: bool) -> dict[str, Any]:
+    """The configuration of the compressed checkpoint."""
+    config = read_config(source)
+    config.pop("torch_dtype", None)
+    return config | {
+        "dtype": str(computed).removeprefix("torch."),
+        "quantization_config": quantization_config(archive),
+    }
+
+
+def fractions(reader: CheckpointReader, matrices: dict[str, Matrix]) -> dict[str, float]:
+    """The fraction of zeros of every linear, by its name."""
+    found = {}
+    for name, matrix in matrices.items():
+        if matrix.prunable:
+            weight = reader.read(name)
+            found[matrix.linear] = 1 - int(weight.count_nonzero()) / weight.numel()
+    return found
+
+
+def make_plan(
+    reader: CheckpointReader,
+    matrices: dict[str, Matrix],
+    format: str,
+    values: str,
+    progress: Progress,
+) -> Plan:
+    """Look at every matrix and choose its layout.
+
+    Raises:
+        CheckpointError: a matrix is of a dtype that cannot be packed.
+        RecipeError: N:M was asked for and no matrix has such zeros.
+    """
+    plan = Plan()
+    progress.start("counting", len(matrices))
+    for name, matrix in matrices.items():
+        stored = reader.read(name)
+        weight = stored.t() if matrix.transposed else stored
+        wanted = values_for(stored.dtype, values if matrix.prunable else "int8", name)
+        plan.choices[name] = choose_layout(
+            weight,
+            format=format if matrix.prunable else "dense",
+            values=wanted,
+            transposed=matrix.transposed,
+        )
+        progress.step(note=name)
+    progress.finish()
+    chosen = [c.layout.format for name, c in plan.choices.items() if matrices[name].prunable]
+    if format == "n-of-m" and "n-of-m" not in chosen:
+        raise RecipeError(
+            f"none of the {len(chosen)} matrices has zeros in a pattern N:M",
+            where=str(reader.folder),
+            remedy="use --format auto or bitmask, or prune with --pattern 2:4",
+        )
+    return plan
+
+
+def computed_dtype(plan: Plan, matrices: dict[str, Matrix], values: str) -> torch.dtype:
+    """What the model computes in: the values' dtype, and bfloat16 for int8."""
+    if values != AUTO:
+        return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
+    weights: dict[torch.dtype, int] = {}
+    for name, choice in plan.choices.items():
+        if matrices[name].prunable:
+            dtype = choice.layout.dtype
+            weights[dtype] = weights.get(dtype, 0) + choice.layout.weights
+    return max(weights, key=weights.__getitem__)
+
+
+def cast_others(plan: Plan, reader: CheckpointReader, values: str, computed: torch.dtype) -> None:
+    """Settle the dtype of every tensor that keeps its name."""
+    for name, entry in reader.entries.items():
+        if plan.layout(name) is not None:
+            continue
+        wider = entry.dtype.is_floating_point and entry.dtype.itemsize > computed.itemsize
+        chosen = plan.choices.get(name)
+        if chosen is not None:
+            plan.dtypes[name] = chosen.layout.dtype
+        else:
+            plan.dtypes[name] = computed if wider and values != AUTO else entry.dtype
+
+
+def plan_files(reader: CheckpointReader, plan: Plan) -> list[PlannedFile]:
+    """What each file will hold; all parts of a matrix go where its weight was."""
+    count = len(reader.files)
+    files = {
+        file: PlannedFile(shard_name("secateur", number, count))
+        for number, file in enumerate(reader.files, start=1)
+    }
+    for name, entry in reader.entries.items():
+        planned, layout = files[entry.file], plan.layout(name)
+        if layout is None:
+            planned.tensors[name] = PartSpec(plan.dtypes[name], entry.shape)
+            continue
+        owner = name.removesuffix(".weight")
+        planned.layouts[owner] = layout
+        # what is written −0.0 is not kept
+        nonzeros = plan.choices[name].nonzeros
+        for suffix, spec in formats[layout.format].parts(layout, nonzeros).items():
+            planned.tensors[f"{owner}.{suffix}"] = spec
+    return list(files.values())
+
+
+def contents(
+    reader: CheckpointReader, plan: Plan, progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the result, in the order of the files."""
+    for file in reader.files:
+        for name, entry in reader.entries.items():
+            if entry.file != file:
+                continue
+            tensor, layout = reader.read(name), plan.layout(name)
+            if layout is None:
+                yield name, tensor.to(plan.dtypes[name])
+            else:
+                weight = tensor.t() if layout.transposed else tensor
+                if layout.values != "int8":  # a cast can make zeros too
+                    weight = weight.to(layout.dtype)
+                if plan.choices[name].negative_zeros:
+                    weight = without_negative_zeros(weight)
+                parts = formats[layout.format].pack(weight, layout)
+                owner = name.removesuffix(".weight")
+                yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
+            progress.step(note=name)
+
+
+def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
+    """Read everything back that was written.
+
+    Raises:
+        CheckpointError: what is on the disk is not what was written.
+    """
+    packed = PackedCheckpoint(folder)
+    progress.start("verifying", len(packed.specs))
+    for name, _ in packed.tensors():
+        progress.step(note=name)
+    progress.finish()
+    return packed
+
+
+def make_report(
+    reader: CheckpointReader,
+    packed: PackedCheckpoint,
+    plan: Plan,
+    matrices: dict[str, Matrix],
+    output: Path,
+    rounding: dict[str, Any],
+    begun: float,
+) -> CompressionReport:
+    """Add up what the files hold."""
+    linears, embeddings = Stored(), Stored()
+    by_format: dict[str, Stored] = {}
+    negative_zeros = 0
+    for name, choice in plan.choices.items():
+        layout, owner = plan.layout(name), name.removesuffix(".weight")
+        parts = [name] if layout is None else [f"{owner}.{s}" for s in packed.parts_of(owner)]
+        size = sum(packed.entries[part].size_bytes for part in parts)
+        counted = (choice.layout.weights, choice.nonzeros, size)
+        if not matrices[name].prunable:
+            embeddings.add(*counted)
+            continue
+        linears.add(*counted)
+        kind = f"{choice.layout.pattern or choice.layout.format} {choice.layout.values}"
+        by_format.setdefault(kind, Stored()).add(*counted)
+        if layout is not None:
+            negative_zeros += choice.negative_zeros
+    return CompressionReport(
+        output=output,
+        source_bytes=sum(file.stat().st_size for file in reader.files),
+        parameters=sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values()),
+        file_bytes=sum(file.stat().st_size for file in packed.files),
+        linears=linears,
+        formats=by_format,
+        embeddings=embeddings,
+        archive=packed.archive,
+        negative_zeros=negative_zeros,
+        rounding=rounding,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def write_notes(report: CompressionReport, name: str, source: Path, folder: RunFolder) -> None:
+    """Write the record of the compression and the card."""
+    record = declared(Compression, report.to_json() | {"source": name})
+    write_json(folder.notes / COMPRESSION, record)
+    card = compression_card(report, Path(name).name, source)
+    write_text(folder.model / "README.md", card)

@@ -1,0 +1,105 @@
+"""Decompressing: a compressed checkpoint becomes a dense one that any engine loads."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from secateur.models.checkpoint import INDEX_NAME, shard_files, shard_name
+from secateur.models.shard_writer import ShardWriter
+from secateur.models.sources import resolve
+from secateur.progress import Progress, Silent
+from secateur.reporting.compression_card import source_part
+from secateur.reporting.compression_report import DecompressionReport
+from secateur.runs.atomic import write_text
+from secateur.runs.folder import RunFolder
+from secateur.runs.output import check_free
+from secateur.runtime.dense_view import DenseView
+from secateur.runtime.packed import PackedCheckpoint
+from secateur.workflows.checkpoint_files import carry_over, read_config
+
+__all__ = ["decompress"]
+
+METADATA = {"format": "pt"}
+
+
+def decompress(
+    model: str | Path,
+    *,
+    output: str | Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> DecompressionReport:
+    """Write a compressed checkpoint as plain dense safetensors, zeros and all.
+
+    What was stored losslessly comes back bit for bit; int8 comes back as the numbers it stands
+    for, in the dtype that the configuration names.
+
+    Args:
+        model: folder or hub id of a compressed checkpoint, archive or not.
+        output: the folder to write; it appears when everything is written.
+        overwrite: replace an existing output folder.
+        progress: told of every step.
+
+    Returns:
+        Sizes before and after.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    begun = time.perf_counter()
+    folder = RunFolder(output, "decompress", overwrite=overwrite)
+    folder.keep_apart(model)
+    source = resolve(model)
+    folder.keep_apart(source.folder)
+    packed = PackedCheckpoint(source.folder)
+    view = DenseView(packed)
+    config = read_config(source.folder)
+    del config["quantization_config"]
+    # int8 comes back rounded to the dtype of the configuration
+    rounded = any(layout.values == "int8" for layout in packed.layouts.values())
+    with folder:
+        made = folder.fresh_model()
+        check_free(view.total_bytes, made)
+        write_dense(view, made, progress or Silent())
+        carry_over(source.folder, made, config, same_weights=not rounded)
+        if not any(folder.notes.iterdir()):
+            folder.notes.rmdir()
+        card = source.folder / "README.md"
+        if card.is_file():
+            text = source_part(card.read_text(encoding="utf-8"))
+            if text.strip():
+                write_text(made / "README.md", text)
+        file_bytes = sum(file.stat().st_size for file in shard_files(made))
+        folder.finish()
+    return DecompressionReport(
+        output=folder.output,
+        source_bytes=sum(file.stat().st_size for file in view.files),
+        file_bytes=file_bytes,
+        matrices=len(packed.layouts),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def write_dense(view: DenseView, folder: Path, progress: Progress) -> None:
+    """Write every tensor, and an index if there are several files."""
+    progress.start("unpacking", len(view.entries))
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(view.files, start=1):
+        dense = shard_name("model", number, len(view.files))
+        mine = {name: e for name, e in view.entries.items() if e.file == file}
+        known = {name: (entry.dtype, entry.shape) for name, entry in mine.items()}
+        with ShardWriter(folder / dense, known, [], METADATA) as writer:
+            for name in mine:
+                writer.write(name, view.read(name))
+                progress.step(note=name)
+            writer.close(METADATA)
+        weight_map |= dict.fromkeys(mine, dense)
+    progress.finish()
+    if len(view.files) > 1:
+        index = {
+            "metadata": {"total_size": view.total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")

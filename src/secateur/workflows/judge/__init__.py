@@ -1,0 +1,1 @@
+"""`evaluate`, `bench`, `diagnose`, `generate`, `inspect`: what a model is worth."""

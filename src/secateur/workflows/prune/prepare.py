@@ -1,0 +1,334 @@
+"""From a recipe to everything a run needs: source, method, windows, plan."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
+from secateur.engine.plan import Plan, plan_run
+from secateur.engine.prune.reconstruction import Reconstruction
+from secateur.engine.prune.run import Settings
+from secateur.engine.prune.selection import Selection
+from secateur.engine.stream.kinds import refuse_unknown
+from secateur.engine.stream.targets import CheckpointTarget, Target
+from secateur.errors import RecipeError
+from secateur.models.architecture import text_config
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_files
+from secateur.models.positions import positions_of
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.schema import Calibration, Memory, PruneRecipe
+from secateur.sparsity.allocation import Allocation, allocations
+from secateur.sparsity.allocation.global_threshold import GlobalThreshold
+from secateur.sparsity.methods import Method, compose
+from secateur.sparsity.patterns import Pattern
+from secateur.workflows.checkpoint_files import refuse_quantized
+from secateur.workflows.memory_budget import fitting_plan
+
+__all__ = [
+    "Prepared",
+    "allocation_of",
+    "choose_device",
+    "choose_plan",
+    "method_of",
+    "prepare",
+    "reconstruction_of",
+    "settings_of",
+    "window_plan",
+    "windows_needed",
+]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with everything it names at hand."""
+
+    recipe: PruneRecipe
+    source: LocalCheckpoint
+    reader: CheckpointReader
+    target: CheckpointTarget
+    method: Method
+    allocation: Allocation
+    selection: Selection
+    sparsity: float
+    windows: Tensor | None
+    calibration: dict[str, Any] | None
+    unwritten: int = 0
+    """Calibration windows that the dense model has yet to write."""
+    stored: bool = False
+    """Whether the windows are those that a stopped run has kept."""
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    """Patterns of linears that have another one than the method's, by glob."""
+    costs: Mapping[str, int] = field(default_factory=dict)
+    """What a unit of a linear counts in an allocation's budget, by name."""
+
+    @property
+    def planned_windows(self) -> Tensor | None:
+        """As many windows as the run will have; blank in the place of those to be written."""
+        if self.windows is None or not self.unwritten:
+            return self.windows
+        blank = self.windows.new_zeros(self.unwritten, self.windows.shape[1])
+        return torch.cat([self.windows, blank])
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the files the result will have."""
+        files = [*self.reader.files, *copied_files(self.reader.folder)]
+        return sum(file.stat().st_size for file in files)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe asks for.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            f"device {name!r} was asked for, and torch sees no CUDA device here",
+            remedy="use --device cpu, or install a CUDA build of torch",
+        )
+    return device
+
+
+def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
+    """The method and the sparsity a recipe asks for.
+
+    Raises:
+        RecipeError, PatternError: a name is unknown, or the parts do not fit together.
+    """
+    method = compose(
+        recipe.method,
+        recipe.pattern,
+        scope=recipe.scope,
+        score=recipe.score,
+        solver=recipe.solver,
+        refine=recipe.refine,
+        **recipe.parameters,
+    )
+    if method.rounds and (recipe.reconstruction.passes or recipe.distillation.epochs):
+        raise RecipeError(
+            "tuning and distillation would move rounded weights off their grid",
+            remedy="leave out --passes and --epochs, or round afterwards: "
+            "secateur compress DIR --values int8 --calibration TEXT",
+        )
+    implied = getattr(method.pattern, "sparsity", None)
+    sparsity = implied if recipe.sparsity is None else recipe.sparsity
+    if sparsity is None:
+        raise RecipeError(
+            f"the pattern {recipe.pattern!r} needs a sparsity",
+            remedy="add --sparsity, for example --sparsity 0.5",
+        )
+    for glob, own in {"": sparsity, **recipe.overrides}.items():
+        if not 0 <= own < 1:
+            raise RecipeError(
+                f"sparsity {own:g} is not a fraction of zeros in [0, 1)",
+                where=f"override {glob!r}" if glob else "--sparsity",
+                remedy="0.5 prunes half of the weights",
+            )
+    return method, sparsity
+
+
+def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
+    """The allocation a recipe asks for; the global scope is one without floors and caps.
+
+    Raises:
+        RecipeError: the name is unknown, or the pattern leaves nothing to allocate.
+    """
+    allocation = allocations[recipe.allocation]()
+    pattern = method.pattern
+    if allocation.reach > 0 and getattr(pattern, "sparsity", None) is not None:
+        raise RecipeError(
+            f"the pattern {pattern.name} has one sparsity for every linear, so there is nothing "
+            f"for the allocation {recipe.allocation!r} to decide",
+            remedy="use the pattern 'unstructured' or blocks, or leave the allocation out",
+        )
+    if pattern.scope != "global":
+        return allocation
+    if allocation.reach > 0:
+        raise RecipeError(
+            "with the scope 'global' one threshold decides how much each linear loses, so there "
+            f"is nothing for the allocation {recipe.allocation!r} to decide",
+            remedy="leave one of the two out; the allocation 'global' is the threshold with a "
+            "floor and a cap for each linear",
+        )
+    return GlobalThreshold(reach=1.0)
+
+
+def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Settings:
+    """How the work of a recipe is done.
+
+    Raises:
+        RecipeError: asymmetric fitting in the papers' order of work.
+    """
+    if recipe.asymmetric and recipe.sequential == "layer":
+        raise RecipeError(
+            "asymmetric fitting needs the inputs of each group as they are after the groups before "
+            "it were pruned; in the order 'layer' they are not known",
+            remedy="use --sequential group, or --symmetric",
+        )
+    return Settings(
+        sequential=recipe.sequential,
+        asymmetric=recipe.asymmetric,
+        asymmetric_damping=recipe.asymmetric_damping,
+        fast_matmuls=recipe.fast_matmuls,
+        micro_batch_tokens=recipe.memory.micro_batch_tokens,
+        activations=activations,
+        work=work,
+        on_collapse=recipe.on_collapse,
+    )
+
+
+def reconstruction_of(recipe: PruneRecipe) -> Reconstruction:
+    """How the pruned layers of a recipe are tuned."""
+    how = recipe.reconstruction
+    return Reconstruction(how.passes, how.learning_rate, how.remask)
+
+
+def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) -> bool:
+    """Whether anything that a recipe asks for reads calibration tokens."""
+    tuned = recipe.reconstruction.passes or recipe.distillation.epochs
+    return bool(method.requires | allocation.requires or tuned or recipe.asymmetric)
+
+
+def prepare(
+    recipe: PruneRecipe,
+    output: Path | None = None,
+    stored_windows: Path | None = None,
+    *,
+    only_plan: bool = False,
+) -> Prepared:
+    """Fetch, open and check everything a recipe names; writes nothing.
+
+    Args:
+        recipe: the recipe.
+        output: where the patched copy will lie, or None to only plan.
+        stored_windows: windows of an earlier run to use again.
+        only_plan: no text is read; blank windows of the asked number and length stand in.
+    """
+    method, sparsity = method_of(recipe)
+    allocation = allocation_of(recipe, method)
+    device = choose_device(recipe.device)
+    source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    refuse_quantized(source.folder)
+    reader = CheckpointReader(source.folder)
+    target = CheckpointTarget(
+        reader,
+        PatchedCopy(reader, output) if output else None,
+        device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    refuse_unknown(target)
+    selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
+    windows: Tensor | None = None
+    calibration: dict[str, Any] | None = None
+    unwritten, stored = 0, False
+    if windows_needed(recipe, method, allocation):
+        stored = stored_windows is not None and stored_windows.exists()
+        if stored:
+            assert stored_windows is not None
+            windows = load_windows(stored_windows, positions=positions_of(target.model.config))
+        else:
+            windows, calibration = calibration_windows(recipe, source, target, only_plan)
+            unwritten = recipe.calibration.generated
+    return Prepared(
+        recipe,
+        source,
+        reader,
+        target,
+        method,
+        allocation,
+        selection,
+        sparsity,
+        windows,
+        calibration,
+        unwritten,
+        stored,
+    )
+
+
+def calibration_windows(
+    recipe: PruneRecipe, source: LocalCheckpoint, target: Target, only_plan: bool
+) -> tuple[Tensor, dict[str, Any]]:
+    """The calibration windows a recipe asks for, and where they come from."""
+    options = recipe.calibration
+    plan = window_plan(options, target.model.config)
+    if only_plan and not options.source.endswith(".safetensors"):
+        return torch.zeros((plan.samples, plan.sequence_length), dtype=torch.int64), {}
+    tokenizer = None
+    if not options.source.endswith(".safetensors"):
+        tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
+    windows, provenance = load_calibration(
+        options.source,
+        tokenizer,
+        plan,
+        field=options.field,
+        vocab_size=text_config(target.model.config).vocab_size,
+        positions=positions_of(target.model.config),
+    )
+    return windows, provenance
+
+
+def window_plan(options: Calibration, config: Any) -> WindowPlan:
+    """How windows are cut for a model of this configuration.
+
+    Raises:
+        RecipeError: the windows asked for are longer than the model reads.
+    """
+    longest = positions_of(config) or 2048
+    length = options.sequence_length or min(2048, longest)
+    if length > longest:
+        raise RecipeError(
+            f"sequence length {length} exceeds the model's {longest} positions",
+            where="calibration.sequence_length",
+            remedy=f"use --sequence-length {longest} or less",
+        )
+    return WindowPlan(options.samples, length, options.seed, options.packing)
+
+
+def fingerprint(windows: Tensor | None) -> str | None:
+    """A digest of the calibration tokens."""
+    if windows is None:
+        return None
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+
+
+def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
+    """Plan the run, and let hidden states wait on disk if memory would not hold them.
+
+    Returns:
+        The plan, and `memory` or `disk`.
+
+    Raises:
+        MemoryBudgetError: not even then does the run fit the budget.
+    """
+    return fitting_plan(
+        lambda activations: plan_run(
+            prepared.target,
+            prepared.method,
+            prepared.planned_windows,
+            settings_of(prepared.recipe, activations, None),
+            reconstruction_of(prepared.recipe),
+            prepared.recipe.distillation.epochs,
+            prepared.allocation,
+            prepared.output_bytes,
+            prepared.unwritten,
+        ),
+        memory,
+        prepared.target.device,
+    )

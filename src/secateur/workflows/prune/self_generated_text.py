@@ -1,0 +1,81 @@
+"""Calibration windows that the dense model writes itself, beside those cut from text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
+from secateur.calibration.continuation import AT_ONCE, PREFIX, continue_windows
+from secateur.models.skeleton import quiet_transformers
+from secateur.models.tokenizer import start_tokens_of
+from secateur.models.whole import load_whole
+from secateur.precision import fast_dtype
+from secateur.progress import Progress
+from secateur.workflows.prune.prepare import Prepared
+
+__all__ = ["own_windows", "with_own_windows", "with_written"]
+
+
+def with_own_windows(prepared: Prepared, progress: Progress) -> Prepared:
+    """The same, with the windows that the recipe wants the dense model to write.
+
+    The whole model is in memory while it writes, and let go of afterwards.
+    """
+    if not prepared.unwritten:
+        return prepared
+    assert prepared.windows is not None
+    assert prepared.calibration is not None
+    windows = with_written(
+        prepared.source.folder,
+        prepared.windows,
+        prepared.unwritten,
+        prepared.recipe.calibration.seed,
+        prepared.target.device,
+        progress,
+        trust_remote_code=prepared.recipe.trust_remote_code,
+    )
+    told = {"generated": prepared.unwritten, "generated_prefix": PREFIX}
+    calibration = {**prepared.calibration, **told}
+    return dataclasses.replace(prepared, windows=windows, unwritten=0, calibration=calibration)
+
+
+def with_written(
+    folder: Path,
+    windows: Tensor,
+    count: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    *,
+    trust_remote_code: bool = False,
+) -> Tensor:
+    """Windows, and behind them as many as asked that the dense model of a folder writes."""
+    start = start_tokens_of(folder, trust_remote_code=trust_remote_code)
+    model = load_whole(
+        folder, device, dtype=fast_dtype(device), trust_remote_code=trust_remote_code
+    )
+    return torch.cat([windows, own_windows(model, windows, count, start, seed, progress)])
+
+
+def own_windows(
+    model: Any,
+    windows: Tensor,
+    count: int,
+    start: Sequence[int],
+    seed: int,
+    progress: Progress,
+) -> Tensor:
+    """Windows [count, sequence_length] that a dense model writes behind its start tokens."""
+    batches = -(-count // AT_ONCE)
+    progress.start("writing windows", batches * (windows.shape[1] - len(start) - PREFIX))
+    # the blocks of many sizes that it takes would lie in the way of all that comes after
+    with quiet_transformers(), reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
+        own = continue_windows(model, windows, count, seed=seed, start=start, tell=progress.step)
+    progress.finish()
+    return own

@@ -1,0 +1,1 @@
+"""`secateur structure`: cuts layers, heads, neurons, channels and experts."""

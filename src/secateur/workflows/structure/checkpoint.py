@@ -1,0 +1,376 @@
+"""Cutting structure: a model with fewer layers, heads, neurons, channels or experts.
+
+plan in units ─► steps, each a smaller model ─► distillation by the uncut model ─► verified
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from secateur.calibration.continuation import PREFIX
+from secateur.calibration.windows import load_calibration, load_windows, save_windows
+from secateur.errors import VerificationError
+from secateur.evaluation.step_time import StepTimer, time_steps
+from secateur.models.architecture import text_config
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
+from secateur.models.positions import positions_of
+from secateur.models.skeleton import build_skeleton, stored_names
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.whole import load_whole
+from secateur.precision import fast_dtype
+from secateur.progress import Progress, Silent
+from secateur.recipes.reading import build_structure_recipe, dump_recipe, nested
+from secateur.recipes.structure_schema import StructureRecipe
+from secateur.reporting.structure_card import structure_card
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import environment
+from secateur.runs.folder import RunFolder
+from secateur.runs.identity import file_digests
+from secateur.runs.meter import Meter
+from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.structured.accounting import Accounting, accounting
+from secateur.structured.cut import Cut
+from secateur.workflows.checkpoint_files import refuse_quantized
+from secateur.workflows.prune.distillation import FINAL, learn, once
+from secateur.workflows.prune.prepare import choose_device, window_plan
+from secateur.workflows.prune.self_generated_text import with_written
+from secateur.workflows.structure.cut_plan import CutPlan, aim_of
+from secateur.workflows.structure.latency import FILE, found_latency
+from secateur.workflows.structure.narrow import check_width
+from secateur.workflows.structure.stages import steps_of
+from secateur.workflows.structure.step_context import NOTES, StepContext
+
+log = logging.getLogger(__name__)
+
+CALIBRATION, WINDOWS = "calibration.json", "windows.safetensors"
+MANIFEST, STEPS = "manifest.json", "steps.json"
+
+VARIED = (
+    "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
+    "hidden size): the result loads once secateur is imported, or with trust_remote_code=True; "
+    "other engines need --pad"
+)
+
+Read = tuple[Tensor, dict[str, Any]]
+"""Calibration windows [samples, sequence_length], and where they are from."""
+
+__all__ = ["StructureReport", "structure", "structure_recipe"]
+
+
+@dataclass(frozen=True)
+class StructureReport:
+    """What a structured cut did.
+
+    Attributes:
+        manifest: choices, steps, cost and result.
+        output: the folder written.
+    """
+
+    manifest: dict[str, Any]
+    output: Path
+
+
+def structure(
+    model: str | Path,
+    *,
+    output: str | Path,
+    calibration: str | Path = "c4",
+    progress: Progress | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> StructureReport:
+    """Cut structure out of a checkpoint, into a new and really smaller one.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        output: the folder to write.
+        calibration: text by which it is chosen what goes.
+        progress: told of every step.
+        resume: go on with a stopped run to this output; start, if there is none.
+        restart: discard what a stopped run left.
+        overwrite: replace an existing output folder.
+        **options: keys of the recipe (`keep_layers`, `ffn`, `heads`, `keep_parameters`, …) and of
+            its sections.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    values = {"model": str(model), "output": str(output), **nested(options)}
+    values.setdefault("calibration", {}).setdefault("source", str(calibration))
+    return structure_recipe(
+        build_structure_recipe(values),
+        progress or Silent(),
+        resume=resume,
+        restart=restart,
+        overwrite=overwrite,
+    )
+
+
+def structure_recipe(
+    recipe: StructureRecipe,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    timer: StepTimer = time_steps,
+) -> StructureReport:
+    """Carry out a recipe into a new folder.
+
+    Args:
+        recipe: what is asked.
+        progress: told of every step.
+        resume: go on with a stopped run to this output; start, if there is none.
+        restart: discard what a stopped run left.
+        overwrite: replace an existing output folder.
+        timer: times a token, where the recipe has a target in time.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    meter = Meter.start()
+    folder = RunFolder(
+        recipe.output, "structure", resume=resume, restart=restart, overwrite=overwrite
+    )
+    folder.keep_apart(recipe.model, recipe.calibration.source)
+    source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    folder.keep_apart(source.folder)
+    refuse_quantized(source.folder)
+    skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
+    aim = aim_of(recipe, skeleton)
+    check_width(recipe, aim, skeleton)
+    with folder:
+        folder.begin(identity(recipe, source))
+        if not folder.finished:
+            folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
+            cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter)
+    manifest = json.loads((folder.notes / MANIFEST).read_text(encoding="utf-8"))
+    return StructureReport(manifest, folder.output)
+
+
+def cut_into(
+    folder: RunFolder,
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    skeleton: Any,
+    aim: CutPlan,
+    timer: StepTimer,
+    progress: Progress,
+    meter: Meter,
+) -> None:
+    """All steps, each of which an earlier run may have made, and the result."""
+    device, latency = choose_device(recipe.device), None
+    windows, calibration = calibration_of(recipe, source, skeleton.config, folder, progress)
+    if recipe.decode_latency is not None:
+        latency = found_latency(recipe, aim, skeleton, device, timer, progress, folder.work / FILE)
+        aim = replace(aim, joint=latency["joint"])
+    made, steps = source.folder, []
+    context = StepContext(
+        recipe, aim, source.folder, windows, folder.work / WINDOWS, device, folder.work, progress
+    )
+    for step in steps_of(recipe, aim, skeleton):
+        made, told = step.carry_out(context, made)
+        steps.append(told)
+    PatchedCopy(CheckpointReader(made), folder.model).create()
+    (folder.model / NOTES).unlink(missing_ok=True)
+    distilled = distill(recipe, source, folder, windows, device, progress)
+    found = verified(skeleton, folder.model, steps, recipe)
+    if found.varied:
+        log.warning(VARIED)
+    manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
+    manifest["structure"]["latency"] = latency
+    manifest["cost"]["resumed"] = folder.resumed
+    write_json(folder.notes / STEPS, steps)
+    shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
+    recipe_yaml = dump_recipe(recipe)
+    write_text(folder.notes / "recipe.yaml", recipe_yaml)
+    write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
+    card = structure_card(manifest, recipe_yaml, source.folder)
+    write_text(folder.model / "README.md", card)
+    folder.finish()
+
+
+def identity(recipe: StructureRecipe, source: LocalCheckpoint) -> dict[str, Any]:
+    """Everything the cut model depends on."""
+    return {
+        **recipe.model_dump(mode="json", exclude={"output", "memory"}),
+        "micro_batch_tokens": recipe.memory.micro_batch_tokens,
+        "source_files": file_digests(shard_files(source.folder)),
+    }
+
+
+def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: Any) -> Read:
+    """Calibration windows of the text, and where they are from."""
+    options, tokenizer = recipe.calibration, None
+    if not options.source.endswith(".safetensors"):
+        tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
+    return load_calibration(
+        options.source,
+        tokenizer,
+        window_plan(options, config),
+        field=options.field,
+        vocab_size=text_config(config).vocab_size,
+        positions=positions_of(config),
+    )
+
+
+def calibration_of(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    config: Any,
+    folder: RunFolder,
+    progress: Progress,
+) -> Read:
+    """The windows of the text, with those that the uncut model writes.
+
+    They are kept for a run that is resumed. Where they are from is written last, so that what an
+    earlier run has kept is complete.
+    """
+    file, told = folder.work / WINDOWS, folder.work / CALIBRATION
+    if told.exists():
+        return load_windows(file), json.loads(told.read_text(encoding="utf-8"))
+    windows, provenance = read_calibration(recipe, source, config)
+    options = recipe.calibration
+    if options.generated:
+        windows = with_written(
+            source.folder,
+            windows,
+            options.generated,
+            options.seed,
+            choose_device(recipe.device),
+            progress,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        provenance = {**provenance, "generated": options.generated, "generated_prefix": PREFIX}
+    save_windows(windows, file, start=provenance.get("start_tokens", ()))
+    write_json(told, provenance)
+    return windows, provenance
+
+
+def distill(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    folder: RunFolder,
+    windows: Tensor,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, float] | None:
+    """Let the cut model learn from the uncut one, and write what it learned over its weights."""
+    how, trust = recipe.distillation, recipe.trust_remote_code
+    if not how.epochs:
+        return None
+    saved, reader = folder.work / "distillation", CheckpointReader(folder.model)
+
+    def learn_whole() -> dict[str, float]:
+        teacher = load_whole(
+            source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
+        )
+        student = load_whole(folder.model, device, trust_remote_code=trust)
+        outside = {id(p) for p in student.get_input_embeddings().parameters()}
+        outside |= {id(p) for p in student.get_output_embeddings().parameters()}
+        trained = [
+            name
+            for name, p in student.named_parameters()
+            if id(p) not in outside and p.is_floating_point() and p.numel()
+        ]
+        seed = recipe.calibration.seed
+        return learn(student, teacher, trained, None, windows, how, seed, progress, saved)
+
+    losses = once(saved, learn_whole)
+    stored = stored_names(build_skeleton(folder.model, trust_remote_code=trust), reader)
+    copy = PatchedCopy(reader, folder.model)
+    with safe_open(saved / FINAL, "pt") as learned:
+        for name in learned.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            copy.write(stored[name], learned.get_tensor(name))
+    copy.sync()
+    return losses
+
+
+def verified(
+    skeleton: Any, whole: Path, steps: list[dict[str, Any]], recipe: StructureRecipe
+) -> Accounting:
+    """Count the model that was written, and hold it against what the steps say.
+
+    Raises:
+        VerificationError: it has another number of parameters.
+    """
+    made = build_skeleton(whole, trust_remote_code=recipe.trust_remote_code)
+    before, after = accounting(skeleton, Cut()).before, accounting(made, Cut()).before
+    promised = steps[-1]["after"]["decoder"]
+    if after.decoder != promised:
+        raise VerificationError(
+            f"the decoder has {after.decoder:,} parameters, the cut promised {promised:,}",
+            where=str(whole),
+            remedy="this is a fault in secateur; please report it",
+        )
+    return Accounting(before, after, steps[-1]["varied"])
+
+
+def manifest_of(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    steps: list[dict[str, Any]],
+    distilled: Mapping[str, float] | None,
+    calibration: Mapping[str, Any],
+    found: Accounting,
+    meter: Meter,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Everything worth knowing about a finished cut."""
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "source": {"name": source.name, "kind": source.kind, "revision": source.revision},
+        "method": {
+            "name": "structure",
+            "score": recipe.score,
+            "solver": recipe.solver,
+            "pattern": ", ".join(step["step"] for step in steps),
+            "scope": "layer",
+            "effort": recipe.effort,
+            "asymmetric": recipe.asymmetric,
+            "fast_matmuls": recipe.fast_matmuls,
+            "distillation": recipe.distillation.model_dump(),
+        },
+        "allocation": {"name": recipe.allocation or "uniform"},
+        "structure": {
+            "steps": [summary(step) for step in steps],
+            "before": {**asdict(found.before), "parameters": found.before.parameters},
+            "after": {**asdict(found.after), "parameters": found.after.parameters},
+            "decoder_removed": found.decoder_removed,
+            "removed": found.removed,
+            "varied": found.varied,
+        },
+        "distillation": distilled,
+        "calibration": dict(calibration),
+        "environment": environment(device),
+        "cost": {**meter.read(), "resumed": False},
+        "result": {
+            "decoder_sparsity": 0.0,
+            "model_sparsity": 0.0,
+            "parameters": found.after.parameters,
+            "file_bytes": found.after.file_bytes,
+        },
+    }
+
+
+def summary(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step without its lists of indices, which `steps.json` has."""
+    return {
+        "step": step["step"],
+        "by": step.get("by", step.get("solver")),
+        "decoder_before": step["before"]["decoder"],
+        "decoder_after": step["after"]["decoder"],
+    }

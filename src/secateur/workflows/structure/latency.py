@@ -1,0 +1,230 @@
+"""A target in time: how much of heads and neurons may stay for a token to take so long.
+
+Sizes are timed, not calculated: how time follows from parameters depends on the processor, its
+memory, and the dtype. In each of three passes a few sizes take turns with the uncut model; the next
+pass looks between the largest size that kept to the target and the next one above it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import RecipeError
+from secateur.evaluation.step_time import StepTimer
+from secateur.progress import Progress
+from secateur.recipes.structure_schema import StructureRecipe
+from secateur.runs.atomic import write_json
+from secateur.structured.cut import Cut, sizes_of
+from secateur.structured.design import design
+from secateur.workflows.structure.cut_plan import CutPlan, representative
+from secateur.workflows.structure.narrow import uniform_cut
+
+__all__ = ["FILE", "found_latency"]
+
+FILE = "latency.json"
+"""In the work folder of a run: what was measured, for a run that goes on."""
+
+FIRST = (0.85, 0.7, 0.5, 0.3, 0.1)
+"""Fractions of heads and neurons that stay, in the first pass."""
+
+PASSES = 3
+BETWEEN = 4
+"""Sizes of each later pass: three passes tell fractions of 1 % apart."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A candidate, timed.
+
+    Attributes:
+        kept: fraction of the parameters of heads and neurons that was to stay; whole units are
+            as near as can be.
+        groups: KV groups of a layer that stay, at most.
+        neurons: FFN neurons of a layer that stay, at most.
+        milliseconds: of a token.
+        milliseconds_uncut: of a token of the uncut model, in the same turns.
+    """
+
+    kept: float
+    groups: int
+    neurons: int
+    milliseconds: float
+    milliseconds_uncut: float
+
+    @property
+    def left(self) -> float:
+        """The fraction of the uncut model's time."""
+        return self.milliseconds / self.milliseconds_uncut
+
+
+@dataclass(frozen=True)
+class Search:
+    """What sizes are made of and timed with.
+
+    Attributes:
+        aim: what else goes.
+        uncut: the model as it is, a skeleton.
+        narrowable: what the other cuts leave of it.
+        multiple: neurons are kept in multiples of this number.
+        device: where a token is timed.
+        timer: times it.
+        progress: told of every turn.
+    """
+
+    aim: CutPlan
+    uncut: Any
+    narrowable: Any
+    multiple: int
+    device: torch.device
+    timer: StepTimer
+    progress: Progress
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing but heads and neurons is cut."""
+        aim = self.aim
+        others = aim.keep_experts, aim.keep_hidden, aim.keep_queries
+        return not aim.drop_layers and others == (None, None, None)
+
+    def timed(
+        self, fractions: Sequence[float], known: Collection[Size] = ()
+    ) -> tuple[list[Size], int]:
+        """Time sizes, largest first, each number of units once.
+
+        Args:
+            fractions: of heads and neurons that stay; what whole units cannot make is left out.
+            known: sizes that were timed before, left out too.
+
+        Returns:
+            The sizes, and how many tokens were in the cache.
+        """
+        before = {(size.groups, size.neurons) for size in known}
+        made: dict[tuple[int, int], tuple[float, Any]] = {}
+        for kept in fractions:
+            try:
+                cut = uniform_cut(replace(self.aim, joint=1 - kept), self.narrowable, self.multiple)
+            except RecipeError:  # too small a size for whole units
+                continue
+            skeleton = design(self.narrowable, cut).skeleton
+            sizes = sizes_of(skeleton)
+            narrowed = self.aim.narrowed(sizes.layers)
+            units = (
+                max(sizes.groups[i] for i in narrowed),
+                max(sizes.neurons[i] for i in narrowed),
+            )
+            if units not in before:
+                made.setdefault(units, (kept, skeleton))
+        if not made:
+            return [], 0
+        skeletons = [skeleton for _, skeleton in made.values()]
+        found = self.timer([self.uncut, *skeletons], self.device, self.progress)
+        uncut, *seconds = found.seconds
+        return [
+            Size(kept, *units, 1e3 * each, 1e3 * uncut)
+            for (units, (kept, _)), each in zip(made.items(), seconds, strict=True)
+        ], found.context_tokens
+
+
+def found_latency(
+    recipe: StructureRecipe,
+    aim: CutPlan,
+    model: Any,
+    device: torch.device,
+    timer: StepTimer,
+    progress: Progress,
+    kept: Path,
+) -> dict[str, Any]:
+    """The largest size that keeps to the target, and everything that was measured.
+
+    Args:
+        recipe: with a target in time.
+        aim: what else goes, heads and neurons whole.
+        model: the uncut skeleton.
+        device: where a token is timed.
+        timer: times it.
+        progress: told of every turn.
+        kept: the file of what was found; a stopped run may have written it.
+
+    Returns:
+        What the manifest says of it; `joint` is the fraction of heads and neurons that goes.
+
+    Raises:
+        RecipeError: no size keeps to the target, or the other cuts do so alone.
+    """
+    if kept.exists():
+        told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return told
+    assert recipe.decode_latency is not None
+    search = Search(
+        aim,
+        design(model, Cut()).skeleton,
+        design(model, representative(aim)).skeleton,
+        recipe.multiple,
+        device,
+        timer,
+        progress,
+    )
+    best, sizes, context = largest(search, recipe.decode_latency)
+    found: dict[str, Any] = {
+        "target": recipe.decode_latency,
+        "joint": 1 - best.kept,
+        "milliseconds_before": best.milliseconds_uncut,
+        "milliseconds_after": best.milliseconds,
+        "batch": 1,
+        "context_tokens": context,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "candidates": [asdict(size) for size in sizes],
+    }
+    write_json(kept, found)
+    return found
+
+
+def largest(search: Search, target: float) -> tuple[Size, list[Size], int]:
+    """The largest size found within the target, all that were timed, and the context's length.
+
+    Raises:
+        RecipeError: none is, or what would not be cut at all is.
+    """
+    sizes, context = search.timed(FIRST if search.alone else (1.0, *FIRST))
+    within = [size for size in sizes if size.left <= target]
+    if not within:
+        raise beyond_reach(target, sizes)
+    best = within[0]
+    if best.kept == 1:
+        raise RecipeError(
+            f"a token is to take {target:.0%} of its time; with all heads and neurons it takes "
+            f"{best.left:.1%}",
+            remedy="leave the target out, or choose a smaller one",
+        )
+    timed, above = list(sizes), next((s.kept for s in reversed(sizes) if s.kept > best.kept), 1.0)
+    for _ in range(PASSES - 1):
+        step = (above - best.kept) / (BETWEEN + 1)
+        sizes, _ = search.timed([above - step * (i + 1) for i in range(BETWEEN)], timed)
+        timed += sizes
+        best = max((s for s in timed if s.left <= target), key=lambda size: size.kept)
+        above = min((s.kept for s in timed if s.kept > best.kept), default=1.0)
+    return best, sorted(timed, key=lambda size: -size.kept), context
+
+
+def beyond_reach(target: float, sizes: Sequence[Size]) -> RecipeError:
+    """That no size keeps to the target, with the smallest that was measured."""
+    if not sizes:
+        return RecipeError(
+            "heads and neurons cannot be cut to any size between a tenth and all of them",
+            remedy="choose a smaller --multiple, or drop layers: --keep-layers",
+        )
+    least = sizes[-1]
+    return RecipeError(
+        f"a token is to take {target:.0%} of its time; with {least.groups} KV groups and "
+        f"{least.neurons} neurons a layer, the smallest size measured, it takes {least.left:.1%} "
+        f"({least.milliseconds:.2f} of {least.milliseconds_uncut:.2f} ms)",
+        remedy="ask for more than that, or drop layers too: --keep-layers",
+    )

@@ -1,0 +1,335 @@
+"""Heads and neurons: the run that prunes, with whole columns for a pattern.
+
+What reads the heads (the output projection) and the neurons (the down projection) loses whole
+columns, chosen and made up for layer by layer on pruned activations, as any linear of a pruning
+run. What made those columns is then read by nobody, and is cut away with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from secateur.engine.stream.targets import Target
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton
+from secateur.progress import Progress
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.structure_schema import StructureRecipe
+from secateur.runs.folder import RunFolder
+from secateur.runs.meter import Meter
+from secateur.sparsity.patterns import Pattern, parse_pattern
+from secateur.sparsity.solvers import solvers
+from secateur.structured.accounting import accounting
+from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
+from secateur.structured.design import design
+from secateur.structured.surgery import cut_from_zeros
+from secateur.workflows.prune.checkpoint import run_prepared
+from secateur.workflows.prune.prepare import prepare
+from secateur.workflows.structure.cut_plan import CutPlan, representative
+
+__all__ = ["Narrowing", "check_width", "uniform_cut"]
+
+NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
+
+LEVEL = 0.05
+"""The fraction of a layer's neurons that a level of a searched allocation is worth, about."""
+
+
+@dataclass(frozen=True)
+class WidthRequest:
+    """What a run over the linears that read units is to do.
+
+    Attributes:
+        starts: the fraction of units that goes before any allocation, by glob of linears.
+        patterns: by glob of linears.
+        costs: of a unit in the budget of an allocation, by linear.
+        whole: globs of linears that keep all units.
+    """
+
+    starts: Mapping[str, float]
+    patterns: Mapping[str, Pattern]
+    costs: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """Units are chosen, and what reads them is refitted, by a pruning run.
+
+    Attributes:
+        recipe: how.
+        folder: the model.
+        output: takes the same model with columns of zeros.
+        windows: calibration tokens, saved.
+        progress: told of every step.
+    """
+
+    recipe: StructureRecipe
+    folder: Path
+    output: Path
+    windows: Path
+    progress: Progress
+
+    def narrow(self, aim: CutPlan) -> tuple[Cut, dict[str, Any], Path]:
+        """Heads and neurons: what is kept, how it was chosen, and `output`."""
+        recipe, allocation = self.recipe, self.recipe.allocation or "uniform"
+        sizes = self.prune(lambda target: width_asked(recipe, aim, target), allocation)
+        cut = self.cut()
+        if allocation == "uniform":
+            cut = Cut(
+                groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
+            )
+        return cut, self.told() | {"allocation": allocation}, self.output
+
+    def thin_groups(self, heads: int) -> tuple[Cut, dict[str, Any], Path]:
+        """So many query heads in every KV group: what is kept, how it was chosen, and `output`."""
+        sizes = self.prune(lambda target: queries_asked(heads, target), "uniform")
+        cut = self.cut(kinds=("queries",))
+        kept = {i: evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
+        return Cut(queries=kept), self.told(), self.output
+
+    def prune(self, asked: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
+        """The run, unless an earlier one has made `output`; the sizes of the model."""
+        recipe, output = self.recipe, self.output
+        values = {
+            "model": str(self.folder),
+            "output": str(output),
+            "score": score_of(recipe),
+            "solver": recipe.solver,
+            "parameters": recipe.parameters,
+            "sparsity": 0.0,
+            "allocation": allocation,
+            "asymmetric": recipe.asymmetric,
+            "fast_matmuls": recipe.fast_matmuls,
+            "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
+            "memory": recipe.memory.model_dump(),
+            "device": recipe.device,
+            "trust_remote_code": recipe.trust_remote_code,
+        }
+        if not output.exists():
+            folder = RunFolder(output, "prune", resume=True)
+            prepared = prepare(build_recipe(values), folder.model)
+            found = asked(prepared.target)
+            selection = replace(
+                prepared.selection,
+                include=tuple(found.starts),
+                exclude=found.whole,
+                starts=found.starts,
+            )
+            prepared = replace(
+                prepared,
+                selection=selection,
+                patterns=found.patterns,
+                costs=found.costs,
+            )
+            run_prepared(prepared, folder, self.progress, Meter.start())
+        return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
+
+    def cut(self, **kinds: Any) -> Cut:
+        """What is kept of the pruned model."""
+        trust = self.recipe.trust_remote_code
+        return cut_from_zeros(CheckpointReader(self.output), trust_remote_code=trust, **kinds)
+
+    def told(self) -> dict[str, Any]:
+        """How it was chosen."""
+        return {"score": score_of(self.recipe), "solver": self.recipe.solver}
+
+
+def width_asked(recipe: StructureRecipe, aim: CutPlan, target: Target) -> WidthRequest:
+    """What a run is to do to the readers of heads and neurons."""
+    model = target.model
+    sizes, readers = sizes_of(model), consumers(model)
+    starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
+    layer_name, cut = target.architecture.layer_name, aim.narrowed(sizes.layers)
+    return WidthRequest(
+        {glob: share for glob, share in starts.items() if share > 0 or aim.joint is not None},
+        {
+            f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
+            for kind, name in readers.items()
+        },
+        costs_of(layer_name, readers, sizes, model, recipe),
+        tuple(f"{layer_name(i)}.*" for i in range(sizes.layers) if i not in cut),
+    )
+
+
+def queries_asked(heads: int, target: Target) -> WidthRequest:
+    """What a run is to do to the readers of query heads, so that so many of a group stay."""
+    sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
+    each = sizes.heads_per_group
+    pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
+    return WidthRequest({f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
+
+
+def evened(
+    kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]
+) -> dict[int, tuple[int, ...]]:
+    """As many units in each layer that was cut as in the one that kept most.
+
+    A layer has fewer where units were dead before: their weights are zero without having been
+    chosen. Some of those stay, so that layers have one size.
+    """
+    most = max(map(len, kept.values()), default=0)
+    return {layer: filled(units, range(there[layer]), most) for layer, units in kept.items()}
+
+
+def evened_groups(heads: int, sizes: Sizes, layer: int, kept: tuple[int, ...]) -> tuple[int, ...]:
+    """So many query heads in each KV group of a layer; see `evened`."""
+    each = sizes.heads_per_group
+    found: list[int] = []
+    for start in range(0, sizes.queries[layer], each):
+        group = range(start, start + each)
+        found += filled([head for head in kept if head in group], group, heads)
+    return tuple(found)
+
+
+def filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
+    """So many of the units that are there: those kept, and the first others."""
+    spare = [unit for unit in there if unit not in kept]
+    return tuple(sorted([*kept, *spare[: count - len(kept)]]))
+
+
+def score_of(recipe: StructureRecipe) -> str | None:
+    """The score that is asked for; where only a solver is, the one by which it chooses itself."""
+    if recipe.score is None and recipe.solver is not None:
+        return solvers[recipe.solver].selects_by or "wanda"
+    return recipe.score
+
+
+def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:
+    """The pattern of the linear that reads units of a kind."""
+    together = multiple if kind == "neurons" else 1
+    return f"*x{unit_width(sizes, kind)}" + (f"/{together}" if together > 1 else "")
+
+
+def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
+    """The parameters that go with one unit of a kind, where there is such a kind."""
+    found = {}
+    for kind in ("groups", "neurons"):
+        each: tuple[int, ...] = getattr(sizes, kind)
+        if max(each) > 1:
+            layer = each.index(max(each))
+            fewer = {layer: tuple(range(each[layer] - 1))}
+            cut = Cut(groups=fewer) if kind == "groups" else Cut(neurons=fewer)
+            counted = accounting(model, cut)
+            found[kind] = counted.before.decoder - counted.after.decoder
+    return found
+
+
+def shares(aim: CutPlan, sizes: Sizes, model: Any) -> dict[str, float]:
+    """The fraction of groups and of neurons that goes, before any allocation.
+
+    Where a fraction of both together is asked for, as many whole groups go as that fraction of
+    them holds, and neurons make up the rest: there are hundreds of neurons for each group. The
+    layers that are cut make up for those that stay whole.
+
+    Raises:
+        RecipeError: not even all neurons would be enough.
+    """
+    if aim.joint is None:
+        return {k: x for k, x in (("groups", aim.heads), ("neurons", aim.neurons)) if x}
+    costs = unit_costs(sizes, model)
+    cut = aim.narrowed(sizes.layers)
+    asked = aim.joint * sum(costs[kind] * sum(getattr(sizes, kind)) for kind in costs)
+    total = {kind: costs[kind] * sum(getattr(sizes, kind)[i] for i in cut) for kind in costs}
+    found = {}
+    if "groups" in costs:
+        most = max(sizes.groups)
+        found["groups"] = int(min(1, asked / sum(total.values())) * most + 1e-9) / most
+    found["neurons"] = (asked - found.get("groups", 0.0) * total.get("groups", 0)) / total[
+        "neurons"
+    ]
+    if not 0 <= found["neurons"] < 1:
+        raise RecipeError(
+            f"{found['neurons']:.0%} of the FFN neurons would have to go",
+            remedy="keep more parameters, or drop layers too: --keep-layers",
+        )
+    return found
+
+
+def check_width(recipe: StructureRecipe, aim: CutPlan, model: Any) -> None:
+    """Refuse, before any work, a width that whole heads and neurons cannot make.
+
+    Args:
+        recipe: as the user wrote it.
+        aim: what it asks; nothing is said here of a time that sizes are yet to be found for.
+        model: the uncut skeleton.
+
+    Raises:
+        RecipeError: none of a kind would stay, or all of one that is to lose some.
+    """
+    if not aim.narrows:
+        return
+    left = design(model, representative(aim)).skeleton
+    sizes = sizes_of(left)
+    if recipe.allocation not in (None, "uniform"):
+        shares(aim, sizes, left)
+        return
+    cut = uniform_cut(aim, left, recipe.multiple)
+    for kind, gone in (("groups", aim.heads), ("neurons", aim.neurons)):
+        units = getattr(sizes, kind)
+        if gone and all(len(kept) == units[i] for i, kept in getattr(cut, kind).items()):
+            raise RecipeError(
+                f"all {max(units)} {NAMES[kind]} of a layer would stay",
+                remedy="keep less, or in smaller multiples: --multiple",
+            )
+
+
+def uniform_cut(aim: CutPlan, model: Any, multiple: int) -> Cut:
+    """What stays of heads and neurons where all layers lose the same: the first units.
+
+    Which ones a run keeps it decides on text; their number, and so size and speed, are these.
+
+    Args:
+        aim: how much.
+        model: loaded or a skeleton, with the layers, experts and channels that are to stay.
+        multiple: neurons are kept in multiples of this number.
+
+    Raises:
+        RecipeError: the aim cannot be reached by whole units, or none of a kind would stay.
+    """
+    sizes = sizes_of(model)
+    kept: dict[str, dict[int, tuple[int, ...]]] = {"groups": {}, "neurons": {}}
+    for kind, gone in shares(aim, sizes, model).items():
+        width, pattern = unit_width(sizes, kind), parse_pattern(pattern_text(sizes, kind, multiple))
+        for layer in aim.narrowed(sizes.layers):
+            units: int = getattr(sizes, kind)[layer]
+            if units and gone:
+                left = units - pattern.pruned((1, units * width), gone) // width
+                if not left:
+                    raise RecipeError(
+                        f"none of the {units} {NAMES[kind]} of a layer would stay",
+                        remedy="keep more, or drop layers too: --keep-layers",
+                    )
+                kept[kind][layer] = tuple(range(left))
+    return Cut(groups=kept["groups"], neurons=kept["neurons"])
+
+
+def costs_of(
+    layer_name: Callable[[int], str],
+    readers: Mapping[str, str],
+    sizes: Sizes,
+    model: Any,
+    recipe: StructureRecipe,
+) -> dict[str, int]:
+    """What a unit of each linear counts in the budget of an allocation, in neurons.
+
+    A group counts the number of neurons that hold as many parameters, rounded to a few levels of a
+    search, so that groups and neurons can be traded.
+    """
+    costs, named = unit_costs(sizes, model), {}
+    if "neurons" not in costs:
+        return {}
+    level = LEVEL * max(sizes.neurons)
+    equal = costs.get("groups", 0) / costs["neurons"]
+    levels = max(1, round(equal / level))
+    step = max(1, round(equal / levels / recipe.multiple)) * recipe.multiple
+    for kind, reader in readers.items():
+        for layer, there in enumerate(getattr(sizes, kind)):
+            if there:
+                name = f"{layer_name(layer)}.{reader}"
+                named[name] = recipe.multiple if kind == "neurons" else levels * step
+    return named

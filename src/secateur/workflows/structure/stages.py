@@ -1,0 +1,168 @@
+"""The steps of a structured cut, each from one model folder to a smaller one.
+
+    depth ─► experts ─► hidden ─► refit ─► query heads ─► heads and neurons
+
+Each step makes its folder whole or not at all, so a killed run goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.engine.choose.depth import Depth, Dropped, choose_depth
+from secateur.engine.choose.experts import expert_use, kept_experts
+from secateur.engine.choose.hidden import hidden_scores
+from secateur.engine.prune.run import Run, Settings
+from secateur.engine.prune.selection import Selection
+from secateur.models.architecture import describe
+from secateur.recipes.structure_schema import StructureRecipe
+from secateur.runs.atomic import whole_folder
+from secateur.runs.ledger import Ledger
+from secateur.sparsity.methods import compose
+from secateur.structured.cut import Cut
+from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
+from secateur.workflows.structure.cut_plan import CutPlan
+from secateur.workflows.structure.narrow import Narrowing
+from secateur.workflows.structure.refit import RefitStep, refits
+from secateur.workflows.structure.step_context import NOTES, StepContext
+
+__all__ = ["Step", "steps_of"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: how it chooses, from a model folder.
+
+    Attributes:
+        name: depth, experts, hidden, queries or width.
+        choose: from the folder of the model, what is kept of it, how it was chosen, and the
+            folder that the kept weights are taken from (the model's own if they are as they were).
+    """
+
+    name: str
+    choose: Callable[[StepContext, Path], tuple[Cut, dict[str, Any], Path]]
+
+    def carry_out(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
+        """Choose and cut, unless an earlier run has; returns the new folder and its notes."""
+        made = context.work / self.name
+        if not made.exists():
+            cut, told, kept = self.choose(context, folder)
+            with whole_folder(made) as partial, warnings.catch_warnings():
+                # that the layers differ is said once, of the result
+                warnings.simplefilter("ignore", VariedSizesWarning)
+                found = cut_checkpoint(
+                    kept,
+                    cut,
+                    partial,
+                    pad=context.recipe.pad,
+                    trust_remote_code=context.recipe.trust_remote_code,
+                    progress=context.progress,
+                )
+                notes = {"step": self.name, "cut": cut.to_json(), **told, **asdict(found)}
+                (partial / NOTES).write_text(json.dumps(notes), encoding="utf-8")
+            if kept != folder:
+                shutil.rmtree(kept)
+        notes = json.loads((made / NOTES).read_text(encoding="utf-8"))
+        return made, notes
+
+
+def steps_of(recipe: StructureRecipe, aim: CutPlan, model: Any) -> list[Step | RefitStep]:
+    """The steps that an aim takes, in order; the model is the uncut skeleton."""
+    found: list[Step | RefitStep] = []
+    if aim.drop_layers:
+        found.append(Step("depth", choose_layers))
+    if aim.keep_experts is not None:
+        found.append(Step("experts", choose_experts))
+    if aim.keep_hidden is not None:
+        found.append(Step("hidden", choose_hidden))
+    if refits(recipe, aim, describe(model)):
+        found.append(RefitStep())
+    if aim.keep_queries is not None:
+        found.append(Step("queries", choose_queries))
+    if aim.narrows:
+        found.append(Step("width", choose_width))
+    return found
+
+
+def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which decoder layers, or sub-blocks, go."""
+    how, sizes, drop = context.recipe.depth, context.aim.sizes, context.aim.drop_layers
+    by_layers = how.units == "layers"
+    depth = Depth(
+        units=how.units,
+        count=drop if by_layers else None,
+        share=None if by_layers else drop / sizes.layers,
+        method=how.by,
+        seed=context.recipe.calibration.seed,
+    )
+    notes = context.scratch("depth")
+    dropped = choose_depth(context.target(folder), context.windows, depth, notes, context.progress)
+    told = {"by": how.by, "units": how.units, "fitness": dropped.fitness, "scores": dropped.scores}
+    return without(dropped, sizes.layers), told, folder
+
+
+def without(dropped: Dropped, layers: int) -> Cut:
+    """The cut that leaves out what was dropped."""
+    kept = tuple(i for i in range(layers) if i not in dropped.layers)
+    return Cut(
+        layers=kept,
+        groups=dict.fromkeys(dropped.attention, ()),
+        neurons=dict.fromkeys(dropped.ffn, ()),
+    )
+
+
+def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which experts stay: those whose outputs weigh most."""
+    target = context.target(folder)
+    assert context.aim.keep_experts is not None
+    tokens = context.recipe.memory.micro_batch_tokens
+    use = expert_use(target, context.windows, tokens, context.progress)
+    top_k: int = target.model.config.num_experts_per_tok
+    return Cut(experts=kept_experts(use, context.aim.keep_experts, top_k)), {"by": "reap"}, folder
+
+
+def choose_hidden(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which channels of the residual stream stay: those that norms hand on most of."""
+    target = context.target(folder)
+    assert context.aim.keep_hidden is not None
+    settings = Settings(
+        micro_batch_tokens=context.recipe.memory.micro_batch_tokens,
+        fast_matmuls=context.recipe.fast_matmuls,
+        work=context.scratch("hidden"),
+    )
+    run = Run(
+        target,
+        compose("wanda", "unstructured"),
+        0.5,
+        Selection(),
+        context.windows,
+        settings,
+        Ledger(),
+        context.progress,
+    )
+    scores = hidden_scores(run, context.aim.sizes.hidden)
+    order = scores.argsort(descending=True, stable=True)[: context.aim.keep_hidden]
+    return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
+
+
+def choose_queries(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which query heads of each KV group stay; what reads them is refitted, in its own folder."""
+    assert context.aim.keep_queries is not None
+    return narrowing(context, folder, "thinned").thin_groups(context.aim.keep_queries)
+
+
+def choose_width(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Which heads and neurons stay; what reads them is refitted, in a folder of its own."""
+    return narrowing(context, folder, "narrowed").narrow(context.aim)
+
+
+def narrowing(context: StepContext, folder: Path, name: str) -> Narrowing:
+    """A run that chooses units of a model folder, in a folder of this name."""
+    output = context.work / name
+    return Narrowing(context.recipe, folder, output, context.windows_file, context.progress)

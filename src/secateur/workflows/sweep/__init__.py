@@ -1,0 +1,1 @@
+"""`secateur sweep`: curves over methods and sparsities."""

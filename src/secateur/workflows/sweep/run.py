@@ -1,0 +1,356 @@
+"""A sweep: many prunings of one model under the same conditions, judged on the same text.
+
+What can be shared is: calibration windows are cut once and used by all points, the texts are
+tokenised once, and the dense model is judged once. Statistics are not: the inputs of a layer
+depend on how the layers before it were pruned, so every point gathers its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.documents import JoinedText, read_text
+from secateur.calibration.windows import load_windows, save_windows
+from secateur.errors import RecipeError, SecateurError
+from secateur.evaluation.perplexity import evaluation_windows, perplexity
+from secateur.evaluation.perplexity import protocol as describe_protocol
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.tokenizer import load_tokenizer, start_tokens
+from secateur.models.whole import load_whole
+from secateur.progress import Progress, Silent
+from secateur.recipes.presets import presets
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.schema import PruneRecipe
+from secateur.reporting.curves import sweep_charts
+from secateur.reporting.plots import save_plots
+from secateur.reporting.sweep_result import PointKey, SweepPoint, SweepResult, read_sweep
+from secateur.runs.atomic import write_json
+from secateur.runs.environment import environment
+from secateur.runs.folder import NOTES
+from secateur.runs.lock import Lock, holder, in_use
+from secateur.runs.output import cannot_write, check_apart, check_writable
+from secateur.runs.records import Manifest, read_record
+from secateur.sparsity.methods import methods
+from secateur.sparsity.patterns import parse_pattern
+from secateur.workflows.checkpoint_files import read_config
+from secateur.workflows.judge.perplexity import told_of_windows
+from secateur.workflows.prune.checkpoint import run_recipe
+from secateur.workflows.prune.prepare import (
+    allocation_of,
+    choose_device,
+    method_of,
+    prepare,
+    windows_needed,
+)
+from secateur.workflows.sweep.plan import SweepPlan, point_name
+
+__all__ = ["sweep"]
+
+
+def sweep(
+    plan: SweepPlan,
+    output: str | Path,
+    *,
+    keep_models: bool = False,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Prune and judge a model at every point of a plan, or go on where a sweep was stopped.
+
+    Writes `sweep.json` after every point, and a table and a plot at the end. A point that fails
+    is entered among the failures; the others go on, and the next call tries it again.
+
+    Args:
+        plan: what to run over.
+        output: folder of the sweep.
+        keep_models: leave the weights of every point in place.
+        progress: told of every step.
+
+    Raises:
+        SecateurError: the plan makes no sense, or another sweep lies in the folder.
+    """
+    folder = Path(output)
+    check_writable(folder / "sweep.json", file=True)
+    for read in (plan.model, plan.calibration, *plan.texts):
+        check_apart(read, folder, folder)
+    with alone(folder):
+        work = Work(plan, folder, keep_models, progress or Silent())
+        work.begin()
+        work.judge_dense()
+        done = {point.key: point for point in work.result.points}
+        for place, key in enumerate(work.grid, start=1):
+            if key in done:
+                work.drop_weights(done[key])
+                continue
+            told = Labelled(work.progress, f"{place}/{len(work.grid)} {point_name(key)}")
+            try:
+                work.enter(key, told)
+            except SecateurError as error:
+                named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
+                work.result.failures.append({**named, "what": error.what, "where": error.where})
+                work.save()
+        write_views(work.result, work.folder)
+    return work.result
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of a folder; one that was made here and stayed empty is removed.
+
+    Raises:
+        RecipeError: another process works there, or the folder cannot be written.
+        MemoryBudgetError: the disk is full.
+    """
+    lock, who = Lock(folder), folder / "run.json"
+    try:
+        if not lock.take():
+            told = json.loads(who.read_text(encoding="utf-8")) if who.exists() else None
+            raise in_use(told, folder)
+        write_json(who, holder("sweep"))
+        yield
+    except OSError as error:
+        raise cannot_write(error, folder) from error
+    finally:
+        if lock.descriptor is not None:
+            who.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+            lock.release()
+
+
+class Work:
+    """A sweep at work: its folder, what was measured so far, and what all points share.
+
+    Raises:
+        SecateurError: a recipe makes no sense; nothing was written yet.
+    """
+
+    def __init__(self, plan: SweepPlan, folder: Path, keep: bool, progress: Progress) -> None:
+        self.plan, self.folder, self.keep, self.progress = plan, folder, keep, progress
+        self.grid = plan.grid()
+        self.device = choose_device(plan.device)
+        self.needy = [key for key in self.grid if self.needs_windows(key)]
+        self.source = resolve(plan.model, trust_remote_code=plan.trust_remote_code)
+        self.texts, self.windows, self.start = texts_of(plan, self.source)
+        self.result = self.found_or_new()
+
+    @property
+    def windows_file(self) -> Path:
+        """The calibration windows of all points."""
+        return self.folder / "windows.safetensors"
+
+    def found_or_new(self) -> SweepResult:
+        """The result so far of the sweep in the folder, or an empty one.
+
+        Raises:
+            RecipeError: what lies there is another sweep, or has points that are not in this plan.
+        """
+        digests = {text: digest(windows) for text, windows in self.windows.items()}
+        conditions = {**self.plan.conditions, "texts_sha256": digests}
+        file = self.folder / "sweep.json"
+        if not file.exists():
+            return SweepResult(self.plan.model, conditions, environment(self.device))
+        found = read_sweep(file)
+        names = sorted({*conditions, *found.conditions})
+        differing = [
+            f"{name}: {found.conditions.get(name)!r} then, {conditions.get(name)!r} now"
+            for name in names
+            if found.conditions.get(name) != conditions.get(name)
+        ]
+        missing = [point_name(p.key) for p in found.points if p.key not in self.grid]
+        if missing:
+            differing.append(f"measured, but not asked for now: {', '.join(missing)}")
+        if differing:
+            raise RecipeError(
+                f"the sweep in the folder is another one ({'; '.join(differing)})",
+                where=str(file),
+                remedy="repeat the options of the first call (methods, sparsities and patterns "
+                "may be added), or choose another --output",
+            )
+        found.failures = []
+        return found
+
+    def save(self) -> None:
+        """Enter what is known so far, in one step, in the order of the plan."""
+        self.result.points.sort(key=lambda point: self.grid.index(point.key))
+        write_json(self.folder / "sweep.json", self.result.to_json())
+
+    def begin(self) -> None:
+        """Make the folder, and cut the windows all points are calibrated on.
+
+        Raises:
+            RecipeError: the windows are not those that the sweep began with.
+        """
+        (self.folder / "points").mkdir(parents=True, exist_ok=True)
+        if self.needy and self.result.calibration is None:
+            prepared = prepare(self.recipe(self.needy[0], self.plan.calibration))
+            assert prepared.windows is not None
+            told = prepared.calibration or {}
+            save_windows(prepared.windows, self.windows_file, start=told.get("start_tokens", ()))
+            self.result.calibration = prepared.calibration
+        elif (
+            self.result.calibration is not None
+            and digest(load_windows(self.windows_file)) != self.result.calibration["sha256"]
+        ):
+            raise RecipeError(
+                "the calibration windows are not those that the sweep began with",
+                where=str(self.windows_file),
+                remedy="choose another --output",
+            )
+        self.save()
+
+    def recipe(self, key: PointKey, calibration: str | None = None) -> PruneRecipe:
+        """How a point is pruned; by default calibrated on the windows of the sweep.
+
+        Raises:
+            SecateurError: it makes no sense.
+        """
+        method, pattern, sparsity = key
+        plan = self.plan
+        implied = getattr(parse_pattern(pattern), "sparsity", None)
+        return build_recipe(
+            {
+                "model": plan.model,
+                "output": str(self.place(key)),
+                "effort" if method in presets and method not in methods else "method": method,
+                "pattern": pattern,
+                "sparsity": sparsity if implied is None else None,
+                "calibration": {
+                    "source": calibration or str(self.windows_file),
+                    "samples": plan.samples,
+                    "sequence_length": plan.sequence_length,
+                    "seed": plan.seed,
+                },
+                "device": plan.device,
+                "trust_remote_code": plan.trust_remote_code,
+            }
+        )
+
+    def needs_windows(self, key: PointKey) -> bool:
+        """Whether a point is calibrated at all; checks its recipe."""
+        recipe = self.recipe(key)
+        method, _ = method_of(recipe)
+        return windows_needed(recipe, method, allocation_of(recipe, method))
+
+    def place(self, key: PointKey) -> Path:
+        """The folder of a point."""
+        return self.folder / "points" / point_name(key)
+
+    def judge(self, folder: Path, progress: Progress) -> tuple[dict[str, float], torch.dtype]:
+        """The mean loss on every text, in nats a token, and the dtype it was computed in."""
+        loaded = load_whole(folder, self.device, trust_remote_code=self.plan.trust_remote_code)
+        losses = {}
+        for text, windows in self.windows.items():
+            with told_of_windows(progress, f"judging on {text}", len(windows)) as tell:
+                result = perplexity(loaded, windows, start_tokens=len(self.start), progress=tell)
+            losses[text] = result.mean_loss
+        return losses, next(loaded.parameters()).dtype
+
+    def judge_dense(self) -> None:
+        """Measure what all points are held against, once."""
+        if self.result.dense:
+            return
+        losses, dtype = self.judge(self.source.folder, Labelled(self.progress, "dense"))
+        for text, loss in losses.items():
+            self.result.dense[text] = math.exp(loss)
+            self.result.protocol[text] = describe_protocol(
+                self.windows[text],
+                dataset=self.texts[text].dataset,
+                join=self.texts[text].join,
+                tokenizer=self.plan.model,
+                dtype=dtype,
+                start=self.start,
+            )
+        self.save()
+
+    def enter(self, key: PointKey, progress: Progress) -> None:
+        """Prune a point, or go on with it, judge it and enter it; then its weights may go."""
+        place = self.place(key)
+        partial = place.with_name(place.name + ".partial")
+        if partial.exists() or not place.exists():  # else it was pruned and not judged
+            run_recipe(self.recipe(key), progress, resume=True)
+        manifest = read_record(Manifest, place / NOTES / "manifest.json")
+        losses, _ = self.judge(place, progress)
+        dense = self.result.dense
+        notes = str(place.relative_to(self.folder))
+        point = SweepPoint(
+            *key,
+            perplexity={text: math.exp(loss) for text, loss in losses.items()},
+            excess={text: loss - math.log(dense[text]) for text, loss in losses.items()},
+            zeros=manifest.result.decoder_sparsity,
+            seconds=manifest.cost.seconds,
+            peak_resident_bytes=manifest.cost.peak_resident_bytes,
+            notes=notes,
+            folder=notes if self.keep else None,
+        )
+        self.result.points.append(point)
+        self.save()
+        self.drop_weights(point)
+
+    def drop_weights(self, point: SweepPoint) -> None:
+        """Leave only the notes of a finished point, unless its weights were to be kept."""
+        place = self.folder / point.notes
+        if point.folder is not None or not place.is_dir():
+            return
+        for entry in place.iterdir():
+            if entry.is_dir() and entry.name != NOTES:
+                shutil.rmtree(entry)
+            elif entry.is_file():
+                entry.unlink()
+        (place / NOTES / "windows.safetensors").unlink(missing_ok=True)
+
+
+def texts_of(
+    plan: SweepPlan, source: LocalCheckpoint
+) -> tuple[dict[str, JoinedText], dict[str, Tensor], tuple[int, ...]]:
+    """The texts to judge on, their windows, and the start tokens that each window begins with."""
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=plan.trust_remote_code)
+    config = read_config(source.folder)
+    longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
+    length = plan.judge_length or min(2048, longest)
+    texts = {text: read_text(text) for text in plan.texts}
+    windows = {
+        text: evaluation_windows(joined.text, tokenizer, length, max_windows=plan.max_windows)
+        for text, joined in texts.items()
+    }
+    return texts, windows, start_tokens(tokenizer)
+
+
+def digest(windows: Tensor) -> str:
+    """By which two sets of windows can be seen to be the same."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+
+class Labelled:
+    """Says with every stage which point of the sweep it belongs to."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self.progress, self.name = progress, name
+
+    def start(self, label: str, steps: int) -> None:
+        """A stage of the point begins."""
+        self.progress.start(f"{self.name}: {label}", steps)
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        """Some steps are done."""
+        self.progress.step(count, note)
+
+    def finish(self) -> None:
+        """The stage is over."""
+        self.progress.finish()
+
+
+def write_views(result: SweepResult, folder: Path) -> None:
+    """The table and the plot of a sweep, beside its `sweep.json`."""
+    (folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
+    (folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
+    if result.points:
+        save_plots(sweep_charts([result]), folder / "sweep")

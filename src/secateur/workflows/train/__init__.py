@@ -1,0 +1,1 @@
+"""`secateur retrain` and `secateur distill`: a pruned model learns, its zeros held."""

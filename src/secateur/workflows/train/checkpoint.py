@@ -1,0 +1,329 @@
+"""Training a checkpoint with its zeros held, by its text or by a teacher, into a run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.diagnostics.audit import audit_checkpoint
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import NumericalError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import quiet_transformers
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.progress import Progress, Silent
+from secateur.recipes.reading import dump_recipe, validated
+from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.reporting.training_card import training_card
+from secateur.reporting.training_report import TrainingReport
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import environment
+from secateur.runs.folder import NOTES, RunFolder
+from secateur.runs.identity import file_digests
+from secateur.runs.meter import Meter
+from secateur.runs.output import check_free
+from secateur.runs.records import Training, declared
+from secateur.training.batches import Batches
+from secateur.training.gradual import GradualPruning
+from secateur.training.loop import Loop, Outcome
+from secateur.training.masks import Masks
+from secateur.training.process_group import ProcessGroup
+from secateur.training.sharing import load
+from secateur.workflows.checkpoint_files import carry_over, read_config, refuse_quantized
+from secateur.workflows.prune.prepare import choose_device
+from secateur.workflows.train.adapters import adapt
+from secateur.workflows.train.distillation_setup import objective_of, plan_of, teacher_of
+from secateur.workflows.train.masks import masks_of
+from secateur.workflows.train.memory import TrainingMemory, check_memory, disk_bytes, foretell
+from secateur.workflows.train.text import TrainingText, read_training_text
+from secateur.workflows.train.weights import check_written, write_trained
+
+__all__ = ["distill", "retrain", "run_training"]
+
+NO_PART = {
+    "output",
+    "device",
+    "save_minutes",
+    "learning_rate",
+    "teacher_file",
+    "tensorboard",
+    "memory_budget_gib",
+}
+"""Fields that a stopped training may be gone on with differently. The learning rate is one: a
+training that diverged goes on from its last save with a lower one."""
+
+TRAININGS = "training.json"
+
+
+def retrain(
+    model: str | Path,
+    *,
+    output: str | Path,
+    progress: Progress | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> TrainingReport:
+    """Train a checkpoint on text, its zeros held at every step, into a new folder.
+
+    Args:
+        model: hub id, folder or named sample.
+        output: the folder to write.
+        progress: told of every step.
+        resume: go on with a stopped training to this output; start, if there is none.
+        restart: discard what a stopped training left.
+        overwrite: replace an existing output folder.
+        **options: the other fields of `secateur.recipes.training_schema.RetrainRecipe`: `text`,
+            `steps` or `minutes`, `learning_rate`, `validation`, …
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    values = {"model": str(model), "output": str(output), **options}
+    recipe = validated(RetrainRecipe, values, None)
+    return run_training(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
+
+
+def distill(
+    model: str | Path,
+    *,
+    output: str | Path,
+    teacher: str | Path | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> TrainingReport:
+    """Let a pruned or cut checkpoint learn from a larger one; as `retrain` otherwise.
+
+    Args:
+        model: the student: hub id, folder or named sample.
+        output: the folder to write.
+        teacher: who is learned from; the model that was pruned, if None.
+        progress: told of every step.
+        resume: go on with a stopped training to this output; start, if there is none.
+        restart: discard what a stopped training left.
+        overwrite: replace an existing output folder.
+        **options: the other fields of `secateur.recipes.training_schema.DistillRecipe`: those of
+            `retrain`, and `kind`, `temperature`, `hidden`, `top_k`, …
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    values = {"model": str(model), "output": str(output), **options}
+    values |= {} if teacher is None else {"teacher": str(teacher)}
+    recipe = validated(DistillRecipe, values, None)
+    return run_training(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
+
+
+def run_training(
+    recipe: RetrainRecipe,
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> TrainingReport:
+    """Train as a recipe says, into a new folder.
+
+    In several processes the first one writes, and all return.
+
+    Args:
+        recipe: of a retraining or a distillation.
+        progress: told of every step.
+        resume: go on with a training that was stopped; start, if there is none.
+        restart: discard what a stopped training left.
+        overwrite: replace an existing output folder.
+    """
+    meter = Meter.start()
+    processes = ProcessGroup(choose_device(recipe.device))
+    progress = progress if progress is not None and processes.main else Silent()
+    verb = "distill" if isinstance(recipe, DistillRecipe) else "retrain"
+    folder = RunFolder(recipe.output, verb, resume=resume, restart=restart, overwrite=overwrite)
+    folder.keep_apart(recipe.model, recipe.mask, recipe.validation, *recipe.text)
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    folder.keep_apart(source.folder)
+    refuse_quantized(source.folder)
+    processes.wait()  # all have looked at the folder before one of them enters it
+    with folder if processes.main else nullcontext():
+        processes.wait()
+        if not folder.finished:
+            train_into(folder, recipe, source, processes, progress, meter)
+        processes.wait()
+    return report_of(folder.output)
+
+
+def train_into(
+    folder: RunFolder,
+    recipe: RetrainRecipe,
+    source: LocalCheckpoint,
+    processes: ProcessGroup,
+    progress: Progress,
+    meter: Meter,
+) -> None:
+    """The training, which an earlier run may have begun, and the model that it makes."""
+    trust, work = recipe.trust_remote_code, folder.work
+    reader = CheckpointReader(source.folder)
+    target = CheckpointTarget(reader, None, processes.device, trust_remote_code=trust)
+    text = read_training_text(recipe, source.folder, target.model.config)
+    if processes.main:
+        folder.begin(identity(recipe, reader, text))
+        folder.worth_resuming = (work / "log.jsonl").exists
+    plan = plan_of(recipe, text)
+    teacher = teacher_of(recipe, source, work)
+    if teacher is not None:
+        folder.keep_apart(teacher.folder)
+    memory = foretell(recipe, target, teacher, text, plan, processes)
+    check_memory(memory, recipe, processes.device)
+    check_free(disk_bytes(recipe, target, text, plan), folder.output, folder.partial)
+    dtype = torch.float32 if processes.ranks > 1 else None
+    model = load(source.folder, processes, dtype=dtype, trust_remote_code=trust)
+    masks = masks_of(recipe, model, processes)
+    objective = objective_of(recipe, source, teacher, model, text, work, progress, processes)
+    adapted = adapt(recipe, model, masks, text.windows, processes)
+    loop = Loop(
+        adapted.model,
+        Batches(text.windows, recipe.batch, recipe.seed),
+        objective,
+        adapted.held,
+        plan,
+        validation=text.validation,
+        saved=work,
+        hooks=adapted.hooks,
+        progress=progress,
+        processes=processes,
+        board=Path(recipe.tensorboard) if recipe.tensorboard else None,
+    )
+    with quiet_transformers(), log_kept(loop):
+        outcome = loop.run()
+    if processes.main:
+        manifest = manifest_of(recipe, source, text, loop, outcome, meter, memory)
+        write(recipe, source, adapted.masks, manifest, folder)
+    processes.wait()
+    check_written(folder.model, adapted.masks, trust_remote_code=trust)
+    processes.wait()
+    if processes.main:
+        folder.finish()
+
+
+def report_of(output: Path) -> TrainingReport:
+    """What the notes of a finished training say was done."""
+    manifest = json.loads((output / NOTES / TRAININGS).read_text(encoding="utf-8"))[-1]
+    result = manifest["result"]
+    return TrainingReport(
+        output,
+        result["decoder_sparsity"],
+        result["step"],
+        result["tokens"],
+        result["perplexity_before"],
+        result["perplexity_after"],
+        manifest,
+    )
+
+
+def identity(recipe: RetrainRecipe, reader: CheckpointReader, text: TrainingText) -> dict[str, Any]:
+    """Everything the trained weights depend on."""
+    return {
+        **recipe.model_dump(mode="json", exclude=NO_PART),
+        "tokens": text.record["sha256"],
+        "source_files": file_digests(reader.files),
+    }
+
+
+# -- what is left behind -------------------------------------------------------------------------
+
+
+@contextmanager
+def log_kept(loop: Loop) -> Iterator[None]:
+    """Say where the log of a training that went wrong lies, and how it can go on."""
+    try:
+        yield
+    except NumericalError as error:
+        log = loop.saved.log.file
+        raise NumericalError(
+            error.what,
+            where=error.where,
+            remedy=f"{error.remedy}; from the last save with --resume and a lower "
+            f"--learning-rate. `secateur diagnose --training-log {log}` reads the log",
+        ) from error
+
+
+def manifest_of(
+    recipe: RetrainRecipe,
+    source: LocalCheckpoint,
+    text: TrainingText,
+    loop: Loop,
+    outcome: Outcome,
+    meter: Meter,
+    memory: TrainingMemory,
+) -> dict[str, Any]:
+    """Everything worth knowing about a finished training."""
+    validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
+    rates = [line["learning_rate"] for line in outcome.log]
+    verb, objective = "retrain", "next token"
+    if isinstance(recipe, DistillRecipe):
+        verb, objective = "distill", f"{recipe.kind} KL, T = {recipe.temperature:g}"
+        if recipe.next_token:
+            part = recipe.next_token
+            objective = f"{1 - part:g} of {objective}, {part:g} of next token"
+        if recipe.hidden:
+            objective += f", {recipe.hidden:g} of hidden states"
+    if recipe.lora is not None:
+        objective += f", adapters of rank {recipe.lora.rank}"
+    if recipe.gradual is not None:
+        kept = {
+            n: m for x in loop.hooks if isinstance(x, GradualPruning) for n, m in x.kept.items()
+        }
+        objective += f", pruned on the way to {Masks(kept).sparsity:.0%}"
+    return {
+        "verb": verb,
+        "source": {"name": source.name, "kind": source.kind, "revision": source.revision},
+        "objective": objective,
+        "text": text.record,
+        "learning_rate": max(rates, default=0.0),
+        "optimizer": type(loop.optimizer).__name__,
+        "processes": loop.processes.ranks,
+        "recipe": recipe.model_dump(mode="json"),
+        "environment": environment(loop.device),
+        "planned": memory.to_json(),
+        "cost": {**meter.read(), "training_seconds": outcome.seconds},
+        "result": {
+            **{k: v for k, v in outcome.facts().items() if k not in ("validations", "best_kept")},
+            "perplexities": validations,
+            "perplexity_before": validations[0][1] if validations else None,
+            "perplexity_after": math.exp(outcome.best_loss) if validations else None,
+        },
+    }
+
+
+def write(
+    recipe: RetrainRecipe,
+    source: LocalCheckpoint,
+    masks: Masks,
+    manifest: dict[str, Any],
+    folder: RunFolder,
+) -> None:
+    """Write the model and its notes."""
+    made = folder.fresh_model()
+    write_trained(recipe, source.folder, masks, folder.work / "final.safetensors", made)
+    carry_over(source.folder, made, read_config(source.folder), same_weights=False)
+    manifest["result"]["decoder_sparsity"] = audit_checkpoint(
+        made, trust_remote_code=recipe.trust_remote_code
+    ).sparsity
+    trainings = folder.notes / TRAININGS
+    before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []
+    write_json(trainings, [*before, declared(Training, manifest)])
+    shutil.copyfile(folder.work / "log.jsonl", folder.notes / "training.jsonl")
+    recipe_yaml = dump_recipe(recipe)
+    write_text(folder.notes / "training.yaml", recipe_yaml)
+    card = training_card(manifest, recipe_yaml, source.folder)
+    write_text(made / "README.md", card)

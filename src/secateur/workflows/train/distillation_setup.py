@@ -1,0 +1,219 @@
+"""What the recipe of a training means: how long, which loss, whose teaching."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import RecipeError
+from secateur.models.architecture import describe
+from secateur.models.skeleton import quiet_transformers
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.precision import fast_dtype
+from secateur.progress import Progress
+from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.runs.folder import NOTES
+from secateur.training.objectives import Distil, NextToken, Objective
+from secateur.training.process_group import ProcessGroup
+from secateur.training.sharing import load
+from secateur.training.teachers import (
+    ModelTeacher,
+    WrittenTeacher,
+    windows_digest,
+    write_teacher,
+)
+from secateur.training.training_plan import TrainingPlan
+from secateur.workflows.train.adapters import rates_of
+from secateur.workflows.train.text import TrainingText
+
+__all__ = ["objective_of", "plan_of", "teacher_of"]
+
+TOP_K = 64
+"""Tokens that are written down of a teacher where nobody says how many."""
+
+
+def plan_of(recipe: RetrainRecipe, text: TrainingText) -> TrainingPlan:
+    """How long and how the recipe wants to train.
+
+    Raises:
+        RecipeError: steps and minutes are both given, or a number is out of range.
+    """
+    steps = recipe.steps or 0
+    if not recipe.steps and not recipe.minutes:
+        steps = max(1, round(recipe.epochs * len(text.windows) / recipe.batch))
+    return TrainingPlan(
+        steps=steps,
+        minutes=recipe.minutes or 0.0,
+        learning_rate=recipe.learning_rate,
+        warm_up=recipe.warm_up,
+        clip=recipe.clip,
+        optimizer=recipe.optimizer,
+        optimizer_options=recipe.optimizer_options,
+        rates=rates_of(recipe),
+        micro_batch=recipe.micro_batch,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        fast_matmuls=recipe.fast_matmuls,
+        validations=recipe.validations,
+        patience=recipe.patience,
+        save_minutes=recipe.save_minutes,
+    )
+
+
+def objective_of(
+    recipe: RetrainRecipe,
+    source: LocalCheckpoint,
+    place: LocalCheckpoint | None,
+    model: Any,
+    text: TrainingText,
+    work: Path,
+    progress: Progress,
+    processes: ProcessGroup,
+) -> Objective:
+    """The loss; for a distillation the teacher is loaded, or what it expects.
+
+    Args:
+        recipe: as asked.
+        source: the student's checkpoint.
+        place: the teacher's; None where there is none, or it has been written down.
+        model: the student.
+        text: that is read.
+        work: folder that takes what a teacher writes down.
+        progress: told of that.
+        processes: the processes.
+
+    Raises:
+        RecipeError: the teacher has another vocabulary, or was written down for another text.
+    """
+    if not isinstance(recipe, DistillRecipe):
+        return NextToken.of(model)
+    options: dict[str, Any] = {"kind": recipe.kind, "temperature": recipe.temperature}
+    options |= {"next_token": recipe.next_token}
+    file = written_down(recipe, work)
+    if place is None:
+        return Distil.between(model, written(file, text), **options)
+    check_tokenizers(source, place, recipe.trust_remote_code)
+    teacher = load(
+        place.folder,
+        processes,
+        dtype=fast_dtype(processes.device),
+        apart=False,  # its head is applied after its forward
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    layers = len(describe(teacher).layers(teacher))
+    objective = Distil.between(
+        model,
+        ModelTeacher(teacher),
+        teacher_layers=layers,
+        kept_layers=kept_layers(recipe, source, place.name),
+        hidden=recipe.hidden,
+        **options,
+    )
+    if not recipe.top_k and not recipe.teacher_file:
+        return objective
+    progress.start("teacher", len(text.windows))
+    with quiet_transformers():
+        write_teacher(
+            teacher,
+            text.windows,
+            file,
+            k=recipe.top_k or TOP_K,
+            temperature=recipe.temperature,
+            name=place.name,
+            tell=progress.step,
+            writes=processes.main,
+        )
+    progress.finish()
+    processes.wait()
+    return Distil.between(model, written(file, text), hidden=recipe.hidden, **options)
+
+
+def teacher_of(
+    recipe: RetrainRecipe, source: LocalCheckpoint, work: Path
+) -> LocalCheckpoint | None:
+    """The checkpoint of the teacher; None where there is none, or it has been written down.
+
+    Raises:
+        RecipeError: the teacher is not known.
+    """
+    if not isinstance(recipe, DistillRecipe):
+        return None
+    if (recipe.top_k or recipe.teacher_file) and written_down(recipe, work).exists():
+        return None
+    named = recipe.teacher or pruned_from(source)
+    return resolve(named, trust_remote_code=recipe.trust_remote_code)
+
+
+def written_down(recipe: DistillRecipe, work: Path) -> Path:
+    """The file of what a teacher expects."""
+    return Path(recipe.teacher_file) if recipe.teacher_file else work / "teacher.safetensors"
+
+
+def written(file: Path, text: TrainingText) -> WrittenTeacher:
+    """What a teacher wrote down about this text.
+
+    Raises:
+        RecipeError: it is about another.
+    """
+    teacher = WrittenTeacher(file)
+    if teacher.record["windows"] != windows_digest(text.windows):
+        raise RecipeError(
+            "the teacher was written down for other windows",
+            where=str(file),
+            remedy="take the same text, windows, sequence length and seed, or another file",
+        )
+    return teacher
+
+
+def pruned_from(source: LocalCheckpoint) -> str:
+    """The model that a run folder was pruned from.
+
+    Raises:
+        RecipeError: the folder does not say.
+    """
+    manifest = source.folder / NOTES / "manifest.json"
+    if not manifest.is_file():
+        raise RecipeError(
+            "the model does not say what it was pruned from, so the teacher is not known",
+            where=str(source.folder),
+            remedy="name it with --teacher",
+        )
+    name: str = json.loads(manifest.read_text(encoding="utf-8"))["source"]["name"]
+    return name
+
+
+def kept_layers(
+    recipe: DistillRecipe, source: LocalCheckpoint, teacher: str
+) -> tuple[int, ...] | None:
+    """Which layers of the teacher the student has: as asked, or as the notes of its cut say.
+
+    None where nothing is known of it, or the teacher is another model than the one that was cut.
+    """
+    steps = source.folder / NOTES / "steps.json"
+    if recipe.kept_layers is not None or not recipe.hidden or not steps.is_file():
+        return recipe.kept_layers
+    if teacher != pruned_from(source):
+        return None
+    told = [x for x in json.loads(steps.read_text(encoding="utf-8")) if x["step"] == "depth"]
+    return tuple(told[0]["cut"]["layers"]) if told else None
+
+
+def check_tokenizers(student: LocalCheckpoint, teacher: LocalCheckpoint, trust: bool) -> None:
+    """Refuse a teacher that means other words by the same numbers.
+
+    Raises:
+        RecipeError: the vocabularies differ.
+    """
+    own, other = (
+        load_tokenizer(x.folder, trust_remote_code=trust).get_vocab() for x in (student, teacher)
+    )
+    if own != other:
+        differing = sum(own.get(token) != number for token, number in other.items())
+        raise RecipeError(
+            f"student and teacher have different vocabularies: {len(own)} and {len(other)} "
+            f"tokens, {differing} of the teacher's have another number or none",
+            where=teacher.name,
+            remedy="a teacher needs the tokenizer of the student: name the model that it was "
+            "made from",
+        )

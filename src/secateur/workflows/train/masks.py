@@ -1,0 +1,125 @@
+"""Which zeros a training holds: those of the model, or those of masks that are named.
+
+Masks that do not fit are refused before any work. A training that holds fewer zeros than the model
+has would end with a denser model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton
+from secateur.models.stored import StoredModel
+from secateur.recipes.training_schema import RetrainRecipe
+from secateur.training.masks import Masks, matrices, stored_masks
+from secateur.training.parts import local
+from secateur.training.process_group import ProcessGroup
+
+__all__ = ["masks_of"]
+
+BY_CHANCE = 0.001
+"""The share of a matrix that may be zero in a dense model without having been pruned."""
+
+
+def masks_of(recipe: RetrainRecipe, model: Any, processes: ProcessGroup) -> Masks:
+    """The masks that a training holds.
+
+    Args:
+        recipe: names masks, or does not: then the zeros of the model are held.
+        model: with the weights it begins with; it may be shared out.
+        processes: the processes.
+
+    Raises:
+        RecipeError: the masks are of another model, hold no zeros, or would let weights come back
+            that are zero in the model.
+        SourceError: there are no masks in the file.
+    """
+    if recipe.mask is None:
+        return Masks.of(model)
+    place = Path(recipe.mask)
+    if place.is_dir():
+        found = zeros_of_folder(place, model, recipe.trust_remote_code)
+    else:
+        found = stored_masks(place)
+    masks = Masks.given(model, found)
+    regrows = recipe.regrow or recipe.gradual is not None  # which keeps the model's zeros itself
+    refuse_lost(masks, model, processes, place, regrows)
+    return masks
+
+
+def zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str, Tensor]]:
+    """Where the matrices of a checkpoint are not zero, one after the other.
+
+    Raises:
+        RecipeError: its matrices are not those of the model.
+    """
+    skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
+    stored = StoredModel(skeleton, CheckpointReader(folder))
+    there, wanted = (set(matrices(x)) for x in (skeleton, model))
+    if there != wanted:
+        odd = min(there ^ wanted)
+        holder = "the folder of masks" if odd in there else "the model"
+        raise RecipeError(
+            f"only {holder} has a matrix {odd}; {len(there & wanted)} of {len(wanted)} matrices of "
+            "the model are in both",
+            where=str(folder),
+            remedy="name a pruned folder of this model; a cut model needs masks of its own",
+        )
+    for name in matrices(skeleton):
+        yield name, stored.read(name) != 0
+
+
+@torch.no_grad()
+def refuse_lost(
+    masks: Masks, model: Any, processes: ProcessGroup, place: Path, regrows: bool
+) -> None:
+    """Refuse masks by which zeros of the model's matrices would get lost.
+
+    Args:
+        masks: as each process has them.
+        model: that is trained.
+        processes: the processes, which count together.
+        place: where the masks come from.
+        regrows: zeros that the masks do not hold may come back.
+
+    Raises:
+        RecipeError: the masks have no zeros, or a matrix has more than `BY_CHANCE` of zeros that
+            the masks do not hold.
+    """
+    weights = matrices(model)
+    counts: list[float] = []
+    for name, weight in weights.items():
+        lost = local(weight) == 0
+        held = 0
+        if name in masks.kept:
+            kept = local(masks.kept[name])
+            held = int((~kept).sum())
+            lost &= kept
+        counts += [held, int(lost.sum())]
+    counts = processes.sums(counts)
+    if not sum(counts[::2]):
+        raise RecipeError(
+            "the masks keep every weight: there is not one zero in them",
+            where=str(place),
+            remedy="name a pruned folder or a file of its masks, or leave --mask out: then the "
+            "zeros of the model are held",
+        )
+    lost_of = dict(zip(weights, counts[1::2], strict=True))
+    losing = {n: c for n, c in lost_of.items() if c > BY_CHANCE * weights[n].numel()}
+    if losing and not regrows:
+        worst = max(losing, key=lambda name: losing[name] / weights[name].numel())
+        share = losing[worst] / weights[worst].numel()
+        raise RecipeError(
+            f"{int(sum(losing.values()))} weights in {len(losing)} matrices are zero in the model, "
+            f"but the masks keep them, so training would fill them: {share:.1%} of {worst}",
+            where=str(place),
+            remedy="leave --mask out to hold the zeros of the model; if they shall come back, add "
+            "--set regrow=true",
+        )

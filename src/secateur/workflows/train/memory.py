@@ -1,0 +1,238 @@
+"""Foretells memory and disk of a training, and refuses one that would not fit, before it begins.
+
+    all weights in float32
+    + for what is trained: gradients, and what the optimizer remembers
+    + the weights that are made of adapters
+    + what one micro-batch's forward keeps for its backward, rehearsed on the meta device
+    + a block of logits; the teacher; the masks
+
+Shared out over several processes are weights, gradients, memories, masks, and the teacher's layers.
+What is gathered of them at a time is counted for itself: two decoder layers, since the next one is
+fetched while one runs, with the gradients of one; embeddings or head; of the teacher both.
+
+On disk, at the same time: what is saved to go on, the best weights, one of these anew or the final
+ones, and the result.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.plan import calls_of, rehearse_training
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import MemoryBudgetError
+from secateur.models.architecture import describe, hidden_size
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint
+from secateur.precision import fast_dtype
+from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.runs.meter import resident_bytes
+from secateur.training.heads import BLOCK_BYTES
+from secateur.training.masks import matrices, moments
+from secateur.training.process_group import ProcessGroup
+from secateur.training.selecting import prunable
+from secateur.training.training_plan import TrainingPlan
+from secateur.workflows.memory_budget import memory_budget
+from secateur.workflows.train.adapters import adapters
+from secateur.workflows.train.distillation_setup import TOP_K
+from secateur.workflows.train.text import TrainingText
+
+__all__ = ["TrainingMemory", "check_memory", "disk_bytes", "foretell"]
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """What one process of a training will need. All sizes in bytes.
+
+    Attributes:
+        process: the program itself, with text.
+        weights: of the student, float32.
+        gathered: of student and teacher, while parts of them are whole; 0 in a single process.
+        optimizer: gradients and moments of what is trained.
+        adapters: the products of adapters, of all linears that have one.
+        forward: what a micro-batch keeps for its backward.
+        logits: a block of them, of student and teacher.
+        teacher: its weights.
+        masks: one byte for each weight of the decoder's matrices.
+        on_gpu: whether a GPU computes. It has all of this but the process, and the process has the
+            weights too while they are loaded.
+    """
+
+    process: int
+    weights: int
+    gathered: int
+    optimizer: int
+    adapters: int
+    forward: int
+    logits: int
+    teacher: int
+    masks: int
+    on_gpu: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What is in use at the peak where products run, by name."""
+        left_out = {"on_gpu", "process"} if self.on_gpu else {"on_gpu"}
+        return {name: size for name, size in asdict(self).items() if name not in left_out}
+
+    @property
+    def peak(self) -> int:
+        """The estimate of the most memory in use where products run: of the GPU, or all."""
+        return sum(self.sizes.values())
+
+    @property
+    def host_peak(self) -> int:
+        """The estimate of the most memory in use by this process."""
+        return self.process + max(self.weights, self.teacher) if self.on_gpu else self.peak
+
+    def to_json(self) -> dict[str, int]:
+        """All figures."""
+        return {"peak": self.peak, "host_peak": self.host_peak, **asdict(self)}
+
+
+def foretell(
+    recipe: RetrainRecipe,
+    target: CheckpointTarget,
+    teacher: LocalCheckpoint | None,
+    text: TrainingText,
+    plan: TrainingPlan,
+    processes: ProcessGroup,
+) -> TrainingMemory:
+    """What a training will need.
+
+    Args:
+        recipe: as asked.
+        target: the student, its layers on the meta device.
+        teacher: who is learned from, as a model in memory; None for none.
+        text: that is read.
+        plan: length and optimizer.
+        processes: the processes.
+    """
+    model, trust = target.model, recipe.trust_remote_code
+    stored = target.stored  # without what is tied to another
+    named = {n: p.numel() for n, p in model.named_parameters() if n in stored}
+    trained = sum(count for name, count in named.items() if plan.factor(name))
+    products = 0
+    if recipe.lora is not None:
+        how = adapters(recipe)
+        shapes = [linear.shape for linear in how.chosen(model)]
+        trained = sum(how.rank * sum(shape) for shape in shapes)
+        products = sum(4 * out * columns for out, columns in shapes)
+    weights = sum(named.values())
+    ranks = processes.ranks
+    together = min(plan.at_once(text.windows.shape[1]), recipe.batch // ranks or 1)
+    micro = text.windows[:together]
+    return TrainingMemory(
+        process=resident_bytes(),
+        weights=4 * (weights + trained * (recipe.lora is not None)) // ranks,
+        gathered=gathered_bytes(target, 4) if ranks > 1 else 0,
+        optimizer=4 * trained * (1 + moments_of(plan)) // ranks,
+        adapters=products,
+        forward=forward_bytes(target, micro, plan, processes.device),
+        logits=(1 + (teacher is not None)) * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
+        teacher=0 if teacher is None else teacher_bytes(teacher, processes, trust),
+        masks=sum(math.prod(p.shape) for p in matrices(model).values()) // ranks,
+        on_gpu=processes.device.type == "cuda",
+    )
+
+
+def gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
+    """What one of several processes has of a student besides its part, at the most."""
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in target.layers]
+    outside = [
+        sum(p.numel() for p in module.parameters())
+        for module in (target.model.get_input_embeddings(), target.model.get_output_embeddings())
+        if module is not None
+    ]
+    return itemsize * max(3 * max(layers), 2 * max(outside))
+
+
+def forward_bytes(
+    target: CheckpointTarget, windows: Tensor, plan: TrainingPlan, device: torch.device
+) -> int:
+    """What the decoder layers keep of one micro-batch until their backward.
+
+    With checkpointing each keeps its input, and one at a time all that is inside it.
+    """
+    hidden, calls = calls_of(target, windows)
+    layers = len(target.layers)
+    written_out = plan.writes_out(device, windows.shape[1])
+    one = rehearse_training(target.layers[0], hidden, calls[0], written_out=written_out)
+    return one + layers * 4 * hidden.numel() if plan.gradient_checkpointing else layers * one
+
+
+def moments_of(plan: TrainingPlan) -> int:
+    """How many tensors of a weight's size the optimizer remembers: looked at, for one weight."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = plan.make_optimizer([("weight", weight)])
+    optimizer.step()
+    return len(list(moments(optimizer, weight)))
+
+
+def teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: bool) -> int:
+    """The weights of a teacher that a process has.
+
+    Of several, each has a part of the decoder layers and one of them whole, and what is outside.
+    """
+    model = build_skeleton(teacher.folder, trust_remote_code=trust)
+    dtype, stored = fast_dtype(processes.device) or model.dtype, CheckpointReader(teacher.folder)
+    weights = sum(math.prod(entry.shape) for entry in stored.entries.values())
+    if processes.ranks > 1:
+        layers = describe(model).layers(model)
+        within = sum(p.numel() for p in layers.parameters())
+        one = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+        weights += 2 * one - (within - within // processes.ranks)
+    return dtype.itemsize * weights
+
+
+def disk_bytes(
+    recipe: RetrainRecipe, target: CheckpointTarget, text: TrainingText, plan: TrainingPlan
+) -> int:
+    """What a training has on disk at the most; each file is written anew beside the old one."""
+    stored = target.stored
+    named = {n: p.numel() for n, p in target.model.named_parameters() if n in stored}
+    trained = sum(count for name, count in named.items() if plan.factor(name))
+    if recipe.lora is not None:
+        how = adapters(recipe)
+        trained = sum(how.rank * sum(linear.shape) for linear in how.chosen(target.model))
+    final = 4 * trained
+    state = final * (1 + moments_of(plan))
+    if recipe.gradual is not None:
+        state += sum(x.weight.numel() for x in prunable(target.model))
+    best = final * (text.validation is not None)
+    taught = 0
+    if isinstance(recipe, DistillRecipe) and (recipe.top_k or recipe.teacher_file):
+        taught = text.windows.numel() * (6 * (recipe.top_k or TOP_K) + 4)
+    result = target.reader.total_bytes
+    return state + best + taught + max(state, best, final + result)
+
+
+def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.device) -> None:
+    """Refuse a training that would not fit.
+
+    Raises:
+        MemoryBudgetError: naming what is needed, what there is, and what would help.
+    """
+    budget = memory_budget(recipe.memory_budget_gib, device)
+    shortage = budget.shortage(needed.peak, needed.host_peak)
+    if shortage is None:
+        return
+    sizes = needed.sizes
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    told = ", ".join(f"{name} {sizes[name] / 2**30:.2f}" for name in largest)
+    remedies = {
+        "optimizer": "--lora 16 or --optimizer SGD",
+        "forward": "--gradient-checkpointing, --micro-batch 1, or a shorter --sequence-length",
+        "teacher": "--top-k 64 (the teacher is written down first)",
+    }
+    useful = [remedies[name] for name in largest if name in remedies]
+    raise MemoryBudgetError(
+        f"training needs {shortage}; largest: {told}",
+        remedy=f"try {'; '.join(useful)}; or raise --memory-budget-gib",
+    )

@@ -1,0 +1,272 @@
+"""The command line as a user meets it: results, faults, exit codes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.main import get_command
+
+from commands import Outcome
+from secateur.calibration.windows import save_windows
+from secateur.cli.app import app
+from secateur.models import checkpoint
+from tiny import save_tiny
+from zoo import tiny_windows
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny Llama with its tokenizer."""
+    return save_tiny(tmp_path / "model")
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> Path:
+    """Calibration windows in a file."""
+    save_windows(tiny_windows(), tmp_path / "w.safetensors")
+    return tmp_path / "w.safetensors"
+
+
+def test_prune_eval_inspect_in_json(secateur, model: Path, windows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = secateur(
+        "prune", model, "-o", out, "--method", "wanda", "--sparsity", "0.5",
+        "--calibration", windows, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    manifest = json.loads(done.out)
+    assert manifest["result"]["decoder_sparsity"] == 0.5
+    assert manifest["output"] == str(out)
+    text = tmp_path / "text.txt"
+    text.write_text("w3 w4 w5 w6 " * 40)
+    judged = json.loads(
+        secateur("eval", out, "--perplexity", text, "--sequence-length", "16", "--json").out
+    )
+    assert judged["perplexity"][0]["perplexity"] > 1
+    assert judged["perplexity"][0]["protocol"]["sequence_length"] == 16
+    seen = json.loads(secateur("inspect", out, "--json").out)
+    assert seen["decoder_sparsity"] == 0.5
+    assert seen["family"] == "llama"
+    assert len(seen["linears"]) == 21
+
+
+def test_tables_for_people(secateur, model: Path, windows: Path, tmp_path: Path) -> None:
+    planned = secateur(
+        "plan", model, "--method", "sparsegpt", "--sparsity", "0.5", "--calibration", windows
+    )
+    assert planned.code == 0
+    assert "peak memory" in planned.out
+    pruned = secateur(
+        "prune", model, "-o", tmp_path / "out", "--pattern", "2:4", "--calibration", windows
+    )
+    assert "50.0000%" in pruned.out
+    assert "zeros" in secateur("inspect", tmp_path / "out").out
+    assert "sparsegpt" in secateur("methods").out
+    assert json.loads(secateur("methods", "--json").out)["methods"]["wanda"]["scope"] == "row"
+
+
+def test_a_recipe_with_options_over_it(
+    secateur, model: Path, windows: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\noutput: {tmp_path / 'out'}\nmethod: wanda\nsparsity: 0.25\n"
+        f"calibration: {{source: {windows}}}\n"
+    )
+    done = secateur(
+        "prune", recipe, "--sparsity", "0.5", "--set", "memory.micro_batch_tokens=40", "--json"
+    )
+    manifest = json.loads(done.out)
+    assert manifest["method"]["asked_sparsity"] == 0.5
+    resolved = (tmp_path / "out" / "secateur" / "recipe.yaml").read_text()
+    assert "micro_batch_tokens: 40" in resolved
+
+
+def test_all_faults_of_a_recipe_at_once(secateur, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("modle: x\nsparsity: a lot\ncalibration: {sampels: 3, seed: -1}\n")
+    done = secateur("prune", recipe)
+    assert done.code == 2
+    assert "5 faults" in done.err
+    for told in (
+        "modle: unknown key; did you mean 'model'",
+        "model: missing",
+        "sparsity:",
+        "did you mean 'samples'",
+        "calibration.seed:",
+    ):
+        assert told in done.err
+
+
+BAD = {
+    "sparsity one": (["--sparsity", "1.0"], 2, "sparsity 1 is not a fraction of zeros"),
+    "sparsity below zero": (["--sparsity", "-0.1"], 2, "sparsity -0.1 is not a fraction"),
+    "no sparsity": ([], 2, "needs a sparsity"),
+    "unknown method": (["--method", "wnada", "--sparsity", "0.5"], 2, "did you mean 'wanda'"),
+    "unknown score": (["--score", "wandas", "--sparsity", "0.5"], 2, "did you mean 'wanda'"),
+    "pattern": (["--pattern", "two:four"], 2, "no pattern is written 'two:four'"),
+    "does not divide": (["--pattern", "2:5"], 2, "model.layers.0.self_attn.q_proj"),
+    "block does not divide": (["--pattern", "5x5", "--sparsity", "0.5"], 2, "self_attn.q_proj"),
+    "two sparsities": (["--pattern", "2:4", "--sparsity", "0.7"], 2, "0.7"),
+    "n:m scope": (["--pattern", "2:4", "--scope", "global"], 2, "scope"),
+    "n:m allocation": (["--pattern", "2:4", "--allocation", "owl"], 2, "one sparsity for every"),
+    "allocation": (["--allocation", "ole", "--sparsity", "0.5"], 2, "did you mean 'owl'"),
+    "block by row": (["--pattern", "4x4", "--scope", "row", "--sparsity", "0.5"], 2, "row"),
+    "include": (["--include", "*.nlp.*", "--sparsity", "0.5"], 2, "no linear matches '*.nlp.*'"),
+    "override": (["--override", "x", "--sparsity", "0.5"], 2, "is not GLOB=SPARSITY"),
+    "set": (["--set", "memory.budgt=3", "--sparsity", "0.5"], 2, "did you mean 'budget_gib'"),
+    "device": (["--device", "tpu", "--sparsity", "0.5"], 2, "'tpu' is not auto, cpu"),
+    "budget": (["--memory-budget-gib", "0.01", "--sparsity", "0.5"], 1, "the budget is 0.01 GiB"),
+    "no windows": (["--calibration", "nowhere.jsonl", "--sparsity", "0.5"], 2, "nowhere.jsonl"),
+    "sequence too long": (
+        ["--calibration", "boolq-calibration", "--sequence-length", "65", "--sparsity", "0.5"],
+        2,
+        "exceeds the model's 64 positions",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_usage_names_the_culprit(
+    case: str, secateur, model: Path, windows: Path, tmp_path: Path
+) -> None:
+    options, code, told = BAD[case]
+    if "--calibration" not in options:
+        options = [*options, "--calibration", str(windows)]
+    done = secateur("prune", model, "-o", tmp_path / "out", *options)
+    assert done.code == code, done.err
+    assert told in " ".join(done.err.split())
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def prune(secateur, model: Path, windows: Path, out: Path) -> Outcome:
+    return secateur(
+        "prune",
+        model,
+        "-o",
+        out,
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.5",
+        "--calibration",
+        windows,
+    )
+
+
+def test_an_output_that_exists_is_kept(
+    secateur, model: Path, windows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    done = prune(secateur, model, windows, tmp_path / "out")
+    assert done.code == 2
+    assert "--overwrite" in done.err
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers(bad, secateur, model, windows, tmp_path) -> None:
+    reader = checkpoint.CheckpointReader(model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = reader.read(name)
+    weight[3, 5] = bad
+    checkpoint.PatchedCopy(reader, model).write(name, weight)
+    done = prune(secateur, model, windows, tmp_path / "out")
+    assert done.code == 1
+    assert "1 of 1536 weights are NaN or infinite" in done.err
+    assert name in done.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_truncated_and_unknown_models(secateur, model, windows, tmp_path) -> None:
+    file = next(model.glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    done = prune(secateur, model, windows, tmp_path / "out")
+    assert done.code == 1
+    assert file.name in done.err
+    file.write_bytes(whole)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "llamma"}))
+    done = prune(secateur, model, windows, tmp_path / "out")
+    assert done.code == 1
+    assert "transformers cannot build this model" in done.err
+    (model / "config.json").write_text(json.dumps({**config, "hidden_size": 64, "head_dim": 16}))
+    done = prune(secateur, model, windows, tmp_path / "out")
+    assert done.code == 1
+    assert "config.json asks for" in done.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_empty_calibration(secateur, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    done = prune(secateur, model, tmp_path / "empty.jsonl", tmp_path / "out")
+    assert done.code == 2
+    assert "holds no text" in done.err
+    save_file({"input_ids": torch.full((2, 8), 96)}, tmp_path / "beyond.safetensors")
+    done = prune(secateur, model, tmp_path / "beyond.safetensors", tmp_path / "out")
+    assert done.code == 2
+    assert "96" in done.err
+
+
+def test_a_disk_that_fills_up(secateur, model, windows, tmp_path, monkeypatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.engine.stream.activations.write_all", full)
+        done = prune(secateur, model, windows, tmp_path / "out")
+    assert done.code == 1
+    assert "the disk is full" in done.err
+    assert "--resume" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreachable_hub(secateur, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = secateur("prune", "some-org/some-model", "-o", tmp_path / "out", "--sparsity", "0.5")
+    assert done.code == 2
+    assert "some-org/some-model" in done.err
+    assert "remedy" in done.err
+
+
+def test_errors_in_json(secateur, tmp_path: Path) -> None:
+    done = secateur(
+        "prune", tmp_path / "nowhere", "-o", tmp_path / "o", "--sparsity", "0.5", "--json"
+    )
+    assert json.loads(done.out)["error"]["kind"] == "SourceError"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; sys.argv = ['secateur', '--help']\n"
+        "from secateur.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_help_shows_every_word_that_was_written(secateur, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets and stars mean something to what draws it."""
+    monkeypatch.setenv("COLUMNS", "400")
+    secateur("methods")  # enters the verbs
+    verbs = get_command(app).commands
+    assert {"prune", "structure", "retrain", "distill", "eval"} <= verbs.keys()
+    for name, verb in verbs.items():
+        shown = " ".join(secateur(name, "--help").out.split())
+        texts = [p.help for p in verb.params if p.help]
+        assert texts
+        for text in texts:
+            assert text.replace("`", "") in shown, name

@@ -1,0 +1,212 @@
+"""`secateur generate` and `secateur bench` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import secateur as library
+from runtime.packed_models import packed_model
+from secateur.errors import RecipeError
+from secateur.evaluation.contenders import CONTENDERS
+from secateur.evaluation.speed import Speed
+from secateur.runtime.kernels.library import kernel_info
+from secateur.workflows.judge.bench import BenchReport, tokens_of
+from tiny import save_tiny
+
+needs_kernels = pytest.mark.skipif(
+    kernel_info().tier == "none", reason=f"no kernels here: {kernel_info().reason}"
+)
+SHORT = ("--prompt-tokens", 4, "--new-tokens", 3, "--rounds", 1)
+
+
+@needs_kernels
+def test_generate(secateur, tmp_path: Path) -> None:
+    folder = packed_model(tmp_path, head_dim=16, eos_token_id=None)
+    asked = ("generate", folder, "--prompt", "abc", "--max-new-tokens", 8)
+    shown = secateur(*asked)
+    assert shown.code == 0, shown.err
+    assert shown.out.startswith("abc")
+    assert shown.err.startswith("8 tokens, ")
+    assert "tokens/s (one call for each token)" in shown.err
+    told = json.loads(secateur(*asked, "--json").out)
+    assert told["model"] == str(folder)
+    assert told["prompt"] + told["text"] + "\n" == shown.out
+    assert told["tokens"] == 8
+    assert told["first_token_seconds"] > 0
+    assert told["tokens_per_second"] > 0
+    drawn = [secateur(*asked, "--temperature", 2, "--seed", seed).out for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    single = json.loads(secateur(*asked, "--max-new-tokens", 1, "--json").out)
+    assert (single["tokens"], single["tokens_per_second"]) == (1, None)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("family", "sizes", "why"),
+    [
+        ("gpt2", {}, "its type is gpt2"),
+        ("mistral", {"head_dim": 16, "sliding_window": 8}, "11 tokens exceed its sliding window"),
+        ("llama", {"head_dim": 16, "mlp_bias": True}, "its gate projection has a bias"),
+    ],
+)
+def test_generate_falls_back_to_transformers(secateur, tmp_path, family, sizes, why) -> None:
+    folder = save_tiny(tmp_path / "m", family, **sizes)
+    done = secateur("generate", folder, "--prompt", "abc", "--max-new-tokens", 8)
+    assert done.code == 0, done.err
+    assert f"(transformers: {why}" in done.err
+
+
+def test_generate_refuses(secateur, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", head_dim=16)
+    for options, told in (
+        (("--prompt", ""), "the prompt has no token"),
+        (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens 0"),
+        (("--prompt", "a", "--temperature", -1), "temperature -1"),
+    ):
+        done = secateur("generate", folder, *options)
+        assert done.code == 2
+        assert told in done.err
+    missing = secateur("generate", tmp_path / "none", "--prompt", "a", "--json")
+    assert missing.code == 2
+    assert json.loads(missing.out)["error"]["kind"] == "SourceError"
+
+
+@needs_kernels
+def test_contenders_that_cannot_run_are_told_and_the_rest_is_measured(secateur, tmp_path) -> None:
+    """Heads of 8 are none for the decode loop; the GGUF file is none at all."""
+    folder = packed_model(tmp_path, values="bfloat16")
+    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    done = secateur(
+        "bench", folder, *SHORT, "--json", "--contenders", "packed, torch bf16",
+        "--gguf", tmp_path / "broken.gguf",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    packed, plain, gguf = told["contenders"]
+    assert "its heads are 8 wide" in packed["failure"]
+    assert gguf["contender"] == "broken.gguf"
+    assert gguf["failure"]
+    assert plain["contender"] == "torch bf16"
+    assert plain["rounds"] == 1
+    assert plain["tokens_per_second"] > 0
+    assert plain["resident_bytes"] > 0
+    assert "nothing to compare" in told["verdict"]
+    assert told["protocol"]["kernels"] == kernel_info().tier
+    assert told["file_bytes"] == (folder / "secateur.safetensors").stat().st_size
+
+
+@needs_kernels
+def test_bench_for_people(secateur, tmp_path: Path) -> None:
+    folder = packed_model(tmp_path, values="int8", head_dim=16)
+    done = secateur("bench", folder, *SHORT, "--contenders", "packed,packed,torch int8")
+    assert done.code == 0, done.err
+    assert "tokens/s" in done.out
+    assert done.out.count("packed  ") <= 2
+    assert "medians of 1 interleaved rounds" in done.out
+    assert "dense bfloat16 would be" in done.out
+    assert "measuring" not in done.out
+
+
+def test_bench_where_nothing_can_run(secateur, tmp_path: Path) -> None:
+    done = secateur("bench", save_tiny(tmp_path / "m", "gpt2"), *SHORT, "--contenders", "packed")
+    assert done.code == 1
+    assert "nothing to compare" in done.out
+
+
+def test_bench_refuses(secateur, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m")
+    for options, told in (
+        (("--contenders", "packd"), "did you mean 'packed'"),
+        (("--gguf", tmp_path / "none.gguf"), "there is no such GGUF file"),
+        (("--rounds", 0), "0 rounds"),
+        (("--new-tokens", 1), "1 new tokens"),
+    ):
+        done = secateur("bench", folder, *options)
+        assert done.code == 2
+        assert told in done.err
+    assert secateur("bench", tmp_path / "none").code == 2
+    with pytest.raises(RecipeError, match="0 prompt tokens"):
+        library.bench(folder, prompt_tokens=0)
+    assert tokens_of(folder) == 96
+
+
+def test_verdicts() -> None:
+    def verdict(**seconds: float) -> str:
+        speeds = [Speed(name.replace("_", " "), (s,), (1.0,)) for name, s in seconds.items()]
+        speeds.append(Speed("torch int8", failure="no"))
+        return BenchReport(speeds, 1, 2, {"prompt_tokens": 4}).verdict
+
+    assert verdict(packed=0.1, dense_bf16=0.15, torch_bf16=0.4) == (
+        "1.50 times as fast as dense bf16, the fastest of the others"
+    )
+    assert verdict(packed=0.1, dense_bf16=0.05).startswith("no gain: dense bf16 is as fast or")
+    assert "2.00 times" in verdict(packed=0.1, dense_bf16=0.05)
+    assert verdict(packed=0.1, packed_in_transformers=0.2).startswith("nothing to compare")
+    assert verdict(dense_bf16=0.1).startswith("nothing to compare")
+    assert "dense bf16" in CONTENDERS
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_bench_leaves_no_process(tmp_path: Path, sent: signal.Signals) -> None:
+    folder = save_tiny(tmp_path / "m")
+    command = [sys.executable, "-m", "secateur", "bench", str(folder), "--rounds", "1000000"]
+    bench = subprocess.Popen(
+        [*command, "--contenders", "torch bf16"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=hear_interrupts,
+    )
+    try:
+        children = wait_for(psutil.Process(bench.pid).children)
+        time.sleep(0.5)
+        bench.send_signal(sent)
+        assert bench.wait(60) == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+        assert not psutil.wait_procs(children, 60)[1]
+    finally:
+        bench.kill()
+        bench.wait()
+
+
+def hear_interrupts() -> None:
+    """Undo what a shell does to its background jobs and all below them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def wait_for(ask) -> list[psutil.Process]:
+    """What a question gives as soon as it gives anything."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        found = ask()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+def test_kernel_info_says_what_runs() -> None:
+    info = library.kernel_info()
+    assert info.tier in ("avx512bf16", "avx512", "avx2", "none")
+    assert (info.threads > 0) is (info.tier != "none")
+    assert bool(info.reason) is (info.tier == "none")
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_compressed_folders_are_judged_like_their_dense_ones(secateur, tmp_path, archive) -> None:
+    folder = packed_model(tmp_path, archive=archive)
+    text = tmp_path / "text.txt"
+    text.write_text("w3 w4 w5 w6 " * 40)
+    judged = [
+        json.loads(secateur("eval", x, "--perplexity", text, "--sequence-length", 16, "--json").out)
+        for x in (folder, tmp_path / "dense")
+    ]
+    packed, dense = (one["perplexity"][0]["perplexity"] for one in judged)
+    assert packed == pytest.approx(dense, rel=1e-5)

@@ -1,0 +1,293 @@
+"""Allocations on tiny models, against plain forwards of the whole model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from oracles import allocation as oracle
+from secateur.calibration.windows import save_windows
+from secateur.engine.choose.survey import allocate, grains_of, survey
+from secateur.engine.choose.tournament import Judge, search_levels
+from secateur.engine.prune.run import Run, Settings
+from secateur.engine.prune.selection import Selection
+from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.experts import opened_experts
+from secateur.progress import Silent
+from secateur.runs.ledger import Ledger
+from secateur.sparsity.allocation.global_threshold import GlobalThreshold
+from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
+from secateur.sparsity.allocation.owl import OWL
+from secateur.sparsity.allocation.search import Search
+from secateur.sparsity.methods import compose
+from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
+
+NAMES = ["owl", "layer-sensitivity", "global", "search"]
+SMALL = Search(generations=3, offspring=4, stages=((2, 40), (1, 120)))
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracles are compared digit by digit, on machines with fast bfloat16 too."""
+    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+
+
+def run_of(model, work: Path, method="wanda", sparsity=0.5, overrides=None, scope=None) -> Run:
+    target = model if isinstance(model, CheckpointTarget) else ModelTarget(model)
+    return Run(
+        target,
+        compose(method, "unstructured", scope),
+        sparsity,
+        Selection(overrides=overrides or {}),
+        tiny_windows(),
+        Settings(micro_batch_tokens=40, work=work),
+        Ledger(),
+        Silent(),
+    )
+
+
+def inputs_of(model, windows) -> dict[str, torch.Tensor]:
+    """The inputs of every matrix in a plain forward, [tokens, in]."""
+    found = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: found.update({name: args[0].flatten(0, -2)})
+        )
+        for name, module in matrices(model).items()
+    ]
+    with torch.no_grad():
+        model(input_ids=windows)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def zeros(model) -> int:
+    return sum(int((weight_of(m) == 0).sum()) for m in matrices(model).values())
+
+
+@pytest.mark.parametrize("allocation", NAMES)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"method": "wanda"}),
+        ("llama", {"method": "sparsegpt"}),
+        ("gpt2", {"method": "taylor"}),
+        ("generic", {"method": "magnitude", "pattern": "4x4"}),
+    ],
+)
+def test_every_allocation_prunes_exactly_what_uniform_does(
+    allocation: str, family: str, options: dict
+) -> None:
+    found = {}
+    for name in ("uniform", allocation):
+        model = tiny_model(family)
+        report = secateur.prune(
+            model, sparsity=0.6, allocation=name, calibration=tiny_windows(), **options
+        )
+        found[name] = zeros(model)
+        asked = {r["asked"] for layer in report.layers for r in layer["linears"]}
+        assert (len(asked) == 1) == (name == "uniform")
+    assert found["uniform"] == found[allocation]
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, "mixtral"])
+def test_owl_on_a_model_equals_the_formula_on_plain_forwards(family: str, tmp_path: Path) -> None:
+    with opened_experts(model := tiny_model(family)):
+        check_owl(model, tmp_path)
+
+
+def check_owl(model, work: Path) -> None:
+    inputs, modules = inputs_of(model, tiny_windows()), matrices(model)
+    by_layer: dict[str, list] = {}
+    for name, module in modules.items():
+        layer = next(part for part in name.split(".") if part.isdigit())
+        norm = inputs[name].double().square().mean(0).sqrt()  # over the tokens it sees
+        by_layer.setdefault(layer, []).append((weight_of(module), norm))
+    expected = oracle.owl(list(by_layer.values()), 0.5, 2.0, 0.08)
+    run = run_of(model, work)
+    allocate(run, OWL(outlier_multiple=2.0))  # a few outliers, in models this small
+    for name, share in run.sparsity_of.items():
+        layer = next(part for part in name.split(".") if part.isdigit())
+        columns = weight_of(modules[name]).shape[1]
+        # The scope is row: whole columns of at most 1/32.
+        assert share == pytest.approx(expected[int(layer)], abs=2.01 / columns), name
+
+
+def test_sensitivity_on_a_model_ranks_by_the_error_of_its_own_method(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    inputs, method = inputs_of(model, tiny_windows()), compose("wanda", "unstructured", "layer")
+    errors = {}
+    for name, module in matrices(model).items():
+        weight = weight_of(module)
+        mask = method.pattern.mask(weight.abs() * inputs[name].norm(dim=0), 0.5)
+        errors[name] = oracle.relative_error(weight, weight * mask, inputs[name])
+    expected = dict(zip(errors, oracle.sensitivity(list(errors.values()), 0.6, 0.1), strict=True))
+    run = run_of(model, tmp_path, sparsity=0.6, scope="layer")
+    allocate(run, LayerSensitivity())
+    weights = {name: weight_of(m).numel() for name, m in matrices(model).items()}
+    total = sum(weights.values())
+    excess = sum((expected[n] - 0.6) * weights[n] for n in weights) / total
+    for name, share in run.sparsity_of.items():
+        # What all are moved by; those at an end of the range stay there.
+        assert share == pytest.approx(expected[name] - excess, abs=abs(excess) + 0.01), name
+        assert 0.5 - 1e-9 <= share <= 0.7 + 1e-9
+
+
+def test_the_bounded_threshold_on_a_model(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    scores = {n: weight_of(m).abs() for n, m in sorted(matrices(model).items())}
+    sizes = {n: s.numel() for n, s in scores.items()}
+    for index, score in enumerate(scores.values()):
+        score *= 1 + index  # layers whose scores are far apart
+    with torch.no_grad():
+        for name, module in matrices(model).items():
+            weight_of(module).copy_(scores[name])
+    run = run_of(model, tmp_path, "magnitude")
+    allocate(run, GlobalThreshold(reach=0.15))
+    bounds = {n: (round(0.35 * s + 0.499), int(0.65 * s)) for n, s in sizes.items()}
+    expected = oracle.bounded_threshold(scores, sum(sizes.values()) // 2, bounds)
+    got = {n: run.sparsity_of[n] * sizes[n] for n in scores}
+    assert {n: round(x) for n, x in got.items()} == expected
+    shares = [x / sizes[n] for n, x in expected.items()]
+    assert min(shares) < 0.3515
+    assert max(shares) > 0.6485
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_judge_measures_what_a_plain_forward_gives(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    before = copy.deepcopy(model)
+    run = run_of(model, tmp_path, overrides={"*.layers.1.mlp.down_proj": 0.25}
+                 if family == "llama" else None)  # fmt: skip
+    grains = grains_of(run, SMALL)
+    files = survey(run, SMALL, grains)
+    rungs = SMALL.ladders(grains)
+    judge = Judge(run, rungs, files, 120)
+    uniform = (0,) * len(rungs)
+    early = (1, *uniform[1:])  # shares nothing; the two below share all but the last layer
+    late, later = (*uniform[:-1], -1), (*uniform[:-1], 1)
+    candidates = [uniform, early, late, later, uniform]
+    measured = judge.fitness(candidates, 120, 0)
+    part = judge.fitness(candidates, 40, 2)
+    for candidate, whole, some in zip(candidates, measured, part, strict=True):
+        other = copy.deepcopy(before)
+        shares = {n: r.sparsity(x) for (n, r), x in zip(rungs.items(), candidate, strict=True)}
+        inputs = inputs_of(before, tiny_windows())
+        for name, module in matrices(other).items():
+            weight = weight_of(module)
+            score = weight.abs() * inputs[name].norm(dim=0)
+            weight *= run.method.pattern.mask(score, shares.get(name, 0.25))
+        with torch.no_grad():
+            logits = [m(input_ids=tiny_windows()).logits.flatten(0, 1) for m in (before, other)]
+        assert whole == pytest.approx(oracle.divergence(*logits), rel=1e-3)
+        picked = slice(4 * 20, 6 * 20)
+        assert some == pytest.approx(oracle.divergence(*(x[picked] for x in logits)), rel=1e-3)
+    assert len(set(measured)) == 4
+    for name, parameter in model.named_parameters():  # looking leaves the model as it was
+        assert torch.equal(parameter, before.get_parameter(name)), name
+
+
+def test_a_search_gives_at_least_what_uniform_gives(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    run = run_of(tiny_model("llama"), tmp_path / "a", "sparsegpt")
+    grains = grains_of(run, SMALL)
+    files = survey(run, SMALL, grains)
+    wished, standing = search_levels(run, SMALL, grains, files)
+    assert standing.fitness < standing.uniform
+    rungs = SMALL.ladders(grains)
+    again = Judge(run, rungs, files, 120).fitness([standing.best, (0,) * len(rungs)], 120, 0)
+    assert again == [standing.fitness, standing.uniform]
+    pruned = sum(run.method.pattern.pruned(run.shapes[n], s) for n, s in wished.items())
+    assert pruned == sum(g.uniform for g in grains.values())
+
+
+def test_checkpoint_and_loaded_model_find_the_same(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "source")
+    found = []
+    for index, target in enumerate(
+        [model, CheckpointTarget(CheckpointReader(tmp_path / "source"), None, torch.device("cpu"))]
+    ):
+        (tmp_path / str(index)).mkdir()
+        run = run_of(target, tmp_path / str(index))
+        allocate(run, SMALL)
+        found.append(run.sparsity_of)
+        assert [f.name for f in (tmp_path / str(index)).glob("survey*")] == []
+    assert found[0] == found[1]
+
+
+def test_linears_with_a_sparsity_of_their_own_keep_it(tmp_path: Path) -> None:
+    for name in NAMES:
+        model = tiny_model("llama")
+        secateur.prune(
+            model,
+            method="wanda",
+            sparsity=0.5,
+            allocation=name,
+            overrides={"*.q_proj": 0.25, "*.layers.1.mlp.*": 0},
+            calibration=tiny_windows(),
+        )
+        rest = []
+        for path, module in matrices(model).items():
+            sparsity = float((weight_of(module) == 0).float().mean())
+            if path.endswith("q_proj"):
+                assert sparsity == 0.25
+            elif "layers.1.mlp" in path:
+                assert sparsity == 0
+            else:
+                rest.append(weight_of(module))
+        assert 2 * sum(int((w == 0).sum()) for w in rest) == sum(w.numel() for w in rest)
+
+
+def test_nothing_to_allocate(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    secateur.prune(
+        model, method="magnitude", sparsity=0.5, allocation="owl", overrides={"*": 0.25},
+        calibration=tiny_windows(),
+    )  # fmt: skip
+    assert {float((weight_of(m) == 0).float().mean()) for m in matrices(model).values()} == {0.25}
+
+
+@pytest.mark.parametrize("allocation", NAMES)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pattern": "2:4"}, "2:4 has one sparsity for every linear"),
+        ({"sparsity": 0.5, "scope": "global"}, "one threshold decides"),
+    ],
+)
+def test_where_there_is_nothing_to_decide_it_is_refused(
+    allocation: str, options: dict, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        secateur.prune(
+            tiny_model("llama"), allocation=allocation, calibration=tiny_windows(), **options
+        )
+
+
+def test_plan_counts_what_an_allocation_needs(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    save_windows(tiny_windows(), tmp_path / "w.safetensors")
+    plans = {
+        name: secateur.plan(
+            str(tmp_path / "source"), sparsity=0.5, method="sparsegpt", allocation=name,
+            calibration=str(tmp_path / "w.safetensors"),
+        )
+        for name in ("uniform", *NAMES)
+    }  # fmt: skip
+    prunable = plans["uniform"].prunable_weights
+    disk = {name: p.disk_bytes - plans["uniform"].disk_bytes for name, p in plans.items()}
+    assert disk == {
+        "uniform": 0, "owl": 0, "layer-sensitivity": 0, "global": 4 * prunable,
+        "search": 7 * 4 * prunable,
+    }  # fmt: skip
+    flops = {name: p.flops / (2 * prunable * 120) for name, p in plans.items()}
+    assert [flops[n] for n in ("uniform", "owl", "layer-sensitivity", "global")] == [1, 2, 2, 2]
+    assert flops["search"] > 2

@@ -1,0 +1,230 @@
+"""Fitting the dense model: the target of solvers, and the tuning of pruned layers."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from secateur.calibration.statistics.gram import Gram
+from secateur.engine.prune.reconstruction import Reconstruction, output_error
+from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
+from secateur.errors import RecipeError
+from secateur.models.architecture import describe, linears_of
+from secateur.sparsity.methods import compose
+from zoo import tiny_model, tiny_windows, zeros_of
+
+FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
+
+
+@torch.no_grad()
+def hidden_states(model, windows):
+    """The hidden states after every decoder layer, plainly."""
+    layers = describe(model).layers(model)
+    call = layer_calls(model, layers, [windows])
+    states = [first_inputs(model, layers, windows)]
+    for layer, how in zip(layers, call, strict=True):
+        states.append(call_layer(layer, states[-1], how))
+    return states
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuning_lowers_the_error_and_keeps_every_zero(family: str) -> None:
+    windows = tiny_windows(6)
+    dense = hidden_states(tiny_model(family), windows)[-1]
+    plain, tuned = tiny_model(family), tiny_model(family)
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": windows}
+    secateur.prune(plain, **options)
+    report = secateur.prune(tuned, **options, passes=8, learning_rate=3e-3)
+    before = float(output_error(hidden_states(plain, windows)[-1], dense))
+    after = float(output_error(hidden_states(tuned, windows)[-1], dense))
+    assert after < 0.7 * before
+    for layer in report.layers:
+        told = layer["reconstruction"]
+        assert told["error_after"] < told["error_before"]
+    assert after == pytest.approx(report.layers[-1]["reconstruction"]["error_after"], rel=1e-4)
+    for name, zeros in zeros_of(tuned).items():
+        assert int(zeros.sum()) == round(0.5 * zeros.shape[1]) * zeros.shape[0], name
+    assert all(p.requires_grad and p.grad is None for p in tuned.parameters())
+
+
+PATTERNED = [
+    {"method": "wanda", "sparsity": 0.5},
+    {"method": "sparsegpt", "pattern": "2:4"},
+    {"method": "magnitude", "pattern": "4x2", "sparsity": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", PATTERNED)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masks_may_change_but_not_their_pattern(family: str, options: dict) -> None:
+    windows = tiny_windows(6)
+    masks = []
+    for extra in ({}, {"remask": False}, {"remask": True}):
+        model = tiny_model(family)
+        tuning = {"passes": 6, "learning_rate": 1e-2, **extra} if extra else {}
+        secateur.prune(model, calibration=windows, **options, **tuning)
+        masks.append(zeros_of(model))
+    plain, held, changed = masks
+    pattern = compose(options["method"], options.get("pattern", "unstructured")).pattern
+    differ = 0
+    for name, zeros in plain.items():
+        if name.startswith("0."):  # what follows sees other inputs
+            assert torch.equal(held[name], zeros)
+        differ += int((changed[name] != zeros).sum())
+        assert int(changed[name].sum()) == int(zeros.sum())
+        # with the mask as score, the pattern gives the mask back: so it is one it allows
+        again = pattern.mask((~changed[name]).float(), options.get("sparsity", 0.5))
+        assert torch.equal(again, ~changed[name])
+    assert differ > 20
+
+
+def test_bfloat16_is_tuned_in_float32_and_stays_bfloat16() -> None:
+    windows = tiny_windows(6)
+    model = tiny_model("llama").to(torch.bfloat16)
+    report = secateur.prune(model, method="magnitude", pattern="2:4", calibration=windows, passes=4)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert report.sparsity == 0.5
+    assert all(
+        x["reconstruction"]["error_after"] < x["reconstruction"]["error_before"]
+        for x in report.layers
+    )
+
+
+def test_layers_left_dense_are_not_tuned() -> None:
+    windows, model, untouched = tiny_windows(4), tiny_model("llama"), tiny_model("llama")
+    layers = describe(model).layers_path
+    report = secateur.prune(
+        model, method="wanda", sparsity=0.5, calibration=windows, passes=2,
+        include=(f"{layers}.1.*",),
+    )  # fmt: skip
+    for before, after in zip(
+        describe(untouched).layers(untouched)[0].parameters(),
+        describe(model).layers(model)[0].parameters(),
+        strict=True,
+    ):
+        assert torch.equal(before, after)
+    assert ["reconstruction" in layer for layer in report.layers][:2] == [False, True]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox"])
+@pytest.mark.parametrize("group", [0, 1, 3])
+@torch.no_grad()
+def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str, group: int) -> None:
+    """Layer 1 sees inputs of a pruned layer 0; one of its linears is compared with least squares.
+
+    Wanted of a linear that writes to the residual stream are the dense outputs and what is missing
+    there by then; the others stay, or where no writers are known, are to give the dense outputs.
+    """
+    windows = tiny_windows(6)
+    model, dense = tiny_model(family), tiny_model(family)
+    secateur.prune(
+        model, score="wanda", solver="zero", sparsity=0.5, calibration=windows, asymmetric=True,
+        asymmetric_damping=0.1, micro_batch_tokens=2 * windows.shape[1],
+    )  # fmt: skip
+    architecture = describe(model)
+    groups, writers = architecture.groups, architecture.writers
+    name = groups[group][0]
+    seen = []
+    for one in (model, dense):
+        layers = architecture.layers(one)
+        calls = layer_calls(one, layers, [windows])
+        linears = linears_of(layers[1], "")
+        found: dict[str, torch.Tensor] = {}
+
+        def keep(part, module, args, out, to):
+            to[part] = args[0].reshape(-1, args[0].shape[-1]).double()
+            to[f"{part}/out"] = out.reshape(-1, out.shape[-1]).double()
+
+        handles = [
+            linears[x].module.register_forward_hook(functools.partial(keep, x, to=found))
+            for x in {name, *writers}
+        ]
+        found["stream"] = call_layer(layers[0], first_inputs(one, layers, windows), calls[0])
+        call_layer(layers[1], found["stream"], calls[1])
+        for handle in handles:
+            handle.remove()
+        seen.append((found, linears[name].weight.double()))
+    (pruned, weight), (before, wanted_weight) = seen
+    wanted = before[name] @ wanted_weight.t()
+    if writers and name not in writers:
+        assert torch.equal(weight[weight != 0], wanted_weight[weight != 0])
+        return
+    if writers:
+        wanted += (before["stream"] - pruned["stream"]).flatten(0, 1).double()
+        for earlier in writers[: writers.index(name)]:
+            wanted += before[f"{earlier}/out"] - pruned[f"{earlier}/out"]
+    # with rows for the damping: [X̂; √λ I] W*ᵀ = [T; √λ Wᵀ]
+    damping = 0.1 * pruned[name].square().sum(0).mean()
+    eye = damping.sqrt() * torch.eye(pruned[name].shape[1], dtype=torch.float64)
+    left = torch.cat([pruned[name], eye])
+    right = torch.cat([wanted, eye @ wanted_weight.t()])
+    target = torch.linalg.lstsq(left, right).solution.t()
+    kept = weight != 0
+    assert 0 < int((~kept).sum()) < kept.numel()
+    assert torch.allclose(weight[kept], target[kept], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(weight[kept], wanted_weight[kept], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sequential", ["group", "layer"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fast_matmuls_touch_the_forwards_and_not_the_statistics(
+    family: str, sequential: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 outputs, float32 sums; wherever the test runs, as if it were the faster."""
+    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: True)
+    inside: list[bool] = []
+
+    def update(self: Gram, x: torch.Tensor) -> None:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        update_really(self, x)
+
+    update_really = Gram.update
+    monkeypatch.setattr(Gram, "update", update)
+    windows = tiny_windows(6)
+    exact, fast = tiny_model(family), tiny_model(family)
+    options = {"method": "sparsegpt", "sparsity": 0.5, "calibration": windows,
+               "sequential": sequential}  # fmt: skip
+    secateur.prune(exact, **options)
+    secateur.prune(fast, **options, fast_matmuls=True)
+    assert inside
+    assert not any(inside)
+    assert not torch.is_autocast_enabled("cpu")
+    differ = 0.0
+    for one, two in zip(exact.parameters(), fast.parameters(), strict=True):
+        differ = max(differ, float((one - two).detach().abs().max()))
+        assert (one == 0).sum() == (two == 0).sum()
+    assert differ > 0  # else nothing was fast
+    states = [hidden_states(m, windows)[-1] for m in (exact, fast, tiny_model(family))]
+    assert output_error(states[1], states[0]) < 0.1 * output_error(states[1], states[2])
+
+
+def test_parking_on_disk_changes_nothing(tmp_path: Path) -> None:
+    source, windows = tmp_path / "source", tiny_windows(6)
+    tiny_model("llama").save_pretrained(source)
+    file = tmp_path / "w.safetensors"
+    secateur.calibration.windows.save_windows(windows, file)
+    found = []
+    for place in ("memory", "disk"):
+        out = tmp_path / place
+        secateur.prune(
+            source, output=out, effort="best", sparsity=0.5, calibration=file, passes=2,
+            generated=3, activations=place, micro_batch_tokens=40,
+        )  # fmt: skip
+        found.append((out / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(RecipeError, match="order 'layer'"):
+        secateur.prune(
+            tiny_model("llama"), method="wanda", sparsity=0.5, calibration=tiny_windows(2),
+            asymmetric=True, sequential="layer",
+        )  # fmt: skip
+    with pytest.raises(RecipeError, match="learning_rate"):
+        Reconstruction(learning_rate=0.0)
+    with pytest.raises(RecipeError, match="passes"):
+        Reconstruction(passes=-1)

@@ -1,0 +1,166 @@
+"""What the plan counts for solvers, against what they allocate and factorise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import secateur
+from secateur.calibration.windows import save_windows
+from secateur.engine.prune.solver_cost import solve_bytes, solve_squares, warn_of_work
+from secateur.engine.stream.residency import LiveTensors
+from secateur.errors import MemoryBudgetError
+from secateur.sparsity import shifted_inverse
+from secateur.sparsity.dense_target import dense_target
+from secateur.sparsity.hessian import FACTOR_SQUARES, inverse_factor
+from secateur.sparsity.methods import Method, compose
+from secateur.sparsity.solvers import least_squares, solvers
+from tiny import save_tiny
+from zoo import tiny_windows
+
+ROWS, INPUTS = 8, 640
+SQUARE = 4 * INPUTS**2
+NEEDS = {"osscar": "*x1", "bias": "*x1"}
+FEW, MANY = 60, 2 * INPUTS
+"""Tokens of a gram that only float64 factorises with a damping of 1e-6, and of any other."""
+
+
+def gram_of(tokens: int) -> Tensor:
+    x = torch.randn(tokens, INPUTS, generator=torch.Generator().manual_seed(tokens))
+    return x.t() @ x
+
+
+def peak_bytes(work: Callable[[], object], *there: Tensor) -> int:
+    """The most that is alive while something is done, with what is there before."""
+    live = LiveTensors(there, find_peak=True)
+    with live:
+        work()
+    return live.peak_bytes + sum(t.nbytes for t in there)
+
+
+def solve(method: Method, weight: Tensor, gram: Tensor) -> None:
+    mean = torch.ones(INPUTS)
+    statistics = {
+        "gram": gram,
+        "column_norm": gram.diagonal().sqrt(),
+        "column_mean": mean,
+        "column_variance": mean,
+    }
+    prepared = method.solver.prepare(statistics)
+    mask = None if method.solver_selects else method.mask(weight, statistics, 0.5)
+    method.solver.solve(weight, prepared, method.pattern, 0.5, mask=mask)
+
+
+@pytest.mark.parametrize("tokens", [MANY, FEW])
+def test_a_factor_takes_no_more_than_is_counted(tokens: int) -> None:
+    gram, squares = gram_of(tokens), []
+    squares.append(peak_bytes(lambda: inverse_factor(gram, 1e-6), gram) / SQUARE)
+    in_double = tokens == FEW
+    assert squares[0] == pytest.approx(FACTOR_SQUARES if in_double else 3, abs=0.05)
+
+
+@pytest.mark.parametrize("tokens", [MANY, FEW])
+@pytest.mark.parametrize("name", list(solvers))
+def test_every_solver_fits_into_its_plan(name: str, tokens: int) -> None:
+    own = {"damping": 1e-6} if hasattr(solvers[name], "damping") else {}
+    score = solvers[name].selects_by or "wanda"
+    method = compose(None, NEEDS.get(name, "unstructured"), score=score, solver=name, **own)
+    random = torch.Generator().manual_seed(1)
+    weight, gram = torch.randn(ROWS, INPUTS, generator=random), gram_of(tokens)
+    planned = solve_bytes(method, [(ROWS, INPUTS)], asymmetric=False)
+    found = peak_bytes(lambda: solve(method, weight, gram), gram, weight)
+    if "gram" not in method.requires:
+        found -= gram.nbytes
+    assert found <= planned + 0.05 * SQUARE
+
+
+def test_alps_fits_into_its_plan_when_every_inverse_needs_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shifted_inverse, "_by_halves", lambda matrix, shift: None)
+    monkeypatch.setattr(shifted_inverse, "_by_cholesky_in_single", lambda matrix, shift: None)
+    method = compose("alps", "unstructured")
+    weight, gram = torch.randn(ROWS, INPUTS), gram_of(MANY)
+    squares = peak_bytes(lambda: solve(method, weight, gram), gram, weight) / SQUARE
+    counted = solve_squares(method, asymmetric=False)
+    assert counted - 0.5 < squares < counted + 0.3  # some copies of the weight come on top
+
+
+def test_what_asymmetric_fitting_solves_fits_into_its_plan() -> None:
+    gram, moments, identity = gram_of(MANY), torch.randn(INPUTS, INPUTS), torch.eye(INPUTS)
+    there = gram, moments, identity
+    found = peak_bytes(lambda: dense_target(gram, moments, identity, 0.2), *there)
+    assert found <= (solve_squares(compose("wanda", "unstructured"), True) + 0.05) * SQUARE
+
+
+def warn(shape: tuple[int, int], pattern: str, solver: str = "least-squares") -> None:
+    method = compose(None, pattern, score="wanda", solver=solver)
+    warn_of_work({"layer.down_proj": shape}, {"layer.down_proj": 0.5}, lambda _: method)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_work_of_hours_is_announced(pattern: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn((4096, 11008), pattern)
+    assert "about 2.3e+14 floating-point operations" in caplog.text
+    assert "0.63 hours" in caplog.text
+    assert "'admm'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "pattern", "solver"),
+    [
+        ((576, 1536), "unstructured", "least-squares"),
+        ((4096, 11008), "16x1", "least-squares"),  # 16 rows share a factorisation
+        ((4096, 11008), "*x1", "least-squares"),  # all rows do
+        ((4096, 11008), "unstructured", "admm"),
+    ],
+)
+def test_what_takes_minutes_is_not(
+    shape: tuple[int, int], pattern: str, solver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn(shape, pattern, solver)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x2", "*x1"])
+def test_the_work_of_least_squares_is_that_of_its_factorisations(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = compose(None, pattern, score="wanda", solver="least-squares")
+    done = []
+    plain = least_squares.cholesky
+
+    def counted(hessian: Tensor) -> Tensor | None:
+        done.append(len(hessian) * hessian.shape[-1] ** 3 / 3)
+        return plain(hessian)
+
+    monkeypatch.setattr(least_squares, "cholesky", counted)
+    random = torch.Generator().manual_seed(2)
+    weight, gram = torch.randn(24, 48, generator=random), gram_of(MANY)[:48, :48].contiguous()
+    statistics = {"gram": gram, "column_norm": gram.diagonal().sqrt()}
+    mask = method.mask(weight, statistics, 0.5)
+    solver = method.solver
+    solver.solve(weight, solver.prepare(statistics), method.pattern, 0.5, mask=mask)
+    told = solver.flops((24, 48), method.pattern, 0.5)
+    # Rows that keep fewer weights are filled up to the largest of their chunk.
+    assert told <= sum(done) <= (1.0 if pattern in ("2:4", "*x1") else 2.0) * told
+
+
+def test_a_plan_that_does_not_fit_names_the_matrices_of_the_solver(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "wide", "llama", intermediate_size=4096)
+    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
+    with pytest.raises(
+        MemoryBudgetError, match=r"0\.62 GiB of that for 10 matrices of 4096 x 4096"
+    ):
+        secateur.prune(
+            source,
+            output=tmp_path / "out",
+            calibration=tmp_path / "windows.safetensors",
+            sparsity=0.5,
+            method="alps",
+            memory={"budget_gib": 0.6},
+        )

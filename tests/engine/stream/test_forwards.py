@@ -1,0 +1,156 @@
+"""Halted forwards give what plain forwards give, wherever their tensors wait meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
+from secateur.engine.stream.forwards import HaltingForwards, by_group, by_layer
+from secateur.engine.stream.residency import Parking
+from secateur.errors import ArchitectureError
+from secateur.models.architecture import describe, linears_of
+from zoo import tiny_model, tiny_windows
+
+
+class Stage:
+    """One decoder layer of a tiny model, with inputs for a few micro-batches."""
+
+    def __init__(self, family: str = "llama", batches: int = 3) -> None:
+        self.model = tiny_model(family)
+        self.architecture = describe(self.model)
+        layers = self.architecture.layers(self.model)
+        self.layer = layers[0]
+        windows = tiny_windows(2 * batches).split(2)
+        self.hidden = [first_inputs(self.model, layers, ids) for ids in windows]
+        self.call = layer_calls(self.model, layers, list(windows))[0]
+        linears = linears_of(self.layer, "")
+        groups = self.architecture.groups
+        assert groups is not None
+        self.groups = [[linears[name] for name in group] for group in groups]
+        self.outputs: dict[int, torch.Tensor] = {}
+        self.parking: Parking | None = None
+
+    def forward(self, index: int):
+        def run() -> None:
+            x = self.hidden[index].clone()
+            if self.parking is not None:
+                self.parking.live.note(x)
+            self.outputs[index] = call_layer(self.layer, x, self.call)
+
+        return run
+
+    def forwards(self):
+        return [self.forward(i) for i in range(len(self.hidden))]
+
+    def pass_by_group(self, gather, prune, *, forwards=None, **options) -> None:
+        halting = HaltingForwards(self.groups, forwards or self.forwards(), self.parking)
+        try:
+            by_group(self.groups, halting, None, gather, prune, **options)
+        finally:
+            halting.close()
+
+    def plain(self) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [call_layer(self.layer, x, self.call) for x in self.hidden]
+
+
+@pytest.mark.parametrize("place", ["frames", "disk", "host"])
+@torch.no_grad()
+def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
+    stage = Stage()
+    expected = stage.plain()
+    if place != "frames":
+        kept = [*stage.layer.parameters(), *stage.layer.buffers(), *stage.call.tensors()]
+        stage.parking = Parking(kept, tmp_path if place == "disk" else None, torch.device("cpu"))
+    order, pruned = [], []
+    stage.pass_by_group(lambda i, group, x, _: order.append((group, tuple(x.shape))), pruned.append)
+    assert pruned == [0, 1, 2, 3]
+    assert [group for group, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    for index, out in enumerate(expected):
+        assert torch.equal(stage.outputs[index], out)
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_parked_forwards_hold_next_to_nothing(tmp_path: Path) -> None:
+    stage = Stage()
+    kept = [*stage.layer.parameters(), *stage.call.tensors()]
+    stage.parking = parking = Parking(kept, tmp_path, torch.device("cpu"))
+    held_while_others_run = []
+
+    def gather(_: int, group: int, x: torch.Tensor, dense: None) -> None:
+        parked = [s for kept in parking.parked.values() for s, _ in kept]
+        held_while_others_run.append(sum(s.nbytes() for s in parked))
+        assert parking.live.live_bytes() >= x.nbytes
+
+    stage.pass_by_group(gather, lambda group: None)
+    assert held_while_others_run == [0] * 12
+
+
+@torch.no_grad()
+def test_later_groups_see_weights_pruned_before_them() -> None:
+    stage = Stage(batches=1)
+    seen = {}
+
+    def prune(group: int) -> None:
+        for linear in stage.groups[group]:
+            linear.assign(torch.zeros(linear.shape))
+
+    stage.pass_by_group(lambda i, g, x, _: seen.setdefault(g, x.clone()), prune)
+    # Without q, k and v only the bias of v is left, the same for every token.
+    assert torch.allclose(seen[1], seen[1][:, :1].expand_as(seen[1]))
+    assert torch.count_nonzero(seen[3]) == 0
+
+
+@torch.no_grad()
+def test_forwards_end_after_the_last_group_when_nothing_follows() -> None:
+    stage = Stage()
+    reached: list[int] = []
+    stage.pass_by_group(lambda i, group, x, _: None, reached.append, outputs_needed=False)
+    assert reached == [0, 1, 2, 3]
+    assert stage.outputs == {}
+
+
+@torch.no_grad()
+def test_an_error_in_a_forward_comes_through_and_leaves_no_hook() -> None:
+    stage = Stage()
+
+    def broken() -> None:
+        raise ValueError("broken forward")
+
+    with pytest.raises(ValueError, match="broken forward"):
+        stage.pass_by_group(
+            lambda i, g, x, _: None, lambda g: None, forwards=[*stage.forwards(), broken]
+        )
+    assert not any(m._forward_pre_hooks for m in stage.layer.modules())
+
+
+@torch.no_grad()
+def test_linears_that_do_not_share_an_input_are_told_apart() -> None:
+    stage = Stage()
+    wrong = [[*stage.groups[0], *stage.groups[1]], *stage.groups[2:]]
+    with pytest.raises(ArchitectureError, match=r"does not receive the input(?s:.*)o_proj"):
+        by_layer(wrong, stage.forwards(), lambda g, x: None)
+
+
+def test_calls_that_depend_on_tokens_are_refused() -> None:
+    class Embedder(nn.Module):
+        """Hands each layer something read off the tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            hidden = torch.zeros(*input_ids.shape, 4)
+            for layer in self.layers:
+                hidden = layer(hidden, per_token=input_ids.float())
+            return hidden
+
+    model = Embedder()
+    with pytest.raises(ArchitectureError, match="depend on the tokens"):
+        layer_calls(model, model.layers, list(tiny_windows(4).split(2)))

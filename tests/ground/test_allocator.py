@@ -1,0 +1,53 @@
+"""What is freed stays with the process while pages are used again, and is given back then."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+MEASURED = """
+import os
+import torch
+from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+def use():
+    blocks = [torch.ones(2**20, dtype=torch.uint8) for _ in range(300)]
+    return resident() - before
+
+torch.set_num_threads(1)
+before = resident()
+with reused_pages({arguments}):
+    used = use()
+    freed = resident() - before
+    large = torch.ones(2**28, dtype=torch.uint8)
+    del large
+    largest = resident() - before
+print(used, freed, largest, resident() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the allocator is not glibc's"
+)
+@pytest.mark.parametrize(
+    ("arguments", "stays"), [("", 60), ("TRAINING_BLOCK_BYTES, TRAINING_BYTES", 290)]
+)
+def test_freed_blocks_stay_until_the_end(arguments: str, stays: int) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", MEASURED.format(arguments=arguments)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    used, freed, largest, after = map(int, told.stdout.split())
+    assert 290 <= used <= 330
+    assert stays <= freed <= used
+    assert largest <= freed + 8, "a block that is larger than all others stayed"
+    assert after < 30

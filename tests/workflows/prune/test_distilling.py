@@ -1,0 +1,167 @@
+"""The pruned model learns from the dense one at the end of a run: zeros, stopping, going on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import secateur
+from secateur.calibration.windows import save_windows
+from secateur.errors import MemoryBudgetError, NumericalError
+from secateur.models.architecture import describe
+from secateur.progress import Silent
+from secateur.recipes.schema import Distill
+from secateur.workflows.prune.distillation import learn
+from tiny import save_tiny
+from zoo import tiny_model, tiny_windows, zeros_of
+
+FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
+
+
+def mean_divergence(model, dense, windows) -> float:
+    with torch.no_grad():
+        log_p, log_q = (m(windows).logits.double().log_softmax(-1) for m in (dense, model))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_divergence_falls_and_every_zero_stays(family: str) -> None:
+    windows, dense = tiny_windows(8), tiny_model(family)
+    plain, taught = tiny_model(family), tiny_model(family)
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": windows}
+    secateur.prune(plain, **options)
+    secateur.prune(taught, **options, epochs=20, peak_learning_rate=3e-3)
+    before, after = (mean_divergence(m, dense, windows) for m in (plain, taught))
+    assert after < 0.7 * before
+    masks = zeros_of(plain)
+    for name, zeros in zeros_of(taught).items():
+        assert torch.equal(zeros, masks[name]), name
+    assert all(p.requires_grad and p.grad is None for p in taught.parameters())
+
+
+def test_bfloat16_stays_bfloat16_and_layers_left_dense_stay_as_they_are() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    untouched = copy.deepcopy(model)
+    layers = describe(model).layers_path
+    secateur.prune(
+        model, method="magnitude", pattern="2:4", calibration=tiny_windows(4), epochs=3,
+        include=(f"{layers}.1.*",),
+    )  # fmt: skip
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for (name, before), after in zip(untouched.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(before, after) == (not name.startswith(f"{layers}.1.")), name
+
+
+def test_a_share_of_the_next_token_makes_the_text_likelier() -> None:
+    windows = tiny_windows(8)
+    losses = []
+    for share in (0.0, 0.5):
+        model = tiny_model("llama")
+        secateur.prune(
+            model, method="wanda", sparsity=0.5, calibration=windows, epochs=20,
+            peak_learning_rate=3e-3, next_token=share,
+        )  # fmt: skip
+        with torch.no_grad():
+            losses.append(float(model(windows, labels=windows).loss))
+    assert losses[1] < losses[0] - 0.1
+
+
+def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_told() -> None:
+    student, teacher = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        next(describe(teacher).layers(teacher)[0].parameters()).mul_(1.5)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    names = [name for name in before if "layers.1" in name]
+
+    def learnt() -> dict[str, float]:
+        how = Distill(epochs=3)
+        return learn(student, teacher, names, None, tiny_windows(8), how, 0, Silent())
+
+    told = learnt()
+    assert told["loss_after"] < told["loss_before"]
+    moved = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(names)
+    with torch.no_grad():
+        next(teacher.parameters()).fill_(torch.nan)
+    with pytest.raises(NumericalError, match="the loss is nan"):
+        learnt()
+
+
+def test_a_model_that_loses_nothing_stays_as_it_is() -> None:
+    model, untouched = tiny_model("llama"), tiny_model("llama")
+    secateur.prune(model, method="wanda", sparsity=0.0, calibration=tiny_windows(2), epochs=1)
+    for before, after in zip(untouched.parameters(), model.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("asked", "remedy"), [({"epochs": 1}, "--epochs 0"), ({}, "--micro-batch-tokens")]
+)
+def test_a_budget_too_small_is_told_with_what_would_help(
+    tmp_path: Path, asked: dict, remedy: str
+) -> None:
+    folder, file = save_tiny(tmp_path / "model"), tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(2, 24), file)
+    with pytest.raises(MemoryBudgetError) as told:
+        secateur.prune(
+            folder, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=str(file),
+            budget_gib=0.01, **asked,
+        )  # fmt: skip
+    assert remedy in str(told.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+class StoppedError(Exception):
+    """Raised by a progress that has seen enough."""
+
+
+class StopAt:
+    """A progress that stops a stage after some steps."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self.stage, self.steps, self.now = stage, steps, ""
+
+    def start(self, label: str, steps: int) -> None:
+        self.now = label
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        if self.now == self.stage:
+            self.steps -= count
+            if self.steps <= 0:
+                raise StoppedError
+
+    def finish(self) -> None:
+        self.now = ""
+
+
+@pytest.mark.parametrize("stop", [("writing windows", 5), ("distilling", 3), ("distilling", 9)])
+def test_stopped_and_gone_on_with_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int]
+) -> None:
+    monkeypatch.setattr("secateur.workflows.prune.distillation.SAVE_MINUTES", 0.0)
+    folder = save_tiny(tmp_path / "model")
+    file = tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(5, 24), file)
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": str(file), "generated": 3,
+               "epochs": 2, "peak_learning_rate": 1e-4}  # fmt: skip
+    whole = secateur.prune(folder, output=tmp_path / "whole", **options)
+    with pytest.raises(StoppedError):
+        secateur.prune(folder, output=tmp_path / "again", progress=StopAt(*stop), **options)
+    secateur.prune(folder, output=tmp_path / "again", resume=True, **options)
+    one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "again"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+    told = whole.manifest["distillation"]
+    assert told["loss_after"] < told["loss_before"]
+    assert whole.manifest["calibration"]["generated"] == 3
+    assert whole.manifest["calibration"]["samples"] == 5
+    stored = load_file(tmp_path / "whole" / "secateur" / "windows.safetensors")
+    assert stored["input_ids"].shape == (8, 24)
+    assert not list((tmp_path / "whole").rglob("state.safetensors"))
+    assert json.loads((tmp_path / "again" / "secateur" / "manifest.json").read_text())

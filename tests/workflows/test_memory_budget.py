@@ -1,0 +1,106 @@
+"""Plans against the memory of the device that computes, and against that of its host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from secateur.engine.plan import Plan
+from secateur.errors import MemoryBudgetError
+from secateur.recipes.schema import Memory
+from secateur.recipes.training_schema import RetrainRecipe
+from secateur.workflows.memory_budget import fitting_plan, memory_budget
+from secateur.workflows.train.memory import TrainingMemory, check_memory
+
+GIB = 2**30
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """10 GiB free on the GPU, 100 on the host."""
+    free: dict[str, float] = {"gpu": 10 * GIB, "host": 100 * GIB}
+
+    def host() -> Any:
+        return type("Memory", (), {"available": free["host"]})
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["gpu"], 80 * GIB))
+    monkeypatch.setattr(psutil, "virtual_memory", host)
+    monkeypatch.setattr("secateur.workflows.memory_budget.resident_bytes", lambda: 0)
+    return free
+
+
+def plan(*, on_gpu: bool, activations: str = "memory", **gib: int) -> Plan:
+    """1 GiB of everything, 5 of hidden states and 20 of halted forwards if they are in memory."""
+    sizes = dict.fromkeys(Plan.__dataclass_fields__, 0)
+    sizes |= dict.fromkeys(("process_bytes", "layer_bytes", "forward_bytes", "solve_bytes"), GIB)
+    if activations == "memory":
+        sizes |= {"activation_bytes": 5 * GIB, "waiting_bytes": 20 * GIB}
+    return Plan(**{**sizes, **{name: n * GIB for name, n in gib.items()}, "on_gpu": on_gpu})
+
+
+def fitted(device: torch.device, budget_gib: float | None = None, **options: Any) -> str:
+    def planned(activations: str) -> Plan:
+        return plan(on_gpu=device.type == "cuda", activations=activations, **options)
+
+    return fitting_plan(planned, Memory(budget_gib=budget_gib), device)[1]
+
+
+def test_peaks_say_what_lies_where() -> None:
+    assert plan(on_gpu=False).peak_bytes == 29 * GIB == plan(on_gpu=False).host_peak_bytes
+    there = plan(on_gpu=True)
+    assert there.peak_bytes == 3 * GIB  # layer, running forward, solver
+    assert there.host_peak_bytes == 27 * GIB  # process, a layer on its way, hidden states, halted
+    whole = plan(on_gpu=True, distilling_bytes=9, loading_bytes=40)
+    assert (whole.peak_bytes, whole.host_peak_bytes) == (9 * GIB, 41 * GIB)
+    assert there.to_json()["host_peak_bytes"] == 27 * GIB
+
+
+def test_a_plan_for_a_gpu_is_held_against_the_memory_of_the_gpu(machine: dict[str, float]) -> None:
+    assert fitted(CUDA) == "memory"
+    machine["gpu"] = 3.5 * GIB
+    with pytest.raises(MemoryBudgetError, match=r"3\.00 GiB on the GPU, the budget is 2\.80 GiB"):
+        fitted(CUDA)
+
+
+def test_the_host_of_a_gpu_is_checked_too(machine: dict[str, float]) -> None:
+    machine["host"] = 10 * GIB
+    assert fitted(CUDA) == "disk"  # hidden states and halted forwards are on the host
+    machine["host"] = GIB
+    with pytest.raises(MemoryBudgetError, match=r"2\.00 GiB on the host, the budget is 0\.80 GiB"):
+        fitted(CUDA)
+
+
+def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> None:
+    with pytest.raises(MemoryBudgetError, match=r"on the GPU, the budget is 2\.00 GiB"):
+        fitted(CUDA, 2.0)
+    assert fitted(CUDA, 4.0) == "memory"  # the host needs 27 of 80 GiB
+    assert fitted(CPU, 4.0) == "disk"
+    assert fitted(CPU, 30.0) == "memory"
+    assert memory_budget(4.0, CUDA).host == pytest.approx(80 * GIB)
+    with pytest.raises(MemoryBudgetError, match="leave out what needs the whole model"):
+        fitted(CUDA, distilling_bytes=9)
+
+
+def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, float]) -> None:
+    recipe = RetrainRecipe.model_construct(memory_budget_gib=None)
+    sizes = dict.fromkeys(
+        ("process", "weights", "optimizer", "adapters", "forward", "logits", "teacher", "masks"),
+        GIB,
+    )
+    here = TrainingMemory(**sizes, gathered=0)
+    there = replace(here, on_gpu=True)
+    assert (here.peak, here.host_peak) == (8 * GIB, 8 * GIB)
+    assert (there.peak, there.host_peak) == (7 * GIB, 2 * GIB)
+    check_memory(there, recipe, CUDA)
+    machine["gpu"] = 8 * GIB
+    check_memory(here, recipe, CPU)
+    with pytest.raises(MemoryBudgetError, match=r"7\.00 GiB on the GPU, the budget is 6\.40 GiB"):
+        check_memory(there, recipe, CUDA)
+    machine["gpu"], machine["host"] = 80 * GIB, 2 * GIB
+    with pytest.raises(MemoryBudgetError, match=r"2\.00 GiB on the host, the budget is 1\.60 GiB"):
+        check_memory(there, recipe, CUDA)
