@@ -36,7 +36,6 @@ TO_FIX: frozenset[str] = frozenset(
         "secateur/cli/evaluate.py:evaluate",
         "secateur/cli/structure.py:structure",
         "secateur/cli/sweep.py:sweep",
-        "secateur/diagnostics/claimed_sparsity.py:unasked_dense",
         "secateur/engine/plan.py:plan_run",
         "secateur/workflows/compress/pack.py:compress",
         "secateur/workflows/judge/evaluate.py:judge",
