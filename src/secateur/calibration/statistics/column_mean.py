@@ -21,6 +21,14 @@ class ColumnMean:
     Args:
         shape: (out, in) of the weight.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.column_mean import ColumnMean
+        >>> mean = ColumnMean(2)
+        >>> mean.update(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+        >>> mean.value()
+        tensor([3.5000, 0.5000])
     """
 
     reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"

@@ -27,6 +27,15 @@ class ColumnNorm:
     Args:
         shape: (out, in) of the weight.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.column_norm import ColumnNorm
+        >>> norm = ColumnNorm(2)
+        >>> norm.update(torch.tensor([[3.0, 1.0]]))
+        >>> norm.update(torch.tensor([[4.0, 0.0]]))
+        >>> norm.value()
+        tensor([5., 1.])
     """
 
     reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"

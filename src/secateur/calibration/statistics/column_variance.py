@@ -24,6 +24,14 @@ class ColumnVariance:
     Args:
         shape: (out, in) of the weight.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.column_variance import ColumnVariance
+        >>> variance = ColumnVariance(2)
+        >>> variance.update(torch.tensor([[3.0, 1.0], [5.0, 1.0]]))
+        >>> variance.value()
+        tensor([1., 0.])
     """
 
     reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"

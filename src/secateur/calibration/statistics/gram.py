@@ -26,6 +26,15 @@ class Gram:
     Args:
         shape: (out, in) of the weight.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.gram import Gram
+        >>> gram = Gram(2)
+        >>> gram.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+        >>> gram.value()
+        tensor([[10.,  2.],
+                [ 2.,  4.]])
     """
 
     reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"

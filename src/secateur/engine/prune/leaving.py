@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from secateur.engine.prune.tasks import Tasks
-from secateur.models.inventory import Left, Matrix, summary, weights_of
+from secateur.models.inventory import Left, StoredMatrix, summary, weights_of
 
 __all__ = ["left_by"]
 
 
-def left_by(tasks: Tasks, matrices: Iterable[Matrix]) -> list[Left]:
+def left_by(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> list[Left]:
     """Every floating-point matrix of the model that a run does not prune, with the reason.
 
     Args:
@@ -20,7 +20,7 @@ def left_by(tasks: Tasks, matrices: Iterable[Matrix]) -> list[Left]:
     return summary(reasons(tasks, matrices))
 
 
-def reasons(tasks: Tasks, matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, int]]:
+def reasons(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int]]:
     """Name, reason and number of weights of every matrix that is not pruned."""
     matrices = list(matrices)
     yield from weights_of(matrices)
