@@ -51,8 +51,10 @@ def show_progress() -> Iterator[Listener]:
 def duration(seconds: float) -> str:
     """A time as people say it: `8 s`, `2 min 05 s`, `1 h 12 min`.
 
-    >>> duration(8.4), duration(125), duration(4321)
-    ('8 s', '2 min 05 s', '1 h 12 min')
+    Example:
+        >>> from secateur.cli.progress import duration
+        >>> duration(8.4), duration(125), duration(4321)
+        ('8 s', '2 min 05 s', '1 h 12 min')
     """
     whole = round(seconds)
     if whole < 60:
