@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import signal
 import subprocess
@@ -10,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from secateur.cli import faults
 
 WAITS = """
 import sys, time
@@ -69,7 +66,3 @@ def test_ctrl_c_names_the_command_that_continues(
     assert "error: interrupted" in err
     assert remedy.format(out=out) in err
     assert "Traceback" not in err
-
-
-def test_examples_of_how_to_continue() -> None:
-    assert doctest.testmod(faults).failed == 0

@@ -81,6 +81,7 @@ def as_told(error: BaseException) -> SecateurError:
 def how_to_continue(words: list[str]) -> str:
     """What to type after Ctrl-C.
 
+    >>> from secateur.cli.faults import how_to_continue
     >>> how_to_continue(["prune", "my model", "--output", "DIR", "--restart"])
     "finished work is kept; continue with: secateur prune 'my model' --output DIR --resume"
     >>> how_to_continue(["evaluate", "DIR"])
@@ -91,12 +92,9 @@ def how_to_continue(words: list[str]) -> str:
     """
     verb = words[0] if words else ""
     if verb in RESUMED_BY_FLAG:
-        again = [word for word in words if word not in ("--restart", "--resume")]
-        return (
-            f"finished work is kept; continue with: {shlex.join(['secateur', *again, '--resume'])}"
-        )
+        words = [*(word for word in words if word not in ("--restart", "--resume")), "--resume"]
     again = shlex.join(["secateur", *words])
-    if verb in RESUMED_BY_REPETITION:
+    if verb in RESUMED_BY_FLAG | RESUMED_BY_REPETITION:
         return f"finished work is kept; continue with: {again}"
     return f"nothing is kept; start again with: {again}"
 
