@@ -120,23 +120,23 @@ def compress(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    begun = time.perf_counter()
+    begun, progress = time.perf_counter(), progress or Silent()
     text = None if calibration is None else str(calibration)
     check_compression(format, values, embeddings, archive, text, **options)
     folder = RunFolder(output, "compress", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(model, text)
-    source = resolve(model, trust_remote_code=trust_remote_code)
+    source = resolve(model, trust_remote_code=trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, embeddings, trust_remote_code)
-    progress, rounded = progress or Silent(), None
+    rounded = None
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         if text is not None:
             how = {"format": format, "values": values, "embeddings": embeddings, "archive": archive}
             told = {key: x for key, x in options.items() if key not in NO_PART}
-            weights = {"source_files": file_digests(reader.files)}
+            weights = {"source_files": file_digests(reader.files, progress)}
             folder.begin({**how, "calibration": text, **told, **weights})
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
