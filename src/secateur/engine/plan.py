@@ -9,7 +9,7 @@ counted. What scores, solvers, statistics and allocations need, they declare the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,15 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.continuation import AT_ONCE
-from secateur.calibration.statistics import of_inputs, statistics
+from secateur.calibration.statistics import of_inputs
 from secateur.engine.choose.tournament import WINDOW_TOKENS
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import (
-    LinearTask,
-    Tasks,
-    gradient_statistics,
-    input_statistics,
-)
+from secateur.engine.prune.solve_memory import gradient_bytes, solve_bytes, statistics_bytes
+from secateur.engine.prune.tasks import Tasks, input_statistics
 from secateur.engine.stream.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.stream.kinds import Layout, kind_of, layouts, on_meta, refuse_unknown
@@ -35,14 +31,8 @@ from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.inventory import Left
 from secateur.runs.meter import resident_bytes
 from secateur.sparsity.allocation import Allocation
-from secateur.types import float32_bytes
 
-__all__ = ["Plan", "Rehearsal", "plan_run", "rehearse", "solve_bytes"]
-
-TARGET_SQUARES = 6
-"""Float32 matrices [in, in] that `dense_target` takes at most, besides the gram."""
-HELD_TARGETS = 2
-"""Those of them that stay while the linears of a group are solved."""
+__all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
 
 
 @dataclass(frozen=True)
@@ -258,38 +248,6 @@ def plan_run(
     )
 
 
-def solve_bytes(tasks: Tasks, *, asymmetric: bool) -> tuple[int, tuple[int, int]]:
-    """The most memory that one linear takes to solve, statistics included, and its shape.
-
-    Args:
-        tasks: those that change nothing take nothing.
-        asymmetric: whether linears are fitted to the dense model.
-    """
-    needs = {
-        (linear_bytes(task, asymmetric=asymmetric), task.shape)
-        for task in tasks.values()
-        if task.changes
-    }
-    return max(needs, default=(0, (0, 0)))
-
-
-def linear_bytes(task: LinearTask, *, asymmetric: bool) -> int:
-    """The memory that one linear takes to solve, with the statistics of its inputs."""
-    names = input_statistics({task.name: task}, asymmetric=asymmetric)
-    held = sum(statistics[name].nbytes(task.shape) for name in names)
-    working = task.method.working_bytes(task.shape)
-    if asymmetric:
-        square = float32_bytes((task.shape[1], task.shape[1]))
-        working = max(TARGET_SQUARES * square, working + HELD_TARGETS * square)
-    return held + working
-
-
-def gradient_bytes(tasks: Tasks) -> int:
-    """What the statistics of all gradients take."""
-    names = gradient_statistics(tasks)
-    return sum(statistics[name].nbytes(t.shape) for name in names for t in tasks.values())
-
-
 def working_weights(target: Target) -> int:
     """Weights of the decoder's matrices that one token is multiplied by; not of all experts."""
     architecture, config = target.architecture, text_config(target.model.config)
@@ -356,17 +314,6 @@ def waits(tasks: Tasks, settings: Settings) -> int:
     gathered = bool(input_statistics(tasks, asymmetric=settings.asymmetric))
     halting = gathered and settings.sequential == "group" and settings.activations == "memory"
     return halting * (1 + settings.asymmetric)
-
-
-def statistics_bytes(target: Target, found: Sequence[Layout], names: Iterable[str]) -> int:
-    """Statistics of inputs for all groups of a layer: many, where there are many experts."""
-    largest = 0
-    for layer, layout in zip(target.layers, found, strict=True):
-        linears = linears_of(layer, "")
-        shapes = [linears[group[0]].shape for group in layout.groups]
-        held = sum(statistics[name].nbytes(shape) for name in names for shape in shapes)
-        largest = max(largest, held)
-    return largest
 
 
 def survey_bytes(

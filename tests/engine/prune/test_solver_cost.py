@@ -11,7 +11,7 @@ from torch import Tensor
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.plan import HELD_TARGETS, TARGET_SQUARES, linear_bytes
+from secateur.engine.prune.solve_memory import HELD_TARGETS, TARGET_SQUARES, linear_bytes
 from secateur.engine.prune.tasks import LinearTask, warn_of_work
 from secateur.engine.stream.residency import LiveTensors
 from secateur.errors import MemoryBudgetError
