@@ -11,10 +11,10 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.registry import did_you_mean
 from secateur.runtime.formats import VALUES, Layout, formats
 from secateur.runtime.formats.kept import kept_mask
-from secateur.types import Mask
 
 __all__ = [
     "AUTO",
+    "DENSE",
     "LayoutChoice",
     "check_wishes",
     "choose_layout",
@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 AUTO = "auto"
-GROUPS = (2, 4, 8, 16, 32)
-"""The M that are tried; for each of them N follows from the fullest group."""
+DENSE = "dense"
+"""The format that holds any matrix, taken where no other is smaller."""
 
 WITHOUT_LOSS = {
     torch.float32: "float32",
@@ -44,12 +44,14 @@ class LayoutChoice:
         nonzeros: weights that are not zero.
         negative_zeros: zeros that are written −0.0.
         nbytes: what its parts will take.
+        offered: whether a wanted format other than `dense` could hold the matrix.
     """
 
     layout: Layout
     nonzeros: int
     negative_zeros: int
     nbytes: int
+    offered: bool = False
 
 
 def check_wishes(format: str, values: str) -> None:
@@ -102,29 +104,14 @@ def choose_layout(
     nonzero = stored != 0
     nonzeros = int(torch.count_nonzero(nonzero))
     negative_zeros = int(torch.count_nonzero(kept_mask(stored))) - nonzeros
-    out, columns = weight.shape
-    layouts = [Layout("dense", values, (out, columns), transposed=transposed)]
-    if format in (AUTO, "bitmask"):
-        layouts.append(Layout("bitmask", values, (out, columns), transposed=transposed))
-    if format in (AUTO, "n-of-m"):
-        layouts += [
-            Layout("n-of-m", values, (out, columns), pattern, transposed)
-            for pattern in patterns_that_fit(nonzero)
-        ]
+    layouts = formats[DENSE].candidates(nonzero, values, transposed)
+    offered = [
+        layout
+        for name in formats
+        if name != DENSE and (name == format or (format == AUTO and formats[name].automatic))
+        for layout in formats[name].candidates(nonzero, values, transposed)
+    ]
+    layouts += offered
     sizes = [formats[layout.format].nbytes(layout, nonzeros) for layout in layouts]
     best = min(range(len(layouts)), key=sizes.__getitem__)
-    return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best])
-
-
-def patterns_that_fit(nonzero: Mask) -> list[str]:
-    """The patterns N:M that hold every weight that is not zero, N as small as it can be."""
-    found = []
-    counts = nonzero.contiguous().view(torch.uint8)
-    for group in GROUPS:  # each of two groups of the one before
-        if counts.shape[1] % 2:
-            break
-        counts = counts[:, 0::2] + counts[:, 1::2]
-        kept = max(1, int(counts.max()))
-        if kept < group:
-            found.append(f"{kept}:{group}")
-    return found
+    return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best], bool(offered))
