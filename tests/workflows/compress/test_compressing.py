@@ -30,6 +30,7 @@ from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.runs.folder import RunFolder
 from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
+from secateur.workflows.judge.inspect import inspect_model
 from tiny import save_tiny
 from zoo import CONFIGS
 
@@ -97,7 +98,7 @@ def test_every_family_comes_back_bit_for_bit(tmp_path: Path, family: str) -> Non
     assert json.loads((tmp_path / "d" / "config.json").read_text()) == json.loads(
         (source / "config.json").read_text()
     )
-    assert secateur.workflows.inspect_model(str(tmp_path / "c")).sparsity == report.sparsity
+    assert inspect_model(str(tmp_path / "c")).sparsity == report.sparsity
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
