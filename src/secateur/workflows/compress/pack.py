@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader, shard_name
-from secateur.models.sources import resolve
+from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
 from secateur.reporting.compression_card import compression_card
 from secateur.reporting.compression_report import CompressionReport, FormatTotals
@@ -120,23 +120,23 @@ def compress(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    begun = time.perf_counter()
+    begun, progress = time.perf_counter(), progress or Silent()
     text = None if calibration is None else str(calibration)
     check_compression(format, values, embeddings, archive, text, **options)
     folder = RunFolder(output, "compress", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(model, text)
-    source = resolve(model, trust_remote_code=trust_remote_code)
+    source = resolve(model, trust_remote_code=trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, embeddings, trust_remote_code)
-    progress, rounded = progress or Silent(), None
+    rounded = None
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         if text is not None:
             how = {"format": format, "values": values, "embeddings": embeddings, "archive": archive}
             told = {key: x for key, x in options.items() if key not in NO_PART}
-            weights = {"source_files": file_digests(reader.files)}
+            weights = {"source_files": file_digests(reader.files, progress)}
             folder.begin({**how, "calibration": text, **told, **weights})
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
@@ -164,7 +164,7 @@ def compress(
         packed = verified(made, progress)
         rounding = told_of(rounded) if rounded else {}
         report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)
-        write_notes(report, source.name, source.folder, folder)
+        write_notes(report, source, folder, output)
         folder.finish()
     return report
 
@@ -354,9 +354,11 @@ def make_report(
     )
 
 
-def write_notes(report: CompressionReport, name: str, source: Path, folder: RunFolder) -> None:
+def write_notes(
+    report: CompressionReport, source: LocalCheckpoint, folder: RunFolder, output: str | Path
+) -> None:
     """Write the record of the compression and the card."""
-    record = declared(Compression, report.to_json() | {"source": name})
+    record = declared(Compression, report.to_json() | {"source": source.name})
     write_json(folder.notes / COMPRESSION, record)
-    card = compression_card(report, Path(name).name, source)
+    card = compression_card(report, asdict(source), source.folder, output)
     write_text(folder.model / "README.md", card)
