@@ -258,7 +258,7 @@ def test_int8_is_the_oracles():
         ({"shape": [0, 8]}, "below 1"),
         ({"shape": [-4, 8]}, "below 1"),
         ({"shape": [2**31, 8]}, "above 2147483647"),
-        ({"bitmask' has no pattern": "2:4"}, "pattern"),
+        ({"pattern": "2:4"}, "'bitmask' has no pattern"),
         ({"format": "n-of-m"}, "'n-of-m' needs a pattern"),
         ({"format": "n-of-m", "pattern": "4:4"}, "1 <= N < M"),
         ({"format": "n-of-m", "pattern": "0:4"}, "not N:M"),
