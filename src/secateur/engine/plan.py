@@ -129,6 +129,7 @@ class Plan:
         flops: floating-point operations of the forwards.
         left: matrices that will not be pruned, and why; where the plan was made for a recipe.
         on_gpu: whether a GPU computes, with memory of its own.
+        seconds: the least and the most time of the run on this machine, where it was foretold.
     """
 
     process_bytes: int
@@ -149,6 +150,7 @@ class Plan:
     calibration_tokens: int
     left: list[Left] = field(default_factory=list)
     on_gpu: bool = False
+    seconds: tuple[float, float] | None = None
 
     @property
     def peak_bytes(self) -> int:
