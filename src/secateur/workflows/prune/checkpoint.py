@@ -273,11 +273,7 @@ def make_manifest(
     method = prepared.method
     return {
         "manifest_version": MANIFEST_VERSION,
-        "source": {
-            "name": prepared.source.name,
-            "kind": prepared.source.kind,
-            "revision": prepared.source.revision,
-        },
+        "source": prepared.source.record(),
         "family": audit.family,
         "method": {
             "name": method.name,
