@@ -48,24 +48,20 @@ def hidden_scores(run: Run, hidden: int) -> Float32[Tensor, " hidden"]:
     all_readers = [readers_of(layer, architecture) for layer in layers]
     passage.open(0, dense=False)
     run.progress.start("hidden channels", len(passage.batches()) * len(layers))
-    for index, readers in enumerate(all_readers):
-        with run.target.layer(index) as layer:
-            passing = LayerPass(run, index, layer)
-            reads = StreamReads([layer.get_submodule(name) for name in readers], hidden, run)
-            try:
-                for batch in passage.batches():
-                    reads.begin()
-                    passing.forward(batch, write=not passing.last)()
-            finally:
-                reads.close()
+    for index, layer in passage.walk():
+        passing = LayerPass(run, index, layer)
+        reads = StreamReads([layer.get_submodule(n) for n in all_readers[index]], hidden, run)
+        try:
+            for batch in passage.batches():
+                reads.begin()
+                passing.forward(batch, write=not passing.last)()
+        finally:
+            reads.close()
         try:
             scores += reads.norms()
         except NumericalError as error:
             where = architecture.layer_name(index)
             raise NumericalError(error.what, where=where, remedy=error.remedy) from None
-        if index + 1 < len(layers):
-            passage.advance(index + 1)
-        passage.forget(index)
     run.progress.finish()
     passage.close()
     return scores

@@ -21,12 +21,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.engine.choose.tournament import search_levels
+from secateur.engine.choose.levels import search_levels
 from secateur.engine.prune.layer_pass import LayerPass
 from secateur.engine.prune.routing import is_reached, refuse_unreached
 from secateur.engine.prune.run import Run
 from secateur.engine.prune.surgery import INPUT_STATISTICS, GroupStatistics, check_finite
 from secateur.engine.stream.forwards import by_layer
+from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import Linear
 from secateur.precision import full_float32
 from secateur.runs.atomic import write_json, write_tensors
@@ -58,8 +59,12 @@ def allocate(run: Run, allocation: Allocation) -> None:
         files = survey(run, allocation, grains)
         found: dict[str, Any] = {}
         if isinstance(allocation, Search):
-            wished, standing = search_levels(run, allocation, grains, files)
-            found = {"divergence": standing.fitness, "uniform_divergence": standing.uniform}
+            levels = search_levels(run, allocation, grains, files)
+            wished = levels.sparsity_of
+            found = {
+                "divergence": levels.divergence,
+                "uniform_divergence": levels.uniform_divergence,
+            }
         else:
             wished = allocation.wish(partial(stored, files), grains, run.sparsity)
         shares = {name: plain(run, name, s) for name, s in settle(wished, grains).items()}
@@ -133,22 +138,18 @@ def survey(run: Run, allocation: Allocation, grains: Mapping[str, Granularity]) 
         start = passage.open(start, dense=False)
     steps = len(passage.batches()) if passage is not None else 1
     run.progress.start("allocation: dense model", steps * (len(files) - start))
-    for index in range(start, len(files)):
-        with target.layer(index) as layer:
-            passing = LayerPass(run, index, layer)
-            check_finite(list(passing.linears.values()))
-            shared = gather_dense(passing, names)
-            if not files[index].exists():
-                view = LayerView(run, index, passing.linears, shared, grains)
-                refuse_unreached(view.unreached)
-                kept = allocation.look(view)
-                write_tensors(files[index], {k: v.cpu().contiguous() for k, v in kept.items()})
+    walk = walk_layers(target, range(start, len(files))) if passage is None else passage.walk(start)
+    for index, layer in walk:
+        passing = LayerPass(run, index, layer)
+        check_finite(list(passing.linears.values()))
+        shared = gather_dense(passing, names)
+        if not files[index].exists():
+            view = LayerView(run, index, passing.linears, shared, grains)
+            refuse_unreached(view.unreached)
+            kept = allocation.look(view)
+            write_tensors(files[index], {k: v.cpu().contiguous() for k, v in kept.items()})
         if passage is None:
             run.step(index)
-            continue
-        if index + 1 < len(files):
-            passage.advance(index + 1)
-        passage.forget(index)
     run.progress.finish()
     if passage is not None:
         passage.close()

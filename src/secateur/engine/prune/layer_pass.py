@@ -254,7 +254,7 @@ class LayerPass:
             self.tuned_weights(),
             draw_steps(len(passage.windows), size, passes, seed=self.index),
             example,
-            lambda size: passage.calls[size][self.index],
+            lambda size: passage.ends.calls(size)[self.index],
             self.run.reconstruction,
             tell=lambda: self.run.step(self.index),
         )

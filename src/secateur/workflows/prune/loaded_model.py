@@ -52,8 +52,7 @@ def carry_out(run: Run, allocation: Allocation, done: int) -> None:
         assert run.windows is not None
         assert run.settings.work is not None
         assert run.passage is not None
-        calls = run.passage.calls_of_one_window()
-        gather_gradients(run.target, run.windows, calls, run.settings.work, run.progress)
+        gather_gradients(run.passage.ends, run.settings.work, run.progress)
     allocate(run, allocation)
     run.execute(done)
 
