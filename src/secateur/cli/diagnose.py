@@ -11,7 +11,7 @@ from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
     from secateur.diagnostics.diagnosis import Diagnosis
-    from secateur.diagnostics.target import Target
+    from secateur.diagnostics.target import Machine
 
 __all__ = ["diagnose"]
 
@@ -97,7 +97,7 @@ def show(found: Diagnosis) -> None:
         print_table("findings", ("what", "where, evidence → remedy"), rows, numbers=2)
 
 
-def show_target(target: Target) -> None:
+def show_target(target: Machine) -> None:
     """What this machine can speed up, for people."""
     from secateur.cli.rendering import print_table, stdout
 

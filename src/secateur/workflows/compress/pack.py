@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader, shard_name
-from secateur.models.sources import resolve
+from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
 from secateur.reporting.compression_card import compression_card
-from secateur.reporting.compression_report import CompressionReport, Stored
+from secateur.reporting.compression_report import CompressionReport, FormatTotals
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
@@ -31,7 +31,7 @@ from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
 from secateur.runtime.choice import (
     AUTO,
-    Choice,
+    LayoutChoice,
     choose_layout,
     values_for,
     without_negative_zeros,
@@ -40,7 +40,7 @@ from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
 from secateur.runtime.packed import PackedCheckpoint, PlannedFile, quantization_config, write_packed
 from secateur.workflows.checkpoint_files import carry_over, read_config, refuse_quantized
 from secateur.workflows.compress.options import check_compression
-from secateur.workflows.compress.packable import Matrix, find_matrices
+from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import round_checkpoint, rounding_recipe, told_of
 
 __all__ = ["compress"]
@@ -52,7 +52,7 @@ NO_PART = {"budget_gib", "activations"}
 
 
 @dataclass
-class Plan:
+class StoragePlan:
     """How every tensor of the source will be stored.
 
     Attributes:
@@ -60,7 +60,7 @@ class Plan:
         dtypes: of every tensor that is stored under its own name.
     """
 
-    choices: dict[str, Choice] = field(default_factory=dict)
+    choices: dict[str, LayoutChoice] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def layout(self, name: str) -> Layout | None:
@@ -120,23 +120,23 @@ def compress(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    begun = time.perf_counter()
+    begun, progress = time.perf_counter(), progress or Silent()
     text = None if calibration is None else str(calibration)
     check_compression(format, values, embeddings, archive, text, **options)
     folder = RunFolder(output, "compress", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(model, text)
-    source = resolve(model, trust_remote_code=trust_remote_code)
+    source = resolve(model, trust_remote_code=trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, embeddings, trust_remote_code)
-    progress, rounded = progress or Silent(), None
+    rounded = None
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         if text is not None:
             how = {"format": format, "values": values, "embeddings": embeddings, "archive": archive}
             told = {key: x for key, x in options.items() if key not in NO_PART}
-            weights = {"source_files": file_digests(reader.files)}
+            weights = {"source_files": file_digests(reader.files, progress)}
             folder.begin({**how, "calibration": text, **told, **weights})
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
@@ -164,7 +164,7 @@ def compress(
         packed = verified(made, progress)
         rounding = told_of(rounded) if rounded else {}
         report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)
-        write_notes(report, source.name, source.folder, folder)
+        write_notes(report, source, folder, output)
         folder.finish()
     return report
 
@@ -179,7 +179,7 @@ def packed_config(source: Path, computed: torch.dtype, archive: bool) -> dict[st
     }
 
 
-def fractions(reader: CheckpointReader, matrices: dict[str, Matrix]) -> dict[str, float]:
+def fractions(reader: CheckpointReader, matrices: dict[str, PackableMatrix]) -> dict[str, float]:
     """The fraction of zeros of every linear, by its name."""
     found = {}
     for name, matrix in matrices.items():
@@ -191,18 +191,18 @@ def fractions(reader: CheckpointReader, matrices: dict[str, Matrix]) -> dict[str
 
 def make_plan(
     reader: CheckpointReader,
-    matrices: dict[str, Matrix],
+    matrices: dict[str, PackableMatrix],
     format: str,
     values: str,
     progress: Progress,
-) -> Plan:
+) -> StoragePlan:
     """Look at every matrix and choose its layout.
 
     Raises:
         CheckpointError: a matrix is of a dtype that cannot be packed.
         RecipeError: N:M was asked for and no matrix has such zeros.
     """
-    plan = Plan()
+    plan = StoragePlan()
     progress.start("counting", len(matrices))
     for name, matrix in matrices.items():
         stored = reader.read(name)
@@ -226,7 +226,9 @@ def make_plan(
     return plan
 
 
-def computed_dtype(plan: Plan, matrices: dict[str, Matrix], values: str) -> torch.dtype:
+def computed_dtype(
+    plan: StoragePlan, matrices: dict[str, PackableMatrix], values: str
+) -> torch.dtype:
     """What the model computes in: the values' dtype, and bfloat16 for int8."""
     if values != AUTO:
         return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
@@ -238,7 +240,9 @@ def computed_dtype(plan: Plan, matrices: dict[str, Matrix], values: str) -> torc
     return max(weights, key=weights.__getitem__)
 
 
-def cast_others(plan: Plan, reader: CheckpointReader, values: str, computed: torch.dtype) -> None:
+def cast_others(
+    plan: StoragePlan, reader: CheckpointReader, values: str, computed: torch.dtype
+) -> None:
     """Settle the dtype of every tensor that keeps its name."""
     for name, entry in reader.entries.items():
         if plan.layout(name) is not None:
@@ -251,7 +255,7 @@ def cast_others(plan: Plan, reader: CheckpointReader, values: str, computed: tor
             plan.dtypes[name] = computed if wider and values != AUTO else entry.dtype
 
 
-def plan_files(reader: CheckpointReader, plan: Plan) -> list[PlannedFile]:
+def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]:
     """What each file will hold; all parts of a matrix go where its weight was."""
     count = len(reader.files)
     files = {
@@ -273,7 +277,7 @@ def plan_files(reader: CheckpointReader, plan: Plan) -> list[PlannedFile]:
 
 
 def contents(
-    reader: CheckpointReader, plan: Plan, progress: Progress
+    reader: CheckpointReader, plan: StoragePlan, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the result, in the order of the files."""
     for file in reader.files:
@@ -312,15 +316,15 @@ def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
 def make_report(
     reader: CheckpointReader,
     packed: PackedCheckpoint,
-    plan: Plan,
-    matrices: dict[str, Matrix],
+    plan: StoragePlan,
+    matrices: dict[str, PackableMatrix],
     output: Path,
     rounding: dict[str, Any],
     begun: float,
 ) -> CompressionReport:
     """Add up what the files hold."""
-    linears, embeddings = Stored(), Stored()
-    by_format: dict[str, Stored] = {}
+    linears, embeddings = FormatTotals(), FormatTotals()
+    by_format: dict[str, FormatTotals] = {}
     negative_zeros = 0
     for name, choice in plan.choices.items():
         layout, owner = plan.layout(name), name.removesuffix(".weight")
@@ -332,7 +336,7 @@ def make_report(
             continue
         linears.add(*counted)
         kind = f"{choice.layout.pattern or choice.layout.format} {choice.layout.values}"
-        by_format.setdefault(kind, Stored()).add(*counted)
+        by_format.setdefault(kind, FormatTotals()).add(*counted)
         if layout is not None:
             negative_zeros += choice.negative_zeros
     return CompressionReport(
@@ -350,9 +354,11 @@ def make_report(
     )
 
 
-def write_notes(report: CompressionReport, name: str, source: Path, folder: RunFolder) -> None:
+def write_notes(
+    report: CompressionReport, source: LocalCheckpoint, folder: RunFolder, output: str | Path
+) -> None:
     """Write the record of the compression and the card."""
-    record = declared(Compression, report.to_json() | {"source": name})
+    record = declared(Compression, report.to_json() | {"source": source.name})
     write_json(folder.notes / COMPRESSION, record)
-    card = compression_card(report, Path(name).name, source)
+    card = compression_card(report, asdict(source), source.folder, output)
     write_text(folder.model / "README.md", card)
