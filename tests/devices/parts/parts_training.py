@@ -101,13 +101,13 @@ def test_gradual(name: str, kind: str, tmp_path: Path) -> None:
 def test_criterion(name: str) -> None:
     model = tiny_model("llama").to("cuda")
     score = scores[name]
-    pattern = parse_pattern("*x1" if getattr(score, "of_units", False) else "unstructured")
+    pattern = parse_pattern("*x1" if score.whole_units else "unstructured")
     criterion = Criterion(score(), pattern, WINDOWS)
     kept = open_masks(model)
     for mask in criterion.masks(model, kept, 0.3).values():
         assert isinstance(mask, OnCuda)
     criterion.masks(model, kept, 0.3, exchanged=0.1)
-    if getattr(score, "of_units", False):
+    if score.whole_units:
         return  # its scores may be negative, so they have no global order
     globally = Criterion(score(), parse_pattern("unstructured", "global"), WINDOWS)
     globally.masks(model, kept, 0.3)

@@ -142,7 +142,7 @@ def test_the_first_layer_of_a_kind_is_verified_before_the_next(
     grouped, begun = LayerPass.grouped, []
 
     def forgets(self: LayerPass) -> list:
-        begun.append(self.index)
+        begun.append(self.context.index)
         return [g for g in grouped(self) if not g[0].name.endswith("self_attn.out_proj")]
 
     monkeypatch.setattr(LayerPass, "grouped", forgets)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from secateur.engine.choose.survey import Survey
 from secateur.engine.choose.tournament import (
     Lockstep,
     Tournament,
@@ -21,7 +22,6 @@ from secateur.engine.choose.tournament import (
     cut_windows,
     fingerprint,
 )
-from secateur.engine.prune.run import Run
 from secateur.engine.stream.ends import ModelEnds
 from secateur.models.architecture import linears_of
 from secateur.sparsity.allocation.budget import Granularity
@@ -48,35 +48,34 @@ class FoundLevels:
 
 @torch.no_grad()
 def search_levels(
-    run: Run, search: Search, grains: Mapping[str, Granularity], files: Sequence[Path]
+    survey: Survey, search: Search, grains: Mapping[str, Granularity], files: Sequence[Path]
 ) -> FoundLevels:
     """Search the levels of all competing linears.
 
     Args:
-        run: whose model and calibration tokens are used; its work folder takes `search.jsonl`.
+        survey: whose model and calibration tokens are used; its folder takes `search.jsonl`.
         search: the parameters.
         grains: of the linears that compete.
         files: for each layer, the weights of its linears at each level, from `Search.look`.
     """
-    assert run.settings.work is not None
-    assert run.windows is not None
+    assert survey.passage is not None
     rungs = search.ladders(grains)
     tokens = search.judged_tokens
-    ends = ModelEnds(run.target, cut_windows(run.windows, tokens))
-    fixed = {n for n, s in run.sparsity_of.items() if s > 0 and n not in rungs}
+    ends = ModelEnds(survey.target, cut_windows(survey.passage.windows, tokens))
+    fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
     variants = LevelVariants(ends, list(rungs), fixed, files)
     tournament = Tournament(
-        Lockstep(ends, variants, "divergence", run.progress),
+        Lockstep(ends, variants, "divergence", survey.progress),
         variants.versions,
-        run.settings.work / "search.jsonl",
+        survey.work / "search.jsonl",
         fingerprint(ends, tokens, "divergence", list(rungs)),
     )
-    run.progress.start("allocation: search", search.generations + 1)
+    survey.progress.start("allocation: search", search.generations + 1)
     informed = search.informed(stored_errors(files), rungs)
     for leader in search.climb(list(rungs.values()), informed, tournament):
         found = leader
-        run.progress.step()
-    run.progress.finish()
+        survey.progress.step()
+    survey.progress.finish()
     (uniform,) = tournament([(0,) * len(rungs)], tokens, 0)
     levels = zip(rungs.items(), found.candidate, strict=True)
     sparsity_of = {name: ladder.sparsity(level) for (name, ladder), level in levels}

@@ -6,42 +6,48 @@ peak is one layer with its gradients, for any number of layers. Windows pass one
 the empirical Fisher needs the square of each window's own gradient.
 
 Loss of a window: mean cross-entropy of its next tokens, in nats. Gathered per weight, over N
-windows with gradients g_n:
-
-    gradient = 1/N Σ g_n        fisher = 1/N Σ g_n²
+windows with gradients g_n: the statistics that read gradients (`calibration/statistics`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from secateur.calibration.statistics import statistics
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.walk import walk_layers
 from secateur.errors import NumericalError
-from secateur.models.architecture import linears_of
+from secateur.models.architecture import Linear, linears_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.atomic import write_tensors
 
-__all__ = ["gather_gradients"]
+__all__ = ["gather_gradients", "stored_gradients"]
 
 
 class GradientPass:
-    """Gathers gradient and fisher of every linear.
+    """Gathers the statistics of every linear's gradients.
 
     Args:
         ends: of the model, dense, with the calibration windows.
+        names: of the statistics.
         work: folder for `gradients-0000.safetensors` and so on; existing files are kept.
         progress: hears of every step.
     """
 
-    def __init__(self, ends: ModelEnds, work: Path, progress: Progress) -> None:
+    def __init__(
+        self, ends: ModelEnds, names: frozenset[str], work: Path, progress: Progress
+    ) -> None:
         self.ends, self.target, self.windows = ends, ends.target, ends.windows
+        self.names = names
         self.work, self.progress = work / "gradient-pass", progress
         self.results = work
         self.work.mkdir(exist_ok=True)
@@ -54,7 +60,7 @@ class GradientPass:
 
     def result(self, index: int) -> Path:
         """The file of one layer."""
-        return self.results / f"gradients-{index:04d}.safetensors"
+        return gradient_file(self.results, index)
 
     def execute(self) -> None:
         """Forward, loss, backward; each layer's step is skipped if a killed run had done it."""
@@ -116,8 +122,10 @@ class GradientPass:
             wanted_before = [leaf.requires_grad for leaf in leaves]
             for leaf in leaves:
                 leaf.requires_grad_(True)
-            totals = [torch.zeros(x.shape, device=x.device) for x in leaves]
-            squares = [torch.zeros(x.shape, device=x.device) for x in leaves]
+            running = [
+                {name: statistics[name](x.shape, x.weight.device) for name in sorted(self.names)}
+                for x in linears
+            ]
             for row in range(samples):
                 rows = slice(row, row + 1)
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
@@ -125,33 +133,58 @@ class GradientPass:
                 upstream = self.upstream.read(rows).to(self.target.device)
                 found = torch.autograd.grad(out, [hidden, *leaves], upstream)
                 self.upstream.write(rows, found[0])
-                for total, square, gradient in zip(totals, squares, found[1:], strict=True):
-                    total += gradient
-                    square.addcmul_(gradient.float(), gradient.float())
+                for linear, own, gradient in zip(linears, running, found[1:], strict=True):
+                    for statistic in own.values():
+                        statistic.update(gradient.t() if linear.transposed else gradient)
                 self.progress.step(note=f"backward, layer {index}")
             for leaf, before in zip(leaves, wanted_before, strict=True):
                 leaf.requires_grad_(before)
-        gathered = {}
-        for linear, total, square in zip(linears, totals, squares, strict=True):
-            for name, value in (("gradient", total), ("fisher", square)):
-                value = (value / samples).cpu()
-                value = value.t() if linear.transposed else value
-                gathered[f"{linear.name}/{name}"] = value.contiguous()
+        gathered = {
+            f"{linear.name}/{name}": statistic.value().cpu().contiguous()
+            for linear, own in zip(linears, running, strict=True)
+            for name, statistic in own.items()
+        }
         self.upstream.advance(index)
         write_tensors(self.result(index), gathered)
         self.upstream.forget(index + 1)
 
 
 @full_float32()
-def gather_gradients(ends: ModelEnds, work: Path, progress: Progress) -> None:
-    """Gather gradient and fisher of every linear into files of the work folder.
+def gather_gradients(
+    ends: ModelEnds, names: frozenset[str], work: Path, progress: Progress
+) -> None:
+    """Gather statistics of every linear's gradients into files of the work folder.
 
     Args:
         ends: of the model, dense, with the calibration windows.
+        names: of the statistics.
         work: the folder; files that a stopped run left there are kept.
         progress: hears of every step.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
-    GradientPass(ends, work, progress).execute()
+    GradientPass(ends, names, work, progress).execute()
+
+
+def stored_gradients(
+    work: Path | None, index: int, names: frozenset[str], device: torch.device
+) -> Callable[[Linear], dict[str, Tensor]]:
+    """A function that returns the stored statistics of a linear's gradients.
+
+    Args:
+        work: the folder of `gather_gradients`; may be None without names.
+        index: of the decoder layer.
+        names: of the statistics; without any the function returns nothing.
+        device: of the returned tensors.
+    """
+    if not names:
+        return lambda linear: {}
+    assert work is not None
+    stored = load_file(gradient_file(work, index))
+    return lambda linear: {name: stored[f"{linear.name}/{name}"].to(device) for name in names}
+
+
+def gradient_file(work: Path, index: int) -> Path:
+    """The file with the statistics of one layer's gradients."""
+    return work / f"gradients-{index:04d}.safetensors"

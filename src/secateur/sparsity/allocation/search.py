@@ -153,6 +153,10 @@ class Search:
         """Tokens that the last stage measures on."""
         return self.evolution.full_tokens
 
+    def working_bytes(self, weights: int, itemsize: int) -> int:
+        """Every level that is kept of it."""
+        return self.disk_bytes(weights, itemsize)
+
     def tokens(self, calibration: int) -> int:
         """Tokens that pass: once for the levels; then the dense model, two starts, every stage."""
         return calibration + 3 * self.judged_tokens + self.evolution.tokens
