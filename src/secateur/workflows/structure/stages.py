@@ -25,6 +25,7 @@ from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from secateur.workflows.structure.cut_plan import CutPlan
+from secateur.workflows.structure.learned import choose_learned
 from secateur.workflows.structure.narrow import Narrowing
 from secateur.workflows.structure.refit import RefitStep, refits
 from secateur.workflows.structure.step_context import NOTES, StepContext
@@ -71,6 +72,8 @@ class Step:
 
 def steps_of(recipe: StructureRecipe, aim: CutPlan, model: Any) -> list[Step | RefitStep]:
     """The steps that an aim takes, in order; the model is the uncut skeleton."""
+    if recipe.learned is not None:
+        return [Step("learned", choose_learned)]
     found: list[Step | RefitStep] = []
     if aim.drop_layers:
         found.append(Step("depth", choose_layers))
