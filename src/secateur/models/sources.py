@@ -1,8 +1,7 @@
-"""What the user names, found: a folder, a GGUF file, a sample or a hub id → a checked folder.
+"""Finds the model that the user names: folder, GGUF file, sample or hub id → checked folder.
 
-Whatever the source, what comes out is a folder of safetensors with its configuration and
-tokenizer. Pickled weights are refused and code that comes with a model is not fetched unless the
-caller trusts it.
+Every source becomes a folder of safetensors with configuration and tokenizer. Pickled weights are
+refused. Code that comes with a model is fetched only if the caller trusts it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
-# folders inside a repository hold other formats, and "consolidated" files repeat the weights
+# folders inside a repository contain other formats, and "consolidated" files repeat the weights
 HUB_IGNORED = ["*/*", "consolidated*"]
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 GGUF_DTYPES = ("float32", "bfloat16", "float16")
@@ -41,13 +40,13 @@ CONVERT = (
 
 @dataclass(frozen=True)
 class LocalCheckpoint:
-    """A checkpoint on this machine, checked to be whole.
+    """A checkpoint on this machine, checked and complete.
 
     Args:
-        folder: holds `config.json`, the safetensors and the tokenizer's files.
+        folder: contains `config.json`, the safetensors and the tokenizer's files.
         name: what the user wrote.
         kind: where it came from.
-        revision: the commit on the hub, or the release of the sample; None for files given.
+        revision: the commit on the hub, or the release of the sample; None for the user's files.
     """
 
     folder: Path
@@ -63,13 +62,13 @@ def resolve(
     trust_remote_code: bool = False,
     offline: bool = False,
 ) -> LocalCheckpoint:
-    """Find a model by what the user calls it, fetch or convert it if need be, and check it.
+    """Find a model by name, fetch or convert it if necessary, and check it.
 
     Args:
         model: a folder, a `.gguf` file, the name of a sample, or a hub id `org/name[@revision]`;
-            looked for in this order.
-        dtype: `float32` (the default: exact), `bfloat16` or `float16`, the dtype that the blocks
-            of a GGUF file are expanded to. Safetensors are left as they are.
+            tried in this order.
+        dtype: `float32` (the default: exact), `bfloat16` or `float16`, for the expanded blocks of a
+            GGUF file. Safetensors keep their dtype.
         trust_remote_code: also fetch the Python files of a hub model.
         offline: take hub models from the local cache only.
 
@@ -81,7 +80,7 @@ def resolve(
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}", remedy=did_you_mean(dtype, [*GGUF_DTYPES]))
     name = os.fspath(model)
-    if not name:  # which would be the folder one is in
+    if not name:  # an empty name would be the current folder
         raise SourceError(
             "the name of the model is empty",
             remedy=f"name a folder, a .gguf file, a hub id or a sample ({', '.join(MODELS)})",
@@ -116,7 +115,7 @@ def from_file(file: Path, dtype: str) -> Path:
         return convert_gguf(file, dtype)
     if file.suffix in PICKLES:
         raise CheckpointError(
-            "pickled weights can run code when they are loaded", where=str(file), remedy=CONVERT
+            "pickled weights can run code when you load them", where=str(file), remedy=CONVERT
         )
     raise SourceError(
         f"{file.name} alone is not a model",
@@ -126,13 +125,13 @@ def from_file(file: Path, dtype: str) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder holds a whole model, without reading its weights.
+    """Check that a folder contains a complete model, without reading its weights.
 
-    The configuration must name a model type, all shards must be there, and the header of each one
-    must account for every byte of its file.
+    The configuration must name a model type, all shards must exist, and the header of each one must
+    describe every byte of its file.
 
     Raises:
-        CheckpointError: what is missing or damaged, with the bytes expected and found.
+        CheckpointError: names what is missing or damaged, with the bytes expected and found.
     """
     from secateur.models.checkpoint import read_header, shard_files
     from secateur.models.configuration import read_configuration
@@ -143,7 +142,7 @@ def check_folder(folder: Path) -> None:
         with shard.open("rb") as stream:
             if stream.read(32).startswith(b"version https://git-lfs"):
                 raise CheckpointError(
-                    "this is only a pointer of git LFS, the weights were not downloaded",
+                    "this is only a git LFS pointer; the weights were not downloaded",
                     where=str(shard),
                     remedy="run 'git lfs pull' in the folder",
                 )
@@ -167,7 +166,7 @@ def convert_gguf(file: Path, dtype: str = "float32", *, key: str | None = None) 
     """Expand a GGUF file to a folder of safetensors in the cache, once.
 
     The blocks of a GGUF file are scales and small integers, so their values are exact in float32;
-    the two shorter dtypes round them. The whole model is in memory while it is converted.
+    the two shorter dtypes round them. The conversion needs memory for the whole model.
 
     Args:
         file: the GGUF file.
@@ -209,7 +208,7 @@ def convert_gguf(file: Path, dtype: str = "float32", *, key: str | None = None) 
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a converted folder is there and undamaged."""
+    """Whether a converted folder exists and is undamaged."""
     try:
         check_folder(folder)
     except SecateurError:
@@ -218,7 +217,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def put_in_place(work: Path, target: Path) -> None:
-    """Move a finished folder to its name, in one step, unless another process was first."""
+    """Rename a finished folder in one step, unless another process was first."""
     if target.exists() and not is_whole(target):
         shutil.rmtree(target)
     finished = work / "finished"
@@ -278,7 +277,7 @@ def download_from_hub(
             local_files_only=offline,
         )
     except errors.GatedRepoError:
-        what = f"{repo} is gated: its owner wants its terms accepted first"
+        what = f"{repo} is gated: you must accept its owner's terms first"
         remedy = "accept them on the model's page, then run 'hf auth login' on this machine"
     except errors.RepositoryNotFoundError:
         what = f"the hub has no model {repo!r}, or it is private"

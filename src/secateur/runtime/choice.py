@@ -1,4 +1,4 @@
-"""Which layout is smallest for a matrix: bitmask, N:M, or dense where packing does not pay."""
+"""Chooses the smallest layout for a matrix: bitmask, N:M, or dense where packing does not pay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secateur.types import Mask
 __all__ = [
     "AUTO",
     "LayoutChoice",
-    "check_wishes",
+    "check_names",
     "choose_layout",
     "values_for",
     "without_negative_zeros",
@@ -24,7 +24,7 @@ __all__ = [
 
 AUTO = "auto"
 GROUPS = (2, 4, 8, 16, 32)
-"""The M that are tried; for each of them N follows from the fullest group."""
+"""The values of M to try; for each, N follows from the fullest group."""
 
 WITHOUT_LOSS = {
     torch.float32: "float32",
@@ -32,7 +32,7 @@ WITHOUT_LOSS = {
     torch.float16: "float16",
     torch.float64: "float32",
 }
-"""What `auto` stores weights as: as they are, but for float64, which no runtime computes in."""
+"""The stored dtypes with `auto`: unchanged, except float64, in which no runtime computes."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class LayoutChoice:
     Attributes:
         layout: its layout.
         nonzeros: weights that are not zero.
-        negative_zeros: zeros that are written −0.0.
-        nbytes: what its parts will take.
+        negative_zeros: zeros stored as −0.0.
+        nbytes: the bytes of its parts.
     """
 
     layout: Layout
@@ -52,22 +52,22 @@ class LayoutChoice:
     nbytes: int
 
 
-def check_wishes(format: str, values: str) -> None:
-    """Refuse names that are no format or no values.
+def check_names(format: str, values: str) -> None:
+    """Refuse unknown names of formats or values.
 
     Raises:
-        RecipeError: with what there is.
+        RecipeError: names the available ones.
     """
     for kind, name, known in (("format", format, [*formats]), ("values", values, [*VALUES])):
         if name not in [AUTO, *known]:
             raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, [AUTO, *known]))
 
 
-def values_for(dtype: torch.dtype, wanted: str, name: str) -> str:
-    """What the weights of a matrix are stored as.
+def values_for(dtype: torch.dtype, requested: str, name: str) -> str:
+    """The dtype in which the weights of a matrix are stored.
 
     Raises:
-        CheckpointError: the dtype is none of a plain checkpoint.
+        CheckpointError: a plain checkpoint does not have this dtype.
     """
     if dtype not in WITHOUT_LOSS:
         raise CheckpointError(
@@ -75,14 +75,14 @@ def values_for(dtype: torch.dtype, wanted: str, name: str) -> str:
             where=name,
             remedy="name the checkpoint in float32, bfloat16 or float16, before quantization",
         )
-    return WITHOUT_LOSS[dtype] if wanted == AUTO else wanted
+    return WITHOUT_LOSS[dtype] if requested == AUTO else requested
 
 
 def without_negative_zeros(weight: Tensor) -> Tensor:
-    """The same weights, every zero written +0.0; products with either are the same.
+    """The same weights with every zero stored as +0.0; products with either zero are the same.
 
     Pruning by multiplication with a mask leaves −0.0 where weights were negative, and a format
-    keeps whatever is not +0.0.
+    keeps every value except +0.0.
     """
     return weight.masked_fill(weight == 0, 0.0)
 
@@ -90,10 +90,10 @@ def without_negative_zeros(weight: Tensor) -> Tensor:
 def choose_layout(
     weight: Tensor, *, format: str, values: str, transposed: bool = False
 ) -> LayoutChoice:
-    """The smallest layout for a matrix among those wanted; dense is always one of them.
+    """The smallest layout for a matrix among the allowed ones; dense is always allowed.
 
     Args:
-        weight: [out, in], as the source holds it.
+        weight: [out, in], as in the source.
         format: `auto`, or a name in `formats`: that format or dense.
         values: a name in `VALUES`.
         transposed: whether the source stores [in, out].
@@ -117,10 +117,10 @@ def choose_layout(
 
 
 def patterns_that_fit(nonzero: Mask) -> list[str]:
-    """The patterns N:M that hold every weight that is not zero, N as small as it can be."""
+    """The patterns N:M that keep every nonzero weight, with the smallest N."""
     found = []
     counts = nonzero.contiguous().view(torch.uint8)
-    for group in GROUPS:  # each of two groups of the one before
+    for group in GROUPS:  # each consists of two groups of the one before
         if counts.shape[1] % 2:
             break
         counts = counts[:, 0::2] + counts[:, 1::2]
