@@ -36,7 +36,10 @@ IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
         {"queries": dict.fromkeys(range(3), (0, 2)), "groups": {0: (1,)}},
         "cannot be cut at once",
     ),
-    "no query head": ({"queries": dict.fromkeys(range(3), ())}, "query heads of layer 0: the cut keeps none"),
+    "no query head": (
+        {"queries": dict.fromkeys(range(3), ())},
+        "query heads of layer 0: the cut keeps none",
+    ),
     "too many neurons": ({"neurons": {0: tuple(range(49))}}, "the cut keeps 49, but there are 48"),
     "unknown neuron": ({"neurons": {0: (48,)}}, "there is no 48"),
     "experts of a dense model": ({"experts": {0: (1,)}}, "experts of layer 0"),
