@@ -102,7 +102,7 @@ class Family:
     couplings: Couplings | None = None
 
 
-families: Registry[Family] = Registry("family", "secateur.models.families")
+families: Registry[Family] = Registry("family", "secateur.models.families", "families")
 
 SPLIT_ATTENTION_GROUPS: Groups = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -12,10 +12,10 @@ from secateur.quantization.int8 import quantize_rows
 from secateur.registry import did_you_mean
 from secateur.runtime.formats import VALUES, Layout, formats
 from secateur.runtime.formats.kept import kept_mask
-from secateur.types import Mask
 
 __all__ = [
     "AUTO",
+    "DENSE",
     "KEEP",
     "LayoutChoice",
     "check_names",
@@ -26,13 +26,12 @@ __all__ = [
 ]
 
 AUTO = "auto"
+DENSE = "dense"
+"""The format that holds any matrix, taken where no other is smaller."""
 KEEP = "keep"
 """Values in the dtype of the source, so that no number changes."""
 AT_ONCE = 2**22
 """Weights whose rounding is measured at the same time."""
-GROUPS = (2, 4, 8, 16, 32)
-"""The values of M to try; for each, N follows from the fullest group."""
-
 WITHOUT_LOSS = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -51,12 +50,14 @@ class LayoutChoice:
         nonzeros: weights that are not zero.
         negative_zeros: zeros stored as −0.0.
         nbytes: the bytes of its parts.
+        offered: whether a wanted format other than `dense` could hold the matrix.
     """
 
     layout: Layout
     nonzeros: int
     negative_zeros: int
     nbytes: int
+    offered: bool = False
 
 
 def check_names(format: str, values: str) -> None:
@@ -135,29 +136,14 @@ def choose_layout(
     nonzero = stored != 0
     nonzeros = int(torch.count_nonzero(nonzero))
     negative_zeros = int(torch.count_nonzero(kept_mask(stored))) - nonzeros
-    out, columns = weight.shape
-    layouts = [Layout("dense", values, (out, columns), transposed=transposed)]
-    if format in (AUTO, "bitmask"):
-        layouts.append(Layout("bitmask", values, (out, columns), transposed=transposed))
-    if format in (AUTO, "n-of-m"):
-        layouts += [
-            Layout("n-of-m", values, (out, columns), pattern, transposed)
-            for pattern in patterns_that_fit(nonzero)
-        ]
+    layouts = formats[DENSE].candidates(nonzero, values, transposed)
+    offered = [
+        layout
+        for name in formats
+        if name != DENSE and (name == format or (format == AUTO and formats[name].automatic))
+        for layout in formats[name].candidates(nonzero, values, transposed)
+    ]
+    layouts += offered
     sizes = [formats[layout.format].nbytes(layout, nonzeros) for layout in layouts]
     best = min(range(len(layouts)), key=sizes.__getitem__)
-    return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best])
-
-
-def patterns_that_fit(nonzero: Mask) -> list[str]:
-    """The patterns N:M that keep every nonzero weight, with the smallest N."""
-    found = []
-    counts = nonzero.contiguous().view(torch.uint8)
-    for group in GROUPS:  # each consists of two groups of the one before
-        if counts.shape[1] % 2:
-            break
-        counts = counts[:, 0::2] + counts[:, 1::2]
-        kept = max(1, int(counts.max()))
-        if kept < group:
-            found.append(f"{kept}:{group}")
-    return found
+    return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best], bool(offered))

@@ -37,7 +37,7 @@ from secateur.runtime.description import (
     describe_file,
     read_description,
 )
-from secateur.runtime.formats import Layout, PartSpec, check_specs, formats
+from secateur.runtime.formats import Layout, PartSpec, check_specs, formats, part_suffixes
 
 __all__ = [
     "QUANT_METHOD",
@@ -49,8 +49,6 @@ __all__ = [
 ]
 
 QUANT_METHOD = "secateur"
-SUFFIXES = ("weight", "weight_scale", "bitmask", "codes", "compressed")
-"""The parts that formats may have; a packed matrix has exactly the parts of its format."""
 
 
 def quantization_config(archive: bool) -> dict[str, Any]:
@@ -263,12 +261,13 @@ def check_file_names(folder: Path, version: int) -> None:
 
 def parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
     """The tensors that are parts of a matrix, by suffix."""
-    return {s: specs[f"{name}.{s}"] for s in SUFFIXES if f"{name}.{s}" in specs}
+    return {s: specs[f"{name}.{s}"] for s in part_suffixes() if f"{name}.{s}" in specs}
 
 
 def reading_order(entries: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> list[str]:
     """Packed matrices by name without suffix, and all other tensors, in the header's order."""
-    owners = {f"{name}.{suffix}": name for name in layouts for suffix in SUFFIXES}
+    suffixes = part_suffixes()
+    owners = {f"{name}.{suffix}": name for name in layouts for suffix in suffixes}
     return list(dict.fromkeys(owners.get(name, name) for name in entries))
 
 

@@ -16,8 +16,9 @@ from secateur.errors import CheckpointError, KernelError
 from secateur.models.architecture import family_of
 from secateur.models.checkpoint import PACKED_INDEX_NAME
 from secateur.models.experts import expert_renamings, open_experts
+from secateur.runtime.formats import part_suffixes
 from secateur.runtime.install import install
-from secateur.runtime.packed import QUANT_METHOD, SUFFIXES, PackedCheckpoint
+from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
 
 __all__ = ["PackedConfig", "PackedQuantizer"]
 
@@ -98,7 +99,7 @@ class PackedQuantizer(HfQuantizer):
             paths = install(model, packed, self.dtype, matrices_only=True)
         owners = "|".join(re.escape(name) for name in {*packed.layouts, *paths})
         known = set(model._keys_to_ignore_on_load_unexpected or ())
-        parts = "|".join(SUFFIXES)
+        parts = "|".join(map(re.escape, part_suffixes()))
         model._keys_to_ignore_on_load_unexpected = known | {rf"^(?:{owners})\.(?:{parts})$"}
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:

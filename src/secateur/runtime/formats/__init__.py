@@ -21,7 +21,18 @@ from secateur.registry import Registry
 from secateur.runtime.formats.bits import pack_bits
 from secateur.types import Mask, Weight
 
-__all__ = ["VALUES", "Format", "Layout", "PartSpec", "bitmask_parts", "check_specs", "formats"]
+__all__ = [
+    "VALUES",
+    "Format",
+    "Layout",
+    "PartSpec",
+    "bitmask_parts",
+    "check_specs",
+    "formats",
+    "length_of",
+    "part_suffixes",
+    "why_no_pattern",
+]
 
 VALUES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -30,9 +41,6 @@ VALUES: Mapping[str, torch.dtype] = {
     "int8": torch.int8,
 }
 """The dtypes in which kept weights can be stored."""
-
-LARGEST_GROUP = 32
-"""The largest M of N:M, so that the rank of a set of kept weights fits 32 bits."""
 
 MAX_SIDE = 2**31 - 1
 
@@ -58,7 +66,7 @@ class Layout:
         format: a name in `formats`.
         values: a name in `VALUES`, the stored dtype of kept weights.
         shape: (out, in) of the matrix.
-        pattern: N:M, for `n-of-m` only.
+        pattern: N:M, for formats that have one.
         transposed: whether the dense checkpoint stores the transpose [in, out] (GPT-2's Conv1D).
 
     Raises:
@@ -83,15 +91,9 @@ class Layout:
             raise refused(self, f"a side is below 1 or above {MAX_SIDE}")
         if type(self.transposed) is not bool:
             raise refused(self, "transposed is not true or false")
-        if (self.format == "n-of-m") != (self.pattern is not None):
-            raise refused(self, "only n-of-m has a pattern")
-        if self.pattern is not None:
-            kept, group = self.kept_of_group
-            if not 1 <= kept < group <= LARGEST_GROUP or sides[1] % group:
-                raise refused(
-                    self, f"{sides[1]} inputs are not whole groups of {self.pattern} "
-                    f"with 1 <= N < M <= {LARGEST_GROUP}"
-                )  # fmt: skip
+        why = formats[self.format].why_not(self)
+        if why is not None:
+            raise refused(self, why)
 
     @property
     def kept_of_group(self) -> tuple[int, int]:
@@ -158,6 +160,34 @@ class Format(Protocol):
 
     name: ClassVar[str]
 
+    suffixes: ClassVar[tuple[str, ...]]
+    """The suffixes that parts may have; a packed matrix has exactly those of its layout."""
+
+    automatic: ClassVar[bool]
+    """Whether `auto` tries it. A format that only some can read is better asked for by name."""
+
+    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+        """The layouts in which a matrix can be stored; none if the format cannot hold it.
+
+        Args:
+            nonzero: the weights that are not zero, bool [out, in].
+            values: a name in `VALUES`.
+            transposed: see `Layout`.
+        """
+        ...
+
+    def why_not(self, layout: Layout) -> str | None:
+        """What is wrong with the pattern and shape of a layout of this format; None if nothing."""
+        ...
+
+    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+        """How many weights these parts keep, where the layout does not fix it; 0 where it does.
+
+        Args:
+            found: dtypes and shapes as a file claims them, by suffix; some may be missing.
+        """
+        ...
+
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of every part, by suffix.
 
@@ -201,6 +231,21 @@ class Format(Protocol):
 formats: Registry[Format] = Registry("format", __name__)
 
 
+def part_suffixes() -> list[str]:
+    """Every suffix that a part of a packed matrix may have."""
+    return sorted({suffix for name in formats for suffix in formats[name].suffixes})
+
+
+def why_no_pattern(layout: Layout) -> str | None:
+    """`Format.why_not` of formats that have no pattern."""
+    return None if layout.pattern is None else f"the format {layout.format!r} has no pattern"
+
+
+def length_of(spec: PartSpec | None) -> int:
+    """The length of a part with one dimension; 0 of any other, or of none."""
+    return spec.shape[0] if spec is not None and len(spec.shape) == 1 else 0
+
+
 def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
     """Refuse parts whose names, dtypes or shapes do not match the layout.
 
@@ -209,8 +254,7 @@ def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
     Raises:
         CheckpointError: names the part.
     """
-    values = found.get("compressed")
-    nonzeros = values.shape[0] if values is not None and len(values.shape) == 1 else 0
+    nonzeros = formats[layout.format].nonzeros(found)
     if nonzeros > layout.weights:
         raise CheckpointError(f"{nonzeros} values for a matrix of {layout.weights} weights")
     expected = formats[layout.format].parts(layout, nonzeros)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.runtime.formats import Layout, PartSpec, formats
+from secateur.runtime.formats import Layout, PartSpec, formats, length_of, why_no_pattern
 from secateur.runtime.formats.bits import (
     count_bits,
     pack_bits,
@@ -44,6 +44,21 @@ class Bitmask:
     """
 
     name: ClassVar[str] = "bitmask"
+    suffixes: ClassVar[tuple[str, ...]] = ("bitmask", "compressed", "weight_scale")
+    automatic: ClassVar[bool] = True
+
+    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+        """One: it can hold any matrix."""
+        out, columns = nonzero.shape
+        return [Layout(self.name, values, (out, columns), transposed=transposed)]
+
+    def why_not(self, layout: Layout) -> str | None:
+        """It has no pattern."""
+        return why_no_pattern(layout)
+
+    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+        """The length of `compressed`."""
+        return length_of(found.get("compressed"))
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""

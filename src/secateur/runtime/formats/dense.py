@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.quantization.int8 import dequantize_rows
-from secateur.runtime.formats import Layout, PartSpec, formats
+from secateur.runtime.formats import Layout, PartSpec, formats, why_no_pattern
 from secateur.runtime.formats.kept import as_stored, check_values, kept_mask, scale_spec, select
 from secateur.types import Mask, Weight
 
@@ -28,6 +28,21 @@ class Dense:
     """
 
     name: ClassVar[str] = "dense"
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    automatic: ClassVar[bool] = True
+
+    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+        """One: it can hold any matrix."""
+        out, columns = nonzero.shape
+        return [Layout(self.name, values, (out, columns), transposed=transposed)]
+
+    def why_not(self, layout: Layout) -> str | None:
+        """It has no pattern."""
+        return why_no_pattern(layout)
+
+    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+        """0: the shape fixes all sizes."""
+        return 0
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""

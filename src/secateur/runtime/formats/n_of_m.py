@@ -19,6 +19,12 @@ from secateur.types import Mask, Weight
 
 __all__ = ["NOfM", "code_bits", "fill_groups", "group_counts", "ranks", "sets_of"]
 
+LARGEST_GROUP = 32
+"""The largest M of N:M, so that the rank of a set of kept weights fits 32 bits."""
+
+GROUPS = (2, 4, 8, 16, 32)
+"""The M that are tried; for each of them N follows from the fullest group."""
+
 LARGEST_TABLE = 16
 """The largest M for which all sets are listed in a table."""
 
@@ -152,6 +158,20 @@ def fill_groups(mask: Mask, kept: int, group: int) -> Mask:
     return filled.reshape(mask.shape)
 
 
+def patterns_that_fit(nonzero: Mask) -> list[str]:
+    """The patterns N:M that hold every weight that is not zero, N as small as it can be."""
+    found = []
+    counts = nonzero.contiguous().view(torch.uint8)
+    for group in GROUPS:  # each of two groups of the one before
+        if counts.shape[1] % 2:
+            break
+        counts = counts[:, 0::2] + counts[:, 1::2]
+        kept = max(1, int(counts.max()))
+        if kept < group:
+            found.append(f"{kept}:{group}")
+    return found
+
+
 @dataclass(frozen=True)
 class NOfM:
     """Parts: `codes` uint8 [out, ceil(in/M · bits / 8)], `compressed` [out · in/M · N].
@@ -171,6 +191,33 @@ class NOfM:
     """
 
     name: ClassVar[str] = "n-of-m"
+    suffixes: ClassVar[tuple[str, ...]] = ("codes", "compressed", "weight_scale")
+    automatic: ClassVar[bool] = True
+
+    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+        """One for each pattern that holds every weight that is not zero."""
+        out, columns = nonzero.shape
+        return [
+            Layout(self.name, values, (out, columns), pattern, transposed)
+            for pattern in patterns_that_fit(nonzero)
+        ]
+
+    def why_not(self, layout: Layout) -> str | None:
+        """It needs a pattern N:M with M up to 32, and whole groups."""
+        if layout.pattern is None:
+            return "the format 'n-of-m' needs a pattern"
+        kept, group = layout.kept_of_group
+        columns = layout.shape[1]
+        if 1 <= kept < group <= LARGEST_GROUP and columns % group == 0:
+            return None
+        return (
+            f"{columns} inputs are not whole groups of {layout.pattern} "
+            f"with 1 <= N < M <= {LARGEST_GROUP}"
+        )
+
+    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+        """0: the pattern fixes all sizes."""
+        return 0
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts, whatever the number of zeros."""
