@@ -39,7 +39,7 @@ def convert_gguf(
     """Expand a GGUF file to a folder of safetensors in the cache, once.
 
     The blocks of a GGUF file are scales and small integers, so their values are exact in float32;
-    the two shorter dtypes round them. The whole model is in memory while it is converted.
+    the two shorter dtypes round them. The conversion needs memory for the whole model.
 
     Args:
         file: the GGUF file.
@@ -82,7 +82,7 @@ def convert_gguf(
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a converted folder is there and undamaged."""
+    """Whether a converted folder exists and is undamaged."""
     try:
         check_folder(folder)
     except SecateurError:
@@ -91,7 +91,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def put_in_place(work: Path, target: Path) -> None:
-    """Move a finished folder to its name, in one step, unless another process was first."""
+    """Rename a finished folder in one step, unless another process was first."""
     if target.exists() and not is_whole(target):
         shutil.rmtree(target)
     finished = work / "finished"

@@ -40,7 +40,7 @@ FILES = [
     "LICENSE*",
     "README.md",
 ]
-# folders inside a repository hold other formats, and "consolidated" files repeat the weights
+# folders inside a repository contain other formats, and "consolidated" files repeat the weights
 IGNORED = ["*/*", "consolidated*"]
 MIB = 2**20
 
