@@ -98,16 +98,7 @@ def test_parts_of_a_foreign_package_work_from_the_command_line(
         ("plan", source, *settings, *on_text),
         ("plan", source, "--method", "wanda", "--sparsity", "0.5", *on_text),
         ("prune", source, *flags, *on_text, "--output", pruned),
-        (
-            "compress",
-            pruned,
-            "--format",
-            "quince-positions",
-            "--values",
-            "keep",
-            "--output",
-            packed,
-        ),
+        ("compress", pruned, *as_positions, "--output", packed),
         ("decompress", packed, "--output", again),
     )
     assert "quince-peak" in parts["scores"]
