@@ -153,7 +153,7 @@ def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
                 listed([x.name for x in unseen], 4),
                 f"{len(unseen)} linears of experts are dense: no calibration token was routed to "
                 "them, say the records",
-                "calibrate on more text (--samples), of more kinds, or leave them out (--exclude)",
+                "calibrate on more text (--windows), of more kinds, or leave them out (--exclude)",
             )
         )
     if left:
