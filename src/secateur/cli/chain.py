@@ -15,10 +15,10 @@ __all__ = ["chain"]
 
 def run(recipe: ChainRecipe, **call: Any) -> ChainReport:
     """Run all steps with a bar of progress."""
-    from secateur.cli.rendering import ProgressBar
+    from secateur.cli.progress import show_progress
     from secateur.workflows.chain import run_chain
 
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         return run_chain(recipe, progress, **call)
 
 

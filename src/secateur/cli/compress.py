@@ -15,10 +15,10 @@ __all__ = ["compress"]
 
 def run(recipe: CompressRecipe, **call: Any) -> CompressionReport:
     """Compress with a bar of progress."""
-    from secateur.cli.rendering import ProgressBar
+    from secateur.cli.progress import show_progress
     from secateur.workflows.compress.pack import compress_recipe
 
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         return compress_recipe(recipe, progress, **call)
 
 

@@ -15,10 +15,10 @@ __all__ = ["decompress"]
 
 def run(recipe: DecompressRecipe, **call: Any) -> DecompressionReport:
     """Decompress with a bar of progress."""
-    from secateur.cli.rendering import ProgressBar
+    from secateur.cli.progress import show_progress
     from secateur.workflows.compress.unpack import decompress_recipe
 
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         return decompress_recipe(recipe, progress, **call)
 
 

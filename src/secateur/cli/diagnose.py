@@ -10,7 +10,7 @@ from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
     from secateur.diagnostics.diagnosis import Diagnosis
-    from secateur.diagnostics.target import Target
+    from secateur.diagnostics.target import Machine
 
 __all__ = ["diagnose"]
 
@@ -45,7 +45,8 @@ def diagnose(
     as_json: o.Json = False,
 ) -> None:
     """Check zeros, values, units and layers; exit code 3 if something is proven wrong."""
-    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json
     from secateur.workflows.judge.diagnose import check_target
     from secateur.workflows.judge.diagnose import diagnose as run_diagnosis
 
@@ -60,7 +61,7 @@ def diagnose(
         raise RecipeError(
             "no model to diagnose", remedy="secateur diagnose DIR, or secateur diagnose --target"
         )
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         found = run_diagnosis(
             model,
             dense=dense,
@@ -96,7 +97,7 @@ def show(found: Diagnosis) -> None:
         print_table("findings", ("what", "where, evidence → remedy"), rows, numbers=2)
 
 
-def show_target(target: Target) -> None:
+def show_target(target: Machine) -> None:
     """What this machine can speed up, for people."""
     from secateur.cli.rendering import print_table, stdout
 

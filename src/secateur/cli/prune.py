@@ -15,10 +15,10 @@ __all__ = ["prune"]
 
 def run(recipe: PruneRecipe, **call: Any) -> PruneReport:
     """Prune with a bar of progress."""
-    from secateur.cli.rendering import ProgressBar
+    from secateur.cli.progress import show_progress
     from secateur.workflows.prune.checkpoint import run_recipe
 
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         return run_recipe(recipe, progress, **call)
 
 

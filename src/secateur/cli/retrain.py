@@ -16,13 +16,13 @@ __all__ = ["retrain", "run", "show", "to_json"]
 
 def run(recipe: RetrainRecipe, **call: Any) -> TrainingReport | None:
     """Train with a bar of progress; of several processes, only the first one reports."""
-    from secateur.cli.rendering import ProgressBar
+    from secateur.cli.progress import show_progress
     from secateur.workflows.train.checkpoint import run_training
 
     if int(os.environ.get("RANK", "0")):
         run_training(recipe, **call)
         return None
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         return run_training(recipe, progress, **call)
 
 

@@ -15,10 +15,10 @@ __all__ = ["structure"]
 
 def run(recipe: StructureRecipe, **call: Any) -> StructureReport:
     """Cut with a bar of progress."""
-    from secateur.cli.rendering import ProgressBar
+    from secateur.cli.progress import show_progress
     from secateur.workflows.structure.checkpoint import structure_recipe
 
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         return structure_recipe(recipe, progress, **call)
 
 

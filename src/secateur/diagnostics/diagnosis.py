@@ -9,7 +9,7 @@ from typing import Any
 from secateur.diagnostics.claims import Claims
 from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Finding
-from secateur.diagnostics.target import Target
+from secateur.diagnostics.target import Machine
 from secateur.diagnostics.weights import Weights
 
 __all__ = ["SCHEMA", "Diagnosis", "layer_sparsity"]
@@ -41,7 +41,7 @@ class Diagnosis:
     claims: Claims
     drift: Sequence[LayerDrift]
     bears: Mapping[int, float]
-    target: Target
+    target: Machine
     environment: dict[str, Any]
     protocol: dict[str, Any] = field(default_factory=dict)
 

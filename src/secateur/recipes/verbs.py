@@ -84,8 +84,8 @@ VERBS: dict[str, Verb] = {
             "evaluate",
             "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
             more="Every number comes with the id of its protocol. Numbers with different ids "
-            "cannot be compared. A run folder keeps the results in secateur/evaluation.json, beside "
-            "those of other protocols.",
+            "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
+            "beside those of other protocols.",
         ),
         Verb("inspect", "Show family, sizes, linears and the sparsity that is really stored."),
         Verb("methods", "List presets, methods and their parts."),

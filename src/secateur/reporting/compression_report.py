@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CompressionReport", "DecompressionReport", "Stored"]
+__all__ = ["CompressionReport", "DecompressionReport", "FormatTotals"]
 
 BFLOAT16_BYTES = 2
 
 
 @dataclass
-class Stored:
+class FormatTotals:
     """Matrices that are stored alike.
 
     Attributes:
@@ -67,9 +67,9 @@ class CompressionReport:
     source_bytes: int
     parameters: int
     file_bytes: int
-    linears: Stored
-    formats: dict[str, Stored] = field(default_factory=dict)
-    embeddings: Stored = field(default_factory=Stored)
+    linears: FormatTotals
+    formats: dict[str, FormatTotals] = field(default_factory=dict)
+    embeddings: FormatTotals = field(default_factory=FormatTotals)
     archive: bool = False
     negative_zeros: int = 0
     seconds: float = 0.0
@@ -126,12 +126,12 @@ class CompressionReport:
         )
 
 
-def counts(record: dict[str, Any]) -> Stored:
+def counts(record: dict[str, Any]) -> FormatTotals:
     """The counts in a record, without what follows from them."""
-    return Stored(**{name: record[name] for name in Stored.__dataclass_fields__})
+    return FormatTotals(**{name: record[name] for name in FormatTotals.__dataclass_fields__})
 
 
-def told(stored: Stored) -> dict[str, Any]:
+def told(stored: FormatTotals) -> dict[str, Any]:
     """Counts and sizes of matrices, with what follows from them."""
     return {
         **asdict(stored),

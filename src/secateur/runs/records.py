@@ -1,12 +1,12 @@
 """The schemas of what a run writes beside a model: once, for those who write and those who read.
 
-    manifest.json        Manifest       prune, structure
-    layers.jsonl         Layer          prune, a line for each decoder layer
-    training.json        [Training]     retrain, distill, an entry for each training
-    chain.json           Chain          chain
-    compression.json     Compression    compress
-    diagnosis.json       Diagnosis      diagnose
-    bench.json           Bench          bench
+    manifest.json        Manifest         prune, structure
+    layers.jsonl         Layer            prune, a line for each decoder layer
+    training.json        [Training]       retrain, distill, an entry for each training
+    chain.json           Chain            chain
+    compression.json     Compression      compress
+    diagnosis.json       DiagnosisRecord  diagnose
+    bench.json           Bench            bench
 
 `evaluation.json` has its schema in `evaluation.py`, `sweep.json` in `reporting/`. Whoever writes
 goes through `declared`, which refuses a key that is not in here: no file says what no reader knows.
@@ -29,10 +29,10 @@ __all__ = [
     "Bench",
     "Chain",
     "Compression",
-    "Diagnosis",
-    "Finding",
+    "DiagnosisRecord",
+    "FindingEntry",
     "Layer",
-    "Linear",
+    "LinearEntry",
     "Manifest",
     "Record",
     "Training",
@@ -69,7 +69,7 @@ class Cost(Record):
     training_seconds: float | None = None
 
 
-class Result(Record):
+class RunResult(Record):
     """What a run left."""
 
     decoder_sparsity: float
@@ -105,7 +105,7 @@ class Structure(Record):
     latency: dict[str, Any] | None = None
 
 
-class Left(Record):
+class LeftEntry(Record):
     """Tensors of one sort that were not pruned; `models.inventory.Left` says what is what."""
 
     names: str
@@ -127,12 +127,12 @@ class Manifest(Record):
     environment: dict[str, Any]
     plan: dict[str, Any] = Field(default_factory=dict)
     cost: Cost
-    result: Result
+    result: RunResult
     structure: Structure | None = None
     distillation: dict[str, float] | None = None
     experts: dict[str, Any] | None = None
     collapsed: tuple[str, ...] = ()
-    left: tuple[Left, ...] = ()
+    left: tuple[LeftEntry, ...] = ()
 
     @property
     def lost(self) -> float:
@@ -141,7 +141,7 @@ class Manifest(Record):
         return 1 - (1 - gone) * (1 - self.result.decoder_sparsity)
 
 
-class Linear(Record):
+class LinearEntry(Record):
     """One matrix of a line of `layers.jsonl`; `engine.surgery.LinearRecord` says what is what."""
 
     name: str
@@ -160,7 +160,7 @@ class Layer(Record):
 
     layer: int
     seconds: float = 0.0
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearEntry, ...]
     reconstruction: dict[str, float] = Field(default_factory=dict)
     collapsed: dict[str, float] = Field(default_factory=dict)
     unseen: tuple[str, ...] = ()
@@ -183,7 +183,7 @@ class Training(Record):
     result: dict[str, Any]
 
 
-class Link(Record):
+class ChainStep(Record):
     """What is left after a step of a chain."""
 
     step: str
@@ -197,11 +197,11 @@ class Link(Record):
 class Chain(Record):
     """`chain.json`."""
 
-    links: tuple[Link, ...]
+    links: tuple[ChainStep, ...]
     output: str
 
 
-class Finding(Record):
+class FindingEntry(Record):
     """Something a diagnosis found."""
 
     id: str
@@ -224,7 +224,7 @@ class LayerState(Record):
     could_bear: float | None = None
 
 
-class Matrix(Record):
+class MatrixState(Record):
     """What a diagnosis counted in a matrix."""
 
     name: str
@@ -234,7 +234,7 @@ class Matrix(Record):
     dead_columns: int
 
 
-class Support(Record):
+class SupportEntry(Record):
     """Whether this machine gains anything by a kind of sparsity."""
 
     kind: str
@@ -250,10 +250,10 @@ class TargetMachine(Record):
     features: tuple[str, ...] = ()
     cuda_capability: str | None = None
     engines: dict[str, str | None] = Field(default_factory=dict)
-    supports: tuple[Support, ...] = ()
+    supports: tuple[SupportEntry, ...] = ()
 
 
-class Diagnosis(Record):
+class DiagnosisRecord(Record):
     """`diagnosis.json`."""
 
     schema_name: Literal["secateur.diagnosis/1"] = Field(alias="schema")
@@ -262,13 +262,13 @@ class Diagnosis(Record):
     environment: dict[str, Any] = Field(default_factory=dict)
     protocol: dict[str, Any] = Field(default_factory=dict)
     verdict: str = ""
-    findings: tuple[Finding, ...]
+    findings: tuple[FindingEntry, ...]
     layers: tuple[LayerState, ...] = ()
-    linears: tuple[Matrix, ...] = ()
+    linears: tuple[MatrixState, ...] = ()
     target: TargetMachine | None = None
 
 
-class Contender(Record):
+class TimingEntry(Record):
     """One way to run a model, timed; or why it could not run."""
 
     contender: str
@@ -287,7 +287,7 @@ class Bench(Record):
 
     schema_name: Literal["secateur.bench/1"] = Field("secateur.bench/1", alias="schema")
     model: str = ""
-    contenders: tuple[Contender, ...]
+    contenders: tuple[TimingEntry, ...]
     file_bytes: int
     dense_bytes: int
     verdict: str = ""

@@ -257,8 +257,8 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         source, output=tmp_path / "a", calibration=windows, ffn=0.5, effort="balanced"
     )
     taught = secateur.structure(
-        source, output=tmp_path / "b", calibration=windows, ffn=0.5, effort="balanced", distill_epochs=8,
-        distill_learning_rate=1e-4,
+        source, output=tmp_path / "b", calibration=windows, ffn=0.5, effort="balanced",
+        distill_epochs=8, distill_learning_rate=1e-4,
     )  # fmt: skip
     assert plain.manifest["distillation"] is None
     told = taught.manifest["distillation"]
@@ -365,7 +365,7 @@ def test_a_killed_cut_goes_on_to_the_same_model(
 
 
 @pytest.mark.parametrize("options", [{"keep_layers": 2}, {"hidden_size": 24},
-                                     {"keep_layers": 2, "hidden_size": 28, "ffn": 0.9}])  # fmt: skip
+                         {"keep_layers": 2, "hidden_size": 28, "ffn": 0.9}])  # fmt: skip
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3", "qwen2_moe"])
 def test_what_stayed_is_refitted_beside_the_uncut_model(
     family: str, options: dict[str, Any], tmp_path: Path, windows: Path
