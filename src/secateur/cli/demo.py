@@ -33,7 +33,7 @@ def demo(
     """Prune SmolLM2-135M, judge it beside the dense model on other text, and write a report."""
     from secateur.cli.progress import show_progress
     from secateur.cli.rendering import print_json, stderr
-    from secateur.workflows.judge.evaluate import judge
+    from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.judge.inspect import inspect_model
     from secateur.workflows.prune.checkpoint import prune
     from secateur.workflows.report import report as write_report
@@ -47,21 +47,21 @@ def demo(
             effort=effort,
             sparsity=sparsity,
             calibration=CALIBRATION,
-            samples=samples,
+            windows=samples,
             sequence_length=512,
             progress=progress,
             restart=True,
             overwrite=True,
         )
         stderr.print("[bold]2/3[/] judging the result beside the dense model")
-        judged = judge(
+        judged = evaluate(
             folder,
-            reference=MODEL,
-            perplexity=[JUDGING],
+            dense=MODEL,
+            text=[JUDGING],
             generation=True,
             prompts=PROMPTS,
             sequence_length=512,
-            max_windows=windows,
+            windows=windows,
             progress=progress,
         )
         stderr.print("[bold]3/3[/] counting zeros and writing the report")
