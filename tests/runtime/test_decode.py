@@ -255,10 +255,10 @@ def test_stop_tokens_and_seeds(tmp_path: Path) -> None:
 FORK = """
 import os, sys, threading, torch
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 
 lib.library().sct_set_threads(3)
-matrix, x = Matrix(torch.randn(256, 256)), torch.randn(1, 256)
+matrix, x = KernelMatrix(torch.randn(256, 256)), torch.randn(1, 256)
 expected = matrix.multiply(x)
 done = threading.Event()
 
