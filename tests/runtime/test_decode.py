@@ -14,6 +14,7 @@ from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.kernels import library as lib
+from slow import slow
 
 pytestmark = [
     pytest.mark.skipif(
@@ -282,7 +283,7 @@ if sys.argv[1] == "busy":
 """
 
 
-@pytest.mark.parametrize("other", ["idle", "busy"])
+@pytest.mark.parametrize("other", [slow("idle"), "busy"])
 def test_a_forked_child_has_threads_of_its_own(other: str) -> None:
     done = python(FORK, other, timeout=60)
     assert done.returncode == 0, done.stderr
