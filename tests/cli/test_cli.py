@@ -47,7 +47,7 @@ def test_prune_eval_inspect_in_json(secateur, model: Path, windows: Path, tmp_pa
     text = tmp_path / "text.txt"
     text.write_text("w3 w4 w5 w6 " * 40)
     judged = json.loads(
-        secateur("evaluate", out, "--perplexity", text, "--sequence-length", "16", "--json").out
+        secateur("evaluate", out, "--text", text, "--sequence-length", "16", "--json").out
     )
     assert judged["perplexity"][0]["perplexity"] > 1
     assert judged["perplexity"][0]["protocol"]["sequence_length"] == 16
