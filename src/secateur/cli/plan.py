@@ -31,7 +31,7 @@ def show(planned: tuple[Plan, str]) -> None:
     from secateur.cli.rendering import gib, mib, not_pruned, print_table
 
     found, where = planned
-    matrices, size = found.squares
+    out, columns = found.solve_shape
     rows = [
         ("decoder layers", f"{found.num_hidden_layers}"),
         ("weights that can be pruned", f"{found.prunable_weights:,}"),
@@ -44,7 +44,7 @@ def show(planned: tuple[Plan, str]) -> None:
         (f"memory: hidden states (in {where})", mib(found.activation_bytes)),
         ("memory: forwards", mib(found.forward_bytes + found.waiting_bytes)),
         ("memory: statistics and solver", mib(found.solve_bytes)),
-        *([(f"  of that {matrices}", mib(size))] if size else []),
+        *([("  the linear that takes most", f"{out} x {columns}")] if out else []),
         *(
             (f"memory: the whole model, {what}", mib(size))
             for what, size in (
