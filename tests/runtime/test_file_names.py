@@ -50,6 +50,7 @@ def test_plain_transformers_finds_no_weights(tmp_path: Path) -> None:
     assert done.stdout.count("refused: Error no file named model.safetensors") == len(folders)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("settled")
 def test_transformers_with_secateur_computes_the_same(tmp_path: Path) -> None:
     folders = [packed_model(tmp_path / str(shards), shards=shards) for shards in (1, 3)]

@@ -52,10 +52,7 @@ def diagnose(
 
     if target:
         machine = check_target()
-        if as_json:
-            print_json(machine.to_json())
-        else:
-            show_target(machine)
+        print_json(machine.to_json()) if as_json else show_target(machine)
         return
     if model is None:
         raise RecipeError(

@@ -31,6 +31,7 @@ from secateur.runs.folder import RunFolder
 from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.judge.inspect import inspect_model
+from slow import few_families
 from tiny import save_tiny
 from zoo import CONFIGS
 
@@ -84,7 +85,7 @@ def assert_same(found: Path, expected: Path) -> None:
         assert tensor.view(torch.uint8).equal(theirs[name].view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("family", [*CONFIGS])
+@pytest.mark.parametrize("family", few_families(CONFIGS))
 def test_every_family_comes_back_bit_for_bit(tmp_path: Path, family: str) -> None:
     source = pruned_model(tmp_path / "m", family)
     report = secateur.compress(source, output=tmp_path / "c", values="keep")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -399,5 +399,5 @@ def write_notes(
     """Write the record of the compression and the card."""
     record = declared(Compression, report.to_json() | {"source": source.name})
     write_json(folder.notes / COMPRESSION, record)
-    card = compression_card(report, asdict(source), source.folder, output)
+    card = compression_card(report, source.record(), source.folder, output)
     write_text(folder.model / "README.md", card)

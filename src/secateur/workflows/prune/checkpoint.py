@@ -15,6 +15,7 @@ from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocate import settled_allocation
 from secateur.engine.plan import Plan
+from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage
 from secateur.engine.prune.surgery import refuse_unusable
@@ -43,6 +44,7 @@ from secateur.workflows.prune.prepare import (
     fingerprint,
     prepare,
     settings_of,
+    shared_inputs,
     tasks_for,
 )
 from secateur.workflows.prune.self_generated_text import with_own_windows
@@ -76,7 +78,15 @@ def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
     left = left_by(tasks, prepared.target.matrices())
-    return dataclasses.replace(chosen, left=left), activations
+    seconds = foretell_seconds(
+        tasks,
+        shared_inputs(prepared, tasks),
+        flops=chosen.flops,
+        tokens=chosen.calibration_tokens,
+        settings=settings_of(recipe, activations, None),
+        device=prepared.target.device,
+    )
+    return dataclasses.replace(chosen, left=left, seconds=seconds), activations
 
 
 @takes_options_of(PruneRecipe)
@@ -256,11 +266,7 @@ def make_manifest(
     method = prepared.method
     return {
         "manifest_version": MANIFEST_VERSION,
-        "source": {
-            "name": prepared.source.name,
-            "kind": prepared.source.kind,
-            "revision": prepared.source.revision,
-        },
+        "source": prepared.source.record(),
         "family": audit.family,
         "method": {
             "name": method.name,
