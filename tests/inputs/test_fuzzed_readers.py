@@ -19,7 +19,7 @@ from runtime.packed_models import packed_model
 from secateur.calibration.documents import read_documents
 from secateur.errors import CheckpointError, SecateurError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.sources import check_folder
+from secateur.models.folder_checks import check_folder
 from secateur.recipes.reading import build_recipe, build_structure_recipe, read_recipe_file
 from secateur.workflows.chain import checked
 from secateur.workflows.judge.inspect import inspect_model

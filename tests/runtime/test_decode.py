@@ -14,6 +14,7 @@ from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.kernels import library as lib
+from slow import slow
 
 pytestmark = [
     pytest.mark.skipif(
@@ -255,10 +256,10 @@ def test_stop_tokens_and_seeds(tmp_path: Path) -> None:
 FORK = """
 import os, sys, threading, torch
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 
 lib.library().sct_set_threads(3)
-matrix, x = Matrix(torch.randn(256, 256)), torch.randn(1, 256)
+matrix, x = KernelMatrix(torch.randn(256, 256)), torch.randn(1, 256)
 expected = matrix.multiply(x)
 done = threading.Event()
 
@@ -282,7 +283,7 @@ if sys.argv[1] == "busy":
 """
 
 
-@pytest.mark.parametrize("other", ["idle", "busy"])
+@pytest.mark.parametrize("other", [slow("idle"), "busy"])
 def test_a_forked_child_has_threads_of_its_own(other: str) -> None:
     done = python(FORK, other, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -48,6 +48,7 @@ def distill(
     mask: t.Mask = None,
     lora: t.Lora = None,
     gradual: t.Gradual = None,
+    iterative: t.Iterative = None,
     validation: t.Validation = None,
     patience: t.Patience = None,
     tensorboard: t.Tensorboard = None,

@@ -38,7 +38,7 @@ def plan(
     if as_json:
         print_json({**found.to_json(), "activations": where})
         return
-    matrices, size = found.squares
+    out, columns = found.solve_shape
     rows = [
         ("decoder layers", f"{found.num_hidden_layers}"),
         ("weights that can be pruned", f"{found.prunable_weights:,}"),
@@ -51,7 +51,7 @@ def plan(
         (f"memory: hidden states (in {where})", mib(found.activation_bytes)),
         ("memory: forwards", mib(found.forward_bytes + found.waiting_bytes)),
         ("memory: statistics and solver", mib(found.solve_bytes)),
-        *([(f"  of that {matrices}", mib(size))] if size else []),
+        *([("  the linear that takes most", f"{out} x {columns}")] if out else []),
         *(
             (f"memory: the whole model, {what}", mib(size))
             for what, size in (

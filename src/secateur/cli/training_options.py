@@ -50,6 +50,10 @@ Gradual = Annotated[
     str | None,
     typer.Option(help="Prune on the way to this sparsity, or to N:M. [masks stay as they are]"),
 ]
+Iterative = Annotated[
+    str | None,
+    typer.Option(help="Prune in rounds to this sparsity, or to N:M; --steps are of a round."),
+]
 Mask = Annotated[
     str | None,
     typer.Option(help="File of masks, or folder of a pruned model. [the model's own zeros]"),
@@ -100,7 +104,7 @@ def training_recipe(kind: type[AnyRecipe], given: dict[str, Any]) -> AnyRecipe:
         for key, value in given.items()
         if key not in OF_THE_COMMAND and value is not None and value is not False
     }
-    for key, opened in {"lora": rank_alone, "gradual": aim_alone}.items():
+    for key, opened in {"lora": rank_alone, "gradual": aim_alone, "iterative": aim_alone}.items():
         if key in values:  # so that --set gradual.every=20 finds a section
             values[key] = opened(values[key])
     return validated(kind, assigned(values, tuple(given.get("assignments") or ())), where)

@@ -11,7 +11,9 @@ from secateur.recipes.schema import MAX_SEED, Strict, Texts
 __all__ = [
     "DistillRecipe",
     "GradualOptions",
+    "IterativeOptions",
     "LoraOptions",
+    "PruningOptions",
     "RetrainRecipe",
     "aim_alone",
     "rank_alone",
@@ -30,25 +32,49 @@ class LoraOptions(Strict):
     exclude: Texts = Field((), description="of those, these are left alone")
 
 
-class GradualOptions(Strict):
-    """Pruning while training."""
+class PruningOptions(Strict):
+    """Pruning while a model is trained: how much, and which weights."""
 
     sparsity: float | None = Field(
-        None, gt=0, lt=1, description="at the end; not for N:M, which has one of its own"
+        None, gt=0, lt=1, description="fraction of zeros at the end; leave it out for N:M"
     )
-    pattern: str = Field("unstructured", description="which zeros are allowed")
+    pattern: str = Field("unstructured", description="the allowed zeros: unstructured, N:M, blocks")
     scope: Literal["row", "layer", "global"] | None = Field(
-        None, description="within which weights compete; the pattern's own if not given"
+        None, description="the set within which weights compete; the pattern's own if not given"
     )
-    score: str = Field("magnitude", description="by which weights go")
+    score: str = Field("magnitude", description="the score that ranks weights")
+    windows: int = Field(
+        16, gt=0, description="windows of the text for scores and gradients that need text"
+    )
+
+
+class GradualOptions(PruningOptions):
+    """Gradual pruning: every few steps of the training a few more zeros."""
+
     schedule: str = Field("cubic", description="how sparsity rises: cubic, linear, geometric, …")
     every: int = Field(10, gt=0, description="steps between new masks")
-    begin: float = Field(0.0, ge=0, le=1, description="share of the steps before the first ones")
-    end: float = Field(0.75, ge=0, le=1, description="share of the steps at which all is pruned")
+    begin: float = Field(0.0, ge=0, le=1, description="share of the steps before the first masks")
+    end: float = Field(0.75, ge=0, le=1, description="share of the steps with changing masks")
     regrowth: float = Field(
-        0.0, ge=0, lt=1, description="of the kept weights, exchanged by gradient each time"
+        0.0, ge=0, lt=1, description="fraction of the kept weights exchanged by gradient each time"
     )
-    windows: int = Field(16, gt=0, description="of the text, for scores and gradients")
+
+
+class IterativeOptions(PruningOptions):
+    """Iterative pruning: prune a part, train, prune the next part."""
+
+    rounds: int = Field(4, gt=0, description="number of rounds; one training each")
+    schedule: str = Field(
+        "geometric",
+        description="sparsity after each round; geometric prunes the same fraction of the "
+        "remaining weights each time",
+    )
+    rewind: Literal["none", "rate", "weights"] = Field(
+        "rate",
+        description="what goes back before each training: nothing, the learning rate, or the "
+        "weights and the rate (lottery tickets)",
+    )
+    rewind_step: int = Field(0, ge=0, description="the step of one training to go back to")
 
 
 def text_alone(value: Any) -> Any:
@@ -67,7 +93,7 @@ def rank_alone(value: Any) -> Any:
 
 
 def aim_alone(value: Any) -> Any:
-    """`gradual: 0.8` is a sparsity, `gradual: '2:4'` a pattern; so the command line writes them."""
+    """`gradual: 0.8` is a sparsity, `gradual: '2:4'` a pattern; `iterative` likewise."""
     if isinstance(value, str):
         try:
             return {"sparsity": float(value)}
@@ -111,6 +137,13 @@ class RetrainRecipe(Strict):
         default_factory=dict,
         description="times the learning rate, by globs of parameter names; 0 freezes",
     )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="layer i of L learns at the rate times layer_decay^(L - 1 - i), embeddings at "
+        "layer_decay^L; `rates` come after it",
+    )
     micro_batch: int | None = Field(
         None, gt=0, description="windows in one forward; about 2048 tokens if not given"
     )
@@ -124,7 +157,11 @@ class RetrainRecipe(Strict):
         None, description="adapters of this rank are trained, and nothing else"
     )
     gradual: Annotated[GradualOptions | None, BeforeValidator(aim_alone)] = Field(
-        None, description="prune on the way to this sparsity, or to this N:M"
+        None, description="prune a little every few steps, up to this sparsity or N:M"
+    )
+    iterative: Annotated[IterativeOptions | None, BeforeValidator(aim_alone)] = Field(
+        None,
+        description="prune in rounds up to this sparsity or N:M; each round trains for `steps`",
     )
     mask: str | None = Field(
         None, description="file of masks, or folder of a pruned model; the model's zeros if None"

@@ -61,6 +61,7 @@ class CompressionReport:
         negative_zeros: zeros that were −0.0 and are +0.0 now.
         seconds: wall time.
         rounding: how calibration helped to round to int8, if it did.
+        value_error: ‖W − Ŵ‖ / ‖W‖ of the linears, Ŵ being the values stored; 0 if nothing was lost.
     """
 
     output: Path
@@ -74,6 +75,7 @@ class CompressionReport:
     negative_zeros: int = 0
     seconds: float = 0.0
     rounding: dict[str, Any] = field(default_factory=dict)
+    value_error: float = 0.0
 
     @property
     def bfloat16_bytes(self) -> int:
@@ -105,6 +107,7 @@ class CompressionReport:
             "formats": {name: told(stored) for name, stored in self.formats.items()},
             "embeddings": told(self.embeddings),
             "rounding": self.rounding,
+            "value_error": self.value_error,
             "seconds": self.seconds,
         }
 
@@ -123,6 +126,7 @@ class CompressionReport:
             negative_zeros=record["negative_zeros"],
             seconds=record["seconds"],
             rounding=record["rounding"],
+            value_error=record["value_error"],
         )
 
 

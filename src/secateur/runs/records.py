@@ -310,6 +310,7 @@ class Compression(Record):
     formats: dict[str, dict[str, float]] = Field(default_factory=dict)
     embeddings: dict[str, float] = Field(default_factory=dict)
     rounding: dict[str, Any] = Field(default_factory=dict)
+    value_error: float | None = None
     seconds: float = 0.0
 
 

@@ -28,8 +28,8 @@ __all__ = [
 # L_jj² / H_jj is the share of column j that the other columns do not explain. Below these shares
 # the subtraction that made the pivot has lost nearly all digits of the dtype: the factor is noise.
 _SMALLEST_PIVOT = {torch.float32: 1e-5, torch.float64: 1e-12}
-FACTOR_SQUARES = 5
-"""Float32 matrices [in, in] at the height of `inverse_factor`, the gram among them."""
+FACTOR_SQUARES = 4
+"""Float32 matrices [in, in] that `inverse_factor` takes at most, besides the gram."""
 
 _RECURSION_WIDTH = 256
 _CHUNK_COLUMNS = 256
@@ -90,6 +90,12 @@ def damped_diagonal(
 
     Raises:
         NumericalError: the gram is not finite, or is zero everywhere.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.hessian import damped_diagonal
+        >>> damped_diagonal(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.01)
+        (tensor([2.0100, 1.0000]), tensor([False,  True]))
     """
     check_gram(gram)
     diagonal = gram.diagonal()
@@ -113,8 +119,8 @@ def inverse_factor(
     the upper triangular R with H = RRᵀ, which needs one factorisation and one triangular
     inverse: faster, and H⁻¹ itself, the least accurate of the three, is never formed.
 
-    Memory: the gram and two matrices in the dtype of the work, so 3 squares of float32 [in, in];
-    5 where float32 is not enough and float64 has to be tried (`FACTOR_SQUARES`).
+    Memory, besides the gram: two matrices in the dtype of the work, so 2 squares of float32
+    [in, in]; 4 where float32 is not enough and float64 has to be tried (`FACTOR_SQUARES`).
 
     Args:
         gram: float32 [in, in].
@@ -189,6 +195,12 @@ def output_energy(weight: Weight, gram: Gram) -> float:
     Args:
         weight: [out, in], any floating dtype; computed in float32, rows summed in float64.
         gram: float32 [in, in].
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.hessian import output_energy
+        >>> output_energy(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        14.0
     """
     weight = weight.detach().float()
     energy = 0.0
@@ -208,6 +220,13 @@ def relative_output_error(weight: Weight, new_weight: Weight, gram: Gram) -> flo
         weight: W [out, in], any floating dtype.
         new_weight: Ŵ [out, in], any floating dtype.
         gram: float32 [in, in], without damping.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.hessian import relative_output_error
+        >>> weight, gram = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+        >>> relative_output_error(weight, torch.tensor([[0.0, 2.0]]), gram)
+        0.2
     """
     whole = output_energy(weight, gram)
     if whole <= 0:

@@ -18,7 +18,7 @@ from secateur.diagnostics.audit import audit_checkpoint
 from secateur.errors import RecipeError, SecateurError
 from secateur.models.checkpoint import shard_files
 from secateur.models.sources import resolve
-from secateur.progress import Progress, Silent
+from secateur.progress import Labelled, Progress, Silent
 from secateur.recipes.reading import (
     SECTIONS,
     build_recipe,
@@ -142,14 +142,14 @@ def chain(
     wanted = [checked(number, step) for number, step in enumerate(steps, start=1)]
     folder = RunFolder(output, "chain", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(model)
-    source = resolve(str(model), trust_remote_code=trust_remote_code)
+    source = resolve(str(model), trust_remote_code=trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     for verb, options in wanted:
         if verb == "distill":  # whatever was cut and pruned since
             options.setdefault("teacher", str(model))
     with folder:
         folder.worth_resuming = lambda: any(folder.work.iterdir())
-        weights = file_digests(shard_files(source.folder))
+        weights = file_digests(shard_files(source.folder), progress)
         folder.begin({"model": str(model), "steps": wanted, "source_files": weights})
         if not folder.finished:
             links = carry_out(wanted, source.folder, folder, trust_remote_code, progress)
@@ -173,23 +173,24 @@ def carry_out(
     folder of the last step becomes the result.
     """
     before = source
-    links = [counted("source", source, 0.0, trust_remote_code)]
+    links = [counted("source", source, 0.0, trust_remote_code, progress)]
     for number, (verb, options) in enumerate(wanted, start=1):
         made = folder.work / f"{number:02d}-{verb}"
         account = made.with_suffix(".json")
         if not account.exists():
             started = time.perf_counter()
+            labelled = Labelled(progress, f"{number}/{len(wanted)} {verb}")
             if not made.exists():
                 VERBS[verb](
                     before,
                     output=made,
-                    progress=progress,
+                    progress=labelled,
                     trust_remote_code=trust_remote_code,
                     resume=True,
                     **options,
                 )
             seconds = time.perf_counter() - started
-            write_json(account, asdict(counted(verb, made, seconds, trust_remote_code)))
+            write_json(account, asdict(counted(verb, made, seconds, trust_remote_code, labelled)))
         links.append(Link(**json.loads(account.read_text(encoding="utf-8"))))
         before = made
     if before.exists():
@@ -255,9 +256,11 @@ def flat(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def counted(step: str, folder: Path, seconds: float, trust_remote_code: bool) -> Link:
+def counted(
+    step: str, folder: Path, seconds: float, trust_remote_code: bool, progress: Progress
+) -> Link:
     """What a folder holds."""
-    audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code)
+    audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)
     zeros = sum(linear.zeros for linear in audit.linears)
     return Link(step, audit.parameters, zeros, audit.file_bytes, seconds)
 

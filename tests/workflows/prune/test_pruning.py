@@ -18,6 +18,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
+from secateur.workflows.prune.checkpoint import run_recipe
 from weight_files import digest
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
@@ -238,7 +239,7 @@ def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: 
     assert "secateur prune recipe.yaml" in card
     assert AutoTokenizer.from_pretrained(out).vocab_size == tokenizer.vocab_size
     # The recipe and the windows in the folder are enough to make it again.
-    again = secateur.workflows.run_recipe(
+    again = run_recipe(
         secateur.recipes.reading.build_recipe(
             {
                 **secateur.recipes.reading.read_recipe_file(out / "secateur" / "recipe.yaml"),

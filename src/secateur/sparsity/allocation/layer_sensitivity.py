@@ -50,6 +50,7 @@ class LayerSensitivity:
     reference: float = 0.5
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
+    judged_tokens: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not (0 <= self.half_range <= _WIDEST and 0 < self.reference < 1):
@@ -92,13 +93,23 @@ class LayerSensitivity:
         """A few numbers."""
         return 0
 
+    def working_bytes(self, weights: int, itemsize: int) -> int:
+        """Three float32 copies of one linear, which is a third of its layer at most."""
+        return 4 * weights
+
     def tokens(self, calibration: int) -> int:
         """One pass."""
         return calibration
 
 
 def ranks(values: Mapping[str, float]) -> dict[str, float]:
-    """The rank of each value from 0, ascending; equal values share the mean of their ranks."""
+    """The rank of each value from 0, ascending; equal values share the mean of their ranks.
+
+    Example:
+        >>> from secateur.sparsity.allocation.layer_sensitivity import ranks
+        >>> ranks({"q_proj": 0.3, "k_proj": 0.1, "v_proj": 0.3})
+        {'q_proj': 1.5, 'k_proj': 0.0, 'v_proj': 1.5}
+    """
     equal = Counter(values.values())
     rank_of, below = {}, 0
     for value in sorted(equal):

@@ -20,6 +20,7 @@ from secateur.types import Mask, Score, Weight
 
 __all__ = [
     "Pattern",
+    "WholeUnits",
     "check_score",
     "check_sparsity",
     "misplaced",
@@ -52,6 +53,16 @@ class Pattern(Protocol):
     @property
     def sparsity(self) -> float | None:
         """The one sparsity the pattern can have (1 − N/M), or None if any can be asked for."""
+        ...
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scopes that the pattern can have."""
+        ...
+
+    @property
+    def whole_units(self) -> bool:
+        """Whether whole columns go together; then the pattern is a `WholeUnits`."""
         ...
 
     def check(self, shape: tuple[int, int], sparsity: float) -> None:
@@ -89,6 +100,28 @@ class Pattern(Protocol):
         """
         ...
 
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """The most memory that `mask` takes for scores [out, in], besides them."""
+        ...
+
+
+class WholeUnits(Pattern, Protocol):
+    """The contract of a pattern whose `whole_units` is True: units are groups of columns."""
+
+    @property
+    def width(self) -> int:
+        """How many consecutive columns are a unit."""
+        ...
+
+    @property
+    def among(self) -> int:
+        """Within how many consecutive units they compete, as many going in each; 0: all."""
+        ...
+
+    def units_pruned(self, inputs: int, sparsity: float) -> int:
+        """How many units of a matrix with so many inputs are pruned."""
+        ...
+
 
 @runtime_checkable
 class PatternKind(Protocol):
@@ -111,6 +144,13 @@ def parse_pattern(text: str, scope: str | None = None) -> Pattern:
 
     Raises:
         PatternError: no kind of pattern is written like this, or the scope does not fit.
+
+    Example:
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> parse_pattern("2:4")
+        NOfM(kept=2, group=4)
+        >>> parse_pattern("unstructured", "row")
+        Unstructured(scope='row')
     """
     for name in patterns:
         pattern = patterns[name].parse(text, scope)
@@ -191,6 +231,12 @@ def misplaced(pattern: Pattern, weight: Weight, sparsity: float) -> int:
 
     The pattern, given the score 1 for weights that are not zero and 0 for those that are, prunes
     zeros first. So whatever it prunes beyond them is misplaced.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import misplaced, parse_pattern
+        >>> misplaced(parse_pattern("2:4"), torch.tensor([[1.0, 2.0, 3.0, 0.0]]), 0.5)
+        1
     """
     if sparsity <= 0:
         return 0

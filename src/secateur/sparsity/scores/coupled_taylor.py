@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["CoupledTaylor"]
 
@@ -25,11 +25,21 @@ class CoupledTaylor:
     arXiv:1905.10650, for heads. Deviations: only the weights that read the unit enter (the gate is
     the same seen from there), and the gradient is that of the mean loss, where Michel et al.
     average the absolute values of single texts.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.coupled_taylor import CoupledTaylor
+        >>> CoupledTaylor()(torch.tensor([[3.0, -1.0]]), {"gradient": torch.tensor([[0.5, 2.0]])})
+        tensor([[ 1.5000, -2.0000]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient"})
-    of_units: ClassVar[bool] = True
+    whole_units: ClassVar[bool] = True
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `gradient`, float32 [out, in]."""
         return weight.detach().float() * statistics["gradient"]
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight."""
+        return 2 * float32_bytes(shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["Fluctuation"]
 
@@ -23,10 +23,22 @@ class Fluctuation:
     Models" (FLAP), arXiv:2312.11983. Deviations: a head's columns are summed, not averaged, which
     orders heads of one layer alike; scores are not standardised within a layer, so that FLAP's one
     threshold over standardised scores is not what the allocation `global` does.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.fluctuation import Fluctuation
+        >>> variance = torch.tensor([0.5, 9.0])
+        >>> Fluctuation()(torch.tensor([[3.0, -1.0]]), {"column_variance": variance})
+        tensor([[4.5000, 9.0000]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_variance"})
+    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `column_variance`, [in]."""
         return weight.detach().float().square() * statistics["column_variance"]
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight."""
+        return 2 * float32_bytes(shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["Kept"]
 
@@ -19,10 +19,22 @@ class Kept:
     For solvers that are to better or round a model that was pruned before: at the sparsity that a
     matrix has, the mask is that of its own zeros. Reads `stored`, the weight as it was read, since
     the one to be solved may have been fitted to something and has no zeros then.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.kept import Kept
+        >>> weight = torch.tensor([[3.0, 0.0, -1.0]])
+        >>> Kept()(weight, {"stored": weight})
+        tensor([[1., 0., 1.]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"stored"})
+    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype."""
         return (statistics["stored"] != 0).float()
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight."""
+        return 2 * float32_bytes(shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["Magnitude"]
 
@@ -18,10 +18,21 @@ class Magnitude:
 
     Paper: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural
     Networks", arXiv:1506.02626.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.magnitude import Magnitude
+        >>> Magnitude()(torch.tensor([[3.0, -1.0]]), {})
+        tensor([[3., 1.]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; the statistics are not read."""
         return weight.detach().float().abs()
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight."""
+        return 2 * float32_bytes(shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["OBD"]
 
@@ -23,10 +23,21 @@ class OBD:
     new. Hence the Fisher.
 
     Paper: LeCun et al. 1989, "Optimal Brain Damage". Deviation: Fisher for Hessian diagonal.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.obd import OBD
+        >>> OBD()(torch.tensor([[2.0, -1.0]]), {"fisher": torch.tensor([[1.0, 8.0]])})
+        tensor([[2., 4.]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"fisher"})
+    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `fisher`, float32 [out, in]."""
         return weight.detach().float().square().mul_(statistics["fisher"]).mul_(0.5)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight."""
+        return 2 * float32_bytes(shape)

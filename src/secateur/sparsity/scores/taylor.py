@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["Taylor"]
 
@@ -22,10 +22,21 @@ class Taylor:
     Inference", arXiv:1611.06440, here for single weights. Deviation: the absolute value is taken
     of the gradient of the mean loss, so windows that pull a weight in opposite directions
     cancel; `obd` does not let them.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.taylor import Taylor
+        >>> Taylor()(torch.tensor([[3.0, -1.0]]), {"gradient": torch.tensor([[0.5, 2.0]])})
+        tensor([[1.5000, 2.0000]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `gradient`, float32 [out, in]."""
         return (weight.detach().float() * statistics["gradient"]).abs_()
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight."""
+        return 2 * float32_bytes(shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["Wanda"]
 
@@ -21,10 +21,21 @@ class Wanda:
 
     Paper: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models",
     arXiv:2306.11695.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.wanda import Wanda
+        >>> Wanda()(torch.tensor([[3.0, -1.0]]), {"column_norm": torch.tensor([1.0, 4.0])})
+        tensor([[3., 4.]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
+    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `column_norm`, float32 [in]."""
         return weight.detach().float().abs() * statistics["column_norm"]
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight."""
+        return 2 * float32_bytes(shape)

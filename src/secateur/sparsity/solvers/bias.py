@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
-from secateur.types import Mask, Statistics, Weight
+from secateur.types import Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["Bias"]
 
@@ -26,10 +26,23 @@ class Bias:
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language
     Models" (FLAP), arXiv:2312.11983. Deviation: the released code adds biases where there were
     none, which needs modelling code of its own to load.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> from secateur.sparsity.solvers.bias import Bias
+        >>> solver, mask = Bias(), torch.tensor([[True, False]])
+        >>> mean = solver.prepare({"column_mean": torch.tensor([0.0, 0.5])})
+        >>> pattern = parse_pattern("unstructured")
+        >>> solution = solver.solve(torch.tensor([[3.0, -1.0]]), mean, pattern, 0.5, mask=mask)
+        >>> solution.weight, solution.shift
+        (tensor([[3., 0.]]), tensor([-0.5000]))
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_mean"})
     selects_by: ClassVar[str | None] = None
+    whole_units: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
     shifts: ClassVar[bool] = True
 
     def prepare(self, statistics: Statistics) -> Float32[Tensor, " in"]:
@@ -54,3 +67,11 @@ class Bias:
         dense = weight.detach().float()
         shift = dense.masked_fill(mask, 0.0) @ prepared
         return Solution(dense.masked_fill(~mask, 0.0), mask, error=None, shift=shift)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Three float32 copies of the weight."""
+        return 3 * float32_bytes(shape)
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """0: linears share all factorisations."""
+        return 0.0

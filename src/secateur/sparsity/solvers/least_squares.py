@@ -20,7 +20,7 @@ from secateur.sparsity.hessian import (
 )
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
-from secateur.types import Gram, Mask, Statistics, Weight
+from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["LeastSquares", "PreparedHessian", "systems_bytes"]
 
@@ -66,11 +66,24 @@ class LeastSquares:
 
     Raises:
         RecipeError: the damping is negative or no number.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> from secateur.sparsity.solvers.least_squares import LeastSquares
+        >>> solver, mask = LeastSquares(damping=0.0), torch.tensor([[False, True]])
+        >>> prepared = solver.prepare({"gram": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
+        >>> pattern = parse_pattern("unstructured")
+        >>> solver.solve(torch.tensor([[1.0, 1.0]]), prepared, pattern, 0.5, mask=mask).weight
+        tensor([[0.0000, 1.5000]])
     """
 
     damping: float = 0.01
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = None
+    whole_units: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -134,6 +147,10 @@ class LeastSquares:
             mask=mask,
             error=relative_output_error(weight, solved, prepared.gram),
         )
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Five float32 copies of the weight, and the systems of a chunk (`systems_bytes`)."""
+        return 5 * float32_bytes(shape) + systems_bytes(*shape)
 
 
 def systems_bytes(rows: int, columns: int) -> int:

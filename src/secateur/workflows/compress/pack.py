@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader, shard_name
-from secateur.models.sources import resolve
+from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
 from secateur.reporting.compression_card import compression_card
 from secateur.reporting.compression_report import CompressionReport, FormatTotals
@@ -31,8 +31,10 @@ from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
 from secateur.runtime.choice import (
     AUTO,
+    KEEP,
     LayoutChoice,
     choose_layout,
+    squared_loss,
     values_for,
     without_negative_zeros,
 )
@@ -58,10 +60,19 @@ class StoragePlan:
     Attributes:
         choices: of the matrices that were looked at, by stored name.
         dtypes: of every tensor that is stored under its own name.
+        lost: ‖W − Ŵ‖² over the linears, Ŵ being the values that are stored.
+        norm: ‖W‖² over the linears.
     """
 
     choices: dict[str, LayoutChoice] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    lost: float = 0.0
+    norm: float = 0.0
+
+    @property
+    def value_error(self) -> float:
+        """‖W − Ŵ‖ / ‖W‖ over the linears; 0 where nothing was rounded."""
+        return (self.lost / self.norm) ** 0.5 if self.norm else 0.0
 
     def layout(self, name: str) -> Layout | None:
         """The layout of a tensor; None for one that stays as it is, or is only cast."""
@@ -99,8 +110,9 @@ def compress(
         output: the folder to write; it appears when everything is written and verified.
         format: `auto` takes the smallest for each matrix; `bitmask`, `n-of-m` or `dense` takes
             that one, or dense where it is smaller or does not fit.
-        values: `auto` keeps the dtype of the source and is lossless; `bfloat16`, `float16`,
-            `float32`, `int8`. Other tensors that are wider are cast to what the model computes in.
+        values: `auto` stores float32 weights as bfloat16 and others as they are; `keep` stores all
+            as they are and loses nothing; `bfloat16`, `float16`, `float32`, `int8`. Other tensors
+            that are wider are cast to what the model computes in.
         embeddings: `auto` leaves embedding and head as they are, `int8` quantizes them too.
         archive: compress the files further (byte planes and zstandard); to be unpacked on loading.
         calibration: text, as for `prune`; int8 weights then make up for each other's rounding
@@ -120,23 +132,23 @@ def compress(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    begun = time.perf_counter()
+    begun, progress = time.perf_counter(), progress or Silent()
     text = None if calibration is None else str(calibration)
     check_compression(format, values, embeddings, archive, text, **options)
     folder = RunFolder(output, "compress", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(model, text)
-    source = resolve(model, trust_remote_code=trust_remote_code)
+    source = resolve(model, trust_remote_code=trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, embeddings, trust_remote_code)
-    progress, rounded = progress or Silent(), None
+    rounded = None
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         if text is not None:
             how = {"format": format, "values": values, "embeddings": embeddings, "archive": archive}
             told = {key: x for key, x in options.items() if key not in NO_PART}
-            weights = {"source_files": file_digests(reader.files)}
+            weights = {"source_files": file_digests(reader.files, progress)}
             folder.begin({**how, "calibration": text, **told, **weights})
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
@@ -150,6 +162,7 @@ def compress(
             reader = CheckpointReader(rounded)
             matrices = find_matrices(reader, embeddings, trust_remote_code)
         made = folder.fresh_model()
+        values = settled_values(reader, matrices, values)
         plan = make_plan(reader, matrices, format, values, progress)
         computed = computed_dtype(plan, matrices, values)
         cast_others(plan, reader, values, computed)
@@ -164,7 +177,7 @@ def compress(
         packed = verified(made, progress)
         rounding = told_of(rounded) if rounded else {}
         report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)
-        write_notes(report, source.name, source.folder, folder)
+        write_notes(report, source, folder, output)
         folder.finish()
     return report
 
@@ -187,6 +200,25 @@ def fractions(reader: CheckpointReader, matrices: dict[str, PackableMatrix]) -> 
             weight = reader.read(name)
             found[matrix.linear] = 1 - int(weight.count_nonzero()) / weight.numel()
     return found
+
+
+def settled_values(
+    reader: CheckpointReader, matrices: dict[str, PackableMatrix], values: str
+) -> str:
+    """What `auto` means for a checkpoint: bfloat16 if most of its weights are wider, else `keep`.
+
+    Most checkpoints in float32 hold models that were trained in bfloat16, or expanded from fewer
+    bits. The report says by how much the rounding moved the weights.
+    """
+    if values != AUTO:
+        return values
+    sizes = {True: 0, False: 0}
+    for name, matrix in matrices.items():
+        if matrix.prunable:
+            entry = reader.entries[name]
+            count = entry.size_bytes // entry.dtype.itemsize
+            sizes[entry.dtype.itemsize > torch.bfloat16.itemsize] += count
+    return "bfloat16" if sizes[True] > sizes[False] else KEEP
 
 
 def make_plan(
@@ -214,6 +246,9 @@ def make_plan(
             values=wanted,
             transposed=matrix.transposed,
         )
+        if matrix.prunable:
+            lost, norm = squared_loss(weight, wanted)
+            plan.lost, plan.norm = plan.lost + lost, plan.norm + norm
         progress.step(note=name)
     progress.finish()
     chosen = [c.layout.format for name, c in plan.choices.items() if matrices[name].prunable]
@@ -230,7 +265,7 @@ def computed_dtype(
     plan: StoragePlan, matrices: dict[str, PackableMatrix], values: str
 ) -> torch.dtype:
     """What the model computes in: the values' dtype, and bfloat16 for int8."""
-    if values != AUTO:
+    if values != KEEP:
         return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
     weights: dict[torch.dtype, int] = {}
     for name, choice in plan.choices.items():
@@ -252,7 +287,7 @@ def cast_others(
         if chosen is not None:
             plan.dtypes[name] = chosen.layout.dtype
         else:
-            plan.dtypes[name] = computed if wider and values != AUTO else entry.dtype
+            plan.dtypes[name] = computed if wider and values != KEEP else entry.dtype
 
 
 def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]:
@@ -349,14 +384,17 @@ def make_report(
         embeddings=embeddings,
         archive=packed.archive,
         negative_zeros=negative_zeros,
+        value_error=plan.value_error,
         rounding=rounding,
         seconds=time.perf_counter() - begun,
     )
 
 
-def write_notes(report: CompressionReport, name: str, source: Path, folder: RunFolder) -> None:
+def write_notes(
+    report: CompressionReport, source: LocalCheckpoint, folder: RunFolder, output: str | Path
+) -> None:
     """Write the record of the compression and the card."""
-    record = declared(Compression, report.to_json() | {"source": name})
+    record = declared(Compression, report.to_json() | {"source": source.name})
     write_json(folder.notes / COMPRESSION, record)
-    card = compression_card(report, Path(name).name, source)
+    card = compression_card(report, asdict(source), source.folder, output)
     write_text(folder.model / "README.md", card)

@@ -51,7 +51,7 @@ def decompress(
     begun = time.perf_counter()
     folder = RunFolder(output, "decompress", overwrite=overwrite)
     folder.keep_apart(model)
-    source = resolve(model)
+    source = resolve(model, progress=progress)
     folder.keep_apart(source.folder)
     packed = PackedCheckpoint(source.folder)
     view = DenseView(packed)

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
-from secateur.engine.choose.survey import settled_allocation
+from secateur.engine.choose.allocate import settled_allocation
 from secateur.engine.plan import Plan
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage
-from secateur.engine.prune.run import Run, Settings
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.errors import RecipeError
 from secateur.models.inventory import Left
@@ -35,14 +34,15 @@ from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.workflows.prune.distillation import distill_checkpoint
-from secateur.workflows.prune.loaded_model import carry_out, prune_module
+from secateur.workflows.prune.job import Job
+from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
     fingerprint,
     prepare,
-    reconstruction_of,
     settings_of,
+    tasks_for,
 )
 from secateur.workflows.prune.self_generated_text import with_own_windows
 
@@ -67,10 +67,9 @@ def plan(model: str, **options: Any) -> Plan:
 def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
     """The plan of a recipe, and where its hidden states would wait."""
     prepared = prepare(recipe, only_plan=True)
-    # refuses what does not fit
-    run = run_of(prepared, settings_of(recipe, "memory", None), Ledger(), Silent())
-    chosen, activations = choose_plan(prepared, recipe.memory)
-    left = left_by(run, prepared.target.matrices())
+    tasks = tasks_for(prepared)
+    chosen, activations = choose_plan(prepared, tasks, recipe.memory)
+    left = left_by(tasks, prepared.target.matrices())
     return dataclasses.replace(chosen, left=left), activations
 
 
@@ -131,23 +130,6 @@ def prune(
     )
 
 
-def run_of(prepared: Prepared, settings: Settings, ledger: Ledger, progress: Progress) -> Run:
-    """The run a prepared recipe describes; checks every matrix against the pattern."""
-    return Run(
-        prepared.target,
-        prepared.method,
-        prepared.sparsity,
-        prepared.selection,
-        prepared.windows,
-        settings,
-        ledger,
-        progress,
-        reconstruction_of(prepared.recipe),
-        prepared.patterns,
-        prepared.costs,
-    )
-
-
 def run_recipe(
     recipe: PruneRecipe,
     progress: Progress,
@@ -169,7 +151,9 @@ def run_recipe(
     folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, recipe.calibration.source)
     kept = folder.notes if folder.finished else folder.work
-    prepared = prepare(recipe, folder.model, kept / WINDOWS if folder.state else None)
+    prepared = prepare(
+        recipe, folder.model, kept / WINDOWS if folder.state else None, progress=progress
+    )
     return run_prepared(prepared, folder, progress, meter)
 
 
@@ -179,34 +163,43 @@ def run_prepared(
     """Carry out a recipe that is prepared, in a folder that nobody has entered yet."""
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
-    chosen, activations = choose_plan(prepared, recipe.memory)
+    tasks = tasks_for(prepared)
+    chosen, activations = choose_plan(prepared, tasks, recipe.memory)
     check_free(chosen.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
     with folder:
-        folder.begin(identity(prepared))
+        folder.begin(identity(prepared, progress))
         if folder.finished:
             return report_of(folder.output)
         if not folder.resumed:
             refuse_unusable(prepared.target, progress)
         prepared = with_kept_windows(prepared, folder, progress)
-        run = run_of(prepared, settings_of(recipe, activations, folder.work), ledger, progress)
+        job = Job(
+            prepared.target,
+            tasks,
+            prepared.windows,
+            settings_of(recipe, activations, folder.work),
+            prepared.allocation,
+            prepared.sparsity,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
-            carry_out(run, prepared.allocation, begin(prepared, ledger))
-            distilled = distill_checkpoint(prepared, run, folder, progress)
+            done = job.carry_out(ledger, progress, begin(prepared, ledger, progress))
+            distilled = distill_checkpoint(prepared, done, folder, progress)
         audit = audit_checkpoint(
             folder.model,
-            lambda name: run.method_for(name).pattern,
-            run.sparsity_of,
+            lambda name: done[name].method.pattern,
+            {name: task.sparsity for name, task in done.items()},
             trust_remote_code=recipe.trust_remote_code,
+            progress=progress,
         )
         verify(audit)
         manifest = make_manifest(prepared, chosen, activations, audit, meter, folder)
         manifest["distillation"] = distilled
-        found = coverage(ledger.layers, run.target.architecture)
+        found = coverage(ledger.layers, prepared.target.architecture)
         manifest["experts"] = found and found.to_json()
-        left = left_by(run, prepared.target.matrices(), found.unseen if found else ())
+        left = left_by(done, prepared.target.matrices())
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
@@ -224,7 +217,7 @@ def report_of(output: Path) -> PruneReport:
     return PruneReport(sparsity, ledger.layers, manifest, output, left)
 
 
-def identity(prepared: Prepared) -> dict[str, Any]:
+def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
     """Everything the pruned weights depend on."""
     recipe = prepared.recipe.model_dump(mode="json", exclude=NO_PART)
     return {
@@ -232,7 +225,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
         "starts": dict(prepared.selection.starts),
         "patterns": {glob: pattern.name for glob, pattern in prepared.patterns.items()},
-        "source_files": file_digests(prepared.reader.files),
+        "source_files": file_digests(prepared.reader.files, progress),
     }
 
 
@@ -253,12 +246,12 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     return prepared
 
 
-def begin(prepared: Prepared, ledger: Ledger) -> int:
+def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
     """Make the copy that takes the pruned weights, unless it is there; returns the layers done."""
     if ledger.begun:
         return ledger.resume()
     assert prepared.target.output is not None
-    prepared.target.output.create()
+    prepared.target.output.create(progress)
     ledger.begin()
     return 0
 
@@ -324,5 +317,7 @@ def write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder)
     recipe_yaml = dump_recipe(prepared.recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
     write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
-    card = model_card(manifest, recipe_yaml, prepared.source.folder)
+    card = model_card(
+        manifest, recipe_yaml, prepared.source.folder, prepared.recipe.output or folder.output
+    )
     write_text(folder.model / "README.md", card)

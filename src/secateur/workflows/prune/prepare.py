@@ -14,9 +14,10 @@ from torch import Tensor
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
-from secateur.engine.prune.run import Settings
 from secateur.engine.prune.selection import Selection
-from secateur.engine.stream.kinds import refuse_unknown
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import LinearTask, tasks_of
+from secateur.engine.stream.kinds import layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import RecipeError
 from secateur.models.architecture import text_config
@@ -24,6 +25,7 @@ from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_fil
 from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.progress import Progress, Silent
 from secateur.recipes.schema import Calibration, Memory, PruneRecipe
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
@@ -39,8 +41,8 @@ __all__ = [
     "choose_plan",
     "method_of",
     "prepare",
-    "reconstruction_of",
     "settings_of",
+    "tasks_for",
     "window_plan",
     "windows_needed",
 ]
@@ -121,13 +123,13 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
         refine=recipe.refine,
         **recipe.parameters,
     )
-    if method.rounds and (recipe.reconstruction.passes or recipe.distillation.epochs):
+    if method.solver.rounds and (recipe.reconstruction.passes or recipe.distillation.epochs):
         raise RecipeError(
             "tuning and distillation would move rounded weights off their grid",
             remedy="leave out --passes and --epochs, or round afterwards: "
             "secateur compress DIR --values int8 --calibration TEXT",
         )
-    implied = getattr(method.pattern, "sparsity", None)
+    implied = method.pattern.sparsity
     sparsity = implied if recipe.sparsity is None else recipe.sparsity
     if sparsity is None:
         raise RecipeError(
@@ -152,7 +154,7 @@ def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
     """
     allocation = allocations[recipe.allocation]()
     pattern = method.pattern
-    if allocation.reach > 0 and getattr(pattern, "sparsity", None) is not None:
+    if allocation.reach > 0 and pattern.sparsity is not None:
         raise RecipeError(
             f"the pattern {pattern.name} has one sparsity for every linear, so there is nothing "
             f"for the allocation {recipe.allocation!r} to decide",
@@ -191,6 +193,7 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
         activations=activations,
         work=work,
         on_collapse=recipe.on_collapse,
+        reconstruction=reconstruction_of(recipe),
     )
 
 
@@ -212,6 +215,7 @@ def prepare(
     stored_windows: Path | None = None,
     *,
     only_plan: bool = False,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Fetch, open and check everything a recipe names; writes nothing.
 
@@ -220,11 +224,18 @@ def prepare(
         output: where the patched copy will lie, or None to only plan.
         stored_windows: windows of an earlier run to use again.
         only_plan: no text is read; blank windows of the asked number and length stand in.
+        progress: receives the steps of a download, a conversion and the reading of the text.
     """
+    progress = progress or Silent()
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
     device = choose_device(recipe.device)
-    source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    source = resolve(
+        recipe.model,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     target = CheckpointTarget(
@@ -244,7 +255,9 @@ def prepare(
             assert stored_windows is not None
             windows = load_windows(stored_windows, positions=positions_of(target.model.config))
         else:
+            progress.start("reading calibration text", 1)
             windows, calibration = calibration_windows(recipe, source, target, only_plan)
+            progress.finish()
             unwritten = recipe.calibration.generated
     return Prepared(
         recipe,
@@ -308,7 +321,27 @@ def fingerprint(windows: Tensor | None) -> str | None:
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
 
 
-def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
+def tasks_for(prepared: Prepared) -> dict[str, LinearTask]:
+    """What the run of a prepared recipe does with each linear.
+
+    Raises:
+        RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
+    """
+    windows = prepared.windows
+    return tasks_of(
+        prepared.target,
+        prepared.selection,
+        prepared.method,
+        prepared.sparsity,
+        () if windows is None else layouts(prepared.target, windows.shape[1]),
+        patterns=prepared.patterns,
+        costs=prepared.costs,
+    )
+
+
+def choose_plan(
+    prepared: Prepared, tasks: Mapping[str, LinearTask], memory: Memory
+) -> tuple[Plan, str]:
     """Plan the run, and let hidden states wait on disk if memory would not hold them.
 
     Returns:
@@ -320,10 +353,9 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
     return fitting_plan(
         lambda activations: plan_run(
             prepared.target,
-            prepared.method,
+            tasks,
             prepared.planned_windows,
             settings_of(prepared.recipe, activations, None),
-            reconstruction_of(prepared.recipe),
             prepared.recipe.distillation.epochs,
             prepared.allocation,
             prepared.output_bytes,

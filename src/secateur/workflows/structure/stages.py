@@ -18,13 +18,10 @@ from typing import Any
 from secateur.engine.choose.depth import Depth, Dropped, choose_depth
 from secateur.engine.choose.experts import expert_use, kept_experts
 from secateur.engine.choose.hidden import hidden_scores
-from secateur.engine.prune.run import Run, Settings
-from secateur.engine.prune.selection import Selection
+from secateur.engine.prune.settings import Settings
 from secateur.models.architecture import describe
 from secateur.recipes.structure_schema import StructureRecipe
 from secateur.runs.atomic import whole_folder
-from secateur.runs.ledger import Ledger
-from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from secateur.workflows.structure.cut_plan import CutPlan
@@ -136,17 +133,8 @@ def choose_hidden(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
         fast_matmuls=context.recipe.fast_matmuls,
         work=context.scratch("hidden"),
     )
-    run = Run(
-        target,
-        compose("wanda", "unstructured"),
-        0.5,
-        Selection(),
-        context.windows,
-        settings,
-        Ledger(),
-        context.progress,
-    )
-    scores = hidden_scores(run, context.aim.sizes.hidden)
+    hidden = context.aim.sizes.hidden
+    scores = hidden_scores(target, context.windows, settings, hidden, context.progress)
     order = scores.argsort(descending=True, stable=True)[: context.aim.keep_hidden]
     return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
 
