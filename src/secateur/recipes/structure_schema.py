@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from secateur.recipes.schema import Calibration, Distill, Memory, Strict
+from secateur.recipes.schema import Calibration, Distill, Memory, Strict, Texts
 
-__all__ = ["Depth", "Kept", "StructureRecipe"]
+__all__ = ["Depth", "Kept", "LearnedOptions", "StructureRecipe", "steps_alone"]
 
 Kept = int | float
 """A number of units, or the fraction of them that is kept (a float of at most 1)."""
@@ -23,6 +23,41 @@ class Depth(Strict):
     units: Literal["layers", "blocks"] = Field(
         "layers", description="whole decoder layers, or attention and FFN sub-blocks by themselves"
     )
+
+
+class LearnedOptions(Strict):
+    """Learned masks: the model learns which units stay while its weights learn."""
+
+    steps: int = Field(400, gt=0, description="steps of the optimizer")
+    batch: int = Field(4, gt=0, description="windows in a step")
+    learning_rate: float | None = Field(
+        None, gt=0, lt=1, description="of the weights; if not given, as for retrain"
+    )
+    mask_learning_rate: float = Field(0.1, gt=0, description="of the gates and the multipliers")
+    target_warm_up: float = Field(
+        0.3, ge=0, le=1, description="share of the steps in which the targets fall to their sizes"
+    )
+    domains: Texts = Field(
+        (),
+        description="further texts; with the calibration text they are the domains of dynamic "
+        "batch loading",
+    )
+    references: dict[str, float] = Field(
+        default_factory=dict,
+        description="loss to reach by domain, in nats per token; the uncut model's if not given",
+    )
+    update_every: int = Field(
+        50, ge=0, description="steps between updates of the domains' proportions; 0: never"
+    )
+    held_out: int = Field(8, gt=0, description="windows of each domain that measure its loss")
+    save_minutes: float = Field(5.0, ge=0, description="minutes between saves for --resume")
+
+
+def steps_alone(value: Any) -> Any:
+    """`learned: 400` is a number of steps; the command line writes it as text."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    return {"steps": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class StructureRecipe(Strict):
@@ -66,6 +101,9 @@ class StructureRecipe(Strict):
     multiple: int = Field(1, ge=1, description="FFN neurons are kept in multiples of this number")
     pad: bool = Field(
         False, description="pad layers with zeros to one size, for engines that need it"
+    )
+    learned: Annotated[LearnedOptions | None, BeforeValidator(steps_alone)] = Field(
+        None, description="learn for so many steps which units stay, with the weights"
     )
     depth: Depth = Field(default_factory=lambda: Depth())
     score: str | None = Field(None, description="by which units are chosen")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.choose.depth import Depth, Dropped, choose_depth
+from secateur.engine.choose.depth import DepthSettings, Dropped, choose_depth
 from secateur.engine.choose.experts import expert_use, kept_experts
 from secateur.engine.choose.hidden import hidden_scores
 from secateur.engine.prune.settings import Settings
@@ -25,6 +25,7 @@ from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from secateur.workflows.structure.cut_plan import CutPlan
+from secateur.workflows.structure.learned import choose_learned
 from secateur.workflows.structure.narrow import Narrowing
 from secateur.workflows.structure.refit import RefitStep, refits
 from secateur.workflows.structure.step_context import NOTES, StepContext
@@ -71,6 +72,8 @@ class Step:
 
 def steps_of(recipe: StructureRecipe, aim: CutPlan, model: Any) -> list[Step | RefitStep]:
     """The steps that an aim takes, in order; the model is the uncut skeleton."""
+    if recipe.learned is not None:
+        return [Step("learned", choose_learned)]
     found: list[Step | RefitStep] = []
     if aim.drop_layers:
         found.append(Step("depth", choose_layers))
@@ -91,7 +94,7 @@ def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
     """Which decoder layers, or sub-blocks, go."""
     how, sizes, drop = context.recipe.depth, context.aim.sizes, context.aim.drop_layers
     by_layers = how.units == "layers"
-    depth = Depth(
+    depth = DepthSettings(
         units=how.units,
         count=drop if by_layers else None,
         share=None if by_layers else drop / sizes.layers,
