@@ -44,7 +44,9 @@ ENGINES = {
 
 def rows(name: str) -> list[dict[str, Any]]:
     """The rows of a benchmark."""
-    found: list[dict[str, Any]] = json.loads((HERE / "results" / f"{name}.json").read_text())["rows"]
+    found: list[dict[str, Any]] = json.loads((HERE / "results" / f"{name}.json").read_text())[
+        "rows"
+    ]
     return found
 
 
@@ -54,7 +56,9 @@ def excess() -> dict[str, float]:
     dense = next(r["perplexity"]["wikitext2"] for r in known if r["row"] == "dense")
     half = [r for r in known if r["column"] == "50 %"]
     return {
-        label: mean(math.log(r["perplexity"]["wikitext2"] / dense) for r in half if r["row"] == name)
+        label: mean(
+            math.log(r["perplexity"]["wikitext2"] / dense) for r in half if r["row"] == name
+        )
         for name, label in METHODS.items()
     }
 
