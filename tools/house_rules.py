@@ -31,12 +31,10 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset(
     {
         "secateur/cli/sweep.py:sweep",
-        "class Depth",
-        "class Judge",
+        "secateur/workflows/judge/evaluate.py:judge",
         "class Layout",
         "class Linear",
         "class Search",
-        "class Standing",
     }
 )
 
