@@ -66,7 +66,7 @@ def stub() -> str:
     names = ", ".join(f'"{name}"' for name in secateur.__all__)
     body = "\n\n".join(bodies)
     head = STUB_HEAD + "\n".join(sorted(imports))
-    text = f"{head}\n\n__version__: str\n__all__ = [{names}]\n\n{body}\n"
+    text = f"{head}\n\n__version__: str\nHOMES: dict[str, str]\n__all__ = [{names}]\n\n{body}\n"
     return ruff("format", text=ruff("check", "--select", "I", "--fix", "-q", text=text))
 
 

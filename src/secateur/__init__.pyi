@@ -33,6 +33,7 @@ from secateur.workflows.sweep.plan import SweepPlan as SweepPlan
 from secateur.workflows.sweep.run import sweep as sweep
 
 __version__: str
+HOMES: dict[str, str]
 __all__ = [
     "SecateurError",
     "SweepPlan",
@@ -555,6 +556,7 @@ def prune(
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run; start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
+            `secateur.compose` returned.
 
     Returns:
         What was done.
