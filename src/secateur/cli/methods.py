@@ -21,6 +21,7 @@ def methods(as_json: o.Json = False) -> None:
     from secateur.sparsity.schedules import schedules
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
+    from secateur.training.methods import training_methods
 
     if as_json:
         print_json(
@@ -32,6 +33,7 @@ def methods(as_json: o.Json = False) -> None:
                 "patterns": patterns.names(),
                 "allocations": allocations.names(),
                 "schedules": schedules.names(),
+                "training": {name: entry.to_json() for name, entry in training_methods.items()},
                 "presets": {name: dict(presets[name]) for name in presets},
             }
         )
@@ -49,6 +51,18 @@ def methods(as_json: o.Json = False) -> None:
         numbers=6,
     )
     print_table(
+        "methods that train",
+        ("name", "what it does", "paper"),
+        [(name, m.description, m.paper) for name, m in training_methods.items()],
+        numbers=3,
+    )
+    print_table(
+        "their commands: add --output DIR, and --resume after a stop",
+        ("name", "secateur"),
+        [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()],
+        numbers=2,
+    )
+    print_table(
         "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME",
         ("kind", "name", "needs"),
         [
@@ -59,7 +73,10 @@ def methods(as_json: o.Json = False) -> None:
             ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
             ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
             *(("allocation", n, allocated(allocations[n])) for n in allocations),
-            *(("schedule", n, "retrain --gradual, --set gradual.schedule") for n in schedules),
+            *(
+                ("schedule", n, "--set gradual.schedule=NAME, iterative.schedule=NAME")
+                for n in schedules
+            ),
         ],
         numbers=3,
     )
