@@ -37,12 +37,9 @@ TO_FIX: frozenset[str] = frozenset(
         "secateur/cli/sweep.py:sweep",
         "secateur/workflows/compress/pack.py:compress",
         "secateur/workflows/judge/evaluate.py:judge",
-        "class Depth",
-        "class Judge",
         "class Layout",
         "class Linear",
         "class Search",
-        "class Standing",
     }
 )
 

@@ -129,6 +129,7 @@ class Plan:
         flops: floating-point operations of the forwards.
         left: matrices that will not be pruned, and why; where the plan was made for a recipe.
         on_gpu: whether a GPU computes, with memory of its own.
+        seconds: the least and the most time of the run on this machine, where it was foretold.
     """
 
     process_bytes: int
@@ -149,6 +150,7 @@ class Plan:
     calibration_tokens: int
     left: list[Left] = field(default_factory=list)
     on_gpu: bool = False
+    seconds: tuple[float, float] | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -325,8 +327,10 @@ def survey_bytes(
 ) -> int:
     """What an allocation takes at one dense layer besides it: statistics, scores, logits."""
     held = allocation.working_bytes(layer_weights, target.dtype.itemsize)
+    if windows is None:  # the allocation looks at weights alone
+        return held
     held += statistics_bytes(target, found, of_inputs(allocation.requires))
-    if allocation.judged_tokens and windows is not None:
+    if allocation.judged_tokens:
         # Probabilities of the dense model, logits of a candidate, and one of them in the making.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
         held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)

@@ -56,6 +56,7 @@ class Source(Record):
     name: str
     kind: str
     revision: str | None = None
+    file_bytes: int | None = None
 
 
 class Cost(Record):

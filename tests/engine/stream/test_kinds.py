@@ -21,6 +21,7 @@ from secateur.errors import ArchitectureError, VerificationError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
+from slow import slow_but
 from zoo import tiny_model, tiny_windows
 
 HYBRIDS = {
@@ -40,6 +41,9 @@ HYBRIDS = {
 IN_TUPLES = {"bloom": "transformer.h", "falcon": "transformer.h"}
 """Models that expect tuples of their layers."""
 
+FEW = ("lfm2", "mamba2", "falcon_h1", "bloom")
+"""One with each sort of layers; the others are slow tests."""
+
 
 def matrices_of(model: nn.Module, path: str) -> list[list[str]]:
     """The names of all linears of each layer, found without the library."""
@@ -49,7 +53,9 @@ def matrices_of(model: nn.Module, path: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("name", HYBRIDS | IN_TUPLES)
+@pytest.mark.parametrize(
+    "name", slow_but(["lfm2", "mamba2", "falcon_h1", "bloom"], HYBRIDS | IN_TUPLES)
+)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_every_kind_is_pruned_as_by_plain_forwards(name: str, pattern: str) -> None:
     windows = tiny_windows(4, 12)

@@ -15,12 +15,14 @@ from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocate import settled_allocation
 from secateur.engine.plan import Plan
+from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.errors import RecipeError
 from secateur.models.inventory import Left
 from secateur.progress import Progress, Silent
+from secateur.recipes.composed import with_method
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.model_card import model_card
@@ -42,6 +44,7 @@ from secateur.workflows.prune.prepare import (
     fingerprint,
     prepare,
     settings_of,
+    shared_inputs,
     tasks_for,
 )
 from secateur.workflows.prune.self_generated_text import with_own_windows
@@ -61,7 +64,7 @@ def plan(model: str, **options: Any) -> Plan:
     Raises:
         SecateurError: as `prune` would.
     """
-    return plan_recipe(build_recipe({"model": model, **nested(options)}))[0]
+    return plan_recipe(build_recipe({"model": model, **nested(with_method(options))}))[0]
 
 
 def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
@@ -70,7 +73,15 @@ def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
     left = left_by(tasks, prepared.target.matrices())
-    return dataclasses.replace(chosen, left=left), activations
+    seconds = foretell_seconds(
+        tasks,
+        shared_inputs(prepared, tasks),
+        flops=chosen.flops,
+        tokens=chosen.calibration_tokens,
+        settings=settings_of(recipe, activations, None),
+        device=prepared.target.device,
+    )
+    return dataclasses.replace(chosen, left=left, seconds=seconds), activations
 
 
 def prune(
@@ -98,6 +109,7 @@ def prune(
         overwrite: replace an existing output folder.
         **options: keys of the recipe (`method`, `sparsity`, `pattern`, `scope`, `include`, …) and
             of its calibration section (`samples`, `sequence_length`, `seed`, `packing`, `field`).
+            `method` is a name, or what `secateur.compose` returned.
 
     Returns:
         What was done.
@@ -105,6 +117,7 @@ def prune(
     Raises:
         SecateurError: what, where, and what to do.
     """
+    options = with_method(options)
     if isinstance(model, nn.Module):
         if output is not None:
             raise RecipeError(
@@ -263,11 +276,7 @@ def make_manifest(
     method = prepared.method
     return {
         "manifest_version": MANIFEST_VERSION,
-        "source": {
-            "name": prepared.source.name,
-            "kind": prepared.source.kind,
-            "revision": prepared.source.revision,
-        },
+        "source": prepared.source.record(),
         "family": audit.family,
         "method": {
             "name": method.name,

@@ -42,6 +42,7 @@ __all__ = [
     "method_of",
     "prepare",
     "settings_of",
+    "shared_inputs",
     "tasks_for",
     "window_plan",
     "windows_needed",
@@ -337,6 +338,18 @@ def tasks_for(prepared: Prepared) -> dict[str, LinearTask]:
         patterns=prepared.patterns,
         costs=prepared.costs,
     )
+
+
+def shared_inputs(prepared: Prepared, tasks: Mapping[str, LinearTask]) -> list[tuple[str, ...]]:
+    """The full names of linears that share an input; each alone where no text is read."""
+    windows, target = prepared.windows, prepared.target
+    if windows is None:
+        return [(name,) for name in tasks]
+    return [
+        tuple(f"{target.architecture.layer_name(index)}.{name}" for name in group)
+        for index, layout in enumerate(layouts(target, windows.shape[1]))
+        for group in layout.groups
+    ]
 
 
 def choose_plan(

@@ -342,7 +342,7 @@ def manifest_of(
     """Everything worth knowing about a finished cut."""
     return {
         "manifest_version": MANIFEST_VERSION,
-        "source": {"name": source.name, "kind": source.kind, "revision": source.revision},
+        "source": source.record(),
         "method": {
             "name": "structure",
             "score": recipe.score,

@@ -258,7 +258,7 @@ def manifest_of(
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
     return {
         "verb": verb_of(recipe),
-        "source": {"name": source.name, "kind": source.kind, "revision": source.revision},
+        "source": source.record(),
         "objective": objective_text(recipe, session.adapted),
         "text": text.record,
         "learning_rate": trained.learning_rate,
