@@ -18,7 +18,7 @@ from secateur.training.batches import Batch
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.loop import Loop, Outcome, train
 from secateur.training.lora import Adapters, attach, merge
-from secateur.training.masks import FIXED_AT_ZERO, Masks
+from secateur.training.masks import FIXED_AT_ZERO, Masks, stored_masks
 from secateur.training.objectives import NextToken
 from secateur.training.training_plan import TrainingPlan, optimizers
 
