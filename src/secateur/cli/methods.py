@@ -50,18 +50,7 @@ def methods(as_json: o.Json = False) -> None:
         [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in known.items()],
         numbers=6,
     )
-    print_table(
-        "methods that train",
-        ("name", "what it does", "paper"),
-        [(name, m.description, m.paper) for name, m in training_methods.items()],
-        numbers=3,
-    )
-    print_table(
-        "their commands: add --output DIR, and --resume after a stop",
-        ("name", "secateur"),
-        [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()],
-        numbers=2,
-    )
+    show_training()
     print_table(
         "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME",
         ("kind", "name", "needs"),
@@ -79,6 +68,25 @@ def methods(as_json: o.Json = False) -> None:
             ),
         ],
         numbers=3,
+    )
+
+
+def show_training() -> None:
+    """The methods that train, and the command of each."""
+    from secateur.cli.rendering import print_table
+    from secateur.training.methods import training_methods
+
+    print_table(
+        "methods that train",
+        ("name", "what it does", "paper"),
+        [(name, m.description, m.paper) for name, m in training_methods.items()],
+        numbers=3,
+    )
+    print_table(
+        "their commands: add --output DIR, and --resume after a stop",
+        ("name", "secateur"),
+        [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()],
+        numbers=2,
     )
 
 
