@@ -67,12 +67,12 @@ training_methods: Mapping[str, TrainingMethod] = MappingProxyType(
             paper="Frankle et al. 2020, arXiv:1912.05671",
         ),
         "learned-masks": TrainingMethod(
-            command="secateur structure MODEL --parameters 0.75 --set learned.steps=1000",
+            command="secateur structure MODEL --keep-parameters 0.75 --learned 1000",
             description="learns which layers, heads, neurons and channels stay, with the weights",
             paper="Xia et al. 2023, arXiv:2310.06694",
         ),
         "dynamic-batch-loading": TrainingMethod(
-            command="secateur structure MODEL --parameters 0.75 --set learned.steps=1000 "
+            command="secateur structure MODEL --keep-parameters 0.75 --learned 1000 "
             "--set learned.domains=[TEXT]",
             description="learned masks that read more text of the domains that lag behind",
             paper="Xia et al. 2023, arXiv:2310.06694",
