@@ -8,13 +8,7 @@ from secateur.errors import CheckpointError
 from secateur.models.checkpoint import read_header, shard_files
 from secateur.models.configuration import read_configuration
 
-__all__ = ["CONVERT", "PICKLES", "check_folder"]
-
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-CONVERT = (
-    "convert it to safetensors where you trust it: "
-    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
-)
+__all__ = ["check_folder"]
 
 
 def check_folder(folder: Path) -> None:

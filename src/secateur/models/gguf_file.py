@@ -24,6 +24,10 @@ __all__ = ["convert_gguf"]
 
 log = logging.getLogger(__name__)
 
+LICENSE = "general.license"
+BASE_MODELS = ("general.base_model.0.repo_url", "general.source.repo_url")
+"""Where a GGUF file names the model that it was made of."""
+
 
 def convert_gguf(
     file: Path,
@@ -131,7 +135,23 @@ def expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None:
         progress.start(f"writing {file.stem} as safetensors", 1)
         model.save_pretrained(work / "finished")
         tokenizer.save_pretrained(work / "finished")
+        write_card(file, work / "finished")
         progress.finish()
+
+
+def write_card(file: Path, folder: Path) -> None:
+    """Write a model card with the licence and the base model that a GGUF file names, if it does."""
+    import gguf
+    from huggingface_hub import ModelCardData
+
+    fields = gguf.GGUFReader(str(file)).fields
+    named = {key: fields[key].contents() for key in (LICENSE, *BASE_MODELS) if key in fields}
+    base = next((str(named[key]) for key in BASE_MODELS if key in named), "")
+    found = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", base)
+    license, base_model = named.get(LICENSE), found[1] if found else None
+    if license or base_model:
+        text = ModelCardData(license=license, base_model=base_model).to_yaml()
+        (folder / "README.md").write_text(f"---\n{text}\n---\n", encoding="utf-8")
 
 
 @contextmanager

