@@ -417,7 +417,7 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt), RunFolder(tmp_path / "p", "prune") as stopped:
         stopped.begin({})
         interrupted()
-    with pytest.raises(RecipeError, match="a stopped `secateur prune` lies"):
+    with pytest.raises(RecipeError, match="a stopped `secateur prune` occupies"):
         secateur.compress(source, output=tmp_path / "p", values="keep")
     assert (tmp_path / "p.partial" / "work").exists()
 
