@@ -124,19 +124,22 @@ class Passage:
         self.dense = Activations(shape, hidden.dtype, folder, self.in_memory)
         return [self.hidden, self.dense]
 
-    def walk(self, start: int = 0) -> Iterator[tuple[int, nn.Module]]:
+    def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield each layer with its weights; what the caller writes enters the next layer.
 
         Call `open(start)` before. When the loop ends early, the last layer's outputs are dropped.
 
         Args:
             start: the first layer.
+            stop: the layer after the last one to visit; None to visit all that follow.
 
         Yields:
             The number of a layer, and the layer.
         """
         count = len(self.target.layers)
-        for number, layer in walk_layers(self.target, range(start, count)):
+        for number, layer in walk_layers(
+            self.target, range(start, count if stop is None else stop)
+        ):
             yield number, layer
             if number + 1 < count:
                 self.advance(number + 1)
