@@ -1,10 +1,10 @@
 """The kinds of layers that a model has, and which linears of each share an input.
 
 Hybrids have layers of several kinds: attention, linear attention, convolution, state space, dense
-and sparse feed-forward. What holds for the first layer does not hold for the others, so the groups
-of each kind are found: those that its family declares, if they are all of the layer's linears, or
-else by running one layer of the kind once. A checkpoint's layers run without their weights, on the
-meta device, so whatever cannot be pruned is refused before any work.
+and sparse feed-forward. So each kind has groups of its own. They are the groups that the family
+declares, if these hold all linears of the layer. Otherwise one layer of the kind runs once, and
+shows them. A checkpoint's layers run without their weights, on the meta device, so a model that
+cannot be pruned is refused before any work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from secateur.models.sharing import refuse_shared
 __all__ = ["Layout", "find_groups", "input_mark", "kind_of", "layouts", "on_meta", "refuse_unknown"]
 
 TOKENS = 64
-"""A window of this length is enough to see which linears share an input."""
+"""The length of a window that shows which linears share an input."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Layout:
     """The linears of one kind of layer, by their names within it.
 
     Attributes:
-        groups: those that share an input together, in the order they run.
-        unseen: those whose input no hook sees, or that get several in one forward. Scores and
-            solvers that need inputs cannot work on them.
+        groups: linears that share an input, in the order they run.
+        unseen: linears whose input no hook sees, or that get several inputs in one forward. Scores
+            and solvers that need inputs cannot work on them.
     """
 
     groups: Groups
@@ -44,10 +44,10 @@ class Layout:
 
 
 def kind_of(layer: nn.Module, call: LayerCall | None = None) -> Hashable:
-    """What layers of one kind have in common.
+    """A value that layers of one kind have in common.
 
-    Classes, shapes and plain settings of all modules, and with `call` the shapes and plain values
-    that the model hands to them.
+    It holds classes, shapes and plain settings of all modules, and with `call` the shapes and plain
+    values of the layer's arguments.
     """
     made_of = tuple(
         (
@@ -70,7 +70,7 @@ def kind_of(layer: nn.Module, call: LayerCall | None = None) -> Hashable:
 
 
 def refuse_unknown(target: Target) -> None:
-    """Refuse layers whose parameters are laid out in a way that is not known.
+    """Refuse layers whose parameters have an unknown layout.
 
     Raises:
         ArchitectureError: naming the module.
@@ -83,7 +83,7 @@ def layouts(target: Target, length: int) -> list[Layout]:
     """The layout of every decoder layer.
 
     Args:
-        target: the model; layers of a checkpoint are empty and stay so.
+        target: the model; layers of a checkpoint stay empty.
         length: of calibration windows.
 
     Raises:
@@ -106,7 +106,7 @@ def layouts(target: Target, length: int) -> list[Layout]:
 
 
 def declared_layout(target: Target, layer: nn.Module) -> Layout | None:
-    """The groups that the family declares, where they are all of a layer's linears."""
+    """The groups that the family declares; None if they miss a linear of the layer."""
     if target.architecture.groups is None:
         return None
     there = linears_of(layer, "")
@@ -137,7 +137,7 @@ def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
 
 
 def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> Layout:
-    """The layout of a layer as one forward of it shows.
+    """The layout of a layer, from one forward.
 
     Args:
         layer: with weights, or on the meta device.
@@ -179,7 +179,7 @@ def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) ->
 
 @contextmanager
 def on_meta(layer: nn.Module) -> Iterator[None]:
-    """A layer without weights for a while also without the content of its buffers."""
+    """A context in which the buffers of a layer without weights are on the meta device too."""
     buffers = dict(layer.named_buffers())
     layer.to("meta")
     try:
@@ -196,13 +196,13 @@ def put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 
 def input_mark(x: Tensor) -> Hashable:
-    """What tells one input from another while both live: its memory, and which part of it."""
+    """A value that differs between two inputs in memory: the storage, and the part of it."""
     version = 0 if x.is_inference() else x._version
     return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), version
 
 
 def find_groups(linears: Sequence[Linear], forward: Callable[[], object]) -> list[list[Linear]]:
-    """Which linears share an input, found by running the layer once; in the order they run.
+    """Run a layer once to see which of its linears share an input; in the order they run.
 
     Args:
         linears: all linears of the layer.

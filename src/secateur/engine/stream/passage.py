@@ -97,7 +97,7 @@ class Passage:
             The layer whose inputs are ready: 0 if there are no stored ones.
         """
         for size in {batch.stop - batch.start for batch in self.batches()}:
-            self.ends.calls(size)  # recorded while no layer is in work
+            self.ends.calls(size)  # recorded before any layer has its weights
         streams = self.open_streams(dense)
         if start and all(stream.has(start) for stream in streams):
             for stream in streams:
@@ -146,32 +146,32 @@ class Passage:
             self.forget(number)
 
     def read(self, rows: slice) -> Tensor:
-        """Inputs of the layer in work, in the model as it is pruned, on the target's device."""
+        """Inputs of the current layer in the model as it is pruned, on the target's device."""
         assert self.hidden is not None
         return self.hidden.read(rows).to(self.target.device)
 
     def read_dense(self, rows: slice) -> Tensor:
-        """Inputs of the layer in work, in the dense model, on the target's device."""
+        """Inputs of the current layer in the dense model, on the target's device."""
         assert self.dense is not None
         return self.dense.read(rows).to(self.target.device)
 
     def write(self, rows: slice, hidden: Tensor) -> None:
-        """Outputs of the layer in work, in the model as it is pruned."""
+        """Store outputs of the current layer in the model as it is pruned."""
         assert self.hidden is not None
         self.hidden.write(rows, hidden)
 
     def write_dense(self, rows: slice, hidden: Tensor) -> None:
-        """Outputs of the layer in work, in the dense model."""
+        """Store outputs of the current layer in the dense model."""
         assert self.dense is not None
         self.dense.write(rows, hidden)
 
     def advance_dense(self, layer: int) -> None:
-        """What was written for the dense model becomes its input of `layer`."""
+        """Make what was written for the dense model its input of `layer`."""
         assert self.dense is not None
         self.dense.advance(layer)
 
     def advance(self, layer: int) -> None:
-        """What was written becomes the input of `layer`."""
+        """Make what was written the input of `layer`."""
         if self.hidden is not None:
             self.hidden.advance(layer)
 
