@@ -22,6 +22,7 @@ from secateur.engine.prune.surgery import refuse_unusable
 from secateur.errors import RecipeError
 from secateur.models.inventory import Left
 from secateur.progress import Progress, Silent
+from secateur.recipes.composed import with_method
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.model_card import model_card
@@ -63,7 +64,7 @@ def plan(model: str, **options: Any) -> Plan:
     Raises:
         SecateurError: as `prune` would.
     """
-    return plan_recipe(build_recipe({"model": model, **nested(options)}))[0]
+    return plan_recipe(build_recipe({"model": model, **nested(with_method(options))}))[0]
 
 
 def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
@@ -108,6 +109,7 @@ def prune(
         overwrite: replace an existing output folder.
         **options: keys of the recipe (`method`, `sparsity`, `pattern`, `scope`, `include`, …) and
             of its calibration section (`samples`, `sequence_length`, `seed`, `packing`, `field`).
+            `method` is a name, or what `secateur.compose` returned.
 
     Returns:
         What was done.
@@ -115,6 +117,7 @@ def prune(
     Raises:
         SecateurError: what, where, and what to do.
     """
+    options = with_method(options)
     if isinstance(model, nn.Module):
         if output is not None:
             raise RecipeError(
