@@ -37,9 +37,6 @@ TO_FIX: frozenset[str] = frozenset(
         "secateur/cli/sweep.py:sweep",
         "secateur/workflows/compress/pack.py:compress",
         "secateur/workflows/judge/evaluate.py:judge",
-        "class Layout",
-        "class Linear",
-        "class Search",
     }
 )
 

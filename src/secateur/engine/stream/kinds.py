@@ -23,14 +23,22 @@ from secateur.models.architecture import Groups, Linear, linears_of
 from secateur.models.experts import refuse_fused
 from secateur.models.sharing import refuse_shared
 
-__all__ = ["Layout", "find_groups", "input_mark", "kind_of", "layouts", "on_meta", "refuse_unknown"]
+__all__ = [
+    "LayerLayout",
+    "find_groups",
+    "input_mark",
+    "kind_of",
+    "layouts",
+    "on_meta",
+    "refuse_unknown",
+]
 
 TOKENS = 64
 """The length of a window that shows which linears share an input."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayerLayout:
     """The linears of one kind of layer, by their names within it.
 
     Attributes:
@@ -79,7 +87,7 @@ def refuse_unknown(target: Target) -> None:
     refuse_shared(target.model, target.architecture)
 
 
-def layouts(target: Target, length: int) -> list[Layout]:
+def layouts(target: Target, length: int) -> list[LayerLayout]:
     """The layout of every decoder layer.
 
     Args:
@@ -94,7 +102,7 @@ def layouts(target: Target, length: int) -> list[Layout]:
     if all(layout is not None for layout in declared):
         return [layout for layout in declared if layout is not None]
     hidden, calls = sample(target, min(length, TOKENS))
-    found: dict[Hashable, Layout] = {}
+    found: dict[Hashable, LayerLayout] = {}
     result = []
     for index, (layer, known) in enumerate(zip(target.layers, declared, strict=True)):
         kind = kind_of(layer, calls[index])
@@ -105,7 +113,7 @@ def layouts(target: Target, length: int) -> list[Layout]:
     return result
 
 
-def declared_layout(target: Target, layer: nn.Module) -> Layout | None:
+def declared_layout(target: Target, layer: nn.Module) -> LayerLayout | None:
     """The groups that the family declares; None if they miss a linear of the layer."""
     if target.architecture.groups is None:
         return None
@@ -113,7 +121,7 @@ def declared_layout(target: Target, layer: nn.Module) -> Layout | None:
     groups = [[n for n in group if n in there] for group in target.architecture.groups]
     if {name for group in groups for name in group} != set(there):
         return None
-    return Layout(tuple(tuple(group) for group in groups if group))
+    return LayerLayout(tuple(tuple(group) for group in groups if group))
 
 
 def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
@@ -136,7 +144,7 @@ def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
     return hidden, calls
 
 
-def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> Layout:
+def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> LayerLayout:
     """The layout of a layer, from one forward.
 
     Args:
@@ -174,7 +182,7 @@ def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) ->
     often = [n for group in named for n in group]
     unseen = tuple(n for n in linears if often.count(n) != 1)
     kept = (tuple(n for n in group if n not in unseen) for group in named)
-    return Layout(tuple(group for group in kept if group), unseen)
+    return LayerLayout(tuple(group for group in kept if group), unseen)
 
 
 @contextmanager

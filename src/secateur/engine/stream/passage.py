@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall
 from secateur.engine.stream.ends import ModelEnds
-from secateur.engine.stream.kinds import Layout, layouts
+from secateur.engine.stream.kinds import LayerLayout, layouts
 from secateur.engine.stream.residency import Parking
 from secateur.engine.stream.targets import Target
 from secateur.engine.stream.walk import walk_layers
@@ -49,7 +49,7 @@ class Passage:
         self.dense: Activations | None = None
 
     @cached_property
-    def layouts(self) -> list[Layout]:
+    def layouts(self) -> list[LayerLayout]:
         """Which linears of each decoder layer share an input, for windows of this length.
 
         Raises:
