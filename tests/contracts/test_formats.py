@@ -292,7 +292,7 @@ def test_groups_that_keep_too_many_are_refused(pattern):
 def test_masks_and_codes_that_say_too_much_are_refused():
     layout = Layout("bitmask", "float32", (2, 9))
     parts = formats["bitmask"].pack(torch.ones(2, 9), layout)
-    for place, bit, why in ((0, 0, "keeps 17 weights, there are 18"), (1, 1, "1 bits .* past")):
+    for place, bit, why in ((0, 0, "keeps 17 weights, but there are 18"), (1, 1, "1 bits .* past")):
         mask = parts["bitmask"].clone()
         mask[0, place] ^= 1 << bit
         with pytest.raises(CheckpointError, match=why):

@@ -1,4 +1,4 @@
-"""Which layout is smallest for a matrix: bitmask, N:M, or dense where packing does not pay."""
+"""Chooses the smallest layout for a matrix: bitmask, N:M, or dense where packing does not pay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
     "DENSE",
     "KEEP",
     "LayoutChoice",
-    "check_wishes",
+    "check_names",
     "choose_layout",
     "squared_loss",
     "values_for",
@@ -38,7 +38,7 @@ WITHOUT_LOSS = {
     torch.float16: "float16",
     torch.float64: "float32",
 }
-"""What `keep` stores weights as: as they are, but for float64, which no runtime computes in."""
+"""The stored dtypes with `keep`: unchanged, except float64, in which no runtime computes."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class LayoutChoice:
     Attributes:
         layout: its layout.
         nonzeros: weights that are not zero.
-        negative_zeros: zeros that are written −0.0.
-        nbytes: what its parts will take.
+        negative_zeros: zeros stored as −0.0.
+        nbytes: the bytes of its parts.
         offered: whether a wanted format other than `dense` could hold the matrix.
     """
 
@@ -60,11 +60,11 @@ class LayoutChoice:
     offered: bool = False
 
 
-def check_wishes(format: str, values: str) -> None:
-    """Refuse names that are no format or no values.
+def check_names(format: str, values: str) -> None:
+    """Refuse unknown names of formats or values.
 
     Raises:
-        RecipeError: with what there is.
+        RecipeError: names the available ones.
     """
     known = {"format": (format, [AUTO, *formats]), "values": (values, [AUTO, KEEP, *VALUES])}
     for kind, (name, names) in known.items():
@@ -72,11 +72,11 @@ def check_wishes(format: str, values: str) -> None:
             raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, names))
 
 
-def values_for(dtype: torch.dtype, wanted: str, name: str) -> str:
-    """What the weights of a matrix are stored as.
+def values_for(dtype: torch.dtype, requested: str, name: str) -> str:
+    """The dtype in which the weights of a matrix are stored.
 
     Raises:
-        CheckpointError: the dtype is none of a plain checkpoint.
+        CheckpointError: a plain checkpoint does not have this dtype.
     """
     if dtype not in WITHOUT_LOSS:
         raise CheckpointError(
@@ -84,15 +84,15 @@ def values_for(dtype: torch.dtype, wanted: str, name: str) -> str:
             where=name,
             remedy="name the checkpoint in float32, bfloat16 or float16, before quantization",
         )
-    return WITHOUT_LOSS[dtype] if wanted == KEEP else wanted
+    return WITHOUT_LOSS[dtype] if requested == KEEP else requested
 
 
 def squared_loss(weight: Tensor, values: str) -> tuple[float, float]:
-    """What storing a matrix in other values costs: ‖W − Ŵ‖² and ‖W‖².
+    """The error of storing a matrix in other values, ‖W − Ŵ‖², and ‖W‖².
 
     Args:
         weight: W [out, in], as the source holds it.
-        values: a name in `VALUES`, which W is rounded to: Ŵ.
+        values: a name in `VALUES`; W rounded to it is Ŵ.
 
     Example:
         >>> import torch
@@ -113,10 +113,10 @@ def squared_loss(weight: Tensor, values: str) -> tuple[float, float]:
 
 
 def without_negative_zeros(weight: Tensor) -> Tensor:
-    """The same weights, every zero written +0.0; products with either are the same.
+    """The same weights with every zero stored as +0.0; products with either zero are the same.
 
     Pruning by multiplication with a mask leaves −0.0 where weights were negative, and a format
-    keeps whatever is not +0.0.
+    keeps every value except +0.0.
     """
     return weight.masked_fill(weight == 0, 0.0)
 
@@ -124,10 +124,10 @@ def without_negative_zeros(weight: Tensor) -> Tensor:
 def choose_layout(
     weight: Tensor, *, format: str, values: str, transposed: bool = False
 ) -> LayoutChoice:
-    """The smallest layout for a matrix among those wanted; dense is always one of them.
+    """The smallest layout for a matrix among the allowed ones; dense is always allowed.
 
     Args:
-        weight: [out, in], as the source holds it.
+        weight: [out, in], as in the source.
         format: `auto`, or a name in `formats`: that format or dense.
         values: a name in `VALUES`.
         transposed: whether the source stores [in, out].

@@ -378,7 +378,7 @@ def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"quantized \(gptq\)"):
         secateur.compress(source, output=tmp_path / "e", values="keep")
-    with pytest.raises(CheckpointError, match="not that of a compressed checkpoint"):
+    with pytest.raises(CheckpointError, match="not the configuration of a compressed checkpoint"):
         secateur.decompress(source, output=tmp_path / "e")
     assert not (tmp_path / "e").exists()
 

@@ -1,8 +1,8 @@
 """Formats: how one matrix is stored without its zeros. One file each; see `docs/format.md`.
 
-A format packs a matrix [out, in] into a few named tensors, its parts, and gives it back bit for
-bit. What is kept and what is a zero is told by the bits: a weight is dropped when all of its bits
-are 0, so −0.0 and NaN are kept like any other value.
+A format packs a matrix [out, in] into a few named tensors, its parts, and unpacks it bit for bit.
+The bits decide what is kept: a weight is dropped when all of its bits are 0, so −0.0 and NaN are
+kept like any other value.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ VALUES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
-"""What the kept weights can be stored as."""
+"""The dtypes in which kept weights can be stored."""
 
 MAX_SIDE = 2**31 - 1
 
@@ -64,13 +64,13 @@ class Layout:
 
     Args:
         format: a name in `formats`.
-        values: a name in `VALUES`: what the kept weights are stored as.
+        values: a name in `VALUES`, the stored dtype of kept weights.
         shape: (out, in) of the matrix.
         pattern: N:M, for formats that have one.
-        transposed: whether the dense checkpoint holds the transpose [in, out] (GPT-2's Conv1D).
+        transposed: whether the dense checkpoint stores the transpose [in, out] (GPT-2's Conv1D).
 
     Raises:
-        CheckpointError: the fields are not of these kinds, or do not go together.
+        CheckpointError: a field has the wrong kind, or fields contradict each other.
     """
 
     format: str
@@ -110,41 +110,44 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """The dtype of the stored values."""
         return VALUES[self.values]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that say something, for the metadata of a file."""
-        told: dict[str, Any] = {
+        """The fields that are not defaults, for the metadata of a file."""
+        record: dict[str, Any] = {
             "format": self.format,
             "values": self.values,
             "shape": list(self.shape),
         }
         if self.pattern is not None:
-            told["pattern"] = self.pattern
+            record["pattern"] = self.pattern
         if self.transposed:
-            told["transposed"] = True
-        return told
+            record["transposed"] = True
+        return record
 
     @classmethod
-    def from_json(cls, told: Any) -> Layout:
-        """The layout that `to_json` told.
+    def from_json(cls, record: Any) -> Layout:
+        """The layout that `to_json` described.
 
         Raises:
             CheckpointError: a key is missing or unknown, or a value is not possible.
         """
         known = {"format", "values", "shape", "pattern", "transposed"}
-        if not isinstance(told, dict) or not {"format", "values", "shape"} <= set(told) <= known:
+        if (
+            not isinstance(record, dict)
+            or not {"format", "values", "shape"} <= set(record) <= known
+        ):
             raise CheckpointError(
                 f"a layout has the keys format, values and shape, and no others than "
-                f"{', '.join(sorted(known))}; this one is {str(told)[:120]}"
+                f"{', '.join(sorted(known))}; this one is {str(record)[:120]}"
             )
-        shape = told["shape"]
-        return cls(**{**told, "shape": tuple(shape) if isinstance(shape, list) else shape})
+        shape = record["shape"]
+        return cls(**{**record, "shape": tuple(shape) if isinstance(shape, list) else shape})
 
 
 def refused(layout: Layout, why: str) -> CheckpointError:
-    """The error for a layout that cannot be."""
+    """The error for an impossible layout."""
     described = f"{layout.format!r}, {layout.values!r}, {layout.shape!r}, {layout.pattern!r}"
     return CheckpointError(
         f"no matrix can be stored like this ({described[:160]}): {why}",
@@ -190,17 +193,17 @@ class Format(Protocol):
 
         Args:
             layout: of the matrix.
-            nonzeros: the weights that are kept, where the format does not fix their number.
+            nonzeros: the number of kept weights, where the format does not fix it.
         """
         ...
 
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
         """The parts of a matrix [out, in], cast to the values of the layout, by suffix.
 
-        The matrix may lie on any device. Parts lie on the CPU: they are what files hold.
+        The matrix may be on any device. Parts are on the CPU, because they go to files.
 
         Raises:
-            NumericalError: the values cannot hold a weight.
+            NumericalError: the stored dtype cannot represent a weight.
         """
         ...
 
@@ -216,12 +219,12 @@ class Format(Protocol):
         """Refuse parts that do not fit the layout or each other; what passes unpacks safely.
 
         Raises:
-            CheckpointError: what does not fit.
+            CheckpointError: names what does not fit.
         """
         ...
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:
-        """The bytes that the parts take."""
+        """The bytes of all parts."""
         ...
 
 
@@ -244,12 +247,12 @@ def length_of(spec: PartSpec | None) -> int:
 
 
 def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
-    """Refuse parts whose names, dtypes or shapes are not those of the layout.
+    """Refuse parts whose names, dtypes or shapes do not match the layout.
 
-    Looks at the header only, so a file can be refused before its data is read.
+    Reads only the header, so a file can be refused before its data is read.
 
     Raises:
-        CheckpointError: naming the part.
+        CheckpointError: names the part.
     """
     nonzeros = formats[layout.format].nonzeros(found)
     if nonzeros > layout.weights:
@@ -269,7 +272,7 @@ def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
 
 
 def bitmask_parts(parts: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """The parts of any format, as those of `bitmask`: what the kernels run on.
+    """The parts of any format, converted to those of `bitmask`, which the kernels use.
 
     Args:
         parts: checked parts of a matrix, by suffix.

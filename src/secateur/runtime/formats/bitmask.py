@@ -1,4 +1,4 @@
-"""Bitmask: one bit for every weight, and the values of those that are kept."""
+"""Bitmask: one bit for every weight, and the values of the kept ones."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Bitmask:
     """Parts: `bitmask` uint8 [out, ceil(in / 8)], `compressed` [nnz] in row-major order.
 
     Bit j of a row (bit j mod 8 of byte j / 8, lowest first) is 1 where weight j is kept; bits
-    past `in` are 0. int8 adds `weight_scale` float32 [out]. A row's values begin where those of
-    the rows before it end, which follows from the mask and is not stored.
+    past `in` are 0. int8 adds `weight_scale` float32 [out]. A row's values begin where those of the
+    row before it end; the mask determines this place, so it is not stored.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ class Bitmask:
             )
         if count_bits(mask) != values.numel():
             raise CheckpointError(
-                f"the mask keeps {count_bits(mask)} weights, there are {values.numel()} values"
+                f"the mask keeps {count_bits(mask)} weights, but there are {values.numel()} values"
             )
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:

@@ -54,7 +54,7 @@ class Dense:
         return {"weight": stored, **scale}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
-        """The weights of which a bit is 1."""
+        """The weights with a bit of 1."""
         mask = kept_mask(parts["weight"])
         return mask, select(parts["weight"], mask)
 
@@ -65,7 +65,7 @@ class Dense:
         return parts["weight"]
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
-        """Refuse other parts, dtypes and shapes, -128, and scales that are not positive."""
+        """Refuse wrong parts, dtypes and shapes, -128, and scales that are not positive."""
         check_values(parts, layout, "weight")
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:

@@ -1,4 +1,4 @@
-"""N-of-M: for every group of M weights the number of its set of N kept ones, and their values."""
+"""N-of-M: for every group of M weights the rank of its set of N kept ones, and their values."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def sets_of(rank: Tensor, kept: int, group: int) -> Mask:
 
 @cache
 def tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
-    """Rank by set and set by rank, sets as whole numbers with bit j for position j.
+    """Tables of rank by set and set by rank; a set is a whole number with bit j for position j.
 
     Returns:
-        int32 [2^M], 0 where the set is not of N; and int32 [C(M, N)]. For M up to 16.
+        int32 [2^M], 0 where the set does not have N positions; and int32 [C(M, N)]. For M up to 16.
     """
     bits = torch.arange(2**group, dtype=torch.int32)[:, None] >> torch.arange(group) & 1
     sets = torch.nonzero(bits.sum(dim=1) == kept).view(-1)
@@ -135,7 +135,7 @@ def group_counts(mask: Mask, group: int) -> Tensor:
 
 
 def fill_groups(mask: Mask, kept: int, group: int) -> Mask:
-    """Keep the first zeros of a group as well, until exactly N are kept.
+    """Also keep the first zeros of a group, until exactly N are kept.
 
     Raises:
         CheckpointError: a group keeps more than N.
@@ -178,8 +178,8 @@ class NOfM:
 
     A code is the rank of the group's set (see `ranks`) in bits = ceil(log2 C(M, N)) bits. The
     codes of a row follow each other without gaps, lowest bit first, and the row ends with zeros
-    up to a whole byte. A group with fewer than N weights that are not zero keeps its first zeros
-    too. int8 adds `weight_scale` float32 [out].
+    up to a whole byte. A group with fewer than N nonzero weights also keeps its first zeros. int8
+    adds `weight_scale` float32 [out].
 
     Example:
         >>> import torch
@@ -267,7 +267,7 @@ class NOfM:
         return expand(*self.kept(parts, layout), parts.get("weight_scale"))
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
-        """Refuse also codes that are no set, and bits past the end of a row."""
+        """Also refuse codes without a set, and bits past the end of a row."""
         check_values(parts, layout, "compressed")
         kept, group = layout.kept_of_group
         width = code_bits(kept, group)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.runtime.choice import AUTO, check_wishes
+from secateur.runtime.choice import AUTO, check_names
 from secateur.workflows.compress.rounding import check_options, rounding_recipe
 
 __all__ = ["check_compression"]
@@ -25,7 +25,7 @@ def check_compression(
     Raises:
         RecipeError: one is unknown, or has a value that it cannot have.
     """
-    check_wishes(format, values)
+    check_names(format, values)
     if embeddings not in (AUTO, "int8"):
         raise RecipeError(f"embeddings cannot be {embeddings!r}", remedy="use 'auto' or 'int8'")
     if type(archive) is not bool:
