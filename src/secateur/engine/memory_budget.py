@@ -99,7 +99,7 @@ def fitting_plan(
     remedy = "lower --micro-batch-tokens, --samples or --sequence-length"
     if whole and whole > room:
         remedy = "leave out what needs the whole model (--epochs 0 --generated 0)"
-    elif 0 < room < plan.solve_bytes:
+    elif plan.solve_bytes > max(room, budget.computing / 2):
         out, columns = plan.solve_shape
         needed += (
             f", {plan.solve_bytes / 2**30:.2f} GiB of that to solve a {out} x {columns} linear"
