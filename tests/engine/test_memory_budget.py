@@ -12,7 +12,7 @@ import torch
 from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError
-from secateur.recipes.training_schema import RetrainRecipe
+from secateur.recipes.train import RetrainRecipe
 from secateur.workflows.train.memory import TrainingMemory, check_memory
 
 GIB = 2**30

@@ -22,7 +22,7 @@ ALL = ["prune", "structure", "retrain", "compress", "sweep", "report"]
 @pytest.fixture
 def words(model: Path, windows: Path) -> Callable[[str], list[object]]:
     """The words of a verb that would do its work, but for the output."""
-    text = ["--calibration", windows, "--samples", 4]
+    text = ["--calibration", windows, "--windows", 4]
     return {
         "prune": ["prune", model, "--method", "wanda", "--sparsity", 0.5, *text],
         "structure": ["structure", model, "--keep-layers", 2, "--effort", "fast", *text],
@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written(refused, words, tmp_path, monkeypatch, 
 def test_a_path_under_a_file(refused, words, tmp_path: Path, verb: str) -> None:
     (tmp_path / "file").write_text("kept")
     told = refused(*words(verb), "--output", tmp_path / "file" / "out")
-    assert "the output would lie under a file" in told
+    assert "the output would be inside a file" in told
     assert (tmp_path / "file").read_text() == "kept"
 
 

@@ -10,10 +10,13 @@ from secateur.cli import options as o
 __all__ = ["methods"]
 
 
-def methods(as_json: o.Json = False) -> None:
+def methods(*, as_json: o.Json = False) -> None:
     """List presets, methods and their parts."""
+    from secateur.calibration.statistics import statistics
     from secateur.cli.rendering import print_json, print_table
+    from secateur.models.architecture import families
     from secateur.recipes.presets import presets
+    from secateur.runtime.formats import formats
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import methods as known
     from secateur.sparsity.patterns import patterns
@@ -29,9 +32,12 @@ def methods(as_json: o.Json = False) -> None:
                 "scores": {name: sorted(scores[name].requires) for name in scores},
                 "solvers": {name: sorted(solvers[name].requires) for name in solvers},
                 "refinements": {n: sorted(refinements[n].requires) for n in refinements},
-                "patterns": patterns.names(),
+                "patterns": {name: patterns[name].written for name in patterns},
                 "allocations": allocations.names(),
                 "schedules": schedules.names(),
+                "statistics": {name: statistics[name].reads for name in statistics},
+                "formats": formats.names(),
+                "families": {name: families[name].model_types for name in families},
                 "presets": {name: dict(presets[name]) for name in presets},
             }
         )
@@ -55,9 +61,7 @@ def methods(as_json: o.Json = False) -> None:
             *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
             *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
             *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
-            ("pattern", "unstructured", "scope row, layer or global"),
-            ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
-            ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
+            *(("pattern", n, patterns[n].written) for n in patterns),
             *(("allocation", n, allocated(allocations[n])) for n in allocations),
             *(("schedule", n, "retrain --gradual, --set gradual.schedule") for n in schedules),
         ],

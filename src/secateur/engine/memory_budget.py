@@ -96,9 +96,9 @@ def fitting_plan(
     whole = max(plan.writing_bytes, plan.distilling_bytes)
     room = budget.computing - (0 if plan.on_gpu else plan.process_bytes)
     needed = f"the run needs more memory than there is; {'; '.join(tried)}"
-    remedy = "lower --micro-batch-tokens, --samples or --sequence-length"
+    remedy = "lower --micro-batch-tokens, --windows or --sequence-length"
     if whole and whole > room:
-        remedy = "leave out what needs the whole model (--epochs 0 --generated 0)"
+        remedy = "leave out what needs the whole model (--distill-epochs 0 --generated-windows 0)"
     elif plan.solve_bytes > max(room, budget.computing / 2):
         out, columns = plan.solve_shape
         needed += (

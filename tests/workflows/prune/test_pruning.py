@@ -18,6 +18,8 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.workflows.prune.checkpoint import run_recipe
 from slow import few_families, slow
 from weight_files import digest
@@ -202,7 +204,7 @@ def test_kill_9_and_resume(source: Path, windows: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     finished = (partial / "model" / "secateur" / "layers.jsonl").read_text().splitlines()
     assert len(finished) == 1
-    with pytest.raises(RecipeError, match=r"(?s)stopped half-way.*--resume"):
+    with pytest.raises(RecipeError, match=r"(?s)stopped before it finished.*--resume"):
         secateur.prune(
             source, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=windows
         )
@@ -242,12 +244,13 @@ def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: 
     assert AutoTokenizer.from_pretrained(out).vocab_size == tokenizer.vocab_size
     # The recipe and the windows in the folder are enough to make it again.
     again = run_recipe(
-        secateur.recipes.reading.build_recipe(
+        build_recipe(
+            PruneRecipe,
             {
-                **secateur.recipes.reading.read_recipe_file(out / "secateur" / "recipe.yaml"),
+                **read_recipe_file(out / "secateur" / "recipe.yaml"),
                 "output": str(tmp_path / "again"),
                 "calibration": {"source": str(out / "secateur" / "windows.safetensors")},
-            }
+            },
         ),
         Silent(),
     )
