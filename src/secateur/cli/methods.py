@@ -24,6 +24,7 @@ def methods(*, as_json: o.Json = False) -> None:
     from secateur.sparsity.schedules import schedules
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
+    from secateur.training.methods import training_methods
 
     if as_json:
         print_json(
@@ -35,6 +36,7 @@ def methods(*, as_json: o.Json = False) -> None:
                 "patterns": {name: patterns[name].written for name in patterns},
                 "allocations": allocations.names(),
                 "schedules": schedules.names(),
+                "training": {name: entry.to_json() for name, entry in training_methods.items()},
                 "statistics": {name: statistics[name].reads for name in statistics},
                 "formats": formats.names(),
                 "families": {name: families[name].model_types for name in families},
@@ -54,6 +56,7 @@ def methods(*, as_json: o.Json = False) -> None:
         [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in known.items()],
         numbers=6,
     )
+    show_training()
     print_table(
         "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME",
         ("kind", "name", "needs"),
@@ -63,9 +66,31 @@ def methods(*, as_json: o.Json = False) -> None:
             *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
             *(("pattern", n, patterns[n].written) for n in patterns),
             *(("allocation", n, allocated(allocations[n])) for n in allocations),
-            *(("schedule", n, "retrain --gradual, --set gradual.schedule") for n in schedules),
+            *(
+                ("schedule", n, "--set gradual.schedule=NAME, iterative.schedule=NAME")
+                for n in schedules
+            ),
         ],
         numbers=3,
+    )
+
+
+def show_training() -> None:
+    """The methods that train, and the command of each."""
+    from secateur.cli.rendering import print_table
+    from secateur.training.methods import training_methods
+
+    print_table(
+        "methods that train",
+        ("name", "what it does", "paper"),
+        [(name, m.description, m.paper) for name, m in training_methods.items()],
+        numbers=3,
+    )
+    print_table(
+        "their commands: add --output DIR, and --resume after a stop",
+        ("name", "secateur"),
+        [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()],
+        numbers=2,
     )
 
 
