@@ -96,9 +96,9 @@ def perplexity(folder: Path, text: str, windows: int, *, bytes_only: bool = Fals
             if isinstance(module, PackedLinear):
                 module.kernel_up_to = 2**31
     tokenizer = load_tokenizer(folder)
-    judged = secateur.evaluate(
-        model, text=text, tokenizer=tokenizer, sequence_length=2048, max_windows=windows
-    )
+    [judged] = secateur.evaluate(
+        model, text=text, tokenizer=tokenizer, sequence_length=2048, windows=windows
+    ).perplexity
     return float(judged.perplexity)
 
 
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24)
     args = parser.parse_args()
     print(heading())
-    calibrated = {"calibration": args.calibration, "samples": 64, "sequence_length": 512}
+    calibrated = {"calibration": args.calibration, "windows": 64, "sequence_length": 512}
     ways: dict[str, dict[str, Any]] = {
         "bfloat16": {"values": "bfloat16"},
         "bfloat16 archive": {"values": "bfloat16", "archive": True},

@@ -60,7 +60,7 @@ def started(args: argparse.Namespace, start: str, models: Path) -> Path:
             MODEL,
             output=folder,
             calibration=args.calibration,
-            samples=64,
+            windows=64,
             sequence_length=512,
             packing="random-crop",
             **STARTS[start],
@@ -76,9 +76,9 @@ def files(named: list[str]) -> Texts:
 def judged(args: argparse.Namespace, model: str | Path) -> dict[str, float]:
     """Perplexity by text."""
     return {
-        name: secateur.evaluate(
-            str(model), text=text, sequence_length=2048, max_windows=args.windows
-        ).perplexity
+        name: secateur.evaluate(str(model), text=text, sequence_length=2048, windows=args.windows)
+        .perplexity[0]
+        .perplexity
         for name, text in files(args.text).items()
     }
 

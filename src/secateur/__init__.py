@@ -3,8 +3,9 @@
     import secateur
 
     report = secateur.prune("smollm2-135m", method="wanda", sparsity=0.5, output="pruned",
-                            calibration="boolq-calibration", samples=64, sequence_length=512)
-    print(report.sparsity, secateur.evaluate("pruned", text="boolq-held-out").perplexity)
+                            calibration="boolq-calibration", windows=64, sequence_length=512)
+    evaluation = secateur.evaluate("pruned", text="boolq-held-out")
+    print(report.sparsity, evaluation.perplexity[0].perplexity)
 
 Names are imported when they are first used, so that `import secateur` costs nothing.
 """
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
     from secateur.workflows.compress.unpack import decompress
     from secateur.workflows.judge.bench import bench
     from secateur.workflows.judge.diagnose import diagnose
-    from secateur.workflows.judge.evaluate import judge
+    from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.judge.generate import generate
-    from secateur.workflows.judge.perplexity import evaluate
     from secateur.workflows.prune.checkpoint import plan, prune
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
@@ -55,7 +55,6 @@ __all__ = [
     "distill",
     "evaluate",
     "generate",
-    "judge",
     "kernel_info",
     "load",
     "plan",
@@ -80,9 +79,8 @@ HOMES = {
     "decompress": "secateur.workflows.compress.unpack",
     "diagnose": "secateur.workflows.judge.diagnose",
     "distill": "secateur.workflows.train.checkpoint",
-    "evaluate": "secateur.workflows.judge.perplexity",
+    "evaluate": "secateur.workflows.judge.evaluate",
     "generate": "secateur.workflows.judge.generate",
-    "judge": "secateur.workflows.judge.evaluate",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "plan": "secateur.workflows.prune.checkpoint",
@@ -99,9 +97,12 @@ HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its home."""
-    if name not in HOMES:
-        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
     import importlib
+
+    if name not in HOMES:
+        renamed = importlib.import_module("secateur.recipes.old_names").renamed(name, HOMES)
+        hint = f"; it is now called {renamed[0]!r}" if renamed else ""
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}{hint}")
 
     return getattr(importlib.import_module(HOMES[name]), name)
 

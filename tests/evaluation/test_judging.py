@@ -36,7 +36,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, capsys) -> None:
     code = command(
-        monkeypatch, "eval", pruned, "--reference", dense, "--perplexity", text,
+        monkeypatch, "evaluate", pruned, "--dense", dense, "--text", text,
         "--sequence-length", 32, "--tasks", "hellaswag, boolq", "--task-data", data,
         "--limit", 6, "--shots", 1, "--generation", "--output", tmp_path / "e.json", "--json",
     )  # fmt: skip
@@ -54,10 +54,10 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, ca
     assert all(one.environment["device"] == "cpu" for one in record.results)
     (one,) = record.perplexity
     assert one.reference_perplexity == pytest.approx(
-        secateur.evaluate(dense, text=text, sequence_length=32).perplexity, rel=1e-5
+        secateur.evaluate(dense, text=text, sequence_length=32).perplexity[0].perplexity, rel=1e-5
     )
     assert one.perplexity == pytest.approx(
-        secateur.evaluate(pruned, text=text, sequence_length=32).perplexity, rel=1e-5
+        secateur.evaluate(pruned, text=text, sequence_length=32).perplexity[0].perplexity, rel=1e-5
     )
     assert record.divergence[0].kl > 0
     assert [(t.task, t.metric) for t in record.tasks] == [
@@ -74,12 +74,12 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, ca
 def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     arguments = [
-        "eval", pruned, "--perplexity", text, "--sequence-length", 32, "--tasks", "boolq",
+        "evaluate", pruned, "--text", text, "--sequence-length", 32, "--tasks", "boolq",
         "--task-data", data, "--generation",
     ]  # fmt: skip
     assert command(monkeypatch, *arguments) == 0
     alone = capsys.readouterr().out
-    assert command(monkeypatch, *arguments, "--reference", dense) == 0
+    assert command(monkeypatch, *arguments, "--dense", dense) == 0
     beside = capsys.readouterr().out
     record = read_evaluation(pruned / "secateur" / "evaluation.json")
     for made in (record.perplexity[0], record.tasks[0], record.generation[0]):
@@ -94,20 +94,17 @@ def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> No
 def test_loaded_models(text: Path) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     with pytest.raises(RecipeError, match="tokenizer="):
-        secateur.judge(model, generation=True)
-    record = secateur.judge(
-        model, reference=model, tokenizer=tokenizer, perplexity=[text], sequence_length=16
+        secateur.evaluate(model, generation=True)
+    record = secateur.evaluate(
+        model, dense=model, tokenizer=tokenizer, text=[text], sequence_length=16
     )
     assert record.divergence[0].kl == 0
     assert record.perplexity[0].protocol_id == (
-        secateur.evaluate(model, text=text, tokenizer=tokenizer, sequence_length=16).protocol_id
+        secateur.evaluate(model, text=text, tokenizer=tokenizer, sequence_length=16)
+        .perplexity[0]
+        .protocol_id
     )
     assert (record.tasks, record.generation) == ([], [])
-
-
-def test_nothing_to_judge_by(dense: Path) -> None:
-    with pytest.raises(RecipeError, match="nothing to judge by"):
-        secateur.judge(dense)
 
 
 @pytest.mark.parametrize(
@@ -119,13 +116,13 @@ def test_nothing_to_judge_by(dense: Path) -> None:
     ],
 )
 def test_faults_come_before_the_model(arguments, told, monkeypatch, capsys) -> None:
-    assert command(monkeypatch, "eval", "no/such-model", *arguments) == 2
+    assert command(monkeypatch, "evaluate", "no/such-model", *arguments) == 2
     assert told in capsys.readouterr().err
 
 
 def test_a_model_without_tokenizer(tmp_path: Path, text: Path, monkeypatch, capsys) -> None:
     folder = save_tiny(tmp_path / "bare", tokenizer=False)
-    assert command(monkeypatch, "eval", folder, "--perplexity", text) == 1
+    assert command(monkeypatch, "evaluate", folder, "--text", text) == 1
     assert "the folder has no tokenizer" in capsys.readouterr().err
 
 
@@ -133,19 +130,17 @@ def test_a_reference_that_reads_other_tokens(dense, text, tmp_path) -> None:
     other = save_tiny(tmp_path / "other", max_position_embeddings=512)
     tiny_tokenizer(add_bos=True).save_pretrained(other)
     with pytest.raises(RecipeError, match="different tokens"):
-        secateur.judge(dense, reference=other, perplexity=[text], sequence_length=32)
+        secateur.evaluate(dense, dense=other, text=[text], sequence_length=32)
 
 
 def test_output_that_cannot_be_written(dense: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
-        secateur.judge(
-            dense, perplexity=[text], sequence_length=32, output=tmp_path / "no" / "e.json"
-        )
+        secateur.evaluate(dense, text=[text], sequence_length=32, output=tmp_path / "no" / "e.json")
 
 
 def test_a_file_of_another_schema(dense: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
-    record = secateur.judge(dense, perplexity=[text], sequence_length=32, output=file)
+    record = secateur.evaluate(dense, text=[text], sequence_length=32, output=file)
     values = json.loads(file.read_text())
     assert EvaluationRecord.model_validate(values) == record
     del values["perplexity"][0]["protocol_id"]

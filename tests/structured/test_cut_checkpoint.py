@@ -148,7 +148,7 @@ def test_the_rooms_read_varied_folders(tmp_path: Path) -> None:
     assert float((weight == 0).float().mean()) == 0.5
     with torch.no_grad():
         assert not torch.equal(pruned(windows).logits, before)
-    told = secateur.evaluate(tmp_path / "pruned", text=text, sequence_length=16)
+    [told] = secateur.evaluate(tmp_path / "pruned", text=text, sequence_length=16).perplexity
     assert told.perplexity > 0
     findings = secateur.diagnose(
         tmp_path / "pruned", dense=folder, text=str(tmp_path / "windows.safetensors"), windows=2

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
+from secateur.cli.verb import command
 
-from secateur.cli import options as o
+if TYPE_CHECKING:
+    from secateur.recipes.compress import DecompressRecipe
+    from secateur.reporting.compression_report import DecompressionReport
 
 __all__ = ["decompress"]
 
 
-def decompress(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a compressed checkpoint.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the result.")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output folder.")
-    ] = False,
-    as_json: o.Json = False,
-) -> None:
-    """Write a compressed model as plain dense safetensors again."""
+def run(recipe: DecompressRecipe, **call: Any) -> DecompressionReport:
+    """Decompress with a bar of progress."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import mib, print_json, print_table
-    from secateur.workflows.compress.unpack import decompress as run_decompression
+    from secateur.workflows.compress.unpack import decompress_recipe
 
     with show_progress() as progress:
-        report = run_decompression(model, output=output, overwrite=overwrite, progress=progress)
-    if as_json:
-        print_json(report.to_json())
-        return
+        return decompress_recipe(recipe, progress, **call)
+
+
+def show(report: DecompressionReport) -> None:
+    """What became of it, for people."""
+    from secateur.cli.rendering import mib, print_table
+
     rows = [
         ("weight files before", mib(report.source_bytes)),
         ("weight files now", mib(report.file_bytes)),
@@ -37,3 +34,6 @@ def decompress(
         ("output", str(report.output)),
     ]
     print_table("decompressed", ("", ""), rows)
+
+
+decompress = command("decompress", run, show)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from secateur.cli import options as o
 
 if TYPE_CHECKING:
@@ -24,17 +22,18 @@ PROMPTS = (
 
 
 def demo(
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for it.")] = "demo-run",
-    sparsity: Annotated[float, typer.Option(help="Fraction of zeros.")] = 0.5,
-    effort: Annotated[str, typer.Option(help="Preset: fast, balanced or best.")] = "balanced",
-    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 64,
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to judge on.")] = 40,
+    *,
+    output: Annotated[str, o.option("--output", "-o", help="Folder for it.")] = "demo-run",
+    sparsity: Annotated[float, o.option(help="Fraction of zeros.")] = 0.5,
+    effort: Annotated[str, o.option(help="Preset: fast, balanced or best.")] = "balanced",
+    samples: Annotated[int, o.option(help="Calibration windows of 512 tokens.")] = 64,
+    windows: Annotated[int, o.option(help="Windows of 512 tokens to judge on.")] = 40,
     as_json: o.Json = False,
 ) -> None:
     """Prune SmolLM2-135M, judge it beside the dense model on other text, and write a report."""
     from secateur.cli.progress import show_progress
     from secateur.cli.rendering import print_json, stderr
-    from secateur.workflows.judge.evaluate import judge
+    from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.judge.inspect import inspect_model
     from secateur.workflows.prune.checkpoint import prune
     from secateur.workflows.report import report as write_report
@@ -48,21 +47,21 @@ def demo(
             effort=effort,
             sparsity=sparsity,
             calibration=CALIBRATION,
-            samples=samples,
+            windows=samples,
             sequence_length=512,
             progress=progress,
             restart=True,
             overwrite=True,
         )
         stderr.print("[bold]2/3[/] judging the result beside the dense model")
-        judged = judge(
+        judged = evaluate(
             folder,
-            reference=MODEL,
-            perplexity=[JUDGING],
+            dense=MODEL,
+            text=[JUDGING],
             generation=True,
             prompts=PROMPTS,
             sequence_length=512,
-            max_windows=windows,
+            windows=windows,
             progress=progress,
         )
         stderr.print("[bold]3/3[/] counting zeros and writing the report")

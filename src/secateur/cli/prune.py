@@ -2,77 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from secateur.cli import options as o
+from secateur.cli.verb import command
 
 if TYPE_CHECKING:
+    from secateur.recipes.prune import PruneRecipe
     from secateur.reporting.prune_report import PruneReport
 
 __all__ = ["prune"]
 
 
-def prune(
-    model: o.ModelArgument,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder for the pruned model.")
-    ] = None,
-    effort: o.Effort = None,
-    method: o.Method = None,
-    sparsity: o.Sparsity = None,
-    pattern: o.PatternText = None,
-    scope: o.Scope = None,
-    allocation: o.Allocation = None,
-    score: o.ScoreName = None,
-    solver: o.SolverName = None,
-    refine: o.Refine = None,
-    asymmetric: o.Asymmetric = None,
-    fast_matmuls: o.FastMatmuls = None,
-    passes: o.Passes = None,
-    learning_rate: o.LearningRate = None,
-    epochs: o.Epochs = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    override: o.Override = None,
-    sequential: o.Sequential = None,
-    on_collapse: o.OnCollapse = None,
-    calibration: o.CalibrationSource = None,
-    samples: o.Samples = None,
-    sequence_length: o.SequenceLength = None,
-    generated: o.Generated = None,
-    seed: o.Seed = None,
-    packing: o.Packing = None,
-    field: o.Field = None,
-    memory_budget_gib: o.Budget = None,
-    activations: o.ActivationsPlace = None,
-    micro_batch_tokens: o.MicroBatch = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    assignments: o.Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard what a stopped run left.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output folder.")
-    ] = False,
-    as_json: o.Json = False,
-) -> None:
-    """Prune a model into a new folder that plain transformers loads."""
-    recipe = o.recipe_from(locals())
+def run(recipe: PruneRecipe, **call: Any) -> PruneReport:
+    """Prune with a bar of progress."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
     from secateur.workflows.prune.checkpoint import run_recipe
 
     with show_progress() as progress:
-        report = run_recipe(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
-    if as_json:
-        print_json({"output": str(report.output), **report.manifest})
-        return
-    show(report)
+        return run_recipe(recipe, progress, **call)
+
+
+def to_json(report: PruneReport) -> dict[str, Any]:
+    """The manifest, and where the result is."""
+    return {"output": str(report.output), **report.manifest}
 
 
 def show(report: PruneReport) -> None:
@@ -95,3 +47,6 @@ def show(report: PruneReport) -> None:
     if report.manifest["collapsed"]:
         rows.insert(-1, ("collapsed", ", ".join(report.manifest["collapsed"])))
     print_table("pruned", ("", ""), rows, numbers=2)
+
+
+prune = command("prune", run, show, to_json)

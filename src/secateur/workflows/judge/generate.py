@@ -14,7 +14,7 @@ from secateur.evaluation.generation import generate as generate_with_transformer
 from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.recipes.schema import MAX_SEED
+from secateur.recipes.section import MAX_SEED
 from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.load import load
 

@@ -27,8 +27,8 @@ from secateur.models.positions import positions_of
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 from secateur.precision import exact_matmuls, fast_matmuls
-from secateur.recipes.structure_schema import LearnedOptions, StructureRecipe
-from secateur.recipes.training_schema import RetrainRecipe
+from secateur.recipes.structure import LearnedOptions, StructureRecipe
+from secateur.recipes.train import RetrainRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.design import design

@@ -20,7 +20,7 @@ from secateur.engine.choose.experts import expert_use, kept_experts
 from secateur.engine.choose.hidden import hidden_scores
 from secateur.engine.prune.settings import Settings
 from secateur.models.architecture import describe
-from secateur.recipes.structure_schema import StructureRecipe
+from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint

@@ -28,8 +28,8 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
 from secateur.progress import Labelled, Progress, Silent
 from secateur.recipes.presets import presets
+from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.curves import sweep_charts
 from secateur.reporting.plots import save_plots
 from secateur.reporting.sweep_result import PointKey, SweepPoint, SweepResult, read_sweep
@@ -219,6 +219,7 @@ class Work:
         plan = self.plan
         implied = parse_pattern(pattern).sparsity
         return build_recipe(
+            PruneRecipe,
             {
                 "model": plan.model,
                 "output": str(self.place(key)),
@@ -227,13 +228,13 @@ class Work:
                 "sparsity": sparsity if implied is None else None,
                 "calibration": {
                     "source": calibration or str(self.windows_file),
-                    "samples": plan.samples,
+                    "windows": plan.windows,
                     "sequence_length": plan.sequence_length,
                     "seed": plan.seed,
                 },
                 "device": plan.device,
                 "trust_remote_code": plan.trust_remote_code,
-            }
+            },
         )
 
     def needs_windows(self, key: PointKey) -> bool:

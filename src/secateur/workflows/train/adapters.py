@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
-from secateur.recipes.training_schema import (
+from secateur.recipes.train import (
     GradualOptions,
     IterativeOptions,
     PruningOptions,

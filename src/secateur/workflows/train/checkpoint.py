@@ -16,8 +16,9 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
-from secateur.recipes.reading import dump_recipe, validated
-from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.reading import dump_recipe
+from secateur.recipes.train import DistillRecipe, RetrainRecipe
 from secateur.reporting.training_card import training_card
 from secateur.reporting.training_report import TrainingReport
 from secateur.runs.atomic import write_json, write_text
@@ -60,67 +61,40 @@ training that diverged goes on from its last save with a lower one."""
 TRAININGS = "training.json"
 
 
+@takes_options_of(RetrainRecipe)
 def retrain(
-    model: str | Path,
-    *,
-    output: str | Path,
-    progress: Progress | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-    **options: Any,
+    model: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> TrainingReport:
     """Train a checkpoint on text, its zeros held at every step, into a new folder.
 
     Args:
         model: hub id, folder or named sample.
-        output: the folder to write.
-        progress: told of every step.
-        resume: go on with a stopped training to this output; start, if there is none.
-        restart: discard what a stopped training left.
-        overwrite: replace an existing output folder.
-        **options: the other fields of `secateur.recipes.training_schema.RetrainRecipe`: `text`,
-            `steps` or `minutes`, `learning_rate`, `validation`, …
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
-    values = {"model": str(model), "output": str(output), **options}
-    recipe = validated(RetrainRecipe, values, None)
-    return run_training(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
+    recipe, call = recipe_of(RetrainRecipe, {"model": model}, options)
+    return run_training(recipe, progress, **call)
 
 
+@takes_options_of(DistillRecipe)
 def distill(
-    model: str | Path,
-    *,
-    output: str | Path,
-    teacher: str | Path | None = None,
-    progress: Progress | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-    **options: Any,
+    model: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> TrainingReport:
     """Let a pruned or cut checkpoint learn from a larger one; as `retrain` otherwise.
 
     Args:
         model: the student: hub id, folder or named sample.
-        output: the folder to write.
-        teacher: who is learned from; the model that was pruned, if None.
-        progress: told of every step.
-        resume: go on with a stopped training to this output; start, if there is none.
-        restart: discard what a stopped training left.
-        overwrite: replace an existing output folder.
-        **options: the other fields of `secateur.recipes.training_schema.DistillRecipe`: those of
-            `retrain`, and `kind`, `temperature`, `hidden`, `top_k`, …
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
-    values = {"model": str(model), "output": str(output), **options}
-    values |= {} if teacher is None else {"teacher": str(teacher)}
-    recipe = validated(DistillRecipe, values, None)
-    return run_training(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
+    recipe, call = recipe_of(DistillRecipe, {"model": model}, options)
+    return run_training(recipe, progress, **call)
 
 
 def run_training(
@@ -148,7 +122,7 @@ def run_training(
     folder = RunFolder(
         recipe.output, verb_of(recipe), resume=resume, restart=restart, overwrite=overwrite
     )
-    folder.keep_apart(recipe.model, recipe.mask, recipe.validation, *recipe.text)
+    folder.keep_apart(recipe.model, recipe.mask, recipe.validation_text, *recipe.text)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
@@ -291,8 +265,8 @@ def objective_text(recipe: RetrainRecipe, adapted: Adapted) -> str:
         if recipe.next_token:
             part = recipe.next_token
             text = f"{1 - part:g} of {text}, {part:g} of next token"
-        if recipe.hidden:
-            text += f", {recipe.hidden:g} of hidden states"
+        if recipe.hidden_weight:
+            text += f", {recipe.hidden_weight:g} of hidden states"
     if recipe.lora is not None:
         text += f", adapters of rank {recipe.lora.rank}"
     pruned = Masks(adapted.opened).sparsity

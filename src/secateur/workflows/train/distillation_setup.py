@@ -13,7 +13,7 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.recipes.train import DistillRecipe, RetrainRecipe
 from secateur.runs.folder import NOTES
 from secateur.training.objectives import Distil, NextToken, Objective
 from secateur.training.process_group import ProcessGroup
@@ -57,7 +57,7 @@ def plan_of(recipe: RetrainRecipe, text: TrainingText, model: Any) -> TrainingPl
         optimizer=recipe.optimizer,
         optimizer_options=recipe.optimizer_options,
         rates=rates_of(recipe, model),
-        micro_batch=recipe.micro_batch,
+        micro_batch=recipe.micro_batch_windows,
         gradient_checkpointing=recipe.gradient_checkpointing,
         fast_matmuls=recipe.fast_matmuls,
         validations=recipe.validations,
@@ -112,7 +112,7 @@ def objective_of(
         ModelTeacher(teacher),
         teacher_layers=layers,
         kept_layers=kept_layers(recipe, source, place.name),
-        hidden=recipe.hidden,
+        hidden=recipe.hidden_weight,
         **options,
     )
     if not recipe.top_k and not recipe.teacher_file:
@@ -131,7 +131,7 @@ def objective_of(
         )
     progress.finish()
     processes.wait()
-    return Distil.between(model, written(file, text), hidden=recipe.hidden, **options)
+    return Distil.between(model, written(file, text), hidden=recipe.hidden_weight, **options)
 
 
 def teacher_of(
@@ -196,7 +196,7 @@ def kept_layers(
     None where nothing is known of it, or the teacher is another model than the one that was cut.
     """
     steps = source.folder / NOTES / "steps.json"
-    if recipe.kept_layers is not None or not recipe.hidden or not steps.is_file():
+    if recipe.kept_layers is not None or not recipe.hidden_weight or not steps.is_file():
         return recipe.kept_layers
     if teacher != pruned_from(source):
         return None
