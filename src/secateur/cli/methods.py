@@ -12,8 +12,11 @@ __all__ = ["methods"]
 
 def methods(*, as_json: o.Json = False) -> None:
     """List presets, methods and their parts."""
+    from secateur.calibration.statistics import statistics
     from secateur.cli.rendering import print_json, print_table
+    from secateur.models.architecture import families
     from secateur.recipes.presets import presets
+    from secateur.runtime.formats import formats
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import methods as known
     from secateur.sparsity.patterns import patterns
@@ -21,6 +24,7 @@ def methods(*, as_json: o.Json = False) -> None:
     from secateur.sparsity.schedules import schedules
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
+    from secateur.training.methods import training_methods
 
     if as_json:
         print_json(
@@ -29,9 +33,13 @@ def methods(*, as_json: o.Json = False) -> None:
                 "scores": {name: sorted(scores[name].requires) for name in scores},
                 "solvers": {name: sorted(solvers[name].requires) for name in solvers},
                 "refinements": {n: sorted(refinements[n].requires) for n in refinements},
-                "patterns": patterns.names(),
+                "patterns": {name: patterns[name].written for name in patterns},
                 "allocations": allocations.names(),
                 "schedules": schedules.names(),
+                "training": {name: entry.to_json() for name, entry in training_methods.items()},
+                "statistics": {name: statistics[name].reads for name in statistics},
+                "formats": formats.names(),
+                "families": {name: families[name].model_types for name in families},
                 "presets": {name: dict(presets[name]) for name in presets},
             }
         )
@@ -48,6 +56,7 @@ def methods(*, as_json: o.Json = False) -> None:
         [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in known.items()],
         numbers=6,
     )
+    show_training()
     print_table(
         "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME",
         ("kind", "name", "needs"),
@@ -55,13 +64,33 @@ def methods(*, as_json: o.Json = False) -> None:
             *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
             *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
             *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
-            ("pattern", "unstructured", "scope row, layer or global"),
-            ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
-            ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
+            *(("pattern", n, patterns[n].written) for n in patterns),
             *(("allocation", n, allocated(allocations[n])) for n in allocations),
-            *(("schedule", n, "retrain --gradual, --set gradual.schedule") for n in schedules),
+            *(
+                ("schedule", n, "--set gradual.schedule=NAME, iterative.schedule=NAME")
+                for n in schedules
+            ),
         ],
         numbers=3,
+    )
+
+
+def show_training() -> None:
+    """The methods that train, and the command of each."""
+    from secateur.cli.rendering import print_table
+    from secateur.training.methods import training_methods
+
+    print_table(
+        "methods that train",
+        ("name", "what it does", "paper"),
+        [(name, m.description, m.paper) for name, m in training_methods.items()],
+        numbers=3,
+    )
+    print_table(
+        "their commands: add --output DIR, and --resume after a stop",
+        ("name", "secateur"),
+        [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()],
+        numbers=2,
     )
 
 

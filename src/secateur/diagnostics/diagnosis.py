@@ -1,4 +1,4 @@
-"""A diagnosis as a whole: findings, and the numbers of every layer and linear they come from."""
+"""A whole diagnosis: the findings, and the numbers of every layer and linear behind them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SCHEMA = "secateur.diagnosis/1"
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of a model's health.
+    """The health of a model.
 
     Attributes:
-        model: what the user called it.
-        dense: its reference, likewise; None without one.
+        model: the name from the user.
+        dense: the name of its reference; None without one.
         findings: the worst first.
         weights: every matrix.
-        claims: what the records of its run say.
+        claims: of the records of its run.
         drift: of the layers; empty without a reference.
-        bears: the sparsity each layer could bear, where it is known.
+        bears: the sparsity that each layer could bear, where it is known.
         target: this machine.
         environment: versions and hardware.
         protocol: the text that the layers were compared on.
@@ -46,23 +46,23 @@ class Diagnosis:
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def count(self, severity: str) -> int:
-        """How many findings are of a severity."""
+        """The number of findings of a severity."""
         return sum(x.severity == severity for x in self.findings)
 
     @property
     def verdict(self) -> str:
-        """In a line: healthy, or what was found."""
+        """One line: healthy, or the number of findings."""
         errors, warnings, notes = (self.count(s) for s in ("error", "warning", "note"))
         looked = f"{self.weights.tensors} tensors, {len(self.weights.linears)} linears"
         if self.drift:
             looked += f", {len(self.drift)} layers beside {self.dense}"
-        told = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((errors, "error"),
+        counts = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((errors, "error"),
                 (warnings, "warning")) if n]  # fmt: skip
         also = f"; {notes} note{'s' * (notes != 1)}" if notes else ""
-        return f"{' and '.join(told) or 'healthy: no error, no warning'} ({looked}{also})"
+        return f"{' and '.join(counts) or 'healthy: no error, no warning'} ({looked}{also})"
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written to `secateur/diagnosis.json`."""
+        """The content of `secateur/diagnosis.json`."""
         drift = {x.layer: x for x in self.drift}
         return {
             "schema": SCHEMA,
@@ -73,7 +73,7 @@ class Diagnosis:
             "verdict": self.verdict,
             "findings": [x.to_json() for x in self.findings],
             "layers": [
-                {"layer": index, "sparsity": sparsity, **told_layer(drift.get(index)),
+                {"layer": index, "sparsity": sparsity, **layer_numbers(drift.get(index)),
                  "could_bear": self.bears.get(index)}
                 for index, sparsity in layer_sparsity(self.weights).items()
             ],
@@ -100,8 +100,8 @@ def layer_sparsity(weights: Weights) -> dict[int, float]:
     return found
 
 
-def told_layer(drift: LayerDrift | None) -> dict[str, float | None]:
-    """The numbers of a layer; null where they are not known or are no numbers."""
+def layer_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
+    """The numbers of a layer; null where they are unknown or not finite."""
     names = ("relative_error", "cosine", "norm_ratio", "own_error", "contribution")
     known = drift is not None and not drift.not_finite
     return {name: getattr(drift, name) if known else None for name in names}

@@ -1,4 +1,4 @@
-"""The schemas of what a run writes beside a model: once, for those who write and those who read.
+"""The schemas of the files that a run writes with a model, for writers and readers alike.
 
     manifest.json        Manifest         prune, structure
     layers.jsonl         Layer            prune, a line for each decoder layer
@@ -8,9 +8,9 @@
     diagnosis.json       DiagnosisRecord  diagnose
     bench.json           Bench            bench
 
-`evaluation.json` has its schema in `evaluation.py`, `sweep.json` in `reporting/`. Whoever writes
-goes through `declared`, which refuses a key that is not in here: no file says what no reader knows.
-Whoever reads goes through `read_record`, which leaves keys of newer releases alone.
+`evaluation.json` has its schema in `evaluation.py`, `sweep.json` in `reporting/`. Writers use
+`declared`, which refuses undeclared keys, so no file contains a key that readers do not know.
+Readers use `read_record`, which ignores keys of newer releases.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Record(BaseModel):
 
 
 class Source(Record):
-    """The model that a run began with."""
+    """The source model of a run."""
 
     name: str
     kind: str
@@ -60,7 +60,7 @@ class Source(Record):
 
 
 class Cost(Record):
-    """What a run took."""
+    """The cost of a run."""
 
     seconds: float
     peak_resident_bytes: int
@@ -71,7 +71,7 @@ class Cost(Record):
 
 
 class RunResult(Record):
-    """What a run left."""
+    """The result of a run."""
 
     decoder_sparsity: float
     model_sparsity: float
@@ -80,7 +80,7 @@ class RunResult(Record):
 
 
 class Counted(Record):
-    """What a model consists of, in parameters."""
+    """The parameters of a model by kind."""
 
     parameters: int
     decoder: int
@@ -95,7 +95,7 @@ class Counted(Record):
 
 
 class Structure(Record):
-    """What a structured cut took out."""
+    """What a structured cut removed."""
 
     before: Counted
     after: Counted
@@ -107,7 +107,7 @@ class Structure(Record):
 
 
 class LeftEntry(Record):
-    """Tensors of one sort that were not pruned; `models.inventory.Left` says what is what."""
+    """Tensors of one sort that were not pruned; see `models.inventory.Left`."""
 
     names: str
     reason: str
@@ -137,13 +137,13 @@ class Manifest(Record):
 
     @property
     def lost(self) -> float:
-        """The fraction of the decoder that is gone: cut out of it, or zero."""
+        """The lost fraction of the decoder: cut out or zero."""
         gone = self.structure.decoder_removed if self.structure else 0.0
         return 1 - (1 - gone) * (1 - self.result.decoder_sparsity)
 
 
 class LinearEntry(Record):
-    """One matrix of a line of `layers.jsonl`; `engine.surgery.LinearRecord` says what is what."""
+    """One matrix of a line of `layers.jsonl`; see `engine.prune.surgery.LinearRecord`."""
 
     name: str
     shape: tuple[int, int]
@@ -185,7 +185,7 @@ class Training(Record):
 
 
 class ChainStep(Record):
-    """What is left after a step of a chain."""
+    """The state of the model after a step of a chain."""
 
     step: str
     parameters: int
@@ -203,7 +203,7 @@ class Chain(Record):
 
 
 class FindingEntry(Record):
-    """Something a diagnosis found."""
+    """One finding of a diagnosis."""
 
     id: str
     severity: Literal["error", "warning", "note"]
@@ -213,7 +213,7 @@ class FindingEntry(Record):
 
 
 class LayerState(Record):
-    """What a layer does to its inputs, beside the dense one."""
+    """The effect of a layer on its inputs, compared with the dense layer."""
 
     layer: int
     sparsity: float
@@ -226,7 +226,7 @@ class LayerState(Record):
 
 
 class MatrixState(Record):
-    """What a diagnosis counted in a matrix."""
+    """The counts of a diagnosis for one matrix."""
 
     name: str
     sparsity: float
@@ -236,7 +236,7 @@ class MatrixState(Record):
 
 
 class SupportEntry(Record):
-    """Whether this machine gains anything by a kind of sparsity."""
+    """Whether this machine gains speed from a kind of sparsity."""
 
     kind: str
     engine: str
@@ -245,7 +245,7 @@ class SupportEntry(Record):
 
 
 class TargetMachine(Record):
-    """What the model was diagnosed for."""
+    """The machine of a diagnosis."""
 
     cpu: str = ""
     features: tuple[str, ...] = ()
@@ -270,7 +270,7 @@ class DiagnosisRecord(Record):
 
 
 class TimingEntry(Record):
-    """One way to run a model, timed; or why it could not run."""
+    """The timing of one way to run a model, or the reason why it could not run."""
 
     contender: str
     failure: str | None = None
@@ -319,10 +319,10 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def declared(record: type[Record], content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a file, as it may be written.
+    """Check the content of a file before it is written.
 
     Raises:
-        ValidationError: it is not what is declared here; a fault in secateur.
+        ValidationError: the content does not match its declaration, which is a fault in secateur.
     """
     plain = json.loads(json.dumps(content))
     record.model_validate(plain, extra="forbid")
@@ -330,10 +330,10 @@ def declared(record: type[Record], content: Mapping[str, Any]) -> dict[str, Any]
 
 
 def read_record(record: type[AnyRecord], file: Path) -> AnyRecord:
-    """Read a JSON file and check that it has the schema that is expected.
+    """Read a JSON file and check its schema.
 
     Raises:
-        CheckpointError: it cannot be read, is no JSON, or has another schema; it names the file.
+        CheckpointError: the file cannot be read, is no JSON, or has another schema; names the file.
     """
     try:
         return parsed(record, file.read_text(encoding="utf-8"), str(file))
@@ -344,10 +344,10 @@ def read_record(record: type[AnyRecord], file: Path) -> AnyRecord:
 
 
 def parsed(record: type[AnyRecord], text: str, where: str) -> AnyRecord:
-    """A JSON text in the schema that is expected.
+    """Parse a JSON text and check its schema.
 
     Raises:
-        CheckpointError: it is no JSON, or has another schema.
+        CheckpointError: the text is no JSON, or has another schema.
     """
     try:
         return record.model_validate(json.loads(text))
