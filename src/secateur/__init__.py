@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.diagnose import diagnose
     from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.judge.generate import generate
-    from secateur.workflows.prune.checkpoint import plan, prune
+    from secateur.workflows.prune.checkpoint import plan
+    from secateur.workflows.prune.verb import prune
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
     from secateur.workflows.sweep.plan import SweepPlan
@@ -84,7 +85,7 @@ HOMES = {
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "plan": "secateur.workflows.prune.checkpoint",
-    "prune": "secateur.workflows.prune.checkpoint",
+    "prune": "secateur.workflows.prune.verb",
     "refinements": "secateur.sparsity.refinements",
     "report": "secateur.workflows.report",
     "retrain": "secateur.workflows.train.checkpoint",

@@ -16,19 +16,15 @@ __all__ = ["prune"]
 def run(recipe: PruneRecipe, **call: Any) -> PruneReport:
     """Prune with a bar of progress."""
     from secateur.cli.progress import show_progress
-    from secateur.workflows.prune.checkpoint import run_recipe
+    from secateur.workflows.prune.verb import prune_recipe
 
     with show_progress() as progress:
-        return run_recipe(recipe, progress, **call)
-
-
-def to_json(report: PruneReport) -> dict[str, Any]:
-    """The manifest, and where the result is."""
-    return {"output": str(report.output), **report.manifest}
+        return prune_recipe(recipe, progress, **call)
 
 
 def show(report: PruneReport) -> None:
     """What was done, for people."""
+    from secateur.cli.compress import show as show_compression
     from secateur.cli.rendering import gib, mib, not_pruned, print_table
 
     result, cost = report.manifest["result"], report.manifest["cost"]
@@ -47,6 +43,8 @@ def show(report: PruneReport) -> None:
     if report.manifest["collapsed"]:
         rows.insert(-1, ("collapsed", ", ".join(report.manifest["collapsed"])))
     print_table("pruned", ("", ""), rows, numbers=2)
+    if report.compression is not None:
+        show_compression(report.compression)
 
 
-prune = command("prune", run, show, to_json)
+prune = command("prune", run, show)

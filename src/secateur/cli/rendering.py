@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +18,7 @@ __all__ = [
     "not_pruned",
     "print_json",
     "print_table",
+    "show_next",
     "stderr",
     "stdout",
 ]
@@ -56,3 +57,19 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     stdout.print(table)
+
+
+def show_next(places: Mapping[str, object], commands: Mapping[str, str]) -> None:
+    """Say where results are and which commands to try next.
+
+    Args:
+        places: what is where.
+        commands: what each command does, and the command.
+    """
+    stdout.print()
+    for what, place in places.items():
+        stdout.print(f"{what}: {place}", soft_wrap=True, markup=False, highlight=False)
+    stdout.print("\n[bold]next[/]")
+    for what, command in commands.items():
+        stdout.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
+        stdout.print(f"      {what}", style="dim")
