@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocate import settled_allocation
+from secateur.engine.job import Job
 from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
@@ -36,8 +37,8 @@ from secateur.runs.ledger import Ledger
 from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.sparsity.methods import Method
 from secateur.workflows.prune.distillation import distill_checkpoint
-from secateur.workflows.prune.job import Job
 from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.prepare import (
     Prepared,
@@ -60,17 +61,19 @@ NO_PART = {"output", "memory", "on_collapse"}
 
 
 @takes_options_of(PruneRecipe)
-def plan(model: str | Path, **options: Any) -> Plan:
+def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> Plan:
     """What pruning `model` would need, without doing it.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
         **options: the other options of the recipe.
 
     Raises:
         SecateurError: as `prune` would.
     """
-    return plan_recipe(recipe_of(PruneRecipe, {"model": model}, with_method(options))[0])[0]
+    own = {"model": model}
+    return plan_recipe(recipe_of(PruneRecipe, own, with_method(method, options))[0])[0]
 
 
 def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
@@ -94,6 +97,7 @@ def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
 def prune(
     model: str | Path | nn.Module,
     *,
+    method: str | Method | None = None,
     calibration: str | Path | Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
@@ -103,12 +107,12 @@ def prune(
 
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
         calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
             model also token windows [windows, sequence_length]. [c4]
         tokenizer: needed for a loaded model when `calibration` is text.
         progress: receives every step.
-        **options: the other options of the recipe; `method` is a name, or what
-            `secateur.compose` returned.
+        **options: the other options of the recipe.
 
     Returns:
         What was done.
@@ -116,7 +120,7 @@ def prune(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    options = with_method(options)
+    options = with_method(method, options)
     if isinstance(model, nn.Module):
         if options.get("output") is not None:
             raise RecipeError(
@@ -192,7 +196,10 @@ def run_prepared(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, begin(prepared, ledger, progress))
-            distilled = distill_checkpoint(prepared, done, folder, progress)
+            distilled = None
+            if recipe.distillation.epochs:
+                distilled = distill_checkpoint(prepared, done, folder, progress)
+        left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
             folder.model,
             lambda name: done[name].method.pattern,
@@ -205,7 +212,6 @@ def run_prepared(
         manifest["distillation"] = distilled
         found = coverage(ledger.layers, prepared.target.architecture)
         manifest["experts"] = found and found.to_json()
-        left = left_by(done, prepared.target.matrices())
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
@@ -244,7 +250,8 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     if prepared.stored:
         provenance = json.loads(told.read_text(encoding="utf-8"))
         return dataclasses.replace(prepared, calibration=provenance)
-    prepared = with_own_windows(prepared, progress)
+    if prepared.unwritten:
+        prepared = with_own_windows(prepared, progress)
     write_json(told, prepared.calibration)
     if prepared.windows is not None:
         start = (prepared.calibration or {}).get("start_tokens", ())
