@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.reporting.compression_report import CompressionReport
+from secateur.reporting.results.compress import CompressResult
 
 __all__ = ["compression_card", "source_part", "split_card", "with_dense_card"]
 
@@ -39,7 +39,7 @@ The card of the dense folder follows; what it says of sizes and of loading is ab
 {body}"""
 
 
-def compression_card(report: CompressionReport, name: str, source_folder: Path) -> str:
+def compression_card(report: CompressResult, name: str, source_folder: Path) -> str:
     """The text of README.md for the folder written.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.evaluation.protocol import protocol_id
 from secateur.reporting.charts import LineChart, Mark, Series
-from secateur.reporting.sweep_result import SweepResult
+from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, percent
 
 __all__ = ["Judged", "curve_charts", "judged_points", "sweep_charts"]

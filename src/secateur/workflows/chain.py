@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from secateur.recipes.reading import (
 from secateur.recipes.schema import PruneRecipe
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.registry import did_you_mean
+from secateur.reporting.results.chain import ChainResult, Link
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests
-from secateur.runs.records import Chain, declared
+from secateur.runs.records import Chain, declared, read_record
 from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.pack import compress
 from secateur.workflows.prune.checkpoint import prune
@@ -40,7 +41,7 @@ from secateur.workflows.prune.prepare import allocation_of, choose_device, metho
 from secateur.workflows.structure.checkpoint import structure
 from secateur.workflows.train.checkpoint import distill, retrain
 
-__all__ = ["ChainReport", "Link", "chain"]
+__all__ = ["chain"]
 
 VERBS: Mapping[str, Callable[..., Any]] = {
     "structure": structure,
@@ -70,43 +71,6 @@ GIVEN = {"model", "output", "resume", "restart", "overwrite", "progress"}
 """Options of a verb that a chain gives itself."""
 
 
-@dataclass(frozen=True)
-class Link:
-    """What is left after a step.
-
-    Attributes:
-        step: the verb; `source` for the model as it was.
-        parameters: of the whole model.
-        zeros: of its parameters.
-        file_bytes: of the weight files.
-        seconds: that the step took.
-    """
-
-    step: str
-    parameters: int
-    zeros: int
-    file_bytes: int
-    seconds: float
-
-    @property
-    def kept(self) -> int:
-        """Parameters that are there and not zero."""
-        return self.parameters - self.zeros
-
-
-@dataclass(frozen=True)
-class ChainReport:
-    """What a chain did: the model as it was, and after each step."""
-
-    links: tuple[Link, ...]
-    output: Path
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        links = [{**asdict(link), "kept": link.kept} for link in self.links]
-        return {"links": links, "output": str(self.output)}
-
-
 def chain(
     model: str | Path,
     *,
@@ -117,7 +81,7 @@ def chain(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> ChainReport:
+) -> ChainResult:
     """Carry out several verbs, each on what the one before it made.
 
     Args:
@@ -153,7 +117,7 @@ def chain(
         folder.begin({"model": str(model), "steps": wanted, "source_files": weights})
         if not folder.finished:
             links = carry_out(wanted, source.folder, folder, trust_remote_code, progress)
-            report = ChainReport(links, folder.output)
+            report = ChainResult(links, folder.output)
             gather_notes(folder)
             write_json(folder.notes / CHAIN, declared(Chain, report.to_json()))
             folder.finish()
@@ -274,8 +238,7 @@ def gather_notes(folder: RunFolder) -> None:
             )
 
 
-def read_report(output: Path) -> ChainReport:
+def read_report(output: Path) -> ChainResult:
     """The account that lies in a chain's result."""
-    told = json.loads((output / NOTES / CHAIN).read_text(encoding="utf-8"))
-    links = tuple(Link(**{k: x for k, x in link.items() if k != "kept"}) for link in told["links"])
-    return ChainReport(links, output)
+    links = read_record(Chain, output / NOTES / CHAIN).links
+    return ChainResult(tuple(Link(**link.model_dump(exclude={"kept"})) for link in links), output)

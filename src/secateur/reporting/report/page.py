@@ -29,7 +29,7 @@ from secateur.reporting.report.headline import Claim, claims
 from secateur.reporting.report.provenance import Part, of_run, of_sweep
 from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import Records, Run, Sweep
-from secateur.reporting.sweep_result import SweepResult
+from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, counted, percent
 from secateur.runs.evaluation import GenerationRecord
 from secateur.runs.records import Finding

@@ -23,7 +23,7 @@ from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
 from secateur.reporting.compression_card import compression_card
-from secateur.reporting.compression_report import CompressionReport, Stored
+from secateur.reporting.results.compress import CompressResult, Stored
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
@@ -91,7 +91,7 @@ def compress(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> CompressionReport:
+) -> CompressResult:
     """Write a checkpoint without its zeros.
 
     Args:
@@ -140,7 +140,7 @@ def compress(
             folder.begin({**how, "calibration": text, **told, **weights})
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
-            return CompressionReport.from_json(json.loads(record))
+            return CompressResult.from_json(json.loads(record))
         if text is not None:
             zeros, place = fractions(reader, matrices), folder.work / "rounded"
             recipe = rounding_recipe(
@@ -317,7 +317,7 @@ def make_report(
     output: Path,
     rounding: dict[str, Any],
     begun: float,
-) -> CompressionReport:
+) -> CompressResult:
     """Add up what the files hold."""
     linears, embeddings = Stored(), Stored()
     by_format: dict[str, Stored] = {}
@@ -335,7 +335,7 @@ def make_report(
         by_format.setdefault(kind, Stored()).add(*counted)
         if layout is not None:
             negative_zeros += choice.negative_zeros
-    return CompressionReport(
+    return CompressResult(
         output=output,
         source_bytes=sum(file.stat().st_size for file in reader.files),
         parameters=sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values()),
@@ -350,7 +350,7 @@ def make_report(
     )
 
 
-def write_notes(report: CompressionReport, name: str, source: Path, folder: RunFolder) -> None:
+def write_notes(report: CompressResult, name: str, source: Path, folder: RunFolder) -> None:
     """Write the record of the compression and the card."""
     record = declared(Compression, report.to_json() | {"source": name})
     write_json(folder.notes / COMPRESSION, record)

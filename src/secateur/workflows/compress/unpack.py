@@ -11,7 +11,7 @@ from secateur.models.shard_writer import ShardWriter
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
 from secateur.reporting.compression_card import source_part
-from secateur.reporting.compression_report import DecompressionReport
+from secateur.reporting.results.compress import DecompressResult
 from secateur.runs.atomic import write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.output import check_free
@@ -30,7 +30,7 @@ def decompress(
     output: str | Path,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> DecompressionReport:
+) -> DecompressResult:
     """Write a compressed checkpoint as plain dense safetensors, zeros and all.
 
     What was stored losslessly comes back bit for bit; int8 comes back as the numbers it stands
@@ -73,7 +73,7 @@ def decompress(
                 write_text(made / "README.md", text)
         file_bytes = sum(file.stat().st_size for file in shard_files(made))
         folder.finish()
-    return DecompressionReport(
+    return DecompressResult(
         output=folder.output,
         source_bytes=sum(file.stat().st_size for file in view.files),
         file_bytes=file_bytes,

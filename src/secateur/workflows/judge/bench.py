@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from secateur.errors import RecipeError
 from secateur.evaluation.contenders import CONTENDERS
-from secateur.evaluation.speed import Speed, take_turns
+from secateur.evaluation.speed import take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.sources import resolve
 from secateur.progress import Progress
 from secateur.registry import did_you_mean
+from secateur.reporting.results.bench import BenchResult
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
@@ -25,57 +24,9 @@ from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.workflows.checkpoint_files import read_config
 
-__all__ = ["BenchReport", "bench"]
+__all__ = ["bench"]
 
 SCHEMA = "secateur.bench/1"
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """What was measured.
-
-    Args:
-        speeds: of the contenders.
-        file_bytes: of the weight files.
-        dense_bytes: of the same weights as dense bfloat16.
-        protocol: how it was measured, and on what.
-    """
-
-    speeds: list[Speed]
-    file_bytes: int
-    dense_bytes: int
-    protocol: dict[str, Any]
-
-    def gain(self, over: Sequence[str]) -> tuple[str, float] | None:
-        """The fastest of some contenders, and tokens a second of `packed` over its own."""
-        ran = {s.name: s.tokens_per_second for s in self.speeds if s.failure is None}
-        others = {name: ran[name] for name in over if name in ran}
-        if "packed" not in ran or not others:
-            return None
-        best = max(others, key=lambda name: others[name])
-        return best, ran["packed"] / others[best]
-
-    @property
-    def verdict(self) -> str:
-        """In words, what the packed model gains over the fastest of all others."""
-        found = self.gain([s.name for s in self.speeds if not s.name.startswith("packed")])
-        if found is None:
-            return "nothing to compare: the packed model or all others could not run"
-        best, ratio = found
-        if ratio < 1.02:
-            return f"no gain: {best} is as fast or faster ({1 / ratio:.2f} times)"
-        return f"{ratio:.2f} times as fast as {best}, the fastest of the others"
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it."""
-        prompt = self.protocol["prompt_tokens"]
-        return {
-            "contenders": [s.to_json(prompt) for s in self.speeds],
-            "file_bytes": self.file_bytes,
-            "dense_bytes": self.dense_bytes,
-            "verdict": self.verdict,
-            "protocol": self.protocol,
-        }
 
 
 def bench(
@@ -87,7 +38,7 @@ def bench(
     new_tokens: int = 32,
     rounds: int = 5,
     progress: Progress | None = None,
-) -> BenchReport:
+) -> BenchResult:
     """Time a checkpoint at batch 1, packed and in all other ways, in turns.
 
     In the folder of a pruning run the result is also written to `secateur/bench.json`.
@@ -127,8 +78,8 @@ def bench(
         **environment(torch.device("cpu")),
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
-    report = BenchReport(speeds, size, dense, protocol)
-    keep(report, str(model), folder)
+    report = BenchResult(str(model), speeds, size, dense, protocol)
+    keep(report, folder)
     return report
 
 
@@ -155,13 +106,13 @@ def check_asked(
         raise RecipeError("there is no such GGUF file", where=missing[0])
 
 
-def keep(report: BenchReport, model: str, folder: Path) -> None:
+def keep(report: BenchResult, folder: Path) -> None:
     """Write what was measured beside the records of a pruning run, if the folder has them."""
     if not (folder / NOTES).is_dir():
         return
     file = folder / NOTES / "bench.json"
     try:
-        record = {"schema": SCHEMA, "model": model, **report.to_json()}
+        record = {"schema": SCHEMA, **report.to_json()}
         write_json(file, declared(Bench, record))
     except OSError as error:
         raise cannot_write(error, file) from error

@@ -13,7 +13,6 @@ from secateur.calibration.documents import read_text
 from secateur.calibration.windows import load_windows, stored_start
 from secateur.diagnostics.claimed_sparsity import check_sparsity
 from secateur.diagnostics.claims import Claims, read_claims
-from secateur.diagnostics.diagnosis import Diagnosis, layer_sparsity
 from secateur.diagnostics.drift import LayerDrift, check_same_model, walk
 from secateur.diagnostics.findings import Finding, by_severity
 from secateur.diagnostics.layers import check_layers, could_bear
@@ -59,9 +58,9 @@ class Reference:
     protocol: dict[str, Any]
 
 
-def check_target() -> Target:
+def check_target() -> TargetResult:
     """What this machine can speed up, and what it cannot."""
-    return look_at_target(environment(torch.device("cpu"))["cpu"])
+    return TargetResult(look_at_target(environment(torch.device("cpu"))["cpu"]))
 
 
 def diagnose(
@@ -75,7 +74,7 @@ def diagnose(
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Diagnosis:
+) -> DiagnoseResult:
     """Look for everything that can be wrong with a pruned model.
 
     In the folder of a pruning run the result is also written to `secateur/diagnosis.json`.
@@ -110,10 +109,10 @@ def diagnose(
         drift = walked(ours, reference, progress)
         bears = could_bear(layer_sparsity(weights), drift)
         findings += check_layers(drift, ours.architecture.layer_name, bears)
-    target = check_target()
+    target = check_target().target
     findings += about_pruned(ours, claims, weights, reference, target)
     findings += check_training(steps, str(training_log))
-    found = Diagnosis(
+    found = DiagnoseResult(
         str(model),
         None if dense is None else str(dense),
         by_severity(findings),
@@ -278,7 +277,7 @@ def not_looked_at(claims: Claims, reference: Reference | None) -> list[Finding]:
     return found
 
 
-def keep(found: Diagnosis) -> None:
+def keep(found: DiagnoseResult) -> None:
     """Write the diagnosis beside the records of the run, if there are any."""
     folder = found.claims.folder
     if folder is None:

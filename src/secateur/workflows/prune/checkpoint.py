@@ -25,7 +25,8 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.model_card import model_card
-from secateur.reporting.prune_report import PruneReport
+from secateur.reporting.results.plan import PlanResult
+from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES, RunFolder
@@ -49,29 +50,29 @@ from secateur.workflows.prune.self_generated_text import with_own_windows
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 
-__all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
+__all__ = ["plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
 
 NO_PART = {"output", "memory", "on_collapse"}
 """Fields of a recipe that the pruned weights do not depend on."""
 
 
-def plan(model: str, **options: Any) -> Plan:
+def plan(model: str, **options: Any) -> PlanResult:
     """What pruning `model` would need, without doing it; the options are those of `prune`.
 
     Raises:
         SecateurError: as `prune` would.
     """
-    return plan_recipe(build_recipe({"model": model, **nested(options)}))[0]
+    return plan_recipe(build_recipe({"model": model, **nested(options)}))
 
 
-def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
+def plan_recipe(recipe: PruneRecipe) -> PlanResult:
     """The plan of a recipe, and where its hidden states would wait."""
     prepared = prepare(recipe, only_plan=True)
     # refuses what does not fit
     run = run_of(prepared, settings_of(recipe, "memory", None), Ledger(), Silent())
     chosen, activations = choose_plan(prepared, recipe.memory)
     left = left_by(run, prepared.target.matrices())
-    return dataclasses.replace(chosen, left=left), activations
+    return PlanResult(dataclasses.replace(chosen, left=left), activations)
 
 
 def prune(
@@ -85,7 +86,7 @@ def prune(
     restart: bool = False,
     overwrite: bool = False,
     **options: Any,
-) -> PruneReport:
+) -> PruneResult:
     """Prune a model: a checkpoint into a new folder, or a loaded module in place.
 
     Args:
@@ -155,7 +156,7 @@ def run_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
-) -> PruneReport:
+) -> PruneResult:
     """Prune a checkpoint into a new folder.
 
     Args:
@@ -175,7 +176,7 @@ def run_recipe(
 
 def run_prepared(
     prepared: Prepared, folder: RunFolder, progress: Progress, meter: Meter
-) -> PruneReport:
+) -> PruneResult:
     """Carry out a recipe that is prepared, in a folder that nobody has entered yet."""
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
@@ -211,17 +212,17 @@ def run_prepared(
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
         folder.finish()
-    return PruneReport(audit.sparsity, ledger.layers, manifest, folder.output, left)
+    return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
 
 
-def report_of(output: Path) -> PruneReport:
+def report_of(output: Path) -> PruneResult:
     """What the notes of a finished run say was done."""
     ledger = Ledger(output / NOTES / LEDGER)
     ledger.resume()
     manifest = json.loads((output / NOTES / MANIFEST).read_text(encoding="utf-8"))
     left = [Left(**one) for one in manifest["left"]]
     sparsity = manifest["result"]["decoder_sparsity"]
-    return PruneReport(sparsity, ledger.layers, manifest, output, left)
+    return PruneResult(sparsity, ledger.layers, manifest, output, left)
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:

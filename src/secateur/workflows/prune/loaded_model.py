@@ -29,7 +29,7 @@ from secateur.models.tokenizer import start_tokens
 from secateur.progress import Progress
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.schema import PruneRecipe
-from secateur.reporting.prune_report import PruneReport
+from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import Allocation
 from secateur.workflows.prune.distillation import distill_module, distills
@@ -64,7 +64,7 @@ def prune_module(
     tokenizer: Any,
     progress: Progress,
     options: Mapping[str, Any],
-) -> PruneReport:
+) -> PruneResult:
     """Prune a loaded model in place."""
     recipe = build_recipe({"model": "loaded", **nested(options)})
     method, sparsity = method_of(recipe)
@@ -115,7 +115,7 @@ def prune_module(
             sparsity = decoder_sparsity(model, matrices)
     finally:
         model.train(was_training)
-    return PruneReport(sparsity, ledger.layers, left=left)
+    return PruneResult(sparsity, ledger.layers, left=left)
 
 
 def decoder_sparsity(model: nn.Module, matrices: Sequence[Matrix]) -> float:

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress, Silent
 from secateur.recipes.reading import build_structure_recipe, dump_recipe, nested
 from secateur.recipes.structure_schema import StructureRecipe
+from secateur.reporting.results.structure import StructureResult
 from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.meter import Meter
-from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.runs.records import MANIFEST_VERSION, Manifest, Step, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.checkpoint_files import refuse_quantized
@@ -65,20 +66,7 @@ VARIED = (
 Read = tuple[Tensor, dict[str, Any]]
 """Calibration windows [samples, sequence_length], and where they are from."""
 
-__all__ = ["StructureReport", "structure", "structure_recipe"]
-
-
-@dataclass(frozen=True)
-class StructureReport:
-    """What a structured cut did.
-
-    Attributes:
-        manifest: choices, steps, cost and result.
-        output: the folder written.
-    """
-
-    manifest: dict[str, Any]
-    output: Path
+__all__ = ["structure", "structure_recipe"]
 
 
 def structure(
@@ -91,7 +79,7 @@ def structure(
     restart: bool = False,
     overwrite: bool = False,
     **options: Any,
-) -> StructureReport:
+) -> StructureResult:
     """Cut structure out of a checkpoint, into a new and really smaller one.
 
     Args:
@@ -127,7 +115,7 @@ def structure_recipe(
     restart: bool = False,
     overwrite: bool = False,
     timer: StepTimer = time_steps,
-) -> StructureReport:
+) -> StructureResult:
     """Carry out a recipe into a new folder.
 
     Args:
@@ -158,7 +146,7 @@ def structure_recipe(
             folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
             cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter)
     manifest = json.loads((folder.notes / MANIFEST).read_text(encoding="utf-8"))
-    return StructureReport(manifest, folder.output)
+    return StructureResult(manifest, folder.output)
 
 
 def cut_into(
@@ -193,7 +181,7 @@ def cut_into(
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
     manifest["structure"]["latency"] = latency
     manifest["cost"]["resumed"] = folder.resumed
-    write_json(folder.notes / STEPS, steps)
+    write_json(folder.notes / STEPS, [declared(Step, step) for step in steps])
     shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)

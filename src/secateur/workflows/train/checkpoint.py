@@ -22,7 +22,7 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.reading import dump_recipe, validated
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.reporting.training_card import training_card
-from secateur.reporting.training_report import TrainingReport
+from secateur.reporting.results.train import TrainResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES, RunFolder
@@ -71,7 +71,7 @@ def retrain(
     restart: bool = False,
     overwrite: bool = False,
     **options: Any,
-) -> TrainingReport:
+) -> TrainResult:
     """Train a checkpoint on text, its zeros held at every step, into a new folder.
 
     Args:
@@ -102,7 +102,7 @@ def distill(
     restart: bool = False,
     overwrite: bool = False,
     **options: Any,
-) -> TrainingReport:
+) -> TrainResult:
     """Let a pruned or cut checkpoint learn from a larger one; as `retrain` otherwise.
 
     Args:
@@ -132,7 +132,7 @@ def run_training(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
-) -> TrainingReport:
+) -> TrainResult:
     """Train as a recipe says, into a new folder.
 
     In several processes the first one writes, and all return.
@@ -215,11 +215,11 @@ def train_into(
         folder.finish()
 
 
-def report_of(output: Path) -> TrainingReport:
+def report_of(output: Path) -> TrainResult:
     """What the notes of a finished training say was done."""
     manifest = json.loads((output / NOTES / TRAININGS).read_text(encoding="utf-8"))[-1]
     result = manifest["result"]
-    return TrainingReport(
+    return TrainResult(
         output,
         result["decoder_sparsity"],
         result["step"],

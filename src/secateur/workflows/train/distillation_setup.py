@@ -179,8 +179,7 @@ def pruned_from(source: LocalCheckpoint) -> str:
             where=str(source.folder),
             remedy="name it with --teacher",
         )
-    name: str = json.loads(manifest.read_text(encoding="utf-8"))["source"]["name"]
-    return name
+    return read_record(Manifest, manifest).source.name
 
 
 def kept_layers(
@@ -195,8 +194,8 @@ def kept_layers(
         return recipe.kept_layers
     if teacher != pruned_from(source):
         return None
-    told = [x for x in json.loads(steps.read_text(encoding="utf-8")) if x["step"] == "depth"]
-    return tuple(told[0]["cut"]["layers"]) if told else None
+    depth = [x.cut for x in read_list(Step, steps) if x.step == "depth" and x.cut]
+    return tuple(depth[0]["layers"]) if depth else None
 
 
 def check_tokenizers(student: LocalCheckpoint, teacher: LocalCheckpoint, trust: bool) -> None:

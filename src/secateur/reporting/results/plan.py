@@ -1,0 +1,60 @@
+"""What `plan` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.engine.plan import Plan
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
+
+__all__ = ["PlanResult"]
+
+
+@dataclass(frozen=True)
+class PlanResult(Result):
+    """What a pruning run would need.
+
+    Attributes:
+        plan: sizes in bytes, and work.
+        activations: where hidden states would wait: memory or disk.
+    """
+
+    plan: Plan
+    activations: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {**self.plan.to_json(), "activations": self.activations}
+
+    def blocks(self) -> Sequence[Block]:
+        """One table."""
+        plan = self.plan
+        matrices, square_bytes = plan.squares
+        rows = [
+            ("decoder layers", f"{plan.num_hidden_layers}"),
+            ("weights that can be pruned", f"{plan.prunable_weights:,}"),
+            ("not pruned", not_pruned(plan.left)),
+            ("calibration tokens", f"{plan.calibration_tokens:,}"),
+            ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
+            ("disk", gib(plan.disk_bytes)),
+            ("memory: the program itself", mib(plan.process_bytes)),
+            ("memory: one decoder layer", mib(plan.layer_bytes)),
+            (f"memory: hidden states (in {self.activations})", mib(plan.activation_bytes)),
+            ("memory: forwards", mib(plan.forward_bytes + plan.waiting_bytes)),
+            ("memory: statistics and solver", mib(plan.solve_bytes)),
+        ]
+        optional = {
+            f"  of that {matrices}": square_bytes,
+            "memory: the whole model, generating windows": plan.writing_bytes,
+            "memory: the whole model, distilled": plan.distilling_bytes,
+        }
+        rows += [(name, mib(size)) for name, size in optional.items() if size]
+        rows.append(
+            ("peak memory of the GPU" if plan.on_gpu else "peak memory", gib(plan.peak_bytes))
+        )
+        if plan.on_gpu:
+            rows.append(("peak memory of the host", gib(plan.host_peak_bytes)))
+        return [Table.of("plan", ("", ""), rows)]

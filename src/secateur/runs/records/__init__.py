@@ -1,0 +1,55 @@
+"""The schemas of what a run writes beside a model: once, for those who write and those who read.
+
+    manifest.json        Manifest       prune, structure
+    layers.jsonl         Layer          prune, a line for each decoder layer
+    training.json        [Training]     retrain, distill, an entry for each training
+    chain.json           Chain          chain
+    compression.json     Compression    compress
+    diagnosis.json       Diagnosis      diagnose
+    bench.json           Bench          bench
+    sweep.json           Sweep          sweep
+    steps.json           [Step]         structure, an entry for each step
+
+`evaluation.json` has its schema in `evaluation.py`. Code that writes a file calls `declared`, which
+refuses keys that are not declared here. Code that reads one calls `read_record`, which ignores the
+keys of newer releases.
+"""
+
+from secateur.runs.records.base import AnyRecord, Record, declared, parsed, read_list, read_record
+from secateur.runs.records.measured import Bench, Contender, Diagnosis, Finding
+from secateur.runs.records.run import (
+    MANIFEST_VERSION,
+    Chain,
+    Compression,
+    Layer,
+    Linear,
+    Manifest,
+    Step,
+    Training,
+)
+from secateur.runs.records.sweep import PointKey, Sweep, SweepDense, SweepPoint
+
+__all__ = [
+    "MANIFEST_VERSION",
+    "AnyRecord",
+    "Bench",
+    "Chain",
+    "Compression",
+    "Contender",
+    "Diagnosis",
+    "Finding",
+    "Layer",
+    "Linear",
+    "Manifest",
+    "PointKey",
+    "Record",
+    "Step",
+    "Sweep",
+    "SweepDense",
+    "SweepPoint",
+    "Training",
+    "declared",
+    "parsed",
+    "read_list",
+    "read_record",
+]

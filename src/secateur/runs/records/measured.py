@@ -1,0 +1,104 @@
+"""What a diagnosis and a bench record about a finished model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from secateur.runs.records.base import Record
+
+__all__ = ["Bench", "Contender", "Diagnosis", "Finding"]
+
+
+class Finding(Record):
+    """Something a diagnosis found."""
+
+    id: str
+    severity: Literal["error", "warning", "note"]
+    where: str
+    evidence: str
+    remedy: str
+
+
+class LayerState(Record):
+    """What a layer does to its inputs, beside the dense one."""
+
+    layer: int
+    sparsity: float
+    relative_error: float | None = None
+    cosine: float | None = None
+    norm_ratio: float | None = None
+    own_error: float | None = None
+    contribution: float | None = None
+    could_bear: float | None = None
+
+
+class Matrix(Record):
+    """What a diagnosis counted in a matrix."""
+
+    name: str
+    sparsity: float
+    claimed: float | None
+    dead_rows: int
+    dead_columns: int
+
+
+class Support(Record):
+    """Whether this machine gains anything by a kind of sparsity."""
+
+    kind: str
+    engine: str
+    faster: bool | None = None
+    reason: str
+
+
+class TargetMachine(Record):
+    """What the model was diagnosed for."""
+
+    cpu: str = ""
+    features: tuple[str, ...] = ()
+    cuda_capability: str | None = None
+    engines: dict[str, str | None] = Field(default_factory=dict)
+    supports: tuple[Support, ...] = ()
+
+
+class Diagnosis(Record):
+    """`diagnosis.json`."""
+
+    schema_name: Literal["secateur.diagnosis/1"] = Field(alias="schema")
+    model: str
+    dense: str | None = None
+    environment: dict[str, Any] = Field(default_factory=dict)
+    protocol: dict[str, Any] = Field(default_factory=dict)
+    verdict: str = ""
+    findings: tuple[Finding, ...]
+    layers: tuple[LayerState, ...] = ()
+    linears: tuple[Matrix, ...] = ()
+    target: TargetMachine | None = None
+
+
+class Contender(Record):
+    """One way to run a model, timed; or why it could not run."""
+
+    contender: str
+    failure: str | None = None
+    tokens_per_second: float | None = None
+    tokens_per_second_least: float | None = None
+    tokens_per_second_most: float | None = None
+    prompt_tokens_per_second: float | None = None
+    first_token_seconds: float | None = None
+    resident_bytes: int | None = None
+    rounds: int | None = None
+
+
+class Bench(Record):
+    """`bench.json`."""
+
+    schema_name: Literal["secateur.bench/1"] = Field("secateur.bench/1", alias="schema")
+    model: str = ""
+    contenders: tuple[Contender, ...]
+    file_bytes: int
+    dense_bytes: int
+    verdict: str = ""
+    protocol: dict[str, Any]

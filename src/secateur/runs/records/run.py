@@ -1,0 +1,215 @@
+"""What the verbs that write a model record beside it: how it was made, and at what cost."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from secateur.runs.records.base import Record
+
+__all__ = ["MANIFEST_VERSION", "Chain", "Compression", "Layer", "Linear", "Manifest", "Step", "Training"]
+
+MANIFEST_VERSION = 1
+
+
+class Source(Record):
+    """The model that a run began with."""
+
+    name: str
+    kind: str
+    revision: str | None = None
+
+
+class Cost(Record):
+    """What a run took."""
+
+    seconds: float
+    peak_resident_bytes: int
+    peak_is_of_this_run_alone: bool = False
+    peak_cuda_bytes: int | None = None
+    resumed: bool = False
+    training_seconds: float | None = None
+
+
+class Result(Record):
+    """What a run left."""
+
+    decoder_sparsity: float
+    model_sparsity: float
+    parameters: int
+    file_bytes: int
+
+
+class Counted(Record):
+    """What a model consists of, in parameters."""
+
+    parameters: int
+    decoder: int
+    file_bytes: int
+    attention: int = 0
+    ffn: int = 0
+    experts: int = 0
+    norms: int = 0
+    embeddings: int = 0
+    other: int = 0
+    kv_cache_bytes_per_token: int = 0
+
+
+class Structure(Record):
+    """What a structured cut took out."""
+
+    before: Counted
+    after: Counted
+    decoder_removed: float
+    removed: float = 0.0
+    varied: bool = False
+    steps: tuple[dict[str, Any], ...] = ()
+    latency: dict[str, Any] | None = None
+
+
+class Left(Record):
+    """Tensors of one sort that were not pruned; `models.inventory.Left` says what is what."""
+
+    names: str
+    reason: str
+    tensors: int
+    weights: int
+
+
+class Manifest(Record):
+    """`manifest.json`."""
+
+    manifest_version: int = MANIFEST_VERSION
+    source: Source
+    family: str = ""
+    method: dict[str, Any]
+    allocation: dict[str, Any]
+    calibration: dict[str, Any] | None = None
+    calibration_digest: str | None = None
+    environment: dict[str, Any]
+    plan: dict[str, Any] = Field(default_factory=dict)
+    cost: Cost
+    result: Result
+    structure: Structure | None = None
+    distillation: dict[str, float] | None = None
+    experts: dict[str, Any] | None = None
+    collapsed: tuple[str, ...] = ()
+    left: tuple[Left, ...] = ()
+
+    @property
+    def lost(self) -> float:
+        """The fraction of the decoder that is gone: cut out of it, or zero."""
+        gone = self.structure.decoder_removed if self.structure else 0.0
+        return 1 - (1 - gone) * (1 - self.result.decoder_sparsity)
+
+
+class Linear(Record):
+    """One matrix of a line of `layers.jsonl`; `engine.surgery.LinearRecord` says what is what."""
+
+    name: str
+    shape: tuple[int, int]
+    zeros: int
+    asked: float | None = None
+    pruned: int | None = None
+    error: float | None = None
+    lost: float | None = None
+    seconds: float = 0.0
+    tokens: int | None = None
+
+
+class Layer(Record):
+    """A line of `layers.jsonl`."""
+
+    layer: int
+    seconds: float = 0.0
+    linears: tuple[Linear, ...]
+    reconstruction: dict[str, float] = Field(default_factory=dict)
+    collapsed: dict[str, float] = Field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
+
+
+class Training(Record):
+    """An entry of `training.json`."""
+
+    verb: Literal["retrain", "distill"]
+    source: Source
+    objective: str
+    text: dict[str, Any]
+    learning_rate: float
+    optimizer: str
+    processes: int
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    planned: dict[str, Any]
+    cost: Cost
+    result: dict[str, Any]
+
+
+class Link(Record):
+    """What is left after a step of a chain."""
+
+    step: str
+    parameters: int
+    zeros: int
+    file_bytes: int
+    seconds: float
+    kept: int
+
+
+class Chain(Record):
+    """`chain.json`."""
+
+    links: tuple[Link, ...]
+    output: str
+
+
+class Compression(Record):
+    """`compression.json`."""
+
+    source: str = ""
+    output: str = ""
+    archive: bool = False
+    source_bytes: int
+    bfloat16_bytes: int
+    file_bytes: int
+    ratio: float
+    sparsity: float
+    negative_zeros: int = 0
+    linears: dict[str, float] = Field(default_factory=dict)
+    formats: dict[str, dict[str, float]] = Field(default_factory=dict)
+    embeddings: dict[str, float] = Field(default_factory=dict)
+    rounding: dict[str, Any] = Field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Step(Record):
+    """An entry of `steps.json`.
+
+    Attributes:
+        step: depth, experts, hidden, refit, queries or width.
+        by: how the units were selected; None where `score` and `solver` say it.
+        score: of a width step.
+        solver: of a width step.
+        allocation: of a width step.
+        units: of a depth step: layers or blocks.
+        fitness: of a depth step: the loss of the selected layers.
+        scores: of a depth step, one for each unit.
+        cut: the units that stay, as `structured.cut.Cut` writes them; None for a refit.
+        before: parameters by kind.
+        after: parameters by kind.
+        varied: whether the layers have different sizes.
+    """
+
+    step: str
+    by: str | None = None
+    score: str | None = None
+    solver: str | None = None
+    allocation: Any = None
+    units: str | None = None
+    fitness: Any = None
+    scores: Any = None
+    cut: dict[str, Any] | None = None
+    before: dict[str, int]
+    after: dict[str, int]
+    varied: bool
