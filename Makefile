@@ -1,6 +1,6 @@
 # make demo    prune a real model and look at the result
 # make test    all default tests
-# make check   lint, types, import rules, and the numbers in the docs
+# make check   lint, types, import rules and house rules
 # make bench   the measurements behind the README's table (needs an hour)
 # Each sets up .venv by itself. PYTHON names the interpreter to set it up with.
 
@@ -30,6 +30,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/house_rules.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/baselines.py

@@ -30,11 +30,12 @@ def bench(
     as_json: o.Json = False,
 ) -> None:
     """Measure speed and memory at batch 1 on the CPU, packed and in all other ways, in turns."""
-    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json
     from secateur.evaluation.contenders import CONTENDERS
     from secateur.workflows.judge.bench import bench as run_bench
 
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         report = run_bench(
             model,
             contenders=[name.strip() for name in contenders.split(",")]

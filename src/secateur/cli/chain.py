@@ -31,7 +31,8 @@ def chain(
     as_json: o.Json = False,
 ) -> None:
     """Cut, prune, train and compress in one go, with one account of what is left."""
-    from secateur.cli.rendering import ProgressBar, mib, print_json, print_table
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import mib, print_json, print_table
     from secateur.recipes.reading import read_recipe_file
     from secateur.workflows.chain import chain as run_chain
 
@@ -49,7 +50,7 @@ def chain(
         raise RecipeError(
             "model and output are names", where=recipe, remedy="put them in quotes if need be"
         )
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         report = run_chain(
             values["model"],
             output=place,

@@ -63,10 +63,11 @@ def compress(
     as_json: o.Json = False,
 ) -> None:
     """Store a pruned model without its zeros."""
-    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json
     from secateur.workflows.compress.pack import compress as run_compression
 
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         report = run_compression(
             model,
             output=output,

@@ -20,10 +20,11 @@ def decompress(
     as_json: o.Json = False,
 ) -> None:
     """Write a compressed model as plain dense safetensors again."""
-    from secateur.cli.rendering import ProgressBar, mib, print_json, print_table
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import mib, print_json, print_table
     from secateur.workflows.compress.unpack import decompress as run_decompression
 
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         report = run_decompression(model, output=output, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(report.to_json())

@@ -32,14 +32,15 @@ def demo(
     as_json: o.Json = False,
 ) -> None:
     """Prune SmolLM2-135M, judge it beside the dense model on other text, and write a report."""
-    from secateur.cli.rendering import ProgressBar, print_json, stderr
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json, stderr
     from secateur.workflows.judge.evaluate import judge
     from secateur.workflows.judge.inspect import inspect_model
     from secateur.workflows.prune.checkpoint import prune
     from secateur.workflows.report import report as write_report
 
     folder = Path(output)
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         stderr.print(f"[bold]1/3[/] pruning {MODEL} to {sparsity:.0%} ({effort})")
         report = prune(
             MODEL,

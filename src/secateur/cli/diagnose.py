@@ -45,7 +45,8 @@ def diagnose(
     as_json: o.Json = False,
 ) -> None:
     """Check zeros, values, units and layers; exit code 3 if something is proven wrong."""
-    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json
     from secateur.workflows.judge.diagnose import check_target
     from secateur.workflows.judge.diagnose import diagnose as run_diagnosis
 
@@ -60,7 +61,7 @@ def diagnose(
         raise RecipeError(
             "no model to diagnose", remedy="secateur diagnose DIR, or secateur diagnose --target"
         )
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         found = run_diagnosis(
             model,
             dense=dense,

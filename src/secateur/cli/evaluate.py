@@ -63,12 +63,13 @@ def evaluate(
     compared. A folder of a run keeps the results in secateur/evaluation.json,
     beside earlier ones of other protocols.
     """
-    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json
     from secateur.workflows.judge.evaluate import judge
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     texts = perplexity or ([] if names or generation else ["wikitext2"])
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         record = judge(
             model,
             reference=reference,

@@ -63,10 +63,11 @@ def prune(
 ) -> None:
     """Prune a model into a new folder that plain transformers loads."""
     recipe = o.recipe_from(locals())
-    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json
     from secateur.workflows.prune.checkpoint import run_recipe
 
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         report = run_recipe(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
     if as_json:
         print_json({"output": str(report.output), **report.manifest})

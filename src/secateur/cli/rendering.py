@@ -1,4 +1,4 @@
-"""How results look on a terminal: sizes, tables, progress."""
+"""How results look on a terminal: sizes and tables."""
 
 from __future__ import annotations
 
@@ -7,21 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 if TYPE_CHECKING:
     from secateur.models.inventory import Left
 
 __all__ = [
-    "ProgressBar",
     "gib",
     "mib",
     "not_pruned",
@@ -65,43 +56,3 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     stdout.print(table)
-
-
-class ProgressBar:
-    """Shows the engine's progress with an estimate of the time left."""
-
-    def __init__(self) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description:<14}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=stderr,
-        )
-        self.task: TaskID | None = None
-
-    def __enter__(self) -> ProgressBar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
-
-    def start(self, label: str, steps: int) -> None:
-        """A stage begins."""
-        self.task = self.bar.add_task(label, total=steps, note="")
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        """Some steps are done."""
-        if self.task is not None:
-            self.bar.update(self.task, advance=count, note=note)
-
-    def finish(self) -> None:
-        """The stage is over."""
-        if self.task is not None:
-            total = self.bar.tasks[self.task].total
-            self.bar.update(self.task, completed=total, note="")
-            self.task = None

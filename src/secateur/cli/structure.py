@@ -126,12 +126,13 @@ def structure(
     for name in COUNTS:
         given[name] = number(name, given[name])
     given["pad"] = pad or None
-    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json
     from secateur.recipes.reading import build_structure_recipe
     from secateur.workflows.structure.checkpoint import structure_recipe
 
     recipe = build_structure_recipe(*o.values_from(given))
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         report = structure_recipe(
             recipe, progress, resume=resume, restart=restart, overwrite=overwrite
         )

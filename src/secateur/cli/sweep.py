@@ -58,7 +58,8 @@ def sweep(
         "texts": tuple(perplexity) if perplexity else None,
     }
     shares = numbers(sparsities)
-    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json
     from secateur.workflows.sweep.plan import SweepPlan
     from secateur.workflows.sweep.run import sweep as run_sweep
 
@@ -73,7 +74,7 @@ def sweep(
         trust_remote_code=trust_remote_code,
         **{key: value for key, value in given.items() if value is not None},
     )
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         result = run_sweep(plan, output, keep_models=keep_models, progress=progress)
     if as_json:
         print_json(result.to_json())

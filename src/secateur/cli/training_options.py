@@ -108,13 +108,14 @@ def training_recipe(kind: type[AnyRecipe], given: dict[str, Any]) -> AnyRecipe:
 
 def run(recipe: RetrainRecipe, *, as_json: bool, **options: Any) -> None:
     """Train as a recipe says, and show what was done; in several processes the first one does."""
-    from secateur.cli.rendering import ProgressBar, print_json
+    from secateur.cli.progress import show_progress
+    from secateur.cli.rendering import print_json
     from secateur.workflows.train.checkpoint import run_training
 
     if int(os.environ.get("RANK", "0")):
         run_training(recipe, **options)
         return
-    with ProgressBar() as progress:
+    with show_progress() as progress:
         report = run_training(recipe, progress, **options)
     if as_json:
         print_json({"output": str(report.output), **report.manifest})

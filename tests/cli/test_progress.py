@@ -1,0 +1,111 @@
+"""How progress is shown: lines off a terminal, a bar on one."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+
+import pytest
+
+from secateur.cli.progress import ProgressBar, ProgressLines, duration, show_progress
+
+
+class Log:
+    """Lines of a `ProgressLines` whose clock the test moves."""
+
+    def __init__(self) -> None:
+        self.now, self.lines = 0.0, list[str]()
+        self.progress = ProgressLines(clock=lambda: self.now, write=self.lines.append)
+
+
+def test_a_line_says_stage_percent_time_and_time_left() -> None:
+    log = Log()
+    log.progress.start("pruning", 30)
+    log.progress.step(10, note="model.layers.9")
+    log.now = 60.0
+    log.progress.show()
+    assert log.lines == ["pruning: 33% after 1 min 00 s, about 2 min 00 s left (model.layers.9)"]
+
+
+def test_a_stage_of_one_step_shows_only_its_time() -> None:
+    log = Log()
+    log.progress.start("reading model.gguf", 1)
+    log.now = 22.0
+    log.progress.show()
+    assert log.lines == ["reading model.gguf: 22 s so far"]
+
+
+def test_no_time_left_is_invented_before_the_first_step() -> None:
+    log = Log()
+    log.progress.start("packing", 8)
+    log.now = 5.0
+    log.progress.show()
+    assert log.lines == ["packing: 0% after 5 s"]
+
+
+def test_the_end_of_a_stage_is_told_where_the_stage_was_shown() -> None:
+    log = Log()
+    log.progress.start("checking weights", 8)
+    log.progress.finish()  # over before its first line
+    log.progress.start("pruning", 8)
+    log.now = 5.0
+    log.progress.show()
+    log.now = 9.0
+    log.progress.finish()
+    log.now = 14.0
+    log.progress.show()
+    assert log.lines == [
+        "pruning: 0% after 5 s",
+        "pruning: done in 9 s",
+        "preparing: 5 s so far",
+    ]
+
+
+def test_lines_come_while_one_step_takes_long() -> None:
+    second = threading.Event()
+    lines: list[str] = []
+
+    def write(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            second.set()
+
+    with ProgressLines(interval_seconds=0.001, write=write) as progress:
+        progress.start("one long step", 1)
+        assert second.wait(60)
+    count = len(lines)
+    assert not progress.thread.is_alive()
+    assert len(lines) == count
+
+
+def test_a_pipe_gets_lines_even_where_colours_are_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with show_progress() as progress:
+        assert isinstance(progress, ProgressLines)
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with show_progress() as progress:
+        assert isinstance(progress, ProgressBar)
+        progress.start("pruning", 4)
+        progress.step(4)
+        progress.finish()
+        progress.start("reading", 1)  # of unknown length
+        progress.step()
+        progress.finish()
+    assert "pruning" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.4, "0 s"), (59.7, "1 min 00 s"), (3600, "1 h 00 min"), (86_400, "24 h 00 min")],
+)
+def test_durations(seconds: float, told: str) -> None:
+    assert duration(seconds) == told
