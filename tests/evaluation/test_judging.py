@@ -94,9 +94,9 @@ def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> No
 def test_loaded_models(text: Path) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     with pytest.raises(RecipeError, match="tokenizer="):
-        secateur.judge(model, generation=True)
-    record = secateur.judge(
-        model, reference=model, tokenizer=tokenizer, perplexity=[text], sequence_length=16
+        secateur.evaluate(model, generation=True)
+    record = secateur.evaluate(
+        model, dense=model, tokenizer=tokenizer, text=text, sequence_length=16
     )
     assert record.divergence[0].kl == 0
     assert record.perplexity[0].protocol_id == (
@@ -107,7 +107,7 @@ def test_loaded_models(text: Path) -> None:
 
 def test_nothing_to_judge_by(dense: Path) -> None:
     with pytest.raises(RecipeError, match="nothing to judge by"):
-        secateur.judge(dense)
+        secateur.evaluate(dense)
 
 
 @pytest.mark.parametrize(
@@ -133,19 +133,17 @@ def test_a_reference_that_reads_other_tokens(dense, text, tmp_path) -> None:
     other = save_tiny(tmp_path / "other", max_position_embeddings=512)
     tiny_tokenizer(add_bos=True).save_pretrained(other)
     with pytest.raises(RecipeError, match="different tokens"):
-        secateur.judge(dense, reference=other, perplexity=[text], sequence_length=32)
+        secateur.evaluate(dense, dense=other, text=text, sequence_length=32)
 
 
 def test_output_that_cannot_be_written(dense: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
-        secateur.judge(
-            dense, perplexity=[text], sequence_length=32, output=tmp_path / "no" / "e.json"
-        )
+        secateur.evaluate(dense, text=text, sequence_length=32, output=tmp_path / "no" / "e.json")
 
 
 def test_a_file_of_another_schema(dense: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
-    record = secateur.judge(dense, perplexity=[text], sequence_length=32, output=file)
+    record = secateur.evaluate(dense, text=text, sequence_length=32, output=file)
     values = json.loads(file.read_text())
     assert EvaluationRecord.model_validate(values) == record
     del values["perplexity"][0]["protocol_id"]

@@ -23,12 +23,12 @@ def kept(pruned: Path) -> Path:
 def test_a_second_call_keeps_what_it_does_not_measure(dense, pruned, text, kept, tmp_path) -> None:
     """On 80ad24a the second call set divergence and generation to null."""
     write_rows(tmp_path / "data", "boolq", 6)
-    first = secateur.judge(
-        pruned, reference=dense, perplexity=[text], sequence_length=32, generation=True,
+    first = secateur.evaluate(
+        pruned, dense=dense, text=text, sequence_length=32, generation=True,
         prompts=["the lamp"],
     )  # fmt: skip
-    second = secateur.judge(pruned, tasks=["boolq"], task_data=tmp_path / "data")
-    third = secateur.judge(pruned, perplexity=[text], sequence_length=16)
+    second = secateur.evaluate(pruned, tasks=["boolq"], task_data=tmp_path / "data")
+    third = secateur.evaluate(pruned, text=text, sequence_length=16)
     found = read_evaluation(kept)
     assert found.divergence == first.divergence
     assert found.generation == first.generation
@@ -40,11 +40,11 @@ def test_a_second_call_keeps_what_it_does_not_measure(dense, pruned, text, kept,
 
 
 def test_the_same_protocol_is_replaced(dense, pruned, text, kept) -> None:
-    secateur.judge(pruned, reference=dense, perplexity=[text], sequence_length=32)
+    secateur.evaluate(pruned, dense=dense, text=text, sequence_length=32)
     values = json.loads(kept.read_text())
     values["perplexity"][0]["perplexity"] = values["divergence"][0]["kl"] = 7.0
     kept.write_text(json.dumps(values))
-    again = secateur.judge(pruned, reference=dense, perplexity=[text], sequence_length=32)
+    again = secateur.evaluate(pruned, dense=dense, text=text, sequence_length=32)
     found = read_evaluation(kept)
     assert found.perplexity == again.perplexity
     assert found.divergence == again.divergence
@@ -58,8 +58,8 @@ def test_what_was_said_of_the_reference_stays(dense, pruned, text, kept, tmp_pat
         "perplexity": [text], "sequence_length": 32, "tasks": ["boolq"], "limit": 6,
         "task_data": tmp_path / "data", "generation": True, "prompts": ["the lamp"],
     }  # fmt: skip
-    first = secateur.judge(pruned, reference=dense, **options)
-    secateur.judge(pruned, **options)
+    first = secateur.evaluate(pruned, dense=dense, **options)
+    secateur.evaluate(pruned, **options)
     found = read_evaluation(kept)
     (before,), (after,) = first.perplexity, found.perplexity
     assert after.reference_perplexity == before.reference_perplexity
@@ -71,7 +71,7 @@ def test_what_was_said_of_the_reference_stays(dense, pruned, text, kept, tmp_pat
     values["tasks"][0] |= {"value": 0.0, "difference": -0.5}
     values["generation"][0]["samples"][0]["text"] = "another"
     kept.write_text(json.dumps(values))
-    secateur.judge(pruned, **options)
+    secateur.evaluate(pruned, **options)
     found = read_evaluation(kept)
     assert found.tasks[0].difference is None  # a comparison with another score
     assert found.generation[0].reference is None
@@ -97,7 +97,7 @@ def test_a_file_of_the_first_schema_is_read_and_added_to(pruned, text, kept) -> 
     record = read_evaluation(kept)
     assert (record.divergence[0].reference, record.generation) == ("d", [])
     assert record.perplexity[0].environment == {"device": "cpu"}
-    secateur.judge(pruned, perplexity=[text], sequence_length=32)
+    secateur.evaluate(pruned, text=text, sequence_length=32)
     assert [one.text for one in read_evaluation(kept).perplexity] == ["old", str(text)]
     assert json.loads(kept.read_text())["schema"] == "secateur.evaluation/2"
     for damage in ({"divergence": 5}, {"perplexity": "x"}, {"tasks": [3]}, {"reference": 1}):
@@ -109,12 +109,12 @@ def test_a_file_of_the_first_schema_is_read_and_added_to(pruned, text, kept) -> 
 def test_a_damaged_file_is_refused_before_anything_is_measured(pruned, text, kept) -> None:
     kept.write_text('{"schema": "secateur.evalu')
     with pytest.raises(CheckpointError, match=r"(?s)cannot be read.*move the file away"):
-        secateur.judge(pruned, reference="no/such-model", perplexity=[text])
+        secateur.evaluate(pruned, dense="no/such-model", text=text)
     assert kept.read_text() == '{"schema": "secateur.evalu'
 
 
 def test_a_write_that_is_stopped_leaves_what_was_there(pruned, text, kept, monkeypatch) -> None:
-    secateur.judge(pruned, perplexity=[text], sequence_length=32)
+    secateur.evaluate(pruned, text=text, sequence_length=32)
     before = kept.read_text()
 
     class Killed(BaseException):
@@ -127,19 +127,19 @@ def test_a_write_that_is_stopped_leaves_what_was_there(pruned, text, kept, monke
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", killed)
         with pytest.raises(Killed):
-            secateur.judge(pruned, perplexity=[text], sequence_length=16)
+            secateur.evaluate(pruned, text=text, sequence_length=16)
     assert kept.read_text() == before
-    secateur.judge(pruned, perplexity=[text], sequence_length=16)
+    secateur.evaluate(pruned, text=text, sequence_length=16)
     assert len(read_evaluation(kept).perplexity) == 2
     assert os.listdir(kept.parent) == ["evaluation.json"]
 
 
 def test_marks_of_inheritance_are_replaced_by_measuring(pruned, text, kept) -> None:
-    record = secateur.judge(pruned, perplexity=[text], sequence_length=32)
+    record = secateur.evaluate(pruned, text=text, sequence_length=32)
     marked = record.inherited()
     assert [one.inherited_from for one in marked.results] == [str(pruned)]
     other = EvaluationRecord.model_validate({**marked.to_json(), "model": "other"})
     assert other.inherited() == other  # the first that was measured
     marked.save(kept)
-    secateur.judge(pruned, perplexity=[text], sequence_length=32)
+    secateur.evaluate(pruned, text=text, sequence_length=32)
     assert [one.inherited_from for one in read_evaluation(kept).results] == [None]

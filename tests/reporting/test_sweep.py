@@ -8,11 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
+from secateur.runs.records import Sweep, read_record
 
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, PatternError, RecipeError
 from secateur.evaluation.perplexity import perplexity
-from secateur.reporting.sweep_result import read_sweep
 from secateur.workflows.sweep import run as sweeping
 from secateur.workflows.sweep.plan import SweepPlan
 from secateur.workflows.sweep.run import sweep
@@ -62,7 +62,7 @@ class KilledAt:
 
 def measured(folder: Path) -> list[tuple[object, ...]]:
     """What does not depend on time."""
-    points = read_sweep(folder / "sweep.json").points
+    points = read_record(Sweep, folder / "sweep.json").points
     return [(p.key, p.perplexity, p.excess, p.zeros) for p in points]
 
 
@@ -83,9 +83,9 @@ def test_the_whole_grid(plan: SweepPlan, tmp_path: Path) -> None:
         assert point.folder is None
         kept = sorted(p.name for p in (out / point.notes).rglob("*") if p.is_file())
         assert kept == ["layers.jsonl", "manifest.json", "recipe.yaml"]
-    assert result.protocol[text]["sequence_length"] == 16
-    assert result.calibration is not None
-    assert result.calibration["source"].endswith("w.safetensors")
+    assert result.sweep.protocol[text]["sequence_length"] == 16
+    assert result.sweep.calibration is not None
+    assert result.sweep.calibration["source"].endswith("w.safetensors")
     told = json.loads((out / "sweep.json").read_text())
     assert told["schema"] == "secateur.sweep/1"
     assert told == result.to_json()

@@ -32,7 +32,7 @@ def chain(
 ) -> None:
     """Cut, prune, train and compress in one go, with one account of what is left."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import mib, print_json, print_table
+    from secateur.cli.rendering import print_result
     from secateur.recipes.reading import read_recipe_file
     from secateur.workflows.chain import chain as run_chain
 
@@ -61,22 +61,4 @@ def chain(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if as_json:
-        print_json(report.to_json())
-        return
-    first = report.links[0]
-    rows = [
-        (
-            link.step,
-            f"{link.parameters:,}",
-            f"{link.kept:,}",
-            f"{link.kept / first.kept:.1%}",
-            mib(link.file_bytes),
-            f"{link.file_bytes / first.file_bytes:.1%}",
-            f"{link.seconds:.0f} s",
-        )
-        for link in report.links
-    ]
-    columns = ("after", "parameters", "not zero", "left", "weight files", "left", "time")
-    print_table("chain", columns, rows)
-    print_table("", ("", ""), [("output", str(report.output))])
+    print_result(report, as_json=as_json)

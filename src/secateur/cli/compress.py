@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from secateur.cli import options as o
-
-if TYPE_CHECKING:
-    from secateur.reporting.compression_report import CompressionReport
 
 __all__ = ["compress"]
 
@@ -64,7 +61,7 @@ def compress(
 ) -> None:
     """Store a pruned model without its zeros."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
+    from secateur.cli.rendering import print_result
     from secateur.workflows.compress.pack import compress as run_compression
 
     with show_progress() as progress:
@@ -91,43 +88,4 @@ def compress(
             micro_batch_tokens=micro_batch_tokens,
             device=device,
         )
-    if as_json:
-        print_json(report.to_json())
-        return
-    show(report)
-
-
-def show(report: CompressionReport) -> None:
-    """What became of it, for people."""
-    from secateur.cli.rendering import mib, print_table
-
-    linears = report.linears
-    rows = [
-        ("weight files before", mib(report.source_bytes), ""),
-        ("as dense bfloat16", mib(report.bfloat16_bytes), "100 %"),
-        ("weight files now", mib(report.file_bytes), f"{report.ratio:.2%}"),
-        ("of them linears", mib(linears.bytes), f"{linears.of_bfloat16:.2%}"),
-    ]
-    print_table("compressed", ("", "size", "of bfloat16"), rows)
-    stored = [*report.formats.items()]
-    if report.embeddings.matrices:
-        stored.append(("embeddings int8", report.embeddings))
-    print_table(
-        f"stored as ({report.sparsity:.2%} zeros in the linears)",
-        ("format", "matrices", "size", "bits per weight", "of bfloat16"),
-        [
-            (
-                kind,
-                str(x.matrices),
-                mib(x.bytes),
-                f"{x.bits_per_weight:.3f}",
-                f"{x.of_bfloat16:.2%}",
-            )
-            for kind, x in stored
-        ],
-    )
-    closing = [("time", f"{report.seconds:.1f} s"), ("output", str(report.output))]
-    if report.rounding:
-        error = f"{report.rounding['mean_error']:.2g} of the linears' outputs, squared"
-        closing.insert(0, ("error of rounding", error))
-    print_table("", ("", ""), closing)
+    print_result(report, as_json=as_json)

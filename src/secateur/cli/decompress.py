@@ -21,19 +21,9 @@ def decompress(
 ) -> None:
     """Write a compressed model as plain dense safetensors again."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import mib, print_json, print_table
+    from secateur.cli.rendering import print_result
     from secateur.workflows.compress.unpack import decompress as run_decompression
 
     with show_progress() as progress:
         report = run_decompression(model, output=output, overwrite=overwrite, progress=progress)
-    if as_json:
-        print_json(report.to_json())
-        return
-    rows = [
-        ("weight files before", mib(report.source_bytes)),
-        ("weight files now", mib(report.file_bytes)),
-        ("matrices unpacked", str(report.matrices)),
-        ("time", f"{report.seconds:.1f} s"),
-        ("output", str(report.output)),
-    ]
-    print_table("decompressed", ("", ""), rows)
+    print_result(report, as_json=as_json)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from secateur.cli import options as o
 from secateur.errors import RecipeError
 
-if TYPE_CHECKING:
-    from secateur.diagnostics.diagnosis import Diagnosis
-    from secateur.diagnostics.target import Target
-
 __all__ = ["diagnose"]
-
-STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
 def diagnose(
@@ -46,16 +40,12 @@ def diagnose(
 ) -> None:
     """Check zeros, values, units and layers; exit code 3 if something is proven wrong."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
+    from secateur.cli.rendering import print_result
     from secateur.workflows.judge.diagnose import check_target
     from secateur.workflows.judge.diagnose import diagnose as run_diagnosis
 
     if target:
-        machine = check_target()
-        if as_json:
-            print_json(machine.to_json())
-        else:
-            show_target(machine)
+        print_result(check_target(), as_json=as_json)
         return
     if model is None:
         raise RecipeError(
@@ -73,43 +63,6 @@ def diagnose(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if as_json:
-        print_json(found.to_json())
-    else:
-        show(found)
+    print_result(found, as_json=as_json)
     if found.count("error"):
         raise typer.Exit(3)
-
-
-def show(found: Diagnosis) -> None:
-    """The verdict in a line; then what was found, for people."""
-    from secateur.cli.rendering import print_table, stdout
-
-    stdout.print(f"{found.model}: {found.verdict}", highlight=False, markup=False, soft_wrap=True)
-    rows = [
-        (
-            f"[{STYLES[x.severity]}]{x.severity}[/]\n{x.id}",
-            f"[bold]{plain(x.where)}[/]\n{plain(x.evidence)}\n[dim]→ {plain(x.remedy)}[/]",
-        )
-        for x in found.findings
-    ]
-    if rows:
-        print_table("findings", ("what", "where, evidence → remedy"), rows, numbers=2)
-
-
-def show_target(target: Target) -> None:
-    """What this machine can speed up, for people."""
-    from secateur.cli.rendering import print_table, stdout
-
-    told = {True: "yes", False: "no", None: "depends"}
-    rows = [(s.kind, s.engine, told[s.faster], plain(s.reason)) for s in target.supports]
-    print_table(target.cpu, ("kind", "engine", "faster", "why"), rows, numbers=4)
-    stdout.print(f"processor features: {', '.join(target.features) or 'not known'}")
-    stdout.print(f"CUDA capability: {target.cuda_capability or 'no CUDA device'}")
-
-
-def plain(text: str) -> str:
-    """Text whose brackets are no markup."""
-    from rich.markup import escape
-
-    return escape(text)

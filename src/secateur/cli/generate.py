@@ -26,7 +26,7 @@ def generate(
     as_json: o.Json = False,
 ) -> None:
     """Continue a prompt on the CPU; packed linears stay packed."""
-    from secateur.cli.rendering import print_json
+    from secateur.cli.rendering import print_result
     from secateur.workflows.judge.generate import generate as run_generation
 
     written = False
@@ -48,8 +48,7 @@ def generate(
         tell=tell,
     )
     if as_json:
-        print_json({"model": model, **made.to_json()})
+        print_result(made, as_json=True)
         return
-    rate = "" if made.tokens_per_second is None else f", {made.tokens_per_second:.1f} tokens/s"
     typer.echo()
-    typer.echo(f"{made.tokens} tokens{rate} ({made.loop})", err=True)
+    typer.echo(made.account, err=True)

@@ -12,8 +12,9 @@ __all__ = ["methods"]
 
 def methods(as_json: o.Json = False) -> None:
     """List presets, methods and their parts."""
-    from secateur.cli.rendering import print_json, print_table
+    from secateur.cli.rendering import print_json
     from secateur.recipes.presets import presets
+    from secateur.reporting.tables import Table, print_blocks
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import methods as known
     from secateur.sparsity.patterns import patterns
@@ -36,33 +37,48 @@ def methods(as_json: o.Json = False) -> None:
             }
         )
         return
-    print_table(
-        "presets: secateur prune MODEL --effort NAME",
-        ("name", "stands for"),
-        [(name, ", ".join(f"{k}={told(v)}" for k, v in presets[name].items())) for name in presets],
-        numbers=2,
-    )
-    print_table(
-        "methods: secateur prune MODEL --method NAME",
-        ("name", "score", "solver", "scope", "what it does", "paper"),
-        [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in known.items()],
-        numbers=6,
-    )
-    print_table(
-        "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME",
-        ("kind", "name", "needs"),
-        [
-            *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
-            *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
-            *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
-            ("pattern", "unstructured", "scope row, layer or global"),
-            ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
-            ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
-            *(("allocation", n, allocated(allocations[n])) for n in allocations),
-            *(("schedule", n, "retrain --gradual, --set gradual.schedule") for n in schedules),
-        ],
-        numbers=3,
-    )
+    tables = [
+        Table.of(
+            "presets: secateur prune MODEL --effort NAME",
+            ("name", "stands for"),
+            [
+                (name, ", ".join(f"{k}={told(v)}" for k, v in presets[name].items()))
+                for name in presets
+            ],
+            numbers=2,
+        ),
+        Table.of(
+            "methods: secateur prune MODEL --method NAME",
+            ("name", "score", "solver", "scope", "what it does", "paper"),
+            [
+                (name, m.score, m.solver, m.scope, m.description, m.paper)
+                for name, m in known.items()
+            ],
+            numbers=6,
+        ),
+        Table.of(
+            "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME",
+            ("kind", "name", "needs"),
+            [
+                *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
+                *(
+                    ("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask")
+                    for n in solvers
+                ),
+                *(
+                    ("refinement", n, ", ".join(sorted(refinements[n].requires)))
+                    for n in refinements
+                ),
+                ("pattern", "unstructured", "scope row, layer or global"),
+                ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
+                ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
+                *(("allocation", n, allocated(allocations[n])) for n in allocations),
+                *(("schedule", n, "retrain --gradual, --set gradual.schedule") for n in schedules),
+            ],
+            numbers=3,
+        ),
+    ]
+    print_blocks(tables)
 
 
 def told(value: Any) -> str:

@@ -31,36 +31,7 @@ def plan(
 ) -> None:
     """Tell what pruning would need: memory, disk, work. Reads no weights and writes nothing."""
     recipe = o.recipe_from(locals())
-    from secateur.cli.rendering import gib, mib, not_pruned, print_json, print_table
+    from secateur.cli.rendering import print_result
     from secateur.workflows.prune.checkpoint import plan_recipe
 
-    found, where = plan_recipe(recipe)
-    if as_json:
-        print_json({**found.to_json(), "activations": where})
-        return
-    matrices, size = found.squares
-    rows = [
-        ("decoder layers", f"{found.num_hidden_layers}"),
-        ("weights that can be pruned", f"{found.prunable_weights:,}"),
-        ("not pruned", not_pruned(found.left)),
-        ("calibration tokens", f"{found.calibration_tokens:,}"),
-        ("work", f"{found.flops / 1e12:.1f} TFLOP"),
-        ("disk", gib(found.disk_bytes)),
-        ("memory: the program itself", mib(found.process_bytes)),
-        ("memory: one decoder layer", mib(found.layer_bytes)),
-        (f"memory: hidden states (in {where})", mib(found.activation_bytes)),
-        ("memory: forwards", mib(found.forward_bytes + found.waiting_bytes)),
-        ("memory: statistics and solver", mib(found.solve_bytes)),
-        *([(f"  of that {matrices}", mib(size))] if size else []),
-        *(
-            (f"memory: the whole model, {what}", mib(size))
-            for what, size in (
-                ("writing windows", found.writing_bytes),
-                ("distilled", found.distilling_bytes),
-            )
-            if size
-        ),
-        ("peak memory of the GPU" if found.on_gpu else "peak memory", gib(found.peak_bytes)),
-        *([("peak memory of the host", gib(found.host_peak_bytes))] if found.on_gpu else []),
-    ]
-    print_table("plan", ("", ""), rows)
+    print_result(plan_recipe(recipe), as_json=as_json)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from secateur.cli import options as o
-
-if TYPE_CHECKING:
-    from secateur.reporting.prune_report import PruneReport
 
 __all__ = ["prune"]
 
@@ -64,34 +61,9 @@ def prune(
     """Prune a model into a new folder that plain transformers loads."""
     recipe = o.recipe_from(locals())
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
+    from secateur.cli.rendering import print_result
     from secateur.workflows.prune.checkpoint import run_recipe
 
     with show_progress() as progress:
         report = run_recipe(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
-    if as_json:
-        print_json({"output": str(report.output), **report.manifest})
-        return
-    show(report)
-
-
-def show(report: PruneReport) -> None:
-    """What was done, for people."""
-    from secateur.cli.rendering import gib, mib, not_pruned, print_table
-
-    result, cost = report.manifest["result"], report.manifest["cost"]
-    rows = [
-        ("method", f"{report.manifest['method']['name']}, {report.manifest['method']['pattern']}"),
-        ("allocation", report.manifest["allocation"]["name"]),
-        ("zeros in decoder matrices", f"{result['decoder_sparsity']:.4%}"),
-        ("zeros in all parameters", f"{result['model_sparsity']:.4%}"),
-        ("not pruned", not_pruned(report.left)),
-        ("time", f"{cost['seconds']:.1f} s"),
-        ("peak memory", gib(cost["peak_resident_bytes"])),
-        ("planned memory", gib(report.manifest["plan"]["host_peak_bytes"])),
-        ("weight files", mib(result["file_bytes"])),
-        ("output", str(report.output)),
-    ]
-    if report.manifest["collapsed"]:
-        rows.insert(-1, ("collapsed", ", ".join(report.manifest["collapsed"])))
-    print_table("pruned", ("", ""), rows, numbers=2)
+    print_result(report, as_json=as_json)

@@ -30,16 +30,7 @@ def report(
     as_json: o.Json = False,
 ) -> None:
     """Put what was measured of pruned models on one self-contained page, side by side."""
-    from secateur.cli.rendering import print_json, stdout
+    from secateur.cli.rendering import print_result
     from secateur.workflows.report import report as write_report
 
-    files = write_report(runs, output, plots=plots, card=card)
-    if as_json:
-        told = {"page": str(files.page), "plots": [str(file) for file in files.plots]}
-        print_json({**told, "card": str(files.card) if files.card else None})
-        return
-    stdout.print(f"report: [bold]{files.page}[/]")
-    if files.plots:
-        stdout.print(f"plots: {len(files.plots)} files in {files.plots[0].parent}")
-    if files.card:
-        stdout.print(f"model card: {files.card}")
+    print_result(write_report(runs, output, plots=plots, card=card), as_json=as_json)

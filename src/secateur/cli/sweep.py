@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from secateur.cli import options as o
 from secateur.errors import RecipeError
-
-if TYPE_CHECKING:
-    from secateur.reporting.sweep_result import SweepResult
 
 __all__ = ["sweep"]
 
@@ -59,7 +56,7 @@ def sweep(
     }
     shares = numbers(sparsities)
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
+    from secateur.cli.rendering import print_result
     from secateur.workflows.sweep.plan import SweepPlan
     from secateur.workflows.sweep.run import sweep as run_sweep
 
@@ -76,10 +73,7 @@ def sweep(
     )
     with show_progress() as progress:
         result = run_sweep(plan, output, keep_models=keep_models, progress=progress)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        show(result, output)
+    print_result(result, as_json=as_json)
     if result.failures:
         raise typer.Exit(1)
 
@@ -101,16 +95,3 @@ def numbers(text: str) -> tuple[float, ...]:
         raise RecipeError(
             f"--sparsities {text!r} are not numbers", remedy="for example --sparsities 0.3,0.5,0.7"
         ) from None
-
-
-def show(result: SweepResult, output: str) -> None:
-    """The table, for people."""
-    from secateur.cli.rendering import print_table, stdout
-
-    print_table(result.model, result.columns, result.rows(), numbers=2)
-    stdout.print("in brackets: ln(perplexity) − ln(dense perplexity), nats a token", style="dim")
-    for failure in result.failures:
-        where = f" ({failure['where']})" if failure["where"] else ""
-        named = f"{failure['method']} {failure['pattern']} {failure['sparsity']:g}"
-        stdout.print(f"failed: {named}: {failure['what']}{where}", markup=False, style="red")
-    stdout.print(f"sweep.json, .md, .csv, .png and .svg lie in [bold]{output}[/]")

@@ -10,7 +10,6 @@ import typer
 
 if TYPE_CHECKING:
     from secateur.recipes.training_schema import RetrainRecipe
-    from secateur.reporting.training_report import TrainingReport
 
 __all__ = ["run", "training_recipe"]
 
@@ -109,7 +108,7 @@ def training_recipe(kind: type[AnyRecipe], given: dict[str, Any]) -> AnyRecipe:
 def run(recipe: RetrainRecipe, *, as_json: bool, **options: Any) -> None:
     """Train as a recipe says, and show what was done; in several processes the first one does."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
+    from secateur.cli.rendering import print_result
     from secateur.workflows.train.checkpoint import run_training
 
     if int(os.environ.get("RANK", "0")):
@@ -117,27 +116,4 @@ def run(recipe: RetrainRecipe, *, as_json: bool, **options: Any) -> None:
         return
     with show_progress() as progress:
         report = run_training(recipe, progress, **options)
-    if as_json:
-        print_json({"output": str(report.output), **report.manifest})
-    else:
-        show(report)
-
-
-def show(report: TrainingReport) -> None:
-    """What was done, for people."""
-    from secateur.cli.rendering import gib, print_table
-
-    result, cost = report.manifest["result"], report.manifest["cost"]
-    seconds = cost["training_seconds"]
-    rows = [
-        ("objective", report.manifest["objective"]),
-        ("zeros in decoder matrices", f"{report.sparsity:.4%}"),
-        ("read", f"{report.tokens:,} tokens in {report.steps:,} steps"),
-        ("time", f"{seconds:.1f} s, {report.tokens / seconds:,.0f} tokens/s"),
-        ("peak memory", gib(cost["peak_resident_bytes"])),
-        ("output", str(report.output)),
-    ]
-    if report.perplexity_after is not None:
-        told = f"{report.perplexity_before:.3f} → {report.perplexity_after:.3f}"
-        rows.insert(2, ("validation perplexity", f"{told} at step {result['best_step']}"))
-    print_table("trained", ("", ""), rows, numbers=2)
+    print_result(report, as_json=as_json)

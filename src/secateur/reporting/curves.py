@@ -59,9 +59,9 @@ def judged_points(result: SweepResult, name: str = "") -> list[Judged]:
     """The points of a sweep; `name` tells its lines from those of others."""
     return [
         Judged(
-            model=result.model,
+            model=result.sweep.model,
             text=text,
-            protocol=result.protocol[text],
+            protocol=result.sweep.protocol[text],
             series=" ".join(
                 filter(None, (name, p.method, "" if p.pattern == "unstructured" else p.pattern))
             ),

@@ -122,7 +122,9 @@ def plain_text(blocks: Iterable[Block]) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    print_blocks(blocks, Console(file=stream, width=PLAIN_WIDTH, no_color=True, force_terminal=False))
+    print_blocks(
+        blocks, Console(file=stream, width=PLAIN_WIDTH, no_color=True, force_terminal=False)
+    )
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 

@@ -6,11 +6,9 @@ or not at all, so a killed chain goes on with the step it was in, which goes on 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,11 @@ from secateur.recipes.reading import (
 from secateur.recipes.schema import PruneRecipe
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.registry import did_you_mean
-from secateur.reporting.results.chain import ChainResult, Link
+from secateur.reporting.results.chain import ChainResult
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests
-from secateur.runs.records import Chain, declared, read_record
+from secateur.runs.records import Chain, Link, declared, read_record
 from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.pack import compress
 from secateur.workflows.prune.checkpoint import prune
@@ -153,8 +151,8 @@ def carry_out(
                     **options,
                 )
             seconds = time.perf_counter() - started
-            write_json(account, asdict(counted(verb, made, seconds, trust_remote_code)))
-        links.append(Link(**json.loads(account.read_text(encoding="utf-8"))))
+            write_json(account, counted(verb, made, seconds, trust_remote_code).to_json())
+        links.append(read_record(Link, account))
         before = made
     if before.exists():
         shutil.rmtree(folder.model)
@@ -223,7 +221,14 @@ def counted(step: str, folder: Path, seconds: float, trust_remote_code: bool) ->
     """What a folder holds."""
     audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code)
     zeros = sum(linear.zeros for linear in audit.linears)
-    return Link(step, audit.parameters, zeros, audit.file_bytes, seconds)
+    return Link(
+        step=step,
+        parameters=audit.parameters,
+        zeros=zeros,
+        file_bytes=audit.file_bytes,
+        seconds=seconds,
+        kept=audit.parameters - zeros,
+    )
 
 
 def gather_notes(folder: RunFolder) -> None:
@@ -240,5 +245,4 @@ def gather_notes(folder: RunFolder) -> None:
 
 def read_report(output: Path) -> ChainResult:
     """The account that lies in a chain's result."""
-    links = read_record(Chain, output / NOTES / CHAIN).links
-    return ChainResult(tuple(Link(**link.model_dump(exclude={"kept"})) for link in links), output)
+    return ChainResult(read_record(Chain, output / NOTES / CHAIN).links, output)

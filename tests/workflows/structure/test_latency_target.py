@@ -18,7 +18,8 @@ from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.step_time import Timed
 from secateur.progress import Progress, Silent
 from secateur.recipes.reading import build_structure_recipe, nested
-from secateur.workflows.structure.checkpoint import StructureReport, structure_recipe
+from secateur.reporting.results.structure import StructureResult
+from secateur.workflows.structure.checkpoint import structure_recipe
 from tiny import save_tiny, tiny_llama
 from zoo import tiny_windows
 
@@ -65,7 +66,7 @@ def cut(
     resume: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> StructureReport:
+) -> StructureResult:
     """`secateur structure` with a timer of ours."""
     values = {"model": str(source), "output": str(source.with_name("out")), "effort": "fast"}
     values |= {"calibration": str(windows)} | options

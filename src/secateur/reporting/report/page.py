@@ -28,7 +28,7 @@ from secateur.reporting.report.figures import (
 from secateur.reporting.report.headline import Claim, claims
 from secateur.reporting.report.provenance import Part, of_run, of_sweep
 from secateur.reporting.report.quality import quality_rows
-from secateur.reporting.report.records import Records, Run, Sweep
+from secateur.reporting.report.records import Records, ReportedSweep, Run
 from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, counted, percent
 from secateur.runs.evaluation import GenerationRecord
@@ -144,7 +144,7 @@ SHOWN: Mapping[bool, Callable[[float], str]] = {
 def title(records: Records) -> str:
     """What the page is about, in a line."""
     models = [run.manifest.source.name for run in records.runs]
-    models += [sweep.result.model for sweep in records.sweeps]
+    models += [sweep.result.sweep.model for sweep in records.sweeps]
     names = list(dict.fromkeys(bare_name(name) for name in models))
     subject = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
     if len(records.runs) == 1:
@@ -221,11 +221,11 @@ def chips(run: Run) -> list[tuple[str, str]]:
     return told
 
 
-def sweep_view(sweep: Sweep) -> SweepView:
+def sweep_view(sweep: ReportedSweep) -> SweepView:
     """A sweep as the page shows it."""
     result = sweep.result
     methods = list(dict.fromkeys(point.method for point in result.points))
-    made = f"{bare_name(result.model)}: {', '.join(methods)}; {len(result.points)} points"
+    made = f"{bare_name(result.sweep.model)}: {', '.join(methods)}; {len(result.points)} points"
     told = []
     for text in result.texts[:1]:
         told.append(f"Dense: perplexity {result.dense[text]:.2f} on {bare_name(text)}.")

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, mib
+from secateur.runs.records import Link
 
-__all__ = ["ChainResult", "Link"]
-
-
-@dataclass(frozen=True)
-class Link:
-    """What is left after a step.
-
-    Attributes:
-        step: the verb; `source` for the model as it was.
-        parameters: of the whole model.
-        zeros: of its parameters.
-        file_bytes: of the weight files.
-        seconds: that the step took.
-    """
-
-    step: str
-    parameters: int
-    zeros: int
-    file_bytes: int
-    seconds: float
-
-    @property
-    def kept(self) -> int:
-        """Parameters that are there and not zero."""
-        return self.parameters - self.zeros
+__all__ = ["ChainResult"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +28,7 @@ class ChainResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
-        links = [{**asdict(link), "kept": link.kept} for link in self.links]
-        return {"links": links, "output": str(self.output)}
+        return {"links": [link.to_json() for link in self.links], "output": str(self.output)}
 
     def blocks(self) -> Sequence[Block]:
         """What is left after each step, and where the result is."""

@@ -71,7 +71,10 @@ class StructureResult(Result):
         cut, cost = self.manifest["structure"], self.manifest["cost"]
         steps = [(f"{x['step']}, by {x['by']}", f"{step_share(x):.1%} left") for x in cut["steps"]]
         rows = [
-            ("loads with", "secateur, or trust_remote_code" if cut["varied"] else "plain transformers"),
+            (
+                "loads with",
+                "secateur, or trust_remote_code" if cut["varied"] else "plain transformers",
+            ),
             ("time", f"{cost['seconds']:.1f} s"),
             ("peak memory", gib(cost["peak_resident_bytes"])),
             ("output", str(self.output)),

@@ -1,4 +1,4 @@
-"""What every file beside a model has in common: a schema, one way to write it, one way to read it."""
+"""The base of every schema, with one way to write a file and one way to read it."""
 
 from __future__ import annotations
 

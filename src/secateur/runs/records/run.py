@@ -8,7 +8,17 @@ from pydantic import Field
 
 from secateur.runs.records.base import Record
 
-__all__ = ["MANIFEST_VERSION", "Chain", "Compression", "Layer", "Linear", "Manifest", "Step", "Training"]
+__all__ = [
+    "MANIFEST_VERSION",
+    "Chain",
+    "Compression",
+    "Layer",
+    "Linear",
+    "Link",
+    "Manifest",
+    "Step",
+    "Training",
+]
 
 MANIFEST_VERSION = 1
 
@@ -147,7 +157,16 @@ class Training(Record):
 
 
 class Link(Record):
-    """What is left after a step of a chain."""
+    """What is left after a step of a chain.
+
+    Attributes:
+        step: the verb; `source` for the model as it was.
+        parameters: of the whole model.
+        zeros: of its parameters.
+        file_bytes: of the weight files.
+        seconds: that the step took.
+        kept: parameters that are there and not zero.
+    """
 
     step: str
     parameters: int

@@ -20,7 +20,7 @@ from secateur.diagnostics.target import Target, check_speed, look_at_target
 from secateur.diagnostics.training_log import check_training, read_log
 from secateur.diagnostics.units import check_units, head_size
 from secateur.diagnostics.values import check_values
-from secateur.diagnostics.weights import Weights, look_at_weights
+from secateur.diagnostics.weights import Weights, layer_sparsity, look_at_weights
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluation_windows
@@ -28,6 +28,7 @@ from secateur.models.positions import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.progress import Progress, Silent
+from secateur.reporting.results.diagnose import DiagnoseResult, TargetResult
 from secateur.runs import records
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment

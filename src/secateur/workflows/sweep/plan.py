@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.reporting.sweep_result import PointKey
+from secateur.runs.records import PointKey
 from secateur.sparsity.patterns import parse_pattern
 
 __all__ = ["SweepPlan", "point_name"]

@@ -21,8 +21,8 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.reading import dump_recipe, validated
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
-from secateur.reporting.training_card import training_card
 from secateur.reporting.results.train import TrainResult
+from secateur.reporting.training_card import training_card
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES, RunFolder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.runs.folder import NOTES
+from secateur.runs.records import Manifest, Step, read_list, read_record
 from secateur.training.objectives import Distil, NextToken, Objective
 from secateur.training.process_group import ProcessGroup
 from secateur.training.sharing import load
