@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from hardware import heading, keep, markdown
 from secateur.runtime.kernels.library import kernel_info, use_tier
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 WORKING_SET = 96 * 2**20
@@ -47,10 +47,10 @@ def random_bits(rows: int, columns: int, kept: int) -> Tensor:
     return (mask.view(rows, -1, 8) * powers).sum(2, dtype=torch.uint8)
 
 
-def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype) -> Matrix:
+def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype) -> KernelMatrix:
     """A random matrix with the same number of zeros in each row."""
     kept = columns - round(sparsity * columns)
-    return Matrix(
+    return KernelMatrix(
         numbers(rows * kept, dtype),
         bitmask=random_bits(rows, columns, kept),
         columns=columns,
@@ -91,7 +91,9 @@ def kinds(rows: int, columns: int, batch: int) -> dict[str, list[Callable[[], An
     enter("torch int8", integers, lambda w: torch._weight_int8pack_mm(x, w, scales))
     for dtype, name, width in ((torch.bfloat16, "bf16", 2), (torch.int8, "int8", 1)):
         dense = copies(
-            lambda d=dtype: Matrix(numbers(size, d).view(rows, columns), scale=scale(rows, d)),
+            lambda d=dtype: KernelMatrix(
+                numbers(size, d).view(rows, columns), scale=scale(rows, d)
+            ),
             width * size,
         )
         enter(f"own {name}", dense, lambda m: m.multiply(x))

@@ -332,8 +332,8 @@ def test_the_protocol_id_knows_it() -> None:
 
 def test_the_record_of_a_judgement_names_it(gemma: Path, text: Path) -> None:
     record = secateur.evaluate(gemma, dense=gemma, text=text, sequence_length=32)
-    assert record.perplexity[0].protocol["start_tokens"] == [BOS]
-    assert record.perplexity[0].protocol["tokens"] == 31 * record.perplexity[0].protocol["windows"]
+    assert record.protocol["start_tokens"] == [BOS]
+    assert record.protocol["tokens"] == 31 * record.protocol["windows"]
 
 
 def test_diagnosis_reads_them_too(gemma: Path, text: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from secateur.diagnostics.target import (
-    Target,
+    Machine,
     check_speed,
     cpu_features,
     look_at_target,
@@ -64,11 +64,11 @@ def test_sparse_tensor_cores(capability, faster, told: str) -> None:
 
 
 def test_a_pattern_that_nothing_gains_from(tmp_path: Path) -> None:
-    bare = Target("P", (), None, {}, [*own_kernels(KernelInfo("none", 0, "no compiler"))])
+    bare = Machine("P", (), None, {}, [*own_kernels(KernelInfo("none", 0, "no compiler"))])
     for pattern in ("unstructured", "2:4", "4:8", "16x1"):
         found = {x.id: x for x in check_speed(tmp_path, pattern, 0.5, bare)}
         assert set(found) == {"pattern-without-gain", "speed-not-measured"}
         assert "no compiler" in found["pattern-without-gain"].evidence
         assert found["speed-not-measured"].remedy == f"measure it: secateur bench {tmp_path}"
-    able = Target("P", (), None, {}, own_kernels(KernelInfo("avx2", 4)))
+    able = Machine("P", (), None, {}, own_kernels(KernelInfo("avx2", 4)))
     assert [x.id for x in check_speed(tmp_path, "2:4", 0.5, able)] == ["speed-not-measured"]

@@ -33,7 +33,7 @@ def test_a_second_call_keeps_what_it_does_not_measure(dense, pruned, text, kept,
     assert found.divergence == first.divergence
     assert found.generation == first.generation
     assert found.tasks == second.tasks
-    assert found.perplexity == [*first.perplexity, *third.perplexity]
+    assert found.perplexity == [*first.texts, *third.texts]
     assert [one.reference for one in found.results] == [
         str(dense), None, str(dense), None, str(dense),
     ]  # fmt: skip
@@ -46,7 +46,7 @@ def test_the_same_protocol_is_replaced(dense, pruned, text, kept) -> None:
     kept.write_text(json.dumps(values))
     again = secateur.evaluate(pruned, dense=dense, text=text, sequence_length=32)
     found = read_evaluation(kept)
-    assert found.perplexity == again.perplexity
+    assert found.perplexity == again.texts
     assert found.divergence == again.divergence
     assert found.perplexity[0].perplexity != 7.0
 
@@ -55,13 +55,13 @@ def test_what_was_said_of_the_reference_stays(dense, pruned, text, kept, tmp_pat
     """The same measured again alone: the dense model's numbers still stand beside it."""
     write_rows(tmp_path / "data", "boolq", 6)
     options: dict[str, Any] = {
-        "perplexity": [text], "sequence_length": 32, "tasks": ["boolq"], "limit": 6,
+        "text": text, "sequence_length": 32, "tasks": ["boolq"], "limit": 6,
         "task_data": tmp_path / "data", "generation": True, "prompts": ["the lamp"],
     }  # fmt: skip
     first = secateur.evaluate(pruned, dense=dense, **options)
     secateur.evaluate(pruned, **options)
     found = read_evaluation(kept)
-    (before,), (after,) = first.perplexity, found.perplexity
+    (before,), (after,) = first.texts, found.perplexity
     assert after.reference_perplexity == before.reference_perplexity
     assert after.seconds != before.seconds  # its own numbers are new
     assert {one.reference for one in found.results} == {str(dense)}
@@ -136,7 +136,7 @@ def test_a_write_that_is_stopped_leaves_what_was_there(pruned, text, kept, monke
 
 def test_marks_of_inheritance_are_replaced_by_measuring(pruned, text, kept) -> None:
     record = secateur.evaluate(pruned, text=text, sequence_length=32)
-    marked = record.inherited()
+    marked = record.record.inherited()
     assert [one.inherited_from for one in marked.results] == [str(pruned)]
     other = EvaluationRecord.model_validate({**marked.to_json(), "model": "other"})
     assert other.inherited() == other  # the first that was measured

@@ -8,11 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
-from secateur.runs.records import Sweep, read_record
 
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, PatternError, RecipeError
 from secateur.evaluation.perplexity import perplexity
+from secateur.runs.records import Sweep, read_record
 from secateur.workflows.sweep import run as sweeping
 from secateur.workflows.sweep.plan import SweepPlan
 from secateur.workflows.sweep.run import sweep

@@ -14,7 +14,7 @@ import transformers
 
 import secateur
 from secateur.models.skeleton import quiet_transformers
-from secateur.runtime.kernels.dispatch import Choice
+from secateur.runtime.kernels.dispatch import KernelChoice
 from tiny import split_shards, tiny_tokenizer
 from zoo import CONFIGS, matrices, weight_of
 
@@ -70,7 +70,7 @@ def packed_model(folder: Path, family: str = "llama", **options: Any) -> Path:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the timings of this moment, matrices stay packed and few tokens take the kernel."""
-    monkeypatch.setattr("secateur.runtime.install.choose", lambda *_: Choice(64, 10.0))
+    monkeypatch.setattr("secateur.runtime.install.choose", lambda *_: KernelChoice(64, 10.0))
 
 
 def python(

@@ -21,7 +21,7 @@ from secateur.runtime.kernels import dispatch
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels import matrix as matrices
 from secateur.runtime.kernels.dispatch import by_tiles
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.packed import PackedCheckpoint
 
 SHAPES = ((1, 1), (2, 63), (5, 64), (3, 65), (33, 130), (7, 577), (4, 1000))
@@ -39,17 +39,19 @@ def tiers() -> Iterator[str]:
         yield tier
 
 
-def random_matrix(rows: int, columns: int, values: torch.dtype, sparsity: float | None) -> Matrix:
+def random_matrix(
+    rows: int, columns: int, values: torch.dtype, sparsity: float | None
+) -> KernelMatrix:
     weight = torch.randn(rows, columns) * 50
     stored = weight.clamp(-127, 127).to(values)
     scale = torch.rand(rows) if values == torch.int8 else None
     if sparsity is None:
-        return Matrix(stored, scale=scale)
+        return KernelMatrix(stored, scale=scale)
     mask = torch.rand(rows, columns) >= sparsity
-    return Matrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
+    return KernelMatrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
 
 
-def multiply_in_all_ways(matrix: Matrix) -> None:
+def multiply_in_all_ways(matrix: KernelMatrix) -> None:
     """Every batch in both dtypes, numbers that are none, and tiles."""
     for batch in range(1, lib.MAX_BATCH + 1):
         for dtype in (torch.float32, torch.bfloat16):

@@ -15,7 +15,7 @@ from secateur.errors import KernelError, ShapeError
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import by_kernel, by_tiles, choose
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 
 pytestmark = pytest.mark.skipif(
     lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
@@ -40,7 +40,7 @@ def tier(request: pytest.FixtureRequest) -> str:
 
 def example(
     rows: int, columns: int, values: torch.dtype, sparsity: float | None, seed: int = 0
-) -> tuple[Matrix, Tensor]:
+) -> tuple[KernelMatrix, Tensor]:
     """A matrix, and the same dense in float64."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
@@ -53,10 +53,10 @@ def example(
         stored = weight.to(values)
         dense = stored.double()
     if sparsity is None:
-        return Matrix(stored, scale=scale), dense
+        return KernelMatrix(stored, scale=scale), dense
     mask = torch.rand(rows, columns, generator=generator) >= sparsity
     mask[0] = False  # a row without values
-    matrix = Matrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
+    matrix = KernelMatrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
     return matrix, dense * mask
 
 
@@ -114,13 +114,13 @@ BOUND = """
 import os, sys
 import torch
 from secateur.runtime.kernels.library import library
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 
 allowed = os.sched_getaffinity(0)
 before = set(os.listdir("/proc/self/task"))
 assert library().sct_set_threads(len(allowed)) == len(allowed)
 workers = [int(x) for x in set(os.listdir("/proc/self/task")) - before]
-matrix, x = Matrix(torch.randn(64, 64)), torch.randn(1, 64)
+matrix, x = KernelMatrix(torch.randn(64, 64)), torch.randn(1, 64)
 
 def processors():
     matrix.multiply(x)
@@ -156,11 +156,11 @@ def test_not_a_number_stays_one(tier):
 
 def test_a_dense_weight_is_used_where_it_lies():
     weight = torch.randn(8, 128)
-    matrix = Matrix(weight)
+    matrix = KernelMatrix(weight)
     assert matrix.values.data_ptr() == weight.data_ptr()
     assert matrix.weight is not None
     assert torch.equal(matrix.weight, weight)
-    assert Matrix(torch.randn(8, 100)).weight.shape == (8, 100)
+    assert KernelMatrix(torch.randn(8, 100)).weight.shape == (8, 100)
 
 
 def test_memory_is_that_of_the_format():
@@ -172,14 +172,14 @@ def test_memory_is_that_of_the_format():
 def test_parts_that_do_not_fit_are_refused():
     bits = pack_bits(torch.ones(3, 10, dtype=torch.bool))
     with pytest.raises(ShapeError, match="keeps 30 weights, there are 29"):
-        Matrix(torch.randn(29), bitmask=bits, columns=10)
+        KernelMatrix(torch.randn(29), bitmask=bits, columns=10)
     with pytest.raises(ShapeError, match="past its 9 columns"):
-        Matrix(torch.randn(30), bitmask=bits, columns=9)
+        KernelMatrix(torch.randn(30), bitmask=bits, columns=9)
     with pytest.raises(ShapeError, match="for 17 columns"):
-        Matrix(torch.randn(30), bitmask=bits, columns=17)
+        KernelMatrix(torch.randn(30), bitmask=bits, columns=17)
     with pytest.raises(ShapeError, match="int8 values with"):
-        Matrix(torch.zeros(3, 8, dtype=torch.int8))
-    matrix = Matrix(torch.randn(30), bitmask=bits, columns=10)
+        KernelMatrix(torch.zeros(3, 8, dtype=torch.int8))
+    matrix = KernelMatrix(torch.randn(30), bitmask=bits, columns=10)
     for x in (torch.randn(1, 9), torch.randn(9, 10), torch.zeros(1, 10, dtype=torch.float64)):
         with pytest.raises(ShapeError):
             matrix.multiply(x)

@@ -22,7 +22,7 @@ from secateur.errors import CheckpointError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.dispatch import Choice
+from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint
 from zoo import CONFIGS
@@ -275,7 +275,7 @@ def test_memory_is_that_of_the_files(tmp_path: Path) -> None:
 
 
 def test_matrices_that_do_not_pay_are_made_dense(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("secateur.runtime.install.choose", lambda *_: Choice(1, 0.5))
+    monkeypatch.setattr("secateur.runtime.install.choose", lambda *_: KernelChoice(1, 0.5))
     folder = packed_model(tmp_path, **STORED["bitmask"])
     model = secateur.load(folder, dtype=torch.float32)
     parts = packed_parts(model)

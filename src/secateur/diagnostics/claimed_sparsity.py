@@ -133,52 +133,59 @@ def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
     unknown = [x for x in dense if not x.known]
     dense = [x for x in dense if x.known]
     left = [x for x in dense if claims.asked_dense(x.name)]
+    odd = [x for x in dense if x not in left]
+    return [
+        *dense_of_unknown_layout(unknown, usual),
+        *dense_experts(unseen),
+        *dense_as_asked(left),
+        *dense_unasked(odd, weights, claims, usual),
+    ]
+
+
+def dense_of_unknown_layout(linears: list[LinearHealth], usual: float) -> list[Finding]:
+    """Dense matrices that no family describes."""
+    if not linears:
+        return []
+    evidence = (
+        f"{len(linears)} stored matrices of the decoder layers are dense, others have "
+        f"{usual:.1%} zeros: their layout is not known, so nothing prunes them"
+    )
+    remedy = "do not call the whole model sparse: `secateur inspect` counts what is stored"
+    return [Finding("dense-linear", "warning", first_names(linears), evidence, remedy)]
+
+
+def dense_experts(linears: list[LinearHealth]) -> list[Finding]:
+    """Dense linears of experts that no calibration token reached."""
+    if not linears:
+        return []
+    evidence = (
+        f"{len(linears)} linears of experts are dense: no calibration token was routed to "
+        "them, say the records"
+    )
+    remedy = "calibrate on more text (--samples), of more kinds, or leave them out (--exclude)"
+    return [Finding("expert-unseen", "warning", first_names(linears), evidence, remedy)]
+
+
+def dense_as_asked(linears: list[LinearHealth]) -> list[Finding]:
+    """Dense linears that the recipe leaves out."""
+    if not linears:
+        return []
+    evidence = f"{len(linears)} linears are dense, as the recipe asks"
+    return [Finding("left-dense", "note", first_names(linears), evidence, "nothing to do")]
+
+
+def dense_unasked(
+    linears: list[LinearHealth], weights: Weights, claims: Claims, usual: float
+) -> list[Finding]:
+    """Dense linears that no record explains: a note where all of a kind are dense."""
     found = []
-    if unknown:
-        found.append(
-            Finding(
-                "dense-linear",
-                "warning",
-                listed([x.name for x in unknown], 4),
-                f"{len(unknown)} stored matrices of the decoder layers are dense, others have "
-                f"{usual:.1%} zeros: their layout is not known, so nothing prunes them",
-                "do not call the whole model sparse: `secateur inspect` counts what is stored",
-            )
-        )
-    if unseen:
-        found.append(
-            Finding(
-                "expert-unseen",
-                "warning",
-                listed([x.name for x in unseen], 4),
-                f"{len(unseen)} linears of experts are dense: no calibration token was routed to "
-                "them, say the records",
-                "calibrate on more text (--samples), of more kinds, or leave them out (--exclude)",
-            )
-        )
-    if left:
-        found.append(
-            Finding(
-                "left-dense",
-                "note",
-                listed([x.name for x in left], 4),
-                f"{len(left)} linears are dense, as the recipe asks",
-                "nothing to do",
-            )
-        )
-    for kind in dict.fromkeys(x.kind for x in dense):
-        odd = [x for x in dense if x.kind == kind and x not in left]
+    for kind in dict.fromkeys(x.kind for x in linears):
+        odd = [x for x in linears if x.kind == kind]
         everywhere = len(odd) == sum(x.kind == kind for x in weights.linears)
         if everywhere and not claims.linears:
-            found.append(
-                Finding(
-                    "left-dense",
-                    "note",
-                    kind,
-                    f"it is dense in all {len(odd)} layers, others have {usual:.1%} zeros",
-                    "on purpose, by the look of it; if not, prune again",
-                )
-            )
+            evidence = f"it is dense in all {len(odd)} layers, others have {usual:.1%} zeros"
+            remedy = "on purpose, by the look of it; if not, prune again"
+            found.append(Finding("left-dense", "note", kind, evidence, remedy))
             continue
         found += [
             Finding(
@@ -192,3 +199,8 @@ def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
             for x in odd
         ]
     return found
+
+
+def first_names(linears: list[LinearHealth]) -> str:
+    """The names of the first four, and how many more there are."""
+    return listed([x.name for x in linears], 4)

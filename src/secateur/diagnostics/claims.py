@@ -15,11 +15,11 @@ from secateur.engine.prune.selection import Selection
 from secateur.errors import SecateurError
 from secateur.sparsity.patterns import Pattern, parse_pattern
 
-__all__ = ["Claim", "Claims", "read_claims"]
+__all__ = ["Claims", "LinearClaim", "read_claims"]
 
 
 @dataclass(frozen=True)
-class Claim:
+class LinearClaim:
     """What the records say of one linear.
 
     Attributes:
@@ -51,7 +51,7 @@ class Claims:
     """
 
     folder: Path | None = None
-    linears: dict[str, Claim] = field(default_factory=dict)
+    linears: dict[str, LinearClaim] = field(default_factory=dict)
     pattern: Pattern | None = None
     selection: Selection | None = None
     sparsity: float | None = None
@@ -134,11 +134,11 @@ def manifest_of(text: str) -> dict[str, Any]:
     }
 
 
-def claims_of(text: str) -> dict[str, Claim]:
+def claims_of(text: str) -> dict[str, LinearClaim]:
     """The last line of each layer counts: a layer that was done again has two."""
     lines = [json.loads(line) for line in text.splitlines() if line.strip()]
     return {
-        record["name"]: Claim(
+        record["name"]: LinearClaim(
             float(record["asked"]),
             int(record["pruned"]),
             int(record["zeros"]),

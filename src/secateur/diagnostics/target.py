@@ -17,7 +17,7 @@ import torch
 from secateur.diagnostics.findings import Finding
 from secateur.runtime.kernels.library import KernelInfo, kernel_info
 
-__all__ = ["Support", "Target", "check_speed", "look_at_target"]
+__all__ = ["Machine", "Support", "check_speed", "look_at_target"]
 
 FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_bf16", "avx512_vnni",
@@ -58,7 +58,7 @@ class Support:
 
 
 @dataclass(frozen=True)
-class Target:
+class Machine:
     """A machine, and what runs on it.
 
     Attributes:
@@ -84,7 +84,7 @@ class Target:
         return asdict(self)
 
 
-def look_at_target(cpu: str) -> Target:
+def look_at_target(cpu: str) -> Machine:
     """Look at this machine.
 
     Args:
@@ -92,7 +92,7 @@ def look_at_target(cpu: str) -> Target:
     """
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     engines = {name: installed(name) for name in ("torch", *ENGINES)}
-    return Target(
+    return Machine(
         cpu,
         cpu_features(),
         None if capability is None else f"{capability[0]}.{capability[1]}",
@@ -178,7 +178,7 @@ def other_engines(engines: dict[str, str | None]) -> list[Support]:
     return found
 
 
-def check_speed(folder: Path, pattern: str, sparsity: float, target: Target) -> list[Finding]:
+def check_speed(folder: Path, pattern: str, sparsity: float, target: Machine) -> list[Finding]:
     """Was a speed-up really measured, and can this machine gain from the pattern at all?
 
     Args:

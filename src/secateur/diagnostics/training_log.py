@@ -21,7 +21,7 @@ from typing import Any
 from secateur.diagnostics.findings import Finding
 from secateur.errors import SourceError
 
-__all__ = ["Step", "check_training", "read_log"]
+__all__ = ["LoggedStep", "check_training", "read_log"]
 
 WINDOW = 20
 DEVIATIONS = 6.0
@@ -31,7 +31,7 @@ TO_SIGMA = 1.4826
 
 
 @dataclass(frozen=True)
-class Step:
+class LoggedStep:
     """One line of the log.
 
     Attributes:
@@ -45,7 +45,7 @@ class Step:
     learning_rate: float | None = None
 
 
-def read_log(file: Path) -> list[Step]:
+def read_log(file: Path) -> list[LoggedStep]:
     """Read a log: one JSON object a line, with `loss`, and `step` and `learning_rate` if known.
 
     Lines without a loss (of an evaluation, say) are passed over.
@@ -55,7 +55,7 @@ def read_log(file: Path) -> list[Step]:
     """
     if not file.is_file():
         raise SourceError("there is no such training log", where=str(file))
-    steps: list[Step] = []
+    steps: list[LoggedStep] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
@@ -78,17 +78,17 @@ def read_log(file: Path) -> list[Step]:
     return steps
 
 
-def step_of(row: dict[str, Any], place: int) -> Step:
+def step_of(row: dict[str, Any], place: int) -> LoggedStep:
     """A line as a step; a loss of null is one that was not a number."""
     loss, rate = row["loss"], row.get("learning_rate")
-    return Step(
+    return LoggedStep(
         int(row.get("step", place)),
         math.nan if loss is None else float(loss),
         None if rate is None else float(rate),
     )
 
 
-def check_training(steps: list[Step], where: str) -> list[Finding]:
+def check_training(steps: list[LoggedStep], where: str) -> list[Finding]:
     """Look for a loss that has left the numbers, or risen and stayed.
 
     Args:
@@ -148,6 +148,6 @@ def risen_for_good(losses: list[float]) -> tuple[int, float, float, float] | Non
     return begin + half, best, last, noise
 
 
-def told_rate(step: Step) -> str:
+def told_rate(step: LoggedStep) -> str:
     """The learning rate of a step, if it is known."""
     return "" if step.learning_rate is None else f"; the learning rate is {step.learning_rate:g}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.diagnostics.audit import count
 from secateur.diagnostics.claims import Claims
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.models.inventory import Matrix
+from secateur.models.inventory import StoredMatrix
 
 __all__ = ["LinearHealth", "Weights", "layer_sparsity", "look_at_weights"]
 
@@ -120,7 +120,7 @@ def not_finite_in(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-def health_of(matrix: Matrix, weight: Tensor, claims: Claims) -> LinearHealth:
+def health_of(matrix: StoredMatrix, weight: Tensor, claims: Claims) -> LinearHealth:
     """Count one matrix [out, in]."""
     assert matrix.layer is not None
     name = matrix.full_name

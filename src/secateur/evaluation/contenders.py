@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from secateur.errors import KernelError
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.decode import Decoder, given_cache, why_not
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedLinear
 from secateur.runtime.load import load
 
@@ -171,7 +171,7 @@ def quantize(model: Any, *, ours: bool) -> None:
         weight = module.weight.detach().float()
         if ours:
             integers, scale = quantize_rows(weight)
-            new: nn.Module = PackedLinear(Matrix(integers, scale=scale), module.bias)
+            new: nn.Module = PackedLinear(KernelMatrix(integers, scale=scale), module.bias)
         else:
             new = TorchInt8(weight, module.bias)
         owner, _, leaf = path.rpartition(".")

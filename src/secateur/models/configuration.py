@@ -65,13 +65,13 @@ def check_sizes(folder: Path) -> None:
         CheckpointError: naming the key, its value and what the headers hold.
     """
     config = read_configuration(folder)
-    stored = Stored(read_headers(shard_files(folder)))
+    stored = StoredSizes(read_headers(shard_files(folder)))
     for part in (config, *(config[name] for name in TEXT_PARTS if name in config)):
         if isinstance(part, dict):
             check_part(part, stored, str(folder / "config.json"))
 
 
-class Stored:
+class StoredSizes:
     """The sizes that the headers of a checkpoint show.
 
     Attributes:
@@ -101,7 +101,7 @@ def shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
         return  # there is none, or it is damaged, which the reader of packed files tells
 
 
-def check_part(part: Mapping[str, Any], stored: Stored, where: str) -> None:
+def check_part(part: Mapping[str, Any], stored: StoredSizes, where: str) -> None:
     """Check the numbers of a configuration, or of the part of it that describes the decoder."""
     found = {}
     for name, key in keys_of(part).items():

@@ -24,7 +24,7 @@ from secateur.models.sharing import shared_parameters
 
 __all__ = [
     "Left",
-    "Matrix",
+    "StoredMatrix",
     "inventory",
     "inventory_of",
     "stored_linears",
@@ -40,7 +40,7 @@ UNKNOWN = "a decoder layer's tensor in a form that is not known"
 
 
 @dataclass(frozen=True)
-class Matrix:
+class StoredMatrix:
     """A stored tensor of two or more dimensions.
 
     Attributes:
@@ -148,7 +148,7 @@ def inventory(
     architecture: Architecture,
     names: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
-) -> list[Matrix]:
+) -> list[StoredMatrix]:
     """Every stored floating-point tensor of two or more dimensions.
 
     Those of the decoder layers come first, in the order of the layers and of the modules in them.
@@ -176,24 +176,24 @@ def inventory(
         match = within.match(name)
         inside = int(match[1]) if match and int(match[1]) < count else None
         if name in linears:
-            found.append(Matrix(stored, shape, *linears[name]))
+            found.append(StoredMatrix(stored, shape, *linears[name]))
         elif name in parameters:
             reason = reason_of(model, architecture, name, inside=inside is not None)
             part = part_beside(stored, path) if reason == BESIDE else ""
-            found.append(Matrix(stored, shape, inside, None, reason, part))
+            found.append(StoredMatrix(stored, shape, inside, None, reason, part))
         elif inside is not None:
             reason = EXPERTS if "expert" in name else UNKNOWN
-            found.append(Matrix(stored, shape, inside, None, reason))
+            found.append(StoredMatrix(stored, shape, inside, None, reason))
         else:
             part = part_beside(stored, path)
-            found.append(Matrix(stored, shape, None, None, NOT_BUILT, part))
+            found.append(StoredMatrix(stored, shape, None, None, NOT_BUILT, part))
     last = len(place)
     return sorted(
         found, key=lambda m: (count if m.layer is None else m.layer, place.get(names[m.name], last))
     )
 
 
-def inventory_of(model: Any, architecture: Architecture) -> list[Matrix]:
+def inventory_of(model: Any, architecture: Architecture) -> list[StoredMatrix]:
     """The inventory of a loaded model: its own parameters, those that are shared once."""
     shapes = stored_shapes(dict(model.named_parameters()))
     return inventory(model, architecture, {name: name for name in shapes}, shapes)
@@ -274,7 +274,7 @@ def summary(left: Iterable[tuple[str, str, int]]) -> list[Left]:
     return [Left(n, reason, len(all_), sum(all_)) for (n, reason), all_ in groups.items()]
 
 
-def weights_of(matrices: Iterable[Matrix]) -> Iterator[tuple[str, str, int]]:
+def weights_of(matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int]]:
     """What `summary` needs of the matrices that cannot be pruned."""
     for matrix in matrices:
         if matrix.linear is None:

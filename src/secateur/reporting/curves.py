@@ -12,11 +12,11 @@ from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, percent
 
-__all__ = ["Judged", "curve_charts", "judged_points", "sweep_charts"]
+__all__ = ["CurvePoint", "curve_charts", "judged_points", "sweep_charts"]
 
 
 @dataclass(frozen=True)
-class Judged:
+class CurvePoint:
     """One perplexity of one pruned model.
 
     Attributes:
@@ -55,10 +55,10 @@ class Judged:
         return words
 
 
-def judged_points(result: SweepResult, name: str = "") -> list[Judged]:
+def judged_points(result: SweepResult, name: str = "") -> list[CurvePoint]:
     """The points of a sweep; `name` tells its lines from those of others."""
     return [
-        Judged(
+        CurvePoint(
             model=result.sweep.model,
             text=text,
             protocol=result.sweep.protocol[text],
@@ -80,19 +80,19 @@ def sweep_charts(results: Sequence[SweepResult]) -> list[LineChart]:
     return curve_charts(point for result in results for point in judged_points(result))
 
 
-def curve_charts(points: Iterable[Judged]) -> list[LineChart]:
+def curve_charts(points: Iterable[CurvePoint]) -> list[LineChart]:
     """One chart for each set of perplexities that can be compared, at least one point each."""
-    groups: dict[tuple[Any, ...], list[Judged]] = {}
+    groups: dict[tuple[Any, ...], list[CurvePoint]] = {}
     for point in points:
         if math.isfinite(point.perplexity) and point.perplexity > 0:
             groups.setdefault(point.alike, []).append(point)
     return [chart_of(number, group) for number, group in enumerate(groups.values(), start=1)]
 
 
-def chart_of(number: int, group: Sequence[Judged]) -> LineChart:
+def chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
     """The chart of perplexities that can be compared."""
     first = group[0]
-    series: dict[str, list[Judged]] = {}
+    series: dict[str, list[CurvePoint]] = {}
     for point in group:
         series.setdefault(point.series, []).append(point)
     dense = next((point.dense for point in group if point.dense), None)

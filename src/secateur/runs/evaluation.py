@@ -38,13 +38,13 @@ FIRST_SCHEMA = "secateur.evaluation/1"
 SCHEMA: Literal["secateur.evaluation/2"] = "secateur.evaluation/2"
 
 
-class Record(BaseModel):
+class StrictRecord(BaseModel):
     """A part of the file. Keys that are unknown are faults: a typo must not pass as silence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Result(Record):
+class Measurement(StrictRecord):
     """What every result says beside its numbers.
 
     Attributes:
@@ -66,7 +66,7 @@ class Result(Record):
         """The same for results of which the newer replaces the older."""
         return (self.protocol_id,)
 
-    def after(self, earlier: Result) -> Result:
+    def after(self, earlier: Measurement) -> Measurement:
         """The result that stays where an earlier one has the same key: the newer.
 
         One without a reference keeps what the earlier one says of the reference, where that
@@ -82,7 +82,7 @@ class Result(Record):
         return {}
 
 
-class PerplexityRecord(Result):
+class PerplexityRecord(Measurement):
     """Perplexity on one text; `reference_perplexity` is the dense model's on the same windows."""
 
     text: str
@@ -97,7 +97,7 @@ class PerplexityRecord(Result):
         return {"reference_perplexity": earlier.reference_perplexity}
 
 
-class DivergenceRecord(Result):
+class DivergenceRecord(Measurement):
     """Distance from the reference on a text, nats per token."""
 
     text: str
@@ -110,7 +110,7 @@ class DivergenceRecord(Result):
     tokens: int
 
 
-class TaskRecord(Result):
+class TaskRecord(Measurement):
     """One metric of one task; what comes after `shots` is null without a reference."""
 
     task: str
@@ -144,7 +144,7 @@ class TaskRecord(Result):
         }
 
 
-class SampleRecord(Record):
+class SampleRecord(StrictRecord):
     """A prompt, and what the model and the reference made of it."""
 
     prompt: str
@@ -155,7 +155,7 @@ class SampleRecord(Record):
     degenerate: bool
 
 
-class GenerationRecord(Result):
+class GenerationRecord(Measurement):
     """Texts; `repetition` is the mean of the samples, `degenerate` their count."""
 
     samples: list[SampleRecord]
@@ -175,10 +175,10 @@ class GenerationRecord(Result):
         }
 
 
-AnyResult = TypeVar("AnyResult", bound=Result)
+AnyResult = TypeVar("AnyResult", bound=Measurement)
 
 
-class EvaluationRecord(Record):
+class EvaluationRecord(StrictRecord):
     """The whole file, or what one judgement adds to it."""
 
     schema_name: Literal["secateur.evaluation/2"] = Field(default=SCHEMA, alias="schema")
@@ -189,7 +189,7 @@ class EvaluationRecord(Record):
     generation: list[GenerationRecord]
 
     @property
-    def results(self) -> list[Result]:
+    def results(self) -> list[Measurement]:
         """All results, whatever they measure."""
         return [*self.perplexity, *self.divergence, *self.tasks, *self.generation]
 

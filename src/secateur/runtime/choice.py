@@ -15,7 +15,7 @@ from secateur.types import Mask
 
 __all__ = [
     "AUTO",
-    "Choice",
+    "LayoutChoice",
     "check_wishes",
     "choose_layout",
     "values_for",
@@ -36,7 +36,7 @@ WITHOUT_LOSS = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayoutChoice:
     """How one matrix will be stored.
 
     Attributes:
@@ -87,7 +87,9 @@ def without_negative_zeros(weight: Tensor) -> Tensor:
     return weight.masked_fill(weight == 0, 0.0)
 
 
-def choose_layout(weight: Tensor, *, format: str, values: str, transposed: bool = False) -> Choice:
+def choose_layout(
+    weight: Tensor, *, format: str, values: str, transposed: bool = False
+) -> LayoutChoice:
     """The smallest layout for a matrix among those wanted; dense is always one of them.
 
     Args:
@@ -111,7 +113,7 @@ def choose_layout(weight: Tensor, *, format: str, values: str, transposed: bool 
         ]
     sizes = [formats[layout.format].nbytes(layout, nonzeros) for layout in layouts]
     best = min(range(len(layouts)), key=sizes.__getitem__)
-    return Choice(layouts[best], nonzeros, negative_zeros, sizes[best])
+    return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best])
 
 
 def patterns_that_fit(nonzero: Mask) -> list[str]:

@@ -28,7 +28,7 @@ from secateur.runtime.kernels.library import (
     kernel_info,
     library,
 )
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedLinear
 
 __all__ = ["Decoder", "given_cache", "why_not"]
@@ -161,13 +161,13 @@ class Decoder:
         norm = getattr(attention, name, None)
         return None if norm is None else self.floats(norm.weight)
 
-    def matrix(self, linear: Any) -> Matrix:
+    def matrix(self, linear: Any) -> KernelMatrix:
         """The matrix of a linear, packed or not; memory is shared where that is possible."""
         if isinstance(linear, PackedLinear):
             matrix = linear.matrix
         else:
             weight = linear.weight.detach()
-            matrix = Matrix(weight if weight.dtype in TYPES else weight.float())
+            matrix = KernelMatrix(weight if weight.dtype in TYPES else weight.float())
         self._alive.append(matrix)
         return matrix
 

@@ -16,7 +16,7 @@ from secateur.runtime.dense_view import DenseView
 from secateur.runtime.formats import Layout, bitmask_parts, formats
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint
 
@@ -26,12 +26,12 @@ WORTH_IT = 0.9
 """A packed matrix stays packed unless a dense one is faster by more than this."""
 
 
-def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> Matrix:
+def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
     """Checked parts of a matrix in the form that kernels run on."""
     if layout.format == "dense":
-        return Matrix(parts["weight"], scale=parts.get("weight_scale"))
+        return KernelMatrix(parts["weight"], scale=parts.get("weight_scale"))
     bits = bitmask_parts(parts, layout)
-    return Matrix(
+    return KernelMatrix(
         bits["compressed"],
         bitmask=bits["bitmask"],
         scale=bits.get("weight_scale"),
@@ -67,7 +67,7 @@ def install(
     view = DenseView(packed, dtype)
     kernels = kernel_info().tier != "none"
     expand = expand or not (kernels or matrices_only)
-    shared: dict[str, Matrix] = {}
+    shared: dict[str, KernelMatrix] = {}
     embedding_at = path_of(model, model.get_input_embeddings())
     head_at = path_of(model, model.get_output_embeddings())
     names = stored_names(model, view)
@@ -86,7 +86,7 @@ def install(
         if kernels and (path != embedding_at or layout.format == "dense"):
             matrix = matrix_of(parts, layout)
         else:
-            matrix = Matrix(formats[layout.format].unpack(parts, layout).to(dtype))
+            matrix = KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
         shared[path] = matrix
         replace(model, path, packed_module(model, path, path == embedding_at, matrix, dtype))
     if not matrices_only:
@@ -101,7 +101,7 @@ def install(
 
 
 def packed_module(
-    model: Any, path: str, is_embedding: bool, matrix: Matrix, dtype: torch.dtype
+    model: Any, path: str, is_embedding: bool, matrix: KernelMatrix, dtype: torch.dtype
 ) -> nn.Module:
     """What takes the place of a module whose weight is stored packed.
 
@@ -135,7 +135,7 @@ def replace(model: Any, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(owner) if owner else model, leaf, module)
 
 
-def tie_head(model: Any, embedding_at: str, head_at: str, matrix: Matrix | None) -> None:
+def tie_head(model: Any, embedding_at: str, head_at: str, matrix: KernelMatrix | None) -> None:
     """Let the head use what the embedding has."""
     if matrix is None:
         weight = model.get_submodule(embedding_at).weight
@@ -178,9 +178,9 @@ def activations(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def dense_matrix(matrix: Matrix, dtype: torch.dtype) -> Matrix:
+def dense_matrix(matrix: KernelMatrix, dtype: torch.dtype) -> KernelMatrix:
     """The same weights, stored with their zeros in the dtype of the model."""
     weight = matrix.tile(0, matrix.rows)
     if matrix.scale is not None:
         weight = weight.float() * matrix.scale[:, None]
-    return Matrix(weight.to(dtype))
+    return KernelMatrix(weight.to(dtype))

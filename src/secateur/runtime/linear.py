@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ShapeError
 from secateur.runtime.kernels.dispatch import by_kernel, by_tiles
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 
 __all__ = ["PackedEmbedding", "PackedLinear"]
 
@@ -47,7 +47,9 @@ class PackedLinear(nn.Module):
         kernel_up_to: the most tokens that the kernel takes; more are multiplied tile by tile.
     """
 
-    def __init__(self, matrix: Matrix, bias: Tensor | None = None, kernel_up_to: int = 8) -> None:
+    def __init__(
+        self, matrix: KernelMatrix, bias: Tensor | None = None, kernel_up_to: int = 8
+    ) -> None:
         super().__init__()
         self.matrix = matrix
         self.in_features, self.out_features = matrix.columns, matrix.rows
@@ -111,7 +113,9 @@ class PackedEmbedding(nn.Module):
         factor: that the model multiplies its embeddings with, as Gemma does.
     """
 
-    def __init__(self, matrix: Matrix, dtype: torch.dtype, factor: float | None = None) -> None:
+    def __init__(
+        self, matrix: KernelMatrix, dtype: torch.dtype, factor: float | None = None
+    ) -> None:
         super().__init__()
         self.matrix, self.dtype = matrix, dtype
         self.factor = None if factor is None else torch.tensor(factor, dtype=dtype, device="cpu")
@@ -133,7 +137,7 @@ class PackedEmbedding(nn.Module):
         return stand_in(self.matrix)
 
 
-def stand_in(matrix: Matrix) -> Tensor:
+def stand_in(matrix: KernelMatrix) -> Tensor:
     """A tensor on the meta device, which transformers takes for initialised."""
     found = torch.empty(matrix.rows, matrix.columns, dtype=matrix.dtype, device="meta")
     found._is_hf_initialized = True  # type: ignore[attr-defined]

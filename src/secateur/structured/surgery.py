@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from secateur.models.architecture import Linear, describe
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
+from secateur.progress import Progress
 from secateur.runs.output import cannot_write
 from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
@@ -32,22 +33,6 @@ METADATA = {"format": "pt"}
 
 class VariedSizesWarning(UserWarning):
     """The result needs code of its own to be loaded."""
-
-
-class Progress(Protocol):
-    """TeacherOutput of every step of long work."""
-
-    def start(self, label: str, steps: int) -> None:
-        """A stage of `steps` equal steps begins."""
-        ...
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        """`count` steps are done; `note` says where the work is."""
-        ...
-
-    def finish(self) -> None:
-        """The stage is over."""
-        ...
 
 
 def cut_model(model: Any, cut: Cut, *, pad: bool = False) -> Any:

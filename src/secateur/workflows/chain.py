@@ -31,7 +31,7 @@ from secateur.reporting.results.chain import ChainResult
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests
-from secateur.runs.records import Chain, Link, declared, read_record
+from secateur.runs.records import Chain, ChainStep, declared, read_record
 from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.pack import compress
 from secateur.workflows.prune.checkpoint import prune
@@ -128,7 +128,7 @@ def carry_out(
     folder: RunFolder,
     trust_remote_code: bool,
     progress: Progress,
-) -> tuple[Link, ...]:
+) -> tuple[ChainStep, ...]:
     """All steps, as far as an earlier run has not; what is left after each.
 
     The account of a step is written when its folder is whole. When all accounts are there, the
@@ -152,7 +152,7 @@ def carry_out(
                 )
             seconds = time.perf_counter() - started
             write_json(account, counted(verb, made, seconds, trust_remote_code).to_json())
-        links.append(read_record(Link, account))
+        links.append(read_record(ChainStep, account))
         before = made
     if before.exists():
         shutil.rmtree(folder.model)
@@ -217,11 +217,11 @@ def flat(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def counted(step: str, folder: Path, seconds: float, trust_remote_code: bool) -> Link:
+def counted(step: str, folder: Path, seconds: float, trust_remote_code: bool) -> ChainStep:
     """What a folder holds."""
     audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code)
     zeros = sum(linear.zeros for linear in audit.linears)
-    return Link(
+    return ChainStep(
         step=step,
         parameters=audit.parameters,
         zeros=zeros,

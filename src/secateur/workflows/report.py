@@ -14,7 +14,7 @@ from secateur.reporting.plots import save_plots
 from secateur.reporting.report.evidence import evidence
 from secateur.reporting.report.figures import all_figures
 from secateur.reporting.report.page import render
-from secateur.reporting.report.records import Records, Run, read_records
+from secateur.reporting.report.records import Records, ReportedRun, read_records
 from secateur.reporting.results.report import ReportResult
 from secateur.runs.output import check_writable
 
@@ -68,7 +68,7 @@ def save_all_plots(records: Records, folder: Path) -> list[Path]:
     return files
 
 
-def card_text(run: Run) -> str:
+def card_text(run: ReportedRun) -> str:
     """The model card of a run with all that was measured of it."""
     written = run.folder / "README.md"
     manifest = run.manifest.model_dump()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from secateur.engine.prune.run import Run
-from secateur.models.inventory import Left, Matrix, summary, weights_of
+from secateur.models.inventory import Left, StoredMatrix, summary, weights_of
 
 __all__ = ["left_by"]
 
 
-def left_by(run: Run, matrices: Iterable[Matrix], unreached: Collection[str] = ()) -> list[Left]:
+def left_by(
+    run: Run, matrices: Iterable[StoredMatrix], unreached: Collection[str] = ()
+) -> list[Left]:
     """Every floating-point matrix of the model that the run does not prune, with its reason.
 
     Args:
@@ -22,7 +24,7 @@ def left_by(run: Run, matrices: Iterable[Matrix], unreached: Collection[str] = (
 
 
 def reasons(
-    run: Run, matrices: Iterable[Matrix], unreached: Collection[str]
+    run: Run, matrices: Iterable[StoredMatrix], unreached: Collection[str]
 ) -> Iterator[tuple[str, str, int]]:
     """Name, reason and number of weights of every matrix that is not pruned."""
     unseen = run.inputs_unseen()

@@ -12,7 +12,7 @@ from torch import nn
 from secateur.models.architecture import Architecture, describe
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.inventory import (
-    Matrix,
+    StoredMatrix,
     inventory,
     inventory_of,
     stored_linears,
@@ -44,7 +44,7 @@ class Target(Protocol):
         """The decoder layers; those not in work may be empty."""
         ...
 
-    def matrices(self) -> list[Matrix]:
+    def matrices(self) -> list[StoredMatrix]:
         """Every floating-point tensor of two or more dimensions, as it is stored."""
         ...
 
@@ -80,7 +80,7 @@ class ModelTarget:
         """The decoder layers."""
         return self.architecture.layers(self.model)
 
-    def matrices(self) -> list[Matrix]:
+    def matrices(self) -> list[StoredMatrix]:
         """Every floating-point parameter of two or more dimensions, shared ones once."""
         return inventory_of(self.model, self.architecture)
 
@@ -131,7 +131,7 @@ class CheckpointTarget:
         """The decoder layers, on the meta device unless in work."""
         return self.architecture.layers(self.model)
 
-    def matrices(self) -> list[Matrix]:
+    def matrices(self) -> list[StoredMatrix]:
         """Every floating-point tensor of two or more dimensions, as it is stored."""
         names, shapes = model_names(self.model, self.reader), stored_shapes(self.reader.entries)
         return inventory(self.model, self.architecture, names, shapes)

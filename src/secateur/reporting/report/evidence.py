@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from secateur.reporting.report.headline import claims
 from secateur.reporting.report.quality import quality_rows
-from secateur.reporting.report.records import Run
+from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.results.sweep import markdown_row
 
 __all__ = ["evidence"]
 
 
-def evidence(run: Run) -> str:
+def evidence(run: ReportedRun) -> str:
     """Headline, quality, speed and findings; only what was measured."""
     parts = [headline(run), quality(run), speed(run), findings(run)]
     return "\n\n".join(part for part in parts if part)
 
 
-def headline(run: Run) -> str:
+def headline(run: ReportedRun) -> str:
     """The claims that were measured."""
     lines = [f"- **{c.title} {c.value}**: {c.told}" for c in claims(run) if c.measured]
     return "\n".join(["## In short", "", *lines]) if lines else ""
 
 
-def quality(run: Run) -> str:
+def quality(run: ReportedRun) -> str:
     """The table of quality."""
     rows = quality_rows([run])
     if not rows:
@@ -48,7 +48,7 @@ def quality(run: Run) -> str:
     return "\n".join(lines)
 
 
-def speed(run: Run) -> str:
+def speed(run: ReportedRun) -> str:
     """Tokens a second of each way to run it."""
     ran = [c for c in run.bench.contenders if c.tokens_per_second] if run.bench else []
     if not ran or run.bench is None:
@@ -72,7 +72,7 @@ def speed(run: Run) -> str:
     return "\n".join(lines)
 
 
-def findings(run: Run) -> str:
+def findings(run: ReportedRun) -> str:
     """What a diagnosis found."""
     if run.diagnosis is None:
         return ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Mark, Series
-from secateur.reporting.curves import Judged, curve_charts, judged_points
-from secateur.reporting.report.records import Records, Run
+from secateur.reporting.curves import CurvePoint, curve_charts, judged_points
+from secateur.reporting.report.records import Records, ReportedRun
 from secateur.reporting.wording import bare_name, megabytes
-from secateur.runs.records import Linear
+from secateur.runs.records import LinearEntry
 
 __all__ = [
     "all_figures",
@@ -46,11 +46,11 @@ def curves(records: Records) -> list[LineChart]:
     return curve_charts(points)
 
 
-def points_of(run: Run) -> Iterable[Judged]:
+def points_of(run: ReportedRun) -> Iterable[CurvePoint]:
     """The perplexities of a run, as points beside those of sweeps."""
     for found in run.evaluation.perplexity if run.evaluation else ():
         of = found.inherited_from
-        yield Judged(
+        yield CurvePoint(
             model=run.manifest.source.name,
             text=found.text,
             protocol=found.protocol,
@@ -62,7 +62,7 @@ def points_of(run: Run) -> Iterable[Judged]:
         )
 
 
-def heat_maps(run: Run) -> list[HeatMap]:
+def heat_maps(run: ReportedRun) -> list[HeatMap]:
     """What each matrix lost, and how far its output is from the dense one: layers × linears."""
     if not run.layers:
         return []
@@ -92,10 +92,10 @@ def heat_maps(run: Run) -> list[HeatMap]:
 
 
 def heat_map(
-    run: Run,
+    run: ReportedRun,
     key: str,
     title: str,
-    value: Callable[[Linear], float | None],
+    value: Callable[[LinearEntry], float | None],
     *,
     log: bool = False,
     percent: bool = False,
@@ -135,7 +135,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     ]
 
 
-def drift(runs: Sequence[Run]) -> LineChart | None:
+def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
     """How far the hidden states are from the dense model's after each layer."""
     series = []
     for run in runs:
@@ -164,7 +164,7 @@ def drift(runs: Sequence[Run]) -> LineChart | None:
     )
 
 
-def size_chart(runs: Sequence[Run]) -> BarChart | None:
+def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
     """The weight files beside those of the same model in dense bfloat16."""
     bars: list[Bar] = []
     for parameters in dict.fromkeys(run.manifest.result.parameters for run in runs):
@@ -194,7 +194,7 @@ def size_chart(runs: Sequence[Run]) -> BarChart | None:
     )
 
 
-def speed_charts(runs: Sequence[Run]) -> list[BarChart]:
+def speed_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
     """Tokens a second of each way to run a model, for each run that was timed."""
     charts = []
     for run in runs:
@@ -227,7 +227,7 @@ def speed_charts(runs: Sequence[Run]) -> list[BarChart]:
     return charts
 
 
-def memory_charts(runs: Sequence[Run]) -> list[BarChart]:
+def memory_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
     """Memory of each way to run a model, for each run where it was measured."""
     charts = []
     for run in runs:

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from secateur.reporting.report.records import Run
+from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.wording import bare_name, counted, megabytes, percent, signed
 from secateur.runs.evaluation import (
     EvaluationRecord,
+    Measurement,
     PerplexityRecord,
-    Result,
     TaskRecord,
 )
 
@@ -45,12 +45,12 @@ class Claim:
     good: bool | None = None
 
 
-def claims(run: Run) -> list[Claim]:
+def claims(run: ReportedRun) -> list[Claim]:
     """The three claims about a run."""
     return [smaller(run), faster(run), quality(run)]
 
 
-def smaller(run: Run) -> Claim:
+def smaller(run: ReportedRun) -> Claim:
     """The files, beside those of the same model in dense bfloat16."""
     found, cut = run.compression, run.manifest.structure
     if found is None and cut is not None:
@@ -82,7 +82,7 @@ def smaller(run: Run) -> Claim:
     )
 
 
-def speed_gain(run: Run) -> tuple[str, float, float] | None:
+def speed_gain(run: ReportedRun) -> tuple[str, float, float] | None:
     """The fastest other contender, its tokens a second, and those of the packed model."""
     if run.bench is None:
         return None
@@ -94,7 +94,7 @@ def speed_gain(run: Run) -> tuple[str, float, float] | None:
     return best, others[best], rates["packed"]
 
 
-def faster(run: Run) -> Claim:
+def faster(run: ReportedRun) -> Claim:
     """Tokens a second beside the fastest dense way to run the same model here."""
     found = speed_gain(run)
     if found is None:
@@ -114,7 +114,7 @@ def faster(run: Run) -> Claim:
     return Claim("Faster by", f"{ratio:.2f}×", told, good=True)
 
 
-def quality(run: Run) -> Claim:
+def quality(run: ReportedRun) -> Claim:
     """What is left of the dense model's quality: by tasks, else by perplexity."""
     found = run.evaluation
     if found is not None:
@@ -133,7 +133,7 @@ def quality(run: Run) -> Claim:
     )
 
 
-def inherited(results: Sequence[Result], claim: Claim) -> Claim:
+def inherited(results: Sequence[Measurement], claim: Claim) -> Claim:
     """A claim that says which model it is of, where that is another one with the same weights."""
     names = dict.fromkeys(one.inherited_from for one in results if one.inherited_from)
     if not names:
@@ -158,7 +158,9 @@ def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
     )
 
 
-def kept_by_perplexity(run: Run, found: PerplexityRecord, evaluation: EvaluationRecord) -> Claim:
+def kept_by_perplexity(
+    run: ReportedRun, found: PerplexityRecord, evaluation: EvaluationRecord
+) -> Claim:
     """Perplexity beside that of the dense model, or alone."""
     if not found.reference_perplexity:
         return Claim(

@@ -28,11 +28,11 @@ from secateur.reporting.report.figures import (
 from secateur.reporting.report.headline import Claim, claims
 from secateur.reporting.report.provenance import Part, of_run, of_sweep
 from secateur.reporting.report.quality import quality_rows
-from secateur.reporting.report.records import Records, ReportedSweep, Run
+from secateur.reporting.report.records import Records, ReportedRun, ReportedSweep
 from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, counted, percent
 from secateur.runs.evaluation import GenerationRecord
-from secateur.runs.records import Finding
+from secateur.runs.records import FindingEntry
 
 __all__ = ["render"]
 
@@ -43,12 +43,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 class RunView:
     """A run as the page shows it."""
 
-    run: Run
+    run: ReportedRun
     made: str
     claims: list[Claim]
     chips: list[tuple[str, str]]
     heat_maps: list[HeatMap]
-    findings: list[Finding]
+    findings: list[FindingEntry]
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,14 @@ def sections(records: Records) -> list[tuple[str, str]]:
     return [(key, name) for key, name, there in found if there]
 
 
-def view_of(run: Run) -> RunView:
+def view_of(run: ReportedRun) -> RunView:
     """A run as the page shows it."""
     found = run.diagnosis.findings if run.diagnosis else ()
     ordered = sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
     return RunView(run, made_by(run), claims(run), chips(run), heat_maps(run), ordered)
 
 
-def made_by(run: Run) -> str:
+def made_by(run: ReportedRun) -> str:
     """How a run was made, in a line."""
     method, result, cost = run.manifest.method, run.manifest.result, run.manifest.cost
     effort = f" ({method['effort']})" if method.get("effort") else ""
@@ -206,7 +206,7 @@ def made_by(run: Run) -> str:
     )
 
 
-def chips(run: Run) -> list[tuple[str, str]]:
+def chips(run: ReportedRun) -> list[tuple[str, str]]:
     """What a diagnosis and the texts say, in a word each."""
     told: list[tuple[str, str]] = []
     if run.diagnosis:
@@ -238,7 +238,7 @@ def sweep_view(sweep: ReportedSweep) -> SweepView:
     return SweepView(sweep.name, made, " ".join(told), result)
 
 
-def samples(runs: Sequence[Run]) -> list[PromptView]:
+def samples(runs: Sequence[ReportedRun]) -> list[PromptView]:
     """What models wrote, by prompt: the dense one first, where its text is known."""
     prompts: dict[str, list[Voice]] = {}
     for run, texts in written(runs):
@@ -256,7 +256,7 @@ def samples(runs: Sequence[Run]) -> list[PromptView]:
     return [PromptView(prompt, voices) for prompt, voices in prompts.items()]
 
 
-def written(runs: Sequence[Run]) -> Iterator[tuple[Run, GenerationRecord]]:
+def written(runs: Sequence[ReportedRun]) -> Iterator[tuple[ReportedRun, GenerationRecord]]:
     """The texts of every run."""
     for run in runs:
         for texts in run.evaluation.generation if run.evaluation else ():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.reporting.report.records import ReportedSweep, Run
+from secateur.reporting.report.records import ReportedRun, ReportedSweep
 from secateur.reporting.wording import percent
 
 __all__ = ["Part", "of_run", "of_sweep"]
@@ -23,7 +23,7 @@ class Part:
     recipe: str = ""
 
 
-def of_run(run: Run) -> Part:
+def of_run(run: ReportedRun) -> Part:
     """All that a run and what was measured of it depend on."""
     m = run.manifest
     result: dict[str, Any] = {
@@ -58,7 +58,7 @@ def of_run(run: Run) -> Part:
     return Part(run.name, [table for table in tables if table[1]], run.recipe)
 
 
-def judged_with(run: Run) -> list[tuple[str, Facts]]:
+def judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:
     """What the results of an evaluation depend on: a table for each set of conditions."""
     tables: list[tuple[str, Facts]] = []
     for result in run.evaluation.results if run.evaluation else ():

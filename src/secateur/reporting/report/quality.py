@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from secateur.reporting.report.records import Run
+from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.wording import bare_name, percent, signed
 from secateur.runs.evaluation import (
     DivergenceRecord,
     EvaluationRecord,
+    Measurement,
     PerplexityRecord,
-    Result,
     TaskRecord,
 )
 
@@ -57,7 +57,7 @@ class QualityRow:
     cells: dict[str, Cell] = field(default_factory=dict)
 
 
-def quality_rows(runs: Sequence[Run]) -> list[QualityRow]:
+def quality_rows(runs: Sequence[ReportedRun]) -> list[QualityRow]:
     """The lines of the table, in the order in which runs name them.
 
     Numbers share a line only if they have the same protocol and are held against the same dense
@@ -84,7 +84,7 @@ def lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
         yield marked(task, *task_line(task))
 
 
-def marked(found: Result, row: QualityRow, cell: Cell) -> tuple[QualityRow, Cell]:
+def marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow, Cell]:
     """A line, its cell saying where the number is from if this model was not measured."""
     if found.inherited_from is None:
         return row, cell

@@ -1,4 +1,4 @@
-"""Run folders and sweep folders, read for the report."""
+"""ReportedRun folders and sweep folders, read for the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from secateur.runs.records import (
     AnyRecord,
     Bench,
     Compression,
-    Diagnosis,
+    DiagnosisRecord,
     Layer,
     Manifest,
     Sweep,
@@ -21,11 +21,11 @@ from secateur.runs.records import (
     read_record,
 )
 
-__all__ = ["Records", "ReportedSweep", "Run", "read_records"]
+__all__ = ["Records", "ReportedRun", "ReportedSweep", "read_records"]
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """A pruned model, and everything that was measured of it.
 
     Attributes:
@@ -46,7 +46,7 @@ class Run:
     recipe: str = ""
     layers: tuple[Layer, ...] = ()
     evaluation: EvaluationRecord | None = None
-    diagnosis: Diagnosis | None = None
+    diagnosis: DiagnosisRecord | None = None
     bench: Bench | None = None
     compression: Compression | None = None
 
@@ -68,7 +68,7 @@ class ReportedSweep:
 class Records:
     """All that a report is about."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[ReportedRun, ...]
     sweeps: tuple[ReportedSweep, ...]
 
 
@@ -83,7 +83,7 @@ def read_records(places: Sequence[Path]) -> Records:
         raise SourceError(
             "there is nothing to report", remedy="name run folders, or folders of sweeps"
         )
-    runs: list[Run] = []
+    runs: list[ReportedRun] = []
     sweeps: list[ReportedSweep] = []
     for place, name in zip(places, names_of(places), strict=True):
         if (place / "sweep.json").is_file():
@@ -106,7 +106,7 @@ def names_of(places: Sequence[Path]) -> list[str]:
     return names
 
 
-def read_run(place: Path, name: str) -> Run:
+def read_run(place: Path, name: str) -> ReportedRun:
     """Read a run folder.
 
     Raises:
@@ -126,14 +126,14 @@ def read_run(place: Path, name: str) -> Run:
             remedy="name a folder that `secateur prune`, `compress` or `sweep` wrote",
         )
     recipe, judged = notes / "recipe.yaml", notes / FILE_NAME
-    return Run(
+    return ReportedRun(
         name,
         place,
         read_record(Manifest, notes / "manifest.json"),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         layers=read_layers(notes / "layers.jsonl"),
         evaluation=read_evaluation(judged) if judged.is_file() else None,
-        diagnosis=read_if_there(Diagnosis, notes / "diagnosis.json"),
+        diagnosis=read_if_there(DiagnosisRecord, notes / "diagnosis.json"),
         bench=read_if_there(Bench, notes / "bench.json"),
         compression=read_if_there(Compression, notes / "compression.json"),
     )

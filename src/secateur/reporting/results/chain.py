@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, mib
-from secateur.runs.records import Link
+from secateur.runs.records import ChainStep
 
 __all__ = ["ChainResult"]
 
@@ -23,7 +23,7 @@ class ChainResult(Result):
         output: the folder written.
     """
 
-    links: tuple[Link, ...]
+    links: tuple[ChainStep, ...]
     output: Path
 
     def to_json(self) -> dict[str, Any]:

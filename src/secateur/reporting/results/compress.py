@@ -10,13 +10,13 @@ from typing import Any
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, mib
 
-__all__ = ["CompressResult", "DecompressResult", "Stored"]
+__all__ = ["CompressResult", "DecompressResult", "FormatTotals"]
 
 BFLOAT16_BYTES = 2
 
 
 @dataclass
-class Stored:
+class FormatTotals:
     """Matrices that are stored alike.
 
     Attributes:
@@ -71,9 +71,9 @@ class CompressResult(Result):
     source_bytes: int
     parameters: int
     file_bytes: int
-    linears: Stored
-    formats: dict[str, Stored] = field(default_factory=dict)
-    embeddings: Stored = field(default_factory=Stored)
+    linears: FormatTotals
+    formats: dict[str, FormatTotals] = field(default_factory=dict)
+    embeddings: FormatTotals = field(default_factory=FormatTotals)
     archive: bool = False
     negative_zeros: int = 0
     seconds: float = 0.0
@@ -165,12 +165,12 @@ class CompressResult(Result):
         )
 
 
-def counts(record: dict[str, Any]) -> Stored:
+def counts(record: dict[str, Any]) -> FormatTotals:
     """The counts in a record, without what follows from them."""
-    return Stored(**{name: record[name] for name in Stored.__dataclass_fields__})
+    return FormatTotals(**{name: record[name] for name in FormatTotals.__dataclass_fields__})
 
 
-def stored_json(stored: Stored) -> dict[str, Any]:
+def stored_json(stored: FormatTotals) -> dict[str, Any]:
     """Counts and sizes of matrices, with what follows from them."""
     return {
         **asdict(stored),

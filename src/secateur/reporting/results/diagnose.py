@@ -9,7 +9,7 @@ from typing import Any
 from secateur.diagnostics.claims import Claims
 from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Finding
-from secateur.diagnostics.target import Target
+from secateur.diagnostics.target import Machine
 from secateur.diagnostics.weights import Weights, layer_sparsity
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
@@ -44,7 +44,7 @@ class DiagnoseResult(Result):
     claims: Claims
     drift: Sequence[LayerDrift]
     bears: Mapping[int, float]
-    target: Target
+    target: Machine
     environment: dict[str, Any]
     protocol: dict[str, Any] = field(default_factory=dict)
 
@@ -122,7 +122,7 @@ class TargetResult(Result):
         target: the machine, and what runs on it.
     """
 
-    target: Target
+    target: Machine
 
     def to_json(self) -> dict[str, Any]:
         """All fields of the target."""

@@ -5,10 +5,10 @@
     training.json        [Training]     retrain, distill, an entry for each training
     chain.json           Chain          chain
     compression.json     Compression    compress
-    diagnosis.json       Diagnosis      diagnose
+    diagnosis.json       DiagnosisRecord      diagnose
     bench.json           Bench          bench
     sweep.json           Sweep          sweep
-    steps.json           [Step]         structure, an entry for each step
+    steps.json           [StepEntry]      structure, an entry for each step
 
 `evaluation.json` has its schema in `evaluation.py`. Code that writes a file calls `declared`, which
 refuses keys that are not declared here. Code that reads one calls `read_record`, which ignores the
@@ -16,16 +16,16 @@ keys of newer releases.
 """
 
 from secateur.runs.records.base import AnyRecord, Record, declared, parsed, read_list, read_record
-from secateur.runs.records.measured import Bench, Contender, Diagnosis, Finding
+from secateur.runs.records.measured import Bench, DiagnosisRecord, FindingEntry, TimingEntry
 from secateur.runs.records.run import (
     MANIFEST_VERSION,
     Chain,
+    ChainStep,
     Compression,
     Layer,
-    Linear,
-    Link,
+    LinearEntry,
     Manifest,
-    Step,
+    StepEntry,
     Training,
 )
 from secateur.runs.records.sweep import PointKey, Sweep, SweepDense, SweepPoint
@@ -35,20 +35,20 @@ __all__ = [
     "AnyRecord",
     "Bench",
     "Chain",
+    "ChainStep",
     "Compression",
-    "Contender",
-    "Diagnosis",
-    "Finding",
+    "DiagnosisRecord",
+    "FindingEntry",
     "Layer",
-    "Linear",
-    "Link",
+    "LinearEntry",
     "Manifest",
     "PointKey",
     "Record",
-    "Step",
+    "StepEntry",
     "Sweep",
     "SweepDense",
     "SweepPoint",
+    "TimingEntry",
     "Training",
     "declared",
     "parsed",

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from secateur.runs.records.base import Record
 
-__all__ = ["Bench", "Contender", "Diagnosis", "Finding"]
+__all__ = ["Bench", "DiagnosisRecord", "FindingEntry", "TimingEntry"]
 
 
-class Finding(Record):
+class FindingEntry(Record):
     """Something a diagnosis found."""
 
     id: str
@@ -34,7 +34,7 @@ class LayerState(Record):
     could_bear: float | None = None
 
 
-class Matrix(Record):
+class MatrixState(Record):
     """What a diagnosis counted in a matrix."""
 
     name: str
@@ -44,7 +44,7 @@ class Matrix(Record):
     dead_columns: int
 
 
-class Support(Record):
+class SupportEntry(Record):
     """Whether this machine gains anything by a kind of sparsity."""
 
     kind: str
@@ -60,10 +60,10 @@ class TargetMachine(Record):
     features: tuple[str, ...] = ()
     cuda_capability: str | None = None
     engines: dict[str, str | None] = Field(default_factory=dict)
-    supports: tuple[Support, ...] = ()
+    supports: tuple[SupportEntry, ...] = ()
 
 
-class Diagnosis(Record):
+class DiagnosisRecord(Record):
     """`diagnosis.json`."""
 
     schema_name: Literal["secateur.diagnosis/1"] = Field(alias="schema")
@@ -72,13 +72,13 @@ class Diagnosis(Record):
     environment: dict[str, Any] = Field(default_factory=dict)
     protocol: dict[str, Any] = Field(default_factory=dict)
     verdict: str = ""
-    findings: tuple[Finding, ...]
+    findings: tuple[FindingEntry, ...]
     layers: tuple[LayerState, ...] = ()
-    linears: tuple[Matrix, ...] = ()
+    linears: tuple[MatrixState, ...] = ()
     target: TargetMachine | None = None
 
 
-class Contender(Record):
+class TimingEntry(Record):
     """One way to run a model, timed; or why it could not run."""
 
     contender: str
@@ -97,7 +97,7 @@ class Bench(Record):
 
     schema_name: Literal["secateur.bench/1"] = Field("secateur.bench/1", alias="schema")
     model: str = ""
-    contenders: tuple[Contender, ...]
+    contenders: tuple[TimingEntry, ...]
     file_bytes: int
     dense_bytes: int
     verdict: str = ""

@@ -11,12 +11,12 @@ from secateur.runs.records.base import Record
 __all__ = [
     "MANIFEST_VERSION",
     "Chain",
+    "ChainStep",
     "Compression",
     "Layer",
-    "Linear",
-    "Link",
+    "LinearEntry",
     "Manifest",
-    "Step",
+    "StepEntry",
     "Training",
 ]
 
@@ -42,7 +42,7 @@ class Cost(Record):
     training_seconds: float | None = None
 
 
-class Result(Record):
+class RunResult(Record):
     """What a run left."""
 
     decoder_sparsity: float
@@ -78,7 +78,7 @@ class Structure(Record):
     latency: dict[str, Any] | None = None
 
 
-class Left(Record):
+class LeftEntry(Record):
     """Tensors of one sort that were not pruned; `models.inventory.Left` says what is what."""
 
     names: str
@@ -100,12 +100,12 @@ class Manifest(Record):
     environment: dict[str, Any]
     plan: dict[str, Any] = Field(default_factory=dict)
     cost: Cost
-    result: Result
+    result: RunResult
     structure: Structure | None = None
     distillation: dict[str, float] | None = None
     experts: dict[str, Any] | None = None
     collapsed: tuple[str, ...] = ()
-    left: tuple[Left, ...] = ()
+    left: tuple[LeftEntry, ...] = ()
 
     @property
     def lost(self) -> float:
@@ -114,7 +114,7 @@ class Manifest(Record):
         return 1 - (1 - gone) * (1 - self.result.decoder_sparsity)
 
 
-class Linear(Record):
+class LinearEntry(Record):
     """One matrix of a line of `layers.jsonl`; `engine.surgery.LinearRecord` says what is what."""
 
     name: str
@@ -133,7 +133,7 @@ class Layer(Record):
 
     layer: int
     seconds: float = 0.0
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearEntry, ...]
     reconstruction: dict[str, float] = Field(default_factory=dict)
     collapsed: dict[str, float] = Field(default_factory=dict)
     unseen: tuple[str, ...] = ()
@@ -156,7 +156,7 @@ class Training(Record):
     result: dict[str, Any]
 
 
-class Link(Record):
+class ChainStep(Record):
     """What is left after a step of a chain.
 
     Attributes:
@@ -179,7 +179,7 @@ class Link(Record):
 class Chain(Record):
     """`chain.json`."""
 
-    links: tuple[Link, ...]
+    links: tuple[ChainStep, ...]
     output: str
 
 
@@ -202,7 +202,7 @@ class Compression(Record):
     seconds: float = 0.0
 
 
-class Step(Record):
+class StepEntry(Record):
     """An entry of `steps.json`.
 
     Attributes:

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
 
-__all__ = ["Choice", "by_kernel", "by_tiles", "choose", "kind_of"]
+__all__ = ["KernelChoice", "by_kernel", "by_tiles", "choose", "kind_of"]
 
 TILE_BYTES = 2 * 2**20
 TRIED_TOKENS = (4, 8, 16, 32, 64)
@@ -34,7 +34,7 @@ CACHE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """How matrices of one kind are multiplied.
 
     Args:
@@ -47,10 +47,10 @@ class Choice:
     gain: float
 
 
-_measured: dict[tuple[object, ...], Choice] = {}
+_measured: dict[tuple[object, ...], KernelChoice] = {}
 
 
-def kind_of(matrix: Matrix, dtype: torch.dtype) -> tuple[object, ...]:
+def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
     """What matrices have in common that are equally fast to multiply."""
     info = kernel_info()
     density = matrix.nonzeros / (matrix.rows * matrix.columns)
@@ -59,7 +59,7 @@ def kind_of(matrix: Matrix, dtype: torch.dtype) -> tuple[object, ...]:
     return (shape, matrix.dtype, packed, round(10 * density), dtype, info.tier, info.threads)
 
 
-def choose(matrices: Sequence[Matrix], dtype: torch.dtype) -> Choice:
+def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
     """The choice for matrices of one kind, measured if that has not been done yet.
 
     Args:
@@ -72,7 +72,7 @@ def choose(matrices: Sequence[Matrix], dtype: torch.dtype) -> Choice:
     return _measured[kind]
 
 
-def measure(matrices: Sequence[Matrix], dtype: torch.dtype) -> Choice:
+def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
     """Time both ways on random activations."""
     gain = measured_gain(matrices, dtype)
     up_to = 1
@@ -85,18 +85,18 @@ def measure(matrices: Sequence[Matrix], dtype: torch.dtype) -> Choice:
         if by_eights > tiled:
             break
         up_to = tokens
-    return Choice(up_to, gain)
+    return KernelChoice(up_to, gain)
 
 
-def measured_gain(matrices: Sequence[Matrix], dtype: torch.dtype) -> float:
-    """What `Choice.gain` says."""
+def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float:
+    """What `KernelChoice.gain` says."""
     first = matrices[0]
     count = -(-CACHE_BYTES // (first.rows * first.columns * dtype.itemsize))
     if first.mask is None or count > len(matrices):
         return math.inf
     one = torch.randn(1, first.columns).to(dtype)
     dense = [m.tile(0, m.rows).to(dtype).contiguous() for m in matrices[:count]]
-    stored = [Matrix(weight) for weight in dense]
+    stored = [KernelMatrix(weight) for weight in dense]
     kernel, plain, own = seconds(
         [lambda m=m: by_kernel(m, one) for m in matrices[:count]],
         [lambda w=w: functional.linear(one, w) for w in dense],
@@ -121,14 +121,14 @@ def seconds(*ways: Sequence[Callable[[], Tensor]]) -> list[float]:
     return least
 
 
-def by_kernel(matrix: Matrix, x: Tensor) -> Tensor:
+def by_kernel(matrix: KernelMatrix, x: Tensor) -> Tensor:
     """The product x · Wᵀ [tokens, out] by the kernel, at most eight tokens at a time."""
     if len(x) <= MAX_BATCH:
         return matrix.multiply(x)
     return torch.cat([matrix.multiply(part) for part in x.split(MAX_BATCH)])
 
 
-def by_tiles(matrix: Matrix, x: Tensor) -> Tensor:
+def by_tiles(matrix: KernelMatrix, x: Tensor) -> Tensor:
     """The product x · Wᵀ [tokens, out] by torch, one expanded tile after the other.
 
     At no time is more than a tile expanded. int8 values are multiplied as the integers they are,

@@ -22,7 +22,7 @@ from torch import Tensor
 from secateur.errors import KernelError, ShapeError
 from secateur.runtime.kernels.library import MAX_BATCH, TYPES, CMatrix, address, library
 
-__all__ = ["WORD", "Matrix"]
+__all__ = ["WORD", "KernelMatrix"]
 
 WORD = 64
 """Weights for each word of the mask; rows are padded to whole words."""
@@ -31,7 +31,7 @@ READ_AHEAD_BYTES = 64
 _BITS_SET = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
 
-class Matrix:
+class KernelMatrix:
     """A weight [out, in] on the CPU, ready for kernels.
 
     Args:
@@ -90,7 +90,7 @@ class Matrix:
         )
         self.pointer = ctypes.addressof(self.c)
 
-    def __deepcopy__(self, memo: object) -> Matrix:
+    def __deepcopy__(self, memo: object) -> KernelMatrix:
         """Itself: a copied model shares its matrices, which never change."""
         return self
 

@@ -23,7 +23,7 @@ from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
 from secateur.reporting.compression_card import compression_card
-from secateur.reporting.results.compress import CompressResult, Stored
+from secateur.reporting.results.compress import CompressResult, FormatTotals
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
@@ -31,7 +31,7 @@ from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
 from secateur.runtime.choice import (
     AUTO,
-    Choice,
+    LayoutChoice,
     choose_layout,
     values_for,
     without_negative_zeros,
@@ -40,7 +40,7 @@ from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
 from secateur.runtime.packed import PackedCheckpoint, PlannedFile, quantization_config, write_packed
 from secateur.workflows.checkpoint_files import carry_over, read_config, refuse_quantized
 from secateur.workflows.compress.options import check_compression
-from secateur.workflows.compress.packable import Matrix, find_matrices
+from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import round_checkpoint, rounding_recipe, told_of
 
 __all__ = ["compress"]
@@ -52,7 +52,7 @@ NO_PART = {"budget_gib", "activations"}
 
 
 @dataclass
-class Plan:
+class StoragePlan:
     """How every tensor of the source will be stored.
 
     Attributes:
@@ -60,7 +60,7 @@ class Plan:
         dtypes: of every tensor that is stored under its own name.
     """
 
-    choices: dict[str, Choice] = field(default_factory=dict)
+    choices: dict[str, LayoutChoice] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def layout(self, name: str) -> Layout | None:
@@ -179,7 +179,7 @@ def packed_config(source: Path, computed: torch.dtype, archive: bool) -> dict[st
     }
 
 
-def fractions(reader: CheckpointReader, matrices: dict[str, Matrix]) -> dict[str, float]:
+def fractions(reader: CheckpointReader, matrices: dict[str, PackableMatrix]) -> dict[str, float]:
     """The fraction of zeros of every linear, by its name."""
     found = {}
     for name, matrix in matrices.items():
@@ -191,18 +191,18 @@ def fractions(reader: CheckpointReader, matrices: dict[str, Matrix]) -> dict[str
 
 def make_plan(
     reader: CheckpointReader,
-    matrices: dict[str, Matrix],
+    matrices: dict[str, PackableMatrix],
     format: str,
     values: str,
     progress: Progress,
-) -> Plan:
+) -> StoragePlan:
     """Look at every matrix and choose its layout.
 
     Raises:
         CheckpointError: a matrix is of a dtype that cannot be packed.
         RecipeError: N:M was asked for and no matrix has such zeros.
     """
-    plan = Plan()
+    plan = StoragePlan()
     progress.start("counting", len(matrices))
     for name, matrix in matrices.items():
         stored = reader.read(name)
@@ -226,7 +226,9 @@ def make_plan(
     return plan
 
 
-def computed_dtype(plan: Plan, matrices: dict[str, Matrix], values: str) -> torch.dtype:
+def computed_dtype(
+    plan: StoragePlan, matrices: dict[str, PackableMatrix], values: str
+) -> torch.dtype:
     """What the model computes in: the values' dtype, and bfloat16 for int8."""
     if values != AUTO:
         return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
@@ -238,7 +240,9 @@ def computed_dtype(plan: Plan, matrices: dict[str, Matrix], values: str) -> torc
     return max(weights, key=weights.__getitem__)
 
 
-def cast_others(plan: Plan, reader: CheckpointReader, values: str, computed: torch.dtype) -> None:
+def cast_others(
+    plan: StoragePlan, reader: CheckpointReader, values: str, computed: torch.dtype
+) -> None:
     """Settle the dtype of every tensor that keeps its name."""
     for name, entry in reader.entries.items():
         if plan.layout(name) is not None:
@@ -251,7 +255,7 @@ def cast_others(plan: Plan, reader: CheckpointReader, values: str, computed: tor
             plan.dtypes[name] = computed if wider and values != AUTO else entry.dtype
 
 
-def plan_files(reader: CheckpointReader, plan: Plan) -> list[PlannedFile]:
+def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]:
     """What each file will hold; all parts of a matrix go where its weight was."""
     count = len(reader.files)
     files = {
@@ -273,7 +277,7 @@ def plan_files(reader: CheckpointReader, plan: Plan) -> list[PlannedFile]:
 
 
 def contents(
-    reader: CheckpointReader, plan: Plan, progress: Progress
+    reader: CheckpointReader, plan: StoragePlan, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the result, in the order of the files."""
     for file in reader.files:
@@ -312,15 +316,15 @@ def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
 def make_report(
     reader: CheckpointReader,
     packed: PackedCheckpoint,
-    plan: Plan,
-    matrices: dict[str, Matrix],
+    plan: StoragePlan,
+    matrices: dict[str, PackableMatrix],
     output: Path,
     rounding: dict[str, Any],
     begun: float,
 ) -> CompressResult:
     """Add up what the files hold."""
-    linears, embeddings = Stored(), Stored()
-    by_format: dict[str, Stored] = {}
+    linears, embeddings = FormatTotals(), FormatTotals()
+    by_format: dict[str, FormatTotals] = {}
     negative_zeros = 0
     for name, choice in plan.choices.items():
         layout, owner = plan.layout(name), name.removesuffix(".weight")
@@ -332,7 +336,7 @@ def make_report(
             continue
         linears.add(*counted)
         kind = f"{choice.layout.pattern or choice.layout.format} {choice.layout.values}"
-        by_format.setdefault(kind, Stored()).add(*counted)
+        by_format.setdefault(kind, FormatTotals()).add(*counted)
         if layout is not None:
             negative_zeros += choice.negative_zeros
     return CompressResult(

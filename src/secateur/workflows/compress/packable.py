@@ -9,11 +9,11 @@ from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
 
-__all__ = ["Matrix", "find_matrices"]
+__all__ = ["PackableMatrix", "find_matrices"]
 
 
 @dataclass(frozen=True)
-class Matrix:
+class PackableMatrix:
     """A stored tensor that can be packed.
 
     Attributes:
@@ -32,7 +32,7 @@ class Matrix:
 
 def find_matrices(
     reader: CheckpointReader, embeddings: str, trust_remote_code: bool
-) -> dict[str, Matrix]:
+) -> dict[str, PackableMatrix]:
     """The matrices of a checkpoint that can be packed, by stored name.
 
     Raises:
@@ -48,7 +48,7 @@ def find_matrices(
     for linear in linears:
         name = stored[f"{linear.name}.weight"]
         if name.endswith(".weight"):
-            found[name] = Matrix(linear.transposed, linear.name)
+            found[name] = PackableMatrix(linear.transposed, linear.name)
     if not found:
         raise ArchitectureError(
             f"the checkpoint stores none of the linears of {type(model).__name__} as a matrix of "
@@ -62,5 +62,5 @@ def find_matrices(
         for path, module in model.named_modules():
             kept = stored.get(f"{path}.weight")  # a tied head is not stored again
             if any(module is x for x in outside) and kept is not None:
-                found[kept] = Matrix()
+                found[kept] = PackableMatrix()
     return found

@@ -16,7 +16,7 @@ from secateur.diagnostics.claims import Claims, read_claims
 from secateur.diagnostics.drift import LayerDrift, check_same_model, walk
 from secateur.diagnostics.findings import Finding, by_severity
 from secateur.diagnostics.layers import check_layers, could_bear
-from secateur.diagnostics.target import Target, check_speed, look_at_target
+from secateur.diagnostics.target import Machine, check_speed, look_at_target
 from secateur.diagnostics.training_log import check_training, read_log
 from secateur.diagnostics.units import check_units, head_size
 from secateur.diagnostics.values import check_values
@@ -239,7 +239,7 @@ def about_pruned(
     claims: Claims,
     weights: Weights,
     reference: Reference | None,
-    target: Target,
+    target: Machine,
 ) -> list[Finding]:
     """What only concerns a model with zeros: its speed, and what could not be checked."""
     if weights.sparsity <= PRUNED:
@@ -285,6 +285,6 @@ def keep(found: DiagnoseResult) -> None:
         return
     file = folder / "diagnosis.json"
     try:
-        write_json(file, records.declared(records.Diagnosis, found.to_json()))
+        write_json(file, records.declared(records.DiagnosisRecord, found.to_json()))
     except OSError as error:
         raise cannot_write(error, file) from error

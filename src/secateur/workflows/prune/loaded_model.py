@@ -22,7 +22,7 @@ from secateur.engine.stream.gradients import gather_gradients
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import text_config
 from secateur.models.experts import opened_experts
-from secateur.models.inventory import Matrix
+from secateur.models.inventory import StoredMatrix
 from secateur.models.positions import positions_of
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import start_tokens
@@ -118,7 +118,7 @@ def prune_module(
     return PruneResult(sparsity, ledger.layers, left=left)
 
 
-def decoder_sparsity(model: nn.Module, matrices: Sequence[Matrix]) -> float:
+def decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> float:
     """The fraction of zeros in the matrices of the decoder layers."""
     names = [matrix.name for matrix in matrices if matrix.is_decoder_matrix]
     weights = [model.get_parameter(name) for name in names]

@@ -39,7 +39,7 @@ from secateur.runs.environment import environment
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.meter import Meter
-from secateur.runs.records import MANIFEST_VERSION, Manifest, Step, declared
+from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.checkpoint_files import refuse_quantized
@@ -181,7 +181,7 @@ def cut_into(
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
     manifest["structure"]["latency"] = latency
     manifest["cost"]["resumed"] = folder.resumed
-    write_json(folder.notes / STEPS, [declared(Step, step) for step in steps])
+    write_json(folder.notes / STEPS, [declared(StepEntry, step) for step in steps])
     shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)

@@ -14,7 +14,7 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
 from secateur.runs.folder import NOTES
-from secateur.runs.records import Manifest, Step, read_list, read_record
+from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.training.objectives import Distil, NextToken, Objective
 from secateur.training.process_group import ProcessGroup
 from secateur.training.sharing import load
@@ -194,7 +194,7 @@ def kept_layers(
         return recipe.kept_layers
     if teacher != pruned_from(source):
         return None
-    depth = [x.cut for x in read_list(Step, steps) if x.step == "depth" and x.cut]
+    depth = [x.cut for x in read_list(StepEntry, steps) if x.step == "depth" and x.cut]
     return tuple(depth[0]["layers"]) if depth else None
 
 
