@@ -58,7 +58,7 @@ def room_arrows(imports: Arrows, package: str = PACKAGE) -> Arrows:
 
 def circles(arrows: Arrows) -> list[list[str]]:
     """The largest sets in which every member reaches every other, each sorted by name."""
-    reached = {name: _reachable(arrows, name) for name in arrows}
+    reached = {name: reachable(arrows, name) for name in arrows}
     partners: Arrows = {}
     for one, other in combinations(sorted(arrows), 2):
         if other in reached[one] and one in reached[other]:
@@ -67,7 +67,8 @@ def circles(arrows: Arrows) -> list[list[str]]:
     return sorted({tuple(sorted(circle)): sorted(circle) for circle in partners.values()}.values())
 
 
-def _reachable(arrows: Arrows, start: str) -> set[str]:
+def reachable(arrows: Arrows, start: str) -> set[str]:
+    """All that can be reached from `start` along arrows."""
     seen: set[str] = set()
     waiting = [start]
     while waiting:
