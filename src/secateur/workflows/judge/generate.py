@@ -64,16 +64,8 @@ def generate(
         )
         tell(text)
         count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return GenerateResult(
-            model,
-            prompt,
-            text,
-            count,
-            ready - started,
-            None,
-            count / (time.perf_counter() - ready),
-            f"transformers: {reason}",
-        )
+        rate, loop = count / (time.perf_counter() - ready), f"transformers: {reason}"
+        return GenerateResult(model, prompt, text, count, ready - started, None, rate, loop)
     decoder = Decoder(loaded, len(ids) + max_new_tokens)
     ends = loaded.generation_config.eos_token_id
     stop = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -90,13 +82,12 @@ def generate(
         if not text.endswith("\ufffd"):  # half of a character waits for the rest
             tell(text[len(told) :])
             told = text
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
     first = times[0] - begun if times else None
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     tell(text[len(told) :])
-    return GenerateResult(
-        model, prompt, text, len(tokens), ready - started, first, rate, "one call for each token"
-    )
+    loop = "one call for each token"
+    return GenerateResult(model, prompt, text, len(tokens), ready - started, first, speed, loop)
 
 
 def check_asked(prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
