@@ -25,6 +25,7 @@ class GenerateResult(Result):
         first_token_seconds: from the prompt to the first token.
         tokens_per_second: of the tokens after the first; None for a single one.
         loop: `one call for each token`, or `transformers` and why.
+        chat: whether the prompt was a message, written by the tokenizer's chat template.
     """
 
     model: str
@@ -35,6 +36,7 @@ class GenerateResult(Result):
     first_token_seconds: float | None
     tokens_per_second: float | None
     loop: str
+    chat: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -47,5 +49,6 @@ class GenerateResult(Result):
         return f"{self.tokens} tokens{rate} ({self.loop})"
 
     def blocks(self) -> Sequence[Block]:
-        """Prompt and text, then the account."""
-        return [Line(self.prompt + self.text), Line(self.account, style="dim")]
+        """The text, behind its prompt unless it answers a message; then the account."""
+        text = self.text if self.chat else self.prompt + self.text
+        return [Line(text), Line(self.account, style="dim")]
