@@ -42,7 +42,7 @@ def measure(method: str, pattern: str, args: argparse.Namespace, folder: Path) -
         pattern=pattern,
         sparsity=None if ":" in pattern else args.sparsity,
         calibration=args.calibration,
-        samples=64,
+        windows=64,
         sequence_length=512,
         sequential="layer" if args.paper else "group",
     )

@@ -49,7 +49,7 @@ def main() -> None:
                 MODEL,
                 output=folder,
                 calibration="boolq-calibration",
-                samples=16,
+                windows=16,
                 sequence_length=256,
                 **options,
             )

@@ -27,7 +27,7 @@ def command(output: Path, args: argparse.Namespace, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "secateur", "prune", args.model, "--output", str(output),
         "--method", args.method, "--sparsity", "0.5", "--calibration", args.calibration,
-        "--samples", str(args.samples), "--sequence-length", "512", "--json", *more,
+        "--windows", str(args.samples), "--sequence-length", "512", "--json", *more,
     ]  # fmt: skip
 
 

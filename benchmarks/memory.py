@@ -82,7 +82,7 @@ def measure(layers: int, args: argparse.Namespace, scratch: Path) -> dict:
     command = [
         sys.executable, "-m", "secateur", "prune", str(source), "--output", str(output),
         "--method", args.method, "--sparsity", "0.5", "--calibration", str(windows),
-        "--samples", str(args.samples), "--sequence-length", "512",
+        "--windows", str(args.samples), "--sequence-length", "512",
         "--activations", args.activations, "--json",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24)
     args = parser.parse_args()
     print(heading())
-    calibrated = {"calibration": args.calibration, "samples": 64, "sequence_length": 512}
+    calibrated = {"calibration": args.calibration, "windows": 64, "sequence_length": 512}
     ways: dict[str, dict[str, Any]] = {
         "bfloat16": {"values": "bfloat16"},
         "bfloat16 archive": {"values": "bfloat16", "archive": True},

@@ -60,10 +60,10 @@ OURS: dict[str, dict[str, Any]] = {
     "best": {"effort": "best"},
     "best, without the next token": {"effort": "best", "distillation": {"next_token": 0.0}},
     "best, SparseGPT instead of ALPS": {"effort": "best", "method": "sparsegpt"},
-    "best, without own windows": {"effort": "best", "generated": 0},
-    "best, 256 own windows": {"effort": "best", "generated": 256},
+    "best, without own windows": {"effort": "best", "generated_windows": 0},
+    "best, 256 own windows": {"effort": "best", "generated_windows": 256},
     "best, without asymmetric fitting": {"effort": "best", "asymmetric": False},
-    "best, tuned as well": {"effort": "best", "passes": 2},
+    "best, tuned as well": {"effort": "best", "tune_passes": 2},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
     "balanced, float32, damping 0.1": {
         "effort": "balanced",
@@ -74,19 +74,23 @@ OURS: dict[str, dict[str, Any]] = {
         "effort": "best",
         "fast_matmuls": False,
         "asymmetric_damping": 0.1,
-        "generated": 0,
-        "epochs": 0,
-        "passes": 6,
+        "generated_windows": 0,
+        "distill_epochs": 0,
+        "tune_passes": 6,
     },
-    "balanced + own windows": {"effort": "balanced", "generated": 128},
-    "balanced + tuning": {"effort": "balanced", "passes": 6},
+    "balanced + own windows": {"effort": "balanced", "generated_windows": 128},
+    "balanced + tuning": {"effort": "balanced", "tune_passes": 6},
     "balanced + layer sensitivity": {"effort": "balanced", "allocation": "layer-sensitivity"},
-    "balanced + distillation": {"effort": "balanced", "epochs": 1},
-    "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "epochs": 1},
+    "balanced + distillation": {"effort": "balanced", "distill_epochs": 1},
+    "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "distill_epochs": 1},
     "our ALPS": {"method": "alps"},
     "SparseGPT + asymmetric": {"method": "sparsegpt", "asymmetric": True},
-    "SparseGPT + tuning": {"method": "sparsegpt", "passes": 3},
-    "SparseGPT + asymmetric + tuning": {"method": "sparsegpt", "asymmetric": True, "passes": 3},
+    "SparseGPT + tuning": {"method": "sparsegpt", "tune_passes": 3},
+    "SparseGPT + asymmetric + tuning": {
+        "method": "sparsegpt",
+        "asymmetric": True,
+        "tune_passes": 3,
+    },
     "ALPS + asymmetric": {"method": "alps", "asymmetric": True},
     "Wanda + swaps": {"method": "wanda", "refine": "swaps"},
     "Wanda + swaps + ADMM": {"score": "wanda", "solver": "admm", "refine": "swaps"},
@@ -119,7 +123,8 @@ def with_own_windows(args: argparse.Namespace, seed: int, given: Path, count: in
 
 def own_asked(options: dict[str, Any]) -> int:
     """How many windows the model writes; what is given by itself goes before a preset's."""
-    count: int = options.get("generated", options.get("calibration", {}).get("generated", 0))
+    of_preset = options.get("calibration", {}).get("generated_windows", 0)
+    count: int = options.get("generated_windows", of_preset)
     return count
 
 
@@ -131,7 +136,7 @@ def run_ours(
     generated = own_asked(filled_in(OURS[row]))
     if args.untimed and generated:
         windows = with_own_windows(args, seed, windows, generated)
-        options = {**OURS[row], "generated": 0}
+        options = {**OURS[row], "generated_windows": 0}
     else:
         options = OURS[row]
     report = secateur.prune(

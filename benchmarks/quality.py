@@ -41,7 +41,7 @@ def pruned(args: argparse.Namespace, row: str, folder: Path) -> str:
             MODEL,
             output=folder,
             calibration=args.calibration,
-            samples=64,
+            windows=64,
             sequence_length=512,
             packing="random-crop",
             **ROWS[row],

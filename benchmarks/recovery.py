@@ -60,7 +60,7 @@ def started(args: argparse.Namespace, start: str, models: Path) -> Path:
             MODEL,
             output=folder,
             calibration=args.calibration,
-            samples=64,
+            windows=64,
             sequence_length=512,
             packing="random-crop",
             **STARTS[start],

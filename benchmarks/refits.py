@@ -124,7 +124,7 @@ def main() -> None:
     linears = {name: model.get_submodule(name) for name in names}
 
     def gathered(text: str, samples: int) -> dict[str, Tensor]:
-        plan = WindowPlan(samples=samples, sequence_length=512)
+        plan = WindowPlan(windows=samples, sequence_length=512)
         return grams_of(model, linears, make_windows(sample_text(text), tokenizer, plan))
 
     grams = gathered("boolq-calibration", args.samples)

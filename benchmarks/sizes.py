@@ -30,7 +30,7 @@ PRUNED = [
     ("sparsegpt", "unstructured", 0.7),
     ("sparsegpt", "2:4", None),
 ]
-CALIBRATION = {"calibration": "boolq-calibration", "samples": 16, "sequence_length": 256}
+CALIBRATION = {"calibration": "boolq-calibration", "windows": 16, "sequence_length": 256}
 STORED = [("auto", False), ("int8", False), ("auto", True), ("int8", True)]
 SIDE = 4096
 

@@ -37,7 +37,7 @@ Options = dict[str, Any]
 
 def depth(by: str, **more: Any) -> Callable[[float], Options]:
     """Whole layers."""
-    return lambda level: {"keep_layers": LAYERS - round(level * LAYERS), "by": by, **more}
+    return lambda level: {"keep_layers": LAYERS - round(level * LAYERS), "depth_by": by, **more}
 
 
 def width(**more: Any) -> Callable[[float], Options]:
@@ -71,7 +71,7 @@ def mixed(**more: Any) -> Callable[[float], Options]:
 
 def hidden(**more: Any) -> Callable[[float], Options]:
     """Channels of the residual stream, in multiples of the 9 heads."""
-    return lambda level: {"hidden": 9 * round((1 - level) * HIDDEN / 9), **more}
+    return lambda level: {"hidden_size": 9 * round((1 - level) * HIDDEN / 9), **more}
 
 
 ROWS: dict[str, Callable[[float], Options]] = {
@@ -88,12 +88,14 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "width, balanced": width(effort="balanced"),
     "width, balanced, global": width(effort="balanced", allocation="global"),
     "width, best": width(effort="best"),
-    "width, best, 128 own windows": width(effort="best", generated=128),
+    "width, best, 128 own windows": width(effort="best", generated_windows=128),
     "neurons, balanced": neurons(effort="balanced"),
     "middle, balanced": middle(effort="balanced"),
     "middle, best": middle(effort="best"),
-    "middle, best, 128 own windows": middle(effort="best", generated=128),
-    "middle, best, 128 own windows, two epochs": middle(effort="best", generated=128, epochs=2),
+    "middle, best, 128 own windows": middle(effort="best", generated_windows=128),
+    "middle, best, 128 own windows, two epochs": middle(
+        effort="best", generated_windows=128, distill_epochs=2
+    ),
     "mixed, balanced": mixed(effort="balanced"),
     "mixed, best": mixed(effort="best"),
 }
@@ -110,9 +112,9 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
             written = len(both) - len(given)
             if written != asked:
                 raise SystemExit(f"{row} takes {asked} own windows, the file has {written}")
-            options |= {"calibration": args.own_windows, "generated": 0}
+            options |= {"calibration": args.own_windows, "generated_windows": 0}
     else:
-        options |= {"calibration": args.calibration, "samples": 64, "sequence_length": 512,
+        options |= {"calibration": args.calibration, "windows": 64, "sequence_length": 512,
                     "packing": "random-crop"}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         report = secateur.structure(MODEL, output=Path(scratch) / "cut", **options)

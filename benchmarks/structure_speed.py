@@ -41,7 +41,8 @@ from secateur.models.checkpoint import shard_files
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
 from secateur.progress import Silent
-from secateur.recipes.reading import build_structure_recipe, nested
+from secateur.recipes.reading import build_recipe, nested
+from secateur.recipes.structure import StructureRecipe
 from secateur.structured.accounting import Accounting
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
@@ -130,7 +131,7 @@ def cuts(folder: Path, levels: list[float]) -> dict[str, Cut]:
     for kind, options in KINDS.items():
         for level in levels:
             asked = {"model": str(folder), "multiple": MULTIPLE, **options(level)}
-            aim = aim_of(build_structure_recipe(nested(asked)), skeleton)
+            aim = aim_of(build_recipe(StructureRecipe, nested(StructureRecipe, asked)), skeleton)
             cut = representative(aim)
             narrowed = uniform_cut(aim, design(skeleton, cut).skeleton, MULTIPLE)
             found[f"{kind}, {level:.0%}"] = replace(

@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(2)
     model, tokenizer = load_model(args.model, "cpu", trust_remote_code=False)
     model = model.to(fast_dtype(torch.device("cpu")) or torch.float32)
-    plan = WindowPlan(samples=args.windows, sequence_length=args.length)
+    plan = WindowPlan(windows=args.windows, sequence_length=args.length)
     windows = make_windows(sample_text("boolq-calibration"), tokenizer, plan)
     ways = {
         "generate": lambda: generated(model, windows),

@@ -28,7 +28,7 @@ from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol
 from secateur.evaluation.protocol import protocol_id
 from secateur.models.tokenizer import start_tokens
-from secateur.recipes.training_schema import RetrainRecipe
+from secateur.recipes.train import RetrainRecipe
 from secateur.workflows.train.text import read_training_text
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model, tiny_windows
@@ -216,7 +216,7 @@ def test_written_windows_begin_with_it_once(start: tuple[int, ...], begun: bool)
 def test_prune_writes_windows_that_begin_with_it(gemma: Path, text: Path, tmp_path: Path) -> None:
     secateur.prune(
         gemma, method="wanda", sparsity=0.5, output=tmp_path / "out", calibration=text,
-        samples=3, sequence_length=32, generated=2,
+        windows=3, sequence_length=32, generated_windows=2,
     )  # fmt: skip
     file = tmp_path / "out" / "secateur" / "windows.safetensors"
     windows = load_file(file)["input_ids"]
@@ -236,7 +236,7 @@ def test_a_loaded_model_gets_them_too(text: Path, monkeypatch: pytest.MonkeyPatc
     )
     secateur.prune(
         model, method="wanda", sparsity=0.5, calibration=text,
-        tokenizer=tiny_tokenizer(add_bos=True), samples=3, sequence_length=32, generated=2,
+        tokenizer=tiny_tokenizer(add_bos=True), windows=3, sequence_length=32, generated_windows=2,
     )  # fmt: skip
     whole = [ids for ids in seen if ids.shape[1] == 32]
     assert whole
@@ -250,7 +250,7 @@ def test_training_windows_begin_with_it(gemma: Path, text: Path, tmp_path: Path)
     watched = tmp_path / "watched.txt"
     watched.write_text("paper and stone and glass " * 40, encoding="utf-8")
     recipe = RetrainRecipe(
-        model=str(gemma), output="x", text=(str(text),), validation=str(watched),
+        model=str(gemma), output="x", text=(str(text),), validation_text=str(watched),
         sequence_length=33, windows=12, batch=2, steps=1,
     )  # fmt: skip
     config = transformers.AutoConfig.from_pretrained(gemma)
@@ -268,7 +268,7 @@ def test_the_overlap_of_texts_is_that_of_their_words(
     later = tmp_path / "later.txt"
     later.write_text(text.read_text()[3:], encoding="utf-8")
     recipe = RetrainRecipe(
-        model=str(gemma), output="x", text=(str(text),), validation=str(later),
+        model=str(gemma), output="x", text=(str(text),), validation_text=str(later),
         sequence_length=40, windows=500, batch=2, steps=1,
     )  # fmt: skip
     ids = bare(text.read_text())
@@ -362,7 +362,7 @@ def test_places_are_every_window_and_no_more() -> None:
 
 def test_a_sweep_calibrates_and_judges_behind_it(gemma: Path, text: Path, tmp_path: Path) -> None:
     plan = secateur.SweepPlan(
-        str(gemma), ("wanda",), (0.5,), calibration=str(text), samples=3, sequence_length=32,
+        str(gemma), ("wanda",), (0.5,), calibration=str(text), windows=3, sequence_length=32,
         texts=(str(text),), judge_length=32,
     )  # fmt: skip
     result = secateur.sweep(plan, tmp_path / "sweep")

@@ -38,7 +38,7 @@ def stream_of(texts: list[str]) -> list[int]:
 
 def test_packed_windows_are_the_stream_of_all_documents_cut_up():
     texts = documents(8, 7)
-    plan = WindowPlan(samples=16, sequence_length=4)  # 8 · (7 + 1) tokens: every one is used
+    plan = WindowPlan(windows=16, sequence_length=4)  # 8 · (7 + 1) tokens: every one is used
     windows = make_windows(texts, tiny_tokenizer(WORDS), plan)
     assert windows.shape == (16, 4)
     assert windows.dtype == torch.int64
@@ -115,14 +115,14 @@ def test_too_little_text(packing):
 
 
 def test_too_little_text_says_how_much_there_is():
-    with pytest.raises(SourceError, match=r"(?s)gives 7 windows of 100.*enough for --samples 7"):
+    with pytest.raises(SourceError, match=r"(?s)gives 7 windows of 100.*enough for --windows 7"):
         make_windows(documents(), tiny_tokenizer(WORDS), WindowPlan(8, 100))
 
 
 @pytest.mark.parametrize(
     ("values", "fault"),
     [
-        ({"samples": 0}, "samples is 0"),
+        ({"windows": 0}, "windows is 0"),
         ({"sequence_length": -1}, "sequence_length is -1"),
         ({"packing": "tight"}, "unknown packing 'tight'"),
     ],

@@ -91,7 +91,7 @@ def test_a_recipe_with_options_over_it(
 
 def test_all_faults_of_a_recipe_at_once(secateur, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("modle: x\nsparsity: a lot\ncalibration: {sampels: 3, seed: -1}\n")
+    recipe.write_text("modle: x\nsparsity: a lot\ncalibration: {windwos: 3, seed: -1}\n")
     done = secateur("prune", recipe)
     assert done.code == 2
     assert "5 faults" in done.err
@@ -99,7 +99,7 @@ def test_all_faults_of_a_recipe_at_once(secateur, tmp_path: Path) -> None:
         "modle: unknown key; did you mean 'model'",
         "model: missing",
         "sparsity:",
-        "did you mean 'samples'",
+        "did you mean 'windows'",
         "calibration.seed:",
     ):
         assert told in done.err

@@ -14,16 +14,16 @@ PRUNE = {"prune": {"method": "magnitude", "sparsity": 0.5}}
 
 FAULTS: list[tuple[Any, str]] = [
     ({"compress": {"values": "int3"}}, "unknown values 'int3'"),
-    ({"compress": {"values": ["int8"]}}, "unknown values"),
+    ({"compress": {"values": ["int8"]}}, "values: Input should be a valid string"),
     ({"compress": {"format": "zip"}}, "unknown format 'zip'"),
-    ({"compress": {"embeddings": "int4"}}, "embeddings cannot be 'int4'"),
-    ({"compress": {"archive": "yes"}}, "archive is 'yes'"),
-    ({"compress": {"samples": 4}}, "there is none"),
-    ({"compress": {"calibration": "c4"}}, "values are to be 'auto'"),
-    ({"compress": {"values": "int8", "calibration": "c4", "samples": -1}}, "samples"),
+    ({"compress": {"embeddings": "int4"}}, "embeddings: Input should be 'auto' or 'int8'"),
+    ({"compress": {"archive": "yes"}}, "archive: Input should be a valid boolean"),
+    ({"compress": {"windows": 4}}, "there is none"),
+    ({"compress": {"calibration": "c4"}}, "the values are 'auto'"),
+    ({"compress": {"values": "int8", "calibration": "c4", "windows": -1}}, "windows"),
     ({"compress": {"values": "int8", "calibration": 5}}, "source"),
-    ({"compress": {"vales": "int8"}}, "no option 'vales'"),
-    ({"compress": {"trust_remote_code": True}}, "no option 'trust_remote_code'"),
+    ({"compress": {"vales": "int8"}}, "vales: unknown key; did you mean 'values'"),
+    ({"compress": {"trust_remote_code": True}}, "'trust_remote_code' is an option of the chain"),
     ({"compress": "int8"}, "not keys and values"),
     ({"prune": {"method": "wonda", "sparsity": 0.5}}, "wonda"),
     ({"prune": {"method": "wanda", "sparsity": 7}}, "sparsity 7"),
@@ -33,6 +33,11 @@ FAULTS: list[tuple[Any, str]] = [
     ({"prune": {"sparsity": "0.5"}}, "valid number"),
     ({"distill": {"temperature": float("inf")}}, "finite number"),
     ({"retrain": {"learning_rate": float("nan")}}, "finite number"),
+    ({"retrain": {"optimizer": "Adm"}}, "no optimizer 'Adm'"),
+    ({"retrain": {"gradual": {"sparsity": 0.5, "schedule": "cubical"}}}, "unknown schedule"),
+    ({"structure": {}}, "nothing is to be cut"),
+    ({"structure": {"ffn": 0.5, "score": "wandas"}}, "unknown score 'wandas'"),
+    ({"structure": {"ffn": 0.5, "heads": 0.5}}, "heads: this key is now called 'kv_groups'"),
 ]
 
 

@@ -20,8 +20,11 @@ from secateur.calibration.documents import read_documents
 from secateur.errors import CheckpointError, SecateurError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import check_folder
-from secateur.recipes.reading import build_recipe, build_structure_recipe, read_recipe_file
-from secateur.workflows.chain import checked
+from secateur.recipes.chain import ChainRecipe
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe, read_recipe_file
+from secateur.recipes.structure import StructureRecipe
+from secateur.workflows.chain_steps import checked_steps
 from secateur.workflows.judge.inspect import inspect_model
 from tiny import save_tiny
 
@@ -97,8 +100,9 @@ def edited(file: Path, draw: random.Random, times: int = 1) -> None:
 def test_recipes(places: dict[str, Path], content: bytes) -> None:
     file = places["file"].with_suffix(".yaml")
     file.write_bytes(content)
-    for build in (build_recipe, build_structure_recipe, lambda values: checked(1, values)):
-        refused_or_read(lambda build=build: build(read_recipe_file(file)))
+    for kind in (PruneRecipe, StructureRecipe, ChainRecipe):
+        refused_or_read(lambda kind=kind: build_recipe(kind, read_recipe_file(file)))
+    refused_or_read(lambda: checked_steps([read_recipe_file(file)], "model"))
 
 
 @bounded(60)

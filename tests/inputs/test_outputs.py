@@ -22,7 +22,7 @@ ALL = ["prune", "structure", "retrain", "compress", "sweep", "report"]
 @pytest.fixture
 def words(model: Path, windows: Path) -> Callable[[str], list[object]]:
     """The words of a verb that would do its work, but for the output."""
-    text = ["--calibration", windows, "--samples", 4]
+    text = ["--calibration", windows, "--windows", 4]
     return {
         "prune": ["prune", model, "--method", "wanda", "--sparsity", 0.5, *text],
         "structure": ["structure", model, "--keep-layers", 2, "--effort", "fast", *text],

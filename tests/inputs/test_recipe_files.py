@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from secateur.errors import RecipeError
+from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe, read_recipe_file
 from secateur.recipes.yaml_text import read_yaml, write_yaml
 
@@ -70,11 +71,11 @@ def test_assignments_that_are_no_values(refused, assignment: str, tmp_path: Path
         {"sparsity": math.inf},
         {"asymmetric": 1},
         {"asymmetric": "yes"},
-        {"calibration": {"samples": 4.0}},
-        {"calibration": {"samples": "4"}},
+        {"calibration": {"windows": 4.0}},
+        {"calibration": {"windows": "4"}},
         {"calibration": {"seed": 10**22}},
         {"overrides": {"*": "0.5"}},
-        {"parameters": {"damping": "0.1"}},
+        {"method_parameters": {"damping": "0.1"}},
         {"include": "*"},
         {"include": [5]},
         {"pattern": 24},
@@ -82,21 +83,21 @@ def test_assignments_that_are_no_values(refused, assignment: str, tmp_path: Path
 )
 def test_values_of_another_type(fields: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"\d faults? in the recipe"):
-        build_recipe({"model": "m", "sparsity": 0.5, **fields})
+        build_recipe(PruneRecipe, {"model": "m", "sparsity": 0.5, **fields})
 
 
 def test_values_that_yaml_writes_in_its_own_way() -> None:
     read = read_yaml(
         "{model: m, pattern: 2:4, sparsity: 1, asymmetric_damping: 1e-3, include: [a, b],\n"
-        "fast_matmuls: yes, calibration: {seed: 010, samples: 1_000}}"
+        "fast_matmuls: yes, calibration: {seed: 010, windows: 1_000}}"
     )
-    recipe = build_recipe(read)
+    recipe = build_recipe(PruneRecipe, read)
     assert recipe.pattern == "2:4"  # YAML 1.1 reads 124
     assert recipe.asymmetric_damping == 1e-3  # and this as text
     assert recipe.include == ("a", "b")
     assert recipe.fast_matmuls is True
     assert recipe.calibration.seed == 10  # and this as 8
-    assert recipe.calibration.samples == 1000
+    assert recipe.calibration.windows == 1000
 
 
 def test_aliases_that_repeat_a_little_are_read() -> None:
@@ -118,14 +119,14 @@ def test_what_is_written_is_read_the_same_by_both(value: object) -> None:
 
 
 def test_a_resolved_recipe_is_read_again() -> None:
-    recipe = build_recipe({"model": "1e5", "method": "wanda", "pattern": "2:4"})
-    assert build_recipe(read_yaml(dump_recipe(recipe))) == recipe
+    recipe = build_recipe(PruneRecipe, {"model": "1e5", "method": "wanda", "pattern": "2:4"})
+    assert build_recipe(PruneRecipe, read_yaml(dump_recipe(recipe))) == recipe
 
 
 def test_sections_that_are_no_sections(refused, tmp_path: Path) -> None:
     file, out = tmp_path / "recipe.yaml", tmp_path / "out"
     file.write_text("model: m\nsparsity: 0.5\ncalibration: 5\n")
-    assert "not keys and values" in refused("prune", file, "--samples", 4, "-o", out)
+    assert "not keys and values" in refused("prune", file, "--windows", 4, "-o", out)
     assert "valid dictionary" in refused("prune", file, "-o", out)
 
 

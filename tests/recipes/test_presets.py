@@ -6,13 +6,13 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.recipes.presets import filled_in, presets
+from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.recipes.schema import PruneRecipe
 from secateur.sparsity.methods import compose
 
 
 def recipe(**values):
-    return build_recipe({"model": "m", **values})
+    return build_recipe(PruneRecipe, {"model": "m", **values})
 
 
 def test_without_a_method_the_recipe_is_balanced() -> None:
@@ -36,14 +36,16 @@ def test_what_is_given_is_kept() -> None:
     found = recipe(effort="best", distillation=distillation, asymmetric=False)
     assert found.distillation.peak_learning_rate == 0.01
     assert found.distillation.epochs == presets["best"]["distillation"]["epochs"]
-    assert found.calibration.generated == presets["best"]["calibration"]["generated"]
+    assert (
+        found.calibration.generated_windows == presets["best"]["calibration"]["generated_windows"]
+    )
     assert found.asymmetric is False
-    assert found.parameters == presets["best"]["parameters"]
+    assert found.method_parameters == presets["best"]["method_parameters"]
 
 
 def test_a_method_with_an_effort_gets_the_rest_but_not_another_methods_parameters() -> None:
     found = recipe(effort="best", method="wanda")
-    assert (found.method, found.parameters) == ("wanda", {})
+    assert (found.method, found.method_parameters) == ("wanda", {})
     assert found.distillation.epochs == presets["best"]["distillation"]["epochs"]
 
 
@@ -51,9 +53,9 @@ def test_a_method_with_an_effort_gets_the_rest_but_not_another_methods_parameter
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8", "16x1"])
 def test_a_resolved_recipe_reads_as_itself_and_can_be_composed(effort: str, pattern: str) -> None:
     found = recipe(effort=effort, pattern=pattern)
-    again = build_recipe(found.model_dump(mode="json"))
+    again = build_recipe(PruneRecipe, found.model_dump(mode="json"))
     assert again == found
-    compose(found.method, pattern, refine=found.refine, **found.parameters)
+    compose(found.method, pattern, refine=found.refine, **found.method_parameters)
 
 
 def test_a_section_that_is_no_mapping_is_a_fault_not_a_crash() -> None:

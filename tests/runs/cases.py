@@ -98,12 +98,12 @@ SPECIAL: Mapping[str, Callable[..., Any]] = {"sweep": swept}
 
 WINDOWS = {"calibration": "{sources}/windows.safetensors"}
 WANDA = {"method": "wanda", "sparsity": 0.5, **WINDOWS}
-FEW = {"parameters": {"iterations": 3, "growth": 2.0}}
+FEW = {"method_parameters": {"iterations": 3, "growth": 2.0}}
 BEST = {"effort": "best", **FEW, **WINDOWS}
 """The preset, in small. Whoever gives parameters gives method, or score and solver, too."""
 FAST = {"effort": "fast", **WINDOWS}
 REFIT = {"score": "wanda", "solver": "alps"}
-LEARNT = {"generated": 2, "epochs": 1, "peak_learning_rate": 1e-3}
+LEARNT = {"generated_windows": 2, "distill_epochs": 1, "distill_learning_rate": 1e-3}
 PRUNE_BEST = {**BEST, **LEARNT, "method": "alps", "sparsity": 0.5}
 TRAINING = {
     "text": "{sources}/text.txt", "sequence_length": 16, "windows": 12, "batch": 4, "steps": 3,
@@ -116,7 +116,7 @@ CASES: Mapping[str, Case] = {
     "prune best saved": Case("prune", "dense", PRUNE_BEST, saves=True),
     "prune disk": Case("prune", "dense", {**WANDA, "activations": "disk"}),
     "prune search": Case("prune", "dense", {**WANDA, "allocation": "search"}),
-    "structure": Case("structure", "dense", {**FAST, "ffn": 0.5, "heads": 0.5}),
+    "structure": Case("structure", "dense", {**FAST, "ffn": 0.5, "kv_groups": 0.5}),
     "structure best": Case(
         "structure", "deep", {**BEST, **REFIT, **LEARNT, "keep_layers": 2}
     ),

@@ -267,16 +267,16 @@ def test_resume_starts_where_nothing_was_left(
     assert contents(tmp_path / "out") == straight(name)[0]
 
 
-TEXT = {"calibration": "{sources}/text.txt", "sequence_length": 16, "samples": 4}
+TEXT = {"calibration": "{sources}/text.txt", "sequence_length": 16, "windows": 4}
 CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("prune", {}, {"calibration": "{sources}/others.safetensors"}),
-    ("prune", TEXT, {"samples": 3}),
+    ("prune", TEXT, {"windows": 3}),
     ("prune", TEXT, {"calibration": "{sources}/other.txt"}),
     ("prune", TEXT, {"seed": 1}),
     ("structure", {}, {"calibration": "{sources}/others.safetensors"}),
-    ("structure", TEXT, {"samples": 3}),
+    ("structure", TEXT, {"windows": 3}),
     ("compress int8", {}, {"calibration": "{sources}/others.safetensors"}),
-    ("compress int8", TEXT, {"samples": 3}),
+    ("compress int8", TEXT, {"windows": 3}),
     ("retrain", {}, {"text": "{sources}/other.txt"}),
     ("retrain", {}, {"windows": 11}),
     ("distill", {}, {"text": "{sources}/other.txt"}),

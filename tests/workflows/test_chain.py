@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
+from secateur.workflows import chain_steps
 from tiny import save_tiny
 from trained import source_text
 from zoo import tiny_model, tiny_windows
@@ -65,7 +67,7 @@ def test_a_step_may_be_training_and_its_teacher_is_the_source(tmp_path: Path) ->
     source, text = tmp_path / "source", tmp_path / "text.txt"
     save_tiny(source)
     text.write_text(source_text()[:30_000], encoding="utf-8")
-    calibration = {"source": str(text), "samples": 4, "sequence_length": 32}
+    calibration = {"source": str(text), "windows": 4, "sequence_length": 32}
     steps = [
         {"structure": {"ffn": 0.5, "effort": "fast", "calibration": calibration}},
         {"prune": {"pattern": "2:4", "method": "wanda", "calibration": calibration}},
@@ -81,21 +83,24 @@ def test_a_step_may_be_training_and_its_teacher_is_the_source(tmp_path: Path) ->
 def test_a_chain_that_fails_goes_on_behind_what_is_done(
     source: Path, tmp_path: Path, windows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur.workflows import chain as chaining
-
     def fails(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
+    failing = replace(chain_steps.STEPS["compress"], run=fails)
+
     with monkeypatch.context() as patched:
-        patched.setitem(chaining.VERBS, "compress", fails)
+        patched.setattr(chain_steps, "STEPS", {**chain_steps.STEPS, "compress": failing})
         with pytest.raises(KeyboardInterrupt):
             secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows))
     done = tmp_path / "out.partial" / "work" / "02-prune"
     before = (done / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(RecipeError, match="stopped half-way"):
         secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows))
-    with pytest.raises(RecipeError, match=r"another one \(steps"):
-        secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows)[:2], resume=True)
+    other = steps_of(windows)
+    other[0]["structure"]["ffn"] = 0.75
+    with pytest.raises(RecipeError, match=r"ffn: 0.5 then, 0.75 now") as error:
+        secateur.chain(source, output=tmp_path / "out", steps=other, resume=True)
+    assert error.value.where == "step 1 of the chain: structure"
     assert (done / "model.safetensors").stat().st_mtime_ns == before
     report = secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows), resume=True)
     assert report.links[-1].step == "compress"
@@ -108,8 +113,8 @@ def test_a_chain_that_fails_goes_on_behind_what_is_done(
         ([], "no steps"),
         ([{"prun": {}}], "did you mean 'prune'"),
         ([{"prune": {"sparsty": 0.5}}], "sparsty: unknown key"),
-        ([{"structure": {"ffn": 0.5}}, {"compress": {"vales": "int8"}}], "no option 'vales'"),
-        ([{"prune": {"output": "x"}}], "for the chain to say"),
+        ([{"structure": {"ffn": 0.5}}, {"compress": {"vales": "int8"}}], "vales: unknown key"),
+        ([{"prune": {"output": "x"}}], "an option of the chain"),
         ([{"prune": {}, "compress": {}}], "one verb"),
     ],
 )

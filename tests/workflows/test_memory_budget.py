@@ -11,8 +11,8 @@ import torch
 
 from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError
-from secateur.recipes.schema import Memory
-from secateur.recipes.training_schema import RetrainRecipe
+from secateur.recipes.memory import Memory
+from secateur.recipes.train import RetrainRecipe
 from secateur.workflows.memory_budget import fitting_plan, memory_budget
 from secateur.workflows.train.memory import TrainingMemory, check_memory
 

@@ -110,7 +110,7 @@ def continued(
         if getattr(output, name, None) is not cache:
             raise SourceError(
                 f"{type(model).__name__} does not go on from keys and values that it is given",
-                remedy="leave the generated windows out (--generated 0)",
+                remedy="leave the generated windows out (--generated-windows 0)",
             )
         if place + 1 >= given:
             logits = output.logits[:, -1]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class WindowPlan:
     """How many windows are cut from a text, how long, and how.
 
     Args:
-        samples: number of windows.
+        windows: number of windows.
         sequence_length: tokens in each, start tokens among them.
         seed: of the draw.
         packing: `concatenate` cuts windows from a stream of shuffled documents and wastes no text;
@@ -55,13 +55,13 @@ class WindowPlan:
         RecipeError: a number is below one, or the packing is unknown.
     """
 
-    samples: int = 128
+    windows: int = 128
     sequence_length: int = 2048
     seed: int = 0
     packing: str = "concatenate"
 
     def __post_init__(self) -> None:
-        for name in ("samples", "sequence_length"):
+        for name in ("windows", "sequence_length"):
             if getattr(self, name) < 1:
                 raise RecipeError(
                     f"{name} is {getattr(self, name)}", remedy=f"give a {name} of 1 or more"
@@ -96,13 +96,13 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
     """
     draw = crop_windows if plan.packing == "random-crop" else pack_windows
     windows = draw(documents, tokenizer, plan)
-    if len(windows) < plan.samples:
-        fits = f"; there is enough for --samples {len(windows)}" if len(windows) else ""
+    if len(windows) < plan.windows:
+        fits = f"; there is enough for --windows {len(windows)}" if len(windows) else ""
         raise SourceError(
             f"the text gives {len(windows)} windows of {plan.sequence_length} tokens, "
-            f"{plan.samples} were asked",
+            f"{plan.windows} were asked",
             where=f"{len(documents)} documents, packing {plan.packing}",
-            remedy="name a longer text, or ask for fewer samples or a shorter sequence length"
+            remedy="name a longer text, or ask for fewer windows or a shorter sequence length"
             + fits,
         )
     return windows
@@ -122,11 +122,11 @@ def pack_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
             stream.extend(ids)
             if end is not None and ids and ids[-1] != end:
                 stream.append(end)
-        if len(stream) >= plan.samples * cutter.text_length:
+        if len(stream) >= plan.windows * cutter.text_length:
             break
     places = cutter.places(len(stream))
     rng.shuffle(places)
-    return cutter.cut(stream, places[: plan.samples])
+    return cutter.cut(stream, places[: plan.windows])
 
 
 def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int]]:
@@ -155,7 +155,7 @@ def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
     too_short: set[int] = set()
     windows: list[Windows] = []
     misses = 0
-    while documents and len(windows) < plan.samples and misses < MAX_MISSES:
+    while documents and len(windows) < plan.windows and misses < MAX_MISSES:
         number = rng.randint(0, len(documents) - 1)
         ids = [] if number in too_short else cutter.read([documents[number]])[0]
         if len(ids) <= length:
@@ -220,7 +220,7 @@ def load_calibration(
         windows = make_windows(documents, tokenizer, plan)
         check_fit(windows, source, vocab_size=vocab_size, positions=positions)
         start = start_tokens(tokenizer)
-        record |= {"documents": len(documents), **asdict(plan)}
+        record |= {"documents": len(documents), "seed": plan.seed, "packing": plan.packing}
     record |= {START: list(start)} if start else {}
     record |= {
         "samples": windows.shape[0],

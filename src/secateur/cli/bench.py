@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
-
-import typer
 
 from secateur.cli import options as o
 
@@ -12,18 +11,19 @@ __all__ = ["bench"]
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder, compressed or not; hub id; named sample.")],
+    model: Annotated[str, o.argument(help="Folder, compressed or not; hub id; named sample.")],
+    *,
     contenders: Annotated[
         str | None,
-        typer.Option(help="Comma-separated; by default all that our library can run."),
+        o.option(help="Comma-separated; by default all that our library can run."),
     ] = None,
     gguf: Annotated[
         list[str] | None,
-        typer.Option(help="GGUF file for llama.cpp (needs xllamacpp); may be repeated."),
+        o.option(help="GGUF file for llama.cpp (needs xllamacpp); may be repeated."),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens written in each round.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds that count; one more warms up.")] = 5,
+    prompt_tokens: Annotated[int, o.option(help="Length of the prompt.")] = 64,
+    new_tokens: Annotated[int, o.option(help="Tokens written in each round.")] = 32,
+    rounds: Annotated[int, o.option(help="Rounds that count; one more warms up.")] = 5,
     as_json: o.Json = False,
 ) -> None:
     """Measure speed and memory at batch 1 on the CPU, packed and in all other ways, in turns."""
@@ -46,4 +46,4 @@ def bench(
         )
     print_result(report, as_json=as_json)
     if all(speed.failure is not None for speed in report.speeds):
-        raise typer.Exit(1)
+        sys.exit(1)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
+from secateur.cli.verb import command
 
-from secateur.cli import options as o
+if TYPE_CHECKING:
+    from secateur.recipes.compress import DecompressRecipe
+    from secateur.reporting.results.compress import DecompressResult
 
 __all__ = ["decompress"]
 
 
-def decompress(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a compressed checkpoint.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the result.")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output folder.")
-    ] = False,
-    as_json: o.Json = False,
-) -> None:
-    """Write a compressed model as plain dense safetensors again."""
+def run(recipe: DecompressRecipe, **call: Any) -> DecompressResult:
+    """Decompress with a bar of progress."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_result
-    from secateur.workflows.compress.unpack import decompress as run_decompression
+    from secateur.workflows.compress.unpack import decompress_recipe
 
     with show_progress() as progress:
-        report = run_decompression(model, output=output, overwrite=overwrite, progress=progress)
-    print_result(report, as_json=as_json)
+        return decompress_recipe(recipe, progress, **call)
+
+
+decompress = command("decompress", run)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from secateur.cli import options as o
 
 if TYPE_CHECKING:
@@ -24,11 +22,12 @@ PROMPTS = (
 
 
 def demo(
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for it.")] = "demo-run",
-    sparsity: Annotated[float, typer.Option(help="Fraction of zeros.")] = 0.5,
-    effort: Annotated[str, typer.Option(help="Preset: fast, balanced or best.")] = "balanced",
-    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 64,
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to judge on.")] = 40,
+    *,
+    output: Annotated[str, o.option("--output", "-o", help="Folder for it.")] = "demo-run",
+    sparsity: Annotated[float, o.option(help="Fraction of zeros.")] = 0.5,
+    effort: Annotated[str, o.option(help="Preset: fast, balanced or best.")] = "balanced",
+    samples: Annotated[int, o.option(help="Calibration windows of 512 tokens.")] = 64,
+    windows: Annotated[int, o.option(help="Windows of 512 tokens to judge on.")] = 40,
     as_json: o.Json = False,
 ) -> None:
     """Prune SmolLM2-135M, judge it beside the dense model on other text, and write a report."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
-
-import typer
 
 from secateur.cli import options as o
 from secateur.errors import RecipeError
@@ -15,26 +14,27 @@ __all__ = ["diagnose"]
 def diagnose(
     model: Annotated[
         str | None,
-        typer.Argument(help="Folder, compressed or not; hub id, GGUF file or named sample."),
+        o.argument(help="Folder, compressed or not; hub id, GGUF file or named sample."),
     ] = None,
+    *,
     dense: Annotated[
-        str | None, typer.Option(help="The dense model: its layers are compared, one by one.")
+        str | None, o.option(help="The dense model: its layers are compared, one by one.")
     ] = None,
     text: Annotated[
-        str, typer.Option(help="What both read: a text, or a safetensors file of windows.")
+        str, o.option(help="What both read: a text, or a safetensors file of windows.")
     ] = "boolq-held-out",
-    windows: Annotated[int, typer.Option(help="Windows of that text.")] = 8,
+    windows: Annotated[int, o.option(help="Windows of that text.")] = 8,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per window. [256, or the model's length]")
+        int | None, o.option(help="Tokens per window. [256, or the model's length]")
     ] = None,
     training_log: Annotated[
         str | None,
-        typer.Option(help="Log of a retraining: JSON lines with step, loss, learning_rate."),
+        o.option(help="Log of a retraining: JSON lines with step, loss, learning_rate."),
     ] = None,
     target: Annotated[
-        bool, typer.Option("--target", help="Only say what this machine can speed up.")
+        bool, o.option("--target", help="Only say what this machine can speed up.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, o.option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
@@ -65,4 +65,4 @@ def diagnose(
         )
     print_result(found, as_json=as_json)
     if found.count("error"):
-        raise typer.Exit(3)
+        sys.exit(3)

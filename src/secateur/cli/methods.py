@@ -10,7 +10,7 @@ from secateur.cli import options as o
 __all__ = ["methods"]
 
 
-def methods(as_json: o.Json = False) -> None:
+def methods(*, as_json: o.Json = False) -> None:
     """List presets, methods and their parts."""
     from secateur.cli.rendering import print_json
     from secateur.reporting.tables import print_blocks

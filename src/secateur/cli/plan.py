@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from secateur.cli import options as o
+from typing import TYPE_CHECKING, Any
+
+from secateur.cli.verb import command
+
+if TYPE_CHECKING:
+    from secateur.recipes.prune import PruneRecipe
+    from secateur.reporting.results.plan import PlanResult
 
 __all__ = ["plan"]
 
 
-def plan(
-    model: o.ModelArgument,
-    effort: o.Effort = None,
-    method: o.Method = None,
-    sparsity: o.Sparsity = None,
-    pattern: o.PatternText = None,
-    scope: o.Scope = None,
-    allocation: o.Allocation = None,
-    epochs: o.Epochs = None,
-    sequential: o.Sequential = None,
-    calibration: o.CalibrationSource = None,
-    samples: o.Samples = None,
-    generated: o.Generated = None,
-    sequence_length: o.SequenceLength = None,
-    memory_budget_gib: o.Budget = None,
-    activations: o.ActivationsPlace = None,
-    micro_batch_tokens: o.MicroBatch = None,
-    device: o.Device = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    assignments: o.Set = None,
-    as_json: o.Json = False,
-) -> None:
-    """Tell what pruning would need: memory, disk, work. Reads no weights and writes nothing."""
-    recipe = o.recipe_from(locals())
-    from secateur.cli.rendering import print_result
+def run(recipe: PruneRecipe, **_: Any) -> PlanResult:
+    """Plan without a bar of progress: it takes seconds."""
     from secateur.workflows.prune.checkpoint import plan_recipe
 
-    print_result(plan_recipe(recipe), as_json=as_json)
+    return plan_recipe(recipe)
+
+
+plan = command("plan", run, frozenset({"output", "overwrite", "resume", "restart"}))

@@ -39,7 +39,7 @@ def show_progress() -> Iterator[Listener]:
     What asks is the file itself, not rich: rich believes FORCE_COLOR, which many CI systems set.
     """
     if sys.stderr.isatty() and not stderr.is_dumb_terminal:
-        with ProgressBar() as bar:
+        with show_progress() as bar:
             yield bar
     else:
         with ProgressLines() as lines:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from secateur.cli import options as o
 
 __all__ = ["report"]
@@ -13,19 +11,18 @@ __all__ = ["report"]
 
 def report(
     runs: Annotated[
-        list[str], typer.Argument(help="Run folders, compressed or not, and folders of sweeps.")
+        list[str], o.argument(help="Run folders, compressed or not, and folders of sweeps.")
     ],
+    *,
     output: Annotated[
-        str, typer.Option("--output", "-o", help="The HTML file to write.")
+        str, o.option("--output", "-o", help="The HTML file to write.")
     ] = "report.html",
     plots: Annotated[
-        bool, typer.Option("--plots", help="Also every chart as PNG and SVG, beside the page.")
+        bool, o.option("--plots", help="Also every chart as PNG and SVG, beside the page.")
     ] = False,
     card: Annotated[
         str | None,
-        typer.Option(
-            help="Also a Markdown model card of the only run, with all that was measured."
-        ),
+        o.option(help="Also a Markdown model card of the only run, with all that was measured."),
     ] = None,
     as_json: o.Json = False,
 ) -> None:

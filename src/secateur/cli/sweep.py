@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
-
-import typer
 
 from secateur.cli import options as o
 from secateur.errors import RecipeError
@@ -13,43 +12,44 @@ __all__ = ["sweep"]
 
 
 def sweep(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or named sample.")],
+    model: Annotated[str, o.argument(help="Hub id, folder, GGUF file or named sample.")],
+    *,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated: methods, or presets (fast, balanced, best).")
+        str, o.option(help="Comma-separated: methods, or presets (fast, balanced, best).")
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the sweep.")],
+    output: Annotated[str, o.option("--output", "-o", help="Folder of the sweep.")],
     sparsities: Annotated[
-        str, typer.Option(help="Comma-separated fractions of zeros, such as 0.3,0.5,0.7.")
+        str, o.option(help="Comma-separated fractions of zeros, such as 0.3,0.5,0.7.")
     ] = "",
     patterns: Annotated[
-        str, typer.Option(help="Comma-separated patterns to try as well, such as 2:4,4:8.")
+        str, o.option(help="Comma-separated patterns to try as well, such as 2:4,4:8.")
     ] = "",
     calibration: o.CalibrationSource = None,
-    samples: o.Samples = None,
+    windows: o.Windows = None,
     sequence_length: o.SequenceLength = None,
     seed: o.Seed = None,
     perplexity: Annotated[
         list[str] | None,
-        typer.Option(help="Text to judge on; may be repeated. [wikitext2]"),
+        o.option(help="Text to judge on; may be repeated. [wikitext2]"),
     ] = None,
     judge_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a window to judge on. [2048, or the model's length]"),
+        o.option(help="Tokens of a window to judge on. [2048, or the model's length]"),
     ] = None,
     max_windows: Annotated[
-        int | None, typer.Option(help="Judge on the first windows of each text only.")
+        int | None, o.option(help="Judge on the first windows of each text only.")
     ] = None,
     keep_models: Annotated[
-        bool, typer.Option("--keep-models", help="Leave the weights of every point in place.")
+        bool, o.option("--keep-models", help="Leave the weights of every point in place.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, o.option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
     """Prune at many sparsities, judge each, draw the curves; the same command again goes on."""
     given: dict[str, Any] = {
         "calibration": calibration,
-        "samples": samples,
+        "windows": windows,
         "sequence_length": sequence_length,
         "seed": seed,
         "texts": tuple(perplexity) if perplexity else None,
@@ -75,7 +75,7 @@ def sweep(
         result = run_sweep(plan, output, keep_models=keep_models, progress=progress)
     print_result(result, as_json=as_json)
     if result.failures:
-        raise typer.Exit(1)
+        sys.exit(1)
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -162,7 +162,7 @@ def dense_experts(linears: list[LinearHealth]) -> list[Finding]:
         f"{len(linears)} linears of experts are dense: no calibration token was routed to "
         "them, say the records"
     )
-    remedy = "calibrate on more text (--samples), of more kinds, or leave them out (--exclude)"
+    remedy = "calibrate on more text (--windows), of more kinds, or leave them out (--exclude)"
     return [Finding("expert-unseen", "warning", first_names(linears), evidence, remedy)]
 
 

@@ -22,16 +22,16 @@ presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "fast": {"method": "sparsegpt", "fast_matmuls": True},
         "balanced": {
             "method": "alps",
-            "parameters": {"iterations": 15, "growth": 1.6},
+            "method_parameters": {"iterations": 15, "growth": 1.6},
             "asymmetric": True,
             "fast_matmuls": True,
         },
         "best": {
             "method": "alps",
-            "parameters": {"iterations": 30, "growth": 1.3},
+            "method_parameters": {"iterations": 30, "growth": 1.3},
             "asymmetric": True,
             "fast_matmuls": True,
-            "calibration": {"generated": 128},
+            "calibration": {"generated_windows": 128},
             "distillation": {"epochs": 1, "next_token": 0.5},
         },
     }
@@ -48,24 +48,24 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "balanced": {
             "score": "wanda",
             "solver": "alps",
-            "parameters": {"iterations": 15, "growth": 1.6},
+            "method_parameters": {"iterations": 15, "growth": 1.6},
             "asymmetric": True,
             "fast_matmuls": True,
         },
         "best": {
             "score": "wanda",
             "solver": "alps",
-            "parameters": {"iterations": 30, "growth": 1.3},
+            "method_parameters": {"iterations": 30, "growth": 1.3},
             "asymmetric": True,
             "fast_matmuls": True,
-            "calibration": {"generated": 256},
+            "calibration": {"generated_windows": 256},
             "distillation": {"epochs": 1, "next_token": 0.5},
         },
     }
 )
 """The same for structured cuts."""
 
-_COMPOSITION = {"method", "score", "solver", "refine", "parameters"}
+_COMPOSITION = {"method", "score", "solver", "refine", "method_parameters"}
 """Values that only make sense together: one that is given keeps a preset from the others."""
 
 

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
-from secateur.recipes.presets import filled_in, structure_presets
-from secateur.recipes.schema import Calibration, Distill, Memory, PruneRecipe, Reconstruct
-from secateur.recipes.structure_schema import Depth, StructureRecipe
+from secateur.recipes.old_names import unknown_name
+from secateur.recipes.options import options_of, section_of
+from secateur.recipes.presets import filled_in
+from secateur.recipes.section import Recipe, Section
 from secateur.recipes.yaml_text import read_yaml, write_yaml
 
 __all__ = [
-    "SECTIONS",
-    "assigned",
+    "AnyRecipe",
     "build_recipe",
-    "build_structure_recipe",
     "dump_recipe",
     "is_recipe_file",
     "nested",
+    "put",
     "read_recipe_file",
-    "validated",
 ]
 
-AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
-
-SECTIONS: Mapping[str, frozenset[str]] = {
-    "calibration": frozenset(Calibration.model_fields) - {"source"},
-    "memory": frozenset(Memory.model_fields),
-    "reconstruction": frozenset(Reconstruct.model_fields),
-    "distillation": frozenset(Distill.model_fields),
-    "depth": frozenset(Depth.model_fields),
-}
-"""The sections of a recipe, and the options that belong to them."""
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def is_recipe_file(text: str) -> bool:
@@ -74,7 +63,41 @@ def read_recipe_file(file: Path) -> dict[str, Any]:
     return content
 
 
-def set_value(values: dict[str, Any], assignment: str) -> None:
+def build_recipe(
+    kind: type[AnyRecipe],
+    values: Mapping[str, Any],
+    assignments: Sequence[str] = (),
+    where: str | None = None,
+) -> AnyRecipe:
+    """Make a recipe of nested values and `--set` assignments, its preset filled in.
+
+    Args:
+        kind: of the recipe.
+        values: by their keys in YAML.
+        assignments: each KEY=VALUE; applied in turn.
+        where: the file that the values come from, for errors.
+
+    Raises:
+        RecipeError: listing every fault, with near names for unknown keys.
+    """
+    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for assignment in assignments:
+        set_value(kind, merged, assignment)
+    if kind.presets:
+        merged = filled_in(merged, kind.presets)
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        faults = [fault_text(kind, fault) for fault in error.errors()]
+        raise RecipeError(
+            f"{len(faults)} fault{'s' * (len(faults) > 1)} in the recipe:\n    "
+            + "\n    ".join(faults),
+            where=where,
+            remedy="correct these options; the verb's --help says what they take",
+        ) from None
+
+
+def set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> None:
     """Apply one `--set section.key=value`; the value is read as YAML.
 
     Raises:
@@ -86,97 +109,83 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
             f"--set {assignment!r} is not KEY=VALUE", remedy="for example --set memory.budget_gib=6"
         )
     *sections, key = path.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
+    inner: type[Section] | None = kind
+    for name in sections:
+        inner = section_named(inner, name)
+        values[name] = values.get(name, {}) if inner is None else inner.opened(values.get(name, {}))
+        values = values[name]
         if not isinstance(values, dict):
-            raise RecipeError(f"--set {assignment!r}: {section!r} holds a value, not keys")
+            raise RecipeError(f"--set {assignment!r}: {name!r} holds a value, not keys")
     values[key] = read_yaml(text, f"--set {assignment}"[:200])
 
 
-def build_recipe(
-    values: Mapping[str, Any], assignments: tuple[str, ...] = (), where: str | None = None
-) -> PruneRecipe:
-    """Make a recipe of nested values and `--set` assignments, its preset filled in.
+def section_named(kind: type[Section] | None, name: str) -> type[Section] | None:
+    """The section of this name, if there is one."""
+    field = None if kind is None else kind.model_fields.get(name)
+    return None if field is None else section_of(field)
 
-    Raises:
-        RecipeError: listing every fault, with near names for unknown keys.
+
+def nested(kind: type[Section], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort flat options, as Python takes them, into a recipe's sections.
+
+    A section may be given whole, as a mapping. Names that the recipe does not have stay where they
+    are, so that `build_recipe` refuses them.
+
+    Args:
+        kind: of the recipe.
+        options: by the names of `options_of`.
     """
-    return validated(PruneRecipe, filled_in(assigned(values, assignments)), where)
-
-
-def build_structure_recipe(
-    values: Mapping[str, Any], assignments: tuple[str, ...] = (), where: str | None = None
-) -> StructureRecipe:
-    """The same for a structured cut.
-
-    Raises:
-        RecipeError: listing every fault, with near names for unknown keys.
-    """
-    filled = filled_in(assigned(values, assignments), structure_presets)
-    return validated(StructureRecipe, filled, where)
-
-
-def assigned(values: Mapping[str, Any], assignments: tuple[str, ...]) -> dict[str, Any]:
-    """Nested values with `--set` assignments applied."""
-    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-    for assignment in assignments:
-        set_value(merged, assignment)
-    return merged
-
-
-def validated(kind: type[AnyRecipe], values: Mapping[str, Any], where: str | None) -> AnyRecipe:
-    """A recipe of a kind.
-
-    Raises:
-        RecipeError: listing every fault.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        faults = [fault_text(kind, fault) for fault in error.errors()]
-        raise RecipeError(
-            f"{len(faults)} fault{'s' * (len(faults) > 1)} in the recipe:\n    "
-            + "\n    ".join(faults),
-            where=where,
-            remedy="mend these keys; the verb's --help says what they take",
-        ) from None
-
-
-def nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort flat options, as Python and the command line take them, into a recipe's sections."""
+    known = {option.name: option for option in options_of(kind)}
     values: dict[str, Any] = {}
-    for key, value in options.items():
-        home = next((name for name, keys in SECTIONS.items() if key in keys), None)
-        if home:
-            values.setdefault(home, {})[key] = value
-        elif key == "calibration" and isinstance(value, str):
-            values.setdefault("calibration", {})["source"] = value
+    for name, value in options.items():
+        if isinstance(value, Mapping) and section_named(kind, name):
+            for key, inner in value.items():
+                put(values, (name, str(key)), inner)
         else:
-            values[key] = value
+            put(values, known[name].path if name in known else (name,), value)
     return values
 
 
+def put(values: dict[str, Any], path: Sequence[str], value: Any, where: str | None = None) -> None:
+    """Put a value at its path.
+
+    Raises:
+        RecipeError: a value is where a section should be.
+    """
+    *sections, key = path
+    for name in sections:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise RecipeError(
+                f"{name} is {str(values)[:40]!r}, not keys and values",
+                where=where,
+                remedy=f"write for example '{name}: {{{key}: …}}'",
+            )
+    values[key] = value
+
+
 def fault_text(kind: type[BaseModel], fault: Any) -> str:
-    """One fault, told in a line."""
+    """One fault in one line."""
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        known = known_keys(kind, fault["loc"][:-1])
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{path}: unknown key; {hint}"
+        section, name = kind, str(fault["loc"][-1])
+        for part in fault["loc"][:-1]:
+            section = section_of(section.model_fields[part]) or section
+        if section is kind:
+            home = next((o.key for o in options_of(kind) if o.name == name), None)
+            if home is not None:
+                return f"{path}: unknown key; in a recipe this is {home!r}"
+        return f"{path}: {unknown_name('key', name, keys_of(kind, section))}"
     if fault["type"] == "missing":
         return f"{path}: missing"
     return f"{path}: {fault['msg']} (got {repr(fault['input'])[:100]})"
 
 
-def known_keys(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """The keys a section of a recipe has."""
-    model = kind
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *get_args(annotation)]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
+def keys_of(kind: type[BaseModel], section: type[BaseModel]) -> list[str]:
+    """The keys that a section has, or a recipe with the names of its flat options."""
+    if section is not kind:
+        return list(section.model_fields)
+    return list(dict.fromkeys([*kind.model_fields, *(option.name for option in options_of(kind))]))
 
 
 def dump_recipe(recipe: BaseModel) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError
-from secateur.recipes.schema import Memory
+from secateur.recipes.memory import Memory
 from secateur.runs.meter import resident_bytes
 
 __all__ = ["Budget", "fitting_plan", "memory_budget"]
@@ -93,9 +93,9 @@ def fitting_plan(
     whole = max(plan.writing_bytes, plan.distilling_bytes)
     room = budget.computing - (0 if plan.on_gpu else plan.process_bytes)
     needed = f"the run needs more memory than there is; {'; '.join(tried)}"
-    remedy = "lower --micro-batch-tokens, --samples or --sequence-length"
+    remedy = "lower --micro-batch-tokens, --windows or --sequence-length"
     if whole and whole > room:
-        remedy = "leave out what needs the whole model (--epochs 0 --generated 0)"
+        remedy = "leave out what needs the whole model (--distill-epochs 0 --generated-windows 0)"
     elif plan.solve_squares and plan.solve_bytes > room:
         matrices, size = plan.squares
         needed += f", {size / 2**30:.2f} GiB of that for {matrices} in the solver"

@@ -106,10 +106,10 @@ def test_prune_a_checkpoint(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"ffn": 0.75, "heads": 0.5},
+        {"ffn": 0.75, "kv_groups": 0.5},
         {"keep_layers": 2},
-        {"hidden": 24},
-        {"keep_layers": 2, "hidden": 24},
+        {"hidden_size": 24},
+        {"keep_layers": 2, "hidden_size": 24},
     ],
     ids=str,
 )

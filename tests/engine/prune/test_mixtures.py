@@ -171,7 +171,7 @@ def lonely(family: str = "mixtral") -> nn.Module:
     {"method": "sparsegpt"},
     {"method": "taylor"},
     {"method": "sparsegpt", "asymmetric": True},
-    {"method": "wanda", "passes": 1},
+    {"method": "wanda", "tune_passes": 1},
 ])  # fmt: skip
 def test_an_expert_without_tokens_is_left(options: dict, caplog: pytest.LogCaptureFixture) -> None:
     model, before = lonely(), lonely()
@@ -193,7 +193,7 @@ def test_an_expert_without_tokens_is_left(options: dict, caplog: pytest.LogCaptu
 def test_tuned_weights_come_back_into_the_fused_tensors() -> None:
     """In bfloat16 tuning moves them to other memory."""
     model, before = tiny_model("qwen3_moe").bfloat16(), tiny_model("qwen3_moe").bfloat16()
-    options = {"method": "wanda", "sparsity": 0.5, "epochs": 1}
+    options = {"method": "wanda", "sparsity": 0.5, "distill_epochs": 1}
     secateur.prune(model, calibration=tiny_windows(), **options)
     ours, theirs = (m.model.layers[1].mlp.experts.gate_up_proj for m in (model, before))
     assert ours.dtype == torch.bfloat16
@@ -250,8 +250,8 @@ def test_the_plan_counts_the_experts_of_a_token(tmp_path: Path) -> None:
     for family in ("mistral", "mixtral"):
         source = save_tiny(tmp_path / family, family)
         plans[family] = secateur.plan(
-            str(source), method="wanda", sparsity=0.5, samples=6, sequence_length=20
-        ).plan
+            str(source), method="wanda", sparsity=0.5, windows=6, sequence_length=20
+        )
     feed_forward = 3 * 3 * 32 * 48
     assert plans["mixtral"].prunable_weights - plans["mistral"].prunable_weights == 4 * feed_forward
     tokens = 6 * 20

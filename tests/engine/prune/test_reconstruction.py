@@ -38,7 +38,7 @@ def test_tuning_lowers_the_error_and_keeps_every_zero(family: str) -> None:
     plain, tuned = tiny_model(family), tiny_model(family)
     options = {"method": "wanda", "sparsity": 0.5, "calibration": windows}
     secateur.prune(plain, **options)
-    report = secateur.prune(tuned, **options, passes=8, learning_rate=3e-3)
+    report = secateur.prune(tuned, **options, tune_passes=8, tune_learning_rate=3e-3)
     before = float(output_error(hidden_states(plain, windows)[-1], dense))
     after = float(output_error(hidden_states(tuned, windows)[-1], dense))
     assert after < 0.7 * before
@@ -63,9 +63,9 @@ PATTERNED = [
 def test_masks_may_change_but_not_their_pattern(family: str, options: dict) -> None:
     windows = tiny_windows(6)
     masks = []
-    for extra in ({}, {"remask": False}, {"remask": True}):
+    for extra in ({}, {"tune_remask": False}, {"tune_remask": True}):
         model = tiny_model(family)
-        tuning = {"passes": 6, "learning_rate": 1e-2, **extra} if extra else {}
+        tuning = {"tune_passes": 6, "tune_learning_rate": 1e-2, **extra} if extra else {}
         secateur.prune(model, calibration=windows, **options, **tuning)
         masks.append(zeros_of(model))
     plain, held, changed = masks
@@ -85,7 +85,9 @@ def test_masks_may_change_but_not_their_pattern(family: str, options: dict) -> N
 def test_bfloat16_is_tuned_in_float32_and_stays_bfloat16() -> None:
     windows = tiny_windows(6)
     model = tiny_model("llama").to(torch.bfloat16)
-    report = secateur.prune(model, method="magnitude", pattern="2:4", calibration=windows, passes=4)
+    report = secateur.prune(
+        model, method="magnitude", pattern="2:4", calibration=windows, tune_passes=4
+    )
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert report.sparsity == 0.5
     assert all(
@@ -98,7 +100,7 @@ def test_layers_left_dense_are_not_tuned() -> None:
     windows, model, untouched = tiny_windows(4), tiny_model("llama"), tiny_model("llama")
     layers = describe(model).layers_path
     report = secateur.prune(
-        model, method="wanda", sparsity=0.5, calibration=windows, passes=2,
+        model, method="wanda", sparsity=0.5, calibration=windows, tune_passes=2,
         include=(f"{layers}.1.*",),
     )  # fmt: skip
     for before, after in zip(
@@ -211,8 +213,8 @@ def test_parking_on_disk_changes_nothing(tmp_path: Path) -> None:
     for place in ("memory", "disk"):
         out = tmp_path / place
         secateur.prune(
-            source, output=out, effort="best", sparsity=0.5, calibration=file, passes=2,
-            generated=3, activations=place, micro_batch_tokens=40,
+            source, output=out, effort="best", sparsity=0.5, calibration=file, tune_passes=2,
+            generated_windows=3, activations=place, micro_batch_tokens=40,
         )  # fmt: skip
         found.append((out / "model.safetensors").read_bytes())
     assert found[0] == found[1]

@@ -242,7 +242,7 @@ def test_calibration_makes_int8_closer_and_keeps_zeros(
     [
         ({"calibration": "x.txt"}, "the values are to be 'auto'"),
         ({"calibration": "x.txt", "values": "float16"}, "help to round|helps to round"),
-        ({"values": "int8", "samples": 4}, "'samples' is about calibration"),
+        ({"values": "int8", "windows": 4}, "'windows' is about calibration"),
         ({"values": "int8", "calibration": "x.txt", "colour": 4}, "no option 'colour'"),
         ({"values": "int8", "calibration": "none.txt"}, "none.txt"),
     ],
@@ -302,8 +302,8 @@ def test_rounded_weights_are_not_tuned(tmp_path: Path) -> None:
     source = pruned_model(tmp_path / "m")
     with pytest.raises(RecipeError, match="off their grid"):
         secateur.prune(
-            source, output=tmp_path / "out", method="sparsegpt", sparsity=0.5, epochs=1,
-            parameters={"bits": 8},
+            source, output=tmp_path / "out", method="sparsegpt", sparsity=0.5, distill_epochs=1,
+            method_parameters={"bits": 8},
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import MemoryBudgetError, NumericalError
 from secateur.models.architecture import describe
 from secateur.progress import Silent
-from secateur.recipes.schema import Distill
+from secateur.recipes.recovery import Distill
 from secateur.workflows.prune.distillation import learn
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows, zeros_of
@@ -35,7 +35,7 @@ def test_the_divergence_falls_and_every_zero_stays(family: str) -> None:
     plain, taught = tiny_model(family), tiny_model(family)
     options = {"method": "wanda", "sparsity": 0.5, "calibration": windows}
     secateur.prune(plain, **options)
-    secateur.prune(taught, **options, epochs=20, peak_learning_rate=3e-3)
+    secateur.prune(taught, **options, distill_epochs=20, distill_learning_rate=3e-3)
     before, after = (mean_divergence(m, dense, windows) for m in (plain, taught))
     assert after < 0.7 * before
     masks = zeros_of(plain)
@@ -49,7 +49,7 @@ def test_bfloat16_stays_bfloat16_and_layers_left_dense_stay_as_they_are() -> Non
     untouched = copy.deepcopy(model)
     layers = describe(model).layers_path
     secateur.prune(
-        model, method="magnitude", pattern="2:4", calibration=tiny_windows(4), epochs=3,
+        model, method="magnitude", pattern="2:4", calibration=tiny_windows(4), distill_epochs=3,
         include=(f"{layers}.1.*",),
     )  # fmt: skip
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -63,8 +63,8 @@ def test_a_share_of_the_next_token_makes_the_text_likelier() -> None:
     for share in (0.0, 0.5):
         model = tiny_model("llama")
         secateur.prune(
-            model, method="wanda", sparsity=0.5, calibration=windows, epochs=20,
-            peak_learning_rate=3e-3, next_token=share,
+            model, method="wanda", sparsity=0.5, calibration=windows, distill_epochs=20,
+            distill_learning_rate=3e-3, distill_next_token=share,
         )  # fmt: skip
         with torch.no_grad():
             losses.append(float(model(windows, labels=windows).loss))
@@ -94,13 +94,16 @@ def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_told() 
 
 def test_a_model_that_loses_nothing_stays_as_it_is() -> None:
     model, untouched = tiny_model("llama"), tiny_model("llama")
-    secateur.prune(model, method="wanda", sparsity=0.0, calibration=tiny_windows(2), epochs=1)
+    secateur.prune(
+        model, method="wanda", sparsity=0.0, calibration=tiny_windows(2), distill_epochs=1
+    )
     for before, after in zip(untouched.parameters(), model.parameters(), strict=True):
         assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize(
-    ("asked", "remedy"), [({"epochs": 1}, "--epochs 0"), ({}, "--micro-batch-tokens")]
+    ("asked", "remedy"),
+    [({"distill_epochs": 1}, "--distill-epochs 0"), ({}, "--micro-batch-tokens")],
 )
 def test_a_budget_too_small_is_told_with_what_would_help(
     tmp_path: Path, asked: dict, remedy: str
@@ -110,7 +113,7 @@ def test_a_budget_too_small_is_told_with_what_would_help(
     with pytest.raises(MemoryBudgetError) as told:
         secateur.prune(
             folder, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=str(file),
-            budget_gib=0.01, **asked,
+            memory_budget_gib=0.01, **asked,
         )  # fmt: skip
     assert remedy in str(told.value)
     assert not list(tmp_path.glob("out*"))
@@ -147,8 +150,8 @@ def test_stopped_and_gone_on_with_gives_the_same(
     folder = save_tiny(tmp_path / "model")
     file = tmp_path / "windows.safetensors"
     save_windows(tiny_windows(5, 24), file)
-    options = {"method": "wanda", "sparsity": 0.5, "calibration": str(file), "generated": 3,
-               "epochs": 2, "peak_learning_rate": 1e-4}  # fmt: skip
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": str(file), "generated_windows": 3,
+               "distill_epochs": 2, "distill_learning_rate": 1e-4}  # fmt: skip
     whole = secateur.prune(folder, output=tmp_path / "whole", **options)
     with pytest.raises(StoppedError):
         secateur.prune(folder, output=tmp_path / "again", progress=StopAt(*stop), **options)

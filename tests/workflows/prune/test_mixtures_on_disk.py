@@ -235,7 +235,7 @@ def test_tuned_and_distilled(tmp_path: Path, windows: Path) -> None:
     source = save_mixture(tmp_path / "source", "qwen2_moe", fused=True)
     report = secateur.prune(
         source, output=tmp_path / "p", method="wanda", sparsity=0.5, calibration=windows,
-        asymmetric=True, passes=1, epochs=1, generated=2,
+        asymmetric=True, tune_passes=1, distill_epochs=1, generated_windows=2,
     )  # fmt: skip
     assert report.sparsity == 0.5
     assert set(report.manifest["distillation"]) == {"loss_before", "loss_after"}

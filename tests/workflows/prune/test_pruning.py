@@ -18,6 +18,9 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe, read_recipe_file
+from secateur.workflows.prune.checkpoint import run_recipe
 from weight_files import digest
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
@@ -238,13 +241,14 @@ def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: 
     assert "secateur prune recipe.yaml" in card
     assert AutoTokenizer.from_pretrained(out).vocab_size == tokenizer.vocab_size
     # The recipe and the windows in the folder are enough to make it again.
-    again = secateur.workflows.run_recipe(
-        secateur.recipes.reading.build_recipe(
+    again = run_recipe(
+        build_recipe(
+            PruneRecipe,
             {
-                **secateur.recipes.reading.read_recipe_file(out / "secateur" / "recipe.yaml"),
+                **read_recipe_file(out / "secateur" / "recipe.yaml"),
                 "output": str(tmp_path / "again"),
                 "calibration": {"source": str(out / "secateur" / "windows.safetensors")},
-            }
+            },
         ),
         Silent(),
     )

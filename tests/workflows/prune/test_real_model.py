@@ -9,7 +9,7 @@ import pytest
 import secateur
 
 MODEL = "smollm2-135m"
-SHORT = {"calibration": "boolq-calibration", "samples": 8, "sequence_length": 128}
+SHORT = {"calibration": "boolq-calibration", "windows": 8, "sequence_length": 128}
 
 
 def perplexity(model: str | Path) -> float:

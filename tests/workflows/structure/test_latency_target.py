@@ -17,9 +17,9 @@ from secateur.cli.structure import show
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.step_time import Timed
 from secateur.progress import Progress, Silent
-from secateur.recipes.reading import build_structure_recipe, nested
-from secateur.reporting.results.structure import StructureResult
-from secateur.workflows.structure.checkpoint import structure_recipe
+from secateur.recipes.reading import build_recipe, nested
+from secateur.recipes.structure import StructureRecipe
+from secateur.workflows.structure.checkpoint import StructureResult, structure_recipe
 from tiny import save_tiny, tiny_llama
 from zoo import tiny_windows
 
@@ -70,7 +70,7 @@ def cut(
     """`secateur structure` with a timer of ours."""
     values = {"model": str(source), "output": str(source.with_name("out")), "effort": "fast"}
     values |= {"calibration": str(windows)} | options
-    recipe = build_structure_recipe(nested(values))
+    recipe = build_recipe(StructureRecipe, nested(StructureRecipe, values))
     return structure_recipe(recipe, progress or Silent(), resume=resume, timer=timer)
 
 

@@ -54,7 +54,7 @@ def test_neurons_and_heads_of_every_family(family: str, tmp_path: Path, windows:
     model.save_pretrained(tmp_path / "source")
     before = sizes_of(model)
     report = secateur.structure(
-        tmp_path / "source", output=tmp_path / "out", calibration=windows, ffn=0.75, heads=0.5,
+        tmp_path / "source", output=tmp_path / "out", calibration=windows, ffn=0.75, kv_groups=0.5,
         effort="fast",
     )  # fmt: skip
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -149,8 +149,8 @@ def test_query_heads_that_share_nothing_are_refused(tmp_path: Path, windows: Pat
 
 def test_all_kinds_in_one_cut(source: Path, tmp_path: Path, windows: Path) -> None:
     report = secateur.structure(
-        source, output=tmp_path / "out", calibration=windows, keep_layers=2, hidden=24, ffn=36,
-        heads=1, effort="fast",
+        source, output=tmp_path / "out", calibration=windows, keep_layers=2, hidden_size=24, ffn=36,
+        kv_groups=1, effort="fast",
     )  # fmt: skip
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert (config.num_hidden_layers, config.hidden_size) == (2, 24)
@@ -182,9 +182,13 @@ def test_a_fraction_of_the_parameters(
     ("options", "groups", "neurons"),
     [
         ({"ffn": 0.5, "whole_first": 1}, (2, 2, 2), (48, 24, 24)),
-        ({"heads": 1, "ffn": 0.75, "whole_last": 1}, (1, 1, 2), (36, 36, 48)),
+        ({"kv_groups": 1, "ffn": 0.75, "whole_last": 1}, (1, 1, 2), (36, 36, 48)),
         ({"kv_cache": 0.67, "whole_first": 1}, (2, 1, 1), (48, 48, 48)),
-        ({"keep_layers": 2, "ffn": 0.5, "whole_last": 1, "by": "influence"}, (2, 2), (24, 48)),
+        (
+            {"keep_layers": 2, "ffn": 0.5, "whole_last": 1, "depth_by": "influence"},
+            (2, 2),
+            (24, 48),
+        ),
     ],
 )
 def test_layers_at_the_ends_stay_whole(
@@ -253,8 +257,8 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         source, output=tmp_path / "a", calibration=windows, ffn=0.5, effort="balanced"
     )
     taught = secateur.structure(
-        source, output=tmp_path / "b", calibration=windows, ffn=0.5, effort="balanced", epochs=8,
-        peak_learning_rate=1e-4,
+        source, output=tmp_path / "b", calibration=windows, ffn=0.5, effort="balanced",
+        distill_epochs=8, distill_learning_rate=1e-4,
     )  # fmt: skip
     assert plain.manifest["distillation"] is None
     told = taught.manifest["distillation"]
@@ -277,8 +281,8 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         ({"keep_layers": 4}, "4 decoder layers were asked for, of 3"),
         ({"ffn": 0}, "no FFN neurons would stay"),
         ({"ffn": 49}, "49 FFN neurons"),
-        ({"heads": 0.1}, "KV groups of a layer were asked for"),
-        ({"heads": 3}, "3 KV groups"),
+        ({"kv_groups": 0.1}, "KV groups of a layer were asked for"),
+        ({"kv_groups": 3}, "3 KV groups"),
         ({"query_heads": 3}, "3 query heads of a KV group were asked for, of 2"),
         ({"query_heads": 0.1}, "query heads of a KV group"),
         ({"query_heads": 2}, "nothing is to be cut"),
@@ -291,8 +295,8 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         ({"keep_parameters": 0.03}, "of the FFN neurons would have to go"),
         ({"ffn": 0.4, "multiple": 48}, "none of the 48 FFN neurons of a layer would stay"),
         ({"ffn": 0.6, "multiple": 48}, "all 48 FFN neurons of a layer would stay"),
-        ({"hidden": 33}, "33 channels"),
-        ({"hidden": 2.5}, "neither a number of units nor a fraction"),
+        ({"hidden_size": 33}, "33 channels"),
+        ({"hidden_size": 2.5}, "neither a number of units nor a fraction"),
         ({"experts": 2}, "no experts"),
         ({"ffn": 0.5, "multiple": 7}, "no multiple of 7"),
         ({"keep_parameters": 0.5, "ffn": 0.5}, "keep_parameters says"),
@@ -334,7 +338,7 @@ SCRIPT = """
                 os.kill(os.getpid(), signal.SIGKILL)
 
     secateur.structure(sys.argv[1], output=sys.argv[2], calibration=sys.argv[3], keep_layers=2,
-                       query_heads=1, ffn=0.5, effort="fast", asymmetric=True, epochs=1,
+                       query_heads=1, ffn=0.5, effort="fast", asymmetric=True, distill_epochs=1,
                        progress=Deadly(), resume=len(sys.argv) > 5)
 """
 
@@ -344,7 +348,7 @@ def test_a_killed_cut_goes_on_to_the_same_model(
 ) -> None:
     secateur.structure(
         source, output=tmp_path / "whole", calibration=windows, keep_layers=2, query_heads=1,
-        ffn=0.5, effort="fast", asymmetric=True, epochs=1,
+        ffn=0.5, effort="fast", asymmetric=True, distill_epochs=1,
     )  # fmt: skip
     script = textwrap.dedent(SCRIPT)
     command = [sys.executable, "-c", script, str(source), str(tmp_path / "out"), str(windows)]
@@ -360,8 +364,8 @@ def test_a_killed_cut_goes_on_to_the_same_model(
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("options", [{"keep_layers": 2}, {"hidden": 24},
-                                     {"keep_layers": 2, "hidden": 28, "ffn": 0.9}])  # fmt: skip
+@pytest.mark.parametrize("options", [{"keep_layers": 2}, {"hidden_size": 24},
+                         {"keep_layers": 2, "hidden_size": 28, "ffn": 0.9}])  # fmt: skip
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3", "qwen2_moe"])
 def test_what_stayed_is_refitted_beside_the_uncut_model(
     family: str, options: dict[str, Any], tmp_path: Path, windows: Path
@@ -396,7 +400,7 @@ def test_a_family_whose_writers_are_not_known_is_cut_without_a_refit(
     assert [s["step"] for s in report.manifest["structure"]["steps"]] == ["depth"]
 
 
-@pytest.mark.parametrize("unit", ["ffn", "heads", "hidden", "kv_cache", "keep_parameters"])
+@pytest.mark.parametrize("unit", ["ffn", "kv_groups", "hidden_size", "kv_cache", "keep_parameters"])
 def test_units_of_an_undeclared_family_are_not_said_to_be_absent(
     unit: str, tmp_path: Path, windows: Path
 ) -> None:

@@ -60,7 +60,7 @@ def assert_zeros(before: Path, after: Path, moved: bool = True) -> None:
 @pytest.mark.parametrize("verb", ["retrain", "distill"])
 def test_a_run_folder_that_the_other_verbs_read(verb: str, places: Path, tmp_path: Path) -> None:
     watched = places / "watched.txt"
-    done = train(places, tmp_path / "out", verb, validation=str(watched))
+    done = train(places, tmp_path / "out", verb, validation_text=str(watched))
     assert (done.steps, done.sparsity) == (8, pytest.approx(0.5))
     assert done.perplexity_after <= done.perplexity_before
     assert_zeros(places / "pruned", tmp_path / "out")
@@ -102,7 +102,7 @@ def test_a_cut_student_learns_from_the_whole_model(places: Path, tmp_path: Path)
     save_tiny(tmp_path / "short", num_hidden_layers=1, intermediate_size=32)
     done = train(
         places, tmp_path / "out", "distill", model=tmp_path / "short", teacher=places / "dense",
-        hidden=0.1, next_token=0.1, kind="symmetric",
+        hidden_weight=0.1, next_token=0.1, kind="symmetric",
     )  # fmt: skip
     assert done.sparsity == 0
     assert done.perplexity_after <= done.perplexity_before
@@ -114,7 +114,7 @@ def test_a_student_knows_which_layers_it_has(places: Path, tmp_path: Path) -> No
     save_file({"input_ids": windows}, tmp_path / "w.safetensors")
     cut = tmp_path / "cut"
     secateur.structure(
-        tmp_path / "deep", output=cut, keep_layers=3, by="influence", effort="fast",
+        tmp_path / "deep", output=cut, keep_layers=3, depth_by="influence", effort="fast",
         calibration=tmp_path / "w.safetensors",
     )  # fmt: skip
     kept = json.loads((cut / "secateur" / "steps.json").read_text())[0]["cut"]["layers"]
@@ -127,7 +127,7 @@ def test_a_student_knows_which_layers_it_has(places: Path, tmp_path: Path) -> No
             tmp_path / name,
             "distill",
             model=cut,
-            hidden=1.0,
+            hidden_weight=1.0,
             validation_windows=0,
             **options,
         )
@@ -195,7 +195,7 @@ def test_what_was_saved_survives_a_training_that_goes_wrong(
 
 def test_what_cannot_be_trained_is_refused(places: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="in the training text too"):
-        train(places, tmp_path / "out", validation=str(places / "text.txt"))
+        train(places, tmp_path / "out", validation_text=str(places / "text.txt"))
     (tmp_path / "empty.txt").write_text(" ")
     with pytest.raises(SourceError):
         train(places, tmp_path / "out", text=str(tmp_path / "empty.txt"), restart=True)

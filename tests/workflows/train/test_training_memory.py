@@ -77,8 +77,16 @@ def test_the_peak_is_near_what_was_foretold(
     ("more", "named", "remedy"),
     [
         ({}, "optimizer", "--lora 16"),
-        ({"lora": 2, "sequence_length": 64, "batch": 8, "micro_batch": 8}, "weights", "budget"),
-        ({"sequence_length": 64, "batch": 64, "micro_batch": 64}, "forward", "--micro-batch 1"),
+        (
+            {"lora": 2, "sequence_length": 64, "batch": 8, "micro_batch_windows": 8},
+            "weights",
+            "budget",
+        ),
+        (
+            {"sequence_length": 64, "batch": 64, "micro_batch_windows": 64},
+            "forward",
+            "--micro-batch-windows 1",
+        ),
     ],
 )
 def test_what_would_not_fit_is_refused(

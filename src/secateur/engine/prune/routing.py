@@ -21,7 +21,7 @@ __all__ = ["Coverage", "coverage", "is_reached", "refuse_unreached"]
 
 log = logging.getLogger(__name__)
 
-MORE = "calibrate on more text (--samples), of more kinds"
+MORE = "calibrate on more text (--windows), of more kinds"
 
 
 def is_reached(

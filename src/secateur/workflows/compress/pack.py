@@ -22,6 +22,8 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
+from secateur.recipes.compress import CompressRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.compression_card import compression_card
 from secateur.reporting.results.compress import CompressResult, FormatTotals
 from secateur.runs.atomic import write_json, write_text
@@ -43,12 +45,9 @@ from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import round_checkpoint, rounding_recipe, told_of
 
-__all__ = ["compress"]
+__all__ = ["compress", "compress_recipe"]
 
 COMPRESSION = "compression.json"
-
-NO_PART = {"budget_gib", "activations"}
-"""Options that the rounded weights do not depend on."""
 
 
 @dataclass
@@ -76,43 +75,19 @@ class StoragePlan:
         return all(stored[name] == entry.dtype for name, entry in reader.entries.items())
 
 
+@takes_options_of(CompressRecipe)
 def compress(
-    model: str | Path,
-    *,
-    output: str | Path,
-    format: str = AUTO,
-    values: str = AUTO,
-    embeddings: str = AUTO,
-    archive: bool = False,
-    calibration: str | Path | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
+    model: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> CompressResult:
     """Write a checkpoint without its zeros.
 
+    With calibration text, int8 weights compensate each other's rounding errors (GPTQ), so that
+    outputs stay closer to those of the source. Without it each weight is rounded to the nearest.
+
     Args:
         model: folder, hub id, GGUF file or named sample; pruned, or little is gained.
-        output: the folder to write; it appears when everything is written and verified.
-        format: `auto` takes the smallest for each matrix; `bitmask`, `n-of-m` or `dense` takes
-            that one, or dense where it is smaller or does not fit.
-        values: `auto` keeps the dtype of the source and is lossless; `bfloat16`, `float16`,
-            `float32`, `int8`. Other tensors that are wider are cast to what the model computes in.
-        embeddings: `auto` leaves embedding and head as they are, `int8` quantizes them too.
-        archive: compress the files further (byte planes and zstandard); to be unpacked on loading.
-        calibration: text, as for `prune`; int8 weights then make up for each other's rounding
-            (GPTQ), so that outputs stay closer to those of the source. Without it each is rounded
-            to the nearest.
-        resume: go on with a stopped run that had calibration.
-        restart: discard what such a run left.
-        overwrite: replace an existing output folder.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        progress: told of every step.
-        **options: of calibration and memory, as for `prune`: `samples`, `sequence_length`,
-            `seed`, `budget_gib`, `micro_batch_tokens`, `device`, …
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Returns:
         Sizes before and after.
@@ -120,46 +95,64 @@ def compress(
     Raises:
         SecateurError: what, where, and what to do.
     """
+    recipe, call = recipe_of(CompressRecipe, {"model": model}, options)
+    return compress_recipe(recipe, progress or Silent(), **call)
+
+
+def compress_recipe(
+    recipe: CompressRecipe,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> CompressResult:
+    """Carry out a recipe into a new folder.
+
+    Args:
+        recipe: of the compression.
+        progress: receives every step.
+        resume: resume a stopped run that had calibration; start, if there is none.
+        restart: discard what such a run left.
+        overwrite: replace an existing output folder.
+    """
     begun = time.perf_counter()
-    text = None if calibration is None else str(calibration)
-    check_compression(format, values, embeddings, archive, text, **options)
-    folder = RunFolder(output, "compress", resume=resume, restart=restart, overwrite=overwrite)
-    folder.keep_apart(model, text)
-    source = resolve(model, trust_remote_code=trust_remote_code)
+    check_compression(recipe)
+    text, trust = recipe.calibration.source, recipe.trust_remote_code
+    folder = RunFolder(
+        recipe.output, "compress", resume=resume, restart=restart, overwrite=overwrite
+    )
+    folder.keep_apart(recipe.model, text)
+    source = resolve(recipe.model, trust_remote_code=trust)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
-    matrices = find_matrices(reader, embeddings, trust_remote_code)
-    progress, rounded = progress or Silent(), None
+    matrices = find_matrices(reader, recipe.embeddings, trust)
+    rounded = None
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         if text is not None:
-            how = {"format": format, "values": values, "embeddings": embeddings, "archive": archive}
-            told = {key: x for key, x in options.items() if key not in NO_PART}
-            weights = {"source_files": file_digests(reader.files)}
-            folder.begin({**how, "calibration": text, **told, **weights})
+            folder.begin(identity(recipe, reader))
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
             return CompressResult.from_json(json.loads(record))
         if text is not None:
             zeros, place = fractions(reader, matrices), folder.work / "rounded"
-            recipe = rounding_recipe(
-                source.folder, zeros, place, text, trust_remote_code=trust_remote_code, **options
-            )
-            rounded = round_checkpoint(recipe, progress)
+            rounding_of = rounding_recipe(recipe, source.folder, zeros, place)
+            rounded = round_checkpoint(rounding_of, progress)
             reader = CheckpointReader(rounded)
-            matrices = find_matrices(reader, embeddings, trust_remote_code)
+            matrices = find_matrices(reader, recipe.embeddings, trust)
         made = folder.fresh_model()
-        plan = make_plan(reader, matrices, format, values, progress)
-        computed = computed_dtype(plan, matrices, values)
-        cast_others(plan, reader, values, computed)
+        plan = make_plan(reader, matrices, recipe.format, recipe.values, progress)
+        computed = computed_dtype(plan, matrices, recipe.values)
+        cast_others(plan, reader, recipe.values, computed)
         files = plan_files(reader, plan)
         check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
         progress.start("packing", len(reader.entries))
-        write_packed(made, files, contents(reader, plan, progress), archive=archive)
+        write_packed(made, files, contents(reader, plan, progress), archive=recipe.archive)
         progress.finish()
         kept = rounded is None and plan.keeps_weights(reader)
-        config = packed_config(source.folder, computed, archive)
+        config = packed_config(source.folder, computed, recipe.archive)
         carry_over(source.folder, made, config, same_weights=kept)
         packed = verified(made, progress)
         rounding = told_of(rounded) if rounded else {}
@@ -167,6 +160,15 @@ def compress(
         write_notes(report, source.name, source.folder, folder)
         folder.finish()
     return report
+
+
+def identity(recipe: CompressRecipe, reader: CheckpointReader) -> dict[str, Any]:
+    """Everything the compressed weights depend on."""
+    return {
+        **recipe.model_dump(mode="json", exclude={"output", "memory"}),
+        "micro_batch_tokens": recipe.memory.micro_batch_tokens,
+        "source_files": file_digests(reader.files),
+    }
 
 
 def packed_config(source: Path, computed: torch.dtype, archive: bool) -> dict[str, Any]:

@@ -14,38 +14,32 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.progress import Progress
-from secateur.recipes.reading import SECTIONS, build_recipe, nested
-from secateur.recipes.schema import PruneRecipe
-from secateur.registry import did_you_mean
+from secateur.recipes.compress import CompressRecipe
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe
 from secateur.workflows.prune.checkpoint import run_recipe
 
-__all__ = ["check_options", "round_checkpoint", "told_of"]
-
-OPTIONS = SECTIONS["calibration"] - {"generated"} | SECTIONS["memory"] | {"device"}
-"""What of a recipe can be said of rounding."""
-NAMED = {"archive", "calibration", "embeddings", "format", "values"}
-"""What else can be said of a compression."""
+__all__ = ["check_calibration", "round_checkpoint", "rounding_recipe", "told_of"]
 
 
-def check_options(calibration: str | None, values: str, options: Mapping[str, Any]) -> None:
-    """Refuse what cannot work, before anything is read.
+def check_calibration(recipe: CompressRecipe) -> None:
+    """Refuse calibration that has no use, before anything is read.
 
     Raises:
-        RecipeError: an option is unknown, or there is no use for it.
+        RecipeError: the values are not rounded, or an option concerns text that is not there.
     """
-    unknown = sorted(options.keys() - OPTIONS)
-    if unknown:
+    text, values = recipe.calibration.source, recipe.values
+    if text is not None and values != "int8":
         raise RecipeError(
-            f"compress has no option {unknown[0]!r}",
-            remedy=did_you_mean(unknown[0], sorted(OPTIONS | NAMED)),
-        )
-    if calibration is not None and values != "int8":
-        raise RecipeError(
-            f"calibration text helps to round to int8, and the values are to be {values!r}",
+            f"calibration text helps to round to int8, but the values are {values!r}",
             remedy="add --values int8, or leave --calibration out",
         )
-    given = [name for name, value in options.items() if value is not None]
-    if calibration is None and given:
+    given = sorted(
+        (recipe.calibration.model_fields_set - {"source"})
+        | recipe.memory.model_fields_set
+        | (recipe.model_fields_set & {"device"})
+    )
+    if text is None and given:
         raise RecipeError(
             f"{given[0]!r} is about calibration, and there is none",
             remedy="add --calibration TEXT, or leave it out",
@@ -53,26 +47,28 @@ def check_options(calibration: str | None, values: str, options: Mapping[str, An
 
 
 def rounding_recipe(
-    folder: Path, sparsity_of: Mapping[str, float], output: Path, calibration: str, **options: Any
+    recipe: CompressRecipe, folder: Path, sparsity_of: Mapping[str, float], output: Path
 ) -> PruneRecipe:
     """The recipe whose result lies on int8 grids, with the zeros that the source has."""
-    values = nested({key: value for key, value in options.items() if value is not None})
-    values.setdefault("calibration", {})["source"] = calibration
     return build_recipe(
+        PruneRecipe,
         {
             "model": str(folder),
             "output": str(output),
             "score": "kept",
             "solver": "obs",
-            "parameters": {"bits": 8},
+            "method_parameters": {"bits": 8},
             "scope": "layer",
             "sparsity": 0.0,
             "include": tuple(sparsity_of),
             "overrides": dict(sparsity_of),
             "asymmetric": True,
             "fast_matmuls": True,
-            **values,
-        }
+            "calibration": recipe.calibration.model_dump(exclude_unset=True),
+            "memory": recipe.memory.model_dump(exclude_unset=True),
+            "device": recipe.device,
+            "trust_remote_code": recipe.trust_remote_code,
+        },
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from secateur.models.checkpoint import INDEX_NAME, shard_files, shard_name
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
+from secateur.recipes.compress import DecompressRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.compression_card import source_part
 from secateur.reporting.results.compress import DecompressResult
 from secateur.runs.atomic import write_text
@@ -24,12 +27,9 @@ __all__ = ["decompress"]
 METADATA = {"format": "pt"}
 
 
+@takes_options_of(DecompressRecipe)
 def decompress(
-    model: str | Path,
-    *,
-    output: str | Path,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    model: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> DecompressResult:
     """Write a compressed checkpoint as plain dense safetensors, zeros and all.
 
@@ -38,9 +38,8 @@ def decompress(
 
     Args:
         model: folder or hub id of a compressed checkpoint, archive or not.
-        output: the folder to write; it appears when everything is written.
-        overwrite: replace an existing output folder.
-        progress: told of every step.
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Returns:
         Sizes before and after.
@@ -48,10 +47,24 @@ def decompress(
     Raises:
         SecateurError: what, where, and what to do.
     """
+    recipe, call = recipe_of(DecompressRecipe, {"model": model}, options)
+    return decompress_recipe(recipe, progress or Silent(), **call)
+
+
+def decompress_recipe(
+    recipe: DecompressRecipe, progress: Progress, *, overwrite: bool = False
+) -> DecompressResult:
+    """Carry out a recipe into a new folder.
+
+    Args:
+        recipe: of the decompression.
+        progress: receives every step.
+        overwrite: replace an existing output folder.
+    """
     begun = time.perf_counter()
-    folder = RunFolder(output, "decompress", overwrite=overwrite)
-    folder.keep_apart(model)
-    source = resolve(model)
+    folder = RunFolder(recipe.output, "decompress", overwrite=overwrite)
+    folder.keep_apart(recipe.model)
+    source = resolve(recipe.model)
     folder.keep_apart(source.folder)
     packed = PackedCheckpoint(source.folder)
     view = DenseView(packed)

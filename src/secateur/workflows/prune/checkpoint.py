@@ -22,8 +22,9 @@ from secateur.engine.prune.surgery import refuse_unusable
 from secateur.errors import RecipeError
 from secateur.models.inventory import Left
 from secateur.progress import Progress, Silent
-from secateur.recipes.reading import build_recipe, dump_recipe, nested
-from secateur.recipes.schema import PruneRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import dump_recipe
 from secateur.reporting.model_card import model_card
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
@@ -56,13 +57,18 @@ NO_PART = {"output", "memory", "on_collapse"}
 """Fields of a recipe that the pruned weights do not depend on."""
 
 
-def plan(model: str, **options: Any) -> PlanResult:
-    """What pruning `model` would need, without doing it; the options are those of `prune`.
+@takes_options_of(PruneRecipe)
+def plan(model: str | Path, **options: Any) -> PlanResult:
+    """What pruning `model` would need, without doing it.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        **options: the other options of the recipe.
 
     Raises:
         SecateurError: as `prune` would.
     """
-    return plan_recipe(build_recipe({"model": model, **nested(options)}))
+    return plan_recipe(recipe_of(PruneRecipe, {"model": model}, options)[0])
 
 
 def plan_recipe(recipe: PruneRecipe) -> PlanResult:
@@ -75,31 +81,24 @@ def plan_recipe(recipe: PruneRecipe) -> PlanResult:
     return PlanResult(dataclasses.replace(chosen, left=left), activations)
 
 
+@takes_options_of(PruneRecipe)
 def prune(
     model: str | Path | nn.Module,
     *,
-    output: str | Path | None = None,
-    calibration: str | Path | Tensor = "c4",
+    calibration: str | Path | Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
     **options: Any,
 ) -> PruneResult:
     """Prune a model: a checkpoint into a new folder, or a loaded module in place.
 
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
-        output: the folder to write; required for a checkpoint, refused for a module.
-        calibration: text, or token windows [samples, sequence_length] for a module.
-        tokenizer: needed for a module when `calibration` is text.
-        progress: told of every step.
-        resume: go on with a stopped run to this output; start, if there is none.
-        restart: discard what a stopped run left.
-        overwrite: replace an existing output folder.
-        **options: keys of the recipe (`method`, `sparsity`, `pattern`, `scope`, `include`, …) and
-            of its calibration section (`samples`, `sequence_length`, `seed`, `packing`, `field`).
+        calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
+            model also token windows [windows, sequence_length]. [c4]
+        tokenizer: needed for a loaded model when `calibration` is text.
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Returns:
         What was done.
@@ -108,28 +107,22 @@ def prune(
         SecateurError: what, where, and what to do.
     """
     if isinstance(model, nn.Module):
-        if output is not None:
+        if options.get("output") is not None:
             raise RecipeError(
                 "a loaded model is pruned in place; `output` is for checkpoints",
                 remedy="call model.save_pretrained(output) afterwards",
             )
         return prune_module(model, calibration, tokenizer, progress or Silent(), options)
-    if output is None:
+    if options.get("output") is None:
         raise RecipeError("`output` is missing: the folder for the pruned model")
     if isinstance(calibration, Tensor):
         raise RecipeError(
             "token windows as a tensor are for loaded models",
             remedy="save them with secateur.calibration.windows.save_windows and pass the file",
         )
-    values = {"model": str(model), "output": str(output), **nested(options)}
-    values.setdefault("calibration", {}).setdefault("source", str(calibration))
-    return run_recipe(
-        build_recipe(values),
-        progress or Silent(),
-        resume=resume,
-        restart=restart,
-        overwrite=overwrite,
-    )
+    own = {"model": model, "calibration": calibration}
+    recipe, call = recipe_of(PruneRecipe, own, options)
+    return run_recipe(recipe, progress or Silent(), **call)
 
 
 def run_of(prepared: Prepared, settings: Settings, ledger: Ledger, progress: Progress) -> Run:

@@ -22,7 +22,8 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.models.whole import load_whole
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.schema import Distill, PruneRecipe
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.recovery import Distill
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import RunFolder
 from secateur.training.batches import Batches

@@ -27,8 +27,8 @@ from secateur.models.positions import positions_of
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import start_tokens
 from secateur.progress import Progress
-from secateur.recipes.reading import build_recipe, nested
-from secateur.recipes.schema import PruneRecipe
+from secateur.recipes.keywords import recipe_of
+from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import Allocation
@@ -60,13 +60,14 @@ def carry_out(run: Run, allocation: Allocation, done: int) -> None:
 
 def prune_module(
     model: nn.Module,
-    calibration: str | Path | Tensor,
+    calibration: str | Path | Tensor | None,
     tokenizer: Any,
     progress: Progress,
     options: Mapping[str, Any],
 ) -> PruneResult:
     """Prune a loaded model in place."""
-    recipe = build_recipe({"model": "loaded", **nested(options)})
+    named = None if isinstance(calibration, Tensor) else calibration
+    recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", "calibration": named}, options)
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
     windows = None
@@ -82,7 +83,7 @@ def prune_module(
     )
     was_training = model.training
     model.eval()
-    generated = recipe.calibration.generated
+    generated = recipe.calibration.generated_windows
     try:
         if windows is not None and generated:
             start = () if tokenizer is None else start_tokens(tokenizer)
@@ -128,7 +129,7 @@ def decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> floa
 
 
 def module_windows(
-    recipe: PruneRecipe, calibration: str | Path | Tensor, tokenizer: Any, model: Any
+    recipe: PruneRecipe, calibration: str | Path | Tensor | None, tokenizer: Any, model: Any
 ) -> Tensor:
     """Calibration windows for a loaded model."""
     vocabulary, positions = text_config(model.config).vocab_size, positions_of(model.config)
@@ -136,7 +137,7 @@ def module_windows(
         check_fit(calibration, "calibration", vocab_size=vocabulary, positions=positions)
         return calibration.to("cpu", torch.int64)
     windows, _ = load_calibration(
-        str(calibration),
+        recipe.calibration.source,
         tokenizer,
         window_plan(recipe.calibration, model.config),
         field=recipe.calibration.field,

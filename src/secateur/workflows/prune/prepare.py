@@ -24,7 +24,9 @@ from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_fil
 from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.recipes.schema import Calibration, Memory, PruneRecipe
+from secateur.recipes.calibration import Calibration
+from secateur.recipes.memory import Memory
+from secateur.recipes.prune import PruneRecipe
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
@@ -119,12 +121,12 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
         score=recipe.score,
         solver=recipe.solver,
         refine=recipe.refine,
-        **recipe.parameters,
+        **recipe.method_parameters,
     )
     if method.rounds and (recipe.reconstruction.passes or recipe.distillation.epochs):
         raise RecipeError(
             "tuning and distillation would move rounded weights off their grid",
-            remedy="leave out --passes and --epochs, or round afterwards: "
+            remedy="leave out --tune-passes and --distill-epochs, or round afterwards: "
             "secateur compress DIR --values int8 --calibration TEXT",
         )
     implied = getattr(method.pattern, "sparsity", None)
@@ -245,7 +247,7 @@ def prepare(
             windows = load_windows(stored_windows, positions=positions_of(target.model.config))
         else:
             windows, calibration = calibration_windows(recipe, source, target, only_plan)
-            unwritten = recipe.calibration.generated
+            unwritten = recipe.calibration.generated_windows
     return Prepared(
         recipe,
         source,
@@ -269,7 +271,7 @@ def calibration_windows(
     options = recipe.calibration
     plan = window_plan(options, target.model.config)
     if only_plan and not options.source.endswith(".safetensors"):
-        return torch.zeros((plan.samples, plan.sequence_length), dtype=torch.int64), {}
+        return torch.zeros((plan.windows, plan.sequence_length), dtype=torch.int64), {}
     tokenizer = None
     if not options.source.endswith(".safetensors"):
         tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
@@ -298,7 +300,7 @@ def window_plan(options: Calibration, config: Any) -> WindowPlan:
             where="calibration.sequence_length",
             remedy=f"use --sequence-length {longest} or less",
         )
-    return WindowPlan(options.samples, length, options.seed, options.packing)
+    return WindowPlan(options.windows, length, options.seed, options.packing)
 
 
 def fingerprint(windows: Tensor | None) -> str | None:

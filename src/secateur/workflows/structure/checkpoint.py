@@ -30,8 +30,9 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 from secateur.precision import fast_dtype
 from secateur.progress import Progress, Silent
-from secateur.recipes.reading import build_structure_recipe, dump_recipe, nested
-from secateur.recipes.structure_schema import StructureRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.reading import dump_recipe
+from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.results.structure import StructureResult
 from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_text
@@ -69,42 +70,22 @@ Read = tuple[Tensor, dict[str, Any]]
 __all__ = ["structure", "structure_recipe"]
 
 
+@takes_options_of(StructureRecipe)
 def structure(
-    model: str | Path,
-    *,
-    output: str | Path,
-    calibration: str | Path = "c4",
-    progress: Progress | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-    **options: Any,
+    model: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> StructureResult:
     """Cut structure out of a checkpoint, into a new and really smaller one.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
-        output: the folder to write.
-        calibration: text by which it is chosen what goes.
-        progress: told of every step.
-        resume: go on with a stopped run to this output; start, if there is none.
-        restart: discard what a stopped run left.
-        overwrite: replace an existing output folder.
-        **options: keys of the recipe (`keep_layers`, `ffn`, `heads`, `keep_parameters`, …) and of
-            its sections.
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
-    values = {"model": str(model), "output": str(output), **nested(options)}
-    values.setdefault("calibration", {}).setdefault("source", str(calibration))
-    return structure_recipe(
-        build_structure_recipe(values),
-        progress or Silent(),
-        resume=resume,
-        restart=restart,
-        overwrite=overwrite,
-    )
+    recipe, call = recipe_of(StructureRecipe, {"model": model}, options)
+    return structure_recipe(recipe, progress or Silent(), **call)
 
 
 def structure_recipe(
@@ -232,17 +213,21 @@ def calibration_of(
         return load_windows(file), json.loads(told.read_text(encoding="utf-8"))
     windows, provenance = read_calibration(recipe, source, config)
     options = recipe.calibration
-    if options.generated:
+    if options.generated_windows:
         windows = with_written(
             source.folder,
             windows,
-            options.generated,
+            options.generated_windows,
             options.seed,
             choose_device(recipe.device),
             progress,
             trust_remote_code=recipe.trust_remote_code,
         )
-        provenance = {**provenance, "generated": options.generated, "generated_prefix": PREFIX}
+        provenance = {
+            **provenance,
+            "generated": options.generated_windows,
+            "generated_prefix": PREFIX,
+        }
     save_windows(windows, file, start=provenance.get("start_tokens", ()))
     write_json(told, provenance)
     return windows, provenance

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
-from secateur.recipes.structure_schema import Kept, StructureRecipe
+from secateur.recipes.structure import Kept, StructureRecipe
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of
 
@@ -18,7 +18,7 @@ __all__ = ["CutPlan", "aim_of", "count"]
 TARGETS = ("keep_parameters", "file_mib", "decode_latency")
 """What says how much heads and neurons lose together."""
 
-UNITS = (*TARGETS, "heads", "ffn", "kv_cache", "query_heads", "hidden", "experts")
+UNITS = (*TARGETS, "kv_groups", "ffn", "kv_cache", "query_heads", "hidden_size", "experts")
 """What cuts within layers, for which a family has to be declared."""
 
 
@@ -116,8 +116,8 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
     if recipe.keep_layers is not None:
         drop = layers - count(recipe.keep_layers, layers, "decoder layers")
     hidden = experts = None
-    if recipe.hidden is not None:
-        hidden = fewer(recipe.hidden, sizes.hidden, "channels of the residual stream")
+    if recipe.hidden_size is not None:
+        hidden = fewer(recipe.hidden_size, sizes.hidden, "channels of the residual stream")
     if recipe.experts is not None:
         if not any(sizes.experts):
             raise RecipeError("the model has no experts", remedy="leave --experts out")
@@ -136,8 +136,8 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
         if recipe.allocation in (None, "uniform"):  # whole groups, and no more than was asked for
             most = max(1, *sizes.groups)
             heads = ceil(heads * most - 1e-9) / most
-    if recipe.heads is not None:
-        heads = 1 - share(recipe.heads, sizes.groups, "KV groups")
+    if recipe.kv_groups is not None:
+        heads = 1 - share(recipe.kv_groups, sizes.groups, "KV groups")
     if recipe.ffn is not None:
         neurons = 1 - share(recipe.ffn, sizes.neurons, "FFN neurons")
     if any(n % recipe.multiple for n in sizes.neurons):
@@ -166,20 +166,21 @@ def check_together(recipe: StructureRecipe) -> None:
         RecipeError: naming the options.
     """
     targets = [n for n in TARGETS if getattr(recipe, n) is not None]
-    widths = [n for n in ("heads", "ffn", "kv_cache") if getattr(recipe, n) is not None]
-    steps = ("keep_layers", "experts", "hidden", "query_heads")
+    widths = [n for n in ("kv_groups", "ffn", "kv_cache") if getattr(recipe, n) is not None]
+    steps = ("keep_layers", "experts", "hidden_size", "query_heads")
     others = [n for n in steps if getattr(recipe, n) is not None]
     if not targets + widths + others:
         raise RecipeError(
             "nothing is to be cut",
-            remedy="say what stays: --keep-layers 24, --ffn 0.75, --heads 0.67, --hidden 0.9, "
-            "--experts 0.5, or --parameters 0.75 of the decoder's",
+            remedy="say what stays: --keep-layers 24, --ffn 0.75, --kv-groups 0.67, "
+            "--hidden-size 0.9, --experts 0.5, or --keep-parameters 0.75 of the decoder's",
         )
     narrowed = targets or widths or recipe.query_heads is not None
     if not narrowed and (recipe.whole_first or recipe.whole_last):
         raise RecipeError(
-            "layers are to keep all their heads and neurons, and no others lose any",
-            remedy="leave --whole-first and --whole-last out, or say --ffn, --heads or a target",
+            "some layers keep all heads and neurons, but no other layer loses any",
+            remedy="leave --whole-first and --whole-last out, or add --ffn, --kv-groups or a "
+            "target",
         )
     if len(targets) > 1:
         raise RecipeError(f"{targets[0]} and {targets[1]} are two targets", remedy="give one")
@@ -188,8 +189,8 @@ def check_together(recipe: StructureRecipe) -> None:
             f"{targets[0]} says how much heads and neurons lose together, and {widths[0]} too",
             remedy=f"leave {widths[0]} out, or the target",
         )
-    if recipe.heads is not None and recipe.kv_cache is not None:
-        raise RecipeError("heads and kv_cache say the same thing", remedy="give one of them")
+    if recipe.kv_groups is not None and recipe.kv_cache is not None:
+        raise RecipeError("kv_groups and kv_cache say the same thing", remedy="give one of them")
 
 
 def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
@@ -204,7 +205,7 @@ def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
     if each == 1 or not any(sizes.groups):
         raise RecipeError(
             "every query head of the model has a key and a value of its own",
-            remedy="cut them together, with --heads",
+            remedy="cut them together, with --kv-groups",
         )
     return fewer(recipe.query_heads, each, "query heads of a KV group")
 
@@ -244,7 +245,7 @@ def check_narrowable(model: Any, sizes: Sizes) -> None:
         raise RecipeError(
             "the model has no FFN neurons outside its experts, and whole heads alone reach no "
             "target",
-            remedy="say what stays of each: --heads, --experts, --keep-layers",
+            remedy="say what stays of each: --kv-groups, --experts, --keep-layers",
         )
 
 

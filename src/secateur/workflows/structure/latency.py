@@ -18,7 +18,7 @@ import torch
 from secateur.errors import RecipeError
 from secateur.evaluation.step_time import StepTimer
 from secateur.progress import Progress
-from secateur.recipes.structure_schema import StructureRecipe
+from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import write_json
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.design import design

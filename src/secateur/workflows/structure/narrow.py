@@ -17,8 +17,9 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
+from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.recipes.structure_schema import StructureRecipe
+from secateur.recipes.structure import StructureRecipe
 from secateur.runs.folder import RunFolder
 from secateur.runs.meter import Meter
 from secateur.sparsity.patterns import Pattern, parse_pattern
@@ -100,7 +101,7 @@ class Narrowing:
             "output": str(output),
             "score": score_of(recipe),
             "solver": recipe.solver,
-            "parameters": recipe.parameters,
+            "method_parameters": recipe.method_parameters,
             "sparsity": 0.0,
             "allocation": allocation,
             "asymmetric": recipe.asymmetric,
@@ -112,7 +113,7 @@ class Narrowing:
         }
         if not output.exists():
             folder = RunFolder(output, "prune", resume=True)
-            prepared = prepare(build_recipe(values), folder.model)
+            prepared = prepare(build_recipe(PruneRecipe, values), folder.model)
             found = asked(prepared.target)
             selection = replace(
                 prepared.selection,

@@ -14,7 +14,7 @@ from secateur.engine.prune.run import Settings
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import Architecture
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.recipes.structure_schema import StructureRecipe
+from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import write_json
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations

@@ -21,7 +21,7 @@ from secateur.engine.choose.hidden import hidden_scores
 from secateur.engine.prune.run import Run, Settings
 from secateur.engine.prune.selection import Selection
 from secateur.models.architecture import describe
-from secateur.recipes.structure_schema import StructureRecipe
+from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.methods import compose

@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.progress import Progress
-from secateur.recipes.structure_schema import StructureRecipe
+from secateur.recipes.structure import StructureRecipe
 from secateur.workflows.structure.cut_plan import CutPlan
 
 __all__ = ["NOTES", "StepContext"]

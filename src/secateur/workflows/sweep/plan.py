@@ -22,7 +22,7 @@ class SweepPlan:
         sparsities: fractions of zeros, for unstructured sparsity and for blocks.
         patterns: what to try beside `unstructured`; N:M has a sparsity of its own.
         calibration: text or windows file for all points.
-        samples: calibration windows.
+        windows: calibration windows.
         sequence_length: tokens of a calibration window; None as in `secateur prune`.
         seed: of the choice of windows.
         texts: to judge on.
@@ -37,7 +37,7 @@ class SweepPlan:
     sparsities: tuple[float, ...] = ()
     patterns: tuple[str, ...] = ()
     calibration: str = "c4"
-    samples: int = 128
+    windows: int = 128
     sequence_length: int | None = None
     seed: int = 0
     texts: tuple[str, ...] = ("wikitext2",)

@@ -29,8 +29,8 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
 from secateur.progress import Progress, Silent
 from secateur.recipes.presets import presets
+from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.recipes.schema import PruneRecipe
 from secateur.reporting.curves import sweep_charts
 from secateur.reporting.plots import save_plots
 from secateur.reporting.results.sweep import SweepResult
@@ -238,6 +238,7 @@ class Work:
         plan = self.plan
         implied = getattr(parse_pattern(pattern), "sparsity", None)
         return build_recipe(
+            PruneRecipe,
             {
                 "model": plan.model,
                 "output": str(self.place(key)),
@@ -246,13 +247,13 @@ class Work:
                 "sparsity": sparsity if implied is None else None,
                 "calibration": {
                     "source": calibration or str(self.windows_file),
-                    "samples": plan.samples,
+                    "windows": plan.windows,
                     "sequence_length": plan.sequence_length,
                     "seed": plan.seed,
                 },
                 "device": plan.device,
                 "trust_remote_code": plan.trust_remote_code,
-            }
+            },
         )
 
     def needs_windows(self, key: PointKey) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.recipes.training_schema import GradualOptions, RetrainRecipe
+from secateur.recipes.train import GradualOptions, RetrainRecipe
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.scores import scores

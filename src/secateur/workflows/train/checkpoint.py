@@ -19,8 +19,9 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
-from secateur.recipes.reading import dump_recipe, validated
-from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.reading import dump_recipe
+from secateur.recipes.train import DistillRecipe, RetrainRecipe
 from secateur.reporting.results.train import TrainResult
 from secateur.reporting.training_card import training_card
 from secateur.runs.atomic import write_json, write_text
@@ -62,67 +63,36 @@ training that diverged goes on from its last save with a lower one."""
 TRAININGS = "training.json"
 
 
-def retrain(
-    model: str | Path,
-    *,
-    output: str | Path,
-    progress: Progress | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-    **options: Any,
-) -> TrainResult:
+@takes_options_of(RetrainRecipe)
+def retrain(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
     """Train a checkpoint on text, its zeros held at every step, into a new folder.
 
     Args:
         model: hub id, folder or named sample.
-        output: the folder to write.
-        progress: told of every step.
-        resume: go on with a stopped training to this output; start, if there is none.
-        restart: discard what a stopped training left.
-        overwrite: replace an existing output folder.
-        **options: the other fields of `secateur.recipes.training_schema.RetrainRecipe`: `text`,
-            `steps` or `minutes`, `learning_rate`, `validation`, …
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
-    values = {"model": str(model), "output": str(output), **options}
-    recipe = validated(RetrainRecipe, values, None)
-    return run_training(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
+    recipe, call = recipe_of(RetrainRecipe, {"model": model}, options)
+    return run_training(recipe, progress, **call)
 
 
-def distill(
-    model: str | Path,
-    *,
-    output: str | Path,
-    teacher: str | Path | None = None,
-    progress: Progress | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-    **options: Any,
-) -> TrainResult:
+@takes_options_of(DistillRecipe)
+def distill(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
     """Let a pruned or cut checkpoint learn from a larger one; as `retrain` otherwise.
 
     Args:
         model: the student: hub id, folder or named sample.
-        output: the folder to write.
-        teacher: who is learned from; the model that was pruned, if None.
-        progress: told of every step.
-        resume: go on with a stopped training to this output; start, if there is none.
-        restart: discard what a stopped training left.
-        overwrite: replace an existing output folder.
-        **options: the other fields of `secateur.recipes.training_schema.DistillRecipe`: those of
-            `retrain`, and `kind`, `temperature`, `hidden`, `top_k`, …
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
-    values = {"model": str(model), "output": str(output), **options}
-    values |= {} if teacher is None else {"teacher": str(teacher)}
-    recipe = validated(DistillRecipe, values, None)
-    return run_training(recipe, progress, resume=resume, restart=restart, overwrite=overwrite)
+    recipe, call = recipe_of(DistillRecipe, {"model": model}, options)
+    return run_training(recipe, progress, **call)
 
 
 def run_training(
@@ -149,7 +119,7 @@ def run_training(
     progress = progress if progress is not None and processes.main else Silent()
     verb = "distill" if isinstance(recipe, DistillRecipe) else "retrain"
     folder = RunFolder(recipe.output, verb, resume=resume, restart=restart, overwrite=overwrite)
-    folder.keep_apart(recipe.model, recipe.mask, recipe.validation, *recipe.text)
+    folder.keep_apart(recipe.model, recipe.mask, recipe.validation_text, *recipe.text)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
@@ -275,8 +245,8 @@ def manifest_of(
         if recipe.next_token:
             part = recipe.next_token
             objective = f"{1 - part:g} of {objective}, {part:g} of next token"
-        if recipe.hidden:
-            objective += f", {recipe.hidden:g} of hidden states"
+        if recipe.hidden_weight:
+            objective += f", {recipe.hidden_weight:g} of hidden states"
     if recipe.lora is not None:
         objective += f", adapters of rank {recipe.lora.rank}"
     if recipe.gradual is not None:

@@ -12,7 +12,7 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.recipes.train import DistillRecipe, RetrainRecipe
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.training.objectives import Distil, NextToken, Objective
@@ -52,7 +52,7 @@ def plan_of(recipe: RetrainRecipe, text: TrainingText) -> TrainingPlan:
         optimizer=recipe.optimizer,
         optimizer_options=recipe.optimizer_options,
         rates=rates_of(recipe),
-        micro_batch=recipe.micro_batch,
+        micro_batch=recipe.micro_batch_windows,
         gradient_checkpointing=recipe.gradient_checkpointing,
         fast_matmuls=recipe.fast_matmuls,
         validations=recipe.validations,
@@ -107,7 +107,7 @@ def objective_of(
         ModelTeacher(teacher),
         teacher_layers=layers,
         kept_layers=kept_layers(recipe, source, place.name),
-        hidden=recipe.hidden,
+        hidden=recipe.hidden_weight,
         **options,
     )
     if not recipe.top_k and not recipe.teacher_file:
@@ -126,7 +126,7 @@ def objective_of(
         )
     progress.finish()
     processes.wait()
-    return Distil.between(model, written(file, text), hidden=recipe.hidden, **options)
+    return Distil.between(model, written(file, text), hidden=recipe.hidden_weight, **options)
 
 
 def teacher_of(
@@ -190,7 +190,7 @@ def kept_layers(
     None where nothing is known of it, or the teacher is another model than the one that was cut.
     """
     steps = source.folder / NOTES / "steps.json"
-    if recipe.kept_layers is not None or not recipe.hidden or not steps.is_file():
+    if recipe.kept_layers is not None or not recipe.hidden_weight or not steps.is_file():
         return recipe.kept_layers
     if teacher != pruned_from(source):
         return None

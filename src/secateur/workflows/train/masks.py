@@ -17,7 +17,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.stored import StoredModel
-from secateur.recipes.training_schema import RetrainRecipe
+from secateur.recipes.train import RetrainRecipe
 from secateur.training.masks import Masks, matrices, stored_masks
 from secateur.training.parts import local
 from secateur.training.process_group import ProcessGroup

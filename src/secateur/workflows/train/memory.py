@@ -30,7 +30,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_dtype
-from secateur.recipes.training_schema import DistillRecipe, RetrainRecipe
+from secateur.recipes.train import DistillRecipe, RetrainRecipe
 from secateur.runs.meter import resident_bytes
 from secateur.training.heads import BLOCK_BYTES
 from secateur.training.masks import matrices, moments
@@ -228,7 +228,8 @@ def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.de
     told = ", ".join(f"{name} {sizes[name] / 2**30:.2f}" for name in largest)
     remedies = {
         "optimizer": "--lora 16 or --optimizer SGD",
-        "forward": "--gradient-checkpointing, --micro-batch 1, or a shorter --sequence-length",
+        "forward": "--gradient-checkpointing, --micro-batch-windows 1, or a shorter "
+        "--sequence-length",
         "teacher": "--top-k 64 (the teacher is written down first)",
     }
     useful = [remedies[name] for name in largest if name in remedies]

@@ -17,7 +17,7 @@ from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.perplexity import evaluation_windows
 from secateur.models.positions import positions_of
 from secateur.models.tokenizer import load_tokenizer, start_tokens_of
-from secateur.recipes.training_schema import RetrainRecipe
+from secateur.recipes.train import RetrainRecipe
 from secateur.training.teachers import windows_digest
 from secateur.types import Windows
 
@@ -63,9 +63,9 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
     start = start_tokens_of(folder, trust_remote_code=recipe.trust_remote_code)
     windows = windows_of(recipe, folder, length, config)
     validation, watched = None, "none"
-    if recipe.validation_windows and recipe.validation is not None:
+    if recipe.validation_windows and recipe.validation_text is not None:
         tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-        text = read_text(recipe.validation)
+        text = read_text(recipe.validation_text)
         validation = evaluation_windows(
             text.text, tokenizer, windows.shape[1], max_windows=recipe.validation_windows
         )
@@ -84,7 +84,7 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
     shared = None
     if validation is not None:
         shared = shared_share(without_start(windows, start), without_start(validation, start))
-    if shared and recipe.validation is not None:
+    if shared and recipe.validation_text is not None:
         refuse_overlap(shared, watched)
     return TrainingText(
         windows,

@@ -16,7 +16,7 @@ from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.skeleton import build_skeleton
 from secateur.models.stored import StoredModel
 from secateur.models.whole import load_whole
-from secateur.recipes.training_schema import RetrainRecipe
+from secateur.recipes.train import RetrainRecipe
 from secateur.training.masks import Masks
 from secateur.training.parts import is_shared, local, rows_of
 from secateur.workflows.train.adapters import merged

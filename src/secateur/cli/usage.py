@@ -1,0 +1,76 @@
+"""Commands that cannot be parsed, as errors with what, where and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cyclopts import App, CycloptsError, MissingArgumentError, UnknownCommandError
+
+from secateur.errors import RecipeError
+from secateur.recipes.old_names import unknown_name
+
+__all__ = ["unknown_options", "usage_error"]
+
+
+def usage_error(error: CycloptsError, verbs: Sequence[str]) -> RecipeError:
+    """A command that cannot be parsed.
+
+    Args:
+        error: as cyclopts raises it.
+        verbs: all that there are.
+    """
+    if isinstance(error, UnknownCommandError):
+        [verb, *_] = error.unused_tokens or [""]
+        return RecipeError(
+            f"{verb!r}: {unknown_name('verb', verb, verbs)}",
+            remedy="secateur --help lists the verbs",
+        )
+    where = " ".join(["secateur", *(error.command_chain or ())])
+    remedy = f"{where} --help shows what it takes"
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = error.keyword or error.argument.name
+        value = "a value is missing" if name.startswith("-") else "missing"
+        return RecipeError(f"{name}: {value}", where=where, remedy=remedy)
+    error.verbose = False
+    return RecipeError(str(error), where=where, remedy=remedy)
+
+
+def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
+    """Words of a command that no option takes.
+
+    Args:
+        app: the command line.
+        verb: that the words follow.
+        left: the words that are left over.
+    """
+    known = [
+        name.lstrip("-")
+        for argument in app[verb].assemble_argument_collection()
+        for name in argument.names
+        if name.startswith("--")
+    ]
+    faults = list(faults_of(left, known))
+    return RecipeError(
+        f"{len(faults)} fault{'s' * (len(faults) > 1)} in the command:\n    "
+        + "\n    ".join(faults),
+        where=f"secateur {verb}",
+        remedy=f"secateur {verb} --help shows what it takes",
+    )
+
+
+def faults_of(left: Sequence[str], known: Sequence[str]) -> Iterator[str]:
+    """A line for every option that there is not, and for every word that belongs to none."""
+    flags = {flag.replace("-", "_"): flag for flag in known}
+    before = ""
+    for word in left:
+        if word.startswith("-"):
+            name, equals, _ = word.partition("=")
+            told = unknown_name("option", name.lstrip("-").replace("-", "_"), list(flags))
+            for plain, flag in flags.items():
+                told = told.replace(repr(plain), f"--{flag}")
+            yield f"{name}: {told}"
+            before = "" if equals else name
+        elif before:  # it may be its value
+            before = ""
+        else:
+            yield f"{word!r}: unexpected; a list takes its flag before each value"

@@ -1,0 +1,121 @@
+"""How the options of a recipe become a command: flags, help, and a result that is shown."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from secateur.recipes.flags import recipe_from_flags, takes_several
+from secateur.recipes.options import Option, options_of, run_options_of
+from secateur.recipes.section import GROUPS, OUTPUT, Flag
+from secateur.recipes.verbs import VERBS, imported
+
+if TYPE_CHECKING:
+    from secateur.reporting.results.result import Result
+
+__all__ = ["command"]
+
+HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
+
+WORDS = {int: "N", float: "X", int | float: "X"}
+"""What the help calls the value of a flag."""
+
+SET = Option(
+    "set",
+    (),
+    list[str],
+    required=False,
+    default="none",
+    group=OUTPUT,
+    help="Set any key of the recipe, for example memory.budget_gib=6.",
+    flag=Flag(value="KEY=VALUE"),
+)
+JSON = Option(
+    "json",
+    (),
+    bool,
+    required=False,
+    default="a table",
+    group=OUTPUT,
+    help="Print the result as JSON on stdout.",
+    flag=Flag(),
+)
+
+
+def command(
+    verb: str,
+    run: Callable[..., Result | None],
+    leave_out: frozenset[str] = frozenset(),
+) -> Callable[..., None]:
+    """A function whose signature has a flag for every option of a verb's recipe.
+
+    Args:
+        verb: the name of the verb.
+        run: takes the recipe and the options of the call; returns a result, or None where another
+            process has it.
+        leave_out: options of the recipe that do not concern this verb.
+    """
+    kind = imported(VERBS[verb].recipe)
+    of_recipe = [o for o in options_of(kind) if o.name not in leave_out and not o.flag.hidden]
+    of_call = [o for o in run_options_of(kind) if o.name not in leave_out]
+
+    def carry_out(**given: Any) -> None:
+        assignments, as_json = given.pop("set") or (), given.pop("json")
+        call = {o.name: given.pop(o.name) for o in of_call}
+        result = run(recipe_from_flags(kind, given, assignments), **call)
+        if result is not None:
+            from secateur.cli.rendering import print_result
+
+            print_result(result, as_json=as_json)
+
+    function: Any = carry_out
+    parameters = [parameter(option, is_switch=False) for option in of_recipe]
+    parameters += [parameter(option, is_switch=True) for option in of_call]
+    parameters += [parameter(SET, is_switch=False), parameter(JSON, is_switch=True)]
+    function.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
+    function.__doc__ = VERBS[verb].about
+    function.__name__ = verb
+    return carry_out
+
+
+def parameter(option: Option, *, is_switch: bool) -> inspect.Parameter:
+    """The parameter of a command that is the flag of an option.
+
+    All but bools are text here; `recipe_from_flags` reads it, so that one error lists all faults.
+
+    Args:
+        option: of a recipe or of the call.
+        is_switch: whether it is off unless it is given, and nothing switches it off.
+    """
+    is_bool = option.type is bool
+    shown = Parameter(
+        help=option.help if option.required else option.about,
+        group=HEADINGS[option.group],
+        metavar=None if is_bool else option.flag.value or WORDS.get(option.type, "NAME"),
+        show_default=False,
+        allow_repeating=None if takes_several(option) else True,
+    )
+    kind: Any = bool if is_bool else list[str] if takes_several(option) else str
+    if option.required:
+        return inspect.Parameter(
+            option.name, inspect.Parameter.POSITIONAL_ONLY, annotation=Annotated[kind, shown]
+        )
+    off = option.flag.off or (f"no_{option.name}" if option.default == "on" else None)
+    named = Parameter(
+        name=[dashed(option.name), *([option.flag.short] if option.flag.short else [])],
+        negative=dashed(off) if off else (),
+    )
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if is_switch else None,
+        annotation=Annotated[kind if is_switch else kind | None, shown, named],
+    )
+
+
+def dashed(name: str) -> str:
+    """A name as a flag."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,70 @@
+"""Names that options had before. They are refused, and the error gives the new name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+
+__all__ = ["OLD_NAMES", "renamed", "unknown_name"]
+
+OLD_NAMES: Mapping[str, tuple[str, ...]] = {
+    # verbs
+    "eval": ("evaluate",),
+    "judge": ("evaluate",),
+    # options
+    "budget_gib": ("memory_budget_gib",),
+    "by": ("depth_by",),
+    "epochs": ("distill_epochs",),
+    "generated": ("generated_windows",),
+    "heads": ("kv_groups",),
+    "hidden": ("hidden_size", "hidden_weight"),
+    "learning_rate": ("tune_learning_rate",),
+    "max_windows": ("windows",),
+    "micro_batch": ("micro_batch_windows",),
+    "next_token": ("distill_next_token",),
+    "override": ("overrides",),
+    "parameters": ("keep_parameters", "method_parameters"),
+    "passes": ("tune_passes",),
+    "peak_learning_rate": ("distill_learning_rate",),
+    "perplexity": ("text",),
+    "reference": ("dense",),
+    "remask": ("tune_remask",),
+    "samples": ("windows",),
+    "units": ("depth_units",),
+    "validation": ("validation_text",),
+}
+"""The names that took the place of an old one. What a verb does not have is left out."""
+
+
+def renamed(name: str, known: Collection[str]) -> list[str]:
+    """The new names of an old one.
+
+    Args:
+        name: as it was given, with underscores or dashes.
+        known: the names that there are.
+
+    Returns:
+        Those of `known` that took its place; none if it is not an old name.
+
+    >>> renamed("samples", ["windows", "seed"])
+    ['windows']
+    >>> renamed("hidden", ["hidden_size", "ffn"])
+    ['hidden_size']
+    """
+    return [new for new in OLD_NAMES.get(name.replace("-", "_"), ()) if new in known]
+
+
+def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
+    """What an error says of a name that there is not: its new name, a near one, or all.
+
+    Args:
+        what: a key, an option, …
+        name: as it was given.
+        known: all that there are.
+    """
+    new = renamed(name, known)
+    if new:
+        return f"this {what} is now called {' or '.join(repr(x) for x in new)}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown {what}; {hint}"

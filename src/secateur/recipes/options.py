@@ -1,0 +1,158 @@
+"""The options of a recipe, flat: what flags, keywords, the stub and the docs are made of."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from secateur.recipes.section import GROUPS, Flag, Recipe, Section
+
+__all__ = ["Option", "options_of", "run_options_of", "section_of"]
+
+PATHS = ("DIR", "FILE", "MODEL", "RECIPE", "TEXT")
+"""Words for values that may be given as a path."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a verb.
+
+    Attributes:
+        name: the keyword in Python; with dashes, the flag.
+        path: the keys in YAML, from the outermost.
+        type: of the value, without None.
+        required: whether there is no default.
+        default: the words for the default.
+        group: the heading in `--help`.
+        help: one or two sentences.
+        flag: how it is called and shown.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    type: Any
+    required: bool
+    default: str
+    group: str
+    help: str
+    flag: Flag
+
+    @property
+    def key(self) -> str:
+        """The key in YAML, with dots."""
+        return ".".join(self.path)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that the value can be; none if there are others."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    @property
+    def is_path(self) -> bool:
+        """Whether a path may be given."""
+        return self.flag.value in PATHS
+
+    @property
+    def about(self) -> str:
+        """The help with the default behind it."""
+        return f"{self.help} [{'required' if self.required else self.default}]"
+
+
+@functools.cache
+def options_of(kind: type[Section]) -> tuple[Option, ...]:
+    """All options of a recipe, by group and in the order of their declaration.
+
+    Args:
+        kind: of the recipe.
+    """
+    presets = kind.presets if issubclass(kind, Recipe) else {}
+    found = list(flattened(kind, (), presets))
+    return tuple(sorted(found, key=lambda option: GROUPS.index(option.group)))
+
+
+def run_options_of(kind: type[Section]) -> tuple[Option, ...]:
+    """The options of one call, which are no keys of the recipe."""
+    run = kind.run if issubclass(kind, Recipe) else None
+    return options_of(run) if run else ()
+
+
+def flattened(
+    kind: type[BaseModel], path: tuple[str, ...], presets: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Option]:
+    """The options of a class, and of the sections that it always has."""
+    for name, field in kind.model_fields.items():
+        here = (*path, name)
+        section = section_of(field)
+        if section is not None and field.default is not None:
+            yield from flattened(section, here, presets)
+            continue
+        flag = next((x for x in field.metadata if isinstance(x, Flag)), Flag())
+        yield Option(
+            name=flag.name or name,
+            path=here,
+            type=without_none(field.annotation),
+            required=field.is_required(),
+            default=default_words(field, flag, here, presets),
+            group=declaring(kind, name).group,
+            help=field.description or "",
+            flag=flag,
+        )
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, if it holds one."""
+    kind = without_none(field.annotation)
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def without_none(annotation: Any) -> Any:
+    """A type without metadata, and without the None that stands for "not given"."""
+    if get_origin(annotation) is Annotated:
+        return without_none(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        kinds = [without_none(k) for k in get_args(annotation) if k is not types.NoneType]
+        return functools.reduce(operator.or_, kinds)
+    return annotation
+
+
+def declaring(kind: type[BaseModel], name: str) -> type[Section]:
+    """The class that declares a field: its heading is the field's."""
+    return next(
+        base
+        for base in reversed(kind.__mro__)
+        if issubclass(base, Section) and name in base.model_fields
+    )
+
+
+def default_words(
+    field: FieldInfo, flag: Flag, path: tuple[str, ...], presets: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """The default of a field in words."""
+    if flag.default is not None:
+        return flag.default
+    if any(holds(preset, path) for preset in presets.values()):
+        return "the preset's"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (tuple, list)):
+        value = ", ".join(map(str, value))
+    if value is None or value == "" or value == {}:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def holds(values: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    """Whether nested values say something at a path."""
+    for key in path:
+        if not isinstance(values, Mapping) or key not in values:
+            return False
+        values = values[key]
+    return True

@@ -1,0 +1,126 @@
+"""The verbs: what each is called, does and takes. Imports nothing, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["VERBS", "Verb", "imported"]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the command line, and the function of the same name in Python.
+
+    Attributes:
+        name: of both.
+        summary: one sentence for the list of verbs.
+        recipe: where the class of its recipe is.
+        function: where the function is.
+        more: further sentences for the help of the verb.
+    """
+
+    name: str
+    summary: str
+    recipe: str = ""
+    function: str = ""
+    more: str = ""
+
+    @property
+    def about(self) -> str:
+        """All sentences."""
+        return f"{self.summary}\n\n{self.more}" if self.more else self.summary
+
+
+def imported(place: str) -> Any:
+    """What is at `package.module:name`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+VERBS: dict[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "prune",
+            "Prune a model into a new folder that plain transformers loads.",
+            "secateur.recipes.prune:PruneRecipe",
+            "secateur.workflows.prune.checkpoint:prune",
+        ),
+        Verb(
+            "structure",
+            "Cut layers, heads, neurons, channels or experts: a smaller and faster model in every "
+            "engine.",
+            "secateur.recipes.structure:StructureRecipe",
+            "secateur.workflows.structure.checkpoint:structure",
+        ),
+        Verb(
+            "chain",
+            "Cut, prune, train and compress in one run, with one account of what is left.",
+            "secateur.recipes.chain:ChainRecipe",
+            "secateur.workflows.chain:chain",
+        ),
+        Verb(
+            "plan",
+            "Show the memory, disk and work that pruning would need. Reads no weights and writes "
+            "nothing.",
+            "secateur.recipes.prune:PruneRecipe",
+            "secateur.workflows.prune.checkpoint:plan",
+        ),
+        Verb(
+            "retrain",
+            "Train a pruned model on text. Zeros stay zero at every step.",
+            "secateur.recipes.train:RetrainRecipe",
+            "secateur.workflows.train.checkpoint:retrain",
+        ),
+        Verb(
+            "distill",
+            "Let a pruned or cut model learn from a larger one. Zeros stay zero.",
+            "secateur.recipes.train:DistillRecipe",
+            "secateur.workflows.train.checkpoint:distill",
+        ),
+        Verb(
+            "evaluate",
+            "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
+            more="Every number comes with the id of its protocol. Numbers with different ids "
+            "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
+            "beside those of other protocols.",
+        ),
+        Verb("inspect", "Show family, sizes, linears and the sparsity that is really stored."),
+        Verb("methods", "List presets, methods and their parts."),
+        Verb(
+            "compress",
+            "Store a pruned model without its zeros.",
+            "secateur.recipes.compress:CompressRecipe",
+            "secateur.workflows.compress.pack:compress",
+        ),
+        Verb(
+            "decompress",
+            "Write a compressed model as plain dense safetensors again.",
+            "secateur.recipes.compress:DecompressRecipe",
+            "secateur.workflows.compress.unpack:decompress",
+        ),
+        Verb("generate", "Continue a prompt on the CPU. Packed linears stay packed."),
+        Verb(
+            "bench",
+            "Measure speed and memory at batch 1 on the CPU, packed and in other ways, in turns.",
+        ),
+        Verb(
+            "sweep",
+            "Prune at many sparsities, evaluate each model and draw the curves.",
+            more="The same command again resumes a stopped sweep.",
+        ),
+        Verb(
+            "report",
+            "Put what was measured of pruned models on one self-contained page, side by side.",
+        ),
+        Verb(
+            "diagnose",
+            "Check zeros, values, units and layers.",
+            more="The exit code is 3 if something is proven wrong.",
+        ),
+        Verb("demo", "Prune SmolLM2-135M, evaluate it beside the dense model, and write a report."),
+    )
+}
+"""All verbs, in the order of `secateur --help`."""

@@ -1,0 +1,175 @@
+"""The steps of a chain: what each can be, and how all are checked before the first one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import RecipeError, SecateurError
+from secateur.recipes.compress import CompressRecipe
+from secateur.recipes.keywords import plain
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe, nested
+from secateur.recipes.section import Recipe
+from secateur.recipes.structure import StructureRecipe
+from secateur.recipes.train import DistillRecipe, RetrainRecipe
+from secateur.registry import did_you_mean
+from secateur.sparsity.allocation import allocations
+from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.schedules import schedules
+from secateur.sparsity.scores import scores
+from secateur.sparsity.solvers import solvers
+from secateur.training.training_plan import TrainingPlan
+from secateur.workflows.compress.options import check_compression
+from secateur.workflows.compress.pack import compress_recipe
+from secateur.workflows.prune.checkpoint import run_recipe
+from secateur.workflows.prune.prepare import allocation_of, choose_device, method_of, settings_of
+from secateur.workflows.structure.checkpoint import structure_recipe
+from secateur.workflows.structure.cut_plan import check_together
+from secateur.workflows.train.checkpoint import run_training
+
+__all__ = ["STEPS", "Step", "checked_steps"]
+
+ENDS = {"model": "model", "output": "output"}
+"""What a recipe must have, and a step does not have yet when it is checked."""
+
+GIVEN = {*ENDS, "resume", "restart", "overwrite", "progress", "trust_remote_code"}
+"""Options of a verb that the chain gives itself."""
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What a step can be.
+
+    Attributes:
+        recipe: the class of its recipe.
+        run: carries a recipe out; takes the recipe, a progress and the options of the call.
+        check: checks whatever of a recipe can be checked without its model.
+    """
+
+    recipe: type[Recipe]
+    run: Callable[..., Any]
+    check: Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a chain.
+
+    Attributes:
+        number: from 1.
+        verb: what is done.
+        recipe: how, with a placeholder for the model and the output.
+    """
+
+    number: int
+    verb: str
+    recipe: Any
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Everything the step's model depends on, apart from the model before it."""
+        return {
+            self.verb: self.recipe.model_dump(mode="json", exclude={*ENDS, "trust_remote_code"})
+        }
+
+    def run(self, model: Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
+        """Carry the step out, from one folder to another."""
+        ends = {"model": str(model), "output": str(output), "trust_remote_code": trust}
+        STEPS[self.verb].run(self.recipe.model_copy(update=ends), progress, **call)
+
+
+def check_prune(recipe: PruneRecipe) -> None:
+    """Check the parts of a pruning, and that they fit together."""
+    method, _ = method_of(recipe)
+    allocation_of(recipe, method)
+    choose_device(recipe.device)
+    settings_of(recipe, "memory", None)
+
+
+def check_structure(recipe: StructureRecipe) -> None:
+    """Check the parts of a structured cut, and that it cuts something."""
+    check_together(recipe)
+    for registry, name in (
+        (scores, recipe.score),
+        (solvers, recipe.solver),
+        (allocations, recipe.allocation),
+    ):
+        if name is not None:
+            registry[name]
+    choose_device(recipe.device)
+
+
+def check_training(recipe: RetrainRecipe) -> None:
+    """Check the optimizer, the device and, of gradual pruning, the parts."""
+    TrainingPlan(optimizer=recipe.optimizer)
+    choose_device(recipe.device)
+    if recipe.gradual is not None:
+        scores[recipe.gradual.score]
+        schedules[recipe.gradual.schedule]
+        parse_pattern(recipe.gradual.pattern, recipe.gradual.scope)
+
+
+STEPS: Mapping[str, StepKind] = {
+    "structure": StepKind(StructureRecipe, structure_recipe, check_structure),
+    "prune": StepKind(PruneRecipe, run_recipe, check_prune),
+    "retrain": StepKind(RetrainRecipe, run_training, check_training),
+    "distill": StepKind(DistillRecipe, run_training, check_training),
+    "compress": StepKind(CompressRecipe, compress_recipe, check_compression),
+}
+"""What a step can be, by its verb."""
+
+
+def checked_steps(steps: Sequence[Any], teacher: str) -> list[Step]:
+    """Read and check all steps.
+
+    Args:
+        steps: each a mapping of one verb to its options.
+        teacher: whom a distillation learns from if it names nobody.
+
+    Raises:
+        SecateurError: a step cannot be carried out; it says which one and why.
+    """
+    return [checked(number, step, teacher) for number, step in enumerate(steps, start=1)]
+
+
+def checked(number: int, step: Any, teacher: str) -> Step:
+    """One step.
+
+    Raises:
+        SecateurError: it cannot be carried out, and why.
+    """
+    where = f"step {number} of the chain"
+    if not isinstance(step, Mapping) or len(step) != 1:
+        raise RecipeError(
+            "a step is one verb with its options", where=where, remedy="prune: {sparsity: 0.5}"
+        )
+    verb, given = next(iter(step.items()))
+    if verb not in STEPS:
+        raise RecipeError(
+            f"{verb!r} is not a step", where=where, remedy=did_you_mean(str(verb), [*STEPS])
+        )
+    where = f"{where}: {verb}"
+    if given is not None and not isinstance(given, Mapping):
+        raise RecipeError(
+            f"the options are {str(given)[:40]!r}, not keys and values",
+            where=where,
+            remedy=f"{verb}: {{key: value}}",
+        )
+    options = {str(key): plain(value) for key, value in (given or {}).items()}
+    own = sorted(GIVEN & options.keys())
+    if own:
+        raise RecipeError(
+            f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
+        )
+    if verb == "distill":  # whatever was cut and pruned since
+        options.setdefault("teacher", teacher)
+    kind = STEPS[verb]
+    try:
+        recipe = build_recipe(kind.recipe, nested(kind.recipe, {**ENDS, **options}))
+        kind.check(recipe)
+    except SecateurError as error:
+        raise type(error)(error.what, where=where, remedy=error.remedy) from None
+    return Step(number, str(verb), recipe)
