@@ -97,7 +97,7 @@ def perplexity(folder: Path, text: str, windows: int, *, bytes_only: bool = Fals
                 module.kernel_up_to = 2**31
     tokenizer = load_tokenizer(folder)
     judged = secateur.evaluate(
-        model, text=text, tokenizer=tokenizer, sequence_length=2048, max_windows=windows
+        model, text=text, tokenizer=tokenizer, sequence_length=2048, windows=windows
     )
     return float(judged.perplexity)
 

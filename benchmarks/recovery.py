@@ -77,7 +77,7 @@ def judged(args: argparse.Namespace, model: str | Path) -> dict[str, float]:
     """Perplexity by text."""
     return {
         name: secateur.evaluate(
-            str(model), text=text, sequence_length=2048, max_windows=args.windows
+            str(model), text=text, sequence_length=2048, windows=args.windows
         ).perplexity
         for name, text in files(args.text).items()
     }

@@ -119,7 +119,7 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as scratch:
         report = secateur.structure(MODEL, output=Path(scratch) / "cut", **options)
         judged = secateur.evaluate(
-            str(report.output), text=args.text, sequence_length=2048, max_windows=args.windows
+            str(report.output), text=args.text, sequence_length=2048, windows=args.windows
         )
     told = report.manifest["structure"]
     return {
@@ -164,7 +164,7 @@ def main() -> None:
     protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
     if not known_rows("structure"):
         judged = secateur.evaluate(
-            MODEL, text=args.text, sequence_length=2048, max_windows=args.windows
+            MODEL, text=args.text, sequence_length=2048, windows=args.windows
         )
         row = {"row": "dense", "level": 0.0, "perplexity": judged.perplexity}
         add("structure", protocol, {**row, "protocol_id": judged.protocol_id})

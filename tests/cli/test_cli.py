@@ -47,7 +47,7 @@ def test_prune_eval_inspect_in_json(secateur, model: Path, windows: Path, tmp_pa
     text = tmp_path / "text.txt"
     text.write_text("w3 w4 w5 w6 " * 40)
     judged = json.loads(
-        secateur("eval", out, "--perplexity", text, "--sequence-length", "16", "--json").out
+        secateur("evaluate", out, "--text", text, "--sequence-length", "16", "--json").out
     )
     assert judged["perplexity"][0]["perplexity"] > 1
     assert judged["perplexity"][0]["protocol"]["sequence_length"] == 16
@@ -263,7 +263,7 @@ def test_help_shows_every_word_that_was_written(secateur, monkeypatch: pytest.Mo
     monkeypatch.setenv("COLUMNS", "400")
     secateur("methods")  # enters the verbs
     verbs = get_command(app).commands
-    assert {"prune", "structure", "retrain", "distill", "eval"} <= verbs.keys()
+    assert {"prune", "structure", "retrain", "distill", "evaluate"} <= verbs.keys()
     for name, verb in verbs.items():
         shown = " ".join(secateur(name, "--help").out.split())
         texts = [p.help for p in verb.params if p.help]

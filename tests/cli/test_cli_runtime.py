@@ -206,7 +206,7 @@ def test_compressed_folders_are_judged_like_their_dense_ones(secateur, tmp_path,
     text = tmp_path / "text.txt"
     text.write_text("w3 w4 w5 w6 " * 40)
     judged = [
-        json.loads(secateur("eval", x, "--perplexity", text, "--sequence-length", 16, "--json").out)
+        json.loads(secateur("evaluate", x, "--text", text, "--sequence-length", 16, "--json").out)
         for x in (folder, tmp_path / "dense")
     ]
     packed, dense = (one["perplexity"][0]["perplexity"] for one in judged)

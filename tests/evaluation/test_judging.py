@@ -36,7 +36,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, capsys) -> None:
     code = command(
-        monkeypatch, "eval", pruned, "--reference", dense, "--perplexity", text,
+        monkeypatch, "evaluate", pruned, "--dense", dense, "--text", text,
         "--sequence-length", 32, "--tasks", "hellaswag, boolq", "--task-data", data,
         "--limit", 6, "--shots", 1, "--generation", "--output", tmp_path / "e.json", "--json",
     )  # fmt: skip
@@ -74,12 +74,12 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, ca
 def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     arguments = [
-        "eval", pruned, "--perplexity", text, "--sequence-length", 32, "--tasks", "boolq",
+        "evaluate", pruned, "--text", text, "--sequence-length", 32, "--tasks", "boolq",
         "--task-data", data, "--generation",
     ]  # fmt: skip
     assert command(monkeypatch, *arguments) == 0
     alone = capsys.readouterr().out
-    assert command(monkeypatch, *arguments, "--reference", dense) == 0
+    assert command(monkeypatch, *arguments, "--dense", dense) == 0
     beside = capsys.readouterr().out
     record = read_evaluation(pruned / "secateur" / "evaluation.json")
     for made in (record.perplexity[0], record.tasks[0], record.generation[0]):
@@ -119,13 +119,13 @@ def test_nothing_to_measure(dense: Path) -> None:
     ],
 )
 def test_faults_come_before_the_model(arguments, told, monkeypatch, capsys) -> None:
-    assert command(monkeypatch, "eval", "no/such-model", *arguments) == 2
+    assert command(monkeypatch, "evaluate", "no/such-model", *arguments) == 2
     assert told in capsys.readouterr().err
 
 
 def test_a_model_without_tokenizer(tmp_path: Path, text: Path, monkeypatch, capsys) -> None:
     folder = save_tiny(tmp_path / "bare", tokenizer=False)
-    assert command(monkeypatch, "eval", folder, "--perplexity", text) == 1
+    assert command(monkeypatch, "evaluate", folder, "--text", text) == 1
     assert "the folder has no tokenizer" in capsys.readouterr().err
 
 

@@ -184,7 +184,7 @@ def test_what_was_not_measured_says_how_to(tmp_path: Path) -> None:
     (folder / "secateur" / "layers.jsonl").unlink()
     (folder / "secateur" / "recipe.yaml").unlink()
     page = page_of(tmp_path, folder)
-    for verb in ("compress", "bench", "eval", "diagnose"):
+    for verb in ("compress", "bench", "evaluate", "diagnose"):
         assert f"secateur {verb} {folder}" in page.text
     assert page.figures == {"size": 2}
     assert "not measured" in page.text

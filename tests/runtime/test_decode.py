@@ -244,7 +244,7 @@ def test_stop_tokens_and_seeds(tmp_path: Path) -> None:
     assert ended == text[: text.index(text[4])]
 
     def drawn(temperature: float, seed: int) -> list[int]:
-        return [*decoder.continued(PROMPT, 30, temperature=temperature, seed=seed)]
+        return [*decoder.continued(PROMPT, 30, sampling=Sampling(temperature, seed=seed))]
 
     assert drawn(1.0, 1) == drawn(1.0, 1)
     assert drawn(1.0, 1) != drawn(1.0, 2)
@@ -255,10 +255,11 @@ def test_stop_tokens_and_seeds(tmp_path: Path) -> None:
 FORK = """
 import os, sys, threading, torch
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.matrix import Matrix
+from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.sampling import Sampling
 
 lib.library().sct_set_threads(3)
-matrix, x = Matrix(torch.randn(256, 256)), torch.randn(1, 256)
+matrix, x = KernelMatrix(torch.randn(256, 256)), torch.randn(1, 256)
 expected = matrix.multiply(x)
 done = threading.Event()
 

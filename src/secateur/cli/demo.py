@@ -61,7 +61,7 @@ def demo(
             generation=True,
             prompts=PROMPTS,
             sequence_length=512,
-            max_windows=windows,
+            windows=windows,
             progress=progress,
         )
         stderr.print("[bold]3/3[/] counting zeros and writing the report")

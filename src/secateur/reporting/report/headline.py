@@ -129,7 +129,7 @@ def quality(run: ReportedRun) -> Claim:
         "not measured",
         "Judging it beside the dense model:",
         measured=False,
-        command=f"secateur eval {run.folder} --reference {run.manifest.source.name}",
+        command=f"secateur evaluate {run.folder} --dense {run.manifest.source.name}",
     )
 
 
@@ -167,7 +167,7 @@ def kept_by_perplexity(
             "Quality",
             f"{found.perplexity:.1f}",
             f"perplexity on {bare_name(found.text)}. The dense model was not judged beside it:",
-            command=f"secateur eval {run.folder} --reference {run.manifest.source.name}",
+            command=f"secateur evaluate {run.folder} --dense {run.manifest.source.name}",
         )
     ratio = found.perplexity / found.reference_perplexity
     agreement = ""

@@ -69,7 +69,7 @@ def evaluate(
     output: str | Path | None = None,
     tokenizer: Any = None,
     sequence_length: int | None = None,
-    max_windows: int | None = None,
+    windows: int | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -98,7 +98,7 @@ def evaluate(
         output: a file for the results of this call; it is replaced.
         tokenizer: needed for a loaded model.
         sequence_length: tokens per window; 2048, or less if the model is shorter.
-        max_windows: use only the first windows of each text; the protocol says so.
+        windows: use only the first windows of each text; the protocol says so.
         device: auto, cpu, cuda or cuda:N; a loaded model stays where it is.
         trust_remote_code: whether code that comes with a checkpoint may run.
         progress: hears of every step.
@@ -128,9 +128,7 @@ def evaluate(
     }
     perplexities, divergences = list[PerplexityRecord](), list[DivergenceRecord]()
     for one in texts:
-        found, moved = text_records(
-            ours, theirs, shared, one, sequence_length, max_windows, progress
-        )
+        found, moved = text_records(ours, theirs, shared, one, sequence_length, windows, progress)
         perplexities.append(found)
         divergences = divergences or moved
     scores = task_records(ours, theirs, shared, prepared, progress)

@@ -64,7 +64,8 @@ class Conversation:
 
     Args:
         model: folder (compressed or not), hub id, GGUF file or named sample.
-        max_new_tokens: where an answer stops if the model does not end earlier.
+        max_new_tokens: where an answer stops if the model does not end earlier; None for 256, or
+            what the model's positions leave.
         sampling: how tokens are drawn.
         stop: an answer ends before the first of these.
         chat: use the tokenizer's chat template; None: if it has one.
@@ -79,14 +80,14 @@ class Conversation:
         self,
         model: str,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         chat: bool | None = None,
         system: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if max_new_tokens < 1:
+        if max_new_tokens is not None and max_new_tokens < 1:
             raise RecipeError(
                 f"max_new_tokens is {max_new_tokens}", remedy="give at least one new token"
             )

@@ -23,6 +23,8 @@ from secateur.runtime.sampling import Sampling
 __all__ = ["Message", "Session", "TextStream"]
 
 POSITIONS = "max_position_embeddings"
+NEW_TOKENS = 256
+"""The length of a text, unless another is given."""
 ONE_CALL = "one call for each token"
 
 Message = dict[str, str]
@@ -141,7 +143,7 @@ class Session:
         self,
         prompt: str,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         sampling: Sampling,
         messages: Sequence[Message] | None = None,
         stop: Sequence[str] = (),
@@ -151,7 +153,8 @@ class Session:
 
         Args:
             prompt: the text to continue; of a conversation its last message.
-            max_new_tokens: where to stop if the model does not end earlier.
+            max_new_tokens: where to stop if the model does not end earlier; None for 256, or what
+                the model's positions leave.
             sampling: how tokens are drawn.
             messages: the conversation, of which `prompt` is the last; None for a plain text.
             stop: the text ends before the first of these.
@@ -160,7 +163,7 @@ class Session:
         Raises:
             RecipeError: the prompt has no token, or prompt and text exceed the model's positions.
         """
-        check_length(max_new_tokens, self.positions)
+        check_length(max_new_tokens or 1, self.positions)
         chat = messages is not None
         read = self.conversation(messages or []) if chat else prompt
         ids = self.tokenizer(read, return_tensors="pt", add_special_tokens=not chat)["input_ids"][0]
@@ -168,8 +171,10 @@ class Session:
             raise RecipeError(
                 "the prompt has no token", remedy="give a prompt of at least one word"
             )
-        check_length(len(ids) + max_new_tokens, self.positions)
+        check_length(len(ids) + (max_new_tokens or 1), self.positions)
         self.load()
+        if max_new_tokens is None:
+            max_new_tokens = min(NEW_TOKENS, (self.positions or NEW_TOKENS + len(ids)) - len(ids))
         stream, begun = TextStream(self.tokenizer, stop, tell), time.perf_counter()
         try:
             loop = self.run(ids, max_new_tokens, sampling, stream)
