@@ -3,8 +3,9 @@
     import secateur
 
     report = secateur.prune("smollm2-135m", method="wanda", sparsity=0.5, output="pruned",
-                            calibration="boolq-calibration", samples=64, sequence_length=512)
-    print(report.sparsity, secateur.evaluate("pruned", text="boolq-held-out").perplexity)
+                            calibration="boolq-calibration", windows=64, sequence_length=512)
+    evaluation = secateur.evaluate("pruned", text="boolq-held-out")
+    print(report.sparsity, evaluation.perplexity[0].perplexity)
 
 Names are imported when they are first used, so that `import secateur` costs nothing.
 """
@@ -99,9 +100,12 @@ HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its home."""
-    if name not in HOMES:
-        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
     import importlib
+
+    if name not in HOMES:
+        renamed = importlib.import_module("secateur.recipes.old_names").renamed(name, HOMES)
+        hint = f"; it is now called {renamed[0]!r}" if renamed else ""
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}{hint}")
 
     return getattr(importlib.import_module(HOMES[name]), name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-__all__ = ["Progress", "Silent"]
+__all__ = ["Labelled", "Progress", "Silent"]
 
 
 class Progress(Protocol):
@@ -34,3 +34,27 @@ class Silent:
 
     def finish(self) -> None:
         """Ignore."""
+
+
+class Labelled:
+    """Puts a name before the label of every stage, for work that consists of several runs.
+
+    Args:
+        progress: receives the steps.
+        name: what the stages belong to.
+    """
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self.progress, self.name = progress, name
+
+    def start(self, label: str, steps: int) -> None:
+        """A stage begins."""
+        self.progress.start(f"{self.name}: {label}", steps)
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        """Some steps are done."""
+        self.progress.step(count, note)
+
+    def finish(self) -> None:
+        """The stage is over."""
+        self.progress.finish()

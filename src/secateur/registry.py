@@ -27,7 +27,13 @@ __all__ = ["Registry", "did_you_mean"]
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """A hint naming what `name` may have been meant to be, and all that there is."""
+    """A hint naming what `name` may have been meant to be, and all that there is.
+
+    Example:
+        >>> from secateur.registry import did_you_mean
+        >>> did_you_mean("wand", ["magnitude", "ria", "wanda"])
+        "did you mean 'wanda'? available: magnitude, ria, wanda"
+    """
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return f"{hint}available: {', '.join(known)}"

@@ -9,6 +9,7 @@ import pytest
 from secateur.calibration import documents as room
 from secateur.calibration.documents import read_documents, read_text
 from secateur.errors import SourceError
+from secateur.models import hub as models_hub
 from secateur.models.samples import split_passages
 
 
@@ -96,6 +97,7 @@ def test_an_unknown_name_gets_near_ones():
 def hub(monkeypatch):
     """A hub that answers with three rows and remembers what it was asked for."""
     asked = []
+    monkeypatch.setattr(models_hub, "why_unreachable", lambda: None)
 
     def load_dataset(repo, config=None, **options):
         asked.append((repo, config, options))
@@ -137,8 +139,8 @@ def test_hub_data_sets(hub):
 @pytest.mark.parametrize(
     ("error", "fault"),
     [
-        (ConnectionError("Couldn't reach it"), r"(?s)cannot be had: Couldn't reach.*boolq-held"),
-        (datasets.exceptions.DatasetNotFoundError("no such set"), "cannot be had: no such set"),
+        (ConnectionError("Couldn't reach it"), r"(?s)downloaded \(Couldn't reach.*boolq-held"),
+        (datasets.exceptions.DatasetNotFoundError("no such set"), r"downloaded \(no such set\)"),
         (ValueError('Unknown split "x"'), r'(?s)Unknown split "x".*where: hub: org/name'),
     ],
 )
@@ -146,8 +148,20 @@ def test_hub_faults(monkeypatch, error, fault):
     def load_dataset(*_, **__):
         raise error
 
+    monkeypatch.setattr(models_hub, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(SourceError, match=fault):
+        read_documents("hub:org/name")
+
+
+def test_without_a_network_only_the_cache_is_read(monkeypatch):
+    def load_dataset(*_, **__):
+        assert datasets.config.HF_HUB_OFFLINE
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr(models_hub, "why_unreachable", lambda: "no network")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(SourceError, match=r"org/name is not on this machine.*\(no network\)"):
         read_documents("hub:org/name")
 
 

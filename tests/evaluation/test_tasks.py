@@ -18,6 +18,7 @@ from secateur.evaluation import harness as harness_room
 from secateur.evaluation import tasks as room
 from secateur.evaluation.task_data import TASKS, local_rows
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
+from secateur.models import hub
 from tiny import tiny_tokenizer
 from zoo import tiny_model
 
@@ -225,6 +226,7 @@ def test_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise ConnectionError("Couldn't reach the Hub")
 
+    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(SourceError, match="Couldn't reach the Hub") as raised:
         prepare_tasks(["piqa"])
@@ -277,6 +279,7 @@ def test_the_hub_is_asked_for_what_lm_eval_names(monkeypatch: pytest.MonkeyPatch
     import datasets
 
     asked = []
+    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
 
     def from_the_hub(path: str, name: str, **_: object) -> datasets.DatasetDict:
         asked.append((path, name))

@@ -14,7 +14,7 @@ import pytest
 
 from secateur.cli.faults import as_told, write_log
 
-BROKEN = "secateur.workflows.inspect_model"
+BROKEN = "secateur.workflows.judge.inspect.inspect_model"
 
 
 def raising(error: BaseException):
@@ -107,11 +107,11 @@ def test_both_names_of_a_failed_rename_are_told() -> None:
 
 INTERRUPTED = """
 import os, signal, sys
-import secateur.workflows
+import secateur.workflows.judge.inspect
 def wait(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
     signal.pause()
-secateur.workflows.inspect_model = wait
+secateur.workflows.judge.inspect.inspect_model = wait
 sys.argv = ["secateur", "inspect", "m", *sys.argv[1:]]
 from secateur.cli import main
 main()

@@ -4,11 +4,13 @@ import hashlib
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import huggingface_hub
@@ -20,9 +22,12 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
 
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.models import samples, sources
+from secateur.models import gguf_file as conversion
+from secateur.models import hub, samples
+from secateur.models.folder_checks import check_folder
+from secateur.models.gguf_file import convert_gguf
 from secateur.models.samples import fetch_from_wheel
-from secateur.models.sources import check_folder, convert_gguf, resolve
+from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from tiny import CHARACTERS, SPECIAL, save_tiny, tiny_llama
 
@@ -253,6 +258,16 @@ def answer(status: int):
     return http.Response(status, request=http.Request("GET", "https://hub.invalid"))
 
 
+@pytest.fixture
+def hub_answers(monkeypatch):
+    """A hub within reach, whose models have one file of 5 MiB."""
+    file = SimpleNamespace(rfilename="model.safetensors", size=5 * 2**20)
+    info = SimpleNamespace(siblings=[file, SimpleNamespace(rfilename="old.bin", size=9 * 2**30)])
+    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+
+
+@pytest.mark.usefixtures("hub_answers")
 @pytest.mark.parametrize(
     ("error", "fault"),
     [
@@ -270,9 +285,9 @@ def answer(status: int):
         ),
         (
             lambda: hub_errors.LocalEntryNotFoundError("Got: no connection\nlong advice"),
-            r"(?s)cannot be reached: Got: no connection\n.*where: hub: org/name.*HF_HUB_OFFLINE",
+            r"(?s)cannot be reached \(Got: no connection\)\n.*hub: org/name.*HF_HUB_OFFLINE",
         ),
-        (lambda: ConnectionError("reset"), "cannot be reached: reset"),
+        (lambda: ConnectionError("reset"), r"cannot be reached \(reset\)"),
     ],
 )
 def test_hub_faults(monkeypatch, error, fault):
@@ -286,10 +301,100 @@ def test_hub_faults(monkeypatch, error, fault):
 
 def test_hub_without_network_or_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SourceError, match="not on this machine and the hub cannot be reached"):
+    with pytest.raises(SourceError, match="not on this machine, and the hub cannot be reached"):
         resolve("org/name", offline=True)
 
 
+@pytest.fixture
+def dead_endpoint(monkeypatch):
+    """A hub at an address where nobody listens, and no proxy."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return port
+
+
+@pytest.mark.usefixtures("dead_endpoint")
+def test_without_a_network_the_client_of_the_hub_is_not_left_to_retry(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, **options):
+        asked.append(options["local_files_only"])
+        raise hub_errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(SourceError, match=r"(?s)127.0.0.1: .*name a local folder.*smollm2-135m"):
+        resolve("org/name")
+    assert asked == [True]
+
+
+def test_a_connection_to_the_hub_or_to_its_proxy_is_tried(dead_endpoint, monkeypatch):
+    assert hub.why_unreachable().startswith("127.0.0.1: ")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://{place}")
+        assert hub.why_unreachable() is None
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.invalid")
+        monkeypatch.setenv("http_proxy", f"http://{place}")
+        assert hub.why_unreachable() is None
+    assert hub.why_unreachable() is not None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert hub.why_unreachable() == "HF_HUB_OFFLINE is set"
+
+
+@pytest.mark.usefixtures("dead_endpoint")
+def test_without_a_network_data_sets_are_read_from_the_cache_alone():
+    import datasets
+
+    switches = (huggingface_hub.constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in switches]
+    with hub.hub_or_cache() as reason:
+        assert reason.startswith("127.0.0.1: ")
+        assert [module.HF_HUB_OFFLINE for module in switches] == [True, True]
+    assert [module.HF_HUB_OFFLINE for module in switches] == before
+
+
+class Heard:
+    """A progress that remembers what it hears."""
+
+    def __init__(self):
+        self.stages = []
+
+    def start(self, label, steps):
+        self.stages.append([label, steps, 0])
+
+    def step(self, count=1, note=""):
+        self.stages[-1][2] += count
+
+    def finish(self):
+        self.stages[-1].append("finished")
+
+
+@pytest.mark.usefixtures("hub_answers")
+def test_a_download_tells_how_many_bytes_have_arrived(tmp_path, monkeypatch):
+    def snapshot_download(repo, *, tqdm_class, **_):
+        files = tqdm_class(desc="Fetching 1 files", total=1)
+        arriving = tqdm_class(desc="Downloading bytes", unit="B", total=0)
+        written = tqdm_class(desc="Reconstructing", unit="B", total=0)
+        for _ in range(5):
+            arriving.update(2**20)
+            written.update(2**20)
+        files.update(1)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    save_tiny(tmp_path)
+    heard = Heard()
+    resolve("org/name", progress=heard)
+    assert heard.stages == [["downloading org/name", 5, 5, "finished"]]
+
+
+@pytest.mark.usefixtures("hub_answers")
 def test_hub_snapshot(tmp_path, monkeypatch):
     asked = {}
     commit = tmp_path / "0123abcd"
@@ -416,6 +521,22 @@ def test_a_conversion_that_is_stopped_leaves_nothing_whole(gguf_file, cache, mon
     assert (convert_gguf(gguf_file) / "tokenizer.json").is_file()
 
 
+def test_a_conversion_tells_how_far_it_is(gguf_file, cache):
+    heard = Heard()
+    convert_gguf(gguf_file, progress=heard)
+    assert [stage[0].split()[0] for stage in heard.stages] == ["reading", "converting", "writing"]
+    assert heard.stages[1][1:] == [100, 100, "finished"]
+
+
+def test_a_gguf_file_is_parsed_once(gguf_file, cache, monkeypatch):
+    parsed, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or reader(path))
+    convert_gguf(gguf_file)
+    assert len(parsed) == 1
+    gguf.GGUFReader(str(gguf_file))  # no longer from memory
+    assert len(parsed) == 2
+
+
 def test_a_damaged_conversion_is_made_again(gguf_file, cache):
     folder = convert_gguf(gguf_file)
     truncate(folder / "model.safetensors", 100)
@@ -427,7 +548,7 @@ def test_two_conversions_at_once(gguf_file, cache, tmp_path):
     folder = convert_gguf(gguf_file)
     work = tmp_path / "work"
     save_tiny(work / "finished")
-    sources.put_in_place(work, folder)  # the other process was first: its folder stays
+    conversion.put_in_place(work, folder)  # the other process was first: its folder stays
     check_folder(folder)
     assert load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape == (96, 32)
 

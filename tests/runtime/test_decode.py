@@ -14,6 +14,7 @@ from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.kernels import library as lib
+from secateur.runtime.sampling import Sampling
 
 pytestmark = [
     pytest.mark.skipif(
@@ -256,7 +257,6 @@ FORK = """
 import os, sys, threading, torch
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.sampling import Sampling
 
 lib.library().sct_set_threads(3)
 matrix, x = KernelMatrix(torch.randn(256, 256)), torch.randn(1, 256)

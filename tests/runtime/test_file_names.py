@@ -28,8 +28,8 @@ except OSError as error:
 REGISTERED = """
 import json, sys, secateur, torch
 import secateur.runtime.install as install
-from secateur.runtime.kernels.dispatch import Choice
-install.choose = lambda *_: Choice(64, 10.0)
+from secateur.runtime.kernels.dispatch import KernelChoice
+install.choose = lambda *_: KernelChoice(64, 10.0)
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))

@@ -110,7 +110,7 @@ def test_a_chain_that_fails_goes_on_behind_what_is_done(
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ([], "no steps"),
+        ([], "at least 1 item"),
         ([{"prun": {}}], "did you mean 'prune'"),
         ([{"prune": {"sparsty": 0.5}}], "sparsty: unknown key"),
         ([{"structure": {"ffn": 0.5}}, {"compress": {"vales": "int8"}}], "vales: unknown key"),

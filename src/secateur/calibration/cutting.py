@@ -85,7 +85,14 @@ class WindowCutter:
 
 
 def begins_with(windows: Windows, start: Sequence[int]) -> bool:
-    """Whether every window begins with these tokens; they do with none."""
+    """Whether every window begins with these tokens; they do with none.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.cutting import begins_with
+        >>> begins_with(torch.tensor([[1, 5, 6], [1, 7, 8]]), [1])
+        True
+    """
     head = torch.tensor(start, dtype=windows.dtype)
     return len(start) < windows.shape[1] and bool((windows[:, : len(start)] == head).all())
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from secateur.errors import SourceError
+from secateur.models.hub import hub_or_cache
 from secateur.models.samples import TEXTS, sample_text
 from secateur.registry import did_you_mean
 
@@ -245,13 +246,17 @@ def hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[str]:
     shards = dict([dataset.calibrate, dataset.judge])
     options = {"data_files": {split: shards[split]}} if shards.get(split) else {}
     where = f"hub: {dataset.repo} {dataset.config or ''} split {split}"
+    reason = None
     try:
-        rows = datasets.load_dataset(
-            dataset.repo, dataset.config, split=split, revision=dataset.revision, **options
-        )
+        with hub_or_cache() as reason:
+            rows = datasets.load_dataset(
+                dataset.repo, dataset.config, split=split, revision=dataset.revision, **options
+            )
     except (OSError, datasets.exceptions.DatasetsError) as error:
+        why = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(
-            f"the data set cannot be had: {(str(error).strip().splitlines() or ['?'])[0]}",
+            f"the data set {dataset.repo} is not on this machine, and it cannot be downloaded "
+            f"({why})",
             where=where,
             remedy="check the network and the spelling; or name a local .jsonl or .txt file, or a "
             f"sample text ({', '.join(TEXTS)})",

@@ -27,6 +27,13 @@ def shared_share(
         training: token ids [samples, sequence_length].
         judged: token ids [windows, sequence_length], of the same tokenizer.
         length: of the sequences; the shorter window if that is less.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.overlap import shared_share
+        >>> training = torch.tensor([[1, 2, 3, 4, 5]])
+        >>> shared_share(training, torch.tensor([[9, 2, 3, 4, 9]]), length=2)
+        0.5
     """
     length = min(length, training.shape[1], judged.shape[1])
     known = hashes(training, length).unique()

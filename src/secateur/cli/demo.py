@@ -47,7 +47,7 @@ def demo(
             effort=effort,
             sparsity=sparsity,
             calibration=CALIBRATION,
-            samples=samples,
+            windows=samples,
             sequence_length=512,
             progress=progress,
             restart=True,

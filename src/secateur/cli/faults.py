@@ -40,6 +40,12 @@ REMEDIES = {
 """What to do about the errors of the operating system that users meet."""
 
 
+RESUMED_BY_FLAG = {"prune", "structure", "retrain", "distill", "chain", "compress"}
+"""Verbs that continue with --resume."""
+RESUMED_BY_REPETITION = {"sweep", "demo"}
+"""Verbs that continue when the same command runs again."""
+
+
 class InternalError(SecateurError):
     """A fault in secateur itself."""
 
@@ -59,11 +65,7 @@ def as_told(error: BaseException) -> SecateurError:
     if isinstance(error, SecateurError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return UserInterruptError(
-            "interrupted",
-            remedy="the same command with --resume goes on with prune, structure, retrain, distill "
-            "and chain, without it with a sweep",
-        )
+        return UserInterruptError("interrupted", remedy=how_to_continue(sys.argv[1:]))
     if isinstance(error, OSError) and error.errno is not None:
         return told_of_system(error)
     file = write_log(error)
@@ -74,6 +76,27 @@ def as_told(error: BaseException) -> SecateurError:
         remedy="please open an issue of the project, with that text and the command, and say what "
         "you expected",
     )
+
+
+def how_to_continue(words: list[str]) -> str:
+    """What to type after Ctrl-C.
+
+    >>> from secateur.cli.faults import how_to_continue
+    >>> how_to_continue(["prune", "my model", "--output", "DIR", "--restart"])
+    "finished work is kept; continue with: secateur prune 'my model' --output DIR --resume"
+    >>> how_to_continue(["evaluate", "DIR"])
+    'nothing is kept; start again with: secateur evaluate DIR'
+
+    Args:
+        words: the command line, without the program's name.
+    """
+    verb = words[0] if words else ""
+    if verb in RESUMED_BY_FLAG:
+        words = [*(word for word in words if word not in ("--restart", "--resume")), "--resume"]
+    again = shlex.join(["secateur", *words])
+    if verb in RESUMED_BY_FLAG | RESUMED_BY_REPETITION:
+        return f"finished work is kept; continue with: {again}"
+    return f"nothing is kept; start again with: {again}"
 
 
 def told_of_system(error: OSError) -> SecateurError:

@@ -5,6 +5,7 @@ Both renderings write to stderr, so that stdout holds only the result.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -49,8 +51,10 @@ def show_progress() -> Iterator[Listener]:
 def duration(seconds: float) -> str:
     """A time as people say it: `8 s`, `2 min 05 s`, `1 h 12 min`.
 
-    >>> duration(8.4), duration(125), duration(4321)
-    ('8 s', '2 min 05 s', '1 h 12 min')
+    Example:
+        >>> from secateur.cli.progress import duration
+        >>> duration(8.4), duration(125), duration(4321)
+        ('8 s', '2 min 05 s', '1 h 12 min')
     """
     whole = round(seconds)
     if whole < 60:
@@ -72,7 +76,7 @@ class ProgressBar:
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=stderr,
+            console=Console(file=sys.stderr),  # some stages put something else in its place
         )
         self.task: TaskID | None = None
 
@@ -139,16 +143,18 @@ class ProgressLines:
     Args:
         interval_seconds: time between two lines.
         clock: seconds that pass.
-        write: prints one line.
+        write: prints one line; to stderr by default.
     """
 
     def __init__(
         self,
         interval_seconds: float = INTERVAL_SECONDS,
         clock: Callable[[], float] = time.monotonic,
-        write: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        write: Callable[[str], None] | None = None,
     ) -> None:
-        self.interval_seconds, self.clock, self.write = interval_seconds, clock, write
+        self.interval_seconds, self.clock = interval_seconds, clock
+        # stderr as it is now: some stages put something else in its place for a while
+        self.write = write or functools.partial(print, file=sys.stderr, flush=True)
         self.stage = Stage(PREPARING, 1, clock())
         self.shown = False
         self.over = threading.Event()

@@ -62,7 +62,15 @@ def command(
     of_recipe = [o for o in options_of(kind) if o.name not in leave_out and not o.flag.hidden]
     of_call = [o for o in run_options_of(kind) if o.name not in leave_out]
 
-    def carry_out(**given: Any) -> None:
+    parameters = [parameter(option, is_switch=False) for option in of_recipe]
+    parameters += [parameter(option, is_switch=True) for option in of_call]
+    parameters += [parameter(SET, is_switch=False), parameter(JSON, is_switch=True)]
+    signature = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
+
+    def carry_out(*words: str, **flags: Any) -> None:
+        bound = signature.bind(*words, **flags)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
         assignments, as_json = given.pop("set") or (), given.pop("json")
         call = {o.name: given.pop(o.name) for o in of_call}
         result = run(recipe_from_flags(kind, given, assignments), **call)
@@ -72,10 +80,7 @@ def command(
             print_result(result, as_json=as_json)
 
     function: Any = carry_out
-    parameters = [parameter(option, is_switch=False) for option in of_recipe]
-    parameters += [parameter(option, is_switch=True) for option in of_call]
-    parameters += [parameter(SET, is_switch=False), parameter(JSON, is_switch=True)]
-    function.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
+    function.__signature__ = signature
     function.__doc__ = VERBS[verb].about
     function.__name__ = verb
     return carry_out

@@ -24,6 +24,7 @@ from secateur.models.inventory import (
     weights_of,
 )
 from secateur.models.skeleton import build_skeleton, model_names, stored_names
+from secateur.progress import Progress, Silent
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern, misplaced
 
@@ -111,6 +112,7 @@ def audit_checkpoint(
     sparsity_of: Mapping[str, float] | None = None,
     *,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Audit:
     """Count the zeros of every stored tensor, one tensor in memory at a time.
 
@@ -121,7 +123,9 @@ def audit_checkpoint(
         pattern_of: the pattern that the zeros of a linear must contain; None only counts.
         sparsity_of: the sparsity of each linear by name, for the pattern.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        progress: receives a step for every tensor.
     """
+    progress = progress or Silent()
     reader = open_checkpoint(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     architecture = describe(model)
@@ -131,7 +135,9 @@ def audit_checkpoint(
         m.name: m for m in inventory(model, architecture, names, stored_shapes(reader.entries))
     }
     counts, zeros = [], 0
+    progress.start("counting zeros", len(reader.entries))
     for stored in [*matrices, *(reader.entries.keys() - matrices.keys())]:
+        progress.step(note=stored)
         tensor = reader.read(stored)
         zeros += tensor.numel() - int(torch.count_nonzero(tensor))
         matrix = matrices.get(stored)
@@ -144,6 +150,7 @@ def audit_checkpoint(
         if isinstance(reader, DenseView):
             counted = replace(counted, layout=reader.layout_of(stored))
         counts.append(counted)
+    progress.finish()
     packed = reader.packed if isinstance(reader, DenseView) else None
     dtypes: dict[str, int] = {}
     for entry in (packed or reader).entries.values():

@@ -161,7 +161,16 @@ def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int
 
 
 def token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Tensor:
-    """KL, agreement and both losses of a few tokens, float32 [4, tokens]."""
+    """KL, agreement and both losses of a few tokens, float32 [4, tokens].
+
+    Example:
+        >>> import torch
+        >>> from secateur.evaluation.divergence import token_numbers
+        >>> dense, pruned = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+        >>> kl, agreement, loss, dense_loss = token_numbers(pruned, dense, torch.tensor([0]))
+        >>> [round(float(number), 3) for number in (kl, agreement, loss, dense_loss)]
+        [0.12, 1.0, 0.313, 0.693]
+    """
     log_q = functional.log_softmax(logits, dim=-1)
     log_p = functional.log_softmax(dense_logits, dim=-1)
     agreement = (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).float()

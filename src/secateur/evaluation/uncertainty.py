@@ -56,7 +56,13 @@ def mean_of(values: Sequence[float]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """The standard error of the mean; None for a single value."""
+    """The standard error of the mean; None for a single value.
+
+    Example:
+        >>> from secateur.evaluation.uncertainty import standard_error
+        >>> standard_error([1.0, 2.0, 3.0, 4.0])
+        0.6454972243679028
+    """
     count = len(values)
     if count < 2:
         return None
@@ -78,6 +84,13 @@ def central_share(t: float, degrees: int) -> float:
     Args:
         t: at least 0; may be infinite.
         degrees: ν, of freedom, at least 1.
+
+    Example:
+        >>> from secateur.evaluation.uncertainty import central_share
+        >>> round(central_share(2.262, 9), 4)
+        0.95
+        >>> round(central_share(1.96, 10_000), 3)
+        0.95
     """
     angle = math.atan(t / math.sqrt(degrees))
     odd = degrees % 2
@@ -108,6 +121,12 @@ def compare(values: Sequence[float], reference: Sequence[float], chance: float) 
 
     Raises:
         RecipeError: there are not as many of the one as of the other.
+
+    Example:
+        >>> from secateur.evaluation.uncertainty import compare
+        >>> found = compare([1, 0, 1, 1], [1, 1, 1, 1], chance=0.5)
+        >>> found.difference, found.standard_error, found.significant, found.retention
+        (-0.25, 0.25, False, 0.5)
     """
     if len(values) != len(reference):
         raise RecipeError(
@@ -128,7 +147,13 @@ def compare(values: Sequence[float], reference: Sequence[float], chance: float) 
 def retention(
     value: float, reference: float, reference_error: float | None, chance: float
 ) -> float | None:
-    """What is kept of a reference's lead over chance; None where that lead may be luck."""
+    """What is kept of a reference's lead over chance; None where that lead may be luck.
+
+    Example:
+        >>> from secateur.evaluation.uncertainty import retention
+        >>> round(retention(value=0.6, reference=0.7, reference_error=0.02, chance=0.5), 3)
+        0.5
+    """
     if reference_error is None or reference - chance <= FROM_CHANCE * reference_error:
         return None
     return (value - chance) / (reference - chance)

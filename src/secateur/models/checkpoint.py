@@ -25,6 +25,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.models.header import Header, TensorEntry, parse_json, read_header
+from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 
 __all__ = [
@@ -265,19 +266,28 @@ class PatchedCopy:
         self.source, self.folder = source, folder
         self._dirty: set[Path] = set()
 
-    def create(self) -> None:
+    def create(self, progress: Progress | None = None) -> None:
         """Copy all files; whatever lay under their names is replaced.
+
+        Args:
+            progress: receives the steps, in MiB.
 
         Raises:
             MemoryBudgetError: the disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        files = [*copied_files(self.source.folder), *self.source.files]
+        sizes = {file: file.stat().st_size // 2**20 for file in files}
+        progress = progress or Silent()
+        progress.start("copying", max(1, sum(sizes.values())))
         try:
-            for file in [*copied_files(self.source.folder), *self.source.files]:
+            for file in files:
                 target = self.folder / file.name
                 target.unlink(missing_ok=True)
                 shutil.copyfile(file, target)
                 self._dirty.add(target)
+                progress.step(sizes[file], note=file.name)
+            progress.finish()
         except OSError as error:
             raise cannot_write(error, self.folder) from error
 

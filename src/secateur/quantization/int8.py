@@ -39,6 +39,12 @@ def quantize_rows(weight: Weight) -> tuple[Tensor, Tensor]:
 
     Raises:
         NumericalError: a weight is NaN or infinite, and so has no place on the grid.
+
+    Example:
+        >>> import torch
+        >>> from secateur.quantization.int8 import quantize_rows
+        >>> quantize_rows(torch.tensor([[12.7, -1.0, 0.0]]))
+        (tensor([[127, -10,   0]], dtype=torch.int8), tensor([0.1000]))
     """
     out, columns = weight.shape
     quantized = torch.empty(out, columns, dtype=torch.int8, device=weight.device)
@@ -78,6 +84,12 @@ def grid_rows(peak: Tensor) -> Tensor:
 
     Args:
         peak: the largest magnitude of each row, float32 [out].
+
+    Example:
+        >>> import torch
+        >>> from secateur.quantization.int8 import grid_rows
+        >>> grid_rows(torch.tensor([1.001, 2.0]))
+        tensor([1., 2.])
     """
     return torch.where(peak > 0, peak.bfloat16().float().clamp_min(LARGEST * SMALLEST_SCALE), 1.0)
 
@@ -88,5 +100,11 @@ def dequantize_rows(quantized: Tensor, scale: Tensor) -> Tensor:
     Args:
         quantized: int8 [out, in].
         scale: float32 [out].
+
+    Example:
+        >>> import torch
+        >>> from secateur.quantization.int8 import dequantize_rows
+        >>> dequantize_rows(torch.tensor([[127, -10, 0]], dtype=torch.int8), torch.tensor([0.5]))
+        tensor([[63.5000, -5.0000,  0.0000]])
     """
     return quantized.float().mul_(scale[:, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
+from pydantic import Strict as Strictness
 
 from secateur.recipes.memory import RemoteCode
 from secateur.recipes.run import OutputFolder, Resuming
@@ -22,7 +23,7 @@ class Steps(Section):
         description="YAML file with a model, an output and steps: a list of verbs with their "
         "options."
     )
-    steps: Annotated[list[dict[str, Any]], Flag(hidden=True)] = Field(
+    steps: Annotated[list[dict[str, Any]], Strictness(False), Flag(hidden=True)] = Field(
         min_length=1,
         description="Each step is a verb (structure, prune, retrain, distill, compress) with its "
         "options. A distillation learns from the chain's model unless it names a teacher.",

@@ -30,6 +30,7 @@ __all__ = [
     "Recipe",
     "Section",
     "Texts",
+    "text_alone",
 ]
 
 WHAT_TO_PRUNE = "What to prune"
@@ -62,6 +63,11 @@ MAX_SEED = 2**63 - 1
 
 Texts = Annotated[tuple[str, ...], Strictness(False)]
 """Several texts. YAML has lists where Python has tuples."""
+
+
+def text_alone(value: Any) -> Any:
+    """`text: c4` is one text."""
+    return (value,) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

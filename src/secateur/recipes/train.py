@@ -18,6 +18,7 @@ from secateur.recipes.section import (
     Recipe,
     Section,
     Texts,
+    text_alone,
 )
 
 __all__ = ["DistillRecipe", "GradualOptions", "LoraOptions", "RetrainRecipe"]
@@ -84,11 +85,6 @@ class GradualOptions(Section):
             except ValueError:
                 return {"pattern": value}
         return {"sparsity": value} if isinstance(value, float) else value
-
-
-def text_alone(value: Any) -> Any:
-    """`text: c4` is one text."""
-    return (value,) if isinstance(value, str) else value
 
 
 def tuple_of(value: Any) -> Any:

@@ -83,6 +83,8 @@ VERBS: dict[str, Verb] = {
         Verb(
             "evaluate",
             "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
+            "secateur.recipes.evaluate:EvaluateRecipe",
+            "secateur.workflows.judge.evaluate:evaluate",
             more="Every number comes with the id of its protocol. Numbers with different ids "
             "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
             "beside those of other protocols.",

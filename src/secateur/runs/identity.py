@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError
+from secateur.progress import Progress, Silent
 
 __all__ = ["file_digests", "refuse_another"]
 
@@ -17,15 +18,25 @@ LONGEST = 60
 """Characters of a value that an error still shows."""
 
 
-def file_digests(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of files, by name: what a run reads may not change while it is stopped."""
+def file_digests(files: Iterable[Path], progress: Progress | None = None) -> dict[str, str]:
+    """SHA-256 of files, by name: what a run reads may not change while it is stopped.
+
+    Args:
+        files: to read.
+        progress: receives the steps, each a block of 4 MiB.
+    """
+    files, progress = list(files), progress or Silent()
+    blocks = sum(-(-file.stat().st_size // BLOCK_BYTES) for file in files)
+    progress.start("SHA-256 of source", max(1, blocks))
     found = {}
     for file in files:
         digest = hashlib.sha256()
         with file.open("rb") as stream:
             while block := stream.read(BLOCK_BYTES):
                 digest.update(block)
+                progress.step(note=file.name)
         found[file.name] = digest.hexdigest()
+    progress.finish()
     return found
 
 

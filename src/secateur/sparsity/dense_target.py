@@ -43,6 +43,13 @@ def dense_target(
 
     Raises:
         NumericalError: the gram is not finite, or is zero everywhere.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.dense_target import dense_target
+        >>> weight, x, pruned_x = torch.ones(1, 1), torch.full((1, 1), 2.0), torch.ones(1, 1)
+        >>> dense_target(pruned_x @ pruned_x.t(), weight @ x @ pruned_x.t(), weight, damping=0.0)
+        tensor([[2.]])
     """
     damped, dead = damped_diagonal(gram, damping)
     shift = torch.where(dead, damped, damping * gram.diagonal().mean())

@@ -36,6 +36,11 @@ def pruned_count(total: int, sparsity: float) -> int:
     Args:
         total: how many weights or blocks there are.
         sparsity: the fraction of zeros.
+
+    Example:
+        >>> from secateur.sparsity.exact_count import pruned_count
+        >>> pruned_count(45, 0.7)
+        32
     """
     exact = Decimal(repr(float(sparsity))) * total
     return int(exact.to_integral_value(rounding=ROUND_HALF_UP))
@@ -57,6 +62,12 @@ def keep_largest(score: Float32[Tensor, "groups n"], pruned: int) -> Bool[Tensor
 
     Raises:
         PatternError: more entries are to be pruned than there are.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.exact_count import keep_largest
+        >>> keep_largest(torch.tensor([[2.0, 1.0, 2.0]]), 2)
+        tensor([[False, False,  True]])
     """
     groups, n = score.shape
     if not 0 <= pruned <= n:

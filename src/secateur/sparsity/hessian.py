@@ -90,6 +90,12 @@ def damped_diagonal(
 
     Raises:
         NumericalError: the gram is not finite, or is zero everywhere.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.hessian import damped_diagonal
+        >>> damped_diagonal(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.01)
+        (tensor([2.0100, 1.0000]), tensor([False,  True]))
     """
     check_gram(gram)
     diagonal = gram.diagonal()
@@ -189,6 +195,12 @@ def output_energy(weight: Weight, gram: Gram) -> float:
     Args:
         weight: [out, in], any floating dtype; computed in float32, rows summed in float64.
         gram: float32 [in, in].
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.hessian import output_energy
+        >>> output_energy(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        14.0
     """
     weight = weight.detach().float()
     energy = 0.0
@@ -208,6 +220,13 @@ def relative_output_error(weight: Weight, new_weight: Weight, gram: Gram) -> flo
         weight: W [out, in], any floating dtype.
         new_weight: Ŵ [out, in], any floating dtype.
         gram: float32 [in, in], without damping.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.hessian import relative_output_error
+        >>> weight, gram = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+        >>> relative_output_error(weight, torch.tensor([[0.0, 2.0]]), gram)
+        0.2
     """
     whole = output_energy(weight, gram)
     if whole <= 0:

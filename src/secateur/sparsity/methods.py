@@ -215,6 +215,18 @@ def compose(
     Raises:
         RecipeError: a name or parameter is unknown or out of range, or there is no score.
         PatternError: the pattern cannot be read, or cannot have this scope.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.methods import compose
+        >>> method = compose("wanda", "2:4")
+        >>> method.solver_name, sorted(method.requires)
+        ('zero', ['column_norm'])
+        >>> weight = torch.tensor([[3.0, -1.0, 2.0, 2.0]])
+        >>> method.mask(weight, {"column_norm": torch.tensor([1.0, 4.0, 1.0, 2.0])}, 0.5)
+        tensor([[False,  True, False,  True]])
+        >>> compose(None, "unstructured", score="wanda", solver="obs", damping=0.1).name
+        'wanda+obs'
     """
     if method is not None and method not in methods:
         raise RecipeError(

@@ -46,6 +46,13 @@ def next_token_rows(targets: Tensor, count: int) -> Rows:
     Args:
         targets: the token after each; −100 where there is none.
         count: of the tokens that have one.
+
+    Example:
+        >>> import torch
+        >>> from secateur.training.divergences import next_token_rows
+        >>> rows = next_token_rows(torch.tensor([0]), count=1)
+        >>> rows(slice(0, 1), torch.zeros(1, 2))
+        (tensor(0.6931), tensor([[-0.5000,  0.5000]]))
     """
 
     def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,15 @@ class TrainingPlan:
 
     Raises:
         RecipeError: a number is out of range, or there is no such optimizer.
+
+    Example:
+        >>> from secateur.training.training_plan import TrainingPlan
+        >>> plan = TrainingPlan(steps=100, warm_up=0.1)
+        >>> peak = plan.peak(width=576, tokens=2048)
+        >>> peak
+        0.00043402777777777775
+        >>> [round(plan.rate(done, 0.01, peak) / peak, 2) for done in (0, 0.09, 0.5, 0.99)]
+        [0.1, 0.98, 0.5, 0.0]
     """
 
     steps: int = 0

@@ -17,7 +17,7 @@ from secateur.diagnostics.audit import audit_checkpoint
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import shard_files
 from secateur.models.sources import resolve
-from secateur.progress import Progress, Silent
+from secateur.progress import Labelled, Progress, Silent
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.results.chain import ChainResult
@@ -74,11 +74,11 @@ def run_chain(
     steps = checked_steps(recipe.steps, recipe.model)
     folder = RunFolder(recipe.output, "chain", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model)
-    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     with folder:
         folder.worth_resuming = lambda: any(folder.work.iterdir())
-        weights = file_digests(shard_files(source.folder))
+        weights = file_digests(shard_files(source.folder), progress)
         folder.begin({"model": recipe.model, "source_files": weights})
         if not folder.finished:
             links = carry_out(steps, source.folder, folder, recipe.trust_remote_code, progress)
@@ -127,19 +127,22 @@ def carry_out(
     """
     begun = check_done(steps, folder)
     before = source
-    links = [counted("source", source, 0.0, trust_remote_code)]
+    links = [counted("source", source, 0.0, trust_remote_code, progress)]
     for step in steps:
         made = folder.work / f"{step.number:02d}-{step.verb}"
         account = made.with_suffix(".json")
         if not account.exists():
             started = time.perf_counter()
+            labelled = Labelled(progress, f"{step.number}/{len(steps)} {step.verb}")
             if not made.exists():
                 another = begun[step.number - 1 :][:1] not in ([], [step.asked])
                 begun = [*begun[: step.number - 1], step.asked]
                 write_json(folder.work / BEGUN, begun)
-                step.run(before, made, progress, trust_remote_code, resume=True, restart=another)
+                step.run(before, made, labelled, trust_remote_code, resume=True, restart=another)
             seconds = time.perf_counter() - started
-            write_json(account, counted(step.verb, made, seconds, trust_remote_code).to_json())
+            write_json(
+                account, counted(step.verb, made, seconds, trust_remote_code, labelled).to_json()
+            )
         links.append(read_record(ChainStep, account))
         before = made
     if before.exists():
@@ -148,9 +151,11 @@ def carry_out(
     return tuple(links)
 
 
-def counted(step: str, folder: Path, seconds: float, trust_remote_code: bool) -> ChainStep:
+def counted(
+    step: str, folder: Path, seconds: float, trust_remote_code: bool, progress: Progress
+) -> ChainStep:
     """What a folder holds."""
-    audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code)
+    audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)
     zeros = sum(linear.zeros for linear in audit.linears)
     return ChainStep(
         step=step,

@@ -104,7 +104,7 @@ def check_structure(recipe: StructureRecipe) -> None:
 
 def check_training(recipe: RetrainRecipe) -> None:
     """Check the optimizer, the device and, of gradual pruning, the parts."""
-    TrainingPlan(optimizer=recipe.optimizer)
+    TrainingPlan(steps=1, optimizer=recipe.optimizer)
     choose_device(recipe.device)
     if recipe.gradual is not None:
         scores[recipe.gradual.score]

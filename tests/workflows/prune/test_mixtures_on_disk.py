@@ -248,7 +248,7 @@ def test_evaluated(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The expert who is asked most often is not the one who says most. " * 5)
     found = [
-        secateur.evaluate(folder, text=text, sequence_length=32).perplexity
+        secateur.evaluate(folder, text=text, sequence_length=32).perplexity[0].perplexity
         for folder in (tmp_path / "p", tmp_path / "c")
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)

@@ -19,6 +19,14 @@ class ColumnMean:
     Args:
         in_features: the number of input features.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.column_mean import ColumnMean
+        >>> mean = ColumnMean(2)
+        >>> mean.update(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+        >>> mean.value()
+        tensor([3.5000, 0.5000])
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:

@@ -25,6 +25,15 @@ class ColumnNorm:
     Args:
         in_features: the number of input features.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.column_norm import ColumnNorm
+        >>> norm = ColumnNorm(2)
+        >>> norm.update(torch.tensor([[3.0, 1.0]]))
+        >>> norm.update(torch.tensor([[4.0, 0.0]]))
+        >>> norm.value()
+        tensor([5., 1.])
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:

@@ -22,6 +22,14 @@ class ColumnVariance:
     Args:
         in_features: the number of input features.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.column_variance import ColumnVariance
+        >>> variance = ColumnVariance(2)
+        >>> variance.update(torch.tensor([[3.0, 1.0], [5.0, 1.0]]))
+        >>> variance.value()
+        tensor([1., 0.])
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:

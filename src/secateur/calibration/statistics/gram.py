@@ -25,6 +25,15 @@ class Gram:
     Args:
         in_features: the number of input features.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.gram import Gram
+        >>> gram = Gram(2)
+        >>> gram.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+        >>> gram.value()
+        tensor([[10.,  2.],
+                [ 2.,  4.]])
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:

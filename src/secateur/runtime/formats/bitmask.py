@@ -31,6 +31,16 @@ class Bitmask:
     Bit j of a row (bit j mod 8 of byte j / 8, lowest first) is 1 where weight j is kept; bits
     past `in` are 0. int8 adds `weight_scale` float32 [out]. A row's values begin where those of
     the rows before it end, which follows from the mask and is not stored.
+
+    Example:
+        >>> import torch
+        >>> from secateur.runtime.formats import Layout, formats
+        >>> weight = torch.tensor([[0.0, 3.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 2.0]])
+        >>> layout = Layout("bitmask", "float32", (1, 10))
+        >>> formats["bitmask"].pack(weight, layout)
+        {'bitmask': tensor([[18,  2]], dtype=torch.uint8), 'compressed': tensor([ 3., -1.,  2.])}
+        >>> formats["bitmask"].nbytes(layout, nonzeros=3)
+        14
     """
 
     name: ClassVar[str] = "bitmask"

@@ -18,7 +18,14 @@ __all__ = ["Dense"]
 
 @dataclass(frozen=True)
 class Dense:
-    """Parts: `weight` [out, in]; for int8 also `weight_scale` float32 [out]."""
+    """Parts: `weight` [out, in]; for int8 also `weight_scale` float32 [out].
+
+    Example:
+        >>> import torch
+        >>> from secateur.runtime.formats import Layout, formats
+        >>> formats["dense"].pack(torch.tensor([[12.7, 0.0]]), Layout("dense", "int8", (1, 2)))
+        {'weight': tensor([[127,   0]], dtype=torch.int8), 'weight_scale': tensor([0.1000])}
+    """
 
     name: ClassVar[str] = "dense"
 

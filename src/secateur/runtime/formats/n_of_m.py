@@ -48,6 +48,12 @@ def ranks(mask: Mask, kept: int) -> Tensor:
 
     Returns:
         int32 [groups], each below C(M, N).
+
+    Example:
+        >>> import torch
+        >>> from secateur.runtime.formats.n_of_m import ranks
+        >>> ranks(torch.tensor([[True, True, False, False], [False, True, False, True]]), kept=2)
+        tensor([0, 4], dtype=torch.int32)
     """
     table = binomials(kept, mask.shape[1])
     rank = torch.zeros(len(mask), dtype=torch.int32)
@@ -154,6 +160,14 @@ class NOfM:
     codes of a row follow each other without gaps, lowest bit first, and the row ends with zeros
     up to a whole byte. A group with fewer than N weights that are not zero keeps its first zeros
     too. int8 adds `weight_scale` float32 [out].
+
+    Example:
+        >>> import torch
+        >>> from secateur.runtime.formats import Layout, formats
+        >>> weight = torch.tensor([[0.0, 5.0, 0.0, 7.0, 1.0, 0.0, 0.0, 0.0]])
+        >>> layout = Layout("n-of-m", "float32", (1, 8), pattern="2:4")
+        >>> formats["n-of-m"].pack(weight, layout)
+        {'codes': tensor([[4]], dtype=torch.uint8), 'compressed': tensor([5., 7., 1., 0.])}
     """
 
     name: ClassVar[str] = "n-of-m"

@@ -78,6 +78,12 @@ def settle(wished: Mapping[str, float], grains: Mapping[str, Granularity]) -> di
 
     Raises:
         RecipeError: a wish is missing, is no number, or is for an unknown linear.
+
+    Example:
+        >>> from secateur.sparsity.allocation.budget import Granularity, settle
+        >>> grain = Granularity.around((4, 8), 1, 16, 0.5, 0.3)
+        >>> settle({"q_proj": 0.4, "k_proj": 0.5}, {"q_proj": grain, "k_proj": grain})
+        {'q_proj': 0.4375, 'k_proj': 0.5625}
     """
     unknown = sorted(set(wished) ^ set(grains))
     if unknown or not all(math.isfinite(share) for share in wished.values()):

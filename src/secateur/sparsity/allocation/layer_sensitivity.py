@@ -98,7 +98,13 @@ class LayerSensitivity:
 
 
 def ranks(values: Mapping[str, float]) -> dict[str, float]:
-    """The rank of each value from 0, ascending; equal values share the mean of their ranks."""
+    """The rank of each value from 0, ascending; equal values share the mean of their ranks.
+
+    Example:
+        >>> from secateur.sparsity.allocation.layer_sensitivity import ranks
+        >>> ranks({"q_proj": 0.3, "k_proj": 0.1, "v_proj": 0.3})
+        {'q_proj': 1.5, 'k_proj': 0.0, 'v_proj': 1.5}
+    """
     equal = Counter(values.values())
     rank_of, below = {}, 0
     for value in sorted(equal):

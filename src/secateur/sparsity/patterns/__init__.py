@@ -111,6 +111,13 @@ def parse_pattern(text: str, scope: str | None = None) -> Pattern:
 
     Raises:
         PatternError: no kind of pattern is written like this, or the scope does not fit.
+
+    Example:
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> parse_pattern("2:4")
+        NOfM(kept=2, group=4)
+        >>> parse_pattern("unstructured", "row")
+        Unstructured(scope='row')
     """
     for name in patterns:
         pattern = patterns[name].parse(text, scope)
@@ -191,6 +198,12 @@ def misplaced(pattern: Pattern, weight: Weight, sparsity: float) -> int:
 
     The pattern, given the score 1 for weights that are not zero and 0 for those that are, prunes
     zeros first. So whatever it prunes beyond them is misplaced.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import misplaced, parse_pattern
+        >>> misplaced(parse_pattern("2:4"), torch.tensor([[1.0, 2.0, 3.0, 0.0]]), 0.5)
+        1
     """
     if sparsity <= 0:
         return 0

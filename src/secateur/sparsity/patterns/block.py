@@ -32,6 +32,12 @@ class Block:
 
     Raises:
         PatternError: a side is below 1, or there is no such scope.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns.block import Block
+        >>> Block(1, 2).mask(torch.tensor([[1.0, 9.0, 4.0, 3.0]]), 0.5)
+        tensor([[ True,  True, False, False]])
     """
 
     rows: int

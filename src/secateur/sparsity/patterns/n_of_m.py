@@ -30,6 +30,14 @@ class NOfM:
 
     Raises:
         PatternError: not 1 <= N < M.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns.n_of_m import NOfM
+        >>> NOfM(2, 4).mask(torch.tensor([[1.0, 4.0, 2.0, 3.0]]), 0.5)
+        tensor([[False,  True, False,  True]])
+        >>> NOfM(1, 4).sparsity
+        0.75
     """
 
     kept: int

@@ -28,6 +28,17 @@ class Unstructured:
 
     Raises:
         PatternError: there is no such scope.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns.unstructured import Unstructured
+        >>> score = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+        >>> Unstructured("row").mask(score, 0.5)
+        tensor([[False, False,  True,  True],
+                [False, False,  True,  True]])
+        >>> Unstructured("layer").mask(score, 0.5)
+        tensor([[False, False, False, False],
+                [ True,  True,  True,  True]])
     """
 
     scope: str = "layer"

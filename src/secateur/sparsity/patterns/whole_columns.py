@@ -35,6 +35,13 @@ class WholeColumns:
 
     Raises:
         PatternError: a number is too small, or `multiple` and `among` are both given.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns.whole_columns import WholeColumns
+        >>> WholeColumns(1).mask(torch.tensor([[1.0, 5.0], [6.0, 1.0]]), 0.5)
+        tensor([[ True, False],
+                [ True, False]])
     """
 
     width: int

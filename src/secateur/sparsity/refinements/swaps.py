@@ -58,6 +58,16 @@ class SparseSwaps:
 
     Raises:
         RecipeError: swaps or candidates are below 1.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> from secateur.sparsity.refinements.swaps import SparseSwaps
+        >>> weight, mask = torch.tensor([[1.0, 1.0, -1.1]]), torch.tensor([[False, False, True]])
+        >>> gram = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])
+        >>> pattern = parse_pattern("unstructured")
+        >>> SparseSwaps().refine(weight, mask, {"gram": gram}, pattern, 2 / 3)
+        tensor([[ True, False, False]])
     """
 
     swaps: int = 1000

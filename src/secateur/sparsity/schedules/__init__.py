@@ -60,6 +60,11 @@ def levels(schedule: Schedule, rounds: int) -> list[float]:
 
     Raises:
         RecipeError: there is no round.
+
+    Example:
+        >>> from secateur.sparsity.schedules import levels, schedules
+        >>> [round(sparsity, 2) for sparsity in levels(schedules["geometric"](0.8), 4)]
+        [0.33, 0.55, 0.7, 0.8]
     """
     if rounds < 1:
         raise RecipeError(f"{rounds} rounds of pruning", remedy="give 1 or more")

@@ -23,6 +23,11 @@ class Cubic:
 
     Raises:
         RecipeError: a sparsity is out of range, or the last is below the first.
+
+    Example:
+        >>> from secateur.sparsity.schedules.cubic import Cubic
+        >>> [round(Cubic(0.8)(done), 3) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        [0.0, 0.463, 0.7, 0.788, 0.8]
     """
 
     last: float

@@ -27,6 +27,11 @@ class Geometric:
 
     Raises:
         RecipeError: a sparsity is out of range, or the last is below the first.
+
+    Example:
+        >>> from secateur.sparsity.schedules.geometric import Geometric
+        >>> [round(Geometric(0.8)(done), 3) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        [0.0, 0.331, 0.553, 0.701, 0.8]
     """
 
     last: float

@@ -20,6 +20,11 @@ class Linear:
 
     Raises:
         RecipeError: a sparsity is out of range, or the last is below the first.
+
+    Example:
+        >>> from secateur.sparsity.schedules.linear import Linear
+        >>> [round(Linear(0.8)(done), 3) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        [0.0, 0.2, 0.4, 0.6, 0.8]
     """
 
     last: float

@@ -20,6 +20,11 @@ class OneShot:
 
     Raises:
         RecipeError: a sparsity is out of range.
+
+    Example:
+        >>> from secateur.sparsity.schedules.one_shot import OneShot
+        >>> [OneShot(0.8)(done) for done in (0.0, 0.5, 1.0)]
+        [0.8, 0.8, 0.8]
     """
 
     last: float

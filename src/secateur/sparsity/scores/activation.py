@@ -23,6 +23,13 @@ class Activation:
     Distillation" (Minitron), arXiv:2407.14679, whose importance of neurons and heads is a norm of
     their activations. Deviation: one norm over all tokens, where the released code takes the mean
     of |x| over a sequence, then the norm over sequences.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.activation import Activation
+        >>> Activation()(torch.zeros(2, 3), {"column_norm": torch.tensor([1.0, 2.0, 3.0])})
+        tensor([[0.5000, 2.0000, 4.5000],
+                [0.5000, 2.0000, 4.5000]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})

@@ -25,6 +25,12 @@ class CoupledTaylor:
     arXiv:1905.10650, for heads. Deviations: only the weights that read the unit enter (the gate is
     the same seen from there), and the gradient is that of the mean loss, where Michel et al.
     average the absolute values of single texts.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.coupled_taylor import CoupledTaylor
+        >>> CoupledTaylor()(torch.tensor([[3.0, -1.0]]), {"gradient": torch.tensor([[0.5, 2.0]])})
+        tensor([[ 1.5000, -2.0000]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient"})

@@ -23,6 +23,13 @@ class Fluctuation:
     Models" (FLAP), arXiv:2312.11983. Deviations: a head's columns are summed, not averaged, which
     orders heads of one layer alike; scores are not standardised within a layer, so that FLAP's one
     threshold over standardised scores is not what the allocation `global` does.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.fluctuation import Fluctuation
+        >>> variance = torch.tensor([0.5, 9.0])
+        >>> Fluctuation()(torch.tensor([[3.0, -1.0]]), {"column_variance": variance})
+        tensor([[4.5000, 9.0000]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_variance"})

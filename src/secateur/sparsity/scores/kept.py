@@ -19,6 +19,13 @@ class Kept:
     For solvers that are to better or round a model that was pruned before: at the sparsity that a
     matrix has, the mask is that of its own zeros. Reads `stored`, the weight as it was read, since
     the one to be solved may have been fitted to something and has no zeros then.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.kept import Kept
+        >>> weight = torch.tensor([[3.0, 0.0, -1.0]])
+        >>> Kept()(weight, {"stored": weight})
+        tensor([[1., 0., 1.]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"stored"})

@@ -18,6 +18,12 @@ class Magnitude:
 
     Paper: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural
     Networks", arXiv:1506.02626.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.magnitude import Magnitude
+        >>> Magnitude()(torch.tensor([[3.0, -1.0]]), {})
+        tensor([[3., 1.]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()

@@ -23,6 +23,12 @@ class OBD:
     new. Hence the Fisher.
 
     Paper: LeCun et al. 1989, "Optimal Brain Damage". Deviation: Fisher for Hessian diagonal.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.obd import OBD
+        >>> OBD()(torch.tensor([[2.0, -1.0]]), {"fisher": torch.tensor([[1.0, 8.0]])})
+        tensor([[2., 4.]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"fisher"})

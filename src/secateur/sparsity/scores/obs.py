@@ -29,6 +29,13 @@ class OBSScore:
 
     Raises:
         RecipeError: the damping is negative or no number.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.obs import OBSScore
+        >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> OBSScore(damping=0.0)(torch.tensor([[1.0, 2.0]]), {"gram": gram})
+        tensor([[1.5000, 6.0000]])
     """
 
     damping: float = 0.01

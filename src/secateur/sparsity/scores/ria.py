@@ -28,6 +28,14 @@ class RIA:
 
     Raises:
         RecipeError: a is negative or no number.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.ria import RIA
+        >>> weight = torch.tensor([[3.0, -1.0], [1.0, 1.0]])
+        >>> RIA()(weight, {"column_norm": torch.tensor([1.0, 4.0])})
+        tensor([[1.5000, 1.5000],
+                [0.7500, 2.0000]])
     """
 
     a: float = 0.5

@@ -22,6 +22,12 @@ class Taylor:
     Inference", arXiv:1611.06440, here for single weights. Deviation: the absolute value is taken
     of the gradient of the mean loss, so windows that pull a weight in opposite directions
     cancel; `obd` does not let them.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.taylor import Taylor
+        >>> Taylor()(torch.tensor([[3.0, -1.0]]), {"gradient": torch.tensor([[0.5, 2.0]])})
+        tensor([[1.5000, 2.0000]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient"})

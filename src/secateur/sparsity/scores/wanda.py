@@ -21,6 +21,12 @@ class Wanda:
 
     Paper: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models",
     arXiv:2306.11695.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.scores.wanda import Wanda
+        >>> Wanda()(torch.tensor([[3.0, -1.0]]), {"column_norm": torch.tensor([1.0, 4.0])})
+        tensor([[3., 4.]])
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})

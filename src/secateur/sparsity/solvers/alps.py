@@ -88,6 +88,17 @@ class ALPS:
 
     Raises:
         RecipeError: a parameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> from secateur.sparsity.solvers.alps import ALPS
+        >>> solver, mask = ALPS(damping=0.0), torch.tensor([[False, True]])
+        >>> prepared = solver.prepare({"gram": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
+        >>> pattern = parse_pattern("unstructured")
+        >>> solution = solver.solve(torch.tensor([[1.0, 1.0]]), prepared, pattern, 0.5, mask=mask)
+        >>> [round(weight, 4) for weight in solution.weight[0].tolist()]
+        [0.0, 1.5]
     """
 
     damping: float = 0.01

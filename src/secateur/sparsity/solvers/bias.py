@@ -26,6 +26,17 @@ class Bias:
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language
     Models" (FLAP), arXiv:2312.11983. Deviation: the released code adds biases where there were
     none, which needs modelling code of its own to load.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> from secateur.sparsity.solvers.bias import Bias
+        >>> solver, mask = Bias(), torch.tensor([[True, False]])
+        >>> mean = solver.prepare({"column_mean": torch.tensor([0.0, 0.5])})
+        >>> pattern = parse_pattern("unstructured")
+        >>> solution = solver.solve(torch.tensor([[3.0, -1.0]]), mean, pattern, 0.5, mask=mask)
+        >>> solution.weight, solution.shift
+        (tensor([[3., 0.]]), tensor([-0.5000]))
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_mean"})

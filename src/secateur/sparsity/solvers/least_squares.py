@@ -66,6 +66,16 @@ class LeastSquares:
 
     Raises:
         RecipeError: the damping is negative or no number.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> from secateur.sparsity.solvers.least_squares import LeastSquares
+        >>> solver, mask = LeastSquares(damping=0.0), torch.tensor([[False, True]])
+        >>> prepared = solver.prepare({"gram": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
+        >>> pattern = parse_pattern("unstructured")
+        >>> solver.solve(torch.tensor([[1.0, 1.0]]), prepared, pattern, 0.5, mask=mask).weight
+        tensor([[0.0000, 1.5000]])
     """
 
     damping: float = 0.01

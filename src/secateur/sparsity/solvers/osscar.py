@@ -60,6 +60,17 @@ class OSSCAR:
 
     Raises:
         RecipeError: the damping is negative or no number, or the batch below 1.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> from secateur.sparsity.solvers.osscar import OSSCAR
+        >>> solver = OSSCAR(damping=0.0)
+        >>> prepared = solver.prepare({"gram": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
+        >>> weight = torch.tensor([[1.0, 2.0], [0.0, 2.0]])
+        >>> solver.solve(weight, prepared, parse_pattern("*x1"), 0.5).weight
+        tensor([[0.0000, 2.5000],
+                [0.0000, 2.0000]])
     """
 
     damping: float = 0.01

@@ -15,7 +15,17 @@ __all__ = ["Zeroing"]
 @solvers.register("zero")
 @dataclass(frozen=True)
 class Zeroing:
-    """Ŵ = mask ⊙ W; needs no statistics and measures no error."""
+    """Ŵ = mask ⊙ W; needs no statistics and measures no error.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import parse_pattern
+        >>> from secateur.sparsity.solvers.zeroing import Zeroing
+        >>> mask = torch.tensor([[True, False]])
+        >>> pattern = parse_pattern("unstructured")
+        >>> Zeroing().solve(torch.tensor([[3.0, -1.0]]), None, pattern, 0.5, mask=mask).weight
+        tensor([[3., 0.]])
+    """
 
     requires: ClassVar[frozenset[str]] = frozenset()
     selects_by: ClassVar[str | None] = None

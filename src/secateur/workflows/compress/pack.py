@@ -123,7 +123,7 @@ def compress_recipe(
         recipe.output, "compress", resume=resume, restart=restart, overwrite=overwrite
     )
     folder.keep_apart(recipe.model, text)
-    source = resolve(recipe.model, trust_remote_code=trust)
+    source = resolve(recipe.model, trust_remote_code=trust, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
@@ -132,7 +132,7 @@ def compress_recipe(
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         if text is not None:
-            folder.begin(identity(recipe, reader))
+            folder.begin(identity(recipe, reader, progress))
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
             return CompressResult.from_json(json.loads(record))
@@ -162,12 +162,14 @@ def compress_recipe(
     return report
 
 
-def identity(recipe: CompressRecipe, reader: CheckpointReader) -> dict[str, Any]:
+def identity(
+    recipe: CompressRecipe, reader: CheckpointReader, progress: Progress
+) -> dict[str, Any]:
     """Everything the compressed weights depend on."""
     return {
         **recipe.model_dump(mode="json", exclude={"output", "memory"}),
         "micro_batch_tokens": recipe.memory.micro_batch_tokens,
-        "source_files": file_digests(reader.files),
+        "source_files": file_digests(reader.files, progress),
     }
 
 

@@ -64,7 +64,7 @@ def decompress_recipe(
     begun = time.perf_counter()
     folder = RunFolder(recipe.output, "decompress", overwrite=overwrite)
     folder.keep_apart(recipe.model)
-    source = resolve(recipe.model)
+    source = resolve(recipe.model, progress=progress)
     folder.keep_apart(source.folder)
     packed = PackedCheckpoint(source.folder)
     view = DenseView(packed)

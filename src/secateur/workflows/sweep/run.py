@@ -27,7 +27,7 @@ from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
-from secateur.progress import Progress, Silent
+from secateur.progress import Labelled, Progress, Silent
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
@@ -148,7 +148,9 @@ class Work:
         self.grid = plan.grid()
         self.device = choose_device(plan.device)
         self.needy = [key for key in self.grid if self.needs_windows(key)]
-        self.source = resolve(plan.model, trust_remote_code=plan.trust_remote_code)
+        self.source = resolve(
+            plan.model, trust_remote_code=plan.trust_remote_code, progress=progress
+        )
         self.texts, self.windows, self.start = texts_of(plan, self.source)
         self.record = self.found_or_new()
 
@@ -350,25 +352,6 @@ def texts_of(
 def digest(windows: Tensor) -> str:
     """By which two sets of windows can be seen to be the same."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-
-
-class Labelled:
-    """Says with every stage which point of the sweep it belongs to."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self.progress, self.name = progress, name
-
-    def start(self, label: str, steps: int) -> None:
-        """A stage of the point begins."""
-        self.progress.start(f"{self.name}: {label}", steps)
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        """Some steps are done."""
-        self.progress.step(count, note)
-
-    def finish(self) -> None:
-        """The stage is over."""
-        self.progress.finish()
 
 
 def write_views(result: SweepResult) -> None:

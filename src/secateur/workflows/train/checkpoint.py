@@ -120,7 +120,7 @@ def run_training(
     verb = "distill" if isinstance(recipe, DistillRecipe) else "retrain"
     folder = RunFolder(recipe.output, verb, resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, recipe.mask, recipe.validation_text, *recipe.text)
-    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     processes.wait()  # all have looked at the folder before one of them enters it
@@ -144,9 +144,11 @@ def train_into(
     trust, work = recipe.trust_remote_code, folder.work
     reader = CheckpointReader(source.folder)
     target = CheckpointTarget(reader, None, processes.device, trust_remote_code=trust)
+    progress.start("reading training text", 1)
     text = read_training_text(recipe, source.folder, target.model.config)
+    progress.finish()
     if processes.main:
-        folder.begin(identity(recipe, reader, text))
+        folder.begin(identity(recipe, reader, text, progress))
         folder.worth_resuming = (work / "log.jsonl").exists
     plan = plan_of(recipe, text)
     teacher = teacher_of(recipe, source, work)
@@ -177,7 +179,7 @@ def train_into(
         outcome = loop.run()
     if processes.main:
         manifest = manifest_of(recipe, source, text, loop, outcome, meter, memory)
-        write(recipe, source, adapted.masks, manifest, folder)
+        write(recipe, source, adapted.masks, manifest, folder, progress)
     processes.wait()
     check_written(folder.model, adapted.masks, trust_remote_code=trust)
     processes.wait()
@@ -200,12 +202,14 @@ def report_of(output: Path) -> TrainResult:
     )
 
 
-def identity(recipe: RetrainRecipe, reader: CheckpointReader, text: TrainingText) -> dict[str, Any]:
+def identity(
+    recipe: RetrainRecipe, reader: CheckpointReader, text: TrainingText, progress: Progress
+) -> dict[str, Any]:
     """Everything the trained weights depend on."""
     return {
         **recipe.model_dump(mode="json", exclude=NO_PART),
         "tokens": text.record["sha256"],
-        "source_files": file_digests(reader.files),
+        "source_files": file_digests(reader.files, progress),
     }
 
 
@@ -281,13 +285,14 @@ def write(
     masks: Masks,
     manifest: dict[str, Any],
     folder: RunFolder,
+    progress: Progress,
 ) -> None:
     """Write the model and its notes."""
     made = folder.fresh_model()
-    write_trained(recipe, source.folder, masks, folder.work / "final.safetensors", made)
+    write_trained(recipe, source.folder, masks, folder.work / "final.safetensors", made, progress)
     carry_over(source.folder, made, read_config(source.folder), same_weights=False)
     manifest["result"]["decoder_sparsity"] = audit_checkpoint(
-        made, trust_remote_code=recipe.trust_remote_code
+        made, trust_remote_code=recipe.trust_remote_code, progress=progress
     ).sparsity
     trainings = folder.notes / TRAININGS
     before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []

@@ -16,6 +16,7 @@ from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.skeleton import build_skeleton
 from secateur.models.stored import StoredModel
 from secateur.models.whole import load_whole
+from secateur.progress import Progress
 from secateur.recipes.train import RetrainRecipe
 from secateur.training.masks import Masks
 from secateur.training.parts import is_shared, local, rows_of
@@ -45,7 +46,7 @@ class OpenFile(Mapping[str, Tensor]):
 
 
 def write_trained(
-    recipe: RetrainRecipe, source: Path, masks: Masks, final: Path, made: Path
+    recipe: RetrainRecipe, source: Path, masks: Masks, final: Path, made: Path, progress: Progress
 ) -> None:
     """Write a copy of the source in which what was trained has its new values.
 
@@ -58,13 +59,14 @@ def write_trained(
         masks: what is zero in the result.
         final: the file of the float32 weights that the training ended with.
         made: takes the copy.
+        progress: receives the steps of the copying.
 
     Raises:
         MemoryBudgetError: the disk is full.
     """
     stored, trust = stored_model(source, recipe.trust_remote_code), recipe.trust_remote_code
     copy = PatchedCopy(stored.reader, made)
-    copy.create()
+    copy.create(progress)
     with safe_open(final, framework="pt") as opened:
         values: Mapping[str, Tensor] = OpenFile(opened)
         if recipe.lora is not None:

@@ -1,0 +1,212 @@
+"""The model hub: whether it answers, and the download of a model from it.
+
+The hub's own client tries for half a minute before it says that there is no network. Here a
+connection is tried first, for two seconds; without one, the client reads only its cache.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from secateur.errors import CheckpointError, SourceError
+from secateur.models.folder_checks import CONVERT
+from secateur.models.samples import MODELS
+from secateur.progress import Progress
+from secateur.registry import did_you_mean
+
+__all__ = ["download_model", "hub_or_cache", "why_unreachable"]
+
+CONNECT_SECONDS = 2.0
+PORTS = {"http": 80, "https": 443}
+WITHOUT_HUB = (
+    "name a local folder, a .gguf file or a sample ({samples}); with HF_HUB_OFFLINE=1 the hub's "
+    "cache is read and no network is tried"
+)
+FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "README.md",
+]
+# folders inside a repository hold other formats, and "consolidated" files repeat the weights
+IGNORED = ["*/*", "consolidated*"]
+MIB = 2**20
+
+
+def why_unreachable(seconds: float = CONNECT_SECONDS) -> str | None:
+    """Why no connection to the hub can be made; None if one can.
+
+    Connects to the proxy instead where one is set. A thread looks up the name, because the
+    system's resolver takes no time limit.
+
+    Args:
+        seconds: how long to try.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    asked = urlsplit(constants.ENDPOINT)
+    proxies, name = urllib.request.getproxies(), asked.hostname or ""
+    proxy = proxies.get(asked.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(name):
+        asked = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    place = (asked.hostname or "", asked.port or PORTS.get(asked.scheme, 80))
+    found: list[str | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection(place, seconds).close()
+        except OSError as error:
+            found.append(f"{place[0]}: {error.strerror or error}")
+        else:
+            found.append(None)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else f"{place[0]} did not answer within {seconds:g} seconds"
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[str | None]:
+    """Within this context the hub's client uses the network only if the hub answers.
+
+    Otherwise it reads its cache alone, as with HF_HUB_OFFLINE=1.
+
+    Yields:
+        Why the hub does not answer; None if it does.
+    """
+    reason = why_unreachable()
+    if reason is None:
+        yield None
+        return
+    import datasets
+    from huggingface_hub import constants
+
+    switches: list[Any] = [constants, datasets.config]
+    before = [module.HF_HUB_OFFLINE for module in switches]
+    for module in switches:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield reason
+    finally:
+        for module, value in zip(switches, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def download_model(
+    repo: str, revision: str | None, trust_remote_code: bool, offline: bool, progress: Progress
+) -> Path:
+    """The snapshot of a hub model: safetensors, configuration and tokenizer, no pickles.
+
+    Args:
+        repo: its id, `org/name`.
+        revision: branch, tag or commit; None for the default branch.
+        trust_remote_code: also download the Python files.
+        offline: read the local cache only.
+        progress: receives the bytes that arrive, in MiB.
+
+    Raises:
+        SourceError: the hub has no such model, or it is neither in the cache nor within reach.
+        CheckpointError: it has no safetensors.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    options: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": [*FILES, *(["*.py"] if trust_remote_code else [])],
+        "ignore_patterns": IGNORED,
+    }
+    reason = "not tried" if offline else why_unreachable()
+    try:
+        if reason is None:
+            folder = fetch(repo, options, progress)
+        else:
+            folder = huggingface_hub.snapshot_download(repo, local_files_only=True, **options)
+    except errors.GatedRepoError:
+        what = f"{repo} is gated: you have to accept its owner's terms first"
+        remedy = "accept them on the model's page, then run 'hf auth login' on this machine"
+    except errors.RepositoryNotFoundError:
+        what = f"the hub has no model {repo!r}, or it is private"
+        remedy = (
+            f"check the spelling; samples: {did_you_mean(repo, [*MODELS])}; "
+            "for a private model run 'hf auth login' first"
+        )
+    except errors.RevisionNotFoundError:
+        what = f"{repo} has no revision {revision!r}"
+        remedy = "name a branch, a tag or a commit of that model"
+    except OSError as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        what = f"{repo} is not on this machine, and the hub cannot be reached ({reason or said[0]})"
+        remedy = f"check the network; or {WITHOUT_HUB.format(samples=', '.join(MODELS))}"
+    else:
+        if any(Path(folder).glob("*.safetensors")):
+            return Path(folder)
+        raise CheckpointError(
+            f"{repo} has no safetensors, and pickled weights are not downloaded",
+            where=f"hub: {repo}",
+            remedy=f"name a revision that has them, or {CONVERT}",
+        )
+    raise SourceError(what, where=f"hub: {repo}", remedy=remedy)
+
+
+def fetch(repo: str, options: dict[str, Any], progress: Progress) -> str:
+    """Download a snapshot from a hub that answers; files that are in the cache are not fetched."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    api = huggingface_hub.HfApi()
+    info = api.model_info(repo, revision=options["revision"], files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    patterns = {key: options[key] for key in ("allow_patterns", "ignore_patterns")}
+    total = sum(sizes[name] for name in filter_repo_objects(sizes, **patterns))
+    progress.start(f"downloading {repo}", max(1, total // MIB))
+    folder: str = huggingface_hub.snapshot_download(
+        repo, tqdm_class=byte_counter(progress), **options
+    )
+    progress.finish()
+    return folder
+
+
+def byte_counter(progress: Progress) -> Any:
+    """A class like tqdm that draws nothing and passes the bytes it counts on to a progress.
+
+    The hub's client may count the bytes of a file twice, as they arrive and as they are written,
+    each in a bar of its own. What counts is the bar that is furthest.
+    """
+    from tqdm import tqdm
+
+    lock, told = threading.Lock(), [0]
+
+    class Counter(tqdm):
+        """Counts, and draws nothing."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)  # an option that only the hub's own bars have
+            self.arrived = 0.0
+            super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            with lock:
+                self.arrived += n or 0
+                whole = int(self.arrived) // MIB
+                if self.unit == "B" and whole > told[0]:
+                    progress.step(whole - told[0])
+                    told[0] = whole
+            return super().update(n or 0)
+
+    return Counter

