@@ -34,7 +34,7 @@ def demo(
     from secateur.cli.progress import show_progress
     from secateur.cli.rendering import print_json, stderr
     from secateur.workflows.judge.evaluate import evaluate
-    from secateur.workflows.judge.inspect import inspect
+    from secateur.workflows.judge.inspect import inspect_checkpoint
     from secateur.workflows.prune.checkpoint import prune
     from secateur.workflows.report import report as write_report
 
@@ -65,7 +65,9 @@ def demo(
             progress=progress,
         )
         stderr.print("[bold]3/3[/] counting zeros and writing the report")
-        dense, pruned = inspect(MODEL).audit, inspect(str(folder)).audit
+        dense, pruned = (
+            inspect_checkpoint(name, None, False, progress).audit for name in (MODEL, str(folder))
+        )
         page = write_report([folder], folder / "report.html").page
     if as_json:
         told = {"report": str(page), "evaluation": judged.to_json(), "manifest": report.manifest}

@@ -81,6 +81,11 @@ RESULTS = {
 }  # fmt: skip
 
 
+def words_of(text: str) -> str:
+    """Letters and digits alone: the widths may differ, and with them lines and breaks."""
+    return "".join(letter for letter in text if letter.isalnum())
+
+
 @pytest.mark.parametrize("verb", RESULTS)
 def test_one_contract(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     result, words = RESULTS[verb]
@@ -92,7 +97,7 @@ def test_one_contract(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert words in shown
     assert words in printed
-    assert "".join(shown.split()) == "".join(printed.split())  # the widths may differ
+    assert words_of(shown) == words_of(printed)
 
 
 def test_brackets_in_texts_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def test_every_family_comes_back_bit_for_bit(tmp_path: Path, family: str) -> Non
     assert json.loads((tmp_path / "d" / "config.json").read_text()) == json.loads(
         (source / "config.json").read_text()
     )
-    assert secateur.workflows.inspect(str(tmp_path / "c")).sparsity == report.sparsity
+    assert secateur.inspect(str(tmp_path / "c")).audit.sparsity == report.sparsity
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -196,7 +196,7 @@ def test_tensors_of_no_module_are_named(tmp_path: Path) -> None:
     source = saved("qwen3_5_text", tmp_path / "source")
     extra = {"mtp.layers.0.mlp.up_proj.weight": torch.ones(4, 8)}
     save_file(stored(source) | extra, source / "model.safetensors", metadata={"format": "pt"})
-    left = {one.names: (one.reason, one.weights) for one in inspect(str(source)).left}
+    left = {one.names: (one.reason, one.weights) for one in inspect(str(source)).audit.left}
     assert left["mtp"] == (
         "stored, but no part of the causal language model that transformers builds", 32
     )  # fmt: skip
