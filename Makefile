@@ -1,7 +1,8 @@
-# make demo    prune a real model and look at the result
-# make test    all default tests
-# make check   lint, types, import rules and house rules
-# make bench   the measurements behind the README's table (needs an hour)
+# make demo      prune a real model and look at the result
+# make test      the default tests
+# make test-all  the slow tests too
+# make check     lint, types, import rules and house rules
+# make bench     the measurements behind the README's table (needs an hour)
 # Each sets up .venv by itself. PYTHON names the interpreter to set it up with.
 
 PYTHON ?= python3
@@ -9,8 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PYTEST_OPTIONS ?=
+# One process for each processor, with one thread each; the tests of a file stay in one process.
+WORKERS ?= logical
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test test-all check bench setup clean
 
 setup: $(READY)
 
@@ -23,7 +27,10 @@ demo: $(READY)
 	$(BIN)/secateur demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q $(PYTEST_OPTIONS)
+	$(PYTEST) -m "not slow" $(PYTEST_OPTIONS)
+
+test-all: $(READY)
+	$(PYTEST) $(PYTEST_OPTIONS)
 
 check: $(READY)
 	$(BIN)/ruff check .

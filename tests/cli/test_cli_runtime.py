@@ -20,6 +20,7 @@ from secateur.evaluation.speed import Speed
 from secateur.reporting.results.bench import BenchResult
 from secateur.runtime.kernels.library import kernel_info
 from secateur.workflows.judge.bench import tokens_of
+from slow import slow
 from tiny import save_tiny
 
 needs_kernels = pytest.mark.skipif(
@@ -155,7 +156,7 @@ def test_verdicts() -> None:
     assert "dense bf16" in CONTENDERS
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, slow(signal.SIGKILL)])
 def test_a_stopped_bench_leaves_no_process(tmp_path: Path, sent: signal.Signals) -> None:
     folder = save_tiny(tmp_path / "m")
     command = [sys.executable, "-m", "secateur", "bench", str(folder), "--rounds", "1000000"]

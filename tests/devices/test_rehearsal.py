@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 PARTS = sorted(path.stem for path in (HERE / "parts").glob("parts_*.py"))
 

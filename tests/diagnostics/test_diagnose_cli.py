@@ -191,6 +191,7 @@ def test_bench_writes_what_diagnose_reads(secateur, pair: Pair, monkeypatch) -> 
     assert "2.00 times as fast as torch bf16" in speed.evidence
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_the_real_dense_model_as_its_own_reference(secateur) -> None:
     done = secateur("diagnose", "smollm2-135m", "--dense", "smollm2-135m", "--windows", 1)

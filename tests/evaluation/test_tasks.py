@@ -301,6 +301,7 @@ def test_the_hub_is_asked_for_what_lm_eval_names(monkeypatch: pytest.MonkeyPatch
     assert (score.items, score.shots) == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_twenty_items_of_a_real_model() -> None:
     from secateur.models.sources import resolve

@@ -42,7 +42,7 @@ class Case:
             sources and the one that the output lies in.
         resumes: whether the verb takes `resume`.
         replaces: whether it takes `overwrite`.
-        weight: how many times as many points the default tests try.
+        weight: how many times as many points the tests try.
         saves: whether a distillation at the end of the run is saved at every step; otherwise after
             minutes, which is never here.
     """

@@ -1,6 +1,7 @@
 """A fault between any two file operations of every verb; then the same call again.
 
-    PYTHONPATH=tests python tests/runs/everywhere.py [--quick N] [--twice] [--json FILE] [CASE …]
+    PYTHONPATH=tests python tests/runs/everywhere.py [--points few|some|all] [--twice]
+                                                     [--json FILE] [CASE …]
 
 Prints, for every verb, how many points were tried and what was left. A kill and a full disk are
 tried before every operation and in the middle of every file that is written; with an old output to
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -48,9 +49,15 @@ from secateur.sparsity.allocation.search import Search
 from secateur.workflows.prune import distillation as distilling
 
 OUTPUT = "out"
-QUICK = {(False, False): 7, (False, True): 5, (True, False): 3, (True, True): 2}
-"""Points of each case in the default tests: by whether the disk is full, and whether an old output
-is replaced."""
+Counts = Mapping[tuple[bool, bool], int]
+
+COUNTS: Mapping[str, Counts | None] = {
+    "few": {(False, False): 4, (False, True): 3, (True, False): 2, (True, True): 1},
+    "some": {(False, False): 7, (False, True): 5, (True, False): 3, (True, True): 2},
+    "all": None,
+}
+"""How many points of a case are tried: by whether the disk is full, and whether an old output is
+replaced. `few` is for the default tests, `some` for those marked as slow."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +226,10 @@ def spread(points: Sequence[Point], count: int) -> list[Point]:
     kept = {i for rename in last for i in (rename - 1, rename, rename + 1) if i < len(points)}
     others = [i for i in range(len(points)) if i not in kept]
     wanted = min(len(others), max(0, count - len(kept)))
-    kept |= {others[i * (len(others) - 1) // max(1, wanted - 1)] for i in range(wanted)}
+    if wanted == 1:
+        kept.add(others[len(others) // 2])
+    else:
+        kept |= {others[i * (len(others) - 1) // max(1, wanted - 1)] for i in range(wanted)}
     return [points[i] for i in sorted(kept)]
 
 
@@ -229,7 +239,7 @@ def is_output(point: Point) -> bool:
 
 
 def trials(
-    shim: Shim, place: Path, names: Sequence[str], *, quick: int, stride: int, twice: bool
+    shim: Shim, place: Path, names: Sequence[str], *, points: str, stride: int, twice: bool
 ) -> Iterator[Trial]:
     """Try every case, without and with an output to replace.
 
@@ -237,22 +247,24 @@ def trials(
         shim: which injects.
         place: a folder to work in, with the sources.
         names: of the cases.
-        quick: try as many points of each case as `QUICK` says, times this; 0: all.
-        stride: every so manyth point between begin and end; a quarter where an output is replaced.
+        points: how many points of each case, a key of `COUNTS`.
+        stride: of all points between begin and end, every so manyth; a quarter of them where an
+            output is replaced.
         twice: kill the call that follows on a fault, too.
     """
-    for (full, replacing), count in QUICK.items():
-        for name in names:
-            if replacing and not CASES[name].replaces:
-                continue
+    counts = COUNTS[points]
+    for name in names:
+        for replacing in (False, True) if CASES[name].replaces else (False,):
             bench = Bench(shim, name, place / "sources", place / "here", replacing)
             operations = bench.measure()
-            points = points_of(operations, full=full)
-            if not quick:
-                points = chosen(points, operations, 4 * stride if replacing else stride)
-            wanted = quick * count * CASES[name].weight
-            for point in spread(points, wanted) if quick else points:
-                yield bench.attempt(point, twice=twice)
+            for full in (False, True):
+                there = points_of(operations, full=full)
+                if counts is None:
+                    there = chosen(there, operations, 4 * stride if replacing else stride)
+                else:
+                    there = spread(there, counts[full, replacing] * CASES[name].weight)
+                for point in there:
+                    yield bench.attempt(point, twice=twice)
 
 
 def warm_up() -> None:
@@ -274,7 +286,7 @@ def main() -> None:
     """Try every point and print what became of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--quick", type=int, default=0, metavar="N", help="some points, N times")
+    parser.add_argument("--points", choices=COUNTS, default="all", help="how many points are tried")
     parser.add_argument("--read", type=Path, nargs="+", help="print the table of such files")
     parser.add_argument(
         "--stride", type=int, default=1, help="every so manyth point only between begin and end"
@@ -310,7 +322,7 @@ def main() -> None:
             shim,
             place,
             args.cases or [*CASES],
-            quick=args.quick,
+            points=args.points,
             stride=args.stride,
             twice=args.twice,
         ):

@@ -18,6 +18,7 @@ from cases import CASES, make_sources
 from contents import contents, every_byte
 
 from secateur.errors import RecipeError
+from slow import slow
 
 VERBS = (
     "prune", "structure", "retrain", "distill", "chain", "compress", "compress int8", "decompress",
@@ -159,7 +160,9 @@ def test_an_output_that_appears_meanwhile_is_not_touched(
     assert contents(output) == expected
 
 
-@pytest.mark.parametrize("beside", ["out.partial", "out.rounded", "out.rounded.partial"])
+@pytest.mark.parametrize(
+    "beside", ["out.partial", *map(slow, ("out.rounded", "out.rounded.partial"))]
+)
 @pytest.mark.parametrize("name", VERBS)
 def test_a_folder_of_the_user_beside_the_output_is_never_deleted(
     name: str, beside: str, sources: Path, tmp_path: Path

@@ -15,6 +15,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Sampling
+from slow import slow
 
 pytestmark = [
     pytest.mark.skipif(
@@ -283,7 +284,7 @@ if sys.argv[1] == "busy":
 """
 
 
-@pytest.mark.parametrize("other", ["idle", "busy"])
+@pytest.mark.parametrize("other", [slow("idle"), "busy"])
 def test_a_forked_child_has_threads_of_its_own(other: str) -> None:
     done = python(FORK, other, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -19,10 +19,11 @@ PLAIN = """
 import sys
 from transformers import AutoModelForCausalLM
 assert not any(name.startswith("secateur") for name in sys.modules)
-try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except OSError as error:
-    print("refused:", error)
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except OSError as error:
+        print("refused:", error)
 """
 
 REGISTERED = """
@@ -31,29 +32,33 @@ import secateur.runtime.install as install
 from secateur.runtime.kernels.dispatch import KernelChoice
 install.choose = lambda *_: KernelChoice(64, 10.0)
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))
+ids, *folders = sys.argv[1:]
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    print(json.dumps(model(torch.tensor(json.loads(ids))).logits.tolist()))
 """
 
 
-@pytest.mark.parametrize("archive", [False, True])
-@pytest.mark.parametrize("shards", [1, 2])
-def test_plain_transformers_finds_no_weights(tmp_path: Path, shards: int, archive: bool) -> None:
-    folder = packed_model(tmp_path, shards=shards, archive=archive)
-    done = python(PLAIN, folder)
+def test_plain_transformers_finds_no_weights(tmp_path: Path) -> None:
+    folders = [
+        packed_model(tmp_path / f"{shards} {archive}", shards=shards, archive=archive)
+        for shards in (1, 2)
+        for archive in (False, True)
+    ]
+    done = python(PLAIN, *folders)
     assert done.returncode == 0, done.stderr
-    assert "refused: Error no file named model.safetensors" in done.stdout
+    assert done.stdout.count("refused: Error no file named model.safetensors") == len(folders)
 
 
 @pytest.mark.usefixtures("settled")
-@pytest.mark.parametrize("shards", [1, 3])
-def test_transformers_with_secateur_computes_the_same(tmp_path: Path, shards: int) -> None:
-    folder = packed_model(tmp_path, shards=shards)
-    done = python(REGISTERED, folder, json.dumps(IDS.tolist()))
+def test_transformers_with_secateur_computes_the_same(tmp_path: Path) -> None:
+    folders = [packed_model(tmp_path / str(shards), shards=shards) for shards in (1, 3)]
+    done = python(REGISTERED, json.dumps(IDS.tolist()), *folders)
     assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        expected = secateur.load(folder, dtype=torch.float32)(IDS).logits
-    assert torch.equal(torch.tensor(json.loads(done.stdout)), expected)
+    for folder, found in zip(folders, done.stdout.splitlines(), strict=True):
+        with torch.no_grad():
+            expected = secateur.load(folder, dtype=torch.float32)(IDS).logits
+        assert torch.equal(torch.tensor(json.loads(found)), expected)
 
 
 def test_a_packed_model_is_not_saved(tmp_path: Path) -> None:

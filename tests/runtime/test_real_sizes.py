@@ -9,6 +9,7 @@ import pytest
 import secateur
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_sizes_of_a_real_model(tmp_path: Path) -> None:
     pruned = tmp_path / "pruned"

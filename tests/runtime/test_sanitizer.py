@@ -16,6 +16,8 @@ import pytest
 
 import secateur
 
+pytestmark = pytest.mark.slow
+
 CSRC = Path(secateur.__file__).parent / "runtime" / "kernels" / "csrc"
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 COMPILER = shutil.which("gcc") or ""

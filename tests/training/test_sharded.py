@@ -79,6 +79,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path: Path) -> None:
     options = {
         **OPTIONS,

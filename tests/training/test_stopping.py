@@ -95,6 +95,7 @@ def test_masks_that_change_are_gone_on_with(tmp_path: Path) -> None:
     assert straight.masks.sparsity == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     program = (
         "import torch; torch.set_num_threads(1)\n"

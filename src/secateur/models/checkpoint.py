@@ -259,7 +259,7 @@ def copied_files(folder: Path) -> list[Path]:
 
 
 def note_links(files: Iterable[Path]) -> None:
-    """Log the symbolic links among files that lead out of their folder: what they lead to is copied.
+    """Log the symbolic links among files that lead out of their folder; their content is copied.
 
     The links of a hub snapshot lead to the blobs of the same model and are not named.
     """

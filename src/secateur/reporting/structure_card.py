@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.reporting.model_card import describe_calibration, source_card
+from secateur.reporting.front_matter import front_matter, shown_place
+from secateur.reporting.model_card import describe_calibration
 
 __all__ = ["structure_card"]
 
-TEMPLATE = """---
-{front_matter}
----
-# {source}, cut to {kept} of its decoder
+TEMPLATE = """{front_matter}# {source}, cut to {kept} of its decoder
 
 Made by secateur {version}: {steps}.
 
@@ -34,7 +32,7 @@ Units were chosen, and what reads them was refitted, on {calibration}. {distille
 
 ## Make it again
 
-`secateur structure recipe.yaml --output DIR` with `recipe.yaml`:
+`secateur structure recipe.yaml --output {place}` with `recipe.yaml`:
 
 ```yaml
 {recipe}
@@ -48,40 +46,35 @@ LATENCY = """| time of a token, batch 1, {context} tokens before it, {dtype}, {t
 """
 
 PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("DIR")"""
+model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")"""
 
 VARIED = """# No class of transformers has its sizes; importing secateur adds one.
 # Without secateur, pass trust_remote_code=True: the folder has the modelling file.
 import secateur
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("DIR")"""
+model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")"""
 
 
-def structure_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path) -> str:
+def structure_card(
+    manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path, output: str | Path
+) -> str:
     """The text of README.md for the output folder.
 
     Args:
         manifest: the manifest of the run.
         recipe_yaml: the resolved recipe.
         source_folder: the source checkpoint, for its licence and language.
+        output: the folder of the model.
     """
-    from huggingface_hub import ModelCardData
-
     source, told = manifest["source"], manifest["structure"]
-    inherited, before, after = source_card(source_folder), told["before"], told["after"]
-    data = ModelCardData(
-        base_model=source["name"] if source["kind"] == "hub" else None,
-        license=inherited.get("license"),
-        language=inherited.get("language"),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["pruned", "structured-pruning", "secateur"],
-    )
+    before, after = told["before"], told["after"]
+    place, tags = shown_place(output), ["pruned", "structured-pruning"]
     distilled = "It then learned from the uncut model on the same windows."
     return TEMPLATE.format(
-        front_matter=data.to_yaml(),
+        front_matter=front_matter(source, source_folder, tags),
+        place=place,
         source=source["name"],
         kept=f"{1 - told['decoder_removed']:.1%}",
         version=manifest["environment"]["secateur"],
@@ -97,7 +90,7 @@ def structure_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder:
         latency=latency_row(told["latency"]),
         calibration=describe_calibration(manifest["calibration"]),
         distilled=distilled if manifest["distillation"] else "Nothing was trained.",
-        use=VARIED if told["varied"] else PLAIN,
+        use=(VARIED if told["varied"] else PLAIN).format(place=place),
         recipe=recipe_yaml.rstrip(),
     )
 

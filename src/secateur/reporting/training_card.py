@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.reporting.compression_card import split_card
+from secateur.reporting.front_matter import inherited_front_matter, shown_place, split_card
 
 __all__ = ["training_card"]
 
@@ -28,7 +28,7 @@ Training watched this perplexity. `secateur evaluate` measures one by a protocol
 
 ## Make it again
 
-`secateur {verb} recipe.yaml --output DIR` with `recipe.yaml`:
+`secateur {verb} recipe.yaml --output {place}` with `recipe.yaml`:
 
 ```yaml
 {recipe}
@@ -39,21 +39,25 @@ The card of the model that was trained follows; what it says of weights is about
 {body}"""
 
 
-def training_card(manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path) -> str:
+def training_card(
+    manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path, output: str | Path
+) -> str:
     """The text of README.md for the folder written.
 
     Args:
         manifest: of the training.
         recipe_yaml: the resolved recipe.
         source_folder: the model that was trained, for its own card.
+        output: the folder of the trained model.
     """
     card = source_folder / "README.md"
-    front, body = split_card(card.read_text(encoding="utf-8") if card.is_file() else "")
+    _, body = split_card(card.read_text(encoding="utf-8") if card.is_file() else "")
     result, environment = manifest["result"], manifest["environment"]
     before, after = result["perplexity_before"], result["perplexity_after"]
     verb = manifest["verb"]
     return TEMPLATE.format(
-        front_matter=front,
+        front_matter=inherited_front_matter(manifest["source"], source_folder),
+        place=shown_place(output),
         name=manifest["source"]["name"],
         verb=verb,
         done="distilled" if verb == "distill" else "retrained",

@@ -72,7 +72,7 @@ def card_text(run: ReportedRun) -> str:
     """The model card of a run with all that was measured of it."""
     written = run.folder / "README.md"
     manifest = run.manifest.model_dump()
-    dense = model_card(manifest, run.recipe, run.folder, evidence(run))
+    dense = model_card(manifest, run.recipe, run.folder, run.folder, evidence(run))
     if run.compression is None or not written.is_file():
         return dense
     return with_dense_card(written.read_text(encoding="utf-8"), dense)

@@ -470,6 +470,7 @@ secateur.compress(sys.argv[1], output=sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     source = pruned_model(tmp_path / "m", shards=2)
     ended = subprocess.run([sys.executable, "-c", KILLED, str(source), str(tmp_path / "c")])

@@ -23,6 +23,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.workflows.judge.diagnose import diagnose
 from secateur.workflows.judge.inspect import inspect
+from slow import slow_but
 from zoo import tiny_windows
 
 FUSED = r"experts \(\w+\) are fused into one tensor"
@@ -44,6 +45,12 @@ REFUSED = {
 
 NEEDS_TOKENS = dict.fromkeys(["gemma3n_text", "gemma4_text small"], "values that depend on the tok")
 """Refused where layers have to run by themselves."""
+
+FEW = (
+    "llama", "gpt2", "gemma4_text small", "lfm2", "falcon_h1", "zamba2", "qwen3_next", "mixtral",
+    "bert", "t5", "gemma3",
+)  # fmt: skip
+"""One of each sort: what is pruned, what is refused, and why. The others are slow tests."""
 
 COUNTED = (
     "experts in a layout that is not known",
@@ -108,7 +115,7 @@ def check(before: dict[str, Tensor], after: dict[str, Tensor], manifest: dict[st
     )
 
 
-@pytest.mark.parametrize("name", architectures.names())
+@pytest.mark.parametrize("name", slow_but(FEW, architectures.names()))
 def test_claims_are_true_or_the_model_is_refused(name: str, tmp_path: Path, windows: Path) -> None:
     source = saved(name, tmp_path / "source")
     for method in ("magnitude", "wanda"):

@@ -343,6 +343,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_cut_goes_on_to_the_same_model(
     source: Path, tmp_path: Path, windows: Path
 ) -> None:

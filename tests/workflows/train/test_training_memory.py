@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import MemoryBudgetError
+from slow import slow
 from tiny import save_tiny
 from trained import source_text
 
@@ -46,9 +47,9 @@ print(json.dumps(report.manifest))
     ("verb", "more"),
     [
         ("retrain", {}),
-        ("retrain", {"optimizer": "SGD", "optimizer_options": {"momentum": 0.0}}),
-        ("retrain", {"lora": 4}),
-        ("distill", {"gradient_checkpointing": True}),
+        slow(("retrain", {"optimizer": "SGD", "optimizer_options": {"momentum": 0.0}})),
+        slow(("retrain", {"lora": 4})),
+        slow(("distill", {"gradient_checkpointing": True})),
     ],
 )
 def test_the_peak_is_near_what_was_foretold(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader, shard_name
-from secateur.models.sources import resolve
+from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -157,7 +157,7 @@ def compress_recipe(
         packed = verified(made, progress)
         rounding = told_of(rounded) if rounded else {}
         report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)
-        write_notes(report, source.name, source.folder, folder)
+        write_notes(report, source, folder, output)
         folder.finish()
     return report
 
@@ -358,9 +358,11 @@ def make_report(
     )
 
 
-def write_notes(report: CompressResult, name: str, source: Path, folder: RunFolder) -> None:
+def write_notes(
+    report: CompressResult, source: LocalCheckpoint, folder: RunFolder, output: str | Path
+) -> None:
     """Write the record of the compression and the card."""
-    record = declared(Compression, report.to_json() | {"source": name})
+    record = declared(Compression, report.to_json() | {"source": source.name})
     write_json(folder.notes / COMPRESSION, record)
-    card = compression_card(report, Path(name).name, source)
+    card = compression_card(report, asdict(source), source.folder, output)
     write_text(folder.model / "README.md", card)

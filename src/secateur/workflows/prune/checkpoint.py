@@ -321,5 +321,7 @@ def write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder)
     recipe_yaml = dump_recipe(prepared.recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
     write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
-    card = model_card(manifest, recipe_yaml, prepared.source.folder)
+    card = model_card(
+        manifest, recipe_yaml, prepared.source.folder, prepared.recipe.output or folder.output
+    )
     write_text(folder.model / "README.md", card)

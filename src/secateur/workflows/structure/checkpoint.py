@@ -172,7 +172,7 @@ def cut_into(
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
     write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
-    card = structure_card(manifest, recipe_yaml, source.folder)
+    card = structure_card(manifest, recipe_yaml, source.folder, recipe.output or folder.output)
     write_text(folder.model / "README.md", card)
     folder.finish()
 

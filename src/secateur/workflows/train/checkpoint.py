@@ -300,5 +300,5 @@ def write(
     shutil.copyfile(folder.work / "log.jsonl", folder.notes / "training.jsonl")
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "training.yaml", recipe_yaml)
-    card = training_card(manifest, recipe_yaml, source.folder)
+    card = training_card(manifest, recipe_yaml, source.folder, recipe.output or folder.output)
     write_text(made / "README.md", card)
