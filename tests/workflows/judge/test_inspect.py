@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_gguf_header import write_gguf
 
 import secateur
+from gguf_example import write_gguf
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models import gguf_file
 from secateur.reporting.results.gguf import GgufInspectResult
