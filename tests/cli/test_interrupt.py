@@ -37,7 +37,7 @@ main()
         ),
         (
             "judge.inspect",
-            "inspect_model",
+            "inspect",
             ["inspect", "DIR"],
             "start again with: secateur inspect DIR",
         ),

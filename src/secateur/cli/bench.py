@@ -15,35 +15,41 @@ def bench(
     *,
     contenders: Annotated[
         str | None,
-        o.option(help="Comma-separated; by default all that our library can run."),
+        o.option(
+            help="Comma-separated: packed, packed in transformers, dense bf16, dense int8, "
+            "torch bf16, torch int8; or all. [packed, dense bf16, dense int8, torch bf16]"
+        ),
     ] = None,
     gguf: Annotated[
         list[str] | None,
         o.option(help="GGUF file for llama.cpp (needs xllamacpp); may be repeated."),
     ] = None,
-    prompt_tokens: Annotated[int, o.option(help="Length of the prompt.")] = 64,
-    new_tokens: Annotated[int, o.option(help="Tokens written in each round.")] = 32,
-    rounds: Annotated[int, o.option(help="Rounds that count; one more warms up.")] = 5,
+    prompt_tokens: Annotated[int, o.option(help="Length of the prompt.")] = 32,
+    new_tokens: Annotated[int, o.option(help="Tokens written in each round.")] = 8,
+    rounds: Annotated[int, o.option(help="Rounds, at most.")] = 5,
+    seconds: Annotated[
+        float, o.option(help="Begin no round after this time; two rounds are always made.")
+    ] = 30,
     as_json: o.Json = False,
 ) -> None:
-    """Measure speed and memory at batch 1 on the CPU, packed and in all other ways, in turns."""
+    """Measure speed and memory at batch 1 on the CPU, packed and in other ways, in turns."""
     from secateur.cli.progress import show_progress
     from secateur.cli.rendering import print_result
     from secateur.evaluation.contenders import CONTENDERS
     from secateur.workflows.judge.bench import bench as run_bench
 
+    chosen = None if contenders is None else [name.strip() for name in contenders.split(",")]
     with show_progress() as progress:
-        report = run_bench(
+        result = run_bench(
             model,
-            contenders=[name.strip() for name in contenders.split(",")]
-            if contenders
-            else CONTENDERS,
+            contenders=CONTENDERS if chosen == ["all"] else chosen,
             gguf=gguf or (),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=rounds,
+            seconds=seconds,
             progress=progress,
         )
-    print_result(report, as_json=as_json)
-    if all(speed.failure is not None for speed in report.speeds):
+    print_result(result, as_json=as_json)
+    if all(speed.failure is not None for speed in result.speeds):
         sys.exit(1)

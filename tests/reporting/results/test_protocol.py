@@ -72,6 +72,7 @@ RESULTS = {
     "bench": (
         BenchResult(
             "m",
+            True,
             [Speed("packed", (0.1, 0.2), (0.5, 0.5), 2**20), Speed("torch bf16", (0.2,), (0.5,))],
             2**20, 2**21, PROTOCOL,
         ),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from secateur.reporting.report.records import ReportedRun
+from secateur.reporting.results.bench import GAIN
 from secateur.reporting.wording import bare_name, counted, megabytes, percent, signed
 from secateur.runs.evaluation import (
     EvaluationRecord,
@@ -19,9 +20,6 @@ from secateur.runs.evaluation import (
 )
 
 __all__ = ["Claim", "claims", "speed_gain"]
-
-GAIN = 1.02
-"""From which ratio of tokens a second on one speaks of a gain, as `secateur bench` does."""
 
 
 @dataclass(frozen=True)

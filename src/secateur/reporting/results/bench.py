@@ -22,6 +22,7 @@ class BenchResult(Result):
 
     Attributes:
         model: as it was given.
+        compressed: whether it has packed weights.
         speeds: of the contenders.
         file_bytes: of the weight files.
         dense_bytes: of the same weights as dense bfloat16.
@@ -29,6 +30,7 @@ class BenchResult(Result):
     """
 
     model: str
+    compressed: bool
     speeds: list[Speed]
     file_bytes: int
     dense_bytes: int
@@ -46,6 +48,11 @@ class BenchResult(Result):
     @property
     def verdict(self) -> str:
         """In words, what the packed model gains over the fastest of all others."""
+        if not self.compressed:
+            return (
+                "the model is not compressed, so its zeros are multiplied: "
+                f"secateur compress {self.model} --output SMALL"
+            )
         found = self.gain([s.name for s in self.speeds if not s.name.startswith("packed")])
         if found is None:
             return "nothing to compare: the packed model or all others could not run"
@@ -53,6 +60,15 @@ class BenchResult(Result):
         if ratio < GAIN:
             return f"no gain: {best} is as fast or faster ({1 / ratio:.2f} times)"
         return f"{ratio:.2f} times as fast as {best}, the fastest of the others"
+
+    @property
+    def failures(self) -> dict[str, list[str]]:
+        """The contenders that could not run, by the reason."""
+        found: dict[str, list[str]] = {}
+        for speed in self.speeds:
+            if speed.failure is not None:
+                found.setdefault(speed.failure, []).append(speed.name)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -67,9 +83,11 @@ class BenchResult(Result):
         }
 
     def blocks(self) -> Sequence[Block]:
-        """A row for each contender, sizes, verdict, and how it was measured."""
+        """A row for each contender that ran, sizes, verdict, and how it was measured."""
         p = self.protocol
-        rows = [contender_row(s.to_json(p["prompt_tokens"])) for s in self.speeds]
+        rows = [
+            contender_row(s.to_json(p["prompt_tokens"])) for s in self.speeds if s.failure is None
+        ]
         columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
         return [
             Table.of(self.model, columns, rows),
@@ -81,15 +99,13 @@ class BenchResult(Result):
             Line(
                 f"{p['cpu']}, {p['threads']} threads, kernels {p['kernels']}; batch 1, prompt of "
                 f"{p['prompt_tokens']} tokens, {p['new_tokens']} new ones, medians of "
-                f"{p['rounds']} interleaved rounds"
+                f"{p['rounds']} rounds in turns"
             ),
         ]
 
 
 def contender_row(numbers: dict[str, Any]) -> tuple[str, ...]:
-    """The numbers of one contender, or why it could not run."""
-    if "failure" in numbers:
-        return numbers["contender"], numbers["failure"], "", "", "", ""
+    """The numbers of one contender."""
     return (
         numbers["contender"],
         f"{numbers['tokens_per_second']:.1f}",

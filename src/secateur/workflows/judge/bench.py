@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from secateur.errors import RecipeError
-from secateur.evaluation.contenders import CONTENDERS
+from secateur.evaluation.contenders import CONTENDERS, USUAL
 from secateur.evaluation.speed import take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.sources import resolve
@@ -22,7 +23,10 @@ from secateur.runs.output import cannot_write
 from secateur.runs.records import Bench, declared
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
+from secateur.runtime.packed import is_packed
 from secateur.workflows.checkpoint_files import read_config
+
+log = logging.getLogger(__name__)
 
 __all__ = ["bench"]
 
@@ -32,40 +36,49 @@ SCHEMA = "secateur.bench/1"
 def bench(
     model: str | Path,
     *,
-    contenders: Sequence[str] = CONTENDERS,
+    contenders: Sequence[str] | None = None,
     gguf: Sequence[str | Path] = (),
-    prompt_tokens: int = 64,
-    new_tokens: int = 32,
+    prompt_tokens: int = 32,
+    new_tokens: int = 8,
     rounds: int = 5,
+    seconds: float = 30,
     progress: Progress | None = None,
 ) -> BenchResult:
-    """Time a checkpoint at batch 1, packed and in all other ways, in turns.
+    """Time a checkpoint at batch 1, packed and in other ways, in turns.
 
-    In the folder of a pruning run the result is also written to `secateur/bench.json`.
+    In the folder of a run the result is also written to `secateur/bench.json`. A contender that
+    cannot run is logged with its reason.
 
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
-        contenders: of `secateur.evaluation.contenders.CONTENDERS`.
+        contenders: of `secateur.evaluation.contenders.CONTENDERS`; None for the usual ones. Only a
+            compressed model has packed ones.
         gguf: files for llama.cpp, which has to be installed (xllamacpp).
         prompt_tokens: length of the prompt, random tokens.
         new_tokens: to write in each round.
-        rounds: that count; one more warms up.
-        progress: told of every contender and round.
+        rounds: at most so many.
+        seconds: no round begins after so many seconds of measuring, but two are made in any case.
+        progress: receives every contender and round.
 
     Raises:
-        RecipeError: a contender is unknown or a number out of range.
+        RecipeError: a contender is unknown, or needs a compressed model; or a number is out of
+            range.
     """
-    check_asked(contenders, gguf, prompt_tokens, new_tokens, rounds)
-    folder = resolve(str(model)).folder
+    names = USUAL if contenders is None else contenders
+    check_asked(names, gguf, prompt_tokens, new_tokens, rounds, seconds)
+    folder = resolve(str(model), progress=progress).folder
+    compressed = is_packed(folder)
+    if not compressed:
+        names = without_packed(names, model, chosen=contenders is not None)
     reader = open_checkpoint(folder)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, tokens_of(folder), (prompt_tokens,), generator=generator).tolist()
-    names = dict.fromkeys([*contenders, *map(str, gguf)])
     speeds = take_turns(
-        [(name, folder) for name in names],
+        [(name, folder) for name in dict.fromkeys([*names, *map(str, gguf)])],
         prompt=prompt,
         new_tokens=new_tokens,
         rounds=rounds,
+        seconds=seconds,
         progress=progress,
     )
     dense = sum(2 * torch.Size(entry.shape).numel() for entry in reader.entries.values())
@@ -73,14 +86,32 @@ def bench(
         "batch": 1,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "rounds": rounds,
+        "rounds": max(len(speed.each_token) for speed in speeds),
         "kernels": kernel_info().tier,
         **environment(torch.device("cpu")),
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
-    report = BenchResult(str(model), speeds, size, dense, protocol)
-    keep(report, folder)
-    return report
+    result = BenchResult(str(model), compressed, speeds, size, dense, protocol)
+    for reason, failed in result.failures.items():
+        log.warning("%s could not run: %s", ", ".join(failed), reason)
+    keep(result, folder)
+    return result
+
+
+def without_packed(names: Sequence[str], model: str | Path, *, chosen: bool) -> list[str]:
+    """The contenders that a model without packed weights has.
+
+    Raises:
+        RecipeError: a packed one was chosen by name.
+    """
+    packed = [name for name in names if name.startswith("packed")]
+    if packed and chosen:
+        raise RecipeError(
+            f"{packed[0]!r} needs a compressed model",
+            where=str(model),
+            remedy=f"secateur compress {model} --output SMALL, then bench SMALL; or leave it out",
+        )
+    return [name for name in names if name not in packed]
 
 
 def check_asked(
@@ -89,6 +120,7 @@ def check_asked(
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
+    seconds: float,
 ) -> None:
     """Refuse what cannot be measured."""
     unknown = [name for name in contenders if name not in CONTENDERS]
@@ -101,6 +133,8 @@ def check_asked(
             f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {rounds} rounds",
             remedy="at least 1, 2 and 1",
         )
+    if not seconds > 0:
+        raise RecipeError(f"{seconds} seconds of measuring", remedy="give more than 0")
     missing = [str(file) for file in gguf if not Path(file).exists()]
     if missing:
         raise RecipeError("there is no such GGUF file", where=missing[0])
