@@ -129,7 +129,7 @@ def test_ctrl_c_says_how_to_go_on(flags: list[str]) -> None:
     )
     assert done.returncode == 130
     assert done.stderr.startswith("error: interrupted")
-    assert "--resume" in done.stderr
+    assert "start again with: secateur inspect m" in done.stderr
     assert "Traceback" not in done.stderr
     if flags:
         assert json.loads(done.stdout)["error"]["kind"] == "UserInterruptError"

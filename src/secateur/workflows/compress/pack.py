@@ -157,7 +157,7 @@ def compress_recipe(
         packed = verified(made, progress)
         rounding = told_of(rounded) if rounded else {}
         report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)
-        write_notes(report, source, folder, str(recipe.output))
+        write_notes(report, source, folder, recipe.output or folder.output)
         folder.finish()
     return report
 
