@@ -31,11 +31,8 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset(
     {
         "secateur/training/loop.py",
-        "secateur/cli/compress.py:compress",
-        "secateur/cli/structure.py:structure",
         "secateur/cli/sweep.py:sweep",
         "secateur/engine/plan.py:plan_run",
-        "secateur/workflows/compress/pack.py:compress",
         "secateur.engine.prune.collapse secateur.engine.prune.surgery",
         "secateur.engine.prune.layer_pass secateur.engine.prune.run",
         "class Depth",

@@ -92,7 +92,7 @@ def tuple_of(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class TrainingText(Section):
+class TrainingTextSection(Section):
     """The model that learns, and the text that it learns from."""
 
     group: ClassVar[str] = WHAT_TO_LEARN_FROM
@@ -180,7 +180,7 @@ class Optimisation(Section):
     )
 
 
-class TrainingMemory(Section):
+class TrainingMemorySection(Section):
     """How much memory a training may use."""
 
     group: ClassVar[str] = MEMORY
@@ -216,9 +216,9 @@ class TrainingOutput(OutputFolder):
 class RetrainRecipe(
     # pydantic lists the fields of the last base first
     Device,
-    TrainingMemory,
+    TrainingMemorySection,
     Optimisation,
-    TrainingText,
+    TrainingTextSection,
     TrainingOutput,
     Recipe,
 ):

@@ -25,7 +25,7 @@ from secateur.runs.atomic import write_json
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests, refuse_another
 from secateur.runs.records import Chain, ChainStep, declared, read_record
-from secateur.workflows.chain_steps import Step, checked_steps
+from secateur.workflows.chain_steps import PlannedStep, checked_steps
 
 __all__ = ["chain", "run_chain"]
 
@@ -89,7 +89,7 @@ def run_chain(
     return read_report(folder.output)
 
 
-def check_done(steps: Sequence[Step], folder: RunFolder) -> list[Any]:
+def check_done(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
     """Refuse to resume a chain in which a finished step was another one.
 
     Returns:
@@ -114,7 +114,7 @@ def check_done(steps: Sequence[Step], folder: RunFolder) -> list[Any]:
 
 
 def carry_out(
-    steps: Sequence[Step],
+    steps: Sequence[PlannedStep],
     source: Path,
     folder: RunFolder,
     trust_remote_code: bool,

@@ -30,7 +30,7 @@ from secateur.workflows.structure.checkpoint import structure_recipe
 from secateur.workflows.structure.cut_plan import check_together
 from secateur.workflows.train.checkpoint import run_training
 
-__all__ = ["STEPS", "Step", "checked_steps"]
+__all__ = ["STEPS", "PlannedStep", "checked_steps"]
 
 ENDS = {"model": "model", "output": "output"}
 """What a recipe must have, and a step does not have yet when it is checked."""
@@ -55,7 +55,7 @@ class StepKind:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStep:
     """One step of a chain.
 
     Attributes:
@@ -122,7 +122,7 @@ STEPS: Mapping[str, StepKind] = {
 """What a step can be, by its verb."""
 
 
-def checked_steps(steps: Sequence[Any], teacher: str) -> list[Step]:
+def checked_steps(steps: Sequence[Any], teacher: str) -> list[PlannedStep]:
     """Read and check all steps.
 
     Args:
@@ -135,7 +135,7 @@ def checked_steps(steps: Sequence[Any], teacher: str) -> list[Step]:
     return [checked(number, step, teacher) for number, step in enumerate(steps, start=1)]
 
 
-def checked(number: int, step: Any, teacher: str) -> Step:
+def checked(number: int, step: Any, teacher: str) -> PlannedStep:
     """One step.
 
     Raises:
@@ -172,4 +172,4 @@ def checked(number: int, step: Any, teacher: str) -> Step:
         kind.check(recipe)
     except SecateurError as error:
         raise type(error)(error.what, where=where, remedy=error.remedy) from None
-    return Step(number, str(verb), recipe)
+    return PlannedStep(number, str(verb), recipe)
