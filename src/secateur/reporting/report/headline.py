@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.results.bench import GAIN
@@ -21,6 +22,13 @@ from secateur.runs.evaluation import (
 
 __all__ = ["Claim", "claims", "speed_gain"]
 
+Tone = Literal["", "good", "fair", "bad"]
+
+FAIR_RATIO = 1.25
+"""A perplexity up to this many times the dense one is fair; beyond it is bad."""
+FAIR_RETENTION = 0.8
+"""This part of the dense model's lead over chance is fair; less is bad."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -32,7 +40,7 @@ class Claim:
         told: what the number means, in a sentence.
         measured: whether there is one.
         command: how to measure it, if it was not.
-        good: whether it is a gain; None where one cannot tell.
+        tone: the colour of the number: good, fair or bad; empty where nothing can be said.
     """
 
     title: str
@@ -40,7 +48,7 @@ class Claim:
     told: str
     measured: bool = True
     command: str = ""
-    good: bool | None = None
+    tone: Tone = ""
 
 
 def claims(run: ReportedRun) -> list[Claim]:
@@ -58,7 +66,7 @@ def smaller(run: ReportedRun) -> Claim:
             percent(saved),
             f"{megabytes(cut.after.file_bytes)} instead of {megabytes(cut.before.file_bytes)} in "
             f"the same dtype; {percent(cut.decoder_removed)} of the decoder was cut out.",
-            good=saved > 0,
+            tone=gain_tone(saved > 0),
         )
     if found is None:
         zeros = run.manifest.result.decoder_sparsity
@@ -76,8 +84,13 @@ def smaller(run: ReportedRun) -> Claim:
         "Smaller by",
         percent(saved),
         f"{against} in dense bfloat16; {percent(found.sparsity)} zeros left out.",
-        good=saved > 0,
+        tone=gain_tone(saved > 0),
     )
+
+
+def gain_tone(gained: bool) -> Tone:
+    """The tone of a size: good if it is smaller."""
+    return "good" if gained else "bad"
 
 
 def speed_gain(run: ReportedRun) -> tuple[str, float, float] | None:
@@ -108,8 +121,8 @@ def faster(run: ReportedRun) -> Claim:
     ratio = ours / theirs
     told = f"{ours:.0f} tokens a second, {theirs:.0f} by {other}, the fastest dense way tried."
     if ratio < GAIN:
-        return Claim("Faster by", "no gain", told, good=False)
-    return Claim("Faster by", f"{ratio:.2f}×", told, good=True)
+        return Claim("Faster by", "no gain", told, tone="fair")
+    return Claim("Faster by", f"{ratio:.2f}×", told, tone="good")
 
 
 def quality(run: ReportedRun) -> Claim:
@@ -152,7 +165,7 @@ def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
         percent(mean),
         f"of the dense model's accuracy above chance, {tasks}; "
         + (f"significantly worse on {worse}." if worse else "on none significantly worse."),
-        good=worse == 0,
+        tone="good" if worse == 0 else "fair" if mean >= FAIR_RETENTION else "bad",
     )
 
 
@@ -178,5 +191,5 @@ def kept_by_perplexity(
         "Quality: perplexity",
         f"×{ratio:.2f}",
         f"{found.perplexity:.2f} on {bare_name(found.text)}, {dense}.{agreement}",
-        good=ratio < GAIN,
+        tone="good" if ratio < GAIN else "fair" if ratio < FAIR_RATIO else "bad",
     )

@@ -18,6 +18,7 @@ from secateur.evaluation.generation_checks import DEGENERATE
 from secateur.reporting.charts import HeatMap
 from secateur.reporting.drawing import draw
 from secateur.reporting.report.figures import (
+    alike,
     curves,
     drift,
     heat_maps,
@@ -122,6 +123,7 @@ def content(records: Records) -> dict[str, Any]:
         "sections": sections(records),
         "views": [view_of(run) for run in runs],
         "sweeps": [sweep_view(sweep) for sweep in records.sweeps],
+        "alike": alike(runs),
         "quality": quality_rows(runs),
         "curves": [draw(chart) for chart in curves(records)],
         "drift": draw(drifts) if drifts else None,
