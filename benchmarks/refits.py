@@ -42,7 +42,9 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 def grams_of(model: nn.Module, linears: dict[str, nn.Linear], windows: Tensor) -> dict[str, Tensor]:
     """The gram of each linear's inputs over the windows."""
-    grams = {name: Gram(linear.in_features) for name, linear in linears.items()}
+    grams = {
+        name: Gram((linear.out_features, linear.in_features)) for name, linear in linears.items()
+    }
     hooks = [
         linear.register_forward_pre_hook(
             lambda _, inputs, gram=grams[name]: gram.update(inputs[0].flatten(0, 1))

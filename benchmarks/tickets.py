@@ -15,6 +15,7 @@ import argparse
 import copy
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from hardware import heading, keep, markdown
 from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import Gradual, GradualPruning, open_masks, renew
-from secateur.training.rewinding import Early, KeepEarly, Round, Rounds, prune_in_rounds
+from secateur.training.rounds import KeepEarly, Round, Rounds, prune_in_rounds, write_weights
 from secateur.training.selecting import Criterion
 from stored import known_rows
 
@@ -55,23 +56,25 @@ class Tickets:
         self.seed, self.sparsity, self.rounds = seed, sparsity, rounds
         self.text, self.held_out = source_ids(), source_ids(held_out=True)
         self.dense = untrained(seed)
-        self.initial = Early.of(self.dense)
-        hook = KeepEarly(EARLY_STEP)
+        self.folder = tempfile.TemporaryDirectory()
+        self.initial, self.early = (
+            Path(self.folder.name) / f"{name}.safetensors" for name in ("initial", "early")
+        )
+        write_weights(self.dense, self.initial)
+        hook = KeepEarly(EARLY_STEP, self.early)
         train(self.dense, self.text, seed=seed, on_step=hook.on_step)
-        assert hook.early is not None
-        self.early = hook.early
 
     def rewound(self) -> Iterator[tuple[str, float]]:
         """Weights go back to an early step, or are new ones, under the same mask."""
-        model, _ = self.in_rounds(1, "weights", self.early)
+        model, _ = self.in_rounds(1, "weights", EARLY_STEP)
         yield ONE_SHOT, self.loss(model)
-        model, masks = self.in_rounds(self.rounds, "weights", self.early)
+        model, masks = self.in_rounds(self.rounds, "weights", EARLY_STEP)
         yield TICKET, self.loss(model)
         yield ANEW, self.loss(self.anew(masks))
 
     def initial_weights(self) -> Iterator[tuple[str, float]]:
         """Weights go back to the very beginning."""
-        model, masks = self.in_rounds(self.rounds, "weights", self.initial)
+        model, masks = self.in_rounds(self.rounds, "weights")
         yield "iterative, weights rewound to step 0", self.loss(model)
         yield "its mask, new random weights", self.loss(self.anew(masks))
 
@@ -90,22 +93,22 @@ class Tickets:
         yield "gradual, rate rewound once", self.loss(self.gradual(0.0))
         yield "gradual with regrowth, rate rewound once", self.loss(self.gradual(0.3))
 
-    def in_rounds(self, rounds: int, rewind: str, early: Early | None = None) -> tuple[Any, Masks]:
+    def in_rounds(self, rounds: int, rewind: str, step: int = 0) -> tuple[Any, Masks]:
         """The dense model pruned in rounds; its masks."""
         model = copy.deepcopy(self.dense)
         masks = open_masks(model)
 
         def retrain(this: Round) -> None:
-            first_step = this.first_step or 0
+            first_step, _, _ = how.span(this.number, STEPS)
             train(model, self.text, seed=self.seed, first_step=first_step, kept=masks)
 
         how = Rounds(
             schedules["geometric"](self.sparsity),
             rounds,
             rewind=rewind,
-            rewind_step=early.step if early else 0,
+            rewind_step=step,
         )
-        prune_in_rounds(model, masks, how, retrain, early)
+        prune_in_rounds(model, masks, how, retrain, self.early if step else self.initial)
         return model, masks
 
     def anew(self, masks: Masks) -> Any:

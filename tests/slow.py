@@ -23,3 +23,14 @@ def slow(value: Any) -> Any:
     """A value whose tests are slow."""
     values = value if isinstance(value, tuple) else (value,)
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+FEW_FAMILIES = frozenset({"llama", "gpt2", "gemma3", "generic", "mixtral"})
+"""Families of `zoo` that differ most: plain, transposed and fused, several kinds of attention,
+undeclared, with experts."""
+
+
+def few_families(families: Iterable[str]) -> list[Any]:
+    """All of `families`; those that are not in `FEW_FAMILIES` are marked as slow."""
+    every = list(families)
+    return slow_but([family for family in every if family in FEW_FAMILIES], every)

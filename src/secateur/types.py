@@ -13,6 +13,7 @@ The test suite checks these annotations at run time in the `sparsity` and `calib
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
@@ -43,4 +44,24 @@ Statistics = Mapping[str, Tensor]
 `column_variance` [in], `gram` [in, in], `gradient` [out, in], `fisher` [out, in], all float32; and
 without gathering `stored` [out, in], the weight as it was read."""
 
-__all__ = ["ColumnNorm", "Gram", "Inputs", "Mask", "Score", "Statistics", "Weight", "Windows"]
+STORED = "stored"
+"""A score may require this too: the weight as it is stored, before any fit. Nobody gathers it."""
+
+
+def float32_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a float32 tensor of this shape."""
+    return 4 * prod(shape)
+
+
+__all__ = [
+    "STORED",
+    "ColumnNorm",
+    "Gram",
+    "Inputs",
+    "Mask",
+    "Score",
+    "Statistics",
+    "Weight",
+    "Windows",
+    "float32_bytes",
+]

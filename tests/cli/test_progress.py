@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from secateur.cli.progress import ProgressBar, ProgressLines, duration, show_progress
+from secateur.cli.progress import ProgressBar, ProgressLines, show_progress
+from secateur.reporting.wording import duration
 
 
 class Log:

@@ -13,7 +13,7 @@ from secateur.sparsity.patterns.n_of_m import NOfM
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.schedules.geometric import Geometric
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
-from secateur.training.rewinding import Rounds, prune_in_rounds
+from secateur.training.rounds import Rounds, prune_in_rounds
 from secateur.training.selecting import Criterion, exchange
 from zoo import tiny_windows
 

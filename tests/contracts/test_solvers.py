@@ -53,7 +53,7 @@ def test_selects_exact_counts(name, text, scope, dtype, kind, example):
             with pytest.raises(RecipeError, match="cannot choose"):
                 solver.solve(case.weight, prepared, pattern, sparsity)
             continue
-        if getattr(solver, "of_units", False) and not text.startswith("*x"):
+        if solver.whole_units and not text.startswith("*x"):
             with pytest.raises(PatternError, match="cannot choose"):
                 solver.solve(case.weight, prepared, pattern, sparsity)
             continue

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from oracles import scores as oracles
-from secateur.calibration.statistics import statistics
-from secateur.errors import NumericalError
+from secateur.calibration.statistics import of_gradients, of_inputs, statistics
+from secateur.errors import NumericalError, RecipeError
 
+OF_INPUTS = sorted(of_inputs(statistics))
+OF_GRADIENTS = sorted(of_gradients(statistics))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def gathered(name, batches, in_features):
-    statistic = statistics[name](in_features)
+    statistic = statistics[name]((5, in_features))
     for batch in batches:
         statistic.update(batch)
     return statistic
@@ -24,7 +26,7 @@ def x():
     return torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) + 0.3
 
 
-@pytest.mark.parametrize("name", list(statistics))
+@pytest.mark.parametrize("name", OF_INPUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_its_formula(name, dtype, x):
     x = x.to(dtype)
@@ -34,7 +36,7 @@ def test_equals_its_formula(name, dtype, x):
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(statistics))
+@pytest.mark.parametrize("name", OF_INPUTS)
 def test_merging_equals_seeing_everything(name, x):
     whole = gathered(name, [x], 9).value()
     first, second = gathered(name, [x[:20]], 9), gathered(name, x[20:].split(11), 9)
@@ -46,14 +48,14 @@ def test_merging_equals_seeing_everything(name, x):
     torch.testing.assert_close(first.value(), whole)
 
 
-@pytest.mark.parametrize("name", list(statistics))
+@pytest.mark.parametrize("name", OF_INPUTS)
 def test_order_does_not_matter(name, x):
     batches = list(x.split(6))
     forwards, backwards = gathered(name, batches, 9), gathered(name, batches[::-1], 9)
     torch.testing.assert_close(forwards.value(), backwards.value())
 
 
-@pytest.mark.parametrize("name", list(statistics))
+@pytest.mark.parametrize("name", OF_INPUTS)
 def test_goes_on_after_a_value_was_read(name, x):
     statistic = gathered(name, [x[:30]], 9)
     statistic.value()
@@ -61,7 +63,7 @@ def test_goes_on_after_a_value_was_read(name, x):
     torch.testing.assert_close(statistic.value(), gathered(name, [x], 9).value())
 
 
-@pytest.mark.parametrize("name", list(statistics))
+@pytest.mark.parametrize("name", OF_INPUTS)
 def test_leaves_inputs_alone_and_repeats_itself(name, x):
     before = x.clone()
     one, two = (gathered(name, [x.requires_grad_()], 9).value() for _ in range(2))
@@ -70,7 +72,7 @@ def test_leaves_inputs_alone_and_repeats_itself(name, x):
     assert not one.requires_grad
 
 
-@pytest.mark.parametrize("name", list(statistics))
+@pytest.mark.parametrize("name", OF_INPUTS)
 def test_no_tokens_and_strided_tokens(name, x):
     assert not gathered(name, [x[:0]], 9).value().any()
     strided = x.t().contiguous().t()
@@ -79,7 +81,7 @@ def test_no_tokens_and_strided_tokens(name, x):
     )
 
 
-@pytest.mark.parametrize("name", list(statistics))
+@pytest.mark.parametrize("name", OF_INPUTS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_overflow_is_refused(name, bad, x):
     x = x.to(torch.float16)
@@ -105,3 +107,44 @@ def test_column_norm_of_more_tokens_than_one_chunk():
     x = torch.randn(3000, 301, generator=torch.Generator().manual_seed(0))
     value = gathered("column_norm", [x], 301).value()
     torch.testing.assert_close(value, x.double().square().sum(0).sqrt().float())
+
+
+def gradients(dtype=torch.float32):
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(5, 9, generator=random).to(dtype) for _ in range(6)]
+
+
+@pytest.mark.parametrize("name", OF_GRADIENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_gradients_equals_its_formula(name, dtype):
+    windows = gradients(dtype)
+    value = gathered(name, windows, 9).value()
+    assert value.dtype == torch.float32
+    power = {"gradient": 1, "fisher": 2}[name]
+    expected = torch.stack([w.double() ** power for w in windows]).mean(0)
+    torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OF_GRADIENTS)
+def test_merging_gradients_equals_seeing_every_window(name):
+    windows = gradients()
+    first, second = gathered(name, windows[:2], 9), gathered(name, windows[2:], 9)
+    first.merge(second)
+    torch.testing.assert_close(first.value(), gathered(name, windows, 9).value())
+    assert not gathered(name, [], 9).value().any()
+
+
+@pytest.mark.parametrize("name", list(statistics))
+def test_holds_no_more_than_it_says(name):
+    shape = (40, 24)
+    statistic = statistics[name](shape)
+    statistic.update(torch.ones(shape))
+    told = statistics[name].nbytes(shape)
+    # a count of a few bytes may come on top
+    assert told <= statistic.total.nbytes <= told + 8
+    assert statistics[name].reads in ("inputs", "gradients")
+
+
+def test_an_unknown_statistic_is_refused_with_near_names():
+    with pytest.raises(RecipeError, match="unknown statistic 'column_nrom'"):
+        of_inputs({"column_nrom"})

@@ -59,10 +59,14 @@ def pruned_folder(
 
 
 def packed_model(folder: Path, family: str = "llama", **options: Any) -> Path:
-    """A pruned model of the zoo, compressed; options of `secateur.compress` or `pruned_folder`."""
+    """A pruned model of the zoo, compressed; options of `secateur.compress` or `pruned_folder`.
+
+    The values stay in the dtype of the model unless others are named.
+    """
     names = ("format", "values", "embeddings", "archive")
     wanted = {name: options.pop(name) for name in names if name in options}
     pruned_folder(folder / "dense", family, **options)
+    wanted.setdefault("values", "keep")
     secateur.compress(folder / "dense", output=folder / "packed", **wanted)
     return folder / "packed"
 

@@ -25,6 +25,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint
+from slow import FEW_FAMILIES, few_families, slow_but
 from zoo import CONFIGS
 
 pytestmark = [
@@ -42,6 +43,12 @@ STORED: dict[str, dict[str, Any]] = {
     "int8": {"values": "int8"},
     "int8 embeddings": {"values": "int8", "embeddings": "int8"},
 }
+LOADED = [
+    (family, stored)
+    for family in CONFIGS
+    for stored in STORED
+    if stored != "archive" or family in ("llama", "gpt2")
+]
 
 
 @torch.inference_mode()
@@ -93,12 +100,7 @@ def check_linears(packed: Any, dense: Any, ids: torch.Tensor = IDS) -> None:
 
 @pytest.mark.parametrize(
     ("family", "stored"),
-    [
-        (family, stored)
-        for family in CONFIGS
-        for stored in STORED
-        if stored != "archive" or family in ("llama", "gpt2")
-    ],
+    slow_but([x for x in LOADED if x[0] in FEW_FAMILIES or x[1] == "bitmask"], LOADED),
 )
 def test_logits_are_those_of_the_dense_weights(tmp_path: Path, family: str, stored: str) -> None:
     folder = packed_model(tmp_path, family, **STORED[stored])
@@ -118,7 +120,7 @@ def test_logits_are_those_of_the_dense_weights(tmp_path: Path, family: str, stor
 
 
 @pytest.mark.parametrize("stored", ["bitmask", "int8 embeddings"])
-@pytest.mark.parametrize("family", [*CONFIGS])
+@pytest.mark.parametrize("family", few_families(CONFIGS))
 def test_from_pretrained_gives_the_same_model(tmp_path: Path, family: str, stored: str) -> None:
     from transformers import AutoModelForCausalLM
 

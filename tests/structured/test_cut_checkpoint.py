@@ -29,6 +29,7 @@ from secateur.structured.surgery import (
     cut_model,
 )
 from secateur.workflows.judge.inspect import inspect
+from slow import few_families
 from tiny import save_tiny
 from zoo import CONFIGS, tiny_windows
 
@@ -59,7 +60,7 @@ def known_names(source: Path, reader: CheckpointReader) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["groups", "hidden", "everything"])
-@pytest.mark.parametrize("family", DECLARED)
+@pytest.mark.parametrize("family", few_families(DECLARED))
 def test_streaming_gives_the_tensors_of_the_cut_model(
     family: str, name: str, tmp_path: Path
 ) -> None:

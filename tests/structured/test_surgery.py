@@ -17,6 +17,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_model
+from slow import FEW_FAMILIES, few_families, slow_but
 from zoo import CONFIGS, tiny_windows
 
 DECLARED = [family for family in CONFIGS if family != "generic"]
@@ -26,6 +27,7 @@ CASES = [
     for name in CUTS
     if family not in TIED_TO_HEADS or name != "queries"
 ]
+FEW = [(family, name) for family, name in CASES if family in FEW_FAMILIES or name == "everything"]
 
 
 def cut_quietly(model: Any, cut: Cut, **options: Any) -> Any:
@@ -60,7 +62,7 @@ def greedy(model: Any, prompt: torch.Tensor, tokens: int, use_cache: bool) -> An
         )
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
+@pytest.mark.parametrize(("family", "name"), slow_but(FEW, CASES))
 def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_path: Path) -> None:
     model, windows = model_of(family), tiny_windows(2)
     cut = CUTS[name](sizes_of(model))
@@ -85,7 +87,7 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     assert close(torch.stack(with_cache.logits), torch.stack(without.logits))
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
+@pytest.mark.parametrize(("family", "name"), slow_but(FEW, CASES))
 def test_accounting_is_exact(family: str, name: str) -> None:
     model, windows = model_of(family), tiny_windows(2, 7)
     cut = CUTS[name](sizes_of(model))
@@ -106,7 +108,7 @@ def test_accounting_is_exact(family: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["groups, differing", "without FFN", "without attention"])
-@pytest.mark.parametrize("family", DECLARED)
+@pytest.mark.parametrize("family", few_families(DECLARED))
 def test_padding_makes_sizes_equal(family: str, name: str) -> None:
     model, windows = model_of(family), tiny_windows(2)
     cut = CUTS[name](sizes_of(model))
@@ -123,7 +125,7 @@ def test_padding_is_to_the_largest_that_is_left() -> None:
     assert padded.config.intermediate_size == 2
 
 
-@pytest.mark.parametrize("family", DECLARED)
+@pytest.mark.parametrize("family", few_families(DECLARED))
 def test_a_varied_model_can_be_cut_again(family: str) -> None:
     model, windows = model_of(family), tiny_windows(2)
     first = CUTS["without attention"](sizes_of(model))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from secateur.training.rewinding import Early, KeepEarly
+from secateur.training.rounds import KeepEarly
 from trained import source_ids, train, untrained
 
 STEPS, EARLY_STEP = 300, 30
@@ -16,21 +17,22 @@ STEPS, EARLY_STEP = 300, 30
 
 @dataclass(frozen=True)
 class Trained:
-    """The model; its weights at an early step; how long it was trained."""
+    """The model; the file of its weights at an early step; that step; the steps of all."""
 
     model: Any
-    early: Early
+    early: Path
+    early_step: int
     steps: int
 
 
 @pytest.fixture(scope="session")
-def trained() -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Tests must copy the model before they change it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = untrained()
-    hook = KeepEarly(EARLY_STEP)
+    early = tmp_path_factory.mktemp("trained") / "early.safetensors"
+    hook = KeepEarly(EARLY_STEP, early)
     train(model, source_ids(), steps=STEPS, on_step=hook.on_step)
     torch.set_num_threads(threads)
-    assert hook.early is not None
-    return Trained(model, hook.early, STEPS)
+    return Trained(model, early, EARLY_STEP, STEPS)

@@ -15,7 +15,7 @@ from secateur.training.loop import Loop
 from secateur.training.lora import ADAPTERS_ALONE, attach, merge
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken
-from secateur.training.rewinding import KeepEarly, Rounds, prune_in_rounds
+from secateur.training.rounds import KeepEarly, Rounds, prune_in_rounds
 from secateur.training.selecting import Criterion
 from secateur.training.training_plan import TrainingPlan
 from zoo import tiny_model, tiny_windows, zeros_of
@@ -60,19 +60,22 @@ def test_as_many_weights_are_zero_as_the_masks_say(text):
         assert int((~masks.kept[name]).sum()) == size // 2
 
 
-def test_rounds_with_rewound_weights_train_what_is_left_of_the_run():
+def test_rounds_with_rewound_weights_train_what_is_left_of_the_run(tmp_path):
     model = tiny_model("llama")
-    hook = KeepEarly(3)
+    hook = KeepEarly(3, tmp_path / "early.safetensors")
     Loop(model, BATCHES, NextToken.of(model), None, plan(), hooks=[hook]).run()
     masks = Masks(open_masks(model))
     steps = []
 
     def retrain(this):
-        loop = Loop(model, BATCHES, NextToken.of(model), masks, plan(), first_step=this.first_step)
+        first, last, _ = how.span(this.number, 12)
+        loop = Loop(
+            model, BATCHES, NextToken.of(model), masks, plan(), first_step=first, last_step=last
+        )
         steps.append(len(loop.run().log))
 
     how = Rounds(Geometric(0.8), 2, rewind="weights", rewind_step=3)
-    prune_in_rounds(model, masks.kept, how, retrain, hook.early)
+    prune_in_rounds(model, masks.kept, how, retrain, hook.file)
     masks.check(model)
     assert steps == [9, 9]
     assert zeros(masks.kept) == sum(round(0.8 * m.numel()) for m in masks.kept.values())

@@ -25,7 +25,6 @@ def logits_of(model):
 
 def learn(model, masks, objective, steps=150):
     """A loop as the library's: loss, backward, step, hook; the model itself stays as it is."""
-    torch.manual_seed(0)
     gated = masks.objective(objective)
     for step in range(1, steps + 1):
         gated(model, WINDOWS).backward()
@@ -36,8 +35,7 @@ def learn(model, masks, objective, steps=150):
 def test_gates_are_open_as_often_as_they_say(log_alpha):
     gates = HardConcrete(40_000, 1)
     gates.log_alpha.data.fill_(log_alpha)
-    torch.manual_seed(0)
-    drawn = gates.sample()
+    drawn = gates.sample(torch.Generator().manual_seed(0))
     assert float((drawn > 0).float().mean()) == pytest.approx(gates.open_share().item(), abs=0.01)
     assert bool(((drawn >= 0) & (drawn <= 1)).all())
     assert bool((drawn == 0).any())
@@ -48,8 +46,7 @@ def test_gates_are_open_as_often_as_they_say(log_alpha):
 
 def test_gates_begin_as_open_as_they_say():
     gates = HardConcrete(200_000, 1)
-    torch.manual_seed(0)
-    drawn = gates.sample()
+    drawn = gates.sample(torch.Generator().manual_seed(0))
     log_alpha = float(gates.log_alpha[0].detach())
     assert log_alpha == 3
     one = 1 / (1 + math.exp(2 / 3 * math.log(1.1 / 0.1) - log_alpha))  # P(z = 1)
@@ -186,9 +183,9 @@ def test_the_model_learns_beside_its_gates():
     [
         ("llama", {}, "no kind of unit"),
         ("llama", {"neurons": 10, "learning_rate": 0.0}, "learning_rate 0.0"),
-        ("llama", {"neurons": 49}, "49 of 48 units"),
-        ("llama", {"layers": 0}, "0 of 3 units"),
-        ("gemma2", {"hidden": 16}, "not known what writes"),
+        ("llama", {"neurons": 49}, "keeps 49 of 48 units"),
+        ("llama", {"layers": 0}, "keeps 0 of 3 units"),
+        ("gemma2", {"hidden": 16}, "does not declare what writes"),
     ],
 )
 def test_refuses_what_cannot_be(family, options, said):
@@ -197,9 +194,37 @@ def test_refuses_what_cannot_be(family, options, said):
 
 
 def test_refuses_consumers_that_do_not_fit():
-    with pytest.raises(RecipeError, match="which linear reads the neurons"):
+    with pytest.raises(RecipeError, match="no linear is named that reads the neurons"):
         LearnedMasks(tiny_model("llama"), Shape(neurons=4), {})
     with pytest.raises(RecipeError, match="48 columns do not divide"):
         LearnedMasks(
             tiny_model("llama"), Shape(neurons=4), {"neurons": Consumer("mlp.down_proj", 7)}
         )
+
+
+def test_a_resumed_training_draws_the_same_gates():
+    def begun():
+        return LearnedMasks(tiny_model("llama"), Shape(neurons=24, groups=1), LLAMA, seed=3)
+
+    def steps(masks, first, last):
+        gated = masks.objective(lambda model, batch: mse_loss(masks.drawn["neurons 0"], WANTED))
+        for step in range(first, last + 1):
+            for _ in range(2):  # parts of a step draw gates of their own
+                gated(None, None).backward()
+            masks.on_step(step, 20, None, None)
+        return masks
+
+    straight, stopped = steps(begun(), 1, 12), steps(begun(), 1, 7)
+    resumed = begun()
+    for name, value in stopped.state().items():
+        resumed.state()[name].data.copy_(value.detach())
+    steps(resumed, 8, 12)
+    for name, value in straight.state().items():
+        assert torch.equal(value, resumed.state()[name]), name
+    other = LearnedMasks(tiny_model("llama"), Shape(neurons=24, groups=1), LLAMA, seed=4)
+    straight.draw()
+    other.draw()
+    assert not torch.equal(straight.drawn["neurons 0"], other.drawn["neurons 0"])
+
+
+WANTED = torch.linspace(0, 1, 48)

@@ -62,7 +62,7 @@ def test_numbers_of_other_weights_are_left_behind(place, tmp_path, options) -> N
 
 def test_numbers_of_the_same_weights_are_marked(place, tmp_path) -> None:
     run, small, again = place / "run", tmp_path / "small", tmp_path / "again"
-    secateur.compress(run, output=small)
+    secateur.compress(run, output=small, values="keep")
     secateur.decompress(small, output=again)
     before = read_evaluation(run / "secateur" / "evaluation.json")
     for folder in (small, again):
@@ -105,7 +105,7 @@ def test_a_trained_model_is_another_model(place, tmp_path) -> None:
 def test_a_model_without_notes_gets_none(tmp_path) -> None:
     """What lies beside a compression record alone does not outlive it."""
     save_tiny(tmp_path / "dense")
-    secateur.compress(tmp_path / "dense", output=tmp_path / "small")
+    secateur.compress(tmp_path / "dense", output=tmp_path / "small", values="keep")
     assert [f.name for f in (tmp_path / "small" / "secateur").iterdir()] == ["compression.json"]
     secateur.decompress(tmp_path / "small", output=tmp_path / "again")
     assert not (tmp_path / "again" / "secateur").exists()

@@ -25,8 +25,9 @@ from rich.progress import (
 
 from secateur.cli.rendering import stderr
 from secateur.progress import Progress as Listener
+from secateur.reporting.wording import duration
 
-__all__ = ["ProgressBar", "ProgressLines", "duration", "show_progress"]
+__all__ = ["ProgressBar", "ProgressLines", "show_progress"]
 
 INTERVAL_SECONDS = 5.0
 """The longest silence off a terminal."""
@@ -46,22 +47,6 @@ def show_progress() -> Iterator[Listener]:
     else:
         with ProgressLines() as lines:
             yield lines
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: `8 s`, `2 min 05 s`, `1 h 12 min`.
-
-    Example:
-        >>> from secateur.cli.progress import duration
-        >>> duration(8.4), duration(125), duration(4321)
-        ('8 s', '2 min 05 s', '1 h 12 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class ProgressBar:

@@ -1,8 +1,9 @@
-"""Foretells what a run will need, before it begins: memory, disk, work.
+"""What a run will need, before it begins: memory, disk, work.
 
-The part that is hard to know, what a forward keeps alive, is not estimated but rehearsed: one
-micro-batch passes through a decoder layer on the meta device, where tensors have sizes but no
-content, while every operation is watched.
+What a forward keeps alive is hard to estimate, so it is rehearsed: one micro-batch passes through a
+decoder layer on the meta device, where tensors have sizes but no content, and every operation is
+counted. What scores, solvers, statistics and allocations need, they declare themselves
+(`working_bytes`, `nbytes`, `disk_bytes`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.continuation import AT_ONCE
+from secateur.calibration.statistics import of_inputs
 from secateur.engine.choose.tournament import WINDOW_TOKENS
-from secateur.engine.prune.reconstruction import Reconstruction
-from secateur.engine.prune.run import Settings
-from secateur.engine.prune.solver_cost import solve_bytes, solve_squares
-from secateur.engine.prune.surgery import INPUT_STATISTICS
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.solve_memory import gradient_bytes, solve_bytes, statistics_bytes
+from secateur.engine.prune.tasks import Tasks, input_statistics
 from secateur.engine.stream.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.stream.kinds import Layout, kind_of, layouts, on_meta, refuse_unknown
@@ -30,8 +31,6 @@ from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.inventory import Left
 from secateur.runs.meter import resident_bytes
 from secateur.sparsity.allocation import Allocation
-from secateur.sparsity.allocation.search import Search
-from secateur.sparsity.methods import Method
 
 __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
 
@@ -119,10 +118,9 @@ class Plan:
         activation_bytes: hidden states held in memory.
         forward_bytes: a running forward.
         waiting_bytes: halted forwards; a GPU's wait in host memory.
-        solve_bytes: statistics, scores and solver of the largest linear; or of a whole layer,
-            with what is kept of it, while an allocation looks at the dense model.
-        solve_squares: the float32 matrices [widest_inputs, widest_inputs] among them.
-        widest_inputs: the most inputs of a linear.
+        solve_bytes: statistics, scores and solver of the linear that takes most; or of a whole
+            layer, with what is kept of it, while an allocation looks at the dense model.
+        solve_shape: (out, in) of the linear that takes most to solve.
         writing_bytes: the whole model with the keys and values of what it writes, before the run.
         tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
         distilling_bytes: both whole models, gradients, moments, one window's forward and logits.
@@ -131,6 +129,7 @@ class Plan:
         flops: floating-point operations of the forwards.
         left: matrices that will not be pruned, and why; where the plan was made for a recipe.
         on_gpu: whether a GPU computes, with memory of its own.
+        seconds: the least and the most time of the run on this machine, where it was foretold.
     """
 
     process_bytes: int
@@ -139,8 +138,7 @@ class Plan:
     forward_bytes: int
     waiting_bytes: int
     solve_bytes: int
-    solve_squares: int
-    widest_inputs: int
+    solve_shape: tuple[int, int]
     writing_bytes: int
     tuning_bytes: int
     distilling_bytes: int
@@ -152,6 +150,7 @@ class Plan:
     calibration_tokens: int
     left: list[Left] = field(default_factory=list)
     on_gpu: bool = False
+    seconds: tuple[float, float] | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -170,12 +169,6 @@ class Plan:
         pruning = self.layer_bytes + self.activation_bytes + self.waiting_bytes
         return self.process_bytes + max(pruning, self.loading_bytes)
 
-    @property
-    def squares(self) -> tuple[str, int]:
-        """The matrices of the solver, in words and bytes."""
-        told = f"{self.solve_squares} matrices of {self.widest_inputs} x {self.widest_inputs}"
-        return told, 4 * self.solve_squares * self.widest_inputs**2
-
     def to_json(self) -> dict[str, Any]:
         """All figures; what is left only where it is known."""
         peaks = {name: getattr(self, name) for name in ("peak_bytes", "host_peak_bytes")}
@@ -185,10 +178,9 @@ class Plan:
 
 def plan_run(
     target: Target,
-    method: Method,
+    tasks: Tasks,
     windows: Tensor | None,
     settings: Settings,
-    reconstruction: Reconstruction,
     epochs: int,
     allocation: Allocation,
     output_bytes: int,
@@ -198,10 +190,9 @@ def plan_run(
 
     Args:
         target: the model; its layers on the meta device.
-        method: score, pattern and solver.
+        tasks: what the run does with each linear.
         windows: calibration tokens, or None.
         settings: how the work is done.
-        reconstruction: how pruned layers are tuned.
         epochs: that the whole model learns from the dense one after that.
         allocation: what decides how much each linear loses.
         output_bytes: size of the files written.
@@ -210,52 +201,48 @@ def plan_run(
     refuse_unknown(target)
     layers = target.layers
     found = layouts(target, windows.shape[1]) if windows is not None else []
-    shapes = [
-        linear.shape
-        for index, layer in enumerate(layers)
-        for linear in linears_of(layer, target.architecture.layer_name(index)).values()
-    ]
-    prunable = sum(out * columns for out, columns in shapes)
+    prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
     tokens = windows.numel() if windows is not None else 0
     stored, forward, waiting, tuning, distilling = 0, 0, 0, 0, 0
     if windows is not None:
-        waits_for = waits(method, settings)
+        waits_for = waits(tasks, settings)
         stored, forward, waiting = forward_bytes(target, found, windows, settings, waits_for)
-        if reconstruction.passes:
+        if settings.tunes:
             size = max(1, settings.micro_batch_tokens // windows.shape[1])
             hidden, calls = calls_of(target, windows[:size])
             tuning = max(tuning_bytes(x, hidden, c) for x, c, _ in kinds(target, calls))
         if epochs:
             distilling = distilling_bytes(target, windows[:1])
-    own = bool(method.requires - INPUT_STATISTICS)
-    sequential = settings.sequential == "layer"
+    gradients = gradient_bytes(tasks)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
-    stored *= 1 + (settings.asymmetric or reconstruction.passes > 0)
+    stored *= 1 + settings.dense_needed
+    solving, largest = solve_bytes(tasks, asymmetric=settings.asymmetric)
+    if settings.sequential == "layer":
+        names = input_statistics(tasks, asymmetric=settings.asymmetric)
+        solving += statistics_bytes(target, found, names)
+    solving += gradients // len(layers)
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
         activation_bytes=stored if settings.activations == "memory" else 0,
         forward_bytes=forward,
         waiting_bytes=waiting,
-        solve_bytes=solve_bytes(method, shapes, settings.asymmetric)
-        + (gram_bytes(target, found) if sequential and "gram" in method.requires else 0)
-        + own * 8 * prunable // len(layers)
+        solve_bytes=solving
         + survey_bytes(target, found, allocation, prunable // len(layers), windows),
-        solve_squares=solve_squares(method, settings.asymmetric),
-        widest_inputs=max(columns for _, columns in shapes),
+        solve_shape=largest,
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         distilling_bytes=distilling,
         loading_bytes=whole if unwritten or epochs else 0,
         disk_bytes=output_bytes
         + 2 * stored
-        + own * (8 * prunable + len(layers) * stored)
+        + (gradients + len(layers) * stored if gradients else 0)
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
         + 12 * prunable * bool(epochs),
         flops=2
         * working_weights(target)
-        * (allocation.tokens(tokens) + tokens * passes(settings, reconstruction, epochs)),
+        * (allocation.tokens(tokens) + tokens * passes(settings, epochs)),
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
@@ -317,28 +304,18 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
     return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
 
 
-def passes(settings: Settings, reconstruction: Reconstruction, epochs: int) -> int:
+def passes(settings: Settings, epochs: int) -> int:
     """Forwards of all calibration tokens; a forward with its backward counts as three."""
     plain = 1 if settings.sequential == "group" else 2
-    dense = settings.asymmetric or reconstruction.passes > 0
-    tuned = 2 + 3 * reconstruction.passes if reconstruction.passes else 0
-    return plain + dense + tuned + 4 * epochs
+    tuned = 2 + 3 * settings.reconstruction.passes if settings.tunes else 0
+    return plain + settings.dense_needed + tuned + 4 * epochs
 
 
-def waits(method: Method, settings: Settings) -> int:
+def waits(tasks: Tasks, settings: Settings) -> int:
     """How many halted forwards of each micro-batch wait in memory for the others."""
-    gathered = bool(method.requires & INPUT_STATISTICS) or settings.asymmetric
+    gathered = bool(input_statistics(tasks, asymmetric=settings.asymmetric))
     halting = gathered and settings.sequential == "group" and settings.activations == "memory"
     return halting * (1 + settings.asymmetric)
-
-
-def gram_bytes(target: Target, found: Sequence[Layout]) -> int:
-    """The grams of all groups of a decoder layer: many, where there are many experts."""
-    largest = 0
-    for layer, layout in zip(target.layers, found, strict=True):
-        linears = linears_of(layer, "")
-        largest = max(largest, sum(4 * linears[g[0]].shape[1] ** 2 for g in layout.groups))
-    return largest
 
 
 def survey_bytes(
@@ -348,11 +325,12 @@ def survey_bytes(
     layer_weights: int,
     windows: Tensor | None,
 ) -> int:
-    """What a look at one dense layer holds besides the layer: grams, what is kept, logits."""
-    held = allocation.disk_bytes(layer_weights, target.dtype.itemsize)
-    if "gram" in allocation.requires:
-        held += gram_bytes(target, found)
-    if isinstance(allocation, Search) and windows is not None:
+    """What an allocation takes at one dense layer besides it: statistics, scores, logits."""
+    held = allocation.working_bytes(layer_weights, target.dtype.itemsize)
+    if windows is None:  # the allocation looks at weights alone
+        return held
+    held += statistics_bytes(target, found, of_inputs(allocation.requires))
+    if allocation.judged_tokens:
         # Probabilities of the dense model, logits of a candidate, and one of them in the making.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
         held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)

@@ -11,9 +11,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from secateur.errors import CheckpointError, RecipeError, SourceError
+from secateur.models.checkpoint import shard_files
 from secateur.models.folder_checks import CONVERT, PICKLES, check_folder
 from secateur.models.gguf_file import convert_gguf
 from secateur.models.hub import download_model
@@ -36,12 +37,19 @@ class LocalCheckpoint:
         name: what the user wrote.
         kind: where it came from.
         revision: the commit on the hub, or the release of the sample; None for files given.
+        file_bytes: size of the weight files that the user named; a GGUF file's own size.
     """
 
     folder: Path
     name: str
     kind: Literal["folder", "hub", "gguf", "sample"]
     revision: str | None = None
+    file_bytes: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of the source."""
+        fields = ("name", "kind", "revision", "file_bytes")
+        return {field: getattr(self, field) for field in fields}
 
 
 def resolve(
@@ -79,16 +87,18 @@ def resolve(
     path = Path(name).expanduser()
     if path.is_dir():
         check_folder(path)
-        return LocalCheckpoint(path, name, "folder")
+        return LocalCheckpoint(path, name, "folder", None, weight_bytes(path))
     if path.is_file():
-        return LocalCheckpoint(from_file(path, dtype or "float32", progress), name, "gguf")
+        folder = from_file(path, dtype or "float32", progress)
+        return LocalCheckpoint(folder, name, "gguf", None, path.stat().st_size)
     if name in MODELS:
         sample = MODELS[name]
         progress.start(f"downloading {name}", 1)
         file = sample.fetch()
         progress.finish()
         folder = convert_gguf(file, dtype or "float32", key=sample.sha256, progress=progress)
-        return LocalCheckpoint(folder, name, "sample", f"{sample.package}=={sample.version}")
+        release = f"{sample.package}=={sample.version}"
+        return LocalCheckpoint(folder, name, "sample", release, file.stat().st_size)
     hub = HUB_ID.fullmatch(name)
     if hub is None or name.endswith((".gguf", ".safetensors", *PICKLES)):
         raise SourceError(
@@ -100,7 +110,12 @@ def resolve(
     folder = download_model(hub["repo"], hub["revision"], trust_remote_code, offline, progress)
     check_folder(folder)
     # the folder of a snapshot is named by its commit
-    return LocalCheckpoint(folder, name, "hub", folder.name)
+    return LocalCheckpoint(folder, name, "hub", folder.name, weight_bytes(folder))
+
+
+def weight_bytes(folder: Path) -> int:
+    """The size of the weight files of a checkpoint."""
+    return sum(file.stat().st_size for file in shard_files(folder))
 
 
 def from_file(file: Path, dtype: str, progress: Progress) -> Path:

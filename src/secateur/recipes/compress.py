@@ -44,8 +44,8 @@ class WhatToCompress(Section):
     )
     values: str = Field(
         "auto",
-        description="auto keeps the source's type and loses nothing. bfloat16, float16, float32 "
-        "or int8 stores that.",
+        description="auto stores float32 as bfloat16 and other types as they are. keep stores all "
+        "as they are and loses nothing. bfloat16, float16, float32 or int8 stores that.",
     )
     embeddings: Literal["auto", "int8"] = Field(
         "auto", description="auto keeps embedding and head as they are. int8 stores them so."

@@ -74,7 +74,7 @@ def filled_in(
 ) -> dict[str, Any]:
     """The values of a recipe, with those of its preset where it is silent.
 
-    With neither an effort nor a method, a score or a solver, the effort is `balanced`.
+    With no effort, method, score, solver or learned masks, the effort is `balanced`.
 
     Args:
         values: of the recipe.
@@ -87,7 +87,7 @@ def filled_in(
     composed = _COMPOSITION & given.keys()
     effort = given.get("effort")
     if effort is None:
-        if composed & {"method", "score", "solver"}:
+        if composed & {"method", "score", "solver"} or "learned" in given:
             return given
         effort = DEFAULT_EFFORT
     if effort not in known:

@@ -13,9 +13,9 @@ from secateur.recipes.presets import structure_presets
 from secateur.recipes.prune import Effort, Fitting
 from secateur.recipes.recovery import Distill
 from secateur.recipes.run import OutputFolder, Resuming
-from secateur.recipes.section import WHAT_TO_CUT, Flag, Recipe, Section
+from secateur.recipes.section import WHAT_TO_CUT, Flag, Recipe, Section, Texts
 
-__all__ = ["Depth", "Kept", "StructureRecipe"]
+__all__ = ["Depth", "Kept", "LearnedOptions", "StructureRecipe"]
 
 Kept = int | float
 """A number of units, or the fraction of them that is kept (a float of at most 1)."""
@@ -35,6 +35,45 @@ class Depth(Section):
         "layers",
         description="Remove whole decoder layers, or their attention and FFN blocks separately.",
     )
+
+
+class LearnedOptions(Section):
+    """Learned masks: the model learns which units stay while its weights learn."""
+
+    alone: ClassVar[tuple[type, ...]] = (int,)
+
+    steps: int = Field(400, gt=0, description="Steps of the optimizer.")
+    batch: int = Field(4, gt=0, description="Windows in a step.")
+    learning_rate: float | None = Field(
+        None, gt=0, lt=1, description="Learning rate of the weights; if not given, as for retrain."
+    )
+    mask_learning_rate: float = Field(
+        0.1, gt=0, description="Learning rate of the gates and the multipliers."
+    )
+    target_warm_up: float = Field(
+        0.3, ge=0, le=1, description="Share of the steps in which the targets fall to their sizes."
+    )
+    domains: Texts = Field(
+        (),
+        description="Further texts. With the calibration text they are the domains of dynamic "
+        "batch loading.",
+    )
+    references: dict[str, float] = Field(
+        default_factory=dict,
+        description="Loss to reach by domain, in nats per token; the uncut model's if not given.",
+    )
+    update_every: int = Field(
+        50, ge=0, description="Steps between updates of the domains' proportions; 0: never."
+    )
+    held_out: int = Field(8, gt=0, description="Windows of each domain that measure its loss.")
+    save_minutes: float = Field(
+        5.0, ge=0, description="Minutes between the saves that a stopped run resumes from."
+    )
+
+    @classmethod
+    def opened(cls, value: Any) -> Any:
+        """A number alone is the number of steps."""
+        return {"steps": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class WhatToCut(Section):
@@ -120,6 +159,9 @@ class HowToCut(Section):
         None,
         description="How the cut is spread over the layers: uniform, owl, layer-sensitivity, "
         "global or search.",
+    )
+    learned: Annotated[LearnedOptions | None, Flag(value="STEPS", default="not learned")] = Field(
+        None, description="Learn in this many steps which units stay, together with the weights."
     )
     depth: Depth = Field(default_factory=lambda: Depth())
 

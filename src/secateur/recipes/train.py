@@ -21,7 +21,14 @@ from secateur.recipes.section import (
     text_alone,
 )
 
-__all__ = ["DistillRecipe", "GradualOptions", "LoraOptions", "RetrainRecipe"]
+__all__ = [
+    "DistillRecipe",
+    "GradualOptions",
+    "IterativeOptions",
+    "LoraOptions",
+    "PruningOptions",
+    "RetrainRecipe",
+]
 
 
 class LoraOptions(Section):
@@ -43,19 +50,39 @@ class LoraOptions(Section):
         return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-class GradualOptions(Section):
-    """Pruning while training."""
+class PruningOptions(Section):
+    """Pruning while a model is trained: how much, and which weights."""
 
     alone: ClassVar[tuple[type, ...]] = (float, str)
 
     sparsity: float | None = Field(
-        None, gt=0, lt=1, description="Sparsity at the end; an N:M pattern has its own."
+        None, gt=0, lt=1, description="Fraction of zeros at the end; an N:M pattern has its own."
     )
-    pattern: str = Field("unstructured", description="Which zeros are allowed.")
+    pattern: str = Field(
+        "unstructured", description="Which zeros are allowed: unstructured, N:M, or blocks."
+    )
     scope: Literal["row", "layer", "global"] | None = Field(
         None, description="The set of weights that compete; the pattern's own if not given."
     )
     score: str = Field("magnitude", description="The score that selects the weights to prune.")
+    windows: int = Field(
+        16, gt=0, description="Windows of the text that scores and gradients are taken on."
+    )
+
+    @classmethod
+    def opened(cls, value: Any) -> Any:
+        """A number alone is the sparsity, a text alone the pattern."""
+        if isinstance(value, str):
+            try:
+                return {"sparsity": float(value)}
+            except ValueError:
+                return {"pattern": value}
+        return {"sparsity": value} if isinstance(value, float) else value
+
+
+class GradualOptions(PruningOptions):
+    """Gradual pruning: every few steps of the training a few more zeros."""
+
     schedule: str = Field(
         "cubic", description="How sparsity rises; `secateur methods` lists the schedules."
     )
@@ -70,21 +97,25 @@ class GradualOptions(Section):
         0.0,
         ge=0,
         lt=1,
-        description="Share of the kept weights exchanged by gradient at each new mask.",
-    )
-    windows: int = Field(
-        16, gt=0, description="Windows of the text that scores and gradients are taken on."
+        description="Fraction of the kept weights exchanged by gradient at each new mask.",
     )
 
-    @classmethod
-    def opened(cls, value: Any) -> Any:
-        """A number alone is the sparsity, a text alone the pattern."""
-        if isinstance(value, str):
-            try:
-                return {"sparsity": float(value)}
-            except ValueError:
-                return {"pattern": value}
-        return {"sparsity": value} if isinstance(value, float) else value
+
+class IterativeOptions(PruningOptions):
+    """Iterative pruning: prune a part, train, prune the next part."""
+
+    rounds: int = Field(4, gt=0, description="Number of rounds; each is one training.")
+    schedule: str = Field(
+        "geometric",
+        description="Sparsity after each round; geometric prunes the same fraction of the "
+        "remaining weights each time.",
+    )
+    rewind: Literal["none", "rate", "weights"] = Field(
+        "rate",
+        description="What goes back before each training: nothing, the learning rate, or the "
+        "weights and the rate (lottery tickets).",
+    )
+    rewind_step: int = Field(0, ge=0, description="The step of one training to go back to.")
 
 
 def tuple_of(value: Any) -> Any:
@@ -162,12 +193,28 @@ class Optimisation(Section):
         default_factory=dict,
         description="Factors of the learning rate, by names of parameters; 0 freezes.",
     )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Layer i of L learns at the rate times layer_decay^(L - 1 - i), embeddings at "
+        "layer_decay^L; `rates` come after it.",
+    )
     lora: Annotated[LoraOptions | None, Flag(value="RANK", default="train all weights")] = Field(
         None, description="Train adapters of this rank, and merge them at the end."
     )
     gradual: Annotated[
         GradualOptions | None, Flag(value="SPARSITY", default="the zeros stay as they are")
-    ] = Field(None, description="Prune while training, to this sparsity or N:M pattern.")
+    ] = Field(
+        None, description="Prune a little every few steps, up to this sparsity or N:M pattern."
+    )
+    iterative: Annotated[
+        IterativeOptions | None, Flag(value="SPARSITY", default="the zeros stay as they are")
+    ] = Field(
+        None,
+        description="Prune in rounds up to this sparsity or N:M pattern. Each round trains for "
+        "the given steps.",
+    )
     regrow: bool = Field(
         False,
         description="Train weights that are zero in the model and kept by the mask.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bare_name", "counted", "megabytes", "percent", "signed"]
+__all__ = ["bare_name", "counted", "duration", "megabytes", "percent", "signed", "time_range"]
 
 
 def bare_name(name: str) -> str:
@@ -30,3 +30,34 @@ def signed(value: float, digits: int) -> str:
 def counted(count: int, name: str) -> str:
     """So many of something."""
     return f"{count} {name}{'s' * (count != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: `8 s`, `2 min 05 s`, `1 h 12 min`.
+
+    Example:
+        >>> from secateur.reporting.wording import duration
+        >>> duration(8.4), duration(125), duration(4321)
+        ('8 s', '2 min 05 s', '1 h 12 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def time_range(least: float, most: float) -> str:
+    """Two times of one estimate, in one unit: `20 to 60 s`, `2 to 5 min`, `3 to 8 h`.
+
+    Example:
+        >>> from secateur.reporting.wording import time_range
+        >>> time_range(21, 64), time_range(70, 290), time_range(8000, 25000)
+        ('20 to 60 s', '1 to 5 min', '2 to 7 h')
+    """
+    size, unit = (1, "s") if most < 100 else (60, "min") if most < 6000 else (3600, "h")
+    low, high = least / size, most / size
+    if unit == "s" and low >= 10:  # nobody foretells single seconds
+        low, high = 10 * round(low / 10), 10 * round(high / 10)
+    return f"{low:.0f} to {max(high, 1):.0f} {unit}"

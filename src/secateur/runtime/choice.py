@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
+from secateur.quantization.int8 import quantize_rows
 from secateur.registry import did_you_mean
 from secateur.runtime.formats import VALUES, Layout, formats
 from secateur.runtime.formats.kept import kept_mask
@@ -15,14 +16,20 @@ from secateur.types import Mask
 
 __all__ = [
     "AUTO",
+    "KEEP",
     "LayoutChoice",
     "check_wishes",
     "choose_layout",
+    "squared_loss",
     "values_for",
     "without_negative_zeros",
 ]
 
 AUTO = "auto"
+KEEP = "keep"
+"""Values in the dtype of the source, so that no number changes."""
+AT_ONCE = 2**22
+"""Weights whose rounding is measured at the same time."""
 GROUPS = (2, 4, 8, 16, 32)
 """The M that are tried; for each of them N follows from the fullest group."""
 
@@ -32,7 +39,7 @@ WITHOUT_LOSS = {
     torch.float16: "float16",
     torch.float64: "float32",
 }
-"""What `auto` stores weights as: as they are, but for float64, which no runtime computes in."""
+"""What `keep` stores weights as: as they are, but for float64, which no runtime computes in."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,10 @@ def check_wishes(format: str, values: str) -> None:
     Raises:
         RecipeError: with what there is.
     """
-    for kind, name, known in (("format", format, [*formats]), ("values", values, [*VALUES])):
-        if name not in [AUTO, *known]:
-            raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, [AUTO, *known]))
+    known = {"format": (format, [AUTO, *formats]), "values": (values, [AUTO, KEEP, *VALUES])}
+    for kind, (name, names) in known.items():
+        if name not in names:
+            raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, names))
 
 
 def values_for(dtype: torch.dtype, wanted: str, name: str) -> str:
@@ -75,7 +83,32 @@ def values_for(dtype: torch.dtype, wanted: str, name: str) -> str:
             where=name,
             remedy="name the checkpoint in float32, bfloat16 or float16, before quantization",
         )
-    return WITHOUT_LOSS[dtype] if wanted == AUTO else wanted
+    return WITHOUT_LOSS[dtype] if wanted == KEEP else wanted
+
+
+def squared_loss(weight: Tensor, values: str) -> tuple[float, float]:
+    """What storing a matrix in other values costs: ‖W − Ŵ‖² and ‖W‖².
+
+    Args:
+        weight: W [out, in], as the source holds it.
+        values: a name in `VALUES`, which W is rounded to: Ŵ.
+
+    Example:
+        >>> import torch
+        >>> from secateur.runtime.choice import squared_loss
+        >>> squared_loss(torch.tensor([[1.0, 1 + 2**-9]]), "bfloat16")  # the second becomes 1
+        (3.814697265625e-06, 2.0039100646972656)
+    """
+    lost = norm = 0.0
+    for exact in weight.split(max(1, AT_ONCE // weight.shape[1])):
+        if values == "int8":
+            codes, scale = quantize_rows(exact)
+            rounded = codes * scale[:, None]
+        else:
+            rounded = exact.to(VALUES[values]).float()
+        lost += float((exact.float() - rounded).double().square().sum())
+        norm += float(exact.double().square().sum())
+    return lost, norm
 
 
 def without_negative_zeros(weight: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ __all__ = [
 # L_jj² / H_jj is the share of column j that the other columns do not explain. Below these shares
 # the subtraction that made the pivot has lost nearly all digits of the dtype: the factor is noise.
 _SMALLEST_PIVOT = {torch.float32: 1e-5, torch.float64: 1e-12}
-FACTOR_SQUARES = 5
-"""Float32 matrices [in, in] at the height of `inverse_factor`, the gram among them."""
+FACTOR_SQUARES = 4
+"""Float32 matrices [in, in] that `inverse_factor` takes at most, besides the gram."""
 
 _RECURSION_WIDTH = 256
 _CHUNK_COLUMNS = 256
@@ -119,8 +119,8 @@ def inverse_factor(
     the upper triangular R with H = RRᵀ, which needs one factorisation and one triangular
     inverse: faster, and H⁻¹ itself, the least accurate of the three, is never formed.
 
-    Memory: the gram and two matrices in the dtype of the work, so 3 squares of float32 [in, in];
-    5 where float32 is not enough and float64 has to be tried (`FACTOR_SQUARES`).
+    Memory, besides the gram: two matrices in the dtype of the work, so 2 squares of float32
+    [in, in]; 4 where float32 is not enough and float64 has to be tried (`FACTOR_SQUARES`).
 
     Args:
         gram: float32 [in, in].

@@ -9,19 +9,17 @@ Any score can be combined with any solver and any pattern; `compose` refuses wha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
 from secateur.errors import PatternError, RecipeError
 from secateur.registry import did_you_mean
 from secateur.sparsity.patterns import Pattern, parse_pattern
-from secateur.sparsity.patterns.unstructured import Unstructured
-from secateur.sparsity.patterns.whole_columns import WholeColumns
 from secateur.sparsity.refinements import Refinement, refinements
 from secateur.sparsity.scores import ScoreFunction, scores
-from secateur.sparsity.solvers import Solver, solvers
-from secateur.types import Mask, Statistics, Weight
+from secateur.sparsity.solvers import Solution, Solver, solvers
+from secateur.types import STORED, Mask, Statistics, Weight
 
 __all__ = ["Method", "NamedMethod", "compose", "methods"]
 
@@ -112,10 +110,6 @@ methods: Mapping[str, NamedMethod] = MappingProxyType(
 """The methods by name."""
 
 
-AT_HAND = frozenset({"stored"})
-"""What a score may require and nobody has to gather: the weight as it is stored, before any fit."""
-
-
 @dataclass(frozen=True)
 class Method:
     """A pruning method ready to run.
@@ -151,17 +145,7 @@ class Method:
         if self.solver_selects:
             return self.solver.requires
         refining = self.refinement.requires if self.refinement else frozenset()
-        return (self.score.requires | self.solver.requires | refining) - AT_HAND
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the solver changes weights of linears that lose none, too."""
-        return getattr(self.solver, "rounds", False)
-
-    @property
-    def shifts(self) -> bool:
-        """Whether the solver changes biases, too."""
-        return getattr(self.solver, "shifts", False)
+        return (self.score.requires | self.solver.requires | refining) - {STORED}
 
     def check(self, shape: tuple[int, int], sparsity: float) -> None:
         """Refuse a matrix [out, in] that cannot be pruned like this.
@@ -172,18 +156,51 @@ class Method:
             ShapeError: the pattern does not fit the matrix.
         """
         self.pattern.check(shape, sparsity)
-        chooser: Any = self.score
-        name = self.score_name
+        name, whole = self.score_name, self.score.whole_units
         if self.solver_selects:
-            chooser, name = self.solver, self.solver_name
-        if getattr(chooser, "of_units", False) and not isinstance(self.pattern, WholeColumns):
+            name, whole = self.solver_name, self.solver.whole_units
+        if whole and not self.pattern.whole_units:
             raise PatternError(
                 f"{name!r} chooses whole columns, not weights of the pattern {self.pattern.name!r}",
                 remedy="ask for whole columns, such as '*x1'",
             )
 
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """The most memory that solving one linear [out, in] takes, besides weight and statistics.
+
+        What the solver prepared stays while a mask is chosen, so both count.
+        """
+        if self.solver_selects:
+            return self.solver.working_bytes(shape) + self.pattern.working_bytes(shape)
+        choosing = self.score.working_bytes(shape) + self.pattern.working_bytes(shape)
+        if self.refinement is not None:
+            choosing = max(choosing, self.refinement.working_bytes(shape))
+        return self.solver.working_bytes(shape) + choosing
+
+    def solve(
+        self, weight: Weight, prepared: Any, statistics: Statistics, sparsity: float
+    ) -> Solution:
+        """Choose what of a linear is pruned, and find the weights that remain.
+
+        Args:
+            weight: [out, in], any floating dtype; not changed.
+            prepared: what `solver.prepare` returned for the inputs of this linear.
+            statistics: those in `requires`, and `stored` where the score reads it.
+            sparsity: the fraction of zeros.
+
+        Returns:
+            A mask of the pattern, with exactly `pattern.pruned(weight.shape, sparsity)` zeros, and
+            the new weight, float32, zero where the mask is False.
+
+        Raises:
+            PatternError, ShapeError: the pattern cannot hold this sparsity or shape.
+            NumericalError: a number is infinite or not a number, or a matrix cannot be factorised.
+        """
+        mask = None if self.solver_selects else self.mask(weight, statistics, sparsity)
+        return self.solver.solve(weight, prepared, self.pattern, sparsity, mask=mask)
+
     def mask(self, weight: Weight, statistics: Statistics, sparsity: float) -> Mask:
-        """The mask by the score, bettered by the refinement if there is one."""
+        """The mask by the score, improved by the refinement if there is one."""
         mask = self.pattern.mask(self.score(weight, statistics), sparsity)
         if self.refinement is None:
             return mask
@@ -248,9 +265,9 @@ def compose(
 
     pattern = parse_pattern(pattern_text, scope)
     name = _famous_name(score_name, solver_name) + (f"+{refine}" if refine else "")
-    if scope is None and isinstance(pattern, Unstructured):
-        default = named or methods.get(name)
-        pattern = replace(pattern, scope=default.scope if default else pattern.scope)
+    default = named or methods.get(name)
+    if scope is None and default is not None and default.scope in pattern.scopes:
+        pattern = parse_pattern(pattern_text, default.scope)
     return Method(
         name=name,
         score_name=score_name,

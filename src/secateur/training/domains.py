@@ -1,9 +1,10 @@
-"""Dynamic batch loading: more text of the kinds in which the model lags behind."""
+"""Dynamic batch loading: more text of the domains in which the model lags behind."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,51 +14,80 @@ from secateur.types import Windows
 
 __all__ = ["DomainLoading"]
 
+Losses = Callable[[Any], Mapping[str, float]]
+
 
 class DomainLoading:
-    """Proportions of data domains that follow their losses:
+    """Proportions of data domains that follow their losses.
+
+    It is a hook of the training loop, and the order in which `Batches` reads.
 
         w_d ← w_d · exp(max(loss_d − reference_d, 0)),  then Σ w = 1
 
-    Paper: Xia et al. 2023, "Sheared LLaMA", arXiv:2310.06694, where the reference is the loss the
-    model is expected to reach in each domain; that of the dense model is a plain choice.
+    The draws of a step depend on the seed, the step and the proportions alone, so a resumed
+    training draws the same.
+
+    Paper: Xia et al. 2023, "Sheared LLaMA", arXiv:2310.06694. Its references are the losses that
+    the model should reach in each domain; the losses of the dense model are a simple choice.
 
     Args:
-        windows: token ids [samples, sequence_length] of each domain.
+        windows: token ids [windows, length] of each domain; all of one length.
         references: a loss for each domain, in nats per token.
+        losses: returns the losses of a model on held-out text of each domain.
+        size: windows in a step.
+        every: steps between updates; 0 keeps the first proportions.
         seed: of the draws.
-        proportions: to begin with; by default as many windows as there are.
 
     Raises:
-        RecipeError: domains and references do not match, a domain is empty, or a proportion is
-            not positive.
+        RecipeError: domains and references differ, or a domain is empty.
     """
 
     def __init__(
         self,
         windows: Mapping[str, Windows],
         references: Mapping[str, float],
+        losses: Losses,
+        *,
+        size: int,
+        every: int = 50,
         seed: int = 0,
-        proportions: Mapping[str, float] | None = None,
     ) -> None:
-        first = dict(proportions or {name: float(len(ids)) for name, ids in windows.items()})
-        if not windows or set(windows) != set(references) or set(windows) != set(first):
+        if not windows or set(windows) != set(references):
             raise RecipeError(
-                f"domains {sorted(windows)}, references {sorted(references)}, "
-                f"proportions {sorted(first)}",
-                remedy="name the same domains in each, at least one",
+                f"domains {sorted(windows)}, references {sorted(references)}",
+                remedy="name the same domains in both, at least one",
             )
-        wrong = [n for n, ids in windows.items() if not len(ids) or not first[n] > 0]
-        if wrong:
+        empty = [name for name, ids in windows.items() if not len(ids)]
+        if empty:
             raise RecipeError(
-                f"domain {wrong[0]!r} has {len(windows[wrong[0]])} windows and proportion "
-                f"{first[wrong[0]]}",
-                remedy="leave it out, or give it text and a positive proportion",
+                f"domain {empty[0]!r} has no windows", remedy="leave it out, or give it longer text"
             )
-        self.windows, self.references = dict(windows), dict(references)
-        self.proportions = _normalised(first)
-        self.random = torch.Generator().manual_seed(seed)
-        self.waiting: dict[str, list[int]] = {name: [] for name in windows}
+        self.names = list(windows)
+        self.counts = [len(windows[name]) for name in self.names]
+        self.references, self.losses = dict(references), losses
+        self.size, self.every, self.seed = size, every, seed
+        self.weights = torch.tensor(self.counts, dtype=torch.float64)
+        self.weights /= self.weights.sum()
+        self.read = torch.zeros(len(windows), dtype=torch.int64)
+
+    @property
+    def proportions(self) -> dict[str, float]:
+        """The share of each domain in the batches of now."""
+        return dict(zip(self.names, self.weights.tolist(), strict=True))
+
+    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
+        """Called after the optimizer's step, 1 to `steps`.
+
+        Raises:
+            NumericalError: a loss is not a number.
+        """
+        self.read += torch.bincount(self.domains(step - 1), minlength=len(self.names))
+        if self.every and step % self.every == 0 and step < steps:
+            self.update(self.losses(model))
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The proportions, and how many windows of each domain have been read."""
+        return {"weights": self.weights, "read": self.read}
 
     def update(self, losses: Mapping[str, float]) -> None:
         """Follow the losses on held-out text of each domain.
@@ -65,34 +95,35 @@ class DomainLoading:
         Raises:
             NumericalError: a loss is not a number.
         """
-        for name in self.windows:
+        for name in self.names:
             if not math.isfinite(losses[name]):
                 raise NumericalError(f"the loss of domain {name!r} is {losses[name]}")
-        excess = {n: max(losses[n] - self.references[n], 0.0) for n in self.windows}
-        most = max(excess.values())  # the same factor for all, so that exp cannot overflow
-        self.proportions = _normalised(
-            {n: w * math.exp(excess[n] - most) for n, w in self.proportions.items()}
-        )
+        excess = [max(losses[name] - self.references[name], 0.0) for name in self.names]
+        most = max(excess)  # the same factor for all, so that exp cannot overflow
+        self.weights *= torch.tensor([math.exp(x - most) for x in excess], dtype=torch.float64)
+        self.weights /= self.weights.sum()
 
-    def batches(self, size: int, steps: int) -> Iterator[Tensor]:
-        """Batches [size, sequence_length], each window's domain drawn by the proportions of now.
+    def domains(self, step: int) -> Tensor:
+        """The domain of each window of a step, counted from 0; int64 [size]."""
+        random = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        return torch.multinomial(self.weights, self.size, replacement=True, generator=random)
 
-        Within a domain all windows are seen once before any is seen again.
+    def numbers(self, step: int) -> tuple[int, ...]:
+        """The windows of the step that comes next, counted over all domains in their order.
+
+        Within a domain, all windows are read once before any is read again.
         """
-        names = list(self.windows)
-        for _ in range(steps):
-            weights = torch.tensor([self.proportions[n] for n in names], dtype=torch.float64)
-            chosen = torch.multinomial(weights, size, replacement=True, generator=self.random)
-            yield torch.stack([self._next(names[i]) for i in chosen.tolist()])
+        read, found = self.read.tolist(), []
+        for domain in self.domains(step).tolist():
+            epoch, place = divmod(read[domain], self.counts[domain])
+            start = sum(self.counts[:domain])
+            found.append(start + self.order(domain, epoch)[place])
+            read[domain] += 1
+        return tuple(found)
 
-    def _next(self, name: str) -> Tensor:
-        """The next window of a domain."""
-        if not self.waiting[name]:
-            count = len(self.windows[name])
-            self.waiting[name] = torch.randperm(count, generator=self.random).tolist()
-        return self.windows[name][self.waiting[name].pop()]
-
-
-def _normalised(weights: Mapping[str, float]) -> dict[str, float]:
-    total = sum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}
+    def order(self, domain: int, epoch: int) -> list[int]:
+        """The order of a domain's windows in one pass over them."""
+        seed = (self.seed * 1_000_003 + epoch) * 1_009 + domain
+        draw = torch.Generator().manual_seed(seed % 2**63)
+        order: list[int] = torch.randperm(self.counts[domain], generator=draw).tolist()
+        return order

@@ -15,16 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from secateur.calibration.statistics import Statistic, statistics
+from secateur.calibration.statistics import Statistic, of_gradients, of_inputs, statistics
 from secateur.errors import NumericalError, RecipeError
 from secateur.models.architecture import Linear
 from secateur.precision import full_float32
-from secateur.types import Statistics, Windows
+from secateur.types import STORED, Statistics, Windows
 
 __all__ = ["gather"]
-
-OF_GRADIENTS = frozenset({"gradient", "fisher"})
-AT_HAND = frozenset({"stored"})
 
 
 @full_float32()
@@ -47,9 +44,9 @@ def gather(
         NumericalError: the loss of a window, or an input of a linear, is not finite.
     """
     gathered: dict[str, dict[str, Tensor]] = {
-        x.name: {"stored": x.weight} if "stored" in requires else {} for x in linears
+        x.name: {STORED: x.weight} if STORED in requires else {} for x in linears
     }
-    run = requires - AT_HAND
+    run = requires - {STORED}
     if not run:
         return dict(gathered)
     if windows is None or not len(windows):
@@ -57,10 +54,10 @@ def gather(
             f"the score needs {', '.join(sorted(run))}, but there are no windows to gather it from",
             remedy="give windows of token ids [samples, sequence_length], or use score 'magnitude'",
         )
-    of_inputs = run - OF_GRADIENTS
-    backward = _Gradients(linears) if run & OF_GRADIENTS else None
+    seen, derived = of_inputs(run), of_gradients(run)
+    backward = _Gradients(linears, derived) if derived else None
     device = linears[0].weight.device
-    with _eval(model), _watched(linears, of_inputs) as watching:
+    with _eval(model), _watched(linears, seen) as watching:
         for number, ids in enumerate(windows):
             if backward is None:
                 with torch.no_grad():
@@ -68,9 +65,9 @@ def gather(
             else:
                 backward.add(model, ids[None].to(device), number)
     for name, values in gathered.items():
-        values |= {key: watching[name, key].value() for key in of_inputs}
+        values |= {key: watching[name, key].value() for key in seen}
         if backward is not None:
-            values |= backward.values(name, len(windows))
+            values |= {key: backward.kept[name, key].value() for key in derived}
     return dict(gathered)
 
 
@@ -87,18 +84,14 @@ def _eval(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watched(
-    linears: Sequence[Linear], of_inputs: frozenset[str]
+    linears: Sequence[Linear], names: frozenset[str]
 ) -> Iterator[Mapping[tuple[str, str], Statistic]]:
     """Statistics of the inputs of linears, which take in whatever is run meanwhile."""
-    kept: dict[tuple[str, str], Statistic] = {
-        (x.name, key): statistics[key](x.shape[1], x.weight.device)
-        for x in linears
-        for key in of_inputs
-    }
+    kept = _running(linears, names)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for key in of_inputs:
+            for key in names:
                 kept[name, key].update(inputs[0].detach().flatten(0, -2))
 
         return take
@@ -111,18 +104,25 @@ def _watched(
             handle.remove()
 
 
+def _running(linears: Sequence[Linear], names: frozenset[str]) -> dict[tuple[str, str], Statistic]:
+    """The statistics of linears, by linear and by statistic."""
+    return {
+        (x.name, key): statistics[key](x.shape, x.weight.device) for x in linears for key in names
+    }
+
+
 class _Gradients:
-    """The mean of the gradients of windows, and of their squares.
+    """Statistics of the gradients of windows.
 
     Args:
         linears: whose weights, all together.
+        names: of the statistics.
     """
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
-        self.linears = {x.name: x for x in linears}
+    def __init__(self, linears: Sequence[Linear], names: frozenset[str]) -> None:
+        self.linears, self.names = {x.name: x for x in linears}, names
         self.leaves = [x.module.get_parameter("weight") for x in linears]
-        self.totals = {x.name: torch.zeros(x.shape, device=x.weight.device) for x in linears}
-        self.squares = {name: torch.zeros_like(total) for name, total in self.totals.items()}
+        self.kept = _running(linears, names)
 
     def add(self, model: Any, ids: Tensor, number: int) -> None:
         """Take in one window [1, sequence_length]."""
@@ -143,10 +143,5 @@ class _Gradients:
                 remedy="lower the learning rate, or use float32 or bfloat16",
             )
         for (name, linear), gradient in zip(self.linears.items(), found, strict=True):
-            rows = (gradient.t() if linear.transposed else gradient).float()
-            self.totals[name] += rows
-            self.squares[name].addcmul_(rows, rows)
-
-    def values(self, name: str, windows: int) -> dict[str, Tensor]:
-        """`gradient` and `fisher` of a linear, float32 [out, in]."""
-        return {"gradient": self.totals[name] / windows, "fisher": self.squares[name] / windows}
+            for key in self.names:
+                self.kept[name, key].update(gradient.t() if linear.transposed else gradient)

@@ -112,6 +112,10 @@ class GradualPruning:
         masks = self.how.criterion.masks(model, self.kept, sparsity, exchanged)
         renew(model, self.kept, masks, optimizer)
 
+    def state(self) -> Mapping[str, Tensor]:
+        """The masks."""
+        return self.kept
+
 
 def open_masks(model: Any) -> dict[str, Tensor]:
     """Masks of all matrices of the decoder layers: True wherever the weight is not zero."""

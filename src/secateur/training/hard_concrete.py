@@ -30,8 +30,8 @@ class HardConcrete(nn.Module):
 
     Args:
         units: how many gates.
-        target: how many of them are to stay open at the end.
-        device: where they are.
+        target: how many gates stay open at the end.
+        device: of the gates.
 
     Raises:
         RecipeError: the target is not between 1 and the number of gates.
@@ -41,20 +41,25 @@ class HardConcrete(nn.Module):
         super().__init__()
         if not 1 <= target <= units:
             raise RecipeError(
-                f"{target} of {units} units are to be kept", remedy=f"give 1 to {units}"
+                f"the target keeps {target} of {units} units", remedy=f"give 1 to {units}"
             )
         self.units, self.target = units, target
         self.log_alpha = nn.Parameter(torch.full((units,), _START, device=device))
 
-    def sample(self) -> Float[Tensor, " units"]:
-        """Gates of one forward, each drawn for itself."""
+    def sample(self, random: torch.Generator) -> Float[Tensor, " units"]:
+        """Gates of one forward, drawn independently.
+
+        Args:
+            random: a generator on the device of the gates.
+        """
         tiny = torch.finfo(torch.float32).eps
-        u = torch.rand_like(self.log_alpha).clamp_(tiny, 1 - tiny)
+        u = torch.rand(self.units, generator=random, device=self.log_alpha.device)
+        u = u.clamp_(tiny, 1 - tiny)
         s = torch.sigmoid((u.log() - (1 - u).log() + self.log_alpha) / _TEMPERATURE)
         return (s * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
     def open_share(self) -> Float[Tensor, ""]:
-        """The expected share of gates that are not 0."""
+        """The expected share of gates that are not 0, a scalar."""
         return torch.sigmoid(self.log_alpha - _TEMPERATURE * math.log(-_LOW / _HIGH)).mean()
 
     def kept(self) -> tuple[int, ...]:
@@ -62,10 +67,10 @@ class HardConcrete(nn.Module):
         return tuple(self._kept_units().tolist())
 
     def settled(self) -> Float[Tensor, " units"]:
-        """1 for the units that are kept, 0 for the others; nothing here waits for a GPU."""
+        """1 for the kept units, 0 for the others. This never waits for a GPU."""
         return torch.zeros_like(self.log_alpha).index_fill_(0, self._kept_units(), 1.0)
 
     @torch.no_grad()
     def _kept_units(self) -> Int64[Tensor, " target"]:
-        """Their indices, ascending. A stable sort, as `topk` promises no order among equal ones."""
+        """Their indices, ascending. The sort is stable; `topk` has no fixed order among equals."""
         return self.log_alpha.argsort(stable=True)[self.units - self.target :].sort().values

@@ -1,12 +1,12 @@
-"""Which units of a model to keep, learned together with the weights that are left.
+"""Learned masks: a model learns which units to keep while its weights learn.
 
-Every KV group, neuron, layer or channel has a gate, and a Lagrange multiplier for each set of them
-drives the number of open ones to the number wanted. What comes out are indices for a cut.
+Every KV group, neuron, layer or channel has a gate. For each set of gates, two Lagrange multipliers
+drive the number of open gates to its target. The result is the indices of a structured cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
+from secateur.training.batches import Batch
 from secateur.training.hard_concrete import HardConcrete
+from secateur.training.objectives import Objective
 
 __all__ = ["Consumer", "LearnedMasks", "Shape"]
-
-Objective = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """The linear that reads the units of a sub-block: closing a gate zeroes its input columns.
+    """The linear that reads the units of a sub-block. A closed gate zeroes its input columns.
 
     Attributes:
         name: within a decoder layer, for example `mlp.down_proj`.
-        width: consecutive columns of one unit: 1 for neurons, heads of a group × head size for KV
-            groups.
+        width: consecutive columns of one unit: 1 for a neuron, heads of a group × head size for a
+            KV group.
     """
 
     name: str
@@ -39,19 +39,20 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Shape:
-    """How many units are to be kept; None leaves a kind alone.
+    """How many units stay; None leaves a kind of unit alone.
 
-    Minimised over gates and weights, maximised over λ and φ, of each set of gates with open share o
-    and target share t:
+    For each set of gates with open share o and target share t, the weights and gates minimise, and
+    λ and φ maximise
 
         loss + Σ λ (o − t) + φ (o − t)²
 
     where t falls from 1 to the target over the first `warm_up` of the steps.
 
     Paper: Xia et al. 2023, "Sheared LLaMA: Accelerating Language Model Pre-training via Structured
-    Pruning", arXiv:2310.06694. Deviations: the gates' learning rate is 0.1, not 1, which suits
-    short runs; their expected number is the probability of being open, whichever gate of another
-    kind may cover it.
+    Pruning", arXiv:2310.06694. Deviations: the learning rate of the gates is 0.1, not 1, which
+    suits short runs; o counts each set for itself, where the paper multiplies the gates of
+    different kinds that cover the same weight; kept gates become 1, where the paper multiplies
+    their last value into the weights.
 
     Args:
         groups: KV groups in every layer.
@@ -62,7 +63,7 @@ class Shape:
         warm_up: share of all steps.
 
     Raises:
-        RecipeError: nothing is to be learned, or a number is out of range.
+        RecipeError: no kind has a target, or a number is out of range.
     """
 
     groups: int | None = None
@@ -85,20 +86,26 @@ class Shape:
 
 
 class LearnedMasks:
-    """Gates on a model in training: an objective to be wrapped, and a hook of the loop.
+    """Gates on a model in training. `objective` wraps the loss; the loop has the gates as a hook.
+
+    Gates are drawn from the seed, the step and the number of the draw within it, so a resumed
+    training draws the same.
 
     Args:
-        model: a causal language model, which gets hooks until `remove`.
-        shape: what is wanted.
+        model: a causal language model; it has forward hooks until `remove`.
+        shape: the targets.
         consumers: of `groups` and `neurons`, where those have targets.
+        seed: of the draws.
 
     Raises:
-        RecipeError: a consumer is missing or does not divide into units, a target is more than
-            there is, or it is not known what writes to the residual stream.
+        RecipeError: a consumer is missing or does not divide into units, a target is out of range,
+            or the family does not declare what writes to the residual stream.
     """
 
-    def __init__(self, model: Any, shape: Shape, consumers: Mapping[str, Consumer]) -> None:
-        self.shape = shape
+    def __init__(
+        self, model: Any, shape: Shape, consumers: Mapping[str, Consumer], seed: int = 0
+    ) -> None:
+        self.shape, self.seed = shape, seed
         self.hard = False
         self.sets: dict[str, HardConcrete] = {}
         self.handles: list[Any] = []
@@ -114,18 +121,22 @@ class LearnedMasks:
         if shape.hidden is not None:
             self._gate_hidden(model, shape.hidden)
         self.multipliers = torch.zeros(len(self.sets), 2, device=self.device, requires_grad=True)
-        self.aims = dict.fromkeys(self.sets, 1.0)
+        self.progress = torch.zeros(2, dtype=torch.int64)
+        self.draws = 0
         gates = [x.log_alpha for x in self.sets.values()]
-        self.down = torch.optim.Adam(gates, lr=shape.learning_rate)
-        self.up = torch.optim.Adam([self.multipliers], lr=shape.learning_rate, maximize=True)
+        self.down = _begun(torch.optim.Adam(gates, lr=shape.learning_rate))
+        self.up = _begun(
+            torch.optim.Adam([self.multipliers], lr=shape.learning_rate, maximize=True)
+        )
 
     def objective(self, inner: Objective) -> Objective:
-        """The loss of a training loop with the multipliers' terms, for gates drawn anew."""
+        """The loss with new gates, and with the terms of the multipliers."""
 
-        def gated(model: Any, batch: Any) -> Tensor:
+        def gated(model: Any, batch: Batch) -> Tensor:
             self.draw()
             loss = inner(model, batch)
-            away = [x.open_share() - self.aims[name] for name, x in self.sets.items()]
+            targets = self.targets()
+            away = [x.open_share() - targets[name] for name, x in self.sets.items()]
             apart = torch.stack(away)
             return loss + (self.multipliers * torch.stack([apart, apart**2], 1)).sum()
 
@@ -137,19 +148,44 @@ class LearnedMasks:
         self.up.step()
         self.down.zero_grad()
         self.up.zero_grad()
+        self.progress.copy_(torch.tensor([step, steps]))
+        self.draws = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Gates, multipliers, their moments, and how far the training is."""
+        tensors: dict[str, Tensor] = {
+            f"gates/{name}": gates.log_alpha for name, gates in self.sets.items()
+        }
+        tensors |= {"multipliers": self.multipliers, "progress": self.progress}
+        owners = {id(tensor): name for name, tensor in tensors.items()}
+        for optimizer in (self.down, self.up):
+            for parameter, moments in optimizer.state.items():
+                name = owners[id(parameter)]
+                tensors |= {f"{key}/{name}": value for key, value in moments.items()}
+        return tensors
+
+    def targets(self) -> dict[str, float]:
+        """The open share of each set that the multipliers ask for now."""
+        step, steps = self.progress.tolist()
         gone = min(1.0, step / max(1.0, self.shape.warm_up * steps))
-        self.aims = {name: 1 - gone * (1 - x.target / x.units) for name, x in self.sets.items()}
+        return {name: 1 - gone * (1 - x.target / x.units) for name, x in self.sets.items()}
 
     def draw(self) -> None:
-        """Gates for the forwards to come, drawn, or 0 and 1 once they are settled."""
-        self.drawn = {n: x.settled() if self.hard else x.sample() for n, x in self.sets.items()}
+        """New gates for the next forwards; 0 and 1 once they are settled."""
+        if self.hard:
+            self.drawn = {name: gates.settled() for name, gates in self.sets.items()}
+            return
+        number = (self.seed * 1_000_003 + int(self.progress[0])) * 1_009 + self.draws
+        random = torch.Generator(self.device).manual_seed(number % 2**63)
+        self.drawn = {name: gates.sample(random) for name, gates in self.sets.items()}
+        self.draws += 1
 
     def settle(self) -> dict[str, Any]:
-        """Close for good what is not kept; what is, as the fields of a cut.
+        """Open the kept gates and close the others, for good.
 
         Returns:
-            `layers` and `hidden` as indices, `groups` and `neurons` as indices by layer, for the
-            layers that are kept; only what had a target.
+            The fields of a cut: `layers` and `hidden` as indices, `groups` and `neurons` as indices
+            by kept layer. Kinds without a target are left out.
         """
         self.hard = True
         self.draw()
@@ -169,17 +205,19 @@ class LearnedMasks:
         }
 
     def remove(self) -> None:
-        """Take the hooks off the model: all gates are open."""
+        """Take the hooks off the model; all gates are open then."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
-    # -- where gates sit ------------------------------------------------------------------------
+    # -- where the gates are --------------------------------------------------------------------
 
     def _gate_consumers(self, kind: str, consumers: Mapping[str, Consumer]) -> None:
         """Gates on the input columns of a linear of every layer."""
         if kind not in consumers:
-            raise RecipeError(f"which linear reads the {kind}?", remedy=f"give consumers[{kind!r}]")
+            raise RecipeError(
+                f"no linear is named that reads the {kind}", remedy=f"give consumers[{kind!r}]"
+            )
         consumer, target = consumers[kind], getattr(self.shape, kind)
         for index, layer in enumerate(self.layers):
             linear = layer.get_submodule(consumer.name)
@@ -211,8 +249,9 @@ class LearnedMasks:
         writers = self.architecture.writers
         if not writers:
             raise RecipeError(
-                f"it is not known what writes to the residual stream of {self.architecture.family}",
-                remedy="leave hidden out; families that declare `writers` can have it",
+                f"the family {self.architecture.family} does not declare what writes to the "
+                "residual stream, so channels have no gates",
+                remedy="leave hidden out",
             )
         width = int(model.config.hidden_size)
         self.sets["hidden"] = HardConcrete(width, target, self.device)
@@ -245,3 +284,15 @@ class LearnedMasks:
         gate = self.drawn["layers"][index].to(after.dtype)
         mixed = before + gate * (after - before)
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+
+def _begun(optimizer: torch.optim.Adam) -> torch.optim.Adam:
+    """The optimizer with its moments, which torch makes at the first step, already there."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer

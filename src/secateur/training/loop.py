@@ -1,14 +1,13 @@
-"""The training loop: batch, loss, gradients, masks, step; watched, saved, and able to go on."""
+"""The training loop: batch, loss, gradients, masks, step; watched, saved and resumable."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,8 @@ from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.models.architecture import hidden_size
 from secateur.precision import exact_matmuls, fast_matmuls, full_float32
 from secateur.progress import Progress, Silent
-from secateur.training.batches import Batch, Batches
+from secateur.training.batches import Batches
+from secateur.training.hooks import Hook
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken, Objective
 from secateur.training.outcome import Outcome
@@ -28,47 +28,39 @@ from secateur.training.process_group import ProcessGroup, checkpointed
 from secateur.training.saved import Saved
 from secateur.training.tensorboard_log import TensorBoardLog
 from secateur.training.training_plan import TrainingPlan
+from secateur.training.watch import DivergenceWatch, mean_loss
 
 __all__ = ["Hook", "Loop", "Outcome", "train"]
 
-WATCHED = 10
-SUSPECT, NOISE = 1.5, 0.1
 TICKS = 1000
-"""Of the progress bar, where the clock says how much is done."""
-
-
-class Hook(Protocol):
-    """Something that is done after every step."""
-
-    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
-        """Called after the optimizer's step, 1 to `steps`."""
-        ...
+"""Of the progress bar, where the clock sets the length of a training."""
 
 
 class Loop:
-    """One training, which can be stopped and gone on with.
+    """One training, which can stop and resume.
 
     Args:
         model: a causal language model, in eval mode: dropout is not used.
-        batches: what each step reads.
+        batches: the windows of each step.
         objective: the loss.
         masks: held at every step; None for a dense model.
-        how: length, learning rate, optimizer.
-        validation: token ids [windows, length]; their next-token loss is watched, and the model
-            ends with the weights that were best. None watches nothing.
-        saved: folder for all that is needed to go on; None for none.
+        plan: length, learning rate, optimizer.
+        validation: token ids [windows, length]. The loop watches their next-token loss, and the
+            model ends with the weights that were best. None: no validation.
+        saved: folder for what a resumed training needs; None saves nothing.
         hooks: called after every step.
-        progress: told of every step.
-        first_step: where to begin in the schedule and the order of batches.
+        progress: receives every step.
+        first_step: the first step of the plan that is done.
+        last_step: the step of the plan after which the training ends; None for the plan's last.
         processes: the processes that train together; made if None.
-        identity: everything the result depends on; a run that goes on must have the same.
-        board: folder that takes curves for TensorBoard; None for none.
-        trained: names of the parameters that learn; None for all that have a rate.
-        label: what the progress bar calls it.
+        identity: everything the result depends on; a resumed training must have the same.
+        board: folder for TensorBoard's curves; None for none.
+        trained: names of the parameters that learn; None for all with a learning rate above 0.
+        label: the title of the progress bar.
 
     Raises:
-        RecipeError: the masks are not of this model, or hooks are given without steps.
-        SourceError: there is nothing to read.
+        RecipeError: the masks do not fit the model, or hooks come without a number of steps.
+        SourceError: there is no text.
     """
 
     def __init__(
@@ -77,69 +69,82 @@ class Loop:
         batches: Batches,
         objective: Objective,
         masks: Masks | None,
-        how: TrainingPlan,
+        plan: TrainingPlan,
         *,
         validation: Tensor | None = None,
         saved: Path | None = None,
         hooks: Sequence[Hook] = (),
         progress: Progress | None = None,
         first_step: int = 0,
+        last_step: int | None = None,
         processes: ProcessGroup | None = None,
         identity: dict[str, Any] | None = None,
         board: Path | None = None,
         trained: frozenset[str] | None = None,
         label: str = "training",
     ) -> None:
-        self.model, self.batches, self.objective, self.how = model, batches, objective, how
+        self.model, self.batches, self.objective, self.plan = model, batches, objective, plan
         self.masks, self.hooks = masks, hooks
         self.trained, self.label = trained, label
         self.progress = progress or Silent()
         self.device = next(model.parameters()).device
         self.processes = processes or ProcessGroup(self.device)
-        if not len(batches.windows):
-            raise SourceError("there is no text to train on", remedy="name a longer text")
-        if masks is not None:
-            masks.fit(model)
-        if hooks and (how.minutes or self.processes.ranks > 1):
-            raise RecipeError(
-                "hooks need a number of steps, and a single process",
-                remedy="train by steps instead of minutes, in one process",
-            )
-        if batches.size % self.processes.ranks:
-            raise RecipeError(
-                f"{batches.size} windows in a step cannot be shared by "
-                f"{self.processes.ranks} processes",
-                remedy="give a batch that is a multiple of the processes",
-            )
+        self.check()
         self.first_step = first_step
+        self.last_step = plan.steps if last_step is None else last_step
         self.validation = validation
-        self.judge = NextToken.of(model) if validation is not None else None
+        self.next_token = NextToken.of(model) if validation is not None else None
         self.tokens_of_step = batches.size * batches.windows.shape[1]
-        self.peak = how.peak(hidden_size(model), self.tokens_of_step)
+        self.peak = plan.peak(hidden_size(model), self.tokens_of_step)
         self.saved = Saved(saved, self.processes, identity or {})
         self.board_folder = board if self.processes.main else None
         self.board: TensorBoardLog | None = None
         self.outcome = Outcome(step=first_step)
         self.last_step_seconds = self.last_validation_seconds = 0.0
-        self.lowest, self.watched = math.inf, 0
+        self.watch = DivergenceWatch(plan.diverged)
+
+    def check(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            SourceError: there is no text.
+            RecipeError: the masks do not fit the model, hooks come without a number of steps, or
+                the processes cannot share a batch.
+        """
+        if not len(self.batches.windows):
+            raise SourceError("there is no text to train on", remedy="name a longer text")
+        if self.masks is not None:
+            self.masks.fit(self.model)
+        if self.hooks and (self.plan.minutes or self.processes.ranks > 1):
+            raise RecipeError(
+                "hooks need a number of steps, and a single process",
+                remedy="train by steps instead of minutes, in one process",
+            )
+        if self.batches.size % self.processes.ranks:
+            raise RecipeError(
+                f"{self.processes.ranks} processes cannot share the {self.batches.size} windows "
+                "of a step",
+                remedy="make the batch a multiple of the number of processes",
+            )
 
     # -- the run ---------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        """Train the model in place, weights in float32 meanwhile.
+        """Train the model in place; its weights are in float32 meanwhile.
 
         Returns:
-            What was done. The model has the best weights if there was validation, else the last.
+            What the training did. The model has the best weights if there was validation, else
+            the last.
 
         Raises:
-            NumericalError: a loss or gradient is not a number, or the loss has doubled; what was
-                saved before is there still.
-            VerificationError: the masks were not held.
+            NumericalError: a loss or gradient is not a number, or the loss has doubled. What was
+                saved before is still there.
+            VerificationError: a pruned weight is not zero.
         """
         trained = {
             n
             for n, p in self.model.named_parameters()
-            if p.is_floating_point() and self.how.factor(n)
+            if p.is_floating_point() and self.plan.factor(n)
             if self.trained is None or n in self.trained
         }
         if not trained:
@@ -149,7 +154,7 @@ class Loop:
             stack.enter_context(reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES))
             self.processes.shard(self.model, to_float32)
             stack.enter_context(in_float32(self.model, trained))
-            if self.how.gradient_checkpointing:
+            if self.plan.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
             self.begin()
             if self.board is not None:
@@ -159,16 +164,15 @@ class Loop:
         return self.outcome
 
     def begin(self) -> None:
-        """Apply the masks, make the optimizer, and go on from what was saved."""
+        """Apply the masks, make the optimizer, and load what an earlier run saved."""
         if self.masks is not None:
             self.masks = self.masks.held_in(self.model)
             self.masks.apply(self.model)
         self.model.eval()
         named = self.model.named_parameters()
         self.parameters = {n: p for n, p in named if p.requires_grad}
-        self.optimizer = self.how.make_optimizer(self.parameters.items())
-        changing = self.masks if self.hooks else None
-        facts = self.saved.load_state(self.parameters, self.optimizer, changing)
+        self.optimizer = self.plan.make_optimizer(self.parameters.items())
+        facts = self.saved.load_state(self.parameters, self.optimizer, self.hooks)
         if facts is not None:
             self.outcome.take(facts)
         self.outcome.log = self.saved.log.lines
@@ -178,11 +182,11 @@ class Loop:
         self.saved_at = time.perf_counter()
 
     def train(self) -> None:
-        """All steps that are left."""
-        by_clock = bool(self.how.minutes)
-        self.progress.start(self.label, TICKS if by_clock else self.how.steps)
-        self.told = 0
-        self.tell(0.0)
+        """Do the remaining steps."""
+        count = self.last_step - self.first_step
+        self.progress.start(self.label, TICKS if self.plan.minutes else count)
+        self.reported = 0
+        self.report(0.0)
         if self.validation is not None and not self.outcome.validations:
             self.validate()
         while not self.over():
@@ -192,15 +196,15 @@ class Loop:
             self.last_step_seconds = time.perf_counter() - begun
             if self.validations_due() > due:
                 self.validate()
-            self.save_now_and_then()
+            self.save_if_due()
         self.progress.finish()
 
     def end(self) -> None:
-        """The last validation; the best weights; the masks looked at once more."""
+        """Validate once more, restore the best weights, and check the masks."""
         validations = self.outcome.validations
         if self.validation is not None and validations[-1][0] != self.outcome.step:
             self.validate()
-        self.save()  # a run that is killed from here on is not trained again
+        self.save()  # a run that is killed from here on does not train again
         if self.validation is not None:
             self.saved.restore_best(self.parameters)
         if self.masks is not None:
@@ -209,26 +213,26 @@ class Loop:
         self.saved.keep_final(self.parameters)
 
     def over(self) -> bool:
-        """Whether the run is; says why."""
+        """Whether the training ends; sets the reason."""
         if self.outcome.stopped == "patience":
             return True
-        if not self.how.minutes:
-            self.outcome.stopped = "steps" if self.outcome.step >= self.how.steps else ""
+        if not self.plan.minutes:
+            self.outcome.stopped = "steps" if self.outcome.step >= self.last_step else ""
         else:
             ahead = self.last_step_seconds + self.last_validation_seconds
-            left = 60 * self.how.minutes - self.clock() - ahead
+            left = 60 * self.plan.minutes - self.clock() - ahead
             self.outcome.stopped = "minutes" if self.processes.same(left) <= 0 else ""
         return bool(self.outcome.stopped)
 
     def clock(self) -> float:
-        """Seconds of all runs together."""
+        """Seconds of this run and of those that it resumes."""
         return time.perf_counter() - self.started
 
     def done(self) -> tuple[float, float]:
-        """The share of the run that is over, and the share that a step takes."""
-        if not self.how.minutes:
-            return self.outcome.step / self.how.steps, 1 / self.how.steps
-        seconds = 60 * self.how.minutes
+        """The share of the plan that is over, and the share that a step takes."""
+        if not self.plan.minutes:
+            return self.outcome.step / self.plan.steps, 1 / self.plan.steps
+        seconds = 60 * self.plan.minutes
         done, share = self.clock() / seconds, max(self.last_step_seconds / seconds, 1e-3)
         return self.processes.same(done), self.processes.same(share)
 
@@ -236,14 +240,14 @@ class Loop:
 
     def step(self) -> None:
         """One step of the optimizer, with the masks held."""
-        outcome, how = self.outcome, self.how
-        rate = how.rate(*self.done(), self.peak)
+        outcome, plan = self.outcome, self.plan
+        rate = plan.rate(*self.done(), self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         loss = self.backward()
         if self.masks is not None:
             self.masks.hold_gradients(self.model)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), how.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.refuse(float(norm), "the norm of the gradient")
         self.optimizer.step()
@@ -252,17 +256,19 @@ class Loop:
             self.masks.hold(self.model, self.optimizer)
         outcome.step += 1
         outcome.tokens += self.tokens_of_step
-        told = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
-        self.saved.log.add({"step": outcome.step, **told})
-        self.draw({f"training/{name}": value for name, value in told.items()})
+        values = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
+        self.saved.log.add({"step": outcome.step, **values})
+        self.plot({f"training/{name}": value for name, value in values.items()})
         for hook in self.hooks:
-            hook.on_step(outcome.step, how.steps, self.model, self.optimizer)
-        self.refuse_divergence()
-        self.tell(loss)
+            hook.on_step(outcome.step, plan.steps, self.model, self.optimizer)
+        fault = self.watch.fault(outcome.log)
+        if fault is not None:
+            self.fail(fault, None)
+        self.report(loss)
 
     def backward(self) -> float:
-        """Gradients of all parts of a step; the loss, a mean over all processes."""
-        size = self.how.at_once(self.batches.windows.shape[1])
+        """Add up the gradients of all parts of a step; returns the mean loss of all processes."""
+        size = self.plan.at_once(self.batches.windows.shape[1])
         processes = self.processes
         parts = self.batches.micro(
             self.outcome.step, size, self.device, processes.rank, processes.ranks
@@ -278,17 +284,17 @@ class Loop:
 
     def matmuls(self) -> AbstractContextManager[Any]:
         """The precision of products."""
-        return (fast_matmuls if self.how.fast_matmuls else exact_matmuls)(self.device)
+        return (fast_matmuls if self.plan.fast_matmuls else exact_matmuls)(self.device)
 
     def attention(self) -> AbstractContextManager[Any]:
-        """How a part of a step attends."""
-        quick = self.how.writes_out(self.device, self.batches.windows.shape[1])
+        """The attention of a part of a step."""
+        quick = self.plan.writes_out(self.device, self.batches.windows.shape[1])
         return WrittenOut() if quick else nullcontext()
 
     # -- what is watched -------------------------------------------------------------------------
 
     def refuse(self, value: float, what: str) -> float:
-        """A number that training cannot do without.
+        """Return a number that training needs.
 
         Raises:
             NumericalError: it is NaN or infinite.
@@ -297,28 +303,8 @@ class Loop:
             self.fail(f"{what} is {value}", {"step": self.outcome.step + 1, "loss": None})
         return value
 
-    def refuse_divergence(self) -> None:
-        """The median of the last losses may not be `diverged` times the lowest that it has been.
-
-        A tenth of the first one is added, so that a loss near 0 may jump about.
-
-        Raises:
-            NumericalError: it is more.
-        """
-        log = self.outcome.log
-        for end in range(max(WATCHED, self.watched + 1), len(log) + 1):
-            last = statistics.median(line["loss"] for line in log[end - WATCHED : end])
-            self.lowest, self.watched = min(self.lowest, last), end
-        allowed = self.how.diverged * self.lowest + NOISE * log[0]["loss"]
-        if self.watched and self.how.diverged and last > allowed:
-            self.fail(
-                f"the loss has risen from {self.lowest:.3g} to {last:.3g} (medians of {WATCHED} "
-                "steps): training diverges",
-                None,
-            )
-
     def fail(self, what: str, line: dict[str, Any] | None) -> None:
-        """End a training that has gone wrong, with the best weights if any were kept."""
+        """End a training that has gone wrong, with the best weights if there are any."""
         if line is not None:
             self.saved.log.add(line)
         if self.outcome.best_step is not None:
@@ -331,81 +317,72 @@ class Loop:
             remedy="train with a third of the learning rate, or with a longer warm-up",
         )
 
-    @torch.no_grad()
     def validate(self) -> None:
-        """The next-token loss of the validation windows; the best weights are kept."""
+        """Measure the next-token loss of the validation windows; keep the best weights."""
         assert self.validation is not None
-        assert self.judge is not None
-        begun, total = time.perf_counter(), 0.0
-        size = self.how.at_once(self.validation.shape[1])
-        for ids in self.validation.split(size):
-            with self.matmuls():
-                total += self.judge(self.model, Batch(ids.to(self.device), ())).item() * len(ids)
+        assert self.next_token is not None
+        begun, outcome = time.perf_counter(), self.outcome
+        size = self.plan.at_once(self.validation.shape[1])
+        mean = mean_loss(self.model, self.next_token, self.validation, size, self.matmuls)
         self.processes.reshard(self.model)
-        outcome = self.outcome
-        loss = self.refuse(self.processes.same(total / len(self.validation)), "the validation loss")
+        loss = self.refuse(self.processes.same(mean), "the validation loss")
         outcome.validations.append((outcome.step, loss))
-        self.draw({"validation/loss": loss})
-        kept = (
-            sum(int(m.sum()) for m in self.masks.kept.values()) if self.hooks and self.masks else -1
-        )
+        self.plot({"validation/loss": loss})
+        kept = self.masks.count if self.hooks and self.masks else -1
         if loss < outcome.best_loss or kept != outcome.best_kept:
             outcome.best_loss, outcome.best_step, outcome.best_kept = loss, outcome.step, kept
             self.saved.keep_best(self.parameters)
         steps = [step for step, _ in outcome.validations]
-        if self.how.patience and outcome.best_step is not None:
+        if self.plan.patience and outcome.best_step is not None:
             after = sum(step > outcome.best_step for step in steps)
-            outcome.stopped = "patience" if after >= self.how.patience else ""
+            outcome.stopped = "patience" if after >= self.plan.patience else ""
         self.last_validation_seconds = time.perf_counter() - begun
 
     def validations_due(self) -> int:
-        """How many validations of the run should be behind us."""
+        """How many validations should be done by now."""
         if self.validation is None:
             return 0
-        return int(self.done()[0] * self.how.validations + 1e-9)
+        return int(self.done()[0] * self.plan.validations + 1e-9)
 
-    def save_now_and_then(self) -> None:
-        """Save what is needed to go on, if it is time.
+    def save_if_due(self) -> None:
+        """Save what a resumed training needs, if it is time.
 
-        Not while the loss is suspiciously high: what was saved before is to survive a divergence.
+        A suspiciously high loss delays it: what was saved before must survive a divergence.
         """
-        log = self.outcome.log
-        suspicious = SUSPECT * self.lowest + NOISE * log[0]["loss"]
-        if self.watched and self.how.diverged and log[-1]["loss"] > suspicious:
+        if self.watch.is_suspicious(self.outcome.log):
             return
-        waited = time.perf_counter() - self.saved_at >= 60 * self.how.save_minutes
+        waited = time.perf_counter() - self.saved_at >= 60 * self.plan.save_minutes
         if self.saved.folder is not None and self.processes.same(float(waited)):
             self.save()
 
     def save(self) -> None:
-        """Save what is needed to go on."""
+        """Save what a resumed training needs."""
         if self.masks is not None:
             self.masks.check(self.model, self.optimizer)
         self.outcome.seconds = self.clock()
-        changing = self.masks if self.hooks else None
-        self.saved.save_state(self.parameters, self.optimizer, changing, self.outcome.facts())
+        self.saved.save_state(self.parameters, self.optimizer, self.hooks, self.outcome.facts())
         self.saved_at = time.perf_counter()
 
-    def draw(self, values: dict[str, float]) -> None:
-        """Points for TensorBoard, if it was asked for."""
+    def plot(self, values: dict[str, float]) -> None:
+        """Add points to TensorBoard's curves, if there are any."""
         if self.board is not None:
             self.board.add(self.outcome.step, values)
 
-    def tell(self, loss: float) -> None:
-        """Tell the progress bar of what is done."""
+    def report(self, loss: float) -> None:
+        """Move the progress bar."""
         outcome = self.outcome
-        if self.how.minutes:
-            place = min(TICKS, int(TICKS * self.clock() / (60 * self.how.minutes)))
+        if self.plan.minutes:
+            place = min(TICKS, int(TICKS * self.clock() / (60 * self.plan.minutes)))
         else:
-            place = outcome.step
+            place = outcome.step - self.first_step
         note = f"loss {loss:.3f}" if loss else ""
         if outcome.validations:
             note += f", validation {math.exp(min(outcome.validations[-1][1], 700)):.2f}"
         if self.last_step_seconds:
             rate = self.tokens_of_step / self.last_step_seconds
             note += f", {rate:.0f} tokens/s"
-        self.progress.step(place - self.told, note)
-        self.told = place
+        self.progress.step(place - self.reported, note)
+        self.reported = place
 
 
 def train(
@@ -413,10 +390,10 @@ def train(
     batches: Batches,
     objective: Objective,
     masks: Masks | None,
-    how: TrainingPlan,
+    plan: TrainingPlan,
     saved: Path | None = None,
     hooks: Sequence[Hook] = (),
     **options: Any,
 ) -> Outcome:
     """Train a model in place: `Loop(...).run()`; the arguments are those of `Loop`."""
-    return Loop(model, batches, objective, masks, how, saved=saved, hooks=hooks, **options).run()
+    return Loop(model, batches, objective, masks, plan, saved=saved, hooks=hooks, **options).run()

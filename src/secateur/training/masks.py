@@ -105,11 +105,15 @@ class Masks:
         return Masks({n: part_of(mask, model.get_parameter(n)) for n, mask in self.kept.items()})
 
     @property
+    def count(self) -> int:
+        """How many weights are kept, in the part that this process has."""
+        return sum(int(mask.sum()) for mask in self.kept.values())
+
+    @property
     def sparsity(self) -> float:
         """Fraction of zeros in the matrices that have a mask."""
         weights = sum(mask.numel() for mask in self.kept.values())
-        kept = sum(int(mask.sum()) for mask in self.kept.values())
-        return 1 - kept / weights if weights else 0.0
+        return 1 - self.count / weights if weights else 0.0
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ processes: the files hold whole tensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.shard_writer import ShardWriter
 from secateur.runs.output import cannot_write
-from secateur.training.masks import Masks
+from secateur.training.hooks import Hook
 from secateur.training.parts import as_part, is_shared, local, rows_of, whole
 from secateur.training.process_group import ProcessGroup
 
-__all__ = ["Log", "Saved"]
+__all__ = ["Log", "Saved", "write_whole"]
 
 FACTS = "facts"
 
@@ -105,10 +105,10 @@ class Saved:
         self,
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        masks: Masks | None,
+        hooks: Sequence[Hook],
         facts: Mapping[str, Any],
     ) -> None:
-        """Write all that is needed to go on."""
+        """Write all that a resumed training needs."""
         file = self.file("state")
         if file is None:
             return
@@ -121,18 +121,17 @@ class Saved:
                     tensors[f"moments/{name}/{key}"] = value
                 elif value is not None:
                     numbers[f"moments/{name}/{key}"] = value
-        if masks is not None:
-            tensors |= {f"masks/{name}": mask for name, mask in masks.kept.items()}
-        told = {"identity": self.identity, "numbers": numbers, **facts}
-        self.write(file, tensors, {FACTS: json.dumps(told)})
+        tensors |= changed_by(hooks)
+        stored = {"identity": self.identity, "numbers": numbers, **facts}
+        self.write(file, tensors, {FACTS: json.dumps(stored)})
 
     def load_state(
         self,
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        masks: Masks | None,
+        hooks: Sequence[Hook],
     ) -> dict[str, Any] | None:
-        """Take up what an earlier run saved; its facts, or None if there is nothing.
+        """Load what an earlier run saved; returns its facts, or None if there is nothing.
 
         Raises:
             RecipeError: it was another run.
@@ -157,8 +156,9 @@ class Saved:
                 state |= {k.removeprefix(start): v for k, v in numbers if k.startswith(start)}
                 if state:
                     optimizer.state[parameter] = state
-            for name, mask in {} if masks is None else masks.kept.items():
-                mask.copy_(stored.get_tensor(f"masks/{name}"))
+            with torch.no_grad():
+                for name, tensor in changed_by(hooks).items():
+                    tensor.copy_(stored.get_tensor(name))
         self.log.begin(facts["step"])
         return facts
 
@@ -201,33 +201,53 @@ class Saved:
             self.write(file, parameters, {})
 
     def write(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a file that is there whole or not at all; one tensor is whole at a time.
-
-        All processes put each tensor together, the main one writes it.
+        """Write a file; all processes must call this together.
 
         Raises:
-            MemoryBudgetError: the disk is full; what was saved before is there still.
+            MemoryBudgetError: the disk is full; what was saved before is still there.
         """
-        unfinished = file.with_suffix(".unfinished")
-        known = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
-        try:
-            with (
-                ShardWriter(unfinished, known, [], metadata)
-                if self.processes.main
-                else nobody() as to
-            ):
-                for name, tensor in tensors.items():
-                    value = whole(tensor)
-                    if to is not None:
-                        to.write(name, value)
-                if to is not None:
-                    to.close(metadata)
-        except MemoryBudgetError:
-            unfinished.unlink(missing_ok=True)
-            raise
-        if self.processes.main:
-            unfinished.rename(file)
+        write_whole(file, tensors, metadata, writes=self.processes.main)
         self.processes.wait()
+
+
+def write_whole(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    writes: bool = True,
+) -> None:
+    """Write a file that exists whole or not at all; one tensor is whole in memory at a time.
+
+    Args:
+        file: a safetensors file.
+        tensors: by name; of shared ones, all processes put each together.
+        metadata: text for the header of the file.
+        writes: whether this process writes.
+
+    Raises:
+        MemoryBudgetError: the disk is full; an older file of this name is still there.
+    """
+    unfinished, metadata = file.with_suffix(".unfinished"), metadata or {}
+    known = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+    try:
+        with ShardWriter(unfinished, known, [], metadata) if writes else nobody() as to:
+            for name, tensor in tensors.items():
+                value = whole(tensor)
+                if to is not None:
+                    to.write(name, value)
+            if to is not None:
+                to.close(metadata)
+    except MemoryBudgetError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if writes:
+        unfinished.rename(file)
+
+
+def changed_by(hooks: Sequence[Hook]) -> dict[str, Tensor]:
+    """The tensors that hooks change, by their names in the file."""
+    return {f"hooks/{i}/{n}": x for i, hook in enumerate(hooks) for n, x in hook.state().items()}
 
 
 def nobody() -> AbstractContextManager[None]:

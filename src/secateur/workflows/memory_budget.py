@@ -96,10 +96,12 @@ def fitting_plan(
     remedy = "lower --micro-batch-tokens, --windows or --sequence-length"
     if whole and whole > room:
         remedy = "leave out what needs the whole model (--distill-epochs 0 --generated-windows 0)"
-    elif plan.solve_squares and plan.solve_bytes > room:
-        matrices, size = plan.squares
-        needed += f", {size / 2**30:.2f} GiB of that for {matrices} in the solver"
+    elif plan.solve_bytes > room:
+        out, columns = plan.solve_shape
+        needed += (
+            f", {plan.solve_bytes / 2**30:.2f} GiB of that to solve a {out} x {columns} linear"
+        )
         remedy = (
-            "prune without a gram (--method wanda), or leave the widest linears out (--exclude)"
+            "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
         )
     raise MemoryBudgetError(needed, remedy=f"{remedy}, or raise --memory-budget-gib")

@@ -42,16 +42,16 @@ def test_score(name, dtype, example, both):
 @pytest.mark.parametrize("name", list(statistics))
 def test_statistic(name, both):
     def gathered(first, second):
-        one, other = (statistics[name](24, x.device) for x in (first, second))
+        one, other = (statistics[name]((40, 24), x.device) for x in (first, second))
         one.update(first)
         other.update(second)
         one.merge(other)
-        from_elsewhere = statistics[name](24)  # another process, on its CPU
+        from_elsewhere = statistics[name]((40, 24))  # another process, on its CPU
         from_elsewhere.update(second.cpu())
         one.merge(from_elsewhere)
         return one.value()
 
-    both(gathered, torch.randn(40, 24), torch.randn(30, 24))
+    both(gathered, torch.randn(40, 24), torch.randn(40, 24))
 
 
 @pytest.mark.parametrize(("text", "scope"), PATTERNS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from secateur.training.loop import train
 from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
 from secateur.training.masks import Masks
 from secateur.training.objectives import Distil, NextToken
-from secateur.training.rewinding import Early, Rounds, prune_in_rounds
+from secateur.training.rounds import Rounds, prune_in_rounds, write_weights
 from secateur.training.selecting import Criterion
 from secateur.training.teachers import ModelTeacher, WrittenTeacher, write_teacher
 from secateur.training.training_plan import TrainingPlan
@@ -101,13 +100,13 @@ def test_gradual(name: str, kind: str, tmp_path: Path) -> None:
 def test_criterion(name: str) -> None:
     model = tiny_model("llama").to("cuda")
     score = scores[name]
-    pattern = parse_pattern("*x1" if getattr(score, "of_units", False) else "unstructured")
+    pattern = parse_pattern("*x1" if score.whole_units else "unstructured")
     criterion = Criterion(score(), pattern, WINDOWS)
     kept = open_masks(model)
     for mask in criterion.masks(model, kept, 0.3).values():
         assert isinstance(mask, OnCuda)
     criterion.masks(model, kept, 0.3, exchanged=0.1)
-    if getattr(score, "of_units", False):
+    if score.whole_units:
         return  # its scores may be negative, so they have no global order
     globally = Criterion(score(), parse_pattern("unstructured", "global"), WINDOWS)
     globally.masks(model, kept, 0.3)
@@ -157,10 +156,11 @@ def test_distillation_from_a_file(k: int, tmp_path: Path) -> None:
     learn(student, objective, Masks.of(student), tmp_path)
 
 
-@pytest.mark.parametrize("rewind", ["rate", "weights", "nothing"])
-def test_rounds(rewind: str) -> None:
+@pytest.mark.parametrize("rewind", ["rate", "weights", "none"])
+def test_rounds(rewind: str, tmp_path: Path) -> None:
     model = tiny_model("llama").to("cuda")
-    early = Early.of(copy.deepcopy(model), step=1)
+    early = tmp_path / "early.safetensors"
+    write_weights(model, early)
     kept = open_masks(model)
-    how = Rounds(Geometric(0.8), 2, rewind=rewind, rewind_step=1)
-    prune_in_rounds(model, kept, how, lambda this: None, early)
+    how = Rounds(Geometric(0.8), 2, rewind=rewind)
+    prune_in_rounds(model, kept, how, lambda this: None, early, tmp_path)

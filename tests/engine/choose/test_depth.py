@@ -25,6 +25,7 @@ from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent
+from slow import few_families
 from zoo import CONFIGS, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows()  # 6 of 20 tokens
@@ -79,7 +80,7 @@ def brute_force(model: nn.Module, family: str, dropped: Dropped) -> float:
     return oracle.divergence(model, rest, WINDOWS)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", few_families(CONFIGS))
 def test_a_candidate_is_worth_what_the_model_without_it_is(family: str) -> None:
     model = tiny_model(family)
     before = copy.deepcopy(model)
@@ -180,7 +181,7 @@ def test_methods_of_one_pass_drop_what_scores_lowest() -> None:
     assert choose(model, Depth(share=0.4, method="angular")).share == 0.5
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("family", few_families(["llama", "gpt_neox", "gemma2"]))
 @pytest.mark.parametrize("objective", ["loss", "divergence"])
 def test_greedy_of_one_stage_is_greedy_by_brute_force(family: str, objective: str) -> None:
     model = deep_model(family, 5)
@@ -223,7 +224,7 @@ def test_a_long_search_finds_the_best_of_all_sets() -> None:
     assert fitnesses == sorted(fitnesses, reverse=True)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "opt", "generic"])
+@pytest.mark.parametrize("family", few_families(["llama", "gpt_neox", "gemma2", "opt", "generic"]))
 @pytest.mark.parametrize("units", ["blocks", "attention", "ffn"])
 @pytest.mark.parametrize("method", ["influence", "search"])
 def test_sub_blocks_reach_the_budget_and_are_worth_what_is_said(

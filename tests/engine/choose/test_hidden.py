@@ -9,15 +9,12 @@ import torch
 
 from oracles.hidden import channel_scores
 from secateur.engine.choose.hidden import hidden_scores
-from secateur.engine.prune.run import Run, Settings
-from secateur.engine.prune.selection import Selection
+from secateur.engine.prune.settings import Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import describe
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
-from secateur.runs.ledger import Ledger
-from secateur.sparsity.methods import compose
 from zoo import CONFIGS, MIXTURES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows()
@@ -27,17 +24,9 @@ DECLARED = [family for family in (*CONFIGS, *MIXTURES) if family != "generic"]
 def scores_of(model, work: Path) -> torch.Tensor:
     work.mkdir(exist_ok=True)
     with opened_experts(model):
-        run = Run(
-            ModelTarget(model),
-            compose("wanda", "unstructured"),
-            0.5,
-            Selection(),
-            WINDOWS,
-            Settings(micro_batch_tokens=40, fast_matmuls=False, work=work),
-            Ledger(),
-            Silent(),
-        )
-        return hidden_scores(run, model.config.hidden_size)
+        settings = Settings(micro_batch_tokens=40, fast_matmuls=False, work=work)
+        width = model.config.hidden_size
+        return hidden_scores(ModelTarget(model), WINDOWS, settings, width, Silent())
 
 
 @pytest.mark.parametrize("family", DECLARED)

@@ -11,16 +11,18 @@ import torch
 import secateur
 from oracles import allocation as oracle
 from secateur.calibration.windows import save_windows
-from secateur.engine.choose.survey import allocate, grains_of, survey
+from secateur.engine.choose.allocate import allocate
+from secateur.engine.choose.survey import Survey, grains_of
 from secateur.engine.choose.tournament import Judge, search_levels
-from secateur.engine.prune.run import Run, Settings
 from secateur.engine.prune.selection import Selection
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import tasks_of
+from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
-from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
@@ -38,18 +40,23 @@ def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
 
 
-def run_of(model, work: Path, method="wanda", sparsity=0.5, overrides=None, scope=None) -> Run:
+def survey_of(
+    model, work: Path, method="wanda", sparsity=0.5, overrides=None, scope=None
+) -> Survey:
     target = model if isinstance(model, CheckpointTarget) else ModelTarget(model)
-    return Run(
+    passage = Passage(target, tiny_windows(), 40, True, work)
+    tasks = tasks_of(
         target,
+        Selection(overrides=overrides or {}),
         compose(method, "unstructured", scope),
         sparsity,
-        Selection(overrides=overrides or {}),
-        tiny_windows(),
-        Settings(micro_batch_tokens=40, work=work),
-        Ledger(),
-        Silent(),
+        passage.layouts,
     )
+    return Survey(target, tasks, passage, Settings(micro_batch_tokens=40, work=work), Silent())
+
+
+def shares_of(survey: Survey, allocation, sparsity=0.5) -> dict[str, float]:
+    return {n: x.sparsity for n, x in allocate(survey, allocation, sparsity).items()}
 
 
 def inputs_of(model, windows) -> dict[str, torch.Tensor]:
@@ -111,9 +118,9 @@ def check_owl(model, work: Path) -> None:
         norm = inputs[name].double().square().mean(0).sqrt()  # over the tokens it sees
         by_layer.setdefault(layer, []).append((weight_of(module), norm))
     expected = oracle.owl(list(by_layer.values()), 0.5, 2.0, 0.08)
-    run = run_of(model, work)
-    allocate(run, OWL(outlier_multiple=2.0))  # a few outliers, in models this small
-    for name, share in run.sparsity_of.items():
+    # a few outliers, in models this small
+    found = shares_of(survey_of(model, work), OWL(outlier_multiple=2.0))
+    for name, share in found.items():
         layer = next(part for part in name.split(".") if part.isdigit())
         columns = weight_of(modules[name]).shape[1]
         # The scope is row: whole columns of at most 1/32.
@@ -129,12 +136,13 @@ def test_sensitivity_on_a_model_ranks_by_the_error_of_its_own_method(tmp_path: P
         mask = method.pattern.mask(weight.abs() * inputs[name].norm(dim=0), 0.5)
         errors[name] = oracle.relative_error(weight, weight * mask, inputs[name])
     expected = dict(zip(errors, oracle.sensitivity(list(errors.values()), 0.6, 0.1), strict=True))
-    run = run_of(model, tmp_path, sparsity=0.6, scope="layer")
-    allocate(run, LayerSensitivity())
+    found = shares_of(
+        survey_of(model, tmp_path, sparsity=0.6, scope="layer"), LayerSensitivity(), 0.6
+    )
     weights = {name: weight_of(m).numel() for name, m in matrices(model).items()}
     total = sum(weights.values())
     excess = sum((expected[n] - 0.6) * weights[n] for n in weights) / total
-    for name, share in run.sparsity_of.items():
+    for name, share in found.items():
         # What all are moved by; those at an end of the range stay there.
         assert share == pytest.approx(expected[name] - excess, abs=abs(excess) + 0.01), name
         assert 0.5 - 1e-9 <= share <= 0.7 + 1e-9
@@ -149,11 +157,10 @@ def test_the_bounded_threshold_on_a_model(tmp_path: Path) -> None:
     with torch.no_grad():
         for name, module in matrices(model).items():
             weight_of(module).copy_(scores[name])
-    run = run_of(model, tmp_path, "magnitude")
-    allocate(run, GlobalThreshold(reach=0.15))
+    found = shares_of(survey_of(model, tmp_path, "magnitude"), GlobalThreshold(reach=0.15))
     bounds = {n: (round(0.35 * s + 0.499), int(0.65 * s)) for n, s in sizes.items()}
     expected = oracle.bounded_threshold(scores, sum(sizes.values()) // 2, bounds)
-    got = {n: run.sparsity_of[n] * sizes[n] for n in scores}
+    got = {n: found[n] * sizes[n] for n in scores}
     assert {n: round(x) for n, x in got.items()} == expected
     shares = [x / sizes[n] for n, x in expected.items()]
     assert min(shares) < 0.3515
@@ -164,12 +171,12 @@ def test_the_bounded_threshold_on_a_model(tmp_path: Path) -> None:
 def test_the_judge_measures_what_a_plain_forward_gives(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     before = copy.deepcopy(model)
-    run = run_of(model, tmp_path, overrides={"*.layers.1.mlp.down_proj": 0.25}
-                 if family == "llama" else None)  # fmt: skip
-    grains = grains_of(run, SMALL)
-    files = survey(run, SMALL, grains)
+    survey = survey_of(model, tmp_path, overrides={"*.layers.1.mlp.down_proj": 0.25}
+                       if family == "llama" else None)  # fmt: skip
+    grains = grains_of(survey.tasks, SMALL)
+    files = survey.execute(SMALL, grains)
     rungs = SMALL.ladders(grains)
-    judge = Judge(run, rungs, files, 120)
+    judge = Judge(survey, rungs, files, 120)
     uniform = (0,) * len(rungs)
     early = (1, *uniform[1:])  # shares nothing; the two below share all but the last layer
     late, later = (*uniform[:-1], -1), (*uniform[:-1], 1)
@@ -183,7 +190,7 @@ def test_the_judge_measures_what_a_plain_forward_gives(family: str, tmp_path: Pa
         for name, module in matrices(other).items():
             weight = weight_of(module)
             score = weight.abs() * inputs[name].norm(dim=0)
-            weight *= run.method.pattern.mask(score, shares.get(name, 0.25))
+            weight *= survey.tasks[name].method.pattern.mask(score, shares.get(name, 0.25))
         with torch.no_grad():
             logits = [m(input_ids=tiny_windows()).logits.flatten(0, 1) for m in (before, other)]
         assert whole == pytest.approx(oracle.divergence(*logits), rel=1e-3)
@@ -196,15 +203,16 @@ def test_the_judge_measures_what_a_plain_forward_gives(family: str, tmp_path: Pa
 
 def test_a_search_gives_at_least_what_uniform_gives(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    run = run_of(tiny_model("llama"), tmp_path / "a", "sparsegpt")
-    grains = grains_of(run, SMALL)
-    files = survey(run, SMALL, grains)
-    wished, standing = search_levels(run, SMALL, grains, files)
+    survey = survey_of(tiny_model("llama"), tmp_path / "a", "sparsegpt")
+    grains = grains_of(survey.tasks, SMALL)
+    files = survey.execute(SMALL, grains)
+    wished, standing = search_levels(survey, SMALL, grains, files)
     assert standing.fitness < standing.uniform
     rungs = SMALL.ladders(grains)
-    again = Judge(run, rungs, files, 120).fitness([standing.best, (0,) * len(rungs)], 120, 0)
+    again = Judge(survey, rungs, files, 120).fitness([standing.best, (0,) * len(rungs)], 120, 0)
     assert again == [standing.fitness, standing.uniform]
-    pruned = sum(run.method.pattern.pruned(run.shapes[n], s) for n, s in wished.items())
+    tasks = survey.tasks
+    pruned = sum(tasks[n].method.pattern.pruned(tasks[n].shape, s) for n, s in wished.items())
     assert pruned == sum(g.uniform for g in grains.values())
 
 
@@ -216,9 +224,7 @@ def test_checkpoint_and_loaded_model_find_the_same(tmp_path: Path) -> None:
         [model, CheckpointTarget(CheckpointReader(tmp_path / "source"), None, torch.device("cpu"))]
     ):
         (tmp_path / str(index)).mkdir()
-        run = run_of(target, tmp_path / str(index))
-        allocate(run, SMALL)
-        found.append(run.sparsity_of)
+        found.append(shares_of(survey_of(target, tmp_path / str(index)), SMALL))
         assert [f.name for f in (tmp_path / str(index)).glob("survey*")] == []
     assert found[0] == found[1]
 

@@ -13,13 +13,14 @@ from torch import nn
 from oracles import beside
 from oracles.depth import divergence
 from secateur.engine.prune.refit import Refit, can_refit
-from secateur.engine.prune.run import Settings
+from secateur.engine.prune.settings import Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import describe
 from secateur.progress import Silent
 from secateur.runs.ledger import Ledger
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_model
+from slow import FEW_FAMILIES, few_families, slow_but
 from zoo import CONFIGS, MIXTURES, tiny_model, tiny_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore::secateur.structured.surgery.VariedSizesWarning")
@@ -35,6 +36,8 @@ FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "opt", "gpt_neox", "olmo
             "mixtral", "qwen2_moe"]  # fmt: skip
 UNKNOWN = {"gemma2", "opt", "olmo2"}
 """Of them, those of which it is not known what writes to the stream."""
+
+POSSIBLE = [(f, n) for f in FAMILIES for n, cut in CUTS.items() if cut.hidden or f not in UNKNOWN]
 
 
 def cut_of(dense: nn.Module, cut: Cut) -> Any:
@@ -53,7 +56,10 @@ def refitted(dense: nn.Module, left: nn.Module, cut: Cut, settings: Settings = S
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [(f, n) for f in FAMILIES for n, cut in CUTS.items() if cut.hidden or f not in UNKNOWN],
+    slow_but(
+        [(f, n) for f, n in POSSIBLE if f in FEW_FAMILIES],
+        POSSIBLE,
+    ),
 )
 def test_weights_are_those_of_the_oracle(family: str, name: str) -> None:
     cut, dense = CUTS[name], tiny_model(family)
@@ -106,7 +112,7 @@ def test_hidden_states_on_disk_give_the_same_weights(family: str, tmp_path: Path
     assert not [*tmp_path.rglob("inputs-*")]
 
 
-@pytest.mark.parametrize("family", [*CONFIGS, *MIXTURES])
+@pytest.mark.parametrize("family", few_families([*CONFIGS, *MIXTURES]))
 def test_which_families_can_be_refitted(family: str) -> None:
     architecture = describe(tiny_model(family))
     assert can_refit(architecture, channels=False) == bool(architecture.writers)

@@ -9,9 +9,13 @@ import torch
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.choose.survey import allocate, grains_of
-from secateur.engine.prune.run import Run, Settings
+from secateur.engine.choose.allocate import allocate
+from secateur.engine.choose.survey import Survey, grains_of
+from secateur.engine.prune.run import Run
 from secateur.engine.prune.selection import Selection
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import tasks_of, with_sparsities
+from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent
@@ -59,22 +63,20 @@ def unit_costs(model) -> dict[str, int]:
     return found
 
 
-def unit_run(model, work: Path, solver="osscar", score="obs", multiple=1, shares=None) -> Run:
+def unit_survey(model, work: Path, solver="osscar", score="obs", multiple=1, shares=None) -> Survey:
     sizes, readers, costs = sizes_of(model), consumers(model), unit_costs(model)
     target, each = ModelTarget(model), {"groups": 1, "neurons": multiple}
     shares = shares or dict.fromkeys(readers, 0.5)
-    return Run(
+    passage = Passage(target, tiny_windows(), 40, True, work)
+    tasks = tasks_of(
         target,
-        compose(None, "unstructured", score=score, solver=solver),
-        0.0,
         Selection(
             include=tuple(f"*.{name}" for name in readers.values()),
             starts={f"*.{readers[kind]}": share for kind, share in shares.items()},
         ),
-        tiny_windows(),
-        Settings(micro_batch_tokens=40, work=work),
-        Ledger(),
-        Silent(),
+        compose(None, "unstructured", score=score, solver=solver),
+        0.0,
+        passage.layouts,
         patterns={
             f"*.{name}": parse_pattern(f"*x{unit_width(sizes, kind)}/{each[kind]}")
             for kind, name in readers.items()
@@ -85,6 +87,14 @@ def unit_run(model, work: Path, solver="osscar", score="obs", multiple=1, shares
             for layer in range(len(target.layers))
         },
     )
+    return Survey(target, tasks, passage, Settings(micro_batch_tokens=40, work=work), Silent())
+
+
+def execute(survey: Survey, tasks=None) -> Ledger:
+    ledger = Ledger()
+    tasks = survey.tasks if tasks is None else tasks
+    Run(survey.target, tasks, survey.passage, survey.settings, ledger, survey.progress).execute()
+    return ledger
 
 
 def decoder(model, cut: Cut) -> int:
@@ -97,9 +107,8 @@ def test_every_allocation_removes_the_same_coupled_parameters(allocation, multip
     model = tiny_model("llama")
     before, costs = decoder(model, Cut()), unit_costs(model)
     sizes = sizes_of(model)
-    run = unit_run(model, tmp_path, multiple=multiple)
-    allocate(run, allocation)
-    run.execute()
+    survey = unit_survey(model, tmp_path, multiple=multiple)
+    execute(survey, allocate(survey, allocation, 0.0))
     cut = cut_from_zeros(model)
     asked = costs["groups"] * sum(sizes.groups) // 2 + costs["neurons"] * sum(sizes.neurons) // 2
     if all(cut.groups.get(i) != () and cut.neurons.get(i) != () for i in range(3)):
@@ -114,18 +123,17 @@ def test_every_allocation_removes_the_same_coupled_parameters(allocation, multip
 
 
 def test_a_search_may_take_a_whole_block(tmp_path):
-    run = unit_run(tiny_model("llama"), tmp_path)
-    rungs = SEARCH.ladders(grains_of(run, SEARCH))
+    survey = unit_survey(tiny_model("llama"), tmp_path)
+    rungs = SEARCH.ladders(grains_of(survey.tasks, SEARCH))
     assert {ladder.sparsity(ladder.highest) for ladder in rungs.values()} == {1.0}
     assert {ladder.sparsity(ladder.lowest) for ladder in rungs.values()} == {0.0}
 
 
 def test_a_block_without_units_adds_nothing_and_is_cut_away(tmp_path, caplog):
     model = tiny_model("mistral")
-    run = unit_run(model, tmp_path)
-    gone = [name for name in run.costs if name.endswith(("1.self_attn.o_proj", "2.mlp.down_proj"))]
-    run.sparsity_of.update(dict.fromkeys(gone, 1.0))
-    run.execute()
+    survey = unit_survey(model, tmp_path)
+    gone = [n for n in survey.tasks if n.endswith(("1.self_attn.o_proj", "2.mlp.down_proj"))]
+    execute(survey, with_sparsities(survey.tasks, dict.fromkeys(gone, 1.0)))
     cut = cut_from_zeros(model)
     assert cut.groups[1] == ()
     assert cut.neurons[2] == ()
@@ -147,7 +155,7 @@ def test_a_block_without_units_adds_nothing_and_is_cut_away(tmp_path, caplog):
 def test_scores_cut_units_of_every_consumer(family, score, solver, tmp_path):
     model = tiny_model(family)
     sizes = sizes_of(model)
-    unit_run(model, tmp_path, solver, score).execute()
+    execute(unit_survey(model, tmp_path, solver, score))
     cut = cut_from_zeros(model)
     assert all(len(cut.groups[i]) == n // 2 for i, n in enumerate(sizes.groups))
     assert all(len(cut.neurons[i]) == n // 2 for i, n in enumerate(sizes.neurons))
@@ -157,9 +165,8 @@ def test_the_unit_solver_loses_least_in_the_first_layer(tmp_path):
     errors = []
     for score, solver in (("obs", "osscar"), ("activation", "least-squares")):
         model = tiny_model("llama")
-        run = unit_run(model, tmp_path, solver, score, shares={"neurons": 0.25})
-        run.execute()
-        first = run.ledger.layers[0]
+        survey = unit_survey(model, tmp_path, solver, score, shares={"neurons": 0.25})
+        first = execute(survey).layers[0]
         errors += [x["error"] for x in first["linears"] if x["name"].endswith("down_proj")]
     assert errors[0] <= errors[1] < 1
 

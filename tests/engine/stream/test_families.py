@@ -9,6 +9,7 @@ from torch import nn
 import secateur
 from secateur.engine.stream.kinds import find_groups
 from secateur.models.architecture import describe, linears_of
+from slow import few_families
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 
@@ -58,7 +59,7 @@ def wanda_by_hand(model: nn.Module, windows: torch.Tensor, sparsity: float, by_g
                     row[order[:count]] = 0
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", few_families(CONFIGS))
 @pytest.mark.parametrize("sequential", ["group", "layer"])
 def test_wanda_equals_plain_forwards(family: str, sequential: str) -> None:
     windows = tiny_windows()

@@ -21,6 +21,7 @@ from secateur.errors import ArchitectureError, VerificationError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
+from slow import slow_but
 from zoo import tiny_model, tiny_windows
 
 HYBRIDS = {
@@ -40,6 +41,9 @@ HYBRIDS = {
 IN_TUPLES = {"bloom": "transformer.h", "falcon": "transformer.h"}
 """Models that expect tuples of their layers."""
 
+FEW = ("lfm2", "mamba2", "falcon_h1", "bloom")
+"""One with each sort of layers; the others are slow tests."""
+
 
 def matrices_of(model: nn.Module, path: str) -> list[list[str]]:
     """The names of all linears of each layer, found without the library."""
@@ -49,7 +53,9 @@ def matrices_of(model: nn.Module, path: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("name", HYBRIDS | IN_TUPLES)
+@pytest.mark.parametrize(
+    "name", slow_but(["lfm2", "mamba2", "falcon_h1", "bloom"], HYBRIDS | IN_TUPLES)
+)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_every_kind_is_pruned_as_by_plain_forwards(name: str, pattern: str) -> None:
     windows = tiny_windows(4, 12)
@@ -142,7 +148,7 @@ def test_the_first_layer_of_a_kind_is_verified_before_the_next(
     grouped, begun = LayerPass.grouped, []
 
     def forgets(self: LayerPass) -> list:
-        begun.append(self.index)
+        begun.append(self.context.index)
         return [g for g in grouped(self) if not g[0].name.endswith("self_attn.out_proj")]
 
     monkeypatch.setattr(LayerPass, "grouped", forgets)
@@ -214,7 +220,7 @@ def test_stored_buffers_are_read(tmp_path: Path) -> None:
         if name in made:
             assert torch.equal(made[name], value), name
     assert made["model.layers.1.layer_scalar"] == 1.5
-    secateur.compress(tmp_path / "out", output=tmp_path / "small")
+    secateur.compress(tmp_path / "out", output=tmp_path / "small", values="keep")
     packed = secateur.load(tmp_path / "small")
     assert packed.model.layers[1].layer_scalar == 1.5
     with pytest.raises(ArchitectureError, match="3 buffers of the decoder layers are stored"):

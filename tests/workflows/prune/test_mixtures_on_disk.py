@@ -214,7 +214,7 @@ def test_a_matrix_that_is_kept_dense_is_loaded_too(tmp_path: Path) -> None:
         source, output=tmp_path / "p", method="magnitude", sparsity=0.5,
         exclude=["*.experts.3.*"],
     )  # fmt: skip
-    secateur.compress(tmp_path / "p", output=tmp_path / "c")
+    secateur.compress(tmp_path / "p", output=tmp_path / "c", values="keep")
     assert not any(".experts.3." in name for name in PackedCheckpoint(tmp_path / "c").layouts)
     expected = logits(plain(tmp_path / "p"))
     torch.testing.assert_close(logits(plain(tmp_path / "c")), expected)
@@ -244,7 +244,7 @@ def test_tuned_and_distilled(tmp_path: Path, windows: Path) -> None:
 def test_evaluated(tmp_path: Path) -> None:
     source = save_mixture(tmp_path / "source", "qwen3_moe")
     secateur.prune(source, output=tmp_path / "p", method="magnitude", sparsity=0.5)
-    secateur.compress(tmp_path / "p", output=tmp_path / "c")
+    secateur.compress(tmp_path / "p", output=tmp_path / "c", values="keep")
     text = tmp_path / "text.txt"
     text.write_text("The expert who is asked most often is not the one who says most. " * 5)
     found = [

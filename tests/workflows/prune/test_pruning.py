@@ -21,6 +21,7 @@ from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.workflows.prune.checkpoint import run_recipe
+from slow import few_families
 from weight_files import digest
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
@@ -41,7 +42,7 @@ def windows(tmp_path: Path) -> Path:
     return tmp_path / "windows.safetensors"
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", few_families(CONFIGS))
 def test_a_checkpoint_is_pruned_as_a_loaded_model_is(
     family: str, tmp_path: Path, windows: Path
 ) -> None:

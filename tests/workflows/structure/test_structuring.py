@@ -22,6 +22,7 @@ from oracles.depth import divergence
 from secateur.calibration.windows import save_windows
 from secateur.errors import ArchitectureError, RecipeError, SourceError
 from secateur.structured.cut import sizes_of
+from slow import few_families, slow
 from tiny import save_tiny
 from weight_files import digest
 from zoo import CONFIGS, tiny_model, tiny_windows
@@ -48,7 +49,7 @@ def decoder_parameters(folder: Path) -> int:
     return sum(p.numel() for n, p in model.named_parameters() if ".layers." in n)
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", few_families(DENSE))
 def test_neurons_and_heads_of_every_family(family: str, tmp_path: Path, windows: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "source")
@@ -118,7 +119,7 @@ def test_as_many_query_heads_in_every_group(
 GROUPED = [family for family in DENSE if family not in ("gpt2", "opt", "gpt_neox")]
 
 
-@pytest.mark.parametrize("family", GROUPED)
+@pytest.mark.parametrize("family", few_families(GROUPED))
 def test_query_heads_of_every_family(family: str, tmp_path: Path, windows: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "source")
@@ -367,7 +368,7 @@ def test_a_killed_cut_goes_on_to_the_same_model(
 
 @pytest.mark.parametrize("options", [{"keep_layers": 2}, {"hidden_size": 24},
                          {"keep_layers": 2, "hidden_size": 28, "ffn": 0.9}])  # fmt: skip
-@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3", "qwen2_moe"])
+@pytest.mark.parametrize("family", [slow("qwen2"), slow("mistral"), "phi3", "qwen2_moe"])
 def test_what_stayed_is_refitted_beside_the_uncut_model(
     family: str, options: dict[str, Any], tmp_path: Path, windows: Path
 ) -> None:

@@ -78,7 +78,7 @@ def test_gradual_pruning_ends_at_its_sparsity(places: Path, tmp_path: Path) -> N
     assert done.sparsity == pytest.approx(0.8, abs=1e-3)
     before, after = matrices(places / "pruned"), matrices(tmp_path / "out")
     assert all(not after[n][before[n] == 0].any() for n in before)
-    assert done.manifest["objective"] == "next token, pruned on the way to 80%"
+    assert done.manifest["objective"] == "next token, pruned gradually to 80%"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(
     ("options", "what"),
     [
         ({"lora": 4, "gradual": 0.8}, "adapters keep"),
-        ({"lora": 4, "rates": {"*embed*": 0.0}}, "rates say nothing"),
+        ({"lora": 4, "rates": {"*embed*": 0.0}}, "rates and layer_decay change nothing"),
         ({"lora": {"include": ["nowhere"]}}, "no linear"),
         ({"lora": 0}, "greater than 0"),
         ({"gradual": {"every": 2}}, "sparsity to end at"),

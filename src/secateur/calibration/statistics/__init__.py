@@ -1,48 +1,85 @@
-"""Statistics: what must be known of a linear's inputs, gathered while tokens stream by.
+"""Statistics: what must be known of a linear, gathered while calibration streams by.
 
-A statistic takes the inputs of one linear batch by batch, can be merged with one gathered
-elsewhere (another process, another share of the tokens), and gives its value at the end. It
-keeps no tokens, so its memory does not grow with them. One file each.
+A statistic takes batch after batch, can be merged with one gathered elsewhere (another process,
+another share of the tokens), and returns its value at the end. It keeps no tokens, so its memory
+does not grow with them. One file each.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from collections.abc import Iterable
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from secateur.errors import NumericalError
 from secateur.registry import Registry
-from secateur.types import Inputs
+from secateur.types import STORED
 
-__all__ = ["Statistic", "check_finite", "statistics"]
+__all__ = ["Statistic", "check_finite", "of_gradients", "of_inputs", "statistics"]
 
 S = TypeVar("S", bound="Statistic")
 
 
 class Statistic(Protocol):
-    """The contract of a statistic."""
+    """The contract of a statistic.
+
+    Args:
+        shape: (out, in) of the linear's weight.
+        device: where the sums are kept and computed.
+    """
+
+    reads: ClassVar[Literal["inputs", "gradients"]]
+    """What it is updated with: the inputs of the linear, or the gradients of its weight."""
 
     total: Tensor
     """The running sum: what merging adds up, and what processes may all-reduce."""
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None: ...
+    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None: ...
 
-    def update(self, x: Inputs) -> None:
-        """Take in the inputs of more tokens, [tokens, in], any floating dtype."""
+    def update(self, x: Float[Tensor, "rows in"]) -> None:
+        """Add one batch, of any floating dtype: inputs [tokens, in], or a gradient [out, in]."""
         ...
 
     def merge(self: S, other: S) -> None:
-        """Take in all that `other` has seen; `other` is not changed."""
+        """Add all that `other` has seen; `other` is not changed."""
         ...
 
     def value(self) -> Tensor:
-        """The statistic over all tokens so far, float32."""
+        """The statistic over everything so far, float32."""
+        ...
+
+    @staticmethod
+    def nbytes(shape: tuple[int, int]) -> int:
+        """Bytes that it holds for a weight of this shape, (out, in)."""
         ...
 
 
 statistics: Registry[type[Statistic]] = Registry("statistic", __name__)
+
+
+def of_inputs(names: Iterable[str]) -> frozenset[str]:
+    """Those of the names that are statistics of inputs: a forward gathers them.
+
+    Raises:
+        RecipeError: a name is unknown.
+    """
+    return _reading("inputs", names)
+
+
+def of_gradients(names: Iterable[str]) -> frozenset[str]:
+    """Those of the names that are statistics of gradients: a backward gathers them.
+
+    Raises:
+        RecipeError: a name is unknown.
+    """
+    return _reading("gradients", names)
+
+
+def _reading(source: str, names: Iterable[str]) -> frozenset[str]:
+    return frozenset(n for n in names if n != STORED and statistics[n].reads == source)
 
 
 def check_finite(square_sums: Tensor) -> None:

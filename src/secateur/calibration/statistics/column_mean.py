@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
 from jaxtyping import Float32
 from torch import Tensor
@@ -17,7 +19,7 @@ class ColumnMean:
     """μ_j = 1/N Σ_t x_tj, float32 [in]; 0 before any token. Summed in float64.
 
     Args:
-        in_features: the number of input features.
+        shape: (out, in) of the weight.
         device: where the sums are kept and computed.
 
     Example:
@@ -29,8 +31,10 @@ class ColumnMean:
         tensor([3.5000, 0.5000])
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(2, in_features, dtype=torch.float64, device=device)
+    reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+
+    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(2, shape[1], dtype=torch.float64, device=device)
 
     def update(self, x: Inputs) -> None:
         """Add the inputs of more tokens, [tokens, in]: their number and their sum."""
@@ -50,3 +54,8 @@ class ColumnMean:
         """
         check_finite(self.total[1])
         return (self.total[1] / self.total[0].clamp(min=1)).float()
+
+    @staticmethod
+    def nbytes(shape: tuple[int, int]) -> int:
+        """Count and sum, float64."""
+        return 16 * shape[1]

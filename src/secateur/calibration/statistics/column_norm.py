@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
 
 from secateur.calibration.statistics import check_finite, statistics
@@ -23,7 +25,7 @@ class ColumnNorm:
     If the gram is gathered anyway, this is the square root of its diagonal.
 
     Args:
-        in_features: the number of input features.
+        shape: (out, in) of the weight.
         device: where the sums are kept and computed.
 
     Example:
@@ -36,8 +38,10 @@ class ColumnNorm:
         tensor([5., 1.])
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(in_features, device=device)
+    reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+
+    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(shape[1], device=device)
 
     def update(self, x: Inputs) -> None:
         """Add the inputs of more tokens, [tokens, in]; squared and summed in float32."""
@@ -58,3 +62,8 @@ class ColumnNorm:
         """
         check_finite(self.total)
         return self.total.sqrt()
+
+    @staticmethod
+    def nbytes(shape: tuple[int, int]) -> int:
+        """A sum of squares, float32."""
+        return 4 * shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
 from jaxtyping import Float32
 from torch import Tensor
@@ -20,7 +22,7 @@ class ColumnVariance:
     inputs have, and that two gathered elsewhere add up.
 
     Args:
-        in_features: the number of input features.
+        shape: (out, in) of the weight.
         device: where the sums are kept and computed.
 
     Example:
@@ -32,8 +34,10 @@ class ColumnVariance:
         tensor([1., 0.])
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(3, in_features, dtype=torch.float64, device=device)
+    reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+
+    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(3, shape[1], dtype=torch.float64, device=device)
 
     def update(self, x: Inputs) -> None:
         """Add the inputs of more tokens, [tokens, in]: number, sum, sum of squares."""
@@ -56,3 +60,8 @@ class ColumnVariance:
         tokens = self.total[0].clamp(min=1)
         mean = self.total[1] / tokens
         return (self.total[2] / tokens - mean.square()).clamp(min=0).float()
+
+    @staticmethod
+    def nbytes(shape: tuple[int, int]) -> int:
+        """Count, sum and sum of squares, float64."""
+        return 24 * shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 import torch
 
@@ -23,7 +24,7 @@ class Gram:
     """G = XᵀX = Σ_t x_t x_tᵀ, float32 [in, in].
 
     Args:
-        in_features: the number of input features.
+        shape: (out, in) of the weight.
         device: where the sums are kept and computed.
 
     Example:
@@ -36,8 +37,10 @@ class Gram:
                 [ 2.,  4.]])
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(in_features, in_features, device=device)
+    reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+
+    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(shape[1], shape[1], device=device)
 
     def update(self, x: Inputs) -> None:
         """Add the inputs of more tokens, [tokens, in]; multiplied and summed in float32."""
@@ -64,6 +67,11 @@ class Gram:
             square.copy_(square.triu() + square.triu(1).t())
             self.total[rows.stop :, rows] = self.total[rows, rows.stop :].t()
         return self.total
+
+    @staticmethod
+    def nbytes(shape: tuple[int, int]) -> int:
+        """Float32 [in, in]."""
+        return 4 * shape[1] ** 2
 
     def _row_blocks(self) -> Iterator[slice]:
         """Rows that are multiplied at once, each from its own diagonal block to the right."""

@@ -16,46 +16,59 @@ outputs no sub-block reads (after a sub-block, or within attention) are left out
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
 from secateur.calibration.statistics import statistics
-from secateur.engine.prune.layer_pass import LayerPass
-from secateur.engine.prune.run import Run
+from secateur.engine.prune.settings import Settings
+from secateur.engine.stream.lane import Lane
+from secateur.engine.stream.passage import Passage
+from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import Architecture
+from secateur.progress import Progress
 
 __all__ = ["hidden_scores"]
 
 
 @torch.no_grad()
-def hidden_scores(run: Run, hidden: int) -> Float32[Tensor, " hidden"]:
+def hidden_scores(
+    target: Target, windows: Tensor, settings: Settings, hidden: int, progress: Progress
+) -> Float32[Tensor, " hidden"]:
     """The scores of all channels, with one decoder layer in memory; higher = keep.
 
     Args:
-        run: whose model and calibration tokens are used.
+        target: the model.
+        windows: calibration tokens [samples, sequence_length].
+        settings: micro-batches, matmuls, and the folder for hidden states.
         hidden: the width of the residual stream.
+        progress: receives every step.
 
     Raises:
         ArchitectureError: the model's family does not declare what reads the residual stream.
         NumericalError: what a layer reads is infinite or not a number.
     """
-    passage, layers = run.passage, run.target.layers
-    assert passage is not None
+    layers, architecture = target.layers, target.architecture
+    in_memory = settings.activations == "memory"
+    passage = Passage(target, windows, settings.micro_batch_tokens, in_memory, settings.work)
     scores = torch.zeros(hidden)
-    architecture = run.target.architecture
     all_readers = [readers_of(layer, architecture) for layer in layers]
     passage.open(0, dense=False)
-    run.progress.start("hidden channels", len(passage.batches()) * len(layers))
+    assert passage.hidden is not None
+    progress.start("hidden channels", len(passage.batches()) * len(layers))
     for index, readers in enumerate(all_readers):
-        with run.target.layer(index) as layer:
-            passing = LayerPass(run, index, layer)
-            reads = StreamReads([layer.get_submodule(name) for name in readers], hidden, run)
+        step = partial(progress.step, note=f"layer {index}")
+        lane = Lane(passage, passage.hidden, index, step=step)
+        with target.layer(index) as layer:
+            modules = [layer.get_submodule(name) for name in readers]
+            reads = StreamReads(modules, hidden, target.device)
             try:
-                for batch in passage.batches():
+                for batch in lane.batches:
                     reads.begin()
-                    passing.forward(batch, write=not passing.last)()
+                    lane.pass_one(layer, batch, stores=index + 1 < len(layers))
             finally:
                 reads.close()
         try:
@@ -66,7 +79,7 @@ def hidden_scores(run: Run, hidden: int) -> Float32[Tensor, " hidden"]:
         if index + 1 < len(layers):
             passage.advance(index + 1)
         passage.forget(index)
-    run.progress.finish()
+    progress.finish()
     passage.close()
     return scores
 
@@ -96,12 +109,12 @@ class StreamReads:
     Args:
         readers: modules with the input [..., hidden] first.
         hidden: the width of the residual stream.
-        run: on whose device.
+        device: where the model computes.
     """
 
-    def __init__(self, readers: list[nn.Module], hidden: int, run: Run) -> None:
-        self.hidden, self.device = hidden, run.target.device
-        self.totals = [statistics["column_norm"](hidden, self.device) for _ in readers]
+    def __init__(self, readers: list[nn.Module], hidden: int, device: torch.device) -> None:
+        self.hidden = hidden
+        self.totals = [statistics["column_norm"]((hidden, hidden), device) for _ in readers]
         self.seen: list[Tensor] = []
         self.handles = [reader.register_forward_pre_hook(self.before) for reader in readers]
 

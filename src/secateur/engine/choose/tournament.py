@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from secateur.engine.prune.run import Run
+from secateur.engine.choose.survey import Survey
 from secateur.engine.stream.calls import first_inputs, layer_calls, replaced_layers
 from secateur.engine.stream.gradients import injected
 from secateur.models.architecture import Linear, linears_of
@@ -40,12 +40,12 @@ _KL_ROWS = 64
 
 @torch.no_grad()
 def search_levels(
-    run: Run, search: Search, grains: Mapping[str, Granularity], files: list[Path]
+    survey: Survey, search: Search, grains: Mapping[str, Granularity], files: list[Path]
 ) -> tuple[dict[str, float], Standing]:
     """Search the levels of all competing linears.
 
     Args:
-        run: the run whose model and calibration tokens are used.
+        survey: the look at the dense model, whose calibration tokens are used.
         search: the parameters.
         grains: of the linears that compete.
         files: for each layer, the weights of its linears at each level, from `Search.look`.
@@ -53,22 +53,21 @@ def search_levels(
     Returns:
         The sparsity of every linear, and what the search found.
     """
-    assert run.settings.work is not None
     rungs = search.ladders(grains)
     informed = search.informed(stored_errors(files), rungs)
-    reached = run.settings.work / "search.json"
+    reached = survey.work / "search.json"
     begun = None
     if reached.exists():
         stored = json.loads(reached.read_text())
         begun = Standing(**{**stored, "best": tuple(stored["best"])})
     left = search.generations - (begun.generation if begun else 0)
     evaluations = 1 + (begun is None) + left * len(search.stages)
-    run.progress.start("allocation: search", evaluations * len(files))
-    judge = Judge(run, rungs, files, search.judged_tokens)
+    survey.progress.start("allocation: search", evaluations * len(files))
+    judge = Judge(survey, rungs, files, search.judged_tokens)
     standing = begun
     for standing in climb(search, list(rungs.values()), informed, judge.fitness, begun):
         write_json(reached, asdict(standing))
-    run.progress.finish()
+    survey.progress.finish()
     assert standing is not None
     levels = zip(rungs.items(), standing.best, strict=True)
     return {name: ladder.sparsity(level) for (name, ladder), level in levels}, standing
@@ -89,7 +88,7 @@ class Judge:
     """Measures candidates by mean KL(dense ‖ candidate) of their next-token probabilities.
 
     Args:
-        run: the run whose model and calibration tokens are used.
+        survey: the look at the dense model, whose calibration tokens are used.
         rungs: the levels of each competing linear, in the order of the layers.
         files: for each layer, the weights of its linears at each level.
         tokens: how many tokens the fullest judgement sees; they are cut from calibration windows
@@ -97,12 +96,12 @@ class Judge:
     """
 
     def __init__(
-        self, run: Run, rungs: Mapping[str, Ladder], files: list[Path], tokens: int
+        self, survey: Survey, rungs: Mapping[str, Ladder], files: list[Path], tokens: int
     ) -> None:
-        assert run.windows is not None
-        self.run, self.target, self.files = run, run.target, files
+        assert survey.passage is not None
+        self.survey, self.target, self.files = survey, survey.target, files
         self.place = {name: index for index, name in enumerate(rungs)}
-        self.windows = cut(run.windows, tokens)
+        self.windows = cut(survey.passage.windows, tokens)
         with self.target.outside():
             ids = [window[None].to(self.target.device) for window in self.windows]
             calls = layer_calls(self.target.model, self.target.layers, ids[:2])
@@ -158,7 +157,7 @@ class Judge:
                             self.call(index, layer, weights, x) for x in states[before]
                         ]
             states, reached = following, stop
-            self.run.progress.step(note=f"layer {index}")
+            self.survey.progress.step(note=f"layer {index}")
         return states
 
     def weights(
@@ -169,7 +168,7 @@ class Judge:
             return {}
         found = {}
         for name, linear in linears.items():
-            if self.run.sparsity_of[name] > 0:
+            if self.survey.tasks[name].sparsity > 0:
                 level = candidate[self.place[name]] if name in self.place else 0
                 weight = file.get_tensor(f"{name}/{level}").to(self.target.device)
                 found[name] = weight.t() if linear.transposed else weight

@@ -1,9 +1,8 @@
-"""Is a run destroying the model? Watched layer by layer, by what is known anyway.
+"""Is a run destroying the model? Each pruned layer is checked.
 
-A linear has collapsed when four fifths of the energy of its output are gone, a relative error of
-0.9: what is left tells next to nothing of what it computed. Solvers that repair weights measure
-that error. For those that only set weights to zero it is estimated from the norms of the inputs,
-as if these were uncorrelated:
+A linear has collapsed when it has lost four fifths of the energy of its output, a relative error
+of 0.9. Solvers that repair weights measure that error. For solvers that only set weights to zero,
+the norms of the inputs give an estimate, as if inputs were uncorrelated:
 
     lost = Σ over pruned w² ‖X_j‖² / Σ over all w² ‖X_j‖²
 """
@@ -11,15 +10,12 @@ as if these were uncorrelated:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from secateur.engine.prune.linear_record import LinearRecord
 from secateur.errors import VerificationError
 from secateur.types import Mask, Statistics, Weight
 
-if TYPE_CHECKING:
-    from secateur.engine.prune.surgery import LinearRecord
-
-__all__ = ["COLLAPSED", "collapse_error", "collapsed", "lost_energy", "told"]
+__all__ = ["COLLAPSED", "collapse_error", "collapsed", "in_words", "lost_energy"]
 
 COLLAPSED = 0.8
 """The share of its output's energy that a linear has lost when it has collapsed."""
@@ -45,7 +41,7 @@ def collapsed(records: Sequence[LinearRecord]) -> dict[str, float]:
     return {n: lost for n, lost in known.items() if lost is not None and not lost <= COLLAPSED}
 
 
-def told(lost: Mapping[str, float]) -> str:
+def in_words(lost: Mapping[str, float]) -> str:
     """The collapsed linears of a layer in a line."""
     return ", ".join(f"{name} lost {share:.1%} of its output" for name, share in lost.items())
 
@@ -53,7 +49,7 @@ def told(lost: Mapping[str, float]) -> str:
 def collapse_error(layer: str, lost: Mapping[str, float]) -> VerificationError:
     """The error that ends a run after a layer in which something has collapsed."""
     return VerificationError(
-        f"the layer has collapsed: {told(lost)}",
+        f"the layer has collapsed: {in_words(lost)}",
         where=layer,
         remedy="start anew with --restart and a lower --sparsity, or less for this layer "
         f"(--override '{layer}.*=0.3'); the finished layers were kept, and --resume "

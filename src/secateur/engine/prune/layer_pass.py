@@ -2,98 +2,233 @@
 
     inputs ─► halt at each group ─► gather, prune ─► (tune) ─► outputs
 
-With asymmetric fitting a copy of the dense layer keeps pace, so that both inputs of a group are
+With asymmetric fitting the dense model passes the layer in step, so that both inputs of a group are
 known at once. With reconstruction the layer is tuned before its outputs are passed on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.prune.reconstruction import (
-    TunedWeight,
-    output_error,
-    reconstruct,
-)
+from secateur.engine.prune.asymmetric import AsymmetricTargets
+from secateur.engine.prune.group_statistics import GroupStatistics
+from secateur.engine.prune.linear_record import LinearRecord
+from secateur.engine.prune.reconstruction import TunedWeight, output_error, reconstruct
 from secateur.engine.prune.routing import is_reached
-from secateur.engine.prune.surgery import GroupStatistics, LinearRecord, prune_group
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.surgery import prune_group
+from secateur.engine.prune.tasks import Tasks
 from secateur.engine.prune.tuning import draw_steps
-from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.dense_twin import DenseTwin
-from secateur.engine.stream.forwards import HaltingForwards, by_group, by_layer
-from secateur.engine.stream.residency import Parking
-from secateur.models.architecture import Linear, linears_of
+from secateur.engine.stream.activations import Activations
+from secateur.engine.stream.dense_twin import HaltedLayer, dense_copy, in_step
+from secateur.engine.stream.forwards import by_layer
+from secateur.engine.stream.lane import Lane
+from secateur.engine.stream.passage import Passage
+from secateur.models.architecture import Architecture, Groups, Linear, linears_of
 from secateur.precision import exact_matmuls
 
-if TYPE_CHECKING:
-    from secateur.engine.prune.run import Run
+__all__ = ["LayerContext", "LayerPass"]
 
-__all__ = ["LayerPass"]
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What the work on one decoder layer has to know.
+
+    Attributes:
+        index: the number of the layer.
+        last: whether no layer follows.
+        architecture: of the model.
+        tasks: by the full names of the linears.
+        groups: the layer's linears by shared input, by their names within it.
+        statistics: of inputs, to be gathered on the way; empty where no forward is needed.
+        settings: how the work is done.
+        passage: the calibration stream; None without calibration.
+        own: returns the statistics of a linear's own gradients.
+        step: called after every forward.
+    """
+
+    index: int
+    last: bool
+    architecture: Architecture
+    tasks: Tasks
+    groups: Groups
+    statistics: frozenset[str]
+    settings: Settings
+    passage: Passage | None
+    own: Callable[[Linear], Mapping[str, Tensor]]
+    step: Callable[[], None]
 
 
 class LayerPass:
     """The work on one decoder layer.
 
     Args:
-        run: whose work it is.
-        index: which layer.
+        context: what it has to know.
         layer: with its weights.
+
+    Attributes:
+        linears: all prunable linears of the layer, by their names within it.
+        unseen: the full names of linears that calibration did not reach; they stay as they are.
     """
 
-    def __init__(self, run: Run, index: int, layer: nn.Module) -> None:
-        self.run, self.index, self.layer = run, index, layer
-        self.passage = run.passage
-        self.linears = linears_of(layer, run.target.architecture.layer_name(index))
-        self.pruned = [x for x in self.linears.values() if run.works_on(x.name)]
-        self.last = index + 1 == len(run.target.layers)
-        self.parking: Parking | None = None
+    def __init__(self, context: LayerContext, layer: nn.Module) -> None:
+        self.context, self.layer = context, layer
+        self.linears = linears_of(layer, context.architecture.layer_name(context.index))
+        self.pruned = [x for x in self.linears.values() if context.tasks[x.name].changes]
         self.shadows: dict[str, tuple[Tensor, Tensor]] = {}
         self.unseen: list[str] = []
+        self.gathered: dict[int, GroupStatistics] = {}
+        self.targets: AsymmetricTargets | None = None
+        self.records: list[LinearRecord] = []
 
     @property
     def tunes(self) -> bool:
         """Whether the layer is tuned: if something of it is pruned."""
-        return bool(self.pruned) and self.run.reconstruction.passes > 0
+        return bool(self.pruned) and self.context.settings.tunes
+
+    @property
+    def outputs_needed(self) -> bool:
+        """Whether the outputs of the layer as it was pruned are passed on."""
+        return not self.context.last and not self.tunes
+
+    @property
+    def passage(self) -> Passage:
+        """The calibration stream."""
+        assert self.context.passage is not None
+        return self.context.passage
+
+    @property
+    def lane(self) -> Lane:
+        """The hidden states of the model that is pruned."""
+        return self.lane_of(self.passage.hidden)
+
+    @property
+    def dense_lane(self) -> Lane:
+        """The hidden states of the dense model."""
+        return self.lane_of(self.passage.dense)
+
+    def lane_of(self, states: Activations | None) -> Lane:
+        """Hidden states of one model at this layer."""
+        assert states is not None
+        matmuls = partial(self.context.settings.matmuls, self.passage.target.device)
+        return Lane(self.passage, states, self.context.index, matmuls, self.context.step)
 
     def prune(self) -> list[LinearRecord]:
         """Gather, prune, and propagate the layer unless it is to be tuned first."""
-        run = self.run
-        if run.reconstruction.passes and not run.settings.asymmetric:
-            self.pass_dense()
-        own = run.own_statistics(self.index)
-        if run.input_statistics:
-            return self.prune_on_the_way(own)
-        records: list[LinearRecord] = []
+        context = self.context
+        if context.settings.tunes and not context.settings.asymmetric:
+            self.dense_lane.pass_through(self.layer)
+            self.passage.advance_dense(context.index + 1)
+        if context.statistics:
+            self.prune_on_the_way()
+            return self.records
         fitted = self.shadowed(lambda linear: linear.weight, {})
-        for linear in self.reached(self.pruned, None, own):
-            records += prune_group([linear], {}, own, run.method_for, run.sparsity_of, fitted)
-        if self.outputs_needed and run.reconstruction.passes:
-            self.propagate()
-        return records
+        for linear in self.reached(self.pruned, None):
+            self.records += prune_group([linear], {}, context.own, context.tasks, fitted)
+        if self.outputs_needed and context.settings.tunes:
+            self.lane.pass_through(self.layer)
+        return self.records
 
-    def reached(
-        self,
-        linears: Sequence[Linear],
-        tokens: int | None,
-        own: Callable[[Linear], Mapping[str, Tensor]],
-    ) -> list[Linear]:
-        """Those that calibration says something of; the others are left, and noted."""
-        architecture = self.run.target.architecture
+    def reached(self, linears: Sequence[Linear], tokens: int | None) -> list[Linear]:
+        """The linears that calibration reached; the others stay as they are, and are noted."""
+        architecture, own = self.context.architecture, self.context.own
         left = [x for x in linears if not is_reached(architecture, x, tokens, own(x))]
         self.unseen += [x.name for x in left]
         self.pruned = [x for x in self.pruned if x.name not in self.unseen]
         return [x for x in linears if x.name not in self.unseen]
 
+    # -- calibration on the way -----------------------------------------------------------------
+
+    def prune_on_the_way(self) -> None:
+        """Prune each group when the inputs of all micro-batches are known."""
+        self.groups = self.grouped()
+        if self.context.settings.sequential == "group":
+            self.halt_at_groups()
+            return
+        lane = self.lane
+        forwards = [partial(lane.pass_one, self.layer, b, stores=False) for b in lane.batches]
+        by_layer(self.groups, forwards, self.gather_alone)
+        for group in range(len(self.groups)):
+            self.prune_one(group)
+        if self.outputs_needed:
+            lane.pass_through(self.layer)
+
+    def grouped(self) -> list[list[Linear]]:
+        """The linears to prune, by shared input; groups that stay dense are left out."""
+        groups = [[self.linears[name] for name in group] for group in self.context.groups]
+        return [g for g in groups if any(self.context.tasks[x.name].changes for x in g)]
+
+    def halt_at_groups(self) -> None:
+        """One pass, group by group, with the dense model beside the pruned one if it is needed."""
+        context, dense, writers = self.context, None, list[Linear]()
+        if context.settings.asymmetric:
+            names = context.architecture.writers
+            writers = [self.linears[name] for name in names if name in self.linears]
+            # before there are hooks, for a copy of the layer would have them too
+            copied = dense_copy(self.layer, self.groups, writers, context.architecture.of_expert)
+            dense = HaltedLayer(self.dense_lane, *copied)
+        pruned = HaltedLayer(
+            self.lane, self.layer, self.groups, writers, stores=self.outputs_needed
+        )
+        if dense is not None:
+            self.targets = AsymmetricTargets(pruned, dense, writers)
+        in_step(pruned, dense, self.gather, self.prune_one, dense_outputs=True)
+        if dense is not None:
+            self.passage.advance_dense(context.index + 1)
+
+    def seen(self, group: int) -> GroupStatistics:
+        """The statistics of a group, made when its first input arrives.
+
+        Not before: a layer of many experts has many grams.
+        """
+        if group not in self.gathered:
+            size = self.targets.size(group) if self.targets else 0
+            linear, device = self.groups[group][0], self.passage.target.device
+            names = self.context.statistics
+            self.gathered[group] = GroupStatistics(names, linear, device, target_size=size)
+        return self.gathered[group]
+
+    def gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
+        """Add the input of a group in one micro-batch."""
+        target = None
+        if self.targets is not None and dense is not None:
+            target = self.targets.of(index, group, dense)
+        self.seen(group).update(x, target)
+
+    def gather_alone(self, group: int, x: Tensor) -> None:
+        """Add the input of a group while a forward runs."""
+        with exact_matmuls(self.passage.target.device):
+            self.seen(group).update(x)
+
+    def prune_one(self, group: int) -> None:
+        """Prune a group whose input is known from all micro-batches."""
+        context, seen = self.context, self.seen(group)
+        del self.gathered[group]
+        linears = [x for x in self.groups[group] if context.tasks[x.name].changes]
+        linears = self.reached(linears, seen.tokens)
+        if not linears:
+            return
+        shared = seen.value()
+        writer = self.targets is not None and self.targets.writes(group)
+        fitted = self.shadowed(seen.fitted(writer, context.settings.asymmetric_damping), shared)
+        seen.running.clear()
+        found = prune_group(linears, shared, context.own, context.tasks, fitted)
+        if context.architecture.of_expert(self.groups[group][0].name):
+            found = [replace(record, tokens=seen.tokens) for record in found]
+        self.records.extend(found)
+
+    # -- reconstruction -------------------------------------------------------------------------
+
     def shadowed(
         self, fitted: Callable[[Linear], Tensor], shared: Mapping[str, Tensor]
     ) -> Callable[[Linear], Tensor]:
         """Keep what is about to be pruned, and its inputs' norms, where masks may change later."""
-        if not (self.tunes and self.run.reconstruction.remask):
+        if not (self.tunes and self.context.settings.reconstruction.remask):
             return fitted
 
         def keep(linear: Linear) -> Tensor:
@@ -110,195 +245,43 @@ class LayerPass:
 
     def tuned_weights(self) -> list[TunedWeight]:
         """The pruned matrices of the layer, ready to be tuned."""
-        run = self.run
         found = []
         for linear in self.pruned:
             shadow, norm = self.shadows.pop(linear.name, (None, linear.weight.new_ones(1)))
-            sparsity = run.sparsity_of[linear.name]
-            pattern = run.method_for(linear.name).pattern
-            found.append(TunedWeight(linear, shadow, norm, pattern, sparsity))
+            task = self.context.tasks[linear.name]
+            found.append(TunedWeight(linear, shadow, norm, task.method.pattern, task.sparsity))
         return found
-
-    @property
-    def outputs_needed(self) -> bool:
-        """Whether the outputs of the layer as it was pruned are passed on."""
-        return not self.last and not self.tunes
-
-    def prune_on_the_way(self, own: Callable[[Linear], Mapping[str, Tensor]]) -> list[LinearRecord]:
-        """Prune each group when the inputs of all micro-batches are known."""
-        assert self.passage is not None
-        run, records, groups = self.run, list[LinearRecord](), self.grouped()
-        names, device = run.input_statistics, run.target.device
-        # before there are hooks, for a copy of the layer would take them along
-        beside = self.open_beside(groups) if run.settings.asymmetric else None
-        gathered: dict[int, GroupStatistics] = {}
-
-        def of(group: int) -> GroupStatistics:
-            if group not in gathered:  # not before: a layer of many experts has many grams
-                rows = beside.rows(group) if beside else 0
-                gathered[group] = GroupStatistics(names, groups[group][0], device, wanted=rows)
-            return gathered[group]
-
-        def gather(index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
-            wanted = None
-            if beside and dense is not None:
-                wanted = beside.wanted(index, group, dense)
-            of(group).update(x, wanted)
-
-        def gather_alone(group: int, x: Tensor) -> None:
-            with exact_matmuls(device):
-                of(group).update(x)
-
-        def prune(group: int) -> None:
-            seen = of(group)
-            del gathered[group]
-            linears = [x for x in groups[group] if run.works_on(x.name)]
-            linears = self.reached(linears, seen.tokens, own)
-            if not linears:
-                return
-            shared = seen.value()
-            writer = beside is not None and beside.writes(group)
-            fitted = self.shadowed(seen.fitted(writer, run.settings.asymmetric_damping), shared)
-            seen.running.clear()
-            found = prune_group(linears, shared, own, run.method_for, run.sparsity_of, fitted)
-            if run.target.architecture.of_expert(groups[group][0].name):
-                found = [replace(record, tokens=seen.tokens) for record in found]
-            records.extend(found)
-
-        if run.settings.sequential == "group":
-            self.halt_at_groups(groups, beside, gather, prune)
-            return records
-        dense = [self.forward(b, write=False) for b in self.passage.batches()]
-        with self.run.matmuls():
-            by_layer(groups, dense, gather_alone)
-        for group in range(len(groups)):
-            prune(group)
-        if self.outputs_needed:
-            self.propagate()
-        return records
-
-    def halt_at_groups(
-        self,
-        groups: Sequence[Sequence[Linear]],
-        beside: DenseTwin | None,
-        gather: Callable[[int, int, Tensor, Tensor | None], None],
-        prune: Callable[[int], None],
-    ) -> None:
-        """One pass, group by group, with the dense layer beside the pruned one if there is one."""
-        assert self.passage is not None
-        write, finished = self.outputs_needed, False
-        assert self.passage.hidden is not None
-        self.parking = self.passage.parking(self.index, self.layer, self.passage.hidden)
-        forwards = [self.forward(b, write=write) for b in self.passage.batches()]
-        halting = HaltingForwards(groups, forwards, self.parking, self.run.matmuls)
-        if beside:
-            beside.watch(halting)
-        other = beside.halting if beside else None
-        try:
-            by_group(groups, halting, other, gather, prune, outputs_needed=write)
-            finished = True
-        finally:
-            halting.close()
-            if beside:
-                beside.close(finish=finished)
-            self.parking = None
-
-    def open_beside(self, groups: Sequence[Sequence[Linear]]) -> DenseTwin:
-        """The dense layer beside the one that is pruned."""
-        passage, writers = self.passage, self.run.target.architecture.writers
-        assert passage is not None
-        return DenseTwin(
-            self.layer,
-            self.index,
-            groups,
-            [self.linears[name] for name in writers if name in self.linears],
-            self.run.target.architecture.of_expert,
-            passage,
-            lambda: self.run.step(self.index),
-            self.run.matmuls,
-        )
-
-    def propagate(self) -> None:
-        """Pass all windows through a finished layer."""
-        assert self.passage is not None
-        for batch in self.passage.batches():
-            with self.run.matmuls():
-                self.forward(batch, write=True)()
-
-    # -- reconstruction -------------------------------------------------------------------------
-
-    def pass_dense(self) -> None:
-        """Let the dense model's hidden states go through a layer before it is pruned."""
-        passage = self.passage
-        assert passage is not None
-        for batch in passage.batches():
-            passage.write_dense(batch, self.outputs(passage.read_dense(batch), batch))
-            self.run.step(self.index)
-        passage.advance_dense(self.index + 1)
 
     def tune(self) -> dict[str, float]:
         """Tune a pruned layer and propagate it; returns its output error before and after."""
-        passage = self.passage
-        assert passage is not None
+        passage, index = self.passage, self.context.index
+        streams = (passage.read, passage.read_dense)
 
         def example(windows: Sequence[int]) -> tuple[Tensor, Tensor]:
             rows = [slice(w, w + 1) for w in windows]
             return tuple(torch.cat([read(r) for r in rows]) for read in streams)  # type: ignore[return-value]
 
-        streams = (passage.read, passage.read_dense)
         size = passage.batches()[0].stop
-        passes = self.run.reconstruction.passes
-        errors = {"error_before": self.judge(write=False)}
+        how = self.context.settings.reconstruction
+        before = self.measured_error(stores=False)
         reconstruct(
             self.layer,
             self.tuned_weights(),
-            draw_steps(len(passage.windows), size, passes, seed=self.index),
+            draw_steps(len(passage.windows), size, how.passes, seed=index),
             example,
-            lambda size: passage.calls[size][self.index],
-            self.run.reconstruction,
-            tell=lambda: self.run.step(self.index),
+            lambda size: passage.calls[size][index],
+            how,
+            tell=self.context.step,
         )
-        errors["error_after"] = self.judge(write=not self.last)
-        return errors
+        after = self.measured_error(stores=not self.context.last)
+        return {"error_before": before, "error_after": after}
 
-    def judge(self, *, write: bool) -> float:
-        """The mean output error of a layer over all windows; its outputs can be passed on."""
-        passage = self.passage
-        assert passage is not None
-        total = 0.0
+    def measured_error(self, *, stores: bool) -> float:
+        """The mean output error of the layer over all windows; its outputs can be passed on."""
+        total, passage = 0.0, self.passage
         for batch in passage.batches():
-            out = self.outputs(passage.read(batch), batch)
+            out = self.lane.outputs(self.layer, batch)
             total += float(output_error(out, passage.read_dense(batch))) * len(out)
-            if write:
+            if stores:
                 passage.write(batch, out)
-            self.run.step(self.index)
         return total / len(passage.windows)
-
-    # -- parts of a pass ------------------------------------------------------------------------
-
-    def grouped(self) -> list[list[Linear]]:
-        """The linears to prune, by shared input; groups that stay dense are left out."""
-        run, linears = self.run, self.linears
-        groups = [[linears[n] for n in group] for group in run.layouts[self.index].groups]
-        return [g for g in groups if any(run.works_on(x.name) for x in g)]
-
-    def outputs(self, hidden: Tensor, batch: slice) -> Tensor:
-        """What the layer makes of the hidden states of one micro-batch, at once."""
-        assert self.passage is not None
-        with self.run.matmuls():
-            return call_layer(self.layer, hidden, self.passage.call(self.index, batch))
-
-    def forward(self, batch: slice, *, write: bool) -> Callable[[], None]:
-        """The forward of one micro-batch through a layer."""
-
-        def run() -> None:
-            assert self.passage is not None
-            hidden = self.passage.read(batch)
-            if self.parking is not None:
-                self.parking.live.note(hidden)
-            out = call_layer(self.layer, hidden, self.passage.call(self.index, batch))
-            if write:
-                self.passage.write(batch, out)
-            self.run.step(self.index)
-
-        return run

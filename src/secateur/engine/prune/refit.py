@@ -27,23 +27,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
-from secateur.engine.prune.run import Settings
-from secateur.engine.prune.surgery import GroupStatistics, check_finite
+from secateur.engine.prune.group_statistics import GroupStatistics
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.surgery import check_finite
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.dense_twin import Written
-from secateur.engine.stream.forwards import HaltingForwards, by_group
+from secateur.engine.stream.dense_twin import HaltedLayer, in_step
+from secateur.engine.stream.lane import Lane
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Architecture, Linear, linears_of
-from secateur.precision import fast_matmuls, full_float32
+from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.dense_target import dense_target
@@ -140,24 +141,16 @@ class Refit:
         """Let the uncut model alone pass a layer that went."""
         passage = self.dense
         with passage.target.layer(index) as layer:
-            for batch in passage.batches():
-                passage.write(batch, self.passed(passage, layer, index, passage.read(batch), batch))
+            self.lane(passage, index).pass_through(layer)
         passage.advance(index + 1)
         passage.forget(index)
 
-    def passed(
-        self, passage: Passage, layer: nn.Module, index: int, hidden: Tensor, batch: slice
-    ) -> Tensor:
-        """What a layer makes of the hidden states of one micro-batch."""
-        with self.matmuls():
-            out = call_layer(layer, hidden, passage.call(index, batch))
-        self.progress.step(note=f"layer {index}")
-        return out
-
-    def matmuls(self) -> AbstractContextManager[object]:
-        """A context for the forwards."""
-        device = self.dense.target.device
-        return fast_matmuls(device) if self.settings.fast_matmuls else nullcontext()
+    def lane(self, passage: Passage, index: int) -> Lane:
+        """The hidden states of one of the models at a layer of its own."""
+        assert passage.hidden is not None
+        matmuls = partial(self.settings.matmuls, self.dense.target.device)
+        note = f"layer {index}"
+        return Lane(passage, passage.hidden, index, matmuls, lambda: self.progress.step(note=note))
 
     def refit_layer(self, place: int) -> None:
         """One layer of the cut model, from reading it to the ledger."""
@@ -192,11 +185,11 @@ class Refit:
         shape, dtype = passage.hidden.shape, passage.hidden.dtype
         stream = Activations(shape, dtype, folder, passage.in_memory)
         for number in range(index, index + 1 + gap):
-            source = passage.hidden if number == index else stream
+            first = self.lane(passage, number)
+            lane = first if number == index else replace(first, states=stream)
             with passage.target.layer(number) as layer:
-                for batch in passage.batches():
-                    hidden = source.read(batch).to(passage.target.device)
-                    stream.write(batch, self.passed(passage, layer, number, hidden, batch))
+                for batch in lane.batches:
+                    stream.write(batch, lane.outputs(layer, batch))
             stream.advance(number + 1)
             if number > index:
                 stream.forget(number)
@@ -250,45 +243,21 @@ class LayerRefit:
     def carry_out(self) -> None:
         """Pass all windows through both layers, and fit each group when they have reached it."""
         check_finite(self.linears)
-        halting = [
-            self.halting(0, self.cut, self.layer, self.place),
-            self.halting(1, self.dense, self.twin, self.index),
-        ]
-        self.written = [
-            Written([linear for linear, _ in self.writers], halting[0]),
-            Written(self.others, halting[1]),
-        ]
+        refit, writers = self.refit, [linear for linear, _ in self.writers]
+        cut_lane = refit.lane(self.cut, self.place)
+        dense_lane = refit.lane(self.dense, self.index)
+        self.changing = HaltedLayer(
+            cut_lane, self.layer, self.own_groups(0), writers, stores=not self.last
+        )
+        self.beside = HaltedLayer(dense_lane, self.twin, self.own_groups(1), self.others)
         self.gathered: dict[int, GroupStatistics] = {}
-        try:
-            by_group(
-                self.own_groups(0), halting[0], halting[1], self.gather, self.fit,
-                outputs_needed=not self.last,
-            )  # fmt: skip
-            if not self.last and self.wanted is None:  # else the stream goes on from `wanted`
-                halting[1].finish()
-        finally:
-            for forwards, written in zip(halting, self.written, strict=True):
-                forwards.close()
-                written.close()
+        # where layers went behind this one, the dense stream continues from `wanted`
+        outputs = not self.last and self.wanted is None
+        in_step(self.changing, self.beside, self.gather, self.fit, dense_outputs=outputs)
 
     def own_groups(self, side: int) -> list[list[Linear]]:
         """The linears by shared input: of the cut model (0), or of the uncut one (1)."""
         return [[pair[side] for pair in group] for group in self.groups]
-
-    def halting(self, side: int, passage: Passage, layer: nn.Module, index: int) -> HaltingForwards:
-        """The forwards of one of the models through its layer."""
-        assert passage.hidden is not None
-        parking = passage.parking(index, layer, passage.hidden)
-
-        def forward(batch: slice) -> None:
-            hidden = passage.read(batch)
-            if parking is not None:
-                parking.live.note(hidden)
-            self.refit.progress.step(note=f"layer {index}")
-            passage.write(batch, call_layer(layer, hidden, passage.call(index, batch)))
-
-        forwards = [partial(forward, batch) for batch in passage.batches()]
-        return HaltingForwards(self.own_groups(side), forwards, parking, self.refit.matmuls)
 
     def writes(self, group: int) -> bool:
         """Whether a group is a linear that writes to the stream."""
@@ -301,21 +270,21 @@ class LayerRefit:
         wanted = self.target(index, group, dense) if self.writes(group) else dense
         if group not in self.gathered:
             device, rows = self.cut.target.device, wanted.shape[-1]
-            self.gathered[group] = GroupStatistics(frozenset({"gram"}), linear, device, wanted=rows)
+            self.gathered[group] = GroupStatistics(("gram",), linear, device, target_size=rows)
         self.gathered[group].update(x, wanted)
 
     def target(self, index: int, group: int, dense: Tensor) -> Tensor:
         """What is wanted of a linear that writes to the stream, without its bias."""
         linear, twin = self.groups[group][0]
         batch = self.dense.batches()[index]
-        stream = self.cut.read(batch) + self.written[0].so_far(index)
+        stream = self.changing.inputs(index) + self.changing.added(index)
         last = linear is self.writers[-1][0] and not self.mixture
         if self.wanted is not None and last:
             there = self.wanted.read(batch).to(stream.device)
             bias = linear.module.get_parameter("bias") if linear.has_bias else 0.0
             return self.kept(there) - stream - bias
-        there = self.dense.read(batch) + self.written[1].so_far(index)
-        with self.refit.matmuls():
+        there = self.beside.inputs(index) + self.beside.added(index)
+        with self.beside.lane.matmuls():
             out = dense @ twin.weight.t()
         return self.kept(out + there) - stream
 

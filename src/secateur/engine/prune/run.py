@@ -2,83 +2,44 @@
 
     first inputs ─► for each decoder layer: read it ─► gather, prune ─► next inputs ─► write, ledger
 
-Magnitude needs no calibration and skips the forwards; Taylor and OBD get their gradients from a
-pass of their own before (`gradients`); an allocation settles beforehand how much each linear
-loses (`survey`). With reconstruction the dense model's hidden states travel along, and before its
-outputs are passed on, a pruned layer is tuned to give those of the dense one.
+A run has tasks (`tasks.py`: what each linear loses), a calibration stream (`stream/passage.py`),
+and settings (how the work is done). Here is the loop alone. Magnitude needs no calibration and
+skips the forwards; Taylor and OBD read gradients that were gathered before (`gradients`). With
+reconstruction the dense model's hidden states travel along: a pruned layer is tuned to give the
+outputs of the dense one before its own are passed on.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
-from secateur.engine.prune.collapse import collapse_error, collapsed, told
-from secateur.engine.prune.layer_pass import LayerPass
-from secateur.engine.prune.reconstruction import Reconstruction
+from secateur.engine.prune.collapse import collapse_error, collapsed, in_words
+from secateur.engine.prune.layer_pass import LayerContext, LayerPass
+from secateur.engine.prune.linear_record import LinearRecord
 from secateur.engine.prune.routing import coverage
-from secateur.engine.prune.selection import Selection
-from secateur.engine.prune.solver_cost import warn_of_work
-from secateur.engine.prune.surgery import INPUT_STATISTICS, LinearRecord, all_zero, check_finite
-from secateur.engine.stream.kinds import kind_of, layouts, refuse_unknown
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.surgery import all_zero, check_finite
+from secateur.engine.prune.tasks import Tasks, gradient_statistics, input_statistics, left_dense
+from secateur.engine.stream.gradients import stored_gradients
+from secateur.engine.stream.kinds import kind_of
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import Target
-from secateur.errors import PatternError, VerificationError
-from secateur.models.architecture import Linear, linears_of
-from secateur.precision import fast_matmuls, full_float32
+from secateur.errors import VerificationError
+from secateur.models.architecture import Groups, Linear
+from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
-from secateur.sparsity.methods import Method
-from secateur.sparsity.patterns import Pattern, misplaced
-from secateur.sparsity.patterns.whole_columns import WholeColumns
+from secateur.sparsity.patterns import misplaced
 
-__all__ = ["Run", "Settings"]
-
+__all__ = ["Run"]
 
 log = logging.getLogger(__name__)
-
-NO_RECONSTRUCTION = Reconstruction(passes=0)
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the work is done; none of it changes what is asked of the result.
-
-    Attributes:
-        sequential: `group` prunes each group of linears before the next one's statistics are
-            gathered, in one pass; `layer` gathers for a whole layer first, as the papers do.
-        micro_batch_tokens: tokens that pass through a layer at once.
-        fast_matmuls: forwards of calibration in bfloat16 where the processor is faster at it.
-        asymmetric: fit each linear to what the dense model's has for outputs (`dense_target`),
-            not to its own; the dense model's forwards then go along, group by group.
-        asymmetric_damping: how strongly what is fitted is drawn towards the dense weights, as a
-            fraction of the mean diagonal of the gram.
-        activations: `memory` or `disk`: where hidden states wait.
-        work: folder for hidden states, ledger and gradients; None only for a run in memory.
-        on_collapse: `stop` or `warn` when a layer has lost its outputs (`engine.prune.collapse`).
-    """
-
-    sequential: str = "group"
-    asymmetric: bool = False
-    asymmetric_damping: float = 0.2
-    fast_matmuls: bool = False
-    micro_batch_tokens: int = 2048
-    activations: str = "memory"
-    work: Path | None = None
-    on_collapse: str = "warn"
 
 
 class Run:
@@ -86,114 +47,35 @@ class Run:
 
     Args:
         target: the model.
-        method: score, pattern and solver.
-        sparsity: asked of every linear that has no sparsity of its own.
-        selection: which linears, with what exceptions.
-        windows: calibration tokens [samples, sequence_length], or None if the method needs none.
+        tasks: what the run does with each linear (`tasks_of`).
+        passage: the calibration stream; None if the tasks need none.
         settings: how the work is done.
         ledger: where finished layers are entered.
-        progress: told of every step.
-        reconstruction: how pruned layers are tuned; not at all without passes.
-        patterns: of linears that have another one than the method's, by glob.
-        costs: what a unit of a linear counts in an allocation's budget, by name; its weights for
-            those that are not named.
+        progress: receives every step.
+
+    Attributes:
+        tasks: the same; linears that calibration did not reach are left dense as the run goes on.
     """
 
     def __init__(
         self,
         target: Target,
-        method: Method,
-        sparsity: float,
-        selection: Selection,
-        windows: Tensor | None,
+        tasks: Tasks,
+        passage: Passage | None,
         settings: Settings,
         ledger: Ledger,
         progress: Progress,
-        reconstruction: Reconstruction = NO_RECONSTRUCTION,
-        patterns: Mapping[str, Pattern] = NOTHING,
-        costs: Mapping[str, int] = NOTHING,
     ) -> None:
-        self.target, self.method, self.settings = target, method, settings
-        self.windows, self.ledger, self.progress = windows, ledger, progress
-        self.selection, self.sparsity = selection, sparsity
-        self.patterns, self.costs = patterns, costs
-        self.reconstruction = reconstruction
-        self.passage: Passage | None = None
-        if windows is not None:
-            self.passage = Passage(
-                target,
-                windows,
-                settings.micro_batch_tokens,
-                settings.activations == "memory",
-                settings.work,
-            )
-        refuse_unknown(target)
-        self.layouts = layouts(target, windows.shape[1]) if windows is not None else []
-        self.told = 0
+        self.target, self.tasks, self.passage = target, tasks, passage
+        self.settings, self.ledger, self.progress = settings, ledger, progress
+        self.statistics = input_statistics(tasks, asymmetric=settings.asymmetric)
+        self.steps_taken = 0
         self.verified: set[Hashable] = set()
-        self.sparsity_of = self.plan_sparsity()
-        warn_of_work(self.shapes, self.sparsity_of, self.method_for)
-
-    # -- what is asked of each linear ----------------------------------------------------------
-
-    def plan_sparsity(self) -> dict[str, float]:
-        """The sparsity of every linear, 0 for those left dense.
-
-        Raises:
-            RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
-        """
-        self.shapes = {
-            linear.name: linear.shape
-            for index, layer in enumerate(self.target.layers)
-            for linear in linears_of(layer, self.target.architecture.layer_name(index)).values()
-        }
-        self.selection.check(self.shapes)
-        asked, unseen = {}, self.inputs_unseen()
-        for name, shape in self.shapes.items():
-            asked[name] = 0.0 if name in unseen else self.selection.asked(name, self.sparsity)
-            if asked[name] > 0:
-                try:
-                    self.method_for(name).check(shape, asked[name])
-                except PatternError as error:
-                    raise type(error)(error.what, where=name, remedy=error.remedy) from None
-        return asked
-
-    def inputs_unseen(self) -> set[str]:
-        """Linears left as they are in a calibrated run, because no hook sees their inputs."""
-        name = self.target.architecture.layer_name
-        return {f"{name(i)}.{n}" for i, layout in enumerate(self.layouts) for n in layout.unseen}
-
-    def method_for(self, name: str) -> Method:
-        """The method, with the pattern that a linear has."""
-        for glob, pattern in self.patterns.items():
-            if fnmatchcase(name, glob):
-                return replace(self.method, pattern=pattern)
-        return self.method
-
-    def works_on(self, name: str) -> bool:
-        """Whether a linear is changed: one that loses weights, or that a method rounds."""
-        rounded = self.method.rounds and self.selection.selects(name)
-        return rounded or self.sparsity_of[name] > 0
-
-    @property
-    def input_statistics(self) -> frozenset[str]:
-        """The statistics of inputs that have to be gathered on the way."""
-        own = {"gram"} if self.settings.asymmetric else set()
-        return self.method.requires & INPUT_STATISTICS | own
-
-    def matmuls(self) -> AbstractContextManager[object]:
-        """A context for the forwards of calibration."""
-        return fast_matmuls(self.target.device) if self.settings.fast_matmuls else nullcontext()
-
-    @property
-    def dense_needed(self) -> bool:
-        """Whether the dense model's hidden states go along."""
-        return self.reconstruction.passes > 0 or self.settings.asymmetric
 
     @property
     def forwards_needed(self) -> bool:
         """Whether calibration tokens pass through the layers at all."""
-        return bool(self.input_statistics) or self.reconstruction.passes > 0
+        return bool(self.statistics) or self.settings.tunes
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -205,15 +87,15 @@ class Run:
         assert self.passage is not None
         forwards = 1 if self.settings.sequential == "group" else 2
         steps = len(self.passage.batches()) * forwards
-        if self.dense_needed:
+        if self.settings.dense_needed:
             steps += len(self.passage.batches())
-        if self.reconstruction.passes:
-            steps += (2 + self.reconstruction.passes) * len(self.passage.batches())
+        if self.settings.tunes:
+            steps += (2 + self.settings.reconstruction.passes) * len(self.passage.batches())
         return steps
 
     def step(self, index: int) -> None:
-        """Tell of one step within a layer."""
-        self.told += 1
+        """Report one step within a layer."""
+        self.steps_taken += 1
         self.progress.step(note=f"layer {index}")
 
     @torch.no_grad()
@@ -223,11 +105,11 @@ class Run:
         layers = self.target.layers
         if self.forwards_needed and done < len(layers):
             assert self.passage is not None
-            done = self.passage.open(done, dense=self.dense_needed)
+            done = self.passage.open(done, dense=self.settings.dense_needed)
             if done == 0:  # also where the hidden states of a stopped run are lost
                 self.ledger.begin()
         for entry in self.ledger.layers:
-            self.leave(entry.get("unseen", ()))
+            self.tasks = left_dense(self.tasks, entry.get("unseen", ()))
         self.progress.start("pruning", self.steps_per_layer * (len(layers) - done))
         with reused_pages():
             for index in range(done, len(layers)):
@@ -239,30 +121,26 @@ class Run:
         if found is not None:
             found.tell()
 
-    def leave(self, unseen: Sequence[str]) -> None:
-        """Nothing is asked any more of linears that calibration did not reach."""
-        self.sparsity_of.update(dict.fromkeys(unseen, 0.0))
-
     def prune_layer(self, index: int) -> None:
         """One decoder layer, from reading it to the ledger."""
         started = time.perf_counter()
-        self.told = 0
-        name = self.target.architecture.layer_name(index)
+        self.steps_taken = 0
         tuned: dict[str, float] = {}
         with self.target.layer(index) as layer:
-            passing = LayerPass(self, index, layer)
+            passing = LayerPass(self.context(index), layer)
             check_finite(list(passing.linears.values()))
             for empty in all_zero(passing.linears.values()):
                 log.warning("%s is all zero before it is pruned", empty)
             records = passing.prune()
             changed = [f"{record.name}.weight" for record in records]
-            if self.method.shifts:
-                biased = {x.name for x in passing.linears.values() if x.has_bias}
-                changed += [f"{x.name}.bias" for x in records if x.name in biased]
+            biased = {x.name for x in passing.linears.values() if x.has_bias}
+            shifted = [x.name for x in records if self.tasks[x.name].method.solver.shifts]
+            changed += [f"{name}.bias" for name in shifted if name in biased]
             if passing.tunes:
                 tuned = passing.tune()
-                changed = [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
-            self.leave(passing.unseen)
+                prefix = self.target.architecture.layer_name(index)
+                changed = [f"{prefix}.{parameter}" for parameter, _ in layer.named_parameters()]
+            self.tasks = left_dense(self.tasks, passing.unseen)
             self.verify_kind(layer, list(passing.linears.values()))
             self.target.commit(index, changed)
         self.finish_layer(index, records, tuned, passing.unseen, started)
@@ -279,8 +157,8 @@ class Run:
         if kind in self.verified:
             return
         for linear in linears:
-            asked = self.sparsity_of[linear.name]
-            pattern = self.method_for(linear.name).pattern
+            task = self.tasks[linear.name]
+            pattern, asked = task.method.pattern, task.sparsity
             missing = misplaced(pattern, linear.weight, asked)
             if missing:
                 raise VerificationError(
@@ -311,13 +189,13 @@ class Run:
         if self.passage is not None:
             self.passage.forget(index)
         # The last layer's forwards end early, as nobody needs their outputs.
-        self.progress.step(self.steps_per_layer - self.told, note=f"layer {index}")
+        self.progress.step(self.steps_per_layer - self.steps_taken, note=f"layer {index}")
         if lost:
             self.react(self.target.architecture.layer_name(index), lost)
 
     def takes_all(self, record: LinearRecord) -> bool:
         """Whether a linear was to lose all its columns: a block that goes has not collapsed."""
-        whole = isinstance(self.method_for(record.name).pattern, WholeColumns)
+        whole = self.tasks[record.name].method.pattern.whole_units
         return whole and record.pruned == record.shape[0] * record.shape[1]
 
     def react(self, layer: str, lost: dict[str, float]) -> None:
@@ -328,15 +206,27 @@ class Run:
         """
         if self.settings.on_collapse == "stop":
             raise collapse_error(layer, lost)
-        log.warning("%s has collapsed: %s", layer, told(lost))
+        log.warning("%s has collapsed: %s", layer, in_words(lost))
+
+    def context(self, index: int) -> LayerContext:
+        """What the work on one layer has to know."""
+        groups: Groups = ()
+        if self.statistics and self.passage is not None:
+            groups = self.passage.layouts[index].groups
+        return LayerContext(
+            index,
+            index + 1 == len(self.target.layers),
+            self.target.architecture,
+            self.tasks,
+            groups,
+            self.statistics,
+            self.settings,
+            self.passage,
+            self.own_statistics(index),
+            lambda: self.step(index),
+        )
 
     def own_statistics(self, index: int) -> Callable[[Linear], dict[str, Tensor]]:
-        """Statistics of each linear itself, from the gradient pass."""
-        wanted = self.method.requires - INPUT_STATISTICS
-        if not wanted:
-            return lambda linear: {}
-        assert self.settings.work is not None
-        stored = load_file(self.settings.work / f"gradients-{index:04d}.safetensors")
-        return lambda linear: {
-            name: stored[f"{linear.name}/{name}"].to(self.target.device) for name in wanted
-        }
+        """The statistics of the gradients of each linear of a layer."""
+        names = gradient_statistics(self.tasks)
+        return stored_gradients(self.settings.work, index, names, self.target.device)

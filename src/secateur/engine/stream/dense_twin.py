@@ -1,159 +1,147 @@
-"""The dense model beside the pruned one, in step with it through one decoder layer.
+"""Two models in step through one decoder layer: the one that changes, and the dense one.
 
-At every group of linears both inputs are known at once: those that the group has in the pruned
-model, and those that it has in the dense one. From them comes what is wanted of each group: the
-dense inputs themselves, or for a linear that writes to the residual stream, the dense outputs and
-whatever else is missing in that stream by then.
+All micro-batches of both models halt at each group of linears. So both inputs of a group are known
+at the same time: the input in the changing model, and the input in the dense one. A linear that
+writes to the residual stream can make up for what is missing in that stream by then, so the twin
+also knows what the linears before it have added to the stream of each model.
+
+    changing model  x̂ ──► group ──► …        halted together, group by group:
+    dense model     x ──► group ──► …        gather(x̂, x), then change the group, then go on
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.forwards import HaltingForwards
-from secateur.engine.stream.passage import Passage
+from secateur.engine.stream.forwards import HaltingForwards, by_group
+from secateur.engine.stream.lane import Lane
 from secateur.models.architecture import Linear
 
-__all__ = ["DenseTwin", "Written"]
+__all__ = ["HaltedLayer", "dense_copy", "in_step"]
+
+Groups = Sequence[Sequence[Linear]]
 
 
-class Written:
-    """What the writers of a layer have added to the residual stream, for each of its forwards.
-
-    The sums are made inside the forwards, so that they are parked with whatever else these keep
-    alive; they may be read between `advance` and `halt`.
+class HaltedLayer:
+    """One model's forwards through one decoder layer, halted at each group of linears.
 
     Args:
-        writers: linears whose output is added to the residual stream.
-        halting: the forwards.
+        lane: the hidden states of the model.
+        layer: with its weights.
+        groups: linears of the layer, by shared input; the forwards do not halt at an empty group.
+        writers: linears whose output is added to the residual stream, where that is of interest.
+        stores: whether the outputs of the layer are stored.
     """
 
-    def __init__(self, writers: Sequence[Linear], halting: HaltingForwards) -> None:
-        self.halting = halting
+    def __init__(
+        self,
+        lane: Lane,
+        layer: nn.Module,
+        groups: Groups,
+        writers: Sequence[Linear] = (),
+        *,
+        stores: bool = True,
+    ) -> None:
+        self.lane, self.layer, self.stores = lane, layer, stores
+        self.parking = lane.parking(layer)
+        forwards = [partial(self.forward, batch) for batch in lane.batches]
+        self.halting = HaltingForwards(groups, forwards, self.parking, lane.matmuls)
+        self.groups = groups
+        # Summed inside the forwards, so that the sums are parked with all else these keep alive.
         self.sums: dict[int, Tensor] = {}
         self.handles = [x.module.register_forward_hook(self.add) for x in writers]
 
+    def forward(self, batch: slice) -> None:
+        """The forward of one micro-batch."""
+        hidden = self.lane.read(batch)
+        if self.parking is not None:
+            self.parking.live.note(hidden)
+        outputs = call_layer(self.layer, hidden, self.lane.call(batch))
+        if self.stores:
+            self.lane.write(batch, outputs)
+        self.lane.step()
+
     def add(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        """Add an output to the sum of the forward that runs."""
+        """Add the output of a writer to the sum of the forward that runs."""
         before = self.sums.get(self.halting.current)
         self.sums[self.halting.current] = out if before is None else before + out
 
-    def so_far(self, index: int) -> Tensor | float:
-        """The sum of one forward: [windows, sequence_length, hidden], or nothing yet."""
+    def inputs(self, index: int) -> Tensor:
+        """The residual stream before the layer, of micro-batch `index`."""
+        return self.lane.read(self.lane.batches[index])
+
+    def added(self, index: int) -> Tensor | float:
+        """What the writers have added to it so far; to be read while the forward is not parked."""
         return self.sums.get(index, 0.0)
 
     def close(self) -> None:
-        """Take the hooks off, and let go of the sums."""
+        """Give up the forwards that are still halted, take the hooks off, release the sums."""
+        self.halting.close()
         for handle in self.handles:
             handle.remove()
         self.sums = {}
 
 
-class DenseTwin:
-    """The dense layer's forwards, halted at the same groups as those of the layer that is pruned.
+def dense_copy(
+    layer: nn.Module, groups: Groups, writers: Sequence[Linear], of_expert: Callable[[str], bool]
+) -> tuple[nn.Module, Groups, list[Linear]]:
+    """A copy of a layer that is still dense, with its groups and writers.
+
+    The groups of experts are empty in the copy: which tokens an expert sees is not the same in the
+    two models.
 
     Args:
-        layer: still dense, and without hooks, for a copy of it is made.
-        index: its number.
+        layer: without hooks, since a copy would have them too.
         groups: its linears, by shared input.
-        writers: those of them that write to the residual stream.
+        writers: those of its linears that write to the residual stream.
         of_expert: whether a linear is an expert's, by its name.
-        passage: the hidden states of both models.
-        tell: called after every forward.
-        matmuls: gives a context for the forwards.
     """
+    twin = copy.deepcopy(layer)
+    modules = dict(twin.named_modules())
+    names = {id(module): name for name, module in layer.named_modules()}
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        index: int,
-        groups: Sequence[Sequence[Linear]],
-        writers: Sequence[Linear],
-        of_expert: Callable[[str], bool],
-        passage: Passage,
-        tell: Callable[[], None],
-        matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        self.index, self.passage, self.tell = index, passage, tell
-        self.layer = copy.deepcopy(layer)
-        modules = dict(self.layer.named_modules())
-        names = {id(module): name for name, module in layer.named_modules()}
-        twin = {id(x.module): modules[names[id(x.module)]] for group in groups for x in group}
-        # experts halt nothing here: which tokens they see is not the same in the two models
-        self.groups = [
-            [Linear(x.name, twin[id(x.module)]) for x in group if not of_expert(x.name)]
-            for group in groups
-        ]
-        assert passage.dense is not None
-        self.parking = passage.parking(index, self.layer, passage.dense)
-        forwards = [functools.partial(self.forward, batch) for batch in passage.batches()]
-        self.matmuls = matmuls
-        self.halting = HaltingForwards(self.groups, forwards, self.parking, matmuls)
-        self.writers = list(writers)
-        same = [Linear(x.name, modules[names[id(x.module)]]) for x in writers]
-        self.written = {"dense": Written(same, self.halting)}
+    def copied(linear: Linear) -> Linear:
+        return Linear(linear.name, modules[names[id(linear.module)]])
 
-    def watch(self, halting: HaltingForwards) -> None:
-        """Learn what the layer that is pruned writes to the residual stream."""
-        self.written["pruned"] = Written(self.writers, halting)
+    own = [[copied(x) for x in group if not of_expert(x.name)] for group in groups]
+    return twin, own, [copied(x) for x in writers]
 
-    def writes(self, group: int) -> bool:
-        """Whether a group is a linear that writes to the residual stream."""
-        names = {writer.name for writer in self.writers}
-        return len(self.groups[group]) == 1 and self.groups[group][0].name in names
 
-    def rows(self, group: int) -> int:
-        """The size of what is wanted of a group, for one token; 0 where nothing is.
+def in_step(
+    changing: HaltedLayer,
+    dense: HaltedLayer | None,
+    gather: Callable[[int, int, Tensor, Tensor | None], None],
+    change: Callable[[int], None],
+    *,
+    dense_outputs: bool = False,
+) -> None:
+    """Pass all micro-batches through a layer, group by group, in step with the dense model.
 
-        Of an expert nothing is: it is fitted to its own dense weights.
-        Where the writers are known, only they are fitted: they keep the stream near the dense one,
-        and fitting the others too brought nothing more in trials, at twice the cost.
-        """
-        if not self.groups[group]:
-            return 0
-        if self.writers:
-            return self.groups[group][0].shape[0] if self.writes(group) else 0
-        return self.groups[group][0].shape[1]
+    Both layers are closed at the end.
 
-    def wanted(self, index: int, group: int, dense: Tensor) -> Tensor | None:
-        """What is wanted of a group for one micro-batch; None where nothing is.
-
-        Args:
-            index: of the micro-batch.
-            group: the group.
-            dense: its input in the dense model.
-        """
-        if not self.writes(group):
-            return None if self.writers else dense
-        batch = self.passage.batches()[index]
-        stream = self.passage.read_dense(batch) - self.passage.read(batch)
-        earlier = self.written["dense"].so_far(index) - self.written["pruned"].so_far(index)
-        with self.matmuls():
-            out = dense.reshape(-1, dense.shape[-1]) @ self.groups[group][0].weight.t()
-        return out + (stream + earlier).reshape(out.shape)
-
-    def forward(self, batch: slice) -> None:
-        """The forward of one micro-batch of the dense model."""
-        hidden = self.passage.read_dense(batch)
-        if self.parking is not None:
-            self.parking.live.note(hidden)
-        out = call_layer(self.layer, hidden, self.passage.call(self.index, batch))
-        self.passage.write_dense(batch, out)
-        self.tell()
-
-    def close(self, *, finish: bool) -> None:
-        """End the forwards: finish them, so that the dense outputs are known, or give them up."""
-        if finish:
-            self.halting.finish()
-        self.halting.close()
-        for written in self.written.values():
-            written.close()
-        if finish:
-            self.passage.advance_dense(self.index + 1)
+    Args:
+        changing: the layer that changes; its forwards end after the last group, unless it stores.
+        dense: the same layer of the dense model; None if only one model passes.
+        gather: called with the index of a micro-batch, a group, its input, and its input in the
+            dense model (None without one, or where the dense model does not halt).
+        change: called with a group when its input is known from all micro-batches.
+        dense_outputs: whether the forwards of the dense model go on to their ends.
+    """
+    halting = dense.halting if dense else None
+    try:
+        by_group(
+            changing.groups, changing.halting, halting, gather, change,
+            outputs_needed=changing.stores,
+        )  # fmt: skip
+        if halting is not None and dense_outputs:
+            halting.finish()
+    finally:
+        changing.close()
+        if dense is not None:
+            dense.close()

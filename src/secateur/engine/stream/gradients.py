@@ -6,20 +6,21 @@ peak is one layer with its gradients, whatever the depth. One window at a time, 
 empirical Fisher needs the square of each window's own gradient.
 
 Loss of a window: mean cross-entropy of its next tokens, in nats. Gathered per weight, over N
-windows with gradients g_n:
-
-    gradient = 1/N Σ g_n        fisher = 1/N Σ g_n²
+windows with gradients g_n: the statistics that read gradients (`calibration/statistics`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from secateur.calibration.statistics import statistics
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import (
     LayerCall,
@@ -30,12 +31,12 @@ from secateur.engine.stream.calls import (
 )
 from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError
-from secateur.models.architecture import linears_of
+from secateur.models.architecture import Linear, linears_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.atomic import write_tensors
 
-__all__ = ["gather_gradients", "injected"]
+__all__ = ["gather_gradients", "injected", "stored_gradients"]
 
 
 class Injector(StandIn):
@@ -62,10 +63,11 @@ def injected(layers: nn.ModuleList, calls: list[LayerCall], hidden: Tensor) -> l
 
 
 class GradientPass:
-    """Gathers gradient and fisher of every linear.
+    """Gathers the statistics of every linear's gradients.
 
     Args:
         target: the model, dense.
+        names: of the statistics.
         windows: calibration tokens [samples, sequence_length].
         calls: how each layer is called for one window.
         work: folder that takes `gradients-0000.safetensors` and so on; what is there is kept.
@@ -75,12 +77,13 @@ class GradientPass:
     def __init__(
         self,
         target: Target,
+        names: frozenset[str],
         windows: Tensor,
         calls: list[LayerCall],
         work: Path,
         progress: Progress,
     ) -> None:
-        self.target, self.windows, self.calls = target, windows, calls
+        self.target, self.names, self.windows, self.calls = target, names, windows, calls
         self.work, self.progress = work / "gradient-pass", progress
         self.results = work
         self.work.mkdir(exist_ok=True)
@@ -94,7 +97,7 @@ class GradientPass:
 
     def result(self, index: int) -> Path:
         """The file of one layer."""
-        return self.results / f"gradients-{index:04d}.safetensors"
+        return gradient_file(self.results, index)
 
     def execute(self) -> None:
         """Forward, loss, backward; each layer's step is skipped if a killed run had done it."""
@@ -164,8 +167,10 @@ class GradientPass:
             wanted_before = [leaf.requires_grad for leaf in leaves]
             for leaf in leaves:
                 leaf.requires_grad_(True)
-            totals = [torch.zeros(x.shape, device=x.device) for x in leaves]
-            squares = [torch.zeros(x.shape, device=x.device) for x in leaves]
+            running = [
+                {name: statistics[name](x.shape, x.weight.device) for name in sorted(self.names)}
+                for x in linears
+            ]
             for row in range(samples):
                 rows = slice(row, row + 1)
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
@@ -173,18 +178,17 @@ class GradientPass:
                 upstream = self.upstream.read(rows).to(self.target.device)
                 found = torch.autograd.grad(out, [hidden, *leaves], upstream)
                 self.upstream.write(rows, found[0])
-                for total, square, gradient in zip(totals, squares, found[1:], strict=True):
-                    total += gradient
-                    square.addcmul_(gradient.float(), gradient.float())
+                for linear, own, gradient in zip(linears, running, found[1:], strict=True):
+                    for statistic in own.values():
+                        statistic.update(gradient.t() if linear.transposed else gradient)
                 self.progress.step(note=f"backward, layer {index}")
             for leaf, before in zip(leaves, wanted_before, strict=True):
                 leaf.requires_grad_(before)
-        gathered = {}
-        for linear, total, square in zip(linears, totals, squares, strict=True):
-            for name, value in (("gradient", total), ("fisher", square)):
-                value = (value / samples).cpu()
-                value = value.t() if linear.transposed else value
-                gathered[f"{linear.name}/{name}"] = value.contiguous()
+        gathered = {
+            f"{linear.name}/{name}": statistic.value().cpu().contiguous()
+            for linear, own in zip(linears, running, strict=True)
+            for name, statistic in own.items()
+        }
         self.upstream.advance(index)
         write_tensors(self.result(index), gathered)
         self.upstream.forget(index + 1)
@@ -193,14 +197,46 @@ class GradientPass:
 @full_float32()
 def gather_gradients(
     target: Target,
+    names: frozenset[str],
     windows: Tensor,
     calls: list[LayerCall],
     work: Path,
     progress: Progress,
 ) -> None:
-    """Gather gradient and fisher of every linear into files of the work folder.
+    """Gather statistics of every linear's gradients into files of the work folder.
+
+    Args:
+        target: the model, dense.
+        names: of the statistics.
+        windows: calibration tokens [samples, sequence_length].
+        calls: how each layer is called for one window.
+        work: the folder.
+        progress: told of every step.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
-    GradientPass(target, windows, calls, work, progress).execute()
+    GradientPass(target, names, windows, calls, work, progress).execute()
+
+
+def stored_gradients(
+    work: Path | None, index: int, names: frozenset[str], device: torch.device
+) -> Callable[[Linear], dict[str, Tensor]]:
+    """A function that returns the statistics of a linear's gradients, as they were gathered.
+
+    Args:
+        work: the folder that took them; may be None without names.
+        index: of the decoder layer.
+        names: of the statistics; without any the function returns nothing.
+        device: where the statistics are put.
+    """
+    if not names:
+        return lambda linear: {}
+    assert work is not None
+    stored = load_file(gradient_file(work, index))
+    return lambda linear: {name: stored[f"{linear.name}/{name}"].to(device) for name in names}
+
+
+def gradient_file(work: Path, index: int) -> Path:
+    """The file with the statistics of one layer's gradients."""
+    return work / f"gradients-{index:04d}.safetensors"

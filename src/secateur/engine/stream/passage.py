@@ -6,12 +6,14 @@ the dense model, which are the targets of reconstruction.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall, first_inputs, layer_calls
+from secateur.engine.stream.kinds import Layout, layouts
 from secateur.engine.stream.residency import Parking
 from secateur.engine.stream.targets import Target
 
@@ -42,6 +44,15 @@ class Passage:
         self.calls: dict[int, list[LayerCall]] = {}
         self.hidden: Activations | None = None
         self.dense: Activations | None = None
+
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        """Which linears of each decoder layer share an input, for windows of this length.
+
+        Raises:
+            ArchitectureError: a layer cannot run by itself.
+        """
+        return layouts(self.target, self.windows.shape[1])
 
     def batches(self) -> list[slice]:
         """The micro-batches, as ranges of calibration windows."""

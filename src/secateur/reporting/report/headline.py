@@ -6,6 +6,7 @@ A claim is made only of what was measured. What was not says how to measure it.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -69,15 +70,7 @@ def smaller(run: ReportedRun) -> Claim:
             tone=gain_tone(saved > 0),
         )
     if found is None:
-        zeros = run.manifest.result.decoder_sparsity
-        return Claim(
-            "Smaller by",
-            "not packed",
-            f"{percent(zeros)} of the decoder's weights are zero, stored as zeros: "
-            f"{megabytes(run.manifest.result.file_bytes)}, as large as the source. Packing them:",
-            measured=False,
-            command=f"secateur compress {run.folder} --output SMALL",
-        )
+        return not_packed(run)
     saved = 1 - found.ratio
     against = f"{megabytes(found.file_bytes)} instead of {megabytes(found.bfloat16_bytes)}"
     return Claim(
@@ -91,6 +84,25 @@ def smaller(run: ReportedRun) -> Claim:
 def gain_tone(gained: bool) -> Tone:
     """The tone of a size: good if it is smaller."""
     return "good" if gained else "bad"
+
+
+def not_packed(run: ReportedRun) -> Claim:
+    """That zeros are stored as zeros, and what the same weights take in other files."""
+    result, source = run.manifest.result, run.manifest.source
+    sizes = [f"{megabytes(result.file_bytes)} in this folder"]
+    if result.parameters:
+        sizes.append(f"{megabytes(2 * result.parameters)} as dense bfloat16")
+    if source.file_bytes:
+        sizes.append(f"{megabytes(source.file_bytes)} in {bare_name(source.name)}")
+    place = shlex.quote(str(run.folder))
+    return Claim(
+        "Smaller by",
+        "not packed",
+        f"{percent(result.decoder_sparsity)} of the decoder's weights are zero, and stored as "
+        f"zeros: {', '.join(sizes)}. To pack them:",
+        measured=False,
+        command=f"secateur compress {place} --output {place}-small",
+    )
 
 
 def speed_gain(run: ReportedRun) -> tuple[str, float, float] | None:

@@ -65,6 +65,7 @@ class CompressResult(Result):
         negative_zeros: zeros that were −0.0 and are +0.0 now.
         seconds: wall time.
         rounding: how calibration helped to round to int8, if it did.
+        value_error: ‖W − Ŵ‖ / ‖W‖ of the linears, Ŵ being the values stored; 0 if nothing was lost.
     """
 
     output: Path
@@ -78,6 +79,7 @@ class CompressResult(Result):
     negative_zeros: int = 0
     seconds: float = 0.0
     rounding: dict[str, Any] = field(default_factory=dict)
+    value_error: float = 0.0
 
     @property
     def bfloat16_bytes(self) -> int:
@@ -109,6 +111,7 @@ class CompressResult(Result):
             "formats": {name: stored_json(stored) for name, stored in self.formats.items()},
             "embeddings": stored_json(self.embeddings),
             "rounding": self.rounding,
+            "value_error": self.value_error,
             "seconds": self.seconds,
         }
 
@@ -162,6 +165,7 @@ class CompressResult(Result):
             negative_zeros=record["negative_zeros"],
             seconds=record["seconds"],
             rounding=record["rounding"],
+            value_error=record["value_error"],
         )
 
 

@@ -32,13 +32,14 @@ class PlanResult(Result):
     def blocks(self) -> Sequence[Block]:
         """One table."""
         plan = self.plan
-        matrices, square_bytes = plan.squares
+        out, columns = plan.solve_shape
         rows = [
             ("decoder layers", f"{plan.num_hidden_layers}"),
             ("weights that can be pruned", f"{plan.prunable_weights:,}"),
             ("not pruned", not_pruned(plan.left)),
             ("calibration tokens", f"{plan.calibration_tokens:,}"),
             ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
+            *([("time on this machine", time_span(*plan.seconds))] if plan.seconds else []),
             ("disk", gib(plan.disk_bytes)),
             ("memory: the program itself", mib(plan.process_bytes)),
             ("memory: one decoder layer", mib(plan.layer_bytes)),
@@ -46,8 +47,9 @@ class PlanResult(Result):
             ("memory: forwards", mib(plan.forward_bytes + plan.waiting_bytes)),
             ("memory: statistics and solver", mib(plan.solve_bytes)),
         ]
+        if out:
+            rows.append(("  the linear that takes most", f"{out} x {columns}"))
         optional = {
-            f"  of that {matrices}": square_bytes,
             "memory: the whole model, generating windows": plan.writing_bytes,
             "memory: the whole model, distilled": plan.distilling_bytes,
         }
@@ -58,3 +60,13 @@ class PlanResult(Result):
         if plan.on_gpu:
             rows.append(("peak memory of the host", gib(plan.host_peak_bytes)))
         return [Table.of("plan", ("", ""), rows)]
+
+
+def time_span(least: float, most: float) -> str:
+    """The least and the most time in seconds, minutes or hours.
+
+    >>> time_span(4, 30), time_span(200, 400), time_span(7000, 20000)
+    ('4 to 30 s', '3 to 7 min', '2 to 6 h')
+    """
+    unit, name = (1, "s") if most < 120 else (60, "min") if most < 7200 else (3600, "h")
+    return f"{least / unit:.0f} to {most / unit:.0f} {name}"

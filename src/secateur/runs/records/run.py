@@ -29,6 +29,7 @@ class Source(Record):
     name: str
     kind: str
     revision: str | None = None
+    file_bytes: int | None = None
 
 
 class Cost(Record):
@@ -199,6 +200,7 @@ class Compression(Record):
     formats: dict[str, dict[str, float]] = Field(default_factory=dict)
     embeddings: dict[str, float] = Field(default_factory=dict)
     rounding: dict[str, Any] = Field(default_factory=dict)
+    value_error: float | None = None
     seconds: float = 0.0
 
 

@@ -72,6 +72,11 @@ class Allocation(Protocol):
     """What it asks of the run's method: `score`, `solver`, both or nothing."""
 
     @property
+    def judged_tokens(self) -> int:
+        """Tokens on which candidates are judged by the whole model; 0 where there is no search."""
+        ...
+
+    @property
     def reach(self) -> float:
         """How far the sparsity of a linear may lie from the target; 0 for uniform."""
         ...
@@ -88,6 +93,13 @@ class Allocation(Protocol):
 
     def disk_bytes(self, weights: int, itemsize: int) -> int:
         """Space that what is kept takes, for so many competing weights of this size."""
+        ...
+
+    def working_bytes(self, weights: int, itemsize: int) -> int:
+        """Memory that `look` takes for a layer with so many competing weights of this size.
+
+        The layer, its statistics and the run's own method come on top.
+        """
         ...
 
     def tokens(self, calibration: int) -> int:

@@ -49,6 +49,7 @@ class GlobalThreshold:
     reach: float = 0.15
     requires: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset({"score"})
+    judged_tokens: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.reach <= 1:
@@ -86,6 +87,10 @@ class GlobalThreshold:
     def disk_bytes(self, weights: int, itemsize: int) -> int:
         """Float32 scores."""
         return 4 * weights
+
+    def working_bytes(self, weights: int, itemsize: int) -> int:
+        """The scores that are kept of it."""
+        return self.disk_bytes(weights, itemsize)
 
     def tokens(self, calibration: int) -> int:
         """One pass, if the score needs inputs."""

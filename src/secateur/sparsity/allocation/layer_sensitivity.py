@@ -50,6 +50,7 @@ class LayerSensitivity:
     reference: float = 0.5
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
+    judged_tokens: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not (0 <= self.half_range <= _WIDEST and 0 < self.reference < 1):
@@ -91,6 +92,10 @@ class LayerSensitivity:
     def disk_bytes(self, weights: int, itemsize: int) -> int:
         """A few numbers."""
         return 0
+
+    def working_bytes(self, weights: int, itemsize: int) -> int:
+        """Three float32 copies of one linear, which is a third of its layer at most."""
+        return 4 * weights
 
     def tokens(self, calibration: int) -> int:
         """One pass."""

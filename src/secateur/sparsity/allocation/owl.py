@@ -54,6 +54,7 @@ class OWL:
     half_range: float = 0.08
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
     uses: ClassVar[frozenset[str]] = frozenset()
+    judged_tokens: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not (self.outlier_multiple > 0 and 0 <= self.half_range < 0.5):
@@ -105,6 +106,10 @@ class OWL:
     def disk_bytes(self, weights: int, itemsize: int) -> int:
         """A few numbers."""
         return 0
+
+    def working_bytes(self, weights: int, itemsize: int) -> int:
+        """Three float32 copies of one linear, which is a third of its layer at most."""
+        return 4 * weights
 
     def tokens(self, calibration: int) -> int:
         """One pass."""

@@ -163,6 +163,10 @@ class Search:
         """Tokens that the last stage judges by."""
         return self.stages[-1][1]
 
+    def working_bytes(self, weights: int, itemsize: int) -> int:
+        """Every level that is kept of it."""
+        return self.disk_bytes(weights, itemsize)
+
     def tokens(self, calibration: int) -> int:
         """One pass for the levels; then the dense model, two starts, and every stage."""
         tokens, entering = 3 * self.judged_tokens, self.offspring

@@ -21,6 +21,7 @@ class Uniform:
 
     requires: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset()
+    judged_tokens: ClassVar[int] = 0
 
     reach = 0.0
 
@@ -35,6 +36,10 @@ class Uniform:
         return dict.fromkeys(grains, sparsity)
 
     def disk_bytes(self, weights: int, itemsize: int) -> int:
+        """None."""
+        return 0
+
+    def working_bytes(self, weights: int, itemsize: int) -> int:
         """None."""
         return 0
 

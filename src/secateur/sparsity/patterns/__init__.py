@@ -20,6 +20,7 @@ from secateur.types import Mask, Score, Weight
 
 __all__ = [
     "Pattern",
+    "WholeUnits",
     "check_score",
     "check_sparsity",
     "misplaced",
@@ -52,6 +53,16 @@ class Pattern(Protocol):
     @property
     def sparsity(self) -> float | None:
         """The one sparsity the pattern can have (1 − N/M), or None if any can be asked for."""
+        ...
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scopes that the pattern can have."""
+        ...
+
+    @property
+    def whole_units(self) -> bool:
+        """Whether whole columns go together; then the pattern is a `WholeUnits`."""
         ...
 
     def check(self, shape: tuple[int, int], sparsity: float) -> None:
@@ -87,6 +98,28 @@ class Pattern(Protocol):
         Raises:
             PatternError: the pattern's weights compete only within a group (N:M).
         """
+        ...
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """The most memory that `mask` takes for scores [out, in], besides them."""
+        ...
+
+
+class WholeUnits(Pattern, Protocol):
+    """The contract of a pattern whose `whole_units` is True: units are groups of columns."""
+
+    @property
+    def width(self) -> int:
+        """How many consecutive columns are a unit."""
+        ...
+
+    @property
+    def among(self) -> int:
+        """Within how many consecutive units they compete, as many going in each; 0: all."""
+        ...
+
+    def units_pruned(self, inputs: int, sparsity: float) -> int:
+        """How many units of a matrix with so many inputs are pruned."""
         ...
 
 

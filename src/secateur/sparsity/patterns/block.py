@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.errors import PatternError, ShapeError
 from secateur.sparsity.exact_count import keep_largest, pruned_count
 from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
-from secateur.types import Mask, Score
+from secateur.types import Mask, Score, float32_bytes
 
 __all__ = ["Block"]
 
@@ -45,6 +45,8 @@ class Block:
     scope: str = "layer"
 
     sparsity = None
+    scopes = ("layer", "global")
+    whole_units = False
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
@@ -57,7 +59,7 @@ class Block:
                 f"{self.rows} row(s), and a row has few blocks",
                 remedy="use scope 'layer' or 'global'",
             )
-        if self.scope not in ("layer", "global"):
+        if self.scope not in self.scopes:
             raise PatternError(
                 f"blocks have no scope {self.scope!r}", remedy="use scope 'layer' or 'global'"
             )
@@ -124,3 +126,7 @@ class Block:
         )
         kept = kept.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
         return within(kept, allowed)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """One float32 copy of the scores."""
+        return float32_bytes(shape)

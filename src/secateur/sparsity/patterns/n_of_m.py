@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from secateur.errors import PatternError, ShapeError
 from secateur.sparsity.exact_count import keep_largest
 from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
-from secateur.types import Mask, Score
+from secateur.types import Mask, Score, float32_bytes
 
 __all__ = ["NOfM"]
 
@@ -44,6 +44,8 @@ class NOfM:
     group: int
 
     scope = "group"
+    scopes = ("group",)
+    whole_units = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.kept < self.group:
@@ -130,3 +132,7 @@ class NOfM:
         groups = unit_scores(lambda each: each, score, allowed).reshape(-1, self.group)
         kept = keep_largest(groups, self.group - self.kept).reshape(score.shape)
         return within(kept, allowed)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """One float32 copy of the scores."""
+        return float32_bytes(shape)

@@ -8,11 +8,9 @@ from secateur.errors import PatternError
 from secateur.registry import did_you_mean
 from secateur.sparsity.exact_count import keep_largest, pruned_count
 from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
-from secateur.types import Mask, Score
+from secateur.types import Mask, Score, float32_bytes
 
 __all__ = ["Unstructured"]
-
-_SCOPES = ["row", "layer", "global"]
 
 
 @patterns.register("unstructured")
@@ -46,12 +44,14 @@ class Unstructured:
     name = "unstructured"
     columns_together = 1
     sparsity = None
+    scopes = ("row", "layer", "global")
+    whole_units = False
 
     def __post_init__(self) -> None:
-        if self.scope not in _SCOPES:
+        if self.scope not in self.scopes:
             raise PatternError(
                 f"unstructured sparsity has no scope {self.scope!r}",
-                remedy=did_you_mean(self.scope, _SCOPES),
+                remedy=did_you_mean(self.scope, list(self.scopes)),
             )
 
     @classmethod
@@ -97,3 +97,7 @@ class Unstructured:
         competing = score if self.scope == "row" else score.reshape(1, -1)
         count = pruned_count(competing.shape[1], sparsity)
         return within(keep_largest(competing, count).reshape(score.shape), allowed)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Half a float32 copy of the scores in torch, one and a half in numpy."""
+        return 2 * float32_bytes(shape)

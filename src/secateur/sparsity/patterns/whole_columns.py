@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.errors import PatternError, ShapeError
 from secateur.sparsity.exact_count import keep_largest, pruned_count
 from secateur.sparsity.patterns import patterns, unit_scores, within
-from secateur.types import Mask, Score
+from secateur.types import Mask, Score, float32_bytes
 
 __all__ = ["WholeColumns"]
 
@@ -50,6 +50,8 @@ class WholeColumns:
 
     sparsity = None
     scope = "layer"
+    scopes = ("layer",)
+    whole_units = True
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.multiple < 1 or self.among < 0:
@@ -104,7 +106,7 @@ class WholeColumns:
                 remedy="leave this matrix out, or choose numbers that divide its inputs",
             )
 
-    def groups_pruned(self, inputs: int, sparsity: float) -> int:
+    def units_pruned(self, inputs: int, sparsity: float) -> int:
         """How many groups of a matrix with so many inputs are pruned."""
         groups = inputs // self.width
         if self.among:
@@ -113,7 +115,7 @@ class WholeColumns:
 
     def pruned(self, shape: tuple[int, int], sparsity: float) -> int:
         """The number of zeros in a matrix [out, in]."""
-        return self.groups_pruned(shape[1], sparsity) * self.width * shape[0]
+        return self.units_pruned(shape[1], sparsity) * self.width * shape[0]
 
     def step(self, shape: tuple[int, int]) -> int:
         """The weights of as many groups as are pruned together."""
@@ -135,7 +137,7 @@ class WholeColumns:
         rows, columns = score.shape
         self.check((rows, columns), sparsity)
         groups = unit_scores(self.units, score, allowed)
-        pruned = self.groups_pruned(columns, sparsity)
+        pruned = self.units_pruned(columns, sparsity)
         if self.among:
             parts = groups.view(-1, self.among)
             kept = keep_largest(parts, pruned // len(parts)).view(1, -1)
@@ -143,3 +145,7 @@ class WholeColumns:
             kept = keep_largest(groups, pruned)
         kept = kept.repeat_interleave(self.width, 1).expand(rows, -1)
         return within(kept, allowed).contiguous()
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """One float32 copy of the scores."""
+        return float32_bytes(shape)

@@ -21,7 +21,7 @@ class Refinement(Protocol):
     """The contract of a refinement."""
 
     requires: ClassVar[frozenset[str]]
-    """Names of the statistics that must be gathered."""
+    """Names of the statistics it reads."""
 
     def refine(
         self,
@@ -36,6 +36,10 @@ class Refinement(Protocol):
         Raises:
             PatternError: the refinement cannot keep the zeros of this pattern.
         """
+        ...
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """The most memory it takes for a weight [out, in], besides weight, mask, statistics."""
         ...
 
 

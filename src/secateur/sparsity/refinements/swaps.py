@@ -12,7 +12,7 @@ from secateur.errors import PatternError, RecipeError
 from secateur.sparsity.hessian import check_gram, check_weight
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.refinements import refinements
-from secateur.types import Gram, Mask, Statistics, Weight
+from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["SparseSwaps"]
 
@@ -20,6 +20,8 @@ __all__ = ["SparseSwaps"]
 # within N:M groups stay below so many entries.
 _CHUNK_ROWS = 512
 _CHUNK_ENTRIES = 2**24
+# The M of N:M up to which `working_bytes` counts the pairs of all these rows.
+_USUAL_GROUP = 8
 # Columns of the gram that are held in float64 at a time.
 _EXACT_COLUMNS = 256
 # A swap must lower the error of its row by this share of what it was at first: less is rounding.
@@ -114,6 +116,12 @@ class SparseSwaps:
             worse = _error_change(row_weight, mask[chunk], kept, gram) > 0
             refined[chunk] = torch.where(worse[:, None], mask[chunk], kept)
         return refined
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Three copies of the weight, columns of the gram in float64, the pairs of some rows."""
+        pairs = min(_CHUNK_ENTRIES, _CHUNK_ROWS * shape[1] * _USUAL_GROUP)
+        columns = 2 * float32_bytes((shape[1], _EXACT_COLUMNS))
+        return 3 * float32_bytes(shape) + 2 * columns + 3 * float32_bytes((pairs,))
 
     def _swap(self, weight: Tensor, mask: Tensor, gram: Gram, group: int | None) -> Tensor:
         """Sweep over the rows that still find a swap, until none does."""

@@ -1,6 +1,6 @@
 """Scores: how important is each weight? One file each; higher = keep.
 
-A score is a frozen dataclass that names the statistics it `requires` and maps a weight [out, in]
+A score is a frozen dataclass. It names the statistics it `requires`, and maps a weight [out, in]
 and those statistics to a float32 score [out, in].
 """
 
@@ -19,10 +19,17 @@ class ScoreFunction(Protocol):
     """The contract of a score."""
 
     requires: ClassVar[frozenset[str]]
-    """Names of the statistics that must be gathered: see `secateur.types.Statistics`."""
+    """Names of the statistics it reads: see `secateur.types.Statistics`."""
+
+    whole_units: ClassVar[bool]
+    """Whether it scores whole columns, so that it fits no pattern of single weights."""
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score every weight; must not change its arguments."""
+        ...
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """The most memory it takes for a weight [out, in], besides the weight and statistics."""
         ...
 
 

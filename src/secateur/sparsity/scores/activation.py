@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["Activation"]
 
@@ -33,8 +33,13 @@ class Activation:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
+    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in]; reads `column_norm`, float32 [in]."""
         energy = statistics["column_norm"].square() / len(weight)
         return energy.expand(len(weight), -1).clone()
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """One float32 copy of the weight."""
+        return float32_bytes(shape)

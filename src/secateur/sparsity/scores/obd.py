@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["OBD"]
 
@@ -32,7 +32,12 @@ class OBD:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"fisher"})
+    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `fisher`, float32 [out, in]."""
         return weight.detach().float().square().mul_(statistics["fisher"]).mul_(0.5)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight."""
+        return 2 * float32_bytes(shape)

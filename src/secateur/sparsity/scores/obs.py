@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.sparsity.hessian import check_damping, inverse_factor
+from secateur.sparsity.hessian import FACTOR_SQUARES, check_damping, inverse_factor
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["OBSScore"]
 
@@ -40,6 +40,7 @@ class OBSScore:
 
     damping: float = 0.01
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    whole_units: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -54,3 +55,7 @@ class OBSScore:
         inverse_diagonal = factor.square().sum(0)  # H⁻¹ = UᵀU
         score = weight.detach().float().square().div_(inverse_diagonal)
         return score.masked_fill_(dead, 0.0)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight, and the matrices of the factorisation."""
+        return 2 * float32_bytes(shape) + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["RIA"]
 
@@ -40,6 +40,7 @@ class RIA:
 
     a: float = 0.5
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
+    whole_units: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.a < float("inf"):
@@ -52,6 +53,10 @@ class RIA:
         relative = magnitude / _one_if_zero(column_sum)
         relative += magnitude / _one_if_zero(row_sum)
         return relative.mul_(statistics["column_norm"].pow(self.a))
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Four float32 copies of the weight."""
+        return 4 * float32_bytes(shape)
 
 
 def _one_if_zero(sums: Tensor) -> Tensor:

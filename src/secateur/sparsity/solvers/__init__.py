@@ -41,10 +41,23 @@ class Solver(Protocol):
     """The contract of a solver."""
 
     requires: ClassVar[frozenset[str]]
-    """Names of the statistics that must be gathered."""
+    """Names of the statistics it reads."""
 
     selects_by: ClassVar[str | None]
     """The score by which the solver chooses the mask itself while it works; None if it cannot."""
+
+    whole_units: ClassVar[bool]
+    """Whether it chooses whole columns only (`patterns.WholeUnits`)."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it changes weights that stay for more than the pruned ones' sake."""
+        ...
+
+    @property
+    def shifts(self) -> bool:
+        """Whether its solutions have a `shift` for the bias."""
+        ...
 
     def prepare(self, statistics: Statistics) -> Any:
         """Whatever can be computed from the input alone, once per group of linears."""
@@ -60,6 +73,21 @@ class Solver(Protocol):
         mask: Mask | None = None,
     ) -> Solution:
         """Solve one linear; a given mask is held, otherwise the solver selects one."""
+        ...
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """The most memory that `prepare` and `solve` take for a weight [out, in].
+
+        The weight, the statistics and the mask come on top. What may become necessary counts: a
+        matrix that float32 cannot factorise is factorised in float64.
+        """
+        ...
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """Floating-point operations of the factorisations that one linear needs for itself.
+
+        They grow with the rows, and can take hours; what linears share counts as 0.
+        """
         ...
 
 

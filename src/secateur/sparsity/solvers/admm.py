@@ -19,7 +19,7 @@ from secateur.sparsity.hessian import (
 )
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
-from secateur.types import Gram, Mask, Statistics, Weight
+from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["ADMM", "PreparedProximal"]
 
@@ -84,6 +84,9 @@ class ADMM:
     iterations: int = 20
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = None
+    whole_units: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -154,3 +157,11 @@ class ADMM:
             mask=mask,
             error=relative_output_error(weight, solved, prepared.gram),
         )
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Six float32 copies of the weight, three of the gram."""
+        return 6 * float32_bytes(shape) + 3 * float32_bytes((shape[1], shape[1]))
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """0: linears share all factorisations."""
+        return 0.0

@@ -20,7 +20,7 @@ from secateur.sparsity.hessian import (
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.shifted_inverse import ShiftedInverse
 from secateur.sparsity.solvers import Solution, solvers
-from secateur.types import Gram, Mask, Statistics, Weight
+from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["ALPS", "ScaledGram"]
 
@@ -109,6 +109,9 @@ class ALPS:
     refit_steps: int = 10
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "wanda"
+    whole_units: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -173,6 +176,17 @@ class ALPS:
         return Solution(
             weight=solved, mask=mask, error=relative_output_error(weight, solved, prepared.gram)
         )
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Ten float32 copies of the weight, nine of the gram.
+
+        Those are A, the sum of inverses, three of them, and four for the last in the making.
+        """
+        return 10 * float32_bytes(shape) + 9 * float32_bytes((shape[1], shape[1]))
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """0: linears share all factorisations."""
+        return 0.0
 
     def _search(
         self, dense: Tensor, target: Tensor, prepared: ScaledGram, pattern: Pattern, sparsity: float

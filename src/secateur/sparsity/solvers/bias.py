@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
-from secateur.types import Mask, Statistics, Weight
+from secateur.types import Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["Bias"]
 
@@ -41,6 +41,8 @@ class Bias:
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_mean"})
     selects_by: ClassVar[str | None] = None
+    whole_units: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
     shifts: ClassVar[bool] = True
 
     def prepare(self, statistics: Statistics) -> Float32[Tensor, " in"]:
@@ -65,3 +67,11 @@ class Bias:
         dense = weight.detach().float()
         shift = dense.masked_fill(mask, 0.0) @ prepared
         return Solution(dense.masked_fill(~mask, 0.0), mask, error=None, shift=shift)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Three float32 copies of the weight."""
+        return 3 * float32_bytes(shape)
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """0: linears share all factorisations."""
+        return 0.0

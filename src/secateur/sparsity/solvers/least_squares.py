@@ -20,7 +20,7 @@ from secateur.sparsity.hessian import (
 )
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
-from secateur.types import Gram, Mask, Statistics, Weight
+from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["LeastSquares", "PreparedHessian", "systems_bytes"]
 
@@ -81,6 +81,9 @@ class LeastSquares:
     damping: float = 0.01
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = None
+    whole_units: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -144,6 +147,10 @@ class LeastSquares:
             mask=mask,
             error=relative_output_error(weight, solved, prepared.gram),
         )
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Five float32 copies of the weight, and the systems of a chunk (`systems_bytes`)."""
+        return 5 * float32_bytes(shape) + systems_bytes(*shape)
 
 
 def systems_bytes(rows: int, columns: int) -> int:

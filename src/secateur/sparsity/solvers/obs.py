@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.errors import RecipeError
 from secateur.quantization.int8 import LARGEST, grid_rows
 from secateur.sparsity.hessian import (
+    FACTOR_SQUARES,
     check_damping,
     check_weight,
     inverse_factor,
@@ -19,7 +20,7 @@ from secateur.sparsity.hessian import (
 )
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, solvers
-from secateur.types import Gram, Mask, Statistics, Weight
+from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["OBS", "PreparedGram"]
 
@@ -95,6 +96,8 @@ class OBS:
     bits: int = 0
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
+    whole_units: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -166,6 +169,14 @@ class OBS:
             mask=kept.t().contiguous() if mask is None else mask,
             error=relative_output_error(weight, solved, prepared.gram),
         )
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Six float32 copies of the weight, and the matrices of the factorisation."""
+        return 6 * float32_bytes(shape) + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """0: linears share all factorisations."""
+        return 0.0
 
     def _sweep(
         self,

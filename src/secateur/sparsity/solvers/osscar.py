@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from secateur.errors import PatternError, RecipeError
-from secateur.sparsity.hessian import check_damping, check_weight, inverse_factor
-from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.patterns.whole_columns import WholeColumns
+from secateur.sparsity.hessian import FACTOR_SQUARES, check_damping, check_weight, inverse_factor
+from secateur.sparsity.patterns import Pattern, WholeUnits
 from secateur.sparsity.solvers import Solution, solvers
-from secateur.sparsity.solvers.least_squares import LeastSquares, PreparedHessian
-from secateur.types import Mask, Statistics, Weight
+from secateur.sparsity.solvers.least_squares import LeastSquares, PreparedHessian, systems_bytes
+from secateur.types import Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["OSSCAR", "PreparedUnits"]
 
@@ -77,7 +76,9 @@ class OSSCAR:
     batch: int = 8
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
-    of_units: ClassVar[bool] = True
+    whole_units: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -115,23 +116,35 @@ class OSSCAR:
             NumericalError: a weight is infinite or not a number, or H is not positive definite.
         """
         if mask is None:
-            if not isinstance(pattern, WholeColumns):
+            if not pattern.whole_units:
                 raise PatternError(
                     f"the solver 'osscar' cannot choose weights for the pattern {pattern.name!r}",
                     remedy="use whole columns, such as '*x1', or the solver 'obs'",
                 )
             pattern.check((weight.shape[0], weight.shape[1]), sparsity)
-            mask = self.choose(weight, prepared, pattern, sparsity)
+            mask = self.choose(weight, prepared, cast(WholeUnits, pattern), sparsity)
         refit = LeastSquares(self.damping)
         return refit.solve(weight, prepared.refit, pattern, sparsity, mask=mask)
 
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Seven float32 copies of the weight, H⁻¹ in the making, and the last refit's systems."""
+        return (
+            7 * float32_bytes(shape)
+            + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
+            + systems_bytes(*shape)
+        )
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """Those of the last refit; all rows have the same zeros."""
+        return LeastSquares(self.damping).flops(shape, pattern, sparsity)
+
     def choose(
-        self, weight: Weight, prepared: PreparedUnits, pattern: WholeColumns, sparsity: float
+        self, weight: Weight, prepared: PreparedUnits, pattern: WholeUnits, sparsity: float
     ) -> Mask:
         """The mask of the units that are left when enough have gone."""
         check_weight(weight)
         rows, columns = weight.shape
-        left = pattern.groups_pruned(columns, sparsity)
+        left = pattern.units_pruned(columns, sparsity)
         alive = torch.ones(columns // pattern.width, dtype=torch.bool, device=weight.device)
         if left == len(alive):
             alive[:] = False
@@ -140,7 +153,7 @@ class OSSCAR:
             inverse = factor.t() @ factor
             now = weight.detach().float().masked_fill(dead, 0.0)
             together = self.batch if pattern.width == 1 else 1
-            allowed = pattern.groups_pruned(pattern.columns_together, sparsity)
+            allowed = pattern.units_pruned(pattern.columns_together, sparsity)
             together = 1 if pattern.among else together
             while left:
                 stays = ~alive

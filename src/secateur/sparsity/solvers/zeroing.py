@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
-from secateur.types import Mask, Statistics, Weight
+from secateur.types import Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["Zeroing"]
 
@@ -29,6 +29,9 @@ class Zeroing:
 
     requires: ClassVar[frozenset[str]] = frozenset()
     selects_by: ClassVar[str | None] = None
+    whole_units: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     def prepare(self, statistics: Statistics) -> None:
         """Nothing to compute from the inputs."""
@@ -50,3 +53,11 @@ class Zeroing:
         mask = required_mask(mask, "zero")
         pruned = weight.detach().float().masked_fill(~mask, 0.0)
         return Solution(weight=pruned, mask=mask, error=None)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Three float32 copies of the weight."""
+        return 3 * float32_bytes(shape)
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """0: linears share all factorisations."""
+        return 0.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
 from secateur.runtime.choice import (
     AUTO,
+    KEEP,
     LayoutChoice,
     choose_layout,
+    squared_loss,
     values_for,
     without_negative_zeros,
 )
@@ -57,10 +59,19 @@ class StoragePlan:
     Attributes:
         choices: of the matrices that were looked at, by stored name.
         dtypes: of every tensor that is stored under its own name.
+        lost: ‖W − Ŵ‖² over the linears, Ŵ being the values that are stored.
+        norm: ‖W‖² over the linears.
     """
 
     choices: dict[str, LayoutChoice] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    lost: float = 0.0
+    norm: float = 0.0
+
+    @property
+    def value_error(self) -> float:
+        """‖W − Ŵ‖ / ‖W‖ over the linears; 0 where nothing was rounded."""
+        return (self.lost / self.norm) ** 0.5 if self.norm else 0.0
 
     def layout(self, name: str) -> Layout | None:
         """The layout of a tensor; None for one that stays as it is, or is only cast."""
@@ -143,9 +154,10 @@ def compress_recipe(
             reader = CheckpointReader(rounded)
             matrices = find_matrices(reader, recipe.embeddings, trust)
         made = folder.fresh_model()
-        plan = make_plan(reader, matrices, recipe.format, recipe.values, progress)
-        computed = computed_dtype(plan, matrices, recipe.values)
-        cast_others(plan, reader, recipe.values, computed)
+        values = settled_values(reader, matrices, recipe.values)
+        plan = make_plan(reader, matrices, recipe.format, values, progress)
+        computed = computed_dtype(plan, matrices, values)
+        cast_others(plan, reader, values, computed)
         files = plan_files(reader, plan)
         check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
         progress.start("packing", len(reader.entries))
@@ -193,6 +205,25 @@ def fractions(reader: CheckpointReader, matrices: dict[str, PackableMatrix]) -> 
     return found
 
 
+def settled_values(
+    reader: CheckpointReader, matrices: dict[str, PackableMatrix], values: str
+) -> str:
+    """What `auto` means for a checkpoint: bfloat16 if most of its weights are wider, else `keep`.
+
+    Most checkpoints in float32 hold models that were trained in bfloat16, or expanded from fewer
+    bits. The report says by how much the rounding moved the weights.
+    """
+    if values != AUTO:
+        return values
+    sizes = {True: 0, False: 0}
+    for name, matrix in matrices.items():
+        if matrix.prunable:
+            entry = reader.entries[name]
+            count = entry.size_bytes // entry.dtype.itemsize
+            sizes[entry.dtype.itemsize > torch.bfloat16.itemsize] += count
+    return "bfloat16" if sizes[True] > sizes[False] else KEEP
+
+
 def make_plan(
     reader: CheckpointReader,
     matrices: dict[str, PackableMatrix],
@@ -218,6 +249,9 @@ def make_plan(
             values=wanted,
             transposed=matrix.transposed,
         )
+        if matrix.prunable:
+            lost, norm = squared_loss(weight, wanted)
+            plan.lost, plan.norm = plan.lost + lost, plan.norm + norm
         progress.step(note=name)
     progress.finish()
     chosen = [c.layout.format for name, c in plan.choices.items() if matrices[name].prunable]
@@ -234,7 +268,7 @@ def computed_dtype(
     plan: StoragePlan, matrices: dict[str, PackableMatrix], values: str
 ) -> torch.dtype:
     """What the model computes in: the values' dtype, and bfloat16 for int8."""
-    if values != AUTO:
+    if values != KEEP:
         return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
     weights: dict[torch.dtype, int] = {}
     for name, choice in plan.choices.items():
@@ -256,7 +290,7 @@ def cast_others(
         if chosen is not None:
             plan.dtypes[name] = chosen.layout.dtype
         else:
-            plan.dtypes[name] = computed if wider and values != AUTO else entry.dtype
+            plan.dtypes[name] = computed if wider and values != KEEP else entry.dtype
 
 
 def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]:
@@ -353,6 +387,7 @@ def make_report(
         embeddings=embeddings,
         archive=packed.archive,
         negative_zeros=negative_zeros,
+        value_error=plan.value_error,
         rounding=rounding,
         seconds=time.perf_counter() - begun,
     )
@@ -364,5 +399,5 @@ def write_notes(
     """Write the record of the compression and the card."""
     record = declared(Compression, report.to_json() | {"source": source.name})
     write_json(folder.notes / COMPRESSION, record)
-    card = compression_card(report, asdict(source), source.folder, output)
+    card = compression_card(report, source.record(), source.folder, output)
     write_text(folder.model / "README.md", card)

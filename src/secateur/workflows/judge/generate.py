@@ -8,7 +8,7 @@ from pathlib import Path
 from secateur.errors import RecipeError
 from secateur.reporting.results.generate import GenerateResult
 from secateur.runtime.sampling import Sampling
-from secateur.workflows.judge.session import Message, Session
+from secateur.workflows.judge.session import Message, TextSession
 
 __all__ = ["Conversation", "generate"]
 
@@ -91,7 +91,7 @@ class Conversation:
             raise RecipeError(
                 f"max_new_tokens is {max_new_tokens}", remedy="give at least one new token"
             )
-        self.session = Session(model, trust_remote_code=trust_remote_code)
+        self.session = TextSession(model, trust_remote_code=trust_remote_code)
         self.max_new_tokens, self.stop = max_new_tokens, stop
         self.sampling = sampling or Sampling()
         self.start: list[Message] = []

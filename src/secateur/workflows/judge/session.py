@@ -20,7 +20,7 @@ from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import Sampling
 
-__all__ = ["Message", "Session", "TextStream"]
+__all__ = ["Message", "TextSession", "TextStream"]
 
 POSITIONS = "max_position_embeddings"
 NEW_TOKENS = 256
@@ -81,7 +81,7 @@ class TextStream:
         self.pass_on(len(self.text))
 
 
-class Session:
+class TextSession:
     """A model in memory.
 
     Args:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
-from secateur.engine.choose.survey import settled_allocation
+from secateur.engine.choose.allocate import settled_allocation
 from secateur.engine.plan import Plan
+from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage
-from secateur.engine.prune.run import Run, Settings
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.errors import RecipeError
 from secateur.models.inventory import Left
@@ -37,14 +37,16 @@ from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.workflows.prune.distillation import distill_checkpoint
-from secateur.workflows.prune.loaded_model import carry_out, prune_module
+from secateur.workflows.prune.job import Job
+from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
     fingerprint,
     prepare,
-    reconstruction_of,
     settings_of,
+    shared_inputs,
+    tasks_for,
 )
 from secateur.workflows.prune.self_generated_text import with_own_windows
 
@@ -74,11 +76,18 @@ def plan(model: str | Path, **options: Any) -> PlanResult:
 def plan_recipe(recipe: PruneRecipe) -> PlanResult:
     """The plan of a recipe, and where its hidden states would wait."""
     prepared = prepare(recipe, only_plan=True)
-    # refuses what does not fit
-    run = run_of(prepared, settings_of(recipe, "memory", None), Ledger(), Silent())
-    chosen, activations = choose_plan(prepared, recipe.memory)
-    left = left_by(run, prepared.target.matrices())
-    return PlanResult(dataclasses.replace(chosen, left=left), activations)
+    tasks = tasks_for(prepared)
+    chosen, activations = choose_plan(prepared, tasks, recipe.memory)
+    left = left_by(tasks, prepared.target.matrices())
+    seconds = foretell_seconds(
+        tasks,
+        shared_inputs(prepared, tasks),
+        flops=chosen.flops,
+        tokens=chosen.calibration_tokens,
+        settings=settings_of(recipe, activations, None),
+        device=prepared.target.device,
+    )
+    return PlanResult(dataclasses.replace(chosen, left=left, seconds=seconds), activations)
 
 
 @takes_options_of(PruneRecipe)
@@ -125,23 +134,6 @@ def prune(
     return run_recipe(recipe, progress or Silent(), **call)
 
 
-def run_of(prepared: Prepared, settings: Settings, ledger: Ledger, progress: Progress) -> Run:
-    """The run a prepared recipe describes; checks every matrix against the pattern."""
-    return Run(
-        prepared.target,
-        prepared.method,
-        prepared.sparsity,
-        prepared.selection,
-        prepared.windows,
-        settings,
-        ledger,
-        progress,
-        reconstruction_of(prepared.recipe),
-        prepared.patterns,
-        prepared.costs,
-    )
-
-
 def run_recipe(
     recipe: PruneRecipe,
     progress: Progress,
@@ -175,7 +167,8 @@ def run_prepared(
     """Carry out a recipe that is prepared, in a folder that nobody has entered yet."""
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
-    chosen, activations = choose_plan(prepared, recipe.memory)
+    tasks = tasks_for(prepared)
+    chosen, activations = choose_plan(prepared, tasks, recipe.memory)
     check_free(chosen.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
@@ -186,24 +179,31 @@ def run_prepared(
         if not folder.resumed:
             refuse_unusable(prepared.target, progress)
         prepared = with_kept_windows(prepared, folder, progress)
-        run = run_of(prepared, settings_of(recipe, activations, folder.work), ledger, progress)
+        job = Job(
+            prepared.target,
+            tasks,
+            prepared.windows,
+            settings_of(recipe, activations, folder.work),
+            prepared.allocation,
+            prepared.sparsity,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
-            carry_out(run, prepared.allocation, begin(prepared, ledger, progress))
-            distilled = distill_checkpoint(prepared, run, folder, progress)
+            done = job.carry_out(ledger, progress, begin(prepared, ledger, progress))
+            distilled = distill_checkpoint(prepared, done, folder, progress)
         audit = audit_checkpoint(
             folder.model,
-            lambda name: run.method_for(name).pattern,
-            run.sparsity_of,
+            lambda name: done[name].method.pattern,
+            {name: task.sparsity for name, task in done.items()},
             trust_remote_code=recipe.trust_remote_code,
             progress=progress,
         )
         verify(audit)
         manifest = make_manifest(prepared, chosen, activations, audit, meter, folder)
         manifest["distillation"] = distilled
-        found = coverage(ledger.layers, run.target.architecture)
+        found = coverage(ledger.layers, prepared.target.architecture)
         manifest["experts"] = found and found.to_json()
-        left = left_by(run, prepared.target.matrices(), found.unseen if found else ())
+        left = left_by(done, prepared.target.matrices())
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
@@ -267,11 +267,7 @@ def make_manifest(
     method = prepared.method
     return {
         "manifest_version": MANIFEST_VERSION,
-        "source": {
-            "name": prepared.source.name,
-            "kind": prepared.source.kind,
-            "revision": prepared.source.revision,
-        },
+        "source": prepared.source.record(),
         "family": audit.family,
         "method": {
             "name": method.name,

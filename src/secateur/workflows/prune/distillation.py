@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from secateur.engine.prune.run import Run
+from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import hidden_size
 from secateur.models.experts import open_experts
@@ -45,7 +45,7 @@ SAVE_MINUTES = 5.0
 
 
 def distill_checkpoint(
-    prepared: Prepared, run: Run, folder: RunFolder, progress: Progress
+    prepared: Prepared, tasks: Tasks, folder: RunFolder, progress: Progress
 ) -> dict[str, float] | None:
     """Load the dense and the pruned model, distill, and write the layers; None if not asked for.
 
@@ -53,7 +53,7 @@ def distill_checkpoint(
     learns from the pruned model, or writes what was learned, and never mixes the two.
     """
     recipe, device = prepared.recipe, prepared.target.device
-    if not distills(recipe, run):
+    if not distills(recipe, prepared.target, tasks):
         return None
     saved, trust = folder.work / "distillation", recipe.trust_remote_code
 
@@ -63,10 +63,12 @@ def distill_checkpoint(
         )
         student = load_whole(folder.model, device, trust_remote_code=trust)
         open_experts(student)  # its parameters go by the names of the skeleton's
-        return distill_module(student, teacher, run, recipe, progress, saved)
+        assert prepared.windows is not None
+        target, windows = prepared.target, prepared.windows
+        return distill_module(student, teacher, target, tasks, windows, recipe, progress, saved)
 
     losses = once(saved, learn_whole)
-    write_layers(saved, prepared.target, run)
+    write_layers(saved, prepared.target, tasks)
     return losses
 
 
@@ -82,23 +84,24 @@ def once(saved: Path, learn: Callable[[], dict[str, float]]) -> dict[str, float]
 def distill_module(
     student: Any,
     teacher: Any,
-    run: Run,
+    target: Target,
+    tasks: Tasks,
+    windows: Windows,
     recipe: PruneRecipe,
     progress: Progress,
     saved: Path | None = None,
 ) -> dict[str, float]:
     """Let a pruned model learn from the dense one; its loss before and after."""
-    assert run.windows is not None
-    pruned = [f"{name}.weight" for name, sparsity in run.sparsity_of.items() if sparsity > 0]
+    pruned = [f"{name}.weight" for name, task in tasks.items() if task.sparsity > 0]
     trained = [
         name
-        for index in pruned_layers(run)
-        for name in parameter_names(run.target, index)
+        for index in pruned_layers(target, tasks)
+        for name in parameter_names(target, index)
         if student.get_parameter(name).is_floating_point()
     ]
     masks = Masks({name: student.get_parameter(name).detach() != 0 for name in pruned})
     how, seed = recipe.distillation, recipe.calibration.seed
-    return learn(student, teacher, trained, masks, run.windows, how, seed, progress, saved)
+    return learn(student, teacher, trained, masks, windows, how, seed, progress, saved)
 
 
 def learn(
@@ -161,15 +164,15 @@ def learn(
     }
 
 
-def distills(recipe: PruneRecipe, run: Run) -> bool:
-    """Whether distillation is asked for, and there is something to be mended."""
-    return recipe.distillation.epochs > 0 and bool(pruned_layers(run))
+def distills(recipe: PruneRecipe, target: Target, tasks: Tasks) -> bool:
+    """Whether the recipe distills, and something is pruned that distillation can repair."""
+    return recipe.distillation.epochs > 0 and bool(pruned_layers(target, tasks))
 
 
-def pruned_layers(run: Run) -> list[int]:
+def pruned_layers(target: Target, tasks: Tasks) -> list[int]:
     """The decoder layers of which something is pruned; the others stay as they are."""
-    names = [name for name, sparsity in run.sparsity_of.items() if sparsity > 0]
-    starts = [run.target.architecture.layer_name(i) + "." for i in range(len(run.target.layers))]
+    names = [name for name, task in tasks.items() if task.sparsity > 0]
+    starts = [target.architecture.layer_name(i) + "." for i in range(len(target.layers))]
     return [i for i, start in enumerate(starts) if any(name.startswith(start) for name in names)]
 
 
@@ -179,11 +182,11 @@ def parameter_names(target: Target, index: int) -> list[str]:
     return [f"{prefix}.{name}" for name, _ in target.layers[index].named_parameters()]
 
 
-def write_layers(saved: Path, target: Target, run: Run) -> None:
+def write_layers(saved: Path, target: Target, tasks: Tasks) -> None:
     """Write the layers as they were learned over those of the checkpoint."""
     with safe_open(saved / FINAL, "pt") as learned:
         there = set(learned.keys())
-        for index in pruned_layers(run):
+        for index in pruned_layers(target, tasks):
             names = [name for name in parameter_names(target, index) if name in there]
             with target.layer(index):
                 for name in names:

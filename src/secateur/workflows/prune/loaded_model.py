@@ -1,4 +1,4 @@
-"""Pruning a loaded model in place, and the steps it shares with pruning a checkpoint."""
+"""Pruning a loaded model in place."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.calibration.statistics import of_gradients
 from secateur.calibration.windows import check_fit, load_calibration
-from secateur.engine.choose.survey import allocate
 from secateur.engine.prune.leaving import left_by
-from secateur.engine.prune.run import Run
 from secateur.engine.prune.selection import Selection
-from secateur.engine.prune.surgery import INPUT_STATISTICS, refuse_unusable
-from secateur.engine.stream.gradients import gather_gradients
+from secateur.engine.prune.surgery import refuse_unusable
+from secateur.engine.prune.tasks import tasks_of
+from secateur.engine.stream.kinds import layouts
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import text_config
 from secateur.models.experts import opened_experts
@@ -31,31 +31,18 @@ from secateur.recipes.keywords import recipe_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
-from secateur.sparsity.allocation import Allocation
 from secateur.workflows.prune.distillation import distill_module, distills
+from secateur.workflows.prune.job import Job
 from secateur.workflows.prune.prepare import (
     allocation_of,
     method_of,
-    reconstruction_of,
     settings_of,
     window_plan,
     windows_needed,
 )
 from secateur.workflows.prune.self_generated_text import own_windows
 
-__all__ = ["carry_out", "prune_module"]
-
-
-def carry_out(run: Run, allocation: Allocation, done: int) -> None:
-    """Gradients if the method needs them, the shares of the linears, then the layers."""
-    if run.method.requires - INPUT_STATISTICS:
-        assert run.windows is not None
-        assert run.settings.work is not None
-        assert run.passage is not None
-        calls = run.passage.calls_of_one_window()
-        gather_gradients(run.target, run.windows, calls, run.settings.work, run.progress)
-    allocate(run, allocation)
-    run.execute(done)
+__all__ = ["prune_module"]
 
 
 def prune_module(
@@ -75,7 +62,7 @@ def prune_module(
         windows = module_windows(recipe, calibration, tokenizer, model)
     ledger = Ledger()
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
-    needs_disk = method.requires - INPUT_STATISTICS or allocation.reach > 0
+    needs_disk = of_gradients(method.requires) or allocation.reach > 0
     scratch: Any = (
         tempfile.TemporaryDirectory(prefix="secateur-")
         if needs_disk
@@ -95,24 +82,16 @@ def prune_module(
             refuse_unusable(target, progress)
             work = Path(folder) if folder else None
             settings = settings_of(recipe, "memory", work)
-            run = Run(
-                target,
-                method,
-                sparsity,
-                selection,
-                windows,
-                settings,
-                ledger,
-                progress,
-                reconstruction_of(recipe),
-            )
-            teacher = copy.deepcopy(model) if distills(recipe, run) else None
-            carry_out(run, allocation, 0)
+            found = () if windows is None else layouts(target, windows.shape[1])
+            tasks = tasks_of(target, selection, method, sparsity, found)
+            teacher = copy.deepcopy(model) if distills(recipe, target, tasks) else None
+            job = Job(target, tasks, windows, settings, allocation, sparsity)
+            done = job.carry_out(ledger, progress)
             if teacher is not None:
-                distill_module(model, teacher, run, recipe, progress)
-            unseen = [name for layer in ledger.layers for name in layer.get("unseen", ())]
+                assert windows is not None
+                distill_module(model, teacher, target, done, windows, recipe, progress)
             matrices = target.matrices()
-            left = left_by(run, matrices, unseen)
+            left = left_by(done, matrices)
             sparsity = decoder_sparsity(model, matrices)
     finally:
         model.train(was_training)

@@ -14,9 +14,10 @@ from torch import Tensor
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
-from secateur.engine.prune.run import Settings
 from secateur.engine.prune.selection import Selection
-from secateur.engine.stream.kinds import refuse_unknown
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import LinearTask, tasks_of
+from secateur.engine.stream.kinds import layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import RecipeError
 from secateur.models.architecture import text_config
@@ -42,8 +43,9 @@ __all__ = [
     "choose_plan",
     "method_of",
     "prepare",
-    "reconstruction_of",
     "settings_of",
+    "shared_inputs",
+    "tasks_for",
     "window_plan",
     "windows_needed",
 ]
@@ -124,13 +126,13 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
         refine=recipe.refine,
         **recipe.method_parameters,
     )
-    if method.rounds and (recipe.reconstruction.passes or recipe.distillation.epochs):
+    if method.solver.rounds and (recipe.reconstruction.passes or recipe.distillation.epochs):
         raise RecipeError(
             "tuning and distillation would move rounded weights off their grid",
             remedy="leave out --tune-passes and --distill-epochs, or round afterwards: "
             "secateur compress DIR --values int8 --calibration TEXT",
         )
-    implied = getattr(method.pattern, "sparsity", None)
+    implied = method.pattern.sparsity
     sparsity = implied if recipe.sparsity is None else recipe.sparsity
     if sparsity is None:
         raise RecipeError(
@@ -155,7 +157,7 @@ def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
     """
     allocation = allocations[recipe.allocation]()
     pattern = method.pattern
-    if allocation.reach > 0 and getattr(pattern, "sparsity", None) is not None:
+    if allocation.reach > 0 and pattern.sparsity is not None:
         raise RecipeError(
             f"the pattern {pattern.name} has one sparsity for every linear, so there is nothing "
             f"for the allocation {recipe.allocation!r} to decide",
@@ -194,6 +196,7 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
         activations=activations,
         work=work,
         on_collapse=recipe.on_collapse,
+        reconstruction=reconstruction_of(recipe),
     )
 
 
@@ -321,7 +324,39 @@ def fingerprint(windows: Tensor | None) -> str | None:
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
 
 
-def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
+def tasks_for(prepared: Prepared) -> dict[str, LinearTask]:
+    """What the run of a prepared recipe does with each linear.
+
+    Raises:
+        RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
+    """
+    windows = prepared.windows
+    return tasks_of(
+        prepared.target,
+        prepared.selection,
+        prepared.method,
+        prepared.sparsity,
+        () if windows is None else layouts(prepared.target, windows.shape[1]),
+        patterns=prepared.patterns,
+        costs=prepared.costs,
+    )
+
+
+def shared_inputs(prepared: Prepared, tasks: Mapping[str, LinearTask]) -> list[tuple[str, ...]]:
+    """The full names of linears that share an input; each alone where no text is read."""
+    windows, target = prepared.windows, prepared.target
+    if windows is None:
+        return [(name,) for name in tasks]
+    return [
+        tuple(f"{target.architecture.layer_name(index)}.{name}" for name in group)
+        for index, layout in enumerate(layouts(target, windows.shape[1]))
+        for group in layout.groups
+    ]
+
+
+def choose_plan(
+    prepared: Prepared, tasks: Mapping[str, LinearTask], memory: Memory
+) -> tuple[Plan, str]:
     """Plan the run, and let hidden states wait on disk if memory would not hold them.
 
     Returns:
@@ -333,10 +368,9 @@ def choose_plan(prepared: Prepared, memory: Memory) -> tuple[Plan, str]:
     return fitting_plan(
         lambda activations: plan_run(
             prepared.target,
-            prepared.method,
+            tasks,
             prepared.planned_windows,
             settings_of(prepared.recipe, activations, None),
-            reconstruction_of(prepared.recipe),
             prepared.recipe.distillation.epochs,
             prepared.allocation,
             prepared.output_bytes,

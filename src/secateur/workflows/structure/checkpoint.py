@@ -49,6 +49,7 @@ from secateur.workflows.prune.prepare import choose_device, window_plan
 from secateur.workflows.prune.self_generated_text import with_written
 from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 from secateur.workflows.structure.latency import FILE, found_latency
+from secateur.workflows.structure.learned import check_learned
 from secateur.workflows.structure.narrow import check_width
 from secateur.workflows.structure.stages import steps_of
 from secateur.workflows.structure.step_context import NOTES, StepContext
@@ -114,7 +115,8 @@ def structure_recipe(
     folder = RunFolder(
         recipe.output, "structure", resume=resume, restart=restart, overwrite=overwrite
     )
-    folder.keep_apart(recipe.model, recipe.calibration.source)
+    domains = recipe.learned.domains if recipe.learned is not None else ()
+    folder.keep_apart(recipe.model, recipe.calibration.source, *domains)
     source = resolve(
         recipe.model,
         dtype=recipe.dtype,
@@ -124,6 +126,7 @@ def structure_recipe(
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
+    check_learned(recipe)
     aim = aim_of(recipe, skeleton)
     check_width(recipe, aim, skeleton)
     with folder:
@@ -312,7 +315,7 @@ def manifest_of(
     """Everything worth knowing about a finished cut."""
     return {
         "manifest_version": MANIFEST_VERSION,
-        "source": {"name": source.name, "kind": source.kind, "revision": source.revision},
+        "source": source.record(),
         "method": {
             "name": "structure",
             "score": recipe.score,

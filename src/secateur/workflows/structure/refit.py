@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from secateur.engine.plan import Plan, plan_run
-from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.refit import Refit, can_refit
-from secateur.engine.prune.run import Settings
+from secateur.engine.prune.selection import Selection
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import tasks_of
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import Architecture
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
@@ -95,7 +96,8 @@ def settings_of(context: StepContext, dense: CheckpointTarget) -> Settings:
     """
     memory = context.recipe.memory
     # it holds what a run does that fits writers to the uncut model: two layers, their forwards
-    method, uniform = compose("wanda", "unstructured"), allocations["uniform"]()
+    tasks = tasks_of(dense, Selection(), compose("wanda", "unstructured"), 0.5)
+    uniform = allocations["uniform"]()
 
     def settings(activations: str) -> Settings:
         return Settings(
@@ -107,7 +109,6 @@ def settings_of(context: StepContext, dense: CheckpointTarget) -> Settings:
         )
 
     def planned(activations: str) -> Plan:
-        how, none = settings(activations), Reconstruction(passes=0)
-        return plan_run(dense, method, context.windows, how, none, 0, uniform, 0)
+        return plan_run(dense, tasks, context.windows, settings(activations), 0, uniform, 0)
 
     return settings(fitting_plan(planned, memory, dense.device)[1])

@@ -18,16 +18,14 @@ from typing import Any
 from secateur.engine.choose.depth import Depth, Dropped, choose_depth
 from secateur.engine.choose.experts import expert_use, kept_experts
 from secateur.engine.choose.hidden import hidden_scores
-from secateur.engine.prune.run import Run, Settings
-from secateur.engine.prune.selection import Selection
+from secateur.engine.prune.settings import Settings
 from secateur.models.architecture import describe
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
-from secateur.runs.ledger import Ledger
-from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from secateur.workflows.structure.cut_plan import CutPlan
+from secateur.workflows.structure.learned import choose_learned
 from secateur.workflows.structure.narrow import Narrowing
 from secateur.workflows.structure.refit import RefitStep, refits
 from secateur.workflows.structure.step_context import NOTES, StepContext
@@ -74,6 +72,8 @@ class Step:
 
 def steps_of(recipe: StructureRecipe, aim: CutPlan, model: Any) -> list[Step | RefitStep]:
     """The steps that an aim takes, in order; the model is the uncut skeleton."""
+    if recipe.learned is not None:
+        return [Step("learned", choose_learned)]
     found: list[Step | RefitStep] = []
     if aim.drop_layers:
         found.append(Step("depth", choose_layers))
@@ -136,17 +136,8 @@ def choose_hidden(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
         fast_matmuls=context.recipe.fast_matmuls,
         work=context.scratch("hidden"),
     )
-    run = Run(
-        target,
-        compose("wanda", "unstructured"),
-        0.5,
-        Selection(),
-        context.windows,
-        settings,
-        Ledger(),
-        context.progress,
-    )
-    scores = hidden_scores(run, context.aim.sizes.hidden)
+    hidden = context.aim.sizes.hidden
+    scores = hidden_scores(target, context.windows, settings, hidden, context.progress)
     order = scores.argsort(descending=True, stable=True)[: context.aim.keep_hidden]
     return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
 

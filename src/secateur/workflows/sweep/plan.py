@@ -63,7 +63,7 @@ class SweepPlan:
         """
         columns = [("unstructured", sparsity) for sparsity in self.sparsities]
         for text in self.patterns:
-            implied = getattr(parse_pattern(text), "sparsity", None)
+            implied = parse_pattern(text).sparsity
             columns += [(text, s) for s in (self.sparsities if implied is None else [implied])]
         grid = [(method, kind, round(s, 6)) for method in self.methods for kind, s in columns]
         if not grid or not self.texts:
@@ -78,7 +78,7 @@ class SweepPlan:
 def point_name(key: PointKey) -> str:
     """The name of a point's folder: `wanda-50`, `wanda-2-4`, `wanda-16x1-50`."""
     method, pattern, sparsity = key
-    implied = getattr(parse_pattern(pattern), "sparsity", None)
+    implied = parse_pattern(pattern).sparsity
     kind = [] if pattern == "unstructured" else [pattern.replace(":", "-")]
     share = [f"{100 * sparsity:g}"] if implied is None else []
     return "-".join([method, *kind, *share])

@@ -238,7 +238,7 @@ class Work:
         """
         method, pattern, sparsity = key
         plan = self.plan
-        implied = getattr(parse_pattern(pattern), "sparsity", None)
+        implied = parse_pattern(pattern).sparsity
         return build_recipe(
             PruneRecipe,
             {

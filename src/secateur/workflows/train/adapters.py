@@ -1,28 +1,36 @@
-"""What of a model is trained, and what its masks do meanwhile.
+"""What learns in a training, and what its masks do.
 
-weights     the masks are held                                      the default
-lora        adapters learn, with the masks in their products; merged at the end
-gradual     the masks lose more weights every few steps
+weights     all weights learn, the masks stay                       the default
+lora        adapters learn, with the masks in their products; they are merged at the end
+gradual     the masks lose weights every few steps
+iterative   the masks lose weights in rounds, with a training after each
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.recipes.train import GradualOptions, RetrainRecipe
+from secateur.models.architecture import describe
+from secateur.recipes.train import (
+    GradualOptions,
+    IterativeOptions,
+    PruningOptions,
+    RetrainRecipe,
+)
 from secateur.sparsity.patterns import parse_pattern
-from secateur.sparsity.schedules import schedules
+from secateur.sparsity.schedules import Schedule, schedules
 from secateur.sparsity.scores import scores
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
-from secateur.training.loop import Hook
+from secateur.training.hooks import Hook
 from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
 from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup
+from secateur.training.rounds import Rounds
 from secateur.training.selecting import Criterion
 from secateur.types import Windows
 
@@ -37,13 +45,17 @@ class Adapted:
         model: what the loop trains.
         held: the masks that it holds; None where adapters hold them.
         masks: what is zero in the result.
-        hooks: what is done after every step.
+        hooks: work after every step.
+        rounds: of iterative pruning; None for one training.
+        opened: the masks that gradual or iterative pruning changes, by parameter.
     """
 
     model: Any
     held: Masks | None
     masks: Masks
     hooks: tuple[Hook, ...] = ()
+    rounds: Rounds | None = None
+    opened: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def adapt(
@@ -61,28 +73,46 @@ def adapt(
     Raises:
         RecipeError: adapters and gradual pruning are both asked for, or cannot be had.
     """
-    if recipe.lora is None and recipe.gradual is None:
+    check_together(recipe, processes)
+    if recipe.lora is None and recipe.gradual is None and recipe.iterative is None:
         return Adapted(model, masks, masks)
-    if recipe.lora is not None and recipe.gradual is not None:
-        raise RecipeError(
-            "adapters keep the zeros there are, gradual pruning makes new ones",
-            remedy="prune first, then train adapters",
-        )
-    if processes.ranks > 1:
-        raise RecipeError(
-            "adapters and gradual pruning need a single process",
-            remedy="start the command without torchrun or accelerate launch",
-        )
     masks = masks.held_in(model)
     masks.apply(model)
     if recipe.lora is not None:
         return Adapted(attach(model, adapters(recipe), recipe.seed).get_base_model(), None, masks)
-    assert recipe.gradual is not None
     opened = open_masks(model)
-    hook = GradualPruning(opened, gradual(recipe.gradual, Masks(opened).sparsity, windows))
-    # What is zero elsewhere (experts that are stored in one tensor) stays as it is.
+    # Zeros elsewhere (experts that are stored in one tensor) stay as they are.
     held = Masks({**Masks.of(model).kept, **opened})
-    return Adapted(model, held, held, (hook,))
+    sparsity = Masks(opened).sparsity
+    if recipe.iterative is not None:
+        rounds = iterative(recipe.iterative, sparsity, windows)
+        return Adapted(model, held, held, (), rounds, opened)
+    assert recipe.gradual is not None
+    hook = GradualPruning(opened, gradual(recipe.gradual, sparsity, windows))
+    return Adapted(model, held, held, (hook,), None, opened)
+
+
+def check_together(recipe: RetrainRecipe, processes: ProcessGroup) -> None:
+    """Refuse ways to train that do not go together.
+
+    Raises:
+        RecipeError: two of adapters, gradual and iterative pruning are given, or one of them
+            and several processes.
+    """
+    ways = {"gradual": recipe.gradual, "iterative": recipe.iterative, "lora": recipe.lora}
+    given = [name for name, options in ways.items() if options is not None]
+    if len(given) > 1 and "lora" in given:
+        raise RecipeError(
+            f"adapters keep the zeros there are, {given[0]} pruning makes new ones",
+            remedy="prune first, then train adapters",
+        )
+    if len(given) > 1:
+        raise RecipeError("gradual and iterative are two ways to prune", remedy="give one")
+    if given and processes.ranks > 1:
+        raise RecipeError(
+            f"{given[0]} needs a single process",
+            remedy="start the command without torchrun or accelerate launch",
+        )
 
 
 def adapters(recipe: RetrainRecipe) -> Adapters:
@@ -93,35 +123,89 @@ def adapters(recipe: RetrainRecipe) -> Adapters:
     return Adapters(how.rank, alpha, how.dropout, how.include, how.exclude)
 
 
-def rates_of(recipe: RetrainRecipe) -> Mapping[str, float]:
-    """Factors of the learning rate; with adapters all else is frozen.
+def rates_of(recipe: RetrainRecipe, model: Any) -> Mapping[str, float]:
+    """Factors of the learning rate by globs of parameter names; the last that matches counts.
+
+    Args:
+        recipe: of a training.
+        model: the model or its skeleton.
 
     Raises:
-        RecipeError: rates are given for what is frozen.
+        RecipeError: rates are given, but everything except the adapters is frozen.
     """
     if recipe.lora is None:
-        return recipe.rates
-    if recipe.rates:
+        return {**decayed(model, recipe.layer_decay), **recipe.rates}
+    if recipe.rates or recipe.layer_decay != 1:
         raise RecipeError(
-            "with adapters nothing else is trained, so rates say nothing",
-            remedy="leave rates out; lora.include and lora.exclude choose the linears",
+            "with adapters nothing else is trained, so rates and layer_decay change nothing",
+            remedy="leave them out; lora.include and lora.exclude choose the linears",
         )
     return ADAPTERS_ALONE
 
 
+def decayed(model: Any, decay: float) -> dict[str, float]:
+    """Layer-wise learning rates.
+
+        layer i of L        decay^(L − 1 − i)
+        input embeddings    decay^L, also where the output head is tied to them
+        all else            1
+
+    Paper: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
+    arXiv:1801.06146, which divides by 2.6 from layer to layer (decay 0.38).
+
+    Args:
+        model: the model or its skeleton.
+        decay: above 0 and at most 1; 1 changes nothing.
+
+    Returns:
+        Factors by globs of parameter names.
+    """
+    if decay == 1:
+        return {}
+    architecture = describe(model)
+    layers = len(architecture.layers(model))
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    rates = {n: decay**layers for n, p in model.named_parameters() if id(p) in embeddings}
+    for index in range(layers):
+        rates[f"{architecture.layer_name(index)}.*"] = decay ** (layers - 1 - index)
+    return rates
+
+
 def gradual(how: GradualOptions, sparsity: float, windows: Windows) -> Gradual:
-    """Gradual pruning from the sparsity there is.
+    """Gradual pruning of a recipe; the arguments and errors are those of `pruning`."""
+    schedule, criterion = pruning(how, how.schedule, sparsity, windows, "gradual")
+    return Gradual(schedule, criterion, how.every, how.begin, how.end, how.regrowth)
+
+
+def iterative(how: IterativeOptions, sparsity: float, windows: Windows) -> Rounds:
+    """Iterative pruning of a recipe; the arguments and errors are those of `pruning`."""
+    schedule, criterion = pruning(how, how.schedule, sparsity, windows, "iterative")
+    return Rounds(schedule, how.rounds, criterion, how.rewind, how.rewind_step)
+
+
+def pruning(
+    how: PruningOptions, schedule: str, sparsity: float, windows: Windows, way: str
+) -> tuple[Schedule, Criterion]:
+    """How sparsity rises, and what chooses the weights.
+
+    Args:
+        how: options of the recipe.
+        schedule: its name.
+        sparsity: of the model as it is.
+        windows: of the training text, for scores that need text.
+        way: `gradual` or `iterative`, for messages.
 
     Raises:
-        RecipeError: it says no sparsity, or one below the one there is.
-        PatternError: the pattern has another one.
+        RecipeError: no sparsity is given, another one than the pattern's, or one below the
+            model's.
+        PatternError: there is no such pattern.
     """
     pattern = parse_pattern(how.pattern, how.scope)
     last = how.sparsity if pattern.sparsity is None else pattern.sparsity
     if last is None:
         raise RecipeError(
-            "gradual pruning needs a sparsity to end at",
-            remedy="--gradual 0.8, or --gradual 2:4",
+            f"{way} pruning needs a sparsity to end at",
+            remedy=f"--{way} 0.8, or --{way} 2:4",
         )
     if how.sparsity not in (None, last):
         raise RecipeError(
@@ -130,18 +214,12 @@ def gradual(how: GradualOptions, sparsity: float, windows: Windows) -> Gradual:
         )
     if sparsity > last:
         raise RecipeError(
-            f"{sparsity:.1%} of the weights are zero already, {last:.1%} are to be at the end",
-            remedy="prune on to more, or begin with a denser model",
+            f"{sparsity:.1%} of the weights are zero already, more than {last:.1%}, the sparsity "
+            "at the end",
+            remedy="give a higher sparsity, or begin with a denser model",
         )
-    schedule: Any = schedules[how.schedule]
-    return Gradual(
-        schedule(last, sparsity),
-        Criterion(scores[how.score](), pattern, windows[: how.windows]),
-        how.every,
-        how.begin,
-        how.end,
-        how.regrowth,
-    )
+    course: Any = schedules[schedule]
+    return course(last, sparsity), Criterion(scores[how.score](), pattern, windows[: how.windows])
 
 
 def merged(recipe: RetrainRecipe, model: Any, masks: Masks, trained: Mapping[str, Tensor]) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ import torch
 
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import NumericalError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -32,17 +29,18 @@ from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import Training, declared
 from secateur.training.batches import Batches
-from secateur.training.gradual import GradualPruning
-from secateur.training.loop import Loop, Outcome
 from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup
 from secateur.training.sharing import load
+from secateur.training.training_plan import optimizers
 from secateur.workflows.checkpoint_files import carry_over, read_config, refuse_quantized
 from secateur.workflows.prune.prepare import choose_device
-from secateur.workflows.train.adapters import adapt
+from secateur.workflows.train.adapters import Adapted, adapt
 from secateur.workflows.train.distillation_setup import objective_of, plan_of, teacher_of
 from secateur.workflows.train.masks import masks_of
 from secateur.workflows.train.memory import TrainingMemory, check_memory, disk_bytes, foretell
+from secateur.workflows.train.rounds import train_in_rounds
+from secateur.workflows.train.session import Session, Trained
 from secateur.workflows.train.text import TrainingText, read_training_text
 from secateur.workflows.train.weights import check_written, write_trained
 
@@ -117,8 +115,9 @@ def run_training(
     meter = Meter.start()
     processes = ProcessGroup(choose_device(recipe.device))
     progress = progress if progress is not None and processes.main else Silent()
-    verb = "distill" if isinstance(recipe, DistillRecipe) else "retrain"
-    folder = RunFolder(recipe.output, verb, resume=resume, restart=restart, overwrite=overwrite)
+    folder = RunFolder(
+        recipe.output, verb_of(recipe), resume=resume, restart=restart, overwrite=overwrite
+    )
     folder.keep_apart(recipe.model, recipe.mask, recipe.validation_text, *recipe.text)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
@@ -149,37 +148,36 @@ def train_into(
     progress.finish()
     if processes.main:
         folder.begin(identity(recipe, reader, text, progress))
-        folder.worth_resuming = (work / "log.jsonl").exists
-    plan = plan_of(recipe, text)
+        folder.worth_resuming = lambda: any(work.rglob("log.jsonl"))
+    plan = plan_of(recipe, text, target.model)
     teacher = teacher_of(recipe, source, work)
     if teacher is not None:
         folder.keep_apart(teacher.folder)
     memory = foretell(recipe, target, teacher, text, plan, processes)
     check_memory(memory, recipe, processes.device)
     check_free(disk_bytes(recipe, target, text, plan), folder.output, folder.partial)
-    dtype = torch.float32 if processes.ranks > 1 else None
+    # Weights are not rounded between the rounds of iterative pruning.
+    dtype = torch.float32 if processes.ranks > 1 or recipe.iterative is not None else None
     model = load(source.folder, processes, dtype=dtype, trust_remote_code=trust)
     masks = masks_of(recipe, model, processes)
     objective = objective_of(recipe, source, teacher, model, text, work, progress, processes)
     adapted = adapt(recipe, model, masks, text.windows, processes)
-    loop = Loop(
-        adapted.model,
+    session = Session(
+        adapted,
         Batches(text.windows, recipe.batch, recipe.seed),
         objective,
-        adapted.held,
         plan,
-        validation=text.validation,
-        saved=work,
-        hooks=adapted.hooks,
-        progress=progress,
-        processes=processes,
-        board=Path(recipe.tensorboard) if recipe.tensorboard else None,
+        text.validation,
+        work,
+        progress,
+        processes,
+        Path(recipe.tensorboard) if recipe.tensorboard else None,
     )
-    with quiet_transformers(), log_kept(loop):
-        outcome = loop.run()
+    rounds = adapted.rounds
+    trained = session.run() if rounds is None else train_in_rounds(session, rounds)
     if processes.main:
-        manifest = manifest_of(recipe, source, text, loop, outcome, meter, memory)
-        write(recipe, source, adapted.masks, manifest, folder, progress)
+        manifest = manifest_of(recipe, source, text, session, trained, meter, memory)
+        write(recipe, source, adapted.masks, manifest, trained, folder, progress)
     processes.wait()
     check_written(folder.model, adapted.masks, trust_remote_code=trust)
     processes.wait()
@@ -216,58 +214,28 @@ def identity(
 # -- what is left behind -------------------------------------------------------------------------
 
 
-@contextmanager
-def log_kept(loop: Loop) -> Iterator[None]:
-    """Say where the log of a training that went wrong lies, and how it can go on."""
-    try:
-        yield
-    except NumericalError as error:
-        log = loop.saved.log.file
-        raise NumericalError(
-            error.what,
-            where=error.where,
-            remedy=f"{error.remedy}; from the last save with --resume and a lower "
-            f"--learning-rate. `secateur diagnose --training-log {log}` reads the log",
-        ) from error
-
-
 def manifest_of(
     recipe: RetrainRecipe,
     source: LocalCheckpoint,
     text: TrainingText,
-    loop: Loop,
-    outcome: Outcome,
+    session: Session,
+    trained: Trained,
     meter: Meter,
     memory: TrainingMemory,
 ) -> dict[str, Any]:
     """Everything worth knowing about a finished training."""
+    outcome = trained.outcome
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
-    rates = [line["learning_rate"] for line in outcome.log]
-    verb, objective = "retrain", "next token"
-    if isinstance(recipe, DistillRecipe):
-        verb, objective = "distill", f"{recipe.kind} KL, T = {recipe.temperature:g}"
-        if recipe.next_token:
-            part = recipe.next_token
-            objective = f"{1 - part:g} of {objective}, {part:g} of next token"
-        if recipe.hidden_weight:
-            objective += f", {recipe.hidden_weight:g} of hidden states"
-    if recipe.lora is not None:
-        objective += f", adapters of rank {recipe.lora.rank}"
-    if recipe.gradual is not None:
-        kept = {
-            n: m for x in loop.hooks if isinstance(x, GradualPruning) for n, m in x.kept.items()
-        }
-        objective += f", pruned on the way to {Masks(kept).sparsity:.0%}"
     return {
-        "verb": verb,
-        "source": {"name": source.name, "kind": source.kind, "revision": source.revision},
-        "objective": objective,
+        "verb": verb_of(recipe),
+        "source": source.record(),
+        "objective": objective_text(recipe, session.adapted),
         "text": text.record,
-        "learning_rate": max(rates, default=0.0),
-        "optimizer": type(loop.optimizer).__name__,
-        "processes": loop.processes.ranks,
+        "learning_rate": trained.learning_rate,
+        "optimizer": optimizers()[recipe.optimizer.lower()].__name__,
+        "processes": session.processes.ranks,
         "recipe": recipe.model_dump(mode="json"),
-        "environment": environment(loop.device),
+        "environment": environment(session.processes.device),
         "planned": memory.to_json(),
         "cost": {**meter.read(), "training_seconds": outcome.seconds},
         "result": {
@@ -275,8 +243,35 @@ def manifest_of(
             "perplexities": validations,
             "perplexity_before": validations[0][1] if validations else None,
             "perplexity_after": math.exp(outcome.best_loss) if validations else None,
+            "rounds": trained.rounds,
         },
     }
+
+
+def verb_of(recipe: RetrainRecipe) -> str:
+    """The verb of a recipe."""
+    return "distill" if isinstance(recipe, DistillRecipe) else "retrain"
+
+
+def objective_text(recipe: RetrainRecipe, adapted: Adapted) -> str:
+    """What a training minimised, and what it pruned, in words."""
+    text = "next token"
+    if isinstance(recipe, DistillRecipe):
+        text = f"{recipe.kind} KL, T = {recipe.temperature:g}"
+        if recipe.next_token:
+            part = recipe.next_token
+            text = f"{1 - part:g} of {text}, {part:g} of next token"
+        if recipe.hidden_weight:
+            text += f", {recipe.hidden_weight:g} of hidden states"
+    if recipe.lora is not None:
+        text += f", adapters of rank {recipe.lora.rank}"
+    pruned = Masks(adapted.opened).sparsity
+    if recipe.gradual is not None:
+        text += f", pruned gradually to {pruned:.0%}"
+    if adapted.rounds is not None:
+        rounds = adapted.rounds
+        text += f", pruned to {pruned:.0%} in {rounds.rounds} rounds, rewinding {rounds.rewind}"
+    return text
 
 
 def write(
@@ -284,12 +279,13 @@ def write(
     source: LocalCheckpoint,
     masks: Masks,
     manifest: dict[str, Any],
+    trained: Trained,
     folder: RunFolder,
     progress: Progress,
 ) -> None:
     """Write the model and its notes."""
     made = folder.fresh_model()
-    write_trained(recipe, source.folder, masks, folder.work / "final.safetensors", made, progress)
+    write_trained(recipe, source.folder, masks, trained.final, made, progress)
     carry_over(source.folder, made, read_config(source.folder), same_weights=False)
     manifest["result"]["decoder_sparsity"] = audit_checkpoint(
         made, trust_remote_code=recipe.trust_remote_code, progress=progress
@@ -297,7 +293,7 @@ def write(
     trainings = folder.notes / TRAININGS
     before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []
     write_json(trainings, [*before, declared(Training, manifest)])
-    shutil.copyfile(folder.work / "log.jsonl", folder.notes / "training.jsonl")
+    shutil.copyfile(trained.log, folder.notes / "training.jsonl")
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "training.yaml", recipe_yaml)
     card = training_card(manifest, recipe_yaml, source.folder, recipe.output or folder.output)

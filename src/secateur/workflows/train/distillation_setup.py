@@ -34,8 +34,13 @@ TOP_K = 64
 """Tokens that are written down of a teacher where nobody says how many."""
 
 
-def plan_of(recipe: RetrainRecipe, text: TrainingText) -> TrainingPlan:
-    """How long and how the recipe wants to train.
+def plan_of(recipe: RetrainRecipe, text: TrainingText, model: Any) -> TrainingPlan:
+    """Length, learning rate and optimizer of a training.
+
+    Args:
+        recipe: of the training.
+        text: that is read.
+        model: the model or its skeleton.
 
     Raises:
         RecipeError: steps and minutes are both given, or a number is out of range.
@@ -51,7 +56,7 @@ def plan_of(recipe: RetrainRecipe, text: TrainingText) -> TrainingPlan:
         clip=recipe.clip,
         optimizer=recipe.optimizer,
         optimizer_options=recipe.optimizer_options,
-        rates=rates_of(recipe),
+        rates=rates_of(recipe, model),
         micro_batch=recipe.micro_batch_windows,
         gradient_checkpointing=recipe.gradient_checkpointing,
         fast_matmuls=recipe.fast_matmuls,

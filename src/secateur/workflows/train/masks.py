@@ -49,7 +49,8 @@ def masks_of(recipe: RetrainRecipe, model: Any, processes: ProcessGroup) -> Mask
     else:
         found = stored_masks(place)
     masks = Masks.given(model, found)
-    regrows = recipe.regrow or recipe.gradual is not None  # which keeps the model's zeros itself
+    prunes = recipe.gradual is not None or recipe.iterative is not None
+    regrows = recipe.regrow or prunes  # pruning keeps the model's zeros itself
     refuse_lost(masks, model, processes, place, regrows)
     return masks
 

@@ -30,7 +30,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_dtype
-from secateur.recipes.train import DistillRecipe, RetrainRecipe
+from secateur.recipes.train import DistillRecipe, IterativeOptions, RetrainRecipe
 from secateur.runs.meter import resident_bytes
 from secateur.training.heads import BLOCK_BYTES
 from secateur.training.masks import matrices, moments
@@ -203,14 +203,33 @@ def disk_bytes(
         trained = sum(how.rank * sum(linear.shape) for linear in how.chosen(target.model))
     final = 4 * trained
     state = final * (1 + moments_of(plan))
+    masks = sum(x.weight.numel() for x in prunable(target.model))
     if recipe.gradual is not None:
-        state += sum(x.weight.numel() for x in prunable(target.model))
+        state += masks
+    rounds = 0
+    if recipe.iterative is not None:
+        rounds = rounds_bytes(recipe.iterative, sum(named.values()), masks)
     best = final * (text.validation is not None)
     taught = 0
     if isinstance(recipe, DistillRecipe) and (recipe.top_k or recipe.teacher_file):
         taught = text.windows.numel() * (6 * (recipe.top_k or TOP_K) + 4)
     result = target.reader.total_bytes
-    return state + best + taught + max(state, best, final + result)
+    return state + best + taught + rounds + max(state, best, final + result)
+
+
+def rounds_bytes(how: IterativeOptions, weights: int, masks: int) -> int:
+    """The most that iterative pruning has on disk besides the training of a round.
+
+    Weights of the last round and of this one, in float32, with their masks; to rewind weights, the
+    early weights and those of the first training too.
+
+    Args:
+        how: options of the recipe.
+        weights: of the model.
+        masks: weights that have a mask.
+    """
+    copies = 4 if how.rewind == "weights" else 2
+    return 4 * weights * copies + 2 * masks
 
 
 def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.device) -> None:

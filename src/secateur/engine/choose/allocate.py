@@ -1,0 +1,73 @@
+"""Allocation over a model: one look at the dense model decides how much each linear loses.
+
+The result is a task for each linear; which weights a linear loses is decided layer by layer later,
+on the inputs that the pruned model really sees. For the global scope with scores that do not depend
+on inputs (magnitude, gradient) that is exactly the mask of one threshold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import safe_open
+from torch import Tensor
+
+from secateur.engine.choose.survey import Survey, grains_of, plain
+from secateur.engine.choose.tournament import search_levels
+from secateur.engine.prune.tasks import Tasks, with_sparsities
+from secateur.precision import full_float32
+from secateur.runs.atomic import write_json
+from secateur.sparsity.allocation import Allocation
+from secateur.sparsity.allocation.budget import settle
+from secateur.sparsity.allocation.search import Search
+
+__all__ = ["allocate", "settled_allocation"]
+
+
+def settled_allocation(work: Path) -> Path:
+    """The file in which the sparsity of every linear is kept once it is known."""
+    return work / "allocation.json"
+
+
+@full_float32()
+def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
+    """The tasks of a run, with the sparsities that an allocation gives instead of uniform ones.
+
+    Linears with a sparsity of their own, and those left out, keep theirs and do not compete.
+
+    Args:
+        survey: of the dense model.
+        allocation: decides how much each linear loses.
+        sparsity: that the whole model is to have.
+    """
+    grains = grains_of(survey.tasks, allocation)
+    if allocation.reach == 0 or not grains:
+        return survey.tasks
+    settled = settled_allocation(survey.work)
+    if not settled.exists():
+        files = survey.execute(allocation, grains)
+        found: dict[str, Any] = {}
+        if allocation.judged_tokens:
+            wished, standing = search_levels(survey, cast(Search, allocation), grains, files)
+            found = {"divergence": standing.fitness, "uniform_divergence": standing.uniform}
+        else:
+            wished = allocation.wish(partial(stored, files), grains, sparsity)
+        shares = {
+            name: plain(survey.tasks[name], share) for name, share in settle(wished, grains).items()
+        }
+        write_json(settled, {"sparsity_of": shares, **found})
+        for file in files:
+            file.unlink()
+    return with_sparsities(survey.tasks, json.loads(settled.read_text())["sparsity_of"])
+
+
+def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """What was kept of all layers, one tensor in memory at a time."""
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)

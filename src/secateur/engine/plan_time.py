@@ -1,0 +1,203 @@
+"""Foretells how long a run will take on this machine, from pieces of its work that are timed.
+
+Two pieces are timed: one product of a micro-batch with the largest matrix, and what a method does
+with one matrix of each shape. Matrices wider than `WIDEST` are timed at a fraction of their size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from secateur.calibration.statistics import of_gradients, of_inputs, statistics
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import LinearTask, Tasks
+from secateur.errors import NumericalError, PatternError
+from secateur.precision import fast_matmuls
+from secateur.sparsity.methods import Method
+from secateur.types import STORED
+
+__all__ = ["PieceTimes", "foretell_seconds", "run_seconds"]
+
+WIDEST = 1024
+"""Rows or columns of the matrices that are timed."""
+PROBE_SECONDS = 0.1
+SLOWER = 2.5
+"""How much longer a run may take: attention, norms, files, and caches that others share."""
+QUICKER = 0.8
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PieceTimes:
+    """What a method took for one matrix, scaled to its whole size.
+
+    Attributes:
+        gathering: seconds for the statistics of its input, for each calibration token.
+        preparing: seconds to prepare the solver, once for all linears that share an input.
+        solving: seconds to choose a mask and solve.
+    """
+
+    gathering: float
+    preparing: float
+    solving: float
+
+
+def foretell_seconds(
+    tasks: Tasks,
+    groups: Iterable[tuple[str, ...]],
+    *,
+    flops: float,
+    tokens: int,
+    settings: Settings,
+    device: torch.device,
+) -> tuple[float, float]:
+    """The least and the most seconds that a run may take on this machine.
+
+    Args:
+        tasks: what the run does with each linear.
+        groups: full names of linears that share an input.
+        flops: floating-point operations of all forwards.
+        tokens: of the calibration windows.
+        settings: how the work is done.
+        device: that computes.
+    """
+    shapes = [task.shape for task in tasks.values()] or [(1, 1)]
+    widest = max(shapes, key=lambda shape: shape[0] * shape[1])
+    rate = product_rate(widest, settings, device)
+    known: dict[tuple[int, Shape], PieceTimes] = {}
+
+    def times_of(task: LinearTask) -> PieceTimes:
+        key = id(task.method), task.shape
+        if key not in known:
+            known[key] = piece_times(task.method, task.shape, task.sparsity, settings, device)
+        return known[key]
+
+    seconds = run_seconds(tasks, groups, flops / rate, tokens, times_of)
+    return QUICKER * seconds, SLOWER * seconds
+
+
+def run_seconds(
+    tasks: Tasks,
+    groups: Iterable[tuple[str, ...]],
+    forwards: float,
+    tokens: int,
+    times_of: Callable[[LinearTask], PieceTimes],
+) -> float:
+    """Seconds of a run: its forwards, and for each group of linears gather, prepare and solve.
+
+    Args:
+        tasks: what the run does with each linear, by full name.
+        groups: full names of linears that share an input.
+        forwards: seconds of all forwards.
+        tokens: of the calibration windows.
+        times_of: what a task takes.
+    """
+    total = forwards
+    for group in groups:
+        changed = [tasks[name] for name in group if name in tasks and tasks[name].changes]
+        if changed:
+            first = times_of(changed[0])
+            total += tokens * first.gathering + first.preparing
+            total += sum(times_of(task).solving for task in changed)
+    return total
+
+
+def product_rate(shape: Shape, settings: Settings, device: torch.device) -> float:
+    """Floating-point operations a second of a micro-batch times a matrix of this shape."""
+    rows, columns = (min(size, 4 * WIDEST) for size in shape)
+    tokens = min(settings.micro_batch_tokens, 2048)
+    x = torch.randn(tokens, columns, device=device)
+    weight = torch.randn(rows, columns, device=device)
+    with fast_matmuls(device) if settings.fast_matmuls else nullcontext():
+        seconds = timed(lambda: x @ weight.t(), device)
+    return 2 * tokens * rows * columns / seconds
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; the quickest of as many as fit into a tenth of a second, or two."""
+    best, calls, begun = float("inf"), 0, time.perf_counter()
+    while calls < 2 or time.perf_counter() - begun < PROBE_SECONDS:
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best, calls = min(best, time.perf_counter() - started), calls + 1
+    return best
+
+
+def piece_times(
+    method: Method, shape: Shape, sparsity: float, settings: Settings, device: torch.device
+) -> PieceTimes:
+    """Time a method on a random matrix of a shape, or of a fraction of it."""
+    small = timed_shape(method, shape, sparsity)
+    rows, columns = small
+    wider, taller = shape[1] / columns, shape[0] / rows
+    x = torch.randn(columns + 64, columns, device=device)
+    weight = torch.randn(small, device=device)
+    names = of_inputs(method.requires) | ({"gram"} if settings.asymmetric else set())
+    gathering, shared = 0.0, dict[str, torch.Tensor]()
+    for name in names:
+        gathered = statistics[name](small, device)
+        seconds = timed(lambda gathered=gathered: gathered.update(x), device)
+        growth = statistics[name].nbytes(shape) / statistics[name].nbytes(small)
+        gathering += growth * seconds / len(x)
+        shared[name] = gathered.value()
+    own = {name: torch.rand(small, device=device) for name in of_gradients(method.requires)}
+    return PieceTimes(
+        gathering, *solving_seconds(method, weight, shared, own, sparsity, wider, taller)
+    )
+
+
+def solving_seconds(
+    method: Method,
+    weight: torch.Tensor,
+    shared: Mapping[str, torch.Tensor],
+    own: Mapping[str, torch.Tensor],
+    sparsity: float,
+    wider: float,
+    taller: float,
+) -> tuple[float, float]:
+    """Seconds to prepare, which grow with in³, and to solve, with in² · out; scaled by both."""
+    try:
+        started = time.perf_counter()
+        prepared = method.solver.prepare(shared)
+        middle = time.perf_counter()
+        solution = method.solve(weight, prepared, {**shared, **own, STORED: weight}, sparsity)
+        solution.mask.sum().item()  # waits for a GPU
+        ended = time.perf_counter()
+    except NumericalError:  # random numbers need not suit every part
+        return 0.0, 0.0
+    return (middle - started) * wider**3, (ended - middle) * wider**2 * taller
+
+
+def timed_shape(method: Method, shape: Shape, sparsity: float) -> Shape:
+    """The largest fraction of a shape that is not wider than `WIDEST` and suits the pattern."""
+    small = (fraction_of(shape[0]), fraction_of(shape[1]))
+    try:
+        method.check(small, sparsity)
+    except PatternError:
+        return shape
+    return small
+
+
+def fraction_of(size: int) -> int:
+    """A size divided by the smallest whole number that leaves at most `WIDEST`.
+
+    A size without a divisor that leaves at least a quarter of `WIDEST` stays as it is.
+
+    Example:
+        >>> from secateur.engine.plan_time import fraction_of
+        >>> fraction_of(576), fraction_of(1536), fraction_of(11008), fraction_of(2 * 1031)
+        (576, 768, 688, 2062)
+    """
+    if size <= WIDEST:
+        return size
+    fractions = (size // k for k in range(2, size + 1) if size % k == 0)
+    largest = next(x for x in fractions if x <= WIDEST)
+    return largest if largest >= WIDEST // 4 else size

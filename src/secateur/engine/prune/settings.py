@@ -1,0 +1,60 @@
+"""How the work of a run is done."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from secateur.engine.prune.reconstruction import Reconstruction
+from secateur.precision import fast_matmuls
+
+__all__ = ["NO_RECONSTRUCTION", "Settings"]
+
+NO_RECONSTRUCTION = Reconstruction(passes=0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the work of a run is done. What each linear loses is in its task.
+
+    Attributes:
+        sequential: `group` prunes each group of linears before the next one's statistics are
+            gathered, in one pass; `layer` gathers for a whole layer first, as the papers do.
+        asymmetric: fit each linear to the outputs it has in the dense model (`dense_target`), not
+            to its own; the dense model's forwards then go along, group by group.
+        asymmetric_damping: how strongly the fit is drawn towards the dense weights, as a fraction
+            of the mean diagonal of the gram.
+        fast_matmuls: forwards of calibration in bfloat16 where the processor is faster at it.
+        micro_batch_tokens: tokens that pass through a layer at once.
+        activations: `memory` or `disk`: where hidden states wait.
+        work: folder for hidden states, ledger and gradients; None only for a run in memory.
+        on_collapse: `stop` or `warn` when a layer has lost its outputs (`engine.prune.collapse`).
+        reconstruction: how a pruned layer is tuned; without passes it is not.
+    """
+
+    sequential: str = "group"
+    asymmetric: bool = False
+    asymmetric_damping: float = 0.2
+    fast_matmuls: bool = False
+    micro_batch_tokens: int = 2048
+    activations: str = "memory"
+    work: Path | None = None
+    on_collapse: str = "warn"
+    reconstruction: Reconstruction = NO_RECONSTRUCTION
+
+    @property
+    def tunes(self) -> bool:
+        """Whether pruned layers are tuned."""
+        return self.reconstruction.passes > 0
+
+    @property
+    def dense_needed(self) -> bool:
+        """Whether the dense model's hidden states go along."""
+        return self.tunes or self.asymmetric
+
+    def matmuls(self, device: torch.device) -> AbstractContextManager[object]:
+        """A context for the forwards of calibration on a device."""
+        return fast_matmuls(device) if self.fast_matmuls else nullcontext()

@@ -1,0 +1,71 @@
+"""The memory that solving takes, as the parts declare it.
+
+`tests/engine/prune/test_solver_cost.py` measures every solver against what it declares, on grams
+that float32 can factorise and on grams that need float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from secateur.calibration.statistics import statistics
+from secateur.engine.prune.tasks import (
+    LinearTask,
+    Tasks,
+    gradient_statistics,
+    input_statistics,
+)
+from secateur.engine.stream.kinds import Layout
+from secateur.engine.stream.targets import Target
+from secateur.models.architecture import linears_of
+from secateur.types import float32_bytes
+
+__all__ = ["gradient_bytes", "linear_bytes", "solve_bytes", "statistics_bytes"]
+
+TARGET_SQUARES = 6
+"""Float32 matrices [in, in] that `dense_target` takes at most, besides the gram."""
+HELD_TARGETS = 2
+"""Those of them that stay while the linears of a group are solved."""
+
+
+def solve_bytes(tasks: Tasks, *, asymmetric: bool) -> tuple[int, tuple[int, int]]:
+    """The most memory that one linear takes to solve, statistics included, and its shape.
+
+    Args:
+        tasks: those that change nothing take nothing.
+        asymmetric: whether linears are fitted to the dense model.
+    """
+    needs = {
+        (linear_bytes(task, asymmetric=asymmetric), task.shape)
+        for task in tasks.values()
+        if task.changes
+    }
+    return max(needs, default=(0, (0, 0)))
+
+
+def linear_bytes(task: LinearTask, *, asymmetric: bool) -> int:
+    """The memory that one linear takes to solve, with the statistics of its inputs."""
+    names = input_statistics({task.name: task}, asymmetric=asymmetric)
+    held = sum(statistics[name].nbytes(task.shape) for name in names)
+    working = task.method.working_bytes(task.shape)
+    if asymmetric:
+        square = float32_bytes((task.shape[1], task.shape[1]))
+        working = max(TARGET_SQUARES * square, working + HELD_TARGETS * square)
+    return held + working
+
+
+def gradient_bytes(tasks: Tasks) -> int:
+    """What the statistics of all gradients take."""
+    names = gradient_statistics(tasks)
+    return sum(statistics[name].nbytes(t.shape) for name in names for t in tasks.values())
+
+
+def statistics_bytes(target: Target, found: Sequence[Layout], names: Iterable[str]) -> int:
+    """Statistics of inputs for all groups of a layer: many, where there are many experts."""
+    largest = 0
+    for layer, layout in zip(target.layers, found, strict=True):
+        linears = linears_of(layer, "")
+        shapes = [linears[group[0]].shape for group in layout.groups]
+        held = sum(statistics[name].nbytes(shape) for name in names for shape in shapes)
+        largest = max(largest, held)
+    return largest

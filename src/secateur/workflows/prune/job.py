@@ -1,0 +1,75 @@
+"""The steps that pruning a checkpoint and pruning a loaded model share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur.engine.choose.allocate import allocate
+from secateur.engine.choose.survey import Survey
+from secateur.engine.prune.run import Run
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import Tasks, gradient_statistics
+from secateur.engine.stream.gradients import gather_gradients
+from secateur.engine.stream.passage import Passage
+from secateur.engine.stream.targets import Target
+from secateur.progress import Progress
+from secateur.runs.ledger import Ledger
+from secateur.sparsity.allocation import Allocation
+
+__all__ = ["Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the pruned weights.
+
+    Attributes:
+        target: the model.
+        tasks: what happens to each linear, before the allocation.
+        windows: calibration tokens [samples, sequence_length], or None if nothing needs them.
+        settings: how the work is done.
+        allocation: decides how much each linear loses.
+        sparsity: that the whole model is to have.
+    """
+
+    target: Target
+    tasks: Tasks
+    windows: Tensor | None
+    settings: Settings
+    allocation: Allocation
+    sparsity: float
+
+    def carry_out(self, ledger: Ledger, progress: Progress, done: int = 0) -> Tasks:
+        """Gather gradients if the method needs them, allocate, and prune the layers.
+
+        Args:
+            ledger: where finished layers are entered.
+            progress: receives every step.
+            done: layers that an earlier run has finished.
+
+        Returns:
+            The tasks as they were carried out.
+        """
+        passage = self.passage()
+        names = gradient_statistics(self.tasks)
+        if names:
+            assert passage is not None
+            assert self.settings.work is not None
+            calls = passage.calls_of_one_window()
+            work = self.settings.work
+            gather_gradients(self.target, names, passage.windows, calls, work, progress)
+        survey = Survey(self.target, self.tasks, passage, self.settings, progress)
+        tasks = allocate(survey, self.allocation, self.sparsity)
+        run = Run(self.target, tasks, passage, self.settings, ledger, progress)
+        run.execute(done)
+        return run.tasks
+
+    def passage(self) -> Passage | None:
+        """The calibration stream."""
+        if self.windows is None:
+            return None
+        how = self.settings
+        in_memory = how.activations == "memory"
+        return Passage(self.target, self.windows, how.micro_batch_tokens, in_memory, how.work)

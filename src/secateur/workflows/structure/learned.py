@@ -1,0 +1,344 @@
+"""The step that learns which units stay, together with the weights (Sheared LLaMA).
+
+    windows of every domain ─► gates and weights learn ─► indices of a cut, and trained weights
+
+The target sizes are those of the recipe's keep-options. The cut itself is made by the same surgery
+as every other one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from secateur.calibration.windows import load_calibration, load_windows, save_windows
+from secateur.errors import RecipeError, SourceError
+from secateur.models.architecture import hidden_size, text_config
+from secateur.models.checkpoint import PatchedCopy
+from secateur.models.positions import positions_of
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.whole import load_whole
+from secateur.precision import exact_matmuls, fast_matmuls
+from secateur.recipes.structure import LearnedOptions, StructureRecipe
+from secateur.recipes.train import RetrainRecipe
+from secateur.runs.atomic import whole_folder
+from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
+from secateur.structured.design import design
+from secateur.training.batches import Batches
+from secateur.training.domains import DomainLoading
+from secateur.training.learned_masks import Consumer, LearnedMasks, Shape
+from secateur.training.loop import Loop
+from secateur.training.masks import Masks
+from secateur.training.objectives import NextToken
+from secateur.training.process_group import ProcessGroup
+from secateur.training.training_plan import TrainingPlan
+from secateur.training.watch import mean_loss
+from secateur.types import Windows
+from secateur.workflows.prune.prepare import window_plan
+from secateur.workflows.structure.cut_plan import CutPlan, representative
+from secateur.workflows.structure.narrow import uniform_cut
+from secateur.workflows.structure.step_context import StepContext
+from secateur.workflows.train.memory import check_memory, foretell
+from secateur.workflows.train.session import run_loop
+from secateur.workflows.train.text import TrainingText
+from secateur.workflows.train.weights import OpenFile, stored_model
+
+__all__ = ["check_learned", "choose_learned"]
+
+OTHER_WAYS = (
+    "effort",
+    "experts",
+    "query_heads",
+    "decode_latency",
+    "whole_first",
+    "whole_last",
+    "allocation",
+    "score",
+    "solver",
+    "asymmetric",
+)
+"""Options that say how units are chosen, or name units that have no gates."""
+
+
+def check_learned(recipe: StructureRecipe) -> None:
+    """Refuse options that do not go with learned masks.
+
+    Raises:
+        RecipeError: naming them.
+    """
+    given = [name for name in OTHER_WAYS if getattr(recipe, name)]
+    if recipe.depth.units != "layers":
+        given.append("depth.units")
+    if recipe.learned is not None and given:
+        raise RecipeError(
+            f"learned masks choose the units, so {', '.join(given)} cannot",
+            remedy="leave these options out, or learned",
+        )
+
+
+def choose_learned(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Learn which units stay; returns the cut, its notes, and the folder of the trained weights."""
+    how, trust = context.recipe.learned, context.recipe.trust_remote_code
+    assert how is not None
+    work, device = context.scratch("learned"), context.device
+    plan = plan_of(how)
+    found = domains_of(context, how, work)
+    check_fits(context, folder, found, plan)
+    model = load_whole(folder, device, trust_remote_code=trust)
+    seed = context.recipe.calibration.seed
+    gates = LearnedMasks(model, shape_of(context, how), consumers_of(model), seed)
+    next_token = NextToken.of(model)
+    loading = loading_of(found, how, model, next_token, plan, seed)
+    loop = Loop(
+        model,
+        Batches(torch.cat(list(found.windows.values())), how.batch, seed, loading),
+        gates.objective(next_token),
+        Masks.of(model),
+        plan,
+        saved=work,
+        hooks=(gates,) if loading is None else (gates, loading),
+        progress=context.progress,
+        label="learning masks",
+    )
+    outcome = run_loop(loop)
+    cut = Cut(**gates.settle())
+    notes: dict[str, Any] = {
+        "by": "learned masks",
+        "steps": outcome.step,
+        "tokens": outcome.tokens,
+        "learning_rate": loop.peak,
+    }
+    if loading is not None:
+        notes |= {
+            "references": loading.references,
+            "losses": loading.losses(model),
+            "proportions": loading.proportions,
+        }
+    made = context.work / "learned-weights"
+    write_weights(folder, work / "final.safetensors", made, trust)
+    return cut, notes, made
+
+
+def plan_of(how: LearnedOptions) -> TrainingPlan:
+    """Length and learning rate of the weights.
+
+    The loss rises while the gates close, so a rising loss does not end the training.
+    """
+    return TrainingPlan(
+        steps=how.steps,
+        learning_rate=how.learning_rate,
+        validations=0,
+        save_minutes=how.save_minutes,
+        diverged=0.0,
+    )
+
+
+def shape_of(context: StepContext, how: LearnedOptions) -> Shape:
+    """The target sizes: units of each kind that stay in every layer."""
+    aim, sizes = context.aim, context.aim.sizes
+    model = context.target(context.source).model
+    widths = widths_of(aim, model, context.recipe.multiple)
+    return Shape(
+        groups=widths.get("groups"),
+        neurons=widths.get("neurons"),
+        layers=sizes.layers - aim.drop_layers if aim.drop_layers else None,
+        hidden=aim.keep_hidden,
+        learning_rate=how.mask_learning_rate,
+        warm_up=how.target_warm_up,
+    )
+
+
+def widths_of(aim: CutPlan, model: Any, multiple: int) -> dict[str, int]:
+    """KV groups and neurons that stay in every layer, where some go.
+
+    Raises:
+        RecipeError: the layers of the model differ.
+    """
+    if not aim.narrows:
+        return {}
+    left = design(model, representative(aim)).skeleton
+    cut, found = uniform_cut(aim, left, multiple), {}
+    for kind in ("groups", "neurons"):
+        counts = {len(units) for units in getattr(cut, kind).values()}
+        if len(counts) > 1:
+            raise RecipeError(
+                "learned masks need layers of one size",
+                where=f"{kind} that would stay: {sorted(counts)}",
+                remedy="cut the model without learned",
+            )
+        if counts:
+            found[kind] = counts.pop()
+    return found
+
+
+def consumers_of(model: Any) -> dict[str, Consumer]:
+    """The linears whose input columns are KV groups and neurons."""
+    sizes = sizes_of(model)
+    named = consumers(model)
+    return {kind: Consumer(name, unit_width(sizes, kind)) for kind, name in named.items()}
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The text of a step, by domain.
+
+    Attributes:
+        windows: token ids [windows, length] to learn from.
+        held_out: likewise, for the losses of the domains; empty where there is one domain.
+    """
+
+    windows: Mapping[str, Windows]
+    held_out: Mapping[str, Windows]
+
+
+def domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domains:
+    """The calibration windows, and those of further domains; a resumed run reads its own files.
+
+    Raises:
+        RecipeError: a domain is named twice, or references name other domains.
+        SourceError: a text is missing or too short.
+    """
+    source = context.recipe.calibration.source
+    found: dict[str, Tensor] = {source: context.windows}
+    for number, text in enumerate(how.domains):
+        file = work / f"domain-{number}.safetensors"
+        if not file.exists():
+            save_windows(windows_of(context, text), file)
+        found[text] = load_windows(file)
+    if len(found) <= len(how.domains):
+        raise RecipeError("a domain is named twice", remedy="name each text once")
+    unknown = sorted(set(how.references) - set(found))
+    if unknown:
+        raise RecipeError(
+            f"references name {unknown[0]!r}, which is no domain",
+            remedy=f"the domains are {', '.join(found)}",
+        )
+    lengths = {int(windows.shape[1]) for windows in found.values()}
+    if len(lengths) > 1:
+        raise SourceError(
+            f"the domains have windows of {' and '.join(map(str, sorted(lengths)))} tokens",
+            remedy="make the windows of one length, or give the texts themselves",
+        )
+    if not how.domains:
+        return Domains(found, {})
+    short = [name for name, windows in found.items() if len(windows) <= how.held_out]
+    if short:
+        raise SourceError(
+            f"{short[0]} gives {len(found[short[0]])} windows, and {how.held_out} are held out",
+            remedy="name a longer text, or set learned.held_out lower",
+        )
+    return Domains(
+        {name: windows[how.held_out :] for name, windows in found.items()},
+        {name: windows[: how.held_out] for name, windows in found.items()},
+    )
+
+
+def windows_of(context: StepContext, text: str) -> Tensor:
+    """As many windows of a text as of the calibration text, of the same length."""
+    recipe, config = context.recipe, context.target(context.source).model.config
+    length = int(context.windows.shape[1])
+    plan = replace(window_plan(recipe.calibration, config), sequence_length=length)
+    tokenizer = None
+    if not text.endswith(".safetensors"):
+        tokenizer = load_tokenizer(context.source, trust_remote_code=recipe.trust_remote_code)
+    windows, _ = load_calibration(
+        text,
+        tokenizer,
+        plan,
+        field=recipe.calibration.field,
+        vocab_size=text_config(config).vocab_size,
+        positions=positions_of(config),
+    )
+    return windows
+
+
+def loading_of(
+    found: Domains,
+    how: LearnedOptions,
+    model: Any,
+    next_token: NextToken,
+    plan: TrainingPlan,
+    seed: int,
+) -> DomainLoading | None:
+    """Dynamic batch loading; None where there is one domain.
+
+    The reference of a domain is the loss of the uncut model, where the recipe gives none.
+    """
+    if not found.held_out:
+        return None
+
+    def losses(model: Any) -> dict[str, float]:
+        device = next(model.parameters()).device
+        matmuls = partial(fast_matmuls if plan.fast_matmuls else exact_matmuls, device)
+        return {
+            name: mean_loss(model, next_token, ids, plan.at_once(ids.shape[1]), matmuls)
+            for name, ids in found.held_out.items()
+        }
+
+    missing = set(found.held_out) - set(how.references)
+    references = {**(losses(model) if missing else {}), **how.references}
+    return DomainLoading(
+        found.windows, references, losses, size=how.batch, every=how.update_every, seed=seed
+    )
+
+
+# -- memory and weights --------------------------------------------------------------------------
+
+
+def check_fits(context: StepContext, folder: Path, found: Domains, plan: TrainingPlan) -> None:
+    """Refuse a training that does not fit in memory.
+
+    Raises:
+        MemoryBudgetError: naming what it needs.
+    """
+    target = context.target(folder)
+    windows = torch.cat(list(found.windows.values()))
+    how = context.recipe.learned
+    assert how is not None
+    recipe = RetrainRecipe(
+        model=str(folder),
+        batch=how.batch,
+        memory_budget_gib=context.recipe.memory.budget_gib,
+        trust_remote_code=context.recipe.trust_remote_code,
+    )
+    needed = foretell(
+        recipe, target, None, TrainingText(windows, None, {}), plan, ProcessGroup(context.device)
+    )
+    tokens = min(plan.at_once(windows.shape[1]), how.batch) * windows.shape[1]
+    sizes = sizes_of(target.model)
+    # The product of an activation and its gates is kept for the backward.
+    gated = max(sizes.neurons) + max(sizes.queries) * sizes.head_dim
+    gated += 3 * hidden_size(target.model)
+    forward = needed.forward + 4 * tokens * gated * sizes.layers
+    check_memory(replace(needed, forward=forward), recipe, context.device)
+
+
+def write_weights(folder: Path, final: Path, made: Path, trust: bool) -> None:
+    """Write a copy of a checkpoint with trained weights.
+
+    Args:
+        folder: the checkpoint.
+        final: file of the float32 weights.
+        made: the copy; one that a killed run left is replaced.
+        trust: whether code that comes with the checkpoint may run.
+    """
+    shutil.rmtree(made, ignore_errors=True)
+    stored = stored_model(folder, trust)
+    with whole_folder(made) as partial_folder:
+        copy = PatchedCopy(stored.reader, partial_folder)
+        copy.create()
+        with safe_open(final, framework="pt") as opened:
+            for name, tensor in stored.written(OpenFile(opened)):
+                copy.write(name, tensor)
+        copy.sync()

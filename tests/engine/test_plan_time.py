@@ -1,0 +1,57 @@
+"""The foretold time: how timed pieces of work add up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from secateur.engine.plan_time import PieceTimes, fraction_of, piece_times, run_seconds
+from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import LinearTask
+from secateur.sparsity.methods import compose, methods
+from tiny import save_tiny
+
+CPU = torch.device("cpu")
+
+
+def task(name: str, shape: tuple[int, int], sparsity: float = 0.5) -> LinearTask:
+    return LinearTask(name, shape, compose("wanda", "unstructured"), sparsity)
+
+
+def test_groups_gather_and_prepare_once_and_every_linear_is_solved() -> None:
+    tasks = {t.name: t for t in (task("q", (4, 4)), task("k", (2, 4)), task("left", (4, 4), 0.0))}
+    times = {
+        "q": PieceTimes(gathering=0.01, preparing=3.0, solving=5.0),
+        "k": PieceTimes(gathering=9.0, preparing=9.0, solving=7.0),
+    }
+    seconds = run_seconds(
+        tasks, [("q", "k"), ("left",)], forwards=100.0, tokens=200, times_of=lambda t: times[t.name]
+    )
+    assert seconds == 100 + 200 * 0.01 + 3 + 5 + 7
+
+
+@pytest.mark.parametrize("method", sorted(methods))
+def test_every_method_can_be_timed(method: str) -> None:
+    found = piece_times(compose(method, "unstructured"), (24, 32), 0.5, Settings(), CPU)
+    assert found.solving > 0
+    assert (found.gathering > 0) == bool(compose(method, "unstructured").requires & INPUTS)
+
+
+INPUTS = {"column_norm", "gram", "column_mean", "column_variance"}
+
+
+def test_large_matrices_are_timed_at_a_fraction_that_divides_them() -> None:
+    assert [fraction_of(x) for x in (11008, 14336, 4096)] == [688, 1024, 1024]
+    assert fraction_of(2 * 1031) == 2 * 1031
+
+
+@pytest.mark.parametrize("options", [{"method": "magnitude"}, {"method": "sparsegpt"}])
+def test_a_plan_has_a_range_of_seconds(tmp_path: Path, options: dict[str, str]) -> None:
+    plan = secateur.plan(str(save_tiny(tmp_path / "m")), sparsity=0.5, **options)
+    assert plan.seconds is not None
+    least, most = plan.seconds
+    assert 0 < least < most
+    assert plan.to_json()["seconds"] == plan.seconds
