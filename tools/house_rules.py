@@ -31,12 +31,9 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset(
     {
         "secateur/cli/sweep.py:sweep",
-        "class Depth",
-        "class Judge",
         "class Layout",
         "class Linear",
         "class Search",
-        "class Standing",
     }
 )
 

@@ -45,10 +45,13 @@ class Registry(Generic[T]):
     Args:
         kind: what a part is called in messages, for example "score".
         package: the package whose files hold the parts; imported on first look-up.
+        plural: what several parts are called; `kind` with an s if None. Installed plug-ins name
+            their modules in the entry points `secateur.PLURAL`.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, plural: str | None = None) -> None:
         self.kind, self.package = kind, package
+        self.plural = plural or f"{kind}s"
         self._parts: dict[str, T] = {}
         self._loaded = False
 
@@ -63,7 +66,7 @@ class Registry(Generic[T]):
             taken = self._parts.get(name)
             if taken is not None and repr(taken) != repr(part):
                 raise RecipeError(
-                    f"two {self.kind}s are named {name!r}: {taken!r} and {part!r}",
+                    f"two {self.plural} are named {name!r}: {taken!r} and {part!r}",
                     remedy="register one of them under another name",
                 )
             self._parts[name] = part
@@ -98,5 +101,5 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
-        for plug_in in entry_points(group=f"secateur.{self.kind}s"):
+        for plug_in in entry_points(group=f"secateur.{self.plural}"):
             plug_in.load()

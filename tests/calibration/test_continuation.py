@@ -88,7 +88,7 @@ def test_a_model_without_a_cache(windows: torch.Tensor) -> None:
         num_attention_heads=2,
         vocab_size=50,
     )
-    with pytest.raises(SourceError, match="Forgetful does not go on"):
+    with pytest.raises(SourceError, match="Forgetful cannot continue"):
         continue_windows(Forgetful(config), windows, 1, seed=0)
 
 
@@ -102,7 +102,7 @@ def test_the_seed_decides(model: LlamaForCausalLM, windows: torch.Tensor) -> Non
 
 def test_tells_of_every_token(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
     told: list[None] = []
-    continue_windows(model, windows, 3, seed=0, tell=lambda: told.append(None))
+    continue_windows(model, windows, 3, seed=0, on_token=lambda: told.append(None))
     assert len(told) == LENGTH - PREFIX
 
 

@@ -58,8 +58,8 @@ def test_a_folder_in_the_order_of_its_paths(tmp_path):
         ('{"text": 5}\n', "'text' is a int, not text"),
         ('["a"]\n', "a JSON list, not an object"),
         ("{}\n", "the line has: no field"),
-        ("\n\n", "holds no text"),
-        ('{"text": " "}\n', "holds no text"),
+        ("\n\n", "contains no text"),
+        ('{"text": " "}\n', "contains no text"),
     ],
 )
 def test_bad_json_lines(tmp_path, content, fault):
@@ -70,7 +70,7 @@ def test_bad_json_lines(tmp_path, content, fault):
 
 def test_bad_files(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(SourceError, match=r"empty\.txt holds no text"):
+    with pytest.raises(SourceError, match=r"empty\.txt contains no text"):
         read_documents(str(tmp_path / "empty.txt"))
     (tmp_path / "latin.txt").write_bytes("Zoë".encode("latin-1"))
     with pytest.raises(SourceError, match="cannot be read as UTF-8"):
@@ -79,10 +79,10 @@ def test_bad_files(tmp_path):
     with pytest.raises(SourceError, match=r"half\.txt\.gz cannot be read"):
         read_documents(str(tmp_path / "half.txt.gz"))
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(SourceError, match=r"a\.pdf is not a kind of text that is read"):
+    with pytest.raises(SourceError, match=r"a\.pdf is not a kind of text that secateur reads"):
         read_documents(str(tmp_path / "a.pdf"))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(SourceError, match="holds no text"):
+    with pytest.raises(SourceError, match="contains no text"):
         read_documents(str(tmp_path / "folder"))
 
 

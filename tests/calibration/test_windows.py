@@ -108,7 +108,7 @@ def test_long_texts_give_no_warning(caplog, capfd):
 @pytest.mark.parametrize("packing", ["concatenate", "random-crop"])
 def test_too_little_text(packing):
     tokenizer = tiny_tokenizer(WORDS)
-    with pytest.raises(SourceError, match=r"0 windows of 4000 tokens, 3 were asked"):
+    with pytest.raises(SourceError, match=r"0 windows of 4000 tokens, 3 are needed"):
         make_windows(documents(), tokenizer, WindowPlan(3, 4000, packing=packing))
     with pytest.raises(SourceError, match=r"0 windows of 4 tokens"):
         make_windows([], tokenizer, WindowPlan(3, 4, packing=packing))
@@ -146,7 +146,7 @@ def test_saved_windows_come_back(tmp_path):
         ({"input_ids": torch.ones(2, 3)}, r"torch.float32 of shape \(2, 3\)"),
         ({"input_ids": torch.ones(6, dtype=torch.int64)}, r"of shape \(6,\)"),
         ({"input_ids": torch.ones(0, 3, dtype=torch.int64)}, r"of shape \(0, 3\)"),
-        ({"input_ids": torch.tensor([[1, 96]])}, "from 1 to 96, the vocabulary has 96"),
+        ({"input_ids": torch.tensor([[1, 96]])}, "from 1 to 96, but the vocabulary has 96"),
         ({"input_ids": torch.tensor([[-1, 5]])}, "from -1 to 5"),
     ],
 )
@@ -184,7 +184,7 @@ def test_calibration_from_text_and_from_windows_are_the_same(tmp_path):
     for given in (source, ready):
         with pytest.raises(SourceError, match="the vocabulary has 20"):
             load_calibration(given, tokenizer, plan, vocab_size=20)
-    with pytest.raises(RecipeError, match="without a tokenizer"):
+    with pytest.raises(RecipeError, match="needs a tokenizer"):
         load_calibration(source, None, plan, vocab_size=44)
 
 
@@ -202,16 +202,20 @@ def test_window_files_longer_than_the_model(family, tmp_path):
     if family == "llama":
         verbs["structure"] = {"keep_layers": 1, "calibration": file}
     for verb, options in verbs.items():
-        with pytest.raises(RecipeError, match="windows of 70 tokens, the model reads 64 at once"):
+        with pytest.raises(
+            RecipeError, match="windows have 70 tokens, but the model reads 64 at once"
+        ):
             getattr(secateur, verb)(model, output=tmp_path / verb, **options)
         assert not (tmp_path / verb).exists()
-    with pytest.raises(RecipeError, match="windows of 70 tokens, the model reads 64 at once"):
+    with pytest.raises(RecipeError, match="windows have 70 tokens, but the model reads 64 at once"):
         secateur.diagnose(model, dense=model, text=file)
 
 
 def test_window_tensors_longer_than_the_model():
     for family in ("llama", "gpt2"):
-        with pytest.raises(RecipeError, match="windows of 70 tokens, the model reads 64 at once"):
+        with pytest.raises(
+            RecipeError, match="windows have 70 tokens, but the model reads 64 at once"
+        ):
             secateur.prune(
                 tiny_model(family), method="wanda", sparsity=0.5, calibration=tiny_windows(3, 70)
             )
@@ -228,7 +232,7 @@ def test_window_tensors_longer_than_the_model():
 def test_training_text_longer_than_the_model(tmp_path):
     model, text = save_tiny(tmp_path / "m", "gpt2"), tmp_path / "t.txt"
     text.write_text("some words " * 200, encoding="utf-8")
-    with pytest.raises(RecipeError, match="windows of 70 tokens, the model reads 64 at once"):
+    with pytest.raises(RecipeError, match="windows have 70 tokens, but the model reads 64 at once"):
         secateur.retrain(
             model, text=[str(text)], output=tmp_path / "out", steps=1, batch=1, sequence_length=70
         )

@@ -211,7 +211,7 @@ def test_empty_calibration(secateur, model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     done = prune(secateur, model, tmp_path / "empty.jsonl", tmp_path / "out")
     assert done.code == 2
-    assert "holds no text" in done.err
+    assert "contains no text" in done.err
     save_file({"input_ids": torch.full((2, 8), 96)}, tmp_path / "beyond.safetensors")
     done = prune(secateur, model, tmp_path / "beyond.safetensors", tmp_path / "out")
     assert done.code == 2

@@ -258,8 +258,8 @@ def test_int8_is_the_oracles():
         ({"shape": [0, 8]}, "below 1"),
         ({"shape": [-4, 8]}, "below 1"),
         ({"shape": [2**31, 8]}, "above 2147483647"),
-        ({"pattern": "2:4"}, "nothing else has"),
-        ({"format": "n-of-m"}, "n-of-m has a pattern"),
+        ({"pattern": "2:4"}, "'bitmask' has no pattern"),
+        ({"format": "n-of-m"}, "'n-of-m' needs a pattern"),
         ({"format": "n-of-m", "pattern": "4:4"}, "1 <= N < M"),
         ({"format": "n-of-m", "pattern": "0:4"}, "not N:M"),
         ({"format": "n-of-m", "pattern": "2:99"}, "1 <= N < M <= 32"),
@@ -292,7 +292,7 @@ def test_groups_that_keep_too_many_are_refused(pattern):
 def test_masks_and_codes_that_say_too_much_are_refused():
     layout = Layout("bitmask", "float32", (2, 9))
     parts = formats["bitmask"].pack(torch.ones(2, 9), layout)
-    for place, bit, why in ((0, 0, "keeps 17 weights, there are 18"), (1, 1, "1 bits .* past")):
+    for place, bit, why in ((0, 0, "keeps 17 weights, but there are 18"), (1, 1, "1 bits .* past")):
         mask = parts["bitmask"].clone()
         mask[0, place] ^= 1 << bit
         with pytest.raises(CheckpointError, match=why):

@@ -25,7 +25,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("t.jsonl.gz", LINE.encode(), "cannot be read as UTF-8 text: Not a gzipped file"),
     ("t.jsonl.gz", gzip.compress(LINE.encode())[:-9], "cannot be read"),
     ("t.jsonl.gz", gzip.compress(LINE.encode() * 99)[:20] + b"\xff" * 40, "cannot be read"),
-    ("t.txt.gz", b"", "holds no text"),
+    ("t.txt.gz", b"", "contains no text"),
     ("t.jsonl", b"9" * 5000, "not JSON"),
 ]
 
@@ -117,7 +117,7 @@ def test_a_tensor_in_two_shards(refused, tmp_path: Path) -> None:
     name, tensor = next(iter(load_file(first).items()))
     save_file({**tensors, name: tensor + 1}, second, metadata={"format": "pt"})
     told = refused("inspect", folder)
-    assert f"1 of the tensors are in two files, the first of them '{name}'" in told
+    assert f"1 tensors are in two files; the first is '{name}'" in told
     assert first.name in told
     assert second.name in told
     assert "are in two files" in refused("generate", folder, "--prompt", "a", "--max-new-tokens", 1)

@@ -333,6 +333,21 @@ def test_without_a_network_the_client_of_the_hub_is_not_left_to_retry(tmp_path, 
     assert asked == [True]
 
 
+@pytest.mark.usefixtures("dead_endpoint")
+def test_a_name_out_of_reach_is_refused_before_anything_heavy_is_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SourceError, match=r"(?s)org/name is not on this machine.*\.gguf file"):
+        hub.refuse_out_of_reach("org/name@v2")
+    (tmp_path / "models--org--name").mkdir()
+    for name in ("org/name@v2", "smollm2-135m", str(tmp_path), "no such file"):
+        hub.refuse_out_of_reach(name)
+
+
+def test_looking_for_the_hub_imports_no_torch():
+    code = "import sys, secateur.models.hub; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_connection_to_the_hub_or_to_its_proxy_is_tried(dead_endpoint, monkeypatch):
     assert hub.why_unreachable().startswith("127.0.0.1: ")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -439,6 +454,9 @@ def gguf_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_license("apache-2.0")
+    writer.add_base_model_count(1)
+    writer.add_base_model_repo_url(0, "https://huggingface.co/org/base")
     writer.add_context_length(64)
     writer.add_embedding_length(ROWS * 2)
     writer.add_block_count(1)
@@ -497,7 +515,13 @@ def test_a_gguf_file_is_expanded_once_and_exactly(gguf_file, cache, capfd):
     assert np.array_equal(up, stored["blk.0.ffn_up.weight"])
     assert load_tokenizer(found.folder)("abc")["input_ids"] == [95, 6]  # ab, c
     before = (found.folder / "model.safetensors").stat().st_mtime_ns
-    assert resolve(str(gguf_file)) == found.__class__(found.folder, str(gguf_file), "gguf")
+    assert found.record() == {
+        "name": str(gguf_file),
+        "kind": "gguf",
+        "revision": None,
+        "file_bytes": gguf_file.stat().st_size,
+    }
+    assert resolve(str(gguf_file)) == found
     assert (found.folder / "model.safetensors").stat().st_mtime_ns == before
     assert not leftovers(cache)
 
@@ -526,6 +550,11 @@ def test_a_conversion_tells_how_far_it_is(gguf_file, cache):
     convert_gguf(gguf_file, progress=heard)
     assert [stage[0].split()[0] for stage in heard.stages] == ["reading", "converting", "writing"]
     assert heard.stages[1][1:] == [100, 100, "finished"]
+
+
+def test_a_conversion_keeps_licence_and_base_model(gguf_file, cache):
+    card = (convert_gguf(gguf_file) / "README.md").read_text(encoding="utf-8")
+    assert card == "---\nlicense: apache-2.0\nbase_model: org/base\n---\n"
 
 
 def test_a_gguf_file_is_parsed_once(gguf_file, cache, monkeypatch):

@@ -127,7 +127,7 @@ def test_files_of_one_version_and_a_configuration_of_the_other(tmp_path: Path) -
     forgery = Forgery(folder / "secateur.safetensors")
     forgery.told["version"] = 1
     forgery.write()
-    with pytest.raises(CheckpointError, match=r"of version 1, config\.json says 2"):
+    with pytest.raises(CheckpointError, match=r"has version 1, but config\.json says 2"):
         PackedCheckpoint(folder)
     (folder / "secateur.safetensors.index.json").unlink()
     (folder / "secateur.safetensors").rename(folder / "model.safetensors")
@@ -140,7 +140,7 @@ def test_a_folder_of_two_checkpoints(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(
         (tmp_path / "dense" / "model.safetensors").read_bytes()
     )
-    with pytest.raises(CheckpointError, match="holds two checkpoints"):
+    with pytest.raises(CheckpointError, match="contains two checkpoints"):
         secateur.load(folder)
 
 

@@ -171,7 +171,7 @@ def test_memory_is_that_of_the_format():
 
 def test_parts_that_do_not_fit_are_refused():
     bits = pack_bits(torch.ones(3, 10, dtype=torch.bool))
-    with pytest.raises(ShapeError, match="keeps 30 weights, there are 29"):
+    with pytest.raises(ShapeError, match="keeps 30 weights, but there are 29"):
         KernelMatrix(torch.randn(29), bitmask=bits, columns=10)
     with pytest.raises(ShapeError, match="past its 9 columns"):
         KernelMatrix(torch.randn(30), bitmask=bits, columns=9)

@@ -324,7 +324,7 @@ def test_files_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
     change_config(broken, num_hidden_layers=4)
     with pytest.raises(CheckpointError, match=r"is 4, and the weights have 3 layers"):
         secateur.load(broken)
-    with pytest.raises(CheckpointError, match=r"does not hold model\.layers\.3"):
+    with pytest.raises(CheckpointError, match=r"does not contain model\.layers\.3"):
         from_pretrained(broken)
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         secateur.load(tmp_path)
@@ -340,9 +340,9 @@ def test_a_tensor_that_is_missing(tmp_path: Path, name: str) -> None:
     forgery.told["layouts"].pop(name, None)
     forgery.write()
     index_again(folder)
-    with pytest.raises(CheckpointError, match="does not hold"):
+    with pytest.raises(CheckpointError, match="does not contain"):
         secateur.load(folder)
-    with pytest.raises(CheckpointError, match="does not hold"):
+    with pytest.raises(CheckpointError, match="does not contain"):
         from_pretrained(folder)
 
 

@@ -149,14 +149,17 @@ def misplace(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda f: config_with(f, version=3), "version 3, this release reads 1 to 2"),
+        (lambda f: config_with(f, version=3), "version 3, but this release reads 1 to 2"),
         (lambda f: config_with(f, version=1), "config.json says version 1, and secateur"),
         (lambda f: config_with(f, version=True), "version True"),
         (lambda f: config_with(f, archive="no"), "archive is not true or false"),
-        (lambda f: config_with(f, archive=True), "disagree about being an archive"),
-        (lambda f: config_with(f, quant_method="gptq"), "not that of a compressed checkpoint"),
+        (lambda f: config_with(f, archive=True), "disagree on whether this is an archive"),
+        (
+            lambda f: config_with(f, quant_method="gptq"),
+            "not the configuration of a compressed checkpoint",
+        ),
         (lambda f: (f / "config.json").unlink(), "cannot be read"),
-        (lambda f: (f / "config.json").write_text("[]"), "not that of a compressed"),
+        (lambda f: (f / "config.json").write_text("[]"), "not the configuration of a compressed"),
         (lambda f: (f / SECOND_FILE).unlink(), "1 of 2 shards are missing"),
         (remove_from_index, "the checkpoint has the files"),
         (misplace, "disagree about 'bias'"),
@@ -204,5 +207,5 @@ def test_an_exchanged_dtype_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     forgery = Forgery(tmp_path / "m" / SECOND_FILE)
     forgery.header["bias"]["dtype"] = "F16"
     forgery.write(repair=False)
-    with pytest.raises(CheckpointError, match="does not fit its digest"):
+    with pytest.raises(CheckpointError, match="does not match its digest"):
         PackedCheckpoint(tmp_path / "m")

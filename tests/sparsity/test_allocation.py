@@ -18,7 +18,8 @@ from secateur.sparsity.allocation.budget import Granularity, settle
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold, global_threshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
-from secateur.sparsity.allocation.search import Search, Standing, climb, ladders, mutate
+from secateur.sparsity.allocation.search import Search, ladders, mutate
+from secateur.sparsity.evolution import Leader
 from secateur.sparsity.patterns import parse_pattern
 
 PATTERNS = [("unstructured", "row"), ("unstructured", "layer"), ("3x2", "layer")]
@@ -233,7 +234,7 @@ def test_mutations_keep_the_budget_and_the_levels(sizes, scope, sparsity, seed):
                 assert rung.lowest <= level <= rung.highest
                 shares[name] = rung.sparsity(level)
             assert pruned_weights(shapes, pattern, shares) == budget
-            candidate = mutate(candidate, list(rungs.values()), random)
+            candidate = mutate(candidate, random, list(rungs.values()))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_linears_of_different_size_trade(scope, worths):
     assert {(r.lowest, r.highest) for r in rungs.values()} == {(-3, 3)}
     random, moved = Random(0), set()
     for _ in range(200):
-        mutant = mutate((0,) * len(worth), list(rungs.values()), random)
+        mutant = mutate((0,) * len(worth), random, list(rungs.values()))
         changed = {w for w, level in zip(worth, mutant, strict=True) if level}
         moved.add(len(changed))
         assert sum(w * level for w, level in zip(worth, mutant, strict=True)) == 0
@@ -265,16 +266,15 @@ def rungs_of(count: int):
     return list(ladders(grains_of([(40, 50)] * count, pattern, 0.5, 0.175), 3, 0.05).values())
 
 
-def test_the_search_climbs_is_deterministic_and_goes_on():
+def test_the_search_climbs_and_is_deterministic():
     part = Search(generations=40)
-    whole = list(climb(part, rungs_of(6), (0,) * 6, toy))
+    whole = list(part.climb(rungs_of(6), (0,) * 6, toy))
     assert whole[-1].fitness == 0.0
-    assert whole[-1].best == (2, -2, 1, -1, 0, 0)
+    assert whole[-1].candidate == (2, -2, 1, -1, 0, 0)
+    assert [s.generation for s in whole] == list(range(41))
     assert [s.fitness for s in whole] == sorted((s.fitness for s in whole), reverse=True)
-    assert whole == list(climb(part, rungs_of(6), (0,) * 6, toy))
-    for stop in (0, 7, 40):
-        assert list(climb(part, rungs_of(6), (0,) * 6, toy, whole[stop])) == whole[stop + 1 :]
-    other = list(climb(Search(generations=40, seed=1), rungs_of(6), (0,) * 6, toy))
+    assert whole == list(part.climb(rungs_of(6), (0,) * 6, toy))
+    other = list(Search(generations=40, seed=1).climb(rungs_of(6), (0,) * 6, toy))
     assert other != whole
 
 
@@ -286,7 +286,7 @@ def test_stages_see_ever_fewer_candidates_on_ever_more_tokens():
         return toy(candidates, tokens, draw)
 
     part = Search(generations=2, offspring=6, stages=((3, 10), (2, 20), (1, 40)))
-    list(climb(part, rungs_of(6), (1, -1, 0, 0, 0, 0), watched))
+    list(part.climb(rungs_of(6), (1, -1, 0, 0, 0, 0), watched))
     assert calls == [
         (2, 40, 0), (6, 10, 0), (3, 20, 0), (2, 40, 0), (6, 10, 1), (3, 20, 1), (2, 40, 1),
     ]  # fmt: skip
@@ -298,16 +298,16 @@ def test_the_search_is_never_worse_than_uniform():
         sums = [float(sum(map(abs, c))) for c in candidates]
         return sums if tokens == 2048 else [-x for x in sums]
 
-    standing = list(climb(Search(), rungs_of(6), (1, -1, 2, -2, 0, 0), misleading))[-1]
-    assert standing.best == (0,) * 6
-    assert standing.fitness == standing.uniform == 0.0
-    blind = climb(Search(), rungs_of(6), (1, -1, 0, 0, 0, 0), lambda c, t, d: [math.nan] * len(c))
-    assert list(blind)[-1].best == (0,) * 6
+    best = list(Search().climb(rungs_of(6), (1, -1, 2, -2, 0, 0), misleading))[-1]
+    assert best.candidate == (0,) * 6
+    assert best.fitness == 0.0
+    blind = Search().climb(rungs_of(6), (1, -1, 0, 0, 0, 0), lambda c, t, d: [math.nan] * len(c))
+    assert list(blind)[-1].candidate == (0,) * 6
 
 
 def test_a_model_with_nothing_to_trade_stays_uniform():
-    standing = list(climb(Search(), rungs_of(1), (0,), lambda c, t, d: [1.0] * len(c)))[-1]
-    assert standing == Standing(16, (0,), 1.0, 1.0)
+    best = list(Search().climb(rungs_of(1), (0,), lambda c, t, d: [1.0] * len(c)))[-1]
+    assert best == Leader(16, (0,), 1.0)
 
 
 @pytest.mark.parametrize(

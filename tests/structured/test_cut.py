@@ -16,13 +16,13 @@ from secateur.structured.surgery import cut_from_zeros, cut_model
 from zoo import CONFIGS, tiny_model
 
 IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
-    "no layer": ({"layers": ()}, "decoder layers: none is kept"),
-    "more layers than there are": ({"layers": (0, 1, 2, 3)}, "4 are to be kept, there are 3"),
+    "no layer": ({"layers": ()}, "decoder layers: the cut keeps none"),
+    "more layers than there are": ({"layers": (0, 1, 2, 3)}, "the cut keeps 4, but there are 3"),
     "unknown layer": ({"layers": (0, 3)}, "there is no 3, only 0 to 2"),
     "negative layer": ({"layers": (-1, 2)}, "there is no -1"),
     "layer twice": ({"layers": (0, 0, 2)}, "named twice"),
     "layers in another order": ({"layers": (2, 0)}, "not ascending"),
-    "no channel": ({"hidden": ()}, "hidden channels: none is kept"),
+    "no channel": ({"hidden": ()}, "hidden channels: the cut keeps none"),
     "unknown channel": ({"hidden": (5, 32)}, "there is no 32"),
     "unknown group": ({"groups": {1: (2,)}}, "KV groups of layer 1: there is no 2"),
     "group twice": ({"groups": {1: (1, 1)}}, "named twice"),
@@ -36,11 +36,14 @@ IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
         {"queries": dict.fromkeys(range(3), (0, 2)), "groups": {0: (1,)}},
         "cannot be cut at once",
     ),
-    "no query head": ({"queries": dict.fromkeys(range(3), ())}, "query heads of layer 0: none"),
-    "too many neurons": ({"neurons": {0: tuple(range(49))}}, "49 are to be kept, there are 48"),
+    "no query head": (
+        {"queries": dict.fromkeys(range(3), ())},
+        "query heads of layer 0: the cut keeps none",
+    ),
+    "too many neurons": ({"neurons": {0: tuple(range(49))}}, "the cut keeps 49, but there are 48"),
     "unknown neuron": ({"neurons": {0: (48,)}}, "there is no 48"),
     "experts of a dense model": ({"experts": {0: (1,)}}, "experts of layer 0"),
-    "no expert": ({"experts": {0: ()}}, "none is kept"),
+    "no expert": ({"experts": {0: ()}}, "the cut keeps none"),
 }
 
 
@@ -83,7 +86,7 @@ def test_json_gives_the_cut_back(name: str) -> None:
     [{"layers": "all"}, {"layers": [0.5]}, {"groups": [1]}, {"groups": {"x": [1]}}, {"heads": {}}],
 )
 def test_json_of_something_else_is_refused(told: Any) -> None:
-    with pytest.raises(RecipeError, match="no description of a cut"):
+    with pytest.raises(RecipeError, match="does not describe a cut"):
         Cut.from_json(told)
 
 

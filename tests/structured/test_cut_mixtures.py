@@ -128,5 +128,5 @@ def test_experts_that_are_stored_fused(tmp_path: Path) -> None:
 
 
 def test_fewer_experts_than_a_token_wants_are_refused() -> None:
-    with pytest.raises(RecipeError, match="each token wants 2"):
+    with pytest.raises(RecipeError, match="each token needs 2"):
         cut_model(tiny_model("mixtral"), Cut(experts={0: (1,)}))

@@ -1,1 +1,1 @@
-"""Calibration: text → token windows → running statistics of the inputs of each linear."""
+"""Calibration turns text into token windows, and these into statistics of each linear's inputs."""

@@ -1,18 +1,18 @@
-"""The one way in which a text becomes windows: for calibration, training and judging alike.
+"""The one way to cut a text into windows, for calibration, training and evaluation alike.
 
-Where the tokenizer puts start tokens in front of a text, every window begins with them, because a
-model that was trained with them is lost without: its first token serves as the resting place of
-attention. So a window of S tokens is
+Where the tokenizer puts start tokens in front of a text, every window begins with them. A model
+trained with start tokens fails without them, because its attention rests on the first token. So a
+window of S tokens is
 
     start tokens (k of them) + S − k tokens of text
 
-and windows that do not overlap use up S − k tokens of text each: none is lost between two of them,
-none is read twice. Only the windows have start tokens, the text between has none. An end token
-that a tokenizer appends to a text belongs to the text. Where the tokenizer puts no start token,
-k is 0 and a window is S tokens of text.
+and windows that do not overlap take S − k tokens of text each: no token is lost between two of
+them, and none is read twice. Only windows have start tokens; the text itself has none. An end token
+that a tokenizer appends to a text belongs to the text. Where the tokenizer puts no start token, k
+is 0 and a window is S tokens of text.
 
-No start token is predicted when a model is judged. In training and in gradients the first token of
-a window is not predicted, which is the same for k ≤ 1; of two start tokens the second is.
+Evaluation predicts no start token. Training and gradients do not predict the first token of a
+window. For k ≤ 1 this is the same; of two start tokens they predict the second.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class WindowCutter:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, sequence_length: int) -> WindowCutter:
-        """For a tokenizer; its start tokens are found by encoding a text.
+        """A cutter for a tokenizer; encoding a text shows the start tokens.
 
         Raises:
             RecipeError: the start tokens leave no room for text.
@@ -70,7 +70,7 @@ class WindowCutter:
         return text_tokens(self.tokenizer, texts, self.start)
 
     def places(self, tokens: int) -> list[int]:
-        """Where windows that do not overlap begin in a text of so many tokens; the rest is left."""
+        """The starts of windows that do not overlap, in a text of so many tokens."""
         return list(range(0, tokens - self.text_length + 1, self.text_length))
 
     def cut(self, stream: Sequence[int], places: Sequence[int]) -> Windows:
@@ -85,7 +85,7 @@ class WindowCutter:
 
 
 def begins_with(windows: Windows, start: Sequence[int]) -> bool:
-    """Whether every window begins with these tokens; they do with none.
+    """Whether every window begins with these tokens; True for no tokens.
 
     Example:
         >>> import torch

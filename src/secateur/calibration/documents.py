@@ -1,17 +1,17 @@
-"""Texts to calibrate on or to judge with, from wherever they lie.
+"""Reads texts for calibration or evaluation, from files, folders, samples or the hub.
 
 | source                          | documents                                                    |
 |---------------------------------|--------------------------------------------------------------|
 | `FILE.txt`, `.md`, `.raw`       | the whole file is one document                               |
-| `FILE.jsonl`                    | one document a line, its field `text` (or another)           |
-| a folder                        | those of all such files in it, in the order of their paths   |
+| `FILE.jsonl`                    | one document per line, its field `text` (or another)         |
+| a folder                        | the documents of all such files in it, in order of paths     |
 | `boolq-calibration`, `-held-out`| a sample: one passage each                                   |
 | `c4`                            | web pages of the first shard of C4's English part            |
 | `wikitext2`                     | WikiText-2 raw: one document, its rows joined by two newlines|
-| `hub:org/name[@revision]`       | one document a row of that data set                          |
+| `hub:org/name[@revision]`       | one document per row of that data set                        |
 
-Files may also be compressed (`.gz`). A data set is read from its `train` split to calibrate and
-from its `test` or `validation` split to judge, unless a split is named.
+Files may also be compressed (`.gz`). Unless a split is named, calibration reads the `train` split
+of a data set, and evaluation its `test` or `validation` split.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class HubDataset:
     Args:
         repo: its id.
         config: which of its configurations.
-        calibrate: the split, and file of it, to calibrate on; the file is None for all.
-        judge: the same, to judge with.
+        calibrate: the split, and its file, for calibration; None for all files.
+        judge: the same, for evaluation.
         one_document: the rows are lines of one long text rather than documents.
     """
 
@@ -71,7 +71,7 @@ KNOWN_DATASETS: dict[str, HubDataset] = {
 
 @dataclass(frozen=True)
 class JoinedText:
-    """One text to judge with, and what has to be said about it beside a perplexity.
+    """One text for evaluation, and what a perplexity must report about it.
 
     Args:
         text: the whole text.
@@ -87,16 +87,16 @@ class JoinedText:
 def read_documents(
     source: str, *, field: str = "text", split: str | None = None, config: str | None = None
 ) -> Sequence[str]:
-    """The documents of a source, to calibrate on.
+    """The documents of a source, for calibration.
 
     Args:
-        source: as in the table above.
-        field: the field or column that holds the text, in JSON lines and data sets.
+        source: see the table above.
+        field: the field or column with the text, in JSON lines and data sets.
         split: the split of a data set on the hub; by default `train`.
         config: the configuration of a data set on the hub.
 
     Returns:
-        The documents. Those of a data set on the hub stay on disk until they are asked for.
+        The documents. Those of a data set on the hub stay on disk until they are read.
 
     Raises:
         SourceError: there is no such source, it cannot be reached, it has no text, or a line of
@@ -111,9 +111,9 @@ def read_documents(
 def read_text(
     source: str, *, field: str = "text", split: str | None = None, config: str | None = None
 ) -> JoinedText:
-    """A source as one text, to judge with; the arguments are those of `read_documents`.
+    """A source as one text, for evaluation; the arguments are those of `read_documents`.
 
-    A single text file is left as it is. Documents are joined by two newlines.
+    A single text file is not changed. Documents are joined by two newlines.
 
     Raises:
         SourceError: as `read_documents`.
@@ -152,15 +152,15 @@ def local_documents(source: str, field: str) -> list[str]:
         )
     if not any(text.strip() for text in documents):
         raise SourceError(
-            f"{source} holds no text",
+            f"{source} contains no text",
             where=str(path.absolute()),
-            remedy=f"name a file that has some, of kind {', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}",
+            remedy=f"name a file with text, of kind {', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}",
         )
     return documents
 
 
 def bare_suffix(path: Path) -> str | None:
-    """The suffix of a text file with `.gz` taken off, or None if it is not a kind that is read."""
+    """The suffix of a text file without `.gz`, or None if secateur does not read this kind."""
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     return suffix if suffix in TEXT_SUFFIXES + LINE_SUFFIXES else None
 
@@ -170,7 +170,7 @@ def file_documents(path: Path, field: str) -> Iterator[str]:
     suffix = bare_suffix(path)
     if suffix is None:
         raise SourceError(
-            f"{path.name} is not a kind of text that is read",
+            f"{path.name} is not a kind of text that secateur reads",
             where=str(path),
             remedy=f"name a file ending in {', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)} "
             "(or one of these and .gz), or a .safetensors file of windows to calibrate on",
@@ -201,20 +201,20 @@ def line_document(line: str, where: str, field: str) -> str:
         raise SourceError(
             f"the line {fault}: {error}",
             where=where,
-            remedy="write one JSON object a line, or name the file .txt if it is plain text",
+            remedy="write one JSON object per line, or name the file .txt if it is plain text",
         ) from None
     if not isinstance(row, dict):
         raise SourceError(
             f"the line is a JSON {type(row).__name__}, not an object",
             where=where,
-            remedy=f'write one object a line, as {{"{field}": "..."}}',
+            remedy=f'write one object per line, such as {{"{field}": "..."}}',
         )
     if not isinstance(row.get(field), str):
         fault = f"is a {type(row[field]).__name__}, not text" if field in row else "is not there"
         raise SourceError(
             f"the field {field!r} {fault}; the line has: {', '.join(row) or 'no field'}",
             where=where,
-            remedy="name the field that holds the text",
+            remedy="name the field with the text",
         )
     text = cast(str, row[field])
     try:
@@ -224,13 +224,13 @@ def line_document(line: str, where: str, field: str) -> str:
             f"the text has half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
             f"{error.start}",
             where=where,
-            remedy="write the character whole, or leave it out",
+            remedy="write the whole character, or remove it",
         ) from None
     return text
 
 
 def hub_dataset(source: str, config: str | None) -> HubDataset | None:
-    """What a source means on the hub, or None if it is a file, a folder or a sample."""
+    """The hub data set that a source names, or None if it is a file, a folder or a sample."""
     if Path(source).expanduser().exists():
         return None
     if source in KNOWN_DATASETS:
@@ -263,13 +263,13 @@ def hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[str]:
         ) from error
     except ValueError as error:  # an unknown split or configuration
         raise SourceError(
-            str(error), where=where, remedy="name one that the data set has"
+            str(error), where=where, remedy="name a split or configuration of the data set"
         ) from error
     if field not in rows.column_names:
         raise SourceError(
             f"the data set has no column {field!r}; it has: {', '.join(rows.column_names)}",
             where=where,
-            remedy="name the column that holds the text",
+            remedy="name the column with the text",
         )
     texts: Sequence[str] = rows[field]
     return [BLANK_LINE.join(texts)] if dataset.one_document else texts

@@ -1,4 +1,4 @@
-"""Has a model been trained on the text that it is judged on? Sequences of tokens say so."""
+"""Checks whether a model was trained on its evaluation text, by shared sequences of tokens."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from secateur.types import Windows
 __all__ = ["SEQUENCE", "shared_share"]
 
 SEQUENCE = 32
-"""Tokens in a row that two texts do not share by chance."""
+"""So many tokens in a row two texts do not share by chance."""
 MULTIPLIER = 6_364_136_223_846_793_005
 
 
 def shared_share(
     training: Windows, judged: Int64[Tensor, "windows length"], length: int = SEQUENCE
 ) -> float:
-    """The fraction of sequences of `length` tokens in `judged` that are in `training` too.
+    """The fraction of sequences of `length` tokens in `judged` that also occur in `training`.
 
-    Sequences are compared by 64-bit hashes; those across the edge of a window are not seen.
+    Sequences are compared by 64-bit hashes; sequences across the edge of a window do not count.
     Memory: 8 bytes for each token of the training text.
 
     Args:
         training: token ids [samples, sequence_length].
         judged: token ids [windows, sequence_length], of the same tokenizer.
-        length: of the sequences; the shorter window if that is less.
+        length: of the sequences; at most the shorter window.
 
     Example:
         >>> import torch
@@ -37,12 +37,12 @@ def shared_share(
     """
     length = min(length, training.shape[1], judged.shape[1])
     known = hashes(training, length).unique()
-    asked = hashes(judged, length)
-    return float(torch.isin(asked, known).float().mean())
+    sought = hashes(judged, length)
+    return float(torch.isin(sought, known).float().mean())
 
 
 def hashes(windows: Windows, length: int) -> Tensor:
-    """A hash of every sequence, int64 [sequences]; sums and products wrap."""
+    """A hash of every sequence, int64 [sequences]; sums and products wrap around."""
     count = windows.shape[1] - length + 1
     found = torch.zeros(len(windows), count, dtype=torch.int64)
     for place in range(length):

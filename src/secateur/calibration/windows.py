@@ -1,4 +1,4 @@
-"""Documents → token windows, the unit in which a model is calibrated."""
+"""Makes token windows from documents, checks, stores and loads them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PIECE_CHARACTERS = 65_536
 PIECES_AT_ONCE = 32
 MAX_MISSES = 20_000
 START = "start_tokens"
-"""Where records and the headers of window files name the tokens that each window begins with."""
+"""The key of the start tokens in records and in the headers of window files."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +75,22 @@ class WindowPlan:
 def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
     """Cut calibration windows from documents.
 
-    Each window begins with the start tokens of the tokenizer, if it puts any, and has no others;
-    see `cutting`.
+    Each window begins with the start tokens of the tokenizer, if it has any; see `cutting`.
 
     `concatenate` shuffles the documents with the seed, puts the end-of-sequence token between
     them, cuts the stream into windows that do not overlap, and draws `samples` of these. Documents
     above 65 536 characters are first cut into pieces at line ends, so that one long file is
     sampled all over.
 
-    `random-crop` draws documents and places with the same calls to `random` as the published
-    code, and so gives its windows for the same seed, documents and tokenizer; the first token of
-    each gives way to the start token, where there is one.
+    `random-crop` draws documents and places with the same calls to `random` as the published code.
+    So it gives the same windows for the same seed, documents and tokenizer; a start token, if there
+    is one, replaces the first token of each.
 
     Returns:
         Token ids [samples, sequence_length], int64.
 
     Raises:
-        SourceError: there is not enough text for the windows asked.
+        SourceError: the text is too short for so many windows.
         RecipeError: the start tokens leave no room for text.
     """
     draw = crop_windows if plan.packing == "random-crop" else pack_windows
@@ -100,7 +99,7 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
         fits = f"; there is enough for --windows {len(windows)}" if len(windows) else ""
         raise SourceError(
             f"the text gives {len(windows)} windows of {plan.sequence_length} tokens, "
-            f"{plan.windows} were asked",
+            f"{plan.windows} are needed",
             where=f"{len(documents)} documents, packing {plan.packing}",
             remedy="name a longer text, or ask for fewer windows or a shorter sequence length"
             + fits,
@@ -130,9 +129,9 @@ def pack_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
 
 
 def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int]]:
-    """Document, start and end of each piece of at most `limit` characters; blank ones are left out.
+    """Document, start and end of each piece of at most `limit` characters, without blank pieces.
 
-    A piece ends after a line if it can, else after a space, else in the middle of a word.
+    A piece ends after a line if possible, otherwise after a space, otherwise within a word.
     """
     pieces = []
     for number, text in enumerate(documents):
@@ -162,7 +161,7 @@ def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
             too_short.add(number)
             misses += 1
             continue
-        # the published code never starts at the very last place; neither does this
+        # like the published code, never start at the very last place
         windows.append(cutter.cut(ids, [rng.randint(0, len(ids) - length - 1)]))
         misses = 0
     return torch.cat(windows) if windows else cutter.cut([], [])
@@ -179,14 +178,14 @@ def load_calibration(
     split: str | None = None,
     config: str | None = None,
 ) -> tuple[Windows, dict[str, Any]]:
-    """Calibration windows from a text source or a file of ready windows, and where they are from.
+    """Calibration windows from a text source or a file of ready windows, with a record of both.
 
     Args:
-        source: what `read_documents` takes, or a `.safetensors` file of windows. All windows of
-            such a file are used as they are: the file decides their number and length.
-        tokenizer: of the model that will read the windows; None will do for ready windows.
+        source: a source of `read_documents`, or a `.safetensors` file of windows. All windows of
+            such a file are used unchanged: the file decides their number and length.
+        tokenizer: of the model that will read the windows; may be None for ready windows.
         plan: how windows are cut from a text.
-        vocab_size: of the model; no token may lie beyond it.
+        vocab_size: of the model; token ids must be below it.
         positions: how many tokens the model reads at once; None if it does not say.
         field: as in `read_documents`.
         split: as in `read_documents`.
@@ -198,10 +197,10 @@ def load_calibration(
         two runs can be seen to have used the same.
 
     Raises:
-        SourceError: the source cannot be had, has too little text, or gives tokens that are not in
-            the model's vocabulary.
+        SourceError: the source cannot be read, has too little text, or gives tokens outside the
+            model's vocabulary.
         RecipeError: the source is a text and there is no tokenizer, or the windows are longer than
-            the model reads.
+            the model's context.
     """
     record: dict[str, Any] = {"source": source}
     if source.endswith(".safetensors"):
@@ -211,7 +210,7 @@ def load_calibration(
     else:
         if tokenizer is None:
             raise RecipeError(
-                "a text cannot be calibrated on without a tokenizer",
+                "calibration on a text needs a tokenizer",
                 where=source,
                 remedy="give the tokenizer, or token windows [samples, sequence_length] or a "
                 ".safetensors file of them",
@@ -243,7 +242,7 @@ def load_windows(
         positions: windows must not be longer.
 
     Raises:
-        SourceError: there is no such file, or it holds no windows of this vocabulary.
+        SourceError: there is no such file, or it contains no windows of this vocabulary.
         RecipeError: the windows are longer than the model reads.
         CheckpointError: the file is damaged.
     """
@@ -270,7 +269,7 @@ def load_windows(
 
 
 def stored_start(path: Path) -> tuple[int, ...]:
-    """The start tokens that the header of a window file names; none if it names none.
+    """The start tokens in the header of a window file; none if it has no such entry.
 
     Args:
         path: a file that `load_windows` has read.
@@ -278,21 +277,21 @@ def stored_start(path: Path) -> tuple[int, ...]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        told = (file.metadata() or {}).get(START, "[]")
-    return tuple(json.loads(told))
+        entry = (file.metadata() or {}).get(START, "[]")
+    return tuple(json.loads(entry))
 
 
 def check_fit(ids: Tensor, where: str, *, vocab_size: int | None, positions: int | None) -> None:
-    """Check that windows are some, and that a model can read them, before anything runs.
+    """Check that there are windows and that a model can read them, before anything runs.
 
     Args:
         ids: token ids [windows, sequence_length].
-        where: what the windows are from, for the message.
+        where: the source of the windows, for the message.
         vocab_size: of the model; None if only its lower end is known.
         positions: how many tokens the model reads at once; None if it does not say.
 
     Raises:
-        SourceError: it is no matrix of token ids, or one of them is not in the vocabulary.
+        SourceError: this is no matrix of token ids, or a token is not in the vocabulary.
         RecipeError: the windows are longer than the model reads.
     """
     if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or ids.numel() == 0:
@@ -304,13 +303,13 @@ def check_fit(ids: Tensor, where: str, *, vocab_size: int | None, positions: int
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or (vocab_size is not None and highest >= vocab_size):
         raise SourceError(
-            f"token ids from {lowest} to {highest}, the vocabulary has {vocab_size or 'any'}",
+            f"token ids from {lowest} to {highest}, but the vocabulary has {vocab_size or 'any'}",
             where=where,
             remedy="make the windows with the tokenizer of this model",
         )
     if positions is not None and ids.shape[1] > positions:
         raise RecipeError(
-            f"windows of {ids.shape[1]} tokens, the model reads {positions} at once",
+            f"windows have {ids.shape[1]} tokens, but the model reads {positions} at once",
             where=where,
             remedy=f"make windows of {positions} tokens or less",
         )
@@ -327,13 +326,13 @@ def save_windows(
 
     Args:
         windows: token ids [samples, sequence_length].
-        path: the file; its folder must be there.
-        start: the tokens that each window begins with because the tokenizer puts them; the header
-            of the file names them, as `start_tokens`.
-        metadata: text kept in the header of the file.
+        path: the file; its folder must exist.
+        start: the tokenizer's start tokens, with which each window begins; the header of the file
+            stores them as `start_tokens`.
+        metadata: text for the header of the file.
     """
     from safetensors.torch import save
 
-    told = {START: json.dumps(list(start))} if start else {}
+    entry = {START: json.dumps(list(start))} if start else {}
     tensors = {"input_ids": windows.contiguous()}
-    write_bytes(path, save(tensors, metadata={**(metadata or {}), **told}))
+    write_bytes(path, save(tensors, metadata={**(metadata or {}), **entry}))

@@ -1,4 +1,4 @@
-"""How far each decoder layer is from the dense one: both models walk, one layer of each in memory.
+"""How far each decoder layer is from the dense one, with one layer of each model in memory.
 
 For a token x that enters a layer, y is the output of the dense layer and ŷ that of the pruned one.
 
@@ -12,7 +12,6 @@ some delimiters have hidden states a thousand times as large as the others, in a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +22,9 @@ from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
+from secateur.progress import Progress
 
-__all__ = ["LayerDrift", "check_same_model", "walk"]
+__all__ = ["LayerDrift", "check_same_model", "layer_drifts"]
 
 TOKENS_AT_ONCE = 1024
 
@@ -77,44 +77,40 @@ def check_same_model(pruned: CheckpointTarget, dense: CheckpointTarget) -> None:
 
 
 @torch.no_grad()
-def walk(
-    pruned: CheckpointTarget,
-    dense: CheckpointTarget,
-    windows: Tensor,
-    tell: Callable[[int], None],
+def layer_drifts(
+    pruned: CheckpointTarget, dense: CheckpointTarget, windows: Tensor, progress: Progress
 ) -> list[LayerDrift]:
-    """Walk through both models side by side.
+    """Pass windows through both models, layer by layer, and compare them.
 
-    Ends after the first layer whose hidden states are not finite: behind it nothing is known.
+    Ends after the first layer whose hidden states are not finite: later ones mean nothing.
 
     Args:
         pruned: the model.
         dense: its reference, of the same layers, hidden size and vocabulary.
         windows: token ids [windows, sequence_length].
-        tell: called after every layer with its number.
+        progress: hears of every layer.
     """
-    passages = [Passage(t, windows, TOKENS_AT_ONCE, True, None) for t in (pruned, dense)]
-    for passage in passages:
+    ours, theirs = (Passage(t, windows, TOKENS_AT_ONCE, True, None) for t in (pruned, dense))
+    for passage in (ours, theirs):
         passage.open(0, dense=False)
     found = []
-    for index in range(len(pruned.layers)):
-        with pruned.layer(index) as ours, dense.layer(index) as theirs:
-            measured: dict[str, list[Tensor]] = {}
-            for batch in passages[0].batches():
-                own, other = (passage.call(index, batch) for passage in passages)
-                x, dense_x = (passage.read(batch) for passage in passages)
-                y, dense_y = call_layer(ours, x, own), call_layer(theirs, dense_x, other)
-                alone = call_layer(ours, dense_x, own)
-                for name, values in compared(y, dense_y, alone, dense_x).items():
-                    measured.setdefault(name, []).append(values)
-                passages[0].write(batch, y)
-                passages[1].write(batch, dense_y)
+    progress.start("layers", len(pruned.layers))
+    for (index, layer), (_, dense_layer) in zip(ours.walk(), theirs.walk(), strict=True):
+        measured: dict[str, list[Tensor]] = {}
+        for batch in ours.batches():
+            own, other = ours.call(index, batch), theirs.call(index, batch)
+            x, dense_x = ours.read(batch), theirs.read(batch)
+            y, dense_y = call_layer(layer, x, own), call_layer(dense_layer, dense_x, other)
+            alone = call_layer(layer, dense_x, own)
+            for name, values in compared(y, dense_y, alone, dense_x).items():
+                measured.setdefault(name, []).append(values)
+            ours.write(batch, y)
+            theirs.write(batch, dense_y)
         found.append(summed_up(index, measured))
-        tell(index)
+        progress.step(note=f"layer {index}")
         if found[-1].not_finite:
             break
-        for passage in passages:
-            passage.advance(index + 1)
+    progress.finish()
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a model is: where it comes from, how its files lie, and which parts can be cut.
+"""What a model is: where it comes from, how its files are laid out, which parts can be cut.
 
 The order of reading: `sources` → `checkpoint` → `skeleton` → `architecture` → `families`.
 """

@@ -1,8 +1,8 @@
 """Which parts of a model can be pruned: its decoder layers, their linears, and who shares an input.
 
-A `Family` is data: the path to the decoder layers, and the linears of a layer grouped by the input
-they share, in the order they run. Families the library does not know are described by looking: the
-layers are the longest list of modules that hold linears, and the groups are found by running one.
+A `Family` is data: the path to the decoder layers, and the linears of a layer, grouped by the input
+they share, in the order they run. For a family that the library does not know, the layers are the
+longest list of modules with linears, and running one layer shows the groups.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Experts:
-    """Where the experts of a family lie, and what they are called.
+    """Where the experts of a family are, and what they are called.
 
     Attributes:
         module: path of the experts within a decoder layer; a layer without it is dense.
@@ -74,7 +74,7 @@ class Experts:
         return max((len(m) for m in found if isinstance(m, nn.ModuleList)), default=0)
 
     def holds(self, name: str) -> bool:
-        """Whether a linear, by any name of it, is an expert's."""
+        """Whether a linear, under any of its names, belongs to an expert."""
         return re.search(rf"(^|\.){re.escape(self.module)}\.\d+\.", name) is not None
 
 
@@ -86,11 +86,12 @@ class Family:
         model_types: `model_type` values of transformers configurations that belong to it.
         layers: the path of the list of decoder layers within the causal language model.
         groups: names of the linears within a decoder layer; those that share an input together.
-        writers: linears whose output is added to the residual stream as it is. Empty where a
-            norm comes between, or where it is not known.
-        experts: where the experts of its layers lie, whose linears are not among the groups;
-            None for a family without.
-        couplings: what has to be cut together; None where only whole layers can be cut.
+        writers: linears whose output is added to the residual stream without a change. Empty where
+            a norm comes between, or where the writers are unknown.
+        experts: where the experts of its layers are; their linears are not in `groups`. None for a
+            family without experts.
+        couplings: the parameters that must be cut together; None where only whole layers can be
+            cut.
     """
 
     model_types: tuple[str, ...]
@@ -101,7 +102,7 @@ class Family:
     couplings: Couplings | None = None
 
 
-families: Registry[Family] = Registry("family", "secateur.models.families")
+families: Registry[Family] = Registry("family", "secateur.models.families", "families")
 
 SPLIT_ATTENTION_GROUPS: Groups = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -117,7 +118,7 @@ SPLIT_ATTENTION_GATED_FFN: Groups = (
 """The layout Llama made common: separate projections, gated feed-forward."""
 
 PRE_NORM_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-"""The linears of that layout that write to the residual stream, where norms come before only."""
+"""The linears of that layout that write to the residual stream, where norms come only before."""
 
 
 @dataclass
@@ -151,17 +152,17 @@ class Linear:
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
-        """Overwrite the weight with values [out, in], cast to its dtype."""
+        """Overwrite the weight with values [out, in], cast to the weight's dtype."""
         self.weight.copy_(weight)
 
     @property
     def has_bias(self) -> bool:
-        """Whether something is added to the outputs."""
+        """Whether the linear has a bias."""
         return getattr(self.module, "bias", None) is not None
 
     @torch.no_grad()
     def shift(self, by: Tensor) -> None:
-        """Add to the bias [out], summed in float32; nothing where there is none."""
+        """Add to the bias [out], summed in float32; does nothing without a bias."""
         if self.has_bias:
             bias = self.module.get_parameter("bias")
             bias.copy_(bias.float() + by)
@@ -174,10 +175,11 @@ class Architecture:
     Attributes:
         family: name of the declared family, or `generic`.
         layers_path: path of the list of decoder layers.
-        groups: linears by shared input, or None where they have to be found by running a layer.
-        writers: linears whose output is added to the residual stream as it is, as far as known.
-        experts: where the experts of its layers lie; None without.
-        couplings: what has to be cut together, where it is declared.
+        groups: linears by shared input, or None where a layer must run to show them.
+        writers: linears whose output is added to the residual stream without a change, as far as
+            known.
+        experts: where the experts of its layers are; None without experts.
+        couplings: the parameters that must be cut together, where they are declared.
     """
 
     family: str
@@ -203,8 +205,8 @@ class Architecture:
 def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
     """All prunable matrices of a decoder layer, by their name within the layer.
 
-    A linear with a single output is a gate (of Qwen's shared expert), and left out: it has nothing
-    to share a loss with.
+    A linear with a single output is a gate (of Qwen's shared expert) and is left out, because no
+    other output could share its loss.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -230,7 +232,7 @@ def hidden_size(model: Any) -> int:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a configuration that is about text; all of it where there is no other part."""
+    """The text part of a configuration; all of it where it has no parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -238,8 +240,8 @@ def describe(model: Any) -> Architecture:
     """Describe a causal language model.
 
     Raises:
-        ArchitectureError: it is no causal decoder, or no list of decoder layers with linears was
-            found.
+        ArchitectureError: the model is no causal decoder, or it has no list of decoder layers with
+            linears.
     """
     family = family_of(model)
     if family is not None:
@@ -260,22 +262,22 @@ def describe(model: Any) -> Architecture:
 
 
 def refuse_non_decoders(model: Any, layers: nn.Module) -> None:
-    """Refuse encoders and encoder-decoders, whose tokens do not only look back.
+    """Refuse encoders and encoder-decoders, whose tokens also see later ones.
 
-    An encoder shows by its attention: none of it is causal. Where attention does not say, the
-    configuration may (`is_decoder`).
+    In an encoder no attention is causal. Where the attention modules do not say, the configuration
+    may (`is_decoder`).
 
     Raises:
-        ArchitectureError: it is one of them.
+        ArchitectureError: the model is one of them.
     """
     config = getattr(model, "config", None)
     remedy = "Secateur works on causal decoders, which predict the next token from those before it"
     # The configuration of a decoder taken out of an encoder-decoder says False; its class knows.
-    told = (getattr(each, "is_encoder_decoder", False) for each in (config, type(config)))
-    if any(told):
+    flags = (getattr(each, "is_encoder_decoder", False) for each in (config, type(config)))
+    if any(flags):
         raise ArchitectureError(
             f"{type(model).__name__} is part of an encoder-decoder, not a causal decoder: its "
-            "encoder would stay as it is",
+            "encoder would not be pruned",
             remedy=remedy,
         )
     causal = {bool(m.is_causal) for m in layers.modules() if hasattr(m, "is_causal")}
@@ -291,8 +293,8 @@ def refuse_non_decoders(model: Any, layers: nn.Module) -> None:
 def candidate_layers(model: Any) -> Iterator[tuple[str, int]]:
     """Lists of modules of the decoder that hold linears: (path, number of weights in linears).
 
-    The modules may be of several classes, as in hybrids. Where a model says which of its parts is
-    the decoder (`get_decoder`), towers for pictures or sound beside it are not looked at.
+    The modules may be of several classes, as in hybrids. Where a model names its decoder
+    (`get_decoder`), towers for pictures or sound are ignored.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     start = next((path for path, module in model.named_modules() if module is decoder), "")

@@ -1,4 +1,4 @@
-"""Attention done otherwise than a model asks for it, in a context: no family knows of it."""
+"""Replaces the attention function of a model within a context; no family is changed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["OtherAttention"]
 
 
 class OtherAttention(TorchFunctionMode, ABC):
-    """While it is entered, `attend` is called instead of torch's attention, if it `takes` that."""
+    """Within this context `attend` replaces torch's attention for the calls that it `takes`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass every other function on."""
-        told = kwargs or {}
-        if func is scaled_dot_product_attention and self.takes(told):
-            return self.attend(*args, **told)
-        return func(*args, **told)
+        named = kwargs or {}
+        if func is scaled_dot_product_attention and self.takes(named):
+            return self.attend(*args, **named)
+        return func(*args, **named)
 
     def takes(self, options: dict[str, Any]) -> bool:
         """Whether a call with these options is replaced."""

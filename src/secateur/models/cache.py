@@ -1,9 +1,10 @@
-"""Keys and values of text in the making: in tensors that are made once, and read fast.
+"""Keys and values during generation: in tensors that are allocated once and read fast.
 
-The cache that transformers makes by default grows by concatenation: every token copies all keys
-and values before it. Here a layer gets its room with the first token, and attention sees a view
-of what is filled. The fused kernels are made for many tokens at once; for one token a window, in
-bfloat16 on a CPU, two plain matmuls are ten times as fast, if the keys lie as the first wants them.
+The default cache of transformers grows by concatenation: every token copies all keys and values
+before it. Here a layer allocates its room with the first token, and attention sees a view of the
+filled part. The fused kernels are made for many tokens at once. For one token per window, in
+bfloat16 on a CPU, two plain matmuls are ten times as fast, if the keys are stored in the order that
+the first one needs.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ __all__ = ["OneTokenAttention", "roomy_cache"]
 def roomy_cache(config: Any, length: int) -> DynamicCache:
     """An empty cache for texts of at most `length` tokens.
 
-    Layers that keep something else than keys and values of each token (recurrent states) stay as
+    Layers that store something other than keys and values of each token (recurrent states) stay as
     transformers makes them.
 
     Args:
         config: of the model.
-        length: tokens that there is room for.
+        length: the number of tokens that fit.
     """
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
@@ -41,8 +42,8 @@ def roomy_cache(config: Any, length: int) -> DynamicCache:
 class OneTokenAttention(OtherAttention):
     """Attention of one token to those before it, softmax(q kᵀ · scale) v, as two matmuls.
 
-    Query heads that share their keys are multiplied together. Calls that are causal, and so of
-    more than one token, are left alone.
+    Query heads that share their keys are multiplied together. Causal calls, which have more than
+    one token, are not replaced.
     """
 
     def takes(self, options: dict[str, Any]) -> bool:
@@ -64,7 +65,7 @@ def _attended(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As `scaled_dot_product_attention`, of a model in eval mode and not causal."""
+    """`scaled_dot_product_attention` for a model in eval mode, not causal."""
     batch, heads, tokens, size = query.shape
     if enable_gqa:  # [batch, key heads, queries of each, size]
         query = query.reshape(batch, key.shape[1], -1, size)
@@ -87,7 +88,7 @@ class _Room:
         self.values: Tensor
 
     def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the states of new tokens [batch, heads, tokens, size]; views of those of all."""
+        """Store the states of new tokens [batch, heads, tokens, size]; views of all states."""
         if not self.filled:
             batch, heads, _, size = keys.shape
             self.keys = keys.new_empty(batch, heads, size, self.length)
@@ -109,7 +110,7 @@ class _Layer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add the states of new tokens; views of those of all tokens."""
+        """Add the states of new tokens; returns views of all states."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = self.room.add(key_states, value_states)
@@ -126,7 +127,7 @@ class _SlidingLayer(DynamicSlidingWindowLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add the states of new tokens; views of those that one of them attends to."""
+        """Add the states of new tokens; returns views of the states that any of them attends to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]

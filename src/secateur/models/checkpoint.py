@@ -1,12 +1,12 @@
 """Safetensors folders: read a tensor at a time, and patch a copy in place.
 
 A pruned model has the same tensors, shapes and dtypes as its source. So the output is a byte copy
-of the source in which the pruned tensors are overwritten at their offsets: whatever was not pruned
-is bit-identical by construction, and writing costs no memory.
+of the source in which the pruned tensors are overwritten at their offsets. All other tensors are
+bit-identical by construction, and writing costs no memory.
 
-The byte layout (8-byte little-endian header length, JSON header, data) is read here directly,
-rather than through the memory map of the safetensors library, because mapped pages count as
-resident memory and because an in-place write needs the offsets.
+This module reads the byte layout (8-byte little-endian header length, JSON header, data) directly
+and does not use the memory map of the safetensors library: mapped pages count as resident memory,
+and an in-place write needs the offsets.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PACKED_INDEX_NAME = "secateur.safetensors.index.json"
-"""The index of a compressed checkpoint. Its files have names that transformers does not look for:
-it would take parts of packed matrices for tensors it does not know, and draw the rest at random."""
+"""The index of a compressed checkpoint. transformers does not look for these file names. Otherwise
+it would skip the parts of packed matrices as unknown tensors, and draw the matrices at random."""
 INDEX_NAMES = (PACKED_INDEX_NAME, INDEX_NAME)
 SHARD_NAME = re.compile(r"[\w .+-]{1,200}\.safetensors", re.ASCII)
 
@@ -65,17 +65,17 @@ def shard_name(stem: str, number: int, count: int) -> str:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, compressed or not, in order, each checked to be there.
+    """The safetensors files of a checkpoint, compressed or not, in order; each one exists.
 
     Raises:
-        CheckpointError: there are none, the index names files that are missing, or the folder
-            holds a dense and a compressed checkpoint.
+        CheckpointError: there are none, the index names missing files, or the folder contains a
+            dense and a compressed checkpoint.
     """
     index = folder / INDEX_NAME
     if (folder / PACKED_INDEX_NAME).is_file():
         if index.is_file() or (folder / SINGLE_NAME).is_file():
             raise CheckpointError(
-                "the folder holds two checkpoints: a compressed one and a dense one",
+                "the folder contains two checkpoints: a compressed one and a dense one",
                 where=str(folder),
                 remedy=f"remove secateur*.safetensors and {PACKED_INDEX_NAME}, or the files of the "
                 "dense model, or make the compressed folder again",
@@ -91,7 +91,7 @@ def shard_files(folder: Path) -> list[Path]:
         odd = [n for n in names if not isinstance(n, str) or not SHARD_NAME.fullmatch(n)]
         if odd or not names:
             raise CheckpointError(
-                f"the index names {odd[0]!r}, which is no file of this folder"
+                f"the index names {odd[0]!r}, but there is no such file in this folder"
                 if odd
                 else "the index of shards names no file",
                 where=str(index),
@@ -123,7 +123,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def read_headers(files: Sequence[Path]) -> list[Header]:
-    """The headers of all files of a checkpoint, each held against the size of its file.
+    """The headers of all files of a checkpoint, each checked against the size of its file.
 
     Raises:
         CheckpointError: a file is damaged, or a tensor is in two of them.
@@ -134,9 +134,9 @@ def read_headers(files: Sequence[Path]) -> list[Header]:
         twice = sorted(header.entries.keys() & owner.keys())
         if twice:
             raise CheckpointError(
-                f"{len(twice)} of the tensors are in two files, the first of them {twice[0]!r}",
+                f"{len(twice)} tensors are in two files; the first is {twice[0]!r}",
                 where=f"{owner[twice[0]]} and {file.name}",
-                remedy="copy or download the checkpoint again; nobody can know which one counts",
+                remedy="copy or download the checkpoint again; it is not clear which one is right",
             )
         owner |= dict.fromkeys(header.entries, file)
     return headers
@@ -174,14 +174,14 @@ class CheckpointReader:
         return tensor
 
     def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
-        """From now on see a tensor as several, which lie in it one after the other.
+        """From now on, show a tensor as several tensors, which it contains one after the other.
 
         Args:
-            name: of the tensor; it is not seen any more.
-            parts: the shapes of those it consists of, by their names, in the order of its bytes.
+            name: of the tensor; the reader no longer shows it.
+            parts: names and shapes of the tensors that it consists of, in the order of its bytes.
 
         Raises:
-            CheckpointError: a name is taken, or the parts are not all of the tensor.
+            CheckpointError: a name is taken, or the parts do not add up to the tensor.
         """
         entry = self.entries[name]
         sizes = [prod(shape) * entry.dtype.itemsize for shape in parts.values()]
@@ -192,7 +192,7 @@ class CheckpointReader:
                 if taken
                 else f"{name} of shape {entry.shape} is not made of {len(parts)} equal parts",
                 where=str(entry.file),
-                remedy="the checkpoint holds something twice, or is damaged: get it again",
+                remedy="the checkpoint stores a tensor twice, or is damaged: download it again",
             )
         del self.entries[name]
         offset = entry.offset
@@ -201,29 +201,29 @@ class CheckpointReader:
             offset += size
 
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors as views of the file: only the pages that are touched take memory."""
+        """Tensors as views of the file: only pages that are read take memory."""
         from safetensors import safe_open
 
         for file in self.files:
-            wanted = [n for n in names if self.entries[n].file == file]
-            if wanted:
+            own = [n for n in names if self.entries[n].file == file]
+            if own:
                 with safe_open(file, framework="pt") as opened:
-                    for name in wanted:
+                    for name in own:
                         yield name, opened.get_tensor(name)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable and without a copy; valid while it lives.
 
-    Not by way of numpy: torch never again resizes a storage that numpy has seen, and the storages
-    of halted forwards are resized when they are parked.
+    It does not use numpy, because torch never resizes a storage again that numpy has seen, and the
+    storages of halted forwards are resized when they move to disk.
     """
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
 
 
 def read_all(stream: FileIO, tensor: Tensor) -> None:
-    """Fill a contiguous CPU tensor from an unbuffered file, from where it stands.
+    """Fill a contiguous CPU tensor from an unbuffered file, from its current position.
 
     Raises:
         CheckpointError: the file ends first.
@@ -240,7 +240,7 @@ def read_all(stream: FileIO, tensor: Tensor) -> None:
 
 
 def write_all(stream: FileIO, tensor: Tensor) -> None:
-    """Write the bytes of a contiguous CPU tensor to an unbuffered file, where it stands."""
+    """Write the bytes of a contiguous CPU tensor to an unbuffered file, at its current position."""
     view = as_bytes(tensor)
     done = 0
     while done < len(view):
@@ -248,7 +248,7 @@ def write_all(stream: FileIO, tensor: Tensor) -> None:
 
 
 def copied_files(folder: Path) -> list[Path]:
-    """What belongs to a model besides its weights: configuration, tokenizer, licence."""
+    """The files of a model other than its weights: configuration, tokenizer, licence."""
     suffixes = {".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"}
     return sorted(
         p
@@ -275,7 +275,7 @@ class PatchedCopy:
 
     Args:
         source: the checkpoint copied.
-        folder: where the copy lies, or will be made by `create`.
+        folder: of the copy, which `create` makes.
     """
 
     def __init__(self, source: CheckpointReader, folder: Path) -> None:
@@ -283,7 +283,7 @@ class PatchedCopy:
         self._dirty: set[Path] = set()
 
     def create(self, progress: Progress | None = None) -> None:
-        """Copy all files; whatever lay under their names is replaced.
+        """Copy all files, and replace files of the same names.
 
         Args:
             progress: receives the steps, in MiB.
@@ -309,10 +309,10 @@ class PatchedCopy:
             raise cannot_write(error, self.folder) from error
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Overwrite one tensor; it is cast to the dtype that is stored.
+        """Overwrite one tensor; it is cast to the stored dtype.
 
         Raises:
-            CheckpointError: another shape than the one stored.
+            CheckpointError: the shape differs from the stored one.
             MemoryBudgetError: the disk is full.
         """
         entry = self.source.entries[name]

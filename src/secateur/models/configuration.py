@@ -1,7 +1,7 @@
-"""`config.json` held against the weights, before transformers makes anything of it.
+"""Checks `config.json` against the weights, before transformers builds anything from it.
 
-A number in it decides how many modules are built and how long their buffers are. What a checkpoint
-can be built from is in its headers, so numbers that do not fit are refused within milliseconds.
+Its numbers decide how many modules are built and how long their buffers are. The headers of the
+checkpoint show which numbers are possible, so wrong ones are refused within milliseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEXT_PARTS = ("text_config", "decoder", "generator")
 
 LAYERS = "num_hidden_layers"
 WIDTHS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-"""Sizes that some stored tensor has a side of at least."""
+"""Sizes for which some stored tensor must have a side at least as long."""
 
 MAX_POSITIONS = 2**31
 
@@ -48,7 +48,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(
-            "the configuration is not that of a model: it has no 'model_type'",
+            "this is not the configuration of a model: it has no 'model_type'",
             where=str(file),
             remedy="name a folder written by save_pretrained",
         )
@@ -56,13 +56,13 @@ def read_configuration(folder: Path) -> dict[str, Any]:
 
 
 def check_sizes(folder: Path) -> None:
-    """Refuse a configuration whose sizes the stored tensors cannot have.
+    """Refuse a configuration whose sizes do not fit the stored tensors.
 
-    Not everything is found here: shapes are compared one by one when the model has been built
-    without weights. Here is what would make building it impossible or endless.
+    This check finds only sizes that would make building the model impossible or endless. Shapes are
+    compared one by one after the model has been built without weights.
 
     Raises:
-        CheckpointError: naming the key, its value and what the headers hold.
+        CheckpointError: names the key, its value and the content of the headers.
     """
     config = read_configuration(folder)
     stored = StoredSizes(read_headers(shard_files(folder)))
@@ -75,8 +75,8 @@ class StoredSizes:
     """The sizes that the headers of a checkpoint show.
 
     Attributes:
-        layers: the most tensors' owners that are numbered in one place.
-        side: the longest side of a tensor, or the highest such number if it is longer.
+        layers: the highest count of numbered modules in one list.
+        side: the longest side of a tensor, or `layers` if that is larger.
     """
 
     def __init__(self, headers: list[Header]) -> None:
@@ -91,14 +91,14 @@ class StoredSizes:
 
 
 def shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
-    """The shapes of the tensors of a file, and of the matrices that are packed in it."""
+    """The shapes of the tensors of a file, and of the matrices packed in it."""
     yield from (entry.shape for entry in header.entries.values())
     try:
-        told = json.loads(header.metadata.get("secateur", "{}"))
-        for table in (told["layouts"], told["archived"]):
+        metadata = json.loads(header.metadata.get("secateur", "{}"))
+        for table in (metadata["layouts"], metadata["archived"]):
             yield from (tuple(map(int, described["shape"])) for described in table.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-        return  # there is none, or it is damaged, which the reader of packed files tells
+        return  # none, or damaged, which the reader of packed files reports
 
 
 def check_part(part: Mapping[str, Any], stored: StoredSizes, where: str) -> None:
@@ -134,7 +134,7 @@ def check_part(part: Mapping[str, Any], stored: StoredSizes, where: str) -> None
 
 
 def check_heads(found: Mapping[str, int], free_width: bool, where: str) -> None:
-    """Refuse heads that cannot share out the hidden size, or the groups of keys and values."""
+    """Refuse numbers of heads that do not divide the hidden size, or are not divided by groups."""
     heads = found.get("num_attention_heads")
     if heads is None:
         return
@@ -149,7 +149,7 @@ def check_heads(found: Mapping[str, int], free_width: bool, where: str) -> None:
 
 
 def keys_of(part: Mapping[str, Any]) -> dict[str, str]:
-    """How this type of model calls the sizes that are checked."""
+    """The names that this type of model has for the checked sizes."""
     names = (LAYERS, *WIDTHS, "max_position_embeddings")
     called = dict(getattr(config_class(part), "attribute_map", {}))
     if "decoder_layers" in part:  # an encoder-decoder maps the name to its encoder's
@@ -158,7 +158,7 @@ def keys_of(part: Mapping[str, Any]) -> dict[str, str]:
 
 
 def has_default(part: Mapping[str, Any], name: str) -> bool:
-    """Whether the type of model has a value for a key that is not there."""
+    """Whether the type of model has a default for a missing key."""
     return getattr(config_class(part), name, None) is not None
 
 
@@ -172,12 +172,12 @@ def config_class(part: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def transformers_errors(folder: Path) -> Iterator[None]:
-    """Turn whatever transformers raises on a configuration into an error of ours.
+    """Turn every error of transformers on a configuration into an `ArchitectureError`.
 
-    Its model classes check little, and each fails in its own way on what it did not expect.
+    Its model classes check little, and each fails in its own way.
 
     Raises:
-        ArchitectureError: it cannot build the model.
+        ArchitectureError: transformers cannot build the model.
     """
     try:
         yield

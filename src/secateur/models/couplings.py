@@ -1,10 +1,11 @@
-"""Which axis of which parameter carries which dimension: what has to be cut together.
+"""Which axis of which parameter carries which dimension, and so must be cut together.
 
-A dimension of a decoder is spread over many parameters: an FFN neuron is a row of two matrices and
-a column of a third, a KV group a run of rows in three and of columns in a fourth, a channel of the
-residual stream an entry of nearly everything. `Couplings` says so for a family, as data.
+A dimension of a decoder is spread over many parameters. An FFN neuron is a row of two matrices and
+a column of a third. A KV group is a run of rows in three matrices and of columns in a fourth. A
+channel of the residual stream is an entry of nearly every parameter. `Couplings` describes this for
+a family, as data.
 
-An axis is named by what lies along it:
+An axis has the name of the units along it:
 
 | name        | along it                                                                        |
 |-------------|---------------------------------------------------------------------------------|
@@ -45,7 +46,7 @@ Axes = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Couplings:
-    """What has to be cut together in the models of one family.
+    """Which parameters of the models of one family must be cut together.
 
     Attributes:
         layer: axes of modules and parameters, named within a decoder layer.
@@ -112,7 +113,7 @@ EMBEDDING_AND_HEAD: Axes = {
     "model.norm": ("hidden",),
     "lm_head": ("-", "hidden"),
 }
-"""What stands outside the decoder layers in most families."""
+"""The parameters outside the decoder layers in most families."""
 
 TWO_NORMS: Axes = {"input_layernorm": ("hidden",), "post_attention_layernorm": ("hidden",)}
 """One norm before each sub-block."""
@@ -126,4 +127,4 @@ LLAMA_COUPLINGS = Couplings(
     attention_norms=("input_layernorm",),
     ffn_norms=("post_attention_layernorm",),
 )
-"""Of the layout that Llama made common."""
+"""The couplings of the layout that Llama made common."""

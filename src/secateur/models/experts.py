@@ -1,10 +1,10 @@
-"""Mixtures of experts, opened: every expert a module of its own, with three linears.
+"""Opens mixtures of experts: every expert becomes a module with three linears.
 
-transformers holds the experts of a layer in two tensors, [experts, 2 · neurons, hidden] for gates
-and ups and [experts, hidden, neurons], and multiplies with slices of them, where no hook sees
-what an expert receives. Opened, gate, up and down of each expert are linears [out, in] like any
-others: statistics, halted forwards, solvers and packed matrices need to know nothing of experts.
-Checkpoints mostly store them that way too, under names that a family declares.
+transformers stores the experts of a layer in two tensors, [experts, 2 · neurons, hidden] for gate
+and up and [experts, hidden, neurons] for down. It multiplies with slices of them, so no hook sees
+the inputs of an expert. After opening, gate, up and down of each expert are linears [out, in] like
+any others: statistics, halted forwards, solvers and packed matrices need no special case. Most
+checkpoints also store experts one by one, under names that the family declares.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 FUSED = ("gate_up_proj", "down_proj")
-"""The parameters in which transformers holds them."""
+"""The parameters in which transformers stores experts."""
 
 
 class Expert(nn.Module):
@@ -60,18 +60,18 @@ class Expert(nn.Module):
 
 
 class OpenExperts(nn.ModuleList):
-    """The experts of a layer, in the place of the fused module and called like it.
+    """The experts of a layer; replaces the fused module and is called like it.
 
     Attributes:
-        call_idle: whether an expert without a token is called too, with no rows, so that all
-            forwards pass all linears in the same order and gradients reach every weight. Text is
-            written faster without.
+        call_idle: whether an expert without tokens is called too, with no rows. Then all forwards
+            pass all linears in the same order, and gradients reach every weight. Generation is
+            faster without it.
     """
 
     call_idle = True
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Σ over the experts a token is sent to, of its weight times what the expert makes of it.
+        """Σ of weight times output, over the experts that a token is sent to.
 
         Args:
             hidden_states: [tokens, hidden].
@@ -89,9 +89,9 @@ class OpenExperts(nn.ModuleList):
 
     @staticmethod
     def routed(top_k_index: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-        """The tokens that an expert gets, and where among the choices of each it stands.
+        """The tokens that an expert receives, and its place among the choices of each token.
 
-        On the meta device, where routing is not known, every expert gets every token: a bound.
+        On the meta device routing is unknown, so every expert gets every token: an upper bound.
         """
         if top_k_index.device.type == "meta":
             token = torch.arange(len(top_k_index), device="meta")
@@ -101,14 +101,14 @@ class OpenExperts(nn.ModuleList):
 
 
 def bare_linear(weight: nn.Parameter) -> nn.Linear:
-    """A linear without bias around a weight [out, in] that is there already."""
+    """A linear without bias around an existing weight [out, in]."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
     return linear
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether these are experts as transformers holds them, gate before up, without biases."""
+    """Whether these are experts as transformers stores them: gate before up, no biases."""
     own = dict(module.named_parameters(recurse=False))
     if set(own) != set(FUSED) or any(p.ndim != 3 for p in own.values()):
         return False
@@ -140,7 +140,7 @@ def open_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Open all experts of a model of a declared family, in place.
 
     Returns:
-        The fused modules that were there, by path; empty for a model without experts.
+        The replaced fused modules, by path; empty for a model without experts.
     """
     from transformers.initialization import no_init_weights
 
@@ -150,28 +150,28 @@ def open_experts(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in list(model.named_modules()):
         if path.endswith("." + family.experts.module) and is_fused(module):
             replaced[path] = module
-            with no_init_weights():  # of linears whose weights are there
+            with no_init_weights():  # the linears already have their weights
                 put(model, path, opened(module))
     return replaced
 
 
 def of_unknown_experts(path: str, module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter holds matrices of experts in a layout that is not known.
+    """Whether a parameter contains matrices of experts in an unknown layout.
 
     Args:
         path: of the module.
-        module: whose parameter it is.
-        parameter: within a decoder layer; routers are for the caller to tell.
+        module: the owner of the parameter.
+        parameter: within a decoder layer; the caller excludes routers.
     """
     named = "expert" in f"{path}.{type(module).__name__}".lower()
     return named and parameter.ndim > 1 and not isinstance(module, nn.Linear)
 
 
 def refuse_fused(layers: nn.Module) -> None:
-    """Refuse to work on decoder layers that hold experts which cannot be opened.
+    """Refuse decoder layers with experts that cannot be opened.
 
     Raises:
-        ArchitectureError: they are of a family that is not declared, or of another form.
+        ArchitectureError: their family is not declared, or their form is unknown.
     """
     for path, module in layers.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -187,7 +187,7 @@ def refuse_fused(layers: nn.Module) -> None:
 
 @contextmanager
 def opened_experts(model: nn.Module) -> Iterator[None]:
-    """A loaded model with its experts opened for a while; what was changed in them stays."""
+    """Opens the experts of a loaded model for a while; changes to their weights stay."""
     replaced = open_experts(model)
     try:
         yield
@@ -199,7 +199,7 @@ def opened_experts(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def close(fused: nn.Module, experts: nn.Module) -> None:
-    """Copy the weights of opened experts back where they are not views any more."""
+    """Copy the weights of opened experts back if they are no longer views."""
     for name, was in opened(fused).named_parameters():
         now = experts.get_parameter(name)
         if now.data_ptr() != was.data_ptr():
@@ -207,7 +207,7 @@ def close(fused: nn.Module, experts: nn.Module) -> None:
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module in the place of another."""
+    """Replace a module by another."""
     owner, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)
 
@@ -223,9 +223,9 @@ def expert_renamings(experts: Experts) -> Mapping[str, str]:
 
 
 def split_stored(reader: CheckpointReader, experts: Experts) -> None:
-    """See experts that are stored fused as tensors of their own, named like those stored alone.
+    """Show experts that are stored fused as single tensors, named like those stored one by one.
 
-    The rows of one expert's gate, up or down lie together, so each is a range of bytes.
+    The rows of one expert's gate, up or down are contiguous, so each is a range of bytes.
     """
     leaf = experts.module.rpartition(".")[2]
     gate, up, down = experts.stored

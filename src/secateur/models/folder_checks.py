@@ -8,23 +8,17 @@ from secateur.errors import CheckpointError
 from secateur.models.checkpoint import read_header, shard_files
 from secateur.models.configuration import read_configuration
 
-__all__ = ["CONVERT", "PICKLES", "check_folder"]
-
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-CONVERT = (
-    "convert it to safetensors where you trust it: "
-    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
-)
+__all__ = ["check_folder"]
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder holds a whole model, without reading its weights.
+    """Check that a folder contains a complete model, without reading its weights.
 
-    The configuration must name a model type, all shards must be there, and the header of each one
-    must account for every byte of its file.
+    The configuration must name a model type, all shards must exist, and the header of each one must
+    describe every byte of its file.
 
     Raises:
-        CheckpointError: what is missing or damaged, with the bytes expected and found.
+        CheckpointError: names what is missing or damaged, with the bytes expected and found.
     """
     check_config(folder)
     read_configuration(folder)
@@ -32,7 +26,7 @@ def check_folder(folder: Path) -> None:
         with shard.open("rb") as stream:
             if stream.read(32).startswith(b"version https://git-lfs"):
                 raise CheckpointError(
-                    "this is only a pointer of git LFS, the weights were not downloaded",
+                    "this is only a git LFS pointer; the weights were not downloaded",
                     where=str(shard),
                     remedy="run 'git lfs pull' in the folder",
                 )

@@ -24,6 +24,10 @@ __all__ = ["convert_gguf"]
 
 log = logging.getLogger(__name__)
 
+LICENSE = "general.license"
+BASE_MODELS = ("general.base_model.0.repo_url", "general.source.repo_url")
+"""Where a GGUF file names the model that it was made of."""
+
 
 def convert_gguf(
     file: Path,
@@ -35,7 +39,7 @@ def convert_gguf(
     """Expand a GGUF file to a folder of safetensors in the cache, once.
 
     The blocks of a GGUF file are scales and small integers, so their values are exact in float32;
-    the two shorter dtypes round them. The whole model is in memory while it is converted.
+    the two shorter dtypes round them. The conversion needs memory for the whole model.
 
     Args:
         file: the GGUF file.
@@ -78,7 +82,7 @@ def convert_gguf(
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a converted folder is there and undamaged."""
+    """Whether a converted folder exists and is undamaged."""
     try:
         check_folder(folder)
     except SecateurError:
@@ -87,7 +91,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def put_in_place(work: Path, target: Path) -> None:
-    """Move a finished folder to its name, in one step, unless another process was first."""
+    """Rename a finished folder in one step, unless another process was first."""
     if target.exists() and not is_whole(target):
         shutil.rmtree(target)
     finished = work / "finished"
@@ -131,7 +135,23 @@ def expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None:
         progress.start(f"writing {file.stem} as safetensors", 1)
         model.save_pretrained(work / "finished")
         tokenizer.save_pretrained(work / "finished")
+        write_card(file, work / "finished")
         progress.finish()
+
+
+def write_card(file: Path, folder: Path) -> None:
+    """Write a model card with the licence and the base model that a GGUF file names, if it does."""
+    import gguf
+    from huggingface_hub import ModelCardData
+
+    fields = gguf.GGUFReader(str(file)).fields
+    named = {key: fields[key].contents() for key in (LICENSE, *BASE_MODELS) if key in fields}
+    base = next((str(named[key]) for key in BASE_MODELS if key in named), "")
+    found = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", base)
+    license, base_model = named.get(LICENSE), found[1] if found else None
+    if license or base_model:
+        text = ModelCardData(license=license, base_model=base_model).to_yaml()
+        (folder / "README.md").write_text(f"---\n{text}\n---\n", encoding="utf-8")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read as if a stranger had made it.
+"""Reads the header of a safetensors file and trusts nothing in it.
 
 Layout of a file: 8 bytes, the length of the header, little-endian; the header, JSON; the data.
-Everything the header claims is held against the size of the file before anything is allocated:
-the byte ranges must cover the data exactly, and a shape must need exactly the bytes of its range.
+Every claim of the header is checked against the size of the file before anything is allocated. The
+byte ranges must cover the data exactly, and each shape must need exactly the bytes of its range.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ REMEDY = "copy or download the file again"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: its file, first byte, size in bytes, dtype and shape."""
+    """The place of one tensor: its file, first byte, size in bytes, dtype and shape."""
 
     file: Path
     offset: int
@@ -54,7 +54,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: its tensors by name, and free text by key."""
+    """The content of a header: its tensors by name, and free text by key."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -72,7 +72,7 @@ def parse_json(text: bytes | str) -> Any:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{twice!r} is there twice")
+            raise ValueError(f"{twice!r} occurs twice")
         return found
 
     try:
@@ -106,13 +106,17 @@ def read_header(file: Path) -> Header:
         raise CheckpointError("the header is not a JSON object", where=str(file), remedy=REMEDY)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError("the metadata is not text by key", where=str(file), remedy=REMEDY)
-    entries = {name: read_entry(file, name, told, 8 + length) for name, told in header.items()}
+        raise CheckpointError(
+            "the metadata is not a table of texts", where=str(file), remedy=REMEDY
+        )
+    entries = {
+        name: read_entry(file, name, described, 8 + length) for name, described in header.items()
+    }
     check_ranges(file, entries, 8 + length, size)
     return Header(entries, metadata)
 
 
-def read_entry(file: Path, name: str, told: Any, start_of_data: int) -> TensorEntry:
+def read_entry(file: Path, name: str, described: Any, start_of_data: int) -> TensorEntry:
     """One tensor's line of the header; its shape must need exactly the bytes it has.
 
     Raises:
@@ -122,9 +126,9 @@ def read_entry(file: Path, name: str, told: Any, start_of_data: int) -> TensorEn
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"tensor {name!r} {what}", where=str(file), remedy=REMEDY)
 
-    if not isinstance(told, dict) or set(told) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
         raise refuse("is not described by dtype, shape and data_offsets")
-    written, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
+    written, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
     if not isinstance(written, str) or written not in DTYPES:
         raise CheckpointError(
             f"tensor {name!r} has the unknown dtype {str(written)[:40]}", where=str(file)
@@ -150,12 +154,12 @@ def check_ranges(
     """Refuse tensors that overlap, bytes that belong to none, and a file that ends early.
 
     Raises:
-        CheckpointError: naming the sizes that disagree.
+        CheckpointError: names the sizes that disagree.
     """
     expected = max((e.offset + e.size_bytes for e in entries.values()), default=start_of_data)
     if expected != size:
         raise CheckpointError(
-            f"the file has {size} bytes, its header speaks of {expected}",
+            f"the file has {size} bytes, its header describes {expected}",
             where=str(file),
             remedy=REMEDY,
         )

@@ -17,12 +17,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from secateur.errors import CheckpointError, SourceError
-from secateur.models.folder_checks import CONVERT
+from secateur.models.names import CONVERT, hub_name, kind_of_name
 from secateur.models.samples import MODELS
 from secateur.progress import Progress
 from secateur.registry import did_you_mean
 
-__all__ = ["download_model", "hub_or_cache", "why_unreachable"]
+__all__ = ["download_model", "hub_or_cache", "refuse_out_of_reach", "why_unreachable"]
 
 CONNECT_SECONDS = 2.0
 PORTS = {"http": 80, "https": 443}
@@ -40,7 +40,7 @@ FILES = [
     "LICENSE*",
     "README.md",
 ]
-# folders inside a repository hold other formats, and "consolidated" files repeat the weights
+# folders inside a repository contain other formats, and "consolidated" files repeat the weights
 IGNORED = ["*/*", "consolidated*"]
 MIB = 2**20
 
@@ -107,6 +107,34 @@ def hub_or_cache() -> Iterator[str | None]:
             module.HF_HUB_OFFLINE = value
 
 
+def refuse_out_of_reach(model: str) -> None:
+    """Refuse the name of a hub model that is not in the cache while the hub does not answer.
+
+    Takes two seconds at most and imports nothing heavy, so a command can ask first.
+
+    Raises:
+        SourceError: saying what can be named instead.
+    """
+    hub = hub_name(model) if kind_of_name(model) == "hub" else None
+    if hub is None:
+        return
+    from huggingface_hub import constants
+
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{hub.repo.replace('/', '--')}"
+    reason = None if cached.exists() else why_unreachable()
+    if reason is not None:
+        raise out_of_reach(hub.repo, reason)
+
+
+def out_of_reach(repo: str, reason: str) -> SourceError:
+    """That a model is neither in the cache nor to be downloaded."""
+    return SourceError(
+        f"{repo} is not on this machine, and the hub cannot be reached ({reason})",
+        where=f"hub: {repo}",
+        remedy=f"check the network; or {WITHOUT_HUB.format(samples=', '.join(MODELS))}",
+    )
+
+
 def download_model(
     repo: str, revision: str | None, trust_remote_code: bool, offline: bool, progress: Progress
 ) -> Path:
@@ -151,8 +179,7 @@ def download_model(
         remedy = "name a branch, a tag or a commit of that model"
     except OSError as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
-        what = f"{repo} is not on this machine, and the hub cannot be reached ({reason or said[0]})"
-        remedy = f"check the network; or {WITHOUT_HUB.format(samples=', '.join(MODELS))}"
+        raise out_of_reach(repo, reason or said[0]) from error
     else:
         if any(Path(folder).glob("*.safetensors")):
             return Path(folder)

@@ -1,9 +1,9 @@
-"""What a model stores, tensor by tensor: what can be pruned, and why the rest cannot.
+"""Lists what a model stores, tensor by tensor: what can be pruned, and why the rest cannot.
 
-Counts stand on stored tensors, not on modules. A module may be there twice and stored once, and a
-tensor may be stored that no module shows: experts that transformers fuses, a tower for pictures,
-a layer that predicts further tokens. So every floating-point tensor of two or more dimensions is
-either the weight of a linear that can be pruned or has a reason.
+Counts use stored tensors, not modules. A module may occur twice and be stored once. A stored tensor
+may belong to no visible module: experts that transformers fuses, a tower for pictures, a layer that
+predicts further tokens. So every floating-point tensor of two or more dimensions is either the
+weight of a linear that can be pruned, or it has a reason why not.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class StoredMatrix:
         layer: the number of its decoder layer; None outside.
         linear: the prunable linear whose weight it is, if any.
         reason: why it cannot be pruned; empty for a linear's.
-        part: the part of the model beside the decoder layers that it belongs to, if any; such a
-            part is named once, not tensor by tensor.
+        part: its part of the model outside the decoder layers, if any; the report names such a part
+            once, not tensor by tensor.
     """
 
     name: str
@@ -72,7 +72,7 @@ class StoredMatrix:
 
     @property
     def full_name(self) -> str:
-        """The linear's name; as it is stored, where it is none's."""
+        """The linear's name, or the stored name if it is no linear."""
         return self.linear.name if self.linear else self.name.removesuffix(".weight")
 
     @property
@@ -81,7 +81,7 @@ class StoredMatrix:
         return re.split(rf"(?:^|\.){self.layer}\.", self.full_name, maxsplit=1)[-1]
 
     def seen(self, tensor: Tensor) -> Tensor:
-        """The stored tensor as a matrix [out, in]; several matrices in one lie below each other."""
+        """The stored tensor as a matrix [out, in]; several matrices are stacked by rows."""
         if self.linear is not None:
             return tensor.t() if self.linear.transposed else tensor
         return tensor.flatten(0, -2)
@@ -92,7 +92,7 @@ class Left:
     """Tensors of one sort that are not pruned.
 
     Attributes:
-        names: of all of them, `*` for numbers; or of the part of the model that they are.
+        names: one pattern for all of them, `*` for numbers; or the name of their part of the model.
         reason: why.
         tensors: how many.
         weights: values in them.
@@ -104,11 +104,11 @@ class Left:
     weights: int
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written to the manifest."""
+        """The entry of the manifest."""
         return asdict(self)
 
-    def told(self) -> str:
-        """For people."""
+    def line(self) -> str:
+        """One line for people."""
         return f"{self.names}: {self.reason}, {self.weights:,} weights"
 
 
@@ -125,7 +125,7 @@ def stored_linears(
         names: of the parameters that are stored, as the model calls them.
 
     Raises:
-        CheckpointError: one is not stored.
+        CheckpointError: a linear is not stored.
     """
     linears = {
         f"{linear.name}.weight": (index, linear)
@@ -151,7 +151,7 @@ def inventory(
 ) -> list[StoredMatrix]:
     """Every stored floating-point tensor of two or more dimensions.
 
-    Those of the decoder layers come first, in the order of the layers and of the modules in them.
+    Tensors of the decoder layers come first, in the order of the layers and their modules.
 
     Args:
         model: loaded, or a skeleton.
@@ -194,13 +194,13 @@ def inventory(
 
 
 def inventory_of(model: Any, architecture: Architecture) -> list[StoredMatrix]:
-    """The inventory of a loaded model: its own parameters, those that are shared once."""
+    """The inventory of a loaded model: its own parameters; shared ones count once."""
     shapes = stored_shapes(dict(model.named_parameters()))
     return inventory(model, architecture, {name: name for name in shapes}, shapes)
 
 
 def stored_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what is floating-point: of a reader's entries, or of named parameters."""
+    """Shapes of floating-point tensors: of a reader's entries, or of named parameters."""
     return {n: tuple(e.shape) for n, e in entries.items() if e.dtype.is_floating_point}
 
 
@@ -243,7 +243,7 @@ def reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool
 def stored_path(
     architecture: Architecture, names: Mapping[str, str], linears: Collection[str]
 ) -> str:
-    """The path of the decoder layers in stored names, which may begin in another way."""
+    """The path of the decoder layers in stored names, which may have another prefix."""
     path = architecture.layers_path
     for stored, name in names.items():
         within = name.removeprefix(path)
@@ -253,7 +253,7 @@ def stored_path(
 
 
 def part_beside(name: str, layers_path: str) -> str:
-    """The largest part of a model that holds a parameter and not the decoder layers."""
+    """The largest part of a model that contains a parameter but not the decoder layers."""
     mine, theirs = name.split("."), layers_path.split(".")
     same = 0
     while same < len(theirs) and same < len(mine) - 1 and mine[same] == theirs[same]:
@@ -262,7 +262,7 @@ def part_beside(name: str, layers_path: str) -> str:
 
 
 def summary(left: Iterable[tuple[str, str, int]]) -> list[Left]:
-    """What is not pruned in a few lines: tensors whose names differ in numbers, together.
+    """What is not pruned, in a few lines: one line for tensors whose names differ only in numbers.
 
     Args:
         left: name, reason and number of weights of each tensor.
@@ -275,7 +275,7 @@ def summary(left: Iterable[tuple[str, str, int]]) -> list[Left]:
 
 
 def weights_of(matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int]]:
-    """What `summary` needs of the matrices that cannot be pruned."""
+    """The arguments of `summary`, for the matrices that cannot be pruned."""
     for matrix in matrices:
         if matrix.linear is None:
             yield matrix.part or matrix.name, matrix.reason, matrix.weights

@@ -1,4 +1,4 @@
-"""How many tokens a model reads at once."""
+"""The context length of a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["positions_of"]
 
 
 def positions_of(config: Any) -> int | None:
-    """The number of positions in a model's configuration; None if it names none.
+    """The number of positions in a model's configuration; None if it has none.
 
     Args:
-        config: of a transformers model; of one that also sees or hears, its text part counts.
+        config: of a transformers model; of a model that also sees or hears, its text part.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(text, "max_position_embeddings", None)

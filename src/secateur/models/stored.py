@@ -1,9 +1,9 @@
-"""Which stored tensors make up each parameter of a model as transformers builds it, both ways.
+"""Maps stored tensors to the parameters that transformers builds from them, and back.
 
-Most parameters are stored as they are, under the same or an older name. Some are made of several
+Most parameters are stored unchanged, under the same or an older name. Some consist of several
 stored tensors (the experts of a layer, one after the other), or share one (queries, keys and
-values). transformers has a table of such conversions. Here it is used for one parameter at a time,
-so that a model can be read, and a trained one written, without the whole of it in memory.
+values). transformers has a table of such conversions. This module applies it to one parameter at a
+time, so that reading a model, or writing a trained one, never needs all of it in memory.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["Group", "StoredModel"]
 
 @dataclass(frozen=True)
 class Group:
-    """Stored tensors, and the parameters or buffers that are made of them and of nothing else.
+    """Stored tensors, and the parameters or buffers that consist of exactly these.
 
     Attributes:
-        stored: names in the checkpoint, in the order in which they are put together.
-        patterns: what each of them is to `converter`.
+        stored: names in the checkpoint, in the order of joining.
+        patterns: the pattern of `converter` that each of them matches.
         names: in the model.
-        converter: makes the one of the other; None where one tensor is one parameter.
+        converter: converts one into the other; None where one tensor is one parameter.
     """
 
     stored: tuple[str, ...]
@@ -47,14 +47,14 @@ class StoredModel:
         reader: the checkpoint.
 
     Raises:
-        CheckpointError: a parameter is not stored, or has another shape than the model asks for.
-        ArchitectureError: a conversion of transformers cannot be undone, so what is trained could
+        CheckpointError: a parameter is not stored, or has another shape than in the model.
+        ArchitectureError: a conversion of transformers cannot be undone, so a trained model could
             not be written.
     """
 
     def __init__(self, model: Any, reader: CheckpointReader) -> None:
         self.model, self.reader = model, reader
-        model.tie_weights()  # parameters made on the meta device are not tied yet
+        model.tie_weights()  # parameters built on the meta device are not tied yet
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self.groups = list(self._grouped())
         self.group_of = {name: group for group in self.groups for name in group.names}
@@ -75,12 +75,12 @@ class StoredModel:
         return self._made(group, {s: self.reader.read(s) for s in group.stored})[known]
 
     def written(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """The stored tensors of new values, a group in memory.
+        """The stored tensors of new values, with one group in memory.
 
         Args:
-            values: gives the new value of a parameter by one of its names; where it has none, the
-                parameter stays what is stored. A mapping whose values are read when asked for
-                keeps memory small.
+            values: maps one of the names of a parameter to its new value; a parameter without one
+                keeps its stored value. A mapping that reads its values on access keeps memory
+                small.
 
         Yields:
             Stored name and tensor, of the stored shape. Its dtype is that of the value.
@@ -99,13 +99,13 @@ class StoredModel:
     def _check_stored(self, names: tuple[str, ...]) -> None:
         if not any(name in self.group_of for name in names):
             raise CheckpointError(
-                f"the checkpoint does not hold {names[0]}",
+                f"the checkpoint does not contain {names[0]}",
                 where=str(self.reader.folder),
                 remedy="the file is incomplete, or of another model than config.json says",
             )
 
     def _grouped(self) -> Iterator[Group]:
-        """All groups, each tried on the meta device in both directions."""
+        """All groups, each tested on the meta device in both directions."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -126,7 +126,7 @@ class StoredModel:
                 name, pattern = stored, None
             if name in known:
                 found.setdefault(name, []).append((stored, pattern))
-        # What undoes the conversions needs to know which of them there were.
+        # The inverse of the conversions needs to know which of them were applied.
         self.model._weight_conversions = [x for x in mapping if x.was_used()]
         for name, parts in found.items():
             names = tuple(stored for stored, _ in parts)
@@ -137,7 +137,7 @@ class StoredModel:
                 yield self._tried(Group(names, patterns, (name,), by_pattern[patterns[0]]))
 
     def _plain(self, name: str, stored: str) -> Group:
-        """A tensor that is a parameter."""
+        """A group of one tensor that is one parameter."""
         entry = self.reader.entries[stored]
         if entry.shape != self.shapes[name]:
             raise CheckpointError(
@@ -149,7 +149,7 @@ class StoredModel:
         return Group((stored,), (), (name,))
 
     def _tried(self, group: Group) -> Group:
-        """A conversion, with all names that it makes; refused if it cannot be undone."""
+        """A conversion, with the names of all its results; refused if it cannot be undone."""
         entries = {s: self.reader.entries[s] for s in group.stored}
         meta = {s: torch.empty(e.shape, dtype=e.dtype, device="meta") for s, e in entries.items()}
         try:
@@ -158,9 +158,9 @@ class StoredModel:
         except Exception as error:  # whatever a conversion of transformers raises
             raise self._cannot(group, f"{type(error).__name__}: {error}") from error
         if {n: tuple(t.shape) for n, t in made.items()} != {n: self.shapes.get(n) for n in made}:
-            raise self._cannot(group, f"it makes {', '.join(made)} of other shapes")
+            raise self._cannot(group, f"its results {', '.join(made)} have other shapes")
         if {s: tuple(t.shape) for s, t in back.items()} != {s: e.shape for s, e in entries.items()}:
-            raise self._cannot(group, "other tensors come back than are stored")
+            raise self._cannot(group, "the inverse gives other tensors than the stored ones")
         return Group(group.stored, group.patterns, tuple(made), group.converter)
 
     def _cannot(self, group: Group, why: str) -> ArchitectureError:
@@ -173,7 +173,7 @@ class StoredModel:
         )
 
     def _made(self, group: Group, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters from stored tensors."""
+        """Convert stored tensors to parameters."""
         if group.converter is None:
             return {group.names[0]: stored[group.stored[0]]}
         converter = deepcopy(group.converter)
@@ -183,7 +183,7 @@ class StoredModel:
         return {n: v[0] if isinstance(v, list) else v for n, v in made.items()}
 
     def _undone(self, group: Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors from parameters."""
+        """Convert parameters back to stored tensors."""
         if group.converter is None:
             return {group.stored[0]: values[group.names[0]]}
         from transformers.core_model_loading import revert_weight_conversion

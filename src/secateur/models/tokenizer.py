@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a model's weights."""
+"""The tokenizer in a model's folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
 )
 
 PROBES = ("a", "A", "1", ".")
-"""Texts that show what a tokenizer puts in front; several, as a vocabulary may lack letters."""
+"""Texts that show the start tokens; several, because a vocabulary may lack letters."""
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -78,15 +78,15 @@ def has_tokenizer(folder: Path) -> bool:
 def start_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that a tokenizer puts in front of a text, found by encoding one.
 
-    A short text is encoded with and without special tokens; what stands before the text in the
-    first is the start. Names such as `bos_token` are not looked at: many tokenizers have one and
-    do not use it.
+    A short text is encoded with and without special tokens; the tokens before the text in the first
+    result are the start. Names such as `bos_token` are ignored, because many tokenizers have one
+    and do not use it.
 
     Returns:
         Token ids; none for most tokenizers, one for Gemma or Llama, two for GLM.
 
     Raises:
-        CheckpointError: the text cannot be found again between the special tokens.
+        CheckpointError: the text is not found between the special tokens.
     """
     for probe in PROBES:
         bare = encoded(tokenizer, [probe], add_special_tokens=False)[0]
@@ -115,15 +115,15 @@ def start_tokens_of(folder: Path, *, trust_remote_code: bool = False) -> tuple[i
 
 
 def text_tokens(tokenizer: Tokenizer, texts: list[str], start: tuple[int, ...]) -> list[list[int]]:
-    """The token ids of each text, without the start tokens; an end token stays where it is put.
+    """The token ids of each text, without the start tokens; an end token stays.
 
-    Texts are never truncated, however long, and a text longer than the model's context is no
-    reason for a warning: it is cut into windows afterwards.
+    Texts are never truncated. A text longer than the model's context gives no warning, because it
+    is cut into windows afterwards.
 
     Args:
         tokenizer: used with its default special tokens.
         texts: any number of them.
-        start: what `start_tokens` says of the tokenizer.
+        start: the result of `start_tokens` for the tokenizer.
     """
     count = len(start)
     return [

@@ -1,11 +1,11 @@
 """A model whose layers differ in size, or lack a sub-block: any class of transformers, resized.
 
-This file imports transformers and torch only. It is registered with the Auto classes when secateur
-is imported, and a copy of it lies beside the weights as the model's own code, so that transformers
+This file imports only transformers and torch. Importing secateur registers it with the Auto
+classes. A copy of it is stored with the weights as the model's own code, so that transformers
 without secateur loads the folder with `trust_remote_code=True`.
 
-`config.json` is that of the base class, which is built first; `secateur_cut` in it says what of the
-built model is different:
+`config.json` is that of the base class, which is built first. Its entry `secateur_cut` lists the
+differences of the model:
 
     base_model_type   the model type of the base class
     secateur_cut
@@ -31,25 +31,25 @@ __all__ = ["FILE_NAME", "MODEL_TYPE", "VariedConfig", "VariedForCausalLM", "vari
 
 MODEL_TYPE = "secateur_varied"
 FILE_NAME = "modeling_secateur_varied.py"
-"""What the copy of this file in a model's folder is called."""
+"""The name of the copy of this file in a model's folder."""
 
 CACHES = ("cache", "past_key_values", "layer_past")
-"""What decoder layers call the cache when they hand it on."""
+"""The names of the cache among the arguments of decoder layers."""
 
 
 class VariedConfig(PreTrainedConfig):
-    """Stands for the configuration of any varied model until its base class is known."""
+    """Placeholder for the configuration of any varied model until its base class is known."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration, of a subclass of that of the base class."""
+        """The configuration, as a subclass of the base class's configuration."""
         return varied_classes(config_dict["base_model_type"])[0].from_dict(config_dict, **kwargs)
 
 
 class VariedForCausalLM:
-    """Stands for the class of any varied model until its base class is known."""
+    """Placeholder for the class of any varied model until its base class is known."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, config: Any, **kwargs: Any) -> Any:
@@ -63,13 +63,13 @@ class VariedForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
-        """Nothing is left to do: a varied model saves its own code."""
+        """Does nothing, because a varied model saves its own code."""
 
 
 @cache
 def varied_classes(base_model_type: str) -> tuple[Any, Any]:
-    """Configuration and model class of varied models of one type, known to the Auto classes."""
-    # Not above: this file is imported while transformers is half-way through importing this class.
+    """Configuration and class of varied models of one type, registered with the Auto classes."""
+    # Imported here, because transformers imports this file while it is still importing this class.
     from transformers import AutoModelForCausalLM
 
     base_config: Any = type(AutoConfig.for_model(base_model_type))
@@ -90,7 +90,7 @@ def varied_classes(base_model_type: str) -> tuple[Any, Any]:
 
 
 def read_as_the_base(base_model: Any, base_model_type: str, model_class: Any) -> None:
-    """Let stored names be converted as for the base class: experts that are stored alone, fused."""
+    """Convert stored names as for the base class, for example fuse experts stored one by one."""
     from transformers import conversion_mapping
 
     known = conversion_mapping.get_checkpoint_conversion_mapping
@@ -109,20 +109,20 @@ class Varied:
         resize(self, config, config.secateur_cut)
 
     def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> None:
-        """As the base class does, with this file beside the weights."""
+        """Save like the base class, and copy this file to the folder."""
         super().save_pretrained(folder, *args, **kwargs)
         shutil.copyfile(__file__, Path(folder) / FILE_NAME)
 
 
-def resize(model: Any, config: Any, told: Mapping[str, Any]) -> None:
+def resize(model: Any, config: Any, differences: Mapping[str, Any]) -> None:
     """Give the modules of a built model their own sizes."""
-    for path, kind in told.get("absent", {}).items():
+    for path, kind in differences.get("absent", {}).items():
         old = model.get_submodule(path)
         stand_ins = {"attention": NoAttention(getattr(old, "layer_idx", 0)), "ffn": NoOutput()}
         model.set_submodule(path, stand_ins.get(kind, nn.Identity()))
-    for path, shape in told.get("shapes", {}).items():
+    for path, shape in differences.get("shapes", {}).items():
         reshape(model, path, tuple(shape))
-    for path, values in told.get("attributes", {}).items():
+    for path, values in differences.get("attributes", {}).items():
         module = model.get_submodule(path)
         read = {n.removeprefix("config."): v for n, v in values.items() if n.startswith("config.")}
         if read:
@@ -134,7 +134,7 @@ def resize(model: Any, config: Any, told: Mapping[str, Any]) -> None:
 
 
 def reshape(model: Any, path: str, shape: tuple[int, ...]) -> None:
-    """Make the weight of a module, and its bias with it, or a parameter, of another shape."""
+    """Give the weight and bias of a module, or a parameter, another shape."""
     owner, _, leaf = path.rpartition(".")
     if leaf in getattr(model.get_submodule(owner), "_parameters", {}):
         module, leaves = model.get_submodule(owner), {leaf: shape}
@@ -151,7 +151,7 @@ def reshape(model: Any, path: str, shape: tuple[int, ...]) -> None:
 
 
 def name_sizes(module: Any, shape: tuple[int, ...]) -> None:
-    """Set the attributes in which the modules of torch and transformers keep their sizes."""
+    """Set the size attributes of modules of torch and transformers."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
     elif isinstance(module, Conv1D):
@@ -163,10 +163,10 @@ def name_sizes(module: Any, shape: tuple[int, ...]) -> None:
 
 
 class NoAttention(nn.Module):
-    """Stands where an attention sub-block was: adds nothing, and keeps count of the tokens.
+    """Replaces a removed attention sub-block: adds nothing, and counts the tokens.
 
-    Positions and masks of the whole model are told by how much the first layers have cached, so
-    one byte for keys and one for values is cached of every token.
+    transformers computes positions and masks of the whole model from the cache of the first layers.
+    So this module caches one byte for keys and one for values of every token.
     """
 
     def __init__(self, layer_idx: int) -> None:
@@ -178,13 +178,13 @@ class NoAttention(nn.Module):
         past = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         if past is not None:
             batch, tokens = hidden_states.shape[:2]
-            told = hidden_states.new_zeros(batch, 1, tokens, 1, dtype=torch.int8)
-            past.update(told, told, self.layer_idx)
+            counted = hidden_states.new_zeros(batch, 1, tokens, 1, dtype=torch.int8)
+            past.update(counted, counted, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
 class NoOutput(nn.Module):
-    """Stands where a feed-forward was: adds nothing."""
+    """Replaces a removed feed-forward sub-block: adds nothing."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Zeros."""
@@ -192,7 +192,7 @@ class NoOutput(nn.Module):
 
 
 class OwnConfig:
-    """The configuration of the model, but for a few values of one module's own."""
+    """The configuration of the model, with a few values that differ for one module."""
 
     def __init__(self, config: Any, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)

@@ -1,4 +1,4 @@
-"""A whole model in memory: to be judged, or to write text."""
+"""Loads a whole model into memory, for evaluation or generation."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def load_whole(
 
     Raises:
         CheckpointError: the configuration does not fit the weights, or some are missing.
-        ArchitectureError: transformers cannot build the model, or it wants to run its own code.
+        ArchitectureError: transformers cannot build the model, or it needs its own code.
     """
     from transformers import AutoModelForCausalLM
 
     check_sizes(folder)
     with quiet_transformers(), transformers_errors(folder):
         loaded: Any
-        told: dict[str, Any]
-        loaded, told = AutoModelForCausalLM.from_pretrained(
+        report: dict[str, Any]
+        loaded, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    # transformers draws them at random, and says so only in its log
-    refuse_missing(sorted(told["missing_keys"]), {}, folder)
+    # transformers draws missing ones at random, and says so only in its log
+    refuse_missing(sorted(report["missing_keys"]), {}, folder)
     return loaded.to(device).eval()

@@ -4,8 +4,8 @@
     q_ij    = round(w_ij / scale_i)     (half to even, −127 … 127)
     w_ij   ≈ scale_i · q_ij
 
-There is no zero point, so a zero is the integer 0 and nothing else: pruned weights stay exactly
-zero. A weight that is not zero can round to 0 where it is below half a step.
+There is no zero point, so a zero is exactly the integer 0, and pruned weights stay exactly zero. A
+nonzero weight below half a step can also round to 0.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LARGEST = 127
 """The largest magnitude; −128 is never used, so that the grid is symmetric."""
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""Below it a scale would lose bits, or be flushed to zero by the processor."""
+"""A smaller scale would lose bits, or the processor would flush it to zero."""
 
 AT_ONCE = 2**24
-"""Weights that are float32 at the same time: an embedding need not be."""
+"""Weights that are float32 at the same time, which bounds the memory for an embedding."""
 
 
 def quantize_rows(weight: Weight) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def quantize_rows(weight: Weight) -> tuple[Tensor, Tensor]:
         The integers, int8 [out, in], and the scales, float32 [out].
 
     Raises:
-        NumericalError: a weight is NaN or infinite, and so has no place on the grid.
+        NumericalError: a weight is NaN or infinite, so the grid has no value for it.
 
     Example:
         >>> import torch
@@ -70,17 +70,17 @@ def scales_of(values: Tensor) -> Tensor:
         odd = int((~torch.isfinite(values)).sum())
         raise NumericalError(
             f"{odd} of {values.numel()} weights are NaN or infinite and cannot be int8",
-            remedy="store this model with floating-point values, or find where they come from",
+            remedy="store this model with floating-point values, or find their source",
         )
     return torch.where(peak > 0, (peak / LARGEST).clamp_min(SMALLEST_SCALE), 1.0)
 
 
 def grid_rows(peak: Tensor) -> Tensor:
-    """The largest magnitudes whose grids outlive any dtype, float32 [out], for rows of weights.
+    """The largest magnitudes whose grids survive any dtype, float32 [out], for rows of weights.
 
     With 8 significant bits a largest magnitude is the same number in bfloat16, float16 and
-    float32. Where a row holds ±peak, its other weights k · peak / 127 may be rounded to bfloat16:
-    that moves them by less than half a step, so `quantize_rows` finds the same k again.
+    float32. If a row contains ±peak, its other weights k · peak / 127 may be rounded to bfloat16.
+    This moves them by less than half a step, so `quantize_rows` finds the same k again.
 
     Args:
         peak: the largest magnitude of each row, float32 [out].
@@ -95,7 +95,7 @@ def grid_rows(peak: Tensor) -> Tensor:
 
 
 def dequantize_rows(quantized: Tensor, scale: Tensor) -> Tensor:
-    """The weights an int8 matrix stands for, float32 [out, in].
+    """The weights that an int8 matrix represents, float32 [out, in].
 
     Args:
         quantized: int8 [out, in].

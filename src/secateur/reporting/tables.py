@@ -140,4 +140,4 @@ def mib(size: float) -> str:
 
 def not_pruned(left: Sequence[Left]) -> str:
     """Matrices that are not pruned, one sort a line."""
-    return "\n".join(one.told() for one in left) or "nothing"
+    return "\n".join(one.line() for one in left) or "nothing"

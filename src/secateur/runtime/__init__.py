@@ -1,1 +1,1 @@
-"""The runtime: pruned models stored without their zeros, and run without them."""
+"""Stores pruned models without their zeros, and runs them without zeros."""

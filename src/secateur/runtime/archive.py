@@ -1,8 +1,8 @@
-"""The archive: every larger tensor as byte planes, compressed with zstandard.
+"""The archive stores every larger tensor as byte planes, compressed with zstandard.
 
-The first bytes of all elements, then the second bytes, and so on: the exponents of weights are
-much alike and their mantissas are not, so apart from each other they compress further. Lossless.
-For keeping and sending; a runtime unpacks it when it loads.
+A plane has the first bytes of all elements, the next the second bytes, and so on. Exponents of
+weights are much alike and mantissas are not, so they compress better apart. Archives are lossless,
+and meant for storage and transfer; a runtime unpacks them when it loads.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from secateur.runtime.formats import PartSpec
 __all__ = ["Archived", "archived_spec", "decode", "encode"]
 
 SMALLEST_BYTES = 1024
-"""Tensors up to this size are stored as they are."""
+"""Tensors up to this size are not compressed."""
 
 LEVEL = 9
-"""Of zstandard: 1 to 2 % smaller than level 3 on packed weights; reading costs the same."""
+"""The level of zstandard: 1 to 2 % smaller than level 3 on packed weights, equally fast to read."""
 
 MOST_EXPANSION = 1024
-"""A frame that grows by more is not believed: so a small file cannot ask for all memory."""
+"""A frame that grows by more is refused, so a small file cannot use up all memory."""
 
 ALWAYS_BELIEVED_BYTES = 16 * 2**20
 
@@ -38,11 +38,11 @@ CODECS = ("zstd", "none")
 
 @dataclass(frozen=True)
 class Archived:
-    """What a stored run of bytes decodes to.
+    """The tensor that stored bytes decode to.
 
     Attributes:
         spec: dtype and shape of the tensor.
-        codec: `zstd`: a frame of the byte planes; `none`: the byte planes as they are.
+        codec: `zstd`: a frame of the byte planes; `none`: the byte planes uncompressed.
     """
 
     spec: PartSpec
@@ -57,23 +57,23 @@ class Archived:
         }
 
 
-def archived_spec(told: Any, stored: PartSpec) -> Archived:
-    """Read what `to_json` told, held against the bytes that are stored.
+def archived_spec(entry: Any, stored: PartSpec) -> Archived:
+    """Read the result of `to_json`, and check it against the stored bytes.
 
     Raises:
-        CheckpointError: a key is missing or of the wrong kind, or more bytes are promised than
-            the stored ones can be believed to hold.
+        CheckpointError: a key is missing or of the wrong kind, or the decoded size is larger than
+            `MOST_EXPANSION` allows.
     """
-    if not isinstance(told, dict) or set(told) != {"dtype", "shape", "codec"}:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "codec"}:
         raise CheckpointError("an archived tensor has the keys dtype, shape and codec")
-    shape = told["shape"]
+    shape = entry["shape"]
     if not is_counts(shape) or len(shape) > MAX_DIMENSIONS or any(x > MAX_SIDE for x in shape):
         raise CheckpointError(f"the impossible shape {str(shape)[:80]}")
-    if not isinstance(told["dtype"], str) or told["dtype"] not in DTYPES:
-        raise CheckpointError(f"the unknown dtype {str(told['dtype'])[:40]}")
-    if told["codec"] not in CODECS:
-        raise CheckpointError(f"the unknown codec {str(told['codec'])[:40]}")
-    spec = PartSpec(DTYPES[told["dtype"]], tuple(shape))
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise CheckpointError(f"the unknown dtype {str(entry['dtype'])[:40]}")
+    if entry["codec"] not in CODECS:
+        raise CheckpointError(f"the unknown codec {str(entry['codec'])[:40]}")
+    spec = PartSpec(DTYPES[entry["dtype"]], tuple(shape))
     if stored.dtype != torch.uint8 or len(stored.shape) != 1:
         raise CheckpointError("an archived tensor is stored as a row of bytes")
     if spec.nbytes <= SMALLEST_BYTES:
@@ -83,11 +83,11 @@ def archived_spec(told: Any, stored: PartSpec) -> Archived:
             f"{stored.nbytes} bytes are said to hold {spec.nbytes}, more than "
             f"{MOST_EXPANSION} times as many"
         )
-    return Archived(spec, told["codec"])
+    return Archived(spec, entry["codec"])
 
 
 def encode(tensor: Tensor) -> tuple[Tensor, Archived]:
-    """A tensor as a row of bytes, and what is needed to decode it."""
+    """A tensor as a row of bytes, and its description for decoding."""
     spec = PartSpec(tensor.dtype, tuple(tensor.shape))
     planes = tensor.contiguous().view(-1).view(torch.uint8)
     planes = planes.reshape(-1, spec.dtype.itemsize).t().contiguous()
@@ -100,11 +100,11 @@ def encode(tensor: Tensor) -> tuple[Tensor, Archived]:
 def decode(stored: Tensor, archived: Archived) -> Tensor:
     """The tensor that was encoded.
 
-    Nothing larger than the promised size is ever allocated: a frame says how much it holds, and
-    one that says otherwise than its metadata is refused before it is opened.
+    Never allocates more than the described size: a frame states its content size, and a frame that
+    contradicts its metadata is refused before it is opened.
 
     Raises:
-        CheckpointError: not a frame, or of another size.
+        CheckpointError: this is no frame, or it has another size.
     """
     spec = archived.spec
     if archived.codec == "none":

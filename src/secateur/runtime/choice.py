@@ -1,4 +1,4 @@
-"""Which layout is smallest for a matrix: bitmask, N:M, or dense where packing does not pay."""
+"""Chooses the smallest layout for a matrix: bitmask, N:M, or dense where packing does not pay."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from secateur.quantization.int8 import quantize_rows
 from secateur.registry import did_you_mean
 from secateur.runtime.formats import VALUES, Layout, formats
 from secateur.runtime.formats.kept import kept_mask
-from secateur.types import Mask
 
 __all__ = [
     "AUTO",
+    "DENSE",
     "KEEP",
     "LayoutChoice",
-    "check_wishes",
+    "check_names",
     "choose_layout",
     "squared_loss",
     "values_for",
@@ -26,20 +26,19 @@ __all__ = [
 ]
 
 AUTO = "auto"
+DENSE = "dense"
+"""The format that holds any matrix, taken where no other is smaller."""
 KEEP = "keep"
 """Values in the dtype of the source, so that no number changes."""
 AT_ONCE = 2**22
 """Weights whose rounding is measured at the same time."""
-GROUPS = (2, 4, 8, 16, 32)
-"""The M that are tried; for each of them N follows from the fullest group."""
-
 WITHOUT_LOSS = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.float64: "float32",
 }
-"""What `keep` stores weights as: as they are, but for float64, which no runtime computes in."""
+"""The stored dtypes with `keep`: unchanged, except float64, in which no runtime computes."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +48,23 @@ class LayoutChoice:
     Attributes:
         layout: its layout.
         nonzeros: weights that are not zero.
-        negative_zeros: zeros that are written −0.0.
-        nbytes: what its parts will take.
+        negative_zeros: zeros stored as −0.0.
+        nbytes: the bytes of its parts.
+        offered: whether a wanted format other than `dense` could hold the matrix.
     """
 
     layout: Layout
     nonzeros: int
     negative_zeros: int
     nbytes: int
+    offered: bool = False
 
 
-def check_wishes(format: str, values: str) -> None:
-    """Refuse names that are no format or no values.
+def check_names(format: str, values: str) -> None:
+    """Refuse unknown names of formats or values.
 
     Raises:
-        RecipeError: with what there is.
+        RecipeError: names the available ones.
     """
     known = {"format": (format, [AUTO, *formats]), "values": (values, [AUTO, KEEP, *VALUES])}
     for kind, (name, names) in known.items():
@@ -71,11 +72,11 @@ def check_wishes(format: str, values: str) -> None:
             raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, names))
 
 
-def values_for(dtype: torch.dtype, wanted: str, name: str) -> str:
-    """What the weights of a matrix are stored as.
+def values_for(dtype: torch.dtype, requested: str, name: str) -> str:
+    """The dtype in which the weights of a matrix are stored.
 
     Raises:
-        CheckpointError: the dtype is none of a plain checkpoint.
+        CheckpointError: a plain checkpoint does not have this dtype.
     """
     if dtype not in WITHOUT_LOSS:
         raise CheckpointError(
@@ -83,15 +84,15 @@ def values_for(dtype: torch.dtype, wanted: str, name: str) -> str:
             where=name,
             remedy="name the checkpoint in float32, bfloat16 or float16, before quantization",
         )
-    return WITHOUT_LOSS[dtype] if wanted == KEEP else wanted
+    return WITHOUT_LOSS[dtype] if requested == KEEP else requested
 
 
 def squared_loss(weight: Tensor, values: str) -> tuple[float, float]:
-    """What storing a matrix in other values costs: ‖W − Ŵ‖² and ‖W‖².
+    """The error of storing a matrix in other values, ‖W − Ŵ‖², and ‖W‖².
 
     Args:
         weight: W [out, in], as the source holds it.
-        values: a name in `VALUES`, which W is rounded to: Ŵ.
+        values: a name in `VALUES`; W rounded to it is Ŵ.
 
     Example:
         >>> import torch
@@ -112,10 +113,10 @@ def squared_loss(weight: Tensor, values: str) -> tuple[float, float]:
 
 
 def without_negative_zeros(weight: Tensor) -> Tensor:
-    """The same weights, every zero written +0.0; products with either are the same.
+    """The same weights with every zero stored as +0.0; products with either zero are the same.
 
     Pruning by multiplication with a mask leaves −0.0 where weights were negative, and a format
-    keeps whatever is not +0.0.
+    keeps every value except +0.0.
     """
     return weight.masked_fill(weight == 0, 0.0)
 
@@ -123,10 +124,10 @@ def without_negative_zeros(weight: Tensor) -> Tensor:
 def choose_layout(
     weight: Tensor, *, format: str, values: str, transposed: bool = False
 ) -> LayoutChoice:
-    """The smallest layout for a matrix among those wanted; dense is always one of them.
+    """The smallest layout for a matrix among the allowed ones; dense is always allowed.
 
     Args:
-        weight: [out, in], as the source holds it.
+        weight: [out, in], as in the source.
         format: `auto`, or a name in `formats`: that format or dense.
         values: a name in `VALUES`.
         transposed: whether the source stores [in, out].
@@ -135,29 +136,14 @@ def choose_layout(
     nonzero = stored != 0
     nonzeros = int(torch.count_nonzero(nonzero))
     negative_zeros = int(torch.count_nonzero(kept_mask(stored))) - nonzeros
-    out, columns = weight.shape
-    layouts = [Layout("dense", values, (out, columns), transposed=transposed)]
-    if format in (AUTO, "bitmask"):
-        layouts.append(Layout("bitmask", values, (out, columns), transposed=transposed))
-    if format in (AUTO, "n-of-m"):
-        layouts += [
-            Layout("n-of-m", values, (out, columns), pattern, transposed)
-            for pattern in patterns_that_fit(nonzero)
-        ]
+    layouts = formats[DENSE].candidates(nonzero, values, transposed)
+    offered = [
+        layout
+        for name in formats
+        if name != DENSE and (name == format or (format == AUTO and formats[name].automatic))
+        for layout in formats[name].candidates(nonzero, values, transposed)
+    ]
+    layouts += offered
     sizes = [formats[layout.format].nbytes(layout, nonzeros) for layout in layouts]
     best = min(range(len(layouts)), key=sizes.__getitem__)
-    return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best])
-
-
-def patterns_that_fit(nonzero: Mask) -> list[str]:
-    """The patterns N:M that hold every weight that is not zero, N as small as it can be."""
-    found = []
-    counts = nonzero.contiguous().view(torch.uint8)
-    for group in GROUPS:  # each of two groups of the one before
-        if counts.shape[1] % 2:
-            break
-        counts = counts[:, 0::2] + counts[:, 1::2]
-        kept = max(1, int(counts.max()))
-        if kept < group:
-            found.append(f"{kept}:{group}")
-    return found
+    return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best], bool(offered))

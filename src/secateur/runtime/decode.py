@@ -1,10 +1,10 @@
-"""Decoding without a framework between the operations: one call into C for each token.
+"""Decodes without a framework between the operations: one call into C for each token.
 
-At a hundred million to a billion parameters, launching some three hundred small operations for
-each token costs more than the arithmetic. For decoders of Llama's shape (RMSNorm, rotary positions,
-grouped queries, SwiGLU; biases and norms of queries and keys where the family has them) the whole
-token is one call (`csrc/decode.c`), on matrices as they are stored. The prompt goes through
-transformers, whose cache is taken over.
+At a hundred million to a billion parameters, launching some three hundred small operations for each
+token costs more than the arithmetic. For decoders of Llama's shape (RMSNorm, rotary positions,
+grouped queries, SwiGLU; biases and norms of queries and keys where the family has them), one call
+(`csrc/decode.c`) computes the whole token, on matrices as they are stored. The prompt goes through
+transformers, and the decoder then uses its cache.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
 
 
 def why_not_layer(layer: Any) -> str | None:
-    """What of a decoder layer is not of Llama's shape; None if all is."""
+    """How a decoder layer differs from Llama's shape; None if it does not."""
     attention = layer.self_attn
     if attention.head_dim % 16:
         return f"its heads are {attention.head_dim} wide, not a multiple of 16"
@@ -82,20 +82,20 @@ def why_not_layer(layer: Any) -> str | None:
 
 
 def given_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """The argument of a model's forward that takes a cache; transformers 5.24 has renamed it."""
+    """The argument of a model's forward for the cache; transformers 5.24 renamed it."""
     known = inspect.signature(model.forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 class Decoder:
-    """A model, token by token, for one sequence.
+    """Decodes one sequence, token by token.
 
     Args:
         model: a transformers model in eval mode, from `secateur.load` or plain.
-        capacity: tokens that the cache has room for.
+        capacity: the number of tokens that fit in the cache.
 
     Raises:
-        ArchitectureError: the model is not of Llama's shape; `why_not` says in what.
+        ArchitectureError: the model is not of Llama's shape; `why_not` gives the reason.
     """
 
     def __init__(self, model: Any, capacity: int) -> None:
@@ -143,7 +143,7 @@ class Decoder:
         self.vocabulary = config.vocab_size
 
     def layer(self, layer: Any, index: int) -> CLayer:
-        """What C has to know of one decoder layer."""
+        """The description of one decoder layer for C."""
         attention, mlp = layer.self_attn, layer.mlp
         linears = {name: getattr(attention, f"{name}_proj") for name in _PROJECTIONS}
         linears |= {name: getattr(mlp, f"{name}_proj") for name in _FEED_FORWARD}
@@ -164,7 +164,7 @@ class Decoder:
         return None if norm is None else self.floats(norm.weight)
 
     def matrix(self, linear: Any) -> KernelMatrix:
-        """The matrix of a linear, packed or not; memory is shared where that is possible."""
+        """The matrix of a linear, packed or not; memory is shared where possible."""
         if isinstance(linear, PackedLinear):
             matrix = linear.matrix
         else:
@@ -182,7 +182,7 @@ class Decoder:
         return address(copy)
 
     def angles(self, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [capacity, head_dim / 2] of all positions, as the model makes them."""
+        """Cosine and sine [capacity, head_dim / 2] of all positions, as the model computes them."""
         positions = torch.arange(self.capacity)[None]
         with torch.inference_mode():
             found = self.model.model.rotary_emb(torch.zeros(1, 1, 1), positions)
@@ -194,10 +194,10 @@ class Decoder:
         return cosine, sine
 
     def prefill(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " vocabulary"]:
-        """Begin anew with a prompt; returns the logits after its last token, float32.
+        """Start anew with a prompt; returns the logits after its last token, float32.
 
         Raises:
-            ShapeError: the prompt is empty, longer than the cache, or not of the vocabulary.
+            ShapeError: the prompt is empty, longer than the cache, or not in the vocabulary.
         """
         if not 1 <= len(ids) <= self.capacity:
             raise ShapeError(f"a prompt of {len(ids)} tokens, for a cache of {self.capacity}")
@@ -206,7 +206,7 @@ class Decoder:
             raise ShapeError(f"token {odd[0]} is not in the vocabulary of {self.vocabulary}")
         from transformers import DynamicCache
 
-        cache: Any = DynamicCache()  # the model's own may drop tokens that leave its window
+        cache: Any = DynamicCache()  # the model's own cache may drop tokens that leave its window
         with torch.inference_mode():
             out = self.model(
                 input_ids=ids[None],
@@ -222,7 +222,7 @@ class Decoder:
         return logits
 
     def step(self, token: int) -> Float[Tensor, " vocabulary"]:
-        """Take one token in; returns the logits of the next, float32.
+        """Process one token; returns the logits of the next, float32.
 
         Raises:
             ShapeError: the cache is full, or the token is not in the vocabulary.
@@ -253,13 +253,13 @@ class Decoder:
         sampling: Sampling = GREEDY,
         stop: Collection[int] = (),
     ) -> Iterator[int]:
-        """The tokens that follow a prompt, as they are decoded.
+        """Yield the tokens that follow a prompt, one by one.
 
         Args:
             ids: the prompt.
-            max_new_tokens: where to end at the latest; prompt and they must fit the cache.
+            max_new_tokens: the limit; prompt and new tokens must fit in the cache.
             sampling: how tokens are drawn; the most likely one by default.
-            stop: tokens that end the text; they are not given.
+            stop: tokens that end the text; they are not yielded.
 
         Raises:
             ShapeError: the cache is too small.

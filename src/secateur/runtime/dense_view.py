@@ -1,4 +1,4 @@
-"""A compressed checkpoint, seen as the dense one it stands for."""
+"""Shows a compressed checkpoint as a dense one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["DenseView", "open_checkpoint"]
 class DenseView(CheckpointReader):
     """Reads a compressed checkpoint like a dense one: a matrix is unpacked when it is read.
 
-    Names, shapes and dtypes are those of the checkpoint that was compressed; what is stored as
-    int8 comes in the dtype that `config.json` names, or in another that is asked for.
+    Names, shapes and dtypes are those of the source checkpoint. int8 matrices are returned in the
+    dtype that `config.json` names, or in `computed`.
 
     Args:
         packed: the compressed checkpoint.
-        computed: the dtype of what is stored as int8; None for that of `config.json`.
+        computed: the dtype for int8 matrices; None for that of `config.json`.
 
     Attributes:
         entries: the dense tensors; their offsets mean nothing.
@@ -50,7 +50,7 @@ class DenseView(CheckpointReader):
         return PartSpec(dtype, layout.shape[::-1] if layout.transposed else layout.shape)
 
     def layout_of(self, name: str) -> dict[str, Any] | None:
-        """How a dense tensor is stored, as told in the files; None when it is stored as it is."""
+        """The layout of a dense tensor; None if it is stored unchanged."""
         layout = self.packed.layouts.get(name.removesuffix(".weight"))
         return None if layout is None else layout.to_json()
 
@@ -69,18 +69,18 @@ class DenseView(CheckpointReader):
         return weight.t().contiguous() if layout.transposed else weight
 
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors one after the other, read: what is packed cannot be mapped."""
+        """The tensors one after the other, read, since packed ones cannot be mapped."""
         for name in names:
             yield name, self.read(name)
 
 
 def entry_of(file: Path, spec: PartSpec) -> TensorEntry:
-    """A dense tensor that lies nowhere as such."""
+    """An entry for a dense tensor that no file contains."""
     return TensorEntry(file, 0, spec.nbytes, spec.dtype, spec.shape)
 
 
 def computed_dtype(folder: Path) -> torch.dtype:
-    """The dtype that the configuration names; bfloat16 when it names none of ours."""
+    """The dtype in the configuration; bfloat16 if it names no supported one."""
     config = parse_json((folder / "config.json").read_bytes())
     named = str(config.get("dtype", config.get("torch_dtype")))
     known = VALUES.get(named, torch.bfloat16)

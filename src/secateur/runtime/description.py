@@ -1,8 +1,8 @@
-"""What a compressed file says of itself: the JSON under `secateur` in its metadata.
+"""The description of a compressed file: the JSON under `secateur` in its metadata.
 
-It names the layout of every packed matrix, the checksum of every stored tensor and how archived
-ones decode; a digest covers all of it together with names, dtypes and shapes, so that a header
-that was changed is noticed like data that was.
+It gives the layout of every packed matrix, the checksum of every stored tensor, and the decoding of
+archived ones. A digest covers all of this with names, dtypes and shapes, so that a changed header
+is detected like changed data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 METADATA_KEY = "secateur"
 VERSION = 2
-"""What is written. Version 1 differs in the names of the weight files alone."""
+"""The version that is written. Version 1 differs only in the names of the weight files."""
 READABLE = (1, 2)
 KEYS = {"version", "archive", "files", "layouts", "checksums", "archived", "digest"}
 NEWER = "update secateur: pip install --upgrade secateur"
@@ -39,14 +39,14 @@ NEWER = "update secateur: pip install --upgrade secateur"
 
 @dataclass(frozen=True)
 class Description:
-    """What one file of a compressed checkpoint holds.
+    """The content of one file of a compressed checkpoint.
 
     Attributes:
         archive: whether larger tensors are compressed.
         files: the names of all files of the checkpoint, sorted.
         layouts: of the packed matrices in this file, by name without a suffix.
         checksums: CRC-32 of the stored bytes of each tensor.
-        archived: what the compressed tensors decode to.
+        archived: the tensors that archived bytes decode to.
         version: of the format.
     """
 
@@ -67,10 +67,10 @@ def describe_file(description: Description, stored: Mapping[str, PartSpec]) -> d
     """The metadata of a file.
 
     Args:
-        description: what it holds.
+        description: of the content.
         stored: dtype and shape of its tensors, as they are stored.
     """
-    told: dict[str, Any] = {
+    record: dict[str, Any] = {
         "version": description.version,
         "archive": description.archive,
         "files": list(description.files),
@@ -78,14 +78,16 @@ def describe_file(description: Description, stored: Mapping[str, PartSpec]) -> d
         "checksums": {name: f"{value:08x}" for name, value in description.checksums.items()},
         "archived": {name: x.to_json() for name, x in description.archived.items()},
     }
-    told["digest"] = digest(told, stored)
-    return {"format": "pt", METADATA_KEY: json.dumps(told, separators=(",", ":"))}
+    record["digest"] = digest(record, stored)
+    return {"format": "pt", METADATA_KEY: json.dumps(record, separators=(",", ":"))}
 
 
-def digest(told: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:
+def digest(record: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:
     """The CRC-32 of the description without its digest, and of names, dtypes and shapes."""
     tensors = {name: [dtype_name(x.dtype), list(x.shape)] for name, x in stored.items()}
-    covered = {key: value for key, value in told.items() if key != "digest"} | {"tensors": tensors}
+    covered = {key: value for key, value in record.items() if key != "digest"} | {
+        "tensors": tensors
+    }
     text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
     return f"{checksum(memoryview(text.encode())):08x}"
 
@@ -94,36 +96,36 @@ def read_description(header: Header) -> Description:
     """Read and check the description of a file.
 
     Raises:
-        CheckpointError: there is none, it is of another version, damaged, or speaks of other
-            tensors than the file holds.
+        CheckpointError: there is none, it has another version, is damaged, or describes other
+            tensors than those of the file.
     """
-    told = told_by(header)
+    record = parse_description(header)
     stored = {name: PartSpec(e.dtype, e.shape) for name, e in header.entries.items()}
-    if told["digest"] != digest(told, stored):
+    if record["digest"] != digest(record, stored):
         raise CheckpointError(
-            "the description of the file does not fit its digest",
+            "the description of the file does not match its digest",
             remedy="the header was changed or damaged: copy or download the file again",
         )
-    check_kinds(told)
-    check_names("checksums", told["checksums"], stored, all_of_them=True)
-    check_names("archived tensors", told["archived"], stored, all_of_them=False)
-    if told["archived"] and not told["archive"]:
-        raise CheckpointError("tensors are archived in a file that is said to be no archive")
+    check_kinds(record)
+    check_names("checksums", record["checksums"], stored, all_of_them=True)
+    check_names("archived tensors", record["archived"], stored, all_of_them=False)
+    if record["archived"] and not record["archive"]:
+        raise CheckpointError("tensors are archived, but the file claims to be no archive")
     return Description(
-        told["archive"],
-        tuple(told["files"]),
-        {name: Layout.from_json(layout) for name, layout in told["layouts"].items()},
-        {name: read_checksum(name, text) for name, text in told["checksums"].items()},
-        {name: archived_spec(x, stored[name]) for name, x in told["archived"].items()},
-        told["version"],
+        record["archive"],
+        tuple(record["files"]),
+        {name: Layout.from_json(layout) for name, layout in record["layouts"].items()},
+        {name: read_checksum(name, text) for name, text in record["checksums"].items()},
+        {name: archived_spec(x, stored[name]) for name, x in record["archived"].items()},
+        record["version"],
     )
 
 
-def told_by(header: Header) -> dict[str, Any]:
-    """The JSON of the description, of a version that can be read.
+def parse_description(header: Header) -> dict[str, Any]:
+    """The JSON of the description, if this release reads its version.
 
     Raises:
-        CheckpointError: there is none, or it is of another version.
+        CheckpointError: there is none, or it has another version.
     """
     if METADATA_KEY not in header.metadata:
         raise CheckpointError(
@@ -131,46 +133,46 @@ def told_by(header: Header) -> dict[str, Any]:
             remedy="this is no compressed checkpoint; make one with `secateur compress`",
         )
     try:
-        told = parse_json(header.metadata[METADATA_KEY])
+        record = parse_json(header.metadata[METADATA_KEY])
     except ValueError as error:
         raise CheckpointError(f"the description is not JSON: {error}") from None
-    if not isinstance(told, dict) or type(told.get("version")) is not int:
+    if not isinstance(record, dict) or type(record.get("version")) is not int:
         raise CheckpointError("the description has no version")
-    if told["version"] not in READABLE:
+    if record["version"] not in READABLE:
         raise CheckpointError(
-            f"the file is of version {told['version']}, this release reads 1 to {VERSION}",
+            f"the file has version {record['version']}, but this release reads 1 to {VERSION}",
             remedy=NEWER,
         )
-    if set(told) != KEYS:
+    if set(record) != KEYS:
         raise CheckpointError(
-            f"the description lacks or adds keys: {', '.join(sorted(set(told) ^ KEYS))[:200]}"
+            f"the description lacks or adds keys: {', '.join(sorted(set(record) ^ KEYS))[:200]}"
         )
-    return told
+    return record
 
 
-def check_kinds(told: Mapping[str, Any]) -> None:
+def check_kinds(record: Mapping[str, Any]) -> None:
     """Refuse values of the wrong kind.
 
     Raises:
-        CheckpointError: naming the key.
+        CheckpointError: names the key.
     """
-    if type(told["archive"]) is not bool:
+    if type(record["archive"]) is not bool:
         raise CheckpointError("archive is not true or false")
-    files = told["files"]
+    files = record["files"]
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         raise CheckpointError("files is not a list of names")
     for key in ("layouts", "checksums", "archived"):
-        if not isinstance(told[key], dict):
+        if not isinstance(record[key], dict):
             raise CheckpointError(f"{key} is not a JSON object")
 
 
 def check_names(
     kind: str, named: Mapping[str, Any], stored: Mapping[str, PartSpec], *, all_of_them: bool
 ) -> None:
-    """Refuse names of tensors that the file does not hold, or, where wanted, lacking ones.
+    """Refuse names of tensors that are not in the file, and optionally missing names.
 
     Raises:
-        CheckpointError: naming one of them.
+        CheckpointError: names one of them.
     """
     odd = (set(named) ^ set(stored)) if all_of_them else set(named) - set(stored)
     if odd:
@@ -181,7 +183,7 @@ def read_checksum(name: str, text: Any) -> int:
     """A checksum of eight hexadecimal digits.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: this is no checksum.
     """
     try:
         if isinstance(text, str) and len(text) == 8 and text == f"{int(text, 16):08x}":

@@ -1,4 +1,4 @@
-"""A compressed checkpoint put into a model: packed modules in the place of dense ones."""
+"""Installs a compressed checkpoint in a model: packed modules replace dense ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORTH_IT = 0.9
 
 
 def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
-    """Checked parts of a matrix in the form that kernels run on."""
+    """Checked parts of a matrix, in the form for the kernels."""
     if layout.format == "dense":
         return KernelMatrix(parts["weight"], scale=parts.get("weight_scale"))
     bits = bitmask_parts(parts, layout)
@@ -50,16 +50,16 @@ def install(
     """Fill a skeleton from a compressed checkpoint.
 
     Args:
-        model: a transformers model with parameters on meta, as the configuration describes it,
-            its experts opened.
+        model: a transformers model with parameters on meta, built from the configuration, with its
+            experts opened.
         packed: the checkpoint.
         dtype: what the model computes in.
-        expand: fill the dense modules that are there, as is always done without kernels.
-        matrices_only: leave all that is not packed to somebody else, who must not find the dense
-            modules of what is packed: without kernels, packed modules hold it expanded.
+        expand: fill the existing dense modules, as always happens without kernels.
+        matrices_only: install only packed matrices. The caller loads the rest and must not find
+            dense modules of packed matrices; so without kernels, packed modules hold them expanded.
 
     Returns:
-        The paths of the packed modules, which may be stored under other names.
+        The paths of the packed modules; their stored names may differ.
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
@@ -103,57 +103,57 @@ def install(
 def packed_module(
     model: Any, path: str, is_embedding: bool, matrix: KernelMatrix, dtype: torch.dtype
 ) -> nn.Module:
-    """What takes the place of a module whose weight is stored packed.
+    """The replacement for a module whose weight is stored packed.
 
     Raises:
-        CheckpointError: it is neither a linear nor the embedding.
+        CheckpointError: the module is neither a linear nor the embedding.
     """
     from transformers.pytorch_utils import Conv1D
 
     old = model.get_submodule(path)
     if is_embedding:
-        # Gemma's embedding multiplies what it gives; others have no such attribute
+        # Gemma's embedding multiplies its output; others have no such attribute
         factor = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
         return PackedEmbedding(matrix, dtype, None if factor is None else float(factor))
     if not isinstance(old, (nn.Linear, Conv1D)):
         raise CheckpointError(
             f"{path} is stored packed, and is a {type(old).__name__}; only linears and the "
-            "embedding can be run so",
+            "embedding can stay packed",
             remedy="use `secateur decompress` and load the result",
         )
     return PackedLinear(matrix, old.bias)
 
 
-def path_of(model: Any, wanted: nn.Module | None) -> str:
-    """The name of a module within a model; empty if it is not there."""
-    return next((name for name, module in model.named_modules() if module is wanted), "")
+def path_of(model: Any, sought: nn.Module | None) -> str:
+    """The name of a module within a model; empty if it is not in the model."""
+    return next((name for name, module in model.named_modules() if module is sought), "")
 
 
 def replace(model: Any, path: str, module: nn.Module) -> None:
-    """Put a module in the place of another."""
+    """Replace a module by another."""
     owner, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(owner) if owner else model, leaf, module)
 
 
 def tie_head(model: Any, embedding_at: str, head_at: str, matrix: KernelMatrix | None) -> None:
-    """Let the head use what the embedding has."""
+    """Make the head share the matrix of the embedding."""
     if matrix is None:
         weight = model.get_submodule(embedding_at).weight
         model.get_submodule(head_at).weight = weight
         return
     bias = getattr(model.get_submodule(head_at), "bias", None)
     replace(model, head_at, PackedLinear(matrix, bias))
-    # there is nothing left that transformers could tie
+    # transformers has nothing to tie any more
     model.config.tie_word_embeddings = False
     model._tied_weights_keys = None
     model.all_tied_weights_keys = {}
 
 
 def settle(model: Any, dtype: torch.dtype) -> None:
-    """Measure each kind of packed linear once, and run it the faster way.
+    """Measure each kind of packed linear once, and choose the faster way.
 
-    A kind that is clearly faster dense is made dense: a packed model is not slower than it would
-    have been unpacked.
+    A kind that is clearly faster dense is made dense, so a packed model is not slower than an
+    unpacked one.
     """
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     if kernel_info().tier == "none":
@@ -174,7 +174,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
 
 
 def activations(dtype: torch.dtype) -> torch.dtype:
-    """What kernels are given for a model of this dtype."""
+    """The dtype of the kernels' activations for a model of this dtype."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

@@ -1,4 +1,4 @@
-"""Modules whose weights stay packed: drop-in for the linears and the embedding of a model."""
+"""Modules with packed weights that replace the linears and the embedding of a model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["PackedEmbedding", "PackedLinear"]
 
 _numbers = itertools.count(1)
 _linears: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
-"""Modules by the number that stands for them in the operator, which takes tensors and numbers."""
+"""Modules by number, because the operator accepts only tensors and numbers."""
 
 _operators = torch.library.Library("secateur", "DEF")
 _operators.define("linear(Tensor x, int module, int out_features) -> Tensor")
 
 
-@torch.no_grad()  # a caller who wants gradients of other parts may have them switched on
+@torch.no_grad()  # a caller who needs gradients of other parts may have enabled them
 def _linear(x: Tensor, module: int, out_features: int) -> Tensor:
     return _linears[module].product(x)
 
@@ -39,12 +39,13 @@ torch.library.register_fake("secateur::linear", _linear_shape, lib=_operators)
 class PackedLinear(nn.Module):
     """y = x Wᵀ + b, with W packed; for inference on a CPU.
 
-    The product is the operator `torch.ops.secateur.linear`, which torch.compile takes as it is.
+    The product is the operator `torch.ops.secateur.linear`, which torch.compile does not trace
+    into.
 
     Args:
         matrix: W [out, in].
         bias: b [out], or None.
-        kernel_up_to: the most tokens that the kernel takes; more are multiplied tile by tile.
+        kernel_up_to: the most tokens for the kernel; more are multiplied tile by tile.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class PackedLinear(nn.Module):
         _linears[self.number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy has a number of its own."""
+        """Give a copy its own number."""
         super().__setstate__(state)
         self.number = next(_numbers)
         _linears[self.number] = self

@@ -1,4 +1,4 @@
-"""A compressed checkpoint as a transformers model whose linears stay packed."""
+"""Loads a compressed checkpoint as a transformers model whose linears stay packed."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ def load(
 ) -> Any:
     """Load a checkpoint, compressed or not, on the CPU and in eval mode.
 
-    Every file is verified first. Packed matrices are never expanded: they are multiplied by the
-    kernels, and where kernels cannot be had (`secateur.kernel_info()`), expanded here.
+    Every file is verified first. Kernels multiply packed matrices without expanding them. Without
+    kernels (`secateur.kernel_info()`) the matrices are expanded here.
 
     Args:
-        folder: as `secateur compress` or transformers writes it.
-        dtype: what to compute in; None for what `config.json` says. float32 with bfloat16 values
-            is exact, and takes no more memory for what is packed.
+        folder: written by `secateur compress` or transformers.
+        dtype: of the computation; None for the one in `config.json`. float32 with bfloat16 values
+            is exact, and needs no more memory for packed matrices.
         expand: fill plain dense linears instead, to train or to compare.
         trust_remote_code: whether model code that comes with the checkpoint may run.
 
     Returns:
-        A transformers model; `generate` and all else work as ever. `save_pretrained` writes a
-        dense checkpoint if all modules are dense, and raises CheckpointError if any is packed.
+        A transformers model; `generate` and all other methods work as usual. `save_pretrained`
+        writes a dense checkpoint if all modules are dense, and raises CheckpointError if any is
+        packed.
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
@@ -60,7 +61,7 @@ def load(
     packed = PackedCheckpoint(folder)
     dtype = dtype or computed_dtype(folder)
     model = build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    with reused_pages():  # what measuring and unpacking took is given back here
+    with reused_pages():  # release the memory of measuring and unpacking
         install(model, packed, dtype, expand=expand)
     model.config.dtype = dtype
     settle_saving(model)
@@ -73,10 +74,10 @@ def load(
 
 
 def settle_saving(model: Any) -> None:
-    """Let `save_pretrained` write a dense model as one, and refuse any other.
+    """Make `save_pretrained` write a dense model, and refuse a packed one.
 
-    What transformers would write of packed modules has no weights in it. Opened experts have
-    names that it cannot turn back.
+    For packed modules transformers would write a checkpoint without weights. For opened experts it
+    cannot restore the names.
     """
     from secateur.runtime.quantizer import PackedConfig, PackedQuantizer
 

@@ -1,8 +1,8 @@
-"""Compressed checkpoints: opened, verified and read; and written, whole or not at all.
+"""Opens, verifies, reads and writes compressed checkpoints.
 
-A folder like any other of transformers, in which packed matrices are stored as their parts. The
-reader believes nothing: names, dtypes, shapes and sizes are checked when a folder is opened, from
-the headers alone; checksums, masks and codes when a tensor is read. What is handed out has passed.
+A compressed checkpoint is a folder of transformers that stores packed matrices as their parts. The
+reader trusts nothing. Opening a folder checks names, dtypes, shapes and sizes, from the headers
+alone. Reading a tensor checks checksums, masks and codes. Every returned tensor has passed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from secateur.runtime.description import (
     describe_file,
     read_description,
 )
-from secateur.runtime.formats import Layout, PartSpec, check_specs, formats
+from secateur.runtime.formats import Layout, PartSpec, check_specs, formats, part_suffixes
 
 __all__ = [
     "QUANT_METHOD",
@@ -49,17 +49,15 @@ __all__ = [
 ]
 
 QUANT_METHOD = "secateur"
-SUFFIXES = ("weight", "weight_scale", "bitmask", "codes", "compressed")
-"""The parts that a format may have; a packed matrix has exactly those of its format."""
 
 
 def quantization_config(archive: bool) -> dict[str, Any]:
-    """What `config.json` says of a compressed checkpoint."""
+    """The entry of `config.json` for a compressed checkpoint."""
     return {"quant_method": QUANT_METHOD, "version": VERSION, "archive": archive}
 
 
-def told_by_config(folder: Path) -> Any:
-    """The `quantization_config` of a folder, None when it has none.
+def read_quantization_config(folder: Path) -> Any:
+    """The `quantization_config` of a folder; None if it has none.
 
     Raises:
         CheckpointError: `config.json` is missing or not JSON.
@@ -75,18 +73,18 @@ def told_by_config(folder: Path) -> Any:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a folder says that it is a compressed checkpoint of this library.
+    """Whether a folder is marked as a compressed checkpoint of this library.
 
     Raises:
         CheckpointError: `config.json` is missing or not JSON.
     """
-    told = told_by_config(folder)
-    return isinstance(told, dict) and told.get("quant_method") == QUANT_METHOD
+    record = read_quantization_config(folder)
+    return isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD
 
 
 @contextmanager
 def at(where: str) -> Iterator[None]:
-    """Say where a fault is, in errors that do not say it themselves."""
+    """Add the place to errors that do not name it."""
     try:
         yield
     except OSError as error:
@@ -101,7 +99,7 @@ class PackedCheckpoint:
     """A compressed checkpoint, its headers checked, nothing read yet.
 
     Args:
-        folder: as `secateur compress` writes it.
+        folder: written by `secateur compress`.
 
     Attributes:
         folder: the same.
@@ -109,9 +107,9 @@ class PackedCheckpoint:
         archive: whether larger tensors are compressed.
         files: its safetensors files.
         layouts: of the packed matrices, by name without a suffix.
-        entries: every tensor as it lies in its file.
-        specs: every tensor as it is handed out, decoded from the archive.
-        order: packed matrices without a suffix and all other tensors, as they lie in the files.
+        entries: every tensor as stored in its file.
+        specs: every tensor as returned, decoded from the archive.
+        order: packed matrices without a suffix and all other tensors, in the order of the files.
 
     Raises:
         CheckpointError: a file is damaged or missing, or contradicts itself or another.
@@ -134,22 +132,24 @@ class PackedCheckpoint:
         check_index(self.folder, self.entries)
 
     def _open(self, file: Path) -> None:
-        """Take up one file, checked."""
+        """Check one file and add its tensors."""
         header = read_header(file)
         description = read_description(header)
         names = sorted(x.name for x in self.files)
         if list(description.files) != names:
             raise CheckpointError(
                 f"the checkpoint has the files {', '.join(description.files)[:200]}; "
-                f"{', '.join(names)[:200]} are there",
+                f"the folder has {', '.join(names)[:200]}",
                 remedy="copy or download the missing files",
             )
         if description.version != self.version:
             raise CheckpointError(
-                f"this file is of version {description.version}, config.json says {self.version}"
+                f"this file has version {description.version}, but config.json says {self.version}"
             )
         if description.archive != self.archive:
-            raise CheckpointError("config.json and this file disagree about being an archive")
+            raise CheckpointError(
+                "config.json and this file disagree on whether this is an archive"
+            )
         twice = self.entries.keys() & header.entries.keys()
         if twice:
             raise CheckpointError(f"{min(twice)!r} is in two files")
@@ -184,7 +184,7 @@ class PackedCheckpoint:
     def read(self, name: str) -> Tensor:
         """One tensor in memory of its own, decoded, its checksum verified.
 
-        Parts of a packed matrix are not held against each other; see `parts`.
+        Parts of a packed matrix are not checked against each other; see `parts`.
 
         Raises:
             CheckpointError: damaged.
@@ -218,36 +218,36 @@ class PackedCheckpoint:
 
 
 def version_and_archive(folder: Path) -> tuple[int, bool]:
-    """The version of the format, and whether the folder is an archive, as `config.json` says.
+    """The version of the format, and whether the folder is an archive, from `config.json`.
 
     Raises:
-        CheckpointError: it does not speak of a compressed checkpoint, or of another version.
+        CheckpointError: it does not describe a compressed checkpoint, or has another version.
     """
-    told = told_by_config(folder)
+    record = read_quantization_config(folder)
     where = str(folder / "config.json")
-    if not isinstance(told, dict) or told.get("quant_method") != QUANT_METHOD:
+    if not isinstance(record, dict) or record.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
-            "the configuration is not that of a compressed checkpoint",
+            "this is not the configuration of a compressed checkpoint",
             where=where,
             remedy="make one with `secateur compress DIR --output OUT`",
         )
-    version = told.get("version")
+    version = record.get("version")
     if type(version) is not int or version not in READABLE:
         raise CheckpointError(
-            f"the folder is of version {str(version)[:40]}, this release reads 1 to {VERSION}",
+            f"the folder has version {str(version)[:40]}, but this release reads 1 to {VERSION}",
             where=where,
             remedy=NEWER,
         )
-    if type(told.get("archive")) is not bool:
+    if type(record.get("archive")) is not bool:
         raise CheckpointError("archive is not true or false", where=where)
-    return version, bool(told["archive"])
+    return version, bool(record["archive"])
 
 
 def check_file_names(folder: Path, version: int) -> None:
-    """Refuse weight files whose names are those of the other version.
+    """Refuse weight files with the names of another version.
 
     Raises:
-        CheckpointError: so it is.
+        CheckpointError: the names are wrong.
     """
     indexed = (folder / PACKED_INDEX_NAME).is_file()
     if indexed != (version > 1):
@@ -261,27 +261,28 @@ def check_file_names(folder: Path, version: int) -> None:
 
 def parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
     """The tensors that are parts of a matrix, by suffix."""
-    return {s: specs[f"{name}.{s}"] for s in SUFFIXES if f"{name}.{s}" in specs}
+    return {s: specs[f"{name}.{s}"] for s in part_suffixes() if f"{name}.{s}" in specs}
 
 
 def reading_order(entries: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> list[str]:
-    """Packed matrices by name without suffix, and all other tensors, as they come in the header."""
-    owners = {f"{name}.{suffix}": name for name in layouts for suffix in SUFFIXES}
+    """Packed matrices by name without suffix, and all other tensors, in the header's order."""
+    suffixes = part_suffixes()
+    owners = {f"{name}.{suffix}": name for name in layouts for suffix in suffixes}
     return list(dict.fromkeys(owners.get(name, name) for name in entries))
 
 
 def check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse an index of shards that places a tensor where it is not.
+    """Refuse an index of shards that names the wrong file for a tensor.
 
     Raises:
-        CheckpointError: naming the tensor.
+        CheckpointError: names the tensor.
     """
     index = next((folder / n for n in INDEX_NAMES if (folder / n).is_file()), None)
     if index is None:
         return
-    told = parse_json(index.read_bytes())["weight_map"]
+    record = parse_json(index.read_bytes())["weight_map"]
     found = {name: entry.file.name for name, entry in entries.items()}
-    odd = {*told.items()} ^ {*found.items()}
+    odd = {*record.items()} ^ {*found.items()}
     if odd:
         raise CheckpointError(
             f"the index and the files disagree about {min(odd)[0]!r}",
@@ -292,11 +293,11 @@ def check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """What one file of a compressed checkpoint will hold.
+    """The planned content of one file of a compressed checkpoint.
 
     Attributes:
         name: of the file.
-        tensors: every tensor by full name, as handed to `write_packed`.
+        tensors: every tensor by full name, as passed to `write_packed`.
         layouts: of the packed matrices.
     """
 
@@ -315,9 +316,9 @@ def write_packed(
     """Write the safetensors files of a compressed checkpoint, and their index.
 
     Args:
-        folder: exists; take one that is not looked at before it is whole (`runs.folder`).
-        files: what will be in each file.
-        tensors: every planned tensor once, those of a file together, file after file.
+        folder: exists; use a folder that nobody reads before it is complete (`runs.folder`).
+        files: the planned content of each file.
+        tensors: every planned tensor once, grouped by file.
         archive: compress larger tensors.
 
     Raises:
@@ -340,7 +341,7 @@ def write_file(
     tensors: Iterator[tuple[str, Tensor]],
     archive: bool,
 ) -> None:
-    """Write one file from the next of the tensors."""
+    """Write one file, from the next tensors."""
     squeezed = {
         name: Archived(spec, "zstd")
         for name, spec in planned.tensors.items()

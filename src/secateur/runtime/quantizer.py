@@ -1,4 +1,4 @@
-"""The door through which transformers loads compressed folders: `quant_method: secateur`."""
+"""The quantizer with which transformers loads compressed folders: `quant_method: secateur`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from secateur.errors import CheckpointError, KernelError
 from secateur.models.architecture import family_of
 from secateur.models.checkpoint import PACKED_INDEX_NAME
 from secateur.models.experts import expert_renamings, open_experts
+from secateur.runtime.formats import part_suffixes
 from secateur.runtime.install import install
-from secateur.runtime.packed import QUANT_METHOD, SUFFIXES, PackedCheckpoint
+from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
 
 __all__ = ["PackedConfig", "PackedQuantizer"]
 
 
 @register_quantization_config(QUANT_METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """What `config.json` says of a compressed folder.
+    """The entry of `config.json` for a compressed folder.
 
     Args:
         version: of the format.
@@ -38,21 +39,21 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts packed modules into the model before transformers loads the rest."""
+    """Installs packed modules in the model before transformers loads the rest."""
 
     quantization_config: PackedConfig
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        """Remember what the model computes in."""
+        """Remember the dtype of the computation."""
         self.dtype = dtype or torch.get_default_dtype()
         return self.dtype
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what cannot work.
+        """Refuse archives and devices other than the CPU.
 
         Raises:
             CheckpointError: the folder is an archive.
-            KernelError: another device than the CPU is asked for.
+            KernelError: `device_map` names another device than the CPU.
         """
         if self.quantization_config.archive:
             raise CheckpointError(
@@ -67,26 +68,26 @@ class PackedQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Say where the weights are; it is the one place where a quantizer sees the configuration.
+        """Name the weight files; only here a quantizer sees the configuration.
 
-        The files have names that transformers does not look for, so that without secateur it finds
-        none instead of drawing the packed matrices at random.
+        transformers does not look for these file names. So without secateur it finds no weights,
+        and does not draw the packed matrices at random.
         """
         if self.quantization_config.version > 1:
             config.transformers_weights = PACKED_INDEX_NAME
         return config
 
-    # releases of transformers before update_attn_implementation hand the configuration to this
+    # releases of transformers before update_attn_implementation pass the configuration to this
     update_tp_plan = update_attn_implementation
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Everything on the CPU."""
+        """Put everything on the CPU."""
         return None if device_map is None else {"": "cpu"}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Load what is packed; transformers loads the rest."""
+        """Load packed matrices; transformers loads the rest."""
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         if folder is None:
             raise CheckpointError("a compressed model is loaded from its files")
@@ -94,15 +95,15 @@ class PackedQuantizer(HfQuantizer):
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
         open_experts(model)
-        with torch.device("cpu"):  # transformers makes everything on meta here
+        with torch.device("cpu"):  # transformers creates everything on meta here
             paths = install(model, packed, self.dtype, matrices_only=True)
         owners = "|".join(re.escape(name) for name in {*packed.layouts, *paths})
         known = set(model._keys_to_ignore_on_load_unexpected or ())
-        parts = "|".join(SUFFIXES)
+        parts = "|".join(map(re.escape, part_suffixes()))
         model._keys_to_ignore_on_load_unexpected = known | {rf"^(?:{owners})\.(?:{parts})$"}
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """Experts stay as they are stored, one by one, instead of being fused."""
+        """Keep experts as they are stored, one by one, and do not fuse them."""
         family = family_of(model)
         if family is None or family.experts is None:
             return weight_conversions
@@ -113,10 +114,10 @@ class PackedQuantizer(HfQuantizer):
         ]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Called by `save_pretrained` alone, before anything is written.
+        """Refuse to save; only `save_pretrained` calls this, before it writes anything.
 
         Raises:
-            CheckpointError: packed models are written by `secateur compress` alone.
+            CheckpointError: only `secateur compress` writes packed models.
         """
         raise CheckpointError(
             "a packed model cannot be saved",

@@ -1,8 +1,8 @@
 """Lets `AutoModelForCausalLM.from_pretrained` read secateur's folders once it is imported.
 
 transformers has no entry point for quantizers or models, and importing it takes a second that
-`import secateur` shall not cost. So a finder waits until somebody imports transformers' tables of
-them, and enters ours right after: the quantizer of compressed folders, and models whose layers
+`import secateur` must not cost. So a finder waits until a program imports transformers' tables.
+Right after that it registers ours: the quantizer of compressed folders, and models whose layers
 differ in size.
 """
 
@@ -21,17 +21,17 @@ TABLES = {
     "transformers.quantizers.auto": "secateur.runtime.quantizer",
     "transformers.models.auto.configuration_auto": "secateur.models.varied",
 }
-"""Modules of transformers that are waited for, and ours that enter something into them."""
+"""Modules of transformers to wait for, and our modules that register something in them."""
 
 
 class After(importlib.abc.Loader):
-    """Loads a module as its own loader would, and imports ours afterwards."""
+    """Loads a module with its own loader, and imports ours afterwards."""
 
     def __init__(self, loader: importlib.abc.Loader, ours: str) -> None:
         self.loader, self.ours = loader, ours
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """As the module's own loader does."""
+        """Create the module with its own loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -41,7 +41,7 @@ class After(importlib.abc.Loader):
 
 
 class Waiting(importlib.abc.MetaPathFinder):
-    """Finds nothing but the one module it waits for, and that only once."""
+    """Finds only the one module it waits for, and only once."""
 
     def __init__(self, table: str) -> None:
         self.table = table
@@ -49,7 +49,7 @@ class Waiting(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec of the awaited module with a loader that goes on with ours."""
+        """The spec of the awaited module, with a loader that then imports ours."""
         if name != self.table:
             return None
         sys.meta_path.remove(self)
@@ -60,7 +60,7 @@ class Waiting(importlib.abc.MetaPathFinder):
 
 
 def register_with_transformers() -> None:
-    """Enter what is ours now where transformers is loaded, else as soon as it is."""
+    """Register our classes now if transformers is loaded, otherwise when it is."""
     waiting = {finder.table for finder in sys.meta_path if isinstance(finder, Waiting)}
     for table, ours in TABLES.items():
         if table in sys.modules:

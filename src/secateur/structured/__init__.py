@@ -1,4 +1,4 @@
-"""Cutting structure: layers, sub-blocks, KV groups, FFN neurons, hidden channels, experts.
+"""Cuts structure: layers, sub-blocks, KV groups, FFN neurons, hidden channels, experts.
 
 The order of reading: `cut` (what is kept) → `edits` (what happens to a parameter) → `design` (the
 smaller model) → `surgery` (loaded models and checkpoints), `accounting`.

@@ -1,4 +1,4 @@
-"""What a cut removes, counted: parameters by kind, key-value cache, bytes."""
+"""Counts what a cut removes: parameters by kind, key-value cache, bytes."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from secateur.structured.edits import parameters_of
 __all__ = ["Accounting", "Counts", "account", "accounting"]
 
 UNCUT_BYTES = 2
-"""What is cached of each token in the place of an attention sub-block that is gone."""
+"""Bytes cached for each token in place of a removed attention sub-block."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a model consists of. Tied weights count once.
+    """The parts of a model, counted. Tied weights count once.
 
     Attributes:
-        attention: parameters of attention sub-blocks, norms apart.
-        ffn: of dense feed-forwards.
-        experts: of mixtures of experts, routers with them.
-        norms: of norms.
-        embeddings: of embeddings, head and their projections.
-        other: of anything else.
-        decoder: of the decoder layers, everything in them.
+        attention: parameters of attention sub-blocks, without norms.
+        ffn: parameters of dense feed-forwards.
+        experts: parameters of mixtures of experts, with routers.
+        norms: parameters of norms.
+        embeddings: parameters of embeddings, head and their projections.
+        other: all other parameters.
+        decoder: all parameters of the decoder layers.
         kv_cache_bytes_per_token: keys and values of one token in all layers, in the model's dtype;
-            layers with a sliding window stop growing at it.
-        file_bytes: of all tensors; headers of files are not counted.
+            layers with a sliding window stop growing at the window.
+        file_bytes: bytes of all tensors, without file headers.
     """
 
     attention: int
@@ -49,7 +49,7 @@ class Counts:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """All parameters."""
         return self.attention + self.ffn + self.experts + self.norms + self.embeddings + self.other
 
 
@@ -60,7 +60,7 @@ class Accounting:
     Attributes:
         before: the uncut model.
         after: the cut one.
-        varied: whether the result takes code of its own to load.
+        varied: whether the result needs its own code to load.
     """
 
     before: Counts
@@ -69,22 +69,22 @@ class Accounting:
 
     @property
     def removed(self) -> float:
-        """The fraction of all parameters that is gone."""
+        """The removed fraction of all parameters."""
         return 1 - self.after.parameters / self.before.parameters
 
     @property
     def decoder_removed(self) -> float:
-        """The fraction of the parameters of the decoder layers that is gone."""
+        """The removed fraction of the parameters of the decoder layers."""
         return 1 - self.after.decoder / self.before.decoder
 
 
 def accounting(model: Any, cut: Cut, *, pad: bool = False) -> Accounting:
-    """What a cut would remove; no tensor is made.
+    """Count what a cut would remove, without making a tensor.
 
     Args:
         model: loaded or a skeleton.
         cut: what is kept.
-        pad: as for the cut itself.
+        pad: as for the cut.
 
     Raises:
         RecipeError: the cut is impossible.
@@ -93,7 +93,7 @@ def accounting(model: Any, cut: Cut, *, pad: bool = False) -> Accounting:
 
 
 def account(made: Design) -> Accounting:
-    """What a design removes."""
+    """Count what a design removes."""
     model = made.uncut
     kept = [kept_count(made, layer, "groups") for layer in made.layers]
     there = parameters_of(model)
@@ -120,8 +120,8 @@ def counts(
 
     Args:
         model: with its modules in place.
-        made: the design, for the description of the family.
-        parameters: name, parameter, bytes and number of values of each.
+        made: the design, which describes the family.
+        parameters: name, parameter, bytes and number of values.
         groups: KV groups of each layer.
     """
     prefix = made.architecture.layers_path + "."
@@ -145,13 +145,13 @@ def cache_bytes(sizes: Sizes, groups: int, itemsize: int) -> int:
 def kind_of(
     inner: str | None, module: nn.Module, parameter: Tensor, couplings: Couplings | None
 ) -> str:
-    """What a parameter counts as.
+    """The kind of a parameter.
 
     Args:
-        inner: its name within a decoder layer; None outside.
-        module: that holds it.
-        parameter: itself.
-        couplings: of its family.
+        inner: the name within a decoder layer; None outside.
+        module: the owner of the parameter.
+        parameter: the parameter.
+        couplings: of the family.
     """
     if "Norm" in type(module).__name__:
         return "norms"

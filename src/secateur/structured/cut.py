@@ -1,4 +1,4 @@
-"""What there is to cut in a model, and what of it is kept."""
+"""The units of a model that can be cut, and which of them a cut keeps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 QUERIES_OF_A_GROUP = "num_key_value_groups"
-"""What attention modules of transformers call the number of query heads that share a key."""
+"""The name in transformers of the number of query heads that share a key."""
 
 Kept = tuple[int, ...]
 """Indices of units that are kept, ascending."""
@@ -32,7 +32,7 @@ Kept = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many units there are; of the tuples, one number per decoder layer.
+    """The numbers of units; tuples have one number per decoder layer.
 
     Attributes:
         hidden: channels of the residual stream.
@@ -63,14 +63,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is kept of a model. What is not named is kept whole; indices are of the uncut model.
+    """The units of a model to keep. A kind without an entry is kept whole; indices are of the uncut
+    model.
 
     Attributes:
         layers: decoder layers.
-        groups: KV groups with their query heads, by layer; none: the attention sub-block goes.
-        queries: query heads, by layer: as many of each KV group, and in every layer that has
-            attention. Groups stay whole then.
-        neurons: FFN neurons, by layer; none: the FFN sub-block goes.
+        groups: KV groups with their query heads, by layer; an empty list removes the attention
+            sub-block.
+        queries: query heads, by layer: the same number of each KV group, in every layer that has
+            attention. Then groups stay whole.
+        neurons: FFN neurons, by layer; an empty list removes the FFN sub-block.
         experts: experts, by layer.
         hidden: channels of the residual stream.
     """
@@ -83,26 +85,26 @@ class Cut:
     hidden: Kept | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON has it: keys are text, tuples are lists."""
-        told: dict[str, Any] = {}
+        """The cut as JSON: keys are text, tuples are lists."""
+        record: dict[str, Any] = {}
         for name in ("layers", "hidden"):
             if getattr(self, name) is not None:
-                told[name] = list(getattr(self, name))
+                record[name] = list(getattr(self, name))
         for name in UNITS:
             if getattr(self, name):
-                told[name] = {str(i): list(kept) for i, kept in getattr(self, name).items()}
-        return told
+                record[name] = {str(i): list(kept) for i, kept in getattr(self, name).items()}
+        return record
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Cut:
-        """From what `to_json` gives.
+    def from_json(cls, record: Mapping[str, Any]) -> Cut:
+        """The cut that `to_json` described.
 
         Raises:
-            RecipeError: it is something else.
+            RecipeError: this is no cut.
         """
         try:
             values: dict[str, Any] = {}
-            for name, value in told.items():
+            for name, value in record.items():
                 if name in ("layers", "hidden"):
                     values[name] = None if value is None else whole_numbers(value)
                 else:
@@ -110,19 +112,19 @@ class Cut:
             return cls(**values)
         except (TypeError, ValueError, AttributeError) as error:
             raise RecipeError(
-                f"this is no description of a cut: {error}",
+                f"this does not describe a cut: {error}",
                 remedy="lists of indices under layers and hidden, and under groups, queries, "
                 "neurons and experts lists of indices by layer",
             ) from None
 
     def check(self, sizes: Sizes) -> None:
-        """Refuse what cannot be.
+        """Refuse an impossible cut.
 
         Args:
-            sizes: of the model that is to be cut.
+            sizes: of the model.
 
         Raises:
-            RecipeError: naming everything that cannot be.
+            RecipeError: names every fault.
         """
         faults = list(self.faults(sizes))
         if faults:
@@ -132,7 +134,7 @@ class Cut:
             )
 
     def faults(self, sizes: Sizes) -> Iterator[str]:
-        """Everything that cannot be, in words."""
+        """All faults, in words."""
         yield from faults_of("decoder layers", self.layers, sizes.layers)
         yield from faults_of("hidden channels", self.hidden, sizes.hidden)
         for name, what in UNITS.items():
@@ -145,7 +147,7 @@ class Cut:
         yield from self.uneven(sizes)
 
     def uneven(self, sizes: Sizes) -> Iterator[str]:
-        """What is wrong with query heads that are kept, in words."""
+        """The faults of the kept query heads, in words."""
         if not self.queries:
             return
         if self.groups:
@@ -172,13 +174,13 @@ UNITS = {
 
 
 def faults_of(what: str, kept: Sequence[int] | None, there: int) -> Iterator[str]:
-    """What is wrong with a list of kept units, in words."""
+    """The faults of a list of kept units, in words."""
     if kept is None:
         return
     if not kept:
-        yield f"{what}: none is kept"
+        yield f"{what}: the cut keeps none"
     elif len(kept) > there:
-        yield f"{what}: {len(kept)} are to be kept, there are {there}"
+        yield f"{what}: the cut keeps {len(kept)}, but there are {there}"
     elif min(kept) < 0 or max(kept) >= there:
         odd = min(kept) if min(kept) < 0 else max(kept)
         yield f"{what}: there is no {odd}, only 0 to {there - 1}"
@@ -190,7 +192,7 @@ def whole_numbers(value: Any) -> Kept:
     """A list of whole numbers as a tuple.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: this is no such list.
     """
     if not isinstance(value, list | tuple) or not all(type(x) is int for x in value):
         raise TypeError(f"{str(value)[:60]} is no list of whole numbers")
@@ -198,9 +200,9 @@ def whole_numbers(value: Any) -> Kept:
 
 
 def sizes_of(model: Any) -> Sizes:
-    """What there is to cut in a model, loaded or a skeleton, its layers equal or not.
+    """The numbers of units of a model, loaded or a skeleton; its layers may differ.
 
-    Of a family that declares no couplings only layers can be cut: everything else is 0.
+    If the family declares no couplings, only layers can be cut and everything else is 0.
     """
     architecture = describe(model)
     config, layers = model.config, architecture.layers(model)
@@ -209,8 +211,8 @@ def sizes_of(model: Any) -> Sizes:
         return Sizes(hidden_size(model), 0, 1, none, none, none)
     heads = config.num_attention_heads
     per_group = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    told = (find(layer, couplings.attention) for layer in layers)
-    named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in told)
+    attention = (find(layer, couplings.attention) for layer in layers)
+    named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in attention)
     per_group = next((each for each in named if each), per_group)
     head_dim = next(
         (size for layer in layers if (size := head_size(layer, couplings))),
@@ -253,10 +255,10 @@ def unit_width(sizes: Sizes, kind: str) -> int:
 
 
 def couplings_of(architecture: Architecture) -> Couplings:
-    """What has to be cut together.
+    """The parameters that must be cut together.
 
     Raises:
-        ArchitectureError: the family does not say.
+        ArchitectureError: the family does not declare them.
     """
     if architecture.couplings is None:
         raise ArchitectureError(
@@ -269,14 +271,14 @@ def couplings_of(architecture: Architecture) -> Couplings:
 
 
 def head_size(layer: nn.Module, couplings: Couplings) -> int | None:
-    """Channels of one head, as an attention module says; None where the sub-block is gone."""
+    """Channels of one head, from the attention module; None without the sub-block."""
     module = find(layer, couplings.attention)
     found: int | None = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
     return found
 
 
 def columns(layer: nn.Module, name: str | None) -> int:
-    """Input columns of a linear of a layer; 0 where it is not there."""
+    """Input columns of a linear of a layer; 0 if there is no such linear."""
     module = None if name is None else find(layer, name)
     if getattr(module, "weight", None) is None:
         return 0

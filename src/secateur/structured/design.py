@@ -1,8 +1,8 @@
-"""The smaller model: its configuration, whether a plain class of transformers fits it, its edits.
+"""Designs the smaller model: its configuration, its class, and the edit of each parameter.
 
-Whether plain transformers can hold the result is not decided by rules but tried: the configuration
-with the new sizes is built on the meta device, and if all parameters have the shapes of the edits
-and the heads their size, it is that. Otherwise the result is a varied model (`models/varied.py`).
+A test, not a rule, decides whether plain transformers can load the result. The configuration with
+the new sizes is built on the meta device. If all parameters have the shapes of the edits and all
+heads their size, the result is plain. Otherwise it is a varied model (`models/varied.py`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ __all__ = ["Design", "design", "kept_count"]
 
 @dataclass(frozen=True)
 class Design:
-    """A smaller model, before any tensor of it is made.
+    """A smaller model, before any of its tensors is made.
 
     Attributes:
-        uncut: the uncut model, its experts as transformers holds them.
+        uncut: the uncut model, with experts as transformers stores them.
         architecture: of the uncut model.
         sizes: of the uncut model.
-        layers: what is kept of each layer that is kept.
+        layers: for each kept layer, the units it keeps.
         skeleton: the cut model, parameters on the meta device.
         edits: of each parameter, by its name in the cut model.
     """
@@ -55,12 +55,12 @@ class Design:
 
     @property
     def varied(self) -> bool:
-        """Whether it takes code of its own to load the result."""
+        """Whether the result needs its own code to load."""
         return hasattr(self.skeleton.config, "secateur_cut")
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that are left to each KV group."""
+        """Remaining query heads of each KV group."""
         for layer in self.layers:
             if layer.queries is not None:
                 return len(layer.queries) // self.sizes.groups[layer.index]
@@ -68,12 +68,12 @@ class Design:
 
 
 def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
-    """Design the model that is left by a cut.
+    """Design the model that a cut leaves.
 
     Args:
         model: the uncut model, loaded or a skeleton.
         cut: what is kept.
-        pad: fill up smaller layers with units of zeros, so that plain transformers can load them.
+        pad: fill smaller layers with units of zeros, so that plain transformers can load them.
 
     Raises:
         RecipeError: the cut is impossible.
@@ -90,7 +90,7 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     if hidden is not None and len(hidden) == sizes.hidden:
         hidden = None
     editor = Editor(model, architecture, sizes, hidden)
-    # A class that ties the number of heads to the hidden size holds no fewer heads than there were.
+    # A class that ties the number of heads to the hidden size needs the old number of heads.
     for padding in ("largest", "uncut") if pad else (None,):
         layers = layer_cuts(cut, sizes, padding)
         made = Design(model, architecture, sizes, layers, None, editor.edits(layers))
@@ -100,23 +100,23 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     if pad:
         raise ArchitectureError(
             "no plain class of transformers has these sizes, padded or not",
-            remedy="leave padding out; or keep all hidden channels, where the family ties their "
+            remedy="turn padding off; or keep all hidden channels, where the family ties their "
             "number to the number of heads",
         )
     if architecture.couplings is None:
         raise ArchitectureError(
             f"{type(model).__name__} cannot be built with {len(made.layers)} of its "
-            f"{len(sizes.neurons)} layers: how its configuration names their kinds is not known",
+            f"{len(sizes.neurons)} layers: its configuration names their kinds in an unknown way",
             remedy="this family's layers cannot be cut yet",
         )
     return replace(made, skeleton=built_varied(model, made, hidden))
 
 
 def refuse_buffers(model: Any, architecture: Architecture) -> None:
-    """Refuse decoder layers that store values besides their parameters: a cut would lose them.
+    """Refuse decoder layers that store values other than parameters: a cut would lose them.
 
     Raises:
-        ArchitectureError: naming the first.
+        ArchitectureError: names the first one.
     """
     prefix = architecture.layers_path + "."
     found = [name for name in stored_buffers(model) if name.startswith(prefix)]
@@ -129,7 +129,7 @@ def refuse_buffers(model: Any, architecture: Architecture) -> None:
 
 
 def with_fused_experts(model: Any) -> Any:
-    """The model, or a skeleton like it where its experts are opened (`models/experts.py`)."""
+    """The model; if its experts are opened (`models/experts.py`), a skeleton of it instead."""
     experts = describe(model).experts
     if experts is None or not experts.opened_in(describe(model).layers(model)):
         return model
@@ -137,24 +137,24 @@ def with_fused_experts(model: Any) -> Any:
 
 
 def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
-    """Refuse what the configuration makes impossible.
+    """Refuse a cut that the configuration makes impossible.
 
     Raises:
-        RecipeError: fewer experts than each token wants; padding where there is nothing to pad.
+        RecipeError: fewer experts than each token needs; padding where there is nothing to pad.
         ArchitectureError: the index of a layer has a meaning in this model.
     """
     config = model.config
-    wanted = getattr(config, "num_experts_per_tok", None) or 0
+    needed = getattr(config, "num_experts_per_tok", None) or 0
     for layer, kept in cut.experts.items():
-        if len(kept) < wanted:
+        if len(kept) < needed:
             raise RecipeError(
-                f"layer {layer}: {len(kept)} experts are to be kept, each token wants {wanted}",
-                remedy=f"keep {wanted} experts or more in each layer",
+                f"layer {layer}: the cut keeps {len(kept)} experts, but each token needs {needed}",
+                remedy=f"keep {needed} experts or more in each layer",
             )
     if pad and hasattr(config, "secateur_cut"):
         raise RecipeError(
-            "this model lacks what would be padded: it was cut to different sizes before",
-            remedy="cut the model that it was made from, with padding",
+            "this model cannot be padded: it was cut to different sizes before",
+            remedy="cut its source model, with padding",
         )
     if cut.layers is not None and getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise ArchitectureError(
@@ -164,19 +164,19 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
 
 
 def base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Configuration class, model class and configuration of the class of transformers below."""
-    told = model.config.to_dict()
+    """Configuration class, model class and configuration of the base class in transformers."""
+    entries = model.config.to_dict()
     config_class, model_class = type(model.config), type(model)
-    if told.pop("secateur_cut", None) is not None:
+    if entries.pop("secateur_cut", None) is not None:
         config_class, model_class = config_class.__mro__[1], model_class.__mro__[2]
-        told["model_type"] = told.pop("base_model_type")
-        told.pop("auto_map", None)
-        told["architectures"] = [model_class.__name__]
-    return config_class, model_class, told
+        entries["model_type"] = entries.pop("base_model_type")
+        entries.pop("auto_map", None)
+        entries["architectures"] = [model_class.__name__]
+    return config_class, model_class, entries
 
 
 def built_plain(model: Any, made: Design, hidden: Any) -> Any:
-    """The skeleton of a plain model with the new sizes; None where none has them."""
+    """The skeleton of a plain model with the new sizes; None if no class has them."""
     couplings = made.architecture.couplings
     changes = layer_changes(model, made, hidden)
     if couplings is not None:
@@ -184,24 +184,24 @@ def built_plain(model: Any, made: Design, hidden: Any) -> Any:
         if sizes is None or any(gone_of(couplings, layer) for layer in made.layers):
             return None
         changes |= size_changes(model, made, couplings, sizes, hidden)
-    config_class, model_class, told = base_classes(model)
+    config_class, model_class, entries = base_classes(model)
     try:
-        skeleton = built(model_class, config_class, told | changes, model)
+        skeleton = built(model_class, config_class, entries | changes, model)
     except Exception:  # each class refuses sizes in its own way
         return None
     return skeleton if fits(skeleton, made) else None
 
 
-def built(model_class: Any, config_class: Any, told: Mapping[str, Any], like: Any) -> Any:
-    """A skeleton of a class, from what its configuration says."""
+def built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like: Any) -> Any:
+    """A skeleton of a class, from the entries of its configuration."""
     with quiet_transformers():
-        config = config_class.from_dict(dict(told))
+        config = config_class.from_dict(dict(entries))
     config._attn_implementation = like.config._attn_implementation
     return skeleton_of(model_class, config, like.dtype)
 
 
 def fits(skeleton: Any, made: Design) -> bool:
-    """Whether parameters and heads of a skeleton are those of the design."""
+    """Whether parameters and heads of a skeleton match the design."""
     shapes = {name: tuple(p.shape) for name, p in parameters_of(skeleton).items()}
     if shapes != {name: edit.shape for name, edit in made.edits.items()}:
         return False
@@ -213,7 +213,7 @@ def fits(skeleton: Any, made: Design) -> bool:
 
 
 def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
-    """What the configuration says otherwise when layers go, or the residual stream is narrower."""
+    """The changed entries of the configuration, for fewer layers or a narrower stream."""
     config, kept = model.config, [layer.index for layer in made.layers]
     count = len(made.architecture.layers(model))
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -230,12 +230,12 @@ def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
 
 
 def uniform_sizes(made: Design) -> dict[str, int] | None:
-    """The sizes that all layers have; None where they differ."""
+    """The sizes of all layers; None if they differ."""
     found = {}
     for name in ("groups", "neurons", "experts"):
         counts = {kept_count(made, layer, name) for layer in made.layers}
         if name != "groups" and any(made.sizes.experts):
-            counts -= {0}  # layers with experts have no neurons, and the other way round
+            counts -= {0}  # layers with experts have no neurons, and vice versa
         if len(counts) > 1:
             return None
         found[name] = counts.pop() if counts else 0
@@ -251,7 +251,7 @@ def kept_count(made: Design, layer: LayerCut, name: str) -> int:
 def size_changes(
     model: Any, made: Design, couplings: Couplings, sizes: Mapping[str, int], hidden: Any
 ) -> dict[str, Any]:
-    """What the configuration says of sizes that all layers have."""
+    """The entries of the configuration for sizes that all layers share."""
     config, names = model.config, model.config.attribute_map
     channels = made.sizes.hidden if hidden is None else len(hidden)
     heads = sizes["groups"] * made.heads_per_group
@@ -274,10 +274,10 @@ def size_changes(
 
 
 def for_scaled_embedding(model: Any, made: Design, hidden: Any) -> dict[str, Edit]:
-    """The edits where √(hidden size), by which embeddings are multiplied, has become smaller.
+    """The edits where the factor of embeddings, √(hidden size), has become smaller.
 
-    The embedding makes up for it; where the head is tied to it, so that the logits would grow with
-    it, the final norm takes it back.
+    The embedding compensates for it. Where the head is tied to the embedding, the logits would grow
+    too, so the final norm cancels the compensation.
     """
     edits, couplings = dict(made.edits), made.architecture.couplings
     if hidden is None or couplings is None or not couplings.scaled_embedding:
@@ -297,17 +297,17 @@ def built_varied(model: Any, made: Design, hidden: Any) -> Any:
     """The skeleton of a varied model.
 
     Raises:
-        ArchitectureError: its parameters are not those of the design.
+        ArchitectureError: its parameters do not match the design.
     """
     from secateur.models.varied import FILE_NAME, MODEL_TYPE, varied_classes
 
-    config_class, model_class, told = base_classes(model)
-    told |= layer_changes(model, made, hidden)
-    base = built(model_class, config_class, told, model)
-    varied_config, varied_model = varied_classes(told["model_type"])
+    config_class, model_class, entries = base_classes(model)
+    entries |= layer_changes(model, made, hidden)
+    base = built(model_class, config_class, entries, model)
+    varied_config, varied_model = varied_classes(entries["model_type"])
     code = FILE_NAME.removesuffix(".py")
-    told |= {
-        "base_model_type": told["model_type"],
+    entries |= {
+        "base_model_type": entries["model_type"],
         "model_type": MODEL_TYPE,
         "architectures": [varied_model.__name__],
         "auto_map": {
@@ -316,7 +316,7 @@ def built_varied(model: Any, made: Design, hidden: Any) -> Any:
         },
         "secateur_cut": difference(base, made, hidden),
     }
-    skeleton = built(varied_model, varied_config, told, model)
+    skeleton = built(varied_model, varied_config, entries, model)
     if not fits(skeleton, made):
         raise ArchitectureError(
             "no model of this family can have these sizes",
@@ -327,7 +327,7 @@ def built_varied(model: Any, made: Design, hidden: Any) -> Any:
 
 
 def difference(base: Any, made: Design, hidden: Any) -> dict[str, Any]:
-    """What is different in the cut model from a model that its base class builds."""
+    """The differences between the cut model and a model that its base class builds."""
     couplings = couplings_of(made.architecture)
     absent: dict[str, str] = {}
     attributes: dict[str, dict[str, int]] = {}

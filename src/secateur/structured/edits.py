@@ -1,20 +1,20 @@
-"""What happens to each parameter when units are cut.
+"""The edit of each parameter when units are cut.
 
 Where an RMSNorm runs over a dimension that is cut, its mean square is over fewer values.
 
-Residual stream: the channels that go are zero in the norm, since nobody writes to them. So
-√(mean x² over D) = √(D'/D) · √(mean x² over D'); the weights are multiplied by √(D/D'), and ε by
-D/D'. The cut model then computes what the masked one does.
+Residual stream: removed channels are zero in the norm, since nothing writes to them. So √(mean x²
+over D) = √(D'/D) · √(mean x² over D'); the weights are multiplied by √(D/D'), and ε by D/D'. The
+cut model then computes the same as the masked one.
 
-Heads (OLMo 2 norms queries and keys over all of them): the heads that go are not zero in the norm.
-Where they are as large as those that stay, mean x² over D and over D' are equal, so the weights
-stay as they are. With √(D/D') on queries and keys, attention logits would be D/D' times as large:
-half of the heads cut in three random models, the outputs are off by 0.62 to 0.70 of their norm
-with that factor and by 0.15 to 0.25 without (`tests/structured/test_head_norms.py`). Heads of
-zeros that fill a layer up do not count: with Z of them among D', weights are multiplied by
-√((D' - Z)/D'), and the norm gives what it gives without them.
+Heads (OLMo 2 norms queries and keys over all of them): removed heads are not zero in the norm.
+Where they are as large as the kept ones, mean x² over D and over D' are equal, so the weights do
+not change. With √(D/D') on queries and keys, attention logits would be D/D' times as large. With
+half of the heads cut in three random models, the outputs are off by 0.62 to 0.70 of their norm with
+that factor and by 0.15 to 0.25 without (`tests/structured/test_head_norms.py`). Heads of zeros that
+pad a layer do not count: with Z of them among D', weights are multiplied by √((D' - Z)/D'), and the
+norm gives the same result as without them.
 
-A LayerNorm also subtracts the mean, and runs over the kept channels as it is.
+A LayerNorm also subtracts the mean, and runs over the kept channels without a change.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ __all__ = ["Edit", "Editor", "LayerCut", "gone_of", "layer_cuts", "parameters_of
 
 @dataclass(frozen=True)
 class Edit:
-    """How a parameter of the cut model is made from one of the uncut.
+    """How a parameter of the cut model is made from one of the uncut model.
 
     Attributes:
         source: name of the parameter in the uncut model.
-        kept: by stored axis the indices kept, -1 for zeros; None where all are.
+        kept: for each stored axis the kept indices, -1 for zeros; None for all.
         shape: of the result.
-        scale: what the result is multiplied by, an `offset` added for the time being.
-        offset: what the module that holds the parameter adds to it.
+        scale: factor of the result, applied while `offset` is added.
+        offset: the number that the parameter's module adds to it.
     """
 
     source: str
@@ -53,7 +53,7 @@ class Edit:
     offset: float = 0.0
 
     def __call__(self, parameter: Tensor) -> Tensor:
-        """The new values, in memory of their own unless nothing is to be done."""
+        """The new values, in their own memory unless nothing changes."""
         for axis, index in enumerate(self.kept):
             if index is not None:
                 index = index.to(parameter.device)
@@ -67,7 +67,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class LayerCut:
-    """What is kept of one decoder layer: None = all, -1 = a unit of zeros.
+    """The units of one decoder layer to keep: None = all, -1 = a unit of zeros.
 
     Attributes:
         index: of the layer in the uncut model.
@@ -85,13 +85,13 @@ class LayerCut:
 
 
 def layer_cuts(cut: Cut, sizes: Sizes, padding: str | None = None) -> list[LayerCut]:
-    """What is kept of each layer that is kept, in order.
+    """The kept units of each kept layer, in order.
 
     Args:
         cut: checked.
         sizes: of the uncut model.
-        padding: fill up with units of zeros, so that all layers are as large as the `largest` that
-            is left, or as large as the `uncut` ones. None: do not.
+        padding: fill with units of zeros, so that all layers are as large as the `largest`
+            remaining one, or as large as the `uncut` ones. None: do not.
     """
     indices = range(sizes.layers) if cut.layers is None else cut.layers
     found: dict[str, list[Tensor | None]] = {}
@@ -124,7 +124,7 @@ class Editor:
         model: the uncut model, loaded or a skeleton.
         architecture: its description.
         sizes: its sizes.
-        stream: channels of the residual stream that are kept; None = all.
+        stream: kept channels of the residual stream; None = all.
     """
 
     model: Any
@@ -134,7 +134,7 @@ class Editor:
 
     @property
     def couplings(self) -> Couplings:
-        """As declared; of a family that declares none nothing but layers is cut."""
+        """The declared couplings; without them only layers are cut."""
         return self.architecture.couplings or Couplings({}, {})
 
     def edits(self, layers: list[LayerCut]) -> dict[str, Edit]:
@@ -170,7 +170,7 @@ class Editor:
         """The edit of one parameter.
 
         Raises:
-            ArchitectureError: it is not declared, and may have to be cut.
+            ArchitectureError: the parameter is not declared, and may have to be cut.
         """
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
@@ -180,7 +180,7 @@ class Editor:
             cut = (self.stream, layer.groups, layer.queries, layer.neurons)
             if any(x is not None for x in cut):
                 raise ArchitectureError(
-                    "which dimensions this parameter has is not declared, so it cannot be cut",
+                    "the dimensions of this parameter are not declared, so it cannot be cut",
                     where=name,
                     remedy="declare it in the couplings of the model's family",
                 )
@@ -202,13 +202,13 @@ class Editor:
 
 
 def parameters_of(model: Any) -> dict[str, Tensor]:
-    """Parameters by name, those that share one tensor once: in a skeleton none do."""
+    """Parameters by name; those that share a tensor count once. In a skeleton none do."""
     tied = getattr(model, "all_tied_weights_keys", {})
     return {n: p for n, p in model.named_parameters() if not (p.is_meta and n in tied)}
 
 
 def gone_of(couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
-    """Modules of a layer that go with its sub-blocks."""
+    """Modules of a layer that are removed with its sub-blocks."""
     gone: tuple[str, ...] = ()
     if layer.groups is not None and not len(layer.groups):
         gone += (couplings.attention, *couplings.attention_norms)
@@ -218,7 +218,7 @@ def gone_of(couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
 
 
 def is_padding(name: str, couplings: Couplings, layer: LayerCut) -> bool:
-    """Whether this linear of a layer is the consumer of a sub-block of zeros only."""
+    """Whether this linear of a layer reads a sub-block that consists only of zeros."""
     for axis, kept in (("queries", layer.groups), ("neurons", layer.neurons)):
         if name == couplings.consumer(axis) and kept is not None:
             return bool((kept < 0).all())
@@ -231,14 +231,14 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def norm_scale(axis: str, before: int, kept: Tensor) -> float:
-    """What the weights of an RMSNorm are multiplied by.
+    """The factor for the weights of an RMSNorm.
 
     Args:
-        axis: what the norm runs over.
+        axis: the axis that the norm runs over.
         before: how many entries it had.
         kept: the entries that stay, -1 for zeros.
     """
-    if axis == "hidden":  # what goes was zero in the norm
+    if axis == "hidden":  # removed channels were zero in the norm
         return sqrt(before / len(kept))
     return sqrt(int((kept >= 0).sum()) / len(kept))
 
@@ -249,7 +249,7 @@ def kept_along(axis: str, sizes: Sizes, layer: LayerCut, stream: Tensor | None) 
     Args:
         axis: its name, or several joined by `+`.
         sizes: of the uncut model.
-        layer: what is kept of the layer.
+        layer: the kept units of the layer.
         stream: channels of the residual stream that are kept.
     """
     segments = axis.split("+")
@@ -277,7 +277,7 @@ def kept_along(axis: str, sizes: Sizes, layer: LayerCut, stream: Tensor | None) 
 
 
 def along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
-    """Indices kept along an axis that holds heads, where query heads go; None = all.
+    """Kept indices along an axis of heads, if query heads are removed; None = all.
 
     Args:
         axis: its name.
@@ -296,7 +296,7 @@ def along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
 
 
 def unit_widths(sizes: Sizes) -> dict[str, int]:
-    """How many consecutive entries a KV group has along each axis that holds heads."""
+    """How many consecutive entries a KV group has along each axis of heads."""
     size = sizes.head_dim
     return {
         "queries": sizes.heads_per_group * size,

@@ -1,8 +1,8 @@
-"""Edits of the tensors that are stored, which need not be the parameters of the model.
+"""Edits of the stored tensors, which need not be the parameters of the model.
 
-Names are those of the source with the layers, and experts, numbered anew: a checkpoint may leave
-out the base model's prefix, and most store every expert's linears alone where transformers holds
-all experts of a layer in one parameter.
+Names are those of the source, with layers and experts numbered anew. A checkpoint may omit the base
+model's prefix. Most checkpoints store every expert's linears one by one, where transformers has all
+experts of a layer in one parameter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["stored_edits"]
 
 
 def stored_edits(made: Design, stored: Mapping[str, str], folder: Path) -> dict[str, Edit]:
-    """Edits of stored tensors, by the names that the results are stored under.
+    """Edits of stored tensors, by the stored names of the results.
 
     Args:
         made: the design.
@@ -35,7 +35,7 @@ def stored_edits(made: Design, stored: Mapping[str, str], folder: Path) -> dict[
         for part in experts_apart(made, edit):
             if part[1].source not in stored:
                 raise CheckpointError(
-                    f"the checkpoint does not hold {part[1].source}",
+                    f"the checkpoint does not contain {part[1].source}",
                     where=str(folder),
                     remedy="the file is incomplete, or of another model than config.json says",
                 )
@@ -46,7 +46,7 @@ def stored_edits(made: Design, stored: Mapping[str, str], folder: Path) -> dict[
 
 
 def experts_apart(made: Design, edit: Edit) -> Iterator[tuple[tuple[int, int] | None, Edit]]:
-    """The edits of every expert's own linears, with its old and new number; others as they are."""
+    """The edits of each expert's linears, with its old and new number; others unchanged."""
     experts = made.architecture.experts
     owner, _, leaf = edit.source.rpartition(".")
     if experts is None or not owner.endswith(f".{experts.module}"):

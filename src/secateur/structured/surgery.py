@@ -1,4 +1,4 @@
-"""Cutting for good: from a model in memory, or from a checkpoint one tensor at a time."""
+"""Cuts a model in memory, or a checkpoint one tensor at a time."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ METADATA = {"format": "pt"}
 
 
 class VariedSizesWarning(UserWarning):
-    """The result needs code of its own to be loaded."""
+    """The result needs its own code to load."""
 
 
 def cut_model(model: Any, cut: Cut, *, pad: bool = False) -> Any:
-    """The model that is left; the one given is not changed, and shares what is not cut.
+    """The cut model. The given model does not change; both share all uncut tensors.
 
     Args:
         model: a loaded causal language model of transformers.
@@ -73,18 +73,18 @@ def cut_checkpoint(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Accounting:
-    """Write the model that is left of a checkpoint, with one tensor in memory.
+    """Write the cut model of a checkpoint, with one tensor in memory.
 
-    Tensors keep their dtypes and, as far as they are left, their files. Tokenizer and licence are
-    copied. The folder is made; nothing is written where the cut is impossible.
+    Tensors keep their dtypes, and remaining tensors their files. Tokenizer and licence are copied.
+    The folder is created; if the cut is impossible, nothing is written.
 
     Args:
         folder: the checkpoint.
         cut: what is kept.
-        output_folder: where the new one goes.
+        output_folder: of the new checkpoint.
         pad: fill up smaller layers with units of zeros, so that all have the same size.
         trust_remote_code: whether code that comes with the checkpoint may run.
-        progress: told of every tensor.
+        progress: advances with every tensor.
 
     Raises:
         RecipeError: the cut is impossible, or the output is the source.
@@ -111,19 +111,19 @@ def cut_checkpoint(
 
 
 def warn_if_varied(made: Design) -> None:
-    """Say what a varied model asks of those who load it."""
+    """Warn about what loading a varied model needs."""
     if made.varied:
         warnings.warn(
             "no plain class of transformers has these sizes: transformers loads the result with "
-            "trust_remote_code=True (its code lies beside the weights) or once secateur is "
-            "imported; other engines do not. Padding may give sizes that one has",
+            "trust_remote_code=True (its code is stored with the weights) or once secateur is "
+            "imported; other engines do not. Padding may give sizes that a plain class has",
             VariedSizesWarning,
             stacklevel=3,
         )
 
 
 def write_beside(folder: Path, output: Path, made: Design) -> None:
-    """Write the configuration and copy what belongs to the model besides its weights.
+    """Write the configuration and copy the model's other files.
 
     Raises:
         MemoryBudgetError: the disk is full.
@@ -146,7 +146,7 @@ def write_beside(folder: Path, output: Path, made: Design) -> None:
 def write_tensors(
     reader: CheckpointReader, edits: Mapping[str, Edit], output: Path, progress: Progress | None
 ) -> None:
-    """Write every tensor that is left, and an index unless there is one file."""
+    """Write every remaining tensor, and an index unless there is one file."""
     if progress is not None:
         progress.start("cutting", len(edits))
     weight_map: dict[str, str] = {}
@@ -175,10 +175,10 @@ def write_tensors(
 def cut_from_zeros(
     pruned: Any, *, kinds: Sequence[str] = ("groups", "neurons"), trust_remote_code: bool = False
 ) -> Cut:
-    """What is kept of a pruned model: the units whose columns in their consumer are not all zero.
+    """The cut that keeps the units of a pruned model whose consumer columns are not all zero.
 
-    A sub-block with none left goes. Only where the bias of the consumer is not zero, its first unit
-    stays, as what carries the bias.
+    A sub-block without such units is removed. But if the bias of its consumer is not zero, its
+    first unit stays to carry the bias.
 
     Args:
         pruned: a `CheckpointReader`, or a loaded model.
@@ -217,7 +217,7 @@ def cut_from_zeros(
 def values_of(
     linear: Linear, reader: CheckpointReader | None, stored: Mapping[str, str]
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias of a linear, read if it is of a checkpoint."""
+    """Weight [out, in] and bias of a linear, read from the file if it is of a checkpoint."""
     bias: nn.Parameter | None = getattr(linear.module, "bias", None)
     if reader is None:
         return linear.weight, bias

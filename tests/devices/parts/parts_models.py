@@ -13,7 +13,7 @@ from pretended import OnCuda
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.choose.depth import Depth, choose_depth
+from secateur.engine.choose.depth import DepthSettings, choose_depth
 from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.settings import Settings
 from secateur.engine.stream.targets import ModelTarget
@@ -145,7 +145,7 @@ def test_refit(cut: Cut) -> None:
 @pytest.mark.parametrize("method", ["influence", "angular", "greedy", "search"])
 def test_depth(method: str, tmp_path: Path) -> None:
     target = ModelTarget(tiny_model("llama").to("cuda"))
-    choose_depth(target, WINDOWS, Depth(count=1, method=method), tmp_path, Silent())
+    choose_depth(target, WINDOWS, DepthSettings(count=1, method=method), tmp_path, Silent())
 
 
 def test_perplexity_and_divergence() -> None:

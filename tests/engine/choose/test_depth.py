@@ -14,12 +14,13 @@ import transformers
 from torch import nn
 
 from oracles import depth as oracle
-from secateur.engine.choose import depth_stream
-from secateur.engine.choose.depth import Depth, Dropped, choose_depth, space_of
+from secateur.engine.choose.depth import DepthSettings, Dropped, choose_depth, space_of
 from secateur.engine.choose.depth_influence import angular_distances, influences
-from secateur.engine.choose.depth_judge import Judge
-from secateur.engine.choose.depth_space import Space, Unit, greedy, lowest, mutate
-from secateur.engine.choose.depth_stream import Stream
+from secateur.engine.choose.depth_space import DepthUnit, DropSpace, greedy, lowest
+from secateur.engine.choose.sub_blocks import SubBlocks
+from secateur.engine.choose.tournament import Lockstep
+from secateur.engine.stream import ends as stream_ends
+from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.models.architecture import describe
@@ -66,7 +67,9 @@ def deep_model(family: str, layers: int) -> nn.Module:
     return model
 
 
-def choose(model: nn.Module, how: Depth, work: Path | None = None, progress=None) -> Dropped:
+def choose(
+    model: nn.Module, how: DepthSettings, work: Path | None = None, progress=None
+) -> Dropped:
     target = model if isinstance(model, CheckpointTarget) else ModelTarget(model)
     return choose_depth(target, WINDOWS, how, work, progress or Silent())
 
@@ -95,7 +98,8 @@ def test_a_candidate_is_worth_what_the_model_without_it_is(family: str) -> None:
         (0, 0, 0): oracle.without_blocks(before, [n for i in range(3) for n in writers(family, i)]),
     }
     for objective in ("divergence", "loss"):
-        judge = Judge(Stream(ModelTarget(model), WINDOWS), objective, Silent())
+        ends = ModelEnds(ModelTarget(model), WINDOWS)
+        judge = Lockstep(ends, SubBlocks(ends), objective, Silent())
         for rows in ([0, 1, 2, 3, 4, 5], [4, 5, 0]):
             found = judge.fitness(list(candidates), rows)
             for value, other in zip(found, candidates.values(), strict=True):
@@ -112,14 +116,15 @@ def test_a_candidate_is_worth_what_the_model_without_it_is(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_sub_block_that_is_left_out_adds_exactly_nothing(family: str) -> None:
     target = ModelTarget(tiny_model(family))
-    stream = Stream(target, WINDOWS)
-    (hidden,) = stream.first([0])
+    ends = ModelEnds(target, WINDOWS)
+    blocks = SubBlocks(ends)
+    (hidden,) = ends.embedded([0])
     layer = target.layers[1]
     with torch.no_grad():
-        stream.learn(1, layer, hidden)
-        with stream.silenced(1, layer, 3):
-            assert torch.equal(stream.whole(1, layer, hidden), hidden)
-        assert not torch.equal(stream.whole(1, layer, hidden), hidden)
+        blocks.learn(1, layer, hidden)
+        with blocks.silenced(1, layer, 3):
+            assert torch.equal(ends.run(1, layer, hidden), hidden)
+        assert not torch.equal(ends.run(1, layer, hidden), hidden)
 
 
 def states(model: nn.Module, family: str) -> list[list[torch.Tensor]]:
@@ -157,28 +162,30 @@ def test_influence_and_angular_distance(family: str) -> None:
     model = tiny_model(family)
     target = ModelTarget(model)
     seen = states(model, family)
-    stream = Stream(target, WINDOWS)
-    found = influences(stream, space_of(target, Depth(count=1)).units, Silent())
+    ends = ModelEnds(target, WINDOWS)
+    found = influences(ends, space_of(target, DepthSettings(count=1)).units, Silent())
     assert found == pytest.approx([oracle.influence(x, y) for x, _, y in seen], abs=1e-6)
-    found = influences(stream, space_of(target, Depth(units="blocks", share=0.3)).units, Silent())
+    found = influences(
+        ends, space_of(target, DepthSettings(units="blocks", share=0.3)).units, Silent()
+    )
     expected = [oracle.influence(*pair) for x, m, y in seen for pair in ((x, m), (m, y))]
     assert found == pytest.approx(expected, abs=1e-6)
     for length in (1, 2, 3):
         expected = [oracle.angle(seen[i][0], seen[i + length - 1][2]) for i in range(4 - length)]
-        assert angular_distances(stream, length, Silent()) == pytest.approx(expected, abs=1e-6)
+        assert angular_distances(ends, length, Silent()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_methods_of_one_pass_drop_what_scores_lowest() -> None:
     model = deep_model("llama", 6)
-    found = choose(model, Depth(count=2, method="influence"))
+    found = choose(model, DepthSettings(count=2, method="influence"))
     two = sorted(found.scores, key=lambda name: found.scores[name])[:2]
     assert found.layers == tuple(sorted(map(int, two)))
     assert found.share == pytest.approx(1 / 3)
     assert found.fitness is None
-    found = choose(model, Depth(count=3, method="angular"))
+    found = choose(model, DepthSettings(count=3, method="angular"))
     first = min(range(4), key=lambda i: found.scores[str(i)])
     assert found.layers == (first, first + 1, first + 2)
-    assert choose(model, Depth(share=0.4, method="angular")).share == 0.5
+    assert choose(model, DepthSettings(share=0.4, method="angular")).share == 0.5
 
 
 @pytest.mark.parametrize("family", few_families(["llama", "gpt_neox", "gemma2"]))
@@ -199,7 +206,7 @@ def test_greedy_of_one_stage_is_greedy_by_brute_force(family: str, objective: st
             )
         dropped.append(min(worth, key=lambda layer: worth[layer]))
         steps.append((sorted(map(str, dropped)), worth[dropped[-1]]))
-    how = Depth(count=3, method="greedy", objective=objective, stages=((1, 120),))
+    how = DepthSettings(count=3, method="greedy", objective=objective, stages=((1, 120),))
     found = choose(model, how)
     assert found.layers == tuple(sorted(dropped))
     assert [entry["dropped"] for entry in found.history] == [names for names, _ in steps]
@@ -216,7 +223,7 @@ def test_a_long_search_finds_the_best_of_all_sets() -> None:
         )
         for dropped in combinations(range(6), 3)
     }
-    how = Depth(count=3, method="search", stages=((1, 120),), generations=40, offspring=4)
+    how = DepthSettings(count=3, method="search", stages=((1, 120),), generations=40, offspring=4)
     found = choose(model, how)
     assert found.layers == min(worth, key=lambda dropped: worth[dropped])
     assert found.fitness == pytest.approx(worth[found.layers], rel=1e-3)
@@ -232,7 +239,7 @@ def test_sub_blocks_reach_the_budget_and_are_worth_what_is_said(
 ) -> None:
     model = tiny_model(family)
     amount = {"share": 0.5} if units == "blocks" else {"count": 2}
-    found = choose(model, Depth(units=units, **amount, **{**QUICK, "method": method}))
+    found = choose(model, DepthSettings(units=units, **amount, **{**QUICK, "method": method}))
     gone = len(found.layers) + len(found.attention), len(found.layers) + len(found.ffn)
     if units == "blocks":
         assert found.share >= 0.5 - 1e-6
@@ -242,9 +249,9 @@ def test_sub_blocks_reach_the_budget_and_are_worth_what_is_said(
         assert found.fitness == pytest.approx(brute_force(model, family, found), rel=1e-3, abs=1e-6)
 
 
-def random_space(random: Random) -> Space:
-    units = [Unit(i, part, size, size) for i in range(8) for part, size in ((1, 10), (2, 30))]
-    return Space(tuple(units), random.choice([40, 70, 75, 160, 290]), 8)
+def random_space(random: Random) -> DropSpace:
+    units = [DepthUnit(i, part, size, size) for i in range(8) for part, size in ((1, 10), (2, 30))]
+    return DropSpace(tuple(units), random.choice([40, 70, 75, 160, 290]), 8)
 
 
 def test_mutants_and_least_scores_drop_enough_and_no_more() -> None:
@@ -253,7 +260,7 @@ def test_mutants_and_least_scores_drop_enough_and_no_more() -> None:
         space = random_space(random)
         scores = [random.random() for _ in space.units]
         start = lowest(space, scores)
-        for candidate in (start.candidate, mutate(start, space, random)):
+        for candidate in (start.candidate, space.mutate(start.candidate, random, start.order)):
             assert space.cost(candidate) >= space.budget
             assert space.spare(candidate) == []
             assert candidate == tuple(sorted(set(candidate)))
@@ -265,8 +272,8 @@ def test_greedy_counts_what_a_unit_is_worth_per_parameter() -> None:
     def fitness(candidates, tokens, draw):
         return [sum(harm[i] for i in candidate) for candidate in candidates]
 
-    units = tuple(Unit(i // 2, 1 + i % 2, 1 + 2 * (i % 2), 1 + 2 * (i % 2)) for i in range(4))
-    steps = [s.candidate for s in greedy(Space(units, 3, 2), ((1, 1),), fitness)]
+    units = tuple(DepthUnit(i // 2, 1 + i % 2, 1 + 2 * (i % 2), 1 + 2 * (i % 2)) for i in range(4))
+    steps = [s.candidate for s in greedy(DropSpace(units, 3, 2), ((1, 1),), fitness)]
     # 1.9 for 1; then 5.8 for the 2 that are missing, not 3 for 1; then the first can come back.
     assert steps == [(2,), (1, 2), (1,)]
 
@@ -303,9 +310,10 @@ class Counter(Silent):
 @pytest.mark.parametrize("amount", [{"count": 2}, {"units": "blocks", "share": 0.4}])
 def test_what_was_killed_goes_on_and_ends_the_same(amount: dict, tmp_path: Path) -> None:
     model = deep_model("llama", 4)
-    how = Depth(**amount, **QUICK)
+    how = DepthSettings(**amount, **QUICK)
     counter = Counter()
     expected = choose(model, how, None, counter)
+    left = [counter.steps]
     for place in range(1, counter.steps, counter.steps // 9):
         work = tmp_path / str(place)
         work.mkdir()
@@ -316,11 +324,14 @@ def test_what_was_killed_goes_on_and_ends_the_same(amount: dict, tmp_path: Path)
             stream.write('{"windows": [0, 1], "drop')  # torn by the kill
         again = Counter()
         assert choose(model, how, work, again) == expected
+        left.append(again.steps)
         silent = Counter()
         assert choose(model, how, work, silent) == expected
-        assert silent.steps < again.steps <= counter.steps
+        assert silent.steps <= again.steps
+    assert left == sorted(left, reverse=True)  # the later the kill, the less is measured again
+    assert left[1] > silent.steps
     # A longer search goes on from what is there, and so does another amount.
-    assert choose(model, Depth(**amount, **{**QUICK, "generations": 6}), work).fitness <= (
+    assert choose(model, DepthSettings(**amount, **{**QUICK, "generations": 6}), work).fitness <= (
         expected.fitness
     )
 
@@ -328,7 +339,7 @@ def test_what_was_killed_goes_on_and_ends_the_same(amount: dict, tmp_path: Path)
 def test_checkpoint_and_loaded_model_find_the_same(tmp_path: Path) -> None:
     model = deep_model("llama", 4)
     model.save_pretrained(tmp_path / "source")
-    how = Depth(units="blocks", share=0.4, **QUICK)
+    how = DepthSettings(units="blocks", share=0.4, **QUICK)
     target = CheckpointTarget(CheckpointReader(tmp_path / "source"), None, torch.device("cpu"))
     counter = Counter(target)
     assert choose(target, how, None, counter) == choose(model, how)
@@ -337,12 +348,12 @@ def test_checkpoint_and_loaded_model_find_the_same(tmp_path: Path) -> None:
 
 def test_little_memory_changes_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
     model = deep_model("llama", 4)
-    expected = choose(model, Depth(count=2, **QUICK))
-    monkeypatch.setattr(depth_stream, "STATES_BYTES", 1)
-    assert choose(model, Depth(count=2, **QUICK)) == expected
-    angular = choose(model, Depth(count=2, method="angular"))
+    expected = choose(model, DepthSettings(count=2, **QUICK))
+    monkeypatch.setattr(stream_ends, "STATES_BYTES", 1)
+    assert choose(model, DepthSettings(count=2, **QUICK)) == expected
+    angular = choose(model, DepthSettings(count=2, method="angular"))
     monkeypatch.undo()
-    assert angular.layers == choose(model, Depth(count=2, method="angular")).layers
+    assert angular.layers == choose(model, DepthSettings(count=2, method="angular")).layers
 
 
 @pytest.mark.parametrize(
@@ -356,7 +367,7 @@ def test_little_memory_changes_no_value(monkeypatch: pytest.MonkeyPatch) -> None
         ({"count": 0}, "cannot be dropped"),
         ({"share": 1.0}, "cannot be dropped"),
         ({"count": 2, "units": "blocks"}, "differ in size"),
-        ({"share": 0.2, "units": "blocks", "method": "angular"}, "that of whole layers"),
+        ({"share": 0.2, "units": "blocks", "method": "angular"}, "defined for whole layers"),
         ({"count": 1, "generations": -1}, "cannot be made"),
         ({"count": 1, "offspring": 0}, "cannot be made"),
         ({"count": 1, "stages": ((2, 512),)}, "stages are"),
@@ -368,7 +379,7 @@ def test_little_memory_changes_no_value(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_what_cannot_be_is_refused(options: dict, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        choose(tiny_model("llama"), Depth(**options))
+        choose(tiny_model("llama"), DepthSettings(**options))
 
 
 def test_norms_on_the_stream_are_told_of() -> None:
@@ -377,20 +388,22 @@ def test_norms_on_the_stream_are_told_of() -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with pytest.raises(ArchitectureError, match="still changes its input"):
-        choose(model, Depth(units="attention", count=1, method="search"))
-    assert len(choose(model, Depth(count=1, **QUICK)).layers) == 1
+        choose(model, DepthSettings(units="attention", count=1, method="search"))
+    assert len(choose(model, DepthSettings(count=1, **QUICK)).layers) == 1
 
 
 def test_a_work_folder_of_another_choice_is_refused(tmp_path: Path) -> None:
-    choose(tiny_model("llama"), Depth(count=1, method="influence"), tmp_path)
+    choose(tiny_model("llama"), DepthSettings(count=1, method="influence"), tmp_path)
     with pytest.raises(RecipeError, match="objective: 'divergence' then, 'loss' now"):
-        choose(tiny_model("llama"), Depth(count=1, method="search", objective="loss"), tmp_path)
+        choose(
+            tiny_model("llama"), DepthSettings(count=1, method="search", objective="loss"), tmp_path
+        )
     with pytest.raises(RecipeError, match="embedded"):
-        choose(tiny_model("llama", seed=1), Depth(count=1, method="search"), tmp_path)
+        choose(tiny_model("llama", seed=1), DepthSettings(count=1, method="search"), tmp_path)
 
 
 def test_a_model_that_overflows_is_told_of() -> None:
     model = tiny_model("llama")
     model.lm_head.weight.data.fill_(math.inf)
     with pytest.raises(NumericalError, match="not a number"):
-        choose(model, Depth(count=1, **QUICK))
+        choose(model, DepthSettings(count=1, **QUICK))

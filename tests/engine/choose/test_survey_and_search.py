@@ -12,11 +12,13 @@ import secateur
 from oracles import allocation as oracle
 from secateur.calibration.windows import save_windows
 from secateur.engine.choose.allocate import allocate
+from secateur.engine.choose.levels import LevelVariants, search_levels
 from secateur.engine.choose.survey import Survey, grains_of
-from secateur.engine.choose.tournament import Judge, search_levels
+from secateur.engine.choose.tournament import Lockstep, Tournament
 from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import tasks_of
+from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import RecipeError
@@ -167,8 +169,16 @@ def test_the_bounded_threshold_on_a_model(tmp_path: Path) -> None:
     assert max(shares) > 0.6485
 
 
+def tournament_of(survey: Survey, rungs, files: list[Path]) -> Tournament:
+    ends = ModelEnds(survey.target, tiny_windows())
+    fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
+    variants = LevelVariants(ends, list(rungs), fixed, files)
+    lockstep = Lockstep(ends, variants, "divergence", Silent())
+    return Tournament(lockstep, variants.versions, None, {})
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_the_judge_measures_what_a_plain_forward_gives(family: str, tmp_path: Path) -> None:
+def test_a_candidate_is_worth_what_a_plain_forward_gives(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     before = copy.deepcopy(model)
     survey = survey_of(model, tmp_path, overrides={"*.layers.1.mlp.down_proj": 0.25}
@@ -176,13 +186,13 @@ def test_the_judge_measures_what_a_plain_forward_gives(family: str, tmp_path: Pa
     grains = grains_of(survey.tasks, SMALL)
     files = survey.execute(SMALL, grains)
     rungs = SMALL.ladders(grains)
-    judge = Judge(survey, rungs, files, 120)
+    measure = tournament_of(survey, rungs, files)
     uniform = (0,) * len(rungs)
     early = (1, *uniform[1:])  # shares nothing; the two below share all but the last layer
     late, later = (*uniform[:-1], -1), (*uniform[:-1], 1)
     candidates = [uniform, early, late, later, uniform]
-    measured = judge.fitness(candidates, 120, 0)
-    part = judge.fitness(candidates, 40, 2)
+    measured = measure(candidates, 120, 0)
+    part = measure(candidates, 40, 2)
     for candidate, whole, some in zip(candidates, measured, part, strict=True):
         other = copy.deepcopy(before)
         shares = {n: r.sparsity(x) for (n, r), x in zip(rungs.items(), candidate, strict=True)}
@@ -206,12 +216,16 @@ def test_a_search_gives_at_least_what_uniform_gives(tmp_path: Path) -> None:
     survey = survey_of(tiny_model("llama"), tmp_path / "a", "sparsegpt")
     grains = grains_of(survey.tasks, SMALL)
     files = survey.execute(SMALL, grains)
-    wished, standing = search_levels(survey, SMALL, grains, files)
-    assert standing.fitness < standing.uniform
+    found = search_levels(survey, SMALL, grains, files)
+    assert found.divergence < found.uniform_divergence
     rungs = SMALL.ladders(grains)
-    again = Judge(survey, rungs, files, 120).fitness([standing.best, (0,) * len(rungs)], 120, 0)
-    assert again == [standing.fitness, standing.uniform]
-    tasks = survey.tasks
+    best = tuple(
+        next(x for x in range(r.lowest, r.highest + 1) if r.sparsity(x) == found.sparsity_of[n])
+        for n, r in rungs.items()
+    )
+    again = tournament_of(survey, rungs, files)([best, (0,) * len(rungs)], 120, 0)
+    assert again == [found.divergence, found.uniform_divergence]
+    tasks, wished = survey.tasks, found.sparsity_of
     pruned = sum(tasks[n].method.pattern.pruned(tasks[n].shape, s) for n, s in wished.items())
     assert pruned == sum(g.uniform for g in grains.values())
 

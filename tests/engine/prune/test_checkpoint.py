@@ -121,7 +121,7 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     ("header", "why"),
     [
-        ({"a": GOOD, "b": {**GOOD, "data_offsets": [4, 12]}}, "its header speaks of 1"),
+        ({"a": GOOD, "b": {**GOOD, "data_offsets": [4, 12]}}, "its header describes 1"),
         ({"a": GOOD, "b": GOOD}, "the one before it ends at"),
         ({"b": {**GOOD, "shape": [1], "data_offsets": [4, 8]}}, "begins at byte"),
         ({"a": {**GOOD, "shape": [3]}}, "has 8 bytes, its shape .* needs 12"),
@@ -136,10 +136,10 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": {**GOOD, "dtype": ["F32"]}}, "unknown dtype"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "not described by"),
         ({"a": 5}, "not described by"),
-        ({"a": {**GOOD, "data_offsets": [0, 16], "shape": [4]}}, "its header speaks of"),
-        ({"__metadata__": {"x": 1}, "a": GOOD}, "metadata is not text"),
+        ({"a": {**GOOD, "data_offsets": [0, 16], "shape": [4]}}, "its header describes"),
+        ({"__metadata__": {"x": 1}, "a": GOOD}, "metadata is not a table"),
         ([1], "not a JSON object"),
-        (f'{{"a": {json.dumps(GOOD)}, "a": {json.dumps(GOOD)}}}', "'a' is there twice"),
+        (f'{{"a": {json.dumps(GOOD)}, "a": {json.dumps(GOOD)}}}', "'a' occurs twice"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
@@ -153,5 +153,5 @@ def test_headers_that_contradict_themselves(tmp_path: Path, header: object, why:
 def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name: object) -> None:
     index = {"weight_map": {"a": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="no file of this folder"):
+    with pytest.raises(CheckpointError, match="there is no such file"):
         CheckpointReader(tmp_path)

@@ -25,7 +25,7 @@ class ColumnMean:
     Example:
         >>> import torch
         >>> from secateur.calibration.statistics.column_mean import ColumnMean
-        >>> mean = ColumnMean(2)
+        >>> mean = ColumnMean((1, 2))
         >>> mean.update(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
         >>> mean.value()
         tensor([3.5000, 0.5000])

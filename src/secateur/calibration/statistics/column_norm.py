@@ -31,7 +31,7 @@ class ColumnNorm:
     Example:
         >>> import torch
         >>> from secateur.calibration.statistics.column_norm import ColumnNorm
-        >>> norm = ColumnNorm(2)
+        >>> norm = ColumnNorm((1, 2))
         >>> norm.update(torch.tensor([[3.0, 1.0]]))
         >>> norm.update(torch.tensor([[4.0, 0.0]]))
         >>> norm.value()

@@ -28,7 +28,7 @@ class ColumnVariance:
     Example:
         >>> import torch
         >>> from secateur.calibration.statistics.column_variance import ColumnVariance
-        >>> variance = ColumnVariance(2)
+        >>> variance = ColumnVariance((1, 2))
         >>> variance.update(torch.tensor([[3.0, 1.0], [5.0, 1.0]]))
         >>> variance.value()
         tensor([1., 0.])

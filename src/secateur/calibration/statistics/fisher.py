@@ -19,6 +19,15 @@ class Fisher:
     Args:
         shape: (out, in) of the weight.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.fisher import Fisher
+        >>> fisher = Fisher((1, 2))
+        >>> fisher.update(torch.tensor([[1.0, -2.0]]))
+        >>> fisher.update(torch.tensor([[3.0, 2.0]]))
+        >>> fisher.value()
+        tensor([[5., 4.]])
     """
 
     reads: ClassVar[Literal["inputs", "gradients"]] = "gradients"

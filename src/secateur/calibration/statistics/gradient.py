@@ -19,6 +19,15 @@ class Gradient:
     Args:
         shape: (out, in) of the weight.
         device: where the sums are kept and computed.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.statistics.gradient import Gradient
+        >>> gradient = Gradient((1, 2))
+        >>> gradient.update(torch.tensor([[1.0, -2.0]]))
+        >>> gradient.update(torch.tensor([[3.0, 2.0]]))
+        >>> gradient.value()
+        tensor([[2., 0.]])
     """
 
     reads: ClassVar[Literal["inputs", "gradients"]] = "gradients"

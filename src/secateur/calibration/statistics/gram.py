@@ -30,7 +30,7 @@ class Gram:
     Example:
         >>> import torch
         >>> from secateur.calibration.statistics.gram import Gram
-        >>> gram = Gram(2)
+        >>> gram = Gram((1, 2))
         >>> gram.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
         >>> gram.value()
         tensor([[10.,  2.],

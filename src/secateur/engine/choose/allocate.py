@@ -16,8 +16,8 @@ from typing import Any, cast
 from safetensors import safe_open
 from torch import Tensor
 
+from secateur.engine.choose.levels import search_levels
 from secateur.engine.choose.survey import Survey, grains_of, plain
-from secateur.engine.choose.tournament import search_levels
 from secateur.engine.prune.tasks import Tasks, with_sparsities
 from secateur.precision import full_float32
 from secateur.runs.atomic import write_json
@@ -52,8 +52,12 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
         files = survey.execute(allocation, grains)
         found: dict[str, Any] = {}
         if allocation.judged_tokens:
-            wished, standing = search_levels(survey, cast(Search, allocation), grains, files)
-            found = {"divergence": standing.fitness, "uniform_divergence": standing.uniform}
+            levels = search_levels(survey, cast(Search, allocation), grains, files)
+            wished = levels.sparsity_of
+            found = {
+                "divergence": levels.divergence,
+                "uniform_divergence": levels.uniform_divergence,
+            }
         else:
             wished = allocation.wish(partial(stored, files), grains, sparsity)
         shares = {

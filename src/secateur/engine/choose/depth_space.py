@@ -1,58 +1,34 @@
-"""Which sets of layers or sub-blocks can be dropped, and how the best of them is looked for.
+"""Which sets of layers or sub-blocks can be dropped, and how to choose among them.
 
-The pure part: what a set costs, the greedy removal, the mutations and selections of the search.
-What a set is worth is told by a function; `engine.choose.depth_judge` measures it on the model.
+The pure part: the cost of a set, greedy removal, and the mutations of the search
+(`sparsity.evolution`). A function measures how good a set is: `engine.choose.tournament`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-__all__ = [
-    "ATTENTION",
-    "FFN",
-    "WHOLE",
-    "Candidate",
-    "Fitness",
-    "Space",
-    "Stages",
-    "Standing",
-    "Unit",
-    "evolve",
-    "greedy",
-    "lowest",
-]
+from secateur.sparsity.evolution import Candidate, Fitness, Stages, ordered
+
+__all__ = ["ATTENTION", "FFN", "WHOLE", "DepthUnit", "DropSpace", "Removal", "greedy", "lowest"]
 
 ATTENTION, FFN = 1, 2
 WHOLE = ATTENTION | FFN
 """Which sub-blocks, as bits."""
 
-Candidate = tuple[int, ...]
-"""The units that are dropped: ascending indices into `Space.units`."""
-
-Stages = tuple[tuple[int, int], ...]
-"""(survivors, tokens) of each stage of a selection."""
-
-Fitness = Callable[[Sequence[Candidate], int, int], Sequence[float]]
-"""(candidates, tokens, draw) → what each is worth, lower = better.
-
-Of the tokens that the last stage sees all of, earlier stages see a part; `draw` says which."""
-
-_TRIES = 8  # mutations tried for each mutant that is wanted
-
 
 @dataclass(frozen=True)
-class Unit:
-    """What is dropped or kept as one.
+class DepthUnit:
+    """A layer or sub-block, dropped or kept as a whole.
 
     Attributes:
         layer: index of the decoder layer.
         parts: ATTENTION, FFN or WHOLE.
-        parameters: how many go with it.
-        cost: how far it brings a candidate towards the budget.
+        parameters: how many it has.
+        cost: how much it counts towards the budget.
     """
 
     layer: int
@@ -68,16 +44,18 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Space:
+class DropSpace:
     """All candidates: sets of units whose costs reach the budget.
+
+    A candidate holds ascending indices into `units`: the units that it drops.
 
     Attributes:
         units: what can be dropped, in the order of the layers.
-        budget: the sum of costs that has to be reached.
+        budget: the sum of costs to reach.
         layers: how many decoder layers there are.
     """
 
-    units: tuple[Unit, ...]
+    units: tuple[DepthUnit, ...]
     budget: int
     layers: int
 
@@ -92,7 +70,7 @@ class Space:
         )
 
     def cost(self, candidate: Candidate) -> int:
-        """What a candidate brings towards the budget."""
+        """The sum of the costs of the units that a candidate drops."""
         return sum(self.units[i].cost for i in candidate)
 
     def kept(self, candidate: Candidate) -> tuple[int, ...]:
@@ -103,23 +81,49 @@ class Space:
         return tuple(kept)
 
     def names(self, candidate: Candidate) -> list[str]:
-        """The names of the units that are dropped."""
+        """The names of the units that a candidate drops."""
         return [self.units[i].name for i in candidate]
 
     def spare(self, candidate: Candidate) -> list[int]:
-        """Dropped units of which one could come back without missing the budget."""
+        """Dropped units; any one of them could come back, and the budget would still be reached."""
         beyond = self.cost(candidate) - self.budget
         return [i for i in candidate if self.units[i].cost <= beyond]
 
+    def mutate(self, candidate: Candidate, random: Random, order: Sequence[int]) -> Candidate:
+        """Exchange one to three units, fewer more often; the budget stays reached.
+
+        A random dropped unit comes back. Others are dropped instead until the budget is reached:
+        among the units that can be dropped, the one at place r of the order has a probability in
+        proportion to 1/(r+1). Where units differ in cost, spare ones come back.
+
+        Args:
+            candidate: to begin with.
+            random: source of the draws.
+            order: all units; the first ones seem best to drop.
+        """
+        dropped = set(candidate)
+        for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
+            back = random.choice(sorted(dropped))
+            dropped.discard(back)
+            while self.cost(tuple(dropped)) < self.budget:
+                eligible = [i for i in order if i not in dropped and i != back]
+                if not eligible:
+                    return candidate
+                weights = [1 / (place + 1) for place in range(len(eligible))]
+                dropped.add(random.choices(eligible, weights)[0])
+            while spare := self.spare(tuple(sorted(dropped))):
+                dropped.discard(random.choice(spare))
+        return tuple(sorted(dropped))
+
 
 @dataclass(frozen=True)
-class Standing:
-    """Where greedy removal or a search stands.
+class Removal:
+    """A set of dropped units.
 
     Attributes:
-        candidate: what is dropped so far, or the best so far.
-        fitness: of that, on the tokens of the last stage.
-        order: all units, those that seem best to drop first.
+        candidate: what is dropped.
+        fitness: of the candidate, on the tokens of the last stage; NaN if it was not measured.
+        order: all units; the first ones seem best to drop.
     """
 
     candidate: Candidate
@@ -127,14 +131,14 @@ class Standing:
     order: tuple[int, ...]
 
 
-def lowest(space: Space, scores: Sequence[float]) -> Standing:
+def lowest(space: DropSpace, scores: Sequence[float]) -> Removal:
     """Drop the units of lowest score per cost until the budget is reached, and no more.
 
-    Where units differ in cost the last may bring more than was missing; then those of the highest
-    score that can come back do.
+    Where units differ in cost, the last unit may exceed the budget. Then the units of the highest
+    score that are spare come back.
     """
-    worth = [score / unit.cost for score, unit in zip(scores, space.units, strict=True)]
-    order = _order(worth)
+    ratios = [score / unit.cost for score, unit in zip(scores, space.units, strict=True)]
+    order = ordered(ratios)
     dropped: Candidate = ()
     for i in order:
         if space.cost(dropped) < space.budget:
@@ -142,15 +146,15 @@ def lowest(space: Space, scores: Sequence[float]) -> Standing:
     while spare := space.spare(dropped):
         back = max(spare, key=lambda i: scores[i])
         dropped = tuple(i for i in dropped if i != back)
-    return Standing(dropped, math.nan, tuple(order))
+    return Removal(dropped, math.nan, tuple(order))
 
 
-def greedy(space: Space, stages: Stages, fitness: Fitness) -> Iterator[Standing]:
-    """Drop one unit after the other, each time the one whose loss hurts least; yields every step.
+def greedy(space: DropSpace, stages: Stages, fitness: Fitness) -> Iterator[Removal]:
+    """Drop one unit after the other, each time the one that harms least; yields every step.
 
-    Of all units that are left each is tried; stages keep fewer of them on more tokens. Where units
-    differ in cost, what counts is the fitness lost per cost, of which no more counts than is still
-    missing; and what turns out not to be needed at the end comes back.
+    Each step tries all units that are left; stages keep fewer of them on more tokens. Where units
+    differ in cost, the harm of a unit is divided by its cost, of which only the part up to the
+    budget counts. At the end, spare units come back.
     """
     dropped: Candidate = ()
     step = 0
@@ -165,89 +169,16 @@ def greedy(space: Space, stages: Stages, fitness: Fitness) -> Iterator[Standing]
             with_one = [tuple(sorted((*dropped, i))) for i in rest]
             *values, base = fitness([*with_one, dropped], tokens, step)
             counted = [min(space.units[i].cost, missing) for i in rest]
-            ranked = _order([(v - base) / c for v, c in zip(values, counted, strict=True)])
+            ranked = ordered([(v - base) / c for v, c in zip(values, counted, strict=True)])
             tried = tried or [rest[j] for j in ranked]
             rest, fitnesses = [rest[j] for j in ranked[:keep]], [values[j] for j in ranked[:keep]]
         dropped = tuple(sorted((*dropped, rest[0])))
         step += 1
         order = (*dropped, *(i for i in tried if i != rest[0]))
-        yield Standing(dropped, fitnesses[0], order)
+        yield Removal(dropped, fitnesses[0], order)
     while spare := space.spare(dropped):
         without = [tuple(i for i in dropped if i != back) for back in spare]
-        worth = fitness(without, stages[-1][1], step)
-        best = _order(worth)[0]
+        values = list(fitness(without, stages[-1][1], step))
+        best = ordered(values)[0]
         dropped = without[best]
-        yield Standing(dropped, worth[best], order)
-
-
-def evolve(
-    space: Space,
-    start: Standing,
-    generations: int,
-    offspring: int,
-    stages: Stages,
-    seed: int,
-    fitness: Fitness,
-) -> Iterator[Standing]:
-    """Exchange dropped units for kept ones as long as the model gains; yields every generation.
-
-    Each generation makes mutants of the best that were not seen before, stages keep fewer of them
-    on more tokens, and the last survivor replaces the best if its fitness is lower.
-
-    Args:
-        space: what can be dropped.
-        start: the best so far, and the order in which units seem worth dropping.
-        generations: at most so many; fewer if there are no mutants left.
-        offspring: mutants in a generation.
-        stages: (survivors, tokens).
-        seed: of the mutations.
-        fitness: what candidates are worth.
-    """
-    best = start
-    seen = {start.candidate}
-    for generation in range(generations):
-        random = Random(f"{seed} {generation}")
-        mutants: list[Candidate] = []
-        for _ in range(_TRIES * offspring):
-            mutant = mutate(best, space, random)
-            if mutant not in seen and len(mutants) < offspring:
-                mutants.append(mutant)
-                seen.add(mutant)
-        if not mutants:
-            return
-        values: Sequence[float] = []
-        for keep, tokens in stages:
-            if len(mutants) > keep or tokens == stages[-1][1]:
-                values = fitness(mutants, tokens, generation)
-                order = _order(values)[:keep]
-                mutants, values = [mutants[i] for i in order], [values[i] for i in order]
-        if values[0] < best.fitness:
-            best = Standing(mutants[0], values[0], best.order)
-        yield best
-
-
-def mutate(best: Standing, space: Space, random: Random) -> Candidate:
-    """One to three exchanges, fewer more often; the budget stays reached.
-
-    Any dropped unit comes back. Others are dropped instead until the budget is reached: the unit
-    of place r in the order, among those that can be, with a probability in proportion to 1/(r+1).
-    Where units differ in cost, dropped ones that are not needed any more come back.
-    """
-    dropped = set(best.candidate)
-    for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
-        back = random.choice(sorted(dropped))
-        dropped.discard(back)
-        while space.cost(tuple(dropped)) < space.budget:
-            eligible = [i for i in best.order if i not in dropped and i != back]
-            if not eligible:
-                return best.candidate
-            weights = [1 / (place + 1) for place in range(len(eligible))]
-            dropped.add(random.choices(eligible, weights)[0])
-        while spare := space.spare(tuple(sorted(dropped))):
-            dropped.discard(random.choice(spare))
-    return tuple(sorted(dropped))
-
-
-def _order(values: Sequence[float]) -> list[int]:
-    """Indices from the lowest value up; what is not a number comes last."""
-    return sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), values[i]))
+        yield Removal(dropped, values[best], order)

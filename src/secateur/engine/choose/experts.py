@@ -133,17 +133,13 @@ def expert_use(
     passage.open(0, dense=False)
     found: dict[int, ExpertUse] = {}
     progress.start("experts", len(target.layers))
-    for number in range(len(target.layers)):
-        with target.layer(number) as layer:
-            listeners = [Listener(m) for m in layer.modules() if isinstance(m, OpenExperts)]
-            for batch in passage.batches():
-                out = call_layer(layer, passage.read(batch), passage.call(number, batch))
-                passage.write(batch, out)
-            for listener in listeners:
-                found[number] = listener.close()
-        if number + 1 < len(target.layers):
-            passage.advance(number + 1)
-        passage.forget(number)
+    for number, layer in passage.walk():
+        listeners = [Listener(m) for m in layer.modules() if isinstance(m, OpenExperts)]
+        for batch in passage.batches():
+            out = call_layer(layer, passage.read(batch), passage.call(number, batch))
+            passage.write(batch, out)
+        for listener in listeners:
+            found[number] = listener.close()
         progress.step(note=f"layer {number}")
     passage.close()
     progress.finish()

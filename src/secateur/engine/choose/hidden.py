@@ -59,26 +59,22 @@ def hidden_scores(
     passage.open(0, dense=False)
     assert passage.hidden is not None
     progress.start("hidden channels", len(passage.batches()) * len(layers))
-    for index, readers in enumerate(all_readers):
+    for index, layer in passage.walk():
         step = partial(progress.step, note=f"layer {index}")
         lane = Lane(passage, passage.hidden, index, step=step)
-        with target.layer(index) as layer:
-            modules = [layer.get_submodule(name) for name in readers]
-            reads = StreamReads(modules, hidden, target.device)
-            try:
-                for batch in lane.batches:
-                    reads.begin()
-                    lane.pass_one(layer, batch, stores=index + 1 < len(layers))
-            finally:
-                reads.close()
+        modules = [layer.get_submodule(name) for name in all_readers[index]]
+        reads = StreamReads(modules, hidden, target.device)
+        try:
+            for batch in lane.batches:
+                reads.begin()
+                lane.pass_one(layer, batch, stores=index + 1 < len(layers))
+        finally:
+            reads.close()
         try:
             scores += reads.norms()
         except NumericalError as error:
             where = architecture.layer_name(index)
             raise NumericalError(error.what, where=where, remedy=error.remedy) from None
-        if index + 1 < len(layers):
-            passage.advance(index + 1)
-        passage.forget(index)
     progress.finish()
     passage.close()
     return scores

@@ -27,6 +27,7 @@ from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.lane import Lane
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import Target
+from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import Linear, linears_of
 from secateur.progress import Progress
 from secateur.runs.atomic import write_tensors
@@ -119,14 +120,11 @@ class Survey:
             start = passage.open(start, dense=False)
         steps = len(passage.batches()) if passage is not None else 1
         self.progress.start("allocation: dense model", steps * (count - start))
-        for index in range(start, count):
-            self.look(index, allocation, grains, names, files[index])
+        walk = passage.walk(start) if passage else walk_layers(self.target, range(start, count))
+        for index, layer in walk:
+            self.look(index, layer, allocation, grains, names, files[index])
             if passage is None:
                 self.progress.step(note=f"layer {index}")
-                continue
-            if index + 1 < count:
-                passage.advance(index + 1)
-            passage.forget(index)
         self.progress.finish()
         if passage is not None:
             passage.close()
@@ -135,21 +133,21 @@ class Survey:
     def look(
         self,
         index: int,
+        layer: nn.Module,
         allocation: Allocation,
         grains: Mapping[str, Granularity],
         names: frozenset[str],
         file: Path,
     ) -> None:
         """Pass calibration through one dense layer, and keep what the allocation wants of it."""
-        with self.target.layer(index) as layer:
-            linears = linears_of(layer, self.target.architecture.layer_name(index))
-            check_finite(list(linears.values()))
-            shared = self.gathered(index, layer, linears, names) if names else {}
-            if not file.exists():
-                view = self.view(index, linears, shared, grains)
-                refuse_unreached(view.unreached)
-                kept = allocation.look(view)
-                write_tensors(file, {k: v.cpu().contiguous() for k, v in kept.items()})
+        linears = linears_of(layer, self.target.architecture.layer_name(index))
+        check_finite(list(linears.values()))
+        shared = self.gathered(index, layer, linears, names) if names else {}
+        if not file.exists():
+            view = self.view(index, linears, shared, grains)
+            refuse_unreached(view.unreached)
+            kept = allocation.look(view)
+            write_tensors(file, {k: v.cpu().contiguous() for k, v in kept.items()})
 
     def gathered(
         self, index: int, layer: nn.Module, linears: Mapping[str, Linear], names: frozenset[str]

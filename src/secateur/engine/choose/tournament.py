@@ -1,201 +1,217 @@
-"""What a candidate allocation is worth, measured on the whole model with one layer in memory.
+"""How good candidates are, measured on the whole model with one layer in memory.
 
-All candidates of a stage pass the layers in lock-step: a layer is read once, each candidate's
-hidden states pass through it with the candidate's levels, and candidates whose levels so far are
-the same share the work. Of the dense model the last hidden states are kept, not the logits: its
-logits are made again for one window at a time, for all candidates together, which is one more
-output head in a stage and needs no disk. Candidates only have to be ranked, so that rough matmuls
-will do.
+All candidates pass the layers in lock-step: each layer is read once, and candidates that are the
+same up to a layer share their hidden states. Of the dense model the last hidden states are kept
+instead of the logits. They become logits again for one window at a time, for all candidates
+together. That costs one more output head in a stage, and no disk. Candidates only have to be
+ranked, so rough matmuls are enough.
+
+Every measured value goes to a file. The decisions of a search depend on nothing else, so a stopped
+search repeats them from the file in no time and continues where it stopped.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from zlib import crc32
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
-from secateur.engine.choose.survey import Survey
-from secateur.engine.stream.calls import first_inputs, layer_calls, replaced_layers
-from secateur.engine.stream.gradients import injected
-from secateur.models.architecture import Linear, linears_of
+from secateur.engine.choose.dense_logits import DenseLogits
+from secateur.engine.stream.ends import ModelEnds
 from secateur.precision import fast_matmuls
-from secateur.runs.atomic import write_json
-from secateur.sparsity.allocation.budget import Granularity
-from secateur.sparsity.allocation.search import Candidate, Ladder, Search, Standing, climb
+from secateur.progress import Progress
+from secateur.runs.identity import refuse_another
+from secateur.runs.ledger import Ledger
+from secateur.sparsity.evolution import Candidate
 
-__all__ = ["WINDOW_TOKENS", "Judge", "search_levels"]
+__all__ = [
+    "LEFT_OUT",
+    "WINDOW_TOKENS",
+    "Lockstep",
+    "Tournament",
+    "Variants",
+    "Versions",
+    "cut_windows",
+    "fingerprint",
+]
 
 WINDOW_TOKENS = 512
-"""Tokens that pass through the output head at once: its logits are the largest tensors here."""
+"""Tokens that pass the output head at once. Its logits are the largest tensors here."""
 
-_KL_ROWS = 64
+Version = Hashable
+"""What a candidate makes of one decoder layer."""
 
+Versions = tuple[Version, ...]
+"""What a candidate makes of each decoder layer; equal beginnings share hidden states."""
 
-@torch.no_grad()
-def search_levels(
-    survey: Survey, search: Search, grains: Mapping[str, Granularity], files: list[Path]
-) -> tuple[dict[str, float], Standing]:
-    """Search the levels of all competing linears.
-
-    Args:
-        survey: the look at the dense model, whose calibration tokens are used.
-        search: the parameters.
-        grains: of the linears that compete.
-        files: for each layer, the weights of its linears at each level, from `Search.look`.
-
-    Returns:
-        The sparsity of every linear, and what the search found.
-    """
-    rungs = search.ladders(grains)
-    informed = search.informed(stored_errors(files), rungs)
-    reached = survey.work / "search.json"
-    begun = None
-    if reached.exists():
-        stored = json.loads(reached.read_text())
-        begun = Standing(**{**stored, "best": tuple(stored["best"])})
-    left = search.generations - (begun.generation if begun else 0)
-    evaluations = 1 + (begun is None) + left * len(search.stages)
-    survey.progress.start("allocation: search", evaluations * len(files))
-    judge = Judge(survey, rungs, files, search.judged_tokens)
-    standing = begun
-    for standing in climb(search, list(rungs.values()), informed, judge.fitness, begun):
-        write_json(reached, asdict(standing))
-    survey.progress.finish()
-    assert standing is not None
-    levels = zip(rungs.items(), standing.best, strict=True)
-    return {name: ladder.sparsity(level) for (name, ladder), level in levels}, standing
+LEFT_OUT: Version = 0
+"""The version of a layer that a candidate leaves out."""
 
 
-def stored_errors(files: list[Path]) -> dict[str, float]:
-    """The error of every linear at its target, without reading the weights beside it."""
-    errors = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                if key.endswith("/error"):
-                    errors[key.removesuffix("/error")] = float(file.get_tensor(key))
-    return errors
+class Variants(Protocol):
+    """The versions of the decoder layers that candidates of one kind differ in."""
+
+    @property
+    def dense(self) -> Version:
+        """The version of a layer in the dense model."""
+        ...
+
+    def opened(
+        self, number: int, layer: nn.Module
+    ) -> AbstractContextManager[Callable[[Version], Callable[[Tensor], Tensor]]]:
+        """A context that gives, for each version of a layer, its forward of hidden states.
+
+        Args:
+            number: of the layer.
+            layer: with its dense weights, which it has again afterwards.
+        """
+        ...
 
 
-class Judge:
-    """Measures candidates by mean KL(dense ‖ candidate) of their next-token probabilities.
+class Lockstep:
+    """Passes candidates through the layers together, and compares their outputs.
 
     Args:
-        survey: the look at the dense model, whose calibration tokens are used.
-        rungs: the levels of each competing linear, in the order of the layers.
-        files: for each layer, the weights of its linears at each level.
-        tokens: how many tokens the fullest judgement sees; they are cut from calibration windows
-            spread over the whole calibration.
+        ends: of the model, with the windows to measure on.
+        variants: the versions of its layers.
+        objective: `divergence`: mean KL(dense ‖ candidate) of the next-token probabilities;
+            `loss`: mean cross-entropy of the next tokens; both in nats per token.
+        progress: hears of the layers, in steps of size 0.
     """
 
     def __init__(
-        self, survey: Survey, rungs: Mapping[str, Ladder], files: list[Path], tokens: int
+        self, ends: ModelEnds, variants: Variants, objective: str, progress: Progress
     ) -> None:
-        assert survey.passage is not None
-        self.survey, self.target, self.files = survey, survey.target, files
-        self.place = {name: index for index, name in enumerate(rungs)}
-        self.windows = cut(survey.passage.windows, tokens)
-        with self.target.outside():
-            ids = [window[None].to(self.target.device) for window in self.windows]
-            calls = layer_calls(self.target.model, self.target.layers, ids[:2])
-            self.first = [first_inputs(self.target.model, self.target.layers, x) for x in ids]
-        self.calls = [call.to(self.target.device) for call in calls]
-        rows = range(len(self.windows))
-        self.dense = self.last_hidden([None], rows)[None]
+        self.ends, self.variants, self.objective = ends, variants, objective
+        self.progress = progress
+        self.dense: list[Tensor] = []
 
     @torch.no_grad()
-    def fitness(self, candidates: Sequence[Candidate], tokens: int, draw: int) -> list[float]:
-        """The mean divergence of each candidate, in nats per token.
+    def fitness(self, candidates: Sequence[Versions], rows: Sequence[int]) -> list[float]:
+        """The mean loss or divergence of each candidate over some windows."""
+        if self.objective == "divergence" and not self.dense:
+            dense = (self.variants.dense,) * len(self.ends.target.layers)
+            for part in self.ends.parts(range(len(self.ends.windows)), 2):
+                self.dense += self.last_hidden([dense], part)[dense]
+        sums = dict.fromkeys(candidates, 0.0)
+        for part in self.ends.parts(rows, 2 * len(sums)):
+            hidden = self.last_hidden(list(sums), part)
+            with self.ends.outside():
+                for place, row in enumerate(part):
+                    measure = self.measure(row)
+                    for candidate, states in hidden.items():
+                        sums[candidate] += measure(self.logits(row, states[place]))
+        return [sums[candidate] / len(rows) for candidate in candidates]
 
-        Args:
-            candidates: levels of the competing linears.
-            tokens: how many tokens to judge by; all, or a part that `draw` chooses.
-            draw: which part.
-        """
-        total, length = self.windows.shape
-        count = min(max(1, tokens // length), total)
-        first = 0 if count == total else draw * count
-        rows = [(first + i) % total for i in range(count)]
-        hidden = self.last_hidden(candidates, rows)
-        sums = dict.fromkeys(hidden, 0.0)
-        with self.target.outside():
-            for place, row in enumerate(rows):
-                dense = DenseLogits.of(self.logits(row, self.dense[row]))
-                for candidate, states in hidden.items():
-                    sums[candidate] += dense.divergence(self.logits(row, states[place]))
-        return [sums[candidate] / (count * length) for candidate in candidates]
-
-    @torch.no_grad()
-    def last_hidden(
-        self, candidates: Sequence[Candidate | None], rows: Sequence[int]
-    ) -> dict[Candidate | None, list[Tensor]]:
-        """The last layer's outputs for some windows, of each candidate; None is the dense model."""
-        states: dict[Candidate | None, list[Tensor]] = {
-            candidate if candidate is None else (): [self.first[row] for row in rows]
-            for candidate in candidates
-        }
-        reached = 0
-        for index in range(len(self.files)):
-            name = self.target.architecture.layer_name(index)
-            with self.target.layer(index) as layer, safe_open(self.files[index], "pt") as file:
-                linears = {x.name: x for x in linears_of(layer, name).values()}
-                stop = reached + sum(linear in self.place for linear in linears)
-                following: dict[Candidate | None, list[Tensor]] = {}
-                for candidate in candidates:
-                    before = candidate if candidate is None else candidate[:reached]
-                    after = candidate if candidate is None else candidate[:stop]
-                    if after not in following:
-                        weights = self.weights(linears, after, file)
-                        following[after] = [
-                            self.call(index, layer, weights, x) for x in states[before]
-                        ]
-            states, reached = following, stop
-            self.survey.progress.step(note=f"layer {index}")
-        return states
-
-    def weights(
-        self, linears: Mapping[str, Linear], candidate: Candidate | None, file: Any
-    ) -> dict[str, Tensor]:
-        """The weights of a layer's linears under a candidate; none for the dense model."""
-        if candidate is None:
-            return {}
-        found = {}
-        for name, linear in linears.items():
-            if self.survey.tasks[name].sparsity > 0:
-                level = candidate[self.place[name]] if name in self.place else 0
-                weight = file.get_tensor(f"{name}/{level}").to(self.target.device)
-                found[name] = weight.t() if linear.transposed else weight
-        return found
-
-    def call(
-        self, index: int, layer: nn.Module, weights: Mapping[str, Tensor], hidden: Tensor
-    ) -> Tensor:
-        """Run a layer with other weights; its own stay as they are."""
-        prefix = self.target.architecture.layer_name(index) + "."
-        instead = {f"{n.removeprefix(prefix)}.weight": w for n, w in weights.items()}
-        call = self.calls[index]
-        with fast_matmuls(self.target.device):
-            out = functional_call(layer, instead, (hidden, *call.args), call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+    def measure(self, row: int) -> Callable[[Tensor], float]:
+        """A function from a candidate's logits for one window to its mean over tokens."""
+        if self.objective == "divergence":
+            dense = DenseLogits.of(self.logits(row, self.dense[row]))
+            return lambda logits: dense.divergence(logits) / len(logits)
+        following = self.ends.windows[row, 1:].to(self.ends.target.device)
+        return lambda logits: float(cross_entropy(logits[:-1].float(), following))
 
     def logits(self, row: int, hidden: Tensor) -> Tensor:
-        """What the model makes of the last layer's output: logits [sequence, vocabulary]."""
-        model, layers = self.target.model, self.target.layers
-        ids = self.windows[row : row + 1].to(self.target.device)
-        stand_ins = injected(layers, self.calls, hidden)
-        with replaced_layers(layers, stand_ins), fast_matmuls(self.target.device):
-            found: Tensor = model(input_ids=ids, use_cache=False).logits
-        return found[0]
+        """The logits of the last layer's output for one window."""
+        with fast_matmuls(self.ends.target.device):
+            return self.ends.head(row, hidden)
+
+    def last_hidden(
+        self, candidates: Sequence[Versions], rows: Sequence[int]
+    ) -> Mapping[Versions, list[Tensor]]:
+        """The last layer's outputs for some windows, of each candidate."""
+        target = self.ends.target
+        states: dict[Versions, list[Tensor]] = {(): self.ends.embedded(rows)}
+        for number in range(len(target.layers)):
+            reached = list(dict.fromkeys(c[: number + 1] for c in candidates))
+            following = {v: states[v[:-1]] for v in reached if v[-1] == LEFT_OUT}
+            if len(following) < len(reached):
+                # A layer that no candidate keeps is not read.
+                with (
+                    target.layer(number) as layer,
+                    self.variants.opened(number, layer) as forward_of,
+                ):
+                    for versions in reached:
+                        if versions not in following:
+                            forward = forward_of(versions[-1])
+                            following[versions] = [forward(x) for x in states[versions[:-1]]]
+            states = following
+            self.progress.step(0, note=f"{len(reached)} candidates in layer {number}")
+        return states
 
 
-def cut(windows: Tensor, tokens: int) -> Tensor:
+class Tournament:
+    """The fitness of candidates: from the file of measured values, or else from the model.
+
+    Args:
+        lockstep: measures candidates that are not in the file.
+        versions: what a candidate makes of each layer.
+        file: takes the values; None to keep them in memory only.
+        fingerprint: everything that the values depend on.
+
+    Raises:
+        RecipeError: the file has another fingerprint.
+    """
+
+    def __init__(
+        self,
+        lockstep: Lockstep,
+        versions: Callable[[Candidate], Versions],
+        file: Path | None,
+        fingerprint: Mapping[str, Any],
+    ) -> None:
+        self.lockstep, self.versions = lockstep, versions
+        self.ledger = Ledger(file)
+        self.values: dict[tuple[Candidate, tuple[int, ...]], float] = {}
+        self.notes: dict[str, Any] = {}
+        if self.ledger.begun:
+            self.ledger.resume()
+        if not self.ledger.entries:
+            self.ledger.begin()
+            self.ledger.append({"fingerprint": dict(fingerprint)})
+        refuse_another(self.ledger.entries[0]["fingerprint"], fingerprint, file or Path())
+        for entry in self.ledger.entries[1:]:
+            if "note" in entry:
+                self.notes[entry["note"]] = entry["value"]
+                continue
+            rows = tuple(entry["windows"])
+            for candidate, value in zip(entry["candidates"], entry["values"], strict=True):
+                self.values[tuple(candidate), rows] = value
+
+    def noted(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Another value of the model, measured once; it has to be valid JSON."""
+        if name not in self.notes:
+            self.notes[name] = measure()
+            self.ledger.append({"note": name, "value": self.notes[name]})
+        return self.notes[name]
+
+    def __call__(self, candidates: Sequence[Candidate], tokens: int, draw: int) -> list[float]:
+        """The fitness of candidates (`sparsity.evolution.Fitness`).
+
+        Args:
+            candidates: to measure.
+            tokens: measure on so many tokens, in whole windows: one window at least.
+            draw: chooses the windows, where these are not all.
+        """
+        total, length = self.lockstep.ends.windows.shape
+        count = min(max(1, tokens // length), total)
+        first = 0 if count == total else draw * count
+        rows = tuple((first + i) % total for i in range(count))
+        new = [c for c in dict.fromkeys(candidates) if (c, rows) not in self.values]
+        if new:
+            found = self.lockstep.fitness([self.versions(c) for c in new], rows)
+            self.values |= {(c, rows): value for c, value in zip(new, found, strict=True)}
+            self.ledger.append({"windows": rows, "candidates": new, "values": found})
+        return [self.values[candidate, rows] for candidate in candidates]
+
+
+def cut_windows(windows: Tensor, tokens: int) -> Tensor:
     """Windows of at most 512 tokens, about `tokens` in all, spread over the calibration."""
     length = min(windows.shape[1], WINDOW_TOKENS, tokens)
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
@@ -203,35 +219,27 @@ def cut(windows: Tensor, tokens: int) -> Tensor:
     return pieces[torch.arange(count) * len(pieces) // count]
 
 
-@dataclass(frozen=True)
-class DenseLogits:
-    """What the dense model predicts for one window, against which candidates are held.
+def fingerprint(
+    ends: ModelEnds, tokens: int, objective: str, units: Sequence[str]
+) -> dict[str, Any]:
+    """What measured values depend on.
 
-    Attributes:
-        probabilities: p, float32 [tokens, vocabulary].
-        negative_entropy: Σ p · log p of each token, float32 [tokens].
+    Args:
+        ends: of the model, with the calibration windows.
+        tokens: that the last stage measures on.
+        objective: of `Lockstep`.
+        units: the names of what candidates are made of.
     """
+    return {
+        "windows": checksum(ends.windows),
+        "judged_tokens": tokens,
+        "objective": objective,
+        "embedded": checksum(ends.embedded([0])[0]),
+        "units": list(units),
+    }
 
-    probabilities: Tensor
-    negative_entropy: Tensor
 
-    @classmethod
-    def of(cls, logits: Tensor) -> DenseLogits:
-        """From logits [tokens, vocabulary]."""
-        log_probabilities = logits.float().log_softmax(-1)
-        probabilities = log_probabilities.exp()
-        return cls(probabilities, log_probabilities.mul_(probabilities).sum(-1))
-
-    def divergence(self, logits: Tensor) -> float:
-        """Σ over tokens of KL(p ‖ softmax(z)) = Σ p · log p + logsumexp(z) − p · z.
-
-        In this form a candidate costs one pass of exponentials, a few rows at a time so that they
-        stay in the cache: five times as fast as from two log-softmaxes.
-        """
-        total = 0.0
-        parts = (self.probabilities, self.negative_entropy, logits)
-        for p, negative_entropy, z in zip(*(x.split(_KL_ROWS) for x in parts), strict=True):
-            z = z.float()
-            each = negative_entropy + z.logsumexp(-1) - (p * z).sum(-1)
-            total += float(each.sum(dtype=torch.float64))
-        return total
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of the bytes of a tensor, in hexadecimal digits."""
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f"{crc32(data.numpy().tobytes()):08x}"

@@ -269,7 +269,7 @@ class LayerPass:
             self.tuned_weights(),
             draw_steps(len(passage.windows), size, how.passes, seed=index),
             example,
-            lambda size: passage.calls[size][index],
+            lambda size: passage.ends.calls(size)[index],
             how,
             tell=self.context.step,
         )

@@ -7,7 +7,7 @@ layer arrive as they are, layer by layer, for any family.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +68,7 @@ class LayerCall:
         return [x for x in tree_flatten((self.args, self.kwargs))[0] if isinstance(x, Tensor)]
 
 
-def call_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+def call_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
     """Run one decoder layer: hidden states in, hidden states out."""
     out = layer(hidden, *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out

@@ -1,9 +1,9 @@
 """Gradients of the calibration loss, with one decoder layer in memory.
 
-A forward keeps the inputs of every layer on disk; the backward goes layer by layer from the last,
-running each again from its inputs. That is gradient checkpointing at layer granularity, so the
-peak is one layer with its gradients, whatever the depth. One window at a time, because the
-empirical Fisher needs the square of each window's own gradient.
+A forward keeps the inputs of every layer on disk. The backward goes layer by layer from the last
+one, and runs each again from its inputs. That is gradient checkpointing of whole layers, so the
+peak is one layer with its gradients, for any number of layers. Windows pass one at a time, because
+the empirical Fisher needs the square of each window's own gradient.
 
 Loss of a window: mean cross-entropy of its next tokens, in nats. Gathered per weight, over N
 windows with gradients g_n: the statistics that read gradients (`calibration/statistics`).
@@ -13,83 +13,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from secateur.calibration.statistics import statistics
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.calls import (
-    LayerCall,
-    StandIn,
-    call_layer,
-    first_inputs,
-    replaced_layers,
-)
-from secateur.engine.stream.targets import Target
+from secateur.engine.stream.calls import call_layer
+from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.stream.walk import walk_layers
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear, linears_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.atomic import write_tensors
 
-__all__ = ["gather_gradients", "injected", "stored_gradients"]
-
-
-class Injector(StandIn):
-    """Stands in for a decoder layer: whatever comes in, the given hidden states come out.
-
-    Args:
-        layer: the layer.
-        call: how the model calls it.
-        hidden: what comes out.
-    """
-
-    def __init__(self, layer: nn.Module, call: LayerCall, hidden: Tensor) -> None:
-        super().__init__(layer, call.in_tuple)
-        self.hidden = hidden
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the given hidden states."""
-        return self.answer(self.hidden)
-
-
-def injected(layers: nn.ModuleList, calls: list[LayerCall], hidden: Tensor) -> list[nn.Module]:
-    """Stand-ins for all decoder layers, so that a model makes its output of the last ones'."""
-    return [Injector(x, call, hidden) for x, call in zip(layers, calls, strict=True)]
+__all__ = ["gather_gradients", "stored_gradients"]
 
 
 class GradientPass:
     """Gathers the statistics of every linear's gradients.
 
     Args:
-        target: the model, dense.
+        ends: of the model, dense, with the calibration windows.
         names: of the statistics.
-        windows: calibration tokens [samples, sequence_length].
-        calls: how each layer is called for one window.
-        work: folder that takes `gradients-0000.safetensors` and so on; what is there is kept.
-        progress: told of every step.
+        work: folder for `gradients-0000.safetensors` and so on; existing files are kept.
+        progress: hears of every step.
     """
 
     def __init__(
-        self,
-        target: Target,
-        names: frozenset[str],
-        windows: Tensor,
-        calls: list[LayerCall],
-        work: Path,
-        progress: Progress,
+        self, ends: ModelEnds, names: frozenset[str], work: Path, progress: Progress
     ) -> None:
-        self.target, self.names, self.windows, self.calls = target, names, windows, calls
+        self.ends, self.target, self.windows = ends, ends.target, ends.windows
+        self.names = names
         self.work, self.progress = work / "gradient-pass", progress
         self.results = work
         self.work.mkdir(exist_ok=True)
-        with target.outside():
-            hidden = first_inputs(target.model, target.layers, windows[:1].to(target.device))
-        shape = (*windows.shape, hidden.shape[-1])
+        (hidden,) = ends.embedded([0])
+        shape = (*self.windows.shape, hidden.shape[-1])
         self.inputs = Activations(shape, hidden.dtype, self.work, in_memory=False)
         upstream = self.work / "upstream"
         upstream.mkdir(exist_ok=True)
@@ -116,37 +79,29 @@ class GradientPass:
     @torch.no_grad()
     def forward(self, count: int) -> None:
         """Keep the inputs of every layer."""
+        each = [slice(row, row + 1) for row in range(len(self.windows))]
         if not self.inputs.has(0):
-            with self.target.outside():
-                for row, ids in enumerate(self.windows):
-                    ids = ids[None].to(self.target.device)
-                    hidden = first_inputs(self.target.model, self.target.layers, ids)
-                    self.inputs.write(slice(row, row + 1), hidden)
+            for rows, hidden in zip(each, self.ends.embed(each), strict=True):
+                self.inputs.write(rows, hidden)
             self.inputs.advance(0)
-        for index in range(count):
+        missing = [index for index in range(count) if not self.inputs.has(index + 1)]
+        for index, layer in walk_layers(self.target, missing):
             self.inputs.layer = index
-            if self.inputs.has(index + 1):
-                continue
-            with self.target.layer(index) as layer:
-                for row in range(self.windows.shape[0]):
-                    rows = slice(row, row + 1)
-                    hidden = self.inputs.read(rows).to(self.target.device)
-                    self.inputs.write(rows, call_layer(layer, hidden, self.calls[index]))
-                    self.progress.step(note=f"forward, layer {index}")
+            for rows in each:
+                hidden = self.inputs.read(rows).to(self.target.device)
+                self.inputs.write(rows, call_layer(layer, hidden, self.ends.calls()[index]))
+                self.progress.step(note=f"forward, layer {index}")
             self.inputs.advance(index + 1)
 
     def loss(self, count: int) -> None:
         """From the last hidden states through the head: the gradient that enters the last layer."""
         self.inputs.layer = count
-        model, layers = self.target.model, self.target.layers
-        with self.target.outside(), torch.enable_grad():
+        with self.ends.outside(), torch.enable_grad():
             for row, ids in enumerate(self.windows):
                 rows = slice(row, row + 1)
-                ids = ids[None].to(self.target.device)
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
-                with replaced_layers(layers, injected(layers, self.calls, hidden)):
-                    logits = model(input_ids=ids, use_cache=False).logits
-                loss = cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+                logits = self.ends.head(row, hidden)
+                loss = cross_entropy(logits[:-1].float(), ids[1:].to(self.target.device))
                 if not torch.isfinite(loss):
                     raise NumericalError(
                         f"the loss of calibration window {row} is {loss.item()}",
@@ -174,7 +129,7 @@ class GradientPass:
             for row in range(samples):
                 rows = slice(row, row + 1)
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
-                out = call_layer(layer, hidden, self.calls[index])
+                out = call_layer(layer, hidden, self.ends.calls()[index])
                 upstream = self.upstream.read(rows).to(self.target.device)
                 found = torch.autograd.grad(out, [hidden, *leaves], upstream)
                 self.upstream.write(rows, found[0])
@@ -196,39 +151,32 @@ class GradientPass:
 
 @full_float32()
 def gather_gradients(
-    target: Target,
-    names: frozenset[str],
-    windows: Tensor,
-    calls: list[LayerCall],
-    work: Path,
-    progress: Progress,
+    ends: ModelEnds, names: frozenset[str], work: Path, progress: Progress
 ) -> None:
     """Gather statistics of every linear's gradients into files of the work folder.
 
     Args:
-        target: the model, dense.
+        ends: of the model, dense, with the calibration windows.
         names: of the statistics.
-        windows: calibration tokens [samples, sequence_length].
-        calls: how each layer is called for one window.
-        work: the folder.
-        progress: told of every step.
+        work: the folder; files that a stopped run left there are kept.
+        progress: hears of every step.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
-    GradientPass(target, names, windows, calls, work, progress).execute()
+    GradientPass(ends, names, work, progress).execute()
 
 
 def stored_gradients(
     work: Path | None, index: int, names: frozenset[str], device: torch.device
 ) -> Callable[[Linear], dict[str, Tensor]]:
-    """A function that returns the statistics of a linear's gradients, as they were gathered.
+    """A function that returns the stored statistics of a linear's gradients.
 
     Args:
-        work: the folder that took them; may be None without names.
+        work: the folder of `gather_gradients`; may be None without names.
         index: of the decoder layer.
         names: of the statistics; without any the function returns nothing.
-        device: where the statistics are put.
+        device: of the returned tensors.
     """
     if not names:
         return lambda linear: {}

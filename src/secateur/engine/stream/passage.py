@@ -1,34 +1,37 @@
 """Calibration windows on their way through the decoder layers.
 
-Two streams of hidden states can be under way: those of the model as it is pruned, and those of
-the dense model, which are the targets of reconstruction.
+Two sets of hidden states can pass together: those of the model as it is pruned, and those of the
+dense model, which are the targets of reconstruction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.calls import LayerCall, first_inputs, layer_calls
+from secateur.engine.stream.calls import LayerCall
+from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.kinds import Layout, layouts
 from secateur.engine.stream.residency import Parking
 from secateur.engine.stream.targets import Target
+from secateur.engine.stream.walk import walk_layers
 
 __all__ = ["Passage"]
 
 
 class Passage:
-    """Micro-batches, how they are handed to each layer, and where their hidden states wait.
+    """Micro-batches, how each layer is called for them, and where their hidden states are.
 
     Args:
         target: the model.
         windows: calibration tokens [samples, sequence_length].
         micro_batch_tokens: tokens that pass through a layer at once.
-        in_memory: whether hidden states are held in memory.
-        work: folder they are (also) kept in; None for a run in memory only.
+        in_memory: whether hidden states are in memory.
+        work: folder that keeps them (as well); None for a run in memory only.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class Passage:
     ) -> None:
         self.target, self.windows, self.work = target, windows, work
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
-        self.calls: dict[int, list[LayerCall]] = {}
+        self.ends = ModelEnds(target, windows)
         self.hidden: Activations | None = None
         self.dense: Activations | None = None
 
@@ -62,14 +65,15 @@ class Passage:
 
     def call(self, index: int, batch: slice) -> LayerCall:
         """How a layer is called for a micro-batch."""
-        return self.calls[batch.stop - batch.start][index]
+        return self.ends.calls(batch.stop - batch.start)[index]
 
     def shared_tensors(self, index: int) -> list[Tensor]:
-        """What a layer is handed besides its hidden states, for all sizes of micro-batch."""
-        return [tensor for calls in self.calls.values() for tensor in calls[index].tensors()]
+        """What a layer receives besides its hidden states, for all sizes of micro-batch."""
+        sizes = {batch.stop - batch.start for batch in self.batches()}
+        return [tensor for size in sizes for tensor in self.ends.calls(size)[index].tensors()]
 
     def parking(self, index: int, layer: nn.Module, stream: Activations) -> Parking | None:
-        """Where halted forwards of a layer are put: nowhere, when memory holds them.
+        """Where halted forwards of a layer are moved; None if they stay in memory.
 
         Args:
             index: of the layer.
@@ -82,52 +86,34 @@ class Passage:
         folder = None if self.in_memory else stream.folder
         return Parking(permanent, folder, self.target.device)
 
-    def record_calls(self, sizes: set[int]) -> None:
-        """Learn how the model calls its layers, for micro-batches of so many windows."""
-        device = self.target.device
-        with self.target.outside():
-            for size in sizes - set(self.calls):
-                same = [slice(0, size), slice(len(self.windows) - size, len(self.windows))]
-                ids = [self.windows[rows].to(device) for rows in same]
-                calls = layer_calls(self.target.model, self.target.layers, ids)
-                self.calls[size] = [call.to(device) for call in calls]
-
-    def calls_of_one_window(self) -> list[LayerCall]:
-        """How each layer is called for a single window."""
-        self.record_calls({1})
-        return self.calls[1]
-
     def open(self, start: int, *, dense: bool) -> int:
-        """Make the hidden states that enter layer `start` ready, or else those of layer 0.
+        """Make the inputs of layer `start` ready, or else those of layer 0.
 
         Args:
-            start: the layer to go on from, if its inputs were stored by an earlier run.
-            dense: whether the dense model's hidden states go along.
+            start: the layer to resume from, if an earlier run stored its inputs.
+            dense: whether the dense model's hidden states pass as well.
 
         Returns:
-            The layer whose inputs are ready: 0 where there are no stored ones.
+            The layer whose inputs are ready: 0 if there are no stored ones.
         """
-        self.record_calls({b.stop - b.start for b in self.batches()})
+        for size in {batch.stop - batch.start for batch in self.batches()}:
+            self.ends.calls(size)  # recorded while no layer is in work
         streams = self.open_streams(dense)
         if start and all(stream.has(start) for stream in streams):
             for stream in streams:
                 stream.resume(start)
             return start
-        with self.target.outside():
-            for batch in self.batches():
-                ids = self.windows[batch].to(self.target.device)
-                hidden = first_inputs(self.target.model, self.target.layers, ids)
-                for stream in streams:
-                    stream.write(batch, hidden)
+        batches = self.batches()
+        for batch, hidden in zip(batches, self.ends.embed(batches), strict=True):
+            for stream in streams:
+                stream.write(batch, hidden)
         for stream in streams:
             stream.advance(0)
         return 0
 
     def open_streams(self, dense: bool) -> list[Activations]:
         """Empty streams, in memory or on disk."""
-        with self.target.outside():
-            ids = self.windows[:1].to(self.target.device)
-            hidden = first_inputs(self.target.model, self.target.layers, ids)
+        (hidden,) = self.ends.embedded([0])
         shape = (*self.windows.shape, hidden.shape[-1])
         self.hidden = Activations(shape, hidden.dtype, self.work, self.in_memory)
         if not dense:
@@ -138,13 +124,31 @@ class Passage:
         self.dense = Activations(shape, hidden.dtype, folder, self.in_memory)
         return [self.hidden, self.dense]
 
+    def walk(self, start: int = 0) -> Iterator[tuple[int, nn.Module]]:
+        """Yield each layer with its weights; what the caller writes enters the next layer.
+
+        Call `open(start)` before. When the loop ends early, the last layer's outputs are dropped.
+
+        Args:
+            start: the first layer.
+
+        Yields:
+            The number of a layer, and the layer.
+        """
+        count = len(self.target.layers)
+        for number, layer in walk_layers(self.target, range(start, count)):
+            yield number, layer
+            if number + 1 < count:
+                self.advance(number + 1)
+            self.forget(number)
+
     def read(self, rows: slice) -> Tensor:
-        """Inputs of the layer in work, in the model as it is pruned, on the run's device."""
+        """Inputs of the layer in work, in the model as it is pruned, on the target's device."""
         assert self.hidden is not None
         return self.hidden.read(rows).to(self.target.device)
 
     def read_dense(self, rows: slice) -> Tensor:
-        """The dense model's hidden states, on the run's device."""
+        """Inputs of the layer in work, in the dense model, on the target's device."""
         assert self.dense is not None
         return self.dense.read(rows).to(self.target.device)
 
@@ -159,7 +163,7 @@ class Passage:
         self.dense.write(rows, hidden)
 
     def advance_dense(self, layer: int) -> None:
-        """What was written of the dense model is its input of `layer`, and readable as such."""
+        """What was written for the dense model becomes its input of `layer`."""
         assert self.dense is not None
         self.dense.advance(layer)
 
@@ -169,11 +173,11 @@ class Passage:
             self.hidden.advance(layer)
 
     def forget(self, layer: int) -> None:
-        """The inputs of a finished layer are not needed any more."""
+        """Delete the inputs of a finished layer."""
         for stream in (self.hidden, self.dense):
             if stream is not None:
                 stream.forget(layer)
 
     def close(self) -> None:
-        """Let go of the hidden states."""
+        """Release the hidden states."""
         self.hidden = self.dense = None

@@ -1,8 +1,8 @@
 """Formats: how one matrix is stored without its zeros. One file each; see `docs/format.md`.
 
-A format packs a matrix [out, in] into a few named tensors, its parts, and gives it back bit for
-bit. What is kept and what is a zero is told by the bits: a weight is dropped when all of its bits
-are 0, so −0.0 and NaN are kept like any other value.
+A format packs a matrix [out, in] into a few named tensors, its parts, and unpacks it bit for bit.
+The bits decide what is kept: a weight is dropped when all of its bits are 0, so −0.0 and NaN are
+kept like any other value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from secateur.registry import Registry
 from secateur.runtime.formats.bits import pack_bits
 from secateur.types import Mask, Weight
 
-__all__ = ["VALUES", "Format", "Layout", "PartSpec", "bitmask_parts", "check_specs", "formats"]
+__all__ = [
+    "VALUES",
+    "Format",
+    "Layout",
+    "PartSpec",
+    "bitmask_parts",
+    "check_specs",
+    "formats",
+    "length_of",
+    "part_suffixes",
+    "why_no_pattern",
+]
 
 VALUES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -29,10 +40,7 @@ VALUES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
-"""What the kept weights can be stored as."""
-
-LARGEST_GROUP = 32
-"""The largest M of N:M, so that the rank of a set of kept weights fits 32 bits."""
+"""The dtypes in which kept weights can be stored."""
 
 MAX_SIDE = 2**31 - 1
 
@@ -56,13 +64,13 @@ class Layout:
 
     Args:
         format: a name in `formats`.
-        values: a name in `VALUES`: what the kept weights are stored as.
+        values: a name in `VALUES`, the stored dtype of kept weights.
         shape: (out, in) of the matrix.
-        pattern: N:M, for `n-of-m` only.
-        transposed: whether the dense checkpoint holds the transpose [in, out] (GPT-2's Conv1D).
+        pattern: N:M, for formats that have one.
+        transposed: whether the dense checkpoint stores the transpose [in, out] (GPT-2's Conv1D).
 
     Raises:
-        CheckpointError: the fields are not of these kinds, or do not go together.
+        CheckpointError: a field has the wrong kind, or fields contradict each other.
     """
 
     format: str
@@ -83,15 +91,9 @@ class Layout:
             raise refused(self, f"a side is below 1 or above {MAX_SIDE}")
         if type(self.transposed) is not bool:
             raise refused(self, "transposed is not true or false")
-        if (self.format == "n-of-m") != (self.pattern is not None):
-            raise refused(self, "n-of-m has a pattern, and nothing else has")
-        if self.pattern is not None:
-            kept, group = self.kept_of_group
-            if not 1 <= kept < group <= LARGEST_GROUP or sides[1] % group:
-                raise refused(
-                    self, f"{sides[1]} inputs are not whole groups of {self.pattern} "
-                    f"with 1 <= N < M <= {LARGEST_GROUP}"
-                )  # fmt: skip
+        why = formats[self.format].why_not(self)
+        if why is not None:
+            raise refused(self, why)
 
     @property
     def kept_of_group(self) -> tuple[int, int]:
@@ -108,41 +110,44 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """The dtype of the stored values."""
         return VALUES[self.values]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that say something, for the metadata of a file."""
-        told: dict[str, Any] = {
+        """The fields that are not defaults, for the metadata of a file."""
+        record: dict[str, Any] = {
             "format": self.format,
             "values": self.values,
             "shape": list(self.shape),
         }
         if self.pattern is not None:
-            told["pattern"] = self.pattern
+            record["pattern"] = self.pattern
         if self.transposed:
-            told["transposed"] = True
-        return told
+            record["transposed"] = True
+        return record
 
     @classmethod
-    def from_json(cls, told: Any) -> Layout:
-        """The layout that `to_json` told.
+    def from_json(cls, record: Any) -> Layout:
+        """The layout that `to_json` described.
 
         Raises:
             CheckpointError: a key is missing or unknown, or a value is not possible.
         """
         known = {"format", "values", "shape", "pattern", "transposed"}
-        if not isinstance(told, dict) or not {"format", "values", "shape"} <= set(told) <= known:
+        if (
+            not isinstance(record, dict)
+            or not {"format", "values", "shape"} <= set(record) <= known
+        ):
             raise CheckpointError(
                 f"a layout has the keys format, values and shape, and no others than "
-                f"{', '.join(sorted(known))}; this one is {str(told)[:120]}"
+                f"{', '.join(sorted(known))}; this one is {str(record)[:120]}"
             )
-        shape = told["shape"]
-        return cls(**{**told, "shape": tuple(shape) if isinstance(shape, list) else shape})
+        shape = record["shape"]
+        return cls(**{**record, "shape": tuple(shape) if isinstance(shape, list) else shape})
 
 
 def refused(layout: Layout, why: str) -> CheckpointError:
-    """The error for a layout that cannot be."""
+    """The error for an impossible layout."""
     described = f"{layout.format!r}, {layout.values!r}, {layout.shape!r}, {layout.pattern!r}"
     return CheckpointError(
         f"no matrix can be stored like this ({described[:160]}): {why}",
@@ -155,22 +160,50 @@ class Format(Protocol):
 
     name: ClassVar[str]
 
+    suffixes: ClassVar[tuple[str, ...]]
+    """The suffixes that parts may have; a packed matrix has exactly those of its layout."""
+
+    automatic: ClassVar[bool]
+    """Whether `auto` tries it. A format that only some can read is better asked for by name."""
+
+    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+        """The layouts in which a matrix can be stored; none if the format cannot hold it.
+
+        Args:
+            nonzero: the weights that are not zero, bool [out, in].
+            values: a name in `VALUES`.
+            transposed: see `Layout`.
+        """
+        ...
+
+    def why_not(self, layout: Layout) -> str | None:
+        """What is wrong with the pattern and shape of a layout of this format; None if nothing."""
+        ...
+
+    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+        """How many weights these parts keep, where the layout does not fix it; 0 where it does.
+
+        Args:
+            found: dtypes and shapes as a file claims them, by suffix; some may be missing.
+        """
+        ...
+
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of every part, by suffix.
 
         Args:
             layout: of the matrix.
-            nonzeros: the weights that are kept, where the format does not fix their number.
+            nonzeros: the number of kept weights, where the format does not fix it.
         """
         ...
 
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
         """The parts of a matrix [out, in], cast to the values of the layout, by suffix.
 
-        The matrix may lie on any device. Parts lie on the CPU: they are what files hold.
+        The matrix may be on any device. Parts are on the CPU, because they go to files.
 
         Raises:
-            NumericalError: the values cannot hold a weight.
+            NumericalError: the stored dtype cannot represent a weight.
         """
         ...
 
@@ -186,28 +219,42 @@ class Format(Protocol):
         """Refuse parts that do not fit the layout or each other; what passes unpacks safely.
 
         Raises:
-            CheckpointError: what does not fit.
+            CheckpointError: names what does not fit.
         """
         ...
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:
-        """The bytes that the parts take."""
+        """The bytes of all parts."""
         ...
 
 
 formats: Registry[Format] = Registry("format", __name__)
 
 
-def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
-    """Refuse parts whose names, dtypes or shapes are not those of the layout.
+def part_suffixes() -> list[str]:
+    """Every suffix that a part of a packed matrix may have."""
+    return sorted({suffix for name in formats for suffix in formats[name].suffixes})
 
-    Looks at the header only, so a file can be refused before its data is read.
+
+def why_no_pattern(layout: Layout) -> str | None:
+    """`Format.why_not` of formats that have no pattern."""
+    return None if layout.pattern is None else f"the format {layout.format!r} has no pattern"
+
+
+def length_of(spec: PartSpec | None) -> int:
+    """The length of a part with one dimension; 0 of any other, or of none."""
+    return spec.shape[0] if spec is not None and len(spec.shape) == 1 else 0
+
+
+def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
+    """Refuse parts whose names, dtypes or shapes do not match the layout.
+
+    Reads only the header, so a file can be refused before its data is read.
 
     Raises:
-        CheckpointError: naming the part.
+        CheckpointError: names the part.
     """
-    values = found.get("compressed")
-    nonzeros = values.shape[0] if values is not None and len(values.shape) == 1 else 0
+    nonzeros = formats[layout.format].nonzeros(found)
     if nonzeros > layout.weights:
         raise CheckpointError(f"{nonzeros} values for a matrix of {layout.weights} weights")
     expected = formats[layout.format].parts(layout, nonzeros)
@@ -225,7 +272,7 @@ def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
 
 
 def bitmask_parts(parts: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """The parts of any format, as those of `bitmask`: what the kernels run on.
+    """The parts of any format, converted to those of `bitmask`, which the kernels use.
 
     Args:
         parts: checked parts of a matrix, by suffix.

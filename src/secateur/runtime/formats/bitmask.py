@@ -1,4 +1,4 @@
-"""Bitmask: one bit for every weight, and the values of those that are kept."""
+"""Bitmask: one bit for every weight, and the values of the kept ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.runtime.formats import Layout, PartSpec, formats
+from secateur.runtime.formats import Layout, PartSpec, formats, length_of, why_no_pattern
 from secateur.runtime.formats.bits import (
     count_bits,
     pack_bits,
@@ -29,8 +29,8 @@ class Bitmask:
     """Parts: `bitmask` uint8 [out, ceil(in / 8)], `compressed` [nnz] in row-major order.
 
     Bit j of a row (bit j mod 8 of byte j / 8, lowest first) is 1 where weight j is kept; bits
-    past `in` are 0. int8 adds `weight_scale` float32 [out]. A row's values begin where those of
-    the rows before it end, which follows from the mask and is not stored.
+    past `in` are 0. int8 adds `weight_scale` float32 [out]. A row's values begin where those of the
+    row before it end; the mask determines this place, so it is not stored.
 
     Example:
         >>> import torch
@@ -44,6 +44,21 @@ class Bitmask:
     """
 
     name: ClassVar[str] = "bitmask"
+    suffixes: ClassVar[tuple[str, ...]] = ("bitmask", "compressed", "weight_scale")
+    automatic: ClassVar[bool] = True
+
+    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+        """One: it can hold any matrix."""
+        out, columns = nonzero.shape
+        return [Layout(self.name, values, (out, columns), transposed=transposed)]
+
+    def why_not(self, layout: Layout) -> str | None:
+        """It has no pattern."""
+        return why_no_pattern(layout)
+
+    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+        """The length of `compressed`."""
+        return length_of(found.get("compressed"))
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""
@@ -78,7 +93,7 @@ class Bitmask:
             )
         if count_bits(mask) != values.numel():
             raise CheckpointError(
-                f"the mask keeps {count_bits(mask)} weights, there are {values.numel()} values"
+                f"the mask keeps {count_bits(mask)} weights, but there are {values.numel()} values"
             )
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.quantization.int8 import dequantize_rows
-from secateur.runtime.formats import Layout, PartSpec, formats
+from secateur.runtime.formats import Layout, PartSpec, formats, why_no_pattern
 from secateur.runtime.formats.kept import as_stored, check_values, kept_mask, scale_spec, select
 from secateur.types import Mask, Weight
 
@@ -28,6 +28,21 @@ class Dense:
     """
 
     name: ClassVar[str] = "dense"
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    automatic: ClassVar[bool] = True
+
+    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+        """One: it can hold any matrix."""
+        out, columns = nonzero.shape
+        return [Layout(self.name, values, (out, columns), transposed=transposed)]
+
+    def why_not(self, layout: Layout) -> str | None:
+        """It has no pattern."""
+        return why_no_pattern(layout)
+
+    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+        """0: the shape fixes all sizes."""
+        return 0
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""
@@ -39,7 +54,7 @@ class Dense:
         return {"weight": stored, **scale}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
-        """The weights of which a bit is 1."""
+        """The weights with a bit of 1."""
         mask = kept_mask(parts["weight"])
         return mask, select(parts["weight"], mask)
 
@@ -50,7 +65,7 @@ class Dense:
         return parts["weight"]
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
-        """Refuse other parts, dtypes and shapes, -128, and scales that are not positive."""
+        """Refuse wrong parts, dtypes and shapes, -128, and scales that are not positive."""
         check_values(parts, layout, "weight")
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:

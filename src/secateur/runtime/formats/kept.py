@@ -1,4 +1,4 @@
-"""What the formats share: which weights are kept, their values, and the checks of both."""
+"""Shared by the formats: which weights are kept, their values, and the checks of both."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
 
 
 def kept_mask(weight: Weight) -> Mask:
-    """Which weights are stored: those of which a bit is 1, so all but +0.0."""
+    """Which weights are stored: those with a bit of 1, so all except +0.0."""
     return weight.view(BITS[weight.dtype.itemsize]) != 0
 
 
 def as_stored(weight: Weight, layout: Layout) -> tuple[Mask, Tensor, dict[str, Tensor]]:
-    """A matrix in the values of a layout.
+    """Convert a matrix to the values of a layout.
 
     Returns:
         Which weights are kept [out, in]; the matrix [out, in] in the stored dtype; and the
         scales as a part, for int8. A kept weight can round to the integer 0 and stays kept.
 
     Raises:
-        NumericalError: a weight would become infinite, or is not finite and has to be int8.
+        NumericalError: a weight would become infinite, or is not finite and must become int8.
     """
-    weight = weight.cpu().contiguous()  # parts are what files hold
+    weight = weight.cpu().contiguous()  # parts go to files
     if layout.values == "int8":
         quantized, scale = quantize_rows(weight)
         return kept_mask(weight), quantized, {"weight_scale": scale}
@@ -50,7 +50,7 @@ def as_stored(weight: Weight, layout: Layout) -> tuple[Mask, Tensor, dict[str, T
 def select(stored: Tensor, mask: Mask) -> Tensor:
     """The kept values [nnz] of a matrix, in row-major order.
 
-    By way of numpy, whose selection by a mask makes no index of eight bytes for every value.
+    It uses numpy, whose selection by a mask needs no index of eight bytes per value.
     """
     bits = BITS[stored.dtype.itemsize]
     return torch.from_numpy(stored.view(bits).numpy()[mask.numpy()]).view(stored.dtype)
@@ -58,7 +58,7 @@ def select(stored: Tensor, mask: Mask) -> Tensor:
 
 def expand(mask: Mask, values: Tensor, scale: Tensor | None) -> Weight:
     """The matrix [out, in] of kept values; dequantized to float32 when there are scales."""
-    bits = BITS[values.dtype.itemsize]  # copied as bits, so that every NaN stays what it was
+    bits = BITS[values.dtype.itemsize]  # copied as bits, so that every NaN keeps its bits
     dense = torch.zeros(mask.shape, dtype=bits)
     dense.numpy()[mask.numpy()] = values.view(bits).numpy()
     if scale is not None:
@@ -74,7 +74,7 @@ def scale_spec(layout: Layout) -> dict[str, PartSpec]:
 
 
 def check_values(parts: Mapping[str, Tensor], layout: Layout, values: str) -> None:
-    """Refuse parts of other dtypes or shapes, −128, and scales that are not finite and positive.
+    """Refuse parts of wrong dtypes or shapes, −128, and scales that are not finite and positive.
 
     Args:
         parts: by suffix.

@@ -1,4 +1,4 @@
-"""N-of-M: for every group of M weights the number of its set of N kept ones, and their values."""
+"""N-of-M: for every group of M weights the rank of its set of N kept ones, and their values."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ from secateur.runtime.formats.kept import as_stored, check_values, expand, scale
 from secateur.types import Mask, Weight
 
 __all__ = ["NOfM", "code_bits", "fill_groups", "group_counts", "ranks", "sets_of"]
+
+LARGEST_GROUP = 32
+"""The largest M of N:M, so that the rank of a set of kept weights fits 32 bits."""
+
+GROUPS = (2, 4, 8, 16, 32)
+"""The M that are tried; for each of them N follows from the fullest group."""
 
 LARGEST_TABLE = 16
 """The largest M for which all sets are listed in a table."""
@@ -83,10 +89,10 @@ def sets_of(rank: Tensor, kept: int, group: int) -> Mask:
 
 @cache
 def tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
-    """Rank by set and set by rank, sets as whole numbers with bit j for position j.
+    """Tables of rank by set and set by rank; a set is a whole number with bit j for position j.
 
     Returns:
-        int32 [2^M], 0 where the set is not of N; and int32 [C(M, N)]. For M up to 16.
+        int32 [2^M], 0 where the set does not have N positions; and int32 [C(M, N)]. For M up to 16.
     """
     bits = torch.arange(2**group, dtype=torch.int32)[:, None] >> torch.arange(group) & 1
     sets = torch.nonzero(bits.sum(dim=1) == kept).view(-1)
@@ -129,7 +135,7 @@ def group_counts(mask: Mask, group: int) -> Tensor:
 
 
 def fill_groups(mask: Mask, kept: int, group: int) -> Mask:
-    """Keep the first zeros of a group as well, until exactly N are kept.
+    """Also keep the first zeros of a group, until exactly N are kept.
 
     Raises:
         CheckpointError: a group keeps more than N.
@@ -152,14 +158,28 @@ def fill_groups(mask: Mask, kept: int, group: int) -> Mask:
     return filled.reshape(mask.shape)
 
 
+def patterns_that_fit(nonzero: Mask) -> list[str]:
+    """The patterns N:M that hold every weight that is not zero, N as small as it can be."""
+    found = []
+    counts = nonzero.contiguous().view(torch.uint8)
+    for group in GROUPS:  # each of two groups of the one before
+        if counts.shape[1] % 2:
+            break
+        counts = counts[:, 0::2] + counts[:, 1::2]
+        kept = max(1, int(counts.max()))
+        if kept < group:
+            found.append(f"{kept}:{group}")
+    return found
+
+
 @dataclass(frozen=True)
 class NOfM:
     """Parts: `codes` uint8 [out, ceil(in/M · bits / 8)], `compressed` [out · in/M · N].
 
     A code is the rank of the group's set (see `ranks`) in bits = ceil(log2 C(M, N)) bits. The
     codes of a row follow each other without gaps, lowest bit first, and the row ends with zeros
-    up to a whole byte. A group with fewer than N weights that are not zero keeps its first zeros
-    too. int8 adds `weight_scale` float32 [out].
+    up to a whole byte. A group with fewer than N nonzero weights also keeps its first zeros. int8
+    adds `weight_scale` float32 [out].
 
     Example:
         >>> import torch
@@ -171,6 +191,33 @@ class NOfM:
     """
 
     name: ClassVar[str] = "n-of-m"
+    suffixes: ClassVar[tuple[str, ...]] = ("codes", "compressed", "weight_scale")
+    automatic: ClassVar[bool] = True
+
+    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+        """One for each pattern that holds every weight that is not zero."""
+        out, columns = nonzero.shape
+        return [
+            Layout(self.name, values, (out, columns), pattern, transposed)
+            for pattern in patterns_that_fit(nonzero)
+        ]
+
+    def why_not(self, layout: Layout) -> str | None:
+        """It needs a pattern N:M with M up to 32, and whole groups."""
+        if layout.pattern is None:
+            return "the format 'n-of-m' needs a pattern"
+        kept, group = layout.kept_of_group
+        columns = layout.shape[1]
+        if 1 <= kept < group <= LARGEST_GROUP and columns % group == 0:
+            return None
+        return (
+            f"{columns} inputs are not whole groups of {layout.pattern} "
+            f"with 1 <= N < M <= {LARGEST_GROUP}"
+        )
+
+    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+        """0: the pattern fixes all sizes."""
+        return 0
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts, whatever the number of zeros."""
@@ -220,7 +267,7 @@ class NOfM:
         return expand(*self.kept(parts, layout), parts.get("weight_scale"))
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
-        """Refuse also codes that are no set, and bits past the end of a row."""
+        """Also refuse codes without a set, and bits past the end of a row."""
         check_values(parts, layout, "compressed")
         kept, group = layout.kept_of_group
         width = code_bits(kept, group)

@@ -1,14 +1,14 @@
-"""Which way is fastest for how many tokens: measured once for each kind of matrix, never guessed.
+"""Measures once for each kind of matrix which way is fastest, for how many tokens.
 
 | way    | what it does                                                        |
 |--------|---------------------------------------------------------------------|
-| kernel | our kernel on the matrix as it is stored, eight tokens at a time     |
-| tile   | a part of the matrix is expanded, torch multiplies it; and the next  |
+| kernel | our kernel on the stored matrix, eight tokens at a time             |
+| tile   | a tile of the matrix is expanded and torch multiplies it, then the next |
 
-The kernel reads less, the tile computes better; with the number of tokens the second wins. Where
-the kernel is slower for one token than on dense matrices, they had better be dense; `gain` tells.
-That can only be measured on more weights than the caches hold, for a model that is decoded reads
-all of its weights for every token: kinds with fewer stay packed.
+The kernel reads less, the tile computes faster; so the tile wins for many tokens. If for one token
+the kernel is slower than on dense matrices, the matrices should be dense; `gain` measures this. The
+measurement needs more weights than the caches hold, since decoding reads all weights of a model for
+every token. Kinds with fewer weights stay packed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class KernelChoice:
 
     Args:
         kernel_up_to: the most tokens for which the kernel is the faster way.
-        gain: for one token, seconds of the faster of torch and our kernel on dense matrices over
-            seconds of the kernel on these; infinite where the caches hold them all.
+        gain: for one token, seconds on dense matrices (the faster of torch and our kernel) divided
+            by seconds of the kernel on these; infinite where the caches hold them all.
     """
 
     kernel_up_to: int
@@ -51,7 +51,7 @@ _measured: dict[tuple[object, ...], KernelChoice] = {}
 
 
 def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
-    """What matrices have in common that are equally fast to multiply."""
+    """The properties that decide how fast a matrix is to multiply."""
     info = kernel_info()
     density = matrix.nonzeros / (matrix.rows * matrix.columns)
     packed = matrix.mask is not None
@@ -60,10 +60,10 @@ def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
 
 
 def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
-    """The choice for matrices of one kind, measured if that has not been done yet.
+    """The choice for matrices of one kind; measured on the first call.
 
     Args:
-        matrices: of one kind; the more, the less they are found in a cache, as in a real run.
+        matrices: of one kind; more matrices fit less in a cache, as in a real run.
         dtype: of the activations.
     """
     kind = kind_of(matrices[0], dtype)
@@ -89,7 +89,7 @@ def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoic
 
 
 def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float:
-    """What `KernelChoice.gain` says."""
+    """The value of `KernelChoice.gain`."""
     first = matrices[0]
     count = -(-CACHE_BYTES // (first.rows * first.columns * dtype.itemsize))
     if first.mask is None or count > len(matrices):
@@ -106,9 +106,9 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
 
 
 def seconds(*ways: Sequence[Callable[[], Tensor]]) -> list[float]:
-    """For each way the least mean time of its calls, over passes that take turns.
+    """For each way the lowest mean time of its calls, over alternating passes.
 
-    The least, because what else the machine does can only make it longer.
+    The lowest counts, because other work on the machine can only lengthen a time.
     """
     least = [float("inf")] * len(ways)
     for _ in range(1 + REPEATS):
@@ -131,8 +131,8 @@ def by_kernel(matrix: KernelMatrix, x: Tensor) -> Tensor:
 def by_tiles(matrix: KernelMatrix, x: Tensor) -> Tensor:
     """The product x · Wᵀ [tokens, out] by torch, one expanded tile after the other.
 
-    At no time is more than a tile expanded. int8 values are multiplied as the integers they are,
-    and the result by their scale.
+    Never more than one tile is expanded. int8 values are multiplied as integers, and the result by
+    their scale.
     """
     if matrix.weight is not None:
         return functional.linear(x, matrix.weight.to(x.dtype))

@@ -1,7 +1,7 @@
-"""The C library: found, loaded, and described to ctypes.
+"""Finds and loads the C library, and describes it to ctypes.
 
-`pip install` builds it where there is a compiler. Without it everything still runs: packed
-matrices are expanded when they are loaded, and multiplied by torch.
+`pip install` builds it where there is a compiler. Without it everything still runs: packed matrices
+are expanded when loaded, and torch multiplies them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 ABI = 1
 MAX_BATCH = 8
-"""The most activations that a kernel takes at once."""
+"""The most rows of activations for one call of a kernel."""
 
 TYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3})
 """The numbers of the types of values, `sct_type` in csrc/secateur.h."""
@@ -76,7 +76,7 @@ class CLayer(ctypes.Structure):
 
 
 class CDecoder(ctypes.Structure):
-    """`sct_decoder`: all of them, and how they are read."""
+    """`sct_decoder`: all layers, embedding, head and buffers."""
 
     _fields_ = (
         *(
@@ -105,7 +105,7 @@ class CDecoder(ctypes.Structure):
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """What multiplies packed matrices on this machine.
+    """The kernels that multiply packed matrices on this machine.
 
     Args:
         tier: `avx512bf16`, `avx512`, `avx2`, or `none`: expanded when loaded, and no gain.
@@ -143,9 +143,9 @@ def library() -> ctypes.CDLL | None:
         ) from error
     if found != ABI:
         raise KernelError(
-            f"the kernels are of version {found}, this is version {ABI}",
+            f"the kernels have version {found}, but this is version {ABI}",
             where=str(built[0]),
-            remedy="install again, so that they are built anew",
+            remedy="install again to rebuild them",
         )
     declare(loaded)
     return loaded
@@ -172,7 +172,7 @@ def declare(loaded: ctypes.CDLL) -> None:
 
 
 def kernel_info() -> KernelInfo:
-    """The active tier, and if there is none, why."""
+    """The active tier, or the reason why there is none."""
     loaded = library()
     if loaded is None and os.environ.get(LIBRARY_VARIABLE) == "none":
         return KernelInfo("none", 0, f"{LIBRARY_VARIABLE}=none switches the kernels off; unset it")
@@ -189,12 +189,12 @@ def kernel_info() -> KernelInfo:
 
 
 def use_tier(tier: str) -> None:
-    """Choose among the tiers this processor has, for tests and comparisons.
+    """Choose one of this processor's tiers, for tests and comparisons.
 
-    Matrices that are already made keep working with any tier but `none`.
+    Existing matrices work with every tier except `none`.
 
     Raises:
-        KernelError: this processor does not have it.
+        KernelError: this processor does not have the tier.
     """
     loaded = library()
     if loaded is None or loaded.sct_use_tier(tier.encode()) != 0:
@@ -205,7 +205,7 @@ def use_tier(tier: str) -> None:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a contiguous tensor on the CPU lies; whoever passes it on keeps it alive."""
+    """The address of a contiguous CPU tensor; the caller must keep the tensor alive."""
     if tensor is None:
         return None
     assert tensor.is_contiguous()

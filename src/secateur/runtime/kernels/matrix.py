@@ -1,4 +1,4 @@
-"""A weight matrix as the kernels read it.
+"""A weight matrix in the form that the kernels read.
 
 | part      | bitmask                                   | dense                                |
 |-----------|-------------------------------------------|--------------------------------------|
@@ -7,9 +7,9 @@
 | `offsets` | where each row's values begin [out + 1]   | none                                 |
 | `scale`   | float32 [out] where values are int8       | the same                             |
 
-words = ⌈in / 64⌉; what lies past `in` is zero. Values can be read for 64 bytes past their end, so
-that kernels may load whole registers. All padding is made here, when a matrix is loaded; files
-have none. A dense weight whose rows are whole words already is used where it lies.
+words = ⌈in / 64⌉; entries past `in` are zero. Kernels may read 64 bytes past the end of the values,
+so that they can load whole registers. All padding happens here, when a matrix is loaded; files have
+none. A dense weight whose rows are already whole words is used without a copy.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class KernelMatrix:
     """A weight [out, in] on the CPU, ready for kernels.
 
     Args:
-        values: kept weights [nonzeros] with a bitmask, else the dense weight [out, in]; float32,
-            bfloat16, float16 or int8.
+        values: kept weights [nonzeros] with a bitmask, otherwise the dense weight [out, in];
+            float32, bfloat16, float16 or int8.
         bitmask: uint8 [out, ⌈in / 8⌉], bit j of a row little end first; None if dense.
         scale: float32 [out], for int8: W = scale · values.
         columns: in; needed with a bitmask.
@@ -73,7 +73,7 @@ class KernelMatrix:
             torch.cumsum(counts, 0, out=self.offsets[1:])
             if int(self.offsets[-1]) != values.numel():
                 raise ShapeError(
-                    f"the bitmask keeps {int(self.offsets[-1])} weights, there are "
+                    f"the bitmask keeps {int(self.offsets[-1])} weights, but there are "
                     f"{values.numel()} values"
                 )
             self.values = padded(values.view(1, -1), 1, values.numel())
@@ -91,32 +91,32 @@ class KernelMatrix:
         self.pointer = ctypes.addressof(self.c)
 
     def __deepcopy__(self, memo: object) -> KernelMatrix:
-        """Itself: a copied model shares its matrices, which never change."""
+        """Return the matrix itself: copied models share their matrices, which never change."""
         return self
 
     @property
     def nonzeros(self) -> int:
-        """Weights that are stored."""
+        """The number of stored weights."""
         return self.rows * self.columns if self.offsets is None else int(self.offsets[-1])
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes."""
+        """Its memory in bytes."""
         parts = (self.values, self.mask, self.offsets, self.scale)
         return sum(part.nbytes for part in parts if part is not None)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """The product x · Wᵀ, by the kernels.
+        """The product x · Wᵀ, computed by the kernels.
 
         Args:
             x: [batch, in], 1 ≤ batch ≤ 8, float32 or bfloat16.
 
         Returns:
-            [batch, out] of the dtype of x. With bfloat16 values and float32 x the arithmetic is
-            that of float32. With int8 values, x is rounded to int8 with a scale for each 256.
+            [batch, out] of the dtype of x. bfloat16 values with float32 x are computed in float32.
+            With int8 values, x is rounded to int8 with one scale per 256 entries.
 
         Raises:
-            ShapeError: x does not fit.
+            ShapeError: x does not fit the matrix.
             KernelError: there are no kernels here.
         """
         batch, columns = x.shape
@@ -126,7 +126,7 @@ class KernelMatrix:
                 f"{self.columns} on the cpu"
             )
         if x.dtype not in (torch.float32, torch.bfloat16):
-            raise ShapeError(f"x is {x.dtype}, kernels take float32 or bfloat16")
+            raise ShapeError(f"x is {x.dtype}, but kernels accept float32 or bfloat16")
         x = x.contiguous()
         y = torch.empty(batch, self.rows, dtype=x.dtype)
         status = kernels().sct_linear(

@@ -1,14 +1,15 @@
-"""Search: levels of sparsity are traded between linears as long as the model gains by it.
+"""Search: linears trade levels of sparsity as long as the model gains by it.
 
-The pure part: which levels there are, which trades keep the budget, who survives. What a
-candidate is worth is told by a function; `engine.choose.tournament` measures it on the model.
+The pure part: which levels there are, and which trades keep the number of zeros.
+`engine.choose.levels` measures candidates on the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import ClassVar
 
@@ -19,30 +20,14 @@ from secateur.errors import RecipeError
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.allocation.layer_sensitivity import ranks
+from secateur.sparsity.evolution import Candidate, Evolution, Fitness, Leader, Stages
 from secateur.sparsity.hessian import relative_output_error
 
-__all__ = [
-    "Candidate",
-    "Fitness",
-    "Ladder",
-    "Search",
-    "Standing",
-    "check_stages",
-    "climb",
-    "ladders",
-    "mutate",
-]
+__all__ = ["Ladder", "Search", "ladders", "mutate"]
 
-Candidate = tuple[int, ...]
-"""A level for each linear, in the order of the ladders; 0 is the target sparsity."""
-
-Fitness = Callable[[Sequence[Candidate], int, int], Sequence[float]]
-"""(candidates, tokens, draw) → what each is worth, lower = better.
-
-Of the tokens that the last stage sees all of, earlier stages see a part; `draw` says which."""
-
-_MOST_MOVES = 16  # linears one trade may touch
-_TRIES = 50
+_MOST_MOVES = 16  # linears that one trade may change
+_PAIRS = 50  # pairs of linears that are drawn until one can trade
+_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -67,13 +52,13 @@ class Ladder:
 
 
 def ladders(grains: Mapping[str, Granularity], levels: int, step: float) -> dict[str, Ladder]:
-    """The levels of every linear, such that linears of different size can trade.
+    """The levels of every linear, chosen so that linears of different size can trade.
 
-    A level is worth about `step` of a linear: a multiple of what a level of the smallest linear
-    is worth, where the units of all linears allow that; then 8 levels of a small linear may be
-    exactly 1 of a large one. Otherwise each linear has levels of its own whole units, and trades
-    find those that match. Where one linear has very coarse units (a KV group is worth hundreds of
-    neurons), the levels of finer ones are such that a few of them are one of those.
+    A level changes the sparsity by about `step`. Where the units of all linears allow it, a level
+    of each linear is worth a multiple of the smallest one; then 8 levels of a small linear may be
+    exactly 1 level of a large one. Otherwise a level of each linear is worth whole units of its
+    own, and trades look for levels that match. Where one linear has very coarse units (a KV group
+    is worth hundreds of neurons), a few levels of a finer linear are worth one unit of it.
 
     Args:
         grains: of every linear that competes.
@@ -97,7 +82,7 @@ def ladders(grains: Mapping[str, Granularity], levels: int, step: float) -> dict
 
 
 def nearest_part(whole: int, wished: int) -> int:
-    """The divisor of `whole` nearest to what is wished, by ratio."""
+    """The divisor of `whole` that is nearest to `wished`, by ratio."""
     parts = [d for d in range(1, whole + 1) if whole % d == 0]
     return min(parts, key=lambda d: abs(math.log(d / wished)))
 
@@ -105,22 +90,22 @@ def nearest_part(whole: int, wished: int) -> int:
 @allocations.register("search")
 @dataclass(frozen=True)
 class Search:
-    """Evolutionary search over levels of sparsity, judged on the whole model.
+    """Evolutionary search over levels of sparsity, measured on the whole model.
 
-    Every linear of the dense model is solved at each of its levels by the run's own method. From
-    the better of the uniform candidate and one informed by sensitivity, each generation makes
-    `offspring` mutants of the best; stages of selection keep fewer and fewer of them on more and
-    more tokens; the last survivor replaces the best if its fitness on the tokens of the last
-    stage is lower. So the result is never worse than uniform by that fitness:
+    The run's own method solves every linear of the dense model at each of its levels. The search
+    (`Evolution`) begins with the better of two candidates: uniform sparsity, and levels that
+    follow the sensitivity of the linears. It minimises
 
         fitness = mean over tokens of KL( softmax(dense logits) ‖ softmax(candidate logits) )
 
+    so by this measure the result is never worse than uniform sparsity.
+
     Paper: Sieberling et al. 2024, "EvoPress: Accurate Dynamic Model Compression via Evolutionary
-    Search", arXiv:2410.14649. Deviations: levels lie a step of sparsity apart, not one number of
-    weights for all linears, and a trade moves as many levels as keep the number of zeros; the
-    start is informed; the last stage has the same tokens in every generation, so that the best is
-    not judged again; defaults are for two cores (the paper: 64 offspring, 400 generations, 2 048
-    to 65 536 tokens).
+    Search", arXiv:2410.14649. Deviations: neighbouring levels differ by a step of sparsity, in the
+    paper by a number of weights; a trade moves as many levels as keep the number of zeros; one
+    start follows sensitivity; the last stage has the same tokens in every generation, so the best
+    candidate is measured once. The defaults are for two cores (the paper: 64 offspring, 400
+    generations, 2 048 to 65 536 tokens).
 
     Args:
         levels: levels above and below the target.
@@ -138,20 +123,25 @@ class Search:
     step: float = 0.05
     generations: int = 16
     offspring: int = 8
-    stages: tuple[tuple[int, int], ...] = ((2, 512), (1, 2048))
+    stages: Stages = ((2, 512), (1, 2048))
     seed: int = 0
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
 
     def __post_init__(self) -> None:
-        whole = self.levels >= 1 and self.offspring >= 1 and self.generations >= 0
-        if not (whole and 0 < self.step < 0.5):
+        if self.levels < 1 or not 0 < self.step < 0.5:
             raise RecipeError(
-                f"a search with {self.levels} levels of {self.step}, {self.offspring} offspring "
-                f"and {self.generations} generations cannot be made",
-                remedy="give levels and offspring of 1 or more, and a step in (0, 0.5)",
+                f"a search with {self.levels} levels of {self.step} cannot be made",
+                remedy="give levels of 1 or more, and a step in (0, 0.5)",
             )
-        check_stages(self.stages, "((2, 512), (1, 2048))")
+        _ = self.evolution  # checks the rest
+
+    @property
+    def evolution(self) -> Evolution:
+        """The search over candidates."""
+        return Evolution(
+            self.generations, self.offspring, self.stages, self.seed, _TRIES, revisits=True
+        )
 
     @property
     def reach(self) -> float:
@@ -160,20 +150,16 @@ class Search:
 
     @property
     def judged_tokens(self) -> int:
-        """Tokens that the last stage judges by."""
-        return self.stages[-1][1]
+        """Tokens that the last stage measures on."""
+        return self.evolution.full_tokens
 
     def working_bytes(self, weights: int, itemsize: int) -> int:
         """Every level that is kept of it."""
         return self.disk_bytes(weights, itemsize)
 
     def tokens(self, calibration: int) -> int:
-        """One pass for the levels; then the dense model, two starts, and every stage."""
-        tokens, entering = 3 * self.judged_tokens, self.offspring
-        for survivors, seen in self.stages:
-            tokens += self.generations * entering * seen
-            entering = survivors
-        return calibration + tokens
+        """Tokens that pass: once for the levels; then the dense model, two starts, every stage."""
+        return calibration + 3 * self.judged_tokens + self.evolution.tokens
 
     def ladders(self, grains: Mapping[str, Granularity]) -> dict[str, Ladder]:
         """The levels of every linear."""
@@ -194,11 +180,11 @@ class Search:
         return kept
 
     def informed(self, errors: Mapping[str, float], rungs: Mapping[str, Ladder]) -> Candidate:
-        """A start by sensitivity: of linears of one size, the lower the error the higher the level.
+        """A candidate by sensitivity: among linears of one size, a lower error gets a higher level.
 
         The linear of rank r among n gets the level `top · (1 − 2r/(n−1))`, rounded, and the one of
-        rank n−1−r its negative, so the budget is kept. The top is two thirds of the levels: by
-        default ±0.1, as far as the allocation `layer-sensitivity` goes.
+        rank n−1−r its negative, so the number of zeros stays. The top is two thirds of the levels:
+        by default ±0.1, as in the allocation `layer-sensitivity`.
         """
         top = max(1, round(2 * self.levels / 3))
         level = dict.fromkeys(rungs, 0)
@@ -214,10 +200,23 @@ class Search:
                     level[robust], level[tender] = wanted, -wanted
         return tuple(level.values())
 
+    def climb(
+        self, rungs: Sequence[Ladder], informed: Candidate, fitness: Fitness
+    ) -> Iterator[Leader]:
+        """Search from the better of the uniform candidate and the informed one.
+
+        Args:
+            rungs: the levels of each linear.
+            informed: from `informed`.
+            fitness: measures candidates; a candidate is a level for each linear.
+        """
+        uniform = (0,) * len(rungs)
+        return self.evolution.climb([uniform, informed], partial(mutate, rungs=rungs), fitness)
+
     def wish(
         self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
     ) -> dict[str, float]:
-        """Where the search starts: the candidate informed by sensitivity."""
+        """The sparsity of each linear in the candidate by sensitivity, where the search starts."""
         rungs = self.ladders(grains)
         errors = {
             key.removesuffix("/error"): float(error)
@@ -232,15 +231,15 @@ class Search:
         return (2 * self.levels + 1) * weights * itemsize
 
 
-def mutate(candidate: Candidate, rungs: Sequence[Ladder], random: Random) -> Candidate:
-    """One to three trades, fewer more often; each keeps the number of zeros.
+def mutate(candidate: Candidate, random: Random, rungs: Sequence[Ladder]) -> Candidate:
+    """Make one to three trades, fewer more often; each keeps the number of zeros.
 
     A trade takes a levels down of linears whose level is worth u weights, and b up of linears
     whose level is worth v, with a·u = b·v; a = b = 1 for linears of one size.
     """
     levels = list(candidate)
     for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
-        for _ in range(_TRIES):
+        for _ in range(_PAIRS):
             if _trade(levels, rungs, random):
                 break
     return tuple(levels)
@@ -272,101 +271,3 @@ def _trade(levels: list[int], rungs: Sequence[Ladder], random: Random) -> bool:
     for i in (up, *random.sample(risers, count_up - 1)):
         levels[i] += 1
     return True
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a search stands.
-
-    Attributes:
-        generation: how many are done.
-        best: the best candidate so far.
-        fitness: of the best, on the tokens of the last stage.
-        uniform: fitness of the uniform candidate, on the same tokens.
-    """
-
-    generation: int
-    best: Candidate
-    fitness: float
-    uniform: float
-
-
-def climb(
-    search: Search,
-    rungs: Sequence[Ladder],
-    informed: Candidate,
-    fitness: Fitness,
-    standing: Standing | None = None,
-) -> Iterator[Standing]:
-    """Search generation by generation; yields the standing after the start and after each.
-
-    The mutations of a generation depend on the seed, its number and the best alone, so a search
-    that goes on from a standing ends as one that was never stopped.
-
-    Args:
-        search: the parameters.
-        rungs: the levels of each linear.
-        informed: a start to try besides uniform.
-        fitness: what candidates are worth.
-        standing: where a stopped search stood.
-    """
-    if standing is None:
-        uniform = (0,) * len(rungs)
-        starts = [uniform, informed] if informed != uniform else [uniform]
-        worth = fitness(starts, search.judged_tokens, 0)
-        better = _order(worth)[0]
-        standing = Standing(0, starts[better], worth[better], worth[0])
-        yield standing
-    for generation in range(standing.generation, search.generations):
-        random = Random(f"{search.seed} {generation}")
-        survivors = _offspring(search, standing.best, rungs, random)
-        values: Sequence[float] = []
-        for keep, tokens in search.stages:
-            if len(survivors) > keep or tokens == search.judged_tokens:
-                values = fitness(survivors, tokens, generation) if survivors else []
-                order = _order(values)[:keep]
-                survivors, values = [survivors[i] for i in order], [values[i] for i in order]
-        best, value = standing.best, standing.fitness
-        if survivors and values[0] < value:
-            best, value = survivors[0], values[0]
-        standing = Standing(generation + 1, best, value, standing.uniform)
-        yield standing
-
-
-def _offspring(
-    search: Search, parent: Candidate, rungs: Sequence[Ladder], random: Random
-) -> list[Candidate]:
-    """Different mutants of the best; fewer than asked where a small model has no more."""
-    found: dict[Candidate, None] = {}
-    for _ in range(4 * search.offspring):
-        mutant = mutate(parent, rungs, random)
-        if mutant != parent:
-            found[mutant] = None
-        if len(found) == search.offspring:
-            break
-    return list(found)
-
-
-def _order(values: Sequence[float]) -> list[int]:
-    """Indices from the lowest value up; what is not a number comes last."""
-    return sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), values[i]))
-
-
-def check_stages(stages: tuple[tuple[int, int], ...], example: str) -> None:
-    """Refuse stages of a selection that do not narrow down to one, on ever more tokens.
-
-    Args:
-        stages: (survivors, tokens that they are judged by).
-        example: of good ones, for the remedy.
-
-    Raises:
-        RecipeError: they do not.
-    """
-    survivors, tokens = [s for s, _ in stages], [t for _, t in stages]
-    falling = survivors == sorted(survivors, reverse=True) and survivors[-1:] == [1]
-    if not (falling and tokens == sorted(tokens) and tokens[0] > 0):
-        raise RecipeError(
-            f"stages are {stages}",
-            remedy="give (survivors, tokens) with ever fewer survivors on ever more tokens, "
-            f"1 at last; for example {example}",
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secateur.recipes.compress import CompressRecipe
-from secateur.runtime.choice import check_wishes
+from secateur.runtime.choice import check_names
 from secateur.workflows.compress.rounding import check_calibration
 
 __all__ = ["check_compression"]
@@ -15,5 +15,5 @@ def check_compression(recipe: CompressRecipe) -> None:
     Raises:
         RecipeError: a format is unknown, or options do not fit together.
     """
-    check_wishes(recipe.format, recipe.values)
+    check_names(recipe.format, recipe.values)
     check_calibration(recipe)

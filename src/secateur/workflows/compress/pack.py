@@ -33,6 +33,7 @@ from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
 from secateur.runtime.choice import (
     AUTO,
+    DENSE,
     KEEP,
     LayoutChoice,
     choose_layout,
@@ -76,7 +77,7 @@ class StoragePlan:
     def layout(self, name: str) -> Layout | None:
         """The layout of a tensor; None for one that stays as it is, or is only cast."""
         choice = self.choices.get(name)
-        if choice is None or (choice.layout.format == "dense" and choice.layout.values != "int8"):
+        if choice is None or (choice.layout.format == DENSE and choice.layout.values != "int8"):
             return None
         return choice.layout
 
@@ -235,7 +236,7 @@ def make_plan(
 
     Raises:
         CheckpointError: a matrix is of a dtype that cannot be packed.
-        RecipeError: N:M was asked for and no matrix has such zeros.
+        RecipeError: the format that is asked for can hold no matrix.
     """
     plan = StoragePlan()
     progress.start("counting", len(matrices))
@@ -245,7 +246,7 @@ def make_plan(
         wanted = values_for(stored.dtype, values if matrix.prunable else "int8", name)
         plan.choices[name] = choose_layout(
             weight,
-            format=format if matrix.prunable else "dense",
+            format=format if matrix.prunable else DENSE,
             values=wanted,
             transposed=matrix.transposed,
         )
@@ -254,12 +255,12 @@ def make_plan(
             plan.lost, plan.norm = plan.lost + lost, plan.norm + norm
         progress.step(note=name)
     progress.finish()
-    chosen = [c.layout.format for name, c in plan.choices.items() if matrices[name].prunable]
-    if format == "n-of-m" and "n-of-m" not in chosen:
+    offered = [c.offered for name, c in plan.choices.items() if matrices[name].prunable]
+    if format not in (AUTO, DENSE) and not any(offered):
         raise RecipeError(
-            f"none of the {len(chosen)} matrices has zeros in a pattern N:M",
+            f"none of the {len(offered)} matrices can be stored as {format!r}",
             where=str(reader.folder),
-            remedy="use --format auto or bitmask, or prune with --pattern 2:4",
+            remedy="use --format auto or bitmask; n-of-m needs zeros such as --pattern 2:4 leaves",
         )
     return plan
 

@@ -13,7 +13,7 @@ from secateur.calibration.documents import read_text
 from secateur.calibration.windows import load_windows, stored_start
 from secateur.diagnostics.claimed_sparsity import check_sparsity
 from secateur.diagnostics.claims import Claims, read_claims
-from secateur.diagnostics.drift import LayerDrift, check_same_model, walk
+from secateur.diagnostics.drift import LayerDrift, check_same_model, layer_drifts
 from secateur.diagnostics.findings import Finding, by_severity
 from secateur.diagnostics.layers import check_layers, could_bear
 from secateur.diagnostics.target import Machine, check_speed, look_at_target
@@ -107,7 +107,7 @@ def diagnose(
     weights, findings = looked_at(ours, claims, reference, progress)
     drift, bears = list[LayerDrift](), dict[int, float]()
     if reference is not None:
-        drift = walked(ours, reference, progress)
+        drift = layer_drifts(ours, reference.target, reference.tokens, progress)
         bears = could_bear(layer_sparsity(weights), drift)
         findings += check_layers(drift, ours.architecture.layer_name, bears)
     target = check_target().target
@@ -223,15 +223,6 @@ def stored_as_int8(target: CheckpointTarget) -> bool:
     if not isinstance(target.reader, DenseView):
         return False
     return any(layout.values == "int8" for layout in target.reader.packed.layouts.values())
-
-
-def walked(ours: CheckpointTarget, reference: Reference, progress: Progress) -> list[LayerDrift]:
-    """The drift of every layer, with progress told."""
-    progress.start("layers", len(ours.layers))
-    tell = progress.step
-    drift = walk(ours, reference.target, reference.tokens, lambda i: tell(note=f"layer {i}"))
-    progress.finish()
-    return drift
 
 
 def about_pruned(

@@ -22,6 +22,7 @@ from secateur.engine.prune.surgery import refuse_unusable
 from secateur.errors import RecipeError
 from secateur.models.inventory import Left
 from secateur.progress import Progress, Silent
+from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
@@ -70,7 +71,7 @@ def plan(model: str | Path, **options: Any) -> PlanResult:
     Raises:
         SecateurError: as `prune` would.
     """
-    return plan_recipe(recipe_of(PruneRecipe, {"model": model}, options)[0])
+    return plan_recipe(recipe_of(PruneRecipe, {"model": model}, with_method(options))[0])
 
 
 def plan_recipe(recipe: PruneRecipe) -> PlanResult:
@@ -107,7 +108,8 @@ def prune(
             model also token windows [windows, sequence_length]. [c4]
         tokenizer: needed for a loaded model when `calibration` is text.
         progress: receives every step.
-        **options: the other options of the recipe.
+        **options: the other options of the recipe. `method` is a name, or what `secateur.compose`
+            returned.
 
     Returns:
         What was done.
@@ -115,6 +117,7 @@ def prune(
     Raises:
         SecateurError: what, where, and what to do.
     """
+    options = with_method(options)
     if isinstance(model, nn.Module):
         if options.get("output") is not None:
             raise RecipeError(

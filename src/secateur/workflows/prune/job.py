@@ -57,9 +57,7 @@ class Job:
         if names:
             assert passage is not None
             assert self.settings.work is not None
-            calls = passage.calls_of_one_window()
-            work = self.settings.work
-            gather_gradients(self.target, names, passage.windows, calls, work, progress)
+            gather_gradients(passage.ends, names, self.settings.work, progress)
         survey = Survey(self.target, self.tasks, passage, self.settings, progress)
         tasks = allocate(survey, self.allocation, self.sparsity)
         run = Run(self.target, tasks, passage, self.settings, ledger, progress)

@@ -76,6 +76,8 @@ def own_windows(
     progress.start("writing windows", batches * (windows.shape[1] - len(start) - PREFIX))
     # the blocks of many sizes that it takes would lie in the way of all that comes after
     with quiet_transformers(), reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
-        own = continue_windows(model, windows, count, seed=seed, start=start, tell=progress.step)
+        own = continue_windows(
+            model, windows, count, seed=seed, start=start, on_token=progress.step
+        )
     progress.finish()
     return own

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.choose.depth import Depth, Dropped, choose_depth
+from secateur.engine.choose.depth import DepthSettings, Dropped, choose_depth
 from secateur.engine.choose.experts import expert_use, kept_experts
 from secateur.engine.choose.hidden import hidden_scores
 from secateur.engine.prune.settings import Settings
@@ -94,7 +94,7 @@ def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
     """Which decoder layers, or sub-blocks, go."""
     how, sizes, drop = context.recipe.depth, context.aim.sizes, context.aim.drop_layers
     by_layers = how.units == "layers"
-    depth = Depth(
+    depth = DepthSettings(
         units=how.units,
         count=drop if by_layers else None,
         share=None if by_layers else drop / sizes.layers,

@@ -1,0 +1,31 @@
+"""One walk over the decoder layers: in order, with one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from secateur.engine.stream.targets import Target
+
+__all__ = ["walk_layers"]
+
+
+def walk_layers(
+    target: Target, numbers: Iterable[int] | None = None
+) -> Iterator[tuple[int, nn.Module]]:
+    """Yield each decoder layer with its weights.
+
+    A layer has its weights until the next one is yielded. When the loop ends early, by `break` or
+    by an exception, the layer is emptied as well.
+
+    Args:
+        target: the model.
+        numbers: of the layers to visit, in this order; None for all, from the first to the last.
+
+    Yields:
+        The number of a layer, and the layer.
+    """
+    for number in range(len(target.layers)) if numbers is None else numbers:
+        with target.layer(number) as layer:
+            yield number, layer

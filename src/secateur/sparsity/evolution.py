@@ -1,0 +1,175 @@
+"""Evolutionary search over candidates of any kind, with a selection in stages.
+
+This is the pure part: who mutates, who survives, and in what order. Candidates are tuples of
+integers, and the caller says what they mean: levels of sparsity (`allocation.search`) or dropped
+layers (`engine.choose.depth`). A function measures how good they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from secateur.errors import RecipeError
+
+__all__ = ["Candidate", "Evolution", "Fitness", "Leader", "Mutation", "Stages", "ordered"]
+
+Candidate = tuple[int, ...]
+
+Stages = tuple[tuple[int, int], ...]
+"""(survivors, tokens) of each stage of a selection."""
+
+Fitness = Callable[[Sequence[Candidate], int, int], Sequence[float]]
+"""(candidates, tokens, draw) → the fitness of each candidate, lower = better.
+
+The last stage sees all its tokens. An earlier stage sees a part of them, and `draw` chooses it."""
+
+Mutation = Callable[[Candidate, Random], Candidate]
+"""(candidate, random) → a candidate like it; the same one if nothing can change."""
+
+
+@dataclass(frozen=True)
+class Leader:
+    """The best candidate after a generation.
+
+    Attributes:
+        generation: number of generations that are done.
+        candidate: the best one so far.
+        fitness: of the best one, on the tokens of the last stage.
+    """
+
+    generation: int
+    candidate: Candidate
+    fitness: float
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """An evolutionary search.
+
+    Each generation makes mutants of the best candidate. Stages of selection keep fewer of them on
+    more tokens. The last survivor replaces the best candidate if its fitness on the tokens of the
+    last stage is lower, so the result is never worse than the best start.
+
+    The last stage has the same tokens in every generation. So nothing is measured again, and the
+    result depends on the parameters and the fitness alone.
+
+    Paper: Sieberling et al. 2024, "EvoPress: Accurate Dynamic Model Compression via Evolutionary
+    Search", arXiv:2410.14649.
+
+    Args:
+        generations: how many; 0 takes the best start.
+        offspring: mutants in a generation.
+        stages: (survivors, tokens) of each stage of selection; the last keeps 1.
+        seed: of the mutations.
+        tries: mutations to try for each mutant.
+        revisits: whether a generation may try candidates of earlier ones again. If not, the
+            search ends when it finds no new candidate.
+
+    Raises:
+        RecipeError: a parameter is out of range, or the stages do not narrow down to one.
+    """
+
+    generations: int
+    offspring: int
+    stages: Stages
+    seed: int
+    tries: int
+    revisits: bool
+
+    def __post_init__(self) -> None:
+        if self.generations < 0 or self.offspring < 1:
+            raise RecipeError(
+                f"a search with {self.generations} generations of {self.offspring} offspring "
+                "cannot be made",
+                remedy="give 0 or more generations of 1 or more offspring",
+            )
+        survivors, tokens = [s for s, _ in self.stages], [t for _, t in self.stages]
+        falling = survivors == sorted(survivors, reverse=True) and survivors[-1:] == [1]
+        if not (falling and tokens == sorted(tokens) and tokens[0] > 0):
+            raise RecipeError(
+                f"stages are {self.stages}",
+                remedy="give (survivors, tokens): fewer survivors on more tokens in each stage, "
+                "and 1 survivor in the last one; for example ((2, 512), (1, 2048))",
+            )
+
+    @property
+    def full_tokens(self) -> int:
+        """The tokens of the last stage."""
+        return self.stages[-1][1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass the model in all generations."""
+        total, entering = 0, self.offspring
+        for survivors, seen in self.stages:
+            total += self.generations * entering * seen
+            entering = survivors
+        return total
+
+    def climb(
+        self, starts: Sequence[Candidate], mutate: Mutation, fitness: Fitness
+    ) -> Iterator[Leader]:
+        """Search generation by generation; yields the best start, then the best of each.
+
+        The mutations of a generation depend on the seed, the number of the generation and the best
+        candidate alone. So a stopped search can be repeated from the values that it measured.
+
+        Args:
+            starts: candidates to begin with; of equally good ones the first is taken.
+            mutate: makes a mutant.
+            fitness: measures candidates.
+        """
+        starts = list(dict.fromkeys(starts))
+        values = fitness(starts, self.full_tokens, 0)
+        first = ordered(values)[0]
+        best = Leader(0, starts[first], values[first])
+        yield best
+        seen = {best.candidate}
+        for generation in range(self.generations):
+            random = Random(f"{self.seed} {generation}")
+            if self.revisits:
+                seen = {best.candidate}
+            mutants = self.mutants(best.candidate, seen, mutate, random)
+            candidate, value = best.candidate, best.fitness
+            if mutants:
+                survivor, lowest = self.select(mutants, fitness, generation)
+                if lowest < value:
+                    candidate, value = survivor, lowest
+            elif not self.revisits:
+                return
+            best = Leader(generation + 1, candidate, value)
+            yield best
+
+    def mutants(
+        self, parent: Candidate, seen: set[Candidate], mutate: Mutation, random: Random
+    ) -> list[Candidate]:
+        """Mutants that are not in `seen`, which takes them; fewer if not enough are found."""
+        found: list[Candidate] = []
+        for _ in range(self.tries * self.offspring):
+            mutant = mutate(parent, random)
+            if mutant not in seen:
+                found.append(mutant)
+                seen.add(mutant)
+            if len(found) == self.offspring:
+                break
+        return found
+
+    def select(
+        self, candidates: Sequence[Candidate], fitness: Fitness, draw: int
+    ) -> tuple[Candidate, float]:
+        """The survivor of all stages, and its fitness on the tokens of the last one."""
+        survivors, values = list(candidates), list[float]()
+        for keep, tokens in self.stages:
+            if len(survivors) > keep or tokens == self.full_tokens:
+                values = list(fitness(survivors, tokens, draw))
+                order = ordered(values)[:keep]
+                survivors, values = [survivors[i] for i in order], [values[i] for i in order]
+        return survivors[0], values[0]
+
+
+def ordered(values: Sequence[float]) -> list[int]:
+    """Indices from the lowest value to the highest; a value that is not a number comes last."""
+    return sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), values[i]))
