@@ -53,7 +53,9 @@ def test_a_checkpoint_is_pruned_as_by_the_names(tmp_path: Path) -> None:
     method = secateur.compose("ria", "unstructured", a=0.25)
     common = {"sparsity": 0.5, "calibration": str(text)}
     secateur.prune(source, output=tmp_path / "a", method=method, **common)
-    secateur.prune(source, output=tmp_path / "b", method="ria", parameters={"a": 0.25}, **common)
+    secateur.prune(
+        source, output=tmp_path / "b", method="ria", method_parameters={"a": 0.25}, **common
+    )
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     recipe = (tmp_path / "a" / "secateur" / "recipe.yaml").read_text()
     assert "a: 0.25" in recipe

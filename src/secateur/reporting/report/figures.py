@@ -212,24 +212,16 @@ def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
 
 
 def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
-    """The weight files beside those of the same model in dense bfloat16."""
+    """The weight files beside those of the same model, whole and dense, in bfloat16."""
     bars: list[Bar] = []
-    for parameters in dict.fromkeys(run.manifest.result.parameters for run in runs):
-        dense = next(
-            (
-                run.compression.bfloat16_bytes
-                for run in runs
-                if run.compression and run.manifest.result.parameters == parameters
-            ),
-            2 * parameters,
-        )
-        bars.append(Bar("dense bfloat16", dense / 1e6, megabytes(dense)))
-        for run in runs:
-            if run.manifest.result.parameters == parameters:
-                packed = run.compression
-                size = packed.file_bytes if packed else run.manifest.result.file_bytes
-                kind = "" if packed else ", zeros stored"
-                bars.append(Bar(run.name, size / 1e6, megabytes(size) + kind, ours=True))
+    sizes = dict.fromkeys(parameters_before(run) for run in runs)
+    for parameters in sizes:
+        own = [run for run in runs if parameters_before(run) == parameters]
+        packed = [x.compression.bfloat16_bytes for x in own if x.compression]
+        dense = packed[0] if packed and not own[0].manifest.structure else 2 * parameters
+        several = f", {parameters / 1e6:,.0f} M parameters" if len(sizes) > 1 else ""
+        bars.append(Bar(f"dense bfloat16{several}", dense / 1e6, megabytes(dense)))
+        bars += [size_bar(run) for run in own]
     if not bars:
         return None
     return BarChart(
@@ -239,6 +231,20 @@ def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
         tuple(bars),
         "Shorter is better. Zeros leave the files with: secateur compress.",
     )
+
+
+def parameters_before(run: ReportedRun) -> int:
+    """The parameters of the model before anything was cut out."""
+    cut = run.manifest.structure
+    return cut.before.parameters if cut else run.manifest.result.parameters
+
+
+def size_bar(run: ReportedRun) -> Bar:
+    """The weight files of one run."""
+    packed, result = run.compression, run.manifest.result
+    size = packed.file_bytes if packed else result.file_bytes
+    kind = ", zeros stored" if packed is None and result.decoder_sparsity > 0 else ""
+    return Bar(run.name, size / 1e6, megabytes(size) + kind, ours=True)
 
 
 def speed_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
