@@ -177,7 +177,7 @@ class TextSession:
             max_new_tokens = min(NEW_TOKENS, (self.positions or NEW_TOKENS + len(ids)) - len(ids))
         stream, begun = TextStream(self.tokenizer, stop, tell), time.perf_counter()
         try:
-            loop = self.run(ids, max_new_tokens, sampling, stream)
+            loop = self.run(ids, max_new_tokens, sampling, stream, self.end_tokens(chat))
         finally:
             stream.finish()
         times = stream.times
@@ -194,15 +194,22 @@ class TextSession:
             chat=chat,
         )
 
+    def end_tokens(self, chat: bool) -> frozenset[int]:
+        """The tokens that end a text: the model's, and for an answer also the tokenizer's."""
+        configured = self.model.generation_config.eos_token_id
+        found = configured if isinstance(configured, list) else [configured]
+        own = [self.tokenizer.eos_token_id] if chat else []
+        return frozenset(token for token in (*found, *own) if token is not None)
+
     def run(
         self,
         ids: Int64[Tensor, " tokens"],
         max_new_tokens: int,
         sampling: Sampling,
         stream: TextStream,
+        ends: frozenset[int],
     ) -> str:
         """Write until the text ends; returns the loop that did it, and why not the fast one."""
-        ends = end_tokens(self.model, self.tokenizer)
         reason = why_not(self.model, len(ids) + max_new_tokens)
         if reason is not None:
 
@@ -216,13 +223,6 @@ class TextSession:
             if not stream.add(token):
                 break
         return ONE_CALL
-
-
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text: what the model's configuration says, and the tokenizer's own."""
-    configured = model.generation_config.eos_token_id
-    found = configured if isinstance(configured, list) else [configured]
-    return frozenset(x for x in (*found, tokenizer.eos_token_id) if x is not None)
 
 
 def positions_in(folder: Path) -> int | None:
