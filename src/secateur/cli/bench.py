@@ -50,6 +50,8 @@ def bench(
             seconds=seconds,
             progress=progress,
         )
+    for reason, failed in result.failures.items():
+        print(f"{', '.join(failed)} could not run: {reason}", file=sys.stderr)
     print_result(result, as_json=as_json)
     if all(speed.failure is not None for speed in result.speeds):
         sys.exit(1)

@@ -17,7 +17,7 @@ def argument(help: str) -> Any:
 def option(*names: str, help: str) -> Any:
     """A flag of the command."""
     return Parameter(
-        name=names or None, help=help, negative=(), show_default=True, allow_repeating=None
+        name=names or None, help=help, negative=(), show_default=True, allow_repeating=True
     )
 
 

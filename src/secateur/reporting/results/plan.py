@@ -25,6 +25,21 @@ class PlanResult(Result):
     plan: Plan
     activations: str
 
+    @property
+    def peak_bytes(self) -> int:
+        """The estimate of peak memory where products run."""
+        return self.plan.peak_bytes
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The estimate of peak memory of this process."""
+        return self.plan.host_peak_bytes
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """The least and the most time of the run on this machine."""
+        return self.plan.seconds
+
     def to_json(self) -> dict[str, Any]:
         """All figures."""
         return {**self.plan.to_json(), "activations": self.activations}

@@ -208,7 +208,7 @@ class StepEntry(Record):
     """An entry of `steps.json`.
 
     Attributes:
-        step: depth, experts, hidden, refit, queries or width.
+        step: depth, experts, hidden, refit, queries, width or learned.
         by: how the units were selected; None where `score` and `solver` say it.
         score: of a width step.
         solver: of a width step.
@@ -216,6 +216,12 @@ class StepEntry(Record):
         units: of a depth step: layers or blocks.
         fitness: of a depth step: the loss of the selected layers.
         scores: of a depth step, one for each unit.
+        steps: of a learned step: optimizer steps.
+        tokens: of a learned step: tokens read.
+        learning_rate: of a learned step, at its peak.
+        references: of dynamic batch loading: the loss that each domain should reach.
+        losses: of dynamic batch loading: the loss that each domain reached.
+        proportions: of dynamic batch loading: the share of each domain over time.
         cut: the units that stay, as `structured.cut.Cut` writes them; None for a refit.
         before: parameters by kind.
         after: parameters by kind.
@@ -230,6 +236,12 @@ class StepEntry(Record):
     units: str | None = None
     fitness: Any = None
     scores: Any = None
+    steps: int | None = None
+    tokens: int | None = None
+    learning_rate: float | None = None
+    references: Any = None
+    losses: Any = None
+    proportions: Any = None
     cut: dict[str, Any] | None = None
     before: dict[str, int]
     after: dict[str, int]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.packed import is_packed
 from secateur.workflows.checkpoint_files import read_config
 
-log = logging.getLogger(__name__)
-
 __all__ = ["bench"]
 
 SCHEMA = "secateur.bench/1"
@@ -46,8 +43,7 @@ def bench(
 ) -> BenchResult:
     """Time a checkpoint at batch 1, packed and in other ways, in turns.
 
-    In the folder of a run the result is also written to `secateur/bench.json`. A contender that
-    cannot run is logged with its reason.
+    In the folder of a run the result is also written to `secateur/bench.json`.
 
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
@@ -92,8 +88,6 @@ def bench(
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
     result = BenchResult(str(model), compressed, speeds, size, dense, protocol)
-    for reason, failed in result.failures.items():
-        log.warning("%s could not run: %s", ", ".join(failed), reason)
     keep(result, folder)
     return result
 

@@ -89,7 +89,7 @@ class Conversation:
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise RecipeError(
-                f"max_new_tokens is {max_new_tokens}", remedy="give at least one new token"
+                f"max_new_tokens {max_new_tokens}", remedy="give at least one new token"
             )
         self.session = TextSession(model, trust_remote_code=trust_remote_code)
         self.max_new_tokens, self.stop = max_new_tokens, stop
