@@ -1,0 +1,110 @@
+"""The README's picture, drawn from the results that other benchmarks kept.
+
+    python benchmarks/picture.py            writes docs/pictures/measured.svg
+    python benchmarks/picture.py --check    fails if that file differs from the results
+
+Left: excess loss on WikiText-2 at 50 % zeros, means of all seeds in `results/presets.json`. Right:
+tokens per second of the 1.1 billion parameter model in `results/decode.json`. It measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from io import StringIO
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+PICTURE = HERE.parent / "docs" / "pictures" / "measured.svg"
+OURS, OTHERS = "#0f7a52", "#9aa5aa"
+METHODS = {
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "alps": "ALPS",
+    "fast": "secateur fast",
+    "balanced": "secateur balanced",
+    "best": "secateur best",
+}
+ENGINES = {
+    "torch int8": "torch int8",
+    "random-q8_0.gguf": "llama.cpp Q8_0",
+    "dense int8": "our kernels, dense int8",
+    "packed": "our kernels, 50 % zeros, int8",
+}
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """The rows of a benchmark."""
+    found: list[dict[str, Any]] = json.loads((HERE / "results" / f"{name}.json").read_text())[
+        "rows"
+    ]
+    return found
+
+
+def excess() -> dict[str, float]:
+    """Excess loss of each method at 50 %, nats per token."""
+    known = rows("presets")
+    dense = next(r["perplexity"]["wikitext2"] for r in known if r["row"] == "dense")
+    half = [r for r in known if r["column"] == "50 %"]
+    return {
+        label: mean(
+            math.log(r["perplexity"]["wikitext2"] / dense) for r in half if r["row"] == name
+        )
+        for name, label in METHODS.items()
+    }
+
+
+def speed() -> dict[str, float]:
+    """Tokens per second of each engine on int8 weights."""
+    known = [r for r in rows("decode") if r["model"] == "1.1 B, 50 %, int8"]
+    by = {r["contender"]: r["tokens_per_second"] for r in known}
+    return {label: by[name] for name, label in ENGINES.items()}
+
+
+def bars(axes: Any, values: dict[str, float], ours: str, form: str, title: str) -> None:
+    """Horizontal bars with their numbers."""
+    labels = list(values)
+    colors = [OURS if ours in label else OTHERS for label in labels]
+    drawn = axes.barh(labels, list(values.values()), color=colors)
+    axes.bar_label(drawn, labels=[form.format(v) for v in values.values()], padding=3)
+    axes.invert_yaxis()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlim(0, 1.18 * max(values.values()))
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(left=False, bottom=False, labelbottom=False)
+
+
+def picture() -> str:
+    """The picture as SVG; the same text for the same results."""
+    plt.rcParams.update({"svg.hashsalt": "secateur", "font.size": 10})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.9), layout="constrained")
+    bars(left, excess(), "secateur", "{:.2f}", "Loss added at 50 % zeros (lower is better)")
+    bars(right, speed(), "zeros", "{:.0f}", "Tokens per second (higher is better)")
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def main() -> None:
+    """Write the picture, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    text = picture()
+    if not parser.parse_args().check:
+        PICTURE.parent.mkdir(exist_ok=True)
+        PICTURE.write_text(text)
+    elif PICTURE.read_text() != text:
+        sys.exit(f"{PICTURE.name} differs from the results: run python benchmarks/picture.py")
+
+
+if __name__ == "__main__":
+    main()
