@@ -31,9 +31,6 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset(
     {
         "secateur/cli/sweep.py:sweep",
-        "class Layout",
-        "class Linear",
-        "class Search",
     }
 )
 

@@ -102,7 +102,7 @@ def test_a_file_of_the_first_schema_is_read_and_added_to(pruned, text, kept) -> 
     assert json.loads(kept.read_text())["schema"] == "secateur.evaluation/2"
     for damage in ({"divergence": 5}, {"perplexity": "x"}, {"tasks": [3]}, {"reference": 1}):
         kept.write_text(json.dumps({**old, **damage}))
-        with pytest.raises(CheckpointError, match="not of the schema"):
+        with pytest.raises(CheckpointError, match="does not have the schema"):
             read_evaluation(kept)
 
 

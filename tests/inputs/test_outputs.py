@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written(refused, words, tmp_path, monkeypatch, 
 def test_a_path_under_a_file(refused, words, tmp_path: Path, verb: str) -> None:
     (tmp_path / "file").write_text("kept")
     told = refused(*words(verb), "--output", tmp_path / "file" / "out")
-    assert "the output would lie under a file" in told
+    assert "the output would be inside a file" in told
     assert (tmp_path / "file").read_text() == "kept"
 
 

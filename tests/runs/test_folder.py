@@ -49,9 +49,9 @@ def test_a_finished_run_leaves_its_result_and_nothing_else(tmp_path: Path) -> No
 def test_a_stopped_run_is_resumed_or_discarded_and_never_silently_lost(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stopped(out)
-    with pytest.raises(RecipeError, match="stopped half-way"):
+    with pytest.raises(RecipeError, match="stopped before it finished"):
         RunFolder(out, "prune")
-    with pytest.raises(RecipeError, match="a stopped `secateur prune` lies"):
+    with pytest.raises(RecipeError, match="a stopped `secateur prune` occupies"):
         RunFolder(out, "structure", resume=True)
     with (
         pytest.raises(RecipeError, match=r"sparsity: 0\.5 then, 0\.6 now"),
@@ -130,7 +130,7 @@ def test_an_output_is_replaced_only_where_the_user_wants_it(tmp_path: Path) -> N
     assert (out / "weights").read_text() == "new"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(RecipeError, match="no folder of a model"):
+    with pytest.raises(RecipeError, match="is no model folder"):
         RunFolder(tmp_path / "mine", "prune", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match="a symbolic link"):
@@ -141,7 +141,7 @@ def test_an_output_is_replaced_only_where_the_user_wants_it(tmp_path: Path) -> N
 def test_an_output_that_appears_meanwhile_is_not_touched(empty: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (
-        pytest.raises(RecipeError, match="has appeared meanwhile"),
+        pytest.raises(RecipeError, match="has appeared during the run"),
         RunFolder(out, "prune") as folder,
     ):
         folder.begin(IDENTITY)
@@ -162,7 +162,7 @@ def test_an_output_that_appears_meanwhile_is_not_touched(empty: bool, tmp_path: 
 def test_a_whole_result_is_kept_though_nothing_of_the_run_can_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (
-        pytest.raises(RecipeError, match=r"the result is whole in .*model"),
+        pytest.raises(RecipeError, match=r"the finished result is in .*model"),
         RunFolder(out, "decompress") as folder,
     ):
         write(folder, "new")
@@ -200,9 +200,9 @@ def test_outputs_that_would_replace_or_enter_the_source_are_refused(tmp_path: Pa
         (source, "the output is the source itself"),
         (tmp_path / "link", "a symbolic link"),
         (tmp_path / "dir" / ".." / "dir" / "model", "the output is the source itself"),
-        (tmp_path / "dir", "the source lies in the output"),
-        (source / "out", "the output lies in the source"),
-        (tmp_path / "link" / "out", "the output lies in the source"),
+        (tmp_path / "dir", "the source is inside the output"),
+        (source / "out", "the output is inside the source"),
+        (tmp_path / "link" / "out", "the output is inside the source"),
     ):
         (tmp_path / "dir" / "config.json").write_text("{}")
         (source / "config.json").write_text("{}")
@@ -214,7 +214,7 @@ def test_outputs_that_would_replace_or_enter_the_source_are_refused(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("x" * 250, "too long"), ("file/out", "under a file"), ("a\0b", "null byte")]
+    ("name", "why"), [("x" * 250, "too long"), ("file/out", "inside a file"), ("a\0b", "null byte")]
 )
 def test_an_output_that_cannot_be_made_is_refused(name: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
@@ -231,7 +231,7 @@ def test_a_second_run_is_refused_and_learns_of_the_first(tmp_path: Path) -> None
     with RunFolder(out, "prune") as folder:
         folder.begin(IDENTITY)
         for options in ({"resume": True}, {"restart": True}):
-            with pytest.raises(RecipeError, match=rf"process {os.getpid()} .*is at work"):
+            with pytest.raises(RecipeError, match=rf"process {os.getpid()} .*is working"):
                 RunFolder(out, "prune", **options)
         write(folder, "first")
         folder.finish()

@@ -94,7 +94,7 @@ def test_a_chain_that_fails_goes_on_behind_what_is_done(
             secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows))
     done = tmp_path / "out.partial" / "work" / "02-prune"
     before = (done / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(RecipeError, match="stopped half-way"):
+    with pytest.raises(RecipeError, match="stopped before it finished"):
         secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows))
     other = steps_of(windows)
     other[0]["structure"]["ffn"] = 0.75

@@ -23,7 +23,10 @@ def methods(*, as_json: o.Json = False) -> None:
 
 def all_as_json() -> dict[str, Any]:
     """Everything that can be chosen, by kind and name."""
+    from secateur.calibration.statistics import statistics
+    from secateur.models.architecture import families
     from secateur.recipes.presets import presets
+    from secateur.runtime.formats import formats
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import methods as known
     from secateur.sparsity.patterns import patterns
@@ -37,9 +40,12 @@ def all_as_json() -> dict[str, Any]:
         "scores": {name: sorted(scores[name].requires) for name in scores},
         "solvers": {name: sorted(solvers[name].requires) for name in solvers},
         "refinements": {name: sorted(refinements[name].requires) for name in refinements},
-        "patterns": patterns.names(),
+        "patterns": {name: patterns[name].written for name in patterns},
         "allocations": allocations.names(),
         "schedules": schedules.names(),
+        "statistics": {name: statistics[name].reads for name in statistics},
+        "formats": formats.names(),
+        "families": {name: families[name].model_types for name in families},
         "presets": {name: dict(presets[name]) for name in presets},
     }
 
@@ -71,6 +77,7 @@ def part_table() -> Any:
     """Parts of methods, and what each needs."""
     from secateur.reporting.tables import Table
     from secateur.sparsity.allocation import allocations
+    from secateur.sparsity.patterns import patterns
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.schedules import schedules
     from secateur.sparsity.scores import scores
@@ -80,9 +87,7 @@ def part_table() -> Any:
         *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
         *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
         *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
-        ("pattern", "unstructured", "scope row, layer or global"),
-        ("pattern", "N:M", "N kept of M, for example 2:4, 4:8, 1:4, 8:16"),
-        ("pattern", "ROWSxCOLUMNS", "blocks, for example 16x1, 32x32"),
+        *(("pattern", n, patterns[n].written) for n in patterns),
         *(("allocation", n, allocation_needs(allocations[n])) for n in allocations),
         *(("schedule", n, "retrain --gradual, --set gradual.schedule") for n in schedules),
     ]

@@ -1,1 +1,1 @@
-"""Diagnostics: is the model what it claims to be?"""
+"""Diagnostics: checks whether a model is what it claims to be."""

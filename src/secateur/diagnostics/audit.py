@@ -1,7 +1,7 @@
 """The sparsity audit: reads a saved checkpoint again and counts.
 
-Nothing the run remembers is trusted. Every matrix is read from the files; its zeros must contain a
-set of zeros that the pattern allows, of the size that was asked for.
+The audit trusts no value of the run. It reads every matrix from the files. Its zeros must contain a
+set of zeros that the pattern allows, of the target size.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ __all__ = ["Audit", "LinearCount", "audit_checkpoint", "verify"]
 
 @dataclass(frozen=True)
 class LinearCount:
-    """The zeros of one matrix as stored."""
+    """The zeros of one stored matrix."""
 
     name: str
     shape: tuple[int, int]
     zeros: int
     weights: int
     misplaced: int = 0
-    """Weights that are not zero although the pattern needs them to be."""
+    """Nonzero weights where the pattern needs zeros."""
     layout: dict[str, Any] | None = None
-    """How a compressed checkpoint stores the matrix; None where it is stored as it is."""
+    """How a compressed checkpoint stores the matrix; None if it is stored dense."""
 
     @property
     def sparsity(self) -> float:
@@ -55,13 +55,13 @@ class Audit:
     """The zeros of a checkpoint.
 
     Attributes:
-        linears: every matrix stored for the decoder layers, those of experts whose layout is not
-            known among them.
+        linears: every stored matrix of the decoder layers, including experts with an unknown
+            layout.
         parameters: all parameters of the model, embeddings included.
         file_bytes: size of the weight files.
         zeros: among all parameters.
         left: matrices that cannot be pruned, and why.
-        compressed: whether it is a compressed checkpoint, and whether an archive.
+        compressed: whether this is a compressed checkpoint, and whether an archive.
     """
 
     linears: list[LinearCount]
@@ -116,11 +116,11 @@ def audit_checkpoint(
 ) -> Audit:
     """Count the zeros of every stored tensor, one tensor in memory at a time.
 
-    A compressed checkpoint is unpacked for it, so what is counted is what a model computes with.
+    A compressed checkpoint is unpacked for this, so the counts are those of the weights in use.
 
     Args:
         folder: a checkpoint, compressed or not.
-        pattern_of: the pattern that the zeros of a linear must contain; None only counts.
+        pattern_of: the pattern that the zeros of a linear must contain; None to count only.
         sparsity_of: the sparsity of each linear by name, for the pattern.
         trust_remote_code: whether code that comes with the checkpoint may run.
         progress: receives a step for every tensor.
@@ -130,7 +130,7 @@ def audit_checkpoint(
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     architecture = describe(model)
     names = model_names(model, reader)
-    stored_names(model, reader)  # refuses other shapes than the configuration asks for
+    stored_names(model, reader)  # refuses shapes that do not match the configuration
     matrices = {
         m.name: m for m in inventory(model, architecture, names, stored_shapes(reader.entries))
     }
@@ -144,9 +144,9 @@ def audit_checkpoint(
         if matrix is None or not matrix.is_decoder_matrix:
             continue
         name = matrix.full_name
-        asked = (sparsity_of or {}).get(name, 0.0)
-        pattern = pattern_of(name) if pattern_of and asked else None
-        counted = count(name, matrix.seen(tensor), pattern, asked)
+        target = (sparsity_of or {}).get(name, 0.0)
+        pattern = pattern_of(name) if pattern_of and target else None
+        counted = count(name, matrix.seen(tensor), pattern, target)
         if isinstance(reader, DenseView):
             counted = replace(counted, layout=reader.layout_of(stored))
         counts.append(counted)
@@ -182,10 +182,10 @@ def count(name: str, weight: Tensor, pattern: Pattern | None, sparsity: float) -
 
 
 def verify(audit: Audit) -> None:
-    """Refuse a checkpoint whose zeros are not where the pattern needs them.
+    """Refuse a checkpoint whose zeros do not follow the pattern.
 
     Raises:
-        VerificationError: naming the worst matrix.
+        VerificationError: names the worst matrix.
     """
     if audit.misplaced:
         worst = max(audit.misplaced, key=lambda x: x.misplaced)

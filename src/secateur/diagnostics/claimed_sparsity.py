@@ -1,4 +1,4 @@
-"""Is the sparsity really as claimed, linear by linear?"""
+"""Checks whether the sparsity is as claimed, linear by linear."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from secateur.engine.prune.collapse import COLLAPSED
 __all__ = ["check_sparsity"]
 
 DENSE = 0.01
-"""A linear with fewer zeros than this is dense: pretrained ones have next to none."""
+"""A linear with fewer zeros than this is dense; pretrained ones have almost none."""
 
 PRUNED = 0.05
 """A model whose median linear has more zeros than this is pruned."""
 
 SURPLUS = 0.02
-"""The share of zeros above those recorded that is worth a warning."""
+"""A larger share of unrecorded zeros gives a warning."""
 
 SURPLUS_ROUNDED = 0.1
-"""The same of the whole model where rounding to int8 has made zeros since the run."""
+"""The same for the whole model, if rounding to int8 has made zeros since the run."""
 
 TOTAL = 1e-3
-"""How far the sparsity of the whole model may be below the one recorded."""
+"""How far the sparsity of the whole model may be below the recorded one."""
 
-CHANGED = "the weights were changed after pruning: ask whoever made the folder"
-AGAIN = "prune again, or correct the records; the folder is not what it says"
+CHANGED = "the weights were changed after pruning: ask the author of the folder"
+AGAIN = "prune again, or correct the records; they do not match the weights"
 
 
 def check_sparsity(weights: Weights, claims: Claims, *, rounded: bool) -> list[Finding]:
-    """Compare what is stored with what is claimed.
+    """Compare the stored zeros with the claimed ones.
 
     Args:
         weights: the matrices.
@@ -45,13 +45,13 @@ def check_sparsity(weights: Weights, claims: Claims, *, rounded: bool) -> list[F
 
 
 def against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Finding]:
-    """Whether the whole has the sparsity that the manifest says."""
+    """Check the total sparsity against the manifest."""
     if claims.sparsity is None:
         return []
     surplus = weights.sparsity - claims.sparsity
     evidence = (
         f"{weights.sparsity:.4%} of the weights of the decoder's matrices are zero, "
-        f"{claims.sparsity:.4%} are claimed"
+        f"but the records claim {claims.sparsity:.4%}"
     )
     where = f"{claims.folder}/manifest.json"
     if surplus < -TOTAL:
@@ -62,7 +62,7 @@ def against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Findi
 
 
 def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[Finding]:
-    """What is wrong with one linear that the records speak of."""
+    """The faults of one linear that the records describe."""
     claim = claims.linears.get(linear.name)
     if claim is None:
         return []
@@ -75,7 +75,7 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
                 "dense-linear" if dense else "sparsity-not-as-claimed",
                 "error",
                 linear.name,
-                f"{has}, {claim.pruned / weights:.4%} are claimed",
+                f"{has}, but the records claim {claim.pruned / weights:.4%}",
                 AGAIN,
             )
         ]
@@ -99,7 +99,7 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
                 "more-zeros-than-claimed",
                 "warning",
                 linear.name,
-                f"{has}, {claim.zeros / weights:.4%} are recorded",
+                f"{has}, but the records say {claim.zeros / weights:.4%}",
                 CHANGED,
             )
         )
@@ -110,7 +110,7 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
                 "warning",
                 linear.name,
                 f"pruning it lost {claim.error:.1%} of the energy of its output on the "
-                "calibration text, says the run",
+                "calibration text, according to the run",
                 f"prune less of it: --override '{linear.name}=0.3'",
             )
         )
@@ -118,7 +118,7 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
 
 
 def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
-    """Linears that are dense although others are pruned, and whether anybody asked for it."""
+    """Linears that are dense although others are pruned, and whether the recipe says so."""
     known = [x.sparsity for x in weights.linears if x.known]
     usual = statistics.median(known) if known else 0.0
     if usual < PRUNED:
@@ -132,7 +132,7 @@ def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
     dense = [x for x in dense if x.name not in claims.unseen]
     unknown = [x for x in dense if not x.known]
     dense = [x for x in dense if x.known]
-    left = [x for x in dense if claims.asked_dense(x.name)]
+    left = [x for x in dense if claims.kept_dense(x.name)]
     odd = [x for x in dense if x not in left]
     return [
         *dense_of_unknown_layout(unknown, usual),
@@ -150,7 +150,7 @@ def dense_of_unknown_layout(linears: list[LinearHealth], usual: float) -> list[F
         f"{len(linears)} stored matrices of the decoder layers are dense, others have "
         f"{usual:.1%} zeros: their layout is not known, so nothing prunes them"
     )
-    remedy = "do not call the whole model sparse: `secateur inspect` counts what is stored"
+    remedy = "do not call the whole model sparse: `secateur inspect` counts the stored zeros"
     return [Finding("dense-linear", "warning", first_names(linears), evidence, remedy)]
 
 
@@ -160,17 +160,17 @@ def dense_experts(linears: list[LinearHealth]) -> list[Finding]:
         return []
     evidence = (
         f"{len(linears)} linears of experts are dense: no calibration token was routed to "
-        "them, say the records"
+        "them, according to the records"
     )
     remedy = "calibrate on more text (--windows), of more kinds, or leave them out (--exclude)"
     return [Finding("expert-unseen", "warning", first_names(linears), evidence, remedy)]
 
 
 def dense_as_asked(linears: list[LinearHealth]) -> list[Finding]:
-    """Dense linears that the recipe leaves out."""
+    """Dense linears that the recipe excludes."""
     if not linears:
         return []
-    evidence = f"{len(linears)} linears are dense, as the recipe asks"
+    evidence = f"{len(linears)} linears are dense, as the recipe says"
     return [Finding("left-dense", "note", first_names(linears), evidence, "nothing to do")]
 
 
@@ -184,7 +184,7 @@ def dense_unasked(
         everywhere = len(odd) == sum(x.kind == kind for x in weights.linears)
         if everywhere and not claims.linears:
             evidence = f"it is dense in all {len(odd)} layers, others have {usual:.1%} zeros"
-            remedy = "on purpose, by the look of it; if not, prune again"
+            remedy = "this is probably intended; if not, prune again"
             found.append(Finding("left-dense", "note", kind, evidence, remedy))
             continue
         found += [
@@ -193,8 +193,8 @@ def dense_unasked(
                 "warning",
                 x.name,
                 f"{x.sparsity:.2%} of its weights are zero, {usual:.1%} in the median linear, and "
-                "nobody asked for it",
-                "prune again; if it is on purpose, say so in the recipe (--exclude or --override)",
+                "no recipe excludes it",
+                "prune again; if it is intended, say so in the recipe (--exclude or --override)",
             )
             for x in odd
         ]
@@ -202,5 +202,5 @@ def dense_unasked(
 
 
 def first_names(linears: list[LinearHealth]) -> str:
-    """The names of the first four, and how many more there are."""
+    """The first four names, and the number of the others."""
     return listed([x.name for x in linears], 4)

@@ -1,4 +1,4 @@
-"""What a pruned folder says of itself: the records of its run, read as claims to be checked."""
+"""Reads the records of a pruned folder as claims to check."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["Claims", "LinearClaim", "read_claims"]
 
 @dataclass(frozen=True)
 class LinearClaim:
-    """What the records say of one linear.
+    """The claims of the records about one linear.
 
     Attributes:
-        asked: the sparsity asked of it.
-        pruned: the zeros its mask has.
-        zeros: the zeros it had when the run ended.
+        target: its target sparsity.
+        pruned: the zeros of its mask.
+        zeros: its zeros at the end of the run.
         error: relative squared error of its output, measured or estimated by the run.
     """
 
-    asked: float
+    target: float
     pruned: int
     zeros: int
     error: float | None
@@ -37,13 +37,13 @@ class LinearClaim:
 
 @dataclass(frozen=True)
 class Claims:
-    """What the records of a run say.
+    """The claims of the records of a run.
 
     Attributes:
         folder: `secateur/` of the model's folder; None where there is none.
-        linears: what is said of each linear that was worked on.
-        pattern: the pattern of the zeros; None where it is not told.
-        selection: which linears were to be pruned; None without a recipe.
+        linears: the claims for each linear that the run processed.
+        pattern: the pattern of the zeros; None if it is unknown.
+        selection: which linears the recipe prunes; None without a recipe.
         sparsity: of all decoder matrices together.
         unseen: linears of experts that calibration did not reach, and that were left dense.
         source: the model that was pruned.
@@ -60,13 +60,13 @@ class Claims:
     faults: tuple[Finding, ...] = ()
 
     def claimed(self, name: str) -> float | None:
-        """The sparsity a linear is said to have; 0 for one left out of a run that has records."""
+        """The claimed sparsity of a linear; 0 for one that a run with records left out."""
         if name in self.linears:
-            return self.linears[name].asked
+            return self.linears[name].target
         return 0.0 if self.linears else None
 
-    def asked_dense(self, name: str) -> bool:
-        """Whether the recipe wants a linear left dense."""
+    def kept_dense(self, name: str) -> bool:
+        """Whether the recipe keeps a linear dense."""
         if self.selection is None:
             return False
         own = self.selection.override(name)
@@ -74,7 +74,7 @@ class Claims:
 
 
 def read_claims(model: Path) -> Claims:
-    """Read the records of a run as far as they are there; what is damaged becomes a finding."""
+    """Read the existing records of a run; a damaged one becomes a finding."""
     folder = model / "secateur"
     if not folder.is_dir():
         return Claims()
@@ -102,15 +102,15 @@ def read_claims(model: Path) -> Claims:
                     "warning",
                     str(file),
                     f"the records of the run cannot be read: {said}",
-                    "copy the folder again; what this file claims was not checked",
+                    "copy the folder again; the claims of this file were not checked",
                 )
             )
             return empty
 
     manifest = read("manifest.json", manifest_of, {})
     pattern, selection = None, None
-    if manifest.get("method") != "structure":  # a cut model has no zeros to claim
-        pattern, selection = read("recipe.yaml", lambda x: asked_by(x, manifest), (None, None))
+    if manifest.get("method") != "structure":  # a cut model claims no zeros
+        pattern, selection = read("recipe.yaml", lambda x: of_recipe(x, manifest), (None, None))
     return Claims(
         folder,
         read("layers.jsonl", claims_of, {}),
@@ -124,18 +124,18 @@ def read_claims(model: Path) -> Claims:
 
 
 def manifest_of(text: str) -> dict[str, Any]:
-    """What a manifest says of source, scope and total."""
-    told = json.loads(text)
+    """Source, scope and total sparsity of a manifest."""
+    record = json.loads(text)
     return {
-        "source": told["source"]["name"],
-        "method": told["method"].get("name"),
-        "scope": told["method"]["scope"],
-        "sparsity": float(told["result"]["decoder_sparsity"]),
+        "source": record["source"]["name"],
+        "method": record["method"].get("name"),
+        "scope": record["method"]["scope"],
+        "sparsity": float(record["result"]["decoder_sparsity"]),
     }
 
 
 def claims_of(text: str) -> dict[str, LinearClaim]:
-    """The last line of each layer counts: a layer that was done again has two."""
+    """The claims of each layer's last line; a repeated layer has two."""
     lines = [json.loads(line) for line in text.splitlines() if line.strip()]
     return {
         record["name"]: LinearClaim(
@@ -150,14 +150,14 @@ def claims_of(text: str) -> dict[str, LinearClaim]:
 
 
 def unseen_of(text: str) -> frozenset[str]:
-    """The linears that no layer's last line speaks of as pruned, but as unseen."""
+    """The linears that the last line of a layer lists as unseen."""
     lines = [json.loads(line) for line in text.splitlines() if line.strip()]
     last = {line["layer"]: line for line in lines if "layer" in line}
     return frozenset(name for line in last.values() for name in line.get("unseen", []))
 
 
-def asked_by(text: str, manifest: dict[str, Any]) -> tuple[Pattern, Selection]:
-    """The pattern and the selection of a resolved recipe."""
+def of_recipe(text: str, manifest: dict[str, Any]) -> tuple[Pattern, Selection]:
+    """Pattern and selection of a resolved recipe."""
     recipe = yaml.safe_load(text)
     scope = manifest.get("scope", recipe["scope"])
     pattern = parse_pattern(recipe["pattern"], None if scope == "group" else scope)

@@ -2,12 +2,12 @@
 
 For a token x that enters a layer, y is the output of the dense layer and ŷ that of the pruned one.
 
-    stream   each model on its own hidden states: what has come together up to this layer
-    own      both layers on the dense hidden states: what this layer alone does wrong,
-             ‖(ŷ − x) − (y − x)‖ / ‖y − x‖, measured on what the layer adds to the stream
+    stream   each model on its own hidden states: the error accumulated up to this layer own
+    both layers on the dense hidden states: the error of this layer alone,
+             ‖(ŷ − x) − (y − x)‖ / ‖y − x‖, measured on the layer's addition to the stream
 
-Every number is the median over tokens. A mean would be one of a few tokens: the first token and
-some delimiters have hidden states a thousand times as large as the others, in any healthy model.
+Every number is the median over tokens. A few tokens would dominate a mean: in any healthy model,
+the first token and some delimiters have hidden states a thousand times as large as the others.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ TOKENS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """A pruned decoder layer beside the dense one; medians over tokens.
+    """A pruned decoder layer compared with the dense one; medians over tokens.
 
     Attributes:
         layer: its number.
         relative_error: of the stream, ‖ŷ − y‖ / ‖y‖.
         cosine: of the stream.
         norm_ratio: of the stream, ‖ŷ‖ / ‖y‖.
-        own_error: of the layer alone, relative to what the dense layer adds.
-        contribution: what the layer alone adds, as a part of what the dense layer adds.
+        own_error: of the layer alone, relative to the dense layer's addition.
+        contribution: the layer's own addition, relative to the dense layer's.
         kept_input: how much of its input the output of the layer alone contains, ⟨ŷ, x⟩ / ⟨x, x⟩.
         dense_kept_input: the same of the dense layer.
         not_finite: hidden states of the pruned model that are NaN or infinite.
@@ -57,20 +57,20 @@ class LayerDrift:
 
 
 def check_same_model(pruned: CheckpointTarget, dense: CheckpointTarget) -> None:
-    """Refuse a reference that is another model.
+    """Refuse a reference that is a different model.
 
     Raises:
         RecipeError: layers, hidden size or vocabulary differ.
     """
     ours, theirs = (t.model.config.get_text_config() for t in (pruned, dense))
-    told = []
+    differences = []
     for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
         a, b = getattr(ours, name, None), getattr(theirs, name, None)
         if a != b:
-            told.append(f"{name}: {a}, in the reference {b}")
-    if told:
+            differences.append(f"{name}: {a}, but {b} in the reference")
+    if differences:
         raise RecipeError(
-            f"the reference is another model ({'; '.join(told)})",
+            f"the reference is a different model ({'; '.join(differences)})",
             where=str(dense.reader.folder),
             remedy="name the dense model that was pruned with --dense",
         )
@@ -133,7 +133,7 @@ def compared(y: Tensor, dense_y: Tensor, alone: Tensor, dense_x: Tensor) -> dict
 
 
 def never_zero(x: Tensor) -> Tensor:
-    """Divisors, raised where they are zero."""
+    """Divisors with zeros replaced by the smallest number."""
     return x.clamp_min(torch.finfo(x.dtype).tiny)
 
 

@@ -1,4 +1,4 @@
-"""What a diagnosis finds: what, how bad, where, by what evidence, and what to do."""
+"""A finding of a diagnosis: what, how severe, where, the evidence, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ __all__ = ["SEVERITIES", "Finding", "Severity", "by_severity", "listed"]
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-"""The worst first. An error is proven wrong, a warning is likely wrong, a note is worth knowing."""
+"""The worst first: an error is proven, a warning is likely, a note is worth knowing."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One finding.
 
     Attributes:
-        id: which kind; docs/diagnosis.md has an entry for each.
-        severity: how bad.
+        id: the kind; docs/diagnosis.md has an entry for each.
+        severity: how severe.
         where: the tensor, layer or file.
-        evidence: what was measured, with the numbers.
-        remedy: what can be done about it.
+        evidence: the measured numbers.
+        remedy: what to do about it.
     """
 
     id: str
@@ -42,6 +42,6 @@ def by_severity(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def listed(items: Sequence[object], most: int = 8) -> str:
-    """The items in a line, cut after the first few."""
+    """The first items in one line, and the number of the others."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(str(item) for item in items[:most]) + more

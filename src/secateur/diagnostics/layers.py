@@ -1,4 +1,4 @@
-"""What the drift of the layers means: collapse, broken residuals, who is hit hardest."""
+"""Findings from the drift of layers: collapse, broken residuals, the layers hit hardest."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from secateur.diagnostics.findings import Finding, Severity
 __all__ = ["check_layers", "could_bear"]
 
 COLLAPSED, EXPLODED = 0.1, 10.0
-"""Of what the dense layer adds, the part below, and above, which a layer is broken."""
+"""A layer is broken if its addition, relative to the dense layer's, is outside these bounds."""
 
 NOTHING = 1.0
-"""The own error at which leaving the layer out would be as good."""
+"""The own error at which removing the layer would be as good."""
 
 LOST_RESIDUAL = 0.5
-"""Of the part of its input that a dense layer's output contains."""
+"""The least share of its input in a layer's output, relative to the dense layer's share."""
 
 LOST_STREAM = 0.5
-"""The cosine of the last hidden states below which little of the dense model is left.
+"""Below this cosine of the last hidden states, little of the dense model remains.
 
 Measured on SmolLM2-135M: 0.93 after SparseGPT to 50 %, 0.81 after Wanda to 2:4, 0.45 after Wanda to
-80 %, which writes no sentence.
+80 %, which generates no sentence.
 """
 
 HIGHEST = 0.95
-"""No layer is said to bear more than this."""
+"""The highest sparsity that the estimate reports."""
 
 AGAIN = "prune less of this layer: --override '{name}.*=0.3', or an --allocation"
 
@@ -53,14 +53,14 @@ def check_layers(
                 "drift",
                 "warning",
                 layer_name(last.layer),
-                f"the hidden states that leave the last layer have a cosine of {last.cosine:.2f} "
+                f"the outputs of the last layer have a cosine of {last.cosine:.2f} "
                 f"with those of the dense model, and a relative error of {last.relative_error:.2f}",
                 "prune less, by a better method (--effort balanced or best), or retrain",
             )
         )
     hit = sorted((x for x in drift if x.layer in bears), key=lambda x: -x.own_error)[:3]
     if hit:
-        told = "; ".join(
+        worst = "; ".join(
             f"{layer_name(x.layer)} {x.own_error:.2f} (could bear {bears[x.layer]:.0%})"
             for x in hit
         )
@@ -70,15 +70,15 @@ def check_layers(
                 "hit-hardest",
                 "note",
                 layer_name(hit[0].layer),
-                f"relative error of what the layer adds, median layer {usual:.2f}: {told}",
-                "a lower sparsity for these at the cost of others: --override, or an --allocation",
+                f"relative error of the layer's addition, median layer {usual:.2f}: {worst}",
+                "prune these less and others more: --override, or an --allocation",
             )
         )
     return found
 
 
 def faults_of(layer: LayerDrift, name: str) -> list[Finding]:
-    """What is wrong with one layer, the worst only: one fault has many symptoms."""
+    """The worst fault of one layer; others may be its symptoms."""
 
     def fault(kind: str, severity: Severity, evidence: str, remedy: str) -> list[Finding]:
         return [Finding(kind, severity, name, evidence, remedy)]
@@ -87,8 +87,8 @@ def faults_of(layer: LayerDrift, name: str) -> list[Finding]:
         return fault(
             "hidden-states-not-finite",
             "error",
-            f"{layer.not_finite} values that leave it are NaN or infinite; the layers behind it "
-            "were not looked at",
+            f"{layer.not_finite} of its outputs are NaN or infinite; the layers after it "
+            "were not checked",
             "look for tensors that are not finite or far too large in this layer; prune again",
         )
     added = f"it adds {layer.contribution:.2g} times as much to the stream as the dense layer does"
@@ -101,7 +101,7 @@ def faults_of(layer: LayerDrift, name: str) -> list[Finding]:
         return fault(
             "residual-lost",
             "error",
-            f"{kept}, that of the dense layer {layer.dense_kept_input:.2f}",
+            f"{kept}, the dense layer's output {layer.dense_kept_input:.2f}",
             "the way past the layer is broken, or the layer undoes it: compare its weights with "
             "those of the dense model, and prune again",
         )
@@ -109,25 +109,25 @@ def faults_of(layer: LayerDrift, name: str) -> list[Finding]:
         return fault(
             "layer-damaged",
             "warning",
-            f"what it adds is off by {layer.own_error:.2f} of what the dense layer adds: leaving "
-            "the layer out would be no worse",
+            f"its error is {layer.own_error:.2f} of the dense layer's addition: removing "
+            "the layer would be no worse",
             AGAIN.format(name=name),
         )
     return []
 
 
 def could_bear(sparsity_of: Mapping[int, float], drift: Sequence[LayerDrift]) -> dict[int, float]:
-    """The sparsity at which the own error of each layer would be that of the median layer.
+    """The sparsity at which the own error of each layer would equal that of the median layer.
 
     The model: of normally distributed weights, the smallest share s has the energy
     g(s) = s − 2 q φ(q), with q = Φ⁻¹((1 + s) / 2); the squared error of a layer is proportional to
-    g of its sparsity. So a layer of sparsity s and error e, beside a median error m, could bear
-    the s′ with g(s′) = g(s) · m² / e². It is an estimate from one measurement: good for an order of
-    layers, not for a promise.
+    g of its sparsity. So a layer of sparsity s and error e, with a median error m, could bear the
+    s′ with g(s′) = g(s) · m² / e². This is an estimate from one measurement. It can rank layers,
+    but promises nothing.
 
     Args:
-        sparsity_of: of each layer, by number; those that are dense are left out.
-        drift: gives the own errors.
+        sparsity_of: of each layer, by number, without dense layers.
+        drift: contains the own errors.
     """
     errors = {
         x.layer: x.own_error
@@ -151,7 +151,7 @@ def pruned_energy(sparsity: float) -> float:
 
 
 def sparsity_with(energy: float) -> float:
-    """The sparsity whose `pruned_energy` is this, at most `HIGHEST`; found by halving."""
+    """The sparsity with this `pruned_energy`, at most `HIGHEST`; found by bisection."""
     if energy >= pruned_energy(HIGHEST):
         return HIGHEST
     low, high = 0.0, HIGHEST

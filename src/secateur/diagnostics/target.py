@@ -1,7 +1,7 @@
-"""What this machine can speed up, by what is installed, and what it cannot, with the reason.
+"""Reports which sparsity this machine can speed up with the installed software, and why.
 
-Said from processor features, CUDA capability and versions; how fast a model really is, only
-`secateur bench` tells (`check_speed`).
+It uses processor features, CUDA capability and versions. Only `secateur bench` measures the real
+speed of a model (`check_speed`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_bf16", "avx512_vnni",
     "avx_vnni", "amx_bf16", "amx_int8", "asimd", "asimddp", "sve", "i8mm", "bf16",
 )  # fmt: skip
-"""Features of processors that matter to matrix products, as Linux names them."""
+"""Processor features for matrix products, by their names on Linux."""
 
 SPARSE_CORES = (8, 0)
 """The CUDA capability from which tensor cores multiply 2:4 sparse matrices."""
@@ -37,7 +37,7 @@ ENGINES = {
     "onnxruntime": "its matrix products are dense",
     "openvino": "its matrix products are dense, unless compiled with its sparsity option for int8",
 }
-"""Distributions of engines that run dense models, and what becomes of unstructured zeros there."""
+"""Distributions of engines that run dense models, and how they treat unstructured zeros."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Support:
 
     Attributes:
         kind: unstructured, 2:4, n:m, structured or int8.
-        engine: who runs the model.
-        faster: whether it gains; None where it depends, or is not known.
+        engine: the program that runs the model.
+        faster: whether it gains; None if it depends or is unknown.
         reason: why, in a sentence.
     """
 
@@ -59,11 +59,11 @@ class Support:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, and what runs on it.
+    """A machine and its engines.
 
     Attributes:
         cpu: its processor's name.
-        features: of the processor, those that matter.
+        features: the relevant features of the processor.
         cuda_capability: of the first GPU, such as `9.0`; None without one.
         engines: installed versions; None for those that are not installed.
         supports: every kind of sparsity with every engine that could run it.
@@ -80,12 +80,12 @@ class Machine:
         return [s for s in self.supports if s.kind == kind and s.faster]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """All fields."""
         return asdict(self)
 
 
 def look_at_target(cpu: str) -> Machine:
-    """Look at this machine.
+    """Describe this machine.
 
     Args:
         cpu: the name of its processor.
@@ -110,21 +110,21 @@ def installed(distribution: str) -> str | None:
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """The features of the processor that matter; empty where the system does not tell."""
+    """The relevant features of the processor; empty if the system does not list them."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
         return ()
     for line in lines:
-        name, _, told = line.partition(":")
+        name, _, text = line.partition(":")
         if name.strip().lower() in ("flags", "features"):
-            has = set(told.split())
+            has = set(text.split())
             return tuple(feature for feature in FEATURES if feature in has)
     return ()
 
 
 def own_kernels(info: KernelInfo) -> list[Support]:
-    """What the kernels of this library gain on the CPU."""
+    """The gains of this library's kernels on the CPU."""
     if info.tier == "none":
         why = dict.fromkeys(("unstructured", "n:m", "2:4", "int8"), info.reason)
     else:
@@ -141,7 +141,7 @@ def own_kernels(info: KernelInfo) -> list[Support]:
 
 
 def sparse_cores(capability: tuple[int, int] | None) -> Support:
-    """Whether a GPU multiplies 2:4 matrices by half."""
+    """Whether a GPU has sparse tensor cores for 2:4 matrices."""
     if capability is None:
         return Support("2:4", "torch, CUDA", False, "torch sees no CUDA device here")
     if capability < SPARSE_CORES:
@@ -156,35 +156,35 @@ def sparse_cores(capability: tuple[int, int] | None) -> Support:
         "torch, CUDA",
         None,
         "this GPU has sparse tensor cores; they pay for large batches and large matrices, not when "
-        "one token is written at a time. Not measured here",
+        "one token is generated at a time. Not measured here",
     )
 
 
 def other_engines(engines: dict[str, str | None]) -> list[Support]:
-    """Engines that know of no zeros, and what helps everywhere."""
+    """Engines without support for zeros, and structured cuts, which help everywhere."""
     found = [
         Support(
             "structured",
             "any",
             True,
-            "whole heads, neurons or layers taken out leave smaller dense matrices, which every "
+            "cutting whole heads, neurons or layers leaves smaller dense matrices, which every "
             "engine gains from",
         )
     ]
     for name, reason in ENGINES.items():
         there = engines[name]
-        told = "not installed" if there is None else f"version {there}"
-        found.append(Support("unstructured", name, False, f"{told}; {reason}"))
+        text = "not installed" if there is None else f"version {there}"
+        found.append(Support("unstructured", name, False, f"{text}; {reason}"))
     return found
 
 
 def check_speed(folder: Path, pattern: str, sparsity: float, target: Machine) -> list[Finding]:
-    """Was a speed-up really measured, and can this machine gain from the pattern at all?
+    """Check whether a speed-up was measured, and whether this machine can gain from the pattern.
 
     Args:
         folder: of the model.
         pattern: of its zeros: unstructured, N:M or a block.
-        sparsity: really stored.
+        sparsity: of the stored weights.
         target: this machine.
     """
     found = []
@@ -205,18 +205,18 @@ def check_speed(folder: Path, pattern: str, sparsity: float, target: Machine) ->
 
 
 def speed_told(folder: Path) -> Finding:
-    """What the measurement that lies beside the model says, if there is one."""
+    """The finding of the stored measurement, if there is one."""
     file = folder / "secateur" / "bench.json"
     command = f"secateur bench {folder}"
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        verdict, where = str(told["verdict"]), str(told["protocol"]["cpu"])
+        text = json.loads(file.read_text(encoding="utf-8"))
+        verdict, where = str(text["verdict"]), str(text["protocol"]["cpu"])
     except OSError:
         return Finding(
             "speed-not-measured",
             "note",
             str(folder),
-            "whether it is faster here was not measured",
+            "its speed on this machine was not measured",
             f"measure it: {command}",
         )
     except (ValueError, KeyError, TypeError):

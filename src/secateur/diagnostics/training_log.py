@@ -1,12 +1,12 @@
-"""Was the learning rate too high? Read from the log of a training.
+"""Checks in the log of a training whether the learning rate was too high.
 
     best  = the lowest median of 20 losses in a row
     last  = the median of the last 20
     noise = 1.48 · median |loss − the median of the 20 around it|, at least 1 % of best
     risen : last > best + 6 · noise
 
-A loss that rises by far more than it jumps about, and stays there, is the mark of a step size that
-the model cannot follow. A loss that is not a number is its end.
+If the loss rises by much more than its noise and does not fall again, the step size was too large.
+If it becomes NaN or infinite, the training has failed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LoggedStep:
     Attributes:
         step: its number.
         loss: of the training.
-        learning_rate: None where it is not told.
+        learning_rate: None if it is unknown.
     """
 
     step: int
@@ -46,9 +46,9 @@ class LoggedStep:
 
 
 def read_log(file: Path) -> list[LoggedStep]:
-    """Read a log: one JSON object a line, with `loss`, and `step` and `learning_rate` if known.
+    """Read a log: one JSON object per line, with `loss`, and `step` and `learning_rate` if known.
 
-    Lines without a loss (of an evaluation, say) are passed over.
+    Lines without a loss (for example of an evaluation) are skipped.
 
     Raises:
         SourceError: there is no such file, a line is not JSON, or no line has a loss.
@@ -79,7 +79,7 @@ def read_log(file: Path) -> list[LoggedStep]:
 
 
 def step_of(row: dict[str, Any], place: int) -> LoggedStep:
-    """A line as a step; a loss of null is one that was not a number."""
+    """Convert a line to a step; a loss of null means NaN or infinite."""
     loss, rate = row["loss"], row.get("learning_rate")
     return LoggedStep(
         int(row.get("step", place)),
@@ -89,11 +89,11 @@ def step_of(row: dict[str, Any], place: int) -> LoggedStep:
 
 
 def check_training(steps: list[LoggedStep], where: str) -> list[Finding]:
-    """Look for a loss that has left the numbers, or risen and stayed.
+    """Look for a loss that is not finite, or that has risen for good.
 
     Args:
         steps: in order.
-        where: the file they come from.
+        where: the file of the log.
     """
     lost = next((s for s in steps if not math.isfinite(s.loss)), None)
     if lost is not None:
@@ -102,8 +102,8 @@ def check_training(steps: list[LoggedStep], where: str) -> list[Finding]:
                 "training-not-finite",
                 "error",
                 f"{where}, step {lost.step}",
-                f"the loss is {lost.loss}{told_rate(lost)}",
-                "the weights after this step are worthless: go back to a checkpoint before it, "
+                f"the loss is {lost.loss}{rate_text(lost)}",
+                "the weights after this step are useless: return to a checkpoint before it, "
                 "with a third of the learning rate and gradients clipped to a norm of 1",
             )
         ]
@@ -118,7 +118,7 @@ def check_training(steps: list[LoggedStep], where: str) -> list[Finding]:
             "warning",
             f"{where}, step {step.step}",
             f"from here on the loss stays above its best: {best:.3g} before, {last:.3g} at the "
-            f"end, and it jumps about by {noise:.2g} only{told_rate(step)}",
+            f"end, with a noise of only {noise:.2g}{rate_text(step)}",
             "train again from the checkpoint before this step with a third of the learning rate, "
             "or with a longer warmup",
         )
@@ -126,7 +126,7 @@ def check_training(steps: list[LoggedStep], where: str) -> list[Finding]:
 
 
 def risen_for_good(losses: list[float]) -> tuple[int, float, float, float] | None:
-    """Where the loss begins to rise for good: (place, best, last, noise); None if it does not."""
+    """Where the loss starts to rise for good: (place, best, last, noise); None if it does not."""
     window = min(WINDOW, len(losses) // 2)
     if window < 3:
         return None
@@ -148,6 +148,6 @@ def risen_for_good(losses: list[float]) -> tuple[int, float, float, float] | Non
     return begin + half, best, last, noise
 
 
-def told_rate(step: LoggedStep) -> str:
+def rate_text(step: LoggedStep) -> str:
     """The learning rate of a step, if it is known."""
     return "" if step.learning_rate is None else f"; the learning rate is {step.learning_rate:g}"

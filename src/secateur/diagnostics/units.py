@@ -1,8 +1,8 @@
-"""Dead units: heads, neurons, rows and columns of which pruning has left nothing.
+"""Finds dead units: heads, neurons, rows and columns that pruning has emptied.
 
-Which rows and columns belong to a head or a neuron is told by the names of the linears, in any
-family that uses one of the layouts below. With grouped queries a dead head of values is dead for
-all query heads that share it.
+The names of the linears show which rows and columns belong to a head or a neuron, in every family
+with one of the layouts below. With grouped queries, a dead value head is dead for all query heads
+that share it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MANY = 0.02
 """The share of a layer's neurons, or a linear's rows, above which zero rows are a warning."""
 
 MANY_UNREAD = 0.5
-"""The same for zero columns: methods that look at inputs drop those that are nearly always zero,
-and behind a ReLU, or at 80 % sparsity, these are many."""
+"""The same for zero columns: methods that use inputs drop those that are nearly always zero. After
+a ReLU, or at 80 % sparsity, these are many."""
 
 ATTENTION = (
     ("self_attn.v_proj", "alone", "self_attn.o_proj"),
@@ -34,7 +34,7 @@ ATTENTION = (
     ("attn.c_attn", "last", "attn.c_proj"),
     ("attention.query_key_value", "interleaved", "attention.dense"),
 )
-"""Linear that makes the values, where they lie in it, and linear that reads the heads."""
+"""The linear that produces the values, their place in it, and the linear that reads them."""
 
 FEED_FORWARD = (
     (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
@@ -43,7 +43,7 @@ FEED_FORWARD = (
     (("fc1",), "fc2"),
     (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
 )
-"""Linears that make the neurons, and the linear that reads them."""
+"""The linears that produce the neurons, and the linear that reads them."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class DeadUnits:
     """The dead units of one decoder layer: bool, one for each unit; empty if the layout is unknown.
 
     Attributes:
-        heads: query heads whose values are all zero, or that nothing reads.
-        unmade: neurons that are always zero, because a row that makes them is.
+        heads: query heads with only zero values, or that nothing reads.
+        unmade: neurons that are always zero, because a row that produces them is zero.
         unread: neurons that nothing reads.
     """
 
@@ -66,7 +66,7 @@ class DeadUnits:
         return self.unmade | self.unread
 
     def beyond(self, dense: DeadUnits) -> DeadUnits:
-        """Those of the pruned layer that are not dead in the dense one."""
+        """The units that are dead in the pruned layer but not in the dense one."""
         return DeadUnits(
             new(self.heads, dense.heads),
             new(self.unmade, dense.unmade),
@@ -129,7 +129,7 @@ def check_units(
 
     Args:
         weights: the model's.
-        claims: give the scope within which weights competed.
+        claims: contain the scope within which weights competed.
         size: of a head.
         layer_name: the full name of a decoder layer.
         dense: the dense model's.
@@ -143,59 +143,59 @@ def check_units(
             units = units.beyond(dead_units(dense.of_layer(index), size))
         dead = units.neurons
         if units.heads.any():
-            found.append(told_heads(name, numbers(units.heads), len(units.heads)))
+            found.append(heads_finding(name, numbers(units.heads), len(units.heads)))
         if dead.any():
             neurons[name] = numbers(dead)
             unmade = int(units.unmade.sum())
             limit = 0.0 if row_keeps_share else MANY
             warned |= unmade > limit * len(dead) or int(dead.sum()) > MANY_UNREAD * len(dead)
     if neurons:
-        found.append(told_neurons(neurons, "warning" if warned else "note"))
+        found.append(neurons_finding(neurons, "warning" if warned else "note"))
     return found + dead_lines(weights, row_keeps_share, dense)
 
 
 def new(now: Tensor, before: Tensor) -> Tensor:
-    """What is dead now and was not before; all of it where the shapes differ."""
+    """Units that are dead now and were not before; all dead ones if the shapes differ."""
     return now & ~before if now.shape == before.shape else now
 
 
 def numbers(flags: Tensor) -> list[int]:
-    """The places of what is True."""
+    """The indices of True entries."""
     places: list[int] = flags.nonzero().flatten().tolist()
     return places
 
 
-def told_heads(where: str, heads: list[int], total: int) -> Finding:
+def heads_finding(where: str, heads: list[int], total: int) -> Finding:
     """The finding for the dead heads of a layer."""
     return Finding(
         "dead-head",
         "warning",
         where,
-        f"head {listed(heads)}: {len(heads)} of {total} dead; their values are all zero, or no "
+        f"head {listed(heads)}: {len(heads)} of {total} dead; all their values are zero, or no "
         "weight reads them",
         f"prune less of this layer: --override '{where}.*=0.3'",
     )
 
 
-def told_neurons(neurons: dict[str, list[int]], severity: Severity) -> Finding:
+def neurons_finding(neurons: dict[str, list[int]], severity: Severity) -> Finding:
     """The finding for the dead neurons of all layers, the worst layer named."""
     worst = max(neurons, key=lambda name: len(neurons[name]))
     others = ""
     if len(neurons) > 1:
-        told = [f"{name} {len(dead)}" for name, dead in neurons.items()]
-        others = f"; in all {sum(map(len, neurons.values()))}: {listed(told)}"
+        per_layer = [f"{name} {len(dead)}" for name, dead in neurons.items()]
+        others = f"; in all {sum(map(len, neurons.values()))}: {listed(per_layer)}"
     return Finding(
         "dead-neuron",
         severity,
         worst,
-        f"neuron {listed(neurons[worst])}: {len(neurons[worst])} dead; what makes them is zero, or "
-        f"no weight reads them{others}",
-        "prune less of these layers (--override or --allocation); what is dead could be cut out",
+        f"neuron {listed(neurons[worst])}: {len(neurons[worst])} dead; a row producing them is "
+        f"zero, or no weight reads them{others}",
+        "prune less of these layers (--override or --allocation); dead neurons could be cut out",
     )
 
 
 def dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -> list[Finding]:
-    """Rows and columns of linears that are all zero, the worst linear named."""
+    """Rows and columns of linears that are all zero; names the worst linear."""
     found = []
     before = {x.name: x for x in dense.linears} if dense else {}
     for line, limit in (("row", 0.0 if row_keeps_share else MANY), ("column", MANY_UNREAD)):
@@ -222,7 +222,7 @@ def dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -
 
 
 def newly_dead(linear: LinearHealth, before: LinearHealth | None, line: str) -> int:
-    """How many rows or columns are dead that are not in the dense model."""
+    """The number of rows or columns that are dead, but not in the dense model."""
     dead = lines_of(linear, line)
     return int((dead if before is None else new(dead, lines_of(before, line))).sum())
 

@@ -1,4 +1,4 @@
-"""Values that cannot be right: NaN, Inf, and matrices that have shrunk to nothing."""
+"""Finds impossible values: NaN, Inf, and matrices that have shrunk to almost zero."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from secateur.diagnostics.weights import Weights
 __all__ = ["check_values"]
 
 VANISHED = 1e-3
-"""Of the median size of the same matrix in all layers. In SmolLM2 the smallest is 0.3 of it."""
+"""Relative to the median size of the same matrix in all layers; in SmolLM2 the least is 0.3."""
 
 
 def check_values(weights: Weights) -> list[Finding]:
@@ -36,7 +36,7 @@ def check_values(weights: Weights) -> list[Finding]:
                 x.name,
                 f"its weights are {x.size:.2g} large (root mean square of those that are not "
                 f"zero), the same matrix is {usual:.2g} in the median layer",
-                "the layer adds nothing any more: compare it with the dense model (--dense REF), "
+                "the layer adds almost nothing: compare it with the dense model (--dense REF), "
                 "and prune again with an override for it",
             )
             for x in same

@@ -1,7 +1,7 @@
-"""Every tensor of a checkpoint read once: is it finite, where are its zeros, which lines are dead?
+"""Reads every tensor of a checkpoint once: is it finite, which weights and lines are zero?
 
-One tensor is in memory at a time. What is kept of a matrix are counts, and for each row and column
-whether it is all zero; heads and neurons are found from those.
+One tensor is in memory at a time. For each matrix it keeps counts, and for each row and column
+whether it is all zero; dead heads and neurons follow from these.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ __all__ = ["LinearHealth", "Weights", "layer_sparsity", "look_at_weights"]
 
 @dataclass(frozen=True)
 class LinearHealth:
-    """One matrix of a decoder layer as stored.
+    """One stored matrix of a decoder layer.
 
     Attributes:
         name: its full name.
         layer: the number of its decoder layer.
         kind: its name within the layer.
         shape: (out, in).
-        zeros: how many weights are zero.
-        misplaced: weights that are not zero although the claimed pattern needs them to be.
+        zeros: the number of zero weights.
+        misplaced: nonzero weights where the claimed pattern needs zeros.
         size: root mean square of the weights that are not zero.
-        known: False for matrices of experts in a layout that is not known, which were not pruned.
-        dead_rows: bool [out], which outputs have no weight left.
-        dead_columns: bool [in], which inputs no weight reads.
+        known: False for experts in an unknown layout, which were not pruned.
+        dead_rows: bool [out], outputs whose weights are all zero.
+        dead_columns: bool [in], inputs that no weight reads.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Weights:
 
     Attributes:
         linears: the matrices of the decoder layers.
-        not_finite: how many values of which tensor are NaN or infinite, where there are any.
-        tensors: how many were read.
+        not_finite: the number of NaN or infinite values, by tensor, if there are any.
+        tensors: the number of tensors read.
     """
 
     linears: list[LinearHealth]
@@ -95,7 +95,7 @@ def look_at_weights(
 
     Args:
         target: the checkpoint.
-        claims: gives the pattern and sparsity that each matrix should have.
+        claims: contains the pattern and sparsity that each matrix should have.
         tell: called after every tensor with its name.
     """
     reader = target.reader
@@ -125,7 +125,7 @@ def health_of(matrix: StoredMatrix, weight: Tensor, claims: Claims) -> LinearHea
     assert matrix.layer is not None
     name = matrix.full_name
     claim = claims.linears.get(name)
-    counted = count(name, weight, claims.pattern, claim.asked if claim else 0.0)
+    counted = count(name, weight, claims.pattern, claim.target if claim else 0.0)
     nonzero = weight != 0
     kept = counted.weights - counted.zeros
     size = (weight.float().square().sum(dtype=torch.float64) / max(1, kept)).sqrt()

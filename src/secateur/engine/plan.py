@@ -24,7 +24,7 @@ from secateur.engine.prune.solve_memory import gradient_bytes, solve_bytes, stat
 from secateur.engine.prune.tasks import Tasks, input_statistics
 from secateur.engine.stream.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
-from secateur.engine.stream.kinds import Layout, kind_of, layouts, on_meta, refuse_unknown
+from secateur.engine.stream.kinds import LayerLayout, kind_of, layouts, on_meta, refuse_unknown
 from secateur.engine.stream.residency import LiveTensors
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
@@ -320,7 +320,7 @@ def waits(tasks: Tasks, settings: Settings) -> int:
 
 def survey_bytes(
     target: Target,
-    found: Sequence[Layout],
+    found: Sequence[LayerLayout],
     allocation: Allocation,
     layer_weights: int,
     windows: Tensor | None,
@@ -338,7 +338,7 @@ def survey_bytes(
 
 
 def forward_bytes(
-    target: Target, found: Sequence[Layout], windows: Tensor, settings: Settings, waiting: int
+    target: Target, found: Sequence[LayerLayout], windows: Tensor, settings: Settings, waiting: int
 ) -> tuple[int, int, int]:
     """Hidden states of all windows, and what forwards keep alive: one that runs, those halted."""
     size = min(max(1, settings.micro_batch_tokens // windows.shape[1]), windows.shape[0])

@@ -6,6 +6,7 @@ import functools
 import inspect
 import operator
 import re
+import textwrap
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,11 @@ from secateur.recipes.options import Option, options_of, run_options_of
 from secateur.recipes.reading import AnyRecipe, build_recipe, nested
 from secateur.recipes.section import Section
 
-__all__ = ["recipe_of", "takes_options_of", "type_text"]
+__all__ = ["plain", "python_type", "recipe_of", "takes_options_of", "type_text"]
 
 P, R = ParamSpec("P"), TypeVar("R")
 
-INDENT = " " * 8
+INDENT, WIDTH = " " * 8, 100
 
 
 def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -81,8 +82,17 @@ def widened(kind: Any, text: Any) -> Any:
 
 def documented(doc: str, added: Sequence[Option]) -> str:
     """A docstring with a line for each of these in place of `**options`."""
-    lines = [f"{INDENT}{option.name}: {option.about}" for option in added]
-    return re.sub(r" *\*\*options: .*", "\n".join(lines), doc, count=1)
+    lines = [
+        textwrap.fill(
+            f"{option.name}: {option.about}",
+            WIDTH,
+            initial_indent=INDENT,
+            subsequent_indent=INDENT + "    ",
+            break_on_hyphens=False,
+        )
+        for option in added
+    ]
+    return re.sub(r" *\*\*options: .*", lambda _: "\n".join(lines), doc, count=1)
 
 
 def recipe_of(

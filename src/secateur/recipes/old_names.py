@@ -46,10 +46,12 @@ def renamed(name: str, known: Collection[str]) -> list[str]:
     Returns:
         Those of `known` that took its place; none if it is not an old name.
 
-    >>> renamed("samples", ["windows", "seed"])
-    ['windows']
-    >>> renamed("hidden", ["hidden_size", "ffn"])
-    ['hidden_size']
+    Example:
+        >>> from secateur.recipes.old_names import renamed
+        >>> renamed("samples", ["windows", "seed"])
+        ['windows']
+        >>> renamed("hidden", ["hidden_size", "ffn"])
+        ['hidden_size']
     """
     return [new for new in OLD_NAMES.get(name.replace("-", "_"), ()) if new in known]
 

@@ -1,1 +1,1 @@
-"""The life of a run: its folder, its ledger, and the schemas of what it writes."""
+"""The life of a run: its folder, its ledger, and the schemas of its files."""

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and names that change hands in one step."""
+"""Writes files and folders completely or not at all, and swaps names in one step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
 ]
 
 UNFINISHED = ".unfinished"
-"""Suffix of a file or folder that does not have its own name yet."""
+"""Suffix of a file or folder that does not have its final name yet."""
 
 AT_FDCWD, NO_REPLACE, EXCHANGE = -100, 1, 2
 """Arguments of Linux's renameat2(2)."""
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
+    """Write a file completely or not at all, also across a power cut."""
     unfinished = file.with_name(file.name + UNFINISHED)
     with unfinished.open("wb") as stream:
         stream.write(content)
@@ -43,17 +43,17 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
+    """Write a text file completely or not at all."""
     write_bytes(file, text.encode("utf-8"))
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write content as JSON into a file that is there whole or not at all."""
+    """Write content as JSON, completely or not at all."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors into a safetensors file that is there whole or not at all."""
+    """Write tensors to a safetensors file, completely or not at all."""
     unfinished = file.with_name(file.name + UNFINISHED)
     save_file(tensors, unfinished)
     unfinished.replace(file)
@@ -61,12 +61,12 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into; it gets its name by one rename when the block ends well.
+    """A folder to write into; one rename gives it its name when the block succeeds.
 
-    What a killed call left under the unfinished name is removed first.
+    Files of a killed call under the unfinished name are removed first.
 
     Args:
-        folder: the folder to make, within the work folder of a run; it is not there yet.
+        folder: the folder to make, within the work folder of a run; it does not exist yet.
     """
     unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -76,19 +76,19 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def take_name(made: Path, name: Path, spare: Path) -> None:
-    """Give a folder its final name. What has the name now ends under `made`, or under `spare`.
+    """Give a folder its final name. A folder that has the name now moves to `made` or `spare`.
 
-    Where the system can swap two names in one step (Linux), the name always belongs to a whole
-    folder: to the old one, then to the new one. Elsewhere the old one lies under `spare` for a
-    moment, and after a kill in that moment `RunFolder` puts it back.
+    Where the system can swap two names in one step (Linux), the name always belongs to a complete
+    folder: first the old one, then the new one. Elsewhere the old one is called `spare` for a
+    moment; after a kill in that moment, `RunFolder` restores it.
 
     Args:
         made: the new folder.
-        name: the name that it gets.
+        name: the final name.
         spare: a free name beside `made`.
 
     Raises:
-        FileExistsError: the name was free a moment ago, and is not any more.
+        FileExistsError: the name was free a moment ago, but no longer is.
     """
     if not os.path.lexists(name):
         if not rename(made, name, NO_REPLACE):
@@ -99,7 +99,7 @@ def take_name(made: Path, name: Path, spare: Path) -> None:
 
 
 def rename(old: Path, new: Path, flag: int) -> bool:
-    """Linux's renameat2: False where the system or the file system has no such call.
+    """Call Linux's renameat2; returns False where the system or file system has no such call.
 
     Raises:
         OSError: the system refuses the rename.

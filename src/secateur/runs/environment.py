@@ -13,7 +13,7 @@ __all__ = ["environment"]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware a result was made with."""
+    """The versions and hardware of a result."""
     packages = ("secateur", "torch", "transformers", "safetensors", "numpy")
     found: dict[str, Any] = {
         "python": platform.python_version(),
@@ -31,7 +31,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, if the system reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:
             for line in stream:

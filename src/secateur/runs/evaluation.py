@@ -1,4 +1,4 @@
-"""`secateur/evaluation.json`: what a model was judged to be, every number with its protocol.
+"""`secateur/evaluation.json`: the results of evaluations, every number with its protocol.
 
 `secateur evaluate` writes it and the report reads it. `docs/evaluation.md` documents it. One file
 holds the results of several calls: a new result replaces an earlier one with the same protocol id,
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 FILE_NAME = "evaluation.json"
-"""Its name in the folder `secateur/` of a run."""
+"""The name of the file in the folder `secateur/` of a run."""
 
 FIRST_SCHEMA = "secateur.evaluation/1"
 """One reference and environment for all results, one divergence, one set of texts."""
@@ -39,18 +39,18 @@ SCHEMA: Literal["secateur.evaluation/2"] = "secateur.evaluation/2"
 
 
 class StrictRecord(BaseModel):
-    """A part of the file. Keys that are unknown are faults: a typo must not pass as silence."""
+    """A part of the file. Unknown keys are errors, so that a typo does not go unnoticed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Measurement(StrictRecord):
-    """What every result says beside its numbers.
+    """The fields that every result has besides its numbers.
 
     Attributes:
         protocol: everything the numbers depend on besides the model.
         protocol_id: its short name.
-        reference: the dense model that the numbers are held against; None for none.
+        reference: the dense model of the comparison; None without one.
         environment: versions and hardware.
         inherited_from: the model that was measured, if it is another one with the same weights.
     """
@@ -63,14 +63,13 @@ class Measurement(StrictRecord):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The same for results of which the newer replaces the older."""
+        """A key that two results share if the newer replaces the older."""
         return (self.protocol_id,)
 
     def after(self, earlier: Measurement) -> Measurement:
-        """The result that stays where an earlier one has the same key: the newer.
+        """The result that replaces an earlier one with the same key: this one.
 
-        One without a reference keeps what the earlier one says of the reference, where that
-        still holds.
+        Without a reference it keeps the earlier numbers of the reference that are still valid.
         """
         if self.reference is not None or earlier.reference is None:
             return self
@@ -78,7 +77,7 @@ class Measurement(StrictRecord):
         return self.model_copy(update={**kept, "reference": earlier.reference}) if kept else self
 
     def reference_numbers(self, earlier: Any) -> Mapping[str, Any]:
-        """The fields about the reference that hold beside this result; none if they do not."""
+        """The earlier fields of the reference that are still valid with this result, if any."""
         return {}
 
 
@@ -93,7 +92,7 @@ class PerplexityRecord(Measurement):
     seconds: float
 
     def reference_numbers(self, earlier: PerplexityRecord) -> Mapping[str, Any]:
-        """The perplexity of the reference depends on the protocol alone."""
+        """The perplexity of the reference depends only on the protocol."""
         return {"reference_perplexity": earlier.reference_perplexity}
 
 
@@ -111,7 +110,7 @@ class DivergenceRecord(Measurement):
 
 
 class TaskRecord(Measurement):
-    """One metric of one task; what comes after `shots` is null without a reference."""
+    """One metric of one task; fields after `shots` are null without a reference."""
 
     task: str
     metric: str
@@ -132,7 +131,7 @@ class TaskRecord(Measurement):
         return self.protocol_id, self.metric
 
     def reference_numbers(self, earlier: TaskRecord) -> Mapping[str, Any]:
-        """The comparison in pairs holds if the score is what it was."""
+        """The comparison in pairs is valid if the score is unchanged."""
         if self.value != earlier.value:
             return {}
         return {
@@ -145,7 +144,7 @@ class TaskRecord(Measurement):
 
 
 class SampleRecord(StrictRecord):
-    """A prompt, and what the model and the reference made of it."""
+    """A prompt, and the continuations by the model and the reference."""
 
     prompt: str
     text: str
@@ -165,7 +164,7 @@ class GenerationRecord(Measurement):
     reference_degenerate: int | None
 
     def reference_numbers(self, earlier: GenerationRecord) -> Mapping[str, Any]:
-        """The texts of the reference stand beside the same texts."""
+        """The texts of the reference are valid if the model's texts are unchanged."""
         if [one.text for one in self.samples] != [one.text for one in earlier.samples]:
             return {}
         return {
@@ -179,7 +178,7 @@ AnyResult = TypeVar("AnyResult", bound=Measurement)
 
 
 class EvaluationRecord(StrictRecord):
-    """The whole file, or what one judgement adds to it."""
+    """The whole file, or the results of one call."""
 
     schema_name: Literal["secateur.evaluation/2"] = Field(default=SCHEMA, alias="schema")
     model: str
@@ -190,11 +189,11 @@ class EvaluationRecord(StrictRecord):
 
     @property
     def results(self) -> list[Measurement]:
-        """All results, whatever they measure."""
+        """All results of all kinds."""
         return [*self.perplexity, *self.divergence, *self.tasks, *self.generation]
 
     def after(self, earlier: EvaluationRecord) -> EvaluationRecord:
-        """These results, and those of an earlier judgement that were not measured again."""
+        """These results, and earlier ones that were not measured again."""
         return EvaluationRecord(
             model=self.model,
             perplexity=merged(earlier.perplexity, self.perplexity),
@@ -221,14 +220,14 @@ class EvaluationRecord(StrictRecord):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The file's content."""
+        """The content of the file."""
         return self.model_dump(mode="json", by_alias=True)
 
     def save(self, file: Path) -> None:
-        """Write the file in one step: a write that is stopped leaves what was there.
+        """Write the file in one step: an interrupted write keeps the old file.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: the file cannot be written.
         """
         try:
             write_json(file, self.to_json())
@@ -240,16 +239,16 @@ class EvaluationRecord(StrictRecord):
             ) from error
 
     def add_to(self, file: Path) -> None:
-        """Enter these results into a file, which need not be there yet.
+        """Add these results to a file, which need not exist yet.
 
         Raises:
-            CheckpointError: what is there cannot be read, or the file cannot be written.
+            CheckpointError: the existing file cannot be read, or the new one cannot be written.
         """
         (self.after(read_evaluation(file)) if file.is_file() else self).save(file)
 
 
 def merged(earlier: Sequence[AnyResult], newer: Sequence[AnyResult]) -> list[AnyResult]:
-    """Earlier results, those of the same key replaced, and behind them what is new."""
+    """Earlier results, replaced where the key is the same, followed by the new ones."""
     found: dict[tuple[str, ...], Any] = {one.key: one for one in earlier}
     for one in newer:
         found[one.key] = one.after(found[one.key]) if one.key in found else one
@@ -257,10 +256,10 @@ def merged(earlier: Sequence[AnyResult], newer: Sequence[AnyResult]) -> list[Any
 
 
 def read_evaluation(file: Path) -> EvaluationRecord:
-    """Read the file back, checked; one of the first schema is read as well.
+    """Read and check the file; it may have the first schema.
 
     Raises:
-        CheckpointError: it cannot be read, or is not of this schema; every fault is listed.
+        CheckpointError: the file cannot be read, or has another schema; lists every fault.
     """
     remedy = "move the file away and run `secateur evaluate` again"
     try:
@@ -272,7 +271,7 @@ def read_evaluation(file: Path) -> EvaluationRecord:
             for fault in error.errors()
         ]
         raise CheckpointError(
-            f"the evaluation is not of the schema {SCHEMA}:\n    " + "\n    ".join(faults),
+            f"the evaluation does not have the schema {SCHEMA}:\n    " + "\n    ".join(faults),
             where=str(file),
             remedy=remedy,
         ) from None
@@ -283,7 +282,7 @@ def read_evaluation(file: Path) -> EvaluationRecord:
 
 
 def from_first(values: Any) -> Any:
-    """The content of a file of the first schema in the form of this one; any other as it is."""
+    """Convert the content of a file of the first schema to this one; leave others unchanged."""
     if not isinstance(values, dict) or values.get("schema") != FIRST_SCHEMA:
         return values
     shared = {name: values.get(name) for name in ("reference", "environment")}

@@ -1,12 +1,12 @@
-"""The folder of a run, from the first check to the name that its result gets.
+"""The folder of a run, from the first check to the final name of its result.
 
-    OUTPUT.partial/run.json   which run this is, who works on it, and how far it is
-    OUTPUT.partial/work/      what a resumed run reads
-    OUTPUT.partial/model/     the result, which becomes OUTPUT by one rename
+    OUTPUT.partial/run.json   which run this is, which process works on it, and its progress
+    OUTPUT.partial/work/      the files that a resumed run reads OUTPUT.partial/model/     the
+    result; one rename makes it OUTPUT
 
-Every verb that writes a folder uses it. Nothing that a resumed run reads goes before the rename; an
-old output stays until the new one has its name; two runs never work on one folder; what was not
-made by such a run is never removed.
+Every verb that writes a folder uses it. Files that a resumed run reads stay until the rename. An
+old output stays until the new one has its name. Two runs never work on one folder. Files that no
+run has made are never removed.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from secateur.runs.output import (
 __all__ = ["NOTES", "RunFolder"]
 
 NOTES = "secateur"
-"""The folder within a model's folder that holds recipe, manifest and records of its runs."""
+"""The folder within a model's folder with recipe, manifest and records of its runs."""
 
 STATE = "run.json"
 
 
 @dataclass(frozen=True)
 class State:
-    """What `run.json` says.
+    """The content of `run.json`.
 
     Attributes:
-        verb: that works here.
-        identity: everything the result depends on; None while there is nothing to resume.
-        finished: device and inode of the result, written down before it gets its name.
-        process: number of the process that works here, or worked here last.
-        host: the machine it runs on.
-        since: when it began, in local time.
+        verb: the command that works here.
+        identity: everything that the result depends on; None while there is nothing to resume.
+        finished: device and inode of the result, stored before it gets its name.
+        process: id of the process that works here, or worked here last.
+        host: the machine of that process.
+        since: its start, in local time.
     """
 
     verb: str
@@ -62,20 +62,20 @@ class State:
 
 
 class RunFolder:
-    """The folder of one run; a context manager, entered when the work begins.
+    """The folder of one run, as a context manager around the work.
 
-    The constructor only looks. Entering makes `OUTPUT.partial` and locks it. Leaving it after an
-    error keeps what can be resumed, and removes what cannot.
+    The constructor only reads. Entering creates `OUTPUT.partial` and locks it. After an error,
+    leaving keeps a run that can be resumed, and removes any other.
 
     Args:
-        output: the folder that the result becomes.
-        verb: the command, as it is called on the command line.
-        resume: go on with a stopped run; start, if there is none.
+        output: the folder of the result.
+        verb: the name of the command on the command line.
+        resume: continue a stopped run; start, if there is none.
         restart: discard a stopped run.
-        overwrite: replace the model that is there.
+        overwrite: replace an existing model.
 
     Raises:
-        RecipeError: `output` is missing or taken, or a stopped run lies there.
+        RecipeError: `output` is missing or taken, or a stopped run exists there.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class RunFolder:
 
     @property
     def work(self) -> Path:
-        """What a resumed run reads; it goes when the result has its name."""
+        """The folder that a resumed run reads; it is removed after the result has its name."""
         return self.partial / "work"
 
     @property
     def model(self) -> Path:
-        """The result: in the partial folder, and under its own name when it is finished."""
+        """The result: in the partial folder, and under its final name when it is finished."""
         return self.output if self.finished else self.partial / "model"
 
     @property
@@ -118,13 +118,13 @@ class RunFolder:
 
     @property
     def spare(self) -> Path:
-        """Where an old output lies for a moment while it is replaced."""
+        """The name of an old output for a moment, while it is replaced."""
         return self.partial / "replaced"
 
     # -- checks ----------------------------------------------------------------------------------
 
     def look(self) -> State | None:
-        """Read what lies there, and refuse what cannot be done; writes nothing.
+        """Read the state of the folder, and refuse an impossible call; writes nothing.
 
         Returns:
             The state of the stopped run to resume; None to start.
@@ -144,34 +144,34 @@ class RunFolder:
         return begun if self.wants_resume and not self.restart else None
 
     def check_stopped(self, stopped: State) -> None:
-        """Refuse a stopped run that this call does not go on with."""
+        """Refuse a stopped run that this call does not continue."""
         if stopped.verb != self.verb:
             raise RecipeError(
-                f"a stopped `secateur {stopped.verb}` lies where this run would work",
+                f"a stopped `secateur {stopped.verb}` occupies the work folder of this run",
                 where=str(self.partial),
                 remedy="finish it with --resume, discard it with --restart, or choose another "
                 "--output",
             )
         if not self.wants_resume:
             raise RecipeError(
-                "a run to this folder was stopped half-way",
+                "an earlier run to this folder was stopped before it finished",
                 where=str(self.partial),
-                remedy="add --resume to go on with it, or --restart to discard it",
+                remedy="add --resume to continue it, or --restart to discard it",
             )
 
     def stopped(self) -> State | None:
         """The state that an earlier run wrote into the partial folder.
 
         Raises:
-            RecipeError: the folder is there, and no run has made it.
+            RecipeError: the folder exists, and no run has made it.
         """
         if not os.path.lexists(self.partial):
             return None
         try:
-            told = json.loads((self.partial / STATE).read_text(encoding="utf-8"))
-            finished = told.pop("finished", None)
-            return State(**told, finished=tuple(finished) if finished else None)
-        except FileNotFoundError:  # a run begins, or is being discarded
+            stored = json.loads((self.partial / STATE).read_text(encoding="utf-8"))
+            finished = stored.pop("finished", None)
+            return State(**stored, finished=tuple(finished) if finished else None)
+        except FileNotFoundError:  # a run is starting, or is being discarded
             left = {entry.name for entry in self.partial.iterdir()}
             if not left or self.mark.name in left:
                 return None
@@ -184,20 +184,20 @@ class RunFolder:
         )
 
     def has_name(self, stopped: State | None) -> bool:
-        """Whether the result of a run has its name already."""
+        """Whether the result of a run already has its name."""
         if stopped is None or stopped.finished is None or not self.output.is_dir():
             return False
         found = self.output.stat()
         return stopped.finished == (found.st_dev, found.st_ino)
 
     def keep_apart(self, *read: str | Path | None) -> None:
-        """Refuse an output that would replace what the run reads, or that lies within it.
+        """Refuse an output that would replace files that the run reads, or is inside them.
 
         Args:
-            *read: files and folders that the run reads; names that are no path are left alone.
+            *read: files and folders that the run reads; names that are no path are ignored.
 
         Raises:
-            RecipeError: naming both.
+            RecipeError: names both.
         """
         for path in read:
             if path is not None:
@@ -241,7 +241,7 @@ class RunFolder:
             raise cannot_write(error, self.partial) from error
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Say what the result depends on: from now on, the run can be resumed.
+        """Store what the result depends on; from now on, the run can be resumed.
 
         Raises:
             RecipeError: the stopped run had another identity.
@@ -253,16 +253,17 @@ class RunFolder:
             self.write_state(replace(self.state, identity=json.loads(json.dumps(identity))))
 
     def fresh_model(self) -> Path:
-        """The folder of the result, empty."""
+        """Create the folder of the result, empty."""
         shutil.rmtree(self.model, ignore_errors=True)
         self.notes.mkdir(parents=True)
         return self.model
 
     def finish(self) -> None:
-        """Give the result its name; then remove everything else.
+        """Give the result its name, then remove everything else.
 
         Raises:
-            RecipeError: an output has appeared meanwhile; the result stays in the partial folder.
+            RecipeError: an output has appeared during the run; the result stays in the partial
+                folder.
         """
         assert self.state is not None
         self.whole = True
@@ -287,12 +288,12 @@ class RunFolder:
         self.state = state
 
     def put_back(self) -> None:
-        """Give an old output its name back, if a kill came between two renames."""
+        """Restore the name of an old output, if a kill came between two renames."""
         if self.spare.exists() and not os.path.lexists(self.output):
             self.spare.rename(self.output)
 
     def is_waste(self, error: BaseException) -> bool:
-        """Whether nothing that an error has left behind is worth keeping."""
+        """Whether an error has left nothing worth keeping."""
         if self.whole:
             return False
         if self.state is None or self.state.identity is None:
@@ -302,13 +303,13 @@ class RunFolder:
 
     @property
     def mark(self) -> Path:
-        """Instead of the state, says that the folder is ours and holds nothing to resume."""
+        """A file that marks the folder as ours, with nothing to resume; replaces the state."""
         return self.partial / (STATE + UNFINISHED)
 
     def clear(self) -> None:
-        """Remove all but the state, or but the mark where nothing can be resumed any more.
+        """Remove everything except the state, or except the mark if nothing can be resumed.
 
-        Takes no space: the disk may be full.
+        It needs no space, because the disk may be full.
         """
         if not self.finished and (self.partial / STATE).exists():
             (self.partial / STATE).replace(self.mark)
@@ -321,7 +322,7 @@ class RunFolder:
                 entry.unlink()
 
     def remove(self) -> None:
-        """Remove the partial folder; what says that it is ours goes last."""
+        """Remove the partial folder; the file that marks it as ours goes last."""
         self.clear()
         for file in (self.mark, self.partial / STATE):
             file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What makes a run this run: everything its result depends on."""
+"""The identity of a run: everything that its result depends on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["file_digests", "refuse_another"]
 
 BLOCK_BYTES = 2**22
 LONGEST = 60
-"""Characters of a value that an error still shows."""
+"""The most characters of a value that an error shows."""
 
 
 def file_digests(files: Iterable[Path], progress: Progress | None = None) -> dict[str, str]:
-    """SHA-256 of files, by name: what a run reads may not change while it is stopped.
+    """SHA-256 of files by name, because the inputs of a stopped run must not change.
 
     Args:
         files: to read.
@@ -41,22 +41,22 @@ def file_digests(files: Iterable[Path], progress: Progress | None = None) -> dic
 
 
 def refuse_another(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Refuse to resume a run that was another one.
+    """Refuse to resume a different run.
 
     Args:
-        before: the identity that the stopped run wrote down.
-        now: the identity of the run that wants to resume it.
+        before: the identity that the stopped run stored.
+        now: the identity of the run that would resume it.
         where: the stopped run.
 
     Raises:
-        RecipeError: they differ; it says in what.
+        RecipeError: the identities differ; lists the differences.
     """
     now = json.loads(json.dumps(now))
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if not differing:
         return
     raise RecipeError(
-        "the stopped run was another one "
+        "the stopped run was a different one "
         f"({'; '.join(difference(key, before.get(key), now.get(key)) for key in differing)})",
         where=str(where),
         remedy="repeat the options of the first call, or start anew with --restart",
@@ -64,10 +64,10 @@ def refuse_another(before: Mapping[str, Any], now: Mapping[str, Any], where: Pat
 
 
 def difference(key: str, before: Any, now: Any) -> str:
-    """How one part of two identities differs."""
+    """The difference between one part of two identities."""
     if isinstance(before, dict) and isinstance(now, dict):
         parts = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         inner = (difference(k, before.get(k), now.get(k)) for k in parts)
         return f"{key}: {', '.join(inner)}"
-    told = f"{key}: {before!r} then, {now!r} now"
-    return told if len(told) <= 2 * LONGEST else f"{key} has changed"
+    line = f"{key}: {before!r} then, {now!r} now"
+    return line if len(line) <= 2 * LONGEST else f"{key} has changed"

@@ -1,7 +1,7 @@
-"""The ledger of a run: one line for each finished layer, so that a killed run can go on.
+"""The ledger of a run: one line for each finished layer, so that a killed run can resume.
 
 A line is written only after the layer's weights and the next layer's inputs are on disk. A line
-that a kill has torn is dropped, and its layer is done again.
+that a kill has cut off is dropped, and its layer is repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Ledger:
     """Append-only record of a run.
 
     Args:
-        file: where it is kept; None for a run in memory only.
+        file: of the ledger; None for a run only in memory.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -30,12 +30,12 @@ class Ledger:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """The entries of finished layers, in the order in which they were finished."""
+        """The entries of finished layers, in order of completion."""
         return [entry for entry in self.entries if "layer" in entry]
 
     @property
     def begun(self) -> bool:
-        """Whether an earlier run has begun this ledger."""
+        """Whether an earlier run has started this ledger."""
         return self.file is not None and self.file.exists()
 
     def begin(self) -> None:
@@ -66,15 +66,15 @@ class Ledger:
         collapsed: dict[str, float] | None = None,
         unseen: Sequence[str] = (),
     ) -> None:
-        """Enter a finished layer.
+        """Record a finished layer.
 
         Args:
             index: of the layer.
             records: of its linears.
-            seconds: that it took.
-            reconstruction: what tuning brought.
+            seconds: its wall time.
+            reconstruction: the errors before and after tuning.
             collapsed: linears that lost their outputs.
-            unseen: linears of experts that calibration did not reach, and that were left.
+            unseen: linears of experts that calibration did not reach, and that stay dense.
         """
         entry: dict[str, Any] = {"layer": index, "seconds": seconds, "linears": records}
         if reconstruction:
@@ -86,7 +86,7 @@ class Ledger:
         self.append(declared(Layer, entry))
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Write one line and make it last."""
+        """Write one line so that it survives a power cut."""
         self.entries.append(entry)
         if self.file is None:
             return

@@ -1,4 +1,4 @@
-"""One process works on a folder at a time, and others learn which one."""
+"""Lets one process at a time work on a folder, and tells others which one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secateur.errors import RecipeError
 
 try:
     import fcntl
-except ImportError:  # Windows has none: there, nothing keeps two runs apart
+except ImportError:  # Windows has none: there, nothing prevents two runs at once
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Lock", "holder", "in_use"]
@@ -24,17 +24,17 @@ __all__ = ["Lock", "holder", "in_use"]
 log = logging.getLogger(__name__)
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What file systems answer that know no locks."""
+"""The errors of file systems without locks."""
 
 
 def holder(verb: str) -> dict[str, Any]:
-    """Who works on a folder: this process."""
+    """The description of this process as the holder of a folder."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     return {"verb": verb, "process": os.getpid(), "host": socket.gethostname(), "since": since}
 
 
 def in_use(who: Mapping[str, Any] | None, folder: Path) -> RecipeError:
-    """That another process works on a folder, and which one as far as it has said so."""
+    """The error that another process works on a folder; names it if it is known."""
     name = "another process"
     if who is not None:
         name = (
@@ -42,19 +42,19 @@ def in_use(who: Mapping[str, Any] | None, folder: Path) -> RecipeError:
             f"{who['since']})"
         )
     return RecipeError(
-        f"{name} is at work on this output",
+        f"{name} is working on this output",
         where=str(folder),
         remedy="wait until it ends, or choose another --output",
     )
 
 
 class Lock:
-    """A lock on a folder itself, so that no file has to lie there.
+    """A lock on the folder itself, which needs no lock file.
 
-    The system lets go of it when the process ends, however it ends.
+    The system releases it when the process ends, however it ends.
 
     Args:
-        folder: is made if it is not there.
+        folder: is created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +62,7 @@ class Lock:
         self.descriptor: int | None = None
 
     def take(self) -> bool:
-        """Make and lock the folder; False if another process holds it."""
+        """Create and lock the folder; returns False if another process holds it."""
         while self.descriptor is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if fcntl is None:
@@ -80,7 +80,7 @@ class Lock:
                     log.warning("%s is on a file system without locks: %s", self.folder, error)
                 if self.is_folder(descriptor):
                     self.descriptor = descriptor
-                else:  # its last holder has just removed it
+                else:  # the last holder has just removed it
                     os.close(descriptor)
         return True
 
@@ -101,7 +101,7 @@ class Lock:
             return False
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None

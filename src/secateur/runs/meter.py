@@ -21,7 +21,7 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Highest resident memory of this process since the last reset, or since it began."""
+    """Highest resident memory of this process since the last reset, or since its start."""
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -34,7 +34,7 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak() -> bool:
-    """Start a new peak where the system can (Linux); says whether it did."""
+    """Reset the peak where the system can (Linux); returns whether it did."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
@@ -51,7 +51,7 @@ class Meter:
 
     @classmethod
     def start(cls) -> Meter:
-        """Begin measuring now."""
+        """Start measuring now."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         return cls(peak_is_of_run=reset_peak())

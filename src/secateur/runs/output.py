@@ -1,4 +1,4 @@
-"""Where a result may go: what may be replaced, what may not, and what the disk says."""
+"""Checks an output: may it be written, may it replace something, is there disk space."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ __all__ = [
 ]
 
 LONGEST_ENDING = ".partial"
-"""What a run puts behind the name of the output while it works."""
+"""The suffix of the output's name while a run works."""
 
 REFUSALS = {
     errno.ENAMETOOLONG: ("the name of the output is too long", "choose a shorter name"),
-    errno.ENOTDIR: ("the output would lie under a file", "choose another --output"),
+    errno.ENOTDIR: ("the output would be inside a file", "choose another --output"),
     errno.EISDIR: ("the output is a folder, not a file", "name a file"),
-    errno.ELOOP: ("the output lies behind symbolic links in a circle", "choose another one"),
+    errno.ELOOP: ("the path of the output has a loop of symbolic links", "choose another one"),
 }
-"""What is wrong with an output, by the error number of the system, and what to do."""
+"""The fault of an output by the system's error number, and the remedy."""
 
 
 def check_writable(output: Path, *, file: bool = False) -> None:
-    """Refuse an output that could not be made; nothing is left behind.
+    """Refuse an output that cannot be written; leaves no file behind.
 
-    Permissions are not computed but tried: quotas, read-only file systems and the rights of root
-    are known to the system alone.
+    A trial decides, not a computation of permissions: only the system knows quotas, read-only file
+    systems and the rights of root.
 
     Args:
-        output: the folder or file that will be made, with the folders it lies in.
-        file: whether it is a file, which may be there.
+        output: the folder or file to write, with its parent folders.
+        file: whether it is a file, which may exist.
 
     Raises:
-        RecipeError: it is a symbolic link, its name is too long, or its folder cannot be written.
+        RecipeError: the output is a symbolic link, its name is too long, or its folder cannot be
+            written.
         MemoryBudgetError: the disk is full.
     """
     try:
@@ -53,7 +54,7 @@ def check_writable(output: Path, *, file: bool = False) -> None:
             raise RecipeError(
                 f"the output is a symbolic link to {os.readlink(output)}",
                 where=str(output),
-                remedy="name a folder that is none, or remove the link",
+                remedy="name a folder that is no link, or remove the link",
             )
         with contextlib.suppress(FileNotFoundError):
             os.lstat(output if file else output.with_name(output.name + LONGEST_ENDING))
@@ -65,7 +66,7 @@ def check_writable(output: Path, *, file: bool = False) -> None:
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):  # on Linux it has no name, so a kill leaves none
             pass
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # no file can have this name
         raise RecipeError(
             f"the output cannot be written: {error}", where=repr(output), remedy="choose another"
         ) from None
@@ -74,23 +75,23 @@ def check_writable(output: Path, *, file: bool = False) -> None:
 
 
 def check_replaceable(output: Path, overwrite: bool, result: Path | None = None) -> None:
-    """Refuse to write over something, unless it is a model and the user wants it replaced.
+    """Refuse to overwrite anything, unless it is a model and the user allows it.
 
     Args:
         output: the folder to write.
-        overwrite: whether a model that is there may be replaced.
-        result: where the finished result lies, if the work is done.
+        overwrite: whether an existing model may be replaced.
+        result: the folder of the finished result, if the work is done.
 
     Raises:
-        RecipeError: something is there.
+        RecipeError: the output exists.
     """
     if not os.path.lexists(output):
         return
-    kept = f"; the result is whole in {result}" if result else ""
+    kept = f"; the finished result is in {result}" if result else ""
     again = " and run again, with --resume where the command has it" if result else ""
     if not overwrite:
         raise RecipeError(
-            f"the output folder {'has appeared meanwhile' if result else 'exists'}{kept}",
+            f"the output folder {'has appeared during the run' if result else 'exists'}{kept}",
             where=str(output),
             remedy=f"move it away{again}; or rename the result yourself"
             if result
@@ -98,22 +99,22 @@ def check_replaceable(output: Path, overwrite: bool, result: Path | None = None)
         )
     if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
         raise RecipeError(
-            f"the output is there and is no folder of a model, so it is not replaced{kept}",
+            f"the output exists and is no model folder, so it is not replaced{kept}",
             where=str(output),
             remedy=f"choose another --output, or remove it yourself{again}",
         )
 
 
 def check_apart(read: str | Path, output: Path, partial: Path) -> None:
-    """Refuse an output that would replace what a run reads, or that lies within a model's folder.
+    """Refuse an output that would replace files that a run reads, or is inside a model's folder.
 
     Args:
-        read: a file or folder that the run reads; a name that is no path is left alone.
+        read: a file or folder that the run reads; a name that is no path is ignored.
         output: the folder to write.
-        partial: the folder that it is made in.
+        partial: the work folder of the run.
 
     Raises:
-        RecipeError: one of the two folders is, or lies in, what is read, or the other way round.
+        RecipeError: output or work folder is inside `read`, contains it, or is the same.
     """
     try:
         if not os.path.lexists(read):
@@ -125,28 +126,28 @@ def check_apart(read: str | Path, output: Path, partial: Path) -> None:
         if source == place:
             what = "the output is the source itself"
         elif source.is_relative_to(place):
-            what = "the source lies in the output, which would replace it"
+            what = "the source is inside the output, which would replace it"
         elif (source / "config.json").exists() and place.is_relative_to(source):
-            what = "the output lies in the source"
+            what = "the output is inside the source"
         else:
             continue
         raise RecipeError(
             what,
             where=f"source {source}, output {place}",
-            remedy="choose an --output beside the source",
+            remedy="choose an --output outside the source",
         )
 
 
 def check_free(needed_bytes: int, folder: Path, own: Path | None = None) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse a run that does not fit on the disk.
 
     Args:
-        needed_bytes: that will be written.
-        folder: where; it need not be there yet.
-        own: what a stopped run left there will be written over, so it counts as free.
+        needed_bytes: the bytes to write.
+        folder: the destination; it need not exist yet.
+        own: files of a stopped run, which will be overwritten and count as free.
 
     Raises:
-        MemoryBudgetError: naming both sizes.
+        MemoryBudgetError: names both sizes.
     """
     place = folder.absolute()
     while not place.exists():
@@ -156,26 +157,26 @@ def check_free(needed_bytes: int, folder: Path, own: Path | None = None) -> None
         free += sum(file.stat().st_size for file in own.rglob("*") if file.is_file())
     if needed_bytes > free:
         raise MemoryBudgetError(
-            f"the run needs {size(needed_bytes)} of disk, {size(free)} are free",
+            f"the run needs {size(needed_bytes)} of disk, but {size(free)} are free",
             where=str(place),
             remedy="free some space, or choose another --output",
         )
 
 
 def size(count: int) -> str:
-    """Bytes, in the unit in which the number can be read."""
+    """Bytes in a readable unit."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space; safetensors tells it in its message only."""
+    """Whether a write failed for lack of space; safetensors says so only in its message."""
     if isinstance(error, SafetensorError):
         return f"(os error {errno.ENOSPC})" in str(error)
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def cannot_write(error: BaseException, where: Path) -> SecateurError:
-    """What a write that failed means to the user."""
+    """The error for the user after a failed write."""
     if is_full(error):
         place = where
         while not place.exists():

@@ -273,9 +273,9 @@ def test_rounding_can_be_stopped_and_gone_on_with(
     with pytest.raises(KeyboardInterrupt):
         secateur.compress(source, output=tmp_path / "out", **options)
     monkeypatch.undo()
-    with pytest.raises(RecipeError, match="stopped half-way"):
+    with pytest.raises(RecipeError, match="stopped before it finished"):
         secateur.compress(source, output=tmp_path / "out", **options)
-    with pytest.raises(RecipeError, match="was another one"):
+    with pytest.raises(RecipeError, match="was a different one"):
         secateur.compress(
             source, output=tmp_path / "out", resume=True, micro_batch_tokens=64, **options
         )
@@ -410,13 +410,13 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
     assert PackedCheckpoint(tmp_path / "c").layouts["model.layers.0.mlp.up_proj"].values == "int8"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(RecipeError, match="no folder of a model"):
+    with pytest.raises(RecipeError, match="is no model folder"):
         secateur.compress(source, output=tmp_path / "mine", overwrite=True, values="keep")
     assert (tmp_path / "mine" / "thesis.tex").exists()
     with contextlib.suppress(KeyboardInterrupt), RunFolder(tmp_path / "p", "prune") as stopped:
         stopped.begin({})
         interrupted()
-    with pytest.raises(RecipeError, match="a stopped `secateur prune` lies"):
+    with pytest.raises(RecipeError, match="a stopped `secateur prune` occupies"):
         secateur.compress(source, output=tmp_path / "p", values="keep")
     assert (tmp_path / "p.partial" / "work").exists()
 

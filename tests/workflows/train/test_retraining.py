@@ -160,7 +160,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(
     with pytest.raises(KeyboardInterrupt):
         train(places, tmp_path / "out")
     monkeypatch.setattr(loop.Loop, "step", plain)
-    with pytest.raises(RecipeError, match="stopped half-way"):
+    with pytest.raises(RecipeError, match="stopped before it finished"):
         train(places, tmp_path / "out")
     with pytest.raises(RecipeError, match=r"clip: 1.0 then, 2.0 now"):
         train(places, tmp_path / "out", resume=True, clip=2.0)

@@ -1,8 +1,8 @@
-"""Allocation over a model: one look at the dense model decides how much each linear loses.
+"""Allocation over a model: one pass through the dense model decides how much each linear loses.
 
-The result is a task for each linear; which weights a linear loses is decided layer by layer later,
-on the inputs that the pruned model really sees. For the global scope with scores that do not depend
-on inputs (magnitude, gradient) that is exactly the mask of one threshold.
+The result is a task for each linear. The run decides later, layer by layer, which weights a linear
+loses, on the inputs of the pruned model. For the global scope with scores that do not depend on
+inputs (magnitude, gradient) the result is exactly the mask of one threshold.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ __all__ = ["allocate", "settled_allocation"]
 
 
 def settled_allocation(work: Path) -> Path:
-    """The file in which the sparsity of every linear is kept once it is known."""
+    """The file with the sparsity of every linear."""
     return work / "allocation.json"
 
 
 @full_float32()
 def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
-    """The tasks of a run, with the sparsities that an allocation gives instead of uniform ones.
+    """The tasks of a run with the sparsities of an allocation, in place of uniform ones.
 
-    Linears with a sparsity of their own, and those left out, keep theirs and do not compete.
+    Linears with a sparsity of their own keep it, and do not compete; excluded linears stay dense.
 
     Args:
         survey: of the dense model.
         allocation: decides how much each linear loses.
-        sparsity: that the whole model is to have.
+        sparsity: of the whole model.
     """
     grains = grains_of(survey.tasks, allocation)
     if allocation.reach == 0 or not grains:
@@ -70,7 +70,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
 
 
 def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """What was kept of all layers, one tensor in memory at a time."""
+    """What the allocation kept of all layers, with one tensor in memory at a time."""
     for path in files:
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):

@@ -1,7 +1,7 @@
-"""Which experts a model can do without: how often they are asked, and how much they then say.
+"""Which experts a model can do without: how often the router chooses them, and what they add.
 
-One pass of calibration through the dense model, one decoder layer in memory. What is gathered of
-an expert are two sums; which are kept follows from them (`kept_experts`), for a `Cut`.
+Calibration passes once through the dense model, with one decoder layer in memory. Two sums are
+gathered for each expert. `kept_experts` chooses by them, for a `Cut`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ SCORES = ("reap", "frequency")
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What calibration tells of the experts of one decoder layer.
+    """How much calibration uses the experts of one decoder layer.
 
         reap       S_j = 1/|T_j| · Σ_{t in T_j} g_j(t) · ‖f_j(t)‖₂
         frequency  |T_j|
 
-    T_j are the tokens routed to expert j, g_j(t) the weight by which the model multiplies what the
-    expert makes of a token, f_j(t). An expert without tokens has the score 0.
+    T_j are the tokens routed to expert j, f_j(t) is the expert's output for a token, and g_j(t) the
+    weight by which the model multiplies it. An expert without tokens has the score 0.
 
     Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE
     Compression", arXiv:2510.13999. Deviation: where a model normalises the weights of the chosen
-    experts (Mixtral, most of Qwen3), g_j are those; the released code does that when asked.
+    experts (Mixtral, most of Qwen3), g_j are the normalised weights; in the released code this is
+    an option.
 
     Attributes:
         tokens: |T_j|, int64 [experts].
@@ -70,7 +71,7 @@ class ExpertUse:
 
 
 class Listener:
-    """Hooks on the experts of a layer that add up what each says.
+    """Hooks on the experts of a layer that add up the outputs of each.
 
     Args:
         experts: opened.
@@ -87,7 +88,7 @@ class Listener:
         ]
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Remember where the tokens of this forward go."""
+        """Remember the routing of this forward."""
         names = ("hidden_states", "top_k_index", "top_k_weights")
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         self.routing = given["top_k_index"], given["top_k_weights"]
@@ -98,14 +99,14 @@ class Listener:
         def after(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             index, weights = self.routing
             token, place = self.experts.routed(index, expert)
-            said = weights[token, place].double() * out.double().norm(dim=-1)
+            added = weights[token, place].double() * out.double().norm(dim=-1)
             self.tokens[expert] += len(token)
-            self.outputs[expert] += float(said.sum())
+            self.outputs[expert] += float(added.sum())
 
         return after
 
     def close(self) -> ExpertUse:
-        """Take the hooks off; what was heard."""
+        """Remove the hooks; returns the sums."""
         for handle in self.handles:
             handle.remove()
         return ExpertUse(self.tokens, self.outputs)
@@ -115,19 +116,19 @@ class Listener:
 def expert_use(
     target: Target, windows: Tensor, micro_batch_tokens: int, progress: Progress
 ) -> dict[int, ExpertUse]:
-    """Pass calibration through the dense model and listen to its experts.
+    """Pass calibration through the dense model, and measure how much it uses its experts.
 
     Args:
         target: the model, its experts opened.
         windows: token ids [samples, sequence_length].
         micro_batch_tokens: tokens that pass through a layer at once.
-        progress: told of every layer.
+        progress: hears of every layer.
 
     Returns:
-        Of each decoder layer that has experts.
+        The use of experts, by the number of the layer; only layers with experts.
 
     Raises:
-        ArchitectureError: none has.
+        ArchitectureError: no layer has experts.
     """
     passage = Passage(target, windows, micro_batch_tokens, True, None)
     passage.open(0, dense=False)
@@ -154,7 +155,7 @@ def expert_use(
 def kept_experts(
     use: Mapping[int, ExpertUse], keep: int, top_k: int, score: str = "reap"
 ) -> dict[int, tuple[int, ...]]:
-    """The experts that each layer keeps: those with the highest scores, of equal ones the first.
+    """The experts with the highest scores of each layer; of equal ones the first.
 
     Args:
         use: from `expert_use`.
@@ -163,10 +164,10 @@ def kept_experts(
         score: `reap` or `frequency`.
 
     Returns:
-        Ascending numbers of experts by layer, as `Cut.experts` wants them.
+        Ascending numbers of experts by layer, as in `Cut.experts`.
 
     Raises:
-        RecipeError: more than there are, or fewer than each token is sent to.
+        RecipeError: `keep` is more than there are, or fewer than the router chooses.
     """
     fewest = min(len(layer.tokens) for layer in use.values())
     if not top_k <= keep <= fewest:

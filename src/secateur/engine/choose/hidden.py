@@ -1,17 +1,17 @@
-"""How much each channel of the residual stream is used: what the sub-blocks read of it.
+"""How much the sub-blocks read of each channel of the residual stream.
 
-    score_j = Σ over reads r of ‖Y_j^(r)‖₂,   Y^(r) = what read r gets, over all calibration tokens
+    score_j = Σ over reads r of ‖Y_j^(r)‖₂,   Y^(r) = the tensor of read r, over all tokens
 
 A read is one tensor that a sub-block takes from the residual stream: the output of the norm before
-it or, where there is no norm before it (OLMo 2), the stream itself. Every read counts once,
-however many linears it goes to: queries, keys and values share one, and so do the router and all
-experts of a mixture.
+it or, if there is no norm (OLMo 2), the stream itself. Every read counts once, for any number of
+linears that share it: queries, keys and values share one, and so do the router and all experts of a
+mixture.
 
 Paper: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation"
-(Minitron), arXiv:2407.14679, which sums over the outputs of all norms. Deviations: the L2 norm
-over all tokens in the place of the mean over a sequence and the L2 norm over sequences; the norm
-in front of the output head is left out, since its outputs are not seen layer by layer; norms whose
-outputs no sub-block reads (after a sub-block, or within attention) are left out.
+(Minitron), arXiv:2407.14679, which sums over the outputs of all norms. Deviations: the L2 norm is
+over all tokens, in the paper over sequences, each with the mean of its tokens; the norm before the
+output head is left out, because its outputs are not part of a layer; norms whose outputs no
+sub-block reads (after a sub-block, or within attention) are left out.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def hidden_scores(
 
 
 def readers_of(layer: nn.Module, architecture: Architecture) -> list[str]:
-    """The modules of a decoder layer whose input is read from the residual stream.
+    """The modules of a decoder layer that read the residual stream.
 
-    Experts are not among them: each reads only some tokens of what their router reads.
+    Experts are left out: each reads some of the tokens that the router reads.
 
     Raises:
         ArchitectureError: the family declares no couplings.
@@ -100,7 +100,7 @@ def readers_of(layer: nn.Module, architecture: Architecture) -> list[str]:
 
 
 class StreamReads:
-    """Hooks on the readers of a layer, which add up what each read gets.
+    """Hooks on the readers of a layer that gather the norm of each read.
 
     Args:
         readers: modules with the input [..., hidden] first.
@@ -115,13 +115,13 @@ class StreamReads:
         self.handles = [reader.register_forward_pre_hook(self.before) for reader in readers]
 
     def begin(self) -> None:
-        """A forward begins: its reads come in the same order as those of the others."""
+        """Begin a forward; all forwards have their reads in the same order."""
         self.seen = []
 
     def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Add what a reader receives, unless another one has received the same tensor."""
+        """Add the input of a reader, unless another reader had the same tensor."""
         read = args[0].reshape(-1, self.hidden)
-        # Those seen are kept until the forward ends, so that no address is used twice.
+        # Tensors are kept until the forward ends, so no address is used twice.
         if any(read.data_ptr() == other.data_ptr() for other in self.seen):
             return
         self.totals[len(self.seen)].update(read)
@@ -135,7 +135,7 @@ class StreamReads:
         return total
 
     def close(self) -> None:
-        """Take the hooks off, and let go of the last forward."""
+        """Remove the hooks, and release the last forward."""
         self.seen = []
         for handle in self.handles:
             handle.remove()

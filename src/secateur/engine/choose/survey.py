@@ -1,8 +1,8 @@
-"""One look at the whole dense model, on behalf of an allocation.
+"""One pass through the whole dense model, for an allocation.
 
-The dense model passes layer by layer, one in memory. What the allocation keeps of a layer (a
-number for each linear, its scores, or weights solved at several levels) goes to a file, so that a
-killed run resumes behind the last one.
+Calibration passes the dense model layer by layer, with one layer in memory. The allocation keeps
+something of each layer: a number for each linear, its scores, or its weights at several levels.
+This goes to one file for each layer, so a killed run resumes after the last file.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ __all__ = ["LayerView", "Survey", "grains_of", "plain"]
 def grains_of(tasks: Tasks, allocation: Allocation) -> dict[str, Granularity]:
     """How finely and how far every competing linear can be pruned.
 
-    With the global scope the counts of the linears are those of one running total, so that the
-    whole loses the number nearest to its sparsity.
+    With the global scope the counts of the linears add up to the number of units nearest to the
+    sparsity of the whole model.
     """
     grains, seen = {}, 0
     for name, task in tasks.items():
@@ -62,13 +62,13 @@ def grains_of(tasks: Tasks, allocation: Allocation) -> dict[str, Granularity]:
 
 
 def plain(task: LinearTask, share: float) -> float:
-    """The sparsity that a task asks for, if it prunes as many weights as `share`; or else that."""
+    """The sparsity of a task, if it prunes as many weights as `share`; otherwise `share`."""
     pattern, shape, asked = task.method.pattern, task.shape, task.sparsity
     return asked if pattern.pruned(shape, asked) == pattern.pruned(shape, share) else share
 
 
 def needed_statistics(tasks: Tasks, allocation: Allocation) -> frozenset[str]:
-    """The statistics of inputs that the look at the dense model gathers."""
+    """The statistics of inputs that an allocation needs."""
     names = set(allocation.requires)
     for task in tasks.values():
         if "score" in allocation.uses:
@@ -79,7 +79,7 @@ def needed_statistics(tasks: Tasks, allocation: Allocation) -> frozenset[str]:
 
 
 class Survey:
-    """One look at the whole dense model, layer by layer, on behalf of an allocation.
+    """One pass through the whole dense model, layer by layer, for an allocation.
 
     Args:
         target: the model.
@@ -102,13 +102,13 @@ class Survey:
 
     @property
     def work(self) -> Path:
-        """The folder for what is kept."""
+        """The folder for the files."""
         assert self.settings.work is not None
         return self.settings.work
 
     @torch.no_grad()
     def execute(self, allocation: Allocation, grains: Mapping[str, Granularity]) -> list[Path]:
-        """Let the allocation look at every layer; one file per layer."""
+        """Let the allocation look at every layer; returns one file for each."""
         count = len(self.target.layers)
         files = [self.work / f"survey-{i:04d}.safetensors" for i in range(count)]
         names = needed_statistics(self.tasks, allocation)
@@ -139,7 +139,7 @@ class Survey:
         names: frozenset[str],
         file: Path,
     ) -> None:
-        """Pass calibration through one dense layer, and keep what the allocation wants of it."""
+        """Pass calibration through one dense layer, and write what the allocation keeps of it."""
         linears = linears_of(layer, self.target.architecture.layer_name(index))
         check_finite(list(linears.values()))
         shared = self.gathered(index, layer, linears, names) if names else {}
@@ -152,7 +152,7 @@ class Survey:
     def gathered(
         self, index: int, layer: nn.Module, linears: Mapping[str, Linear], names: frozenset[str]
     ) -> dict[str, GroupStatistics]:
-        """Pass all calibration tokens through a dense layer; the statistics of linears' inputs."""
+        """Pass calibration through a dense layer; returns the statistics of each linear's input."""
         assert self.passage is not None
         assert self.passage.hidden is not None
         last = index + 1 == len(self.target.layers)

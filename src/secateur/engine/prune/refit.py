@@ -43,6 +43,7 @@ from secateur.engine.stream.dense_twin import HaltedLayer, in_step
 from secateur.engine.stream.lane import Lane
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import Target
+from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
@@ -109,8 +110,8 @@ class Refit:
             missing = range(0 if done else self.layers[0])
             forwards = len(missing) + sum(2 + (gap + 1 if gap else 0) for gap in gaps)
             self.progress.start("refitting", forwards * len(self.cut.batches()))
-            for index in missing:
-                self.skip(index)
+            for index, layer in self.dense.walk(0, len(missing)):
+                self.lane(self.dense, index).pass_through(layer)
             for place in range(done, len(self.layers)):
                 self.refit_layer(place)
         for passage in (self.dense, self.cut):
@@ -136,14 +137,6 @@ class Refit:
         last = place + 1 == len(self.layers)
         following = len(self.dense.target.layers) if last else self.layers[place + 1]
         return following - self.layers[place] - 1
-
-    def skip(self, index: int) -> None:
-        """Let the uncut model alone pass a layer that went."""
-        passage = self.dense
-        with passage.target.layer(index) as layer:
-            self.lane(passage, index).pass_through(layer)
-        passage.advance(index + 1)
-        passage.forget(index)
 
     def lane(self, passage: Passage, index: int) -> Lane:
         """The hidden states of one of the models at a layer of its own."""
@@ -184,12 +177,11 @@ class Refit:
             folder.mkdir(exist_ok=True)
         shape, dtype = passage.hidden.shape, passage.hidden.dtype
         stream = Activations(shape, dtype, folder, passage.in_memory)
-        for number in range(index, index + 1 + gap):
+        for number, layer in walk_layers(passage.target, range(index, index + 1 + gap)):
             first = self.lane(passage, number)
             lane = first if number == index else replace(first, states=stream)
-            with passage.target.layer(number) as layer:
-                for batch in lane.batches:
-                    stream.write(batch, lane.outputs(layer, batch))
+            for batch in lane.batches:
+                stream.write(batch, lane.outputs(layer, batch))
             stream.advance(number + 1)
             if number > index:
                 stream.forget(number)

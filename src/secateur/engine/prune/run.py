@@ -30,6 +30,7 @@ from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.kinds import kind_of
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import Target
+from secateur.engine.stream.walk import walk_layers
 from secateur.errors import VerificationError
 from secateur.models.architecture import Groups, Linear
 from secateur.precision import full_float32
@@ -112,8 +113,10 @@ class Run:
             self.tasks = left_dense(self.tasks, entry.get("unseen", ()))
         self.progress.start("pruning", self.steps_per_layer * (len(layers) - done))
         with reused_pages():
-            for index in range(done, len(layers)):
-                self.prune_layer(index)
+            started = time.perf_counter()  # before the first layer is read
+            for index, layer in walk_layers(self.target, range(done, len(layers))):
+                self.prune_layer(index, layer, started)
+                started = time.perf_counter()
         if self.passage is not None:
             self.passage.close()
         self.progress.finish()
@@ -121,28 +124,32 @@ class Run:
         if found is not None:
             found.tell()
 
-    def prune_layer(self, index: int) -> None:
-        """One decoder layer, from reading it to the ledger."""
-        started = time.perf_counter()
+    def prune_layer(self, index: int, layer: nn.Module, started: float) -> None:
+        """Prune one decoder layer, write its weights, and enter it into the ledger.
+
+        Args:
+            index: of the layer.
+            layer: with its dense weights.
+            started: when the work on it began, by `time.perf_counter`.
+        """
         self.steps_taken = 0
         tuned: dict[str, float] = {}
-        with self.target.layer(index) as layer:
-            passing = LayerPass(self.context(index), layer)
-            check_finite(list(passing.linears.values()))
-            for empty in all_zero(passing.linears.values()):
-                log.warning("%s is all zero before it is pruned", empty)
-            records = passing.prune()
-            changed = [f"{record.name}.weight" for record in records]
-            biased = {x.name for x in passing.linears.values() if x.has_bias}
-            shifted = [x.name for x in records if self.tasks[x.name].method.solver.shifts]
-            changed += [f"{name}.bias" for name in shifted if name in biased]
-            if passing.tunes:
-                tuned = passing.tune()
-                prefix = self.target.architecture.layer_name(index)
-                changed = [f"{prefix}.{parameter}" for parameter, _ in layer.named_parameters()]
-            self.tasks = left_dense(self.tasks, passing.unseen)
-            self.verify_kind(layer, list(passing.linears.values()))
-            self.target.commit(index, changed)
+        passing = LayerPass(self.context(index), layer)
+        check_finite(list(passing.linears.values()))
+        for empty in all_zero(passing.linears.values()):
+            log.warning("%s is all zero before it is pruned", empty)
+        records = passing.prune()
+        changed = [f"{record.name}.weight" for record in records]
+        biased = {x.name for x in passing.linears.values() if x.has_bias}
+        shifted = [x.name for x in records if self.tasks[x.name].method.solver.shifts]
+        changed += [f"{name}.bias" for name in shifted if name in biased]
+        if passing.tunes:
+            tuned = passing.tune()
+            prefix = self.target.architecture.layer_name(index)
+            changed = [f"{prefix}.{parameter}" for parameter, _ in layer.named_parameters()]
+        self.tasks = left_dense(self.tasks, passing.unseen)
+        self.verify_kind(layer, list(passing.linears.values()))
+        self.target.commit(index, changed)
         self.finish_layer(index, records, tuned, passing.unseen, started)
 
     def verify_kind(self, layer: nn.Module, linears: Sequence[Linear]) -> None:

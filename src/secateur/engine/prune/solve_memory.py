@@ -15,7 +15,7 @@ from secateur.engine.prune.tasks import (
     gradient_statistics,
     input_statistics,
 )
-from secateur.engine.stream.kinds import Layout
+from secateur.engine.stream.kinds import LayerLayout
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import linears_of
 from secateur.types import float32_bytes
@@ -60,7 +60,7 @@ def gradient_bytes(tasks: Tasks) -> int:
     return sum(statistics[name].nbytes(t.shape) for name in names for t in tasks.values())
 
 
-def statistics_bytes(target: Target, found: Sequence[Layout], names: Iterable[str]) -> int:
+def statistics_bytes(target: Target, found: Sequence[LayerLayout], names: Iterable[str]) -> int:
     """Statistics of inputs for all groups of a layer: many, where there are many experts."""
     largest = 0
     for layer, layout in zip(target.layers, found, strict=True):

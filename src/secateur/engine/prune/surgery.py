@@ -12,6 +12,7 @@ from secateur.engine.prune.collapse import lost_energy
 from secateur.engine.prune.linear_record import LinearRecord
 from secateur.engine.prune.tasks import LinearTask
 from secateur.engine.stream.targets import Target
+from secateur.engine.stream.walk import walk_layers
 from secateur.errors import NumericalError, VerificationError
 from secateur.models.architecture import Linear, linears_of
 from secateur.progress import Progress
@@ -53,11 +54,10 @@ def refuse_unusable(target: Target, progress: Progress) -> None:
     """
     count, zero = 0, 0
     progress.start("checking weights", len(target.layers))
-    for index in range(len(target.layers)):
-        with target.layer(index) as layer:
-            linears = list(linears_of(layer, target.architecture.layer_name(index)).values())
-            check_finite(linears)
-            count, zero = count + len(linears), zero + len(all_zero(linears))
+    for index, layer in walk_layers(target):
+        linears = list(linears_of(layer, target.architecture.layer_name(index)).values())
+        check_finite(linears)
+        count, zero = count + len(linears), zero + len(all_zero(linears))
         progress.step(note=f"layer {index}")
     progress.finish()
     if zero == count > 0:

@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur.calibration.statistics import of_gradients, of_inputs
 from secateur.engine.prune.selection import Selection
-from secateur.engine.stream.kinds import Layout, refuse_unknown
+from secateur.engine.stream.kinds import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
 from secateur.errors import PatternError
 from secateur.models.architecture import linears_of
@@ -80,7 +80,7 @@ def tasks_of(
     selection: Selection,
     method: Method,
     sparsity: float,
-    layouts: Sequence[Layout] = (),
+    layouts: Sequence[LayerLayout] = (),
     *,
     patterns: Mapping[str, Pattern] = NOTHING,
     costs: Mapping[str, int] = NOTHING,

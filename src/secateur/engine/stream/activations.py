@@ -1,8 +1,8 @@
 """The hidden states between two decoder layers, for all calibration windows.
 
-They live in memory, or in a file when they would not fit. With a run folder the inputs of the layer
-in work are always on disk as well, complete and under their final name: that is what a killed run
-goes on from.
+They are in memory, or in a file if they do not fit. With a run folder, the inputs of the current
+layer are always on disk as well, complete and under their final name. A killed run resumes from
+this file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["Activations"]
 
 
 class Activations:
-    """Inputs of the layer in work, and the outputs that replace them.
+    """Inputs of the current layer, and the outputs that replace them.
 
     Args:
         shape: (samples, sequence_length, hidden_size).
         dtype: of the computation.
-        folder: where they are kept on disk; None for a run in memory only.
-        in_memory: whether they are (also) held in memory.
+        folder: for the files; None for a run in memory only.
+        in_memory: whether they are in memory (as well).
     """
 
     def __init__(
@@ -51,22 +51,22 @@ class Activations:
         return self.folder is not None and self.file(layer).exists()
 
     def resume(self, layer: int) -> None:
-        """Go on from the stored inputs of a layer."""
+        """Continue with the stored inputs of a layer."""
         self.layer = layer
         if self.held is not None:
             for row in range(self.shape[0]):
                 self.held[row] = self.from_file(self.file(layer), slice(row, row + 1))[0]
 
     def read(self, rows: slice) -> Tensor:
-        """The inputs of the layer in work for some windows: [rows, sequence_length, hidden]."""
+        """The inputs of the current layer for some windows: [rows, sequence_length, hidden]."""
         if self.held is not None:
             return self.held[rows]
         return self.from_file(self.file(self.layer), rows)
 
     def write(self, rows: slice, hidden: Tensor) -> None:
-        """The outputs of the layer in work for some windows.
+        """Store the outputs of the current layer for some windows.
 
-        In memory they take the place of the inputs, which have been used by then.
+        In memory they overwrite the inputs of these windows, which are not needed any more.
         """
         if self.held is not None:
             self.held[rows] = hidden
@@ -80,7 +80,7 @@ class Activations:
             raise cannot_write(error, file) from error
 
     def advance(self, layer: int) -> None:
-        """What was written since the last call becomes the input of `layer`, safe on disk."""
+        """Make what was written since the last call the input of `layer`, safe on disk."""
         self.layer = layer
         if self.folder is None:
             return
@@ -94,12 +94,12 @@ class Activations:
             raise cannot_write(error, file) from error
 
     def forget(self, layer: int) -> None:
-        """The inputs of a finished layer are not needed any more."""
+        """Delete the inputs of a finished layer."""
         if self.folder is not None:
             self.file(layer).unlink(missing_ok=True)
 
     def unfinished(self) -> Path:
-        """Where outputs gather until the layer is done."""
+        """The file of the outputs, until all are written."""
         assert self.folder is not None
         return self.folder / "outputs.unfinished"
 

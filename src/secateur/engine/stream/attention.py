@@ -1,4 +1,4 @@
-"""Attention done otherwise than the model asks for it: planned, or trained quickly."""
+"""Replacements of the model's attention: one for the memory plan, one for fast training."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from secateur.precision import fast_dtype
 __all__ = ["AttentionOfPlan", "WrittenOut", "writes_out"]
 
 LONGEST = 512
-"""Tokens of a window up to which the scores are written out."""
+"""The longest window, in tokens, for which the scores are written out."""
 
 
 class AttentionOfPlan(OtherAttention):
-    """Attention as the fused kernels do it: the [sequence, sequence] matrix is never made."""
+    """Attention for the plan; like fused kernels it makes no [sequence, sequence] matrix."""
 
     def attend(self, *args: Any, **options: Any) -> Tensor:
-        """The output alone."""
+        """An empty output of the right shape."""
         query, _, value = args[:3]
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
@@ -29,9 +29,8 @@ class WrittenOut(OtherAttention):
     """Attention by two products and a softmax, all in bfloat16.
 
     torch's fused kernel for CPUs reaches a fraction of the speed of its bfloat16 products, so this
-    is quicker on short windows (`benchmarks/attention.py` says by how much). The price are the
-    probabilities, which are kept for the backward, and scores that are rounded to 8 bits before
-    the softmax.
+    is faster on short windows (`benchmarks/attention.py` measures it). The costs: probabilities
+    are kept for the backward, and scores are rounded to 8 bits before the softmax.
     """
 
     def takes(self, options: dict[str, Any]) -> bool:
@@ -53,7 +52,7 @@ def written_out(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(scale · Q Kᵀ + mask) V in bfloat16; arguments as of torch's function.
+    """softmax(scale · Q Kᵀ + mask) V in bfloat16; arguments as in torch's function.
 
     Query heads that read the same keys are rows of one product: nothing is repeated.
     """
@@ -69,7 +68,7 @@ def written_out(
 
 
 def _added(mask: Tensor | None, causal: bool, query: Tensor, columns: int, together: int) -> Tensor:
-    """What is added to the scores, as [windows · groups, heads of a group · rows, columns]."""
+    """The mask to add to the scores: [windows · groups, heads of a group · rows, columns]."""
     *outer, heads, rows, _ = query.shape
     if mask is None:
         mask = query.new_ones(rows, columns, dtype=torch.bool)
@@ -84,9 +83,9 @@ def _added(mask: Tensor | None, causal: bool, query: Tensor, columns: int, toget
 
 
 def writes_out(device: torch.device, length: int) -> bool:
-    """Whether windows of this many tokens are trained on with the scores written out.
+    """Whether training writes the scores out for windows of this many tokens.
 
-    On processors that multiply bfloat16 themselves, up to `LONGEST` tokens: at 1024 it is no
-    quicker (`benchmarks/attention.py`), and the probabilities grow with the square.
+    It does on processors with bfloat16 products, up to `LONGEST` tokens. At 1024 tokens it is not
+    faster (`benchmarks/attention.py`), and the probabilities grow with the square of the length.
     """
     return device.type == "cpu" and fast_dtype(device) is not None and length <= LONGEST

@@ -1,8 +1,8 @@
 """How a model calls its decoder layers, recorded instead of guessed.
 
-Every layer is replaced by a recorder for one forward of the whole model, which is stopped after
-the last layer. So masks, rotary tables and whatever else a release of transformers hands to a
-layer arrive as they are, layer by layer, for any family.
+A recorder replaces every layer for one forward of the whole model, which stops at the last layer.
+So masks, rotary tables and all other arguments of a layer are known for any family, whatever the
+release of transformers.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ __all__ = [
 
 
 class AfterLastLayer(BaseException):
-    """The private signal that ends a recording; not an Exception, so that no model catches it."""
+    """The private signal that ends a recording. No model catches it: it is not an Exception."""
 
 
 class OtherShapeError(Exception):
-    """The private signal that a model did not pass on what a stand-in returned."""
+    """The private signal that a model changed the output of a stand-in."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LayerCall:
     """The arguments of one decoder layer besides its hidden states.
 
     Attributes:
-        args: by position, behind the hidden states.
+        args: by position, after the hidden states.
         kwargs: by name.
         in_tuple: whether the model expects the layer's output in a tuple.
     """
@@ -75,9 +75,9 @@ def call_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Te
 
 
 class StandIn(nn.Module):
-    """Takes the place of a decoder layer and has all its attributes.
+    """Replaces a decoder layer, and has all its attributes.
 
-    Models read marks off their layers, for example which kind of mask a layer needs.
+    Models read attributes of their layers, for example which kind of mask a layer needs.
 
     Args:
         layer: the layer.
@@ -90,7 +90,7 @@ class StandIn(nn.Module):
         self.in_tuple = in_tuple
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the layer, where the stand-in has none of this name."""
+        """An attribute of the layer, if the stand-in has none of this name."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -102,14 +102,14 @@ class StandIn(nn.Module):
 
 
 class Recorder(StandIn):
-    """Stands in for a decoder layer, keeps how it was called, and passes its input on.
+    """Stands in for a decoder layer, records its arguments, and returns its input.
 
     Args:
         layer: the layer.
         last: whether the forward ends here.
         in_tuple: whether the model expects a tuple.
-        shapes: takes the shapes of hidden states that the recorders of one forward see; a second
-            shape shows that the model took a tensor for a tuple. None to accept any.
+        shapes: collects the shapes of the hidden states in one forward; a second shape shows that
+            the model took a tensor for a tuple. None to accept any.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Recorder(StandIn):
         self.call: LayerCall | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Record and pass on."""
+        """Record the call, and return the hidden states."""
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if self.shapes is not None:
@@ -140,7 +140,7 @@ class Recorder(StandIn):
 
 @contextmanager
 def replaced_layers(layers: nn.ModuleList, stand_ins: list[nn.Module]) -> Iterator[None]:
-    """Put other modules in place of the decoder layers for a while."""
+    """A context in which other modules replace the decoder layers."""
     originals = list(layers)
     try:
         for index, stand_in in enumerate(stand_ins):
@@ -154,7 +154,7 @@ def replaced_layers(layers: nn.ModuleList, stand_ins: list[nn.Module]) -> Iterat
 def record(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> list[Recorder]:
     """Record one forward of the model up to its last decoder layer.
 
-    Some models expect a tensor of a layer and some a tuple; whichever passes on is right.
+    Some models expect a tensor from a layer and some a tuple. Both are tried.
     """
     faults: list[Exception] = []
     for in_tuple in (False, True):
@@ -177,7 +177,7 @@ def record(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> list[Recorde
 
 
 def in_short(fault: Exception) -> str:
-    """An exception in one line."""
+    """An exception as one line of text."""
     lines = str(fault).strip().splitlines()
     return f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__
 

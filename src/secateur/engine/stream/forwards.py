@@ -1,18 +1,19 @@
 """How calibration passes through one decoder layer.
 
-Two orders, both with one decoder layer and one running micro-batch at a time:
+There are two orders. Both have one decoder layer in memory, and one micro-batch runs at a time:
 
-* `by_layer`, as in the papers: one pass with dense weights gathers the statistics of every linear
-  of the layer, all linears are pruned, a second pass with pruned weights makes the next inputs.
-* `by_group`, the default: a single pass. Every micro-batch's forward is halted at the first group
-  of linears it reaches; when all have arrived, the statistics of that group are complete, it is
-  pruned, and the forwards go on with pruned weights to the next group. Later groups of the same
-  layer so see what they will see in the pruned model, at half the work.
+* `by_layer`, as in the papers. A first pass with dense weights gathers the statistics of every
+  linear of the layer. All linears are pruned. A second pass with pruned weights makes the inputs of
+  the next layer.
+* `by_group`, the default, needs one pass. The forward of every micro-batch halts at the first group
+  of linears that it reaches. When all have arrived, the statistics of this group are complete. The
+  group is pruned, and the forwards continue with pruned weights to the next group. So later groups
+  of the layer see the inputs that they will see in the pruned model, for half the work.
 
-Halting a forward in the middle of somebody else's `forward()` needs a stack of its own for each:
-greenlets give that within one thread, so that grad mode, thread pools and the order of all
-operations stay as they are in a plain call. Where a group is to be fitted to the dense model, the
-forwards of the dense layer keep pace with those of the pruned one, halted at the same groups.
+A forward that halts in the middle of a model's `forward()` needs a stack of its own. Greenlets give
+it one within a single thread. So grad mode, thread pools and the order of all operations are the
+same as in a plain call. Where a group is fitted to the dense model, the forwards of the dense layer
+halt at the same groups.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Gather = Callable[[int, Tensor], None]
 
 
 class SharedInputs:
-    """Hooks on the linears of a layer: tells once per group and forward which input arrives.
+    """Hooks on the linears of a layer that report the input of each group, once in each forward.
 
     Args:
         groups: the linears of the layer, by shared input.
@@ -70,7 +71,7 @@ class SharedInputs:
         return before
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
@@ -78,7 +79,7 @@ class SharedInputs:
 def by_layer(
     groups: Sequence[Sequence[Linear]], forwards: Sequence[Forward], gather: Gather
 ) -> None:
-    """One pass in which the input of every group is gathered; weights do not change.
+    """Gather the input of every group in one pass; weights do not change.
 
     Args:
         groups: the linears of the layer, by shared input.
@@ -103,8 +104,8 @@ class HaltingForwards:
     Args:
         groups: the linears of the layer, by shared input.
         forwards: one call per micro-batch.
-        parking: where the tensors of halted forwards wait; None leaves them in memory.
-        matmuls: gives a context for the forwards alone, not for what is done between them.
+        parking: takes the tensors of halted forwards; None leaves them in memory.
+        matmuls: returns a context for the forwards, not for the work between them.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class HaltingForwards:
         self.current = 0
 
     def advance(self, index: int) -> tuple[int, Tensor] | None:
-        """Let one forward go on to the next group: which, and its input; None at its end."""
+        """Run one forward up to the next group; returns group and input, or None at the end."""
         watch: AbstractContextManager[object] = nullcontext()
         self.current, self.inputs.seen = index, self.seen[index]
         if self.parking:
@@ -135,19 +136,19 @@ class HaltingForwards:
         return None if self.running[index].dead else arrival
 
     def halt(self, index: int) -> None:
-        """The input that a forward arrived with has been seen; it waits."""
+        """Put a forward aside, after its input was used."""
         if self.parking:
             self.parking.park(index)
 
     def finish(self) -> None:
-        """Let all forwards go on to their ends."""
+        """Run all forwards to their ends."""
         for index, running in enumerate(self.running):
             while not running.dead:
                 if self.advance(index) is not None:
                     self.halt(index)
 
     def close(self) -> None:
-        """Give up the forwards that are still halted."""
+        """Stop the forwards that are still halted."""
         self.inputs.remove()
         for running in self.running:
             if not running.dead:
@@ -163,17 +164,17 @@ def by_group(
     *,
     outputs_needed: bool = True,
 ) -> None:
-    """One pass in which each group is pruned as soon as all micro-batches have reached it.
+    """Prune each group as soon as all micro-batches have reached it, in one pass.
 
     Args:
         groups: the linears of the layer, by shared input.
         halting: the forwards of the layer that is pruned.
-        beside: those of the dense layer, if they keep pace, except at groups that are empty
-            there; they are left halted at the end.
-        gather: called with a forward's index, a group's index, its input, and the input that the
-            same group has in the dense model (None without).
+        beside: the forwards of the dense layer, if there are any. They halt at the same groups,
+            apart from groups that are empty there, and are still halted at the end.
+        gather: called with a forward's index, a group's index, its input, and the input of the
+            same group in the dense model (None without one).
         prune: called with a group's index when its input is known from all micro-batches.
-        outputs_needed: False ends the forwards after the last group, as nothing follows.
+        outputs_needed: False ends the forwards after the last group.
 
     Raises:
         ArchitectureError: the micro-batches do not reach the groups in the same order.

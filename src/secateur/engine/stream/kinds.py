@@ -1,10 +1,10 @@
 """The kinds of layers that a model has, and which linears of each share an input.
 
 Hybrids have layers of several kinds: attention, linear attention, convolution, state space, dense
-and sparse feed-forward. What holds for the first layer does not hold for the others, so the groups
-of each kind are found: those that its family declares, if they are all of the layer's linears, or
-else by running one layer of the kind once. A checkpoint's layers run without their weights, on the
-meta device, so whatever cannot be pruned is refused before any work.
+and sparse feed-forward. So each kind has groups of its own. They are the groups that the family
+declares, if these hold all linears of the layer. Otherwise one layer of the kind runs once, and
+shows them. A checkpoint's layers run without their weights, on the meta device, so a model that
+cannot be pruned is refused before any work.
 """
 
 from __future__ import annotations
@@ -23,20 +23,28 @@ from secateur.models.architecture import Groups, Linear, linears_of
 from secateur.models.experts import refuse_fused
 from secateur.models.sharing import refuse_shared
 
-__all__ = ["Layout", "find_groups", "input_mark", "kind_of", "layouts", "on_meta", "refuse_unknown"]
+__all__ = [
+    "LayerLayout",
+    "find_groups",
+    "input_mark",
+    "kind_of",
+    "layouts",
+    "on_meta",
+    "refuse_unknown",
+]
 
 TOKENS = 64
-"""A window of this length is enough to see which linears share an input."""
+"""The length of a window that shows which linears share an input."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayerLayout:
     """The linears of one kind of layer, by their names within it.
 
     Attributes:
-        groups: those that share an input together, in the order they run.
-        unseen: those whose input no hook sees, or that get several in one forward. Scores and
-            solvers that need inputs cannot work on them.
+        groups: linears that share an input, in the order they run.
+        unseen: linears whose input no hook sees, or that get several inputs in one forward. Scores
+            and solvers that need inputs cannot work on them.
     """
 
     groups: Groups
@@ -44,10 +52,10 @@ class Layout:
 
 
 def kind_of(layer: nn.Module, call: LayerCall | None = None) -> Hashable:
-    """What layers of one kind have in common.
+    """A value that layers of one kind have in common.
 
-    Classes, shapes and plain settings of all modules, and with `call` the shapes and plain values
-    that the model hands to them.
+    It holds classes, shapes and plain settings of all modules, and with `call` the shapes and plain
+    values of the layer's arguments.
     """
     made_of = tuple(
         (
@@ -70,7 +78,7 @@ def kind_of(layer: nn.Module, call: LayerCall | None = None) -> Hashable:
 
 
 def refuse_unknown(target: Target) -> None:
-    """Refuse layers whose parameters are laid out in a way that is not known.
+    """Refuse layers whose parameters have an unknown layout.
 
     Raises:
         ArchitectureError: naming the module.
@@ -79,11 +87,11 @@ def refuse_unknown(target: Target) -> None:
     refuse_shared(target.model, target.architecture)
 
 
-def layouts(target: Target, length: int) -> list[Layout]:
+def layouts(target: Target, length: int) -> list[LayerLayout]:
     """The layout of every decoder layer.
 
     Args:
-        target: the model; layers of a checkpoint are empty and stay so.
+        target: the model; layers of a checkpoint stay empty.
         length: of calibration windows.
 
     Raises:
@@ -94,7 +102,7 @@ def layouts(target: Target, length: int) -> list[Layout]:
     if all(layout is not None for layout in declared):
         return [layout for layout in declared if layout is not None]
     hidden, calls = sample(target, min(length, TOKENS))
-    found: dict[Hashable, Layout] = {}
+    found: dict[Hashable, LayerLayout] = {}
     result = []
     for index, (layer, known) in enumerate(zip(target.layers, declared, strict=True)):
         kind = kind_of(layer, calls[index])
@@ -105,15 +113,15 @@ def layouts(target: Target, length: int) -> list[Layout]:
     return result
 
 
-def declared_layout(target: Target, layer: nn.Module) -> Layout | None:
-    """The groups that the family declares, where they are all of a layer's linears."""
+def declared_layout(target: Target, layer: nn.Module) -> LayerLayout | None:
+    """The groups that the family declares; None if they miss a linear of the layer."""
     if target.architecture.groups is None:
         return None
     there = linears_of(layer, "")
     groups = [[n for n in group if n in there] for group in target.architecture.groups]
     if {name for group in groups for name in group} != set(there):
         return None
-    return Layout(tuple(tuple(group) for group in groups if group))
+    return LayerLayout(tuple(tuple(group) for group in groups if group))
 
 
 def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
@@ -136,8 +144,8 @@ def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
     return hidden, calls
 
 
-def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> Layout:
-    """The layout of a layer as one forward of it shows.
+def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> LayerLayout:
+    """The layout of a layer, from one forward.
 
     Args:
         layer: with weights, or on the meta device.
@@ -174,12 +182,12 @@ def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) ->
     often = [n for group in named for n in group]
     unseen = tuple(n for n in linears if often.count(n) != 1)
     kept = (tuple(n for n in group if n not in unseen) for group in named)
-    return Layout(tuple(group for group in kept if group), unseen)
+    return LayerLayout(tuple(group for group in kept if group), unseen)
 
 
 @contextmanager
 def on_meta(layer: nn.Module) -> Iterator[None]:
-    """A layer without weights for a while also without the content of its buffers."""
+    """A context in which the buffers of a layer without weights are on the meta device too."""
     buffers = dict(layer.named_buffers())
     layer.to("meta")
     try:
@@ -196,13 +204,13 @@ def put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 
 def input_mark(x: Tensor) -> Hashable:
-    """What tells one input from another while both live: its memory, and which part of it."""
+    """A value that differs between two inputs in memory: the storage, and the part of it."""
     version = 0 if x.is_inference() else x._version
     return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), version
 
 
 def find_groups(linears: Sequence[Linear], forward: Callable[[], object]) -> list[list[Linear]]:
-    """Which linears share an input, found by running the layer once; in the order they run.
+    """Run a layer once to see which of its linears share an input; in the order they run.
 
     Args:
         linears: all linears of the layer.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall
 from secateur.engine.stream.ends import ModelEnds
-from secateur.engine.stream.kinds import Layout, layouts
+from secateur.engine.stream.kinds import LayerLayout, layouts
 from secateur.engine.stream.residency import Parking
 from secateur.engine.stream.targets import Target
 from secateur.engine.stream.walk import walk_layers
@@ -49,7 +49,7 @@ class Passage:
         self.dense: Activations | None = None
 
     @cached_property
-    def layouts(self) -> list[Layout]:
+    def layouts(self) -> list[LayerLayout]:
         """Which linears of each decoder layer share an input, for windows of this length.
 
         Raises:
@@ -97,7 +97,7 @@ class Passage:
             The layer whose inputs are ready: 0 if there are no stored ones.
         """
         for size in {batch.stop - batch.start for batch in self.batches()}:
-            self.ends.calls(size)  # recorded while no layer is in work
+            self.ends.calls(size)  # recorded before any layer has its weights
         streams = self.open_streams(dense)
         if start and all(stream.has(start) for stream in streams):
             for stream in streams:
@@ -124,51 +124,54 @@ class Passage:
         self.dense = Activations(shape, hidden.dtype, folder, self.in_memory)
         return [self.hidden, self.dense]
 
-    def walk(self, start: int = 0) -> Iterator[tuple[int, nn.Module]]:
+    def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield each layer with its weights; what the caller writes enters the next layer.
 
         Call `open(start)` before. When the loop ends early, the last layer's outputs are dropped.
 
         Args:
             start: the first layer.
+            stop: the layer after the last one to visit; None to visit all that follow.
 
         Yields:
             The number of a layer, and the layer.
         """
         count = len(self.target.layers)
-        for number, layer in walk_layers(self.target, range(start, count)):
+        for number, layer in walk_layers(
+            self.target, range(start, count if stop is None else stop)
+        ):
             yield number, layer
             if number + 1 < count:
                 self.advance(number + 1)
             self.forget(number)
 
     def read(self, rows: slice) -> Tensor:
-        """Inputs of the layer in work, in the model as it is pruned, on the target's device."""
+        """Inputs of the current layer in the model as it is pruned, on the target's device."""
         assert self.hidden is not None
         return self.hidden.read(rows).to(self.target.device)
 
     def read_dense(self, rows: slice) -> Tensor:
-        """Inputs of the layer in work, in the dense model, on the target's device."""
+        """Inputs of the current layer in the dense model, on the target's device."""
         assert self.dense is not None
         return self.dense.read(rows).to(self.target.device)
 
     def write(self, rows: slice, hidden: Tensor) -> None:
-        """Outputs of the layer in work, in the model as it is pruned."""
+        """Store outputs of the current layer in the model as it is pruned."""
         assert self.hidden is not None
         self.hidden.write(rows, hidden)
 
     def write_dense(self, rows: slice, hidden: Tensor) -> None:
-        """Outputs of the layer in work, in the dense model."""
+        """Store outputs of the current layer in the dense model."""
         assert self.dense is not None
         self.dense.write(rows, hidden)
 
     def advance_dense(self, layer: int) -> None:
-        """What was written for the dense model becomes its input of `layer`."""
+        """Make what was written for the dense model its input of `layer`."""
         assert self.dense is not None
         self.dense.advance(layer)
 
     def advance(self, layer: int) -> None:
-        """What was written becomes the input of `layer`."""
+        """Make what was written the input of `layer`."""
         if self.hidden is not None:
             self.hidden.advance(layer)
 

@@ -1,11 +1,10 @@
-"""Which tensors a forward keeps alive, how large they are, and how to put them aside.
+"""Which tensors a forward keeps alive, how large they are, and how to move them out of memory.
 
-A forward that is halted half-way holds tensors in its Python frames that nobody can reach by name.
-`LiveTensors` watches every operation and so knows the storages that are still alive. That serves
-two ends: the memory plan counts their bytes in a rehearsal on the meta device, and a run with
-little memory parks them on disk (or, from a GPU, in host memory) until the forward goes on. A
-parked storage is resized to nothing in place, as sharded training does, so every view of it
-comes back whole.
+A halted forward holds tensors in its Python frames, where they have no name. `LiveTensors` watches
+every operation, so it knows the storages that are still alive. The memory plan counts their bytes
+in a rehearsal on the meta device. A run with little memory parks them on disk (or, from a GPU, in
+host memory) until the forward continues. A parked storage is resized to zero bytes in place, as in
+sharded training, so every view of it is valid again afterwards.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ __all__ = ["LiveTensors", "Parking"]
 
 
 class LiveTensors(TorchDispatchMode):
-    """Watches operations and knows which of the storages they made are alive.
+    """Watches operations, and knows which of the storages that they made are alive.
 
     Args:
         permanent: tensors whose storages are never counted (weights, shared arguments).
-        find_peak: keep `peak_bytes` up to date, at the price of a count after every operation.
+        find_peak: update `peak_bytes` after every operation, which costs a count each time.
     """
 
     def __init__(self, permanent: Iterable[Tensor], *, find_peak: bool = False) -> None:
@@ -41,7 +40,7 @@ class LiveTensors(TorchDispatchMode):
         self.peak_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note the storages of its results."""
+        """Run the operation, and note the storages of its results."""
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
@@ -57,24 +56,24 @@ class LiveTensors(TorchDispatchMode):
             self.current[storage._cdata] = StorageWeakRef(storage)
 
     def live(self) -> list[torch.UntypedStorage]:
-        """The storages still alive; those that are gone are forgotten."""
+        """The storages that are still alive."""
         alive = {key: ref for key, ref in self.current.items() if not ref.expired()}
         self.current = alive
         storages = [torch.UntypedStorage._new_with_weak_ptr(r.cdata) for r in alive.values()]
         return [s for s in storages if s is not None]
 
     def live_bytes(self) -> int:
-        """The size of all storages still alive."""
+        """The size of all storages that are still alive."""
         return sum(storage.nbytes() for storage in self.live())
 
 
 class Parking:
-    """Puts a halted forward's tensors aside and brings them back.
+    """Moves the tensors of halted forwards out of memory, and back.
 
     Args:
         permanent: tensors that stay where they are: weights, shared arguments.
-        folder: parked on disk there, or in host memory when None (for forwards on a GPU).
-        device: where forwards run. Only what lies there is put aside: a forward on a GPU also
+        folder: takes the tensors; None to move them to host memory (for forwards on a GPU).
+        device: where forwards run. Only tensors on this device are moved: a forward on a GPU also
             reads host tensors that all forwards share, such as the hidden states of all windows.
     """
 
@@ -88,7 +87,7 @@ class Parking:
         self.saved: dict[int, list[Tensor]] = {}
 
     def park(self, forward: int) -> None:
-        """Free the memory of what the forward that just halted keeps alive."""
+        """Free the memory of all tensors that the halted forward keeps alive."""
         storages = [
             storage
             for storage in self.live.live()
@@ -106,7 +105,7 @@ class Parking:
             storage.resize_(0)
 
     def bring_back(self, forward: int) -> None:
-        """Fill the storages of a parked forward again, and watch on from where it was."""
+        """Fill the storages of a parked forward again, and resume watching it."""
         self.live.current = self.alive.get(forward, {})
         if forward not in self.parked:
             return
@@ -125,7 +124,7 @@ class Parking:
         self.file(forward).unlink()
 
     def file(self, forward: int) -> Path:
-        """Where one forward is parked on disk."""
+        """The file of one parked forward."""
         assert self.folder is not None
         return self.folder / f"parked-{forward:05d}.bin"
 

@@ -1,4 +1,4 @@
-"""Where the layers of the model being pruned live: in memory, or in a checkpoint on disk."""
+"""A model whose layers are in memory, or in a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["CheckpointTarget", "ModelTarget", "Target"]
 
 
 class Target(Protocol):
-    """A model whose decoder layers are taken in work one at a time."""
+    """A model whose decoder layers get their weights one at a time."""
 
     model: Any
     architecture: Architecture
@@ -41,7 +41,7 @@ class Target(Protocol):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers; those not in work may be empty."""
+        """The decoder layers; they may be empty outside `layer`."""
         ...
 
     def matrices(self) -> list[StoredMatrix]:
@@ -53,16 +53,16 @@ class Target(Protocol):
         ...
 
     def layer(self, index: int) -> Any:
-        """A context in which one decoder layer has its weights, on the device of the run."""
+        """A context that gives one decoder layer with its weights, on `device`."""
         ...
 
     def commit(self, index: int, names: list[str]) -> None:
-        """Make the new values of some parameters of the layer in work last."""
+        """Store the new values of some parameters of a layer, within its context."""
         ...
 
 
 class ModelTarget:
-    """A loaded model, pruned in place.
+    """A loaded model; its layers change in place.
 
     Args:
         model: a causal language model of transformers, or any module described by `architecture`.
@@ -99,14 +99,14 @@ class ModelTarget:
 
 
 class CheckpointTarget:
-    """A checkpoint on disk, its layers read when needed and written to a copy.
+    """A checkpoint on disk; its layers are read when needed, and written to a copy.
 
     Args:
         reader: the source.
-        output: the copy that takes the new weights; None to only look.
-        device: where layers are worked on.
-        dtype: of the computation; None for what `config.json` says.
-        trust_remote_code: whether code that comes with the checkpoint may run.
+        output: the copy that takes the new weights; None to only read.
+        device: where layers get their weights.
+        dtype: of the computation; None for the one in `config.json`.
+        trust_remote_code: whether code from the checkpoint may run.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class CheckpointTarget:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, on the meta device unless in work."""
+        """The decoder layers, on the meta device outside `layer`."""
         return self.architecture.layers(self.model)
 
     def matrices(self) -> list[StoredMatrix]:
@@ -138,7 +138,7 @@ class CheckpointTarget:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Embeddings, final norm and head as views of the files: only what is touched is read."""
+        """Embeddings, final norm and head as views of the files; only the rows in use are read."""
         prefix = self.architecture.layers_path + "."
         names = [n for n, _ in self.model.named_parameters() if not n.startswith(prefix)]
         by_stored = {self.stored[n]: n for n in names if n in self.stored}
@@ -157,7 +157,7 @@ class CheckpointTarget:
         layer = self.layers[index]
         prefix = self.architecture.layer_name(index)
         fill(layer, prefix, self.reader, self.stored, self.device, self.dtype)
-        # Buffers are made with the skeleton, on the CPU.
+        # The skeleton has its buffers on the CPU.
         layer.to(self.device)
         try:
             yield layer

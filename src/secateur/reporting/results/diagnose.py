@@ -22,16 +22,16 @@ STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 @dataclass(frozen=True)
 class DiagnoseResult(Result):
-    """What is known of a model's health.
+    """The health of a model.
 
     Attributes:
-        model: what the user called it.
-        dense: its reference, likewise; None without one.
+        model: the name from the user.
+        dense: the name of its reference; None without one.
         findings: the worst first.
         weights: every matrix.
-        claims: what the records of its run say.
+        claims: of the records of its run.
         drift: of the layers; empty without a reference.
-        bears: the sparsity each layer could bear, where it is known.
+        bears: the sparsity that each layer could bear, where it is known.
         target: this machine.
         environment: versions and hardware.
         protocol: the text that the layers were compared on.
@@ -49,20 +49,20 @@ class DiagnoseResult(Result):
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def count(self, severity: str) -> int:
-        """How many findings are of a severity."""
+        """The number of findings of a severity."""
         return sum(x.severity == severity for x in self.findings)
 
     @property
     def verdict(self) -> str:
-        """In a line: healthy, or what was found."""
+        """One line: healthy, or the number of findings."""
         errors, warnings, notes = (self.count(s) for s in ("error", "warning", "note"))
         looked = f"{self.weights.tensors} tensors, {len(self.weights.linears)} linears"
         if self.drift:
             looked += f", {len(self.drift)} layers beside {self.dense}"
-        told = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((errors, "error"),
+        counts = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((errors, "error"),
                 (warnings, "warning")) if n]  # fmt: skip
         also = f"; {notes} note{'s' * (notes != 1)}" if notes else ""
-        return f"{' and '.join(told) or 'healthy: no error, no warning'} ({looked}{also})"
+        return f"{' and '.join(counts) or 'healthy: no error, no warning'} ({looked}{also})"
 
     def blocks(self) -> Sequence[Block]:
         """The verdict in a line, then the findings."""
@@ -78,7 +78,7 @@ class DiagnoseResult(Result):
         return [verdict, Table.of("findings", columns, rows, numbers=2, styles=styles)]
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written to `secateur/diagnosis.json`."""
+        """The content of `secateur/diagnosis.json`."""
         drift = {x.layer: x for x in self.drift}
         return {
             "schema": SCHEMA,
@@ -108,7 +108,7 @@ class DiagnoseResult(Result):
 
 
 def drift_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
-    """The numbers of a layer; null where they are not known or are no numbers."""
+    """The numbers of a layer; null where they are unknown or not finite."""
     names = ("relative_error", "cosine", "norm_ratio", "own_error", "contribution")
     known = drift is not None and not drift.not_finite
     return {name: getattr(drift, name) if known else None for name in names}

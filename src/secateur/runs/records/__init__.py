@@ -1,4 +1,4 @@
-"""The schemas of what a run writes beside a model: once, for those who write and those who read.
+"""The schemas of the files that a run writes with a model, for writers and readers alike.
 
     manifest.json        Manifest       prune, structure
     layers.jsonl         Layer          prune, a line for each decoder layer

@@ -30,10 +30,10 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def declared(record: type[Record], content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a file, as it may be written.
+    """Check the content of a file before it is written.
 
     Raises:
-        ValidationError: it is not what is declared here; a fault in secateur.
+        ValidationError: the content does not match its declaration, which is a fault in secateur.
     """
     plain = json.loads(json.dumps(content))
     record.model_validate(plain, extra="forbid")
@@ -41,10 +41,10 @@ def declared(record: type[Record], content: Mapping[str, Any]) -> dict[str, Any]
 
 
 def read_record(record: type[AnyRecord], file: Path) -> AnyRecord:
-    """Read a JSON file and check that it has the schema that is expected.
+    """Read a JSON file and check its schema.
 
     Raises:
-        CheckpointError: it cannot be read, is no JSON, or has another schema; it names the file.
+        CheckpointError: the file cannot be read, is no JSON, or has another schema; names the file.
     """
     try:
         return parsed(record, file.read_text(encoding="utf-8"), str(file))
@@ -72,10 +72,10 @@ def read_list(record: type[AnyRecord], file: Path) -> list[AnyRecord]:
 
 
 def parsed(record: type[AnyRecord], text: str, where: str) -> AnyRecord:
-    """A JSON text in the schema that is expected.
+    """Parse a JSON text and check its schema.
 
     Raises:
-        CheckpointError: it is no JSON, or has another schema.
+        CheckpointError: the text is no JSON, or has another schema.
     """
     try:
         return record.model_validate(json.loads(text))

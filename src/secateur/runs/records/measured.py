@@ -12,7 +12,7 @@ __all__ = ["Bench", "DiagnosisRecord", "FindingEntry", "TimingEntry"]
 
 
 class FindingEntry(Record):
-    """Something a diagnosis found."""
+    """One finding of a diagnosis."""
 
     id: str
     severity: Literal["error", "warning", "note"]
@@ -22,7 +22,7 @@ class FindingEntry(Record):
 
 
 class LayerState(Record):
-    """What a layer does to its inputs, beside the dense one."""
+    """The effect of a layer on its inputs, compared with the dense layer."""
 
     layer: int
     sparsity: float
@@ -35,7 +35,7 @@ class LayerState(Record):
 
 
 class MatrixState(Record):
-    """What a diagnosis counted in a matrix."""
+    """The counts of a diagnosis for one matrix."""
 
     name: str
     sparsity: float
@@ -45,7 +45,7 @@ class MatrixState(Record):
 
 
 class SupportEntry(Record):
-    """Whether this machine gains anything by a kind of sparsity."""
+    """Whether this machine gains speed from a kind of sparsity."""
 
     kind: str
     engine: str
@@ -54,7 +54,7 @@ class SupportEntry(Record):
 
 
 class TargetMachine(Record):
-    """What the model was diagnosed for."""
+    """The machine of a diagnosis."""
 
     cpu: str = ""
     features: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class DiagnosisRecord(Record):
 
 
 class TimingEntry(Record):
-    """One way to run a model, timed; or why it could not run."""
+    """The timing of one way to run a model, or the reason why it could not run."""
 
     contender: str
     failure: str | None = None

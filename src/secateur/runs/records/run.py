@@ -24,7 +24,7 @@ MANIFEST_VERSION = 1
 
 
 class Source(Record):
-    """The model that a run began with."""
+    """The source model of a run."""
 
     name: str
     kind: str
@@ -33,7 +33,7 @@ class Source(Record):
 
 
 class Cost(Record):
-    """What a run took."""
+    """The cost of a run."""
 
     seconds: float
     peak_resident_bytes: int
@@ -44,7 +44,7 @@ class Cost(Record):
 
 
 class RunResult(Record):
-    """What a run left."""
+    """The result of a run."""
 
     decoder_sparsity: float
     model_sparsity: float
@@ -53,7 +53,7 @@ class RunResult(Record):
 
 
 class Counted(Record):
-    """What a model consists of, in parameters."""
+    """The parameters of a model by kind."""
 
     parameters: int
     decoder: int
@@ -68,7 +68,7 @@ class Counted(Record):
 
 
 class Structure(Record):
-    """What a structured cut took out."""
+    """What a structured cut removed."""
 
     before: Counted
     after: Counted
@@ -80,7 +80,7 @@ class Structure(Record):
 
 
 class LeftEntry(Record):
-    """Tensors of one sort that were not pruned; `models.inventory.Left` says what is what."""
+    """Tensors of one sort that were not pruned; see `models.inventory.Left`."""
 
     names: str
     reason: str
@@ -110,13 +110,13 @@ class Manifest(Record):
 
     @property
     def lost(self) -> float:
-        """The fraction of the decoder that is gone: cut out of it, or zero."""
+        """The lost fraction of the decoder: cut out or zero."""
         gone = self.structure.decoder_removed if self.structure else 0.0
         return 1 - (1 - gone) * (1 - self.result.decoder_sparsity)
 
 
 class LinearEntry(Record):
-    """One matrix of a line of `layers.jsonl`; `engine.surgery.LinearRecord` says what is what."""
+    """One matrix of a line of `layers.jsonl`; see `engine.prune.surgery.LinearRecord`."""
 
     name: str
     shape: tuple[int, int]

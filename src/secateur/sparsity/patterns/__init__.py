@@ -127,6 +127,9 @@ class WholeUnits(Pattern, Protocol):
 class PatternKind(Protocol):
     """A class of patterns that can read itself from the text in a recipe."""
 
+    written: str
+    """How its patterns are written, for messages and lists."""
+
     def parse(self, text: str, scope: str | None) -> Pattern | None:
         """The pattern written as `text`, or None when the text is of another kind."""
         ...
@@ -158,9 +161,7 @@ def parse_pattern(text: str, scope: str | None = None) -> Pattern:
             return pattern
     raise PatternError(
         f"no pattern is written {text!r}",
-        remedy="use 'unstructured', N:M (for example '2:4', N kept of M), "
-        "a block of rows x columns (for example '16x1', '32x32'), or whole columns (for example "
-        "'*x64', or '*x64@3' for as many of each three)",
+        remedy="use " + "; or ".join(patterns[name].written for name in patterns),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float32
 from torch import Tensor
@@ -44,6 +45,7 @@ class Block:
     columns: int
     scope: str = "layer"
 
+    written: ClassVar[str] = "ROWSxCOLUMNS for blocks, for example '16x1', '32x32'"
     sparsity = None
     scopes = ("layer", "global")
     whole_units = False

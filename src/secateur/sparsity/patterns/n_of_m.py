@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from secateur.errors import PatternError, ShapeError
 from secateur.sparsity.exact_count import keep_largest
@@ -43,6 +44,7 @@ class NOfM:
     kept: int
     group: int
 
+    written: ClassVar[str] = "N:M, for example '2:4' or '4:8', N kept of M"
     scope = "group"
     scopes = ("group",)
     whole_units = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from secateur.errors import PatternError
 from secateur.registry import did_you_mean
@@ -41,6 +42,7 @@ class Unstructured:
 
     scope: str = "layer"
 
+    written: ClassVar[str] = "'unstructured', with scope row, layer or global"
     name = "unstructured"
     columns_together = 1
     sparsity = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float32
 from torch import Tensor
@@ -48,6 +49,9 @@ class WholeColumns:
     multiple: int = 1
     among: int = 0
 
+    written: ClassVar[str] = (
+        "*xWIDTH for whole columns, for example '*x64', or '*x64@3' for as many of each three"
+    )
     sparsity = None
     scope = "layer"
     scopes = ("layer",)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from secateur.sparsity.schedules import check_span, schedules
 
-__all__ = ["Linear"]
+__all__ = ["LinearSchedule"]
 
 
 @schedules.register("linear")
 @dataclass(frozen=True)
-class Linear:
+class LinearSchedule:
     """s(p) = s_last + (s_first − s_last) · (1 − p).
 
     Args:
@@ -22,8 +22,8 @@ class Linear:
         RecipeError: a sparsity is out of range, or the last is below the first.
 
     Example:
-        >>> from secateur.sparsity.schedules.linear import Linear
-        >>> [round(Linear(0.8)(done), 3) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        >>> from secateur.sparsity.schedules.linear import LinearSchedule
+        >>> [round(LinearSchedule(0.8)(done), 3) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
         [0.0, 0.2, 0.4, 0.6, 0.8]
     """
 

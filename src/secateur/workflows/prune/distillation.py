@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.targets import Target
+from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import hidden_size
 from secateur.models.experts import open_experts
 from secateur.models.skeleton import quiet_transformers
@@ -186,9 +187,8 @@ def write_layers(saved: Path, target: Target, tasks: Tasks) -> None:
     """Write the layers as they were learned over those of the checkpoint."""
     with safe_open(saved / FINAL, "pt") as learned:
         there = set(learned.keys())
-        for index in pruned_layers(target, tasks):
+        for index, _ in walk_layers(target, pruned_layers(target, tasks)):
             names = [name for name in parameter_names(target, index) if name in there]
-            with target.layer(index):
-                for name in names:
-                    target.model.get_parameter(name).data.copy_(learned.get_tensor(name))
-                target.commit(index, names)
+            for name in names:
+                target.model.get_parameter(name).data.copy_(learned.get_tensor(name))
+            target.commit(index, names)

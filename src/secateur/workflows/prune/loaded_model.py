@@ -18,7 +18,7 @@ from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.engine.prune.tasks import tasks_of
-from secateur.engine.stream.kinds import layouts
+from secateur.engine.stream.kinds import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import text_config
 from secateur.models.experts import opened_experts
@@ -82,6 +82,7 @@ def prune_module(
             refuse_unusable(target, progress)
             work = Path(folder) if folder else None
             settings = settings_of(recipe, "memory", work)
+            refuse_unknown(target)
             found = () if windows is None else layouts(target, windows.shape[1])
             tasks = tasks_of(target, selection, method, sparsity, found)
             teacher = copy.deepcopy(model) if distills(recipe, target, tasks) else None

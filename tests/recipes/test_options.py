@@ -1,0 +1,196 @@
+"""One declaration of every option: sections give flags, keywords, help and errors."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import secateur
+from secateur.cli.app import make_app
+from secateur.errors import RecipeError
+from secateur.recipes.flags import recipe_from_flags
+from secateur.recipes.old_names import OLD_NAMES
+from secateur.recipes.options import options_of, run_options_of
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe, nested
+from secateur.recipes.section import GROUPS
+from secateur.recipes.structure import StructureRecipe
+from secateur.recipes.train import DistillRecipe, RetrainRecipe
+from secateur.recipes.verbs import VERBS, imported
+
+DECLARED = [verb for verb in VERBS.values() if verb.recipe]
+
+
+@pytest.mark.parametrize("verb", DECLARED, ids=lambda verb: verb.name)
+def test_every_option_has_a_sentence_a_default_and_a_name_of_its_own(verb) -> None:
+    kind = imported(verb.recipe)
+    options = [*options_of(kind), *run_options_of(kind)]
+    names = [option.name for option in options]
+    assert len(names) == len(set(names))
+    for option in options:
+        assert option.help[-1] == "."
+        assert option.help[0].isupper() or option.help.split()[0] in option.about
+        assert option.default
+        assert option.group in GROUPS
+
+
+@pytest.mark.parametrize("verb", DECLARED, ids=lambda verb: verb.name)
+def test_the_signature_has_every_option(verb) -> None:
+    function = imported(verb.function)
+    assert getattr(secateur, verb.name) is function
+    kind = imported(verb.recipe)
+    parameters = inspect.signature(function).parameters
+    for option in [*options_of(kind), *run_options_of(kind)]:
+        assert option.name in parameters
+        assert f"{option.name}: " in function.__doc__
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    assert "**options" not in function.__doc__
+
+
+@pytest.mark.parametrize("verb", DECLARED, ids=lambda verb: verb.name)
+def test_the_command_has_every_option_in_its_group(verb) -> None:
+    kind = imported(verb.recipe)
+    found = {}
+    for argument in make_app()[verb.name].assemble_argument_collection():
+        [group] = argument.parameter.group
+        found |= dict.fromkeys((argument.field_info.name, *argument.names), group.name)
+    for option in options_of(kind):
+        if option.flag.hidden or (verb.name == "plan" and option.name == "output"):
+            continue
+        flag = option.name if option.required else "--" + option.name.replace("_", "-")
+        assert found[flag] == option.group
+
+
+def test_headings_come_in_the_order_of_the_work(secateur) -> None:
+    shown = secateur("prune", "--help").out
+    places = [shown.index(f"─ {group} ─") for group in GROUPS if f"─ {group} ─" in shown]
+    assert len(places) == 6
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("verb", ["prune", "structure", "distill", "evaluate", "compress"])
+def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
+    script = (
+        f"import sys; sys.argv = ['secateur', {verb!r}, '--help']\n"
+        "from secateur.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_flat_names_go_into_their_sections() -> None:
+    flat = {"calibration": "a.txt", "windows": 4, "memory_budget_gib": 2.0, "tune_passes": 3}
+    values = nested(PruneRecipe, {**flat, "distillation": {"epochs": 1}})
+    assert values == {
+        "calibration": {"source": "a.txt", "windows": 4},
+        "memory": {"budget_gib": 2.0},
+        "reconstruction": {"passes": 3},
+        "distillation": {"epochs": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "said"),
+    [
+        (PruneRecipe, {"samples": 4}, "samples: this key is now called 'windows'"),
+        (PruneRecipe, {"calibration": {"samples": 4}}, "calibration.samples: .* called 'windows'"),
+        (PruneRecipe, {"calibration": {"generated": 4}}, "now called 'generated_windows'"),
+        (PruneRecipe, {"parameters": {"bits": 8}}, "now called 'method_parameters'"),
+        (PruneRecipe, {"passes": 1}, "now called 'tune_passes'"),
+        (PruneRecipe, {"epochs": 1}, "now called 'distill_epochs'"),
+        (PruneRecipe, {"learning_rate": 1e-3}, "now called 'tune_learning_rate'"),
+        (PruneRecipe, {"windows": 4}, "in a recipe this is 'calibration.windows'"),
+        (StructureRecipe, {"heads": 2}, "now called 'kv_groups'"),
+        (StructureRecipe, {"hidden": 2}, "now called 'hidden_size'"),
+        (StructureRecipe, {"parameters": 0.8}, "'keep_parameters' or 'method_parameters'"),
+        (DistillRecipe, {"hidden": 0.5}, "now called 'hidden_weight'"),
+        (RetrainRecipe, {"micro_batch": 2}, "now called 'micro_batch_windows'"),
+        (RetrainRecipe, {"validation": "x"}, "now called 'validation_text'"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(kind, values, said) -> None:
+    with pytest.raises(RecipeError, match=said):
+        build_recipe(kind, {"model": "m", **values})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("prune", "m", "--samples", 4), "--samples: this option is now called --windows"),
+        (("prune", "m", "--epochs=2"), "--epochs: this option is now called --distill-epochs"),
+        (("structure", "m", "--parameters", 0.8), "called --keep-parameters or --method-param"),
+        (("structure", "m", "--heads", 2), "now called --kv-groups"),
+        (("evaluate", "m", "--perplexity", "x"), "now called --text"),
+        (("evaluate", "m", "--reference", "x"), "now called --dense"),
+        (("evaluate", "m", "--max-windows", 3), "now called --windows"),
+        (("eval", "m"), "'eval': this verb is now called 'evaluate'"),
+        (("prun", "m"), "unknown verb; did you mean 'prune'?"),
+        (("prune", "m", "--sparsty", 0.5), "--sparsty: unknown option; did you mean --sparsity?"),
+        (("prune", "m", "--include", "a", "b"), "'b': unexpected"),
+        (("prune", "m", "--sparsity"), "--sparsity: a value is missing"),
+    ],
+)
+def test_a_flag_that_there_is_not_is_refused_with_the_right_one(secateur, words, said) -> None:
+    done = secateur(*words)
+    assert done.code == 2
+    assert said in " ".join(done.err.split())
+
+
+def test_all_unknown_flags_are_told_at_once(secateur) -> None:
+    done = secateur("prune", "m", "--samples", 4, "--generated", 2, "--sparsity", 0.5, "--json")
+    assert "2 faults in the command" in done.err
+    assert "--generated-windows" in done.out
+
+
+def test_old_names_of_functions_are_refused_with_the_new_one() -> None:
+    with pytest.raises(AttributeError, match="now called 'evaluate'"):
+        secateur.judge  # noqa: B018
+    with pytest.raises(RecipeError, match="now called 'windows'"):
+        secateur.prune("m", output="o", sparsity=0.5, samples=3)
+
+
+def test_the_table_of_old_names_leads_to_names_that_exist() -> None:
+    known = {o.name for verb in DECLARED for o in options_of(imported(verb.recipe))} | {*VERBS}
+    for new in OLD_NAMES.values():
+        assert known.issuperset(new)
+
+
+def test_text_of_flags_becomes_values() -> None:
+    recipe = recipe_from_flags(
+        StructureRecipe,
+        {"model": "m", "ffn": "0.75", "kv_groups": "2", "hidden_size": "1.0",
+         "method_parameters": ["iterations=3", "growth=1.5"], "pad": True},
+        ["memory.budget_gib=3"],
+    )  # fmt: skip
+    assert (recipe.ffn, recipe.kv_groups, recipe.hidden_size) == (0.75, 2, 1.0)
+    assert recipe.method_parameters == {"iterations": 3, "growth": 1.5}
+    assert recipe.pad
+    assert recipe.memory.budget_gib == 3
+    given = {"model": "m", "lora": "8", "gradual": "2:4", "text": ["a", "b"], "top_k": "64"}
+    taught = recipe_from_flags(
+        DistillRecipe, {**given, "kept_layers": ["0,3", "5"]}, ["lora.alpha=4"]
+    )
+    assert (taught.lora.rank, taught.lora.alpha) == (8, 4)
+    assert taught.gradual.pattern == "2:4"
+    assert taught.text == ("a", "b")
+    assert taught.kept_layers == (0, 3, 5)
+
+
+def test_text_that_is_no_value_is_one_fault_among_all() -> None:
+    given = {"model": "m", "sparsity": "a lot", "windows": "1.5", "tune_learning_rate": "nan"}
+    with pytest.raises(RecipeError, match="3 faults") as error:
+        recipe_from_flags(PruneRecipe, given)
+    for key in ("sparsity:", "calibration.windows:", "reconstruction.learning_rate:"):
+        assert key in error.value.what
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(number: str) -> None:
+    with pytest.raises(RecipeError, match="finite number"):
+        recipe_from_flags(DistillRecipe, {"model": "m", "temperature": number})

@@ -1,0 +1,155 @@
+"""A package of somebody else brings a part of every kind; all work from the command line.
+
+The package is `tests/foreign_package`. It is installed beside Secateur, and nothing in Secateur
+knows its parts by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import secateur
+from secateur.calibration.windows import save_windows
+from tiny import save_tiny
+from zoo import tiny_windows
+
+PACKAGE = Path(__file__).parent.parent / "foreign_package"
+MIB = 2**20
+PARTS = {
+    "score": "quince-peak",
+    "solver": "quince-stretch",
+    "refine": "quince-magnitude",
+    "pattern": "pairs",
+    "allocation": "quince-slope",
+    "sparsity": "0.7",
+}
+
+DRIVER = """
+import contextlib, io, json, sys
+from secateur.cli import main
+answers = []
+for words in json.loads(sys.stdin.read()):
+    sys.argv, out = ["secateur", *words, "--json"], io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            main()
+        except SystemExit as ended:
+            if ended.code:
+                sys.exit(f"{words}: {ended.code}")
+    answers.append(json.loads(out.getvalue()))
+print(json.dumps(answers))
+"""
+"""Runs commands one after the other in one process; one JSON list of what they printed."""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that pip installed the package into."""
+    folder = tmp_path_factory.mktemp("foreign")
+    shutil.copytree(PACKAGE, folder / "source")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, "--target", str(folder / "site"),
+         str(folder / "source")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return folder / "site"
+
+
+def commands(site: Path, *words: tuple[Any, ...]) -> list[Any]:
+    """What commands print where the package is installed."""
+    where = Path(secateur.__file__).parent.parent
+    paths = [str(site), str(where), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps([[str(word) for word in each] for each in words]),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_parts_of_a_foreign_package_work_from_the_command_line(
+    installed: Path, tmp_path: Path
+) -> None:
+    source, text = save_tiny(tmp_path / "source", "generic"), tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(), text)
+    pruned, packed, again = (tmp_path / name for name in ("pruned", "packed", "again"))
+    flags = [word for key, value in PARTS.items() for word in (f"--{key}", value)]
+    settings = [word for key, value in PARTS.items() for word in ("--set", f"{key}={value}")]
+    on_text = ("--calibration", text)
+    as_positions = ("--format", "quince-positions", "--values", "keep")
+    parts, seen, plan, plain, *_ = commands(
+        installed,
+        ("methods",),
+        ("inspect", source),
+        ("plan", source, *settings, *on_text),
+        ("plan", source, "--method", "wanda", "--sparsity", "0.5", *on_text),
+        ("prune", source, *flags, *on_text, "--output", pruned),
+        ("compress", pruned, *as_positions, "--output", packed),
+        ("decompress", packed, "--output", again),
+    )
+    assert "quince-peak" in parts["scores"]
+    assert parts["statistics"]["quince-peak"] == "inputs"
+    assert "pairs" in parts["patterns"]["quince-pairs"]
+    assert "quince-positions" in parts["formats"]
+    assert seen["family"] == "quince"
+
+    # 64 MiB of the solver and 40 of score and pattern (16 of the refinement are less), 128 of the
+    # allocation at one layer; what the built-in parts need for so small a model is below one.
+    assert 0 <= plan["solve_bytes"] - (64 + 32 + 8 + 128) * MIB < MIB
+    assert 0 <= plan["disk_bytes"] - plain["disk_bytes"] - 256 * MIB < MIB
+    assert plan["peak_bytes"] - plain["peak_bytes"] > 200 * MIB
+
+    check_pruned(source, pruned)
+    check_packed(pruned, packed, again)
+    # here, without the package, nobody can read them
+    with pytest.raises(secateur.SecateurError, match="no format 'quince-positions'"):
+        secateur.load(packed)
+
+
+def check_pruned(source: Path, pruned: Path) -> None:
+    """Pairs are pruned by magnitude, the rest is stretched, later layers lose more."""
+    before, after = load_file(source / "model.safetensors"), load_file(pruned / "model.safetensors")
+    shares = {}
+    for name, weight in before.items():
+        if ".layers." not in name or weight.ndim != 2:
+            assert torch.equal(weight, after[name])
+            continue
+        new = after[name]
+        kept = new != 0
+        assert torch.equal(kept[:, 0::2], kept[:, 1::2])
+        assert torch.equal(new, 1.25 * weight * kept)
+        pairs = weight.abs().unflatten(1, (-1, 2)).sum(2)
+        assert bool((pairs.where(kept[:, ::2], torch.inf).amin(1) >= pairs.where(
+            ~kept[:, ::2], -torch.inf).amax(1)).all())  # fmt: skip
+        shares.setdefault(int(name.split(".")[2]), []).append(float((~kept).float().mean()))
+    means = [sum(shares[i]) / len(shares[i]) for i in sorted(shares)]
+    assert means[0] < 0.65 < 0.75 < means[-1]
+    assert sum(means) / len(means) == pytest.approx(0.7, abs=0.02)
+
+
+def check_packed(pruned: Path, packed: Path, again: Path) -> None:
+    """Matrices are stored as positions and values, and come back bit for bit."""
+    names = set()
+    for file in packed.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    assert "model.layers.0.mlp.down_proj.positions" in names
+    assert "model.layers.0.mlp.down_proj.values" in names
+    first, second = load_file(pruned / "model.safetensors"), {}
+    for file in again.glob("*.safetensors"):
+        second |= load_file(file)
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,170 @@
+"""Write the files that are made from the declared options: the stub and the page of the docs.
+
+    python tools/option_files.py          # write both
+    python tools/option_files.py --check  # fail if one is out of date
+
+`src/secateur/__init__.pyi` gives editors and type checkers the keywords of every verb.
+`docs/options.md` lists every option with its flag, its keyword, its key in YAML and its default.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import secateur
+from secateur.recipes.keywords import python_type, type_text
+from secateur.recipes.options import Option, options_of, run_options_of
+from secateur.recipes.section import GROUPS
+from secateur.recipes.verbs import VERBS, Verb, imported
+
+ROOT = Path(__file__).resolve().parents[1]
+STUB, PAGE = Path("src/secateur/__init__.pyi"), Path("docs/options.md")
+
+STUB_HEAD = '''"""The public names of secateur, with the keywords of every verb.
+
+Written by tools/option_files.py from the sections in secateur/recipes; do not edit.
+"""
+
+'''
+
+PAGE_HEAD = """# Options
+
+This page lists every option of every verb: its flag, its key in a recipe, its default and what it
+does.
+
+- **Command line**: write the flag as shown. `secateur VERB --help` shows the same list.
+- **Python**: the keyword is the flag without dashes in front and with underscores: `--tune-passes`
+  is `tune_passes=`. `help(secateur.VERB)` shows all of them. None means "not given".
+- **YAML**: a dot separates a section from its key: `memory.budget_gib` is `budget_gib` in the
+  section `memory`. `secateur VERB recipe.yaml` reads a recipe. Flags replace its values, and
+  `--set KEY=VALUE` sets any key. An option *of the call* is no key of a recipe.
+
+"The preset's" means that the preset (`--effort`) decides; [presets](methods/presets.md) says what
+each brings. `python tools/option_files.py` writes this page from `src/secateur/recipes/`.
+"""
+
+
+def stub() -> str:
+    """The text of the stub."""
+    imports: set[str] = set()
+    bodies = []
+    for name, home in sorted(secateur.HOMES.items()):
+        verb = VERBS.get(name)
+        if verb is not None and verb.recipe and verb.function:
+            bodies.append(declaration(imported(verb.function), imports))
+        else:
+            imports.add(f"from {home} import {name} as {name}")
+    names = ", ".join(f'"{name}"' for name in secateur.__all__)
+    body = "\n\n".join(bodies)
+    head = STUB_HEAD + "\n".join(sorted(imports))
+    text = f"{head}\n\n__version__: str\nHOMES: dict[str, str]\n__all__ = [{names}]\n\n{body}\n"
+    return ruff("format", text=ruff("check", "--select", "I", "--fix", "-q", text=text))
+
+
+def ruff(*words: str, text: str) -> str:
+    """A text as ruff rewrites it."""
+    command = [sys.executable, "-m", "ruff", *words, "--stdin-filename", str(STUB), "-"]
+    return subprocess.run(
+        command, input=text, capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+
+
+def declaration(function: Callable[..., Any], imports: set[str]) -> str:
+    """The declaration of a function with its keywords and its help; adds what it needs."""
+    lines, star = [], False
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            lines.append("    *,")
+            star = True
+        text = annotation(parameter.annotation, function, imports)
+        default = "" if parameter.default is parameter.empty else " = None"
+        if default and parameter.default is not None:
+            default = " = ..."
+        lines.append(f"    {parameter.name}: {text}{default},")
+    returned = annotation(signature.return_annotation, function, imports)
+    doc = textwrap.indent(inspect.cleandoc(function.__doc__ or ""), "    ").strip()
+    head = f"def {function.__name__}(\n" + "\n".join(lines) + f"\n) -> {returned}:"
+    return f'{head}\n    """{doc}\n    """'
+
+
+def annotation(kind: Any, function: Callable[..., Any], imports: set[str]) -> str:
+    """A type as text; the names in it are imported."""
+    text = type_text(kind)
+    for name in re.findall(r"[A-Za-z_]\w*", re.sub(r"'[^']*'", "", text)):
+        found = function.__globals__.get(name)
+        if isinstance(found, types.ModuleType):
+            package, _, last = found.__name__.rpartition(".")
+            imports.add(f"from {package} import {last}")
+        elif name in ("Any", "Literal"):
+            imports.add(f"from typing import {name}")
+        elif name in ("Mapping", "Sequence"):
+            imports.add(f"from collections.abc import {name}")
+        elif name == "Path":
+            imports.add("from pathlib import Path")
+        elif found is not None:
+            imports.add(f"from {found.__module__} import {name}")
+    return text
+
+
+def page() -> str:
+    """The text of the page."""
+    parts = [PAGE_HEAD]
+    for verb in VERBS.values():
+        if verb.recipe:
+            parts += [f"\n## secateur {verb.name}\n\n{verb.summary}\n", *tables(verb)]
+    return "".join(parts)
+
+
+def tables(verb: Verb) -> Iterator[str]:
+    """One table for each group of options of a verb."""
+    kind = imported(verb.recipe)
+    of_call = {option.name for option in run_options_of(kind)}
+    rows = sorted([*options_of(kind), *run_options_of(kind)], key=lambda o: GROUPS.index(o.group))
+    for group, options in groupby(rows, key=lambda option: option.group):
+        yield f"\n**{group}**\n\n| flag | key in YAML | type | default | meaning |\n"
+        yield "|---|---|---|---|---|\n"
+        for option in options:
+            yield row(option, called=option.name in of_call)
+
+
+def row(option: Option, *, called: bool) -> str:
+    """The row of an option."""
+    dashed = "--" + option.name.replace("_", "-")
+    flag = f"`{option.name.upper()}`" if option.required else f"`{dashed}`"
+    if option.flag.hidden:
+        flag = "none"
+    elif option.flag.off:
+        flag += f", `--{option.flag.off.replace('_', '-')}`"
+    elif option.flag.short:
+        flag += f", `{option.flag.short}`"
+    key = "*of the call*" if called else f"`{option.key}`"
+    default = "required" if option.required else option.default
+    cells = [flag, key, f"`{type_text(python_type(option))}`", default, option.help]
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
+
+
+def main() -> None:
+    """Write both files, or check them."""
+    stale = []
+    for file, text in ((STUB, stub()), (PAGE, page())):
+        place = ROOT / file
+        if "--check" not in sys.argv[1:]:
+            place.write_text(text, encoding="utf-8")
+        elif not place.is_file() or place.read_text(encoding="utf-8") != text:
+            stale.append(str(file))
+    if stale:
+        sys.exit(f"out of date: {', '.join(stale)}; run python tools/option_files.py")
+
+
+if __name__ == "__main__":
+    main()
