@@ -9,7 +9,7 @@ from secateur.cli import options as o
 
 if TYPE_CHECKING:
     from secateur.diagnostics.audit import Audit
-    from secateur.runs.evaluation import EvaluationRecord
+    from secateur.reporting.results.evaluate import EvaluateResult
 
 __all__ = ["demo"]
 
@@ -34,7 +34,7 @@ def demo(
     from secateur.cli.progress import show_progress
     from secateur.cli.rendering import print_json, stderr
     from secateur.workflows.judge.evaluate import evaluate
-    from secateur.workflows.judge.inspect import inspect_model
+    from secateur.workflows.judge.inspect import inspect_checkpoint
     from secateur.workflows.prune.checkpoint import prune
     from secateur.workflows.report import report as write_report
 
@@ -57,7 +57,7 @@ def demo(
         judged = evaluate(
             folder,
             dense=MODEL,
-            text=[JUDGING],
+            text=JUDGING,
             generation=True,
             prompts=PROMPTS,
             sequence_length=512,
@@ -65,7 +65,9 @@ def demo(
             progress=progress,
         )
         stderr.print("[bold]3/3[/] counting zeros and writing the report")
-        dense, pruned = inspect_model(MODEL), inspect_model(str(folder))
+        dense, pruned = (
+            inspect_checkpoint(name, None, False, progress).audit for name in (MODEL, str(folder))
+        )
         page = write_report([folder], folder / "report.html").page
     if as_json:
         told = {"report": str(page), "evaluation": judged.to_json(), "manifest": report.manifest}
@@ -76,11 +78,12 @@ def demo(
     show_places(folder, page)
 
 
-def show(dense: Audit, pruned: Audit, judged: EvaluationRecord, manifest: dict[str, Any]) -> None:
+def show(dense: Audit, pruned: Audit, judged: EvaluateResult, manifest: dict[str, Any]) -> None:
     """The comparison, for people."""
-    from secateur.cli.rendering import gib, mib, print_table, stdout
+    from secateur.cli.rendering import stdout
+    from secateur.reporting.tables import Table, gib, mib, print_blocks
 
-    [text], cost = judged.perplexity, manifest["cost"]
+    [text], cost = judged.texts, manifest["cost"]
     rows = [
         ("perplexity", f"{text.reference_perplexity:.2f}", f"{text.perplexity:.2f}"),
         ("zeros in decoder matrices", f"{dense.sparsity:.2%}", f"{pruned.sparsity:.2%}"),
@@ -88,12 +91,12 @@ def show(dense: Audit, pruned: Audit, judged: EvaluationRecord, manifest: dict[s
         ("peak memory while pruning", "", gib(cost["peak_resident_bytes"])),
         ("weight files", mib(dense.file_bytes), mib(pruned.file_bytes)),
     ]
-    print_table(MODEL, ("", "dense", "pruned"), rows)
+    print_blocks([Table.of(MODEL, ("", "dense", "pruned"), rows)])
     protocol = ", ".join(f"{k} {v}" for k, v in text.protocol.items())
     stdout.print(f"perplexity protocol {text.protocol_id}: {protocol}", style="dim")
 
 
-def show_texts(judged: EvaluationRecord) -> None:
+def show_texts(judged: EvaluateResult) -> None:
     """What both models make of the first prompt."""
     from secateur.cli.rendering import stdout
 
