@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear, describe
-from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files
+from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
 from secateur.progress import Progress, Silent
@@ -131,6 +131,7 @@ def write_beside(folder: Path, output: Path, made: Design) -> None:
     from secateur.models import varied
 
     try:
+        note_links(copied_files(folder))
         for file in copied_files(folder):
             if file.name not in ("config.json", INDEX_NAME, varied.FILE_NAME):
                 shutil.copyfile(file, output / file.name)
