@@ -18,7 +18,7 @@ def methods(*, as_json: o.Json = False) -> None:
     if as_json:
         print_json(all_as_json())
     else:
-        print_blocks([preset_table(), method_table(), part_table()])
+        print_blocks([preset_table(), method_table(), *training_tables(), part_table()])
 
 
 def all_as_json() -> dict[str, Any]:
@@ -34,6 +34,7 @@ def all_as_json() -> dict[str, Any]:
     from secateur.sparsity.schedules import schedules
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
+    from secateur.training.methods import training_methods
 
     return {
         "methods": {name: entry.to_json() for name, entry in known.items()},
@@ -43,6 +44,7 @@ def all_as_json() -> dict[str, Any]:
         "patterns": {name: patterns[name].written for name in patterns},
         "allocations": allocations.names(),
         "schedules": schedules.names(),
+        "training": {name: entry.to_json() for name, entry in training_methods.items()},
         "statistics": {name: statistics[name].reads for name in statistics},
         "formats": formats.names(),
         "families": {name: families[name].model_types for name in families},
@@ -73,6 +75,20 @@ def method_table() -> Any:
     return Table.of("methods: secateur prune MODEL --method NAME", columns, rows, numbers=6)
 
 
+def training_tables() -> list[Any]:
+    """The methods that train, and the command of each."""
+    from secateur.reporting.tables import Table
+    from secateur.training.methods import training_methods
+
+    methods = [(name, m.description, m.paper) for name, m in training_methods.items()]
+    commands = [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()]
+    title = "their commands: add --output DIR, and --resume after a stop"
+    return [
+        Table.of("methods that train", ("name", "what it does", "paper"), methods, numbers=3),
+        Table.of(title, ("name", "secateur"), commands, numbers=2),
+    ]
+
+
 def part_table() -> Any:
     """Parts of methods, and what each needs."""
     from secateur.reporting.tables import Table
@@ -89,7 +105,10 @@ def part_table() -> Any:
         *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
         *(("pattern", n, patterns[n].written) for n in patterns),
         *(("allocation", n, allocation_needs(allocations[n])) for n in allocations),
-        *(("schedule", n, "retrain --gradual, --set gradual.schedule") for n in schedules),
+        *(
+            ("schedule", n, "--set gradual.schedule=NAME, iterative.schedule=NAME")
+            for n in schedules
+        ),
     ]
     title = "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME"
     return Table.of(title, ("kind", "name", "needs"), rows, numbers=3)

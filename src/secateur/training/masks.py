@@ -77,15 +77,6 @@ class Masks:
                 kept[name] = part_of(mask, parameters[name])
         return cls(kept)
 
-    @classmethod
-    def load(cls, file: Path) -> Masks:
-        """Read what `save` wrote.
-
-        Raises:
-            SourceError: there is no such file, or it holds something else than masks.
-        """
-        return cls(dict(stored_masks(file)))
-
     def save(self, file: Path) -> None:
         """Write the masks as bool tensors, by the names of parameters."""
         save_file({name: mask.contiguous() for name, mask in self.kept.items()}, file)

@@ -21,7 +21,7 @@ from secateur.training.hard_concrete import HardConcrete
 from secateur.training.learned_masks import Consumer, LearnedMasks, Shape
 from secateur.training.loop import train
 from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
-from secateur.training.masks import Masks
+from secateur.training.masks import Masks, stored_masks
 from secateur.training.objectives import Distil, NextToken
 from secateur.training.rounds import Rounds, prune_in_rounds, write_weights
 from secateur.training.selecting import Criterion
@@ -58,7 +58,7 @@ def learn(model: Any, objective: Any, masks: Masks | None, folder: Path, **optio
 def test_masks_from_a_file(name: str, tmp_path: Path) -> None:
     model = pruned()
     Masks.of(model).save(tmp_path / "masks.safetensors")
-    masks = Masks.load(tmp_path / "masks.safetensors")
+    masks = Masks(dict(stored_masks(tmp_path / "masks.safetensors")))
     (tmp_path / "work").mkdir()
     learn(model, NextToken.of(model), masks, tmp_path / "work", plan={"optimizer": name})
     masks.check(model)

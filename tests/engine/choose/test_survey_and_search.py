@@ -230,6 +230,34 @@ def test_a_search_gives_at_least_what_uniform_gives(tmp_path: Path) -> None:
     assert pruned == sum(g.uniform for g in grains.values())
 
 
+def test_a_killed_search_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    survey = survey_of(tiny_model("llama"), tmp_path)
+    grains = grains_of(survey.tasks, SMALL)
+    files = survey.execute(SMALL, grains)
+    measured: list[int] = []
+    plain = Lockstep.fitness
+
+    def counted(self: Lockstep, candidates, rows) -> list[float]:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(len(candidates))
+        return plain(self, candidates, rows)
+
+    monkeypatch.setattr(Lockstep, "fitness", counted)
+    with pytest.raises(KeyboardInterrupt):
+        search_levels(survey, SMALL, grains, files)
+    monkeypatch.setattr(Lockstep, "fitness", plain)
+    before = (tmp_path / "search.jsonl").read_text()
+    resumed = search_levels(survey, SMALL, grains, files)
+    after = (tmp_path / "search.jsonl").read_text()
+    assert after.startswith(before)
+    (tmp_path / "search.jsonl").unlink()
+    assert search_levels(survey, SMALL, grains, files) == resumed
+    assert (tmp_path / "search.jsonl").read_text() == after
+
+
 def test_checkpoint_and_loaded_model_find_the_same(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "source")

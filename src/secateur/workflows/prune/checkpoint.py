@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocate import settled_allocation
+from secateur.engine.job import Job
 from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
@@ -38,7 +39,6 @@ from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.workflows.prune.distillation import distill_checkpoint
-from secateur.workflows.prune.job import Job
 from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.prepare import (
     Prepared,
@@ -193,7 +193,10 @@ def run_prepared(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, begin(prepared, ledger, progress))
-            distilled = distill_checkpoint(prepared, done, folder, progress)
+            distilled = None
+            if recipe.distillation.epochs:
+                distilled = distill_checkpoint(prepared, done, folder, progress)
+        left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
             folder.model,
             lambda name: done[name].method.pattern,
@@ -206,7 +209,6 @@ def run_prepared(
         manifest["distillation"] = distilled
         found = coverage(ledger.layers, prepared.target.architecture)
         manifest["experts"] = found and found.to_json()
-        left = left_by(done, prepared.target.matrices())
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
@@ -245,7 +247,8 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     if prepared.stored:
         provenance = json.loads(told.read_text(encoding="utf-8"))
         return dataclasses.replace(prepared, calibration=provenance)
-    prepared = with_own_windows(prepared, progress)
+    if prepared.unwritten:
+        prepared = with_own_windows(prepared, progress)
     write_json(told, prepared.calibration)
     if prepared.windows is not None:
         start = (prepared.calibration or {}).get("start_tokens", ())
