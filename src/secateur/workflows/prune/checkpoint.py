@@ -38,6 +38,7 @@ from secateur.runs.ledger import Ledger
 from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.sparsity.methods import Method
 from secateur.workflows.prune.distillation import distill_checkpoint
 from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.prepare import (
@@ -61,17 +62,19 @@ NO_PART = {"output", "memory", "on_collapse"}
 
 
 @takes_options_of(PruneRecipe)
-def plan(model: str | Path, **options: Any) -> PlanResult:
+def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> PlanResult:
     """What pruning `model` would need, without doing it.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
         **options: the other options of the recipe.
 
     Raises:
         SecateurError: as `prune` would.
     """
-    return plan_recipe(recipe_of(PruneRecipe, {"model": model}, with_method(options))[0])
+    own = {"model": model}
+    return plan_recipe(recipe_of(PruneRecipe, own, with_method(method, options))[0])
 
 
 def plan_recipe(recipe: PruneRecipe) -> PlanResult:
@@ -95,6 +98,7 @@ def plan_recipe(recipe: PruneRecipe) -> PlanResult:
 def prune(
     model: str | Path | nn.Module,
     *,
+    method: str | Method | None = None,
     calibration: str | Path | Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
@@ -104,12 +108,12 @@ def prune(
 
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
         calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
             model also token windows [windows, sequence_length]. [c4]
         tokenizer: needed for a loaded model when `calibration` is text.
         progress: receives every step.
-        **options: the other options of the recipe. `method` is a name, or what `secateur.compose`
-            returned.
+        **options: the other options of the recipe.
 
     Returns:
         What was done.
@@ -117,7 +121,7 @@ def prune(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    options = with_method(options)
+    options = with_method(method, options)
     if isinstance(model, nn.Module):
         if options.get("output") is not None:
             raise RecipeError(
