@@ -11,16 +11,12 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
-from secateur.reporting.results.bench import BenchResult
 from secateur.reporting.results.chain import ChainResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult
-from secateur.reporting.results.diagnose import DiagnoseResult
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
-from secateur.reporting.results.report import ReportResult
 from secateur.reporting.results.structure import StructureResult
-from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.results.train import TrainResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
@@ -30,9 +26,13 @@ from secateur.sparsity.methods import compose as compose
 from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
 from secateur.sparsity.solvers import solvers as solvers
+from secateur.workflows.judge.bench import bench as bench
+from secateur.workflows.judge.diagnose import diagnose as diagnose
 from secateur.workflows.judge.generate import generate as generate
-from secateur.workflows.sweep.plan import SweepPlan
+from secateur.workflows.judge.inspect import inspect as inspect
+from secateur.workflows.report import report as report
 from secateur.workflows.sweep.plan import SweepPlan as SweepPlan
+from secateur.workflows.sweep.run import sweep as sweep
 
 __version__: str
 HOMES: dict[str, str]
@@ -63,37 +63,6 @@ __all__ = [
     "structure",
     "sweep",
 ]
-
-def bench(
-    model: str | Path,
-    *,
-    contenders: Sequence[str] | None = None,
-    gguf: Sequence[str | Path] = ...,
-    prompt_tokens: int = ...,
-    new_tokens: int = ...,
-    rounds: int = ...,
-    seconds: float = ...,
-    progress: Progress | None = None,
-) -> BenchResult:
-    """Time a checkpoint at batch 1, packed and in other ways, in turns.
-
-    In the folder of a run the result is also written to `secateur/bench.json`.
-
-    Args:
-        model: folder, compressed or not; hub id, GGUF file or named sample.
-        contenders: of `secateur.evaluation.contenders.CONTENDERS`; None for the usual ones. Only a
-            compressed model has packed ones.
-        gguf: files for llama.cpp, which has to be installed (xllamacpp).
-        prompt_tokens: length of the prompt, random tokens.
-        new_tokens: to write in each round.
-        rounds: at most so many.
-        seconds: no round begins after so many seconds of measuring, but two are made in any case.
-        progress: receives every contender and round.
-
-    Raises:
-        RecipeError: a contender is unknown, or needs a compressed model; or a number is out of
-            range.
-    """
 
 def chain(
     model: str | Path,
@@ -211,38 +180,6 @@ def decompress(
 
     Raises:
         SecateurError: what, where, and what to do.
-    """
-
-def diagnose(
-    model: str | Path,
-    *,
-    dense: str | Path | None = None,
-    text: str | Path = ...,
-    windows: int = ...,
-    sequence_length: int | None = None,
-    training_log: str | Path | None = None,
-    device: str = ...,
-    trust_remote_code: bool = ...,
-    progress: Progress | None = None,
-) -> DiagnoseResult:
-    """Look for everything that can be wrong with a pruned model.
-
-    In the folder of a pruning run the result is also written to `secateur/diagnosis.json`.
-
-    Args:
-        model: hub id, folder (compressed or not), GGUF file or named sample.
-        dense: the model it was pruned from, likewise: layers are compared with it.
-        text: what both read for that: a text, or a safetensors file of token windows.
-        windows: how many windows of it.
-        sequence_length: tokens in each; 256, or less if the model is shorter.
-        training_log: of a retraining, JSON lines with step, loss and learning_rate.
-        device: auto, cpu, cuda or cuda:N.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        progress: told of every step.
-
-    Raises:
-        SecateurError: model, reference, text or log cannot be read. What is wrong with the model
-            is a finding, not an error.
     """
 
 def distill(
@@ -413,31 +350,6 @@ def evaluate(
 
     Raises:
         SecateurError: what, where, and what to do.
-    """
-
-def inspect(
-    model: str | Path,
-    *,
-    layer: int | None = None,
-    zeros: bool = ...,
-    trust_remote_code: bool = ...,
-    progress: Progress | None = None,
-) -> InspectResult | GgufInspectResult:
-    """Family, sizes, linears and the zeros really stored in a model.
-
-    Of a GGUF file only the header is read. With `zeros` it is expanded to a checkpoint first, which
-    can take minutes.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample.
-        layer: list the linears of this decoder layer; None for a line for each layer.
-        zeros: count the zeros of a GGUF file too; those of other checkpoints are always counted.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        progress: receives every step.
-
-    Raises:
-        RecipeError: the model has no such layer.
-        CheckpointError: it is damaged or incomplete.
     """
 
 def plan(
@@ -659,26 +571,6 @@ def prune(
         SecateurError: what, where, and what to do.
     """
 
-def report(
-    runs: Sequence[str | Path],
-    output: str | Path,
-    *,
-    plots: bool = ...,
-    card: str | Path | None = None,
-) -> ReportResult:
-    """Write one page about pruned models: all that was measured of them, side by side.
-
-    Args:
-        runs: run folders, compressed or not, and folders of sweeps.
-        output: the HTML file.
-        plots: also write every chart as PNG and SVG into the folder `<output>-plots`.
-        card: also write the model card of the only run, with all that was measured, to this file.
-
-    Raises:
-        SecateurError: a folder is no run or sweep, a file in it is damaged, or a card was asked
-            for and there is not exactly one run.
-    """
-
 def retrain(
     model: str | Path,
     *,
@@ -891,26 +783,4 @@ def structure(
 
     Raises:
         SecateurError: what, where, and what to do.
-    """
-
-def sweep(
-    plan: SweepPlan,
-    output: str | Path,
-    *,
-    keep_models: bool = ...,
-    progress: Progress | None = None,
-) -> SweepResult:
-    """Prune and judge a model at every point of a plan, or go on where a sweep was stopped.
-
-    Writes `sweep.json` after every point, and a table and a plot at the end. A point that fails
-    is entered among the failures; the others go on, and the next call tries it again.
-
-    Args:
-        plan: what to run over.
-        output: folder of the sweep.
-        keep_models: leave the weights of every point in place.
-        progress: told of every step.
-
-    Raises:
-        SecateurError: the plan makes no sense, or another sweep lies in the folder.
     """
