@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.judge.generate import generate
     from secateur.workflows.prune.checkpoint import plan
-    from secateur.workflows.prune.verb import prune
+    from secateur.workflows.pruning import prune
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
     from secateur.workflows.sweep.plan import SweepPlan
@@ -85,7 +85,7 @@ HOMES = {
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "plan": "secateur.workflows.prune.checkpoint",
-    "prune": "secateur.workflows.prune.verb",
+    "prune": "secateur.workflows.pruning",
     "refinements": "secateur.sparsity.refinements",
     "report": "secateur.workflows.report",
     "retrain": "secateur.workflows.train.checkpoint",

@@ -80,7 +80,7 @@ def carry_out(
     from secateur.progress import Labelled
     from secateur.workflows.judge.bench import bench
     from secateur.workflows.judge.evaluate import evaluate
-    from secateur.workflows.prune.verb import prune
+    from secateur.workflows.pruning import prune
     from secateur.workflows.report import report
 
     pruned = prune(

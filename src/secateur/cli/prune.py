@@ -16,7 +16,7 @@ __all__ = ["prune"]
 def run(recipe: PruneRecipe, **call: Any) -> PruneReport:
     """Prune with a bar of progress."""
     from secateur.cli.progress import show_progress
-    from secateur.workflows.prune.verb import prune_recipe
+    from secateur.workflows.pruning import prune_recipe
 
     with show_progress() as progress:
         return prune_recipe(recipe, progress, **call)
