@@ -19,6 +19,7 @@ from secateur.runs.evaluation import EvaluationRecord
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
 from secateur.sparsity.allocation import allocations as allocations
+from secateur.sparsity.methods import Method
 from secateur.sparsity.methods import compose as compose
 from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
@@ -348,13 +349,13 @@ def evaluate(
 def plan(
     model: str | Path,
     *,
+    method: str | Method | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, float] | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
-    method: str | None = None,
     score: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
@@ -396,6 +397,7 @@ def plan(
 
     Args:
         model: hub id, folder, GGUF file or named sample.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
         sparsity: Fraction of zeros, 0 to 1. [the pattern's own]
         pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
             ROWSxCOLUMNS. [unstructured]
@@ -404,7 +406,6 @@ def plan(
         overrides: Another sparsity for some linears; 0 keeps them dense. [none]
         effort: A preset, which fills in what is not given: fast, balanced or best. [balanced, if no
             method is given]
-        method: A method by name; `secateur methods` lists them. [the preset's]
         score: A score, to compose a method. [none]
         solver: A solver, to compose a method. [none]
         refine: Improve the mask before solving: swaps. [none]
@@ -459,6 +460,7 @@ def plan(
 def prune(
     model: str | Path | nn.Module,
     *,
+    method: str | Method | None = None,
     calibration: str | Path | Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
@@ -468,7 +470,6 @@ def prune(
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, float] | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
-    method: str | None = None,
     score: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
@@ -509,6 +510,7 @@ def prune(
 
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
         calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
             model also token windows [windows, sequence_length]. [c4]
         tokenizer: needed for a loaded model when `calibration` is text.
@@ -521,7 +523,6 @@ def prune(
         overrides: Another sparsity for some linears; 0 keeps them dense. [none]
         effort: A preset, which fills in what is not given: fast, balanced or best. [balanced, if no
             method is given]
-        method: A method by name; `secateur methods` lists them. [the preset's]
         score: A score, to compose a method. [none]
         solver: A solver, to compose a method. [none]
         refine: Improve the mask before solving: swaps. [none]
@@ -566,7 +567,6 @@ def prune(
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run; start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
-            `secateur.compose` returned.
 
     Returns:
         What was done.

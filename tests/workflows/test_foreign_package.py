@@ -88,14 +88,13 @@ def test_parts_of_a_foreign_package_work_from_the_command_line(
     save_windows(tiny_windows(), text)
     pruned, packed, again = (tmp_path / name for name in ("pruned", "packed", "again"))
     flags = [word for key, value in PARTS.items() for word in (f"--{key}", value)]
-    settings = [word for key, value in PARTS.items() for word in ("--set", f"{key}={value}")]
     on_text = ("--calibration", text)
     as_positions = ("--format", "quince-positions", "--values", "keep")
     parts, seen, plan, plain, *_ = commands(
         installed,
         ("methods",),
         ("inspect", source),
-        ("plan", source, *settings, *on_text),
+        ("plan", source, *flags, *on_text),
         ("plan", source, "--method", "wanda", "--sparsity", "0.5", *on_text),
         ("prune", source, *flags, *on_text, "--output", pruned),
         ("compress", pruned, *as_positions, "--output", packed),

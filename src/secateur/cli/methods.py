@@ -12,37 +12,12 @@ __all__ = ["methods"]
 
 def methods(*, as_json: o.Json = False) -> None:
     """List presets, methods and their parts."""
-    from secateur.calibration.statistics import statistics
     from secateur.cli.rendering import print_json, print_table
-    from secateur.models.architecture import families
     from secateur.recipes.presets import presets
-    from secateur.runtime.formats import formats
-    from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import methods as known
-    from secateur.sparsity.patterns import patterns
-    from secateur.sparsity.refinements import refinements
-    from secateur.sparsity.schedules import schedules
-    from secateur.sparsity.scores import scores
-    from secateur.sparsity.solvers import solvers
-    from secateur.training.methods import training_methods
 
     if as_json:
-        print_json(
-            {
-                "methods": {name: entry.to_json() for name, entry in known.items()},
-                "scores": {name: sorted(scores[name].requires) for name in scores},
-                "solvers": {name: sorted(solvers[name].requires) for name in solvers},
-                "refinements": {n: sorted(refinements[n].requires) for n in refinements},
-                "patterns": {name: patterns[name].written for name in patterns},
-                "allocations": allocations.names(),
-                "schedules": schedules.names(),
-                "training": {name: entry.to_json() for name, entry in training_methods.items()},
-                "statistics": {name: statistics[name].reads for name in statistics},
-                "formats": formats.names(),
-                "families": {name: families[name].model_types for name in families},
-                "presets": {name: dict(presets[name]) for name in presets},
-            }
-        )
+        print_json(everything())
         return
     print_table(
         "presets: secateur prune MODEL --effort NAME",
@@ -57,6 +32,50 @@ def methods(*, as_json: o.Json = False) -> None:
         numbers=6,
     )
     show_training()
+    show_parts()
+
+
+def everything() -> dict[str, Any]:
+    """All that can be chosen, as plain data."""
+    from secateur.calibration.statistics import statistics
+    from secateur.models.architecture import families
+    from secateur.recipes.presets import presets
+    from secateur.runtime.formats import formats
+    from secateur.sparsity.allocation import allocations
+    from secateur.sparsity.methods import methods as known
+    from secateur.sparsity.patterns import patterns
+    from secateur.sparsity.refinements import refinements
+    from secateur.sparsity.schedules import schedules
+    from secateur.sparsity.scores import scores
+    from secateur.sparsity.solvers import solvers
+    from secateur.training.methods import training_methods
+
+    return {
+        "methods": {name: entry.to_json() for name, entry in known.items()},
+        "scores": {name: sorted(scores[name].requires) for name in scores},
+        "solvers": {name: sorted(solvers[name].requires) for name in solvers},
+        "refinements": {name: sorted(refinements[name].requires) for name in refinements},
+        "patterns": {name: patterns[name].written for name in patterns},
+        "allocations": allocations.names(),
+        "schedules": schedules.names(),
+        "training": {name: entry.to_json() for name, entry in training_methods.items()},
+        "statistics": {name: statistics[name].reads for name in statistics},
+        "formats": formats.names(),
+        "families": {name: families[name].model_types for name in families},
+        "presets": {name: dict(presets[name]) for name in presets},
+    }
+
+
+def show_parts() -> None:
+    """The table of parts from which methods are composed."""
+    from secateur.cli.rendering import print_table
+    from secateur.sparsity.allocation import allocations
+    from secateur.sparsity.patterns import patterns
+    from secateur.sparsity.refinements import refinements
+    from secateur.sparsity.schedules import schedules
+    from secateur.sparsity.scores import scores
+    from secateur.sparsity.solvers import solvers
+
     print_table(
         "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME",
         ("kind", "name", "needs"),

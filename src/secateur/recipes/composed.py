@@ -14,15 +14,18 @@ __all__ = ["keys_of", "with_method"]
 PARAMETERS = "method_parameters"
 
 
-def with_method(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run, with a `Method` replaced by the keys of a recipe that compose it.
+def with_method(method: str | Method | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run with its method; a `Method` becomes the keys that compose it.
+
+    Args:
+        method: by name, or composed; None for the one of the preset.
+        options: all others.
 
     Raises:
         RecipeError: an option says another thing than the method, or no recipe can compose it.
     """
-    method = options.get("method")
     if not isinstance(method, Method):
-        return dict(options)
+        return {**options, "method": method}
     keys = keys_of(method)
     own = {"score", "solver", "refine", "pattern", "scope", PARAMETERS}
     for name in sorted(own & {key for key, value in options.items() if value is not None}):

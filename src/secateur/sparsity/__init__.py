@@ -1,6 +1,5 @@
-"""Pure tensor maths: what to remove, and how to make up for it.
+"""Pure tensor maths: what to remove, and how to compensate for it.
 
-Nothing in here knows a model, a file or a configuration. The order of reading:
-`scores` → `allocation` → `patterns` → `refinements` → `solvers`, and `methods`, where the famous
-names are compositions.
+No code here uses a model, a file or a configuration. The order of reading: `scores` → `allocation`
+→ `patterns` → `refinements` → `solvers`, and `methods`, where the famous names are compositions.
 """

@@ -1,4 +1,4 @@
-"""Fit the dense model's outputs, not the weight's own, from the inputs of the pruned model."""
+"""Fits the dense model's outputs from the inputs of the pruned model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def dense_target(
     anchor: Float32[Tensor, "out in"],
     damping: float,
 ) -> Float32[Tensor, "out in"]:
-    """The weight that is to be pruned, so that outputs T are kept from inputs X̂.
+    """The weight to prune, so that the outputs for inputs X̂ stay near the targets T.
 
     With G = X̂X̂ᵀ, M = TX̂ᵀ, λ = damping · mean(diag G) and an anchor A
 
         W* = (M + λA)(G + λI)⁻¹,    ‖T − ŴX̂‖² + λ‖A − Ŵ‖² = tr((Ŵ − W*)(G + λI)(Ŵ − W*)ᵀ) + rest
 
-    where the rest does not depend on Ŵ. So every score and solver can do its work on W* as if it
-    were the weight. Inputs X̂ in the pruned model differ from the inputs X of the dense one:
+    where the rest does not depend on Ŵ. So every score and solver can use W* as the weight. Inputs
+    X̂ in the pruned model differ from the inputs X of the dense one:
 
     * T = X, A = I gives a matrix K with W* = WK for T = WX, shared by linears with the same input;
     * T = WX + H − Ĥ, A = W is for a linear that writes to the residual stream, whose states before
-      it are H in the dense and Ĥ in the pruned model: it then makes up for that difference too.
+      it are H in the dense and Ĥ in the pruned model: it then also corrects that difference.
 
     Paper: Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric
     Calibration", arXiv:2504.02692, which uses the first in the column sweep of quantization; here
@@ -55,6 +55,6 @@ def dense_target(
     shift = torch.where(dead, damped, damping * gram.diagonal().mean())
     hessian = gram.clone()
     hessian.diagonal().copy_(damped)
-    wanted = moments + anchor * shift
-    solved: Tensor = torch.linalg.solve(hessian, wanted.t())
+    target = moments + anchor * shift
+    solved: Tensor = torch.linalg.solve(hessian, target.t())
     return solved.t().contiguous()

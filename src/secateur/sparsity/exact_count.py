@@ -1,4 +1,4 @@
-"""Exact counts: prune precisely as many weights as asked, also when scores are equal."""
+"""Exact counts: prune exactly the given number of weights, also when scores are equal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["keep_largest", "pruned_count"]
 _PAIRWISE_WIDTH = 8
 # Rows are handled in chunks of about this many scores, so that temporaries stay small and in cache.
 _CHUNK = 2**19
-# From this many scores a row, a sample tells where the threshold must be.
+# From this many scores per row on, a sample shows where the threshold must be.
 _SAMPLED_WIDTH = 2**16
 _SAMPLE = 2**13
 # Of 32 bits: the lowest of each pass, and how many values its bits have.
@@ -49,9 +49,9 @@ def pruned_count(total: int, sparsity: float) -> int:
 def keep_largest(score: Float32[Tensor, "groups n"], pruned: int) -> Bool[Tensor, "groups n"]:
     """Mask of the largest scores of each row: exactly `pruned` entries of every row are False.
 
-    Of equal scores the one with the lower index is pruned first, so the result is that of a
-    stable ascending sort. Infinite scores are ordered as numbers; NaN has no order and must be
-    refused before (the patterns do).
+    Among equal scores the one with the lower index is pruned first, as in a stable ascending sort.
+    Infinite scores are ordered as numbers. NaN has no order, so the caller must refuse it (the
+    patterns do).
 
     Args:
         score: float32 [groups, n]; each row is one competition.
@@ -98,7 +98,7 @@ def _by_pairs(score: Tensor, pruned: int) -> Tensor:
 
 
 def _by_threshold(score: Tensor, pruned: int) -> Tensor:
-    """For long rows: keep what exceeds the `pruned`-th smallest, then settle the ties."""
+    """For long rows: keep scores above the `pruned`-th smallest, then decide the ties."""
     if score.is_cpu:
         threshold = torch.from_numpy(_smallest(score.numpy(), pruned))
     elif score.shape[1] >= _SAMPLED_WIDTH:
@@ -122,10 +122,10 @@ def _smallest(score: Any, pruned: int) -> Any:
 
 
 def _smallest_by_sample(row: Any, pruned: int) -> Any:
-    """The `pruned`-th smallest entry, looked for among those near it in a sample of the row.
+    """The `pruned`-th smallest entry, searched among the entries near it in a sample of the row.
 
-    If the sample misleads, all are partitioned; so the answer is exact in any case. 1.6 ms against
-    8 ms for 885 000 scores.
+    If the sample is misleading, the whole row is partitioned, so the answer is always exact. 1.6 ms
+    against 8 ms for 885 000 scores.
     """
     sample = np.sort(row[:: len(row) // _SAMPLE])
     middle = pruned / len(row) * len(sample)
@@ -161,7 +161,7 @@ def _in_order(bits: Tensor) -> Tensor:
 
 
 def _last_ties(equal: Tensor, kept: Tensor) -> Tensor:
-    """Of the True entries of each row, only the last `kept`: lower indices are pruned first."""
+    """The last `kept` True entries of each row, since lower indices are pruned first."""
     pruned = _count(equal) - kept
     if len(equal) == 1:  # one huge row: list the ties, an index for every entry would be far larger
         positions = equal[0].nonzero()[:, 0]

@@ -64,7 +64,7 @@ def check_gram(gram: Gram) -> None:
 
 
 def check_weight(weight: Weight) -> None:
-    """Refuse a weight whose errors would have no order.
+    """Refuse a weight that is not finite.
 
     Raises:
         NumericalError: a weight is infinite or not a number.
@@ -115,9 +115,9 @@ def inverse_factor(
 ) -> tuple[Float32[Tensor, "in in"], Bool[Tensor, " in"]]:
     """The upper triangular U with UᵀU = H⁻¹, H = gram + damping · mean(diag(gram)) · I.
 
-    SparseGPT factorises H, inverts it and factorises the inverse. The same U is the inverse of
-    the upper triangular R with H = RRᵀ, which needs one factorisation and one triangular
-    inverse: faster, and H⁻¹ itself, the least accurate of the three, is never formed.
+    SparseGPT factorises H, inverts it and factorises the inverse. The same U is the inverse of the
+    upper triangular R with H = RRᵀ, which needs one factorisation and one triangular inverse. This
+    is faster, and it never forms H⁻¹, the least accurate of the three.
 
     Memory, besides the gram: two matrices in the dtype of the work, so 2 squares of float32
     [in, in]; 4 where float32 is not enough and float64 has to be tried (`FACTOR_SQUARES`).
@@ -131,7 +131,7 @@ def inverse_factor(
 
     Raises:
         NumericalError: the gram is not finite, is zero everywhere, or is not positive definite
-            even in float64. Nothing is put in the place of an inverse that does not exist.
+            even in float64. A missing inverse is never replaced.
     """
     damped, dead = damped_diagonal(gram, damping)
     for dtype in (torch.float32, torch.float64):
@@ -145,7 +145,7 @@ def inverse_factor(
 
 
 def cholesky(hessian: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"] | None:
-    """The lower triangular L with LLᵀ = H, or None if it cannot be had in the dtype of H.
+    """The lower triangular L with LLᵀ = H, or None if the dtype of H is not precise enough.
 
     Args:
         hessian: one or many symmetric matrices [..., n, n], float32 or float64.
@@ -158,7 +158,7 @@ def cholesky(hessian: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"
 
 
 def _factorise(gram: Gram, damped: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """U with UᵀU = H⁻¹, or None if it cannot be had in this precision."""
+    """U with UᵀU = H⁻¹, or None if this precision is not enough."""
     # Lower and upper swap when rows and columns are reversed: JHJ = LLᵀ gives H = RRᵀ, R = JLJ.
     hessian = gram.flip(0, 1).to(dtype)
     hessian.diagonal().copy_(damped.flip(0))
@@ -208,7 +208,7 @@ def output_energy(weight: Weight, gram: Gram) -> float:
         stop = start + _CHUNK_COLUMNS
         product = weight[:, start:stop] @ gram[start:stop, start:]
         product *= weight[:, start:]
-        product[:, _CHUNK_COLUMNS:] *= 2  # stands for itself and its mirror image
+        product[:, _CHUNK_COLUMNS:] *= 2  # counts itself and its mirror image
         energy += float(product.sum(1).sum(dtype=torch.float64))
     return energy
 

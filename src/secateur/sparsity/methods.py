@@ -1,4 +1,4 @@
-"""The famous names: each pruning method is a score, a solver and a scope put together.
+"""The named methods: each combines a score, a solver and a scope.
 
     wanda      = score `wanda`, pruned weights set to zero, weights compete within a row
     sparsegpt  = score `obs` and solver `obs`: chooses and repairs column by column
@@ -31,7 +31,7 @@ class NamedMethod:
     Attributes:
         score: name of its score.
         solver: name of its solver.
-        scope: the scope of unstructured sparsity when none is asked for.
+        scope: the default scope of unstructured sparsity.
         description: what it does, in one line.
         paper: where it comes from.
     """
@@ -88,14 +88,14 @@ methods: Mapping[str, NamedMethod] = MappingProxyType(
             score="obs",
             solver="zero",
             scope="layer",
-            description="weights the others could best make up for, without making up for them",
+            description="weights that the others could compensate best, without compensation",
             paper="Hassibi et al. 1993, Optimal Brain Surgeon",
         ),
         "sparsegpt": NamedMethod(
             score="obs",
             solver="obs",
             scope="layer",
-            description="prunes column by column and lets the columns to the right make up for it",
+            description="prunes column by column and adjusts the columns to the right",
             paper="Frantar and Alistarh 2023, arXiv:2301.00774",
         ),
         "alps": NamedMethod(
@@ -115,14 +115,14 @@ class Method:
     """A pruning method ready to run.
 
     Attributes:
-        name: its famous name, or `score+solver` where the pair has none.
+        name: its name in the table, or `score+solver` if the pair has none.
         score_name: the name of the score.
         score: the score itself.
         solver_name: the name of the solver.
         solver: the solver itself.
         pattern: the zeros that are allowed.
         refinement_name: the name of the refinement, or None.
-        refinement: betters the score's mask before the solver gets it, or None.
+        refinement: improves the score's mask before the solver receives it, or None.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Method:
 
     @property
     def solver_selects(self) -> bool:
-        """Whether the solver chooses the mask itself, judging weights as its work changes them."""
+        """Whether the solver chooses the mask itself, by the weights as it updates them."""
         return self.refinement is None and self.solver.selects_by == self.score_name
 
     @property
@@ -151,8 +151,8 @@ class Method:
         """Refuse a matrix [out, in] that cannot be pruned like this.
 
         Raises:
-            PatternError: the pattern cannot have this sparsity, or what chooses the weights knows
-                whole columns only.
+            PatternError: the pattern cannot have this sparsity, or score or solver choose only
+                whole columns.
             ShapeError: the pattern does not fit the matrix.
         """
         self.pattern.check(shape, sparsity)
@@ -168,7 +168,7 @@ class Method:
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """The most memory that solving one linear [out, in] takes, besides weight and statistics.
 
-        What the solver prepared stays while a mask is chosen, so both count.
+        The prepared data stays in memory while a mask is chosen, so both count.
         """
         if self.solver_selects:
             return self.solver.working_bytes(shape) + self.pattern.working_bytes(shape)
@@ -180,11 +180,11 @@ class Method:
     def solve(
         self, weight: Weight, prepared: Any, statistics: Statistics, sparsity: float
     ) -> Solution:
-        """Choose what of a linear is pruned, and find the weights that remain.
+        """Choose the weights of a linear to prune, and compute the remaining ones.
 
         Args:
             weight: [out, in], any floating dtype; not changed.
-            prepared: what `solver.prepare` returned for the inputs of this linear.
+            prepared: the result of `solver.prepare` for the inputs of this linear.
             statistics: those in `requires`, and `stored` where the score reads it.
             sparsity: the fraction of zeros.
 
@@ -223,11 +223,11 @@ def compose(
         pattern_text: `unstructured`, N:M or rows x columns.
         scope: `row`, `layer` or `global`; None takes the method's own (for unstructured
             sparsity) or the pattern's.
-        score: takes the place of the method's score.
-        solver: takes the place of the method's solver; `zero` if there is no method.
-        refine: a refinement of the score's mask; the solver then holds the mask it is given.
+        score: replaces the method's score.
+        solver: replaces the method's solver; `zero` without a method.
+        refine: a refinement of the score's mask; the solver then holds this mask.
         **params: parameters of the score, the solver and the refinement, such as `a` or
-            `damping`. One that several have is given to all of them.
+            `damping`. A parameter that several parts have is set for all of them.
 
     Raises:
         RecipeError: a name or parameter is unknown or out of range, or there is no score.
@@ -289,7 +289,7 @@ def _famous_name(score: str, solver: str) -> str:
 
 
 def _build(kind: Any, params: Mapping[str, Any]) -> Any:
-    """A part with those of the parameters that it has; a whole number may stand for a float."""
+    """Build a part with its own parameters; a whole number may replace a float."""
     own = {f.name: f.default for f in fields(kind) if f.name in params}
     return kind(
         **{
@@ -300,7 +300,7 @@ def _build(kind: Any, params: Mapping[str, Any]) -> Any:
 
 
 def _check_params(params: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Refuse parameters that neither part has, or that are no numbers where a number is due."""
+    """Refuse parameters that no part has, and other values where a number is needed."""
     known = {f.name: f.default for kind in kinds.values() for f in fields(kind)}
     for name, value in params.items():
         if name not in known:

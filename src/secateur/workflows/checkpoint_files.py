@@ -8,47 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import CheckpointError
 from secateur.models.checkpoint import INDEX_NAMES, copied_files
-from secateur.models.header import parse_json
 from secateur.runs.evaluation import FILE_NAME as EVALUATION
 from secateur.runs.evaluation import read_evaluation
 from secateur.runs.folder import NOTES
 from secateur.runs.output import cannot_write
 
-__all__ = ["carry_over", "read_config", "refuse_quantized"]
+__all__ = ["carry_over"]
 
 MEASURED = (EVALUATION, "diagnosis.json", "bench.json", "compression.json")
 """Notes of what was measured of weights and files; all others say how they were made."""
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a checked folder."""
-    config: dict[str, Any] = parse_json((folder / "config.json").read_bytes())
-    return config
-
-
-def refuse_quantized(folder: Path) -> None:
-    """Refuse a checkpoint whose weights are not plain numbers.
-
-    Raises:
-        CheckpointError: it is quantized, or compressed already.
-    """
-    told = read_config(folder).get("quantization_config")
-    if told is None:
-        return
-    method = told.get("quant_method") if isinstance(told, dict) else told
-    if method == "secateur":
-        raise CheckpointError(
-            "the checkpoint is compressed already",
-            where=str(folder),
-            remedy="run `secateur decompress DIR --output DENSE` and name that",
-        )
-    raise CheckpointError(
-        f"the checkpoint is quantized ({method})",
-        where=str(folder),
-        remedy="name the checkpoint in float32, bfloat16 or float16 it was made from",
-    )
 
 
 def carry_over(

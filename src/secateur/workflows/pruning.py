@@ -20,6 +20,7 @@ from secateur.reporting.compression_report import CompressionReport
 from secateur.reporting.prune_report import PruneReport
 from secateur.runs.atomic import write_text
 from secateur.runs.folder import NOTES
+from secateur.sparsity.methods import Method
 from secateur.workflows.chain import run_chain
 from secateur.workflows.compress.pack import COMPRESSION
 from secateur.workflows.prune.checkpoint import report_of, run_recipe
@@ -36,6 +37,7 @@ OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
 def prune(
     model: str | Path | nn.Module,
     *,
+    method: str | Method | None = None,
     calibration: str | Path | Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
@@ -45,12 +47,12 @@ def prune(
 
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
         calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
             model also token windows [windows, sequence_length]. [c4]
         tokenizer: needed for a loaded model when `calibration` is text.
         progress: receives every step.
-        **options: the other options of the recipe; `method` is a name, or what
-            `secateur.compose` returned.
+        **options: the other options of the recipe.
 
     Returns:
         What was done.
@@ -58,7 +60,7 @@ def prune(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    options = with_method(options)
+    options = with_method(method, options)
     if isinstance(model, nn.Module):
         if options.get("output") is not None:
             raise RecipeError(

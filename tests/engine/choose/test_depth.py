@@ -26,7 +26,7 @@ from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent
-from slow import few_families
+from slow import few_families, slow
 from zoo import CONFIGS, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows()  # 6 of 20 tokens
@@ -307,7 +307,7 @@ class Counter(Silent):
             self.most = max(self.most, sum(filled))
 
 
-@pytest.mark.parametrize("amount", [{"count": 2}, {"units": "blocks", "share": 0.4}])
+@pytest.mark.parametrize("amount", [slow({"count": 2}), {"units": "blocks", "share": 0.4}])
 def test_what_was_killed_goes_on_and_ends_the_same(amount: dict, tmp_path: Path) -> None:
     model = deep_model("llama", 4)
     how = DepthSettings(**amount, **QUICK)

@@ -21,6 +21,7 @@ from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
+from slow import few_families
 from tiny import save_tiny
 from zoo import MIXTURES, tiny_model, tiny_windows
 
@@ -81,7 +82,7 @@ def prune_plainly(model: nn.Module, windows: Tensor, method: str, by_group: bool
     return seen
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", few_families(MIXTURES))
 @pytest.mark.parametrize("sequential", ["group", "layer"])
 @pytest.mark.parametrize("method", METHODS)
 def test_pruned_as_by_plain_loops(family: str, sequential: str, method: str) -> None:

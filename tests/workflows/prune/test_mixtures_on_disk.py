@@ -22,6 +22,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.packed import PackedCheckpoint
+from slow import few_families
 from tiny import split_shards, tiny_tokenizer
 from zoo import MIXTURES, tiny_model, tiny_windows
 
@@ -71,7 +72,7 @@ def logits(model: nn.Module) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", few_families(MIXTURES))
 @pytest.mark.parametrize("fused", [False, True])
 def test_pruned_on_disk_as_in_memory(
     family: str, fused: bool, tmp_path: Path, windows: Path
@@ -160,7 +161,7 @@ def test_unseen_experts_are_named_and_a_stopped_run_knows_them(
     assert not [x for x in diagnosis.findings if x.id == "dense-linear"]
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", few_families(MIXTURES))
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("values", ["auto", "int8"])
 def test_compressed_and_back(
@@ -220,7 +221,7 @@ def test_a_matrix_that_is_kept_dense_is_loaded_too(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(plain(tmp_path / "c")), expected)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", few_families(MIXTURES))
 def test_no_false_alarm(family: str, tmp_path: Path, windows: Path) -> None:
     source = save_mixture(tmp_path / "source", family)
     secateur.prune(

@@ -21,7 +21,7 @@ from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.workflows.prune.checkpoint import run_recipe
-from slow import few_families
+from slow import few_families, slow
 from weight_files import digest
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
@@ -144,12 +144,12 @@ class KilledAt:
     [
         {"method": "wanda", "sparsity": 0.5},
         {"method": "sparsegpt", "pattern": "2:4", "activations": "disk"},
-        {"method": "wanda", "sparsity": 0.5, "sequential": "layer"},
-        {"method": "obd", "sparsity": 0.5},
+        slow({"method": "wanda", "sparsity": 0.5, "sequential": "layer"}),
+        slow({"method": "obd", "sparsity": 0.5}),
         {"method": "wanda", "sparsity": 0.5, "scope": "global"},
-        {"method": "magnitude", "sparsity": 0.5, "allocation": "owl"},
+        slow({"method": "magnitude", "sparsity": 0.5, "allocation": "owl"}),
         {"method": "wanda", "sparsity": 0.5, "allocation": "search", "activations": "disk"},
-        {"method": "magnitude", "sparsity": 0.5},
+        slow({"method": "magnitude", "sparsity": 0.5}),
     ],
     ids=["wanda", "sparsegpt-disk", "wanda-layer", "obd", "global", "owl", "search", "magnitude"],
 )
@@ -177,6 +177,7 @@ def test_stopped_anywhere_and_resumed_gives_the_same_weights(
     assert resumed >= 2
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume(source: Path, windows: Path, tmp_path: Path) -> None:
     secateur.prune(
         source, output=tmp_path / "whole", method="wanda", sparsity=0.5, calibration=windows

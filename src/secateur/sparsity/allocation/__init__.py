@@ -1,4 +1,4 @@
-"""Allocation: how much sparsity does each linear get, so that the whole gets what was asked?
+"""Allocation: how much sparsity each linear gets, for a given sparsity of the whole.
 
 An allocation works in two steps. `look` sees one decoder layer of the dense model at a time and
 says what to keep of each linear: a number, its scores, or solved weights. `wish` turns what was
@@ -29,7 +29,7 @@ class DenseLayer(Protocol):
 
     @property
     def grains(self) -> Mapping[str, Granularity]:
-        """Of every linear of the model that competes, by full name."""
+        """The granularity of every competing linear of the model, by full name."""
         ...
 
     @property
@@ -39,17 +39,17 @@ class DenseLayer(Protocol):
 
     @property
     def fixed(self) -> Mapping[str, float]:
-        """Linears of this layer with a sparsity of their own, which they keep."""
+        """Linears of this layer with their own fixed sparsity."""
         ...
 
     @property
     def statistics(self) -> Mapping[str, Statistics]:
-        """What was gathered of the inputs of each linear of this layer."""
+        """The statistics of the inputs of each linear of this layer."""
         ...
 
     @property
     def tokens(self) -> Mapping[str, int]:
-        """How many inputs each linear of this layer saw; of experts only those sent to them."""
+        """How many tokens each linear of this layer saw; experts see only those sent to them."""
         ...
 
     def score(self, name: str) -> Tensor:
@@ -69,7 +69,7 @@ class Allocation(Protocol):
     """Names of the statistics it reads itself."""
 
     uses: ClassVar[frozenset[str]]
-    """What it asks of the run's method: `score`, `solver`, both or nothing."""
+    """The parts of the run's method that it uses: `score`, `solver`, both or none."""
 
     @property
     def judged_tokens(self) -> int:
@@ -78,7 +78,7 @@ class Allocation(Protocol):
 
     @property
     def reach(self) -> float:
-        """How far the sparsity of a linear may lie from the target; 0 for uniform."""
+        """How far the sparsity of a linear may differ from the target; 0 for uniform."""
         ...
 
     def look(self, layer: DenseLayer) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class Allocation(Protocol):
         ...
 
     def disk_bytes(self, weights: int, itemsize: int) -> int:
-        """Space that what is kept takes, for so many competing weights of this size."""
+        """Disk space of the kept tensors, for so many competing weights of this size."""
         ...
 
     def working_bytes(self, weights: int, itemsize: int) -> int:

@@ -1,4 +1,4 @@
-"""The budget: whatever is wished for, the model loses exactly as many weights as uniformly."""
+"""The budget: every allocation removes exactly as many weights as uniform sparsity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from secateur.errors import RecipeError
 __all__ = ["Granularity", "settle"]
 
 _BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
-_SNAP = 1e-6  # of a unit: a wish that is a whole number but for rounding is that number
+_SNAP = 1e-6  # of a unit: a share within this of a whole number counts as that number
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Granularity:
     def around(
         cls, shape: tuple[int, int], step: int, pruned: int, sparsity: float, reach: float
     ) -> Granularity:
-        """The grain of a matrix that may go `reach` to either side of its target.
+        """The granularity of a matrix whose sparsity may differ from the target by `reach`.
 
         Args:
             shape: (out, in).
             step: weights in a unit, `Pattern.step(shape)`.
             pruned: weights that uniform sparsity prunes, `Pattern.pruned(shape, sparsity)`.
             sparsity: the target.
-            reach: how far the sparsity may lie from it. Nothing is pruned whole unless the reach
+            reach: how far the sparsity may differ from it. Nothing is pruned whole unless the reach
                 is 1 or more.
         """
         units, uniform = shape[0] * shape[1] // step, pruned // step
@@ -60,24 +60,24 @@ class Granularity:
         return self.units * self.weights
 
 
-def settle(wished: Mapping[str, float], grains: Mapping[str, Granularity]) -> dict[str, float]:
-    """The sparsities nearest to a wish that prune exactly the uniform budget.
+def settle(proposed: Mapping[str, float], grains: Mapping[str, Granularity]) -> dict[str, float]:
+    """The sparsities nearest to the proposed ones that prune exactly the uniform budget.
 
-    All wishes are moved by the same amount t, within the bounds of each linear, until their sum
-    is the budget:  Σ clip(wished_i + t, lowest_i, highest_i) · weights_i = Σ uniform_i. Then they
-    are rounded to whole units by the largest remainder. Where units are of several sizes (scope
-    row) and a rest stays, the fewest units that cancel it are added and taken away. If no such
-    units are free, the wish is drawn towards uniform, which always fits.
+    The same t shifts all proposals, within the bounds of each linear, until their sum is the
+    budget:  Σ clip(wished_i + t, lowest_i, highest_i) · weights_i = Σ uniform_i. Then the largest
+    remainder rounds them to whole units. If units have several sizes (scope row) and a rest
+    remains, the fewest units that cancel it are added and removed. If no such units are free, the
+    proposal moves towards uniform, which always fits.
 
     Args:
-        wished: a sparsity for each linear in `grains`.
+        proposed: a sparsity for each linear in `grains`.
         grains: how finely each linear can be pruned, by name.
 
     Returns:
         The sparsity of each linear; `pattern.pruned(shape, sparsity)` adds up to the budget.
 
     Raises:
-        RecipeError: a wish is missing, is no number, or is for an unknown linear.
+        RecipeError: a proposal is missing, is no number, or is for an unknown linear.
 
     Example:
         >>> from secateur.sparsity.allocation.budget import Granularity, settle
@@ -85,20 +85,20 @@ def settle(wished: Mapping[str, float], grains: Mapping[str, Granularity]) -> di
         >>> settle({"q_proj": 0.4, "k_proj": 0.5}, {"q_proj": grain, "k_proj": grain})
         {'q_proj': 0.4375, 'k_proj': 0.5625}
     """
-    unknown = sorted(set(wished) ^ set(grains))
-    if unknown or not all(math.isfinite(share) for share in wished.values()):
+    unknown = sorted(set(proposed) ^ set(grains))
+    if unknown or not all(math.isfinite(share) for share in proposed.values()):
         raise RecipeError(
             f"the allocation gives no sparsity for {unknown[0]!r}"
             if unknown
-            else "the allocation asks for a sparsity that is not a number",
+            else "the allocation gives a sparsity that is not a number",
             remedy="this is a fault of the allocation or its plug-in",
         )
     names, ordered = list(grains), list(grains.values())
-    wishes = [wished[name] for name in names]
+    proposals = [proposed[name] for name in names]
     for blend in _BLENDS:
         shares = [
-            blend * wish + (1 - blend) * grain.uniform / grain.units
-            for wish, grain in zip(wishes, ordered, strict=True)
+            blend * proposal + (1 - blend) * grain.uniform / grain.units
+            for proposal, grain in zip(proposals, ordered, strict=True)
         ]
         counts = _whole(_shifted(shares, ordered), ordered)
         if counts is not None:
@@ -116,7 +116,7 @@ def _budget(grains: Sequence[Granularity]) -> int:
 
 
 def _shifted(shares: Sequence[float], grains: Sequence[Granularity]) -> list[float]:
-    """The units of each linear once all shares are moved by what meets the budget; not whole."""
+    """The units of each linear after the shift that meets the budget; not whole numbers."""
 
     def moved(shift: float) -> list[float]:
         return [
@@ -157,7 +157,7 @@ def _whole(targets: Sequence[float], grains: Sequence[Granularity]) -> list[int]
 
 
 def _route(rest: int, sizes: Sequence[int]) -> list[int]:
-    """The fewest units, added (+size) or taken away (−size), that make up `rest`; [] if none."""
+    """The fewest units, added (+size) or removed (−size), that add up to `rest`; [] if none."""
     limit = abs(rest) + max(sizes)
     came: dict[int, int] = {0: 0}
     queue = deque([0])

@@ -37,10 +37,9 @@ class OWL:
     Paper: Yin et al. 2023, "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for
     Pruning LLMs to High Sparsity", arXiv:2310.05175. Deviations: the mean over layers is weighted
     by their weights, so that the number of zeros is exact (the same for layers of one size); the
-    paper knows no mixtures and no √T; D is
-    a share, not a percentage, which cancels; equal layers stay uniform, where the released code
-    divides by zero; linears that do not compete (left out, or with a sparsity of their own) are
-    not looked at.
+    paper treats no mixtures and has no √T; D is a share, not a percentage, which cancels; equal
+    layers stay uniform, where the released code divides by zero; linears that do not compete
+    (excluded, or with their own sparsity) are ignored.
 
     Args:
         outlier_multiple: M, above 0.

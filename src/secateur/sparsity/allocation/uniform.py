@@ -1,4 +1,4 @@
-"""Uniform: every linear gets the sparsity that was asked for."""
+"""Uniform: every linear gets the target sparsity."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Pattern(Protocol):
 
     @property
     def sparsity(self) -> float | None:
-        """The one sparsity the pattern can have (1 − N/M), or None if any can be asked for."""
+        """The only sparsity of the pattern (1 − N/M), or None if every sparsity is possible."""
         ...
 
     @property
@@ -74,7 +74,7 @@ class Pattern(Protocol):
         ...
 
     def step(self, shape: tuple[int, int]) -> int:
-        """The number of zeros that a matrix [out, in] gains or loses at least, and in multiples."""
+        """The step in the number of zeros of a matrix [out, in]; it changes in multiples of it."""
         ...
 
     def mask(self, score: Score, sparsity: float, *, allowed: Mask | None = None) -> Mask:
@@ -84,9 +84,9 @@ class Pattern(Protocol):
             score: float32 [out, in]; higher = keep.
             sparsity: the fraction of zeros.
             allowed: the weights that may be kept, bool [out, in]; None for all. No other weight is
-                ever kept, and scores of others do not count. Units of which no weight may be kept
-                are pruned first. There are more zeros than `pruned` only where too few units are
-                left, or where a unit that is kept holds weights that may not be.
+                ever kept, and the scores of others do not count. Units without such a weight are
+                pruned first. There are more zeros than `pruned` only if too few units remain, or if
+                a kept unit contains weights that may not be kept.
         """
         ...
 
@@ -115,7 +115,7 @@ class WholeUnits(Pattern, Protocol):
 
     @property
     def among(self) -> int:
-        """Within how many consecutive units they compete, as many going in each; 0: all."""
+        """Units compete within sets of so many, and each set loses the same number; 0: all."""
         ...
 
     def units_pruned(self, inputs: int, sparsity: float) -> int:
@@ -131,7 +131,7 @@ class PatternKind(Protocol):
     """How its patterns are written, for messages and lists."""
 
     def parse(self, text: str, scope: str | None) -> Pattern | None:
-        """The pattern written as `text`, or None when the text is of another kind."""
+        """The pattern written as `text`, or None if the text is not of this kind."""
         ...
 
 
@@ -184,8 +184,8 @@ def unit_scores(
 ) -> Float32[Tensor, "unit_rows unit_columns"]:
     """The scores of a pattern's units; −∞ for units of which no weight may be kept.
 
-    The mark is set when the scores of each unit have been joined: a sum, or its magnitude, would
-    make something else of it.
+    The −∞ is set after the scores of each unit have been joined, because a sum or a magnitude would
+    change it.
 
     Args:
         units: joins scores [out, in] into those of units; at least 0 for scores of 0 and 1, and 0
@@ -211,7 +211,7 @@ def within(mask: Mask, allowed: Mask | None) -> Mask:
 
 
 def check_score(score: Score) -> None:
-    """Refuse scores that have no order.
+    """Refuse scores that cannot be ordered.
 
     Raises:
         NumericalError: a score is NaN.
@@ -228,10 +228,10 @@ def check_score(score: Score) -> None:
 
 
 def misplaced(pattern: Pattern, weight: Weight, sparsity: float) -> int:
-    """How many weights of a matrix [out, in] are not zero although the pattern needs them to be.
+    """How many weights of a matrix [out, in] are nonzero where the pattern needs zeros.
 
-    The pattern, given the score 1 for weights that are not zero and 0 for those that are, prunes
-    zeros first. So whatever it prunes beyond them is misplaced.
+    With the score 1 for nonzero weights and 0 for zeros, the pattern prunes zeros first. So every
+    nonzero weight that it prunes is misplaced.
 
     Example:
         >>> import torch

@@ -111,7 +111,7 @@ class NOfM:
         return shape[0] * (shape[1] // self.group) * (self.group - self.kept)
 
     def step(self, shape: tuple[int, int]) -> int:
-        """All that are pruned: the sparsity is fixed."""
+        """The number of all zeros, because the sparsity is fixed."""
         return self.pruned(shape, self.sparsity)
 
     def units(self, score: Score) -> Score:

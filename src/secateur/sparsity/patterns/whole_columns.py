@@ -1,4 +1,4 @@
-"""Whole columns: what nobody reads any more can be cut out of the model."""
+"""Whole columns: units that nothing reads any more can be cut out of the model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["WholeColumns"]
 class WholeColumns:
     """Prunes groups of `width` consecutive columns, in all rows, with the lowest sum of scores.
 
-    In the linear that reads the neurons of a feed-forward block a group of 1 is a neuron; in the
-    one that reads attention's outputs a group as wide as a KV group's query heads is that group.
-    The number of groups pruned is the multiple of `multiple` nearest to what is asked. All of them
-    may go: then the linear adds nothing. With `among`, groups compete only within as many
-    consecutive ones, and as many go in each: query heads, of which every KV group keeps the same
-    number, are groups as wide as a head among those of a KV group.
+    In the linear that reads the neurons of a feed-forward block, a group of 1 is a neuron. In the
+    linear that reads attention's outputs, a group as wide as a KV group's query heads is that KV
+    group. The number of pruned groups is the multiple of `multiple` nearest to the sparsity. All
+    groups may be pruned; then the linear adds nothing. With `among`, groups compete only within
+    sets of so many consecutive ones, and each set loses the same number. So query heads are groups
+    as wide as a head, among those of a KV group.
 
     Args:
-        width: consecutive columns that go together.
+        width: consecutive columns that are pruned together.
         multiple: groups are pruned, and so kept, in multiples of this number.
-        among: consecutive groups that compete; 0 for all.
+        among: number of consecutive groups that compete; 0 for all.
 
     Raises:
         PatternError: a number is too small, or `multiple` and `among` are both given.
@@ -72,7 +72,7 @@ class WholeColumns:
         """Read `*xWIDTH`, `*xWIDTH/MULTIPLE` or `*xWIDTH@AMONG`; None for any other text.
 
         Raises:
-            PatternError: a number is 0, or another scope than `layer` is asked for.
+            PatternError: a number is 0, or the scope is not `layer`.
         """
         written = re.fullmatch(r"\*x(\d+)(?:/(\d+)|@([1-9]\d*))?", text)
         if written is None:
@@ -92,7 +92,7 @@ class WholeColumns:
 
     @property
     def columns_together(self) -> int:
-        """The width of as many groups as depend on each other."""
+        """The width of all groups that depend on each other."""
         return self.width * (self.among or self.multiple)
 
     def check(self, shape: tuple[int, int], sparsity: float) -> None:
@@ -122,7 +122,7 @@ class WholeColumns:
         return self.units_pruned(shape[1], sparsity) * self.width * shape[0]
 
     def step(self, shape: tuple[int, int]) -> int:
-        """The weights of as many groups as are pruned together."""
+        """The weights of the groups that are pruned together."""
         together = shape[1] // self.columns_together if self.among else self.multiple
         return shape[0] * self.width * together
 

@@ -1,8 +1,8 @@
-"""Refinements: is there a better mask with as many zeros? One file each.
+"""Refinements: find a better mask with the same number of zeros. One file each.
 
-A refinement takes a mask that was chosen by a score and returns another that the same pattern
-allows, with the same number of zeros in every row and a smaller error of the layer's outputs.
-Solvers then find the weights that remain.
+A refinement takes a mask that a score chose. It returns another mask that the same pattern allows,
+with the same number of zeros in every row and a smaller error of the layer's outputs. Solvers then
+compute the remaining weights.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ class SparseSwaps:
 
     Swaps with Δ < 0 are made until a row has none among its candidates, or has made `swaps` of
     them. Every row, and for N:M every group, keeps its number of zeros, so that the counts of every
-    scope are kept as well. What remains of W is taken to stay as it is: a solver that adjusts it
-    gains less from a swap than the formula says.
+    scope are kept as well. The formula assumes that the remaining weights do not change; a solver
+    that adjusts them gains less from a swap.
 
     Paper: Zimmer et al. 2025, "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale",
     arXiv:2512.10922. Deviations: the paper looks at all pairs for every single swap. Here each
@@ -50,8 +50,8 @@ class SparseSwaps:
     cheapest to restore (for N:M the best pair of each of so many groups), and then takes one pair
     after the other, the best first, while all others are corrected by what it changes for them:
     with δ_s = w_p e_p − w_q e_q, taking s adds 2 δ_sᵀGδ_t to Δ_t. So each swap lowers the error by
-    exactly its Δ, many are made for one product with G, and c never drifts. A row whose error is
-    higher in float64 in the end, which only rounding can bring about, gets its old mask back.
+    exactly its Δ, many are made for one product with G, and c never drifts. If a row's error in
+    float64 is higher at the end, which only rounding can cause, the row gets its old mask back.
 
     Args:
         swaps: the most swaps in a row.
@@ -124,7 +124,7 @@ class SparseSwaps:
         return 3 * float32_bytes(shape) + 2 * columns + 3 * float32_bytes((pairs,))
 
     def _swap(self, weight: Tensor, mask: Tensor, gram: Gram, group: int | None) -> Tensor:
-        """Sweep over the rows that still find a swap, until none does."""
+        """Sweep over the rows that still have a swap, until none has."""
         kept = mask.clone()
         left = torch.full((len(weight),), self.swaps, device=weight.device)
         removed = weight.masked_fill(mask, 0.0)
@@ -173,7 +173,7 @@ def _swap_width(pattern: Pattern, shape: tuple[int, int], sparsity: float) -> in
 
 
 def _costs(weight: Tensor, kept: Tensor, gram: Gram) -> tuple[Tensor, Tensor]:
-    """What pruning each kept weight costs alone, and restoring each pruned one; else infinite."""
+    """The cost of pruning each kept weight, and of restoring each pruned one; else infinite."""
     linear = weight.masked_fill(kept, 0.0) @ gram
     linear *= 2 * weight
     square = weight.square() * gram.diagonal()
@@ -186,7 +186,7 @@ def _costs(weight: Tensor, kept: Tensor, gram: Gram) -> tuple[Tensor, Tensor]:
 def _pairs_of_row(
     weight: Tensor, prune_cost: Tensor, restore_cost: Tensor, gram: Gram, candidates: int
 ) -> _Pairs:
-    """The weights cheapest to prune, each with the best of those cheapest to restore."""
+    """The weights that are cheapest to prune, each with the best partner to restore."""
     count = min(candidates, weight.shape[1])
     prune_cost, pruned = prune_cost.topk(count, largest=False)
     restore_cost, restored = restore_cost.topk(count, largest=False)

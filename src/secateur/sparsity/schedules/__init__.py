@@ -1,8 +1,8 @@
-"""Schedules: how does sparsity rise while there is training in between? One file each.
+"""Schedules: how sparsity rises while a model trains. One file each.
 
-A schedule is a frozen dataclass that knows the sparsity at the beginning and at the end, and maps
-the share of the way that is done, from 0 to 1, to the sparsity that is due. Gradual pruning asks
-it every few steps, rounds of pruning and retraining ask it once a round.
+A schedule is a frozen dataclass with the first and the last sparsity. It maps the share of steps
+that are done, from 0 to 1, to a sparsity. Gradual pruning calls it every few steps, rounds of
+pruning and retraining call it once a round.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Schedule(Protocol):
         ...
 
     def __call__(self, done: float) -> float:
-        """The sparsity that is due when this share of the way is done, 0 to 1."""
+        """The sparsity when this share of the steps is done, 0 to 1."""
         ...
 
 
@@ -38,10 +38,10 @@ schedules: Registry[type[Schedule]] = Registry("schedule", __name__)
 
 
 def check_span(first: float, last: float) -> None:
-    """Refuse sparsities that no schedule can lead from and to.
+    """Refuse an impossible pair of first and last sparsity.
 
     Raises:
-        RecipeError: one lies outside [0, 1), or the last is below the first.
+        RecipeError: one is outside [0, 1), or the last is below the first.
     """
     if not 0 <= first < 1 or not 0 <= last < 1:
         raise RecipeError(
@@ -56,10 +56,10 @@ def check_span(first: float, last: float) -> None:
 
 
 def levels(schedule: Schedule, rounds: int) -> list[float]:
-    """The sparsity after each of so many rounds; the last is the schedule's.
+    """The sparsity after each round; the last one is the schedule's last sparsity.
 
     Raises:
-        RecipeError: there is no round.
+        RecipeError: `rounds` is below 1.
 
     Example:
         >>> from secateur.sparsity.schedules import levels, schedules

@@ -1,4 +1,4 @@
-"""Cubic: fast while there is much to spare, slowly towards the end."""
+"""Cubic: fast at the beginning, slow at the end."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class Cubic:
         check_span(self.first, self.last)
 
     def __call__(self, done: float) -> float:
-        """The sparsity when this share of the way is done."""
+        """The sparsity when this share of the steps is done."""
         return self.last + (self.first - self.last) * (1 - done) ** 3

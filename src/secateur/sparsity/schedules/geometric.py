@@ -18,8 +18,8 @@ class Geometric:
     that are left: 33 % of them in each of 4 rounds to 80 %.
 
     Paper: the rounds of iterative magnitude pruning, Frankle and Carbin 2019, "The Lottery Ticket
-    Hypothesis", arXiv:1803.03635, who prune 20 % of what is left. Deviation: the fraction is made
-    from the number of rounds, so that the last one ends exactly at the sparsity asked for.
+    Hypothesis", arXiv:1803.03635, who prune 20 % of what is left. Deviation: the number of rounds
+    determines the fraction, so that the last round ends exactly at the target sparsity.
 
     Args:
         last: the sparsity at the end, at least 0 and below 1.
@@ -41,7 +41,7 @@ class Geometric:
         check_span(self.first, self.last)
 
     def __call__(self, done: float) -> float:
-        """The sparsity when this share of the way is done."""
+        """The sparsity when this share of the steps is done."""
         if done == 1:  # 1 − (1 − s) is not s in every last bit, and the end is promised exactly
             return self.last
         left = (1 - self.last) / (1 - self.first)

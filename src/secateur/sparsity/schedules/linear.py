@@ -1,4 +1,4 @@
-"""Linear: as much at every step."""
+"""Linear: the same amount at every step."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ class LinearSchedule:
         check_span(self.first, self.last)
 
     def __call__(self, done: float) -> float:
-        """The sparsity when this share of the way is done."""
+        """The sparsity when this share of the steps is done."""
         return self.last + (self.first - self.last) * (1 - done)

@@ -16,7 +16,7 @@ class OneShot:
 
     Args:
         last: the sparsity, at least 0 and below 1.
-        first: the sparsity that there was before; it does not matter.
+        first: the sparsity before; it is ignored.
 
     Raises:
         RecipeError: a sparsity is out of range.
@@ -34,5 +34,5 @@ class OneShot:
         check_span(self.first, self.last)
 
     def __call__(self, done: float) -> float:
-        """The sparsity that is due."""
+        """The last sparsity."""
         return self.last

@@ -1,4 +1,4 @@
-"""Activation: a unit that is seldom loud matters least."""
+"""Activation: units with the least energy are removed first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Coupled Taylor: how much the loss would change if a whole unit went, to first order."""
+"""Coupled Taylor: the first-order change of the loss if a whole unit is removed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class CoupledTaylor:
 
     Whole columns take |Σ_U S| of a unit U. For the columns that read a unit, Σ_U W · ∂L/∂W is the
     derivative of the loss by a gate ξ on the unit's output at ξ = 1: contributions of single
-    weights that cancel do not count, as they do with `taylor`.
+    weights that cancel do not count; with `taylor` they do.
 
     Papers: Ma et al. 2023, "LLM-Pruner", arXiv:2305.11627, whose group score is a sum over the
     coupled structures; Michel et al. 2019, "Are Sixteen Heads Really Better than One?",
-    arXiv:1905.10650, for heads. Deviations: only the weights that read the unit enter (the gate is
-    the same seen from there), and the gradient is that of the mean loss, where Michel et al.
-    average the absolute values of single texts.
+    arXiv:1905.10650, for heads. Deviations: only the weights that read the unit count (the gate is
+    the same from both sides). The gradient is that of the mean loss; Michel et al. average the
+    absolute values of single texts.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Fluctuation: what is nearly constant can be replaced by its mean."""
+"""Fluctuation: an input that is nearly constant can be replaced by its mean."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["Fluctuation"]
 class Fluctuation:
     """S_ij = Var_t(x_tj) · W_ij², float32 [out, in].
 
-    Summed over the rows it is Var(x_j) · ‖W_:j‖²: what is lost by column j once the bias makes up
-    for its mean (solver `bias`), if inputs were uncorrelated.
+    Summed over the rows it is Var(x_j) · ‖W_:j‖². For uncorrelated inputs this is the loss without
+    column j, once the bias compensates for its mean (solver `bias`).
 
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language
     Models" (FLAP), arXiv:2312.11983. Deviations: a head's columns are summed, not averaged, which

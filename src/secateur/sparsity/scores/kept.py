@@ -1,4 +1,4 @@
-"""Kept: what is zero already goes, and nothing else."""
+"""Kept: prunes exactly the weights that are already zero."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Kept"]
 class Kept:
     """S_ij = 1 where the stored weight is not zero, else 0; float32 [out, in].
 
-    For solvers that are to better or round a model that was pruned before: at the sparsity that a
-    matrix has, the mask is that of its own zeros. Reads `stored`, the weight as it was read, since
-    the one to be solved may have been fitted to something and has no zeros then.
+    For solvers that improve or round a pruned model: at the present sparsity of a matrix, its own
+    zeros are the mask. It reads `stored`, the weight from the file, because the weight to solve may
+    have been fitted and then has no zeros.
 
     Example:
         >>> import torch

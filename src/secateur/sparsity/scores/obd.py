@@ -1,4 +1,4 @@
-"""Optimal Brain Damage: how much the loss would change to second order."""
+"""Optimal Brain Damage: the second-order change of the loss without a weight."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class OBD:
     """S_ij = ½ · F_ij · W_ij², float32 [out, in].
 
     F is the empirical Fisher diagonal: the mean over calibration windows of the squared gradient
-    of the window's loss. It stands in for the diagonal of the loss's Hessian, which OBD uses and
-    a language model cannot afford. The other cheap Hessian, that of the layer-wise squared error,
-    is H_jj = 2‖X_j‖², and ½ · H_jj · W_ij² = (|W_ij| · ‖X_j‖)² is exactly Wanda squared: nothing
-    new. Hence the Fisher.
+    of the window's loss. It replaces the diagonal of the loss's Hessian, which OBD uses and which
+    is too expensive for a language model. The other cheap Hessian, that of the layer-wise squared
+    error, is H_jj = 2‖X_j‖². It gives ½ · H_jj · W_ij² = (|W_ij| · ‖X_j‖)², exactly Wanda squared,
+    which is not a new score.
 
     Paper: LeCun et al. 1989, "Optimal Brain Damage". Deviation: Fisher for Hessian diagonal.
 

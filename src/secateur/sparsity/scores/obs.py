@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon: the least output error if the other weights make up for the loss."""
+"""Optimal Brain Surgeon: the output error without a weight, if the others compensate."""
 
 from __future__ import annotations
 

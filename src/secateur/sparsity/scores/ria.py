@@ -20,8 +20,8 @@ class RIA:
     """S_ij = (|W_ij| / Σ_k |W_kj| + |W_ij| / Σ_k |W_ik|) · ‖X_j‖₂^a, float32 [out, in].
 
     Paper: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large
-    Language Models", ICLR 2024. Deviation: a row or column of zeros scores 0, where the released
-    code divides 0 by 0.
+    Language Models", ICLR 2024. Deviation: a row or column of zeros scores 0; the released code
+    divides 0 by 0.
 
     Args:
         a: exponent of the input norm; 0 leaves the inputs out.
@@ -60,5 +60,5 @@ class RIA:
 
 
 def _one_if_zero(sums: Tensor) -> Tensor:
-    """A divisor under which the zeros of an all-zero row or column stay 0."""
+    """Divisors that keep the zeros of an all-zero row or column at 0."""
     return sums.masked_fill(sums == 0, 1.0)

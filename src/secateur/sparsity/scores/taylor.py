@@ -1,4 +1,4 @@
-"""Taylor: how much the loss would change to first order."""
+"""Taylor: the first-order change of the loss without a weight."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Taylor:
     Removing w changes the loss by L(0) − L(w) ≈ −w · ∂L/∂w.
 
     Paper: Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient
-    Inference", arXiv:1611.06440, here for single weights. Deviation: the absolute value is taken
-    of the gradient of the mean loss, so windows that pull a weight in opposite directions
-    cancel; `obd` does not let them.
+    Inference", arXiv:1611.06440, here for single weights. Deviation: the absolute value is taken of
+    the gradient of the mean loss, so windows that push a weight in opposite directions cancel; with
+    `obd` they do not.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Wanda: magnitude times the norm of the input it meets."""
+"""Wanda: the weight's magnitude times the norm of its input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Wanda:
     """S_ij = |W_ij| · ‖X_j‖₂, float32 [out, in].
 
     ‖X_j‖₂ is taken over all calibration tokens (the sum; the released code takes the mean, which
-    orders the weights alike). The paper compares weights within an output row.
+    gives the same order). The paper compares weights within an output row.
 
     Paper: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models",
     arXiv:2306.11695.

@@ -1,4 +1,4 @@
-"""Bias: the pruned weights become zero, and the bias takes over what they gave on average."""
+"""Bias: pruned weights become zero, and the bias takes over their mean output."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Bias"]
 class Bias:
     """Ŵ = mask ⊙ W and b ← b + (W − Ŵ) μ, where μ is the mean input.
 
-    The mean output stays what it was. A linear without a bias gets none, so that the model keeps
-    its class: there this is the solver `zero`.
+    The mean output does not change. A linear without a bias gets none, so that the model keeps its
+    class; there this equals the solver `zero`.
 
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language
-    Models" (FLAP), arXiv:2312.11983. Deviation: the released code adds biases where there were
-    none, which needs modelling code of its own to load.
+    Models" (FLAP), arXiv:2312.11983. Deviation: the released code adds missing biases, and such a
+    model needs its own code to load.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ class Bias:
         *,
         mask: Mask | None = None,
     ) -> Solution:
-        """Zero a weight [out, in] where the mask is False, and say what the bias is to gain.
+        """Zero a weight [out, in] where the mask is False, and return the shift of the bias.
 
         Raises:
             RecipeError: no mask was given; this solver cannot choose one.

@@ -1,4 +1,4 @@
-"""OBS column sweep (SparseGPT, GPTQ): later columns make up for what was pruned or rounded."""
+"""OBS column sweep (SparseGPT, GPTQ): later columns compensate for pruning and rounding."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["OBS", "PreparedGram"]
 
-# Columns swept one by one before their effect goes to the others as one matmul. Measured on
-# [1536, 576] and [576, 1536]: 16 to 64 differ by 3 %, 4 and 128 are 10 % slower.
+# Columns swept one by one before one matmul applies their effect to the others. Measured on [1536,
+# 576] and [576, 1536]: 16 to 64 differ by 3 %, 4 and 128 are 10 % slower.
 _STEP_COLUMNS = 32
 
 
 @dataclass(frozen=True)
 class PreparedGram:
-    """What `OBS` computes once for all linears that share an input.
+    """The result that `OBS` computes once for all linears that share an input.
 
     Attributes:
         factor: upper triangular U, UᵀU = H⁻¹, float32 [in, in].
@@ -47,7 +47,7 @@ class PreparedGram:
 @solvers.register("obs")
 @dataclass(frozen=True)
 class OBS:
-    """Prunes column after column; the columns to the right are updated to make up for it.
+    """Prunes column after column, and updates the columns to the right to compensate.
 
     With UᵀU = H⁻¹ upper triangular and H the damped gram, for each column i from left to right
 
@@ -65,12 +65,13 @@ class OBS:
     factorised is an error. As in the released code, the weights of dead columns become zero; they
     score 0, are pruned first, and count as kept where more are dead than the pattern prunes.
 
-    With `bits` 8 the weights that stay are rounded too, in the same sweep: a column becomes
-    Q_:i = s · clamp(round(W_:i / s), −127, 127) with one scale s for each row, and e counts what
-    rounding changed, e = (W_:i − Q_:i) / U_ii (Frantar et al. 2022, "GPTQ", arXiv:2210.17323, and
-    section 3.5 of SparseGPT). s is the largest magnitude of the row / 127, that magnitude rounded
-    to 8 significant bits; the weight which has it becomes ±127 s. So a row tells its scale by its
-    own largest weight, in any dtype, and `secateur compress --values int8` keeps it as it is.
+    With `bits` 8 the same sweep also rounds the remaining weights: a column becomes Q_:i = s ·
+    clamp(round(W_:i / s), −127, 127) with one scale s for each row, and e counts what rounding
+    changed, e = (W_:i − Q_:i) / U_ii (Frantar et al. 2022, "GPTQ", arXiv:2210.17323, and section
+    3.5 of SparseGPT). s is the largest magnitude of the row / 127, that magnitude rounded to 8
+    significant bits; the weight which has it becomes ±127 s. So the largest weight of a row
+    determines its scale, in any dtype, and `secateur compress --values int8` does not change the
+    row.
 
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
@@ -110,7 +111,7 @@ class OBS:
 
     @property
     def rounds(self) -> bool:
-        """Whether weights that stay are changed for more than the pruned ones' sake."""
+        """Whether the solver also rounds the remaining weights."""
         return self.bits > 0
 
     def prepare(self, statistics: Statistics) -> PreparedGram:
@@ -220,8 +221,8 @@ class _Choice:
     def of_block(self, block: Tensor, diagonal: Tensor, start: int) -> Tensor:
         """Kept weights [columns, out] of the lazy block that begins at column `start`.
 
-        Its share is what brings the matrix up to its last column to the exact count, so rounding
-        never adds up over the blocks.
+        Its share makes the count exact up to its last column, so rounding never accumulates over
+        the blocks.
         """
         width, rows = block.shape
         before = self.pattern.pruned((rows, start), self.sparsity)
@@ -238,7 +239,7 @@ def _obs_score(columns: Tensor, diagonal: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The values that the weights of each row may take.
+    """The allowed values for the weights of each row.
 
     Attributes:
         peak: the largest of each row, float32 [out]; the scale is this / 127.
@@ -270,8 +271,8 @@ def _sweep_block(
 ) -> Tensor:
     """Solve one lazy block [columns, out] in place; return the errors e [columns, out].
 
-    Left-looking: a column receives the errors of the columns before it when its turn comes, so
-    that every weight is read and written once instead of once per column to its left.
+    Left-looking: a column receives the errors of all columns before it when its turn comes. So
+    every weight is read and written once, not once per column to its left.
     """
     errors = torch.empty_like(block)
     by_group = choice is not None and choice.by_group

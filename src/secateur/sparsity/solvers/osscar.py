@@ -1,4 +1,4 @@
-"""OSSCAR: whole units go one after the other, each time the one the others best make up for."""
+"""OSSCAR: removes whole units one by one, always the one that the others compensate best."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["OSSCAR", "PreparedUnits"]
 
 @dataclass(frozen=True)
 class PreparedUnits:
-    """What is known of an input.
+    """The prepared data of an input.
 
     Attributes:
         refit: for the last step.
@@ -41,12 +41,12 @@ class OSSCAR:
 
         ½ tr(W_p ([H⁻¹]_pp)⁻¹ W_pᵀ),    W ← W − W_p ([H⁻¹]_pp)⁻¹ [H⁻¹]_p:
 
-    The unit with the least cost goes (of equal ones that with the lower index), W and H⁻¹ are
-    brought up to date, and the next is sought among those left. Units of one column (neurons) go
-    `batch` at a time: fewer updates, and within a batch the costs are those before it. Where units
-    compete among a few, those of which enough have gone keep the rest. At the end
-    the kept columns are the exact minimisers for the units found, as the solver `least-squares`
-    gives them. A mask that is given is held, and only refitted.
+    The unit with the least cost is removed (among equal ones, the one with the lower index). Then W
+    and H⁻¹ are updated, and the next unit is chosen among the remaining ones. Units of one column
+    (neurons) are removed `batch` at a time: this needs fewer updates, and within a batch the costs
+    are those before it. Where units compete within sets, a set that has lost enough keeps the rest.
+    At the end the kept columns are the exact minimisers for the chosen units, as in the solver
+    `least-squares`. A given mask is held, and only refitted.
 
     Papers: Meng et al. 2024, "OSSCAR: One-Shot Structured Pruning in Vision and Language Models
     with Combinatorial Optimization", arXiv:2403.12983; Kurtic et al. 2023, "ZipLM",
@@ -55,7 +55,7 @@ class OSSCAR:
 
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
-        batch: columns that go together, where a unit is one column; 1 is the plain greedy.
+        batch: columns removed together, where a unit is one column; 1 is the plain greedy.
 
     Raises:
         RecipeError: the damping is negative or no number, or the batch below 1.
@@ -135,13 +135,13 @@ class OSSCAR:
         )
 
     def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """Those of the last refit; all rows have the same zeros."""
+        """The operations of the last refit; all rows have the same zeros."""
         return LeastSquares(self.damping).flops(shape, pattern, sparsity)
 
     def choose(
         self, weight: Weight, prepared: PreparedUnits, pattern: WholeUnits, sparsity: float
     ) -> Mask:
-        """The mask of the units that are left when enough have gone."""
+        """The mask of the units that remain after enough were removed."""
         check_weight(weight)
         rows, columns = weight.shape
         left = pattern.units_pruned(columns, sparsity)
@@ -170,7 +170,7 @@ class OSSCAR:
 
 
 def _costs(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
-    """tr(W_p ([H⁻¹]_pp)⁻¹ W_pᵀ) of every unit, float32 [units]; those that went give a number."""
+    """tr(W_p ([H⁻¹]_pp)⁻¹ W_pᵀ) of every unit, float32 [units]; removed units give any number."""
     if width == 1:
         return weight.square().sum(0) / inverse.diagonal()
     units = weight.shape[1] // width
@@ -181,7 +181,7 @@ def _costs(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
 
 
 def _remove(weight: Tensor, inverse: Tensor, gone: Tensor, width: int) -> None:
-    """Bring W and H⁻¹ up to date, in place, after units went; theirs become an identity apart."""
+    """Update W and H⁻¹ in place after a removal; removed units become a separate identity."""
     inside = torch.arange(width, device=gone.device)
     columns = (gone[:, None] * width + inside).flatten()
     across = inverse[columns].clone()

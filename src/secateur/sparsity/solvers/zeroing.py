@@ -1,4 +1,4 @@
-"""Zeroing: the pruned weights become zero, the others stay as they are."""
+"""Zeroing: pruned weights become zero, the others do not change."""
 
 from __future__ import annotations
 

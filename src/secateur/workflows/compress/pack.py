@@ -20,6 +20,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader, shard_name
+from secateur.models.folder_checks import read_config, refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.compress import CompressRecipe
@@ -43,7 +44,7 @@ from secateur.runtime.choice import (
 )
 from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
 from secateur.runtime.packed import PackedCheckpoint, PlannedFile, quantization_config, write_packed
-from secateur.workflows.checkpoint_files import carry_over, read_config, refuse_quantized
+from secateur.workflows.checkpoint_files import carry_over
 from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import round_checkpoint, rounding_recipe, told_of

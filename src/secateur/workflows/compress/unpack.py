@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.models.checkpoint import INDEX_NAME, shard_files, shard_name
+from secateur.models.folder_checks import read_config
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
@@ -20,7 +21,7 @@ from secateur.runs.folder import RunFolder
 from secateur.runs.output import check_free
 from secateur.runtime.dense_view import DenseView
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.checkpoint_files import carry_over, read_config
+from secateur.workflows.checkpoint_files import carry_over
 
 __all__ = ["decompress"]
 

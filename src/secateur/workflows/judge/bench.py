@@ -13,6 +13,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation.contenders import CONTENDERS
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.models.checkpoint import shard_files
+from secateur.models.folder_checks import read_config
 from secateur.models.sources import resolve
 from secateur.progress import Progress
 from secateur.registry import did_you_mean
@@ -23,7 +24,6 @@ from secateur.runs.output import cannot_write
 from secateur.runs.records import Bench, declared
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
-from secateur.workflows.checkpoint_files import read_config
 
 __all__ = ["BenchReport", "bench"]
 

@@ -13,6 +13,7 @@ import torch
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocate import settled_allocation
+from secateur.engine.job import Job
 from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
@@ -34,8 +35,8 @@ from secateur.runs.ledger import Ledger
 from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.sparsity.methods import Method
 from secateur.workflows.prune.distillation import distill_checkpoint
-from secateur.workflows.prune.job import Job
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
@@ -57,17 +58,19 @@ NO_PART = {"output", "compress", "memory", "on_collapse"}
 
 
 @takes_options_of(PruneRecipe)
-def plan(model: str | Path, **options: Any) -> Plan:
+def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> Plan:
     """What pruning `model` would need, without doing it.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
         **options: the other options of the recipe.
 
     Raises:
         SecateurError: as `prune` would.
     """
-    return plan_recipe(recipe_of(PruneRecipe, {"model": model}, with_method(options))[0])[0]
+    own = {"model": model}
+    return plan_recipe(recipe_of(PruneRecipe, own, with_method(method, options))[0])[0]
 
 
 def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
@@ -143,7 +146,10 @@ def run_prepared(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, begin(prepared, ledger, progress))
-            distilled = distill_checkpoint(prepared, done, folder, progress)
+            distilled = None
+            if recipe.distillation.epochs:
+                distilled = distill_checkpoint(prepared, done, folder, progress)
+        left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
             folder.model,
             lambda name: done[name].method.pattern,
@@ -156,7 +162,6 @@ def run_prepared(
         manifest["distillation"] = distilled
         found = coverage(ledger.layers, prepared.target.architecture)
         manifest["experts"] = found and found.to_json()
-        left = left_by(done, prepared.target.matrices())
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
@@ -195,7 +200,8 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     if prepared.stored:
         provenance = json.loads(told.read_text(encoding="utf-8"))
         return dataclasses.replace(prepared, calibration=provenance)
-    prepared = with_own_windows(prepared, progress)
+    if prepared.unwritten:
+        prepared = with_own_windows(prepared, progress)
     write_json(told, prepared.calibration)
     if prepared.windows is not None:
         start = (prepared.calibration or {}).get("start_tokens", ())

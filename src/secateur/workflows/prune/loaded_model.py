@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import of_gradients
 from secateur.calibration.windows import check_fit, load_calibration
+from secateur.engine.job import Job
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.surgery import refuse_unusable
@@ -32,7 +33,6 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.prune_report import PruneReport
 from secateur.runs.ledger import Ledger
 from secateur.workflows.prune.distillation import distill_module, distills
-from secateur.workflows.prune.job import Job
 from secateur.workflows.prune.prepare import (
     allocation_of,
     method_of,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
+from secateur.engine.memory_budget import fitting_plan
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.selection import Selection
@@ -22,6 +23,7 @@ from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import RecipeError
 from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_files
+from secateur.models.folder_checks import refuse_quantized
 from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -33,8 +35,6 @@ from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.patterns import Pattern
-from secateur.workflows.checkpoint_files import refuse_quantized
-from secateur.workflows.memory_budget import fitting_plan
 
 __all__ = [
     "Prepared",
@@ -376,6 +376,7 @@ def choose_plan(
             prepared.output_bytes,
             prepared.unwritten,
         ),
-        memory,
         prepared.target.device,
+        budget_gib=memory.budget_gib,
+        activations=memory.activations,
     )

@@ -27,8 +27,6 @@ def with_own_windows(prepared: Prepared, progress: Progress) -> Prepared:
 
     The whole model is in memory while it writes, and let go of afterwards.
     """
-    if not prepared.unwritten:
-        return prepared
     assert prepared.windows is not None
     assert prepared.calibration is not None
     windows = with_written(

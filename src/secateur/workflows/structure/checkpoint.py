@@ -23,6 +23,7 @@ from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
+from secateur.models.folder_checks import refuse_quantized
 from secateur.models.positions import positions_of
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
@@ -42,7 +43,6 @@ from secateur.runs.meter import Meter
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
-from secateur.workflows.checkpoint_files import refuse_quantized
 from secateur.workflows.prune.distillation import FINAL, learn, once
 from secateur.workflows.prune.prepare import choose_device, window_plan
 from secateur.workflows.prune.self_generated_text import with_written

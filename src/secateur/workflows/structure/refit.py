@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.engine.memory_budget import fitting_plan
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.refit import Refit, can_refit
 from secateur.engine.prune.selection import Selection
@@ -20,7 +21,6 @@ from secateur.runs.atomic import write_json
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
-from secateur.workflows.memory_budget import fitting_plan
 from secateur.workflows.structure.cut_plan import CutPlan
 from secateur.workflows.structure.step_context import NOTES, StepContext
 
@@ -111,4 +111,11 @@ def settings_of(context: StepContext, dense: CheckpointTarget) -> Settings:
     def planned(activations: str) -> Plan:
         return plan_run(dense, tasks, context.windows, settings(activations), 0, uniform, 0)
 
-    return settings(fitting_plan(planned, memory, dense.device)[1])
+    return settings(
+        fitting_plan(
+            planned,
+            dense.device,
+            budget_gib=memory.budget_gib,
+            activations=memory.activations,
+        )[1]
+    )

@@ -23,6 +23,7 @@ from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
+from secateur.models.folder_checks import read_config
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
@@ -41,7 +42,6 @@ from secateur.runs.output import cannot_write, check_apart, check_writable
 from secateur.runs.records import Manifest, read_record
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
-from secateur.workflows.checkpoint_files import read_config
 from secateur.workflows.judge.perplexity import told_of_windows
 from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.prune.prepare import (

@@ -14,6 +14,7 @@ import torch
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.folder_checks import read_config, refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -33,7 +34,7 @@ from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup
 from secateur.training.sharing import load
 from secateur.training.training_plan import optimizers
-from secateur.workflows.checkpoint_files import carry_over, read_config, refuse_quantized
+from secateur.workflows.checkpoint_files import carry_over
 from secateur.workflows.prune.prepare import choose_device
 from secateur.workflows.train.adapters import Adapted, adapt
 from secateur.workflows.train.distillation_setup import objective_of, plan_of, teacher_of

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.memory_budget import memory_budget
 from secateur.engine.plan import calls_of, rehearse_training
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError
@@ -37,7 +38,6 @@ from secateur.training.masks import matrices, moments
 from secateur.training.process_group import ProcessGroup
 from secateur.training.selecting import prunable
 from secateur.training.training_plan import TrainingPlan
-from secateur.workflows.memory_budget import memory_budget
 from secateur.workflows.train.adapters import adapters
 from secateur.workflows.train.distillation_setup import TOP_K
 from secateur.workflows.train.text import TrainingText

@@ -9,11 +9,10 @@ import psutil
 import pytest
 import torch
 
+from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError
-from secateur.recipes.memory import Memory
 from secateur.recipes.train import RetrainRecipe
-from secateur.workflows.memory_budget import fitting_plan, memory_budget
 from secateur.workflows.train.memory import TrainingMemory, check_memory
 
 GIB = 2**30
@@ -30,7 +29,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["gpu"], 80 * GIB))
     monkeypatch.setattr(psutil, "virtual_memory", host)
-    monkeypatch.setattr("secateur.workflows.memory_budget.resident_bytes", lambda: 0)
+    monkeypatch.setattr("secateur.engine.memory_budget.resident_bytes", lambda: 0)
     return free
 
 
@@ -47,7 +46,7 @@ def fitted(device: torch.device, budget_gib: float | None = None, **options: Any
     def planned(activations: str) -> Plan:
         return plan(on_gpu=device.type == "cuda", activations=activations, **options)
 
-    return fitting_plan(planned, Memory(budget_gib=budget_gib), device)[1]
+    return fitting_plan(planned, device, budget_gib=budget_gib, activations="auto")[1]
 
 
 def test_peaks_say_what_lies_where() -> None:

@@ -10,7 +10,6 @@ import torch
 
 from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError
-from secateur.recipes.memory import Memory
 from secateur.runs.meter import resident_bytes
 
 __all__ = ["Budget", "fitting_plan", "memory_budget"]
@@ -67,36 +66,40 @@ def memory_budget(gib: float | None, device: torch.device) -> Budget:
 
 
 def fitting_plan(
-    planned: Callable[[str], Plan], memory: Memory, device: torch.device
+    planned: Callable[[str], Plan],
+    device: torch.device,
+    *,
+    budget_gib: float | None,
+    activations: str,
 ) -> tuple[Plan, str]:
     """The first of two plans that memory would hold, and where its hidden states wait.
 
     Args:
         planned: gives the plan with hidden states in `memory` or on `disk`.
-        memory: how much there may be, and whether the place is asked for.
         device: that computes.
+        budget_gib: how much memory there may be; see `memory_budget`.
+        activations: `memory` or `disk` allows that place only, `auto` both.
 
     Raises:
         MemoryBudgetError: neither fits the budget.
     """
-    budget = memory_budget(memory.budget_gib, device)
+    budget = memory_budget(budget_gib, device)
     tried = []
-    for activations in ("memory", "disk"):
-        if memory.activations not in ("auto", activations):
-            continue
-        plan = planned(activations)
+    for place in ("memory", "disk") if activations == "auto" else (activations,):
+        plan = planned(place)
         shortage = budget.shortage(plan.peak_bytes, plan.host_peak_bytes)
         if shortage is None:
-            return plan, activations
-        place = "on disk" if activations == "disk" else "in memory"
-        tried.append(f"with activations {place}: {shortage}")
+            return plan, place
+        tried.append(
+            f"with activations {'on disk' if place == 'disk' else 'in memory'}: {shortage}"
+        )
     whole = max(plan.writing_bytes, plan.distilling_bytes)
     room = budget.computing - (0 if plan.on_gpu else plan.process_bytes)
     needed = f"the run needs more memory than there is; {'; '.join(tried)}"
     remedy = "lower --micro-batch-tokens, --windows or --sequence-length"
     if whole and whole > room:
         remedy = "leave out what needs the whole model (--distill-epochs 0 --generated-windows 0)"
-    elif plan.solve_bytes > room:
+    elif plan.solve_bytes > max(room, budget.computing / 2):
         out, columns = plan.solve_shape
         needed += (
             f", {plan.solve_bytes / 2**30:.2f} GiB of that to solve a {out} x {columns} linear"
