@@ -25,7 +25,12 @@ def methods(*, as_json: o.Json = False) -> None:
         [(name, ", ".join(f"{k}={told(v)}" for k, v in presets[name].items())) for name in presets],
         numbers=2,
     )
-    show_pruning()
+    print_table(
+        "methods: secateur prune MODEL --method NAME",
+        ("name", "score", "solver", "scope", "what it does", "paper"),
+        [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in known.items()],
+        numbers=6,
+    )
     show_training()
     show_parts()
 
@@ -86,19 +91,6 @@ def show_parts() -> None:
             ),
         ],
         numbers=3,
-    )
-
-
-def show_pruning() -> None:
-    """The methods that prune layer by layer."""
-    from secateur.cli.rendering import print_table
-    from secateur.sparsity.methods import methods as known
-
-    print_table(
-        "methods: secateur prune MODEL --method NAME",
-        ("name", "score", "solver", "scope", "what it does", "paper"),
-        [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in known.items()],
-        numbers=6,
     )
 
 
