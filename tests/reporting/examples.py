@@ -143,7 +143,7 @@ def diagnosis(layers: int = 30, *, healthy: bool = False) -> dict[str, Any]:
         {
             "id": "hard-hit-layer", "severity": "note", "where": "layer 0",
             "evidence": "relative output error 0.41, median of all layers 0.12",
-            "remedy": "prune it less: --override 'model.layers.0.*=0.3'",
+            "remedy": "prune it less: --overrides 'model.layers.0.*=0.3'",
         },
         {
             "id": "dead-neurons", "severity": "warning", "where": "model.layers.28.mlp.up_proj",

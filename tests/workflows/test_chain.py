@@ -107,6 +107,37 @@ def test_a_chain_that_fails_goes_on_behind_what_is_done(
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_step_that_is_not_done_may_be_corrected(
+    source: Path, tmp_path: Path, windows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    calibration = {"source": windows}
+    cut = {"structure": {"keep_layers": 2, "effort": "fast", "calibration": calibration}}
+    prune = {"sparsity": 0.5, "method": "wanda", "calibration": calibration}
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("secateur.engine.prune.run.Run.execute", fails)
+        with pytest.raises(KeyboardInterrupt):
+            secateur.chain(source, output=out, steps=[cut, {"prune": prune}])
+    done = out.with_name("out.partial") / "work" / "01-structure"
+    before = (done / "model.safetensors").stat().st_mtime_ns
+    for wrong, error in (({"values": "int3"}, "unknown values 'int3'"), ({"vales": 1}, "vales")):
+        with pytest.raises(RecipeError, match=error) as refused:
+            secateur.chain(
+                source, output=out, steps=[cut, {"prune": prune}, {"compress": wrong}], resume=True
+            )
+        assert refused.value.where == "step 3 of the chain: compress"
+    assert (done / "model.safetensors").stat().st_mtime_ns == before
+    corrected = [cut, {"prune": {**prune, "sparsity": 0.25}}, {"compress": {"values": "int8"}}]
+    report = secateur.chain(source, output=out, steps=corrected, resume=True)
+    names = [link.step for link in report.links]
+    assert names == ["source", "structure", "prune", "compress"]
+    recipe = out / "secateur" / "steps" / "02-prune" / "recipe.yaml"
+    assert "sparsity: 0.25" in recipe.read_text()
+
+
 @pytest.mark.parametrize(
     ("steps", "said"),
     [

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 import secateur
-from secateur.cli.faults import as_told
 from secateur.cli.usage import unknown_options, usage_error
 from secateur.errors import SecateurError
 from secateur.recipes.verbs import VERBS
@@ -62,6 +61,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (Exception, KeyboardInterrupt) as error:
+        from secateur.cli.faults import as_told  # what it imports takes a tenth of a second
+
         told = as_told(error)
         print_error(told)
         sys.exit(told.exit_code)

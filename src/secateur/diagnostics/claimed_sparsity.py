@@ -111,7 +111,7 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
                 linear.name,
                 f"pruning it lost {claim.error:.1%} of the energy of its output on the "
                 "calibration text, according to the run",
-                f"prune less of it: --override '{linear.name}=0.3'",
+                f"prune less of it: --overrides '{linear.name}=0.3'",
             )
         )
     return found
@@ -194,7 +194,7 @@ def dense_unasked(
                 x.name,
                 f"{x.sparsity:.2%} of its weights are zero, {usual:.1%} in the median linear, and "
                 "no recipe excludes it",
-                "prune again; if it is intended, say so in the recipe (--exclude or --override)",
+                "prune again; if it is intended, say so in the recipe (--exclude or --overrides)",
             )
             for x in odd
         ]

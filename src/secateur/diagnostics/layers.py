@@ -30,7 +30,7 @@ Measured on SmolLM2-135M: 0.93 after SparseGPT to 50 %, 0.81 after Wanda to 2:4,
 HIGHEST = 0.95
 """The highest sparsity that the estimate reports."""
 
-AGAIN = "prune less of this layer: --override '{name}.*=0.3', or an --allocation"
+AGAIN = "prune less of this layer: --overrides '{name}.*=0.3', or an --allocation"
 
 
 def check_layers(
@@ -71,7 +71,7 @@ def check_layers(
                 "note",
                 layer_name(hit[0].layer),
                 f"relative error of the layer's addition, median layer {usual:.2f}: {worst}",
-                "prune these less and others more: --override, or an --allocation",
+                "prune these less and others more: --overrides, or an --allocation",
             )
         )
     return found

@@ -173,7 +173,7 @@ def heads_finding(where: str, heads: list[int], total: int) -> Finding:
         where,
         f"head {listed(heads)}: {len(heads)} of {total} dead; all their values are zero, or no "
         "weight reads them",
-        f"prune less of this layer: --override '{where}.*=0.3'",
+        f"prune less of this layer: --overrides '{where}.*=0.3'",
     )
 
 
@@ -190,7 +190,7 @@ def neurons_finding(neurons: dict[str, list[int]], severity: Severity) -> Findin
         worst,
         f"neuron {listed(neurons[worst])}: {len(neurons[worst])} dead; a row producing them is "
         f"zero, or no weight reads them{others}",
-        "prune less of these layers (--override or --allocation); dead neurons could be cut out",
+        "prune less of these layers (--overrides or --allocation); dead neurons could be cut out",
     )
 
 
@@ -212,7 +212,7 @@ def dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -
                 worst,
                 f"{dead[worst]} {line}s are all zero, {shares[worst]:.1%} of them, the most of "
                 f"any linear; {sum(dead.values())} in all, in {linears} of {len(dead)} linears",
-                "prune less of it (--override), or let weights compete within rows (--scope row)"
+                "prune less of it (--overrides), or let weights compete within rows (--scope row)"
                 if line == "row"
                 else "inputs that are nearly always zero lose all their weights; if there are "
                 "many, calibrate on more text",

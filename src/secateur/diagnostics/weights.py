@@ -80,14 +80,14 @@ class Weights:
 
 
 def look_at_weights(
-    target: CheckpointTarget, claims: Claims, tell: Callable[[str], None]
+    target: CheckpointTarget, claims: Claims, on_tensor: Callable[[str], None]
 ) -> Weights:
     """Read every tensor of a checkpoint.
 
     Args:
         target: the checkpoint.
         claims: contains the pattern and sparsity that each matrix should have.
-        tell: called after every tensor with its name.
+        on_tensor: called after every tensor with its name.
     """
     reader = target.reader
     matrices = {matrix.name: matrix for matrix in target.matrices()}
@@ -100,7 +100,7 @@ def look_at_weights(
         matrix = matrices.get(stored)
         if matrix is not None and matrix.is_decoder_matrix:
             linears.append(health_of(matrix, matrix.seen(tensor), claims))
-        tell(stored)
+        on_tensor(stored)
     return Weights(linears, not_finite, len(target.reader.entries))
 
 

@@ -58,12 +58,12 @@ def why_unreachable(seconds: float = CONNECT_SECONDS) -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    asked = urlsplit(constants.ENDPOINT)
-    proxies, name = urllib.request.getproxies(), asked.hostname or ""
-    proxy = proxies.get(asked.scheme) or proxies.get("all")
+    address = urlsplit(constants.ENDPOINT)
+    proxies, name = urllib.request.getproxies(), address.hostname or ""
+    proxy = proxies.get(address.scheme) or proxies.get("all")
     if proxy and not urllib.request.proxy_bypass(name):
-        asked = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    place = (asked.hostname or "", asked.port or PORTS.get(asked.scheme, 80))
+        address = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    place = (address.hostname or "", address.port or PORTS.get(address.scheme, 80))
     found: list[str | None] = []
 
     def connect() -> None:
@@ -217,7 +217,7 @@ def byte_counter(progress: Progress) -> Any:
     """
     from tqdm import tqdm
 
-    lock, told = threading.Lock(), [0]
+    lock, reported = threading.Lock(), [0]
 
     class Counter(tqdm):
         """Counts, and draws nothing."""
@@ -231,9 +231,9 @@ def byte_counter(progress: Progress) -> Any:
             with lock:
                 self.arrived += n or 0
                 whole = int(self.arrived) // MIB
-                if self.unit == "B" and whole > told[0]:
-                    progress.step(whole - told[0])
-                    told[0] = whole
+                if self.unit == "B" and whole > reported[0]:
+                    progress.step(whole - reported[0])
+                    reported[0] = whole
             return super().update(n or 0)
 
     return Counter

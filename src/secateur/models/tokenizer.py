@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
             "the folder has no tokenizer",
             where=str(folder),
             remedy=f"copy the tokenizer's files ({', '.join(TOKENIZER_FILES[:3])}) of the original "
-            "model beside the weights",
+            "model to the folder",
         )
     from transformers import AutoTokenizer
 

@@ -85,7 +85,7 @@ def take_name(made: Path, name: Path, spare: Path) -> None:
     Args:
         made: the new folder.
         name: the final name.
-        spare: a free name beside `made`.
+        spare: a free name in the folder of `made`.
 
     Raises:
         FileExistsError: the name was free a moment ago, but no longer is.

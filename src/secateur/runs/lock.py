@@ -1,4 +1,4 @@
-"""Lets one process at a time work on a folder, and tells others which one."""
+"""Lets one process at a time work on a folder, and reports which one."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class LayoutChoice:
         nonzeros: weights that are not zero.
         negative_zeros: zeros stored as −0.0.
         nbytes: the bytes of its parts.
-        offered: whether a wanted format other than `dense` could hold the matrix.
+        offered: whether an allowed format other than `dense` could store the matrix.
     """
 
     layout: Layout

@@ -84,7 +84,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Shape and dtype of the weight for model code that asks, without values."""
+        """Shape and dtype of the weight, without values, for model code that reads them."""
         return stand_in(self.matrix)
 
     def product(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class PackedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Shape and dtype of the weight for model code that asks, without values."""
+        """Shape and dtype of the weight, without values, for model code that reads them."""
         return stand_in(self.matrix)
 
 

@@ -55,6 +55,6 @@ def dense_target(
     shift = torch.where(dead, damped, damping * gram.diagonal().mean())
     hessian = gram.clone()
     hessian.diagonal().copy_(damped)
-    wanted = moments + anchor * shift
-    solved: Tensor = torch.linalg.solve(hessian, wanted.t())
+    target = moments + anchor * shift
+    solved: Tensor = torch.linalg.solve(hessian, target.t())
     return solved.t().contiguous()

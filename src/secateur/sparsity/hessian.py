@@ -208,7 +208,7 @@ def output_energy(weight: Weight, gram: Gram) -> float:
         stop = start + _CHUNK_COLUMNS
         product = weight[:, start:stop] @ gram[start:stop, start:]
         product *= weight[:, start:]
-        product[:, _CHUNK_COLUMNS:] *= 2  # stands for itself and its mirror image
+        product[:, _CHUNK_COLUMNS:] *= 2  # counts itself and its mirror image
         energy += float(product.sum(1).sum(dtype=torch.float64))
     return energy
 

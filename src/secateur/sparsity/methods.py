@@ -88,14 +88,14 @@ methods: Mapping[str, NamedMethod] = MappingProxyType(
             score="obs",
             solver="zero",
             scope="layer",
-            description="weights the others could best make up for, without making up for them",
+            description="weights that the others could compensate best, without compensation",
             paper="Hassibi et al. 1993, Optimal Brain Surgeon",
         ),
         "sparsegpt": NamedMethod(
             score="obs",
             solver="obs",
             scope="layer",
-            description="prunes column by column and lets the columns to the right make up for it",
+            description="prunes column by column and adjusts the columns to the right",
             paper="Frantar and Alistarh 2023, arXiv:2301.00774",
         ),
         "alps": NamedMethod(

@@ -1,4 +1,4 @@
-"""(A + ρI)⁻¹ for many ρ at the price of a few inverses."""
+"""(A + ρI)⁻¹ for many ρ from a few inverses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RECURSION_WIDTH = 256
 # model (SmolLM2-135M) the worst by halves is 0.006 off.
 _OFF = 0.01
 _STEPS = 6
-# How far a sum may be off for an eigenvalue, how many eigenvalues are looked at, and how many ρ.
+# The largest error of a sum for an eigenvalue, the number of eigenvalues checked, and of ρ.
 _PRECISION = 0.005
 _EIGENVALUES = 400
 _TRIED = 8
@@ -57,7 +57,7 @@ class ShiftedInverse:
         """(A + ρᵢI)⁻¹, float32 [in, in] each.
 
         Raises:
-            NumericalError: one of them cannot be had in float32.
+            NumericalError: float32 cannot represent one of them.
         """
         return [inverse(self.matrix, shift) for shift in self.shifts]
 
@@ -78,9 +78,9 @@ class ShiftedInverse:
         """The cᵢ of a ρ, and how far the sum is off at worst."""
         poles = self._eigenvalues[:, None] + self._eigenvalues.new_tensor(self.shifts)
         shares = (self._eigenvalues[:, None] + shift) / poles
-        wanted = torch.ones_like(shares[:, :1])
-        found = torch.linalg.lstsq(shares, wanted).solution
-        return found[:, 0].tolist(), float((shares @ found - wanted).abs().max())
+        ones = torch.ones_like(shares[:, :1])
+        found = torch.linalg.lstsq(shares, ones).solution
+        return found[:, 0].tolist(), float((shares @ found - ones).abs().max())
 
 
 def _between(low: float, high: float, count: int) -> list[float]:

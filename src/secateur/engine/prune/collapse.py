@@ -52,6 +52,6 @@ def collapse_error(layer: str, lost: Mapping[str, float]) -> VerificationError:
         f"the layer has collapsed: {in_words(lost)}",
         where=layer,
         remedy="start anew with --restart and a lower --sparsity, or less for this layer "
-        f"(--override '{layer}.*=0.3'); the finished layers were kept, and --resume "
+        f"(--overrides '{layer}.*=0.3'); the finished layers were kept, and --resume "
         "--on-collapse warn goes on with the same sparsity",
     )

@@ -164,7 +164,7 @@ class Format(Protocol):
     """The suffixes that parts may have; a packed matrix has exactly those of its layout."""
 
     automatic: ClassVar[bool]
-    """Whether `auto` tries it. A format that only some can read is better asked for by name."""
+    """Whether `auto` tries it. A format with few readers should be chosen by name."""
 
     def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
         """The layouts in which a matrix can be stored; none if the format cannot hold it.

@@ -189,7 +189,7 @@ def no_kernel() -> KernelError:
     """What to raise when a kernel says no."""
     return KernelError(
         "no kernel for this processor, or memory ran out",
-        remedy="secateur.kernel_info() tells which tier is active",
+        remedy="secateur.kernel_info() reports the active tier",
     )
 
 

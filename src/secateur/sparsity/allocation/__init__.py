@@ -78,7 +78,7 @@ class Allocation(Protocol):
 
     @property
     def reach(self) -> float:
-        """How far the sparsity of a linear may lie from the target; 0 for uniform."""
+        """How far the sparsity of a linear may differ from the target; 0 for uniform."""
         ...
 
     def look(self, layer: DenseLayer) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class Allocation(Protocol):
         ...
 
     def disk_bytes(self, weights: int, itemsize: int) -> int:
-        """Space that what is kept takes, for so many competing weights of this size."""
+        """Disk space of the kept tensors, for so many competing weights of this size."""
         ...
 
     def working_bytes(self, weights: int, itemsize: int) -> int:

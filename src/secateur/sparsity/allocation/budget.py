@@ -44,7 +44,7 @@ class Granularity:
             step: weights in a unit, `Pattern.step(shape)`.
             pruned: weights that uniform sparsity prunes, `Pattern.pruned(shape, sparsity)`.
             sparsity: the target.
-            reach: how far the sparsity may lie from it. Nothing is pruned whole unless the reach
+            reach: how far the sparsity may differ from it. Nothing is pruned whole unless the reach
                 is 1 or more.
         """
         units, uniform = shape[0] * shape[1] // step, pruned // step
@@ -90,7 +90,7 @@ def settle(proposed: Mapping[str, float], grains: Mapping[str, Granularity]) -> 
         raise RecipeError(
             f"the allocation gives no sparsity for {unknown[0]!r}"
             if unknown
-            else "the allocation asks for a sparsity that is not a number",
+            else "the allocation gives a sparsity that is not a number",
             remedy="this is a fault of the allocation or its plug-in",
         )
     names, ordered = list(grains), list(grains.values())

@@ -40,7 +40,7 @@ class GlobalThreshold:
     global scope.
 
     Args:
-        reach: how far the sparsity of a linear may lie from the target, from 0 to 1.
+        reach: how far the sparsity of a linear may differ from the target, from 0 to 1.
 
     Raises:
         RecipeError: the reach is out of range.
@@ -64,7 +64,7 @@ class GlobalThreshold:
     ) -> dict[str, float]:
         """c_i / size_i; the scores are streamed three times."""
         sizes = {name: score.numel() for name, score in kept()}
-        # A score stands for one weight, for a block, or for a unit that costs others with it.
+        # A score is that of one weight, of a block, or of a unit whose removal costs more weights.
         worth = {name: max(1, g.total // sizes[name]) for name, g in grains.items()}
         shared = math.gcd(*worth.values())
         worth = {name: each // shared for name, each in worth.items()}

@@ -72,7 +72,7 @@ class WholeColumns:
         """Read `*xWIDTH`, `*xWIDTH/MULTIPLE` or `*xWIDTH@AMONG`; None for any other text.
 
         Raises:
-            PatternError: a number is 0, or another scope than `layer` is asked for.
+            PatternError: a number is 0, or the scope is not `layer`.
         """
         written = re.fullmatch(r"\*x(\d+)(?:/(\d+)|@([1-9]\d*))?", text)
         if written is None:

@@ -41,7 +41,7 @@ def check_span(first: float, last: float) -> None:
     """Refuse an impossible pair of first and last sparsity.
 
     Raises:
-        RecipeError: one lies outside [0, 1), or the last is below the first.
+        RecipeError: one is outside [0, 1), or the last is below the first.
     """
     if not 0 <= first < 1 or not 0 <= last < 1:
         raise RecipeError(

@@ -1,7 +1,7 @@
-"""Solvers: given the pattern, find the mask and the weights that lose least. One file each.
+"""Solvers: find the mask and the weights with the least error. One file each.
 
 A solver works in two steps, so that linears with the same input share the costly first one:
-`prepare` looks only at the statistics of the input, `solve` at one weight.
+`prepare` uses only the statistics of the input, `solve` one weight.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["Solution", "Solver", "required_mask", "solvers"]
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver found for one linear.
+    """The result of a solver for one linear.
 
     Attributes:
         weight: the new weight [out, in], float32, exactly zero where the mask is False.
         mask: True = kept.
         error: ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs; None where no gram was gathered.
-        shift: what the bias is to gain, float32 [out], where there is one; None for nothing.
+        shift: to be added to the bias, float32 [out], if there is a bias; None for no change.
     """
 
     weight: Tensor
@@ -51,7 +51,7 @@ class Solver(Protocol):
 
     @property
     def rounds(self) -> bool:
-        """Whether it changes weights that stay for more than the pruned ones' sake."""
+        """Whether it also rounds the remaining weights."""
         ...
 
     @property
@@ -60,7 +60,7 @@ class Solver(Protocol):
         ...
 
     def prepare(self, statistics: Statistics) -> Any:
-        """Whatever can be computed from the input alone, once per group of linears."""
+        """Compute everything that depends only on the input, once per group of linears."""
         ...
 
     def solve(
@@ -78,15 +78,15 @@ class Solver(Protocol):
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """The most memory that `prepare` and `solve` take for a weight [out, in].
 
-        The weight, the statistics and the mask come on top. What may become necessary counts: a
-        matrix that float32 cannot factorise is factorised in float64.
+        The weight, the statistics and the mask are not included. The worst case counts: a matrix
+        that float32 cannot factorise is factorised in float64.
         """
         ...
 
     def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """Floating-point operations of the factorisations that one linear needs for itself.
+        """Floating-point operations of the factorisations that one linear cannot share.
 
-        They grow with the rows, and can take hours; what linears share counts as 0.
+        They grow with the rows, and can take hours. Shared factorisations count as 0.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""ADMM: nearly the least squares of a given mask, for one factorisation per input."""
+"""ADMM: comes close to least squares for a given mask, with one factorisation per input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["ADMM", "PreparedProximal"]
 
 @dataclass(frozen=True)
 class PreparedProximal:
-    """What `ADMM` computes once for all linears that share an input.
+    """The result that `ADMM` computes once for all linears that share an input.
 
     Attributes:
         proximal: ρ(A + ρI)⁻¹ with A the scaled H, float32 [in, in].
@@ -56,9 +56,9 @@ class ADMM:
     the solver `obs`.
 
     Paper: Boža 2024, "Fast and Effective Weight Update for Pruned Large Language Models",
-    arXiv:2401.02938. Deviations: the mask is given, where the paper's best results find it by
-    gradual pruning within the iterations; the damping is 0.01 of the mean diagonal before scaling,
-    as in all solvers here, where the released code adds 0.1 after scaling.
+    arXiv:2401.02938. Deviations: the mask is given; the paper's best results find it by gradual
+    pruning within the iterations. The damping is 0.01 of the mean diagonal before scaling, as in
+    all solvers here; the released code adds 0.1 after scaling.
 
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
@@ -132,8 +132,8 @@ class ADMM:
         Args:
             weight: not changed.
             prepared: of the inputs of this linear.
-            pattern: not consulted.
-            sparsity: not consulted.
+            pattern: not used.
+            sparsity: not used.
             mask: held.
 
         Raises:

@@ -26,14 +26,14 @@ __all__ = ["ALPS", "ScaledGram"]
 
 # The support is compared, and ρ has grown by `growth`, once in this many iterations.
 _STAGE = 3
-# ρ grows to so many times its first value at most; the support is at rest long before.
+# ρ grows at most to so many times its first value; the support stops changing long before.
 _RANGE = 100.0
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class ScaledGram:
-    """What `ALPS` computes once for all linears that share an input.
+    """The result that `ALPS` computes once for all linears that share an input.
 
     Attributes:
         scale: s_j = √(G_jj + damping · mean(diag G)), float32 [in].
@@ -53,7 +53,7 @@ class ScaledGram:
 @solvers.register("alps")
 @dataclass(frozen=True)
 class ALPS:
-    """Minimises tr((Ŵ − W) H (Ŵ − W)ᵀ) over all Ŵ with as many zeros as asked.
+    """Minimises tr((Ŵ − W) H (Ŵ − W)ᵀ) over all Ŵ with the given number of zeros.
 
     In the scaled space B = W ⊙ s, A = H / s sᵀ, with D the pruned copy and V the dual variable of
     B = D, each iteration is
@@ -67,16 +67,16 @@ class ALPS:
 
         X ← argmin tr((X − B₀) A (X − B₀)ᵀ),  X = 0 where pruned;    Ŵ = X / s.
 
-    With a given mask only the refit is done, in `refit_steps`; after a search, whose weights are
-    nearly there, in half as many. The weights of dead columns become zero, as in the
-    solver `obs`.
+    With a given mask only the refit is done, in `refit_steps`. After a search the weights are
+    nearly solved, so the refit takes half as many. The weights of dead columns become zero, as in
+    the solver `obs`.
 
     Paper: Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
-    Large Language Models", arXiv:2406.07831. Deviations: ρ follows a fixed course, where the
-    released code raises it by the change of the support; (A + ρI)⁻¹ is a sum of a few inverses in
-    float32 (`ShiftedInverse`), where the released code makes it anew for each ρ from an
-    eigendecomposition in float64; weights may also compete within rows or blocks; counts are exact.
-    Errors are no larger than those of the released code (see `benchmarks/`).
+    Large Language Models", arXiv:2406.07831. Deviations: ρ follows a fixed course; the released
+    code raises it by the change of the support. (A + ρI)⁻¹ is a sum of a few inverses in float32
+    (`ShiftedInverse`); the released code computes it for each ρ from an eigendecomposition in
+    float64. Weights may also compete within rows or blocks. Counts are exact. Errors are no larger
+    than those of the released code (see `benchmarks/`).
 
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
@@ -180,7 +180,8 @@ class ALPS:
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Ten float32 copies of the weight, nine of the gram.
 
-        Those are A, the sum of inverses, three of them, and four for the last in the making.
+        These are A, the sum of inverses, three inverses, and four for the last one while it is
+        computed.
         """
         return 10 * float32_bytes(shape) + 9 * float32_bytes((shape[1], shape[1]))
 
@@ -221,7 +222,7 @@ class ALPS:
 
 
 def _refit(start: Tensor, target: Tensor, hessian: Tensor, mask: Mask, steps: int) -> Tensor:
-    """Conjugate gradients on the support, for all rows at once; a row that is solved stays."""
+    """Conjugate gradients on the support, for all rows at once; solved rows do not change."""
     x = start
     residual = (target - x @ hessian) * mask
     direction = residual.clone()

@@ -1,4 +1,4 @@
-"""Least squares: for a given mask, the weights that remain are the best there are."""
+"""Least squares: computes the best remaining weights for a given mask."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _CHUNK_ENTRIES = 2**24
 
 @dataclass(frozen=True)
 class PreparedHessian:
-    """What `LeastSquares` needs of an input; each support has a factorisation of its own.
+    """The prepared data of an input; each support has its own factorisation.
 
     Attributes:
         diagonal: that of the damped H, float32 [in].
         dead: inputs that were zero for every token, bool [in].
-        gram: all of H but its diagonal, float32 [in, in]; not copied.
+        gram: all of H except its diagonal, float32 [in, in]; not copied.
     """
 
     diagonal: Float32[Tensor, " in"]
