@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
@@ -20,15 +19,15 @@ from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage
 from secateur.engine.prune.surgery import refuse_unusable
-from secateur.errors import RecipeError
 from secateur.models.inventory import Left
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress
 from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.model_card import model_card
-from secateur.reporting.prune_report import PruneReport
+from secateur.reporting.results.plan import PlanResult
+from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES, RunFolder
@@ -39,7 +38,6 @@ from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.distillation import distill_checkpoint
-from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
@@ -54,14 +52,14 @@ from secateur.workflows.prune.self_generated_text import with_own_windows
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 
-__all__ = ["PruneReport", "plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
+__all__ = ["plan", "plan_recipe", "report_of", "run_prepared", "run_recipe"]
 
-NO_PART = {"output", "memory", "on_collapse"}
+NO_PART = {"output", "compress", "memory", "on_collapse"}
 """Fields of a recipe that the pruned weights do not depend on."""
 
 
 @takes_options_of(PruneRecipe)
-def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> Plan:
+def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> PlanResult:
     """What pruning `model` would need, without doing it.
 
     Args:
@@ -73,10 +71,10 @@ def plan(model: str | Path, *, method: str | Method | None = None, **options: An
         SecateurError: as `prune` would.
     """
     own = {"model": model}
-    return plan_recipe(recipe_of(PruneRecipe, own, with_method(method, options))[0])[0]
+    return plan_recipe(recipe_of(PruneRecipe, own, with_method(method, options))[0])
 
 
-def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
+def plan_recipe(recipe: PruneRecipe) -> PlanResult:
     """The plan of a recipe, and where its hidden states would wait."""
     prepared = prepare(recipe, only_plan=True)
     tasks = tasks_for(prepared)
@@ -90,54 +88,7 @@ def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
         settings=settings_of(recipe, activations, None),
         device=prepared.target.device,
     )
-    return dataclasses.replace(chosen, left=left, seconds=seconds), activations
-
-
-@takes_options_of(PruneRecipe)
-def prune(
-    model: str | Path | nn.Module,
-    *,
-    method: str | Method | None = None,
-    calibration: str | Path | Tensor | None = None,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> PruneReport:
-    """Prune a model: a checkpoint into a new folder, or a loaded module in place.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
-        method: A method by name (`secateur methods` lists them), or what `compose` returned.
-        calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
-            model also token windows [windows, sequence_length]. [c4]
-        tokenizer: needed for a loaded model when `calibration` is text.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        What was done.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    options = with_method(method, options)
-    if isinstance(model, nn.Module):
-        if options.get("output") is not None:
-            raise RecipeError(
-                "a loaded model is pruned in place; `output` is for checkpoints",
-                remedy="call model.save_pretrained(output) afterwards",
-            )
-        return prune_module(model, calibration, tokenizer, progress or Silent(), options)
-    if options.get("output") is None:
-        raise RecipeError("`output` is missing: the folder for the pruned model")
-    if isinstance(calibration, Tensor):
-        raise RecipeError(
-            "token windows as a tensor are for loaded models",
-            remedy="save them with secateur.calibration.windows.save_windows and pass the file",
-        )
-    own = {"model": model, "calibration": calibration}
-    recipe, call = recipe_of(PruneRecipe, own, options)
-    return run_recipe(recipe, progress or Silent(), **call)
+    return PlanResult(dataclasses.replace(chosen, left=left, seconds=seconds), activations)
 
 
 def run_recipe(
@@ -147,7 +98,7 @@ def run_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
-) -> PruneReport:
+) -> PruneResult:
     """Prune a checkpoint into a new folder.
 
     Args:
@@ -169,7 +120,7 @@ def run_recipe(
 
 def run_prepared(
     prepared: Prepared, folder: RunFolder, progress: Progress, meter: Meter
-) -> PruneReport:
+) -> PruneResult:
     """Carry out a recipe that is prepared, in a folder that nobody has entered yet."""
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
@@ -216,17 +167,17 @@ def run_prepared(
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
         folder.finish()
-    return PruneReport(audit.sparsity, ledger.layers, manifest, folder.output, left)
+    return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
 
 
-def report_of(output: Path) -> PruneReport:
+def report_of(output: Path) -> PruneResult:
     """What the notes of a finished run say was done."""
     ledger = Ledger(output / NOTES / LEDGER)
     ledger.resume()
     manifest = json.loads((output / NOTES / MANIFEST).read_text(encoding="utf-8"))
     left = [Left(**one) for one in manifest["left"]]
     sparsity = manifest["result"]["decoder_sparsity"]
-    return PruneReport(sparsity, ledger.layers, manifest, output, left)
+    return PruneResult(sparsity, ledger.layers, manifest, output, left)
 
 
 def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:

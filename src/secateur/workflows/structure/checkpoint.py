@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,14 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.structure import StructureRecipe
+from secateur.reporting.results.structure import StructureResult
 from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.meter import Meter
-from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.prune.distillation import FINAL, learn, once
@@ -67,26 +68,13 @@ VARIED = (
 Read = tuple[Tensor, dict[str, Any]]
 """Calibration windows [samples, sequence_length], and where they are from."""
 
-__all__ = ["StructureReport", "structure", "structure_recipe"]
-
-
-@dataclass(frozen=True)
-class StructureReport:
-    """What a structured cut did.
-
-    Attributes:
-        manifest: choices, steps, cost and result.
-        output: the folder written.
-    """
-
-    manifest: dict[str, Any]
-    output: Path
+__all__ = ["structure", "structure_recipe"]
 
 
 @takes_options_of(StructureRecipe)
 def structure(
     model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> StructureReport:
+) -> StructureResult:
     """Cut structure out of a checkpoint, into a new and really smaller one.
 
     Args:
@@ -109,7 +97,7 @@ def structure_recipe(
     restart: bool = False,
     overwrite: bool = False,
     timer: StepTimer = time_steps,
-) -> StructureReport:
+) -> StructureResult:
     """Carry out a recipe into a new folder.
 
     Args:
@@ -147,7 +135,7 @@ def structure_recipe(
             folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
             cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter)
     manifest = json.loads((folder.notes / MANIFEST).read_text(encoding="utf-8"))
-    return StructureReport(manifest, folder.output)
+    return StructureResult(manifest, folder.output)
 
 
 def cut_into(
@@ -182,7 +170,7 @@ def cut_into(
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
     manifest["structure"]["latency"] = latency
     manifest["cost"]["resumed"] = folder.resumed
-    write_json(folder.notes / STEPS, steps)
+    write_json(folder.notes / STEPS, [declared(StepEntry, step) for step in steps])
     shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.train import DistillRecipe, RetrainRecipe
 from secateur.runs.folder import NOTES
+from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.training.objectives import Distil, NextToken, Objective
 from secateur.training.process_group import ProcessGroup
 from secateur.training.sharing import load
@@ -184,8 +184,7 @@ def pruned_from(source: LocalCheckpoint) -> str:
             where=str(source.folder),
             remedy="name it with --teacher",
         )
-    name: str = json.loads(manifest.read_text(encoding="utf-8"))["source"]["name"]
-    return name
+    return read_record(Manifest, manifest).source.name
 
 
 def kept_layers(
@@ -200,8 +199,8 @@ def kept_layers(
         return recipe.kept_layers
     if teacher != pruned_from(source):
         return None
-    cuts = [x for x in json.loads(steps.read_text(encoding="utf-8")) if x["step"] == "depth"]
-    return tuple(cuts[0]["cut"]["layers"]) if cuts else None
+    depth = [x.cut for x in read_list(StepEntry, steps) if x.step == "depth" and x.cut]
+    return tuple(depth[0]["layers"]) if depth else None
 
 
 def check_tokenizers(student: LocalCheckpoint, teacher: LocalCheckpoint, trust: bool) -> None:
