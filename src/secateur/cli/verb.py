@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,7 @@ def command(
     verb: str,
     run: Callable[..., Result | None],
     leave_out: frozenset[str] = frozenset(),
+    exit_code: Callable[[Any], int] = lambda result: 0,
 ) -> Callable[..., None]:
     """A function whose signature has a flag for every option of a verb's recipe.
 
@@ -57,6 +59,7 @@ def command(
         run: takes the recipe and the options of the call; returns a result, or None where another
             process has it.
         leave_out: options of the recipe that do not concern this verb.
+        exit_code: the exit code that a result stands for.
     """
     kind = imported(VERBS[verb].recipe)
     of_recipe = [o for o in options_of(kind) if o.name not in leave_out and not o.flag.hidden]
@@ -78,6 +81,8 @@ def command(
             from secateur.cli.rendering import print_result
 
             print_result(result, as_json=as_json)
+            if exit_code(result):
+                sys.exit(exit_code(result))
 
     function: Any = carry_out
     function.__signature__ = signature
@@ -104,9 +109,12 @@ def parameter(option: Option, *, is_switch: bool) -> inspect.Parameter:
         allow_repeating=None if takes_several(option) else True,
     )
     kind: Any = bool if is_bool else list[str] if takes_several(option) else str
-    if option.required:
+    if option.is_word:
         return inspect.Parameter(
-            option.name, inspect.Parameter.POSITIONAL_ONLY, annotation=Annotated[kind, shown]
+            option.name,
+            inspect.Parameter.POSITIONAL_ONLY,
+            default=inspect.Parameter.empty if option.required else None,
+            annotation=Annotated[kind if option.required else kind | None, shown],
         )
     off = option.flag.off or (f"no_{option.name}" if option.default == "on" else None)
     named = Parameter(

@@ -88,7 +88,7 @@ def sweep(
     """
     folder = Path(output)
     check_writable(folder / "sweep.json", file=True)
-    for read in (plan.model, plan.calibration, *plan.texts):
+    for read in (plan.model, plan.calibration, *plan.text):
         check_apart(read, folder, folder)
     with alone(folder):
         work = Work(plan, folder, keep_models, progress or Silent())
@@ -340,10 +340,10 @@ def texts_of(
     tokenizer = load_tokenizer(source.folder, trust_remote_code=plan.trust_remote_code)
     config = read_config(source.folder)
     longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
-    length = plan.judge_length or min(2048, longest)
-    texts = {text: read_text(text) for text in plan.texts}
+    length = plan.text_sequence_length or min(2048, longest)
+    texts = {text: read_text(text) for text in plan.text}
     windows = {
-        text: evaluation_windows(joined.text, tokenizer, length, max_windows=plan.max_windows)
+        text: evaluation_windows(joined.text, tokenizer, length, max_windows=plan.text_windows)
         for text, joined in texts.items()
     }
     return texts, windows, start_tokens(tokenizer)
