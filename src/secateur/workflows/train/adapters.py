@@ -30,6 +30,7 @@ from secateur.training.hooks import Hook
 from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
 from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup
+from secateur.training.rounds import PruningRounds
 from secateur.training.selecting import Criterion
 from secateur.types import Windows
 
