@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.judge.generate import generate
     from secateur.workflows.judge.inspect import inspect
-    from secateur.workflows.prune.checkpoint import plan, prune
+    from secateur.workflows.prune.checkpoint import plan
+    from secateur.workflows.prune_and_pack import prune
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
     from secateur.workflows.sweep.plan import SweepPlan
@@ -87,7 +88,7 @@ HOMES = {
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "plan": "secateur.workflows.prune.checkpoint",
-    "prune": "secateur.workflows.prune.checkpoint",
+    "prune": "secateur.workflows.prune_and_pack",
     "refinements": "secateur.sparsity.refinements",
     "report": "secateur.workflows.report",
     "retrain": "secateur.workflows.train.checkpoint",

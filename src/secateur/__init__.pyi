@@ -393,6 +393,8 @@ def plan(
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     output: str | Path | None = None,
+    compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8"] | None = None,
+    compress_embeddings: Literal["auto", "int8"] | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
@@ -450,6 +452,9 @@ def plan(
         activations: Where hidden states wait for the next layer. [auto]
         micro_batch_tokens: Tokens that pass through a layer at once. [2048]
         output: Folder for the new model. It must not exist. [required]
+        compress: Also compress the result, as `secateur compress --values VALUES` does: auto, keep,
+            bfloat16, float16, float32 or int8. [not compressed]
+        compress_embeddings: auto keeps embedding and head as they are. int8 stores them so. [auto]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run; start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
@@ -501,6 +506,8 @@ def prune(
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     output: str | Path | None = None,
+    compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8"] | None = None,
+    compress_embeddings: Literal["auto", "int8"] | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
@@ -560,6 +567,9 @@ def prune(
         activations: Where hidden states wait for the next layer. [auto]
         micro_batch_tokens: Tokens that pass through a layer at once. [2048]
         output: Folder for the new model. It must not exist. [required]
+        compress: Also compress the result, as `secateur compress --values VALUES` does: auto, keep,
+            bfloat16, float16, float32 or int8. [not compressed]
+        compress_embeddings: auto keeps embedding and head as they are. int8 stores them so. [auto]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run; start if there is none. [off]
         restart: Discard a stopped run and start again. [off]

@@ -105,6 +105,7 @@ def test_contenders_that_cannot_run_are_told_and_the_rest_is_measured(secateur, 
     assert told["file_bytes"] == (folder / "secateur.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_bench_for_people(secateur, tmp_path: Path) -> None:
     folder = packed_model(tmp_path, values="int8", head_dim=16)

@@ -554,7 +554,7 @@ def test_a_conversion_tells_how_far_it_is(gguf_file, cache):
 
 def test_a_conversion_keeps_licence_and_base_model(gguf_file, cache):
     card = (convert_gguf(gguf_file) / "README.md").read_text(encoding="utf-8")
-    assert card == "---\nlicense: apache-2.0\nbase_model: org/base\n---\n"
+    assert card == "---\nbase_model: org/base\nlicense: apache-2.0\n---\n"
 
 
 def test_a_gguf_file_is_parsed_once(gguf_file, cache, monkeypatch):

@@ -87,6 +87,7 @@ def test_streaming_gives_the_tensors_of_the_cut_model(
     assert (config["model_type"] == "secateur_varied") != is_plain(family, name)
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_the_results(tmp_path: Path) -> None:
     folders = []
     windows = tiny_windows(1)

@@ -42,7 +42,7 @@ REMEDIES = {
 
 RESUMED_BY_FLAG = {"prune", "structure", "retrain", "distill", "chain", "compress"}
 """Verbs that continue with --resume."""
-RESUMED_BY_REPETITION = {"sweep", "demo"}
+RESUMED_BY_REPETITION = {"sweep"}
 """Verbs that continue when the same command runs again."""
 
 

@@ -16,10 +16,10 @@ __all__ = ["prune"]
 def run(recipe: PruneRecipe, **call: Any) -> PruneResult:
     """Prune with a bar of progress."""
     from secateur.cli.progress import show_progress
-    from secateur.workflows.prune.checkpoint import run_recipe
+    from secateur.workflows.prune_and_pack import prune_recipe
 
     with show_progress() as progress:
-        return run_recipe(recipe, progress, **call)
+        return prune_recipe(recipe, progress, **call)
 
 
 prune = command("prune", run)

@@ -12,7 +12,7 @@ from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import presets
 from secateur.recipes.recovery import Distill, Reconstruct
 from secateur.recipes.run import OutputFolder, Resuming
-from secateur.recipes.section import WHAT_TO_PRUNE, Flag, Recipe, Section, Texts
+from secateur.recipes.section import OUTPUT, WHAT_TO_PRUNE, Flag, Recipe, Section, Texts
 
 __all__ = ["Effort", "Fitting", "PruneRecipe"]
 
@@ -94,6 +94,30 @@ class Fitting(Section):
     )
 
 
+class Compress(Section):
+    """How the pruned model is compressed, if it is."""
+
+    group: ClassVar[str] = OUTPUT
+    alone: ClassVar[tuple[type, ...]] = (str,)
+
+    values: Annotated[
+        Literal["auto", "keep", "bfloat16", "float16", "float32", "int8"] | None,
+        Flag("compress", default="not compressed", value="VALUES"),
+    ] = Field(
+        None,
+        description="Also compress the result, as `secateur compress --values VALUES` does: auto, "
+        "keep, bfloat16, float16, float32 or int8.",
+    )
+    embeddings: Annotated[Literal["auto", "int8"], Flag("compress_embeddings")] = Field(
+        "auto", description="auto keeps embedding and head as they are. int8 stores them so."
+    )
+
+    @classmethod
+    def opened(cls, value: Any) -> Any:
+        """`compress: int8` names the values."""
+        return {"values": value} if isinstance(value, str) else value
+
+
 class PruneRecipe(
     # pydantic lists the fields of the last base first
     Device,
@@ -113,3 +137,4 @@ class PruneRecipe(
     distillation: Distill = Field(default_factory=lambda: Distill())
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     memory: Memory = Field(default_factory=lambda: Memory())
+    compress: Compress = Field(default_factory=lambda: Compress())

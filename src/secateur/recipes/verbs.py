@@ -46,7 +46,7 @@ VERBS: dict[str, Verb] = {
             "prune",
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
-            "secateur.workflows.prune.checkpoint:prune",
+            "secateur.workflows.prune_and_pack:prune",
         ),
         Verb(
             "structure",

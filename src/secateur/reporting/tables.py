@@ -7,7 +7,7 @@ colours, `plain_text` returns them as text.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "Table",
     "gib",
     "mib",
+    "next_steps",
     "not_pruned",
     "plain_text",
     "print_blocks",
@@ -126,6 +127,21 @@ def plain_text(blocks: Iterable[Block]) -> str:
         blocks, Console(file=stream, width=PLAIN_WIDTH, no_color=True, force_terminal=False)
     )
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> list[Block]:
+    """Lines that say where results are, and which commands to try next.
+
+    Args:
+        places: what is where.
+        commands: what each command does, and the command.
+    """
+    lines: list[Block] = [Line("")]
+    lines += [Line(f"{what}: {place}") for what, place in places.items()]
+    lines += [Line("next:", "bold")]
+    for what, command in commands.items():
+        lines += [Line(f"  {command}"), Line(f"      {what}", "dim")]
+    return lines
 
 
 def gib(size: float) -> str:

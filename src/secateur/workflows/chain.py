@@ -21,7 +21,7 @@ from secateur.progress import Labelled, Progress, Silent
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.results.chain import ChainResult
-from secateur.runs.atomic import write_json
+from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests, refuse_another
 from secateur.runs.records import Chain, ChainStep, declared, read_record
@@ -81,7 +81,9 @@ def run_chain(
         weights = file_digests(shard_files(source.folder), progress)
         folder.begin({"model": recipe.model, "source_files": weights})
         if not folder.finished:
-            links = carry_out(steps, source.folder, folder, recipe.trust_remote_code, progress)
+            links = carry_out(
+                steps, recipe.model, source.folder, folder, recipe.trust_remote_code, progress
+            )
             report = ChainResult(links, folder.output)
             gather_notes(folder)
             write_json(folder.notes / CHAIN, declared(Chain, report.to_json()))
@@ -115,6 +117,7 @@ def check_done(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
 
 def carry_out(
     steps: Sequence[PlannedStep],
+    model: str,
     source: Path,
     folder: RunFolder,
     trust_remote_code: bool,
@@ -126,7 +129,7 @@ def carry_out(
     is whole. When all accounts are there, the folder of the last step becomes the result.
     """
     begun = check_done(steps, folder)
-    before = source
+    before: str | Path = model  # the first step knows what the user named, and says so
     links = [counted("source", source, 0.0, trust_remote_code, progress)]
     for step in steps:
         made = folder.work / f"{step.number:02d}-{step.verb}"
@@ -145,10 +148,22 @@ def carry_out(
             )
         links.append(read_record(ChainStep, account))
         before = made
-    if before.exists():
+    if made.exists():
         shutil.rmtree(folder.model)
-        before.rename(folder.model)
+        made.rename(folder.model)
+    name_the_output(folder, steps)
     return tuple(links)
+
+
+def name_the_output(folder: RunFolder, steps: Sequence[PlannedStep]) -> None:
+    """Let card and recipe name the folder of the result where they named the folders of steps."""
+    for file in (folder.model / "README.md", folder.notes / "recipe.yaml"):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+            for name in (f"{step.number:02d}-{step.verb}" for step in steps):
+                text = text.replace(str(folder.work / name), str(folder.output))
+                text = text.replace(name, folder.output.name)
+            write_text(file, text)
 
 
 def counted(

@@ -75,7 +75,7 @@ class PlannedStep:
             self.verb: self.recipe.model_dump(mode="json", exclude={*ENDS, "trust_remote_code"})
         }
 
-    def run(self, model: Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
+    def run(self, model: str | Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
         """Carry the step out, from one folder to another."""
         ends = {"model": str(model), "output": str(output), "trust_remote_code": trust}
         STEPS[self.verb].run(self.recipe.model_copy(update=ends), progress, **call)

@@ -19,6 +19,7 @@ def perplexity(model: str | Path) -> float:
     ).perplexity
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_pruned_and_measured(tmp_path: Path) -> None:
     found = {"dense": perplexity(MODEL)}

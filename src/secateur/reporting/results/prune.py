@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.models.inventory import Left
+from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
 
@@ -24,6 +25,7 @@ class PruneResult(Result):
         manifest: versions, hardware, choices, cost and result; empty for a loaded model.
         output: the folder written; None for a loaded model.
         left: matrices that were not pruned, and why.
+        compression: how the result was packed, if it was.
     """
 
     sparsity: float
@@ -31,16 +33,18 @@ class PruneResult(Result):
     manifest: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
     left: list[Left] = field(default_factory=list)
+    compression: CompressResult | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The folder and its manifest; for a loaded model what is known of it."""
         if self.output is None:
             left = [one.to_json() for one in self.left]
             return {"sparsity": self.sparsity, "layers": self.layers, "left": left}
-        return {"output": str(self.output), **self.manifest}
+        packed = {} if self.compression is None else {"compression": self.compression.to_json()}
+        return {"output": str(self.output), **self.manifest, **packed}
 
     def blocks(self) -> Sequence[Block]:
-        """One table."""
+        """One table, and those of the compression if there was one."""
         if self.output is None:
             rows = [
                 ("zeros in decoder matrices", f"{self.sparsity:.4%}"),
@@ -61,4 +65,5 @@ class PruneResult(Result):
         ]
         if self.manifest["collapsed"]:
             rows.append(("collapsed", ", ".join(self.manifest["collapsed"])))
-        return [Table.facts("pruned", [*rows, ("output", str(self.output))])]
+        pruned = Table.facts("pruned", [*rows, ("output", str(self.output))])
+        return [pruned, *(self.compression.blocks() if self.compression else ())]

@@ -101,9 +101,9 @@ def structure_recipe(
     """Carry out a recipe into a new folder.
 
     Args:
-        recipe: what is asked.
-        progress: told of every step.
-        resume: go on with a stopped run to this output; start, if there is none.
+        recipe: of the cut.
+        progress: receives every step.
+        resume: continue a stopped run to this output; start if there is none.
         restart: discard what a stopped run left.
         overwrite: replace an existing output folder.
         timer: times a token, where the recipe has a target in time.
@@ -159,8 +159,8 @@ def cut_into(
         recipe, aim, source.folder, windows, folder.work / WINDOWS, device, folder.work, progress
     )
     for step in steps_of(recipe, aim, skeleton):
-        made, told = step.carry_out(context, made)
-        steps.append(told)
+        made, notes = step.carry_out(context, made)
+        steps.append(notes)
     PatchedCopy(CheckpointReader(made), folder.model).create(progress)
     (folder.model / NOTES).unlink(missing_ok=True)
     distilled = distill(recipe, source, folder, windows, device, progress)
@@ -215,12 +215,12 @@ def calibration_of(
 ) -> Read:
     """The windows of the text, with those that the uncut model writes.
 
-    They are kept for a run that is resumed. Where they are from is written last, so that what an
-    earlier run has kept is complete.
+    A resumed run reads the stored ones. The record of their source is written last, so a record
+    means that the windows are complete.
     """
-    file, told = folder.work / WINDOWS, folder.work / CALIBRATION
-    if told.exists():
-        return load_windows(file), json.loads(told.read_text(encoding="utf-8"))
+    file, record = folder.work / WINDOWS, folder.work / CALIBRATION
+    if record.exists():
+        return load_windows(file), json.loads(record.read_text(encoding="utf-8"))
     windows, provenance = read_calibration(recipe, source, config)
     options = recipe.calibration
     if options.generated_windows:
@@ -239,7 +239,7 @@ def calibration_of(
             "generated_prefix": PREFIX,
         }
     save_windows(windows, file, start=provenance.get("start_tokens", ()))
-    write_json(told, provenance)
+    write_json(record, provenance)
     return windows, provenance
 
 
@@ -285,7 +285,7 @@ def distill(
 def verified(
     skeleton: Any, whole: Path, steps: list[dict[str, Any]], recipe: StructureRecipe
 ) -> Accounting:
-    """Count the model that was written, and hold it against what the steps say.
+    """Count the parameters of the written model, and compare them with the notes of the steps.
 
     Raises:
         VerificationError: it has another number of parameters.

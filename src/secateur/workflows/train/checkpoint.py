@@ -56,8 +56,8 @@ NO_PART = {
     "tensorboard",
     "memory_budget_gib",
 }
-"""Fields that a stopped training may be gone on with differently. The learning rate is one: a
-training that diverged goes on from its last save with a lower one."""
+"""Fields that may differ in a resumed training. The learning rate is one: a training that diverged
+resumes from its last save with a lower one."""
 
 TRAININGS = "training.json"
 
@@ -102,14 +102,14 @@ def run_training(
     restart: bool = False,
     overwrite: bool = False,
 ) -> TrainResult:
-    """Train as a recipe says, into a new folder.
+    """Carry out the recipe of a training, into a new folder.
 
     In several processes the first one writes, and all return.
 
     Args:
         recipe: of a retraining or a distillation.
-        progress: told of every step.
-        resume: go on with a training that was stopped; start, if there is none.
+        progress: receives every step.
+        resume: continue a stopped training; start if there is none.
         restart: discard what a stopped training left.
         overwrite: replace an existing output folder.
     """

@@ -1,4 +1,4 @@
-"""What the recipe of a training means: how long, which loss, whose teaching."""
+"""From the recipe of a training to its plan, its loss and its teacher."""
 
 from __future__ import annotations
 
@@ -76,16 +76,16 @@ def objective_of(
     progress: Progress,
     processes: ProcessGroup,
 ) -> Objective:
-    """The loss; for a distillation the teacher is loaded, or what it expects.
+    """The loss. For a distillation this loads the teacher, or the file of its answers.
 
     Args:
-        recipe: as asked.
+        recipe: of the training.
         source: the student's checkpoint.
-        place: the teacher's; None where there is none, or it has been written down.
+        place: the teacher's checkpoint; None where there is none, or its answers are in a file.
         model: the student.
         text: that is read.
         work: folder that takes what a teacher writes down.
-        progress: told of that.
+        progress: receives every window of it.
         processes: the processes.
 
     Raises:
@@ -126,7 +126,7 @@ def objective_of(
             k=recipe.top_k or TOP_K,
             temperature=recipe.temperature,
             name=place.name,
-            tell=progress.step,
+            on_window=progress.step,
             writes=processes.main,
         )
     progress.finish()
@@ -190,7 +190,7 @@ def pruned_from(source: LocalCheckpoint) -> str:
 def kept_layers(
     recipe: DistillRecipe, source: LocalCheckpoint, teacher: str
 ) -> tuple[int, ...] | None:
-    """Which layers of the teacher the student has: as asked, or as the notes of its cut say.
+    """The layers of the teacher that the student has, from the recipe or the notes of its cut.
 
     None where nothing is known of it, or the teacher is another model than the one that was cut.
     """
@@ -204,7 +204,7 @@ def kept_layers(
 
 
 def check_tokenizers(student: LocalCheckpoint, teacher: LocalCheckpoint, trust: bool) -> None:
-    """Refuse a teacher that means other words by the same numbers.
+    """Refuse a teacher whose token numbers mean other words.
 
     Raises:
         RecipeError: the vocabularies differ.

@@ -1,0 +1,129 @@
+"""`secateur prune`: a checkpoint into a new folder, packed at once if wanted, or a loaded model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur.errors import RecipeError
+from secateur.progress import Progress, Silent
+from secateur.recipes.chain import ChainRecipe
+from secateur.recipes.composed import with_method
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.reporting.results.compress import CompressResult
+from secateur.reporting.results.prune import PruneResult
+from secateur.runs.atomic import write_text
+from secateur.runs.folder import NOTES
+from secateur.sparsity.methods import Method
+from secateur.workflows.chain import run_chain
+from secateur.workflows.compress.pack import COMPRESSION
+from secateur.workflows.prune.checkpoint import report_of, run_recipe
+from secateur.workflows.prune.loaded_model import prune_module
+
+__all__ = ["prune", "prune_recipe"]
+
+RECIPE = "recipe.yaml"
+OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
+"""Keys of the recipe that are no options of its first step."""
+
+
+@takes_options_of(PruneRecipe)
+def prune(
+    model: str | Path | nn.Module,
+    *,
+    method: str | Method | None = None,
+    calibration: str | Path | Tensor | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Prune a model: a checkpoint into a new folder, or a loaded module in place.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
+        calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
+            model also token windows [windows, sequence_length]. [c4]
+        tokenizer: needed for a loaded model when `calibration` is text.
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    options = with_method(method, options)
+    if isinstance(model, nn.Module):
+        if options.get("output") is not None:
+            raise RecipeError(
+                "a loaded model is pruned in place; `output` is for checkpoints",
+                remedy="call model.save_pretrained(output) afterwards",
+            )
+        return prune_module(model, calibration, tokenizer, progress or Silent(), options)
+    if options.get("output") is None:
+        raise RecipeError("`output` is missing: the folder for the pruned model")
+    if isinstance(calibration, Tensor):
+        raise RecipeError(
+            "token windows as a tensor are for loaded models",
+            remedy="save them with secateur.calibration.windows.save_windows and pass the file",
+        )
+    own = {"model": model, "calibration": calibration}
+    recipe, call = recipe_of(PruneRecipe, own, options)
+    return prune_recipe(recipe, progress or Silent(), **call)
+
+
+def prune_recipe(
+    recipe: PruneRecipe,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> PruneResult:
+    """Carry out a recipe; with `compress` in it, as a chain of two steps.
+
+    Args:
+        recipe: of the pruning.
+        progress: receives every step.
+        resume: resume a stopped run; start, if there is none.
+        restart: discard what a stopped run left.
+        overwrite: replace an existing output folder.
+    """
+    call = {"resume": resume, "restart": restart, "overwrite": overwrite}
+    if recipe.compress.values is None:
+        return run_recipe(recipe, progress, **call)
+    output = run_chain(chain_of(recipe), progress, **call).output
+    name_recipe(recipe, output)
+    record = json.loads((output / NOTES / COMPRESSION).read_text(encoding="utf-8"))
+    return dataclasses.replace(
+        report_of(output), compression=CompressResult.from_json({**record, "output": output})
+    )
+
+
+def chain_of(recipe: PruneRecipe) -> ChainRecipe:
+    """The chain that prunes and then compresses."""
+    options = recipe.model_dump(mode="json", exclude=OF_THE_CHAIN, exclude_none=True)
+    values = {
+        "model": recipe.model,
+        "output": recipe.output,
+        "trust_remote_code": recipe.trust_remote_code,
+        "steps": [{"prune": options}, {"compress": recipe.compress.model_dump(mode="json")}],
+    }
+    return build_recipe(ChainRecipe, values)
+
+
+def name_recipe(recipe: PruneRecipe, output: Path) -> None:
+    """Write the whole recipe in the place of the recipe of the first step."""
+    file, card = output / NOTES / RECIPE, output / "README.md"
+    step, whole = file.read_text(encoding="utf-8"), dump_recipe(recipe)
+    text = card.read_text(encoding="utf-8")
+    write_text(card, text.replace(step.rstrip(), whole.rstrip()))
+    write_text(file, whole)
