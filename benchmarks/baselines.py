@@ -46,9 +46,7 @@ def measure(method: str, pattern: str, args: argparse.Namespace, folder: Path) -
         sequence_length=512,
         sequential="layer" if args.paper else "group",
     )
-    [judged] = secateur.evaluate(
-        folder, text=args.text, sequence_length=512, windows=args.windows
-    ).perplexity
+    judged = secateur.evaluate(folder, text=args.text, sequence_length=512, windows=args.windows)
     shutil.rmtree(folder)
     return {
         "method": method,
@@ -77,9 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     print(heading())
-    [dense] = secateur.evaluate(
-        args.model, text=args.text, sequence_length=512, windows=args.windows
-    ).perplexity
+    dense = secateur.evaluate(args.model, text=args.text, sequence_length=512, windows=args.windows)
     rows = [
         {"method": "dense", "pattern": "", "sparsity": 0.0, "perplexity": dense.perplexity,
          "protocol": dense.protocol}

@@ -27,7 +27,7 @@ import secateur
 from gguf_writing import write_gguf
 from hardware import heading, keep, markdown
 from secateur.models.samples import sample_model
-from secateur.workflows.judge.bench import BenchReport
+from secateur.reporting.results.bench import BenchResult
 
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -106,7 +106,7 @@ def packed(folder: Path, values: str, output: Path) -> Path:
 
 def measured(name: str, folder: Path, rounds: int, **options: Any) -> list[dict[str, Any]]:
     """All contenders of one folder, with its name."""
-    report: BenchReport = secateur.bench(folder, rounds=rounds, **options)
+    report: BenchResult = secateur.bench(folder, rounds=rounds, **options)
     print(f"{name}: {report.verdict}", flush=True)
     return [
         {"model": name, "file_bytes": report.file_bytes, **told}

@@ -96,9 +96,9 @@ def perplexity(folder: Path, text: str, windows: int, *, bytes_only: bool = Fals
             if isinstance(module, PackedLinear):
                 module.kernel_up_to = 2**31
     tokenizer = load_tokenizer(folder)
-    [judged] = secateur.evaluate(
+    judged = secateur.evaluate(
         model, text=text, tokenizer=tokenizer, sequence_length=2048, windows=windows
-    ).perplexity
+    )
     return float(judged.perplexity)
 
 

@@ -177,9 +177,7 @@ def judge(args: argparse.Namespace, model: str) -> dict[str, float]:
     """Perplexity on each text."""
     found = {}
     for name, file in (text.split("=", 1) for text in args.text):
-        [judged] = secateur.evaluate(
-            model, text=file, sequence_length=2048, windows=args.windows
-        ).perplexity
+        judged = secateur.evaluate(model, text=file, sequence_length=2048, windows=args.windows)
         found[name] = judged.perplexity
     return found
 

@@ -65,7 +65,7 @@ def judged(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
         "row": row,
         "perplexity": [
             {"text": name, "value": x.perplexity, "protocol_id": x.protocol_id}
-            for name, x in zip(texts, record.perplexity, strict=True)
+            for name, x in zip(texts, record.texts, strict=True)
         ],
         "tasks": [
             {

@@ -76,9 +76,9 @@ def files(named: list[str]) -> Texts:
 def judged(args: argparse.Namespace, model: str | Path) -> dict[str, float]:
     """Perplexity by text."""
     return {
-        name: secateur.evaluate(str(model), text=text, sequence_length=2048, windows=args.windows)
-        .perplexity[0]
-        .perplexity
+        name: secateur.evaluate(
+            str(model), text=text, sequence_length=2048, windows=args.windows
+        ).perplexity
         for name, text in files(args.text).items()
     }
 

@@ -118,9 +118,9 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
                     "packing": "random-crop"}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         report = secateur.structure(MODEL, output=Path(scratch) / "cut", **options)
-        [judged] = secateur.evaluate(
+        judged = secateur.evaluate(
             str(report.output), text=args.text, sequence_length=2048, windows=args.windows
-        ).perplexity
+        )
     told = report.manifest["structure"]
     return {
         "row": row,
@@ -163,9 +163,9 @@ def main() -> None:
     print(heading())
     protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
     if not known_rows("structure"):
-        [judged] = secateur.evaluate(
+        judged = secateur.evaluate(
             MODEL, text=args.text, sequence_length=2048, windows=args.windows
-        ).perplexity
+        )
         row = {"row": "dense", "level": 0.0, "perplexity": judged.perplexity}
         add("structure", protocol, {**row, "protocol_id": judged.protocol_id})
     for level in args.levels:

@@ -59,7 +59,7 @@ def stub() -> str:
     bodies = []
     for name, home in sorted(secateur.HOMES.items()):
         verb = VERBS.get(name)
-        if verb is not None and verb.recipe and verb.function:
+        if verb and verb.function and hasattr(imported(verb.function), "__signature__"):
             bodies.append(declaration(imported(verb.function), imports))
         else:
             imports.add(f"from {home} import {name} as {name}")

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.diagnose import diagnose
     from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.judge.generate import generate
+    from secateur.workflows.judge.inspect import inspect
     from secateur.workflows.prune.checkpoint import plan
-    from secateur.workflows.pruning import prune
+    from secateur.workflows.prune_and_pack import prune
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
     from secateur.workflows.sweep.plan import SweepPlan
@@ -56,6 +57,7 @@ __all__ = [
     "distill",
     "evaluate",
     "generate",
+    "inspect",
     "kernel_info",
     "load",
     "plan",
@@ -82,10 +84,11 @@ HOMES = {
     "distill": "secateur.workflows.train.checkpoint",
     "evaluate": "secateur.workflows.judge.evaluate",
     "generate": "secateur.workflows.judge.generate",
+    "inspect": "secateur.workflows.judge.inspect",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "plan": "secateur.workflows.prune.checkpoint",
-    "prune": "secateur.workflows.pruning",
+    "prune": "secateur.workflows.prune_and_pack",
     "refinements": "secateur.sparsity.refinements",
     "report": "secateur.workflows.report",
     "retrain": "secateur.workflows.train.checkpoint",

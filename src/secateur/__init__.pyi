@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from secateur.engine.plan import Plan
 from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
-from secateur.reporting.compression_report import CompressionReport, DecompressionReport
-from secateur.reporting.prune_report import PruneReport
-from secateur.reporting.training_report import TrainingReport
-from secateur.runs.evaluation import EvaluationRecord
+from secateur.reporting.results.chain import ChainResult
+from secateur.reporting.results.compress import CompressResult, DecompressResult
+from secateur.reporting.results.evaluate import EvaluateResult
+from secateur.reporting.results.plan import PlanResult
+from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.results.structure import StructureResult
+from secateur.reporting.results.train import TrainResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
 from secateur.sparsity.allocation import allocations as allocations
@@ -24,12 +26,11 @@ from secateur.sparsity.methods import compose as compose
 from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
 from secateur.sparsity.solvers import solvers as solvers
-from secateur.workflows.chain import ChainReport
 from secateur.workflows.judge.bench import bench as bench
 from secateur.workflows.judge.diagnose import diagnose as diagnose
 from secateur.workflows.judge.generate import generate as generate
+from secateur.workflows.judge.inspect import inspect as inspect
 from secateur.workflows.report import report as report
-from secateur.workflows.structure.checkpoint import StructureReport
 from secateur.workflows.sweep.plan import SweepPlan as SweepPlan
 from secateur.workflows.sweep.run import sweep as sweep
 
@@ -49,6 +50,7 @@ __all__ = [
     "distill",
     "evaluate",
     "generate",
+    "inspect",
     "kernel_info",
     "load",
     "plan",
@@ -72,7 +74,7 @@ def chain(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
-) -> ChainReport:
+) -> ChainResult:
     """Carry out several verbs, each on what the one before it made.
 
     Args:
@@ -113,7 +115,7 @@ def compress(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
-) -> CompressionReport:
+) -> CompressResult:
     """Write a checkpoint without its zeros.
 
     With calibration text, int8 weights compensate each other's rounding errors (GPTQ), so that
@@ -161,7 +163,7 @@ def decompress(
     progress: Progress | None = None,
     output: str | Path | None = None,
     overwrite: bool | None = None,
-) -> DecompressionReport:
+) -> DecompressResult:
     """Write a compressed checkpoint as plain dense safetensors, zeros and all.
 
     What was stored losslessly comes back bit for bit; int8 comes back as the numbers it stands
@@ -229,7 +231,7 @@ def distill(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
-) -> TrainingReport:
+) -> TrainResult:
     """Let a pruned or cut checkpoint learn from a larger one; as `retrain` otherwise.
 
     Args:
@@ -313,8 +315,12 @@ def evaluate(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     output: str | Path | None = None,
-) -> EvaluationRecord:
+) -> EvaluateResult:
     """Measure a model, each number with its protocol and uncertainty.
+
+        secateur.evaluate("pruned", text="boolq-held-out").perplexity
+        secateur.evaluate(model, tokenizer=tokenizer, text="other.txt").perplexity
+        secateur.evaluate("pruned", dense="smollm2-135m", text="wikitext2", tasks=["hellaswag"])
 
     A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
     replace earlier ones of the same protocol; what was not measured again stays.
@@ -392,7 +398,7 @@ def plan(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
-) -> Plan:
+) -> PlanResult:
     """What pruning `model` would need, without doing it.
 
     Args:
@@ -505,7 +511,7 @@ def prune(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
-) -> PruneReport:
+) -> PruneResult:
     """Prune a model: a checkpoint into a new folder, or a loaded module in place.
 
     Args:
@@ -616,7 +622,7 @@ def retrain(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
-) -> TrainingReport:
+) -> TrainResult:
     """Train a checkpoint on text, its zeros held at every step, into a new folder.
 
     Args:
@@ -720,7 +726,7 @@ def structure(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
-) -> StructureReport:
+) -> StructureResult:
     """Cut structure out of a checkpoint, into a new and really smaller one.
 
     Args:

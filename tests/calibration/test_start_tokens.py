@@ -333,9 +333,9 @@ def test_the_protocol_id_knows_it() -> None:
 
 
 def test_the_record_of_a_judgement_names_it(gemma: Path, text: Path) -> None:
-    record = secateur.evaluate(gemma, dense=gemma, text=[text], sequence_length=32)
-    assert record.perplexity[0].protocol["start_tokens"] == [BOS]
-    assert record.perplexity[0].protocol["tokens"] == 31 * record.perplexity[0].protocol["windows"]
+    record = secateur.evaluate(gemma, dense=gemma, text=text, sequence_length=32)
+    assert record.protocol["start_tokens"] == [BOS]
+    assert record.protocol["tokens"] == 31 * record.protocol["windows"]
 
 
 def test_diagnosis_reads_them_too(gemma: Path, text: Path) -> None:
@@ -365,7 +365,7 @@ def test_places_are_every_window_and_no_more() -> None:
 def test_a_sweep_calibrates_and_judges_behind_it(gemma: Path, text: Path, tmp_path: Path) -> None:
     plan = secateur.SweepPlan(
         str(gemma), ("wanda",), (0.5,), calibration=str(text), windows=3, sequence_length=32,
-        texts=(str(text),), judge_length=32,
+        text=(str(text),), text_sequence_length=32,
     )  # fmt: skip
     result = secateur.sweep(plan, tmp_path / "sweep")
     assert result.failures == []

@@ -15,10 +15,11 @@ import pytest
 import secateur as library
 from runtime.packed_models import packed_model
 from secateur.errors import RecipeError
-from secateur.evaluation.contenders import CONTENDERS
+from secateur.evaluation.contenders import CONTENDERS, USUAL
 from secateur.evaluation.speed import Speed
+from secateur.reporting.results.bench import BenchResult
 from secateur.runtime.kernels.library import kernel_info
-from secateur.workflows.judge.bench import BenchReport, tokens_of
+from secateur.workflows.judge.bench import tokens_of
 from slow import slow
 from tiny import save_tiny
 
@@ -104,6 +105,7 @@ def test_contenders_that_cannot_run_are_told_and_the_rest_is_measured(secateur, 
     assert told["file_bytes"] == (folder / "secateur.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_bench_for_people(secateur, tmp_path: Path) -> None:
     folder = packed_model(tmp_path, values="int8", head_dim=16)
@@ -111,15 +113,31 @@ def test_bench_for_people(secateur, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "tokens/s" in done.out
     assert done.out.count("packed  ") <= 2
-    assert "medians of 1 interleaved rounds" in done.out
+    assert "medians of 1 rounds in turns" in done.out
     assert "dense bfloat16 would be" in done.out
     assert "measuring" not in done.out
 
 
 def test_bench_where_nothing_can_run(secateur, tmp_path: Path) -> None:
-    done = secateur("bench", save_tiny(tmp_path / "m", "gpt2"), *SHORT, "--contenders", "packed")
+    words = ("bench", save_tiny(tmp_path / "m", "gpt2"), *SHORT)
+    done = secateur(*words, "--contenders", "dense bf16,dense int8")
     assert done.code == 1
-    assert "nothing to compare" in done.out
+    assert done.err.count("its type is gpt2") == 1  # one reason for both, and in no cell
+    assert "dense bf16, dense int8 could not run: its type is gpt2" in done.err
+    assert "its type is gpt2" not in done.out
+
+
+def test_bench_of_a_model_that_is_not_compressed(secateur, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", head_dim=16)
+    done = secateur("bench", folder, *SHORT)
+    assert done.code == 0, done.err
+    assert "packed" not in done.out  # it has no packed weights
+    assert "dense bf16" in done.out
+    assert "the model is not compressed" in done.out
+    assert "secateur compress" in done.out
+    refused = secateur("bench", folder, *SHORT, "--contenders", "packed")
+    assert refused.code == 2
+    assert "'packed' needs a compressed model" in refused.err
 
 
 def test_bench_refuses(secateur, tmp_path: Path) -> None:
@@ -143,7 +161,7 @@ def test_verdicts() -> None:
     def verdict(**seconds: float) -> str:
         speeds = [Speed(name.replace("_", " "), (s,), (1.0,)) for name, s in seconds.items()]
         speeds.append(Speed("torch int8", failure="no"))
-        return BenchReport(speeds, 1, 2, {"prompt_tokens": 4}).verdict
+        return BenchResult("model", True, speeds, 1, 2, {"prompt_tokens": 4}).verdict
 
     assert verdict(packed=0.1, dense_bf16=0.15, torch_bf16=0.4) == (
         "1.50 times as fast as dense bf16, the fastest of the others"
@@ -152,7 +170,7 @@ def test_verdicts() -> None:
     assert "2.00 times" in verdict(packed=0.1, dense_bf16=0.05)
     assert verdict(packed=0.1, packed_in_transformers=0.2).startswith("nothing to compare")
     assert verdict(dense_bf16=0.1).startswith("nothing to compare")
-    assert "dense bf16" in CONTENDERS
+    assert set(USUAL) < set(CONTENDERS)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, slow(signal.SIGKILL)])

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.diagnostics.diagnosis import Diagnosis
 from secateur.diagnostics.findings import Finding
 from secateur.models.skeleton import quiet_transformers
+from secateur.reporting.results.diagnose import DiagnoseResult
 from tiny import tiny_tokenizer
 from zoo import tiny_model, tiny_windows
 
@@ -28,7 +28,7 @@ class Pair:
         self.dense, self.pruned = folder / "dense", folder / "pruned"
         self.windows = folder / "windows.safetensors"
 
-    def diagnose(self, *, beside: bool = False, **options: Any) -> Diagnosis:
+    def diagnose(self, *, beside: bool = False, **options: Any) -> DiagnoseResult:
         """Diagnose the pruned model, beside the dense one if wanted."""
         if beside:
             options |= {"dense": self.dense, "text": self.windows}
@@ -64,6 +64,6 @@ def rewrite(file: Path, change: Callable[[Any], object]) -> None:
     file.write_text("\n".join(json.dumps(value) for value in values) + "\n")
 
 
-def found(diagnosis: Diagnosis, kind: str) -> list[Finding]:
+def found(diagnosis: DiagnoseResult, kind: str) -> list[Finding]:
     """The findings of one kind."""
     return [x for x in diagnosis.findings if x.id == kind]

@@ -96,13 +96,11 @@ def test_loaded_models(text: Path) -> None:
     with pytest.raises(RecipeError, match="tokenizer="):
         secateur.evaluate(model, generation=True)
     record = secateur.evaluate(
-        model, dense=model, tokenizer=tokenizer, text=[text], sequence_length=16
+        model, dense=model, tokenizer=tokenizer, text=text, sequence_length=16
     )
     assert record.divergence[0].kl == 0
-    assert record.perplexity[0].protocol_id == (
-        secateur.evaluate(model, text=text, tokenizer=tokenizer, sequence_length=16)
-        .perplexity[0]
-        .protocol_id
+    assert record.protocol_id == (
+        secateur.evaluate(model, text=text, tokenizer=tokenizer, sequence_length=16).protocol_id
     )
     assert (record.tasks, record.generation) == ([], [])
 
@@ -130,19 +128,19 @@ def test_a_reference_that_reads_other_tokens(dense, text, tmp_path) -> None:
     other = save_tiny(tmp_path / "other", max_position_embeddings=512)
     tiny_tokenizer(add_bos=True).save_pretrained(other)
     with pytest.raises(RecipeError, match="different tokens"):
-        secateur.evaluate(dense, dense=other, text=[text], sequence_length=32)
+        secateur.evaluate(dense, dense=other, text=text, sequence_length=32)
 
 
 def test_output_that_cannot_be_written(dense: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
-        secateur.evaluate(dense, text=[text], sequence_length=32, output=tmp_path / "no" / "e.json")
+        secateur.evaluate(dense, text=text, sequence_length=32, output=tmp_path / "no" / "e.json")
 
 
 def test_a_file_of_another_schema(dense: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
-    record = secateur.evaluate(dense, text=[text], sequence_length=32, output=file)
+    record = secateur.evaluate(dense, text=text, sequence_length=32, output=file)
     values = json.loads(file.read_text())
-    assert EvaluationRecord.model_validate(values) == record
+    assert EvaluationRecord.model_validate(values) == record.record
     del values["perplexity"][0]["protocol_id"]
     values["schema"], values["tsaks"] = "secateur.evaluation/3", []
     file.write_text(json.dumps(values))

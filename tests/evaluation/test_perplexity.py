@@ -16,6 +16,7 @@ from secateur.evaluation.generation import generate
 from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol
 from secateur.evaluation.protocol import fingerprint
 from secateur.models.tokenizer import load_tokenizer
+from secateur.runtime.sampling import Sampling
 from tiny import save_tiny, tiny_tokenizer
 from zoo import CONFIGS, tiny_model, tiny_windows
 
@@ -176,17 +177,16 @@ def test_generate(tmp_path, capfd):
             if ids[0, -1] == tokenizer.eos_token_id:
                 break
     assert text == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-    assert generate(model, tokenizer, "some words", 12, 7) == text
+    assert generate(model, tokenizer, "some words", 12, Sampling(seed=7)) == text
 
     def draw(seed: int) -> str:
-        return generate(model, tokenizer, "some words", 30, seed, temperature=1.5)
+        return generate(model, tokenizer, "some words", 30, Sampling(1.5, seed=seed))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
     for bad in (
         {"prompt": ""},
         {"prompt": "a", "max_new_tokens": 0},
-        {"prompt": "a", "temperature": -1.0},
     ):
         with pytest.raises(RecipeError, match="give a"):
             generate(model, tokenizer, **bad)

@@ -25,7 +25,7 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.recipes.structure import StructureRecipe
 from secateur.workflows.chain_steps import checked_steps
-from secateur.workflows.judge.inspect import inspect_model
+from secateur.workflows.judge.inspect import inspect
 from tiny import save_tiny
 
 
@@ -110,7 +110,7 @@ def test_recipes(places: dict[str, Path], content: bytes) -> None:
 def test_configurations_of_dense_folders(places: dict[str, Path], draw: random.Random) -> None:
     folder = copied(places, "dense")
     edited(folder / "config.json", draw, draw.choice([1, 1, 2]))
-    refused_or_read(lambda: inspect_model(str(folder)))
+    refused_or_read(lambda: inspect(str(folder)))
 
 
 @bounded(60)
@@ -118,7 +118,7 @@ def test_configurations_of_dense_folders(places: dict[str, Path], draw: random.R
 def test_configurations_of_packed_folders(places: dict[str, Path], draw: random.Random) -> None:
     folder = copied(places, "packed")
     edited(folder / "config.json", draw, draw.choice([1, 1, 2]))
-    refused_or_read(lambda: inspect_model(str(folder)))
+    refused_or_read(lambda: inspect(str(folder)))
     refused_or_read(lambda: secateur.load(folder))
 
 
@@ -131,7 +131,7 @@ def test_indices(places: dict[str, Path], draw: random.Random) -> None:
     ):
         folder = copied(places, kind)
         edited(folder / name, draw)
-        refused_or_read(lambda: inspect_model(str(folder)))  # noqa: B023
+        refused_or_read(lambda: inspect(str(folder)))  # noqa: B023
 
 
 @bounded(150)
@@ -145,7 +145,7 @@ def test_headers(places: dict[str, Path], draw: random.Random) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
     refused_or_read(lambda: CheckpointReader(folder))
     refused_or_read(lambda: check_folder(folder))
-    refused_or_read(lambda: inspect_model(str(folder)))
+    refused_or_read(lambda: inspect(str(folder)))
 
 
 @bounded(150)
@@ -158,6 +158,6 @@ def test_calibration_lines(places: dict[str, Path], lines: list[str], zipped: bo
 
 def test_the_folders_are_sound(places: dict[str, Path]) -> None:
     for kind in ("dense", "packed"):
-        assert not refused_or_read(lambda kind=kind: inspect_model(str(copied(places, kind))))
+        assert not refused_or_read(lambda kind=kind: inspect(str(copied(places, kind))))
     with pytest.raises(CheckpointError):
-        inspect_model(str(places["copy"].parent))
+        inspect(str(places["copy"].parent))

@@ -14,7 +14,7 @@ import pytest
 
 from secateur.cli.faults import as_told, write_log
 
-BROKEN = "secateur.workflows.judge.inspect.inspect_model"
+BROKEN = "secateur.workflows.judge.inspect.inspect"
 
 
 def raising(error: BaseException):
@@ -111,7 +111,7 @@ import secateur.workflows.judge.inspect
 def wait(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
     signal.pause()
-secateur.workflows.judge.inspect.inspect_model = wait
+secateur.workflows.judge.inspect.inspect = wait
 sys.argv = ["secateur", "inspect", "m", *sys.argv[1:]]
 from secateur.cli import main
 main()

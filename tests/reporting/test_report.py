@@ -23,6 +23,10 @@ from reporting.examples import (
 )
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, RecipeError, SourceError
+from secateur.reporting.drawing import draw
+from secateur.reporting.report.figures import curves
+from secateur.reporting.report.headline import claims
+from secateur.reporting.report.records import read_records
 from secateur.workflows.report import report
 from tiny import save_tiny
 from zoo import tiny_windows
@@ -172,11 +176,82 @@ def test_numbers_of_another_protocol_do_not_share_a_line_or_a_chart(tmp_path: Pa
     longer["perplexity"][0]["protocol"]["sequence_length"] = 2048
     page = page_of(
         tmp_path,
-        write_run(tmp_path / "a", evaluation=evaluation()),
-        write_run(tmp_path / "b", evaluation=longer),
+        *(write_run(tmp_path / name, evaluation=evaluation()) for name in ("a", "b", "c")),
+        *(write_run(tmp_path / name, evaluation=longer) for name in ("d", "e")),
     )
     assert page.text.count("perplexity, boolq-held-out") == 2
-    assert (page.figures["perplexity-1"], page.figures["perplexity-2"]) == (1, 1)
+    assert (page.figures["perplexity-1"], page.figures["perplexity-2"]) == (3, 2)
+
+
+def test_one_point_is_no_chart(tmp_path: Path) -> None:
+    slow = bench()
+    slow["contenders"] = slow["contenders"][:1]
+    seen = diagnosis(layers=1)
+    run = write_run(tmp_path / "run", evaluation=evaluation(), bench=slow, diagnosis=seen)
+    page = page_of(tmp_path, run)
+    assert page.figures == {"sparsity-run": 210, "error-run": 210, "size": 2}
+    assert "31.99 ± 0.67" in page.text  # the table has it
+
+
+def cut_manifest(removed: float) -> dict[str, Any]:
+    """The manifest of a structured cut, which leaves no zeros."""
+    told = manifest("structure", 0.0)
+    sizes = {"parameters": 134515008, "decoder": 106203456, "file_bytes": 269030016}
+    after = {key: int((1 - removed) * size) for key, size in sizes.items()}
+    told["structure"] = {"before": sizes, "after": after, "decoder_removed": removed}
+    return told
+
+
+def test_a_cut_model_has_no_zeros(tmp_path: Path) -> None:
+    pruned = write_run(tmp_path / "pruned", evaluation=evaluation())
+    cut = write_run(tmp_path / "cut", manifest=cut_manifest(0.187), evaluation=evaluation(29.9))
+    records = read_records([pruned, cut])
+    [chart] = curves(records)
+    assert chart.x_label == "part of the decoder that is zero or cut out"
+    marks = {series.name: series.marks[0] for series in chart.series}
+    assert marks["cut"].x == pytest.approx(0.187)
+    assert "at 18.7\u00a0% of the decoder cut out or zero" in marks["cut"].told
+    assert "at 50.0\u00a0% zeros" in marks["pruned"].told
+    other = write_run(tmp_path / "other", evaluation=evaluation(33.0))
+    [zeros_only] = curves(read_records([pruned, other]))
+    assert zeros_only.x_label == "zeros in the decoder's matrices"
+
+
+def test_marks_of_one_place_stand_side_by_side(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, evaluation=evaluation()) for name in ("a", "b", "c")]
+    [chart] = curves(read_records(runs))
+    drawn = [series.marks[0] for series in draw(chart).series]
+    assert len({(mark.x, mark.y) for mark in drawn}) == 3
+    assert {mark.y for mark in drawn} == {drawn[0].y}
+    assert drawn[1].x - drawn[0].x >= 10  # a mark is about ten wide
+
+
+def test_equal_sparsity_is_a_line_not_a_map(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "uneven")]
+    for run in runs[:2]:
+        file = run / "secateur" / "layers.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for linear in (x for line in lines for x in line["linears"]):
+            linear["zeros"] = linear["shape"][0] * linear["shape"][1] // 2
+            linear["error"] = None
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(tmp_path, *runs)
+    assert "a, b: uniform, 50.0\u00a0% zeros in every matrix." in page.text
+    assert "a, b: the method does not measure errors of matrices." in page.text
+    maps = [name for name in page.figures if name.startswith(("sparsity", "error"))]
+    assert maps == ["sparsity-uneven", "error-uneven"]
+
+
+@pytest.mark.parametrize(("perplexity", "tone"), [(22.0, "good"), (25.0, "fair"), (44.33, "bad")])
+def test_the_colour_of_a_claim_says_how_it_is(tmp_path: Path, perplexity: float, tone: str) -> None:
+    told = {**evaluation(perplexity), "tasks": []}
+    [run] = read_records([write_run(tmp_path / "run", evaluation=told)]).runs
+    smaller, faster, quality = claims(run)
+    assert quality.value == f"×{perplexity / 21.73:.2f}"
+    assert quality.tone == tone
+    assert (smaller.tone, faster.tone) == ("", "")  # neither was measured
+    page_of(tmp_path, tmp_path / "run")
+    assert f'class="value {tone}"' in (tmp_path / "report.html").read_text()
 
 
 def test_what_was_not_measured_says_how_to(tmp_path: Path) -> None:
@@ -184,7 +259,7 @@ def test_what_was_not_measured_says_how_to(tmp_path: Path) -> None:
     (folder / "secateur" / "layers.jsonl").unlink()
     (folder / "secateur" / "recipe.yaml").unlink()
     page = page_of(tmp_path, folder)
-    for verb in ("compress", "bench", "eval", "diagnose"):
+    for verb in ("compress", "bench", "evaluate", "diagnose"):
         assert f"secateur {verb} {folder}" in page.text
     assert page.figures == {"size": 2}
     assert "not measured" in page.text
@@ -230,9 +305,8 @@ def test_real_runs(tmp_path: Path) -> None:
     )  # fmt: skip
     library.compress(tmp_path / "run", output=tmp_path / "small", values="int8")
     page = page_of(tmp_path, tmp_path / "run", tmp_path / "small")
-    assert page.figures == dict.fromkeys(
-        ["sparsity-run", "error-run", "sparsity-small", "error-small"], 21
-    ) | {"size": 3}
+    assert page.figures == dict.fromkeys(["error-run", "error-small"], 21) | {"size": 3}
+    assert "run, small: uniform, 50.0\u00a0% zeros" in page.text
     assert "method: sparsegpt" in page.text
 
 

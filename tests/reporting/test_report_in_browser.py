@@ -108,3 +108,28 @@ def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str)
     assert said == []
     assert {url for url in asked if not url.startswith("data:")} == {page_file.as_uri()}
     page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_four_runs_fit_the_table(browser: Any, tmp_path: Path, width: int) -> None:
+    """On 80ad24a the protocol column was clipped at both widths, without a sign."""
+    names = ("sparsegpt-50-int8", "balanced-50-with-a-rather-long-name", "wanda-50", "cut-0.8")
+    runs = [
+        write_run(tmp_path / name, evaluation=evaluation(28.4 + i)) for i, name in enumerate(names)
+    ]
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(report(runs, tmp_path / "report.html").page.as_uri())
+    table = page.locator("table.quality")
+    needed, given = table.evaluate("t => [t.scrollWidth, t.parentElement.clientWidth]")
+    assert needed <= given
+    for words in ("ppl-0a1b2c3d", "sparsegpt-50-int8", "28.40 ± 0.60", "31.40 ± 0.66"):
+        box = table.get_by_text(words).first.bounding_box() if words[0] in "p23" else None
+        if box is not None:
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= width
+    if width == 390:  # each value has its run beside it
+        label = table.locator("td[data-of=wanda-50]").first.evaluate(
+            "cell => getComputedStyle(cell, '::before').content"
+        )
+        assert label == '"wanda-50"'
+    page.close()

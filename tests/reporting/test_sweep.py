@@ -12,7 +12,7 @@ import pytest
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, PatternError, RecipeError
 from secateur.evaluation.perplexity import perplexity
-from secateur.reporting.sweep_result import read_sweep
+from secateur.runs.records import Sweep, read_record
 from secateur.workflows.sweep import run as sweeping
 from secateur.workflows.sweep.plan import SweepPlan
 from secateur.workflows.sweep.run import sweep
@@ -32,8 +32,8 @@ def plan(tmp_path: Path) -> SweepPlan:
         (0.3, 0.6),
         ("2:4",),
         calibration=str(tmp_path / "w.safetensors"),
-        texts=(str(text),),
-        judge_length=16,
+        text=(str(text),),
+        text_sequence_length=16,
     )
 
 
@@ -62,7 +62,7 @@ class KilledAt:
 
 def measured(folder: Path) -> list[tuple[object, ...]]:
     """What does not depend on time."""
-    points = read_sweep(folder / "sweep.json").points
+    points = read_record(Sweep, folder / "sweep.json").points
     return [(p.key, p.perplexity, p.excess, p.zeros) for p in points]
 
 
@@ -74,7 +74,7 @@ def test_the_whole_grid(plan: SweepPlan, tmp_path: Path) -> None:
         for method in ("wanda", "sparsegpt")
         for pattern, sparsity in (("unstructured", 0.3), ("unstructured", 0.6), ("2:4", 0.5))
     ]
-    [text] = plan.texts
+    [text] = plan.text
     for point in result.points:
         assert point.zeros == pytest.approx(point.sparsity, abs=0.02)
         assert point.excess[text] == pytest.approx(
@@ -83,9 +83,9 @@ def test_the_whole_grid(plan: SweepPlan, tmp_path: Path) -> None:
         assert point.folder is None
         kept = sorted(p.name for p in (out / point.notes).rglob("*") if p.is_file())
         assert kept == ["layers.jsonl", "manifest.json", "recipe.yaml"]
-    assert result.protocol[text]["sequence_length"] == 16
-    assert result.calibration is not None
-    assert result.calibration["source"].endswith("w.safetensors")
+    assert result.sweep.protocol[text]["sequence_length"] == 16
+    assert result.sweep.calibration is not None
+    assert result.sweep.calibration["source"].endswith("w.safetensors")
     told = json.loads((out / "sweep.json").read_text())
     assert told["schema"] == "secateur.sweep/1"
     assert told == result.to_json()
@@ -151,12 +151,12 @@ def test_another_sweep_is_refused(plan: SweepPlan, tmp_path: Path) -> None:
     sweep(few, tmp_path / "s")
     for change, told in (
         ({"seed": 3}, "seed: 0 then, 3 now"),
-        ({"judge_length": 20}, "judge_length: 16 then, 20 now"),
+        ({"text_sequence_length": 20}, "text_sequence_length: 16 then, 20 now"),
         ({"sparsities": (0.3,)}, "measured, but not asked for now: magnitude-60"),
     ):
         with pytest.raises(RecipeError, match=told):
             sweep(SweepPlan(**{**vars(few), **change}), tmp_path / "s")
-    Path(plan.texts[0]).write_text("another text of the same name. " * 30)
+    Path(plan.text[0]).write_text("another text of the same name. " * 30)
     with pytest.raises(RecipeError, match="texts_sha256"):
         sweep(few, tmp_path / "s")
 
@@ -194,7 +194,7 @@ def test_a_point_that_fails_does_not_stop_the_others(
 ) -> None:
     words = (
         "sweep", plan.model, "--methods", "wanda", "--sparsities", "0.5", "--patterns", "3:5",
-        "--calibration", plan.calibration, "--perplexity", plan.texts[0], "--judge-length", 16,
+        "--calibration", plan.calibration, "--text", plan.text[0], "--text-sequence-length", 16,
         "-o", tmp_path / "s",
     )  # fmt: skip
     shown = secateur(*words)
@@ -208,7 +208,7 @@ def test_a_point_that_fails_does_not_stop_the_others(
 def test_on_the_command_line(secateur, plan: SweepPlan, tmp_path: Path) -> None:
     words = (
         "sweep", plan.model, "--methods", "magnitude", "--sparsities", "0.3,0.5",
-        "--perplexity", plan.texts[0], "--judge-length", 16, "-o", tmp_path / "s",
+        "--text", plan.text[0], "--text-sequence-length", 16, "-o", tmp_path / "s",
     )  # fmt: skip
     shown = secateur(*words)
     assert shown.code == 0, shown.err

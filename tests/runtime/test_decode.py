@@ -14,6 +14,7 @@ from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.kernels import library as lib
+from secateur.runtime.sampling import Sampling
 from slow import slow
 
 pytestmark = [
@@ -245,7 +246,7 @@ def test_stop_tokens_and_seeds(tmp_path: Path) -> None:
     assert ended == text[: text.index(text[4])]
 
     def drawn(temperature: float, seed: int) -> list[int]:
-        return [*decoder.continued(PROMPT, 30, temperature=temperature, seed=seed)]
+        return [*decoder.continued(PROMPT, 30, sampling=Sampling(temperature, seed=seed))]
 
     assert drawn(1.0, 1) == drawn(1.0, 1)
     assert drawn(1.0, 1) != drawn(1.0, 2)

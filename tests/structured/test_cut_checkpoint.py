@@ -28,7 +28,7 @@ from secateur.structured.surgery import (
     cut_from_zeros,
     cut_model,
 )
-from secateur.workflows.judge.inspect import inspect_model
+from secateur.workflows.judge.inspect import inspect
 from slow import few_families
 from tiny import save_tiny
 from zoo import CONFIGS, tiny_windows
@@ -87,6 +87,7 @@ def test_streaming_gives_the_tensors_of_the_cut_model(
     assert (config["model_type"] == "secateur_varied") != is_plain(family, name)
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_the_results(tmp_path: Path) -> None:
     folders = []
     windows = tiny_windows(1)
@@ -154,7 +155,7 @@ def test_the_rooms_read_varied_folders(tmp_path: Path) -> None:
         tmp_path / "pruned", dense=folder, text=str(tmp_path / "windows.safetensors"), windows=2
     )
     assert not any(finding.severity == "error" for finding in findings.findings)
-    assert inspect_model(str(folder)).family == "llama"
+    assert inspect(str(folder)).family == "llama"
     secateur.compress(str(folder), output=tmp_path / "small")
     with torch.no_grad():
         assert torch.equal(secateur.load(tmp_path / "small")(windows).logits, before)

@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = place / "text.txt"
     text.write_text("the stone by the river, a lamp on paper. " * 12)
     secateur.evaluate(
-        run, dense=place / "dense", text=[text], sequence_length=32, generation=True,
+        run, dense=place / "dense", text=text, sequence_length=32, generation=True,
         prompts=["the lamp"],
     )  # fmt: skip
     secateur.diagnose(run)
@@ -79,7 +79,7 @@ def test_numbers_of_the_same_weights_are_marked(place, tmp_path) -> None:
     own = secateur.report([run], tmp_path / "own.html").page.read_text()
     assert "same weights" not in own
     text = place / "text.txt"
-    secateur.evaluate(small, text=[text], sequence_length=32)
+    secateur.evaluate(small, text=text, sequence_length=32)
     found = read_evaluation(small / "secateur" / "evaluation.json")
     assert found.perplexity[0].inherited_from is None
     assert found.divergence[0].inherited_from == str(run)

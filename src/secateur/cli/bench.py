@@ -3,88 +3,35 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-from secateur.cli import options as o
+from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.workflows.judge.bench import BenchReport
+    from secateur.recipes.bench import BenchRecipe
 
 __all__ = ["bench"]
 
 
-def bench(
-    model: Annotated[str, o.argument(help="Folder, compressed or not; hub id; named sample.")],
-    *,
-    contenders: Annotated[
-        str | None,
-        o.option(help="Comma-separated; by default all that our library can run."),
-    ] = None,
-    gguf: Annotated[
-        list[str] | None,
-        o.option(help="GGUF file for llama.cpp (needs xllamacpp); may be repeated."),
-    ] = None,
-    prompt_tokens: Annotated[int, o.option(help="Length of the prompt.")] = 64,
-    new_tokens: Annotated[int, o.option(help="Tokens written in each round.")] = 32,
-    rounds: Annotated[int, o.option(help="Rounds that count; one more warms up.")] = 5,
-    as_json: o.Json = False,
-) -> None:
-    """Measure speed and memory at batch 1 on the CPU, packed and in all other ways, in turns."""
+def run(recipe: BenchRecipe) -> Any:
+    """Time with a bar of progress; reasons for what could not run go to stderr."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
     from secateur.evaluation.contenders import CONTENDERS
     from secateur.workflows.judge.bench import bench as run_bench
 
+    options = dict(recipe)
+    if recipe.contenders == ("all",):
+        options["contenders"] = CONTENDERS
     with show_progress() as progress:
-        report = run_bench(
-            model,
-            contenders=[name.strip() for name in contenders.split(",")]
-            if contenders
-            else CONTENDERS,
-            gguf=gguf or (),
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            rounds=rounds,
-            progress=progress,
-        )
-    if as_json:
-        print_json({"model": model, **report.to_json()})
-    else:
-        show(model, report)
-    if all(speed.failure is not None for speed in report.speeds):
-        sys.exit(1)
+        result = run_bench(**options, progress=progress)
+    for reason, failed in result.failures.items():
+        print(f"{', '.join(failed)} could not run: {reason}", file=sys.stderr)
+    return result
 
 
-def show(model: str, report: BenchReport) -> None:
-    """What was measured, for people."""
-    from secateur.cli.rendering import print_table
+def exit_code(result: Any) -> int:
+    """1 if nothing could run."""
+    return int(all(speed.failure is not None for speed in result.speeds))
 
-    p = report.protocol
-    rows = []
-    for told in (s.to_json(p["prompt_tokens"]) for s in report.speeds):
-        if "failure" in told:
-            rows.append((told["contender"], told["failure"], "", "", "", ""))
-            continue
-        spread = f"{told['tokens_per_second_least']:.1f} to {told['tokens_per_second_most']:.1f}"
-        rows.append(
-            (
-                told["contender"],
-                f"{told['tokens_per_second']:.1f}",
-                spread,
-                f"{1e3 * told['first_token_seconds']:.0f} ms",
-                f"{told['prompt_tokens_per_second']:.0f}",
-                f"{told['resident_bytes'] / 2**20:.0f} MiB",
-            )
-        )
-    columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
-    print_table(model, columns, rows)
-    print(
-        f"weight files {report.file_bytes / 2**20:.0f} MiB; dense bfloat16 would be "
-        f"{report.dense_bytes / 2**20:.0f} MiB"
-    )
-    print(report.verdict)
-    print(
-        f"{p['cpu']}, {p['threads']} threads, kernels {p['kernels']}; batch 1, prompt of "
-        f"{p['prompt_tokens']} tokens, {p['new_tokens']} new ones, medians of {p['rounds']} "
-        "interleaved rounds"
-    )
+
+bench = command("bench", run, exit_code=exit_code)

@@ -8,12 +8,12 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.recipes.compress import DecompressRecipe
-    from secateur.reporting.compression_report import DecompressionReport
+    from secateur.reporting.results.compress import DecompressResult
 
 __all__ = ["decompress"]
 
 
-def run(recipe: DecompressRecipe, **call: Any) -> DecompressionReport:
+def run(recipe: DecompressRecipe, **call: Any) -> DecompressResult:
     """Decompress with a bar of progress."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.compress.unpack import decompress_recipe
@@ -22,18 +22,4 @@ def run(recipe: DecompressRecipe, **call: Any) -> DecompressionReport:
         return decompress_recipe(recipe, progress, **call)
 
 
-def show(report: DecompressionReport) -> None:
-    """What became of it, for people."""
-    from secateur.cli.rendering import mib, print_table
-
-    rows = [
-        ("weight files before", mib(report.source_bytes)),
-        ("weight files now", mib(report.file_bytes)),
-        ("matrices unpacked", str(report.matrices)),
-        ("time", f"{report.seconds:.1f} s"),
-        ("output", str(report.output)),
-    ]
-    print_table("decompressed", ("", ""), rows)
-
-
-decompress = command("decompress", run, show)
+decompress = command("decompress", run)

@@ -2,111 +2,38 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-from secateur.cli import options as o
+from secateur.cli.verb import command
 from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
-    from secateur.diagnostics.diagnosis import Diagnosis
-    from secateur.diagnostics.target import Machine
+    from secateur.recipes.diagnose import DiagnoseRecipe
 
 __all__ = ["diagnose"]
 
-STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
-
-def diagnose(
-    model: Annotated[
-        str | None,
-        o.argument(help="Folder, compressed or not; hub id, GGUF file or named sample."),
-    ] = None,
-    *,
-    dense: Annotated[
-        str | None, o.option(help="The dense model: its layers are compared, one by one.")
-    ] = None,
-    text: Annotated[
-        str, o.option(help="What both read: a text, or a safetensors file of windows.")
-    ] = "boolq-held-out",
-    windows: Annotated[int, o.option(help="Windows of that text.")] = 8,
-    sequence_length: Annotated[
-        int | None, o.option(help="Tokens per window. [256, or the model's length]")
-    ] = None,
-    training_log: Annotated[
-        str | None,
-        o.option(help="Log of a retraining: JSON lines with step, loss, learning_rate."),
-    ] = None,
-    target: Annotated[
-        bool, o.option("--target", help="Only say what this machine can speed up.")
-    ] = False,
-    device: Annotated[str, o.option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    as_json: o.Json = False,
-) -> None:
-    """Check zeros, values, units and layers; exit code 3 if something is proven wrong."""
+def run(recipe: DiagnoseRecipe) -> Any:
+    """Diagnose with a bar of progress, or show what this machine can speed up."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
     from secateur.workflows.judge.diagnose import check_target
     from secateur.workflows.judge.diagnose import diagnose as run_diagnosis
 
-    if target:
-        machine = check_target()
-        print_json(machine.to_json()) if as_json else show_target(machine)
-        return
-    if model is None:
+    if recipe.target:
+        return check_target()
+    if recipe.model is None:
         raise RecipeError(
             "no model to diagnose", remedy="secateur diagnose DIR, or secateur diagnose --target"
         )
+    options = {key: value for key, value in recipe if key != "target"}
     with show_progress() as progress:
-        found = run_diagnosis(
-            model,
-            dense=dense,
-            text=text,
-            windows=windows,
-            sequence_length=sequence_length,
-            training_log=training_log,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if as_json:
-        print_json(found.to_json())
-    else:
-        show(found)
-    if found.count("error"):
-        sys.exit(3)
+        return run_diagnosis(**options, progress=progress)
 
 
-def show(found: Diagnosis) -> None:
-    """The verdict in a line; then what was found, for people."""
-    from secateur.cli.rendering import print_table, stdout
-
-    stdout.print(f"{found.model}: {found.verdict}", highlight=False, markup=False, soft_wrap=True)
-    rows = [
-        (
-            f"[{STYLES[x.severity]}]{x.severity}[/]\n{x.id}",
-            f"[bold]{plain(x.where)}[/]\n{plain(x.evidence)}\n[dim]→ {plain(x.remedy)}[/]",
-        )
-        for x in found.findings
-    ]
-    if rows:
-        print_table("findings", ("what", "where, evidence → remedy"), rows, numbers=2)
+def exit_code(result: Any) -> int:
+    """3 if something is proven wrong."""
+    count = getattr(result, "count", None)
+    return 3 if count and count("error") else 0
 
 
-def show_target(target: Machine) -> None:
-    """What this machine can speed up, for people."""
-    from secateur.cli.rendering import print_table, stdout
-
-    told = {True: "yes", False: "no", None: "depends"}
-    rows = [(s.kind, s.engine, told[s.faster], plain(s.reason)) for s in target.supports]
-    print_table(target.cpu, ("kind", "engine", "faster", "why"), rows, numbers=4)
-    stdout.print(f"processor features: {', '.join(target.features) or 'not known'}")
-    stdout.print(f"CUDA capability: {target.cuda_capability or 'no CUDA device'}")
-
-
-def plain(text: str) -> str:
-    """Text whose brackets are no markup."""
-    from rich.markup import escape
-
-    return escape(text)
+diagnose = command("diagnose", run, exit_code=exit_code)

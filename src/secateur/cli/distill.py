@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from secateur.cli.retrain import run, show, to_json
+from secateur.cli.retrain import run
 from secateur.cli.verb import command
 
 __all__ = ["distill"]
 
-distill = command("distill", run, show, to_json)
+distill = command("distill", run)

@@ -1,13 +1,18 @@
-"""`secateur generate`: let a model speak."""
+"""`secateur generate`: one text, or a conversation on a terminal."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from secateur.cli import options as o
 
+if TYPE_CHECKING:
+    from secateur.workflows.judge.generate import Conversation
+
 __all__ = ["generate"]
+
+HELP = "/new forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
 def generate(
@@ -15,40 +20,127 @@ def generate(
         str, o.argument(help="Folder (compressed or not), hub id, GGUF file or named sample.")
     ],
     *,
-    prompt: Annotated[str, o.option(help="The text to continue, as it is.")],
-    max_new_tokens: Annotated[int, o.option(help="Where to stop at the latest.")] = 64,
+    prompt: Annotated[
+        str | None,
+        o.option(
+            "--prompt",
+            "-p",
+            help="Continue this text or answer this message. [a conversation on a terminal, else "
+            "the text on stdin]",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, o.option(help="Stop after this many tokens. [256]")
+    ] = None,
     temperature: Annotated[
         float, o.option(help="0 takes the most likely token each time; above 0 draws.")
     ] = 0.0,
-    seed: Annotated[int, o.option(help="Of the draw.")] = 0,
+    top_k: Annotated[
+        int | None, o.option(help="Draw among this many of the most likely tokens. [all]")
+    ] = None,
+    top_p: Annotated[
+        float, o.option(help="Draw among the tokens that together have this probability.")
+    ] = 1.0,
+    seed: Annotated[int, o.option(help="Seed of the draw.")] = 0,
+    stop: Annotated[
+        list[str] | None, o.option(help="End the text before this one; may be repeated.")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        o.switch(help="Use the chat template of the tokenizer. [if it has one]"),
+    ] = None,
+    system: Annotated[
+        str | None, o.option(help="Begin the conversation with this system message.")
+    ] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
 ) -> None:
-    """Continue a prompt on the CPU; packed linears stay packed."""
-    from secateur.cli.rendering import print_json
-    from secateur.workflows.judge.generate import generate as run_generation
+    """Continue a prompt, or chat, on the CPU; packed linears stay packed."""
+    from secateur.runtime.sampling import Sampling
+    from secateur.workflows.judge.generate import Conversation
 
-    written = False
+    sampling = Sampling(temperature, top_k, top_p, seed)  # a fault is an error before any work
+    talk = prompt is None and sys.stdin.isatty() and not as_json
+    conversation = Conversation(
+        model,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or (),
+        chat=chat,
+        system=system,
+        trust_remote_code=trust_remote_code,
+    )
+    if talk:
+        converse(conversation)
+    else:
+        answer(conversation, sys.stdin.read().rstrip("\n") if prompt is None else prompt, as_json)
+
+
+def answer(conversation: Conversation, prompt: str, as_json: bool) -> None:
+    """Write one text as it comes, then how fast it came; or all of it as JSON."""
+    if as_json:
+        from secateur.cli.rendering import print_result
+
+        print_result(conversation.say(prompt), as_json=True)
+        return
+    begun = conversation.chat
 
     def tell(text: str) -> None:
-        nonlocal written
-        if not as_json:
-            sys.stdout.write(text if written else prompt + text)
-            sys.stdout.flush()
-        written = True
+        nonlocal begun
+        write(text if begun else prompt + text)
+        begun = True
 
-    made = run_generation(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        tell=tell,
-    )
-    if as_json:
-        print_json({"model": model, **made.to_json()})
-        return
-    rate = "" if made.tokens_per_second is None else f", {made.tokens_per_second:.1f} tokens/s"
-    print()
-    print(f"{made.tokens} tokens{rate} ({made.loop})", file=sys.stderr)
+    made = conversation.say(prompt, tell)
+    write("\n")
+    print(made.account, file=sys.stderr)
+
+
+def converse(conversation: Conversation) -> None:
+    """Read messages from the terminal and answer them until the input ends."""
+    import_line_editing()
+    kind = "a conversation" if conversation.chat else "each line is a text to continue"
+    print(f"{conversation.session.name}: {kind}. {HELP}", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if prompt == "/quit":
+            return
+        if prompt == "/new":
+            conversation.forget()
+        elif prompt.startswith("/"):
+            print(HELP, file=sys.stderr)
+        elif prompt:
+            reply(conversation, prompt)
+
+
+def reply(conversation: Conversation, prompt: str) -> None:
+    """Answer one message; Ctrl-C stops the answer, and an error ends nothing."""
+    from secateur.errors import RecipeError
+
+    try:
+        made = conversation.say(prompt, write)
+    except KeyboardInterrupt:
+        print("\n(stopped; the conversation does not keep this answer)", file=sys.stderr)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        write("\n")
+        print(made.account, file=sys.stderr)
+
+
+def write(text: str) -> None:
+    """Write text at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def import_line_editing() -> Any:
+    """Let `input` edit lines and remember them, where Python has a readline."""
+    try:
+        import readline
+    except ImportError:
+        return None
+    return readline

@@ -12,31 +12,17 @@ __all__ = ["methods"]
 
 def methods(*, as_json: o.Json = False) -> None:
     """List presets, methods and their parts."""
-    from secateur.cli.rendering import print_json, print_table
-    from secateur.recipes.presets import presets
-    from secateur.sparsity.methods import methods as known
+    from secateur.cli.rendering import print_json
+    from secateur.reporting.tables import print_blocks
 
     if as_json:
-        print_json(everything())
-        return
-    print_table(
-        "presets: secateur prune MODEL --effort NAME",
-        ("name", "stands for"),
-        [(name, ", ".join(f"{k}={told(v)}" for k, v in presets[name].items())) for name in presets],
-        numbers=2,
-    )
-    print_table(
-        "methods: secateur prune MODEL --method NAME",
-        ("name", "score", "solver", "scope", "what it does", "paper"),
-        [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in known.items()],
-        numbers=6,
-    )
-    show_training()
-    show_parts()
+        print_json(all_as_json())
+    else:
+        print_blocks([preset_table(), method_table(), *training_tables(), part_table()])
 
 
-def everything() -> dict[str, Any]:
-    """All that can be chosen, as plain data."""
+def all_as_json() -> dict[str, Any]:
+    """Everything that can be chosen, by kind and name."""
     from secateur.calibration.statistics import statistics
     from secateur.models.architecture import families
     from secateur.recipes.presets import presets
@@ -66,9 +52,46 @@ def everything() -> dict[str, Any]:
     }
 
 
-def show_parts() -> None:
-    """The table of parts from which methods are composed."""
-    from secateur.cli.rendering import print_table
+def preset_table() -> Any:
+    """Presets, and the recipe keys that each sets."""
+    from secateur.recipes.presets import presets
+    from secateur.reporting.tables import Table
+
+    rows = [
+        (name, ", ".join(f"{key}={in_words(value)}" for key, value in presets[name].items()))
+        for name in presets
+    ]
+    title = "presets: secateur prune MODEL --effort NAME"
+    return Table.of(title, ("name", "stands for"), rows, numbers=2)
+
+
+def method_table() -> Any:
+    """Methods, with their parts and papers."""
+    from secateur.reporting.tables import Table
+    from secateur.sparsity.methods import methods as known
+
+    rows = [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in known.items()]
+    columns = ("name", "score", "solver", "scope", "what it does", "paper")
+    return Table.of("methods: secateur prune MODEL --method NAME", columns, rows, numbers=6)
+
+
+def training_tables() -> list[Any]:
+    """The methods that train, and the command of each."""
+    from secateur.reporting.tables import Table
+    from secateur.training.methods import training_methods
+
+    rows = [(name, m.description, m.paper) for name, m in training_methods.items()]
+    commands = [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()]
+    title = "their commands: add --output DIR, and --resume after a stop"
+    return [
+        Table.of("methods that train", ("name", "what it does", "paper"), rows, numbers=3),
+        Table.of(title, ("name", "secateur"), commands, numbers=2),
+    ]
+
+
+def part_table() -> Any:
+    """Parts of methods, and what each needs."""
+    from secateur.reporting.tables import Table
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.patterns import patterns
     from secateur.sparsity.refinements import refinements
@@ -76,51 +99,29 @@ def show_parts() -> None:
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
 
-    print_table(
-        "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME",
-        ("kind", "name", "needs"),
-        [
-            *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
-            *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
-            *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
-            *(("pattern", n, patterns[n].written) for n in patterns),
-            *(("allocation", n, allocated(allocations[n])) for n in allocations),
-            *(
-                ("schedule", n, "--set gradual.schedule=NAME, iterative.schedule=NAME")
-                for n in schedules
-            ),
-        ],
-        numbers=3,
-    )
+    rows = [
+        *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
+        *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
+        *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
+        *(("pattern", n, patterns[n].written) for n in patterns),
+        *(("allocation", n, allocation_needs(allocations[n])) for n in allocations),
+        *(
+            ("schedule", n, "--set gradual.schedule=NAME, iterative.schedule=NAME")
+            for n in schedules
+        ),
+    ]
+    title = "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME"
+    return Table.of(title, ("kind", "name", "needs"), rows, numbers=3)
 
 
-def show_training() -> None:
-    """The methods that train, and the command of each."""
-    from secateur.cli.rendering import print_table
-    from secateur.training.methods import training_methods
-
-    print_table(
-        "methods that train",
-        ("name", "what it does", "paper"),
-        [(name, m.description, m.paper) for name, m in training_methods.items()],
-        numbers=3,
-    )
-    print_table(
-        "their commands: add --output DIR, and --resume after a stop",
-        ("name", "secateur"),
-        [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()],
-        numbers=2,
-    )
-
-
-def told(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A value of a recipe on one line."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def allocated(kind: Any) -> str:
+def allocation_needs(kind: Any) -> str:
     """What an allocation needs, in words."""
     needs = [*sorted(kind.requires), *(f"the method's {part}" for part in sorted(kind.uses))]
     return ", ".join(needs) or "nothing"

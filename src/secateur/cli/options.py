@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-__all__ = ["argument", "option"]
+__all__ = ["argument", "option", "switch"]
 
 
 def argument(help: str) -> Any:
@@ -17,8 +17,13 @@ def argument(help: str) -> Any:
 def option(*names: str, help: str) -> Any:
     """A flag of the command."""
     return Parameter(
-        name=names or None, help=help, negative=(), show_default=True, allow_repeating=None
+        name=names or None, help=help, negative=(), show_default=True, allow_repeating=True
     )
+
+
+def switch(help: str) -> Any:
+    """A flag that is on, off (`--no-…`) or neither."""
+    return Parameter(help=help, show_default=False, allow_repeating=True)
 
 
 CalibrationSource = Annotated[

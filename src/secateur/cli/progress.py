@@ -42,7 +42,7 @@ def show_progress() -> Iterator[Listener]:
     What asks is the file itself, not rich: rich believes FORCE_COLOR, which many CI systems set.
     """
     if sys.stderr.isatty() and not stderr.is_dumb_terminal:
-        with show_progress() as bar:
+        with ProgressBar() as bar:
             yield bar
     else:
         with ProgressLines() as lines:

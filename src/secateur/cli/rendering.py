@@ -1,75 +1,29 @@
-"""How results look on a terminal: sizes and tables."""
+"""Where a command writes: its result to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
-    from secateur.models.inventory import Left
+    from secateur.reporting.results.result import Result
 
-__all__ = [
-    "gib",
-    "mib",
-    "not_pruned",
-    "print_json",
-    "print_table",
-    "show_next",
-    "stderr",
-    "stdout",
-]
+__all__ = ["print_json", "print_result", "stderr", "stdout"]
 
 stdout = Console()
 stderr = Console(stderr=True)
 
 
-def gib(size: float) -> str:
-    """A size in GiB."""
-    return f"{size / 2**30:.2f} GiB"
-
-
-def mib(size: float) -> str:
-    """A size in MiB."""
-    return f"{size / 2**20:,.0f} MiB"
-
-
-def not_pruned(left: Sequence[Left]) -> str:
-    """Matrices that are not pruned, one sort a line."""
-    return "\n".join(one.line() for one in left) or "nothing"
+def print_result(result: Result, *, as_json: bool) -> None:
+    """Write a result to stdout: tables for people, or one JSON document."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        result.show()
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Write one JSON document to stdout."""
     print(json.dumps(value, indent=2))
-
-
-def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 1
-) -> None:
-    """A table on stdout; columns from number `numbers` on are aligned right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < numbers else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    stdout.print(table)
-
-
-def show_next(places: Mapping[str, object], commands: Mapping[str, str]) -> None:
-    """Say where results are and which commands to try next.
-
-    Args:
-        places: what is where.
-        commands: what each command does, and the command.
-    """
-    stdout.print()
-    for what, place in places.items():
-        stdout.print(f"{what}: {place}", soft_wrap=True, markup=False, highlight=False)
-    stdout.print("\n[bold]next[/]")
-    for what, command in commands.items():
-        stdout.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
-        stdout.print(f"      {what}", style="dim")

@@ -9,12 +9,12 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.recipes.train import RetrainRecipe
-    from secateur.reporting.training_report import TrainingReport
+    from secateur.reporting.results.train import TrainResult
 
-__all__ = ["retrain", "run", "show", "to_json"]
+__all__ = ["retrain", "run"]
 
 
-def run(recipe: RetrainRecipe, **call: Any) -> TrainingReport | None:
+def run(recipe: RetrainRecipe, **call: Any) -> TrainResult | None:
     """Train with a bar of progress; of several processes, only the first one reports."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.train.checkpoint import run_training
@@ -26,29 +26,4 @@ def run(recipe: RetrainRecipe, **call: Any) -> TrainingReport | None:
         return run_training(recipe, progress, **call)
 
 
-def to_json(report: TrainingReport) -> dict[str, Any]:
-    """The manifest, and where the result is."""
-    return {"output": str(report.output), **report.manifest}
-
-
-def show(report: TrainingReport) -> None:
-    """What was done, for people."""
-    from secateur.cli.rendering import gib, print_table
-
-    result, cost = report.manifest["result"], report.manifest["cost"]
-    seconds = cost["training_seconds"]
-    rows = [
-        ("objective", report.manifest["objective"]),
-        ("zeros in decoder matrices", f"{report.sparsity:.4%}"),
-        ("read", f"{report.tokens:,} tokens in {report.steps:,} steps"),
-        ("time", f"{seconds:.1f} s, {report.tokens / seconds:,.0f} tokens/s"),
-        ("peak memory", gib(cost["peak_resident_bytes"])),
-        ("output", str(report.output)),
-    ]
-    if report.perplexity_after is not None:
-        told = f"{report.perplexity_before:.3f} → {report.perplexity_after:.3f}"
-        rows.insert(2, ("validation perplexity", f"{told} at step {result['best_step']}"))
-    print_table("trained", ("", ""), rows, numbers=2)
-
-
-retrain = command("retrain", run, show, to_json)
+retrain = command("retrain", run)

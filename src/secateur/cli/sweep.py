@@ -2,115 +2,35 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from secateur.cli import options as o
+from secateur.cli.verb import command
 from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
-    from secateur.reporting.sweep_result import SweepResult
+    from secateur.recipes.sweep import SweepRecipe
 
 __all__ = ["sweep"]
 
 
-def sweep(
-    model: Annotated[str, o.argument(help="Hub id, folder, GGUF file or named sample.")],
-    *,
-    methods: Annotated[
-        str, o.option(help="Comma-separated: methods, or presets (fast, balanced, best).")
-    ],
-    output: Annotated[str, o.option("--output", "-o", help="Folder of the sweep.")],
-    sparsities: Annotated[
-        str, o.option(help="Comma-separated fractions of zeros, such as 0.3,0.5,0.7.")
-    ] = "",
-    patterns: Annotated[
-        str, o.option(help="Comma-separated patterns to try as well, such as 2:4,4:8.")
-    ] = "",
-    calibration: o.CalibrationSource = None,
-    windows: o.Windows = None,
-    sequence_length: o.SequenceLength = None,
-    seed: o.Seed = None,
-    perplexity: Annotated[
-        list[str] | None,
-        o.option(help="Text to judge on; may be repeated. [wikitext2]"),
-    ] = None,
-    judge_length: Annotated[
-        int | None,
-        o.option(help="Tokens of a window to judge on. [2048, or the model's length]"),
-    ] = None,
-    max_windows: Annotated[
-        int | None, o.option(help="Judge on the first windows of each text only.")
-    ] = None,
-    keep_models: Annotated[
-        bool, o.option("--keep-models", help="Leave the weights of every point in place.")
-    ] = False,
-    device: Annotated[str, o.option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    as_json: o.Json = False,
-) -> None:
-    """Prune at many sparsities, judge each, draw the curves; the same command again goes on."""
-    given: dict[str, Any] = {
-        "calibration": calibration,
-        "windows": windows,
-        "sequence_length": sequence_length,
-        "seed": seed,
-        "texts": tuple(perplexity) if perplexity else None,
-    }
-    shares = numbers(sparsities)
+def run(recipe: SweepRecipe) -> Any:
+    """Sweep with a bar of progress."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_json
     from secateur.workflows.sweep.plan import SweepPlan
     from secateur.workflows.sweep.run import sweep as run_sweep
 
-    plan = SweepPlan(
-        model,
-        words(methods),
-        shares,
-        words(patterns),
-        judge_length=judge_length,
-        max_windows=max_windows,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        **{key: value for key, value in given.items() if value is not None},
-    )
+    if recipe.output is None:
+        raise RecipeError("no output folder", remedy="add --output DIR")
+    options = {key: value for key, value in recipe if key not in ("output", "keep_models")}
     with show_progress() as progress:
-        result = run_sweep(plan, output, keep_models=keep_models, progress=progress)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        show(result, output)
-    if result.failures:
-        sys.exit(1)
+        return run_sweep(
+            SweepPlan(**options), recipe.output, keep_models=recipe.keep_models, progress=progress
+        )
 
 
-def words(text: str) -> tuple[str, ...]:
-    """What stands between commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+def exit_code(result: Any) -> int:
+    """1 if a point failed."""
+    return int(bool(result.failures))
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """The fractions between commas.
-
-    Raises:
-        RecipeError: one is no number.
-    """
-    try:
-        return tuple(float(word) for word in words(text))
-    except ValueError:
-        raise RecipeError(
-            f"--sparsities {text!r} are not numbers", remedy="for example --sparsities 0.3,0.5,0.7"
-        ) from None
-
-
-def show(result: SweepResult, output: str) -> None:
-    """The table, for people."""
-    from secateur.cli.rendering import print_table, stdout
-
-    print_table(result.model, result.columns, result.rows(), numbers=2)
-    stdout.print("in brackets: ln(perplexity) − ln(dense perplexity), nats a token", style="dim")
-    for failure in result.failures:
-        where = f" ({failure['where']})" if failure["where"] else ""
-        named = f"{failure['method']} {failure['pattern']} {failure['sparsity']:g}"
-        stdout.print(f"failed: {named}: {failure['what']}{where}", markup=False, style="red")
-    stdout.print(f"sweep.json, .md, .csv, .png and .svg lie in [bold]{output}[/]")
+sweep = command("sweep", run, exit_code=exit_code)

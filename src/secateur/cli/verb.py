@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
@@ -12,6 +13,9 @@ from secateur.recipes.flags import recipe_from_flags, takes_several
 from secateur.recipes.options import Option, options_of, run_options_of
 from secateur.recipes.section import GROUPS, OUTPUT, Flag
 from secateur.recipes.verbs import VERBS, imported
+
+if TYPE_CHECKING:
+    from secateur.reporting.results.result import Result
 
 __all__ = ["command"]
 
@@ -44,20 +48,18 @@ JSON = Option(
 
 def command(
     verb: str,
-    run: Callable[..., Any],
-    show: Callable[[Any], None],
-    to_json: Callable[[Any], Any] = lambda report: report.to_json(),
+    run: Callable[..., Result | None],
     leave_out: frozenset[str] = frozenset(),
+    exit_code: Callable[[Any], int] = lambda result: 0,
 ) -> Callable[..., None]:
     """A function whose signature has a flag for every option of a verb's recipe.
 
     Args:
         verb: the name of the verb.
-        run: takes the recipe and the options of the call; returns a report, or None where another
+        run: takes the recipe and the options of the call; returns a result, or None where another
             process has it.
-        show: prints a report for people.
-        to_json: what `--json` prints of a report.
         leave_out: options of the recipe that do not concern this verb.
+        exit_code: the exit code that a result stands for.
     """
     kind = imported(VERBS[verb].recipe)
     of_recipe = [o for o in options_of(kind) if o.name not in leave_out and not o.flag.hidden]
@@ -74,15 +76,13 @@ def command(
         given = dict(bound.arguments)
         assignments, as_json = given.pop("set") or (), given.pop("json")
         call = {o.name: given.pop(o.name) for o in of_call}
-        report = run(recipe_from_flags(kind, given, assignments), **call)
-        if report is None:
-            return
-        if as_json:
-            from secateur.cli.rendering import print_json
+        result = run(recipe_from_flags(kind, given, assignments), **call)
+        if result is not None:
+            from secateur.cli.rendering import print_result
 
-            print_json(to_json(report))
-        else:
-            show(report)
+            print_result(result, as_json=as_json)
+            if exit_code(result):
+                sys.exit(exit_code(result))
 
     function: Any = carry_out
     function.__signature__ = signature
@@ -109,9 +109,12 @@ def parameter(option: Option, *, is_switch: bool) -> inspect.Parameter:
         allow_repeating=None if takes_several(option) else True,
     )
     kind: Any = bool if is_bool else list[str] if takes_several(option) else str
-    if option.required:
+    if option.is_word:
         return inspect.Parameter(
-            option.name, inspect.Parameter.POSITIONAL_ONLY, annotation=Annotated[kind, shown]
+            option.name,
+            inspect.Parameter.POSITIONAL_ONLY,
+            default=inspect.Parameter.empty if option.required else None,
+            annotation=Annotated[kind if option.required else kind | None, shown],
         )
     off = option.flag.off or (f"no_{option.name}" if option.default == "on" else None)
     named = Parameter(

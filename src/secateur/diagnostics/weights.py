@@ -17,7 +17,7 @@ from secateur.diagnostics.claims import Claims
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.inventory import StoredMatrix
 
-__all__ = ["LinearHealth", "Weights", "look_at_weights"]
+__all__ = ["LinearHealth", "Weights", "layer_sparsity", "look_at_weights"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,15 @@ class Weights:
     def of_layer(self, index: int) -> dict[str, LinearHealth]:
         """The matrices of one decoder layer, by their name within it."""
         return {x.kind: x for x in self.linears if x.layer == index}
+
+
+def layer_sparsity(weights: Weights) -> dict[int, float]:
+    """The fraction of zeros in the matrices of each decoder layer."""
+    found = {}
+    for index in dict.fromkeys(x.layer for x in weights.linears):
+        same = [x for x in weights.linears if x.layer == index]
+        found[index] = sum(x.zeros for x in same) / sum(x.shape[0] * x.shape[1] for x in same)
+    return found
 
 
 def look_at_weights(

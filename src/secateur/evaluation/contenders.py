@@ -30,7 +30,7 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedLinear
 from secateur.runtime.load import load
 
-__all__ = ["CONTENDERS", "Contender", "Round", "contender"]
+__all__ = ["CONTENDERS", "USUAL", "Contender", "Round", "contender"]
 
 CONTENDERS = (
     "packed",
@@ -40,6 +40,8 @@ CONTENDERS = (
     "torch bf16",
     "torch int8",
 )
+USUAL = ("packed", "dense bf16", "dense int8", "torch bf16")
+"""The contenders that tell most; the others take long and are never the fastest."""
 Round = dict[str, float]
 """Seconds to the first token, and seconds for each token after it."""
 
@@ -159,7 +161,7 @@ def contender(name: str, folder: Path, capacity: int, threads: int) -> Contender
         return Transformers(model)
     reason = why_not(model, capacity)
     if reason is not None:
-        raise KernelError(f"{name}: {reason}", remedy="the other contenders still run")
+        raise KernelError(reason, remedy="contenders in transformers run it")
     return OneCall(model, capacity)
 
 

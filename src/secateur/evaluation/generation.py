@@ -1,17 +1,22 @@
-"""Text continued by a model: not a measurement, but what a person looks at first."""
+"""Text continued by a transformers model, whole or token by token."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluating
 from secateur.models.tokenizer import Tokenizer
+from secateur.runtime.sampling import Sampling
 
-__all__ = ["generate"]
+__all__ = ["generate", "stream_tokens"]
+
+GREEDY = Sampling()
 
 
 def generate(
@@ -19,9 +24,7 @@ def generate(
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int = 40,
-    seed: int = 0,
-    *,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
 ) -> str:
     """Continue a prompt.
 
@@ -30,8 +33,7 @@ def generate(
         tokenizer: of that model.
         prompt: the text to continue, as it is, without a chat template.
         max_new_tokens: where to stop if the model does not end earlier.
-        seed: of the draw; has no effect at temperature 0.
-        temperature: 0 takes the most likely token each time; above 0 draws, softmax(logits / T).
+        sampling: how tokens are drawn; the most likely one by default.
 
     Returns:
         The new text alone.
@@ -39,28 +41,95 @@ def generate(
     Raises:
         RecipeError: the prompt has no token, or a number is out of range.
     """
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
+    tokens: list[int] = []
+
+    def take(token: int) -> bool:
+        tokens.append(token)
+        return True
+
+    stream_tokens(model, tokenizer, ids, max_new_tokens, sampling, take)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def stream_tokens(
+    model: Any,
+    tokenizer: Tokenizer,
+    ids: Int64[Tensor, " tokens"],
+    max_new_tokens: int,
+    sampling: Sampling,
+    take: Callable[[int], bool],
+) -> None:
+    """Give each token that follows a prompt to a function, as soon as it is drawn.
+
+    The token that ends the text, such as `</s>`, is among them.
+
+    Args:
+        model: a transformers causal language model, on any device.
+        tokenizer: of that model.
+        ids: the prompt.
+        max_new_tokens: where to stop if the model does not end earlier.
+        sampling: how tokens are drawn.
+        take: returns False to end the text.
+
+    Raises:
+        RecipeError: the prompt has no token, or `max_new_tokens` is less than 1.
+    """
+    from transformers import StoppingCriteriaList
+
     from secateur.models.skeleton import quiet_transformers
 
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+    if max_new_tokens < 1:
         raise RecipeError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}",
-            remedy="give at least one new token and a temperature of 0 or more",
+            f"max_new_tokens is {max_new_tokens}", remedy="give at least one new token"
         )
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length = inputs["input_ids"].shape[1]
-    if length == 0:
+    if len(ids) == 0:
         raise RecipeError("the prompt has no token", remedy="give a prompt of at least one word")
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    prompt = ids[None].to(model.device)
+    listener = TokenListener(take)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.random.fork_rng(), torch.inference_mode(), evaluating(model), quiet_transformers():
-        torch.manual_seed(seed)
-        tokens = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+        torch.manual_seed(sampling.seed)
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            **sampling,
+            streamer=listener,
+            stopping_criteria=StoppingCriteriaList([listener.stops]),
+            **options_of(sampling),
         )
-    return cast(str, tokenizer.decode(tokens[0, length:], skip_special_tokens=True))
+
+
+def options_of(sampling: Sampling) -> dict[str, Any]:
+    """The same sampling in the words of transformers."""
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or 0,
+        "top_p": sampling.top_p,
+    }
+
+
+class TokenListener:
+    """Receives tokens from transformers' `generate`, which calls it a streamer."""
+
+    def __init__(self, take: Callable[[int], bool]) -> None:
+        self.take = take
+        self.prompt_seen = self.stopped = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the next token; the first call brings the prompt."""
+        if not self.prompt_seen:
+            self.prompt_seen = True
+        elif not self.stopped:
+            self.stopped = not self.take(int(value.reshape(-1)[0]))
+
+    def end(self) -> None:
+        """Nothing follows."""
+
+    def stops(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Whether each sequence ends here; transformers asks after each token."""
+        return torch.full((len(ids),), self.stopped, dtype=torch.bool, device=ids.device)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from secateur.runtime.kernels.library import library
 __all__ = ["Speed", "take_turns"]
 
 PR_SET_PDEATHSIG = 1
+LEAST_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ def take_turns(
     prompt: Sequence[int],
     new_tokens: int,
     rounds: int,
+    seconds: float = math.inf,
     progress: Progress | None = None,
 ) -> list[Speed]:
     """Time contenders in turns, each with a checkpoint of its own.
@@ -139,8 +143,9 @@ def take_turns(
         contenders: names of `CONTENDERS`, or paths of GGUF files, each with a checkpoint's folder.
         prompt: token ids.
         new_tokens: to write in each round, at least 2.
-        rounds: that count; one more warms up.
-        progress: told of every contender and every round.
+        rounds: at most so many; two tokens each warm up.
+        seconds: no round begins after so many seconds of measuring, but two are made in any case.
+        progress: receives every contender and every round.
 
     Returns:
         One for each of them, in the same order.
@@ -157,15 +162,18 @@ def take_turns(
         progress.finish()
         running = [p for p in processes if "failure" not in p.ready]
         found: dict[Process, list[Round]] = {p: [] for p in running}
-        progress.start("measuring", (rounds + 1) * len(running))
-        for number in range(rounds + 1):
+        progress.start("measuring", rounds * len(running))
+        begun = time.perf_counter()
+        for number in range(rounds):
+            if number >= LEAST_ROUNDS and time.perf_counter() - begun > seconds:
+                break
             for process in running:
                 told = process.ask("round")
                 if "failure" in told:
                     process.ready = told
-                elif number:
+                else:
                     found[process].append(told)
-                progress.step(note=process.name)
+                progress.step(note=f"round {number + 1}: {process.name}")
             running = [p for p in running if "failure" not in p.ready]
         progress.finish()
     finally:

@@ -12,10 +12,11 @@ and an in-place write needs the offsets.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -28,6 +29,8 @@ from secateur.models.header import Header, TensorEntry, parse_json, read_header
 from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 
+log = logging.getLogger(__name__)
+
 __all__ = [
     "INDEX_NAME",
     "INDEX_NAMES",
@@ -36,6 +39,7 @@ __all__ = [
     "PatchedCopy",
     "TensorEntry",
     "copied_files",
+    "note_links",
     "read_all",
     "read_header",
     "read_headers",
@@ -254,6 +258,18 @@ def copied_files(folder: Path) -> list[Path]:
     )
 
 
+def note_links(files: Iterable[Path]) -> None:
+    """Log the symbolic links among files that lead out of their folder; their content is copied.
+
+    The links of a hub snapshot lead to the blobs of the same model and are not named.
+    """
+    for file in files:
+        target = file.resolve()
+        blobs = file.parent.resolve().parent.parent / "blobs"
+        if file.is_symlink() and target.parent not in (file.parent.resolve(), blobs):
+            log.warning("%s is a link to %s: its content is copied into the result", file, target)
+
+
 class PatchedCopy:
     """A copy of a checkpoint whose tensors can be overwritten in place.
 
@@ -277,6 +293,7 @@ class PatchedCopy:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         files = [*copied_files(self.source.folder), *self.source.files]
+        note_links(files)
         sizes = {file: file.stat().st_size // 2**20 for file in files}
         progress = progress or Silent()
         progress.start("copying", max(1, sum(sizes.values())))

@@ -92,7 +92,7 @@ def documented(doc: str, added: Sequence[Option]) -> str:
         )
         for option in added
     ]
-    return re.sub(r" *\*\*options: .*", lambda _: "\n".join(lines), doc, count=1)
+    return re.sub(r" *\*\*options: .*(\n {12}.*)*", lambda _: "\n".join(lines), doc, count=1)
 
 
 def recipe_of(

@@ -19,7 +19,8 @@ OLD_NAMES: Mapping[str, tuple[str, ...]] = {
     "heads": ("kv_groups",),
     "hidden": ("hidden_size", "hidden_weight"),
     "learning_rate": ("tune_learning_rate",),
-    "max_windows": ("windows",),
+    "judge_length": ("text_sequence_length",),
+    "max_windows": ("windows", "text_windows"),
     "micro_batch": ("micro_batch_windows",),
     "next_token": ("distill_next_token",),
     "override": ("overrides",),
@@ -30,6 +31,7 @@ OLD_NAMES: Mapping[str, tuple[str, ...]] = {
     "reference": ("dense",),
     "remask": ("tune_remask",),
     "samples": ("windows",),
+    "texts": ("text",),
     "units": ("depth_units",),
     "validation": ("validation_text",),
 }

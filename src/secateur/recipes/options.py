@@ -55,6 +55,11 @@ class Option:
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     @property
+    def is_word(self) -> bool:
+        """Whether it is a word of the command rather than a flag."""
+        return self.required or self.flag.positional
+
+    @property
     def is_path(self) -> bool:
         """Whether a path may be given."""
         return self.flag.value in PATHS

@@ -22,6 +22,7 @@ __all__ = [
     "OUTPUT",
     "RECOVERY",
     "WHAT_TO_COMPRESS",
+    "WHAT_TO_CONTINUE",
     "WHAT_TO_CUT",
     "WHAT_TO_LEARN_FROM",
     "WHAT_TO_MEASURE",
@@ -37,6 +38,7 @@ WHAT_TO_PRUNE = "What to prune"
 WHAT_TO_CUT = "What to cut"
 WHAT_TO_COMPRESS = "What to compress"
 WHAT_TO_MEASURE = "What to measure"
+WHAT_TO_CONTINUE = "What to continue"
 WHAT_TO_LEARN_FROM = "What to learn from"
 HOW = "How"
 CALIBRATION = "Calibration"
@@ -50,6 +52,7 @@ GROUPS = (
     WHAT_TO_LEARN_FROM,
     WHAT_TO_COMPRESS,
     WHAT_TO_MEASURE,
+    WHAT_TO_CONTINUE,
     HOW,
     CALIBRATION,
     RECOVERY,
@@ -82,6 +85,7 @@ class Flag:
         value: the word for the value in the help, such as DIR. A path may be given for DIR, FILE,
             MODEL and TEXT.
         commas: whether one flag takes several values with commas between.
+        positional: whether it is a word of the command rather than a flag.
         hidden: whether there is no flag: the value is written in YAML or given in Python.
     """
 
@@ -91,6 +95,7 @@ class Flag:
     default: str | None = None
     value: str | None = None
     commas: bool = False
+    positional: bool = False
     hidden: bool = False
 
 

@@ -46,7 +46,7 @@ VERBS: dict[str, Verb] = {
             "prune",
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
-            "secateur.workflows.pruning:prune",
+            "secateur.workflows.prune_and_pack:prune",
         ),
         Verb(
             "structure",
@@ -89,7 +89,12 @@ VERBS: dict[str, Verb] = {
             "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
             "beside those of other protocols.",
         ),
-        Verb("inspect", "Show family, sizes, linears and the sparsity that is really stored."),
+        Verb(
+            "inspect",
+            "Show family, sizes, linears and the sparsity that is really stored.",
+            "secateur.recipes.inspect:InspectRecipe",
+            "secateur.workflows.judge.inspect:inspect",
+        ),
         Verb("methods", "List presets, methods and their parts."),
         Verb(
             "compress",
@@ -107,19 +112,27 @@ VERBS: dict[str, Verb] = {
         Verb(
             "bench",
             "Measure speed and memory at batch 1 on the CPU, packed and in other ways, in turns.",
+            "secateur.recipes.bench:BenchRecipe",
+            "secateur.workflows.judge.bench:bench",
         ),
         Verb(
             "sweep",
             "Prune at many sparsities, evaluate each model and draw the curves.",
+            "secateur.recipes.sweep:SweepRecipe",
+            "secateur.workflows.sweep.run:sweep",
             more="The same command again resumes a stopped sweep.",
         ),
         Verb(
             "report",
             "Put what was measured of pruned models on one self-contained page, side by side.",
+            "secateur.recipes.report:ReportRecipe",
+            "secateur.workflows.report:report",
         ),
         Verb(
             "diagnose",
             "Check zeros, values, units and layers.",
+            "secateur.recipes.diagnose:DiagnoseRecipe",
+            "secateur.workflows.judge.diagnose:diagnose",
             more="The exit code is 3 if something is proven wrong.",
         ),
         Verb("demo", "Prune SmolLM2-135M, evaluate it beside the dense model, and write a report."),

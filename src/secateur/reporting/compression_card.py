@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.reporting.compression_report import CompressionReport
 from secateur.reporting.front_matter import inherited_front_matter, shown_place, split_card
+from secateur.reporting.results.compress import CompressResult
 
 __all__ = ["compression_card", "source_part", "with_dense_card"]
 
@@ -43,7 +43,7 @@ The card of the dense folder follows; what it says of sizes and of loading is ab
 
 
 def compression_card(
-    report: CompressionReport, source: Mapping[str, Any], source_folder: Path, output: str | Path
+    report: CompressResult, source: Mapping[str, Any], source_folder: Path, output: str | Path
 ) -> str:
     """The text of README.md for the folder written.
 

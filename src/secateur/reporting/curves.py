@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.evaluation.protocol import protocol_id
 from secateur.reporting.charts import LineChart, Mark, Series
-from secateur.reporting.sweep_result import SweepResult
+from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, percent
 
 __all__ = ["CurvePoint", "curve_charts", "judged_points", "sweep_charts"]
@@ -24,10 +24,11 @@ class CurvePoint:
         text: what it was judged on.
         protocol: how.
         series: the line it belongs to.
-        sparsity: the fraction of zeros in the decoder's matrices.
+        sparsity: the part of the decoder that is gone: zeros in its matrices, or cut out of it.
         perplexity: the value.
         dense: that of the dense model, if it was measured.
         joined: whether its series is a line.
+        cut: whether something was cut out of the model.
     """
 
     model: str
@@ -38,6 +39,7 @@ class CurvePoint:
     perplexity: float
     dense: float | None = None
     joined: bool = True
+    cut: bool = False
 
     @property
     def alike(self) -> tuple[Any, ...]:
@@ -47,8 +49,9 @@ class CurvePoint:
     @property
     def told(self) -> str:
         """All of it in words."""
+        gone = "of the decoder cut out or zero" if self.cut else "zeros"
         words = (
-            f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 1)} zeros"
+            f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 1)} {gone}"
         )
         if self.dense:
             words += f", {math.log(self.perplexity / self.dense):+.3f} nats a token"
@@ -59,9 +62,9 @@ def judged_points(result: SweepResult, name: str = "") -> list[CurvePoint]:
     """The points of a sweep; `name` tells its lines from those of others."""
     return [
         CurvePoint(
-            model=result.model,
+            model=result.sweep.model,
             text=text,
-            protocol=result.protocol[text],
+            protocol=result.sweep.protocol[text],
             series=" ".join(
                 filter(None, (name, p.method, "" if p.pattern == "unstructured" else p.pattern))
             ),
@@ -81,12 +84,13 @@ def sweep_charts(results: Sequence[SweepResult]) -> list[LineChart]:
 
 
 def curve_charts(points: Iterable[CurvePoint]) -> list[LineChart]:
-    """One chart for each set of perplexities that can be compared, at least one point each."""
+    """One chart for each set of perplexities that can be compared, at least two points each."""
     groups: dict[tuple[Any, ...], list[CurvePoint]] = {}
     for point in points:
         if math.isfinite(point.perplexity) and point.perplexity > 0:
             groups.setdefault(point.alike, []).append(point)
-    return [chart_of(number, group) for number, group in enumerate(groups.values(), start=1)]
+    several = [group for group in groups.values() if len(group) > 1]
+    return [chart_of(number, group) for number, group in enumerate(several, start=1)]
 
 
 def chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
@@ -100,7 +104,9 @@ def chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
     return LineChart(
         key=f"perplexity-{number}",
         title=f"{bare_name(first.model)}: perplexity on {bare_name(first.text)}",
-        x_label="zeros in the decoder's matrices",
+        x_label="part of the decoder that is zero or cut out"
+        if any(point.cut for point in group)
+        else "zeros in the decoder's matrices",
         y_label="perplexity (log)",
         series=tuple(
             Series(

@@ -12,8 +12,13 @@ __all__ = ["HEIGHT", "WIDTH", "Drawing", "draw"]
 
 WIDTH, HEIGHT = 430.0, 310.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 16.0, 40.0
+MARK = 11.0
+"""The width of a mark, with some air."""
 LETTER, LINE = 6.6, 13.0
 """Room that a letter and a line of small print take."""
+
+Place = tuple[float, float]
+Box = tuple[float, float, float, float]
 
 SHAPES = (
     "M-4.4 0a4.4 4.4 0 1 0 8.8 0a4.4 4.4 0 1 0-8.8 0z",
@@ -99,14 +104,15 @@ def draw(chart: LineChart) -> Drawing:
     log = chart.log_y and min(ys) > 0
     x = Axis(*span([m.x for m in marks], 0.08), LEFT, WIDTH - RIGHT)
     y = Axis(*span(ys, 0.12, log=log), HEIGHT - BOTTOM, TOP, log)
-    taken = [(x(m.x) - 5, y(m.y) - 5, x(m.x) + 5, y(m.y) + 5) for m in marks]
+    placed = spread([[(x(m.x), y(m.y)) for m in one.drawn] for one in chart.series])
+    taken = [(a - 5, b - 5, a + 5, b + 5) for places in placed for a, b in places]
     reference_y = y(chart.reference[1]) if chart.reference else None
     if reference_y is not None:  # its line, and its name at the right end
         taken += [(LEFT, reference_y - 2, WIDTH - RIGHT, reference_y + 2)]
         taken += [(WIDTH - RIGHT - 13 * LETTER, reference_y - LINE, WIDTH - RIGHT, reference_y)]
     series = []
     for number, one in enumerate(chart.series):
-        places = [(x(m.x), y(m.y)) for m in one.drawn]
+        places = placed[number]
         path = "M" + "L".join(f"{a:g} {b:g}" for a, b in places) if one.joined else ""
         drawn = tuple(place_mark(m, *p, taken) for m, p in zip(one.drawn, places, strict=True))
         series.append(
@@ -128,6 +134,22 @@ def draw(chart: LineChart) -> Drawing:
         tuple(series),
         reference_y,
     )
+
+
+def spread(series: Sequence[Sequence[Place]]) -> list[list[Place]]:
+    """Places of marks, moved to the side by a mark's width where an earlier series has one.
+
+    Only series of one mark move: on a line the place says the value.
+    """
+    placed: list[list[Place]] = []
+    for places in series:
+        own = [*places]
+        if len(own) == 1:
+            others = [place for earlier in placed for place in earlier]
+            while any(math.dist(own[0], other) < MARK for other in others):
+                own = [(own[0][0] + MARK, own[0][1])]
+        placed.append(own)
+    return placed
 
 
 def span(values: Sequence[float], margin: float, *, log: bool = False) -> tuple[float, float]:
@@ -164,9 +186,6 @@ def tick_text(value: float, percent: bool = False) -> str:
     if percent:
         return f"{100 * value:.3g} %"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-Box = tuple[float, float, float, float]
 
 
 def place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:

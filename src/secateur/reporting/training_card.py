@@ -24,7 +24,7 @@ Trained by `secateur {verb}` with its zeros held at every step, and looked at ag
 | perplexity of the validation windows | {perplexity} |
 | wall time | {seconds:.0f} s on {hardware} |
 
-The perplexity is the one that was watched while training; `secateur eval` measures by a protocol.
+Training watched this perplexity. `secateur evaluate` measures one by a protocol.
 
 ## Make it again
 

@@ -1,8 +1,8 @@
 """`secateur/evaluation.json`: the results of evaluations, every number with its protocol.
 
-Written by `secateur eval`; read by the report. Documented in `docs/evaluation.md`. One file
-contains the results of several calls: a new result replaces an earlier one with the same protocol
-id, and all others stay.
+`secateur evaluate` writes it and the report reads it. `docs/evaluation.md` documents it. One file
+holds the results of several calls: a new result replaces an earlier one with the same protocol id,
+and all others stay.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def read_evaluation(file: Path) -> EvaluationRecord:
     Raises:
         CheckpointError: the file cannot be read, or has another schema; lists every fault.
     """
-    remedy = "move the file away and run `secateur eval` again"
+    remedy = "move the file away and run `secateur evaluate` again"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         return EvaluationRecord.model_validate(from_first(values))

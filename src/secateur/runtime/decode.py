@@ -30,6 +30,7 @@ from secateur.runtime.kernels.library import (
 )
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedLinear
+from secateur.runtime.sampling import Sampling
 
 __all__ = ["Decoder", "given_cache", "why_not"]
 
@@ -37,6 +38,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose angles do not depend on the length of the text."""
 
+GREEDY = Sampling()
 _PROJECTIONS = ("q", "k", "v", "o")
 _FEED_FORWARD = ("gate", "up", "down")
 
@@ -248,8 +250,7 @@ class Decoder:
         ids: Int64[Tensor, " tokens"],
         max_new_tokens: int,
         *,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling = GREEDY,
         stop: Collection[int] = (),
     ) -> Iterator[int]:
         """Yield the tokens that follow a prompt, one by one.
@@ -257,8 +258,7 @@ class Decoder:
         Args:
             ids: the prompt.
             max_new_tokens: the limit; prompt and new tokens must fit in the cache.
-            temperature: 0 takes the most likely token; above 0 draws, softmax(logits / T).
-            seed: of the draw.
+            sampling: how tokens are drawn; the most likely one by default.
             stop: tokens that end the text; they are not yielded.
 
         Raises:
@@ -269,14 +269,10 @@ class Decoder:
                 f"{len(ids)} + {max_new_tokens} tokens, for a cache of {self.capacity}",
                 remedy="make the decoder with a larger capacity",
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = sampling.generator()
         logits = self.prefill(ids)
         for number in range(max_new_tokens):
-            if temperature > 0:
-                chances = (logits / temperature).softmax(-1)
-                token = int(torch.multinomial(chances, 1, generator=generator))
-            else:
-                token = int(logits.argmax())
+            token = sampling.draw(logits, generator)
             if token in stop:
                 return
             yield token

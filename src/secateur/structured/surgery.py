@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear, describe
-from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files
+from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
-from secateur.progress import Progress
+from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
@@ -106,7 +106,7 @@ def cut_checkpoint(
     result = account(made)
     output_folder.mkdir(parents=True, exist_ok=True)
     write_beside(folder, output_folder, made)
-    write_tensors(reader, edits, output_folder, progress)
+    write_tensors(reader, edits, output_folder, progress or Silent())
     return result
 
 
@@ -131,6 +131,7 @@ def write_beside(folder: Path, output: Path, made: Design) -> None:
     from secateur.models import varied
 
     try:
+        note_links(copied_files(folder))
         for file in copied_files(folder):
             if file.name not in ("config.json", INDEX_NAME, varied.FILE_NAME):
                 shutil.copyfile(file, output / file.name)
@@ -143,11 +144,10 @@ def write_beside(folder: Path, output: Path, made: Design) -> None:
 
 
 def write_tensors(
-    reader: CheckpointReader, edits: Mapping[str, Edit], output: Path, progress: Progress | None
+    reader: CheckpointReader, edits: Mapping[str, Edit], output: Path, progress: Progress
 ) -> None:
     """Write every remaining tensor, and an index unless there is one file."""
-    if progress is not None:
-        progress.start("cutting", len(edits))
+    progress.start("cutting", len(edits))
     weight_map: dict[str, str] = {}
     total = 0
     for file in reader.files:
@@ -160,15 +160,13 @@ def write_tensors(
                 tensor = edit(reader.read(edit.source)).contiguous()
                 writer.write(name, tensor)
                 total += tensor.nbytes
-                if progress is not None:
-                    progress.step(note=name)
+                progress.step(note=name)
             writer.close(METADATA)
         weight_map |= dict.fromkeys(mine, file.name)
     if len(reader.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (output / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    if progress is not None:
-        progress.finish()
+    progress.finish()
 
 
 def cut_from_zeros(

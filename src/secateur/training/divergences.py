@@ -56,9 +56,9 @@ def next_token_rows(targets: Tensor, count: int) -> Rows:
     """
 
     def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = targets[rows]
-        there = wanted >= 0
-        places = wanted.clamp(min=0)[:, None]
+        tokens = targets[rows]
+        there = tokens >= 0
+        places = tokens.clamp(min=0)[:, None]
         log_q = logits.log_softmax(-1)
         loss = -(log_q.gather(1, places)[:, 0] * there).sum()
         gradient = log_q.exp_()

@@ -1,4 +1,4 @@
-"""What scores must know of a whole model while it is trained: its inputs and its gradients.
+"""What scores need from a whole model while it trains: its inputs and its gradients.
 
 The engine gathers the same with one decoder layer in memory (`engine/stream/forwards.py`,
 `engine/stream/gradients.py`). A model under training is in memory anyway, so plain forwards and
@@ -28,16 +28,16 @@ __all__ = ["gather"]
 def gather(
     model: Any, linears: Sequence[Linear], requires: frozenset[str], windows: Windows | None
 ) -> dict[str, Statistics]:
-    """The statistics of linears, by their full names; one window in a forward.
+    """The statistics of linears by full name; one window in each forward.
 
     Memory: the statistics of all linears together, and for gradients two float32 copies of their
     weights and the forward of one window.
 
     Args:
         model: a causal language model; it is in eval mode meanwhile, and no gradient is left on it.
-        linears: those of its matrices that are scored.
+        linears: the matrices that are scored.
         requires: names of statistics: see `secateur.types.Statistics`.
-        windows: token ids [samples, sequence_length]; None will do where nothing has to be run.
+        windows: token ids [samples, sequence_length]; None where no statistic needs a forward.
 
     Raises:
         RecipeError: there are no windows, but a statistic that needs them.
@@ -126,7 +126,7 @@ class _Gradients:
 
     def add(self, model: Any, ids: Tensor, number: int) -> None:
         """Take in one window [1, sequence_length]."""
-        wanted = [leaf.requires_grad for leaf in self.leaves]
+        before = [leaf.requires_grad for leaf in self.leaves]
         for leaf in self.leaves:
             leaf.requires_grad_(True)
         try:
@@ -135,8 +135,8 @@ class _Gradients:
                 loss = cross_entropy(logits[0, :-1].float(), ids[0, 1:])
                 found = torch.autograd.grad(loss, self.leaves)
         finally:
-            for leaf, before in zip(self.leaves, wanted, strict=True):
-                leaf.requires_grad_(before)
+            for leaf, required in zip(self.leaves, before, strict=True):
+                leaf.requires_grad_(required)
         if not torch.isfinite(loss):
             raise NumericalError(
                 f"the loss of window {number} is {loss.item()}",

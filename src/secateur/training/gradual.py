@@ -1,6 +1,6 @@
-"""Pruning while training: every few steps a little more, and by choice some weights come back.
+"""Gradual pruning: every few steps of a training a little more; with regrowth, some weights return.
 
-A hook of the training loop. The masks it renews are the ones that the loop holds at every step.
+It is a hook of the training loop. It changes the masks that the loop holds at every step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Gradual:
 
     Args:
         schedule: from the sparsity at the beginning to the one at the end.
-        criterion: by what weights are chosen.
+        criterion: chooses the weights.
         every: steps between renewals.
         begin: share of all steps before the first renewal.
         end: share of all steps at which the last sparsity is reached.
@@ -74,7 +74,7 @@ class Gradual:
             )
 
     def due(self, step: int, steps: int) -> float | None:
-        """The share of the way that is done at a step, 1 to `steps`; None if nothing is due."""
+        """The finished share of the way at a step, 1 to `steps`; None where no masks are due."""
         last = max(round(self.end * steps), 1)
         first = min(round(self.begin * steps), last - 1)
         if not first < step <= last or (step != last and (step - first) % self.every):
@@ -92,7 +92,7 @@ class GradualPruning:
     Args:
         kept: the masks that the loop holds, True = kept, by parameter and in its stored
             orientation; they are changed in place. `open_masks` makes them.
-        how: when, how much, and by what.
+        how: the settings.
     """
 
     def __init__(self, kept: Mapping[str, Tensor], how: Gradual) -> None:
@@ -136,9 +136,9 @@ def renew(
 
     Args:
         model: whose parameters the masks are of.
-        kept: the masks that are held; they are overwritten.
-        masks: what they are to be.
-        optimizer: whose state follows; None if there is none yet.
+        kept: the held masks; they are overwritten.
+        masks: the new masks.
+        optimizer: its moments are set to 0 too; None if there is none yet.
     """
     for name, mask in masks.items():
         kept[name].copy_(mask)

@@ -169,7 +169,7 @@ def _in_chunks(logits: Tensor, start: int, rows: Rows) -> Tensor:
     for first in range(0, len(logits), size):
         chunk = logits[first : first + size]
         place = slice(start + first, start + first + len(chunk))
-        told, gradient = rows(place, chunk.to(torch.float32, copy=True))
-        loss += told
+        part, gradient = rows(place, chunk.to(torch.float32, copy=True))
+        loss += part
         chunk.copy_(gradient)
     return loss

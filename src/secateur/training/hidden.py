@@ -23,7 +23,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -> Pairs:
-    """Which layer of the teacher each layer of the student is to be like.
+    """Pairs of layers: each layer of the student, and the layer of the teacher that it learns from.
 
     Where layers were cut out, a layer that was kept is to do the work of those that followed it
     too: its output should be what the next kept layer read in the teacher.
@@ -94,13 +94,13 @@ def hidden_loss(
     """
     total = torch.zeros(())
     for i, j in pairs:
-        own, wanted = student[i].float(), teacher[j].float()
-        if own.shape != wanted.shape:
+        own, target = student[i].float(), teacher[j].float()
+        if own.shape != target.shape:
             raise RecipeError(
                 f"hidden states of width {own.shape[-1]} cannot be compared with those of the "
-                f"teacher, {wanted.shape[-1]}",
+                f"teacher, {target.shape[-1]}",
                 remedy="leave the hidden loss out",
             )
         total = total.to(own.device)
-        total = total + (own - wanted).square().sum() / wanted.square().sum()
+        total = total + (own - target).square().sum() / target.square().sum()
     return total / max(len(pairs), 1)

@@ -42,16 +42,16 @@ class Masks:
     set to 0, unless the optimizer is known to leave them there.
 
     Args:
-        kept: by the name of the parameter, in its stored orientation; True = kept. Whoever changes
-            them in place while a model is trained (gradual pruning) sets weights and moments back
-            himself.
+        kept: by the name of the parameter, in its stored orientation; True = kept. Code
+            that changes them in place during a training (gradual pruning) sets weights and moments
+            to 0 itself.
     """
 
     kept: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, model: Any) -> Masks:
-        """The zeros that the matrices of a model have now, where they have any.
+        """The present zeros of the matrices of a model, where they have any.
 
         Experts that transformers holds in one tensor are among them (`matrices`). Of a model that
         is shared out each process has the masks of its part.
@@ -61,10 +61,10 @@ class Masks:
 
     @classmethod
     def given(cls, model: nn.Module, masks: Iterable[tuple[str, Tensor]]) -> Masks:
-        """Masks that come from elsewhere, whole, one after the other.
+        """Masks from a file or another model, whole, one after the other.
 
         Args:
-            model: whose they are to be; it may be shared out.
+            model: the model of the masks; several processes may share it.
             masks: by names of parameters; each is divided at once and not kept.
 
         Raises:
@@ -82,7 +82,7 @@ class Masks:
         save_file({name: mask.contiguous() for name, mask in self.kept.items()}, file)
 
     def fit(self, model: nn.Module) -> None:
-        """Refuse a model that these masks are not of.
+        """Refuse a model that these masks do not fit.
 
         Raises:
             RecipeError: a parameter is not there, or has another shape.
@@ -130,7 +130,7 @@ class Masks:
 
     @torch.no_grad()
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Make sure that all is as it should be.
+        """Check that pruned weights, and their moments, are 0.
 
         Raises:
             VerificationError: a pruned weight, or a moment of one, is not 0.
@@ -198,7 +198,7 @@ def part_of_zeros(weight: Tensor) -> Tensor:
 
 
 def fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a mask that is not of these parameters.
+    """Refuse a mask that does not fit the parameters.
 
     Raises:
         RecipeError: the parameter is not there, or has another shape.
@@ -217,7 +217,7 @@ def fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
-    """What the optimizer remembers of each entry of a parameter."""
+    """The moments that the optimizer keeps for a parameter, of its shape."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             yield local(value)

@@ -1,4 +1,4 @@
-"""What training minimises: the loss of the next token, or the distance from a teacher."""
+"""The losses that training minimises: of the next token, or the distance from a teacher."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ class Distil:
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         """See `Objective`."""
-        told = self.teacher(batch, self.temperature, [j for _, j in self.pairs])
+        taught = self.teacher(batch, self.temperature, [j for _, j in self.pairs])
         count = batch.ids.numel()
-        rows = divergence_rows(self.kind, self.temperature, count, told.expected)
+        rows = divergence_rows(self.kind, self.temperature, count, taught.expected)
         if self.next_token:
             rows = _blend(rows, _next_tokens(batch.ids), self.next_token)
         if not self.pairs:
@@ -140,7 +140,7 @@ class Distil:
         layers = describe(model).layers(model)
         with Watch({i: layers[i] for i, _ in self.pairs}) as watch:
             loss = loss_of(model, self.head, batch.ids, rows)
-        return loss + self.hidden * hidden_loss(watch.seen, told.hidden, self.pairs)
+        return loss + self.hidden * hidden_loss(watch.seen, taught.hidden, self.pairs)
 
 
 def _next_tokens(ids: Tensor) -> Rows:

@@ -11,11 +11,11 @@ __all__ = ["Outcome"]
 
 @dataclass
 class Outcome:
-    """What a training did; while it runs, how far it is.
+    """What a training did; its progress while it runs.
 
     Attributes:
         step: of the optimizer.
-        tokens: that were read, by all processes together.
+        tokens: read by all processes together.
         seconds: of all runs together, with validation and saving.
         validations: (step, mean loss in nats per token) before the first step and during the run.
         best_step: whose weights the model has at the end; None without validation.
@@ -37,12 +37,12 @@ class Outcome:
 
     def facts(self) -> dict[str, Any]:
         """All but the log, as JSON values."""
-        told = {k: v for k, v in vars(self).items() if k != "log"}
+        facts = {k: v for k, v in vars(self).items() if k != "log"}
         best = self.best_loss if math.isfinite(self.best_loss) else None
-        return {**told, "best_loss": best}
+        return {**facts, "best_loss": best}
 
     def take(self, facts: dict[str, Any]) -> None:
-        """Go on from what `facts` told."""
+        """Continue from saved facts."""
         for key in self.facts().keys() & facts.keys():
             setattr(self, key, facts[key])
         self.validations = [(int(step), loss) for step, loss in self.validations]

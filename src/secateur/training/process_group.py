@@ -26,7 +26,7 @@ class ProcessGroup:
     """The processes that train together.
 
     Args:
-        device: where the model lies, if there is one process only.
+        device: of the model, if there is one process only.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class ProcessGroup:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and tells of progress."""
+        """Whether this process writes files and reports progress."""
         return self.rank == 0
 
     def shard(
@@ -49,7 +49,7 @@ class ProcessGroup:
         *,
         apart: bool = True,
     ) -> None:
-        """Share a model out, in place; nothing happens in a single process.
+        """Divide a model among the processes, in place; a single process keeps it whole.
 
         One unit after the other: no process has more than its part of those before it and the
         whole of one. A unit is gathered again when it is its turn.
@@ -82,42 +82,42 @@ class ProcessGroup:
                 parameter.data = parameter.data.new_empty(0)
 
     def reshard(self, model: Any) -> None:
-        """Let go of what the last forward gathered outside of the decoder layers.
+        """Free what the last forward gathered outside of the decoder layers.
 
-        Without a backward torch keeps it, and the parameters of the model would be those.
+        Without a backward, torch keeps it in place of the divided parameters.
         """
         if self.ranks > 1:
             model.reshard()
 
     def mean(self, value: float) -> float:
-        """Of a number over all processes."""
+        """The mean of a number over all processes."""
         if self.ranks == 1:
             return value
-        told: Tensor = self.accelerator.reduce(
+        reduced: Tensor = self.accelerator.reduce(
             torch.tensor(value, dtype=torch.float64, device=self.device), "mean"
         )
-        return float(told)
+        return float(reduced)
 
     def same(self, value: float) -> float:
-        """The number of the main process, for all."""
+        """The value of the main process, in all processes."""
         return value if self.ranks == 1 else self.mean(value if self.main else 0.0) * self.ranks
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Of each number, the sum over all processes; exact for whole numbers below 2**53."""
+        """The sum of each number over all processes; exact for whole numbers below 2**53."""
         if self.ranks == 1:
             return list(values)
-        told: Tensor = self.accelerator.reduce(
+        reduced: Tensor = self.accelerator.reduce(
             torch.tensor(list(values), dtype=torch.float64, device=self.device), "sum"
         )
-        return [float(x) for x in told.cpu()]
+        return [float(x) for x in reduced.cpu()]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         self.accelerator.wait_for_everyone()
 
 
 def units(model: Any, apart: bool = True) -> list[nn.Module]:
-    """What of a model is gathered at a time: each decoder layer, and what lies outside of them.
+    """The parts of a model that are gathered one at a time: the decoder layers, and the rest.
 
     Args:
         model: a causal language model.

@@ -1,11 +1,11 @@
-"""What a training leaves on disk while it runs, so that it can go on after any stop.
+"""What a training saves on disk while it runs, so that it can resume after any stop.
 
-    FOLDER/state.safetensors    weights in float32, moments, masks; in its header, how far it was
+    FOLDER/state.safetensors    weights in float32, moments, masks; in its header, the progress
     FOLDER/best.safetensors     weights in float32 at the best validation
     FOLDER/log.jsonl            one line for every step: loss, learning rate, norm of the gradient
 
-Each file is there whole or not at all. Nothing is pickled. A run may go on with another number of
-processes: the files hold whole tensors.
+Each file exists whole or not at all. Nothing is pickled. The files hold whole tensors, so another
+number of processes can resume.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Log:
         self.lines: list[dict[str, Any]] = []
 
     def begin(self, steps: int) -> None:
-        """Start anew, or go on after so many steps, whatever was written after them.
+        """Start anew, or continue after so many steps; later lines are dropped.
 
         Raises:
             MemoryBudgetError: the disk is full; the log is as it was.
@@ -60,7 +60,7 @@ class Log:
         unfinished.rename(self.file)
 
     def add(self, line: dict[str, Any]) -> None:
-        """One step more.
+        """Add a line.
 
         Raises:
             MemoryBudgetError: the disk is full.
@@ -82,9 +82,9 @@ class Saved:
     """The files of a training.
 
     Args:
-        folder: where they lie; None keeps the best weights in memory, and nothing else.
+        folder: of the files; None keeps the best weights in memory, and saves nothing.
         processes: the processes; the main one writes.
-        identity: everything the result depends on; a run that goes on must have the same.
+        identity: everything the result depends on; a resumed run must have the same.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Saved:
         return facts
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Refuse to go on with something else."""
+        """Refuse to resume another training."""
         differing = [k for k in self.identity if identity.get(k) != self.identity[k]]
         if differing:
             key = differing[0]
@@ -171,7 +171,7 @@ class Saved:
                 f"the stopped training was another one: {', '.join(differing)} differ; "
                 f"{key} was {identity.get(key)!r}, now {self.identity[key]!r}",
                 where=str(self.folder),
-                remedy="go on with the same options, or begin anew with --restart",
+                remedy="resume with the same options, or begin anew with --restart",
             )
 
     def keep_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -195,7 +195,7 @@ class Saved:
                     put(stored, name, parameter)
 
     def keep_final(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Write the weights of the end, for whoever makes a checkpoint of them."""
+        """Write the weights of the end, from which the checkpoint is made."""
         file = self.file("final")
         if file is not None:
             self.write(file, parameters, {})
@@ -251,7 +251,7 @@ def changed_by(hooks: Sequence[Hook]) -> dict[str, Tensor]:
 
 
 def nobody() -> AbstractContextManager[None]:
-    """Stands for the file where another process writes it."""
+    """The context of a process that does not write the file."""
     return nullcontext()
 
 
@@ -264,9 +264,9 @@ def put(stored: Any, key: str, parameter: nn.Parameter) -> None:
 def read_part(stored: Any, key: str, parameter: Tensor, fused: bool = True) -> Tensor:
     """A tensor of an open file, where and shared out as a parameter is, if it has its shape.
 
-    Only this process's rows are read. They are copied: what lies in a mapped file keeps it on the
-    disk after another has taken its name. A number stays on the CPU unless the optimizer is fused:
-    torch wants its steps there.
+    Only this process's rows are read. They are copied: a mapped tensor keeps its file on the
+    disk after another file has taken its name. A number stays on the CPU unless the optimizer
+    is fused: torch needs its step counts there.
     """
     device, file = local(parameter).device, stored.get_slice(key)
     if tuple(file.get_shape()) != tuple(parameter.shape):

@@ -25,11 +25,11 @@ __all__ = ["Criterion", "exchange", "prunable", "stage"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """By what weights are chosen.
+    """The rule that chooses weights: a score and a pattern.
 
-    What is pruned already stays pruned, unless weights are exchanged: a pattern gets the masks of
-    now as the weights it may keep (`Pattern.mask`). With a pattern of scope `global` one threshold
-    over the model finds how much each linear loses; else each has the same sparsity.
+    Pruned weights stay pruned, unless weights are exchanged: the pattern receives the present masks
+    as the weights it may keep (`Pattern.mask`). With scope `global`, one threshold over the model
+    sets the sparsity of each linear; otherwise each linear has the same.
 
     Args:
         score: how important each weight is.
@@ -58,7 +58,7 @@ class Criterion:
                 largest gradients; see `exchange`.
 
         Raises:
-            RecipeError: weights are to be exchanged under an N:M pattern.
+            RecipeError: an N:M pattern, under which weights cannot be exchanged.
             PatternError: the pattern cannot have this sparsity.
         """
         pattern = stage(self.pattern, sparsity)

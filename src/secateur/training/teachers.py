@@ -47,7 +47,7 @@ class TeacherOutput:
 
     Attributes:
         expected: rows and log q of the student → log p, float32 [tokens, vocabulary].
-        hidden: outputs of its decoder layers, by number, where they were asked for.
+        hidden: outputs of its decoder layers, by number, where the objective needs them.
     """
 
     expected: Expected
@@ -123,21 +123,21 @@ class WrittenTeacher:
         if not file.is_file():
             raise SourceError("no such file of a teacher", where=str(file))
         self.stored = safe_open(file, framework="pt")
-        told = (self.stored.metadata() or {}).get(METADATA)
-        if told is None:
+        record = (self.stored.metadata() or {}).get(METADATA)
+        if record is None:
             raise SourceError(
                 "the file is not what a teacher expects",
                 where=str(file),
                 remedy="let `secateur distill --teacher-file` write it",
             )
-        self.record: dict[str, Any] = json.loads(told)
+        self.record: dict[str, Any] = json.loads(record)
         self.vocabulary = int(self.record["vocabulary"])
 
     def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
         """See `Teacher`.
 
         Raises:
-            RecipeError: the file is of another temperature, or layers are asked for.
+            RecipeError: the file is of another temperature, or the objective needs layers.
         """
         if layers:
             raise RecipeError(
@@ -178,7 +178,7 @@ def write_teacher(
     k: int,
     temperature: float = 1.0,
     name: str = "",
-    tell: Callable[[], None] = lambda: None,
+    on_window: Callable[[], None] = lambda: None,
     writes: bool = True,
 ) -> None:
     """Write down what a model expects at every token of windows, one window in memory.
@@ -190,7 +190,7 @@ def write_teacher(
         k: how many of the most likely tokens are kept; log p in float16, 6 bytes for each.
         temperature: that the student will be taught at.
         name: of the teacher, for the record.
-        tell: called after every window.
+        on_window: called after every window.
         writes: False for a process that has a part of the model and runs it, but writes nothing.
 
     Raises:
@@ -223,7 +223,7 @@ def write_teacher(
             for part, value in zip(PARTS, _most_likely(expected, length, k), strict=True):
                 if writer is not None:
                     writer.write(f"{n}/{part}", value.to(known[f"{n}/{part}"][0]).cpu())
-            tell()
+            on_window()
         if writer is not None:
             writer.close(metadata)
     if writes:

@@ -15,8 +15,8 @@ class TensorBoardLog:
     """Curves in a folder that `tensorboard --logdir FOLDER` shows.
 
     Args:
-        folder: of the curves; those of another run may lie beside.
-        step: the training goes on from; what an earlier run wrote of later steps is dropped.
+        folder: of the curves; it may hold curves of other runs.
+        step: where the training resumes; points of later steps are dropped.
 
     Raises:
         RecipeError: the package tensorboard is not installed.

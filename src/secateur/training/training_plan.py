@@ -1,4 +1,4 @@
-"""How a model is trained: how long, how fast, with what optimizer; the defaults are safe."""
+"""The plan of a training: length, learning rate, optimizer. The defaults are safe."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TrainingPlan:
             are in float32 whatever happens.
         validations: of the run, besides the one before it; 0 for none.
         patience: stop after so many validations without a new best; 0 for never.
-        save_minutes: between saves of all that is needed to go on.
+        save_minutes: between saves of what a resumed training needs.
         diverged: the median of the last losses may be so many times the lowest it was, and a tenth
             of the first loss more; 0 allows anything.
 
@@ -93,7 +93,7 @@ class TrainingPlan:
         if (self.steps > 0) == (self.minutes > 0) or self.steps < 0 or self.minutes < 0:
             raise RecipeError(
                 f"{self.steps} steps, {self.minutes} minutes",
-                remedy="say how long to train, either in steps or in minutes",
+                remedy="give the length to train, either in steps or in minutes",
             )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise RecipeError(f"learning_rate is {self.learning_rate}", remedy="try 1e-4")
@@ -158,9 +158,9 @@ class TrainingPlan:
         sharded = any(hasattr(p, "to_local") for group in groups.values() for p in group)
         if "fused" in inspect.signature(kind).parameters and not sharded:
             options.setdefault("fused", True)
-        told = [{"params": group, "factor": factor} for factor, group in groups.items()]
+        groups_of_torch = [{"params": group, "factor": factor} for factor, group in groups.items()]
         try:
-            return kind(told, **options)
+            return kind(groups_of_torch, **options)
         except (TypeError, ValueError, RuntimeError) as error:
             raise RecipeError(
                 f"{kind.__name__} cannot be made: {str(error).splitlines()[0]}",

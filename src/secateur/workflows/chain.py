@@ -10,7 +10,6 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +20,21 @@ from secateur.models.sources import resolve
 from secateur.progress import Labelled, Progress, Silent
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.reporting.results.chain import ChainResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.runs.identity import file_digests, refuse_another
-from secateur.runs.records import Chain, declared
+from secateur.runs.records import Chain, ChainStep, declared, read_record
 from secateur.workflows.chain_steps import PlannedStep, checked_steps
 
-__all__ = ["ChainReport", "Link", "chain", "run_chain"]
+__all__ = ["chain", "run_chain"]
 
 CHAIN = "chain.json"
 BEGUN = "begun.json"
 
 
-@dataclass(frozen=True)
-class Link:
-    """What is left after a step.
-
-    Attributes:
-        step: the verb; `source` for the model as it was.
-        parameters: of the whole model.
-        zeros: of its parameters.
-        file_bytes: of the weight files.
-        seconds: that the step took.
-    """
-
-    step: str
-    parameters: int
-    zeros: int
-    file_bytes: int
-    seconds: float
-
-    @property
-    def kept(self) -> int:
-        """Parameters that are there and not zero."""
-        return self.parameters - self.zeros
-
-
-@dataclass(frozen=True)
-class ChainReport:
-    """What a chain did: the model as it was, and after each step."""
-
-    links: tuple[Link, ...]
-    output: Path
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        links = [{**asdict(link), "kept": link.kept} for link in self.links]
-        return {"links": links, "output": str(self.output)}
-
-
 @takes_options_of(ChainRecipe)
-def chain(model: str | Path, *, progress: Progress | None = None, **options: Any) -> ChainReport:
+def chain(model: str | Path, *, progress: Progress | None = None, **options: Any) -> ChainResult:
     """Carry out several verbs, each on what the one before it made.
 
     Args:
@@ -93,7 +56,7 @@ def run_chain(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
-) -> ChainReport:
+) -> ChainResult:
     """Carry out a recipe into a new folder.
 
     A stopped chain may be resumed with other steps, as long as those that are done are the same.
@@ -121,7 +84,7 @@ def run_chain(
             links = carry_out(
                 steps, recipe.model, source.folder, folder, recipe.trust_remote_code, progress
             )
-            report = ChainReport(links, folder.output)
+            report = ChainResult(links, folder.output)
             gather_notes(folder)
             write_json(folder.notes / CHAIN, declared(Chain, report.to_json()))
             folder.finish()
@@ -159,7 +122,7 @@ def carry_out(
     folder: RunFolder,
     trust_remote_code: bool,
     progress: Progress,
-) -> tuple[Link, ...]:
+) -> tuple[ChainStep, ...]:
     """All steps, as far as an earlier run has not; what is left after each.
 
     What a step is asked to do is written before it begins. Its account is written when its folder
@@ -181,9 +144,9 @@ def carry_out(
                 step.run(before, made, labelled, trust_remote_code, resume=True, restart=another)
             seconds = time.perf_counter() - started
             write_json(
-                account, asdict(counted(step.verb, made, seconds, trust_remote_code, labelled))
+                account, counted(step.verb, made, seconds, trust_remote_code, labelled).to_json()
             )
-        links.append(Link(**json.loads(account.read_text(encoding="utf-8"))))
+        links.append(read_record(ChainStep, account))
         before = made
     if made.exists():
         shutil.rmtree(folder.model)
@@ -205,11 +168,18 @@ def name_the_output(folder: RunFolder, steps: Sequence[PlannedStep]) -> None:
 
 def counted(
     step: str, folder: Path, seconds: float, trust_remote_code: bool, progress: Progress
-) -> Link:
+) -> ChainStep:
     """What a folder holds."""
     audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)
     zeros = sum(linear.zeros for linear in audit.linears)
-    return Link(step, audit.parameters, zeros, audit.file_bytes, seconds)
+    return ChainStep(
+        step=step,
+        parameters=audit.parameters,
+        zeros=zeros,
+        file_bytes=audit.file_bytes,
+        seconds=seconds,
+        kept=audit.parameters - zeros,
+    )
 
 
 def gather_notes(folder: RunFolder) -> None:
@@ -224,8 +194,6 @@ def gather_notes(folder: RunFolder) -> None:
             )
 
 
-def read_report(output: Path) -> ChainReport:
+def read_report(output: Path) -> ChainResult:
     """The account that lies in a chain's result."""
-    told = json.loads((output / NOTES / CHAIN).read_text(encoding="utf-8"))
-    links = tuple(Link(**{k: x for k, x in link.items() if k != "kept"}) for link in told["links"])
-    return ChainReport(links, output)
+    return ChainResult(read_record(Chain, output / NOTES / CHAIN).links, output)

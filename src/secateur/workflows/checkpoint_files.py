@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.models.checkpoint import INDEX_NAMES, copied_files
+from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
 from secateur.runs.evaluation import FILE_NAME as EVALUATION
 from secateur.runs.evaluation import read_evaluation
 from secateur.runs.folder import NOTES
@@ -44,6 +44,7 @@ def carry_over(
     if same_weights and (notes / EVALUATION).is_file():
         inherited = read_evaluation(notes / EVALUATION).inherited()
     try:
+        note_links(copied_files(source))
         for file in copied_files(source):
             if file.name not in ("config.json", *INDEX_NAMES):
                 shutil.copyfile(file, target / file.name)

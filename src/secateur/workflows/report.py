@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,24 +15,10 @@ from secateur.reporting.report.evidence import evidence
 from secateur.reporting.report.figures import all_figures
 from secateur.reporting.report.page import render
 from secateur.reporting.report.records import Records, ReportedRun, read_records
+from secateur.reporting.results.report import ReportResult
 from secateur.runs.output import check_writable
 
-__all__ = ["ReportFiles", "report"]
-
-
-@dataclass(frozen=True)
-class ReportFiles:
-    """What was written.
-
-    Attributes:
-        page: the report.
-        plots: its charts, two files each.
-        card: the model card.
-    """
-
-    page: Path
-    plots: list[Path] = field(default_factory=list)
-    card: Path | None = None
+__all__ = ["report"]
 
 
 def report(
@@ -42,7 +27,7 @@ def report(
     *,
     plots: bool = False,
     card: str | Path | None = None,
-) -> ReportFiles:
+) -> ReportResult:
     """Write one page about pruned models: all that was measured of them, side by side.
 
     Args:
@@ -70,7 +55,7 @@ def report(
     written = save_all_plots(records, page.with_name(f"{page.stem}-plots")) if plots else []
     if card is not None:
         Path(card).write_text(card_text(records.runs[0]), encoding="utf-8")
-    return ReportFiles(page, written, Path(card) if card is not None else None)
+    return ReportResult(page, written, Path(card) if card is not None else None)
 
 
 def save_all_plots(records: Records, folder: Path) -> list[Path]:

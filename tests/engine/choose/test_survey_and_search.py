@@ -327,7 +327,7 @@ def test_plan_counts_what_an_allocation_needs(tmp_path: Path) -> None:
         name: secateur.plan(
             str(tmp_path / "source"), sparsity=0.5, method="sparsegpt", allocation=name,
             calibration=str(tmp_path / "w.safetensors"),
-        )
+        ).plan
         for name in ("uniform", *NAMES)
     }  # fmt: skip
     prunable = plans["uniform"].prunable_weights

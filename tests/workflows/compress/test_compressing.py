@@ -30,7 +30,6 @@ from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.runs.folder import RunFolder
 from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.judge.inspect import inspect_model
 from slow import few_families
 from tiny import save_tiny
 from zoo import CONFIGS
@@ -99,7 +98,7 @@ def test_every_family_comes_back_bit_for_bit(tmp_path: Path, family: str) -> Non
     assert json.loads((tmp_path / "d" / "config.json").read_text()) == json.loads(
         (source / "config.json").read_text()
     )
-    assert inspect_model(str(tmp_path / "c")).sparsity == report.sparsity
+    assert secateur.inspect(str(tmp_path / "c")).audit.sparsity == report.sparsity
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

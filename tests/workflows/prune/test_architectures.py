@@ -22,7 +22,7 @@ from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.workflows.judge.diagnose import diagnose
-from secateur.workflows.judge.inspect import inspect_model
+from secateur.workflows.judge.inspect import inspect
 from slow import slow_but
 from zoo import tiny_windows
 
@@ -134,7 +134,7 @@ def test_claims_are_true_or_the_model_is_refused(name: str, tmp_path: Path, wind
         report = secateur.prune(source, output=out, **options)
         check(stored(source), stored(out), report.manifest)
         assert left in (None, report.manifest["left"])
-        audit = inspect_model(str(out))
+        audit = inspect(str(out)).audit
         assert audit.sparsity == report.sparsity == report.manifest["result"]["decoder_sparsity"]
         assert audit.model_sparsity == report.manifest["result"]["model_sparsity"]
 
@@ -167,7 +167,7 @@ def test_dense_experts_are_not_called_sparse_or_healthy(tmp_path: Path) -> None:
     folder, true = half_pruned("deepseek_v3", tmp_path / "source")
     assert "model.layers.1.mlp.experts.0.gate_proj.weight" in stored(folder)
     assert 0.1 < true < 0.4
-    audit = inspect_model(str(folder))
+    audit = inspect(str(folder)).audit
     assert audit.sparsity == pytest.approx(true, abs=1e-12)
     assert sum(x.weights for x in audit.linears if ".experts." in x.name) == 2 * 4 * 3 * 24 * 32
     found = diagnose(folder, progress=Silent())
@@ -180,7 +180,7 @@ def test_dense_experts_are_not_called_sparse_or_healthy(tmp_path: Path) -> None:
 
 def test_shared_layers_are_counted_once(tmp_path: Path) -> None:
     source = saved("zamba2", tmp_path / "source")
-    audit = inspect_model(str(source))
+    audit = inspect(str(source)).audit
     names = [x.name for x in audit.linears]
     assert len(set(names)) == len(names)
     assert any("layers.1.shared_transformer" in n for n in names)
@@ -195,7 +195,7 @@ def test_an_incomplete_checkpoint_says_which_matrix_is_missing(tmp_path: Path) -
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="1 of 21 matrices of the decoder layers are not"):
-        inspect_model(str(source))
+        inspect(str(source))
 
 
 def test_tensors_of_no_module_are_named(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_tensors_of_no_module_are_named(tmp_path: Path) -> None:
     source = saved("qwen3_5_text", tmp_path / "source")
     extra = {"mtp.layers.0.mlp.up_proj.weight": torch.ones(4, 8)}
     save_file(stored(source) | extra, source / "model.safetensors", metadata={"format": "pt"})
-    left = {one.names: (one.reason, one.weights) for one in inspect_model(str(source)).left}
+    left = {one.names: (one.reason, one.weights) for one in inspect(str(source)).audit.left}
     assert left["mtp"] == (
         "stored, but no part of the causal language model that transformers builds", 32
     )  # fmt: skip

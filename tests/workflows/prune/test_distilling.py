@@ -58,6 +58,7 @@ def test_bfloat16_stays_bfloat16_and_layers_left_dense_stay_as_they_are() -> Non
         assert torch.equal(before, after) == (not name.startswith(f"{layers}.1.")), name
 
 
+@pytest.mark.slow
 def test_a_share_of_the_next_token_makes_the_text_likelier() -> None:
     windows = tiny_windows(8)
     losses = []

@@ -19,7 +19,7 @@ from secateur.evaluation.step_time import Timed
 from secateur.progress import Progress, Silent
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.structure import StructureRecipe
-from secateur.workflows.structure.checkpoint import StructureReport, structure_recipe
+from secateur.workflows.structure.checkpoint import StructureResult, structure_recipe
 from tiny import save_tiny, tiny_llama
 from zoo import tiny_windows
 
@@ -66,7 +66,7 @@ def cut(
     resume: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> StructureReport:
+) -> StructureResult:
     """`secateur structure` with a timer of ours."""
     values = {"model": str(source), "output": str(source.with_name("out")), "effort": "fast"}
     values |= {"calibration": str(windows)} | options

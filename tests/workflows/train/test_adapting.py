@@ -68,9 +68,7 @@ def test_what_is_saved_is_what_was_watched(places: Path, tmp_path: Path) -> None
     (tmp_path / "watched.txt").write_text(source_text(held_out=True)[:4_000])
     watched = tmp_path / "watched.txt"
     done = train(places, tmp_path / "out", lora=8, validation_text=str(watched))
-    [judged] = secateur.evaluate(
-        tmp_path / "out", text=watched, sequence_length=64, windows=16
-    ).perplexity
+    judged = secateur.evaluate(tmp_path / "out", text=watched, sequence_length=64, windows=16)
     assert judged.perplexity == pytest.approx(done.perplexity_after, rel=0.02)
 
 

@@ -72,9 +72,7 @@ def test_a_run_folder_that_the_other_verbs_read(verb: str, places: Path, tmp_pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"secateur {verb} recipe.yaml" in card
     assert "Made by secateur" in card
-    [judged] = secateur.evaluate(
-        tmp_path / "out", text=watched, sequence_length=64, windows=16
-    ).perplexity
+    judged = secateur.evaluate(tmp_path / "out", text=watched, sequence_length=64, windows=16)
     assert judged.perplexity == pytest.approx(done.perplexity_after, rel=0.02)
     small = secateur.compress(tmp_path / "out", output=tmp_path / "small", values="keep")
     assert small.sparsity == pytest.approx(0.5)

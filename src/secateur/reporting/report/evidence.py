@@ -5,7 +5,7 @@ from __future__ import annotations
 from secateur.reporting.report.headline import claims
 from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import ReportedRun
-from secateur.reporting.sweep_result import markdown_row
+from secateur.reporting.results.sweep import markdown_row
 
 __all__ = ["evidence"]
 

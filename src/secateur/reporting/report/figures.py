@@ -8,9 +8,14 @@ from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, 
 from secateur.reporting.curves import CurvePoint, curve_charts, judged_points
 from secateur.reporting.report.records import Records, ReportedRun
 from secateur.reporting.wording import bare_name, megabytes
+from secateur.reporting.wording import percent as percent_of
 from secateur.runs.records import LinearEntry
 
+ALIKE = 0.005
+"""Sparsities this close are the same in a heat map."""
+
 __all__ = [
+    "alike",
     "all_figures",
     "curves",
     "drift",
@@ -56,6 +61,7 @@ def points_of(run: ReportedRun) -> Iterable[CurvePoint]:
             protocol=found.protocol,
             series=run.name if of is None else f"{run.name} (measured on {bare_name(of)})",
             sparsity=run.manifest.lost,
+            cut=run.manifest.structure is not None,
             perplexity=found.perplexity,
             dense=found.reference_perplexity,
             joined=False,
@@ -63,19 +69,22 @@ def points_of(run: ReportedRun) -> Iterable[CurvePoint]:
 
 
 def heat_maps(run: ReportedRun) -> list[HeatMap]:
-    """What each matrix lost, and how far its output is from the dense one: layers × linears."""
-    if not run.layers:
-        return []
-    maps = [
-        heat_map(
-            run,
-            f"sparsity-{run.name}",
-            "Sparsity of each matrix",
-            lambda x: x.zeros / (x.shape[0] * x.shape[1]) if x.shape[0] * x.shape[1] else None,
-            percent=True,
-            note="Fraction of zeros.",
+    """What each matrix lost, and how far its output is from the dense one: layers × linears.
+
+    A sparsity that is the same everywhere is said in a line (`alike`), not drawn.
+    """
+    maps = []
+    if run.layers and uniform(run) is None:
+        maps.append(
+            heat_map(
+                run,
+                f"sparsity-{run.name}",
+                "Sparsity of each matrix",
+                sparsity_of,
+                percent=True,
+                note="Fraction of zeros.",
+            )
         )
-    ]
     if any(x.error is not None for layer in run.layers for x in layer.linears):
         maps.append(
             heat_map(
@@ -89,6 +98,44 @@ def heat_maps(run: ReportedRun) -> list[HeatMap]:
             )
         )
     return maps
+
+
+def sparsity_of(linear: LinearEntry) -> float | None:
+    """The fraction of zeros in a matrix; None for one without weights."""
+    weights = linear.shape[0] * linear.shape[1]
+    return linear.zeros / weights if weights else None
+
+
+def uniform(run: ReportedRun) -> float | None:
+    """The sparsity that all matrices have, within half a percent; None if they differ."""
+    found = [s for layer in run.layers for x in layer.linears if (s := sparsity_of(x)) is not None]
+    if not found or max(found) - min(found) > ALIKE:
+        return None
+    return sum(found) / len(found)
+
+
+def alike(runs: Sequence[ReportedRun]) -> list[str]:
+    """What needs no heat map, in a line each: runs of one sparsity, and runs without records."""
+    by_sparsity: dict[str, list[str]] = {}
+    without, unmeasured = [], []
+    for run in runs:
+        if not run.layers:
+            without.append(run.name)
+            continue
+        share = uniform(run)
+        if share is not None:
+            by_sparsity.setdefault(percent_of(share, 1), []).append(run.name)
+        if all(x.error is None for layer in run.layers for x in layer.linears):
+            unmeasured.append(run.name)
+    lines = [
+        f"{', '.join(names)}: uniform, {share} zeros in every matrix."
+        for share, names in by_sparsity.items()
+    ]
+    if unmeasured:
+        lines.append(f"{', '.join(unmeasured)}: the method does not measure errors of matrices.")
+    if without:
+        lines.append(f"{', '.join(without)}: no record of layers (secateur/layers.jsonl).")
+    return lines
 
 
 def heat_map(
@@ -152,7 +199,7 @@ def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
         )
         if marks:
             series.append(Series(run.name, marks))
-    if not series:
+    if all(len(one.marks) < 2 for one in series):
         return None
     return LineChart(
         key="drift",
@@ -165,24 +212,16 @@ def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
 
 
 def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
-    """The weight files beside those of the same model in dense bfloat16."""
+    """The weight files beside those of the same model, whole and dense, in bfloat16."""
     bars: list[Bar] = []
-    for parameters in dict.fromkeys(run.manifest.result.parameters for run in runs):
-        dense = next(
-            (
-                run.compression.bfloat16_bytes
-                for run in runs
-                if run.compression and run.manifest.result.parameters == parameters
-            ),
-            2 * parameters,
-        )
-        bars.append(Bar("dense bfloat16", dense / 1e6, megabytes(dense)))
-        for run in runs:
-            if run.manifest.result.parameters == parameters:
-                packed = run.compression
-                size = packed.file_bytes if packed else run.manifest.result.file_bytes
-                kind = "" if packed else ", zeros stored"
-                bars.append(Bar(run.name, size / 1e6, megabytes(size) + kind, ours=True))
+    sizes = dict.fromkeys(parameters_before(run) for run in runs)
+    for parameters in sizes:
+        own = [run for run in runs if parameters_before(run) == parameters]
+        packed = [x.compression.bfloat16_bytes for x in own if x.compression]
+        dense = packed[0] if packed and not own[0].manifest.structure else 2 * parameters
+        several = f", {parameters / 1e6:,.0f} M parameters" if len(sizes) > 1 else ""
+        bars.append(Bar(f"dense bfloat16{several}", dense / 1e6, megabytes(dense)))
+        bars += [size_bar(run) for run in own]
     if not bars:
         return None
     return BarChart(
@@ -194,12 +233,26 @@ def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
     )
 
 
+def parameters_before(run: ReportedRun) -> int:
+    """The parameters of the model before anything was cut out."""
+    cut = run.manifest.structure
+    return cut.before.parameters if cut else run.manifest.result.parameters
+
+
+def size_bar(run: ReportedRun) -> Bar:
+    """The weight files of one run."""
+    packed, result = run.compression, run.manifest.result
+    size = packed.file_bytes if packed else result.file_bytes
+    kind = ", zeros stored" if packed is None and result.decoder_sparsity > 0 else ""
+    return Bar(run.name, size / 1e6, megabytes(size) + kind, ours=True)
+
+
 def speed_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
     """Tokens a second of each way to run a model, for each run that was timed."""
     charts = []
     for run in runs:
         ran = [c for c in run.bench.contenders if c.tokens_per_second] if run.bench else []
-        if not ran or run.bench is None:
+        if len(ran) < 2 or run.bench is None:
             continue
         p = run.bench.protocol
         charts.append(
@@ -232,7 +285,7 @@ def memory_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
     charts = []
     for run in runs:
         ran = [c for c in run.bench.contenders if c.resident_bytes] if run.bench else []
-        if ran:
+        if len(ran) > 1:
             bars = tuple(
                 Bar(
                     c.contender,

@@ -9,8 +9,10 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from secateur.reporting.report.records import ReportedRun
+from secateur.reporting.results.bench import GAIN
 from secateur.reporting.wording import bare_name, counted, megabytes, percent, signed
 from secateur.runs.evaluation import (
     EvaluationRecord,
@@ -21,8 +23,12 @@ from secateur.runs.evaluation import (
 
 __all__ = ["Claim", "claims", "speed_gain"]
 
-GAIN = 1.02
-"""From which ratio of tokens a second on one speaks of a gain, as `secateur bench` does."""
+Tone = Literal["", "good", "fair", "bad"]
+
+FAIR_RATIO = 1.25
+"""A perplexity up to this many times the dense one is fair; beyond it is bad."""
+FAIR_RETENTION = 0.8
+"""This part of the dense model's lead over chance is fair; less is bad."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Claim:
         told: what the number means, in a sentence.
         measured: whether there is one.
         command: how to measure it, if it was not.
-        good: whether it is a gain; None where one cannot tell.
+        tone: the colour of the number: good, fair or bad; empty where nothing can be said.
     """
 
     title: str
@@ -43,7 +49,7 @@ class Claim:
     told: str
     measured: bool = True
     command: str = ""
-    good: bool | None = None
+    tone: Tone = ""
 
 
 def claims(run: ReportedRun) -> list[Claim]:
@@ -61,7 +67,7 @@ def smaller(run: ReportedRun) -> Claim:
             percent(saved),
             f"{megabytes(cut.after.file_bytes)} instead of {megabytes(cut.before.file_bytes)} in "
             f"the same dtype; {percent(cut.decoder_removed)} of the decoder was cut out.",
-            good=saved > 0,
+            tone=gain_tone(saved > 0),
         )
     if found is None:
         return not_packed(run)
@@ -71,8 +77,13 @@ def smaller(run: ReportedRun) -> Claim:
         "Smaller by",
         percent(saved),
         f"{against} in dense bfloat16; {percent(found.sparsity)} zeros left out.",
-        good=saved > 0,
+        tone=gain_tone(saved > 0),
     )
+
+
+def gain_tone(gained: bool) -> Tone:
+    """The tone of a size: good if it is smaller."""
+    return "good" if gained else "bad"
 
 
 def not_packed(run: ReportedRun) -> Claim:
@@ -122,8 +133,8 @@ def faster(run: ReportedRun) -> Claim:
     ratio = ours / theirs
     told = f"{ours:.0f} tokens a second, {theirs:.0f} by {other}, the fastest dense way tried."
     if ratio < GAIN:
-        return Claim("Faster by", "no gain", told, good=False)
-    return Claim("Faster by", f"{ratio:.2f}×", told, good=True)
+        return Claim("Faster by", "no gain", told, tone="fair")
+    return Claim("Faster by", f"{ratio:.2f}×", told, tone="good")
 
 
 def quality(run: ReportedRun) -> Claim:
@@ -141,7 +152,7 @@ def quality(run: ReportedRun) -> Claim:
         "not measured",
         "Judging it beside the dense model:",
         measured=False,
-        command=f"secateur eval {run.folder} --reference {run.manifest.source.name}",
+        command=f"secateur evaluate {run.folder} --dense {run.manifest.source.name}",
     )
 
 
@@ -166,7 +177,7 @@ def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
         percent(mean),
         f"of the dense model's accuracy above chance, {tasks}; "
         + (f"significantly worse on {worse}." if worse else "on none significantly worse."),
-        good=worse == 0,
+        tone="good" if worse == 0 else "fair" if mean >= FAIR_RETENTION else "bad",
     )
 
 
@@ -179,7 +190,7 @@ def kept_by_perplexity(
             "Quality",
             f"{found.perplexity:.1f}",
             f"perplexity on {bare_name(found.text)}. The dense model was not judged beside it:",
-            command=f"secateur eval {run.folder} --reference {run.manifest.source.name}",
+            command=f"secateur evaluate {run.folder} --dense {run.manifest.source.name}",
         )
     ratio = found.perplexity / found.reference_perplexity
     agreement = ""
@@ -192,5 +203,5 @@ def kept_by_perplexity(
         "Quality: perplexity",
         f"×{ratio:.2f}",
         f"{found.perplexity:.2f} on {bare_name(found.text)}, {dense}.{agreement}",
-        good=ratio < GAIN,
+        tone="good" if ratio < GAIN else "fair" if ratio < FAIR_RATIO else "bad",
     )

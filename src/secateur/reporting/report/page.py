@@ -18,6 +18,7 @@ from secateur.evaluation.generation_checks import DEGENERATE
 from secateur.reporting.charts import HeatMap
 from secateur.reporting.drawing import draw
 from secateur.reporting.report.figures import (
+    alike,
     curves,
     drift,
     heat_maps,
@@ -28,8 +29,8 @@ from secateur.reporting.report.figures import (
 from secateur.reporting.report.headline import Claim, claims
 from secateur.reporting.report.provenance import Part, of_run, of_sweep
 from secateur.reporting.report.quality import quality_rows
-from secateur.reporting.report.records import Records, ReportedRun, Sweep
-from secateur.reporting.sweep_result import SweepResult
+from secateur.reporting.report.records import Records, ReportedRun, ReportedSweep
+from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, counted, percent
 from secateur.runs.evaluation import GenerationRecord
 from secateur.runs.records import FindingEntry
@@ -122,6 +123,7 @@ def content(records: Records) -> dict[str, Any]:
         "sections": sections(records),
         "views": [view_of(run) for run in runs],
         "sweeps": [sweep_view(sweep) for sweep in records.sweeps],
+        "alike": alike(runs),
         "quality": quality_rows(runs),
         "curves": [draw(chart) for chart in curves(records)],
         "drift": draw(drifts) if drifts else None,
@@ -144,7 +146,7 @@ SHOWN: Mapping[bool, Callable[[float], str]] = {
 def title(records: Records) -> str:
     """What the page is about, in a line."""
     models = [run.manifest.source.name for run in records.runs]
-    models += [sweep.result.model for sweep in records.sweeps]
+    models += [sweep.result.sweep.model for sweep in records.sweeps]
     names = list(dict.fromkeys(bare_name(name) for name in models))
     subject = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
     if len(records.runs) == 1:
@@ -221,11 +223,11 @@ def chips(run: ReportedRun) -> list[tuple[str, str]]:
     return told
 
 
-def sweep_view(sweep: Sweep) -> SweepView:
+def sweep_view(sweep: ReportedSweep) -> SweepView:
     """A sweep as the page shows it."""
     result = sweep.result
     methods = list(dict.fromkeys(point.method for point in result.points))
-    made = f"{bare_name(result.model)}: {', '.join(methods)}; {len(result.points)} points"
+    made = f"{bare_name(result.sweep.model)}: {', '.join(methods)}; {len(result.points)} points"
     told = []
     for text in result.texts[:1]:
         told.append(f"Dense: perplexity {result.dense[text]:.2f} on {bare_name(text)}.")

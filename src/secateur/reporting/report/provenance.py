@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.reporting.report.records import ReportedRun, Sweep
+from secateur.reporting.report.records import ReportedRun, ReportedSweep
 from secateur.reporting.wording import percent
 
 __all__ = ["Part", "of_run", "of_sweep"]
@@ -69,14 +69,14 @@ def judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:
     return tables
 
 
-def of_sweep(sweep: Sweep) -> Part:
+def of_sweep(sweep: ReportedSweep) -> Part:
     """All that the points of a sweep have in common."""
     result = sweep.result
     tables = [
-        ("Conditions", facts(result.conditions)),
-        ("Calibration", facts(result.calibration or {"text": "none needed"})),
-        *((f"Perplexity on {text}", facts(result.protocol[text])) for text in result.texts),
-        ("Made with", facts(result.environment)),
+        ("Conditions", facts(result.sweep.conditions)),
+        ("Calibration", facts(result.sweep.calibration or {"text": "none needed"})),
+        *((f"Perplexity on {text}", facts(result.sweep.protocol[text])) for text in result.texts),
+        ("Made with", facts(result.sweep.environment)),
     ]
     return Part(sweep.name, tables)
 

@@ -1,4 +1,4 @@
-"""Run folders and sweep folders, read for the report."""
+"""ReportedRun folders and sweep folders, read for the report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import SourceError
-from secateur.reporting.sweep_result import SweepResult, read_sweep
+from secateur.reporting.results.sweep import SweepResult
 from secateur.runs.evaluation import FILE_NAME, EvaluationRecord, read_evaluation
 from secateur.runs.records import (
     AnyRecord,
@@ -16,11 +16,12 @@ from secateur.runs.records import (
     DiagnosisRecord,
     Layer,
     Manifest,
+    Sweep,
     parsed,
     read_record,
 )
 
-__all__ = ["Records", "ReportedRun", "Sweep", "read_records"]
+__all__ = ["Records", "ReportedRun", "ReportedSweep", "read_records"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,15 @@ class ReportedRun:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A sweep, and the folder it lies in."""
+class ReportedSweep:
+    """A sweep.
+
+    Attributes:
+        name: what the page calls it.
+        result: all that it measured.
+    """
 
     name: str
-    folder: Path
     result: SweepResult
 
 
@@ -64,7 +69,7 @@ class Records:
     """All that a report is about."""
 
     runs: tuple[ReportedRun, ...]
-    sweeps: tuple[Sweep, ...]
+    sweeps: tuple[ReportedSweep, ...]
 
 
 def read_records(places: Sequence[Path]) -> Records:
@@ -79,10 +84,11 @@ def read_records(places: Sequence[Path]) -> Records:
             "there is nothing to report", remedy="name run folders, or folders of sweeps"
         )
     runs: list[ReportedRun] = []
-    sweeps: list[Sweep] = []
+    sweeps: list[ReportedSweep] = []
     for place, name in zip(places, names_of(places), strict=True):
         if (place / "sweep.json").is_file():
-            sweeps.append(Sweep(name, place, read_sweep(place / "sweep.json")))
+            sweep = read_record(Sweep, place / "sweep.json")
+            sweeps.append(ReportedSweep(name, SweepResult(sweep, place)))
         else:
             runs.append(read_run(place, name))
     return Records(tuple(runs), tuple(sweeps))

@@ -26,7 +26,7 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.compression_card import compression_card
-from secateur.reporting.compression_report import CompressionReport, FormatTotals
+from secateur.reporting.results.compress import CompressResult, FormatTotals
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
@@ -91,7 +91,7 @@ class StoragePlan:
 @takes_options_of(CompressRecipe)
 def compress(
     model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> CompressionReport:
+) -> CompressResult:
     """Write a checkpoint without its zeros.
 
     With calibration text, int8 weights compensate each other's rounding errors (GPTQ), so that
@@ -119,7 +119,7 @@ def compress_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
-) -> CompressionReport:
+) -> CompressResult:
     """Carry out a recipe into a new folder.
 
     Args:
@@ -148,7 +148,7 @@ def compress_recipe(
             folder.begin(identity(recipe, reader, progress))
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
-            return CompressionReport.from_json(json.loads(record))
+            return CompressResult.from_json(json.loads(record))
         if text is not None:
             zeros, place = fractions(reader, matrices), folder.work / "rounded"
             rounding_of = rounding_recipe(recipe, source.folder, zeros, place)
@@ -361,7 +361,7 @@ def make_report(
     output: Path,
     rounding: dict[str, Any],
     begun: float,
-) -> CompressionReport:
+) -> CompressResult:
     """Add up what the files hold."""
     linears, embeddings = FormatTotals(), FormatTotals()
     by_format: dict[str, FormatTotals] = {}
@@ -379,7 +379,7 @@ def make_report(
         by_format.setdefault(kind, FormatTotals()).add(*counted)
         if layout is not None:
             negative_zeros += choice.negative_zeros
-    return CompressionReport(
+    return CompressResult(
         output=output,
         source_bytes=sum(file.stat().st_size for file in reader.files),
         parameters=sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values()),
@@ -396,7 +396,7 @@ def make_report(
 
 
 def write_notes(
-    report: CompressionReport, source: LocalCheckpoint, folder: RunFolder, output: str | Path
+    report: CompressResult, source: LocalCheckpoint, folder: RunFolder, output: str | Path
 ) -> None:
     """Write the record of the compression and the card."""
     record = declared(Compression, report.to_json() | {"source": source.name})

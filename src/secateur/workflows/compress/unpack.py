@@ -15,7 +15,7 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.compress import DecompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.compression_card import source_part
-from secateur.reporting.compression_report import DecompressionReport
+from secateur.reporting.results.compress import DecompressResult
 from secateur.runs.atomic import write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.output import check_free
@@ -31,7 +31,7 @@ METADATA = {"format": "pt"}
 @takes_options_of(DecompressRecipe)
 def decompress(
     model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> DecompressionReport:
+) -> DecompressResult:
     """Write a compressed checkpoint as plain dense safetensors, zeros and all.
 
     What was stored losslessly comes back bit for bit; int8 comes back as the numbers it stands
@@ -54,7 +54,7 @@ def decompress(
 
 def decompress_recipe(
     recipe: DecompressRecipe, progress: Progress, *, overwrite: bool = False
-) -> DecompressionReport:
+) -> DecompressResult:
     """Carry out a recipe into a new folder.
 
     Args:
@@ -87,7 +87,7 @@ def decompress_recipe(
                 write_text(made / "README.md", text)
         file_bytes = sum(file.stat().st_size for file in shard_files(made))
         folder.finish()
-    return DecompressionReport(
+    return DecompressResult(
         output=folder.output,
         source_bytes=sum(file.stat().st_size for file in view.files),
         file_bytes=file_bytes,

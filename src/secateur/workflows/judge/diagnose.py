@@ -13,7 +13,6 @@ from secateur.calibration.documents import read_text
 from secateur.calibration.windows import load_windows, stored_start
 from secateur.diagnostics.claimed_sparsity import check_sparsity
 from secateur.diagnostics.claims import Claims, read_claims
-from secateur.diagnostics.diagnosis import Diagnosis, layer_sparsity
 from secateur.diagnostics.drift import LayerDrift, check_same_model, layer_drifts
 from secateur.diagnostics.findings import Finding, by_severity
 from secateur.diagnostics.layers import check_layers, could_bear
@@ -21,7 +20,7 @@ from secateur.diagnostics.target import Machine, check_speed, look_at_target
 from secateur.diagnostics.training_log import check_training, read_log
 from secateur.diagnostics.units import check_units, head_size
 from secateur.diagnostics.values import check_values
-from secateur.diagnostics.weights import Weights, look_at_weights
+from secateur.diagnostics.weights import Weights, layer_sparsity, look_at_weights
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluation_windows
@@ -29,6 +28,7 @@ from secateur.models.positions import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.progress import Progress, Silent
+from secateur.reporting.results.diagnose import DiagnoseResult, TargetResult
 from secateur.runs import records
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
@@ -59,9 +59,9 @@ class Reference:
     protocol: dict[str, Any]
 
 
-def check_target() -> Machine:
+def check_target() -> TargetResult:
     """What this machine can speed up, and what it cannot."""
-    return look_at_target(environment(torch.device("cpu"))["cpu"])
+    return TargetResult(look_at_target(environment(torch.device("cpu"))["cpu"]))
 
 
 def diagnose(
@@ -75,7 +75,7 @@ def diagnose(
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Diagnosis:
+) -> DiagnoseResult:
     """Look for everything that can be wrong with a pruned model.
 
     In the folder of a pruning run the result is also written to `secateur/diagnosis.json`.
@@ -110,10 +110,10 @@ def diagnose(
         drift = layer_drifts(ours, reference.target, reference.tokens, progress)
         bears = could_bear(layer_sparsity(weights), drift)
         findings += check_layers(drift, ours.architecture.layer_name, bears)
-    target = check_target()
+    target = check_target().target
     findings += about_pruned(ours, claims, weights, reference, target)
     findings += check_training(steps, str(training_log))
-    found = Diagnosis(
+    found = DiagnoseResult(
         str(model),
         None if dense is None else str(dense),
         by_severity(findings),
@@ -269,7 +269,7 @@ def not_looked_at(claims: Claims, reference: Reference | None) -> list[Finding]:
     return found
 
 
-def keep(found: Diagnosis) -> None:
+def keep(found: DiagnoseResult) -> None:
     """Write the diagnosis beside the records of the run, if there are any."""
     folder = found.claims.folder
     if folder is None:

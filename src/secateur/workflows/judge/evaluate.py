@@ -24,6 +24,7 @@ from secateur.evaluation.uncertainty import Comparison, compare, mean_of
 from secateur.progress import Progress, Silent
 from secateur.recipes.evaluate import EvaluateRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.runs.environment import environment
 from secateur.runs.evaluation import (
     FILE_NAME,
@@ -36,7 +37,7 @@ from secateur.runs.evaluation import (
     read_evaluation,
 )
 from secateur.runs.folder import NOTES
-from secateur.workflows.judge.perplexity import load_model, started, told_of_windows, windows_of
+from secateur.workflows.judge.perplexity import load_model, started, window_progress, windows_of
 
 __all__ = ["evaluate", "run_evaluation"]
 
@@ -45,8 +46,8 @@ DEFAULT_TEXT = "wikitext2"
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A model that is in memory.
+class LoadedModel:
+    """A model in memory.
 
     Args:
         name: as it was given.
@@ -68,8 +69,12 @@ def evaluate(
     prompts: Sequence[str] = PROMPTS,
     progress: Progress | None = None,
     **options: Any,
-) -> EvaluationRecord:
+) -> EvaluateResult:
     """Measure a model, each number with its protocol and uncertainty.
+
+        secateur.evaluate("pruned", text="boolq-held-out").perplexity
+        secateur.evaluate(model, tokenizer=tokenizer, text="other.txt").perplexity
+        secateur.evaluate("pruned", dense="smollm2-135m", text="wikitext2", tasks=["hellaswag"])
 
     A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
     replace earlier ones of the same protocol; what was not measured again stays.
@@ -109,7 +114,7 @@ def run_evaluation(
     dense: nn.Module | None = None,
     tokenizer: Any = None,
     prompts: Sequence[str] = PROMPTS,
-) -> EvaluationRecord:
+) -> EvaluateResult:
     """Carry out a recipe.
 
     Args:
@@ -121,46 +126,56 @@ def run_evaluation(
         prompts: the texts that are continued.
     """
     names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
-    kept = None
-    if model is None and (Path(recipe.model) / NOTES).is_dir():
-        kept = Path(recipe.model) / NOTES / FILE_NAME
-        if kept.is_file():
-            read_evaluation(kept)  # what cannot be added to is refused before anything is measured
-    # the rows of tasks first: what is missing is told before a model is loaded
+    kept = None if model is not None else stored_results(recipe.model)
+    # the rows of tasks first: a missing one is an error before a model is loaded
     prepared = prepare_tasks(
         recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots
     )
     place, trust = recipe.device, recipe.trust_remote_code
-    judged = loaded_model(model or recipe.model, tokenizer, place, trust)
+    ours = loaded_model(model or recipe.model, tokenizer, place, trust)
     reference = None
     if recipe.dense is not None:
         reference = loaded_model(dense or recipe.dense, tokenizer, place, trust)
-    said = {
+    shared = {
         "reference": reference.name if reference else None,
-        "environment": environment(place_of(judged.model)),
+        "environment": environment(place_of(ours.model)),
     }
     texts, apart = [], list[DivergenceRecord]()
     for text in names:
         found, moved = text_records(
-            judged, reference, said, text, recipe.sequence_length, recipe.windows, progress
+            ours, reference, shared, text, recipe.sequence_length, recipe.windows, progress
         )
         texts.append(found)
         apart = apart or moved
     generated = []
     if recipe.generation:
-        generated = [generation_record(judged, reference, said, prompts, progress)]
+        generated = [generation_record(ours, reference, shared, prompts, progress)]
     record = EvaluationRecord(
-        model=judged.name,
+        model=ours.name,
         perplexity=texts,
         divergence=apart,
-        tasks=task_records(judged, reference, said, prepared, progress),
+        tasks=task_records(ours, reference, shared, prepared, progress),
         generation=generated,
     )
     if kept is not None:
         record.add_to(kept)
     if recipe.output is not None:
         record.save(Path(recipe.output))
-    return record
+    return EvaluateResult(record)
+
+
+def stored_results(model: str) -> Path | None:
+    """The file that keeps the results of a run folder; None for any other model.
+
+    Raises:
+        CheckpointError: the file is there and cannot be added to.
+    """
+    if not (Path(model) / NOTES).is_dir():
+        return None
+    file = Path(model) / NOTES / FILE_NAME
+    if file.is_file():
+        read_evaluation(file)
+    return file
 
 
 def name_of(model: str | Path | nn.Module) -> str:
@@ -170,58 +185,58 @@ def name_of(model: str | Path | nn.Module) -> str:
 
 def loaded_model(
     model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
-) -> Judged:
-    """A model ready to judge.
+) -> LoadedModel:
+    """A model in memory, with its tokenizer.
 
     Raises:
         RecipeError: it is loaded already, and there is no tokenizer.
     """
     if not isinstance(model, nn.Module):
-        return Judged(str(model), *load_model(str(model), device, trust_remote_code))
+        return LoadedModel(str(model), *load_model(str(model), device, trust_remote_code))
     if tokenizer is None:
         raise RecipeError("a loaded model needs tokenizer=...")
-    return Judged(name_of(model), model, tokenizer)
+    return LoadedModel(name_of(model), model, tokenizer)
 
 
 def text_records(
-    judged: Judged,
-    dense: Judged | None,
-    said: dict[str, Any],
+    ours: LoadedModel,
+    dense: LoadedModel | None,
+    shared: dict[str, Any],
     text: str | Path,
     sequence_length: int | None,
     first: int | None,
     progress: Progress,
 ) -> tuple[PerplexityRecord, list[DivergenceRecord]]:
-    """Perplexity on a text; with a reference also its perplexity, and the divergence from it.
+    """Perplexity on a text; with a dense model also its perplexity and the divergence from it.
 
-    `said` is what every result says of the reference and the environment, here and below.
+    `shared` is the dense model and the environment, which every result names.
 
     Raises:
-        RecipeError: the reference reads the text as other tokens.
+        RecipeError: the dense model reads the text as other tokens.
     """
     windows, protocol = windows_of(
-        text, judged.model, judged.tokenizer, judged.name, sequence_length, first
+        text, ours.model, ours.tokenizer, ours.name, sequence_length, first
     )
     if dense is None:
-        with told_of_windows(progress, "perplexity", len(windows)) as tell:
+        with window_progress(progress, "perplexity", len(windows)) as report:
             result = perplexity(
-                judged.model, windows, start_tokens=started(protocol), progress=tell
+                ours.model, windows, start_tokens=started(protocol), progress=report
             )
-        return perplexity_record(text, result, None, protocol, said), []
+        return perplexity_record(text, result, None, protocol, shared), []
     length = windows.shape[1]
     other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, first)
     if other.shape != windows.shape or bool((other != windows).any()):
         raise RecipeError(
-            f"{judged.name} and {dense.name} read {text} as different tokens",
+            f"{ours.name} and {dense.name} read {text} as different tokens",
             remedy="name the dense model that this one was pruned from as reference",
         )
-    with told_of_windows(progress, "divergence", len(windows)) as tell:
+    with window_progress(progress, "divergence", len(windows)) as report:
         moved = divergence(
-            judged.model, dense.model, windows, start_tokens=started(protocol), progress=tell
+            ours.model, dense.model, windows, start_tokens=started(protocol), progress=report
         )
     return (
-        perplexity_record(text, moved.model, moved.reference, protocol, said),
-        [divergence_record(text, moved, protocol, said)],
+        perplexity_record(text, moved.model, moved.reference, protocol, shared),
+        [divergence_record(text, moved, protocol, shared)],
     )
 
 
@@ -230,7 +245,7 @@ def perplexity_record(
     result: PerplexityResult,
     reference: PerplexityResult | None,
     protocol: dict[str, Any],
-    said: dict[str, Any],
+    shared: dict[str, Any],
 ) -> PerplexityRecord:
     """A perplexity as it is stored."""
     return PerplexityRecord(
@@ -242,12 +257,12 @@ def perplexity_record(
         protocol=protocol,
         protocol_id=protocol_id("ppl", protocol),
         seconds=result.seconds,
-        **said,
+        **shared,
     )
 
 
 def divergence_record(
-    text: str | Path, moved: DivergenceResult, protocol: dict[str, Any], said: dict[str, Any]
+    text: str | Path, moved: DivergenceResult, protocol: dict[str, Any], shared: dict[str, Any]
 ) -> DivergenceRecord:
     """A divergence as it is stored."""
     return DivergenceRecord(
@@ -261,31 +276,31 @@ def divergence_record(
         tokens=moved.tokens,
         protocol=protocol,
         protocol_id=protocol_id("div", protocol),
-        **said,
+        **shared,
     )
 
 
 def task_records(
-    judged: Judged,
-    dense: Judged | None,
-    said: dict[str, Any],
+    ours: LoadedModel,
+    dense: LoadedModel | None,
+    shared: dict[str, Any],
     prepared: Sequence[PreparedTask],
     progress: Progress,
 ) -> list[TaskRecord]:
-    """Scores of tasks, beside those of the reference."""
+    """Scores of tasks, beside those of the dense model."""
     if not prepared:
         return []
-    own = run_tasks(judged.model, judged.tokenizer, prepared, progress)
+    own = run_tasks(ours.model, ours.tokenizer, prepared, progress)
     if dense is None:
-        return [task_record(score, None, said) for score in own]
+        return [task_record(score, None, shared) for score in own]
     theirs = run_tasks(dense.model, dense.tokenizer, prepared, progress)
     return [
-        task_record(score, compare(score.outcomes, other.outcomes, score.chance), said)
+        task_record(score, compare(score.outcomes, other.outcomes, score.chance), shared)
         for score, other in zip(own, theirs, strict=True)
     ]
 
 
-def task_record(score: TaskScore, beside: Comparison | None, said: dict[str, Any]) -> TaskRecord:
+def task_record(score: TaskScore, beside: Comparison | None, shared: dict[str, Any]) -> TaskRecord:
     """A score as it is stored."""
     return TaskRecord(
         task=score.task,
@@ -302,19 +317,19 @@ def task_record(score: TaskScore, beside: Comparison | None, said: dict[str, Any
         retention=beside.retention if beside else None,
         protocol=dict(score.protocol),
         protocol_id=score.protocol_id,
-        **said,
+        **shared,
     )
 
 
 def generation_record(
-    judged: Judged,
-    dense: Judged | None,
-    said: dict[str, Any],
+    ours: LoadedModel,
+    dense: LoadedModel | None,
+    shared: dict[str, Any],
     prompts: Sequence[str],
     progress: Progress,
 ) -> GenerationRecord:
-    """Texts of the model, side by side with those of the reference."""
-    own = check_generation(judged.model, judged.tokenizer, prompts=prompts, progress=progress)
+    """Texts of the model, side by side with those of the dense model."""
+    own = check_generation(ours.model, ours.tokenizer, prompts=prompts, progress=progress)
     theirs: list[Sample] | None = None
     if dense is not None:
         theirs = check_generation(dense.model, dense.tokenizer, prompts=prompts, progress=progress)
@@ -338,5 +353,5 @@ def generation_record(
         reference_degenerate=sum(one.degenerate for one in theirs) if theirs else None,
         protocol=protocol,
         protocol_id=protocol_id("gen", protocol),
-        **said,
+        **shared,
     )

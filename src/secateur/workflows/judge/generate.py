@@ -1,146 +1,146 @@
-"""Text from a checkpoint, compressed or not, and how fast it came."""
+"""Text from a checkpoint, compressed or not: one text, or a conversation."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.evaluation.generation import generate as generate_with_transformers
-from secateur.models.configuration import read_configuration
-from secateur.models.sources import resolve
-from secateur.models.tokenizer import load_tokenizer
-from secateur.recipes.section import MAX_SEED
-from secateur.runtime.decode import Decoder, why_not
-from secateur.runtime.load import load
+from secateur.reporting.results.generate import GenerateResult
+from secateur.runtime.sampling import Sampling
+from secateur.workflows.judge.session import Message, TextSession
 
-__all__ = ["Generation", "generate"]
-
-POSITIONS = "max_position_embeddings"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A text and how it was made.
-
-    Args:
-        prompt: what was given.
-        text: what followed.
-        tokens: of the text.
-        load_seconds: from the files to a model that is ready.
-        first_token_seconds: from the prompt to the first token.
-        tokens_per_second: of the tokens after the first; None for a single one.
-        loop: `one call for each token`, or `transformers` and why.
-    """
-
-    prompt: str
-    text: str
-    tokens: int
-    load_seconds: float
-    first_token_seconds: float | None
-    tokens_per_second: float | None
-    loop: str
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it."""
-        return asdict(self)
+__all__ = ["Conversation", "generate"]
 
 
 def generate(
-    model: str,
+    model: str | Path,
     prompt: str,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    chat: bool | None = None,
+    system: str | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda text: None,
-) -> Generation:
+) -> GenerateResult:
     """Continue a prompt on the CPU, by the fastest way that the model allows.
 
     Args:
         model: folder (compressed or not), hub id, GGUF file or named sample.
-        prompt: the text to continue, as it is, without a chat template.
+        prompt: the text to continue; with a chat template the message to answer.
         max_new_tokens: where to stop if the model does not end earlier.
         temperature: 0 takes the most likely token each time; above 0 draws.
+        top_k: draw among so many of the most likely tokens; None for all.
+        top_p: draw among the most likely tokens that together have this probability.
         seed: of the draw.
+        stop: the text ends before the first of these.
+        chat: use the tokenizer's chat template; None: if it has one.
+        system: a system message in front of the prompt, with a chat template.
         trust_remote_code: whether code that comes with the checkpoint may run.
-        tell: given the text piece by piece as it comes.
+        tell: receives the text piece by piece as it comes.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
-    check_asked(prompt, max_new_tokens, temperature, seed)
-    folder = resolve(model, trust_remote_code=trust_remote_code).folder
-    check_length(max_new_tokens, positions_told(folder))
-    started = time.perf_counter()
-    loaded = load(folder, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    ready = time.perf_counter()
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
-    if len(ids) == 0:
-        raise RecipeError("the prompt has no token", remedy="give a prompt of at least one word")
-    check_length(len(ids) + max_new_tokens, getattr(loaded.config, POSITIONS, None))
-    reason = why_not(loaded, len(ids) + max_new_tokens)
-    if reason is not None:
-        text = generate_with_transformers(
-            loaded, tokenizer, prompt, max_new_tokens, seed, temperature=temperature
-        )
-        tell(text)
-        count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return Generation(
-            prompt,
-            text,
-            count,
-            ready - started,
-            None,
-            count / (time.perf_counter() - ready),
-            f"transformers: {reason}",
-        )
-    decoder = Decoder(loaded, len(ids) + max_new_tokens)
-    ends = loaded.generation_config.eos_token_id
-    stop = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    tokens: list[int] = []
-    times: list[float] = []
-    told = ""
-    begun = time.perf_counter()
-    for token in decoder.continued(
-        ids, max_new_tokens, temperature=temperature, seed=seed, stop=stop
-    ):
-        times.append(time.perf_counter())
-        tokens.append(token)
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        if not text.endswith("\ufffd"):  # half of a character waits for the rest
-            tell(text[len(told) :])
-            told = text
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-    first = times[0] - begun if times else None
-    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    tell(text[len(told) :])
-    return Generation(
-        prompt, text, len(tokens), ready - started, first, rate, "one call for each token"
+    conversation = Conversation(
+        str(model),
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, seed),
+        stop=stop,
+        chat=chat,
+        system=system,
+        trust_remote_code=trust_remote_code,
     )
+    return conversation.say(prompt, tell)
 
 
-def check_asked(prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Refuse what makes no sense for any model.
+class Conversation:
+    """A conversation with a model; without a chat template each message is a text to continue.
+
+    Args:
+        model: folder (compressed or not), hub id, GGUF file or named sample.
+        max_new_tokens: where an answer stops if the model does not end earlier; None for 256, or
+            what the model's positions leave.
+        sampling: how tokens are drawn.
+        stop: an answer ends before the first of these.
+        chat: use the tokenizer's chat template; None: if it has one.
+        system: a system message at the beginning.
+        trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
-        RecipeError: naming the option.
+        SecateurError: the model cannot be read, or has no chat template and one is needed.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-        raise RecipeError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}",
-            remedy="give at least one new token and a temperature of 0 or more",
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        chat: bool | None = None,
+        system: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise RecipeError(
+                f"max_new_tokens {max_new_tokens}", remedy="give at least one new token"
+            )
+        self.session = TextSession(model, trust_remote_code=trust_remote_code)
+        self.max_new_tokens, self.stop = max_new_tokens, stop
+        self.sampling = sampling or Sampling()
+        self.start: list[Message] = []
+        self.chat = self.session.has_chat_template if chat is None else chat
+        if system is not None:
+            if chat is False:
+                raise RecipeError(
+                    "a system message needs the chat template", remedy="leave --no-chat out"
+                )
+            self.chat = True
+            self.start = [{"role": "system", "content": check_text(system)}]
+        if self.chat:  # refuses a tokenizer without a template, and a system message it refuses
+            self.session.conversation([*self.start, {"role": "user", "content": "Hello"}])
+        self.messages: list[Message] = [*self.start]
+
+    def say(self, prompt: str, tell: Callable[[str], None] = lambda text: None) -> GenerateResult:
+        """Answer a message, or continue a text; both stay in the conversation.
+
+        Args:
+            prompt: the message, or the text.
+            tell: receives the answer piece by piece as it comes.
+
+        Raises:
+            RecipeError: the prompt is no text, or does not fit the model.
+        """
+        check_text(prompt)
+        asked = [*self.messages, {"role": "user", "content": prompt}]
+        made = self.session.write(
+            prompt,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            messages=asked if self.chat else None,
+            stop=self.stop,
+            tell=tell,
         )
-    if not 0 <= seed <= MAX_SEED:
-        raise RecipeError(
-            f"seed {seed} is not a number from 0 to 2⁶³ − 1", remedy="give a smaller one"
-        )
+        self.messages = [*asked, {"role": "assistant", "content": made.text}]
+        return made
+
+    def forget(self) -> None:
+        """Begin anew; the system message stays."""
+        self.messages = [*self.start]
+
+
+def check_text(prompt: str) -> str:
+    """The same text, if it can be written as UTF-8.
+
+    Raises:
+        RecipeError: it holds half of a surrogate pair.
+    """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -148,23 +148,4 @@ def check_asked(prompt: str, max_new_tokens: int, temperature: float, seed: int)
             f"the prompt is not text at character {error.start}: it has half of a surrogate pair",
             remedy="give the prompt as UTF-8",
         ) from None
-
-
-def positions_told(folder: Path) -> int | None:
-    """How many tokens the configuration says that the model reads."""
-    told = read_configuration(folder).get(POSITIONS)
-    return told if type(told) is int else None
-
-
-def check_length(tokens: int, positions: int | None) -> None:
-    """Refuse more tokens than the model has positions.
-
-    Raises:
-        RecipeError: naming both numbers.
-    """
-    if positions is not None and tokens > positions:
-        raise RecipeError(
-            f"prompt and new tokens are {tokens}, and the model has {positions} positions",
-            where="--max-new-tokens",
-            remedy=f"use a smaller number; prompt and new tokens together are at most {positions}",
-        )
+    return prompt

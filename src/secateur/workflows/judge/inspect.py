@@ -2,18 +2,83 @@
 
 from __future__ import annotations
 
-from secateur.diagnostics.audit import Audit, audit_checkpoint
-from secateur.models.sources import resolve
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["inspect_model"]
+from secateur.errors import RecipeError
+from secateur.progress import Progress
+
+if TYPE_CHECKING:  # nothing heavy is imported for the header of a GGUF file
+    from secateur.reporting.results.gguf import GgufInspectResult
+    from secateur.reporting.results.inspect import InspectResult
+
+__all__ = ["inspect", "inspect_checkpoint"]
 
 
-def inspect_model(model: str, *, trust_remote_code: bool = False) -> Audit:
+def inspect(
+    model: str | Path,
+    *,
+    layer: int | None = None,
+    zeros: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> InspectResult | GgufInspectResult:
     """Family, sizes, linears and the zeros really stored in a model.
+
+    Of a GGUF file only the header is read. With `zeros` it is expanded to a checkpoint first, which
+    can take minutes.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
+        layer: list the linears of this decoder layer; None for a line for each layer.
+        zeros: count the zeros of a GGUF file too; those of other checkpoints are always counted.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        progress: receives every step.
+
+    Raises:
+        RecipeError: the model has no such layer.
+        CheckpointError: it is damaged or incomplete.
     """
-    source = resolve(model, trust_remote_code=trust_remote_code)
-    return audit_checkpoint(source.folder, trust_remote_code=trust_remote_code)
+    file = Path(model).expanduser()
+    if not zeros and file.suffix == ".gguf" and file.is_file():
+        return inspect_gguf(file, str(model), layer)
+    return inspect_checkpoint(str(model), layer, trust_remote_code, progress)
+
+
+def inspect_gguf(file: Path, model: str, layer: int | None) -> GgufInspectResult:
+    """The header of a GGUF file."""
+    from secateur.models.gguf_header import read_gguf_header
+    from secateur.reporting.results.gguf import GgufInspectResult
+    from secateur.reporting.results.layers import layer_of
+
+    header = read_gguf_header(file)
+    check_layer(layer, 1 + max((layer_of(x.name) for x in header.tensors), default=-1))
+    return GgufInspectResult(model, header, layer)
+
+
+def inspect_checkpoint(
+    model: str, layer: int | None, trust_remote_code: bool, progress: Progress | None
+) -> InspectResult:
+    """A checkpoint, every tensor read."""
+    from secateur.diagnostics.audit import audit_checkpoint
+    from secateur.models.sources import resolve
+    from secateur.reporting.results.inspect import InspectResult
+
+    source = resolve(model, trust_remote_code=trust_remote_code, progress=progress)
+    audit = audit_checkpoint(source.folder, trust_remote_code=trust_remote_code, progress=progress)
+    check_layer(layer, audit.num_hidden_layers)
+    return InspectResult(model, audit, layer)
+
+
+def check_layer(layer: int | None, layers: int) -> None:
+    """Refuse a layer that the model does not have.
+
+    Raises:
+        RecipeError: naming the layers that there are.
+    """
+    if layer is not None and not 0 <= layer < layers:
+        raise RecipeError(
+            f"there is no decoder layer {layer}: the model has {layers}",
+            where="--layer",
+            remedy=f"use a number from 0 to {layers - 1}, or leave --layer out for all",
+        )

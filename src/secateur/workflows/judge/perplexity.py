@@ -1,4 +1,4 @@
-"""The windows that a perplexity is measured on, their protocol, and the model that reads them."""
+"""What every measurement of perplexity needs: a loaded model, windows, and their protocol."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from secateur.runtime.packed import is_packed
 from secateur.types import Windows
 from secateur.workflows.prune.prepare import choose_device
 
-__all__ = ["load_model", "started", "told_of_windows", "windows_of"]
+__all__ = ["load_model", "started", "window_progress", "windows_of"]
 
 
 def windows_of(
@@ -31,7 +31,7 @@ def windows_of(
     sequence_length: int | None,
     first: int | None,
 ) -> tuple[Windows, dict[str, Any]]:
-    """The windows that a model is judged on, and the protocol that goes with them."""
+    """The windows of a text, and their protocol."""
     longest = positions_of(loaded.config) or 2048
     joined = read_text(str(text))
     windows = evaluation_windows(
@@ -49,29 +49,29 @@ def windows_of(
 
 
 def started(protocol: Mapping[str, Any]) -> int:
-    """How many start tokens the windows of a protocol begin with."""
+    """The number of start tokens that each window of a protocol begins with."""
     return len(protocol.get("start_tokens", ()))
 
 
 @contextmanager
-def told_of_windows(
+def window_progress(
     progress: Progress, label: str, count: int
 ) -> Iterator[Callable[[int, int], None]]:
-    """A function that takes windows done and their total, and tells a progress of the steps."""
+    """A function of windows done and their total that reports the steps to a progress."""
     progress.start(label, count)
-    told = 0
+    before = 0
 
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        progress.step(done - told, note=f"window {done} of {total}")
-        told = done
+    def report(done: int, total: int) -> None:
+        nonlocal before
+        progress.step(done - before, note=f"window {done} of {total}")
+        before = done
 
-    yield tell
+    yield report
     progress.finish()
 
 
 def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model with its tokenizer, ready to judge; a compressed one packed, if on the CPU."""
+    """A model with its tokenizer; on the CPU a compressed model stays packed."""
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     place = choose_device(device)

@@ -26,7 +26,8 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.model_card import model_card
-from secateur.reporting.prune_report import PruneReport
+from secateur.reporting.results.plan import PlanResult
+from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES, RunFolder
@@ -51,14 +52,14 @@ from secateur.workflows.prune.self_generated_text import with_own_windows
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 
-__all__ = ["PruneReport", "plan", "plan_recipe", "report_of", "run_prepared", "run_recipe"]
+__all__ = ["plan", "plan_recipe", "report_of", "run_prepared", "run_recipe"]
 
 NO_PART = {"output", "compress", "memory", "on_collapse"}
 """Fields of a recipe that the pruned weights do not depend on."""
 
 
 @takes_options_of(PruneRecipe)
-def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> Plan:
+def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> PlanResult:
     """What pruning `model` would need, without doing it.
 
     Args:
@@ -70,10 +71,10 @@ def plan(model: str | Path, *, method: str | Method | None = None, **options: An
         SecateurError: as `prune` would.
     """
     own = {"model": model}
-    return plan_recipe(recipe_of(PruneRecipe, own, with_method(method, options))[0])[0]
+    return plan_recipe(recipe_of(PruneRecipe, own, with_method(method, options))[0])
 
 
-def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
+def plan_recipe(recipe: PruneRecipe) -> PlanResult:
     """The plan of a recipe, and where its hidden states would wait."""
     prepared = prepare(recipe, only_plan=True)
     tasks = tasks_for(prepared)
@@ -87,7 +88,7 @@ def plan_recipe(recipe: PruneRecipe) -> tuple[Plan, str]:
         settings=settings_of(recipe, activations, None),
         device=prepared.target.device,
     )
-    return dataclasses.replace(chosen, left=left, seconds=seconds), activations
+    return PlanResult(dataclasses.replace(chosen, left=left, seconds=seconds), activations)
 
 
 def run_recipe(
@@ -97,7 +98,7 @@ def run_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
-) -> PruneReport:
+) -> PruneResult:
     """Prune a checkpoint into a new folder.
 
     Args:
@@ -119,7 +120,7 @@ def run_recipe(
 
 def run_prepared(
     prepared: Prepared, folder: RunFolder, progress: Progress, meter: Meter
-) -> PruneReport:
+) -> PruneResult:
     """Carry out a recipe that is prepared, in a folder that nobody has entered yet."""
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
@@ -166,17 +167,17 @@ def run_prepared(
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
         folder.finish()
-    return PruneReport(audit.sparsity, ledger.layers, manifest, folder.output, left)
+    return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
 
 
-def report_of(output: Path) -> PruneReport:
+def report_of(output: Path) -> PruneResult:
     """What the notes of a finished run say was done."""
     ledger = Ledger(output / NOTES / LEDGER)
     ledger.resume()
     manifest = json.loads((output / NOTES / MANIFEST).read_text(encoding="utf-8"))
     left = [Left(**one) for one in manifest["left"]]
     sparsity = manifest["result"]["decoder_sparsity"]
-    return PruneReport(sparsity, ledger.layers, manifest, output, left)
+    return PruneResult(sparsity, ledger.layers, manifest, output, left)
 
 
 def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:

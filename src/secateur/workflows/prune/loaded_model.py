@@ -30,7 +30,7 @@ from secateur.models.tokenizer import start_tokens
 from secateur.progress import Progress
 from secateur.recipes.keywords import recipe_of
 from secateur.recipes.prune import PruneRecipe
-from secateur.reporting.prune_report import PruneReport
+from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
 from secateur.workflows.prune.distillation import distill_module, distills
 from secateur.workflows.prune.prepare import (
@@ -51,7 +51,7 @@ def prune_module(
     tokenizer: Any,
     progress: Progress,
     options: Mapping[str, Any],
-) -> PruneReport:
+) -> PruneResult:
     """Prune a loaded model in place."""
     named = None if isinstance(calibration, Tensor) else calibration
     recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", "calibration": named}, options)
@@ -96,7 +96,7 @@ def prune_module(
             sparsity = decoder_sparsity(model, matrices)
     finally:
         model.train(was_training)
-    return PruneReport(sparsity, ledger.layers, left=left)
+    return PruneResult(sparsity, ledger.layers, left=left)
 
 
 def decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> float:

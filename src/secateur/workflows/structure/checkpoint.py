@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,14 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.structure import StructureRecipe
+from secateur.reporting.results.structure import StructureResult
 from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.meter import Meter
-from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.prune.distillation import FINAL, learn, once
@@ -67,26 +68,13 @@ VARIED = (
 Read = tuple[Tensor, dict[str, Any]]
 """Calibration windows [samples, sequence_length], and where they are from."""
 
-__all__ = ["StructureReport", "structure", "structure_recipe"]
-
-
-@dataclass(frozen=True)
-class StructureReport:
-    """What a structured cut did.
-
-    Attributes:
-        manifest: choices, steps, cost and result.
-        output: the folder written.
-    """
-
-    manifest: dict[str, Any]
-    output: Path
+__all__ = ["structure", "structure_recipe"]
 
 
 @takes_options_of(StructureRecipe)
 def structure(
     model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> StructureReport:
+) -> StructureResult:
     """Cut structure out of a checkpoint, into a new and really smaller one.
 
     Args:
@@ -109,13 +97,13 @@ def structure_recipe(
     restart: bool = False,
     overwrite: bool = False,
     timer: StepTimer = time_steps,
-) -> StructureReport:
+) -> StructureResult:
     """Carry out a recipe into a new folder.
 
     Args:
-        recipe: what is asked.
-        progress: told of every step.
-        resume: go on with a stopped run to this output; start, if there is none.
+        recipe: of the cut.
+        progress: receives every step.
+        resume: continue a stopped run to this output; start if there is none.
         restart: discard what a stopped run left.
         overwrite: replace an existing output folder.
         timer: times a token, where the recipe has a target in time.
@@ -147,7 +135,7 @@ def structure_recipe(
             folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
             cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter)
     manifest = json.loads((folder.notes / MANIFEST).read_text(encoding="utf-8"))
-    return StructureReport(manifest, folder.output)
+    return StructureResult(manifest, folder.output)
 
 
 def cut_into(
@@ -171,8 +159,8 @@ def cut_into(
         recipe, aim, source.folder, windows, folder.work / WINDOWS, device, folder.work, progress
     )
     for step in steps_of(recipe, aim, skeleton):
-        made, told = step.carry_out(context, made)
-        steps.append(told)
+        made, notes = step.carry_out(context, made)
+        steps.append(notes)
     PatchedCopy(CheckpointReader(made), folder.model).create(progress)
     (folder.model / NOTES).unlink(missing_ok=True)
     distilled = distill(recipe, source, folder, windows, device, progress)
@@ -182,7 +170,7 @@ def cut_into(
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
     manifest["structure"]["latency"] = latency
     manifest["cost"]["resumed"] = folder.resumed
-    write_json(folder.notes / STEPS, steps)
+    write_json(folder.notes / STEPS, [declared(StepEntry, step) for step in steps])
     shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
@@ -227,12 +215,12 @@ def calibration_of(
 ) -> Read:
     """The windows of the text, with those that the uncut model writes.
 
-    They are kept for a run that is resumed. Where they are from is written last, so that what an
-    earlier run has kept is complete.
+    A resumed run reads the stored ones. The record of their source is written last, so a record
+    means that the windows are complete.
     """
-    file, told = folder.work / WINDOWS, folder.work / CALIBRATION
-    if told.exists():
-        return load_windows(file), json.loads(told.read_text(encoding="utf-8"))
+    file, record = folder.work / WINDOWS, folder.work / CALIBRATION
+    if record.exists():
+        return load_windows(file), json.loads(record.read_text(encoding="utf-8"))
     windows, provenance = read_calibration(recipe, source, config)
     options = recipe.calibration
     if options.generated_windows:
@@ -251,7 +239,7 @@ def calibration_of(
             "generated_prefix": PREFIX,
         }
     save_windows(windows, file, start=provenance.get("start_tokens", ()))
-    write_json(told, provenance)
+    write_json(record, provenance)
     return windows, provenance
 
 
@@ -297,7 +285,7 @@ def distill(
 def verified(
     skeleton: Any, whole: Path, steps: list[dict[str, Any]], recipe: StructureRecipe
 ) -> Accounting:
-    """Count the model that was written, and hold it against what the steps say.
+    """Count the parameters of the written model, and compare them with the notes of the steps.
 
     Raises:
         VerificationError: it has another number of parameters.

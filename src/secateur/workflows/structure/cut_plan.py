@@ -1,4 +1,4 @@
-"""From what is asked of a structured cut to numbers of units, before any work."""
+"""From the keep-options of a structured cut to numbers of units, before any work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNITS = (*TARGETS, "kv_groups", "ffn", "kv_cache", "query_heads", "hidden_size",
 
 @dataclass(frozen=True)
 class CutPlan:
-    """What is asked, in units of the model.
+    """What stays and what goes, in units of the model.
 
     Attributes:
         sizes: of the model as it is.
@@ -34,8 +34,8 @@ class CutPlan:
         keep_queries: query heads of each KV group that stay; None keeps all.
         heads: fraction of KV groups that goes.
         neurons: fraction of FFN neurons that goes.
-        joint: fraction of the parameters of both together that goes; None where they are told
-            apart.
+        joint: fraction of the parameters of both together that goes; None where each has its
+            own.
         ends: layers at the start and at the end that keep all heads and neurons.
     """
 
@@ -97,14 +97,14 @@ def fewer(kept: Kept, total: int, what: str) -> int | None:
 
 
 def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
-    """What a recipe asks of a model; a target in time is found later (`latency_target.py`).
+    """The plan of a recipe for a model; a target in time is searched later (`latency.py`).
 
     Args:
         recipe: as the user wrote it.
         model: the skeleton.
 
     Raises:
-        RecipeError: nothing is asked, too much, or two things that do not go together.
+        RecipeError: nothing would be cut, or too much, or two options contradict each other.
         ArchitectureError: units within layers are to go, and the family does not declare them.
     """
     check_together(recipe)
@@ -133,7 +133,7 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
                 f"no KV groups would stay between the {sum(ends)} layers that keep all",
                 remedy="keep more of the cache, or fewer layers whole",
             )
-        if recipe.allocation in (None, "uniform"):  # whole groups, and no more than was asked for
+        if recipe.allocation in (None, "uniform"):  # whole groups, and no more than the target
             most = max(1, *sizes.groups)
             heads = ceil(heads * most - 1e-9) / most
     if recipe.kv_groups is not None:
@@ -160,7 +160,7 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
 
 
 def check_together(recipe: StructureRecipe) -> None:
-    """Refuse what contradicts itself, or says nothing.
+    """Refuse options that contradict each other, or cut nothing.
 
     Raises:
         RecipeError: naming the options.

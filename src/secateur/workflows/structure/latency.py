@@ -28,14 +28,14 @@ from secateur.workflows.structure.narrow import uniform_cut
 __all__ = ["FILE", "found_latency"]
 
 FILE = "latency.json"
-"""In the work folder of a run: what was measured, for a run that goes on."""
+"""The file of the measurements in the work folder; a resumed run reads it."""
 
 FIRST = (0.85, 0.7, 0.5, 0.3, 0.1)
 """Fractions of heads and neurons that stay, in the first pass."""
 
 PASSES = 3
 BETWEEN = 4
-"""Sizes of each later pass: three passes tell fractions of 1 % apart."""
+"""Sizes of each later pass: three passes distinguish fractions of 1 %."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SizeSearch:
         multiple: neurons are kept in multiples of this number.
         device: where a token is timed.
         timer: times it.
-        progress: told of every turn.
+        progress: receives every turn.
     """
 
     aim: CutPlan
@@ -148,7 +148,7 @@ def found_latency(
         model: the uncut skeleton.
         device: where a token is timed.
         timer: times it.
-        progress: told of every turn.
+        progress: receives every turn.
         kept: the file of what was found; a stopped run may have written it.
 
     Returns:
@@ -158,8 +158,8 @@ def found_latency(
         RecipeError: no size keeps to the target, or the other cuts do so alone.
     """
     if kept.exists():
-        told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return told
+        measured: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return measured
     assert recipe.decode_latency is not None
     search = SizeSearch(
         aim,

@@ -66,7 +66,7 @@ class Narrowing:
         folder: the model.
         output: takes the same model with columns of zeros.
         windows: calibration tokens, saved.
-        progress: told of every step.
+        progress: receives every step.
     """
 
     recipe: StructureRecipe
@@ -84,16 +84,16 @@ class Narrowing:
             cut = Cut(
                 groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
             )
-        return cut, self.told() | {"allocation": allocation}, self.output
+        return cut, self.notes() | {"allocation": allocation}, self.output
 
     def thin_groups(self, heads: int) -> tuple[Cut, dict[str, Any], Path]:
         """So many query heads in every KV group: what is kept, how it was chosen, and `output`."""
         sizes = self.prune(lambda target: queries_asked(heads, target), "uniform")
         cut = self.cut(kinds=("queries",))
         kept = {i: evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
-        return Cut(queries=kept), self.told(), self.output
+        return Cut(queries=kept), self.notes(), self.output
 
-    def prune(self, asked: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
+    def prune(self, request: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
         """The run, unless an earlier one has made `output`; the sizes of the model."""
         recipe, output = self.recipe, self.output
         values = {
@@ -114,7 +114,7 @@ class Narrowing:
         if not output.exists():
             folder = RunFolder(output, "prune", resume=True)
             prepared = prepare(build_recipe(PruneRecipe, values), folder.model)
-            found = asked(prepared.target)
+            found = request(prepared.target)
             selection = replace(
                 prepared.selection,
                 include=tuple(found.starts),
@@ -135,7 +135,7 @@ class Narrowing:
         trust = self.recipe.trust_remote_code
         return cut_from_zeros(CheckpointReader(self.output), trust_remote_code=trust, **kinds)
 
-    def told(self) -> dict[str, Any]:
+    def notes(self) -> dict[str, Any]:
         """How it was chosen."""
         return {"score": score_of(self.recipe), "solver": self.recipe.solver}
 
@@ -194,7 +194,7 @@ def filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
 
 
 def score_of(recipe: StructureRecipe) -> str | None:
-    """The score that is asked for; where only a solver is, the one by which it chooses itself."""
+    """The score of the recipe; if only a solver is given, the score that the solver uses itself."""
     if recipe.score is None and recipe.solver is not None:
         return solvers[recipe.solver].selects_by or "wanda"
     return recipe.score
@@ -223,7 +223,7 @@ def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
 def shares(aim: CutPlan, sizes: Sizes, model: Any) -> dict[str, float]:
     """The fraction of groups and of neurons that goes, before any allocation.
 
-    Where a fraction of both together is asked for, as many whole groups go as that fraction of
+    With a target for both together, as many whole groups go as that fraction of
     them holds, and neurons make up the rest: there are hundreds of neurons for each group. The
     layers that are cut make up for those that stay whole.
 
@@ -234,15 +234,13 @@ def shares(aim: CutPlan, sizes: Sizes, model: Any) -> dict[str, float]:
         return {k: x for k, x in (("groups", aim.heads), ("neurons", aim.neurons)) if x}
     costs = unit_costs(sizes, model)
     cut = aim.narrowed(sizes.layers)
-    asked = aim.joint * sum(costs[kind] * sum(getattr(sizes, kind)) for kind in costs)
+    gone = aim.joint * sum(costs[kind] * sum(getattr(sizes, kind)) for kind in costs)
     total = {kind: costs[kind] * sum(getattr(sizes, kind)[i] for i in cut) for kind in costs}
     found = {}
     if "groups" in costs:
         most = max(sizes.groups)
-        found["groups"] = int(min(1, asked / sum(total.values())) * most + 1e-9) / most
-    found["neurons"] = (asked - found.get("groups", 0.0) * total.get("groups", 0)) / total[
-        "neurons"
-    ]
+        found["groups"] = int(min(1, gone / sum(total.values())) * most + 1e-9) / most
+    found["neurons"] = (gone - found.get("groups", 0.0) * total.get("groups", 0)) / total["neurons"]
     if not 0 <= found["neurons"] < 1:
         raise RecipeError(
             f"{found['neurons']:.0%} of the FFN neurons would have to go",
@@ -256,7 +254,7 @@ def check_width(recipe: StructureRecipe, aim: CutPlan, model: Any) -> None:
 
     Args:
         recipe: as the user wrote it.
-        aim: what it asks; nothing is said here of a time that sizes are yet to be found for.
+        aim: its plan; a target in time is not checked here.
         model: the uncut skeleton.
 
     Raises:

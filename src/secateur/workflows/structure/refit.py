@@ -28,10 +28,10 @@ __all__ = ["RefitStep", "refits"]
 
 
 def refits(recipe: StructureRecipe, aim: CutPlan, architecture: Architecture) -> bool:
-    """Whether a cut has this step: if fitting to the uncut model is asked, and can help."""
+    """Whether a cut has this step: the recipe turns it on, and it can help."""
     channels = aim.keep_hidden is not None
-    asked = recipe.asymmetric and (channels or aim.drop_layers > 0)
-    return asked and can_refit(architecture, channels=channels)
+    chosen = recipe.asymmetric and (channels or aim.drop_layers > 0)
+    return chosen and can_refit(architecture, channels=channels)
 
 
 class RefitStep:
@@ -42,7 +42,7 @@ class RefitStep:
     def carry_out(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Refit into a new folder, unless an earlier run has; returns it and its notes.
 
-        A killed refit goes on behind the last layer that is in its ledger.
+        A killed refit resumes behind the last layer in its ledger.
         """
         made = context.work / self.name
         if not made.exists():
@@ -57,9 +57,9 @@ class RefitStep:
                 ledger.begin()
             self.refit(context, context.target(folder, copy), ledger).execute(done)
             notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-            told = dict.fromkeys(("before", "after"), notes["after"])
-            told |= {"step": self.name, "by": "least squares", "varied": notes["varied"]}
-            write_json(partial / NOTES, told)
+            record = dict.fromkeys(("before", "after"), notes["after"])
+            record |= {"step": self.name, "by": "least squares", "varied": notes["varied"]}
+            write_json(partial / NOTES, record)
             partial.rename(made)
         return made, json.loads((made / NOTES).read_text(encoding="utf-8"))
 

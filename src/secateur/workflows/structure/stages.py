@@ -2,7 +2,7 @@
 
     depth ─► experts ─► hidden ─► refit ─► query heads ─► heads and neurons
 
-Each step makes its folder whole or not at all, so a killed run goes on behind the last one.
+Each step makes its folder whole or not at all, so a killed run resumes behind the last one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Step:
         """Choose and cut, unless an earlier run has; returns the new folder and its notes."""
         made = context.work / self.name
         if not made.exists():
-            cut, told, kept = self.choose(context, folder)
+            cut, how, kept = self.choose(context, folder)
             with whole_folder(made) as partial, warnings.catch_warnings():
                 # that the layers differ is said once, of the result
                 warnings.simplefilter("ignore", VariedSizesWarning)
@@ -62,7 +62,7 @@ class Step:
                     trust_remote_code=context.recipe.trust_remote_code,
                     progress=context.progress,
                 )
-                notes = {"step": self.name, "cut": cut.to_json(), **told, **asdict(found)}
+                notes = {"step": self.name, "cut": cut.to_json(), **how, **asdict(found)}
                 (partial / NOTES).write_text(json.dumps(notes), encoding="utf-8")
             if kept != folder:
                 shutil.rmtree(kept)
@@ -101,10 +101,10 @@ def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
         method=how.by,
         seed=context.recipe.calibration.seed,
     )
-    notes = context.scratch("depth")
-    dropped = choose_depth(context.target(folder), context.windows, depth, notes, context.progress)
-    told = {"by": how.by, "units": how.units, "fitness": dropped.fitness, "scores": dropped.scores}
-    return without(dropped, sizes.layers), told, folder
+    work = context.scratch("depth")
+    dropped = choose_depth(context.target(folder), context.windows, depth, work, context.progress)
+    notes = {"by": how.by, "units": how.units, "fitness": dropped.fitness, "scores": dropped.scores}
+    return without(dropped, sizes.layers), notes, folder
 
 
 def without(dropped: Dropped, layers: int) -> Cut:

@@ -25,14 +25,14 @@ class StepContext:
     """What every step is given.
 
     Attributes:
-        recipe: as asked.
+        recipe: of the cut.
         aim: in units.
         source: the folder of the uncut model.
         windows: calibration tokens [samples, sequence_length].
         windows_file: where they are kept.
         device: where layers are worked on.
         work: the folder in which each step has a folder of its own.
-        progress: told of everything.
+        progress: receives every step.
     """
 
     recipe: StructureRecipe

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.reporting.sweep_result import PointKey
+from secateur.runs.records import PointKey
 from secateur.sparsity.patterns import parse_pattern
 
 __all__ = ["SweepPlan", "point_name"]
@@ -25,9 +25,9 @@ class SweepPlan:
         windows: calibration windows.
         sequence_length: tokens of a calibration window; None as in `secateur prune`.
         seed: of the choice of windows.
-        texts: to judge on.
-        judge_length: tokens of a window to judge on; 2048, or less if the model is shorter.
-        max_windows: judge on the first windows of each text only.
+        text: to judge on.
+        text_sequence_length: tokens of a window to judge on; 2048, or less if the model is shorter.
+        text_windows: judge on the first windows of each text only.
         device: auto, cpu, cuda or cuda:N.
         trust_remote_code: whether code that comes with the checkpoint may run.
     """
@@ -40,9 +40,9 @@ class SweepPlan:
     windows: int = 128
     sequence_length: int | None = None
     seed: int = 0
-    texts: tuple[str, ...] = ("wikitext2",)
-    judge_length: int | None = None
-    max_windows: int | None = None
+    text: tuple[str, ...] = ("wikitext2",)
+    text_sequence_length: int | None = None
+    text_windows: int | None = None
     device: str = "auto"
     trust_remote_code: bool = False
 
@@ -52,7 +52,7 @@ class SweepPlan:
         told = asdict(self)
         for free in ("methods", "sparsities", "patterns"):
             del told[free]
-        return {**told, "texts": list(self.texts)}
+        return {**told, "text": list(self.text)}
 
     def grid(self) -> list[PointKey]:
         """Method, pattern and sparsity of each point, in order.
@@ -66,9 +66,9 @@ class SweepPlan:
             implied = parse_pattern(text).sparsity
             columns += [(text, s) for s in (self.sparsities if implied is None else [implied])]
         grid = [(method, kind, round(s, 6)) for method in self.methods for kind, s in columns]
-        if not grid or not self.texts:
+        if not grid or not self.text:
             raise RecipeError(
-                f"{len(self.methods)} methods, {len(columns)} sparsities, {len(self.texts)} texts "
+                f"{len(self.methods)} methods, {len(columns)} sparsities, {len(self.text)} texts "
                 "to judge on: nothing to do",
                 remedy="for example --methods wanda,sparsegpt --sparsities 0.3,0.5,0.6,0.7",
             )

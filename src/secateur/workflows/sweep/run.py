@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,16 +34,24 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.curves import sweep_charts
 from secateur.reporting.plots import save_plots
-from secateur.reporting.sweep_result import PointKey, SweepPoint, SweepResult, read_sweep
+from secateur.reporting.results.sweep import SweepResult
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
 from secateur.runs.lock import Lock, holder, in_use
 from secateur.runs.output import cannot_write, check_apart, check_writable
-from secateur.runs.records import Manifest, read_record
+from secateur.runs.records import (
+    Manifest,
+    PointKey,
+    Sweep,
+    SweepDense,
+    SweepPoint,
+    declared,
+    read_record,
+)
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
-from secateur.workflows.judge.perplexity import told_of_windows
+from secateur.workflows.judge.perplexity import window_progress
 from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.prune.prepare import (
     allocation_of,
@@ -79,13 +88,13 @@ def sweep(
     """
     folder = Path(output)
     check_writable(folder / "sweep.json", file=True)
-    for read in (plan.model, plan.calibration, *plan.texts):
+    for read in (plan.model, plan.calibration, *plan.text):
         check_apart(read, folder, folder)
     with alone(folder):
         work = Work(plan, folder, keep_models, progress or Silent())
         work.begin()
         work.judge_dense()
-        done = {point.key: point for point in work.result.points}
+        done = {point.key: point for point in work.record.points}
         for place, key in enumerate(work.grid, start=1):
             if key in done:
                 work.drop_weights(done[key])
@@ -95,10 +104,11 @@ def sweep(
                 work.enter(key, told)
             except SecateurError as error:
                 named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
-                work.result.failures.append({**named, "what": error.what, "where": error.where})
-                work.save()
-        write_views(work.result, work.folder)
-    return work.result
+                failure = {**named, "what": error.what, "where": error.where}
+                work.save(failures=(*work.record.failures, failure))
+        result = SweepResult(work.record, folder)
+        write_views(result)
+    return result
 
 
 @contextmanager
@@ -142,15 +152,15 @@ class Work:
             plan.model, trust_remote_code=plan.trust_remote_code, progress=progress
         )
         self.texts, self.windows, self.start = texts_of(plan, self.source)
-        self.result = self.found_or_new()
+        self.record = self.found_or_new()
 
     @property
     def windows_file(self) -> Path:
         """The calibration windows of all points."""
         return self.folder / "windows.safetensors"
 
-    def found_or_new(self) -> SweepResult:
-        """The result so far of the sweep in the folder, or an empty one.
+    def found_or_new(self) -> Sweep:
+        """The record so far of the sweep in the folder, or an empty one.
 
         Raises:
             RecipeError: what lies there is another sweep, or has points that are not in this plan.
@@ -159,8 +169,17 @@ class Work:
         conditions = {**self.plan.conditions, "texts_sha256": digests}
         file = self.folder / "sweep.json"
         if not file.exists():
-            return SweepResult(self.plan.model, conditions, environment(self.device))
-        found = read_sweep(file)
+            return Sweep(
+                model=self.plan.model,
+                dense=SweepDense(),
+                environment=environment(self.device),
+                conditions=conditions,
+                protocol={},
+                calibration=None,
+                points=(),
+                failures=(),
+            )
+        found = read_record(Sweep, file)
         names = sorted({*conditions, *found.conditions})
         differing = [
             f"{name}: {found.conditions.get(name)!r} then, {conditions.get(name)!r} now"
@@ -177,13 +196,14 @@ class Work:
                 remedy="repeat the options of the first call (methods, sparsities and patterns "
                 "may be added), or choose another --output",
             )
-        found.failures = []
-        return found
+        return found.model_copy(update={"failures": ()})
 
-    def save(self) -> None:
-        """Enter what is known so far, in one step, in the order of the plan."""
-        self.result.points.sort(key=lambda point: self.grid.index(point.key))
-        write_json(self.folder / "sweep.json", self.result.to_json())
+    def save(self, **changes: Any) -> None:
+        """Change fields of the record and write it, with the points in the order of the plan."""
+        record = self.record.model_copy(update=changes)
+        points = sorted(record.points, key=lambda point: self.grid.index(point.key))
+        self.record = record.model_copy(update={"points": tuple(points)})
+        write_json(self.folder / "sweep.json", declared(Sweep, self.record.to_json()))
 
     def begin(self) -> None:
         """Make the folder, and cut the windows all points are calibrated on.
@@ -192,15 +212,16 @@ class Work:
             RecipeError: the windows are not those that the sweep began with.
         """
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
-        if self.needy and self.result.calibration is None:
+        if self.needy and self.record.calibration is None:
             prepared = prepare(self.recipe(self.needy[0], self.plan.calibration))
             assert prepared.windows is not None
             told = prepared.calibration or {}
             save_windows(prepared.windows, self.windows_file, start=told.get("start_tokens", ()))
-            self.result.calibration = prepared.calibration
-        elif (
-            self.result.calibration is not None
-            and digest(load_windows(self.windows_file)) != self.result.calibration["sha256"]
+            self.save(calibration=prepared.calibration)
+            return
+        if (
+            self.record.calibration is not None
+            and digest(load_windows(self.windows_file)) != self.record.calibration["sha256"]
         ):
             raise RecipeError(
                 "the calibration windows are not those that the sweep began with",
@@ -252,19 +273,18 @@ class Work:
         loaded = load_whole(folder, self.device, trust_remote_code=self.plan.trust_remote_code)
         losses = {}
         for text, windows in self.windows.items():
-            with told_of_windows(progress, f"judging on {text}", len(windows)) as tell:
-                result = perplexity(loaded, windows, start_tokens=len(self.start), progress=tell)
+            with window_progress(progress, f"judging on {text}", len(windows)) as report:
+                result = perplexity(loaded, windows, start_tokens=len(self.start), progress=report)
             losses[text] = result.mean_loss
         return losses, next(loaded.parameters()).dtype
 
     def judge_dense(self) -> None:
         """Measure what all points are held against, once."""
-        if self.result.dense:
+        if self.record.dense.perplexity:
             return
         losses, dtype = self.judge(self.source.folder, Labelled(self.progress, "dense"))
-        for text, loss in losses.items():
-            self.result.dense[text] = math.exp(loss)
-            self.result.protocol[text] = describe_protocol(
+        protocol = {
+            text: describe_protocol(
                 self.windows[text],
                 dataset=self.texts[text].dataset,
                 join=self.texts[text].join,
@@ -272,7 +292,10 @@ class Work:
                 dtype=dtype,
                 start=self.start,
             )
-        self.save()
+            for text in losses
+        }
+        dense = {text: math.exp(loss) for text, loss in losses.items()}
+        self.save(dense=SweepDense(perplexity=dense), protocol=protocol)
 
     def enter(self, key: PointKey, progress: Progress) -> None:
         """Prune a point, or go on with it, judge it and enter it; then its weights may go."""
@@ -282,10 +305,10 @@ class Work:
             run_recipe(self.recipe(key), progress, resume=True)
         manifest = read_record(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
-        dense = self.result.dense
+        dense = self.record.dense.perplexity
         notes = str(place.relative_to(self.folder))
         point = SweepPoint(
-            *key,
+            **dict(zip(("method", "pattern", "sparsity"), key, strict=True)),
             perplexity={text: math.exp(loss) for text, loss in losses.items()},
             excess={text: loss - math.log(dense[text]) for text, loss in losses.items()},
             zeros=manifest.result.decoder_sparsity,
@@ -294,8 +317,7 @@ class Work:
             notes=notes,
             folder=notes if self.keep else None,
         )
-        self.result.points.append(point)
-        self.save()
+        self.save(points=(*self.record.points, point))
         self.drop_weights(point)
 
     def drop_weights(self, point: SweepPoint) -> None:
@@ -318,10 +340,10 @@ def texts_of(
     tokenizer = load_tokenizer(source.folder, trust_remote_code=plan.trust_remote_code)
     config = read_config(source.folder)
     longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
-    length = plan.judge_length or min(2048, longest)
-    texts = {text: read_text(text) for text in plan.texts}
+    length = plan.text_sequence_length or min(2048, longest)
+    texts = {text: read_text(text) for text in plan.text}
     windows = {
-        text: evaluation_windows(joined.text, tokenizer, length, max_windows=plan.max_windows)
+        text: evaluation_windows(joined.text, tokenizer, length, max_windows=plan.text_windows)
         for text, joined in texts.items()
     }
     return texts, windows, start_tokens(tokenizer)
@@ -332,9 +354,9 @@ def digest(windows: Tensor) -> str:
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
-def write_views(result: SweepResult, folder: Path) -> None:
+def write_views(result: SweepResult) -> None:
     """The table and the plot of a sweep, beside its `sweep.json`."""
-    (folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
-    (folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
+    (result.folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
+    (result.folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
     if result.points:
-        save_plots(sweep_charts([result]), folder / "sweep")
+        save_plots(sweep_charts([result]), result.folder / "sweep")

@@ -20,8 +20,8 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.train import DistillRecipe, RetrainRecipe
+from secateur.reporting.results.train import TrainResult
 from secateur.reporting.training_card import training_card
-from secateur.reporting.training_report import TrainingReport
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES, RunFolder
@@ -56,16 +56,14 @@ NO_PART = {
     "tensorboard",
     "memory_budget_gib",
 }
-"""Fields that a stopped training may be gone on with differently. The learning rate is one: a
-training that diverged goes on from its last save with a lower one."""
+"""Fields that may differ in a resumed training. The learning rate is one: a training that diverged
+resumes from its last save with a lower one."""
 
 TRAININGS = "training.json"
 
 
 @takes_options_of(RetrainRecipe)
-def retrain(
-    model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> TrainingReport:
+def retrain(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
     """Train a checkpoint on text, its zeros held at every step, into a new folder.
 
     Args:
@@ -81,9 +79,7 @@ def retrain(
 
 
 @takes_options_of(DistillRecipe)
-def distill(
-    model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> TrainingReport:
+def distill(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
     """Let a pruned or cut checkpoint learn from a larger one; as `retrain` otherwise.
 
     Args:
@@ -105,15 +101,15 @@ def run_training(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
-) -> TrainingReport:
-    """Train as a recipe says, into a new folder.
+) -> TrainResult:
+    """Carry out the recipe of a training, into a new folder.
 
     In several processes the first one writes, and all return.
 
     Args:
         recipe: of a retraining or a distillation.
-        progress: told of every step.
-        resume: go on with a training that was stopped; start, if there is none.
+        progress: receives every step.
+        resume: continue a stopped training; start if there is none.
         restart: discard what a stopped training left.
         overwrite: replace an existing output folder.
     """
@@ -190,11 +186,11 @@ def train_into(
         folder.finish()
 
 
-def report_of(output: Path) -> TrainingReport:
+def report_of(output: Path) -> TrainResult:
     """What the notes of a finished training say was done."""
     manifest = json.loads((output / NOTES / TRAININGS).read_text(encoding="utf-8"))[-1]
     result = manifest["result"]
-    return TrainingReport(
+    return TrainResult(
         output,
         result["decoder_sparsity"],
         result["step"],

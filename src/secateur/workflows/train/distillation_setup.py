@@ -1,8 +1,7 @@
-"""What the recipe of a training means: how long, which loss, whose teaching."""
+"""From the recipe of a training to its plan, its loss and its teacher."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.train import DistillRecipe, RetrainRecipe
 from secateur.runs.folder import NOTES
+from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.training.objectives import Distil, NextToken, Objective
 from secateur.training.process_group import ProcessGroup
 from secateur.training.sharing import load
@@ -76,16 +76,16 @@ def objective_of(
     progress: Progress,
     processes: ProcessGroup,
 ) -> Objective:
-    """The loss; for a distillation the teacher is loaded, or what it expects.
+    """The loss. For a distillation this loads the teacher, or the file of its answers.
 
     Args:
-        recipe: as asked.
+        recipe: of the training.
         source: the student's checkpoint.
-        place: the teacher's; None where there is none, or it has been written down.
+        place: the teacher's checkpoint; None where there is none, or its answers are in a file.
         model: the student.
         text: that is read.
         work: folder that takes what a teacher writes down.
-        progress: told of that.
+        progress: receives every window of it.
         processes: the processes.
 
     Raises:
@@ -126,7 +126,7 @@ def objective_of(
             k=recipe.top_k or TOP_K,
             temperature=recipe.temperature,
             name=place.name,
-            tell=progress.step,
+            on_window=progress.step,
             writes=processes.main,
         )
     progress.finish()
@@ -184,14 +184,13 @@ def pruned_from(source: LocalCheckpoint) -> str:
             where=str(source.folder),
             remedy="name it with --teacher",
         )
-    name: str = json.loads(manifest.read_text(encoding="utf-8"))["source"]["name"]
-    return name
+    return read_record(Manifest, manifest).source.name
 
 
 def kept_layers(
     recipe: DistillRecipe, source: LocalCheckpoint, teacher: str
 ) -> tuple[int, ...] | None:
-    """Which layers of the teacher the student has: as asked, or as the notes of its cut say.
+    """The layers of the teacher that the student has, from the recipe or the notes of its cut.
 
     None where nothing is known of it, or the teacher is another model than the one that was cut.
     """
@@ -200,12 +199,12 @@ def kept_layers(
         return recipe.kept_layers
     if teacher != pruned_from(source):
         return None
-    told = [x for x in json.loads(steps.read_text(encoding="utf-8")) if x["step"] == "depth"]
-    return tuple(told[0]["cut"]["layers"]) if told else None
+    depth = [x.cut for x in read_list(StepEntry, steps) if x.step == "depth" and x.cut]
+    return tuple(depth[0]["layers"]) if depth else None
 
 
 def check_tokenizers(student: LocalCheckpoint, teacher: LocalCheckpoint, trust: bool) -> None:
-    """Refuse a teacher that means other words by the same numbers.
+    """Refuse a teacher whose token numbers mean other words.
 
     Raises:
         RecipeError: the vocabularies differ.

@@ -1,6 +1,6 @@
-"""Which zeros a training holds: those of the model, or those of masks that are named.
+"""The zeros that a training holds: the zeros of the model, or of masks that the recipe names.
 
-Masks that do not fit are refused before any work. A training that holds fewer zeros than the model
+Masks that do not fit are refused before any work: a training that holds fewer zeros than the model
 has would end with a denser model.
 """
 
@@ -63,12 +63,12 @@ def zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str
     """
     skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
     stored = StoredModel(skeleton, CheckpointReader(folder))
-    there, wanted = (set(matrices(x)) for x in (skeleton, model))
-    if there != wanted:
-        odd = min(there ^ wanted)
+    there, own = (set(matrices(x)) for x in (skeleton, model))
+    if there != own:
+        odd = min(there ^ own)
         holder = "the folder of masks" if odd in there else "the model"
         raise RecipeError(
-            f"only {holder} has a matrix {odd}; {len(there & wanted)} of {len(wanted)} matrices of "
+            f"only {holder} has a matrix {odd}; {len(there & own)} of {len(own)} matrices of "
             "the model are in both",
             where=str(folder),
             remedy="name a pruned folder of this model; a cut model needs masks of its own",

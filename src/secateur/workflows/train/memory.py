@@ -1,4 +1,4 @@
-"""Foretells memory and disk of a training, and refuses one that would not fit, before it begins.
+"""Predicts memory and disk of a training, and refuses one that would not fit, before it begins.
 
     all weights in float32
     + for what is trained: gradients, and what the optimizer remembers
@@ -10,8 +10,8 @@ Shared out over several processes are weights, gradients, memories, masks, and t
 What is gathered of them at a time is counted for itself: two decoder layers, since the next one is
 fetched while one runs, with the gradients of one; embeddings or head; of the teacher both.
 
-On disk, at the same time: what is saved to go on, the best weights, one of these anew or the final
-ones, and the result.
+On disk, at the same time: what a resumed run needs, the best weights, one of these anew or the
+final ones, and the result.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def foretell(
     """What a training will need.
 
     Args:
-        recipe: as asked.
+        recipe: of the training.
         target: the student, its layers on the meta device.
-        teacher: who is learned from, as a model in memory; None for none.
+        teacher: its checkpoint, if it is loaded; None for none.
         text: that is read.
         plan: length and optimizer.
         processes: the processes.
@@ -221,7 +221,7 @@ def rounds_bytes(how: IterativeOptions, weights: int, masks: int) -> int:
     """The most that iterative pruning has on disk besides the training of a round.
 
     Weights of the last round and of this one, in float32, with their masks; to rewind weights, the
-    early weights and those of the first training too.
+    early weights and the weights of the first training too.
 
     Args:
         how: options of the recipe.
@@ -244,7 +244,7 @@ def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.de
         return
     sizes = needed.sizes
     largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-    told = ", ".join(f"{name} {sizes[name] / 2**30:.2f}" for name in largest)
+    parts = ", ".join(f"{name} {sizes[name] / 2**30:.2f}" for name in largest)
     remedies = {
         "optimizer": "--lora 16 or --optimizer SGD",
         "forward": "--gradient-checkpointing, --micro-batch-windows 1, or a shorter "
@@ -253,6 +253,6 @@ def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.de
     }
     useful = [remedies[name] for name in largest if name in remedies]
     raise MemoryBudgetError(
-        f"training needs {shortage}; largest: {told}",
+        f"training needs {shortage}; largest: {parts}",
         remedy=f"try {'; '.join(useful)}; or raise --memory-budget-gib",
     )

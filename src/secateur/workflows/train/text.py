@@ -1,4 +1,4 @@
-"""The text of a training: windows to learn from, windows to watch, and that they are apart."""
+"""The text of a training: windows to learn from, and windows to watch, which must differ."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
 
 
 def windows_of(recipe: RetrainRecipe, folder: Path, length: int, config: Any) -> Windows:
-    """All windows of the texts, up to as many as the recipe wants.
+    """The windows of all texts, up to the number in the recipe.
 
     Of several texts there are as many windows of each as the shortest gives, in turns.
 
@@ -113,9 +113,9 @@ def windows_of(recipe: RetrainRecipe, folder: Path, length: int, config: Any) ->
     """
     found = [windows_of_text(text, recipe, folder, length, config) for text in recipe.text]
     if len({windows.shape[1] for windows in found}) > 1:
-        told = [f"{text}: {w.shape[1]}" for text, w in zip(recipe.text, found, strict=True)]
+        lengths = [f"{text}: {w.shape[1]}" for text, w in zip(recipe.text, found, strict=True)]
         raise SourceError(
-            f"the texts have windows of different lengths ({', '.join(told)})",
+            f"the texts have windows of different lengths ({', '.join(lengths)})",
             remedy="make the windows of one length, or give the texts themselves",
         )
     each = min(map(len, found))
@@ -125,7 +125,7 @@ def windows_of(recipe: RetrainRecipe, folder: Path, length: int, config: Any) ->
 def windows_of_text(
     text: str, recipe: RetrainRecipe, folder: Path, length: int, config: Any
 ) -> Windows:
-    """The windows of one text, up to its part of what the recipe wants."""
+    """The windows of one text, up to its share of the number in the recipe."""
     vocabulary, positions = config.vocab_size, positions_of(config)
     if text.endswith(".safetensors"):
         file = Path(text).expanduser()

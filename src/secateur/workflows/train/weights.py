@@ -26,7 +26,7 @@ __all__ = ["OpenFile", "check_written", "stored_model", "write_trained"]
 
 
 class OpenFile(Mapping[str, Tensor]):
-    """The tensors of an open file, each read when it is asked for."""
+    """The tensors of an open file, each read on access."""
 
     def __init__(self, stored: Any) -> None:
         self.stored, self.names = stored, frozenset(stored.keys())

@@ -16,8 +16,8 @@ from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
-from secateur.reporting.compression_report import CompressionReport
-from secateur.reporting.prune_report import PruneReport
+from secateur.reporting.results.compress import CompressResult
+from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_text
 from secateur.runs.folder import NOTES
 from secateur.sparsity.methods import Method
@@ -42,7 +42,7 @@ def prune(
     tokenizer: Any = None,
     progress: Progress | None = None,
     **options: Any,
-) -> PruneReport:
+) -> PruneResult:
     """Prune a model: a checkpoint into a new folder, or a loaded module in place.
 
     Args:
@@ -87,7 +87,7 @@ def prune_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
-) -> PruneReport:
+) -> PruneResult:
     """Carry out a recipe; with `compress` in it, as a chain of two steps.
 
     Args:
@@ -104,7 +104,7 @@ def prune_recipe(
     name_recipe(recipe, output)
     record = json.loads((output / NOTES / COMPRESSION).read_text(encoding="utf-8"))
     return dataclasses.replace(
-        report_of(output), compression=CompressionReport.from_json({**record, "output": output})
+        report_of(output), compression=CompressResult.from_json({**record, "output": output})
     )
 
 

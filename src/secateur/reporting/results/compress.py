@@ -1,12 +1,16 @@
-"""What compressing a checkpoint, or decompressing one, hands back."""
+"""What `compress` and `decompress` return."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CompressionReport", "DecompressionReport", "FormatTotals"]
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Table, mib
+
+__all__ = ["CompressResult", "DecompressResult", "FormatTotals"]
 
 BFLOAT16_BYTES = 2
 
@@ -46,7 +50,7 @@ class FormatTotals:
 
 
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressResult(Result):
     """What was made smaller, and by how much.
 
     Attributes:
@@ -103,16 +107,51 @@ class CompressionReport:
             "ratio": self.ratio,
             "sparsity": self.sparsity,
             "negative_zeros": self.negative_zeros,
-            "linears": told(self.linears),
-            "formats": {name: told(stored) for name, stored in self.formats.items()},
-            "embeddings": told(self.embeddings),
+            "linears": stored_json(self.linears),
+            "formats": {name: stored_json(stored) for name, stored in self.formats.items()},
+            "embeddings": stored_json(self.embeddings),
             "rounding": self.rounding,
             "value_error": self.value_error,
             "seconds": self.seconds,
         }
 
+    def blocks(self) -> Sequence[Block]:
+        """Sizes, formats, and where the result is."""
+        sizes = [
+            ("weight files before", mib(self.source_bytes), ""),
+            ("as dense bfloat16", mib(self.bfloat16_bytes), "100 %"),
+            ("weight files now", mib(self.file_bytes), f"{self.ratio:.2%}"),
+            ("of them linears", mib(self.linears.bytes), f"{self.linears.of_bfloat16:.2%}"),
+        ]
+        stored = [*self.formats.items()]
+        if self.embeddings.matrices:
+            stored.append(("embeddings int8", self.embeddings))
+        formats = [
+            (
+                kind,
+                str(x.matrices),
+                mib(x.bytes),
+                f"{x.bits_per_weight:.3f}",
+                f"{x.of_bfloat16:.2%}",
+            )
+            for kind, x in stored
+        ]
+        closing = [("time", f"{self.seconds:.1f} s"), ("output", str(self.output))]
+        if self.rounding:
+            error = f"{self.rounding['mean_error']:.2g} of the linears' outputs, squared"
+            closing.insert(0, ("error of rounding", error))
+        return [
+            Table.of("compressed", ("", "size", "of bfloat16"), sizes),
+            Table.of(
+                f"stored as ({self.sparsity:.2%} zeros in the linears)",
+                ("format", "matrices", "size", "bits per weight", "of bfloat16"),
+                formats,
+            ),
+            Table.facts("", closing),
+        ]
+
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> CompressionReport:
+    def from_json(cls, record: dict[str, Any]) -> CompressResult:
         """The report whose `to_json` this is."""
         return cls(
             output=Path(record["output"]),
@@ -135,7 +174,7 @@ def counts(record: dict[str, Any]) -> FormatTotals:
     return FormatTotals(**{name: record[name] for name in FormatTotals.__dataclass_fields__})
 
 
-def told(stored: FormatTotals) -> dict[str, Any]:
+def stored_json(stored: FormatTotals) -> dict[str, Any]:
     """Counts and sizes of matrices, with what follows from them."""
     return {
         **asdict(stored),
@@ -145,7 +184,7 @@ def told(stored: FormatTotals) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class DecompressionReport:
+class DecompressResult(Result):
     """What was expanded.
 
     Attributes:
@@ -165,3 +204,14 @@ class DecompressionReport:
     def to_json(self) -> dict[str, Any]:
         """All numbers."""
         return {**asdict(self), "output": str(self.output)}
+
+    def blocks(self) -> Sequence[Block]:
+        """One table."""
+        rows = [
+            ("weight files before", mib(self.source_bytes)),
+            ("weight files now", mib(self.file_bytes)),
+            ("matrices unpacked", str(self.matrices)),
+            ("time", f"{self.seconds:.1f} s"),
+            ("output", str(self.output)),
+        ]
+        return [Table.facts("decompressed", rows)]

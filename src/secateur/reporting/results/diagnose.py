@@ -1,4 +1,4 @@
-"""A whole diagnosis: the findings, and the numbers of every layer and linear behind them."""
+"""What `diagnose` returns: findings, and the numbers of every layer and linear behind them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from secateur.diagnostics.claims import Claims
 from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Finding
 from secateur.diagnostics.target import Machine
-from secateur.diagnostics.weights import Weights
+from secateur.diagnostics.weights import Weights, layer_sparsity
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Line, Table
 
-__all__ = ["SCHEMA", "Diagnosis", "layer_sparsity"]
+__all__ = ["SCHEMA", "DiagnoseResult", "TargetResult"]
 
 SCHEMA = "secateur.diagnosis/1"
+STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class DiagnoseResult(Result):
     """The health of a model.
 
     Attributes:
@@ -61,6 +64,19 @@ class Diagnosis:
         also = f"; {notes} note{'s' * (notes != 1)}" if notes else ""
         return f"{' and '.join(counts) or 'healthy: no error, no warning'} ({looked}{also})"
 
+    def blocks(self) -> Sequence[Block]:
+        """The verdict in a line, then the findings."""
+        verdict = Line(f"{self.model}: {self.verdict}")
+        if not self.findings:
+            return [verdict]
+        rows = [
+            (f"{x.severity}\n{x.id}", f"{x.where}\n{x.evidence}\n→ {x.remedy}")
+            for x in self.findings
+        ]
+        styles = [STYLES[x.severity] for x in self.findings]
+        columns = ("what", "where, evidence → remedy")
+        return [verdict, Table.of("findings", columns, rows, numbers=2, styles=styles)]
+
     def to_json(self) -> dict[str, Any]:
         """The content of `secateur/diagnosis.json`."""
         drift = {x.layer: x for x in self.drift}
@@ -73,7 +89,7 @@ class Diagnosis:
             "verdict": self.verdict,
             "findings": [x.to_json() for x in self.findings],
             "layers": [
-                {"layer": index, "sparsity": sparsity, **layer_numbers(drift.get(index)),
+                {"layer": index, "sparsity": sparsity, **drift_numbers(drift.get(index)),
                  "could_bear": self.bears.get(index)}
                 for index, sparsity in layer_sparsity(self.weights).items()
             ],
@@ -91,17 +107,33 @@ class Diagnosis:
         }  # fmt: skip
 
 
-def layer_sparsity(weights: Weights) -> dict[int, float]:
-    """The fraction of zeros in the matrices of each decoder layer."""
-    found = {}
-    for index in dict.fromkeys(x.layer for x in weights.linears):
-        same = [x for x in weights.linears if x.layer == index]
-        found[index] = sum(x.zeros for x in same) / sum(x.shape[0] * x.shape[1] for x in same)
-    return found
-
-
-def layer_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
+def drift_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
     """The numbers of a layer; null where they are unknown or not finite."""
     names = ("relative_error", "cosine", "norm_ratio", "own_error", "contribution")
     known = drift is not None and not drift.not_finite
     return {name: getattr(drift, name) if known else None for name in names}
+
+
+@dataclass(frozen=True)
+class TargetResult(Result):
+    """What this machine can speed up.
+
+    Attributes:
+        target: the machine, and what runs on it.
+    """
+
+    target: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields of the target."""
+        return self.target.to_json()
+
+    def blocks(self) -> Sequence[Block]:
+        """Every kind of sparsity with every engine, then the features of the machine."""
+        target, words = self.target, {True: "yes", False: "no", None: "depends"}
+        rows = [(s.kind, s.engine, words[s.faster], s.reason) for s in target.supports]
+        return [
+            Table.of(target.cpu, ("kind", "engine", "faster", "why"), rows, numbers=4),
+            Line(f"processor features: {', '.join(target.features) or 'not known'}"),
+            Line(f"CUDA capability: {target.cuda_capability or 'no CUDA device'}"),
+        ]

@@ -1,0 +1,48 @@
+"""The recipe of `secateur diagnose`."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from secateur.recipes.memory import Device
+from secateur.recipes.section import HOW, WHAT_TO_MEASURE, Flag, Recipe, Section
+
+__all__ = ["DiagnoseRecipe"]
+
+
+class WhatToDiagnose(Section):
+    """The model, and what it is held against."""
+
+    group: ClassVar[str] = WHAT_TO_MEASURE
+
+    model: Annotated[str | None, Flag(value="MODEL", positional=True)] = Field(
+        None, description="Folder (compressed or not), hub id, GGUF file or named sample."
+    )
+    dense: Annotated[str | None, Flag(value="MODEL")] = Field(
+        None, description="The dense model. Its layers are compared, one by one."
+    )
+    training_log: Annotated[str | None, Flag(value="FILE")] = Field(
+        None, description="Log of a training: JSON lines with step, loss and learning_rate."
+    )
+    target: bool = Field(False, description="Only show what this machine can speed up.")
+
+
+class TextForDiagnosis(Section):
+    """What both models read."""
+
+    group: ClassVar[str] = HOW
+
+    text: Annotated[str, Flag(value="TEXT")] = Field(
+        "boolq-held-out",
+        description="What both models read: a text, or a safetensors file of windows.",
+    )
+    windows: int = Field(8, description="Windows of that text.")
+    sequence_length: Annotated[
+        int | None, Flag(default="256, or the model's length if that is shorter")
+    ] = Field(None, description="Tokens per window.")
+
+
+class DiagnoseRecipe(Device, TextForDiagnosis, WhatToDiagnose, Recipe):
+    """One diagnosis."""

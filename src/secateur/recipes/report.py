@@ -1,0 +1,37 @@
+"""The recipe of `secateur report`."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from secateur.recipes.section import OUTPUT, WHAT_TO_MEASURE, Flag, Recipe, Section, Texts
+
+__all__ = ["ReportRecipe"]
+
+
+class WhatToReport(Section):
+    """The runs that are shown."""
+
+    group: ClassVar[str] = WHAT_TO_MEASURE
+
+    runs: Annotated[Texts, Flag(value="DIR")] = Field(
+        min_length=1, description="Run folders, compressed or not, and folders of sweeps."
+    )
+
+
+class ReportRecipe(WhatToReport, Recipe):
+    """One page."""
+
+    group: ClassVar[str] = OUTPUT
+
+    output: Annotated[str, Flag(short="-o", value="FILE")] = Field(
+        "report.html", description="The HTML file to write."
+    )
+    plots: bool = Field(
+        False, description="Also write every chart as PNG and SVG, beside the page."
+    )
+    card: Annotated[str | None, Flag(value="FILE")] = Field(
+        None, description="Also write a Markdown model card of the only run, with all measurements."
+    )

@@ -1,0 +1,116 @@
+"""What `bench` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.evaluation.speed import Speed
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Line, Table, mib
+
+__all__ = ["GAIN", "BenchResult"]
+
+GAIN = 1.02
+"""From this ratio of tokens a second on, one model is faster than another."""
+
+
+@dataclass(frozen=True)
+class BenchResult(Result):
+    """What was measured.
+
+    Attributes:
+        model: as it was given.
+        compressed: whether it has packed weights.
+        speeds: of the contenders.
+        file_bytes: of the weight files.
+        dense_bytes: of the same weights as dense bfloat16.
+        protocol: how it was measured, and on what.
+    """
+
+    model: str
+    compressed: bool
+    speeds: list[Speed]
+    file_bytes: int
+    dense_bytes: int
+    protocol: dict[str, Any]
+
+    def gain(self, over: Sequence[str]) -> tuple[str, float] | None:
+        """The fastest of some contenders, and tokens a second of `packed` over its own."""
+        ran = {s.name: s.tokens_per_second for s in self.speeds if s.failure is None}
+        others = {name: ran[name] for name in over if name in ran}
+        if "packed" not in ran or not others:
+            return None
+        best = max(others, key=lambda name: others[name])
+        return best, ran["packed"] / others[best]
+
+    @property
+    def verdict(self) -> str:
+        """In words, what the packed model gains over the fastest of all others."""
+        if not self.compressed:
+            return (
+                "the model is not compressed, so its zeros are multiplied: "
+                f"secateur compress {self.model} --output SMALL"
+            )
+        found = self.gain([s.name for s in self.speeds if not s.name.startswith("packed")])
+        if found is None:
+            return "nothing to compare: the packed model or all others could not run"
+        best, ratio = found
+        if ratio < GAIN:
+            return f"no gain: {best} is as fast or faster ({1 / ratio:.2f} times)"
+        return f"{ratio:.2f} times as fast as {best}, the fastest of the others"
+
+    @property
+    def failures(self) -> dict[str, list[str]]:
+        """The contenders that could not run, by the reason."""
+        found: dict[str, list[str]] = {}
+        for speed in self.speeds:
+            if speed.failure is not None:
+                found.setdefault(speed.failure, []).append(speed.name)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        prompt = self.protocol["prompt_tokens"]
+        return {
+            "model": self.model,
+            "contenders": [s.to_json(prompt) for s in self.speeds],
+            "file_bytes": self.file_bytes,
+            "dense_bytes": self.dense_bytes,
+            "verdict": self.verdict,
+            "protocol": self.protocol,
+        }
+
+    def blocks(self) -> Sequence[Block]:
+        """A row for each contender that ran, sizes, verdict, and how it was measured."""
+        p = self.protocol
+        rows = [
+            contender_row(s.to_json(p["prompt_tokens"])) for s in self.speeds if s.failure is None
+        ]
+        columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
+        return [
+            Table.of(self.model, columns, rows),
+            Line(
+                f"weight files {mib(self.file_bytes)}; dense bfloat16 would be "
+                f"{mib(self.dense_bytes)}"
+            ),
+            Line(self.verdict),
+            Line(
+                f"{p['cpu']}, {p['threads']} threads, kernels {p['kernels']}; batch 1, prompt of "
+                f"{p['prompt_tokens']} tokens, {p['new_tokens']} new ones, medians of "
+                f"{p['rounds']} rounds in turns"
+            ),
+        ]
+
+
+def contender_row(numbers: dict[str, Any]) -> tuple[str, ...]:
+    """The numbers of one contender."""
+    return (
+        numbers["contender"],
+        f"{numbers['tokens_per_second']:.1f}",
+        f"{numbers['tokens_per_second_least']:.1f} to {numbers['tokens_per_second_most']:.1f}",
+        f"{1e3 * numbers['first_token_seconds']:.0f} ms",
+        f"{numbers['prompt_tokens_per_second']:.0f}",
+        mib(numbers["resident_bytes"]),
+    )

@@ -1,0 +1,52 @@
+"""What `chain` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Table, mib
+from secateur.runs.records import ChainStep
+
+__all__ = ["ChainResult"]
+
+
+@dataclass(frozen=True)
+class ChainResult(Result):
+    """What a chain did.
+
+    Attributes:
+        links: the model as it was, and after each step.
+        output: the folder written.
+    """
+
+    links: tuple[ChainStep, ...]
+    output: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return {"links": [link.to_json() for link in self.links], "output": str(self.output)}
+
+    def blocks(self) -> Sequence[Block]:
+        """What is left after each step, and where the result is."""
+        first = self.links[0]
+        rows = [
+            (
+                link.step,
+                f"{link.parameters:,}",
+                f"{link.kept:,}",
+                f"{link.kept / first.kept:.1%}",
+                mib(link.file_bytes),
+                f"{link.file_bytes / first.file_bytes:.1%}",
+                f"{link.seconds:.0f} s",
+            )
+            for link in self.links
+        ]
+        columns = ("after", "parameters", "not zero", "left", "weight files", "left", "time")
+        return [
+            Table.of("chain", columns, rows),
+            Table.facts("", [("output", str(self.output))]),
+        ]

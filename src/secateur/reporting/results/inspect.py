@@ -1,0 +1,104 @@
+"""What `inspect` returns of a checkpoint: what it is made of, and where its zeros are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.diagnostics.audit import Audit, LinearCount
+from secateur.reporting.results.layers import layer_of
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Table, mib, not_pruned
+
+__all__ = ["InspectResult"]
+
+
+@dataclass(frozen=True)
+class InspectResult(Result):
+    """What a model is made of, and where its zeros are.
+
+    Attributes:
+        model: as it was given.
+        audit: the counts.
+        layer: the decoder layer whose linears are listed; None for a line for each layer.
+    """
+
+    model: str
+    audit: Audit
+    layer: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All counts."""
+        return {"model": self.model, **self.audit.to_json()}
+
+    def blocks(self) -> Sequence[Block]:
+        """The whole model, then all layers, or the linears of one."""
+        audit = self.audit
+        rows = [
+            ("family", audit.family),
+            ("decoder layers", str(audit.num_hidden_layers)),
+            ("parameters", f"{audit.parameters:,}"),
+            ("weight files", mib(audit.file_bytes)),
+            ("stored as", ", ".join(f"{k} ({mib(v)})" for k, v in audit.dtypes.items())),
+            ("zeros in decoder matrices", f"{audit.sparsity:.4%}"),
+            ("zeros in all parameters", f"{audit.model_sparsity:.4%}"),
+            ("cannot be pruned", not_pruned(audit.left)),
+        ]
+        if audit.compressed:
+            rows.insert(4, ("compressed", audit.compressed))
+        whole = Table.facts(self.model, rows)
+        return [whole, self.layers() if self.layer is None else self.linears(self.layer)]
+
+    def layers(self) -> Table:
+        """A line for each decoder layer."""
+        by_layer: dict[int, list[LinearCount]] = {}
+        for linear in self.audit.linears:
+            by_layer.setdefault(layer_of(linear.name), []).append(linear)
+        rows = []
+        for index, linears in sorted(by_layer.items()):
+            weights = sum(x.weights for x in linears)
+            least = min(linears, key=lambda x: x.sparsity)
+            most = max(linears, key=lambda x: x.sparsity)
+            rows.append(
+                (
+                    str(index) if index >= 0 else "shared",
+                    str(len(linears)),
+                    f"{weights:,}",
+                    f"{sum(x.zeros for x in linears) / weights:.2%}",
+                    f"{least.sparsity:.2%} {short(least.name)}",
+                    f"{most.sparsity:.2%} {short(most.name)}",
+                )
+            )
+        columns = ("layer", "matrices", "weights", "zeros", "fewest zeros", "most zeros")
+        return Table.of("decoder layers (--layer N lists the linears of one)", columns, rows)
+
+    def linears(self, layer: int) -> Table:
+        """A line for each linear of a layer."""
+        packed = bool(self.audit.compressed)
+        linears = [x for x in self.audit.linears if layer_of(x.name) == layer]
+        stored = ("stored as",) if packed else ()
+        return Table.of(
+            f"linears of decoder layer {layer}",
+            ("name", "out", "in", "zeros", *stored),
+            [linear_row(x, packed=packed) for x in linears],
+        )
+
+
+def linear_row(linear: LinearCount, *, packed: bool) -> tuple[str, ...]:
+    """The counts of one linear."""
+    out, columns = linear.shape
+    stored = (stored_as(linear.layout),) if packed else ()
+    return linear.name, str(out), str(columns), f"{linear.sparsity:.4%}", *stored
+
+
+def short(name: str) -> str:
+    """The last part of a name."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def stored_as(layout: Mapping[str, Any] | None) -> str:
+    """A layout in two words."""
+    if layout is None:
+        return "as it is"
+    return f"{layout.get('pattern', layout['format'])} {layout['values']}"

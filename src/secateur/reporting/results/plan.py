@@ -1,0 +1,87 @@
+"""What `plan` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.engine.plan import Plan
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
+
+__all__ = ["PlanResult"]
+
+
+@dataclass(frozen=True)
+class PlanResult(Result):
+    """What a pruning run would need.
+
+    Attributes:
+        plan: sizes in bytes, and work.
+        activations: where hidden states would wait: memory or disk.
+    """
+
+    plan: Plan
+    activations: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """The estimate of peak memory where products run."""
+        return self.plan.peak_bytes
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The estimate of peak memory of this process."""
+        return self.plan.host_peak_bytes
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """The least and the most time of the run on this machine."""
+        return self.plan.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {**self.plan.to_json(), "activations": self.activations}
+
+    def blocks(self) -> Sequence[Block]:
+        """One table."""
+        plan = self.plan
+        out, columns = plan.solve_shape
+        rows = [
+            ("decoder layers", f"{plan.num_hidden_layers}"),
+            ("weights that can be pruned", f"{plan.prunable_weights:,}"),
+            ("not pruned", not_pruned(plan.left)),
+            ("calibration tokens", f"{plan.calibration_tokens:,}"),
+            ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
+            *([("time on this machine", time_span(*plan.seconds))] if plan.seconds else []),
+            ("disk", gib(plan.disk_bytes)),
+            ("memory: the program itself", mib(plan.process_bytes)),
+            ("memory: one decoder layer", mib(plan.layer_bytes)),
+            (f"memory: hidden states (in {self.activations})", mib(plan.activation_bytes)),
+            ("memory: forwards", mib(plan.forward_bytes + plan.waiting_bytes)),
+            ("memory: statistics and solver", mib(plan.solve_bytes)),
+        ]
+        if out:
+            rows.append(("  the linear that takes most", f"{out} x {columns}"))
+        optional = {
+            "memory: the whole model, generating windows": plan.writing_bytes,
+            "memory: the whole model, distilled": plan.distilling_bytes,
+        }
+        rows += [(name, mib(size)) for name, size in optional.items() if size]
+        rows.append(
+            ("peak memory of the GPU" if plan.on_gpu else "peak memory", gib(plan.peak_bytes))
+        )
+        if plan.on_gpu:
+            rows.append(("peak memory of the host", gib(plan.host_peak_bytes)))
+        return [Table.of("plan", ("", ""), rows)]
+
+
+def time_span(least: float, most: float) -> str:
+    """The least and the most time in seconds, minutes or hours.
+
+    >>> time_span(4, 30), time_span(200, 400), time_span(7000, 20000)
+    ('4 to 30 s', '3 to 7 min', '2 to 6 h')
+    """
+    unit, name = (1, "s") if most < 120 else (60, "min") if most < 7200 else (3600, "h")
+    return f"{least / unit:.0f} to {most / unit:.0f} {name}"

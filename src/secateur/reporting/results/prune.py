@@ -1,0 +1,69 @@
+"""What `prune` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.models.inventory import Left
+from secateur.reporting.results.compress import CompressResult
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
+
+__all__ = ["PruneResult"]
+
+
+@dataclass(frozen=True)
+class PruneResult(Result):
+    """What a pruning run did.
+
+    Attributes:
+        sparsity: fraction of zeros in the matrices of the decoder layers.
+        layers: the records of the linears, one list for each layer.
+        manifest: versions, hardware, choices, cost and result; empty for a loaded model.
+        output: the folder written; None for a loaded model.
+        left: matrices that were not pruned, and why.
+        compression: how the result was packed, if it was.
+    """
+
+    sparsity: float
+    layers: list[dict[str, Any]]
+    manifest: dict[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+    left: list[Left] = field(default_factory=list)
+    compression: CompressResult | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and its manifest; for a loaded model what is known of it."""
+        if self.output is None:
+            left = [one.to_json() for one in self.left]
+            return {"sparsity": self.sparsity, "layers": self.layers, "left": left}
+        packed = {} if self.compression is None else {"compression": self.compression.to_json()}
+        return {"output": str(self.output), **self.manifest, **packed}
+
+    def blocks(self) -> Sequence[Block]:
+        """One table, and those of the compression if there was one."""
+        if self.output is None:
+            rows = [
+                ("zeros in decoder matrices", f"{self.sparsity:.4%}"),
+                ("not pruned", not_pruned(self.left)),
+            ]
+            return [Table.facts("pruned in place", rows)]
+        method, result, cost = (self.manifest[key] for key in ("method", "result", "cost"))
+        rows = [
+            ("method", f"{method['name']}, {method['pattern']}"),
+            ("allocation", self.manifest["allocation"]["name"]),
+            ("zeros in decoder matrices", f"{result['decoder_sparsity']:.4%}"),
+            ("zeros in all parameters", f"{result['model_sparsity']:.4%}"),
+            ("not pruned", not_pruned(self.left)),
+            ("time", f"{cost['seconds']:.1f} s"),
+            ("peak memory", gib(cost["peak_resident_bytes"])),
+            ("planned memory", gib(self.manifest["plan"]["host_peak_bytes"])),
+            ("weight files", mib(result["file_bytes"])),
+        ]
+        if self.manifest["collapsed"]:
+            rows.append(("collapsed", ", ".join(self.manifest["collapsed"])))
+        pruned = Table.facts("pruned", [*rows, ("output", str(self.output))])
+        return [pruned, *(self.compression.blocks() if self.compression else ())]

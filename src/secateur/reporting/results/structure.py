@@ -1,0 +1,92 @@
+"""What `structure` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Table, gib, mib
+
+__all__ = ["StructureResult"]
+
+
+@dataclass(frozen=True)
+class StructureResult(Result):
+    """What a structured cut did.
+
+    Attributes:
+        manifest: choices, steps, cost and result.
+        output: the folder written.
+    """
+
+    manifest: dict[str, Any]
+    output: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and its manifest."""
+        return {"output": str(self.output), **self.manifest}
+
+    def blocks(self) -> Sequence[Block]:
+        """What the cut removed, and by which steps."""
+        return [self.removed(), self.steps()]
+
+    def removed(self) -> Table:
+        """The model before and after."""
+        cut = self.manifest["structure"]
+        before, after = cut["before"], cut["after"]
+
+        def line(what: str, key: str) -> tuple[str, str, str, str]:
+            return (
+                what,
+                f"{before[key]:,}",
+                f"{after[key]:,}",
+                f"{share(before[key], after[key]):.1%}",
+            )
+
+        rows = [
+            line("parameters", "parameters"),
+            line("decoder layers", "decoder"),
+            line("attention", "attention"),
+            line("feed-forward", "ffn"),
+            line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
+        ]
+        if before["experts"]:
+            rows.insert(4, line("experts", "experts"))
+        size = share(before["file_bytes"], after["file_bytes"])
+        rows.append(
+            ("weight files", mib(before["file_bytes"]), mib(after["file_bytes"]), f"{size:.1%}")
+        )
+        if cut.get("latency"):
+            then, now = (cut["latency"][f"milliseconds_{when}"] for when in ("before", "after"))
+            rows.append(
+                ("time per token, measured", f"{then:.2f} ms", f"{now:.2f} ms", f"{now / then:.1%}")
+            )
+        return Table.of("cut", ("", "before", "after", "left"), rows)
+
+    def steps(self) -> Table:
+        """What each step left of the decoder; then cost and place."""
+        cut, cost = self.manifest["structure"], self.manifest["cost"]
+        steps = [(f"{x['step']}, by {x['by']}", f"{step_share(x):.1%} left") for x in cut["steps"]]
+        rows = [
+            (
+                "loads with",
+                "secateur, or trust_remote_code" if cut["varied"] else "plain transformers",
+            ),
+            ("time", f"{cost['seconds']:.1f} s"),
+            ("peak memory", gib(cost["peak_resident_bytes"])),
+            ("output", str(self.output)),
+        ]
+        return Table.of("steps", ("", "decoder"), [*steps, *rows], numbers=2)
+
+
+def share(before: int, after: int) -> float:
+    """What is left of a number."""
+    return after / before if before else 1.0
+
+
+def step_share(step: Mapping[str, Any]) -> float:
+    """What a step left of the decoder that it began with."""
+    return share(step["decoder_before"], step["decoder_after"])

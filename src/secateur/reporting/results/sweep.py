@@ -1,0 +1,138 @@
+"""What `sweep` returns: perplexity against sparsity, as tables, JSON, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.evaluation.protocol import protocol_id
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Line, Table
+from secateur.reporting.wording import bare_name, percent
+from secateur.runs.records import Sweep, SweepPoint
+
+__all__ = ["SweepResult", "markdown_row"]
+
+
+@dataclass(frozen=True)
+class SweepResult(Result):
+    """All that was measured.
+
+    Attributes:
+        sweep: as `sweep.json` stores it.
+        folder: of the sweep.
+    """
+
+    sweep: Sweep
+    folder: Path
+
+    @property
+    def texts(self) -> list[str]:
+        """What the models were evaluated on."""
+        return list(self.dense)
+
+    @property
+    def points(self) -> Sequence[SweepPoint]:
+        """The pruned models, in the order of the plan."""
+        return self.sweep.points
+
+    @property
+    def failures(self) -> Sequence[dict[str, Any]]:
+        """Points that could not be made, and why."""
+        return self.sweep.failures
+
+    @property
+    def dense(self) -> dict[str, float]:
+        """The perplexity of the dense model, by text."""
+        return self.sweep.dense.perplexity
+
+    def to_json(self) -> dict[str, Any]:
+        """As `sweep.json` stores it."""
+        return self.sweep.to_json()
+
+    def blocks(self) -> Sequence[Block]:
+        """The table, failures, and where the files are."""
+        failures = [
+            f"failed: {x['method']} {x['pattern']} {x['sparsity']:g}: {x['what']}"
+            + (f" ({x['where']})" if x["where"] else "")
+            for x in self.failures
+        ]
+        return [
+            Table.of(self.sweep.model, self.columns, self.rows(), numbers=2),
+            Line("in brackets: ln(perplexity) − ln(dense perplexity), nats a token", style="dim"),
+            *(Line(failure, style="red") for failure in failures),
+            Line(f"sweep.json, .md, .csv, .png and .svg are in {self.folder}"),
+        ]
+
+    def rows(self) -> list[list[str]]:
+        """A table for people: method, pattern, zeros, then each text, seconds and memory."""
+        cells = (f"{self.dense[text]:.2f}" for text in self.texts)
+        dense = ["dense", "", "", *cells, "", ""]
+        return [dense, *(self.row(point) for point in self.points)]
+
+    def row(self, point: SweepPoint) -> list[str]:
+        """One line of that table; in brackets the excess loss."""
+        cells = (f"{point.perplexity[t]:.2f} ({point.excess[t]:.3f})" for t in self.texts)
+        size = f"{point.peak_resident_bytes / 2**30:.2f} GiB"
+        zeros = percent(point.zeros, 1)
+        return [point.method, point.pattern, zeros, *cells, f"{point.seconds:.0f} s", size]
+
+    @property
+    def columns(self) -> list[str]:
+        """The heads of that table."""
+        return ["method", "pattern", "zeros", *map(bare_name, self.texts), "time", "peak memory"]
+
+    def markdown(self) -> str:
+        """The table with what it takes to read it."""
+        lines = [
+            f"# {bare_name(self.sweep.model)}: perplexity against sparsity",
+            "",
+            "Made by `secateur sweep`. In brackets the excess loss, ln(perplexity) − ln(dense "
+            "perplexity), in nats a token.",
+            "",
+            markdown_row(self.columns),
+            "|---|---|" + "---:|" * (len(self.columns) - 2),
+            *(markdown_row(row) for row in self.rows()),
+            "",
+        ]
+        for failure in self.failures:
+            lines += [f"- failed: {failure['method']}, {failure['pattern']}: {failure['what']}", ""]
+        for text in self.texts:
+            name = protocol_id("ppl", self.sweep.protocol[text])
+            protocol = ", ".join(f"{k} {v}" for k, v in self.sweep.protocol[text].items())
+            lines += [f"Perplexity on {bare_name(text)}, protocol `{name}`: {protocol}.", ""]
+        if self.sweep.calibration:
+            windows = self.sweep.calibration
+            lines += [
+                f"Calibration: {windows['samples']} windows of {windows['sequence_length']} tokens "
+                f"of {windows['source']}, the same for all points.",
+                "",
+            ]
+        machine = self.sweep.environment
+        lines.append(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}.")
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """One line a point, numbers in full."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        cells = [name for t in self.texts for name in (f"perplexity {t}", f"excess {t}")]
+        head = ["method", "pattern", "sparsity", "zeros", *cells, "seconds", "peak_resident_bytes"]
+        writer.writerow(head)
+        dense = [value for text in self.texts for value in (self.dense[text], 0.0)]
+        writer.writerow(["dense", "", 0.0, "", *dense, "", ""])
+        for p in self.points:
+            own = [value for text in self.texts for value in (p.perplexity[text], p.excess[text])]
+            writer.writerow(
+                [p.method, p.pattern, p.sparsity, p.zeros, *own, p.seconds, p.peak_resident_bytes]
+            )
+        return stream.getvalue()
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """Cells between bars; bars of their own are escaped."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

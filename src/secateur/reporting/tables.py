@@ -1,0 +1,159 @@
+"""Tables and lines for people: how results look on a terminal and in `print`.
+
+A result describes itself as blocks: tables and lines. `print_blocks` writes them to a terminal with
+colours, `plain_text` returns them as text.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from secateur.models.inventory import Left
+
+__all__ = [
+    "Block",
+    "Line",
+    "Table",
+    "gib",
+    "mib",
+    "next_steps",
+    "not_pruned",
+    "plain_text",
+    "print_blocks",
+]
+
+PLAIN_WIDTH = 100
+"""Columns of a result as text."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: above it; may be empty.
+        columns: their names; empty names leave the head out.
+        rows: the cells, as text.
+        numbers: the first column whose cells are numbers; it and all behind it align right.
+        styles: a style of rich for each row, such as `bold red`; empty for none.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: int = 1
+    styles: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        numbers: int = 1,
+        styles: Iterable[str] = (),
+    ) -> Table:
+        """A table from any sequences of rows and columns."""
+        return cls(title, tuple(columns), tuple(map(tuple, rows)), numbers, tuple(styles))
+
+    @classmethod
+    def facts(cls, title: str, rows: Iterable[tuple[str, str]]) -> Table:
+        """A table of names and values, without a head."""
+        return cls.of(title, ("", ""), rows, numbers=2)
+
+    def renderable(self) -> Any:
+        """The table as rich draws it."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        drawn = RichTable(
+            title=Text(self.title) if self.title else None,
+            title_justify="left",
+            title_style="bold",
+            show_header=any(self.columns),
+        )
+        for index, column in enumerate(self.columns):
+            justify: Any = "left" if index < self.numbers else "right"
+            drawn.add_column(Text(column), justify=justify, overflow="fold")
+        styles = self.styles or ("",) * len(self.rows)
+        for row, style in zip(self.rows, styles, strict=True):
+            drawn.add_row(*(Text(cell) for cell in row), style=style or None)
+        return drawn
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text; it wraps only where the terminal does.
+
+    Attributes:
+        text: without markup.
+        style: of rich, such as `dim`; empty for none.
+    """
+
+    text: str
+    style: str = ""
+
+    def renderable(self) -> Any:
+        """The line as rich draws it."""
+        from rich.text import Text
+
+        return Text(self.text, style=self.style)
+
+
+Block = Table | Line
+
+
+def print_blocks(blocks: Iterable[Block], console: Console | None = None) -> None:
+    """Write blocks to a console; to stdout if none is given."""
+    from rich.console import Console
+
+    console = console or Console()
+    for block in blocks:
+        console.print(block.renderable(), soft_wrap=isinstance(block, Line), highlight=False)
+
+
+def plain_text(blocks: Iterable[Block]) -> str:
+    """Blocks as text without colours, `PLAIN_WIDTH` columns wide."""
+    from rich.console import Console
+
+    stream = io.StringIO()
+    print_blocks(
+        blocks, Console(file=stream, width=PLAIN_WIDTH, no_color=True, force_terminal=False)
+    )
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> list[Block]:
+    """Lines that say where results are, and which commands to try next.
+
+    Args:
+        places: what is where.
+        commands: what each command does, and the command.
+    """
+    lines: list[Block] = [Line("")]
+    lines += [Line(f"{what}: {place}") for what, place in places.items()]
+    lines += [Line("next:", "bold")]
+    for what, command in commands.items():
+        lines += [Line(f"  {command}"), Line(f"      {what}", "dim")]
+    return lines
+
+
+def gib(size: float) -> str:
+    """A size in GiB."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def mib(size: float) -> str:
+    """A size in MiB."""
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def not_pruned(left: Sequence[Left]) -> str:
+    """Matrices that are not pruned, one sort a line."""
+    return "\n".join(one.line() for one in left) or "nothing"

@@ -1,0 +1,57 @@
+"""The schemas of the files that a run writes with a model, for writers and readers alike.
+
+    manifest.json        Manifest       prune, structure
+    layers.jsonl         Layer          prune, a line for each decoder layer
+    training.json        [Training]     retrain, distill, an entry for each training
+    chain.json           Chain          chain
+    compression.json     Compression    compress
+    diagnosis.json       DiagnosisRecord      diagnose
+    bench.json           Bench          bench
+    sweep.json           Sweep          sweep
+    steps.json           [StepEntry]      structure, an entry for each step
+
+`evaluation.json` has its schema in `evaluation.py`. Code that writes a file calls `declared`, which
+refuses keys that are not declared here. Code that reads one calls `read_record`, which ignores the
+keys of newer releases.
+"""
+
+from secateur.runs.records.base import AnyRecord, Record, declared, parsed, read_list, read_record
+from secateur.runs.records.measured import Bench, DiagnosisRecord, FindingEntry, TimingEntry
+from secateur.runs.records.run import (
+    MANIFEST_VERSION,
+    Chain,
+    ChainStep,
+    Compression,
+    Layer,
+    LinearEntry,
+    Manifest,
+    StepEntry,
+    Training,
+)
+from secateur.runs.records.sweep import PointKey, Sweep, SweepDense, SweepPoint
+
+__all__ = [
+    "MANIFEST_VERSION",
+    "AnyRecord",
+    "Bench",
+    "Chain",
+    "ChainStep",
+    "Compression",
+    "DiagnosisRecord",
+    "FindingEntry",
+    "Layer",
+    "LinearEntry",
+    "Manifest",
+    "PointKey",
+    "Record",
+    "StepEntry",
+    "Sweep",
+    "SweepDense",
+    "SweepPoint",
+    "TimingEntry",
+    "Training",
+    "declared",
+    "parsed",
+    "read_list",
+    "read_record",
+]

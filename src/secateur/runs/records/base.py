@@ -1,0 +1,95 @@
+"""The base of every schema, with one way to write a file and one way to read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from secateur.errors import CheckpointError
+
+__all__ = ["AnyRecord", "Record", "declared", "parsed", "read_list", "read_record"]
+
+
+class Record(BaseModel):
+    """Part of a file."""
+
+    model_config = ConfigDict(
+        frozen=True, protected_namespaces=(), extra="ignore", populate_by_name=True
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def declared(record: type[Record], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the content of a file before it is written.
+
+    Raises:
+        ValidationError: the content does not match its declaration, which is a fault in secateur.
+    """
+    plain = json.loads(json.dumps(content))
+    record.model_validate(plain, extra="forbid")
+    return dict(content)
+
+
+def read_record(record: type[AnyRecord], file: Path) -> AnyRecord:
+    """Read a JSON file and check its schema.
+
+    Raises:
+        CheckpointError: the file cannot be read, is no JSON, or has another schema; names the file.
+    """
+    try:
+        return parsed(record, file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"the file cannot be read: {error}", where=str(file), remedy="make it again"
+        ) from error
+
+
+def read_list(record: type[AnyRecord], file: Path) -> list[AnyRecord]:
+    """Read a JSON file that holds a list of records.
+
+    Raises:
+        CheckpointError: it cannot be read, is no list, or an entry has another schema.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(entries, list):
+            raise ValueError("the file holds no list")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the file cannot be read: {error}", where=str(file), remedy="make it again"
+        ) from error
+    return [parsed(record, json.dumps(entry), f"{file}:{n}") for n, entry in enumerate(entries, 1)]
+
+
+def parsed(record: type[AnyRecord], text: str, where: str) -> AnyRecord:
+    """Parse a JSON text and check its schema.
+
+    Raises:
+        CheckpointError: the text is no JSON, or has another schema.
+    """
+    try:
+        return record.model_validate(json.loads(text))
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(str(part) for part in fault['loc']) or 'all of it'}: {fault['msg']}"
+            for fault in error.errors()[:3]
+        ]
+        raise CheckpointError(
+            f"not what this release expects there: {'; '.join(faults)}",
+            where=where,
+            remedy="write it again with this release of secateur",
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(
+            f"not JSON: {error}", where=where, remedy="write it again, or remove it"
+        ) from None

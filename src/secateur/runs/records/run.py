@@ -1,0 +1,248 @@
+"""What the verbs that write a model record beside it: how it was made, and at what cost."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from secateur.runs.records.base import Record
+
+__all__ = [
+    "MANIFEST_VERSION",
+    "Chain",
+    "ChainStep",
+    "Compression",
+    "Layer",
+    "LinearEntry",
+    "Manifest",
+    "StepEntry",
+    "Training",
+]
+
+MANIFEST_VERSION = 1
+
+
+class Source(Record):
+    """The source model of a run."""
+
+    name: str
+    kind: str
+    revision: str | None = None
+    file_bytes: int | None = None
+
+
+class Cost(Record):
+    """The cost of a run."""
+
+    seconds: float
+    peak_resident_bytes: int
+    peak_is_of_this_run_alone: bool = False
+    peak_cuda_bytes: int | None = None
+    resumed: bool = False
+    training_seconds: float | None = None
+
+
+class RunResult(Record):
+    """The result of a run."""
+
+    decoder_sparsity: float
+    model_sparsity: float
+    parameters: int
+    file_bytes: int
+
+
+class Counted(Record):
+    """The parameters of a model by kind."""
+
+    parameters: int
+    decoder: int
+    file_bytes: int
+    attention: int = 0
+    ffn: int = 0
+    experts: int = 0
+    norms: int = 0
+    embeddings: int = 0
+    other: int = 0
+    kv_cache_bytes_per_token: int = 0
+
+
+class Structure(Record):
+    """What a structured cut removed."""
+
+    before: Counted
+    after: Counted
+    decoder_removed: float
+    removed: float = 0.0
+    varied: bool = False
+    steps: tuple[dict[str, Any], ...] = ()
+    latency: dict[str, Any] | None = None
+
+
+class LeftEntry(Record):
+    """Tensors of one sort that were not pruned; see `models.inventory.Left`."""
+
+    names: str
+    reason: str
+    tensors: int
+    weights: int
+
+
+class Manifest(Record):
+    """`manifest.json`."""
+
+    manifest_version: int = MANIFEST_VERSION
+    source: Source
+    family: str = ""
+    method: dict[str, Any]
+    allocation: dict[str, Any]
+    calibration: dict[str, Any] | None = None
+    calibration_digest: str | None = None
+    environment: dict[str, Any]
+    plan: dict[str, Any] = Field(default_factory=dict)
+    cost: Cost
+    result: RunResult
+    structure: Structure | None = None
+    distillation: dict[str, float] | None = None
+    experts: dict[str, Any] | None = None
+    collapsed: tuple[str, ...] = ()
+    left: tuple[LeftEntry, ...] = ()
+
+    @property
+    def lost(self) -> float:
+        """The lost fraction of the decoder: cut out or zero."""
+        gone = self.structure.decoder_removed if self.structure else 0.0
+        return 1 - (1 - gone) * (1 - self.result.decoder_sparsity)
+
+
+class LinearEntry(Record):
+    """One matrix of a line of `layers.jsonl`; see `engine.prune.surgery.LinearRecord`."""
+
+    name: str
+    shape: tuple[int, int]
+    zeros: int
+    asked: float | None = None
+    pruned: int | None = None
+    error: float | None = None
+    lost: float | None = None
+    seconds: float = 0.0
+    tokens: int | None = None
+
+
+class Layer(Record):
+    """A line of `layers.jsonl`."""
+
+    layer: int
+    seconds: float = 0.0
+    linears: tuple[LinearEntry, ...]
+    reconstruction: dict[str, float] = Field(default_factory=dict)
+    collapsed: dict[str, float] = Field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
+
+
+class Training(Record):
+    """An entry of `training.json`."""
+
+    verb: Literal["retrain", "distill"]
+    source: Source
+    objective: str
+    text: dict[str, Any]
+    learning_rate: float
+    optimizer: str
+    processes: int
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    planned: dict[str, Any]
+    cost: Cost
+    result: dict[str, Any]
+
+
+class ChainStep(Record):
+    """What is left after a step of a chain.
+
+    Attributes:
+        step: the verb; `source` for the model as it was.
+        parameters: of the whole model.
+        zeros: of its parameters.
+        file_bytes: of the weight files.
+        seconds: that the step took.
+        kept: parameters that are there and not zero.
+    """
+
+    step: str
+    parameters: int
+    zeros: int
+    file_bytes: int
+    seconds: float
+    kept: int
+
+
+class Chain(Record):
+    """`chain.json`."""
+
+    links: tuple[ChainStep, ...]
+    output: str
+
+
+class Compression(Record):
+    """`compression.json`."""
+
+    source: str = ""
+    output: str = ""
+    archive: bool = False
+    source_bytes: int
+    bfloat16_bytes: int
+    file_bytes: int
+    ratio: float
+    sparsity: float
+    negative_zeros: int = 0
+    linears: dict[str, float] = Field(default_factory=dict)
+    formats: dict[str, dict[str, float]] = Field(default_factory=dict)
+    embeddings: dict[str, float] = Field(default_factory=dict)
+    rounding: dict[str, Any] = Field(default_factory=dict)
+    value_error: float | None = None
+    seconds: float = 0.0
+
+
+class StepEntry(Record):
+    """An entry of `steps.json`.
+
+    Attributes:
+        step: depth, experts, hidden, refit, queries, width or learned.
+        by: how the units were selected; None where `score` and `solver` say it.
+        score: of a width step.
+        solver: of a width step.
+        allocation: of a width step.
+        units: of a depth step: layers or blocks.
+        fitness: of a depth step: the loss of the selected layers.
+        scores: of a depth step, one for each unit.
+        steps: of a learned step: optimizer steps.
+        tokens: of a learned step: tokens read.
+        learning_rate: of a learned step, at its peak.
+        references: of dynamic batch loading: the loss that each domain should reach.
+        losses: of dynamic batch loading: the loss that each domain reached.
+        proportions: of dynamic batch loading: the share of each domain over time.
+        cut: the units that stay, as `structured.cut.Cut` writes them; None for a refit.
+        before: parameters by kind.
+        after: parameters by kind.
+        varied: whether the layers have different sizes.
+    """
+
+    step: str
+    by: str | None = None
+    score: str | None = None
+    solver: str | None = None
+    allocation: Any = None
+    units: str | None = None
+    fitness: Any = None
+    scores: Any = None
+    steps: int | None = None
+    tokens: int | None = None
+    learning_rate: float | None = None
+    references: Any = None
+    losses: Any = None
+    proportions: Any = None
+    cut: dict[str, Any] | None = None
+    before: dict[str, int]
+    after: dict[str, int]
+    varied: bool

@@ -1,0 +1,245 @@
+"""A model in memory that writes text, piece by piece, by the fastest way it allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from secateur.errors import RecipeError
+from secateur.evaluation.generation import stream_tokens
+from secateur.models.configuration import read_configuration
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import Tokenizer, load_tokenizer
+from secateur.reporting.results.generate import GenerateResult
+from secateur.runtime.decode import Decoder, why_not
+from secateur.runtime.load import load
+from secateur.runtime.sampling import Sampling
+
+__all__ = ["Message", "TextSession", "TextStream"]
+
+POSITIONS = "max_position_embeddings"
+NEW_TOKENS = 256
+"""The length of a text, unless another is given."""
+ONE_CALL = "one call for each token"
+
+Message = dict[str, str]
+"""A line of a conversation: `role` (system, user or assistant) and `content`."""
+
+
+class TextStream:
+    """Turns tokens into text as they come, and ends at a stop text.
+
+    A piece of text is passed on when no later token can change it: half of a character waits for
+    its rest, and what may be the beginning of a stop text waits until it is none.
+
+    Args:
+        tokenizer: of the model.
+        stop: the text ends before the first of these.
+        tell: receives each piece.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], tell: Callable[[str], None]
+    ) -> None:
+        self.tokenizer, self.stop, self.tell = tokenizer, [s for s in stop if s], tell
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.text = ""
+        self.passed_on = 0
+
+    def add(self, token: int) -> bool:
+        """Take a token; returns False where the text ends."""
+        self.times.append(time.perf_counter())
+        self.tokens.append(token)
+        text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+        places = [place for place in map(text.find, self.stop) if place >= 0]
+        self.text = text[: min(places)] if places else text
+        if not places and not text.endswith("\ufffd"):
+            self.pass_on(len(text) - self.waiting(text))
+        return not places
+
+    def waiting(self, text: str) -> int:
+        """How many letters at the end may begin a stop text."""
+        return max(
+            (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+
+    def pass_on(self, end: int) -> None:
+        """Pass on the text up to a place."""
+        if end > self.passed_on:
+            self.tell(self.text[self.passed_on : end])
+            self.passed_on = end
+
+    def finish(self) -> None:
+        """Pass on what is left."""
+        self.pass_on(len(self.text))
+
+
+class TextSession:
+    """A model in memory.
+
+    Args:
+        model: folder (compressed or not), hub id, GGUF file or named sample.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+
+    Raises:
+        SecateurError: the model cannot be loaded.
+    """
+
+    def __init__(self, model: str, *, trust_remote_code: bool = False) -> None:
+        self.name = model
+        self.folder = resolve(model, trust_remote_code=trust_remote_code).folder
+        self.trust_remote_code = trust_remote_code
+        self.load_seconds = 0.0
+        self.positions = positions_in(self.folder)
+        self.tokenizer: Any = load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
+        self.model: Any = None
+
+    def load(self) -> None:
+        """Load the weights, if that was not done yet."""
+        if self.model is None:
+            started = time.perf_counter()
+            self.model = load(self.folder, trust_remote_code=self.trust_remote_code)
+            self.load_seconds = time.perf_counter() - started
+            self.positions = getattr(self.model.config, POSITIONS, None)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer knows how a conversation is written."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """A conversation as the model reads it, up to where its answer begins.
+
+        Raises:
+            RecipeError: the tokenizer has no chat template, or the template refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise RecipeError(
+                "the tokenizer has no chat template",
+                where=str(self.folder),
+                remedy="leave --chat and --system out: the model then continues the prompt",
+            )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception as error:  # templates raise whatever they like
+            raise RecipeError(
+                f"the chat template refuses the messages: {str(error)[:200]}",
+                where=str(self.folder),
+                remedy="leave --system out, or use --no-chat",
+            ) from error
+
+    def write(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int | None,
+        sampling: Sampling,
+        messages: Sequence[Message] | None = None,
+        stop: Sequence[str] = (),
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> GenerateResult:
+        """Continue a prompt, or answer the last of some messages.
+
+        Args:
+            prompt: the text to continue; of a conversation its last message.
+            max_new_tokens: where to stop if the model does not end earlier; None for 256, or what
+                the model's positions leave.
+            sampling: how tokens are drawn.
+            messages: the conversation, of which `prompt` is the last; None for a plain text.
+            stop: the text ends before the first of these.
+            tell: receives the text piece by piece as it comes.
+
+        Raises:
+            RecipeError: the prompt has no token, or prompt and text exceed the model's positions.
+        """
+        check_length(max_new_tokens or 1, self.positions)
+        chat = messages is not None
+        read = self.conversation(messages or []) if chat else prompt
+        ids = self.tokenizer(read, return_tensors="pt", add_special_tokens=not chat)["input_ids"][0]
+        if len(ids) == 0:
+            raise RecipeError(
+                "the prompt has no token", remedy="give a prompt of at least one word"
+            )
+        check_length(len(ids) + (max_new_tokens or 1), self.positions)
+        self.load()
+        if max_new_tokens is None:
+            max_new_tokens = min(NEW_TOKENS, (self.positions or NEW_TOKENS + len(ids)) - len(ids))
+        stream, begun = TextStream(self.tokenizer, stop, tell), time.perf_counter()
+        try:
+            loop = self.run(ids, max_new_tokens, sampling, stream, self.end_tokens(chat))
+        finally:
+            stream.finish()
+        times = stream.times
+        rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+        return GenerateResult(
+            model=self.name,
+            prompt=prompt,
+            text=stream.text,
+            tokens=len(stream.tokens),
+            load_seconds=self.load_seconds,
+            first_token_seconds=times[0] - begun if times else None,
+            tokens_per_second=rate,
+            loop=loop,
+            chat=chat,
+        )
+
+    def end_tokens(self, chat: bool) -> frozenset[int]:
+        """The tokens that end a text: the model's, and for an answer also the tokenizer's."""
+        configured = self.model.generation_config.eos_token_id
+        found = configured if isinstance(configured, list) else [configured]
+        own = [self.tokenizer.eos_token_id] if chat else []
+        return frozenset(token for token in (*found, *own) if token is not None)
+
+    def run(
+        self,
+        ids: Int64[Tensor, " tokens"],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stream: TextStream,
+        ends: frozenset[int],
+    ) -> str:
+        """Write until the text ends; returns the loop that did it, and why not the fast one."""
+        reason = why_not(self.model, len(ids) + max_new_tokens)
+        if reason is not None:
+
+            def take(token: int) -> bool:
+                return token not in ends and stream.add(token)
+
+            stream_tokens(self.model, self.tokenizer, ids, max_new_tokens, sampling, take)
+            return f"transformers: {reason}"
+        decoder = Decoder(self.model, len(ids) + max_new_tokens)
+        for token in decoder.continued(ids, max_new_tokens, sampling=sampling, stop=ends):
+            if not stream.add(token):
+                break
+        return ONE_CALL
+
+
+def positions_in(folder: Path) -> int | None:
+    """How many tokens the model reads, by its configuration."""
+    value = read_configuration(folder).get(POSITIONS)
+    return value if type(value) is int else None
+
+
+def check_length(tokens: int, positions: int | None) -> None:
+    """Refuse more tokens than the model has positions.
+
+    Raises:
+        RecipeError: naming both numbers.
+    """
+    if positions is not None and tokens > positions:
+        raise RecipeError(
+            f"prompt and new tokens are {tokens}, and the model has {positions} positions",
+            where="--max-new-tokens",
+            remedy=f"use a smaller number; prompt and new tokens together are at most {positions}",
+        )

@@ -1,0 +1,114 @@
+"""Every result obeys one contract: JSON for programs, and the same tables for show and print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from secateur.errors import RecipeError
+from secateur.evaluation.speed import Speed
+from secateur.models.inventory import Left
+from secateur.reporting.results.bench import BenchResult
+from secateur.reporting.results.chain import ChainResult
+from secateur.reporting.results.compress import CompressResult, DecompressResult, FormatTotals
+from secateur.reporting.results.evaluate import EvaluateResult
+from secateur.reporting.results.generate import GenerateResult
+from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.results.report import ReportResult
+from secateur.reporting.results.result import Result
+from secateur.reporting.results.train import TrainResult
+from secateur.runs.evaluation import EvaluationRecord, PerplexityRecord
+from secateur.runs.records import ChainStep
+
+PROTOCOL = {
+    "cpu": "P", "threads": 2, "kernels": "avx2", "prompt_tokens": 4, "new_tokens": 8, "rounds": 2,
+}  # fmt: skip
+
+
+def perplexity(text: str) -> PerplexityRecord:
+    """A result on a text."""
+    return PerplexityRecord(
+        text=text, perplexity=23.5, mean_loss=3.157, standard_error=0.01, seconds=1.0,
+        reference_perplexity=None, protocol={"windows": 4}, protocol_id="ppl-1", reference=None,
+        environment={},
+    )  # fmt: skip
+
+
+def evaluated(*texts: str) -> EvaluateResult:
+    """What evaluate returns for some texts."""
+    record = EvaluationRecord(
+        model="m", perplexity=[perplexity(t) for t in texts], divergence=[], tasks=[], generation=[]
+    )
+    return EvaluateResult(record)
+
+
+def step(name: str, zeros: int) -> ChainStep:
+    """A line of a chain's account."""
+    return ChainStep(
+        step=name, parameters=100, zeros=zeros, file_bytes=2**21, seconds=3.0, kept=100 - zeros
+    )
+
+
+RESULTS = {
+    "prune": (PruneResult(0.5, [], left=[Left("lm_head", "the head", 1, 1000)]), "lm_head: the"),
+    "train": (
+        TrainResult(
+            Path("out"), 0.5, 10, 4096, 30.0, 20.0,
+            {"objective": "next token", "result": {"best_step": 9},
+             "cost": {"training_seconds": 2.0, "peak_resident_bytes": 2**30}},
+        ),
+        "30.000 → 20.000 at step 9",
+    ),
+    "compress": (
+        CompressResult(Path("out"), 2**22, 2**20, 2**20, FormatTotals(2, 2**20, 2**19, 2**20)),
+        "50.00%",
+    ),
+    "decompress": (DecompressResult(Path("out"), 1, 2**21, 7, 0.5), "matrices unpacked"),
+    "chain": (ChainResult((step("source", 0), step("prune", 50)), Path("out")), "50.0%"),
+    "evaluate": (evaluated("one.txt"), "23.5000"),
+    "generate": (GenerateResult("m", "Once", " upon", 1, 0.1, 0.1, None, "one call"), "Once upon"),
+    "bench": (
+        BenchResult(
+            "m",
+            True,
+            [Speed("packed", (0.1, 0.2), (0.5, 0.5), 2**20), Speed("torch bf16", (0.2,), (0.5,))],
+            2**20, 2**21, PROTOCOL,
+        ),
+        "5.0 to 10.0",
+    ),
+    "report": (ReportResult(Path("report.html")), "report: report.html"),
+}  # fmt: skip
+
+
+def words_of(text: str) -> str:
+    """Letters and digits alone: the widths may differ, and with them lines and breaks."""
+    return "".join(letter for letter in text if letter.isalnum())
+
+
+@pytest.mark.parametrize("verb", RESULTS)
+def test_one_contract(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result, words = RESULTS[verb]
+    assert isinstance(result, Result)
+    json.dumps(result.to_json())
+    result.show()
+    shown = capsys.readouterr().out
+    print(result)
+    printed = capsys.readouterr().out
+    assert words in shown
+    assert words in printed
+    assert words_of(shown) == words_of(printed)
+
+
+def test_brackets_in_texts_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    GenerateResult("m", "[bold]a[/]", " [red]", 1, 0.1, None, None, "x").show()
+    assert "[bold]a[/] [red]" in capsys.readouterr().out
+
+
+def test_one_text_has_its_numbers_at_hand() -> None:
+    one = evaluated("one.txt")
+    assert (one.perplexity, one.mean_loss, one.standard_error) == (23.5, 3.157, 0.01)
+    assert (one.protocol, one.protocol_id) == ({"windows": 4}, "ppl-1")
+    with pytest.raises(RecipeError, match="measured on 2 texts"):
+        _ = evaluated("one.txt", "two.txt").perplexity
