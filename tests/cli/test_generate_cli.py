@@ -56,4 +56,4 @@ def test_the_end_of_the_input_ends_it(secateur, model: Path, monkeypatch) -> Non
 def test_temperature_must_be_a_number(secateur, model: Path, value: str) -> None:
     refused = secateur("generate", model, "--prompt", "a", "--temperature", value)
     assert refused.code == 2
-    assert "--temperature" in refused.err
+    assert "temperature" in refused.err

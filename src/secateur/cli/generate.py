@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from secateur.cli import options as o
+from secateur.cli.verb import command
 
 if TYPE_CHECKING:
+    from secateur.recipes.generate import GenerateRecipe
     from secateur.workflows.judge.generate import Conversation
 
 __all__ = ["generate"]
@@ -15,60 +16,23 @@ __all__ = ["generate"]
 HELP = "/new forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
-def generate(
-    model: Annotated[
-        str, o.argument(help="Folder (compressed or not), hub id, GGUF file or named sample.")
-    ],
-    *,
-    prompt: Annotated[
-        str | None,
-        o.option(
-            "--prompt",
-            "-p",
-            help="Continue this text or answer this message. [a conversation on a terminal, else "
-            "the text on stdin]",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, o.option(help="Stop after this many tokens. [256]")
-    ] = None,
-    temperature: Annotated[
-        float, o.option(help="0 takes the most likely token each time; above 0 draws.")
-    ] = 0.0,
-    top_k: Annotated[
-        int | None, o.option(help="Draw among this many of the most likely tokens. [all]")
-    ] = None,
-    top_p: Annotated[
-        float, o.option(help="Draw among the tokens that together have this probability.")
-    ] = 1.0,
-    seed: Annotated[int, o.option(help="Seed of the draw.")] = 0,
-    stop: Annotated[
-        list[str] | None, o.option(help="End the text before this one; may be repeated.")
-    ] = None,
-    chat: Annotated[
-        bool | None,
-        o.switch(help="Use the chat template of the tokenizer. [if it has one]"),
-    ] = None,
-    system: Annotated[
-        str | None, o.option(help="Begin the conversation with this system message.")
-    ] = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    as_json: o.Json = False,
-) -> None:
+def run(recipe: GenerateRecipe, *, as_json: bool) -> None:
     """Continue a prompt, or chat, on the CPU; packed linears stay packed."""
     from secateur.runtime.sampling import Sampling
     from secateur.workflows.judge.generate import Conversation
 
-    sampling = Sampling(temperature, top_k, top_p, seed)  # a fault is an error before any work
+    # a fault is an error before any work
+    sampling = Sampling(recipe.temperature, recipe.top_k, recipe.top_p, recipe.seed)
+    prompt = recipe.prompt
     talk = prompt is None and sys.stdin.isatty() and not as_json
     conversation = Conversation(
-        model,
-        max_new_tokens=max_new_tokens,
+        recipe.model,
+        max_new_tokens=recipe.max_new_tokens,
         sampling=sampling,
-        stop=stop or (),
-        chat=chat,
-        system=system,
-        trust_remote_code=trust_remote_code,
+        stop=recipe.stop,
+        chat=recipe.chat,
+        system=recipe.system,
+        trust_remote_code=recipe.trust_remote_code,
     )
     if talk:
         converse(conversation)
@@ -144,3 +108,6 @@ def import_line_editing() -> Any:
     except ImportError:
         return None
     return readline
+
+
+generate = command("generate", run, streams=True)

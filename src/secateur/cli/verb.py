@@ -51,6 +51,7 @@ def command(
     run: Callable[..., Result | None],
     leave_out: frozenset[str] = frozenset(),
     exit_code: Callable[[Any], int] = lambda result: 0,
+    streams: bool = False,
 ) -> Callable[..., None]:
     """A function whose signature has a flag for every option of a verb's recipe.
 
@@ -60,6 +61,7 @@ def command(
             process has it.
         leave_out: options of the recipe that do not concern this verb.
         exit_code: the exit code that a result stands for.
+        streams: whether `run` writes its result itself; it then takes `as_json`.
     """
     kind = imported(VERBS[verb].recipe)
     of_recipe = [o for o in options_of(kind) if o.name not in leave_out and not o.flag.hidden]
@@ -76,6 +78,7 @@ def command(
         given = dict(bound.arguments)
         assignments, as_json = given.pop("set") or (), given.pop("json")
         call = {o.name: given.pop(o.name) for o in of_call}
+        call |= {"as_json": as_json} if streams else {}
         result = run(recipe_from_flags(kind, given, assignments), **call)
         if result is not None:
             from secateur.cli.rendering import print_result

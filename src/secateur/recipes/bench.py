@@ -31,7 +31,7 @@ class WhatToTime(Section):
     )
 
 
-class Rounds(Section):
+class TimedRounds(Section):
     """How much is timed."""
 
     group: ClassVar[str] = HOW
@@ -44,5 +44,5 @@ class Rounds(Section):
     )
 
 
-class BenchRecipe(Rounds, WhatToTime, Recipe):
+class BenchRecipe(TimedRounds, WhatToTime, Recipe):
     """One timing."""

@@ -33,7 +33,7 @@ class WhatToContinue(Section):
     )
 
 
-class Drawing(Section):
+class TokenDrawing(Section):
     """How tokens are drawn, and where a text ends."""
 
     group: ClassVar[str] = HOW
@@ -56,5 +56,5 @@ class Drawing(Section):
     )
 
 
-class GenerateRecipe(RemoteCode, Drawing, WhatToContinue, Recipe):
+class GenerateRecipe(RemoteCode, TokenDrawing, WhatToContinue, Recipe):
     """One text, or one conversation."""

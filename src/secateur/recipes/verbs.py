@@ -108,7 +108,12 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.compress:DecompressRecipe",
             "secateur.workflows.compress.unpack:decompress",
         ),
-        Verb("generate", "Continue a prompt on the CPU. Packed linears stay packed."),
+        Verb(
+            "generate",
+            "Continue a prompt, or chat, on the CPU. Packed linears stay packed.",
+            "secateur.recipes.generate:GenerateRecipe",
+            "secateur.workflows.judge.generate:generate",
+        ),
         Verb(
             "bench",
             "Measure speed and memory at batch 1 on the CPU, packed and in other ways, in turns.",
