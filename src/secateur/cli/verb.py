@@ -73,13 +73,17 @@ def command(
     signature = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
 
     def carry_out(*words: str, **flags: Any) -> None:
+        from secateur.models.hub import refuse_out_of_reach
+
         bound = signature.bind(*words, **flags)
         bound.apply_defaults()
         given = dict(bound.arguments)
         assignments, as_json = given.pop("set") or (), given.pop("json")
         call = {o.name: given.pop(o.name) for o in of_call}
+        recipe = recipe_from_flags(kind, given, assignments)
+        refuse_out_of_reach(str(getattr(recipe, "model", "")))
         call |= {"as_json": as_json} if streams else {}
-        result = run(recipe_from_flags(kind, given, assignments), **call)
+        result = run(recipe, **call)
         if result is not None:
             from secateur.cli.rendering import print_result
 

@@ -137,6 +137,8 @@ class CompressResult(Result):
             for kind, x in stored
         ]
         closing = [("time", f"{self.seconds:.1f} s"), ("output", str(self.output))]
+        if self.value_error:
+            closing.insert(0, ("loss of rounding", f"{self.value_error:.2%} of the weights' norm"))
         if self.rounding:
             error = f"{self.rounding['mean_error']:.2g} of the linears' outputs, squared"
             closing.insert(0, ("error of rounding", error))
