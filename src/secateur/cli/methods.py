@@ -80,11 +80,11 @@ def training_tables() -> list[Any]:
     from secateur.reporting.tables import Table
     from secateur.training.methods import training_methods
 
-    methods = [(name, m.description, m.paper) for name, m in training_methods.items()]
+    rows = [(name, m.description, m.paper) for name, m in training_methods.items()]
     commands = [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()]
     title = "their commands: add --output DIR, and --resume after a stop"
     return [
-        Table.of("methods that train", ("name", "what it does", "paper"), methods, numbers=3),
+        Table.of("methods that train", ("name", "what it does", "paper"), rows, numbers=3),
         Table.of(title, ("name", "secateur"), commands, numbers=2),
     ]
 

@@ -23,7 +23,7 @@ from secateur.precision import full_float32
 from secateur.runs.atomic import write_json
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import settle
-from secateur.sparsity.allocation.search import Search
+from secateur.sparsity.allocation.search import LevelSearch
 
 __all__ = ["allocate", "settled_allocation"]
 
@@ -52,7 +52,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
         files = survey.execute(allocation, grains)
         found: dict[str, Any] = {}
         if allocation.judged_tokens:
-            levels = search_levels(survey, cast(Search, allocation), grains, files)
+            levels = search_levels(survey, cast(LevelSearch, allocation), grains, files)
             wished = levels.sparsity_of
             found = {
                 "divergence": levels.divergence,

@@ -25,7 +25,7 @@ from secateur.engine.choose.tournament import (
 from secateur.engine.stream.ends import ModelEnds
 from secateur.models.architecture import linears_of
 from secateur.sparsity.allocation.budget import Granularity
-from secateur.sparsity.allocation.search import Search
+from secateur.sparsity.allocation.search import LevelSearch
 from secateur.sparsity.evolution import Candidate
 
 __all__ = ["FoundLevels", "LevelVariants", "search_levels"]
@@ -48,7 +48,7 @@ class FoundLevels:
 
 @torch.no_grad()
 def search_levels(
-    survey: Survey, search: Search, grains: Mapping[str, Granularity], files: Sequence[Path]
+    survey: Survey, search: LevelSearch, grains: Mapping[str, Granularity], files: Sequence[Path]
 ) -> FoundLevels:
     """Search the levels of all competing linears.
 
@@ -56,7 +56,7 @@ def search_levels(
         survey: whose model and calibration tokens are used; its folder takes `search.jsonl`.
         search: the parameters.
         grains: of the linears that compete.
-        files: for each layer, the weights of its linears at each level, from `Search.look`.
+        files: for each layer, the weights of its linears at each level, from `LevelSearch.look`.
     """
     assert survey.passage is not None
     rungs = search.ladders(grains)

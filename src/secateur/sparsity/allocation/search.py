@@ -11,19 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.sparsity.allocation import Allocation, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.allocation.layer_sensitivity import ranks
 from secateur.sparsity.evolution import Candidate, Evolution, Fitness, Leader, Stages
 from secateur.sparsity.hessian import relative_output_error
 
-__all__ = ["Ladder", "Search", "ladders", "mutate"]
+__all__ = ["Ladder", "LevelSearch", "Search", "ladders", "mutate"]
 
 _MOST_MOVES = 16  # linears that one trade may change
 _PAIRS = 50  # pairs of linears that are drawn until one can trade
@@ -85,6 +85,33 @@ def nearest_part(whole: int, wished: int) -> int:
     """The divisor of `whole` that is nearest to `wished`, by ratio."""
     parts = [d for d in range(1, whole + 1) if whole % d == 0]
     return min(parts, key=lambda d: abs(math.log(d / wished)))
+
+
+class LevelSearch(Allocation, Protocol):
+    """The contract of an allocation whose `judged_tokens` is above 0.
+
+    `look` keeps the weight of each linear at each level (`name/level`), and its error at the target
+    (`name/error`). `engine.choose.levels` measures candidates on the model.
+    """
+
+    @property
+    def generations(self) -> int:
+        """How many generations there are."""
+        ...
+
+    def ladders(self, grains: Mapping[str, Granularity]) -> dict[str, Ladder]:
+        """The levels of every linear."""
+        ...
+
+    def informed(self, errors: Mapping[str, float], rungs: Mapping[str, Ladder]) -> Candidate:
+        """A candidate by the errors of the linears at the target."""
+        ...
+
+    def climb(
+        self, rungs: Sequence[Ladder], informed: Candidate, fitness: Fitness
+    ) -> Iterator[Leader]:
+        """The best candidate after the start and after each generation."""
+        ...
 
 
 @allocations.register("search")
