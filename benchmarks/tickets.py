@@ -26,7 +26,7 @@ from torch import Tensor
 from hardware import heading, keep, markdown
 from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import Gradual, GradualPruning, open_masks, renew
-from secateur.training.rounds import KeepEarly, Round, Rounds, prune_in_rounds, write_weights
+from secateur.training.rounds import KeepEarly, PruningRounds, Round, prune_in_rounds, write_weights
 from secateur.training.selecting import Criterion
 from stored import known_rows
 
@@ -102,7 +102,7 @@ class Tickets:
             first_step, _, _ = how.span(this.number, STEPS)
             train(model, self.text, seed=self.seed, first_step=first_step, kept=masks)
 
-        how = Rounds(
+        how = PruningRounds(
             schedules["geometric"](self.sparsity),
             rounds,
             rewind=rewind,

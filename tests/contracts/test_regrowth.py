@@ -13,7 +13,7 @@ from secateur.sparsity.patterns.n_of_m import NOfM
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.schedules.geometric import Geometric
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
-from secateur.training.rounds import Rounds, prune_in_rounds
+from secateur.training.rounds import PruningRounds, prune_in_rounds
 from secateur.training.selecting import Criterion, exchange
 from zoo import tiny_windows
 
@@ -124,7 +124,9 @@ def test_pruning_in_rounds(text, scope):
         history.append({name: mask.clone() for name, mask in masks.items()})
         move(model, masks, this.number)
 
-    prune_in_rounds(model, masks, Rounds(Geometric(goal), 3, Criterion(pattern=pattern)), retrain)
+    prune_in_rounds(
+        model, masks, PruningRounds(Geometric(goal), 3, Criterion(pattern=pattern)), retrain
+    )
     assert len(history) == 3
     assert all(came_back(before, after) == 0 for before, after in pairwise(history))
     if scope != "global":

@@ -15,7 +15,7 @@ from secateur.training.loop import Loop
 from secateur.training.lora import ADAPTERS_ALONE, attach, merge
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken
-from secateur.training.rounds import KeepEarly, Rounds, prune_in_rounds
+from secateur.training.rounds import KeepEarly, PruningRounds, prune_in_rounds
 from secateur.training.selecting import Criterion
 from secateur.training.training_plan import TrainingPlan
 from zoo import tiny_model, tiny_windows, zeros_of
@@ -74,7 +74,7 @@ def test_rounds_with_rewound_weights_train_what_is_left_of_the_run(tmp_path):
         )
         steps.append(len(loop.run().log))
 
-    how = Rounds(Geometric(0.8), 2, rewind="weights", rewind_step=3)
+    how = PruningRounds(Geometric(0.8), 2, rewind="weights", rewind_step=3)
     prune_in_rounds(model, masks.kept, how, retrain, hook.file)
     masks.check(model)
     assert steps == [9, 9]

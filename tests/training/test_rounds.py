@@ -13,7 +13,7 @@ from secateur.sparsity.schedules.geometric import Geometric
 from secateur.training.gradual import open_masks, renew
 from secateur.training.rounds import (
     KeepEarly,
-    Rounds,
+    PruningRounds,
     prune_in_rounds,
     read_weights,
     write_weights,
@@ -44,7 +44,7 @@ def in_rounds(rewind, *, rounds=3, early=None, family="llama", saved=None, **opt
     model = tiny_model(family)
     kept = open_masks(model)
     retrain = Disturbance(model, kept)
-    how = Rounds(Geometric(0.8), rounds, rewind=rewind, **options)
+    how = PruningRounds(Geometric(0.8), rounds, rewind=rewind, **options)
     told = prune_in_rounds(model, kept, how, retrain, early, saved)
     assert told == retrain.rounds
     return model, kept, retrain
@@ -99,7 +99,7 @@ def test_weights_go_on(rewind):
     ],
 )
 def test_the_steps_of_each_round(rewind, step, spans):
-    how = Rounds(Geometric(0.5), 3, rewind=rewind, rewind_step=step)
+    how = PruningRounds(Geometric(0.5), 3, rewind=rewind, rewind_step=step)
     assert [how.span(number, 10) for number in (1, 2, 3)] == spans
 
 
@@ -126,7 +126,7 @@ def test_a_second_call_resumes(stop, tmp_path):
         if this.number == stop:
             raise Stopped
 
-    how = Rounds(Geometric(0.8), 3)
+    how = PruningRounds(Geometric(0.8), 3)
     with pytest.raises(Stopped):
         prune_in_rounds(model, kept, how, stopping, saved=tmp_path)
     model, kept, again = in_rounds("rate", saved=tmp_path)
@@ -149,13 +149,15 @@ def test_stored_masks_of_a_round_are_used_again(tmp_path):
         raise Stopped
 
     with pytest.raises(Stopped):
-        prune_in_rounds(model, kept, Rounds(Geometric(0.5), 1), stop, saved=tmp_path)
+        prune_in_rounds(model, kept, PruningRounds(Geometric(0.5), 1), stop, saved=tmp_path)
     from safetensors.torch import save_file
 
     save_file(other, tmp_path / "round-1.masks.safetensors")
     model = tiny_model("llama")
     kept = open_masks(model)
-    prune_in_rounds(model, kept, Rounds(Geometric(0.5), 1), lambda this: None, saved=tmp_path)
+    prune_in_rounds(
+        model, kept, PruningRounds(Geometric(0.5), 1), lambda this: None, saved=tmp_path
+    )
     assert all(torch.equal(kept[name], other[name]) for name in kept)
 
 
@@ -167,7 +169,7 @@ def test_a_retraining_that_fills_zeros_is_found():
         model.get_parameter(next(iter(kept))).data.add_(0.1)
 
     with pytest.raises(VerificationError, match="pruned weights") as raised:
-        prune_in_rounds(model, kept, Rounds(Geometric(0.5), 2), careless)
+        prune_in_rounds(model, kept, PruningRounds(Geometric(0.5), 2), careless)
     assert next(iter(kept)) in str(raised.value)
 
 
@@ -193,7 +195,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 def test_refuses_to_rewind_to_weights_that_are_not_there():
     model = tiny_model("llama")
-    how = Rounds(Geometric(0.5), 1, rewind="weights", rewind_step=4)
+    how = PruningRounds(Geometric(0.5), 1, rewind="weights", rewind_step=4)
     with pytest.raises(CheckpointError, match="no weights to go back to"):
         prune_in_rounds(model, open_masks(model), how, lambda this: None)
 
@@ -209,12 +211,12 @@ def test_refuses_to_rewind_to_weights_that_are_not_there():
 )
 def test_refuses_what_cannot_be(options, said):
     with pytest.raises(RecipeError, match=said):
-        Rounds(Geometric(0.5), **options)
+        PruningRounds(Geometric(0.5), **options)
 
 
 def test_refuses_to_go_back_behind_the_end():
     with pytest.raises(RecipeError, match="one training has 10 steps"):
-        Rounds(Geometric(0.5), 1, rewind_step=10).span(1, 10)
+        PruningRounds(Geometric(0.5), 1, rewind_step=10).span(1, 10)
 
 
 def test_a_ticket_beats_new_random_weights_under_the_same_mask(trained):
@@ -227,7 +229,7 @@ def test_a_ticket_beats_new_random_weights_under_the_same_mask(trained):
         first, last, _ = how.span(this.number, trained.steps)
         train(ticket, text, steps=last, first_step=first, kept=kept)
 
-    how = Rounds(Geometric(0.8), 1, rewind="weights", rewind_step=trained.early_step)
+    how = PruningRounds(Geometric(0.8), 1, rewind="weights", rewind_step=trained.early_step)
     prune_in_rounds(ticket, kept, how, retrain, trained.early)
     anew = untrained(seed=1000)
     renew(anew, open_masks(anew), kept)

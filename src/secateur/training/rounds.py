@@ -29,9 +29,9 @@ from secateur.training.selecting import Criterion
 
 __all__ = [
     "KeepEarly",
+    "PruningRounds",
     "Retrain",
     "Round",
-    "Rounds",
     "prune_in_rounds",
     "read_weights",
     "write_weights",
@@ -41,7 +41,7 @@ REWINDS = ("none", "rate", "weights")
 
 
 @dataclass(frozen=True)
-class Rounds:
+class PruningRounds:
     """The settings of iterative pruning.
 
     `rewind` sets what goes back before each retraining:
@@ -193,7 +193,7 @@ def read_weights(model: Any, file: Path) -> None:
 def prune_in_rounds(
     model: Any,
     kept: Mapping[str, Tensor],
-    how: Rounds,
+    how: PruningRounds,
     retrain: Retrain,
     early: Path | None = None,
     saved: Path | None = None,

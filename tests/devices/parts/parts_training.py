@@ -23,7 +23,7 @@ from secateur.training.loop import train
 from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
 from secateur.training.masks import Masks, stored_masks
 from secateur.training.objectives import Distil, NextToken
-from secateur.training.rounds import Rounds, prune_in_rounds, write_weights
+from secateur.training.rounds import PruningRounds, prune_in_rounds, write_weights
 from secateur.training.selecting import Criterion
 from secateur.training.teachers import ModelTeacher, WrittenTeacher, write_teacher
 from secateur.training.training_plan import TrainingPlan
@@ -162,5 +162,5 @@ def test_rounds(rewind: str, tmp_path: Path) -> None:
     early = tmp_path / "early.safetensors"
     write_weights(model, early)
     kept = open_masks(model)
-    how = Rounds(Geometric(0.8), 2, rewind=rewind)
+    how = PruningRounds(Geometric(0.8), 2, rewind=rewind)
     prune_in_rounds(model, kept, how, lambda this: None, early, tmp_path)

@@ -48,12 +48,12 @@ class BenchResult(Result):
     @property
     def verdict(self) -> str:
         """In words, what the packed model gains over the fastest of all others."""
-        if not self.compressed:
+        found = self.gain([s.name for s in self.speeds if not s.name.startswith("packed")])
+        if found is None and not self.compressed:
             return (
                 "the model is not compressed, so its zeros are multiplied: "
                 f"secateur compress {self.model} --output SMALL"
             )
-        found = self.gain([s.name for s in self.speeds if not s.name.startswith("packed")])
         if found is None:
             return "nothing to compare: the packed model or all others could not run"
         best, ratio = found

@@ -30,7 +30,7 @@ from secateur.training.hooks import Hook
 from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
 from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup
-from secateur.training.rounds import Rounds
+from secateur.training.rounds import PruningRounds
 from secateur.training.selecting import Criterion
 from secateur.types import Windows
 
@@ -54,7 +54,7 @@ class Adapted:
     held: Masks | None
     masks: Masks
     hooks: tuple[Hook, ...] = ()
-    rounds: Rounds | None = None
+    rounds: PruningRounds | None = None
     opened: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -177,10 +177,10 @@ def gradual(how: GradualOptions, sparsity: float, windows: Windows) -> Gradual:
     return Gradual(schedule, criterion, how.every, how.begin, how.end, how.regrowth)
 
 
-def iterative(how: IterativeOptions, sparsity: float, windows: Windows) -> Rounds:
+def iterative(how: IterativeOptions, sparsity: float, windows: Windows) -> PruningRounds:
     """Iterative pruning of a recipe; the arguments and errors are those of `pruning`."""
     schedule, criterion = pruning(how, how.schedule, sparsity, windows, "iterative")
-    return Rounds(schedule, how.rounds, criterion, how.rewind, how.rewind_step)
+    return PruningRounds(schedule, how.rounds, criterion, how.rewind, how.rewind_step)
 
 
 def pruning(

@@ -24,8 +24,8 @@ from secateur.training.loop import Loop
 from secateur.training.outcome import Outcome
 from secateur.training.rounds import (
     KeepEarly,
+    PruningRounds,
     Round,
-    Rounds,
     prune_in_rounds,
     read_weights,
     write_weights,
@@ -36,7 +36,7 @@ from secateur.workflows.train.session import Session, Trained, run_loop
 __all__ = ["train_in_rounds"]
 
 
-def train_in_rounds(session: Session, rounds: Rounds) -> Trained:
+def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
     """Prune and train in rounds; a call after a kill resumes.
 
     Raises:
