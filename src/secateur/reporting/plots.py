@@ -59,7 +59,7 @@ def height_of(charts: Sequence[Chart]) -> float:
         if not isinstance(c, LineChart)
     ]
     lines = [HEIGHT / 68 for c in charts if isinstance(c, LineChart)]
-    return max([*rows, *lines, 2.0])
+    return max(*rows, *lines, 2.0)
 
 
 def draw_lines(axes: Any, chart: LineChart) -> None:

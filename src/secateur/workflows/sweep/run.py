@@ -359,4 +359,6 @@ def write_views(result: SweepResult) -> None:
     (result.folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
     (result.folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
     if result.points:
-        save_plots(sweep_charts([result]), result.folder / "sweep")
+        charts = sweep_charts([result])
+    if charts:  # a chart needs two points
+        save_plots(charts, result.folder / "sweep")
