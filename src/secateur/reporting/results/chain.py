@@ -16,11 +16,11 @@ __all__ = ["ChainResult"]
 
 @dataclass(frozen=True)
 class ChainResult(Result):
-    """What a chain did.
+    """The model after each step of a chain.
 
     Attributes:
-        links: the model as it was, and after each step.
-        output: the folder written.
+        links: the model at the start, and after each step.
+        output: the output folder.
     """
 
     links: tuple[ChainStep, ...]
@@ -31,7 +31,7 @@ class ChainResult(Result):
         return {"links": [link.to_json() for link in self.links], "output": str(self.output)}
 
     def blocks(self) -> Sequence[Block]:
-        """What is left after each step, and where the result is."""
+        """Sizes after each step, and where the result is."""
         first = self.links[0]
         rows = [
             (

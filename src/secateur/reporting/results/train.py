@@ -15,15 +15,15 @@ __all__ = ["TrainResult"]
 
 @dataclass(frozen=True)
 class TrainResult(Result):
-    """What a training did.
+    """The result of a training.
 
     Attributes:
-        output: the folder written.
-        sparsity: fraction of zeros in the matrices of the decoder layers, as saved.
-        steps: of the optimizer.
-        tokens: that the model read.
-        perplexity_before: of the validation windows; None without validation.
-        perplexity_after: with the weights that were kept.
+        output: the output folder.
+        sparsity: fraction of zeros in the matrices of the decoder layers, counted in the files.
+        steps: optimizer steps.
+        tokens: tokens that the model read.
+        perplexity_before: validation perplexity before the training; None without validation.
+        perplexity_after: validation perplexity of the weights that were kept.
         manifest: versions, hardware, text, choices, cost and result.
     """
 
