@@ -138,8 +138,7 @@ class Loop:
 
         Raises:
             NumericalError: a loss or gradient is not a number, or the training diverged. The
-                earlier
-                saved state remains.
+                earlier saved state remains.
             VerificationError: a pruned weight is not zero.
         """
         trained = {

@@ -90,8 +90,7 @@ class ModelTeacher:
 
 
 def _from_states(head: Any, states: Tensor, temperature: float, vocabulary: int) -> Expected:
-    """Returns log p of rows. It computes many logits at once and keeps them for later rows.
-    """
+    """Returns log p of rows. It computes many logits at once and keeps them for later rows."""
     size = max(1, AT_ONCE_BYTES // (4 * vocabulary))
     block, logits = slice(0, 0), states
 
