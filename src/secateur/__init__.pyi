@@ -75,7 +75,7 @@ def chain(
     resume: bool | None = None,
     restart: bool | None = None,
 ) -> ChainResult:
-    """Carry out several verbs, each on what the one before it made.
+    """Carry out several verbs. Each reads the result of the previous one.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
@@ -118,11 +118,11 @@ def compress(
 ) -> CompressResult:
     """Write a checkpoint without its zeros.
 
-    With calibration text, int8 weights compensate each other's rounding errors (GPTQ), so that
-    outputs stay closer to those of the source. Without it each weight is rounded to the nearest.
+    With calibration text, int8 weights compensate each other's rounding errors (GPTQ), so the
+    outputs stay closer to the source's. Without it, each weight is rounded to the nearest value.
 
     Args:
-        model: folder, hub id, GGUF file or named sample; pruned, or little is gained.
+        model: folder, hub id, GGUF file or named sample. A model that is not pruned gains little.
         progress: receives every step.
         format: auto chooses the smallest format for each matrix. bitmask, n-of-m or dense uses that
             format, or dense where dense is smaller. [auto]
@@ -166,10 +166,10 @@ def decompress(
     output: str | Path | None = None,
     overwrite: bool | None = None,
 ) -> DecompressResult:
-    """Write a compressed checkpoint as plain dense safetensors, zeros and all.
+    """Write a compressed checkpoint as ordinary dense safetensors, with all zeros.
 
-    What was stored losslessly comes back bit for bit; int8 comes back as the numbers it stands
-    for, in the dtype that the configuration names.
+    Losslessly stored values are restored bit for bit. int8 values are restored as their scaled
+    numbers, in the dtype of the configuration.
 
     Args:
         model: folder or hub id of a compressed checkpoint, archive or not.
@@ -234,7 +234,7 @@ def distill(
     resume: bool | None = None,
     restart: bool | None = None,
 ) -> TrainResult:
-    """Let a pruned or cut checkpoint learn from a larger one; as `retrain` otherwise.
+    """Train a pruned or cut checkpoint on the predictions of a larger one; else like `retrain`.
 
     Args:
         model: the student: hub id, folder or named sample.
@@ -319,21 +319,21 @@ def evaluate(
     device: str | None = None,
     output: str | Path | None = None,
 ) -> EvaluateResult:
-    """Measure a model, each number with its protocol and uncertainty.
+    """Measure a model. Each number comes with its protocol and uncertainty.
 
         secateur.evaluate("pruned", text="boolq-held-out").perplexity
         secateur.evaluate(model, tokenizer=tokenizer, text="other.txt").perplexity
         secateur.evaluate("pruned", dense="smollm2-135m", text="wikitext2", tasks=["hellaswag"])
 
-    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
-    replace earlier ones of the same protocol; what was not measured again stays.
+    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. New
+    results replace earlier ones of the same protocol. Other results stay.
 
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model, which
             stays on its device.
         dense: The dense model, likewise. Adds divergence, differences and retention. [none]
         tokenizer: needed for a loaded model.
-        prompts: the texts that are continued.
+        prompts: the texts that the model continues.
         progress: receives every step.
         text: Text for the perplexity: file, named text or hub data set; may be repeated.
             [wikitext2, if there are no tasks and no --generation]
@@ -403,7 +403,7 @@ def plan(
     resume: bool | None = None,
     restart: bool | None = None,
 ) -> PlanResult:
-    """What pruning `model` would need, without doing it.
+    """Report what pruning `model` would need, without pruning it.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
@@ -583,7 +583,7 @@ def prune(
         restart: Discard a stopped run and start again. [off]
 
     Returns:
-        What was done.
+        The result of the run.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -631,7 +631,7 @@ def retrain(
     resume: bool | None = None,
     restart: bool | None = None,
 ) -> TrainResult:
-    """Train a checkpoint on text, its zeros held at every step, into a new folder.
+    """Train a checkpoint on text, with its zeros held at every step, into a new folder.
 
     Args:
         model: hub id, folder or named sample.
@@ -735,7 +735,7 @@ def structure(
     resume: bool | None = None,
     restart: bool | None = None,
 ) -> StructureResult:
-    """Cut structure out of a checkpoint, into a new and really smaller one.
+    """Cut structure out of a checkpoint, and write a new, smaller one.
 
     Args:
         model: hub id, folder, GGUF file or named sample.

@@ -1,4 +1,4 @@
-"""The windows of tokens that a step of training reads, each full, in an order drawn by a seed."""
+"""The token windows that each training step reads. All are full; a seed sets their order."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Batch", "Batches", "Order"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Some windows.
+    """A few windows of the training text.
 
     Attributes:
         ids: token ids [windows, length].
-        numbers: their places in the training text.
+        numbers: their positions in the training text.
     """
 
     ids: Tensor
@@ -25,10 +25,10 @@ class Batch:
 
 
 class Order(Protocol):
-    """Another order of the windows than that of epochs."""
+    """An order of the windows that replaces epochs."""
 
     def numbers(self, step: int) -> tuple[int, ...]:
-        """The windows of a step, counted from 0; steps are read one after the other."""
+        """Return the windows of a step, counted from 0. The loop reads the steps in order."""
         ...
 
 
@@ -36,14 +36,15 @@ class Order(Protocol):
 class Batches:
     """The windows of every step.
 
-    Each epoch reads all windows once, in an order of its own. A step may reach into the next epoch.
-    The windows of a step depend on the seed and its number alone, so a resumed run reads the same.
+    Each epoch reads all windows once, in its own order. A step may reach into the next epoch.
+    The windows of a step depend only on the seed and the step number, so a resumed run reads
+    the same windows.
 
     Args:
         windows: token ids [windows, length].
-        size: windows in a step.
-        seed: of the orders.
-        chosen: an order that takes the place of epochs; None for epochs.
+        size: number of windows in a step.
+        seed: seed of the orders.
+        chosen: an order that replaces epochs; None for epochs.
     """
 
     windows: Tensor
@@ -52,7 +53,7 @@ class Batches:
     chosen: Order | None = None
 
     def numbers(self, step: int) -> tuple[int, ...]:
-        """The windows of a step, counted from 0."""
+        """Return the windows of a step, counted from 0."""
         if self.chosen is not None:
             return self.chosen.numbers(step)
         count = len(self.windows)
@@ -61,7 +62,7 @@ class Batches:
         return tuple((orders.get(p // count) or self.order(p // count))[p % count] for p in places)
 
     def order(self, epoch: int) -> list[int]:
-        """The order of an epoch."""
+        """Return the order of the windows in an epoch."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order: list[int] = torch.randperm(len(self.windows), generator=draw).tolist()
         return order
@@ -69,13 +70,13 @@ class Batches:
     def micro(
         self, step: int, size: int, device: torch.device, rank: int = 0, ranks: int = 1
     ) -> list[Batch]:
-        """A step in parts that run one after the other.
+        """Yield the windows of a step in parts; the loop runs one part at a time.
 
         Args:
             step: counted from 0.
-            size: windows in a part, at most.
-            device: of the ids.
-            rank: the number of this process.
+            size: maximum number of windows in a part.
+            device: where the ids go.
+            rank: rank of this process.
             ranks: how many processes share the step.
         """
         mine = self.numbers(step)[rank::ranks]

@@ -1,14 +1,15 @@
-"""How far what one model expects is from what another does, and the gradient of it, token by token.
+"""The divergence between the predictions of two models, and its gradient, for every token.
 
-With z the logits of the student, q = softmax(z / T), and p what the teacher expects at the same
-temperature T, per token and times T²:
+Let z be the logits of the student, q = softmax(z / T), and p the teacher's distribution at the
+same temperature T. All losses are per token and multiplied by T²:
 
     forward    KL(p ‖ q) = Σ p (log p − log q)         gradient T (q − p)
     reverse    KL(q ‖ p) = Σ q (log q − log p)         gradient T q (log q − log p − KL(q ‖ p))
     symmetric  half of each
 
-Forward covers all that the teacher would say; reverse keeps to what it is likely to say. The T²
-keeps gradients as large as at T = 1. Papers: Hinton et al. 2015, arXiv:1503.02531 (forward, T²);
+Forward KL makes the student cover every token that the teacher could choose. Reverse KL
+concentrates it on the teacher's likely tokens. The factor T² keeps the gradients as large as at
+T = 1. Papers: Hinton et al. 2015, arXiv:1503.02531 (forward, T²);
 Gu et al. 2023, "MiniLLM", arXiv:2306.08543 (reverse). Everything is in float32.
 """
 
@@ -24,28 +25,28 @@ __all__ = ["KINDS", "Rows", "divergence_rows", "next_token_rows"]
 
 KINDS = ("forward", "reverse", "symmetric")
 LEAST = -1e4
-"""For log p of what cannot be, so that 0 · log 0 is 0; e to this is 0 in float32."""
+"""Replaces log p of impossible tokens, so that 0 · log 0 is 0. Its exponential is 0 in float32."""
 
 
 class Rows(Protocol):
-    """The loss of some tokens, from their logits."""
+    """Computes the loss of some tokens from their logits."""
 
     def __call__(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum over these tokens divided by the number of all, and its gradient.
+        """Return the sum over these tokens divided by the number of all tokens, and its gradient.
 
         Args:
-            rows: which tokens, of all of a batch.
+            rows: which tokens of the batch.
             logits: float32 [tokens, vocabulary]; may be overwritten.
         """
         ...
 
 
 def next_token_rows(targets: Tensor, count: int) -> Rows:
-    """−log q of the token that comes: the plain loss of language models.
+    """−log q of the next token: the usual loss of language models.
 
     Args:
-        targets: the token after each; −100 where there is none.
-        count: of the tokens that have one.
+        targets: the next token of each; −100 where there is none.
+        count: number of tokens that have a next token.
 
     Example:
         >>> import torch
@@ -72,15 +73,15 @@ def next_token_rows(targets: Tensor, count: int) -> Rows:
 def divergence_rows(
     kind: str, temperature: float, count: int, expected: Callable[[slice, Tensor], Tensor]
 ) -> Rows:
-    """How far the student is from the teacher.
+    """The divergence of the student from the teacher.
 
     Args:
         kind: forward, reverse or symmetric.
         temperature: T.
-        count: of all tokens.
+        count: number of all tokens.
         expected: rows and log q → log p, float32 [tokens, vocabulary]. Where only a part of p is
-            known, the rest of it may be spread as q has it; gradients stay those of the
-            divergence in which all the rest is one outcome.
+            known, the remaining probability may be distributed as in q. The gradients then equal
+            those of the divergence that treats all remaining tokens as one outcome.
     """
 
     def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Dynamic batch loading: more text of the domains in which the model lags behind."""
+"""Dynamic batch loading: domains with a high loss get more text."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Losses = Callable[[Any], Mapping[str, float]]
 class DomainLoading:
     """Proportions of data domains that follow their losses.
 
-    It is a hook of the training loop, and the order in which `Batches` reads.
+    This class is a hook of the training loop. It also gives `Batches` its order.
 
         w_d ← w_d · exp(max(loss_d − reference_d, 0)),  then Σ w = 1
 
-    The draws of a step depend on the seed, the step and the proportions alone, so a resumed
-    training draws the same.
+    The draws of a step depend only on the seed, the step and the proportions, so a resumed
+    training draws the same windows.
 
-    Paper: Xia et al. 2023, "Sheared LLaMA", arXiv:2310.06694. Its references are the losses that
-    the model should reach in each domain; the losses of the dense model are a simple choice.
+    Paper: Xia et al. 2023, "Sheared LLaMA", arXiv:2310.06694. The references are the losses that
+    the model should reach in each domain. The losses of the dense model are a simple choice.
 
     Args:
-        windows: token ids [windows, length] of each domain; all of one length.
+        windows: token ids [windows, length] of each domain; the length is the same for all.
         references: a loss for each domain, in nats per token.
-        losses: returns the losses of a model on held-out text of each domain.
-        size: windows in a step.
+        losses: measures a model's loss on held-out text of each domain.
+        size: number of windows in a step.
         every: steps between updates; 0 keeps the first proportions.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         RecipeError: domains and references differ, or a domain is empty.
@@ -72,7 +72,7 @@ class DomainLoading:
 
     @property
     def proportions(self) -> dict[str, float]:
-        """The share of each domain in the batches of now."""
+        """The current share of each domain in the batches."""
         return dict(zip(self.names, self.weights.tolist(), strict=True))
 
     def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
@@ -86,11 +86,11 @@ class DomainLoading:
             self.update(self.losses(model))
 
     def state(self) -> Mapping[str, Tensor]:
-        """The proportions, and how many windows of each domain have been read."""
+        """The proportions, and how many windows of each domain the training has read."""
         return {"weights": self.weights, "read": self.read}
 
     def update(self, losses: Mapping[str, float]) -> None:
-        """Follow the losses on held-out text of each domain.
+        """Update the proportions from the losses on held-out text of each domain.
 
         Raises:
             NumericalError: a loss is not a number.
@@ -109,9 +109,9 @@ class DomainLoading:
         return torch.multinomial(self.weights, self.size, replacement=True, generator=random)
 
     def numbers(self, step: int) -> tuple[int, ...]:
-        """The windows of the step that comes next, counted over all domains in their order.
+        """Return the windows of the next step, numbered over all domains in order.
 
-        Within a domain, all windows are read once before any is read again.
+        Within a domain, the training reads every window once before it repeats one.
         """
         read, found = self.read.tolist(), []
         for domain in self.domains(step).tolist():

@@ -1,8 +1,8 @@
-"""What scores need from a whole model while it trains: its inputs and its gradients.
+"""Gathers inputs and gradients for scores from a whole model during training.
 
-The engine gathers the same with one decoder layer in memory (`engine/stream/forwards.py`,
-`engine/stream/gradients.py`). A model under training is in memory anyway, so plain forwards and
-backwards will do, and each window is seen with the weights of this moment.
+The engine gathers the same statistics with one decoder layer in memory
+(`engine/stream/forwards.py`, `engine/stream/gradients.py`). A model in training is in memory
+anyway, so this module uses ordinary forwards and backwards with the current weights.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ __all__ = ["gather"]
 def gather(
     model: Any, linears: Sequence[Linear], requires: frozenset[str], windows: Windows | None
 ) -> dict[str, Statistics]:
-    """The statistics of linears by full name; one window in each forward.
+    """Return the statistics of linears by full name. Each forward runs one window.
 
-    Memory: the statistics of all linears together, and for gradients two float32 copies of their
-    weights and the forward of one window.
+    Memory: the statistics of all linears. Gradients also need two float32 copies of their
+    weights and the activations of one window.
 
     Args:
-        model: a causal language model; it is in eval mode meanwhile, and no gradient is left on it.
-        linears: the matrices that are scored.
-        requires: names of statistics: see `secateur.types.Statistics`.
+        model: a causal language model. It is in eval mode during the call, and the call leaves no
+            gradient on it.
+        linears: the matrices to score.
+        requires: names of statistics; see `secateur.types.Statistics`.
         windows: token ids [samples, sequence_length]; None where no statistic needs a forward.
 
     Raises:
-        RecipeError: there are no windows, but a statistic that needs them.
+        RecipeError: a statistic needs windows, and there are none.
         NumericalError: the loss of a window, or an input of a linear, is not finite.
     """
     gathered: dict[str, dict[str, Tensor]] = {
@@ -73,7 +74,7 @@ def gather(
 
 @contextmanager
 def _eval(model: nn.Module) -> Iterator[None]:
-    """Without dropout for a while."""
+    """Switch dropout off inside the context."""
     training = model.training
     model.eval()
     try:
@@ -86,7 +87,7 @@ def _eval(model: nn.Module) -> Iterator[None]:
 def _watched(
     linears: Sequence[Linear], names: frozenset[str]
 ) -> Iterator[Mapping[tuple[str, str], Statistic]]:
-    """Statistics of the inputs of linears, which take in whatever is run meanwhile."""
+    """Statistics of the inputs of linears, gathered from every forward inside the context."""
     kept = _running(linears, names)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -115,8 +116,8 @@ class _Gradients:
     """Statistics of the gradients of windows.
 
     Args:
-        linears: whose weights, all together.
-        names: of the statistics.
+        linears: the linears whose weights get gradients.
+        names: names of the statistics.
     """
 
     def __init__(self, linears: Sequence[Linear], names: frozenset[str]) -> None:
@@ -125,7 +126,7 @@ class _Gradients:
         self.kept = _running(linears, names)
 
     def add(self, model: Any, ids: Tensor, number: int) -> None:
-        """Take in one window [1, sequence_length]."""
+        """Add one window [1, sequence_length]."""
         before = [leaf.requires_grad for leaf in self.leaves]
         for leaf in self.leaves:
             leaf.requires_grad_(True)

@@ -1,6 +1,6 @@
-"""Gradual pruning: every few steps of a training a little more; with regrowth, some weights return.
+"""Gradual pruning: the training prunes a little more every few steps. Regrowth restores weights.
 
-It is a hook of the training loop. It changes the masks that the loop holds at every step.
+The pruning is a hook of the training loop. It changes the masks that the loop holds.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ __all__ = ["Gradual", "GradualPruning", "open_masks", "renew"]
 
 @dataclass(frozen=True)
 class Gradual:
-    """From the share `begin` to `end` of all steps, the masks are renewed every `every` steps:
+    """New masks every `every` steps, from the share `begin` to the share `end` of all steps:
 
         sparsity = schedule((step − first) / (last − first))        cubic is usual
 
-    The last renewal is at the end exactly, whatever `every` is; what is left of the steps, the
-    kept weights learn without being disturbed.
+    The last renewal is exactly at `end`, whatever `every` is. In the remaining steps the masks do
+    not change, and the kept weights recover.
 
     Paper: Zhu and Gupta 2017, arXiv:1710.01878 (schedule, and masks every n steps). With
     `regrowth`, after each renewal a fraction of the kept weights is exchanged for pruned ones of
-    large gradient, as in GraNet, Liu et al. 2021, arXiv:2106.10404; the fraction falls along a half
-    cosine, as in RigL, Evci et al. 2020, arXiv:1911.11134. Deviations: weights that come back begin
-    at 0, as there, but the gradients are those of the criterion's windows, not of the batch at
-    hand; and no weight comes back at the last renewal, since it would have no steps to grow.
+    large gradient, as in GraNet, Liu et al. 2021, arXiv:2106.10404. The fraction falls along a half
+    cosine, as in RigL, Evci et al. 2020, arXiv:1911.11134. Restored weights begin at 0, as in these
+    papers. Deviations: the gradients come from the criterion's windows, not from the current batch;
+    the last renewal restores no weight, because such a weight would have no steps to grow.
 
     Args:
-        schedule: from the sparsity at the beginning to the one at the end.
+        schedule: the course of the sparsity from the first renewal to the last.
         criterion: chooses the weights.
-        every: steps between renewals.
+        every: number of steps between renewals.
         begin: share of all steps before the first renewal.
-        end: share of all steps at which the last sparsity is reached.
-        regrowth: fraction of the kept weights that is exchanged at the first renewal; 0 for none.
+        end: share of all steps at which the sparsity reaches its last value.
+        regrowth: fraction of the kept weights to exchange at the first renewal; 0 for none.
 
     Raises:
         RecipeError: a number is out of range, or there are no windows to take gradients from.
@@ -74,7 +74,7 @@ class Gradual:
             )
 
     def due(self, step: int, steps: int) -> float | None:
-        """The finished share of the way at a step, 1 to `steps`; None where no masks are due."""
+        """Return the finished share of the pruning at a step; None if no renewal is due."""
         last = max(round(self.end * steps), 1)
         first = min(round(self.begin * steps), last - 1)
         if not first < step <= last or (step != last and (step - first) % self.every):
@@ -82,16 +82,16 @@ class Gradual:
         return (step - first) / (last - first)
 
     def exchanged(self, done: float) -> float:
-        """The fraction of the kept weights that is exchanged when this share is done."""
+        """Return the fraction of the kept weights to exchange when this share is done."""
         return 0.5 * self.regrowth * (1 + math.cos(math.pi * done))
 
 
 class GradualPruning:
-    """The hook: renews masks when it is time.
+    """The hook that renews the masks when a renewal is due.
 
     Args:
-        kept: the masks that the loop holds, True = kept, by parameter and in its stored
-            orientation; they are changed in place. `open_masks` makes them.
+        kept: the masks that the loop holds, True = kept, by parameter, in its stored
+            orientation. The hook changes them in place. `open_masks` makes them.
         how: the settings.
     """
 
@@ -102,8 +102,8 @@ class GradualPruning:
         """Called after the optimizer's step, 1 to `steps`.
 
         Raises:
-            PatternError: the pattern cannot have the sparsity that is due.
-            NumericalError: a score, or the loss that gradients come from, is not a number.
+            PatternError: the pattern cannot have the next sparsity.
+            NumericalError: a score, or the loss behind the gradients, is not a number.
         """
         done = self.how.due(step, steps)
         if done is None:
@@ -130,15 +130,15 @@ def renew(
     masks: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Change masks in place; weights that are pruned now, and their moments, become zero.
+    """Change masks in place, and set the newly pruned weights and their moments to 0.
 
-    Weights that come back begin at 0, with moments of 0, since they were held there.
+    Restored weights begin at 0 with moments of 0, because the old mask held them there.
 
     Args:
-        model: whose parameters the masks are of.
-        kept: the held masks; they are overwritten.
+        model: the model that owns the parameters.
+        kept: the held masks; the function overwrites them.
         masks: the new masks.
-        optimizer: its moments are set to 0 too; None if there is none yet.
+        optimizer: the optimizer whose moments become 0; None if there is none yet.
     """
     for name, mask in masks.items():
         kept[name].copy_(mask)

@@ -1,4 +1,4 @@
-"""Gates that can be exactly 0 or 1 and still have gradients."""
+"""Hard concrete gates: they can be exactly 0 or 1 and still have gradients."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class HardConcrete(nn.Module):
     arXiv:1712.01312.
 
     Args:
-        units: how many gates.
-        target: how many gates stay open at the end.
-        device: of the gates.
+        units: number of gates.
+        target: number of gates that stay open at the end.
+        device: where the gates are.
 
     Raises:
         RecipeError: the target is not between 1 and the number of gates.
@@ -47,7 +47,7 @@ class HardConcrete(nn.Module):
         self.log_alpha = nn.Parameter(torch.full((units,), _START, device=device))
 
     def sample(self, random: torch.Generator) -> Float[Tensor, " units"]:
-        """Gates of one forward, drawn independently.
+        """Draw the gates of one forward independently.
 
         Args:
             random: a generator on the device of the gates.
@@ -59,18 +59,18 @@ class HardConcrete(nn.Module):
         return (s * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
     def open_share(self) -> Float[Tensor, ""]:
-        """The expected share of gates that are not 0, a scalar."""
+        """The expected share of gates that are not 0; a scalar."""
         return torch.sigmoid(self.log_alpha - _TEMPERATURE * math.log(-_LOW / _HIGH)).mean()
 
     def kept(self) -> tuple[int, ...]:
-        """The `target` units that are open most often, in order; of equal ones the later."""
+        """The `target` units that are open most often, ascending. Ties go to the later unit."""
         return tuple(self._kept_units().tolist())
 
     def settled(self) -> Float[Tensor, " units"]:
-        """1 for the kept units, 0 for the others. This never waits for a GPU."""
+        """Return 1 for the kept units and 0 for the others. This never waits for a GPU."""
         return torch.zeros_like(self.log_alpha).index_fill_(0, self._kept_units(), 1.0)
 
     @torch.no_grad()
     def _kept_units(self) -> Int64[Tensor, " target"]:
-        """Their indices, ascending. The sort is stable; `topk` has no fixed order among equals."""
+        """Return the indices in ascending order. The sort is stable; `topk` orders ties freely."""
         return self.log_alpha.argsort(stable=True)[self.units - self.target :].sort().values

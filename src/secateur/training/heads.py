@@ -1,12 +1,12 @@
-"""The loss of a language model without its logits: the output head is applied to a few tokens.
+"""The loss of a language model without all logits in memory at once.
 
-A vocabulary of fifty thousand makes the logits of a batch, and two or three copies of them in
-float32, the largest tensors of all. Here logits are made for some tokens, the gradient of the loss
-is written over them, and what has to be kept of it is only what the head and the hidden state get:
+With a vocabulary of fifty thousand, the logits of a batch and their float32 copies are the largest
+tensors of a training. This module computes the logits of a few tokens, overwrites them with the
+gradient of the loss, and keeps only the gradients of the head and of the hidden state:
 
     for some tokens:  Z = H Wᵀ;   G = ∂L/∂Z;   ∂L/∂H = G W;   ∂L/∂W += Gᵀ H
 
-The same is done to cross entropy by Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989.
+Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, do the same for cross entropy.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from secateur.training.divergences import Rows
 __all__ = ["head_alone", "last_hidden", "loss_of", "through_head"]
 
 BLOCK_BYTES = 64 * 2**20
-"""Of the logits that are made by one product, in the dtype of the product."""
+"""Size of the logits that one product computes, in the dtype of the product."""
 CHUNK_BYTES = 1 * 2**20
-"""Of the rows of them that are in float32 at a time: they should stay in a cache."""
+"""Size of the rows in float32 at one time. They should fit in a cache."""
 PROBE_TOKENS = 8
 
 
 def head_alone(model: Any) -> nn.Linear | None:
-    """The output head, if the model's logits are just what it gives; None if they are not.
+    """Return the output head if its output is exactly the model's logits, else None.
 
-    Some families scale or cap what their head gives; so it is tried out on a few tokens.
+    Some families scale or cap the output of the head, so the function checks a few tokens.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Linear):
@@ -50,13 +50,13 @@ def head_alone(model: Any) -> nn.Linear | None:
 
 
 def loss_of(model: Any, head: nn.Linear | None, ids: Tensor, rows: Rows) -> Tensor:
-    """The loss of a batch, which can be differentiated.
+    """Return the differentiable loss of a batch.
 
     Args:
         model: a causal language model.
-        head: from `head_alone`; None where all logits have to be made.
+        head: the result of `head_alone`; None if the model must compute all logits.
         ids: token ids [windows, length].
-        rows: the loss of some of the windows · length tokens.
+        rows: computes the loss of some of the windows · length tokens.
     """
     if head is None:
         logits = model(input_ids=ids, use_cache=False).logits
@@ -71,7 +71,7 @@ def loss_of(model: Any, head: nn.Linear | None, ids: Tensor, rows: Rows) -> Tens
 
 
 def last_hidden(model: Any, head: nn.Linear | None, ids: Tensor) -> Tensor:
-    """What the head gets, or the logits if that is not all there is to them; [tokens, width]."""
+    """Return the input of the head, or the logits if there is no head; [tokens, width]."""
     if head is None:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
         return logits.flatten(0, -2)
@@ -81,7 +81,7 @@ def last_hidden(model: Any, head: nn.Linear | None, ids: Tensor) -> Tensor:
 
 
 def through_head(head: nn.Linear | None, hidden: Tensor) -> Tensor:
-    """The logits of some tokens, float32, from what `last_hidden` gave for them."""
+    """Return the float32 logits of some tokens from the result of `last_hidden`."""
     if head is None:
         return hidden.float()
     return functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
@@ -89,9 +89,9 @@ def through_head(head: nn.Linear | None, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _instead(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The head does something else for a while.
+    """Replace the forward of the head inside the context.
 
-    It is called as ever, so whatever hangs on its call (sharded weights gathered) still happens.
+    The model still calls the head, so hooks on that call (gathering sharded weights) still run.
     """
     head.forward = forward  # type: ignore[assignment]
     try:
@@ -101,13 +101,13 @@ def _instead(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[N
 
 
 class _OfHead(torch.autograd.Function):
-    """The loss from the last hidden states; its gradients are made along with it."""
+    """The loss from the last hidden states. The forward also computes the gradients."""
 
     @staticmethod
     def forward(
         context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows
     ) -> Tensor:
-        """Args: what the head gets [tokens, width], its weight and bias, the loss of rows."""
+        """Args: the input of the head [tokens, width], its weight and bias, the loss of rows."""
         of_hidden, of_weight, of_bias = context.needs_input_grad[:3]
         kind = hidden.device.type
         fast = torch.is_autocast_enabled(kind)
@@ -145,7 +145,7 @@ class _OfHead(torch.autograd.Function):
 
 
 class _OfLogits(torch.autograd.Function):
-    """The loss from logits; only its gradient is as large as they are."""
+    """The loss from logits. Only its gradient is as large as the logits."""
 
     @staticmethod
     def forward(context: Any, logits: Tensor, rows: Rows) -> Tensor:
@@ -163,7 +163,7 @@ class _OfLogits(torch.autograd.Function):
 
 
 def _in_chunks(logits: Tensor, start: int, rows: Rows) -> Tensor:
-    """The loss of logits, which are overwritten by its gradient; the first is of token `start`."""
+    """Return the loss of logits, overwritten by its gradient. The first row is token `start`."""
     loss = torch.zeros((), device=logits.device)
     size = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
     for first in range(0, len(logits), size):

@@ -1,10 +1,12 @@
-"""Learning the hidden states of a teacher, layer by layer.
+"""The loss that makes a student learn the hidden states of a teacher, layer by layer.
 
     loss = mean over pairs (i, j) of   Σ ‖h_i − g_j‖² / Σ ‖g_j‖²        sums over the tokens
 
-h_i is what the student's decoder layer i puts out, g_j what the teacher's layer j does. Dividing by
-the teacher's own size makes layers equal. Paper: Kurtic et al. 2023, "Sparse Fine-tuning for
-Inference Acceleration of Large Language Models" (SquareHead), arXiv:2310.06927.
+h_i is the output of the student's decoder layer i, and g_j the output of the teacher's layer j.
+The division by the size of g_j gives all layers the same weight.
+
+Paper: Kurtic et al. 2023, "Sparse Fine-tuning for Inference Acceleration of Large Language Models"
+(SquareHead), arXiv:2310.06927.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -> Pairs:
-    """Pairs of layers: each layer of the student, and the layer of the teacher that it learns from.
+    """Pair each layer of the student with the layer of the teacher that it learns from.
 
-    Where layers were cut out, a layer that was kept is to do the work of those that followed it
-    too: its output should be what the next kept layer read in the teacher.
+    A kept layer replaces the cut layers that followed it. Its output should equal the input of the
+    next kept layer in the teacher.
 
     Args:
-        student: number of its decoder layers.
-        teacher: number of its.
-        kept: the teacher's layers that the student has; None spreads them evenly.
+        student: number of decoder layers of the student.
+        teacher: number of decoder layers of the teacher.
+        kept: the teacher's layers that the student has; None spaces them evenly.
 
     Raises:
         RecipeError: the student has more layers, or `kept` does not fit.
@@ -55,10 +57,10 @@ def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -
 
 
 class Watch:
-    """Keeps what some modules put out while it is open.
+    """Keeps the outputs of some modules while the context is open.
 
     Args:
-        modules: by number; decoder layers.
+        modules: decoder layers by number.
     """
 
     def __init__(self, modules: Mapping[int, nn.Module]) -> None:
@@ -76,7 +78,7 @@ class Watch:
             handle.remove()
 
     def taking(self, number: int) -> Callable[..., None]:
-        """A hook that keeps the output of a module."""
+        """Return a hook that keeps the output of a module."""
 
         def take(_: nn.Module, inputs: Any, output: Any) -> None:
             self.seen[number] = output[0] if isinstance(output, tuple) else output
@@ -87,7 +89,7 @@ class Watch:
 def hidden_loss(
     student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], pairs: Pairs
 ) -> Tensor:
-    """The loss of a batch, float32.
+    """Return the loss of a batch, float32.
 
     Raises:
         RecipeError: the hidden states have different widths.

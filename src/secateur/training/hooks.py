@@ -11,16 +11,16 @@ __all__ = ["Hook"]
 
 
 class Hook(Protocol):
-    """Work after every step, which a stopped training resumes."""
+    """Work after every step. A resumed training restores its state."""
 
     def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
         """Called after the optimizer's step.
 
         Args:
             step: the number of the step, 1 to `steps`.
-            steps: how many the plan has.
-            model: in training.
-            optimizer: of the model.
+            steps: number of steps in the plan.
+            model: the model in training.
+            optimizer: the optimizer of the model.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Learned masks: a model learns which units to keep while its weights learn.
+"""Learned masks: the model learns which units to keep while its weights train.
 
 Every KV group, neuron, layer or channel has a gate. For each set of gates, two Lagrange multipliers
 drive the number of open gates to its target. The result is the indices of a structured cut.
@@ -28,9 +28,9 @@ class Consumer:
     """The linear that reads the units of a sub-block. A closed gate zeroes its input columns.
 
     Attributes:
-        name: within a decoder layer, for example `mlp.down_proj`.
-        width: consecutive columns of one unit: 1 for a neuron, heads of a group × head size for a
-            KV group.
+        name: name within a decoder layer, for example `mlp.down_proj`.
+        width: number of consecutive columns of one unit. A neuron has 1; a KV group has its heads ×
+            the head size.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Shape:
-    """How many units stay; None leaves a kind of unit alone.
+    """How many units stay. None keeps all units of a kind.
 
     For each set of gates with open share o and target share t, the weights and gates minimise, and
     λ and φ maximise
@@ -50,17 +50,17 @@ class Shape:
 
     Paper: Xia et al. 2023, "Sheared LLaMA: Accelerating Language Model Pre-training via Structured
     Pruning", arXiv:2310.06694. Deviations: the learning rate of the gates is 0.1, not 1, which
-    suits short runs; o counts each set for itself, where the paper multiplies the gates of
-    different kinds that cover the same weight; kept gates become 1, where the paper multiplies
+    suits short runs; o counts each set separately, while the paper multiplies the gates of
+    different kinds that cover the same weight; kept gates become 1, while the paper multiplies
     their last value into the weights.
 
     Args:
-        groups: KV groups in every layer.
-        neurons: FFN neurons in every layer.
-        layers: decoder layers.
-        hidden: channels of the residual stream.
-        learning_rate: of Adam on gates and multipliers.
-        warm_up: share of all steps.
+        groups: number of KV groups in every layer.
+        neurons: number of FFN neurons in every layer.
+        layers: number of decoder layers.
+        hidden: number of channels of the residual stream.
+        learning_rate: learning rate of Adam on gates and multipliers.
+        warm_up: share of all steps in which t falls.
 
     Raises:
         RecipeError: no kind has a target, or a number is out of range.
@@ -86,16 +86,16 @@ class Shape:
 
 
 class LearnedMasks:
-    """Gates on a model in training. `objective` wraps the loss; the loop has the gates as a hook.
+    """Gates on a model in training. They wrap the loss (`objective`) and are a hook of the loop.
 
-    Gates are drawn from the seed, the step and the number of the draw within it, so a resumed
-    training draws the same.
+    The draw of the gates depends only on the seed, the step and the number of the draw in that
+    step, so a resumed training draws the same gates.
 
     Args:
         model: a causal language model; it has forward hooks until `remove`.
-        shape: the targets.
-        consumers: of `groups` and `neurons`, where those have targets.
-        seed: of the draws.
+        shape: the target numbers of units.
+        consumers: the linears that read `groups` and `neurons`, if these have targets.
+        seed: seed of the draws.
 
     Raises:
         RecipeError: a consumer is missing or does not divide into units, a target is out of range,
@@ -130,7 +130,7 @@ class LearnedMasks:
         )
 
     def objective(self, inner: Objective) -> Objective:
-        """The loss with new gates, and with the terms of the multipliers."""
+        """Return the loss with new gates, plus the terms of the multipliers."""
 
         def gated(model: Any, batch: Batch) -> Tensor:
             self.draw()
@@ -152,7 +152,7 @@ class LearnedMasks:
         self.draws = 0
 
     def state(self) -> dict[str, Tensor]:
-        """Gates, multipliers, their moments, and how far the training is."""
+        """Gates, multipliers, their moments, and the progress of the training."""
         tensors: dict[str, Tensor] = {
             f"gates/{name}": gates.log_alpha for name, gates in self.sets.items()
         }
@@ -165,13 +165,13 @@ class LearnedMasks:
         return tensors
 
     def targets(self) -> dict[str, float]:
-        """The open share of each set that the multipliers ask for now."""
+        """The current target for the open share of each set."""
         step, steps = self.progress.tolist()
         gone = min(1.0, step / max(1.0, self.shape.warm_up * steps))
         return {name: 1 - gone * (1 - x.target / x.units) for name, x in self.sets.items()}
 
     def draw(self) -> None:
-        """New gates for the next forwards; 0 and 1 once they are settled."""
+        """Draw new gates for the next forwards. Settled gates are 0 and 1."""
         if self.hard:
             self.drawn = {name: gates.settled() for name, gates in self.sets.items()}
             return
@@ -181,11 +181,11 @@ class LearnedMasks:
         self.draws += 1
 
     def settle(self) -> dict[str, Any]:
-        """Open the kept gates and close the others, for good.
+        """Open the kept gates and close the others permanently.
 
         Returns:
             The fields of a cut: `layers` and `hidden` as indices, `groups` and `neurons` as indices
-            by kept layer. Kinds without a target are left out.
+            by kept layer. Kinds without a target are not in it.
         """
         self.hard = True
         self.draw()
@@ -205,7 +205,7 @@ class LearnedMasks:
         }
 
     def remove(self) -> None:
-        """Take the hooks off the model; all gates are open then."""
+        """Remove the hooks from the model. All gates are then open."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -213,7 +213,7 @@ class LearnedMasks:
     # -- where the gates are --------------------------------------------------------------------
 
     def _gate_consumers(self, kind: str, consumers: Mapping[str, Consumer]) -> None:
-        """Gates on the input columns of a linear of every layer."""
+        """Put gates on the input columns of a linear in every layer."""
         if kind not in consumers:
             raise RecipeError(
                 f"no linear is named that reads the {kind}", remedy=f"give consumers[{kind!r}]"
@@ -238,14 +238,14 @@ class LearnedMasks:
             )
 
     def _gate_layers(self, target: int) -> None:
-        """A gate on what each layer adds to the residual stream."""
+        """Put a gate on the term that each layer adds to the residual stream."""
         self.sets["layers"] = HardConcrete(len(self.layers), target, self.device)
         for index, layer in enumerate(self.layers):
             hook = partial(self._times_layer, index=index)
             self.handles.append(layer.register_forward_hook(hook, with_kwargs=True))
 
     def _gate_hidden(self, model: Any, target: int) -> None:
-        """Gates on the stream where it begins, and on all that is added to it."""
+        """Put gates on the start of the residual stream, and on every term added to it."""
         writers = self.architecture.writers
         if not writers:
             raise RecipeError(
@@ -287,7 +287,7 @@ class LearnedMasks:
 
 
 def _begun(optimizer: torch.optim.Adam) -> torch.optim.Adam:
-    """The optimizer with its moments, which torch makes at the first step, already there."""
+    """Return an optimizer that already has its moments; torch makes them at the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {

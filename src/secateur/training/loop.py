@@ -1,4 +1,4 @@
-"""The training loop: batch, loss, gradients, masks, step; watched, saved and resumable."""
+"""The training loop: batch, loss, gradients, masks, step. It validates, saves and resumes."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ from secateur.training.watch import DivergenceWatch, mean_loss
 __all__ = ["Hook", "Loop", "Outcome", "train"]
 
 TICKS = 1000
-"""Of the progress bar, where the clock sets the length of a training."""
+"""Units of the progress bar when the clock sets the length of a training."""
 
 
 class Loop:
-    """One training, which can stop and resume.
+    """One training. It can stop and resume.
 
     Args:
-        model: a causal language model, in eval mode: dropout is not used.
+        model: a causal language model in eval mode, without dropout.
         batches: the windows of each step.
         objective: the loss.
-        masks: held at every step; None for a dense model.
+        masks: the masks that the loop holds at every step; None for a dense model.
         plan: length, learning rate, optimizer.
-        validation: token ids [windows, length]. The loop watches their next-token loss, and the
-            model ends with the weights that were best. None: no validation.
-        saved: folder for what a resumed training needs; None saves nothing.
-        hooks: called after every step.
+        validation: token ids [windows, length]. The loop measures their next-token loss, and the
+            model ends with the weights of the lowest loss. None: no validation.
+        saved: folder for the state that a resumed training needs; None saves nothing.
+        hooks: work after every step.
         progress: receives every step.
-        first_step: the first step of the plan that is done.
+        first_step: the step of the plan at which the training begins.
         last_step: the step of the plan after which the training ends; None for the plan's last.
-        processes: the processes that train together; made if None.
-        identity: everything the result depends on; a resumed training must have the same.
+        processes: the processes that train together; None makes them.
+        identity: everything that affects the result; a resumed training must have the same.
         board: folder for TensorBoard's curves; None for none.
-        trained: names of the parameters that learn; None for all with a learning rate above 0.
+        trained: names of the trained parameters; None for all with a learning rate above 0.
         label: the title of the progress bar.
 
     Raises:
@@ -104,7 +104,7 @@ class Loop:
         self.watch = DivergenceWatch(plan.diverged)
 
     def check(self) -> None:
-        """Refuse what cannot be trained.
+        """Refuse a training that cannot run.
 
         Raises:
             SourceError: there is no text.
@@ -130,15 +130,15 @@ class Loop:
     # -- the run ---------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        """Train the model in place; its weights are in float32 meanwhile.
+        """Train the model in place, with weights in float32.
 
         Returns:
-            What the training did. The model has the best weights if there was validation, else
-            the last.
+            The outcome of the training. The model has the best weights if there was validation,
+            else the last ones.
 
         Raises:
-            NumericalError: a loss or gradient is not a number, or the loss has doubled. What was
-                saved before is still there.
+            NumericalError: a loss or gradient is not a number, or the training diverged. The
+                earlier saved state remains.
             VerificationError: a pruned weight is not zero.
         """
         trained = {
@@ -150,7 +150,7 @@ class Loop:
         if not trained:
             raise RecipeError("no parameter is trained", remedy="see the rates")
         with ExitStack() as stack:
-            stack.enter_context(full_float32())  # also in backwards, which no autocast covers
+            stack.enter_context(full_float32())  # autocast does not cover backwards
             stack.enter_context(reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES))
             self.processes.shard(self.model, to_float32)
             stack.enter_context(in_float32(self.model, trained))
@@ -164,7 +164,7 @@ class Loop:
         return self.outcome
 
     def begin(self) -> None:
-        """Apply the masks, make the optimizer, and load what an earlier run saved."""
+        """Apply the masks, make the optimizer, and load the state of an earlier run."""
         if self.masks is not None:
             self.masks = self.masks.held_in(self.model)
             self.masks.apply(self.model)
@@ -204,7 +204,7 @@ class Loop:
         validations = self.outcome.validations
         if self.validation is not None and validations[-1][0] != self.outcome.step:
             self.validate()
-        self.save()  # a run that is killed from here on does not train again
+        self.save()  # a run killed after this point does not train again
         if self.validation is not None:
             self.saved.restore_best(self.parameters)
         if self.masks is not None:
@@ -213,7 +213,7 @@ class Loop:
         self.saved.keep_final(self.parameters)
 
     def over(self) -> bool:
-        """Whether the training ends; sets the reason."""
+        """Return whether the training ends, and set the reason."""
         if self.outcome.stopped == "patience":
             return True
         if not self.plan.minutes:
@@ -225,11 +225,11 @@ class Loop:
         return bool(self.outcome.stopped)
 
     def clock(self) -> float:
-        """Seconds of this run and of those that it resumes."""
+        """Seconds of this run and of the runs that it resumes."""
         return time.perf_counter() - self.started
 
     def done(self) -> tuple[float, float]:
-        """The share of the plan that is over, and the share that a step takes."""
+        """The finished share of the plan, and the share of one step."""
         if not self.plan.minutes:
             return self.outcome.step / self.plan.steps, 1 / self.plan.steps
         seconds = 60 * self.plan.minutes
@@ -239,7 +239,7 @@ class Loop:
     # -- one step --------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One step of the optimizer, with the masks held."""
+        """Do one step of the optimizer, and hold the masks."""
         outcome, plan = self.outcome, self.plan
         rate = plan.rate(*self.done(), self.peak)
         for group in self.optimizer.param_groups:
@@ -267,7 +267,7 @@ class Loop:
         self.report(loss)
 
     def backward(self) -> float:
-        """Add up the gradients of all parts of a step; returns the mean loss of all processes."""
+        """Add up the gradients of all parts of a step. Return the mean loss of all processes."""
         size = self.plan.at_once(self.batches.windows.shape[1])
         processes = self.processes
         parts = self.batches.micro(
@@ -283,18 +283,18 @@ class Loop:
         return self.refuse(processes.mean(total), "the loss")
 
     def matmuls(self) -> AbstractContextManager[Any]:
-        """The precision of products."""
+        """Return the context that sets the precision of products."""
         return (fast_matmuls if self.plan.fast_matmuls else exact_matmuls)(self.device)
 
     def attention(self) -> AbstractContextManager[Any]:
-        """The attention of a part of a step."""
+        """Return the context that selects the attention for a part of a step."""
         quick = self.plan.writes_out(self.device, self.batches.windows.shape[1])
         return WrittenOut() if quick else nullcontext()
 
-    # -- what is watched -------------------------------------------------------------------------
+    # -- monitoring ------------------------------------------------------------------------------
 
     def refuse(self, value: float, what: str) -> float:
-        """Return a number that training needs.
+        """Return a number if it is finite.
 
         Raises:
             NumericalError: it is NaN or infinite.
@@ -304,7 +304,7 @@ class Loop:
         return value
 
     def fail(self, what: str, line: dict[str, Any] | None) -> None:
-        """End a training that has gone wrong, with the best weights if there are any."""
+        """End a failed training, with the best weights if there are any."""
         if line is not None:
             self.saved.log.add(line)
         if self.outcome.best_step is not None:
@@ -339,15 +339,16 @@ class Loop:
         self.last_validation_seconds = time.perf_counter() - begun
 
     def validations_due(self) -> int:
-        """How many validations should be done by now."""
+        """The number of validations due so far."""
         if self.validation is None:
             return 0
         return int(self.done()[0] * self.plan.validations + 1e-9)
 
     def save_if_due(self) -> None:
-        """Save what a resumed training needs, if it is time.
+        """Save the state for a resumed training, if a save is due.
 
-        A suspiciously high loss delays it: what was saved before must survive a divergence.
+        A suspiciously high loss delays the save, because the earlier state must survive a
+        divergence.
         """
         if self.watch.is_suspicious(self.outcome.log):
             return
@@ -356,7 +357,7 @@ class Loop:
             self.save()
 
     def save(self) -> None:
-        """Save what a resumed training needs."""
+        """Save the state for a resumed training."""
         if self.masks is not None:
             self.masks.check(self.model, self.optimizer)
         self.outcome.seconds = self.clock()

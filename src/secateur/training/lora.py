@@ -1,12 +1,12 @@
-"""Low-rank adapters on a pruned model that, merged, leave every zero where it is.
+"""Low-rank adapters for a pruned model. Merging them keeps every zero.
 
-A plain adapter is trained as a dense B·A beside the sparse weight. Merged, it fills the zeros; and
-when the mask is put back, the model is not the one that was trained. Here the mask is in the
-forward from the first step:
+An ordinary adapter trains a dense B·A beside the sparse weight. Merging it fills the zeros. If the
+mask then removes them again, the result differs from the trained model. Here the mask is part of
+the forward from the first step:
 
     y = x · ((W₀ + α/r · B A) ⊙ M)ᵀ        M: where W₀ is not zero
 
-so what is trained is what is merged. The adapters are peft's, and so are their files.
+So the merged model is the trained model. The adapters and their files are peft's.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ else:
 __all__ = ["ADAPTERS_ALONE", "Adapters", "attach", "merge"]
 
 ADAPTERS_ALONE = {"*": 0.0, "*.lora_[AB].*": 1.0}
-"""`rates` of a `TrainingPlan` that trains adapters and nothing else; the loop is to be given the
-model inside peft's wrapper, `adapted.get_base_model()`."""
+"""`rates` of a `TrainingPlan` that trains only adapters. Pass the loop the model inside peft's
+wrapper, `adapted.get_base_model()`."""
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """W = (W₀ + alpha/rank · B A) ⊙ M, with A [rank, in] and B [out, rank]; A and B are trained.
+    """W = (W₀ + alpha/rank · B A) ⊙ M, with A [rank, in] and B [out, rank]. Only A and B learn.
 
     Papers: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
     arXiv:2106.09685; the mask on the product as in SparsePEFT, Muñoz et al. 2024, "SQFT: Low-cost
     Model Adaptation in Low-precision Sparse Foundation Models", arXiv:2410.03750. Deviation from
-    that one: the rank is given, not searched for.
+    SparsePEFT: the rank is fixed; there is no search for it.
 
     Args:
         rank: r.
-        alpha: the product is scaled by alpha / rank.
-        dropout: of the adapters' inputs, in training.
-        include: globs over full names of linears; one that matches gets an adapter,
-        exclude: unless one of these matches.
+        alpha: the factor of the product is alpha / rank.
+        dropout: dropout of the adapters' inputs in training.
+        include: globs over full names of linears. A linear that matches gets an adapter.
+        exclude: globs of linears that get no adapter.
 
     Raises:
         RecipeError: a number is out of range.
@@ -97,16 +97,16 @@ class Adapters:
 def attach(model: Any, how: Adapters | None = None, seed: int = 0) -> PeftModel:
     """Put adapters on a pruned model, in place; everything else is frozen.
 
-    B begins as zeros, so the function is at first that of the model. Zeros of the weights at this
-    moment are the mask.
+    B begins as zeros, so the adapters do not change the model's function at first. The current
+    zeros of the weights are the mask.
 
     Args:
-        model: a causal language model, pruned.
-        how: rank and so on; the defaults if None.
-        seed: of A's first values.
+        model: a pruned causal language model.
+        how: rank and other settings; None for the defaults.
+        seed: seed of A's first values.
 
     Returns:
-        The model in peft's wrapper: train it, save its adapters, `merge` it.
+        The model in peft's wrapper. Train it, save its adapters, `merge` it.
 
     Raises:
         RecipeError: peft is not installed, or there is no linear for an adapter.
@@ -132,11 +132,11 @@ def attach(model: Any, how: Adapters | None = None, seed: int = 0) -> PeftModel:
 
 
 def merge(adapted: PeftModel) -> Any:
-    """The model with its adapters merged into the weights: same zeros, same function.
+    """Return the model with merged adapters. Zeros and function stay the same.
 
     Raises:
-        VerificationError: a weight that was zero is not any more; nothing that this module does
-            leads there, but adapters that are not masked do.
+        VerificationError: a weight that was zero no longer is. Adapters without a mask cause this;
+            adapters from this module do not.
     """
     from secateur.training.masked_adapter import MaskedAdapter
 
@@ -161,10 +161,10 @@ def merge(adapted: PeftModel) -> Any:
 
 
 def _peft() -> Any:
-    """The package, which is optional.
+    """Import peft, which is optional.
 
     Raises:
-        RecipeError: it is not installed.
+        RecipeError: peft is not installed.
     """
     try:
         import peft

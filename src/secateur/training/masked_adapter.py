@@ -1,6 +1,6 @@
 """The layer behind `lora`: peft's adapter of a linear with the mask inside the product.
 
-A module of its own because it cannot be defined without peft, which is optional.
+It has its own module because the class needs peft, which is optional.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["MaskedAdapter"]
 class MaskedAdapter(Linear):
     """x · ((W₀ + scaling · B A) ⊙ M)ᵀ + bias for a linear or a Conv1D.
 
-    `get_delta_weight` is what peft merges and unmerges, so its own methods keep the zeros too.
+    peft merges and unmerges the result of `get_delta_weight`, so its methods keep the zeros too.
 
     Args:
         base_layer: the pruned linear; its zeros are the mask.
         adapter_name: the name of the adapter.
-        config: peft's.
-        **kwargs: what peft gives to its own layers.
+        config: peft's configuration.
+        **kwargs: the arguments that peft passes to its own layers.
     """
 
     kept: Tensor
@@ -37,12 +37,12 @@ class MaskedAdapter(Linear):
         self.register_buffer("kept", kept, persistent=False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The product as it is added to the stored weight: zero where that is pruned."""
+        """Return the product to add to the stored weight. It is zero where the weight is pruned."""
         delta = super().get_delta_weight(adapter)
         return torch.where(self.kept, delta, torch.zeros_like(delta))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the masked sum, [..., out]; the product is made in every forward."""
+        """Return the output of the masked sum, [..., out]. Every forward computes the product."""
         base = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return base

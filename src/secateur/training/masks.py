@@ -1,4 +1,4 @@
-"""Masks that are held while a model is trained: what is pruned stays zero at every step."""
+"""Masks that keep pruned weights at zero at every step of a training."""
 
 from __future__ import annotations
 
@@ -29,46 +29,46 @@ FIXED_AT_ZERO = (
     torch.optim.Adadelta,
     torch.optim.RMSprop,
 )
-"""Optimizers that leave a weight of 0 with gradient 0 and moments 0 where it is: each entry is
-updated by itself, and 0 is a fixed point. Others are set back after every step."""
+"""Optimizers that never move a weight of 0 with gradient 0 and moments 0: they update each entry
+alone, and 0 is a fixed point. After a step of any other optimizer, the masks are applied again."""
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Which weights are kept; the others are zero, and so are their gradients and moments.
+    """Which weights are kept. The others are zero, with their gradients and moments.
 
-    Before every step the gradients of pruned weights are set to 0, so that they neither move the
-    weights nor count in the norm by which gradients are clipped. After it, weights and moments are
-    set to 0, unless the optimizer is known to leave them there.
+    Before every step the masks set the gradients of pruned weights to 0. So these gradients neither
+    move the weights nor count in the norm that clips gradients. After the step the masks set
+    weights and moments to 0, unless the optimizer is known to keep them there.
 
     Args:
-        kept: by the name of the parameter, in its stored orientation; True = kept. Code
-            that changes them in place during a training (gradual pruning) sets weights and moments
-            to 0 itself.
+        kept: masks by the name of the parameter, in its stored orientation; True = kept. Code
+            that changes them in place during a training (gradual pruning) must set weights and
+            moments to 0 itself.
     """
 
     kept: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, model: Any) -> Masks:
-        """The present zeros of the matrices of a model, where they have any.
+        """Return the current zeros of the matrices of a model, for those that have any.
 
-        Experts that transformers holds in one tensor are among them (`matrices`). Of a model that
-        is shared out each process has the masks of its part.
+        This includes experts that transformers holds in one tensor (`matrices`). If processes
+        share the model, each has the masks of its part.
         """
         masks = {name: part_of_zeros(weight) for name, weight in matrices(model).items()}
         return cls({name: mask for name, mask in masks.items() if not local(mask).all()})
 
     @classmethod
     def given(cls, model: nn.Module, masks: Iterable[tuple[str, Tensor]]) -> Masks:
-        """Masks from a file or another model, whole, one after the other.
+        """Make masks from the whole masks of a file or another model, one at a time.
 
         Args:
             model: the model of the masks; several processes may share it.
-            masks: by names of parameters; each is divided at once and not kept.
+            masks: masks by names of parameters. Each is divided at once, and the whole is dropped.
 
         Raises:
-            RecipeError: a parameter is not there, or has another shape.
+            RecipeError: a parameter is missing, or has another shape.
         """
         parameters, kept = dict(model.named_parameters()), {}
         for name, mask in masks:
@@ -92,17 +92,17 @@ class Masks:
             fitting(name, mask, parameters)
 
     def held_in(self, model: nn.Module) -> Masks:
-        """The same, on the devices of the parameters; of each the part that this process has."""
+        """Return this process's part of the masks, on the devices of the parameters."""
         return Masks({n: part_of(mask, model.get_parameter(n)) for n, mask in self.kept.items()})
 
     @property
     def count(self) -> int:
-        """How many weights are kept, in the part that this process has."""
+        """The number of kept weights in this process's part."""
         return sum(int(mask.sum()) for mask in self.kept.values())
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros in the matrices that have a mask."""
+        """The fraction of zeros in the matrices that have a mask."""
         weights = sum(mask.numel() for mask in self.kept.values())
         return 1 - self.count / weights if weights else 0.0
 
@@ -114,14 +114,14 @@ class Masks:
 
     @torch.no_grad()
     def hold_gradients(self, model: nn.Module) -> None:
-        """Before the optimizer's step: pruned weights have no gradient."""
+        """Remove the gradients of pruned weights, before the optimizer's step."""
         for parameter, mask in self.of_parameters(model):
             if parameter.grad is not None:
                 local(parameter.grad).mul_(mask)  # seven times faster than masked_fill_ on a CPU
 
     @torch.no_grad()
     def hold(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """After the optimizer's step: pruned weights and their moments are 0."""
+        """Set pruned weights and their moments to 0, after the optimizer's step."""
         if type(optimizer) in FIXED_AT_ZERO:
             return
         for parameter, mask in self.of_parameters(model):
@@ -151,16 +151,16 @@ class Masks:
                 )
 
     def of_parameters(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter that has a mask, with this process's part of it on the same device."""
+        """Yield each parameter that has a mask, with its mask on the same device."""
         for name, mask in self.kept.items():
             yield model.get_parameter(name), local(mask)
 
 
 def stored_masks(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The masks in a file that `Masks.save` wrote, one after the other.
+    """Yield the masks in a file from `Masks.save`, one at a time.
 
     Raises:
-        SourceError: there is no such file, or it holds something else than masks.
+        SourceError: the file is missing, or it does not hold masks.
     """
     if not file.is_file():
         raise SourceError("no such file of masks", where=str(file), remedy="check the path")
@@ -180,7 +180,7 @@ def stored_masks(file: Path) -> Iterator[tuple[str, Tensor]]:
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The matrices of the decoder layers: parameters of two or more dimensions.
 
-    Tensors that hold all experts of a layer are among them; embeddings and head are not.
+    They include tensors that hold all experts of a layer, but not the embeddings and the head.
     """
     start = describe(model).layers_path + "."
     return {
@@ -192,7 +192,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def part_of_zeros(weight: Tensor) -> Tensor:
-    """The mask of a weight's zeros, True = kept, shared out as the weight is."""
+    """Return the mask of a weight's zeros, True = kept, sharded as the weight."""
     kept = local(weight.detach()) != 0
     return as_part(kept, weight) if is_shared(weight) else kept
 
@@ -217,7 +217,7 @@ def fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
-    """The moments that the optimizer keeps for a parameter, of its shape."""
+    """The moments that the optimizer keeps for a parameter, in its shape."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             yield local(value)

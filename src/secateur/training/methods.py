@@ -1,4 +1,4 @@
-"""The table of methods that train: what each does, the command that runs it, and its paper."""
+"""The table of training methods: what each does, the command that runs it, and its paper."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["TrainingMethod", "training_methods"]
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """A line in the table.
+    """A row of the table.
 
     Attributes:
         command: the shortest command that runs it, without `--output`.
-        description: what it does, in one line.
-        paper: where it comes from.
+        description: one line about what it does.
+        paper: its source.
     """
 
     command: str
@@ -24,7 +24,7 @@ class TrainingMethod:
     paper: str
 
     def to_json(self) -> dict[str, str]:
-        """The line as plain data."""
+        """The row as plain data."""
         return asdict(self)
 
 

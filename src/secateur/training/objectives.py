@@ -1,4 +1,4 @@
-"""The losses that training minimises: of the next token, or the distance from a teacher."""
+"""The losses of a training: the next-token loss, or the divergence from a teacher."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ __all__ = ["Distil", "NextToken", "Objective"]
 
 
 class Objective(Protocol):
-    """A loss, the mean over the tokens of a batch."""
+    """A loss: the mean over the tokens of a batch."""
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        """The loss of a batch, float32, which can be differentiated."""
+        """Return the differentiable loss of a batch, float32."""
         ...
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """loss = mean_t −log q_t(the token after t), in nats: what language models are trained with.
+    """loss = mean_t −log q_t(the token after t), in nats: the usual loss of language models.
 
     Args:
-        head: the model's output head, if its logits are just what it gives; see `heads.py`.
+        head: the model's output head, if its output is exactly the logits; see `heads.py`.
     """
 
     head: nn.Linear | None
 
     @classmethod
     def of(cls, model: Any) -> NextToken:
-        """For a model; all processes that share it must ask together."""
+        """Make the objective for a model. All processes that share it must call this together."""
         return cls(head_alone(model))
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
@@ -54,20 +54,20 @@ class Distil:
     """loss = (1 − next_token) · T² · divergence(p, q) + next_token · next-token loss
                                                         + hidden · distance of hidden states
 
-    The divergence is the mean over all tokens; `divergences.py` and `hidden.py` say the rest.
+    The divergence is the mean over all tokens. `divergences.py` and `hidden.py` define the terms.
 
     Papers: Hinton et al. 2015, arXiv:1503.02531; for pruned and cut models Muralidharan et al.
     2024, "Compact Language Models via Pruning and Knowledge Distillation" (Minitron),
     arXiv:2407.14679, where the forward divergence alone was best; SquareHead, arXiv:2310.06927.
 
     Args:
-        head: of the student; see `NextToken`.
-        teacher: who is learned from.
+        head: the student's output head; see `NextToken`.
+        teacher: the model to learn from.
         kind: forward, reverse or symmetric.
         temperature: T.
-        next_token: share of the plain loss, 0 to 1.
+        next_token: share of the next-token loss, 0 to 1.
         hidden: weight of the loss of hidden states; 0 for none.
-        pairs: which layer of the student learns from which of the teacher, if hidden is not 0.
+        pairs: pairs of a student layer and the teacher layer it learns from, if hidden is not 0.
     """
 
     head: nn.Linear | None
@@ -102,18 +102,18 @@ class Distil:
         hidden: float = 0.0,
         **options: Any,
     ) -> Distil:
-        """For a student; all processes that share it must ask together.
+        """Make the objective for a student. All processes that share it must call this together.
 
         Args:
             student: a causal language model.
-            teacher: who is learned from.
+            teacher: the model to learn from.
             teacher_layers: number of its decoder layers; needed if `hidden` is not 0.
-            kept_layers: those of them that the student has; see `layer_pairs`.
+            kept_layers: the teacher's layers that the student has; see `layer_pairs`.
             hidden: weight of the loss of hidden states.
             **options: the other fields.
 
         Raises:
-            RecipeError: the two have different vocabularies, or cannot be compared.
+            RecipeError: the vocabularies differ, or the two models cannot be compared.
         """
         own = vocabulary_of(student)
         if own != teacher.vocabulary:
@@ -144,13 +144,13 @@ class Distil:
 
 
 def _next_tokens(ids: Tensor) -> Rows:
-    """The plain loss of a batch; the last token of a window has no next one."""
+    """Return the next-token loss of a batch. The last token of a window has no next token."""
     targets = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], dim=1)
     return next_token_rows(targets.flatten(), ids.numel() - len(ids))
 
 
 def _blend(one: Rows, other: Rows, share: float) -> Rows:
-    """(1 − share) of the one loss and `share` of the other."""
+    """Return (1 − share) · the first loss + share · the second."""
 
     def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         loss, gradient = other(rows, logits.clone())

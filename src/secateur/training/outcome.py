@@ -1,4 +1,4 @@
-"""What a training did."""
+"""The outcome of a training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ __all__ = ["Outcome"]
 
 @dataclass
 class Outcome:
-    """What a training did; its progress while it runs.
+    """The outcome of a training, or its progress while it runs.
 
     Attributes:
-        step: of the optimizer.
-        tokens: read by all processes together.
-        seconds: of all runs together, with validation and saving.
+        step: number of steps of the optimizer.
+        tokens: number of tokens that all processes read.
+        seconds: duration of all runs together, with validation and saving.
         validations: (step, mean loss in nats per token) before the first step and during the run.
-        best_step: whose weights the model has at the end; None without validation.
-        best_loss: of the validation windows there.
-        best_kept: weights that the masks kept there, where hooks may change masks; else −1.
-        stopped: why it ended: `steps`, `minutes` or `patience`.
-        log: a line for every step: step, loss, learning_rate, gradient_norm.
+        best_step: the step with the lowest validation loss; None without validation. The model ends
+            with its weights.
+        best_loss: validation loss at the best step.
+        best_kept: number of weights that the masks kept at the best step, if hooks may change
+            masks; else −1.
+        stopped: the reason for the end: `steps`, `minutes` or `patience`.
+        log: one line for every step: step, loss, learning_rate, gradient_norm.
     """
 
     step: int = 0
@@ -36,7 +38,7 @@ class Outcome:
     log: list[dict[str, Any]] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
-        """All but the log, as JSON values."""
+        """Everything except the log, as JSON values."""
         facts = {k: v for k, v in vars(self).items() if k != "log"}
         best = self.best_loss if math.isfinite(self.best_loss) else None
         return {**facts, "best_loss": best}

@@ -1,9 +1,8 @@
-"""What one process has of a tensor that is shared out: some of its rows.
+"""The part of a sharded tensor that one process holds: some of its rows.
 
-FSDP2 divides a parameter along its first dimension, as `torch.chunk` does. Everything that goes
-with a parameter (mask, moments, what is read of it) is divided in the same way, by each process
-for itself: no process sends anything, and none needs the whole tensor for longer than it takes to
-read it.
+FSDP2 divides a parameter along its first dimension, as `torch.chunk` does. Each process divides
+the masks, moments and stored values of a parameter in the same way. No process sends anything, and
+none keeps a whole tensor longer than it takes to read it.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ def is_shared(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: all of it, unless it is shared out."""
+    """Return this process's part of a tensor; the whole tensor if it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def rows_of(parameter: Any) -> slice:
-    """The rows of a shared parameter that this process has."""
+    """The rows of a sharded parameter that this process has."""
     mesh, count = parameter.device_mesh, parameter.shape[0]
     size = -(-count // mesh.size())
     start = min(mesh.get_local_rank() * size, count)
@@ -34,7 +33,7 @@ def rows_of(parameter: Any) -> slice:
 
 
 def as_part(rows: Tensor, parameter: Any) -> Tensor:
-    """The rows that this process has of a tensor that is shared out as a parameter is."""
+    """Return this process's rows of a tensor, divided like the parameter."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -48,11 +47,11 @@ def as_part(rows: Tensor, parameter: Any) -> Tensor:
 
 
 def part_of(value: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor of a parameter's shape, where and shared out as the parameter is.
+    """Return a tensor of a parameter's shape, on the same device and divided in the same way.
 
     Args:
-        value: whole, on any device; it is not kept alive by a part of it.
-        parameter: whole or shared out.
+        value: the whole tensor, on any device. The result does not keep its memory alive.
+        parameter: whole or sharded.
     """
     if is_shared(value):
         return value
@@ -63,7 +62,7 @@ def part_of(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; all processes must ask for it."""
+    """Return a whole tensor on the CPU. All processes must call this together."""
     full: Tensor = tensor.detach()
     if hasattr(full, "full_tensor"):
         full = full.full_tensor()

@@ -1,8 +1,8 @@
-"""Where training runs: one process or several, through accelerate.
+"""The processes of a training: one, or several through accelerate.
 
-One process is plain torch. Several, started by `accelerate launch` or `torchrun`, are FSDP2
-(torch's `fully_shard`, which accelerate itself applies on GPUs only): each holds a part of every
-weight, gradient, moment and mask, and reads its share of every step's windows.
+One process uses plain torch. Several processes, started by `accelerate launch` or `torchrun`, use
+FSDP2 (torch's `fully_shard`; accelerate itself applies it only on GPUs). Each process holds a part
+of every weight, gradient, moment and mask, and reads its share of every step's windows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ProcessGroup:
     """The processes that train together.
 
     Args:
-        device: of the model, if there is one process only.
+        device: device of the model, if there is only one process.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,20 +49,20 @@ class ProcessGroup:
         *,
         apart: bool = True,
     ) -> None:
-        """Divide a model among the processes, in place; a single process keeps it whole.
+        """Divide a model among the processes, in place. A single process keeps it whole.
 
-        One unit after the other: no process has more than its part of those before it and the
-        whole of one. A unit is gathered again when it is its turn.
+        The units are divided one at a time. So a process holds at most one whole unit and its parts
+        of the earlier ones. FSDP2 gathers a unit again when the model runs it.
 
         Args:
-            model: a causal language model, or its skeleton; one that is shared out stays as it is.
-                Its parameters are replaced, and the old ones are left empty.
-            fill: called with each unit before it is shared out; it may give it its weights.
-            apart: embeddings and head are units of their own, if they are not tied. False leaves
-                them gathered once they were.
+            model: a causal language model, or its skeleton. A sharded model stays unchanged. New
+                parameters replace the old ones, which end empty.
+            fill: called with each unit before it is divided; it may load its weights.
+            apart: whether embeddings and head are separate units, if they are not tied. With False
+                they stay gathered after their first use.
 
         Raises:
-            ArchitectureError: two decoder layers have a parameter in common.
+            ArchitectureError: two decoder layers share a parameter.
         """
         if self.ranks == 1:
             return
@@ -78,19 +78,19 @@ class ProcessGroup:
             fill(unit)
             before = [p for p in unit.parameters() if not is_shared(p)]
             fully_shard(unit, mesh=mesh)
-            for parameter in before:  # a part has been copied; torch lets go of the rest too late
+            for parameter in before:  # its part is copied; torch frees the rest too late
                 parameter.data = parameter.data.new_empty(0)
 
     def reshard(self, model: Any) -> None:
-        """Free what the last forward gathered outside of the decoder layers.
+        """Free the parameters that the last forward gathered outside the decoder layers.
 
-        Without a backward, torch keeps it in place of the divided parameters.
+        Without a backward, torch keeps them gathered.
         """
         if self.ranks > 1:
             model.reshard()
 
     def mean(self, value: float) -> float:
-        """The mean of a number over all processes."""
+        """Return the mean of a number over all processes."""
         if self.ranks == 1:
             return value
         reduced: Tensor = self.accelerator.reduce(
@@ -99,11 +99,11 @@ class ProcessGroup:
         return float(reduced)
 
     def same(self, value: float) -> float:
-        """The value of the main process, in all processes."""
+        """Return the main process's value in all processes."""
         return value if self.ranks == 1 else self.mean(value if self.main else 0.0) * self.ranks
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """The sum of each number over all processes; exact for whole numbers below 2**53."""
+        """Return the sum of each number over all processes; exact for integers below 2**53."""
         if self.ranks == 1:
             return list(values)
         reduced: Tensor = self.accelerator.reduce(
@@ -112,16 +112,16 @@ class ProcessGroup:
         return [float(x) for x in reduced.cpu()]
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes reach this call."""
         self.accelerator.wait_for_everyone()
 
 
 def units(model: Any, apart: bool = True) -> list[nn.Module]:
-    """The parts of a model that are gathered one at a time: the decoder layers, and the rest.
+    """Return the units of a model that FSDP2 gathers one at a time: decoder layers, and the rest.
 
     Args:
         model: a causal language model.
-        apart: embeddings and head alone, where they are not tied, before the rest.
+        apart: whether untied embeddings and head are separate units, placed before the rest.
     """
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     outside = [inputs, head] if apart and isinstance(head, nn.Linear) else []
@@ -131,10 +131,10 @@ def units(model: Any, apart: bool = True) -> list[nn.Module]:
 
 
 def refuse_shared(chosen: Sequence[nn.Module]) -> None:
-    """Refuse units that have a parameter in common; the last holds all, so it is left out.
+    """Refuse units that share a parameter. The last unit holds all parameters and is not checked.
 
     Raises:
-        ArchitectureError: naming it.
+        ArchitectureError: two units share a parameter; the message names it.
     """
     seen: set[int] = set()
     for unit in chosen[:-1]:
@@ -152,7 +152,7 @@ def refuse_shared(chosen: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def checkpointed(model: Any) -> Iterator[None]:
-    """Decoder layers keep only their inputs for the backward, and run again in it, for a while."""
+    """Make the decoder layers keep only their inputs; the backward runs them again."""
     layers: list[nn.Module] = list(describe(model).layers(model))
     for layer in layers:
         layer.forward = _again(layer.forward)
@@ -164,7 +164,7 @@ def checkpointed(model: Any) -> Iterator[None]:
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that is run again in the backward; without one coming, once."""
+    """Wrap a forward so that the backward runs it again. Without gradients it runs once."""
 
     def run(*args: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -1,10 +1,10 @@
-"""Iterative pruning: prune a part, retrain, prune the next part by the weights that came out.
+"""Iterative pruning: prune a part, retrain, then prune the next part by the new weights.
 
     round r of n:   mask = pattern(score of the kept weights, schedule(r / n))
                     rewind
                     retrain with the mask held
 
-`rewind` names what goes back before each retraining: nothing, the learning rate, or the weights.
+`rewind` selects what is reset before each retraining: nothing, the learning rate, or the weights.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ REWINDS = ("none", "rate", "weights")
 class PruningRounds:
     """The settings of iterative pruning.
 
-    `rewind` sets what goes back before each retraining:
+    `rewind` selects what is reset before each retraining:
 
     - `none`: nothing. One course of the learning rate covers all rounds. Han et al. 2015,
       arXiv:1506.02626, with our course of the learning rate in place of a constant low one;
-    - `rate`: the learning rate starts again at `rewind_step`, the weights stay. Renda et al. 2020,
+    - `rate`: the learning rate starts again at `rewind_step`; the weights stay. Renda et al. 2020,
       "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv:2003.02389;
     - `weights`: the weights go back to their values at `rewind_step` too. This finds lottery
       tickets. Step 0: Frankle and Carbin 2019, arXiv:1803.03635. An early step: Frankle et al.
@@ -59,10 +59,10 @@ class PruningRounds:
     Args:
         schedule: the sparsity after each round. `geometric` prunes the same fraction of the
             remaining weights in each round.
-        rounds: how many; 1 is one-shot pruning.
+        rounds: number of rounds; 1 is one-shot pruning.
         criterion: chooses the weights.
         rewind: `none`, `rate` or `weights`.
-        rewind_step: the step to go back to, of one training.
+        rewind_step: the step of a training to return to.
 
     Raises:
         RecipeError: a number is out of range, or `rewind` has another value.
@@ -90,14 +90,14 @@ class PruningRounds:
             )
 
     def span(self, number: int, steps: int) -> tuple[int, int, int]:
-        """The steps of a round: the first, the last, and how many the learning rate's course has.
+        """Return the first and last step of a round, and the length of the learning rate's course.
 
         Args:
-            number: of the round, 1 to `rounds`.
-            steps: of one training.
+            number: number of the round, 1 to `rounds`.
+            steps: number of steps in one training.
 
         Raises:
-            RecipeError: `rewind_step` lies behind the end of the training.
+            RecipeError: `rewind_step` is after the end of the training.
         """
         if self.rewind == "none":
             return (number - 1) * steps, number * steps, self.rounds * steps
@@ -111,14 +111,14 @@ class PruningRounds:
 
 @dataclass(frozen=True)
 class Round:
-    """One round, as the retraining receives it.
+    """The facts of one round that the retraining receives.
 
     Attributes:
-        number: 1 to `rounds`.
-        rounds: how many there are.
-        sparsity: that the masks have now.
-        folder: for the files of the retraining; they are removed when the weights of the round are
-            saved. None where nothing is saved.
+        number: number of this round, 1 to `rounds`.
+        rounds: number of all rounds.
+        sparsity: current sparsity of the masks.
+        folder: folder for the files of the retraining. They are removed after the weights of the
+            round are saved. None saves nothing.
     """
 
     number: int
@@ -128,15 +128,15 @@ class Round:
 
 
 Retrain = Callable[[Round], None]
-"""Trains the model in place, with the masks held."""
+"""Trains the model in place and holds the masks."""
 
 
 class KeepEarly:
-    """A hook of the training loop that writes the weights to a file after one step.
+    """A hook of the training loop that writes the weights to a file after a given step.
 
     Args:
-        step: after how many steps, from 1. For step 0, call `write_weights` before training.
-        file: for the weights.
+        step: the step to write after, from 1. For step 0, call `write_weights` before training.
+        file: the file of the weights.
     """
 
     def __init__(self, step: int, file: Path) -> None:
@@ -153,7 +153,7 @@ class KeepEarly:
 
 
 def write_weights(model: Any, file: Path) -> None:
-    """Write all parameters of a model; the file exists whole or not at all.
+    """Write all parameters of a model. The file is complete, or it does not exist.
 
     Raises:
         MemoryBudgetError: the disk is full.
@@ -163,11 +163,11 @@ def write_weights(model: Any, file: Path) -> None:
 
 @torch.no_grad()
 def read_weights(model: Any, file: Path) -> None:
-    """Overwrite the parameters of a model with those of a file.
+    """Overwrite the parameters of a model with the values in a file.
 
     Raises:
         CheckpointError: the file is missing.
-        RecipeError: the file has other parameters, or of other shapes.
+        RecipeError: the file has other parameters or other shapes.
     """
     if not file.is_file():
         raise CheckpointError(
@@ -200,23 +200,23 @@ def prune_in_rounds(
 ) -> list[Round]:
     """Prune and retrain a model in rounds, in place.
 
-    With a folder, each round leaves its masks and weights there. A second call with the same
-    folder resumes: it loads the last finished round, and uses the masks of the next one if they
-    are stored.
+    With a folder, each round stores its masks and weights there. A second call with the same
+    folder resumes. It loads the last finished round, and the masks of the next one if they are
+    stored.
 
     Args:
-        model: trained, dense or pruned already.
+        model: a trained model, dense or pruned.
         kept: the masks that `retrain` holds, True = kept, by parameter; changed in place.
         how: sparsities, criterion, rewinding.
         retrain: called once for each round.
-        early: file of the weights to go back to, with rewind `weights`; see `KeepEarly`.
-        saved: folder for what a resumed call needs; None for none.
+        early: file of the early weights, with rewind `weights`; see `KeepEarly`.
+        saved: folder for the state of a resumed call; None saves nothing.
 
     Returns:
         The rounds that this call did.
 
     Raises:
-        CheckpointError: weights must go back, and there is no file of them.
+        CheckpointError: rewind `weights` needs a file of early weights, and there is none.
         VerificationError: `retrain` did not hold the masks.
     """
     found = _Saved(saved)
@@ -282,12 +282,12 @@ class _Saved:
         return dict(stored_masks(file)) if stored else None
 
     def keep_masks(self, number: int, masks: Mapping[str, Tensor]) -> None:
-        """Store the masks of a round that begins."""
+        """Store the masks of a new round."""
         if self.place is not None:
             write_whole(self.file(number, "masks"), masks)
 
     def keep_round(self, number: int, model: Any) -> None:
-        """Store the weights of a finished round; remove what no resumed run reads any more."""
+        """Store the weights of a finished round, and remove files that no resumed run needs."""
         if self.place is None:
             return
         write_weights(model, self.file(number, "weights"))

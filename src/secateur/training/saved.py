@@ -1,11 +1,11 @@
-"""What a training saves on disk while it runs, so that it can resume after any stop.
+"""The files that a running training saves, so that it can resume after any stop.
 
     FOLDER/state.safetensors    weights in float32, moments, masks; in its header, the progress
     FOLDER/best.safetensors     weights in float32 at the best validation
     FOLDER/log.jsonl            one line for every step: loss, learning rate, norm of the gradient
 
-Each file exists whole or not at all. Nothing is pickled. The files hold whole tensors, so another
-number of processes can resume.
+A file is complete, or it does not exist. There are no pickles. The files hold whole tensors, so a
+different number of processes can resume.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Log:
     """The log of a training, written line by line.
 
     Args:
-        file: None for memory only.
+        file: file of the log; None keeps it in memory only.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -44,10 +44,10 @@ class Log:
         self.lines: list[dict[str, Any]] = []
 
     def begin(self, steps: int) -> None:
-        """Start anew, or continue after so many steps; later lines are dropped.
+        """Start a new log, or continue after `steps` steps and drop later lines.
 
         Raises:
-            MemoryBudgetError: the disk is full; the log is as it was.
+            MemoryBudgetError: the disk is full; the log is unchanged.
         """
         self.lines = []
         if self.file is None:
@@ -70,7 +70,7 @@ class Log:
             self.written(self.file, "a", [line])
 
     def written(self, file: Path, mode: str, lines: list[dict[str, Any]]) -> None:
-        """Write lines, or say that the disk is full."""
+        """Write lines, or raise an error if the disk is full."""
         try:
             with file.open(mode, encoding="utf-8") as stream:
                 stream.write("".join(json.dumps(x) + "\n" for x in lines))
@@ -82,9 +82,9 @@ class Saved:
     """The files of a training.
 
     Args:
-        folder: of the files; None keeps the best weights in memory, and saves nothing.
+        folder: folder of the files; None keeps the best weights in memory and saves nothing.
         processes: the processes; the main one writes.
-        identity: everything the result depends on; a resumed run must have the same.
+        identity: everything that affects the result; a resumed run must have the same.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Saved:
         self.log = Log(folder / "log.jsonl" if folder is not None and processes.main else None)
 
     def file(self, name: str) -> Path | None:
-        """One of the files, if there are files."""
+        """The path of one file; None without a folder."""
         return None if self.folder is None else self.folder / f"{name}.safetensors"
 
     def save_state(
@@ -108,7 +108,7 @@ class Saved:
         hooks: Sequence[Hook],
         facts: Mapping[str, Any],
     ) -> None:
-        """Write all that a resumed training needs."""
+        """Write the state for a resumed training."""
         file = self.file("state")
         if file is None:
             return
@@ -131,10 +131,10 @@ class Saved:
         optimizer: torch.optim.Optimizer,
         hooks: Sequence[Hook],
     ) -> dict[str, Any] | None:
-        """Load what an earlier run saved; returns its facts, or None if there is nothing.
+        """Load the saved state of an earlier run. Return its facts, or None without a saved state.
 
         Raises:
-            RecipeError: it was another run.
+            RecipeError: the state belongs to another training.
         """
         file = self.file("state")
         if file is None or not file.exists():
@@ -175,7 +175,7 @@ class Saved:
             )
 
     def keep_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Keep the weights of this moment as the best so far."""
+        """Keep the current weights as the best so far."""
         file = self.file("best")
         if file is None:
             self.in_memory = {n: p.detach().clone() for n, p in parameters.items()}
@@ -183,7 +183,7 @@ class Saved:
         self.write(file, parameters, {})
 
     def restore_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Give parameters the best weights, if any were kept."""
+        """Load the best weights into the parameters, if there are any."""
         file = self.file("best")
         if self.in_memory is not None:
             with torch.no_grad():
@@ -195,7 +195,7 @@ class Saved:
                     put(stored, name, parameter)
 
     def keep_final(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Write the weights of the end, from which the checkpoint is made."""
+        """Write the final weights. The checkpoint is made from them."""
         file = self.file("final")
         if file is not None:
             self.write(file, parameters, {})
@@ -204,7 +204,7 @@ class Saved:
         """Write a file; all processes must call this together.
 
         Raises:
-            MemoryBudgetError: the disk is full; what was saved before is still there.
+            MemoryBudgetError: the disk is full; the earlier files remain.
         """
         write_whole(file, tensors, metadata, writes=self.processes.main)
         self.processes.wait()
@@ -217,16 +217,16 @@ def write_whole(
     *,
     writes: bool = True,
 ) -> None:
-    """Write a file that exists whole or not at all; one tensor is whole in memory at a time.
+    """Write a complete file or none. Only one whole tensor is in memory at a time.
 
     Args:
         file: a safetensors file.
-        tensors: by name; of shared ones, all processes put each together.
+        tensors: tensors by name. All processes together assemble a sharded tensor.
         metadata: text for the header of the file.
         writes: whether this process writes.
 
     Raises:
-        MemoryBudgetError: the disk is full; an older file of this name is still there.
+        MemoryBudgetError: the disk is full; an older file of this name remains.
     """
     unfinished, metadata = file.with_suffix(".unfinished"), metadata or {}
     known = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
@@ -257,16 +257,16 @@ def nobody() -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def put(stored: Any, key: str, parameter: nn.Parameter) -> None:
-    """Give a parameter a value from an open file."""
+    """Set a parameter to a value from an open file."""
     local(parameter).copy_(local(read_part(stored, key, parameter)))
 
 
 def read_part(stored: Any, key: str, parameter: Tensor, fused: bool = True) -> Tensor:
-    """A tensor of an open file, where and shared out as a parameter is, if it has its shape.
+    """Read a tensor of an open file for a parameter, on its device and divided like it.
 
-    Only this process's rows are read. They are copied: a mapped tensor keeps its file on the
-    disk after another file has taken its name. A number stays on the CPU unless the optimizer
-    is fused: torch needs its step counts there.
+    The function reads only this process's rows, and copies them. A mapped tensor would keep
+    its file on the disk after another file replaced it. A step count stays on the CPU unless the
+    optimizer is fused, because torch needs it there.
     """
     device, file = local(parameter).device, stored.get_slice(key)
     if tuple(file.get_shape()) != tuple(parameter.shape):

@@ -1,4 +1,4 @@
-"""The next masks of a model that is being trained: fewer weights kept, by any score and pattern."""
+"""The next masks of a model in training: any score and pattern select the weights to keep."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ __all__ = ["Criterion", "exchange", "prunable", "stage"]
 class Criterion:
     """The rule that chooses weights: a score and a pattern.
 
-    Pruned weights stay pruned, unless weights are exchanged: the pattern receives the present masks
-    as the weights it may keep (`Pattern.mask`). With scope `global`, one threshold over the model
-    sets the sparsity of each linear; otherwise each linear has the same.
+    Pruned weights stay pruned, unless weights are exchanged: the pattern may keep only the weights
+    of the current masks (`Pattern.mask`). With scope `global`, one threshold over the model sets
+    the
+    sparsity of each linear. Otherwise all linears have the same sparsity.
 
     Args:
-        score: how important each weight is.
-        pattern: which zeros are allowed. N:M is approached through larger N.
-        windows: token ids [samples, sequence_length] to gather from, for scores that need it.
+        score: importance of each weight.
+        pattern: which zeros are allowed. N:M is reached in stages of decreasing N.
+        windows: token ids [samples, sequence_length] for scores that need statistics.
     """
 
     score: ScoreFunction = field(default_factory=Magnitude)
@@ -48,17 +49,17 @@ class Criterion:
         sparsity: float,
         exchanged: float = 0.0,
     ) -> dict[str, Tensor]:
-        """The masks at a sparsity, True = kept, by parameter and in its stored orientation.
+        """Return the masks at a sparsity, True = kept, by parameter, in its stored orientation.
 
         Args:
-            model: with the weights of this moment.
-            kept: the masks until now.
-            sparsity: of every linear, or of all together with scope `global`.
-            exchanged: this fraction of the kept weights is given up for pruned ones with the
+            model: the model with its current weights.
+            kept: the current masks.
+            sparsity: sparsity of every linear; with scope `global`, of all linears together.
+            exchanged: fraction of the kept weights to exchange for pruned weights with the
                 largest gradients; see `exchange`.
 
         Raises:
-            RecipeError: an N:M pattern, under which weights cannot be exchanged.
+            RecipeError: the pattern is N:M, which does not allow exchanges.
             PatternError: the pattern cannot have this sparsity.
         """
         pattern = stage(self.pattern, sparsity)
@@ -95,37 +96,37 @@ def exchange(
     sparsity: float,
     fraction: float,
 ) -> Mask:
-    """A mask of this sparsity in which weights with large gradients take the place of some others.
+    """Return a mask of this sparsity, with some weights exchanged for weights of large gradient.
 
-    The lowest `fraction` of the weights that the score would keep are given up, and as many of all
-    others, those just given up among them, come (back) by |∂L/∂w|.
+    The score first selects the weights to keep. The lowest `fraction` of them is dropped. The same
+    number is then chosen by |∂L/∂w| among all other weights, including the dropped ones.
 
     Paper: Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners", arXiv:1911.11134;
     after a step of gradual pruning as in GraNet, Liu et al. 2021, arXiv:2106.10404.
 
     Args:
         score: float32 [out, in].
-        kept: the mask until now, bool [out, in].
-        gradient: of the loss, also where weights are pruned; float32 [out, in].
+        kept: the current mask, bool [out, in].
+        gradient: gradient of the loss, also of pruned weights; float32 [out, in].
         pattern: which zeros are allowed.
-        sparsity: of the result.
-        fraction: of the kept weights, at least 0 and below 1.
+        sparsity: sparsity of the result.
+        fraction: fraction of the kept weights, at least 0 and below 1.
     """
     survivors = pattern.mask(score, sparsity + fraction * (1 - sparsity), allowed=kept)
     rows, columns = score.shape
     missing = rows * columns - pattern.pruned((rows, columns), sparsity) - int(survivors.sum())
     if missing <= 0:
         return survivors
-    # What comes back is a mask of its own, among all that do not survive.
+    # The restored weights form a separate mask over all weights that do not survive.
     share = (rows * columns - missing) / (rows * columns)
     return survivors | pattern.mask(gradient.abs(), share, allowed=~survivors)
 
 
 def stage(pattern: Pattern, sparsity: float) -> Pattern | None:
-    """The pattern on its way to itself at a sparsity that it does not have yet.
+    """Return the intermediate pattern for a sparsity below the pattern's own.
 
-    For N:M that is N':M with the nearest N' >= N; None while that is all M. Other patterns can
-    have any sparsity.
+    For N:M this is N':M with the nearest N' >= N, or None if N' = M. Other patterns allow any
+    sparsity and return themselves.
     """
     if not isinstance(pattern, NOfM):
         return pattern
@@ -146,7 +147,7 @@ def prunable(model: Any) -> list[Linear]:
 def _shares(
     pattern: Pattern, scores: Mapping[str, Score], kept: Mapping[str, Mask], sparsity: float
 ) -> dict[str, float]:
-    """The sparsity of each linear: the pattern's, the same for all, or by one threshold."""
+    """Return the sparsity of each linear: the pattern's, a uniform one, or by one threshold."""
     if pattern.sparsity is not None:
         return dict.fromkeys(scores, pattern.sparsity)
     if pattern.scope != "global":

@@ -1,4 +1,4 @@
-"""A checkpoint that several processes read, each its part, and none the whole of."""
+"""Loads a checkpoint in several processes. Each reads its part, and none loads all of it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def load(
     apart: bool = True,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A model as transformers builds it, in eval mode; shared out if there are several processes.
+    """Load a transformers model in eval mode, and divide it if there are several processes.
 
-    One process loads it whole. Of several, each reads the decoder layers one after the other and
-    keeps its part of each, so it never has more than its part of the model and one layer.
+    A single process loads the whole model. Several processes read the decoder layers one at a time,
+    and each keeps its part. So a process holds at most its part of the model and one layer.
 
     Args:
         folder: the checkpoint.
         processes: the processes.
-        dtype: of the parameters; None keeps the stored one.
+        dtype: dtype of the parameters; None keeps the stored one.
         apart: see `ProcessGroup.shard`.
         trust_remote_code: run model code that comes with the checkpoint.
 

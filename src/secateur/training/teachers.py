@@ -1,8 +1,8 @@
-"""Who is learned from: a model in memory, or what it expects, written down beforehand.
+"""The teacher of a distillation: a model in memory, or a file of its predictions.
 
-A model in memory runs once for every batch. Written down are, for every token, the k most likely
-next ones with their log probabilities, and what is left for all others together; then the student
-has the memory for itself, and a text that is read several times costs the teacher one reading.
+A model in memory runs once for every batch. A file stores, for every token, the k most likely next
+tokens with their log probabilities, and the remaining probability of all others together. With a
+file, only the student is in memory, and the teacher reads a text once for any number of epochs.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ METADATA = "teacher"
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What a teacher says about a batch.
+    """The predictions of a teacher for a batch.
 
     Attributes:
         expected: rows and log q of the student → log p, float32 [tokens, vocabulary].
-        hidden: outputs of its decoder layers, by number, where the objective needs them.
+        hidden: outputs of its decoder layers, by number, if the objective needs them.
     """
 
     expected: Expected
@@ -55,17 +55,17 @@ class TeacherOutput:
 
 
 class Teacher(Protocol):
-    """Says what it expects."""
+    """Predicts the next token of every token in a batch."""
 
     vocabulary: int
 
     def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
-        """What it expects at every token of a batch, and the outputs of some decoder layers."""
+        """Return the predictions for a batch, and the outputs of some decoder layers."""
         ...
 
 
 class ModelTeacher:
-    """A model in memory; nothing of it is trained.
+    """A teacher in memory. It does not learn.
 
     Args:
         model: a causal language model in eval mode, on the device of the student.
@@ -90,7 +90,7 @@ class ModelTeacher:
 
 
 def _from_states(head: Any, states: Tensor, temperature: float, vocabulary: int) -> Expected:
-    """Log p of rows; logits are made for many tokens at once, and kept until all are asked for."""
+    """Returns log p of rows. It computes many logits at once and keeps them for later rows."""
     size = max(1, AT_ONCE_BYTES // (4 * vocabulary))
     block, logits = slice(0, 0), states
 
@@ -107,16 +107,17 @@ def _from_states(head: Any, states: Tensor, temperature: float, vocabulary: int)
 
 
 class WrittenTeacher:
-    """The k most likely tokens of every place, from a file that `write_teacher` wrote.
+    """The k most likely tokens at every position, from a file that `write_teacher` wrote.
 
-    What is left is one outcome, "any other token". It is spread as the student spreads it, so that
-    the student is never told how; see `divergence_rows`.
+    The remaining probability is one outcome, "any other token". It is distributed as in the
+    student,
+    so the student learns nothing about its distribution; see `divergence_rows`.
 
     Args:
-        file: of the windows that the student reads, in their order.
+        file: predictions for the windows that the student reads, in the same order.
 
     Raises:
-        SourceError: there is no such file, or it is none of these.
+        SourceError: the file is missing, or `write_teacher` did not write it.
     """
 
     def __init__(self, file: Path) -> None:
@@ -137,7 +138,7 @@ class WrittenTeacher:
         """See `Teacher`.
 
         Raises:
-            RecipeError: the file is of another temperature, or the objective needs layers.
+            RecipeError: the file has another temperature, or the objective needs hidden states.
         """
         if layers:
             raise RecipeError(
@@ -162,7 +163,7 @@ class WrittenTeacher:
         return TeacherOutput(expected, {})
 
     def read(self, part: str, numbers: Sequence[int]) -> Tensor:
-        """A part for some windows, one after the other, in float32 or whole numbers."""
+        """Return one stored tensor for some windows, in float32 or int64."""
         read = [self.stored.get_tensor(f"{n}/{part}") for n in numbers]
         return torch.cat([x.float() if x.is_floating_point() else x for x in read])
 
@@ -181,20 +182,20 @@ def write_teacher(
     on_window: Callable[[], None] = lambda: None,
     writes: bool = True,
 ) -> None:
-    """Write down what a model expects at every token of windows, one window in memory.
+    """Write a model's predictions for every token of windows, with one window in memory.
 
     Args:
         model: the teacher.
         windows: token ids [windows, length].
-        file: is there whole or not at all.
-        k: how many of the most likely tokens are kept; log p in float16, 6 bytes for each.
-        temperature: that the student will be taught at.
-        name: of the teacher, for the record.
+        file: the result. It is complete, or it does not exist.
+        k: number of most likely tokens to keep, 6 bytes for each; log p is in float16.
+        temperature: temperature of the distillation.
+        name: name of the teacher, for the record.
         on_window: called after every window.
-        writes: False for a process that has a part of the model and runs it, but writes nothing.
+        writes: False for a process that runs its part of the model but writes nothing.
 
     Raises:
-        RecipeError: k is not between 1 and the vocabulary less 1.
+        RecipeError: k is not between 1 and the vocabulary size − 1.
     """
     teacher = ModelTeacher(model)
     if not 0 < k < teacher.vocabulary:
@@ -231,7 +232,7 @@ def write_teacher(
 
 
 def _most_likely(expected: Expected, length: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log p of the k most likely tokens of every place, log of the rest, and which they are."""
+    """Return log p of the k most likely tokens at every position, log of the rest, and the ids."""
     found = []
     for start in range(0, length, 64):
         log_p = expected(slice(start, min(start + 64, length)), torch.empty(0))
@@ -243,17 +244,17 @@ def _most_likely(expected: Expected, length: int, k: int) -> tuple[Tensor, Tenso
 
 
 def vocabulary_of(model: Any) -> int:
-    """How many logits a model gives."""
+    """The number of logits of a model."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     return len(weight) if isinstance(weight, Tensor) else int(model.config.vocab_size)
 
 
 def windows_digest(windows: Tensor) -> str:
-    """By which a file knows the windows that it is of."""
+    """The digest by which a file recognises its windows."""
     return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _matmuls(device: torch.device) -> AbstractContextManager[Any]:
-    """The teacher may be rough: the student only needs to know the way."""
+    """Return a context with fast, less precise products. They are enough for a teacher."""
     return fast_matmuls(device)

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a training, while it runs."""
+"""The curves that TensorBoard shows of a running training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class TensorBoardLog:
     """Curves in a folder that `tensorboard --logdir FOLDER` shows.
 
     Args:
-        folder: of the curves; it may hold curves of other runs.
-        step: where the training resumes; points of later steps are dropped.
+        folder: folder of the curves; it may hold curves of other runs.
+        step: the step at which the training resumes. Points of later steps are dropped.
 
     Raises:
         RecipeError: the package tensorboard is not installed.
@@ -33,10 +33,10 @@ class TensorBoardLog:
         self.writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Points of curves, by their names, at a step of the optimizer."""
+        """Add one point to each named curve at a step of the optimizer."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write the points that are still in memory."""
         self.writer.close()

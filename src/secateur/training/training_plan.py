@@ -21,7 +21,7 @@ __all__ = ["RATE_TIMES_WIDTH", "TrainingPlan", "optimizers"]
 RATE_TIMES_WIDTH = 0.25
 TOKENS_AT_ONCE = 2048
 TOKENS_OF_RATE = 2048
-"""Tokens in a step that the rate was chosen with."""
+"""Number of tokens in a step for which the default rate was chosen."""
 NEED_MORE = {"LBFGS", "SparseAdam", "Optimizer"}
 """Optimizers that need a closure, or gradients of another kind."""
 
@@ -29,36 +29,36 @@ NEED_MORE = {"LBFGS", "SparseAdam", "Optimizer"}
 @dataclass(frozen=True)
 class TrainingPlan:
     """The learning rate rises over the first `warm_up` of the run and falls to 0 along half a
-    cosine. Its length is known: `steps`, or `minutes`, where the clock says how much is done.
+    cosine. The length of the run is `steps`, or `minutes`, measured by the clock.
 
-    A pruned model is near a good one: it needs small steps. The default learning rate is about a
-    tenth of what models of its width are first trained with.
+    A pruned model is near a good one, so it needs small steps. The default learning rate is about a
+    tenth of the usual rate for training a model of this width from scratch.
 
     Args:
-        steps: of the optimizer; 0 where `minutes` are given.
-        minutes: instead of steps. Everything counts: steps, validation, saving.
-        learning_rate: the highest; None stands for 0.25 / hidden size · √(tokens in a step / 2048),
-            with the root at most 1. What suits a small model is too much for a wide one: Adam's
-            best rate falls as 1 / width (Yang et al. 2022, arXiv:2203.03466). The fewer tokens in
-            a step, the more of its gradient is noise, which Adam does not see as small: its best
-            rate falls as the root of their number (Malladi et al. 2022, arXiv:2205.10287).
-        warm_up: share of the run.
-        clip: the norm that the gradient of all parameters is cut to; 0 for none.
+        steps: number of steps of the optimizer; 0 with `minutes`.
+        minutes: duration of the run in place of steps, including validation and saving.
+        learning_rate: the highest rate; None means 0.25 / hidden size · √(tokens in a step / 2048),
+            with the root at most 1. Adam's best rate falls as 1 / width (Yang et al. 2022,
+            arXiv:2203.03466). Fewer tokens in a step make its gradient noisier, and Adam
+            normalises the noise to full size. So its best rate falls with the root of the number
+            of tokens (Malladi et al. 2022, arXiv:2205.10287).
+        warm_up: share of the run in which the rate rises.
+        clip: maximum norm of the gradient of all parameters; 0 for no limit.
         optimizer: the name of a class of `torch.optim`.
         optimizer_options: its arguments besides the learning rate.
-        rates: times the learning rate, by globs of parameter names; the last that matches counts.
+        rates: factors of the learning rate, by globs of parameter names. The last match counts.
             0 freezes.
-        micro_batch: windows in one forward and backward, at most; None stands for about 2048
+        micro_batch: maximum number of windows in one forward and backward; None means about 2048
             tokens. A step adds up the gradients of its parts.
-        gradient_checkpointing: decoder layers are run again in the backward, and keep their inputs
-            only.
-        fast_matmuls: products in bfloat16 where the processor is faster at it; weights and moments
-            are in float32 whatever happens.
-        validations: of the run, besides the one before it; 0 for none.
+        gradient_checkpointing: decoder layers keep only their inputs, and the backward runs them
+            again.
+        fast_matmuls: compute products in bfloat16 if the processor is faster at it. Weights and
+            moments are always in float32.
+        validations: number of validations during the run, besides the first; 0 for none.
         patience: stop after so many validations without a new best; 0 for never.
-        save_minutes: between saves of what a resumed training needs.
-        diverged: the median of the last losses may be so many times the lowest it was, and a tenth
-            of the first loss more; 0 allows anything.
+        save_minutes: minutes between saves.
+        diverged: limit of the median of the last losses, as a multiple of its lowest value so
+            far; a tenth of the first loss is added. 0 sets no limit.
 
     Raises:
         RecipeError: a number is out of range, or there is no such optimizer.
@@ -114,7 +114,7 @@ class TrainingPlan:
 
         Args:
             width: hidden size of the model.
-            tokens: in a step, of all processes.
+            tokens: number of tokens in a step, of all processes.
         """
         root = math.sqrt(min(1.0, tokens / TOKENS_OF_RATE))
         return self.learning_rate or RATE_TIMES_WIDTH / width * root
@@ -123,15 +123,15 @@ class TrainingPlan:
         """The learning rate of a step.
 
         Args:
-            done: share of the run that is over before it.
-            step_share: share of the run that it takes.
-            peak: the highest one.
+            done: share of the run that is finished before the step.
+            step_share: share of the run that the step takes.
+            peak: the highest learning rate.
         """
         warm = min(1.0, (done + step_share) / self.warm_up) if self.warm_up else 1.0
         return peak * warm * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def at_once(self, length: int) -> int:
-        """Windows of this length in one forward."""
+        """The number of windows of this length in one forward."""
         return self.micro_batch or max(1, TOKENS_AT_ONCE // length)
 
     def writes_out(self, device: torch.device, length: int) -> bool:
@@ -140,12 +140,12 @@ class TrainingPlan:
         return not saving and writes_out(device, length)
 
     def factor(self, name: str) -> float:
-        """Times the learning rate, of a parameter."""
+        """The factor of the learning rate of a parameter."""
         matching = [factor for glob, factor in self.rates.items() if fnmatchcase(name, glob)]
         return matching[-1] if matching else 1.0
 
     def make_optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Any:
-        """The optimizer over parameters that are trained; each group has its `factor`.
+        """Make the optimizer of the trained parameters. Each group has its `factor`.
 
         Raises:
             RecipeError: the optimizer does not take the options, or these parameters.
@@ -174,11 +174,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Adam": {"betas": (0.9, 0.95)},
     "SGD": {"momentum": 0.9},
 }
-"""What differs from torch: language models are trained with a shorter memory of squares."""
+"""Defaults that differ from torch: language models use a shorter average of squares."""
 
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers of torch, by their names in small letters."""
+    """The optimizers of torch, by their lower-case names."""
     return {
         name.lower(): kind
         for name, kind in vars(torch.optim).items()

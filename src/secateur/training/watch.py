@@ -1,4 +1,4 @@
-"""What is watched while a model trains: the losses of the steps, and held-out text."""
+"""Monitors a training: the losses of its steps, and the loss on held-out text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secateur.training.batches import Batch
 __all__ = ["DivergenceWatch", "mean_loss"]
 
 WATCHED = 10
-"""Steps in one median."""
+"""Number of steps in one median."""
 SUSPECT, NOISE = 1.5, 0.1
 
 Objective = Callable[[Any, Batch], Tensor]
@@ -25,14 +25,14 @@ Objective = Callable[[Any, Batch], Tensor]
 class DivergenceWatch:
     """Finds a training that diverges.
 
-    A training diverges where, of the medians m over the last 10 losses,
+    Let m be the median of the last 10 losses. A training diverges when
 
         m_now > limit · min(m so far) + 0.1 · loss_1
 
     The last term lets a loss near 0 vary.
 
     Args:
-        limit: 0 allows anything.
+        limit: factor of the lowest median; 0 sets no limit.
     """
 
     def __init__(self, limit: float) -> None:
@@ -41,7 +41,7 @@ class DivergenceWatch:
         self.watched = 0
 
     def fault(self, log: Sequence[Mapping[str, Any]]) -> str | None:
-        """Read the log up to its end; say what is wrong, or None.
+        """Read the new lines of the log. Return a description of the divergence, or None.
 
         Args:
             log: one line for each step, with `loss`.
@@ -59,7 +59,7 @@ class DivergenceWatch:
         )
 
     def is_suspicious(self, log: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the last loss is so high that the training may be about to diverge."""
+        """Whether the last loss is so high that the training may diverge soon."""
         if not self.watched or not self.limit:
             return False
         allowed: float = SUSPECT * self.lowest + NOISE * log[0]["loss"]
@@ -78,10 +78,10 @@ def mean_loss(
 
     Args:
         model: a causal language model.
-        objective: the loss of a batch, a mean over its windows.
+        objective: the loss of a batch; a mean over its windows.
         windows: token ids [windows, length], on any device.
-        at_once: windows in one forward.
-        matmuls: makes the context that sets the precision of products.
+        at_once: number of windows in one forward.
+        matmuls: returns a context that sets the precision of products.
     """
     device, total = next(model.parameters()).device, 0.0
     for ids in windows.split(at_once):

@@ -1,4 +1,4 @@
-"""Workflows: the only place where the rooms are wired together; a folder for each family of verbs.
+"""Workflows connect the other rooms. Each family of verbs has a folder.
 
 The Python API (`secateur.prune`, `secateur.structure`, …) and the command line call the same
 functions.

@@ -1,7 +1,7 @@
-"""A chain: cut, prune, train, compress, one after the other, with one account of what is left.
+"""A chain runs several verbs in order (cut, prune, train, compress) and reports each step.
 
-Each step is what its verb does, from the folder of the step before. A step's folder is there whole
-or not at all, so a killed chain goes on with the step it was in, which goes on where it was.
+Each step reads the folder of the previous step. A step's folder is complete, or it does not exist.
+So a killed chain resumes with its unfinished step, and that step resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BEGUN = "begun.json"
 
 @takes_options_of(ChainRecipe)
 def chain(model: str | Path, *, progress: Progress | None = None, **options: Any) -> ChainResult:
-    """Carry out several verbs, each on what the one before it made.
+    """Carry out several verbs. Each reads the result of the previous one.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
@@ -59,13 +59,13 @@ def run_chain(
 ) -> ChainResult:
     """Carry out a recipe into a new folder.
 
-    A stopped chain may be resumed with other steps, as long as those that are done are the same.
+    A stopped chain can resume with different steps if its finished steps are the same.
 
     Args:
-        recipe: of the chain.
+        recipe: recipe of the chain.
         progress: receives every step.
-        resume: resume a stopped chain; start, if there is none.
-        restart: discard what a stopped chain left.
+        resume: resume a stopped chain, or start if there is none.
+        restart: discard the files of a stopped chain.
         overwrite: replace an existing output folder.
 
     Raises:
@@ -92,13 +92,13 @@ def run_chain(
 
 
 def check_done(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
-    """Refuse to resume a chain in which a finished step was another one.
+    """Refuse to resume a chain if one of its finished steps differs.
 
     Returns:
-        What every step that has begun was asked to do.
+        The recorded recipes of all steps that have begun.
 
     Raises:
-        RecipeError: naming the step, and in what it differs.
+        RecipeError: a finished step differs; the message names the step and the difference.
     """
     file = folder.work / BEGUN
     begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
@@ -123,13 +123,13 @@ def carry_out(
     trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[ChainStep, ...]:
-    """All steps, as far as an earlier run has not; what is left after each.
+    """Run the steps that no earlier run finished. Return the report of each step.
 
-    What a step is asked to do is written before it begins. Its account is written when its folder
-    is whole. When all accounts are there, the folder of the last step becomes the result.
+    The recipe of a step is written before it begins. Its report is written when its folder is
+    complete. When all reports exist, the folder of the last step becomes the result.
     """
     begun = check_done(steps, folder)
-    before: str | Path = model  # the first step knows what the user named, and says so
+    before: str | Path = model  # the first step reports the model under the user's name
     links = [counted("source", source, 0.0, trust_remote_code, progress)]
     for step in steps:
         made = folder.work / f"{step.number:02d}-{step.verb}"
@@ -156,7 +156,7 @@ def carry_out(
 
 
 def name_the_output(folder: RunFolder, steps: Sequence[PlannedStep]) -> None:
-    """Let card and recipe name the folder of the result where they named the folders of steps."""
+    """Replace the folders of steps by the folder of the result, in the card and the recipe."""
     for file in (folder.model / "README.md", folder.notes / "recipe.yaml"):
         if file.is_file():
             text = file.read_text(encoding="utf-8")
@@ -169,7 +169,7 @@ def name_the_output(folder: RunFolder, steps: Sequence[PlannedStep]) -> None:
 def counted(
     step: str, folder: Path, seconds: float, trust_remote_code: bool, progress: Progress
 ) -> ChainStep:
-    """What a folder holds."""
+    """Describe the contents of a folder."""
     audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)
     zeros = sum(linear.zeros for linear in audit.linears)
     return ChainStep(
@@ -183,7 +183,7 @@ def counted(
 
 
 def gather_notes(folder: RunFolder) -> None:
-    """Keep the notes of every step but the last beside those of the result."""
+    """Copy the notes of every step except the last beside the notes of the result."""
     for step in sorted(folder.work.iterdir()):
         if (step / NOTES).is_dir():
             shutil.copytree(
@@ -195,5 +195,5 @@ def gather_notes(folder: RunFolder) -> None:
 
 
 def read_report(output: Path) -> ChainResult:
-    """The account that lies in a chain's result."""
+    """Read the report in the result of a chain."""
     return ChainResult(read_record(Chain, output / NOTES / CHAIN).links, output)

@@ -1,4 +1,4 @@
-"""The steps of a chain: what each can be, and how all are checked before the first one runs."""
+"""The steps of a chain: the possible verbs, and the checks before the first step runs."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from secateur.workflows.train.checkpoint import run_training
 __all__ = ["STEPS", "PlannedStep", "checked_steps"]
 
 ENDS = {"model": "model", "output": "output"}
-"""What a recipe must have, and a step does not have yet when it is checked."""
+"""Placeholders for required recipe keys whose values are unknown during the check."""
 
 GIVEN = {*ENDS, "resume", "restart", "overwrite", "progress", "trust_remote_code"}
-"""Options of a verb that the chain gives itself."""
+"""Options of a verb that the chain sets itself."""
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """What a step can be.
+    """A verb that can be a step.
 
     Attributes:
         recipe: the class of its recipe.
-        run: carries a recipe out; takes the recipe, a progress and the options of the call.
-        check: checks whatever of a recipe can be checked without its model.
+        run: carries out a recipe; takes the recipe, a progress and the options of the call.
+        check: checks everything in a recipe that does not need its model.
     """
 
     recipe: type[Recipe]
@@ -59,9 +59,9 @@ class PlannedStep:
     """One step of a chain.
 
     Attributes:
-        number: from 1.
-        verb: what is done.
-        recipe: how, with a placeholder for the model and the output.
+        number: its number, from 1.
+        verb: the verb it runs.
+        recipe: the recipe, with placeholders for the model and the output.
     """
 
     number: int
@@ -70,19 +70,19 @@ class PlannedStep:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """Everything the step's model depends on, apart from the model before it."""
+        """Everything that affects the step's model, apart from the model before it."""
         return {
             self.verb: self.recipe.model_dump(mode="json", exclude={*ENDS, "trust_remote_code"})
         }
 
     def run(self, model: str | Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
-        """Carry the step out, from one folder to another."""
+        """Carry out the step, from one folder to another."""
         ends = {"model": str(model), "output": str(output), "trust_remote_code": trust}
         STEPS[self.verb].run(self.recipe.model_copy(update=ends), progress, **call)
 
 
 def check_prune(recipe: PruneRecipe) -> None:
-    """Check the parts of a pruning, and that they fit together."""
+    """Check the parts of a pruning recipe, and that they fit together."""
     method, _ = method_of(recipe)
     allocation_of(recipe, method)
     choose_device(recipe.device)
@@ -103,7 +103,7 @@ def check_structure(recipe: StructureRecipe) -> None:
 
 
 def check_training(recipe: RetrainRecipe) -> None:
-    """Check the optimizer, the device and, of gradual pruning, the parts."""
+    """Check the optimizer, the device, and the parts of gradual pruning."""
     TrainingPlan(steps=1, optimizer=recipe.optimizer)
     choose_device(recipe.device)
     if recipe.gradual is not None:
@@ -119,18 +119,18 @@ STEPS: Mapping[str, StepKind] = {
     "distill": StepKind(DistillRecipe, run_training, check_training),
     "compress": StepKind(CompressRecipe, compress_recipe, check_compression),
 }
-"""What a step can be, by its verb."""
+"""The possible steps, by verb."""
 
 
 def checked_steps(steps: Sequence[Any], teacher: str) -> list[PlannedStep]:
     """Read and check all steps.
 
     Args:
-        steps: each a mapping of one verb to its options.
-        teacher: whom a distillation learns from if it names nobody.
+        steps: each maps one verb to its options.
+        teacher: the teacher of a distillation that names none.
 
     Raises:
-        SecateurError: a step cannot be carried out; it says which one and why.
+        SecateurError: a step cannot be carried out; the message says which one and why.
     """
     return [checked(number, step, teacher) for number, step in enumerate(steps, start=1)]
 
@@ -139,7 +139,7 @@ def checked(number: int, step: Any, teacher: str) -> PlannedStep:
     """One step.
 
     Raises:
-        SecateurError: it cannot be carried out, and why.
+        SecateurError: the step cannot be carried out; the message says why.
     """
     where = f"step {number} of the chain"
     if not isinstance(step, Mapping) or len(step) != 1:
@@ -164,7 +164,7 @@ def checked(number: int, step: Any, teacher: str) -> PlannedStep:
         raise RecipeError(
             f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
         )
-    if verb == "distill":  # whatever was cut and pruned since
+    if verb == "distill":  # after any cuts and pruning
         options.setdefault("teacher", teacher)
     kind = STEPS[verb]
     try:

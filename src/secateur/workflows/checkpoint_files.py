@@ -1,4 +1,4 @@
-"""What a converted checkpoint takes over from its source besides the weights."""
+"""Copies everything except the weights from a source to a converted checkpoint."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from secateur.runs.output import cannot_write
 __all__ = ["carry_over"]
 
 MEASURED = (EVALUATION, "diagnosis.json", "bench.json", "compression.json")
-"""Notes of what was measured of weights and files; all others say how they were made."""
+"""Notes that measure the weights and files. All other notes record how they were made."""
 
 
 def carry_over(
     source: Path, target: Path, config: Mapping[str, Any], *, same_weights: bool
 ) -> None:
-    """Copy tokenizer, licence and the records of the pruning run; write the configuration.
+    """Copy tokenizer, licence and the records of the pruning run, and write the configuration.
 
-    What was measured of the source is left behind. Only its evaluation comes along where the
-    weights are the same, every result marked with the model that it was measured on. A diagnosis
-    and a bench are also about the files, so they have to be made again.
+    Measurements of the source are not copied. The only exception is its evaluation if the
+    weights are the same; each result then names the model it was measured on. A diagnosis and a
+    bench also measure the files, so they must be repeated.
 
     Args:
         source: a checkpoint.
         target: the folder of the new one.
-        config: its configuration.
-        same_weights: whether the new one has the weights of the source, number for number.
+        config: configuration of the new checkpoint.
+        same_weights: whether the new checkpoint has exactly the weights of the source.
 
     Raises:
         MemoryBudgetError: the disk is full.
@@ -52,7 +52,7 @@ def carry_over(
             shutil.copytree(
                 notes,
                 target / NOTES,
-                # notes of earlier steps lie deeper, and stay true of those
+                # notes of earlier steps are in subfolders and stay valid for those steps
                 ignore=lambda folder, _: MEASURED if Path(folder) == notes else (),
                 dirs_exist_ok=True,
             )

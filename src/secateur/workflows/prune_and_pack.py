@@ -1,4 +1,4 @@
-"""`secateur prune`: a checkpoint into a new folder, packed at once if wanted, or a loaded model."""
+"""`secateur prune`: prunes a checkpoint, and can pack the result; or prunes a loaded model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["prune", "prune_recipe"]
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
-"""Keys of the recipe that are no options of its first step."""
+"""Keys of the recipe that are not options of its first step."""
 
 
 @takes_options_of(PruneRecipe)
@@ -55,7 +55,7 @@ def prune(
         **options: the other options of the recipe.
 
     Returns:
-        What was done.
+        The result of the run.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -88,13 +88,13 @@ def prune_recipe(
     restart: bool = False,
     overwrite: bool = False,
 ) -> PruneResult:
-    """Carry out a recipe; with `compress` in it, as a chain of two steps.
+    """Carry out a recipe. With `compress`, it runs as a chain of two steps.
 
     Args:
-        recipe: of the pruning.
+        recipe: recipe of the pruning.
         progress: receives every step.
-        resume: resume a stopped run; start, if there is none.
-        restart: discard what a stopped run left.
+        resume: resume a stopped run, or start if there is none.
+        restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
     """
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
@@ -121,7 +121,7 @@ def chain_of(recipe: PruneRecipe) -> ChainRecipe:
 
 
 def name_recipe(recipe: PruneRecipe, output: Path) -> None:
-    """Write the whole recipe in the place of the recipe of the first step."""
+    """Replace the recipe of the first step by the whole recipe."""
     file, card = output / NOTES / RECIPE, output / "README.md"
     step, whole = file.read_text(encoding="utf-8"), dump_recipe(recipe)
     text = card.read_text(encoding="utf-8")

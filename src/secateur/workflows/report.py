@@ -28,17 +28,17 @@ def report(
     plots: bool = False,
     card: str | Path | None = None,
 ) -> ReportResult:
-    """Write one page about pruned models: all that was measured of them, side by side.
+    """Write one page with all measurements of pruned models, side by side.
 
     Args:
         runs: run folders, compressed or not, and folders of sweeps.
         output: the HTML file.
         plots: also write every chart as PNG and SVG into the folder `<output>-plots`.
-        card: also write the model card of the only run, with all that was measured, to this file.
+        card: also write the model card of the only run, with all its measurements, to this file.
 
     Raises:
-        SecateurError: a folder is no run or sweep, a file in it is damaged, or a card was asked
-            for and there is not exactly one run.
+        SecateurError: a folder is not a run or a sweep, a file in it is damaged, or `card` is given
+            without exactly one run.
     """
     page = Path(output)
     for file in (page, *([] if card is None else [Path(card)])):
@@ -59,7 +59,7 @@ def report(
 
 
 def save_all_plots(records: Records, folder: Path) -> list[Path]:
-    """Every chart of the page as PNG and SVG."""
+    """Write every chart of the page as PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for chart in all_figures(records):
@@ -69,7 +69,7 @@ def save_all_plots(records: Records, folder: Path) -> list[Path]:
 
 
 def card_text(run: ReportedRun) -> str:
-    """The model card of a run with all that was measured of it."""
+    """Write the model card of a run with all its measurements."""
     written = run.folder / "README.md"
     manifest = run.manifest.model_dump()
     dense = model_card(manifest, run.recipe, run.folder, run.folder, evidence(run))

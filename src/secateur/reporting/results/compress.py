@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.reporting.results.next_steps import after_a_packed_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, mib
 
@@ -150,6 +151,7 @@ class CompressResult(Result):
                 formats,
             ),
             Table.facts("", closing),
+            *after_a_packed_folder(self.output, None),
         ]
 
     @classmethod

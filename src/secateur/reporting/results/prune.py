@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.models.inventory import Left
 from secateur.reporting.results.compress import CompressResult
+from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
 
@@ -66,4 +67,6 @@ class PruneResult(Result):
         if self.manifest["collapsed"]:
             rows.append(("collapsed", ", ".join(self.manifest["collapsed"])))
         pruned = Table.facts("pruned", [*rows, ("output", str(self.output))])
-        return [pruned, *(self.compression.blocks() if self.compression else ())]
+        if self.compression is not None:
+            return [pruned, *self.compression.blocks()]
+        return [pruned, *after_a_dense_folder(self.output, self.manifest["source"]["name"])]

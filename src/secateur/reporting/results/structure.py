@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, gib, mib
 
@@ -30,8 +31,9 @@ class StructureResult(Result):
         return {"output": str(self.output), **self.manifest}
 
     def blocks(self) -> Sequence[Block]:
-        """What the cut removed in total, and in each step."""
-        return [self.removed(), self.steps()]
+        """What the cut removed in total and in each step, and what to try next."""
+        dense = self.manifest["source"]["name"]
+        return [self.removed(), self.steps(), *after_a_dense_folder(self.output, dense)]
 
     def removed(self) -> Table:
         """The model before and after."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.evaluation.protocol import protocol_id
+from secateur.reporting.results.next_steps import after_a_sweep
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 from secateur.reporting.wording import bare_name, percent
@@ -66,6 +67,7 @@ class SweepResult(Result):
             Line("in brackets: ln(perplexity) − ln(dense perplexity), nats a token", style="dim"),
             *(Line(failure, style="red") for failure in failures),
             Line(f"sweep.json, .md, .csv, .png and .svg are in {self.folder}"),
+            *after_a_sweep(self.folder, self.sweep.model),
         ]
 
     def rows(self) -> list[list[str]]:

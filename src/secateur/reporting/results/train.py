@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, gib
 
@@ -54,4 +55,4 @@ class TrainResult(Result):
         if self.perplexity_after is not None:
             change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
             rows.insert(2, ("validation perplexity", f"{change} at step {result['best_step']}"))
-        return [Table.facts("trained", rows)]
+        return [Table.facts("trained", rows), *after_a_dense_folder(self.output, None)]

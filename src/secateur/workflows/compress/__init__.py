@@ -1,1 +1,1 @@
-"""`secateur compress` and `decompress`: the zeros leave the file, and come back."""
+"""`secateur compress` and `decompress`: store a checkpoint without its zeros, and restore it."""

@@ -1,4 +1,4 @@
-"""The options of a compression, checked before any model is read."""
+"""Checks the options of a compression before any model is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["check_compression"]
 
 
 def check_compression(recipe: CompressRecipe) -> None:
-    """Check whatever of a recipe can be checked without its model.
+    """Check everything in a recipe that does not need its model.
 
     Raises:
         RecipeError: a format is unknown, or options do not fit together.

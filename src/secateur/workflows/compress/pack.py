@@ -1,9 +1,9 @@
-"""Compressing a pruned checkpoint: its zeros are no longer stored.
+"""Compresses a pruned checkpoint: the files no longer store its zeros.
 
-Two passes over the source, one matrix in memory: the first counts, chooses the smallest layout
-for each matrix and so knows every size; the second packs and writes. The result is read again and
-verified before the folder gets its name. With calibration text a run before them moves the weights
-to int8 grids (`rounding`); that run can be resumed.
+There are two passes over the source, with one matrix in memory. The first pass counts zeros and
+chooses the smallest layout for each matrix, so all sizes are known. The second pass packs and
+writes. The result is read again and verified before the folder gets its final name. With
+calibration text, a resumable run first moves the weights to int8 grids (`rounding`).
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ COMPRESSION = "compression.json"
 
 @dataclass
 class StoragePlan:
-    """How every tensor of the source will be stored.
+    """How every tensor of the source is stored in the result.
 
     Attributes:
-        choices: of the matrices that were looked at, by stored name.
-        dtypes: of every tensor that is stored under its own name.
-        lost: ‖W − Ŵ‖² over the linears, Ŵ being the values that are stored.
+        choices: layouts of the packable matrices, by stored name.
+        dtypes: dtypes of all tensors that are stored under their own names.
+        lost: ‖W − Ŵ‖² over the linears, with Ŵ the stored values.
         norm: ‖W‖² over the linears.
     """
 
@@ -72,18 +72,18 @@ class StoragePlan:
 
     @property
     def value_error(self) -> float:
-        """‖W − Ŵ‖ / ‖W‖ over the linears; 0 where nothing was rounded."""
+        """‖W − Ŵ‖ / ‖W‖ over the linears; 0 if nothing was rounded."""
         return (self.lost / self.norm) ** 0.5 if self.norm else 0.0
 
     def layout(self, name: str) -> Layout | None:
-        """The layout of a tensor; None for one that stays as it is, or is only cast."""
+        """Return the layout of a tensor; None for a tensor that is copied or only cast."""
         choice = self.choices.get(name)
         if choice is None or (choice.layout.format == DENSE and choice.layout.values != "int8"):
             return None
         return choice.layout
 
     def keeps_weights(self, reader: CheckpointReader) -> bool:
-        """Whether every tensor is stored in the dtype of the source, so that no number changes."""
+        """Whether every tensor keeps the dtype of the source, so that no value changes."""
         stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
         return all(stored[name] == entry.dtype for name, entry in reader.entries.items())
 
@@ -94,11 +94,11 @@ def compress(
 ) -> CompressResult:
     """Write a checkpoint without its zeros.
 
-    With calibration text, int8 weights compensate each other's rounding errors (GPTQ), so that
-    outputs stay closer to those of the source. Without it each weight is rounded to the nearest.
+    With calibration text, int8 weights compensate each other's rounding errors (GPTQ), so the
+    outputs stay closer to the source's. Without it, each weight is rounded to the nearest value.
 
     Args:
-        model: folder, hub id, GGUF file or named sample; pruned, or little is gained.
+        model: folder, hub id, GGUF file or named sample. A model that is not pruned gains little.
         progress: receives every step.
         **options: the other options of the recipe.
 
@@ -123,10 +123,10 @@ def compress_recipe(
     """Carry out a recipe into a new folder.
 
     Args:
-        recipe: of the compression.
+        recipe: recipe of the compression.
         progress: receives every step.
-        resume: resume a stopped run that had calibration; start, if there is none.
-        restart: discard what such a run left.
+        resume: resume a stopped run with calibration, or start if there is none.
+        restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
     """
     begun = time.perf_counter()
@@ -179,7 +179,7 @@ def compress_recipe(
 def identity(
     recipe: CompressRecipe, reader: CheckpointReader, progress: Progress
 ) -> dict[str, Any]:
-    """Everything the compressed weights depend on."""
+    """Everything that affects the compressed weights."""
     return {
         **recipe.model_dump(mode="json", exclude={"output", "memory"}),
         "micro_batch_tokens": recipe.memory.micro_batch_tokens,
@@ -210,10 +210,10 @@ def fractions(reader: CheckpointReader, matrices: dict[str, PackableMatrix]) -> 
 def settled_values(
     reader: CheckpointReader, matrices: dict[str, PackableMatrix], values: str
 ) -> str:
-    """What `auto` means for a checkpoint: bfloat16 if most of its weights are wider, else `keep`.
+    """Resolve `auto` for a checkpoint: bfloat16 if most of its weights are wider, else `keep`.
 
-    Most checkpoints in float32 hold models that were trained in bfloat16, or expanded from fewer
-    bits. The report says by how much the rounding moved the weights.
+    Most float32 checkpoints hold models that were trained in bfloat16 or expanded from fewer
+    bits. The report gives the error of the rounding.
     """
     if values != AUTO:
         return values
@@ -233,11 +233,11 @@ def make_plan(
     values: str,
     progress: Progress,
 ) -> StoragePlan:
-    """Look at every matrix and choose its layout.
+    """Read every matrix and choose its layout.
 
     Raises:
-        CheckpointError: a matrix is of a dtype that cannot be packed.
-        RecipeError: the format that is asked for can hold no matrix.
+        CheckpointError: a matrix has a dtype that cannot be packed.
+        RecipeError: the requested format can hold no matrix.
     """
     plan = StoragePlan()
     progress.start("counting", len(matrices))
@@ -269,7 +269,7 @@ def make_plan(
 def computed_dtype(
     plan: StoragePlan, matrices: dict[str, PackableMatrix], values: str
 ) -> torch.dtype:
-    """What the model computes in: the values' dtype, and bfloat16 for int8."""
+    """The dtype in which the model computes: the dtype of the values, or bfloat16 for int8."""
     if values != KEEP:
         return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
     weights: dict[torch.dtype, int] = {}
@@ -283,7 +283,7 @@ def computed_dtype(
 def cast_others(
     plan: StoragePlan, reader: CheckpointReader, values: str, computed: torch.dtype
 ) -> None:
-    """Settle the dtype of every tensor that keeps its name."""
+    """Set the dtype of every tensor that keeps its name."""
     for name, entry in reader.entries.items():
         if plan.layout(name) is not None:
             continue
@@ -296,7 +296,7 @@ def cast_others(
 
 
 def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]:
-    """What each file will hold; all parts of a matrix go where its weight was."""
+    """Assign tensors to files. All parts of a matrix go to the file of its weight."""
     count = len(reader.files)
     files = {
         file: PlannedFile(shard_name("secateur", number, count))
@@ -309,7 +309,7 @@ def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]
             continue
         owner = name.removesuffix(".weight")
         planned.layouts[owner] = layout
-        # what is written −0.0 is not kept
+        # −0.0 counts as a zero and is not kept
         nonzeros = plan.choices[name].nonzeros
         for suffix, spec in formats[layout.format].parts(layout, nonzeros).items():
             planned.tensors[f"{owner}.{suffix}"] = spec
@@ -319,7 +319,7 @@ def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]
 def contents(
     reader: CheckpointReader, plan: StoragePlan, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the result, in the order of the files."""
+    """Yield every tensor of the result, in the order of the files."""
     for file in reader.files:
         for name, entry in reader.entries.items():
             if entry.file != file:
@@ -340,10 +340,10 @@ def contents(
 
 
 def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
-    """Read everything back that was written.
+    """Read all written tensors back and compare them.
 
     Raises:
-        CheckpointError: what is on the disk is not what was written.
+        CheckpointError: the disk does not hold the values that were written.
     """
     packed = PackedCheckpoint(folder)
     progress.start("verifying", len(packed.specs))
@@ -362,7 +362,7 @@ def make_report(
     rounding: dict[str, Any],
     begun: float,
 ) -> CompressResult:
-    """Add up what the files hold."""
+    """Add up the contents of the files."""
     linears, embeddings = FormatTotals(), FormatTotals()
     by_format: dict[str, FormatTotals] = {}
     negative_zeros = 0

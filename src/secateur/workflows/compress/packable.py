@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint can be stored packed."""
+"""Selects the tensors of a checkpoint that can be packed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PackableMatrix:
 
     Attributes:
         transposed: whether it is stored [in, out].
-        linear: the name of a linear of a decoder layer; empty for an embedding and the head.
+        linear: name of the linear of a decoder layer; empty for an embedding and the head.
     """
 
     transposed: bool = False
@@ -36,7 +36,7 @@ def find_matrices(
     """The matrices of a checkpoint that can be packed, by stored name.
 
     Raises:
-        ArchitectureError: there are none.
+        ArchitectureError: the checkpoint has no such matrix.
     """
     model = build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
     stored = stored_names(model, reader)
@@ -60,7 +60,7 @@ def find_matrices(
     if embeddings == "int8":
         outside = [model.get_input_embeddings(), model.get_output_embeddings()]
         for path, module in model.named_modules():
-            kept = stored.get(f"{path}.weight")  # a tied head is not stored again
+            kept = stored.get(f"{path}.weight")  # a tied head is stored only once
             if any(module is x for x in outside) and kept is not None:
                 found[kept] = PackableMatrix()
     return found

@@ -1,8 +1,8 @@
-"""Rounding a checkpoint to int8 with the help of calibration text.
+"""Rounds a checkpoint to int8 with calibration text.
 
-The run that prunes, layer by layer, with another question: the zeros are those that are there,
-and every weight that stays moves to the grid of its row and makes up for the rounding of those
-before it. The result is a checkpoint of the same dtype whose weights lie on int8 grids.
+This uses the pruning run, layer by layer. The zeros stay the same. Every other weight moves to the
+int8 grid of its row and compensates the rounding errors of the weights before it. The result is a
+checkpoint of the same dtype with weights on int8 grids.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["check_calibration", "round_checkpoint", "rounding_recipe", "told_of"
 
 
 def check_calibration(recipe: CompressRecipe) -> None:
-    """Refuse calibration that has no use, before anything is read.
+    """Refuse calibration options that have no effect, before anything is read.
 
     Raises:
-        RecipeError: the values are not rounded, or an option concerns text that is not there.
+        RecipeError: the values are not rounded, or an option needs text and there is none.
     """
     text, values = recipe.calibration.source, recipe.values
     if text is not None and values != "int8":
@@ -49,7 +49,7 @@ def check_calibration(recipe: CompressRecipe) -> None:
 def rounding_recipe(
     recipe: CompressRecipe, folder: Path, sparsity_of: Mapping[str, float], output: Path
 ) -> PruneRecipe:
-    """The recipe whose result lies on int8 grids, with the zeros that the source has."""
+    """The recipe of a run that rounds to int8 grids and keeps the zeros of the source."""
     return build_recipe(
         PruneRecipe,
         {
@@ -73,7 +73,7 @@ def rounding_recipe(
 
 
 def round_checkpoint(recipe: PruneRecipe, progress: Progress) -> Path:
-    """Carry a rounding recipe out, as far as an earlier run has not; returns the folder."""
+    """Run a rounding recipe, or resume or reuse an earlier run. Return its folder."""
     assert recipe.output is not None
     output = Path(recipe.output)
     if not output.exists():
@@ -82,7 +82,7 @@ def round_checkpoint(recipe: PruneRecipe, progress: Progress) -> Path:
 
 
 def told_of(rounded: Path) -> dict[str, Any]:
-    """What the notes of the result say about how it was rounded."""
+    """The record of the rounding for the notes of the result."""
     notes = rounded / "secateur"
     manifest = json.loads((notes / "manifest.json").read_text(encoding="utf-8"))
     lines = (notes / "layers.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Decompressing: a compressed checkpoint becomes a dense one that any engine loads."""
+"""Decompresses a checkpoint into a dense one that any engine can load."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ METADATA = {"format": "pt"}
 def decompress(
     model: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> DecompressResult:
-    """Write a compressed checkpoint as plain dense safetensors, zeros and all.
+    """Write a compressed checkpoint as ordinary dense safetensors, with all zeros.
 
-    What was stored losslessly comes back bit for bit; int8 comes back as the numbers it stands
-    for, in the dtype that the configuration names.
+    Losslessly stored values are restored bit for bit. int8 values are restored as their scaled
+    numbers, in the dtype of the configuration.
 
     Args:
         model: folder or hub id of a compressed checkpoint, archive or not.
@@ -58,7 +58,7 @@ def decompress_recipe(
     """Carry out a recipe into a new folder.
 
     Args:
-        recipe: of the decompression.
+        recipe: recipe of the decompression.
         progress: receives every step.
         overwrite: replace an existing output folder.
     """
@@ -71,7 +71,7 @@ def decompress_recipe(
     view = DenseView(packed)
     config = read_config(source.folder)
     del config["quantization_config"]
-    # int8 comes back rounded to the dtype of the configuration
+    # int8 values are rounded to the dtype of the configuration
     rounded = any(layout.values == "int8" for layout in packed.layouts.values())
     with folder:
         made = folder.fresh_model()

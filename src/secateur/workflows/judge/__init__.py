@@ -1,1 +1,1 @@
-"""`evaluate`, `bench`, `diagnose`, `generate`, `inspect`: what a model is worth."""
+"""`evaluate`, `bench`, `diagnose`, `generate`, `inspect`: measure and inspect a model."""

@@ -1,4 +1,4 @@
-"""Speed and size of a checkpoint on this machine, and whether sparsity gains anything."""
+"""Measures speed and size of a checkpoint on this machine, and the gain from sparsity."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def bench(
     seconds: float = 30,
     progress: Progress | None = None,
 ) -> BenchResult:
-    """Time a checkpoint at batch 1, packed and in other ways, in turns.
+    """Time a checkpoint at batch 1 with several contenders (packed and others), in turns.
 
-    In the folder of a run the result is also written to `secateur/bench.json`.
+    For a run folder, the result is also written to `secateur/bench.json`.
 
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
-        contenders: of `secateur.evaluation.contenders.CONTENDERS`; None for the usual ones. Only a
-            compressed model has packed ones.
-        gguf: files for llama.cpp, which has to be installed (xllamacpp).
-        prompt_tokens: length of the prompt, random tokens.
-        new_tokens: to write in each round.
-        rounds: at most so many.
-        seconds: no round begins after so many seconds of measuring, but two are made in any case.
+        contenders: names from `secateur.evaluation.contenders.CONTENDERS`; None for the default
+            ones. Packed contenders need a compressed model.
+        gguf: files for llama.cpp, which must be installed (xllamacpp).
+        prompt_tokens: length of the prompt of random tokens.
+        new_tokens: number of tokens to generate in each round.
+        rounds: maximum number of rounds.
+        seconds: no round begins after this many seconds, but there are at least two rounds.
         progress: receives every contender and round.
 
     Raises:
-        RecipeError: a contender is unknown, or needs a compressed model; or a number is out of
+        RecipeError: a contender is unknown or needs a compressed model, or a number is out of
             range.
     """
     names = USUAL if contenders is None else contenders
@@ -93,10 +93,10 @@ def bench(
 
 
 def without_packed(names: Sequence[str], model: str | Path, *, chosen: bool) -> list[str]:
-    """The contenders that a model without packed weights has.
+    """Return the contenders of a model without packed weights.
 
     Raises:
-        RecipeError: a packed one was chosen by name.
+        RecipeError: the user named a packed contender.
     """
     packed = [name for name in names if name.startswith("packed")]
     if packed and chosen:
@@ -116,7 +116,7 @@ def check_asked(
     rounds: int,
     seconds: float,
 ) -> None:
-    """Refuse what cannot be measured."""
+    """Refuse measurements that are impossible."""
     unknown = [name for name in contenders if name not in CONTENDERS]
     if unknown:
         raise RecipeError(
@@ -135,7 +135,7 @@ def check_asked(
 
 
 def keep(report: BenchResult, folder: Path) -> None:
-    """Write what was measured beside the records of a pruning run, if the folder has them."""
+    """Write the results beside the records of a pruning run, if the folder has them."""
     if not (folder / NOTES).is_dir():
         return
     file = folder / NOTES / "bench.json"
@@ -147,7 +147,7 @@ def keep(report: BenchResult, folder: Path) -> None:
 
 
 def tokens_of(folder: Path) -> int:
-    """From how many tokens a prompt is drawn: a thousand, which nearly every model has."""
+    """The number of token ids that a prompt is drawn from: 1000; nearly every model has them."""
     config = read_config(folder)
     told = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return min(1000, told) if isinstance(told, int) else 1000

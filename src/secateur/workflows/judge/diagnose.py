@@ -1,4 +1,4 @@
-"""Is a model sound, and is it what it claims to be?"""
+"""Checks that a model is sound and matches its own records."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from secateur.workflows.prune.prepare import choose_device
 __all__ = ["check_target", "diagnose"]
 
 PRUNED = 0.01
-"""A model with more zeros than this in its decoder's matrices is a pruned one."""
+"""A model with a larger fraction of zeros in its decoder's matrices counts as pruned."""
 
 STANDARD_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A dense model to compare layers with, and the text that both read.
+    """A dense model for the comparison of layers, and the text that both models read.
 
     Attributes:
         target: the dense model.
         tokens: windows of token ids.
-        protocol: where they come from.
+        protocol: the source of the windows.
     """
 
     target: CheckpointTarget
@@ -60,7 +60,7 @@ class Reference:
 
 
 def check_target() -> TargetResult:
-    """What this machine can speed up, and what it cannot."""
+    """Which sparsity this machine can speed up."""
     return TargetResult(look_at_target(environment(torch.device("cpu"))["cpu"]))
 
 
@@ -76,24 +76,24 @@ def diagnose(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> DiagnoseResult:
-    """Look for everything that can be wrong with a pruned model.
+    """Look for every known fault of a pruned model.
 
-    In the folder of a pruning run the result is also written to `secateur/diagnosis.json`.
+    For the folder of a pruning run, the result is also written to `secateur/diagnosis.json`.
 
     Args:
         model: hub id, folder (compressed or not), GGUF file or named sample.
-        dense: the model it was pruned from, likewise: layers are compared with it.
-        text: what both read for that: a text, or a safetensors file of token windows.
-        windows: how many windows of it.
-        sequence_length: tokens in each; 256, or less if the model is shorter.
-        training_log: of a retraining, JSON lines with step, loss and learning_rate.
+        dense: the dense model it was pruned from, for the comparison of layers; likewise.
+        text: the text for that comparison, or a safetensors file of token windows.
+        windows: number of windows of the text.
+        sequence_length: tokens in each window; 256, or less if the model is shorter.
+        training_log: log of a retraining: JSON lines with step, loss and learning_rate.
         device: auto, cpu, cuda or cuda:N.
         trust_remote_code: whether code that comes with the checkpoint may run.
-        progress: told of every step.
+        progress: receives every step.
 
     Raises:
-        SecateurError: model, reference, text or log cannot be read. What is wrong with the model
-            is a finding, not an error.
+        SecateurError: model, reference, text or log cannot be read. A fault of the model is a
+            finding, not an error.
     """
     progress = progress or Silent()
     steps = [] if training_log is None else read_log(Path(training_log))
@@ -130,9 +130,9 @@ def diagnose(
 
 
 def opened(model: str | Path, device: torch.device, trust_remote_code: bool) -> CheckpointTarget:
-    """A checkpoint, compressed or not, its layers to be computed in float32.
+    """Open a checkpoint, compressed or not, for computation in float32.
 
-    In float32 what is seen is what pruning did, not what bfloat16 rounds away.
+    float32 shows the effect of pruning without the rounding of bfloat16.
     """
     source = resolve(model, trust_remote_code=trust_remote_code)
     return CheckpointTarget(
@@ -152,7 +152,7 @@ def beside(
     sequence_length: int | None,
     trust_remote_code: bool,
 ) -> Reference:
-    """A dense model checked to be of the same kind, and the windows both read."""
+    """Open a dense model of the same kind, and the windows that both models read."""
     check_same_model(ours, theirs)
     tokens, start = token_windows(ours, text, windows, sequence_length, trust_remote_code)
     named = {"start_tokens": list(start)} if start else {}
@@ -196,7 +196,7 @@ def token_windows(
 def looked_at(
     ours: CheckpointTarget, claims: Claims, reference: Reference | None, progress: Progress
 ) -> tuple[Weights, list[Finding]]:
-    """Every stored tensor, and what is wrong with them."""
+    """Check every stored tensor, and return the findings."""
     weights = read_weights(ours, claims, "weights", progress)
     dense = None
     if reference is not None:
@@ -211,7 +211,7 @@ def looked_at(
 def read_weights(
     target: CheckpointTarget, claims: Claims, label: str, progress: Progress
 ) -> Weights:
-    """All tensors of a checkpoint, with progress told."""
+    """Yield all tensors of a checkpoint, and report progress."""
     progress.start(label, len(target.reader.entries))
     weights = look_at_weights(target, claims, lambda name: progress.step(note=name))
     progress.finish()
@@ -232,7 +232,7 @@ def about_pruned(
     reference: Reference | None,
     target: Machine,
 ) -> list[Finding]:
-    """What only concerns a model with zeros: its speed, and what could not be checked."""
+    """Findings about a pruned model only: its speed, and the checks that were impossible."""
     if weights.sparsity <= PRUNED:
         return []
     pattern = claims.pattern.name if claims.pattern else "unstructured"
@@ -243,7 +243,7 @@ def about_pruned(
 
 
 def not_looked_at(claims: Claims, reference: Reference | None) -> list[Finding]:
-    """Notes on what could not be checked of a pruned model."""
+    """Notes about the checks of a pruned model that were impossible."""
     found = []
     if not claims.linears:
         found.append(

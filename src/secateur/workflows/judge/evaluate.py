@@ -1,4 +1,4 @@
-"""The whole judgement of a model: perplexity, divergence, tasks and texts, beside a reference."""
+"""Evaluates a model: perplexity, divergence, tasks and texts, compared with a reference."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from secateur.workflows.judge.perplexity import load_model, started, window_prog
 __all__ = ["evaluate", "run_evaluation"]
 
 DEFAULT_TEXT = "wikitext2"
-"""What is evaluated on if nothing else is asked for."""
+"""The default text of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class LoadedModel:
     """A model in memory.
 
     Args:
-        name: as it was given.
+        name: the name that the user gave.
         model: the loaded model.
-        tokenizer: of that model.
+        tokenizer: the model's tokenizer.
     """
 
     name: str
@@ -70,21 +70,21 @@ def evaluate(
     progress: Progress | None = None,
     **options: Any,
 ) -> EvaluateResult:
-    """Measure a model, each number with its protocol and uncertainty.
+    """Measure a model. Each number comes with its protocol and uncertainty.
 
         secateur.evaluate("pruned", text="boolq-held-out").perplexity
         secateur.evaluate(model, tokenizer=tokenizer, text="other.txt").perplexity
         secateur.evaluate("pruned", dense="smollm2-135m", text="wikitext2", tasks=["hellaswag"])
 
-    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. There they
-    replace earlier ones of the same protocol; what was not measured again stays.
+    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. New
+    results replace earlier ones of the same protocol. Other results stay.
 
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model, which
             stays on its device.
         dense: The dense model, likewise. Adds divergence, differences and retention. [none]
         tokenizer: needed for a loaded model.
-        prompts: the texts that are continued.
+        prompts: the texts that the model continues.
         progress: receives every step.
         **options: the other options of the recipe.
 
@@ -118,16 +118,16 @@ def run_evaluation(
     """Carry out a recipe.
 
     Args:
-        recipe: of the evaluation.
+        recipe: recipe of the evaluation.
         progress: receives every step.
-        model: the loaded model, in place of the one that the recipe names.
-        dense: the loaded dense model, likewise.
-        tokenizer: of loaded models.
-        prompts: the texts that are continued.
+        model: a loaded model in place of the one that the recipe names.
+        dense: a loaded dense model, likewise.
+        tokenizer: tokenizer of the loaded models.
+        prompts: the texts that the model continues.
     """
     names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
     kept = None if model is not None else stored_results(recipe.model)
-    # the rows of tasks first: a missing one is an error before a model is loaded
+    # read the rows of tasks first, so a missing task is an error before a model is loaded
     prepared = prepare_tasks(
         recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots
     )
@@ -168,7 +168,7 @@ def stored_results(model: str) -> Path | None:
     """The file that keeps the results of a run folder; None for any other model.
 
     Raises:
-        CheckpointError: the file is there and cannot be added to.
+        CheckpointError: the file exists, but results cannot be added to it.
     """
     if not (Path(model) / NOTES).is_dir():
         return None
@@ -179,17 +179,17 @@ def stored_results(model: str) -> Path | None:
 
 
 def name_of(model: str | Path | nn.Module) -> str:
-    """What a model is called in the records."""
+    """The name of a model in the records."""
     return type(model).__name__ if isinstance(model, nn.Module) else str(model)
 
 
 def loaded_model(
     model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
 ) -> LoadedModel:
-    """A model in memory, with its tokenizer.
+    """Return a model in memory, with its tokenizer.
 
     Raises:
-        RecipeError: it is loaded already, and there is no tokenizer.
+        RecipeError: the caller passed a loaded model without a tokenizer.
     """
     if not isinstance(model, nn.Module):
         return LoadedModel(str(model), *load_model(str(model), device, trust_remote_code))
@@ -207,12 +207,12 @@ def text_records(
     first: int | None,
     progress: Progress,
 ) -> tuple[PerplexityRecord, list[DivergenceRecord]]:
-    """Perplexity on a text; with a dense model also its perplexity and the divergence from it.
+    """Measure perplexity on a text; with a dense model also its perplexity and the divergence.
 
-    `shared` is the dense model and the environment, which every result names.
+    `shared` holds the dense model and the environment that every result names.
 
     Raises:
-        RecipeError: the dense model reads the text as other tokens.
+        RecipeError: the dense model splits the text into different tokens.
     """
     windows, protocol = windows_of(
         text, ours.model, ours.tokenizer, ours.name, sequence_length, first
@@ -247,7 +247,7 @@ def perplexity_record(
     protocol: dict[str, Any],
     shared: dict[str, Any],
 ) -> PerplexityRecord:
-    """A perplexity as it is stored."""
+    """The stored form of a perplexity."""
     return PerplexityRecord(
         text=str(text),
         perplexity=result.perplexity,
@@ -264,7 +264,7 @@ def perplexity_record(
 def divergence_record(
     text: str | Path, moved: DivergenceResult, protocol: dict[str, Any], shared: dict[str, Any]
 ) -> DivergenceRecord:
-    """A divergence as it is stored."""
+    """The stored form of a divergence."""
     return DivergenceRecord(
         text=str(text),
         kl=moved.kl,
@@ -287,7 +287,7 @@ def task_records(
     prepared: Sequence[PreparedTask],
     progress: Progress,
 ) -> list[TaskRecord]:
-    """Scores of tasks, beside those of the dense model."""
+    """Measure scores of tasks, with the scores of the dense model if there is one."""
     if not prepared:
         return []
     own = run_tasks(ours.model, ours.tokenizer, prepared, progress)
@@ -301,7 +301,7 @@ def task_records(
 
 
 def task_record(score: TaskScore, beside: Comparison | None, shared: dict[str, Any]) -> TaskRecord:
-    """A score as it is stored."""
+    """The stored form of a score."""
     return TaskRecord(
         task=score.task,
         metric=score.metric,
@@ -328,7 +328,7 @@ def generation_record(
     prompts: Sequence[str],
     progress: Progress,
 ) -> GenerationRecord:
-    """Texts of the model, side by side with those of the dense model."""
+    """Generate texts with the model and with the dense model, side by side."""
     own = check_generation(ours.model, ours.tokenizer, prompts=prompts, progress=progress)
     theirs: list[Sample] | None = None
     if dense is not None:

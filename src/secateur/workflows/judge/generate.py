@@ -1,4 +1,4 @@
-"""Text from a checkpoint, compressed or not: one text, or a conversation."""
+"""Generates text with a checkpoint, compressed or not: one text, or a conversation."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def generate(
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> GenerateResult:
-    """Continue a prompt on the CPU, by the fastest way that the model allows.
+    """Continue a prompt on the CPU with the fastest loop that the model allows.
 
     Args:
         model: folder (compressed or not), hub id, GGUF file or named sample.
         prompt: the text to continue; with a chat template the message to answer.
-        max_new_tokens: where to stop if the model does not end earlier.
-        temperature: 0 takes the most likely token each time; above 0 draws.
-        top_k: draw among so many of the most likely tokens; None for all.
-        top_p: draw among the most likely tokens that together have this probability.
-        seed: of the draw.
+        max_new_tokens: maximum number of new tokens.
+        temperature: 0 always takes the most likely token; above 0 draws.
+        top_k: draw from this many of the most likely tokens; None for all.
+        top_p: draw from the most likely tokens that together have this probability.
+        seed: seed of the draw.
         stop: the text ends before the first of these.
-        chat: use the tokenizer's chat template; None: if it has one.
-        system: a system message in front of the prompt, with a chat template.
+        chat: use the tokenizer's chat template; None uses it if there is one.
+        system: a system message before the prompt, with a chat template.
         trust_remote_code: whether code that comes with the checkpoint may run.
-        tell: receives the text piece by piece as it comes.
+        tell: receives the text piece by piece.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -60,15 +60,15 @@ def generate(
 
 
 class Conversation:
-    """A conversation with a model; without a chat template each message is a text to continue.
+    """A conversation with a model. Without a chat template, the model continues each message.
 
     Args:
         model: folder (compressed or not), hub id, GGUF file or named sample.
-        max_new_tokens: where an answer stops if the model does not end earlier; None for 256, or
-            what the model's positions leave.
+        max_new_tokens: maximum number of tokens in an answer; None for 256, or for the number of
+            free positions if that is less.
         sampling: how tokens are drawn.
         stop: an answer ends before the first of these.
-        chat: use the tokenizer's chat template; None: if it has one.
+        chat: use the tokenizer's chat template; None uses it if there is one.
         system: a system message at the beginning.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
@@ -103,7 +103,7 @@ class Conversation:
                 )
             self.chat = True
             self.start = [{"role": "system", "content": check_text(system)}]
-        if self.chat:  # refuses a tokenizer without a template, and a system message it refuses
+        if self.chat:  # refuses a missing template, or a system message that the template refuses
             self.session.conversation([*self.start, {"role": "user", "content": "Hello"}])
         self.messages: list[Message] = [*self.start]
 
@@ -112,7 +112,7 @@ class Conversation:
 
         Args:
             prompt: the message, or the text.
-            tell: receives the answer piece by piece as it comes.
+            tell: receives the answer piece by piece.
 
         Raises:
             RecipeError: the prompt is no text, or does not fit the model.
@@ -131,15 +131,15 @@ class Conversation:
         return made
 
     def forget(self) -> None:
-        """Begin anew; the system message stays."""
+        """Forget the conversation except the system message."""
         self.messages = [*self.start]
 
 
 def check_text(prompt: str) -> str:
-    """The same text, if it can be written as UTF-8.
+    """Return the same text if UTF-8 can encode it.
 
     Raises:
-        RecipeError: it holds half of a surrogate pair.
+        RecipeError: the text holds half of a surrogate pair.
     """
     try:
         prompt.encode()

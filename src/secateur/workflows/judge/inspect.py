@@ -1,4 +1,4 @@
-"""Looking at a model without changing it."""
+"""Describes a model without changing it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from secateur.errors import RecipeError
 from secateur.progress import Progress
 
-if TYPE_CHECKING:  # nothing heavy is imported for the header of a GGUF file
+if TYPE_CHECKING:  # the header of a GGUF file needs no heavy imports
     from secateur.reporting.results.gguf import GgufInspectResult
     from secateur.reporting.results.inspect import InspectResult
 
@@ -23,21 +23,22 @@ def inspect(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> InspectResult | GgufInspectResult:
-    """Family, sizes, linears and the zeros really stored in a model.
+    """Report family, sizes, linears and the stored zeros of a model.
 
-    Of a GGUF file only the header is read. With `zeros` it is expanded to a checkpoint first, which
-    can take minutes.
+    For a GGUF file, only the header is read. With `zeros`, the file is first expanded to a
+    checkpoint, which can take minutes.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
         layer: list the linears of this decoder layer; None for a line for each layer.
-        zeros: count the zeros of a GGUF file too; those of other checkpoints are always counted.
+        zeros: also count the zeros of a GGUF file. The zeros of other checkpoints are always
+            counted.
         trust_remote_code: whether code that comes with the checkpoint may run.
         progress: receives every step.
 
     Raises:
         RecipeError: the model has no such layer.
-        CheckpointError: it is damaged or incomplete.
+        CheckpointError: the model is damaged or incomplete.
     """
     file = Path(model).expanduser()
     if not zeros and file.suffix == ".gguf" and file.is_file():
@@ -46,7 +47,7 @@ def inspect(
 
 
 def inspect_gguf(file: Path, model: str, layer: int | None) -> GgufInspectResult:
-    """The header of a GGUF file."""
+    """Report the header of a GGUF file."""
     from secateur.models.gguf_header import read_gguf_header
     from secateur.reporting.results.gguf import GgufInspectResult
     from secateur.reporting.results.layers import layer_of
@@ -59,7 +60,7 @@ def inspect_gguf(file: Path, model: str, layer: int | None) -> GgufInspectResult
 def inspect_checkpoint(
     model: str, layer: int | None, trust_remote_code: bool, progress: Progress | None
 ) -> InspectResult:
-    """A checkpoint, every tensor read."""
+    """Report a checkpoint. This reads every tensor."""
     from secateur.diagnostics.audit import audit_checkpoint
     from secateur.models.sources import resolve
     from secateur.reporting.results.inspect import InspectResult
@@ -74,7 +75,7 @@ def check_layer(layer: int | None, layers: int) -> None:
     """Refuse a layer that the model does not have.
 
     Raises:
-        RecipeError: naming the layers that there are.
+        RecipeError: there is no such layer; the message names the valid ones.
     """
     if layer is not None and not 0 <= layer < layers:
         raise RecipeError(

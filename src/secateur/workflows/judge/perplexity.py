@@ -1,4 +1,4 @@
-"""What every measurement of perplexity needs: a loaded model, windows, and their protocol."""
+"""The inputs of every perplexity measurement: a loaded model, windows, and their protocol."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def windows_of(
     sequence_length: int | None,
     first: int | None,
 ) -> tuple[Windows, dict[str, Any]]:
-    """The windows of a text, and their protocol."""
+    """Return the windows of a text, and their protocol."""
     longest = positions_of(loaded.config) or 2048
     joined = read_text(str(text))
     windows = evaluation_windows(
@@ -57,7 +57,7 @@ def started(protocol: Mapping[str, Any]) -> int:
 def window_progress(
     progress: Progress, label: str, count: int
 ) -> Iterator[Callable[[int, int], None]]:
-    """A function of windows done and their total that reports the steps to a progress."""
+    """Return a callback that reports finished windows and their total to a progress."""
     progress.start(label, count)
     before = 0
 
@@ -71,7 +71,7 @@ def window_progress(
 
 
 def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model with its tokenizer; on the CPU a compressed model stays packed."""
+    """Load a model with its tokenizer. On the CPU, a compressed model stays packed."""
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     place = choose_device(device)

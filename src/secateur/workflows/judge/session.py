@@ -1,4 +1,4 @@
-"""A model in memory that writes text, piece by piece, by the fastest way it allows."""
+"""A loaded model that generates text piece by piece, with the fastest available loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Message", "TextSession", "TextStream"]
 
 POSITIONS = "max_position_embeddings"
 NEW_TOKENS = 256
-"""The length of a text, unless another is given."""
+"""The default maximum length of a text."""
 ONE_CALL = "one call for each token"
 
 Message = dict[str, str]
@@ -32,13 +32,13 @@ Message = dict[str, str]
 
 
 class TextStream:
-    """Turns tokens into text as they come, and ends at a stop text.
+    """Turns tokens into text one at a time, and ends at a stop text.
 
-    A piece of text is passed on when no later token can change it: half of a character waits for
-    its rest, and what may be the beginning of a stop text waits until it is none.
+    A piece of text is passed on when no later token can change it. Half of a character waits for
+    its other bytes. A possible beginning of a stop text waits until it cannot be a stop text.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         stop: the text ends before the first of these.
         tell: receives each piece.
     """
@@ -53,7 +53,7 @@ class TextStream:
         self.passed_on = 0
 
     def add(self, token: int) -> bool:
-        """Take a token; returns False where the text ends."""
+        """Add a token. Return False if the text ends."""
         self.times.append(time.perf_counter())
         self.tokens.append(token)
         text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
@@ -64,20 +64,20 @@ class TextStream:
         return not places
 
     def waiting(self, text: str) -> int:
-        """How many letters at the end may begin a stop text."""
+        """The number of characters at the end that may begin a stop text."""
         return max(
             (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,
         )
 
     def pass_on(self, end: int) -> None:
-        """Pass on the text up to a place."""
+        """Pass on the text up to a position."""
         if end > self.passed_on:
             self.tell(self.text[self.passed_on : end])
             self.passed_on = end
 
     def finish(self) -> None:
-        """Pass on what is left."""
+        """Pass on the remaining text."""
         self.pass_on(len(self.text))
 
 
@@ -102,7 +102,7 @@ class TextSession:
         self.model: Any = None
 
     def load(self) -> None:
-        """Load the weights, if that was not done yet."""
+        """Load the weights if they are not loaded yet."""
         if self.model is None:
             started = time.perf_counter()
             self.model = load(self.folder, trust_remote_code=self.trust_remote_code)
@@ -111,11 +111,11 @@ class TextSession:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer knows how a conversation is written."""
+        """Whether the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def conversation(self, messages: Sequence[Message]) -> str:
-        """A conversation as the model reads it, up to where its answer begins.
+        """Return a conversation in the model's format, up to the start of its answer.
 
         Raises:
             RecipeError: the tokenizer has no chat template, or the template refuses the messages.
@@ -132,7 +132,7 @@ class TextSession:
                     list(messages), tokenize=False, add_generation_prompt=True
                 )
             )
-        except Exception as error:  # templates raise whatever they like
+        except Exception as error:  # templates can raise any exception
             raise RecipeError(
                 f"the chat template refuses the messages: {str(error)[:200]}",
                 where=str(self.folder),
@@ -149,16 +149,16 @@ class TextSession:
         stop: Sequence[str] = (),
         tell: Callable[[str], None] = lambda text: None,
     ) -> GenerateResult:
-        """Continue a prompt, or answer the last of some messages.
+        """Continue a prompt, or answer the last message of a conversation.
 
         Args:
-            prompt: the text to continue; of a conversation its last message.
-            max_new_tokens: where to stop if the model does not end earlier; None for 256, or what
-                the model's positions leave.
+            prompt: the text to continue, or the last message of a conversation.
+            max_new_tokens: maximum number of new tokens; None for 256, or for the number of free
+                positions if that is less.
             sampling: how tokens are drawn.
-            messages: the conversation, of which `prompt` is the last; None for a plain text.
+            messages: the conversation, with `prompt` as its last message; None for a plain text.
             stop: the text ends before the first of these.
-            tell: receives the text piece by piece as it comes.
+            tell: receives the text piece by piece.
 
         Raises:
             RecipeError: the prompt has no token, or prompt and text exceed the model's positions.
@@ -195,7 +195,7 @@ class TextSession:
         )
 
     def end_tokens(self, chat: bool) -> frozenset[int]:
-        """The tokens that end a text: the model's, and for an answer also the tokenizer's."""
+        """The tokens that end a text: the model's, and the tokenizer's for an answer."""
         configured = self.model.generation_config.eos_token_id
         found = configured if isinstance(configured, list) else [configured]
         own = [self.tokenizer.eos_token_id] if chat else []
@@ -209,7 +209,7 @@ class TextSession:
         stream: TextStream,
         ends: frozenset[int],
     ) -> str:
-        """Write until the text ends; returns the loop that did it, and why not the fast one."""
+        """Generate until the text ends. Return the loop used, and why it is not the fast one."""
         reason = why_not(self.model, len(ids) + max_new_tokens)
         if reason is not None:
 
@@ -226,7 +226,7 @@ class TextSession:
 
 
 def positions_in(folder: Path) -> int | None:
-    """How many tokens the model reads, by its configuration."""
+    """The number of positions in the model's configuration."""
     value = read_configuration(folder).get(POSITIONS)
     return value if type(value) is int else None
 
@@ -235,7 +235,7 @@ def check_length(tokens: int, positions: int | None) -> None:
     """Refuse more tokens than the model has positions.
 
     Raises:
-        RecipeError: naming both numbers.
+        RecipeError: there are more tokens than positions; the message gives both numbers.
     """
     if positions is not None and tokens > positions:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Pruning, from a recipe to a checked folder, or of a loaded model in place."""
+"""Prunes a checkpoint into a verified folder, or a loaded model in place."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 __all__ = ["plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
 
 NO_PART = {"output", "memory", "on_collapse"}
-"""Fields of a recipe that the pruned weights do not depend on."""
+"""Fields of a recipe that do not affect the pruned weights."""
 
 
 @takes_options_of(PruneRecipe)
 def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> PlanResult:
-    """What pruning `model` would need, without doing it.
+    """Report what pruning `model` would need, without pruning it.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
@@ -78,7 +78,7 @@ def plan(model: str | Path, *, method: str | Method | None = None, **options: An
 
 
 def plan_recipe(recipe: PruneRecipe) -> PlanResult:
-    """The plan of a recipe, and where its hidden states would wait."""
+    """Return the plan of a recipe, and where its hidden states would be stored."""
     prepared = prepare(recipe, only_plan=True)
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
@@ -116,7 +116,7 @@ def prune(
         **options: the other options of the recipe.
 
     Returns:
-        What was done.
+        The result of the run.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -153,9 +153,9 @@ def run_recipe(
 
     Args:
         recipe: the recipe.
-        progress: told of every step.
-        resume: go on with a run that was stopped; start, if there is none.
-        restart: discard what a stopped run left.
+        progress: receives every step.
+        resume: resume a stopped run, or start if there is none.
+        restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
     """
     meter = Meter.start()
@@ -171,7 +171,7 @@ def run_recipe(
 def run_prepared(
     prepared: Prepared, folder: RunFolder, progress: Progress, meter: Meter
 ) -> PruneResult:
-    """Carry out a recipe that is prepared, in a folder that nobody has entered yet."""
+    """Carry out a prepared recipe in a folder that no other process uses."""
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
     tasks = tasks_for(prepared)
@@ -221,7 +221,7 @@ def run_prepared(
 
 
 def report_of(output: Path) -> PruneResult:
-    """What the notes of a finished run say was done."""
+    """Read the result of a finished run from its notes."""
     ledger = Ledger(output / NOTES / LEDGER)
     ledger.resume()
     manifest = json.loads((output / NOTES / MANIFEST).read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ def report_of(output: Path) -> PruneResult:
 
 
 def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
-    """Everything the pruned weights depend on."""
+    """Everything that affects the pruned weights."""
     recipe = prepared.recipe.model_dump(mode="json", exclude=NO_PART)
     return {
         **recipe,
@@ -243,9 +243,9 @@ def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
 
 
 def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
-    """The same, with all calibration windows, which are kept for a run that is resumed.
+    """Add all calibration windows, and store them for a resumed run.
 
-    Where they are from is written first, so that windows that are there are complete.
+    The record of their source is written first, so existing windows are complete.
     """
     told = folder.work / CALIBRATION
     if prepared.stored:
@@ -261,7 +261,7 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
 
 
 def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
-    """Make the copy that takes the pruned weights, unless it is there; returns the layers done."""
+    """Make the copy for the pruned weights if it is missing. Return the finished layers."""
     if ledger.begun:
         return ledger.resume()
     assert prepared.target.output is not None
@@ -273,7 +273,7 @@ def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
 def make_manifest(
     prepared: Prepared, plan: Plan, activations: str, audit: Audit, meter: Meter, folder: RunFolder
 ) -> dict[str, Any]:
-    """Everything worth knowing about a finished run."""
+    """The record of a finished run."""
     method = prepared.method
     return {
         "manifest_version": MANIFEST_VERSION,
@@ -310,7 +310,7 @@ def make_manifest(
 
 
 def describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
-    """Which allocation was used, the range of sparsities it gave, and what a search measured."""
+    """The allocation, the range of its sparsities, and the measurements of a search."""
     told = {"name": prepared.recipe.allocation, "parameters": repr(prepared.allocation)}
     settled = settled_allocation(work)
     if not settled.exists():

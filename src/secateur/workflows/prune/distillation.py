@@ -1,8 +1,8 @@
-"""The last step of a run that asks for it: the whole smaller model learns from the dense one.
+"""The optional last step of a run: the whole smaller model learns from the dense one.
 
-Layer by layer a pruned or cut model can only be near the dense one's hidden states; what counts is
-what it says. So its decoder layers are trained once more, together, on the calibration windows:
-`training/` with one window a step, until its next-token distributions are those of the dense model.
+Layer-wise methods only bring the hidden states near the dense model's. The next-token predictions
+matter more. So this step trains all decoder layers together on the calibration windows, with one
+window a step (`training/`), to match the next-token distributions of the dense model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from secateur.workflows.prune.prepare import Prepared
 __all__ = ["FINAL", "distill_checkpoint", "distill_module", "distills", "learn", "once"]
 
 FINAL, LEARNED = "final.safetensors", "learned.json"
-"""What a distillation leaves in its folder: the weights, then the losses."""
+"""The files of a distillation: the weights, then the losses."""
 
 WARM_UP = 1 / 16
 SAVE_MINUTES = 5.0
@@ -48,10 +48,10 @@ SAVE_MINUTES = 5.0
 def distill_checkpoint(
     prepared: Prepared, tasks: Tasks, folder: RunFolder, progress: Progress
 ) -> dict[str, float] | None:
-    """Load the dense and the pruned model, distill, and write the layers; None if not asked for.
+    """Load both models, distill, and write the layers. Return None without distillation.
 
-    What was learned is whole in a file before the first layer is written over. So a killed run
-    learns from the pruned model, or writes what was learned, and never mixes the two.
+    All trained weights are in a complete file before the first layer is overwritten. So a resumed
+    run either trains the pruned model again or writes the trained weights. It never mixes the two.
     """
     recipe, device = prepared.recipe, prepared.target.device
     if not distills(recipe, prepared.target, tasks):
@@ -63,7 +63,7 @@ def distill_checkpoint(
             prepared.source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
         )
         student = load_whole(folder.model, device, trust_remote_code=trust)
-        open_experts(student)  # its parameters go by the names of the skeleton's
+        open_experts(student)  # its parameters get the names in the skeleton
         assert prepared.windows is not None
         target, windows = prepared.target, prepared.windows
         return distill_module(student, teacher, target, tasks, windows, recipe, progress, saved)
@@ -74,7 +74,7 @@ def distill_checkpoint(
 
 
 def once(saved: Path, learn: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The losses of a distillation that writes into a folder; an earlier run may have ended it."""
+    """Distill into a folder and return the losses, or return the losses of an earlier run."""
     told = saved / LEARNED
     if not told.exists():
         write_json(told, learn())
@@ -92,7 +92,7 @@ def distill_module(
     progress: Progress,
     saved: Path | None = None,
 ) -> dict[str, float]:
-    """Let a pruned model learn from the dense one; its loss before and after."""
+    """Train a pruned model on the dense one. Return its loss before and after."""
     pruned = [f"{name}.weight" for name, task in tasks.items() if task.sparsity > 0]
     trained = [
         name
@@ -116,22 +116,22 @@ def learn(
     progress: Progress,
     saved: Path | None = None,
 ) -> dict[str, float]:
-    """Train a smaller model, in place, to say what the dense one says.
+    """Train a smaller model, in place, to predict what the dense model predicts.
 
     Args:
         student: the pruned or cut causal language model, in eval mode.
-        teacher: the dense one, on the same device; it gets no gradients any more.
-        trained: the names of the student's parameters that learn.
-        masks: that are held; None for none.
+        teacher: the dense model, on the same device. It gets no more gradients.
+        trained: names of the student's trained parameters.
+        masks: masks to hold; None for none.
         windows: calibration tokens [samples, sequence_length].
-        how: epochs over them, the learning rate, and the share of the next token.
-        seed: of the order of the windows.
-        progress: told of every step.
-        saved: folder for all that is needed to go on; None for none.
+        how: epochs over the windows, the learning rate, and the share of the next-token loss.
+        seed: seed of the order of the windows.
+        progress: receives every step.
+        saved: folder for the state of a resumed training; None saves nothing.
 
     Returns:
-        The mean loss over the first and the last eighth of the steps: of the divergence alone, if
-        the next token does not count.
+        The mean loss over the first and over the last eighth of the steps. It is the divergence
+        alone if the next-token share is 0.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
@@ -166,12 +166,12 @@ def learn(
 
 
 def distills(recipe: PruneRecipe, target: Target, tasks: Tasks) -> bool:
-    """Whether the recipe distills, and something is pruned that distillation can repair."""
+    """Whether the recipe distills, and the pruned weights leave something to repair."""
     return recipe.distillation.epochs > 0 and bool(pruned_layers(target, tasks))
 
 
 def pruned_layers(target: Target, tasks: Tasks) -> list[int]:
-    """The decoder layers of which something is pruned; the others stay as they are."""
+    """The decoder layers with pruned weights. The others stay unchanged."""
     names = [name for name, task in tasks.items() if task.sparsity > 0]
     starts = [target.architecture.layer_name(i) + "." for i in range(len(target.layers))]
     return [i for i, start in enumerate(starts) if any(name.startswith(start) for name in names)]
@@ -184,7 +184,7 @@ def parameter_names(target: Target, index: int) -> list[str]:
 
 
 def write_layers(saved: Path, target: Target, tasks: Tasks) -> None:
-    """Write the layers as they were learned over those of the checkpoint."""
+    """Overwrite the layers of the checkpoint with the trained ones."""
     with safe_open(saved / FINAL, "pt") as learned:
         there = set(learned.keys())
         for index, _ in walk_layers(target, pruned_layers(target, tasks)):

@@ -1,4 +1,4 @@
-"""Pruning a loaded model in place."""
+"""Prunes a loaded model in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a recipe to everything a run needs: source, method, windows, plan."""
+"""Prepares a run from a recipe: source, method, windows, plan."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with everything it names at hand."""
+    """A recipe with everything that it names, opened and checked."""
 
     recipe: PruneRecipe
     source: LocalCheckpoint
@@ -66,17 +66,17 @@ class Prepared:
     windows: Tensor | None
     calibration: dict[str, Any] | None
     unwritten: int = 0
-    """Calibration windows that the dense model has yet to write."""
+    """Number of calibration windows that the dense model must still generate."""
     stored: bool = False
-    """Whether the windows are those that a stopped run has kept."""
+    """Whether the windows come from a stopped run."""
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
-    """Patterns of linears that have another one than the method's, by glob."""
+    """Patterns that replace the method's pattern for some linears, by glob."""
     costs: Mapping[str, int] = field(default_factory=dict)
-    """What a unit of a linear counts in an allocation's budget, by name."""
+    """The cost of one unit of a linear in an allocation's budget, by name."""
 
     @property
     def planned_windows(self) -> Tensor | None:
-        """As many windows as the run will have; blank in the place of those to be written."""
+        """All windows of the run. Windows that are not generated yet are blank."""
         if self.windows is None or not self.unwritten:
             return self.windows
         blank = self.windows.new_zeros(self.unwritten, self.windows.shape[1])
@@ -84,16 +84,16 @@ class Prepared:
 
     @property
     def output_bytes(self) -> int:
-        """Size of the files the result will have."""
+        """Size of the result's files."""
         files = [*self.reader.files, *copied_files(self.reader.folder)]
         return sum(file.stat().st_size for file in files)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a recipe asks for.
+    """Return the device of a recipe.
 
     Raises:
-        RecipeError: there is no such device here.
+        RecipeError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,7 +112,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
-    """The method and the sparsity a recipe asks for.
+    """Return the method and the sparsity of a recipe.
 
     Raises:
         RecipeError, PatternError: a name is unknown, or the parts do not fit together.
@@ -150,7 +150,7 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
 
 
 def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
-    """The allocation a recipe asks for; the global scope is one without floors and caps.
+    """Return the allocation of a recipe. The global scope is an allocation without floors and caps.
 
     Raises:
         RecipeError: the name is unknown, or the pattern leaves nothing to allocate.
@@ -176,7 +176,7 @@ def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
 
 
 def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Settings:
-    """How the work of a recipe is done.
+    """Return the settings for the work of a recipe.
 
     Raises:
         RecipeError: asymmetric fitting in the papers' order of work.
@@ -201,13 +201,13 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
 
 
 def reconstruction_of(recipe: PruneRecipe) -> Reconstruction:
-    """How the pruned layers of a recipe are tuned."""
+    """Return the tuning of pruned layers in a recipe."""
     how = recipe.reconstruction
     return Reconstruction(how.passes, how.learning_rate, how.remask)
 
 
 def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) -> bool:
-    """Whether anything that a recipe asks for reads calibration tokens."""
+    """Whether any part of a recipe reads calibration tokens."""
     tuned = recipe.reconstruction.passes or recipe.distillation.epochs
     return bool(method.requires | allocation.requires or tuned or recipe.asymmetric)
 
@@ -220,13 +220,13 @@ def prepare(
     only_plan: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Fetch, open and check everything a recipe names; writes nothing.
+    """Fetch, open and check everything that a recipe names. This writes no output.
 
     Args:
         recipe: the recipe.
-        output: where the patched copy will lie, or None to only plan.
-        stored_windows: windows of an earlier run to use again.
-        only_plan: no text is read; blank windows of the asked number and length stand in.
+        output: the folder of the patched copy; None to only plan.
+        stored_windows: windows of an earlier run to reuse.
+        only_plan: read no text; use blank windows of the recipe's number and length.
         progress: receives the steps of a download, a conversion and the reading of the text.
     """
     progress = progress or Silent()
@@ -281,7 +281,7 @@ def prepare(
 def calibration_windows(
     recipe: PruneRecipe, source: LocalCheckpoint, target: Target, only_plan: bool
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The calibration windows a recipe asks for, and where they come from."""
+    """Return the calibration windows of a recipe, and their source."""
     options = recipe.calibration
     plan = window_plan(options, target.model.config)
     if only_plan and not options.source.endswith(".safetensors"):
@@ -301,10 +301,10 @@ def calibration_windows(
 
 
 def window_plan(options: Calibration, config: Any) -> WindowPlan:
-    """How windows are cut for a model of this configuration.
+    """Return how text is cut into windows for a model of this configuration.
 
     Raises:
-        RecipeError: the windows asked for are longer than the model reads.
+        RecipeError: the requested windows are longer than the model's context.
     """
     longest = positions_of(config) or 2048
     length = options.sequence_length or min(2048, longest)
@@ -325,7 +325,7 @@ def fingerprint(windows: Tensor | None) -> str | None:
 
 
 def tasks_for(prepared: Prepared) -> dict[str, LinearTask]:
-    """What the run of a prepared recipe does with each linear.
+    """Return the task of each linear in the run of a prepared recipe.
 
     Raises:
         RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
@@ -343,7 +343,7 @@ def tasks_for(prepared: Prepared) -> dict[str, LinearTask]:
 
 
 def shared_inputs(prepared: Prepared, tasks: Mapping[str, LinearTask]) -> list[tuple[str, ...]]:
-    """The full names of linears that share an input; each alone where no text is read."""
+    """The full names of linears that share an input. Without text, each linear is alone."""
     windows, target = prepared.windows, prepared.target
     if windows is None:
         return [(name,) for name in tasks]
@@ -357,13 +357,13 @@ def shared_inputs(prepared: Prepared, tasks: Mapping[str, LinearTask]) -> list[t
 def choose_plan(
     prepared: Prepared, tasks: Mapping[str, LinearTask], memory: Memory
 ) -> tuple[Plan, str]:
-    """Plan the run, and let hidden states wait on disk if memory would not hold them.
+    """Plan the run, with hidden states on disk if memory cannot hold them.
 
     Returns:
         The plan, and `memory` or `disk`.
 
     Raises:
-        MemoryBudgetError: not even then does the run fit the budget.
+        MemoryBudgetError: the run exceeds the budget even with hidden states on disk.
     """
     return fitting_plan(
         lambda activations: plan_run(

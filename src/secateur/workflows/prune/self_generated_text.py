@@ -1,4 +1,4 @@
-"""Calibration windows that the dense model writes itself, beside those cut from text."""
+"""Extra calibration windows that the dense model generates."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["own_windows", "with_own_windows", "with_written"]
 
 
 def with_own_windows(prepared: Prepared, progress: Progress) -> Prepared:
-    """The same, with the windows that the recipe wants the dense model to write.
+    """Add the windows that the dense model must generate for the recipe.
 
-    The whole model is in memory while it writes, and let go of afterwards.
+    The whole model is in memory while it generates, and is freed afterwards.
     """
     assert prepared.windows is not None
     assert prepared.calibration is not None
@@ -53,7 +53,7 @@ def with_written(
     *,
     trust_remote_code: bool = False,
 ) -> Tensor:
-    """Windows, and behind them as many as asked that the dense model of a folder writes."""
+    """Append `count` windows that the dense model of a folder generates."""
     start = start_tokens_of(folder, trust_remote_code=trust_remote_code)
     model = load_whole(
         folder, device, dtype=fast_dtype(device), trust_remote_code=trust_remote_code
@@ -69,10 +69,10 @@ def own_windows(
     seed: int,
     progress: Progress,
 ) -> Tensor:
-    """Windows [count, sequence_length] that a dense model writes behind its start tokens."""
+    """Generate windows [count, sequence_length] after the start tokens."""
     batches = -(-count // AT_ONCE)
     progress.start("writing windows", batches * (windows.shape[1] - len(start) - PREFIX))
-    # the blocks of many sizes that it takes would lie in the way of all that comes after
+    # its blocks of many sizes would fragment the memory for all later work
     with quiet_transformers(), reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
         own = continue_windows(
             model, windows, count, seed=seed, start=start, on_token=progress.step

@@ -1,1 +1,1 @@
-"""`secateur structure`: cuts layers, heads, neurons, channels and experts."""
+"""`secateur structure`: removes layers, heads, neurons, channels and experts."""

@@ -1,6 +1,6 @@
-"""Cutting structure: a model with fewer layers, heads, neurons, channels or experts.
+"""Cuts structure: the result has fewer layers, heads, neurons, channels or experts.
 
-plan in units ─► steps, each a smaller model ─► distillation by the uncut model ─► verified
+plan in units ─► steps, each a smaller model ─► distillation from the uncut model ─► verified
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ VARIED = (
 )
 
 Read = tuple[Tensor, dict[str, Any]]
-"""Calibration windows [samples, sequence_length], and where they are from."""
+"""Calibration windows [samples, sequence_length], and the record of their source."""
 
 __all__ = ["structure", "structure_recipe"]
 
@@ -75,7 +75,7 @@ __all__ = ["structure", "structure_recipe"]
 def structure(
     model: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> StructureResult:
-    """Cut structure out of a checkpoint, into a new and really smaller one.
+    """Cut structure out of a checkpoint, and write a new, smaller one.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
@@ -101,12 +101,12 @@ def structure_recipe(
     """Carry out a recipe into a new folder.
 
     Args:
-        recipe: of the cut.
+        recipe: recipe of the cut.
         progress: receives every step.
-        resume: continue a stopped run to this output; start if there is none.
-        restart: discard what a stopped run left.
+        resume: resume a stopped run to this output, or start if there is none.
+        restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
-        timer: times a token, where the recipe has a target in time.
+        timer: measures the time of a token, if the recipe has a target in time.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -148,7 +148,7 @@ def cut_into(
     progress: Progress,
     meter: Meter,
 ) -> None:
-    """All steps, each of which an earlier run may have made, and the result."""
+    """Run all steps that no earlier run finished, and write the result."""
     device, latency = choose_device(recipe.device), None
     windows, calibration = calibration_of(recipe, source, skeleton.config, folder, progress)
     if recipe.decode_latency is not None:
@@ -183,7 +183,7 @@ def cut_into(
 def identity(
     recipe: StructureRecipe, source: LocalCheckpoint, progress: Progress
 ) -> dict[str, Any]:
-    """Everything the cut model depends on."""
+    """Everything that affects the cut model."""
     return {
         **recipe.model_dump(mode="json", exclude={"output", "memory"}),
         "micro_batch_tokens": recipe.memory.micro_batch_tokens,
@@ -192,7 +192,7 @@ def identity(
 
 
 def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: Any) -> Read:
-    """Calibration windows of the text, and where they are from."""
+    """Return the calibration windows of the text, and the record of their source."""
     options, tokenizer = recipe.calibration, None
     if not options.source.endswith(".safetensors"):
         tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
@@ -213,9 +213,9 @@ def calibration_of(
     folder: RunFolder,
     progress: Progress,
 ) -> Read:
-    """The windows of the text, with those that the uncut model writes.
+    """Return the windows of the text and the windows that the uncut model generates.
 
-    A resumed run reads the stored ones. The record of their source is written last, so a record
+    A resumed run reads the stored windows. The record of their source is written last, so a record
     means that the windows are complete.
     """
     file, record = folder.work / WINDOWS, folder.work / CALIBRATION
@@ -251,7 +251,7 @@ def distill(
     device: torch.device,
     progress: Progress,
 ) -> dict[str, float] | None:
-    """Let the cut model learn from the uncut one, and write what it learned over its weights."""
+    """Distill the uncut model into the cut one, and overwrite its weights with the result."""
     how, trust = recipe.distillation, recipe.trust_remote_code
     if not how.epochs:
         return None
@@ -288,7 +288,7 @@ def verified(
     """Count the parameters of the written model, and compare them with the notes of the steps.
 
     Raises:
-        VerificationError: it has another number of parameters.
+        VerificationError: the numbers of parameters differ.
     """
     made = build_skeleton(whole, trust_remote_code=recipe.trust_remote_code)
     before, after = accounting(skeleton, Cut()).before, accounting(made, Cut()).before
@@ -312,7 +312,7 @@ def manifest_of(
     meter: Meter,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything worth knowing about a finished cut."""
+    """The record of a finished cut."""
     return {
         "manifest_version": MANIFEST_VERSION,
         "source": source.record(),
@@ -350,7 +350,7 @@ def manifest_of(
 
 
 def summary(step: Mapping[str, Any]) -> dict[str, Any]:
-    """A step without its lists of indices, which `steps.json` has."""
+    """The notes of a step without its lists of indices, which `steps.json` keeps."""
     return {
         "step": step["step"],
         "by": step.get("by", step.get("solver")),

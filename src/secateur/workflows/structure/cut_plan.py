@@ -1,4 +1,4 @@
-"""From the keep-options of a structured cut to numbers of units, before any work."""
+"""Turns the keep-options of a structured cut into numbers of units, before any work."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ __all__ = ["CutPlan", "aim_of", "count"]
 
 
 TARGETS = ("keep_parameters", "file_mib", "decode_latency")
-"""What says how much heads and neurons lose together."""
+"""Options that set the total reduction of heads and neurons."""
 
 UNITS = (*TARGETS, "kv_groups", "ffn", "kv_cache", "query_heads", "hidden_size", "experts")
-"""What cuts within layers, for which a family has to be declared."""
+"""Options that cut within layers. They need a family that declares its units."""
 
 
 @dataclass(frozen=True)
 class CutPlan:
-    """What stays and what goes, in units of the model.
+    """The plan of a cut, in units of the model.
 
     Attributes:
-        sizes: of the model as it is.
-        drop_layers: decoder layers, or two sub-blocks for each, that go.
-        keep_experts: experts of each layer that stay; None keeps all.
-        keep_hidden: channels of the residual stream that stay; None keeps all.
-        keep_queries: query heads of each KV group that stay; None keeps all.
-        heads: fraction of KV groups that goes.
-        neurons: fraction of FFN neurons that goes.
-        joint: fraction of the parameters of both together that goes; None where each has its
-            own.
-        ends: layers at the start and at the end that keep all heads and neurons.
+        sizes: sizes of the uncut model.
+        drop_layers: number of decoder layers to remove; each can also be two sub-blocks.
+        keep_experts: number of experts to keep in each layer; None keeps all.
+        keep_hidden: number of channels of the residual stream to keep; None keeps all.
+        keep_queries: number of query heads to keep in each KV group; None keeps all.
+        heads: fraction of KV groups to remove.
+        neurons: fraction of FFN neurons to remove.
+        joint: fraction to remove from the parameters of heads and neurons together; None if each
+            has its own fraction.
+        ends: number of layers at the start and at the end that keep all heads and neurons.
     """
 
     sizes: Sizes
@@ -50,31 +50,31 @@ class CutPlan:
     ends: tuple[int, int] = (0, 0)
 
     def narrowed(self, layers: int) -> range:
-        """The layers whose heads and neurons are cut, of so many that are left."""
+        """The layers whose heads and neurons are cut, from the given number of remaining layers."""
         return range(self.ends[0], layers - self.ends[1])
 
     @property
     def narrows(self) -> bool:
-        """Whether heads or neurons are cut."""
+        """Whether the plan cuts heads or neurons."""
         return bool(self.heads or self.neurons or self.joint)
 
     @property
     def cuts(self) -> bool:
-        """Whether anything is."""
+        """Whether the plan cuts anything."""
         kept = self.keep_experts, self.keep_hidden, self.keep_queries
         return bool(self.drop_layers or self.narrows or kept != (None, None, None))
 
 
 def count(kept: Kept, total: int, what: str) -> int:
-    """How many of `total` units stay.
+    """Return how many of `total` units to keep.
 
     Args:
         kept: a number of units, or a fraction (a float of at most 1).
-        total: units there are.
-        what: they are called.
+        total: number of units in the model.
+        what: name of the units.
 
     Raises:
-        RecipeError: none would stay, or more than there are.
+        RecipeError: the result is 0, or more than `total`.
     """
     number = round(kept * total) if isinstance(kept, float) and kept <= 1 else kept
     if number != int(number):
@@ -91,21 +91,22 @@ def count(kept: Kept, total: int, what: str) -> int:
 
 
 def fewer(kept: Kept, total: int, what: str) -> int | None:
-    """How many units stay; None where all do. The arguments and errors are those of `count`."""
+    """Return how many units to keep; None for all. Arguments and errors as in `count`."""
     number = count(kept, total, what)
     return number if number < total else None
 
 
 def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
-    """The plan of a recipe for a model; a target in time is searched later (`latency.py`).
+    """Return the plan of a recipe for a model. `latency.py` searches a target in time later.
 
     Args:
-        recipe: as the user wrote it.
+        recipe: the user's recipe.
         model: the skeleton.
 
     Raises:
-        RecipeError: nothing would be cut, or too much, or two options contradict each other.
-        ArchitectureError: units within layers are to go, and the family does not declare them.
+        RecipeError: the recipe cuts nothing, or too much, or two options contradict each other.
+        ArchitectureError: the recipe cuts units within layers, and the family does not declare
+            them.
     """
     check_together(recipe)
     if any(getattr(recipe, name) is not None for name in UNITS):
@@ -125,7 +126,7 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
     queries = queries_of(recipe, sizes)
     heads = neurons = 0.0
     ends = ends_of(recipe, layers - drop)
-    if recipe.kv_cache is not None:  # layers that go take their part of the cache with them
+    if recipe.kv_cache is not None:  # removed layers no longer need their part of the cache
         gone = max(0.0, 1 - recipe.kv_cache * layers / (layers - drop))
         heads = gone * (layers - drop) / (layers - drop - sum(ends))
         if heads >= 1:
@@ -133,7 +134,7 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
                 f"no KV groups would stay between the {sum(ends)} layers that keep all",
                 remedy="keep more of the cache, or fewer layers whole",
             )
-        if recipe.allocation in (None, "uniform"):  # whole groups, and no more than the target
+        if recipe.allocation in (None, "uniform"):  # only whole groups, at most the target
             most = max(1, *sizes.groups)
             heads = ceil(heads * most - 1e-9) / most
     if recipe.kv_groups is not None:
@@ -194,10 +195,10 @@ def check_together(recipe: StructureRecipe) -> None:
 
 
 def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
-    """How many query heads of each KV group stay; None for all.
+    """Return how many query heads of each KV group to keep; None for all.
 
     Raises:
-        RecipeError: a group has one query head, or there is no such number of them.
+        RecipeError: a group has only one query head, or the number is impossible.
     """
     if recipe.query_heads is None:
         return None
@@ -211,15 +212,15 @@ def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
 
 
 def ends_of(recipe: StructureRecipe, layers: int) -> tuple[int, int]:
-    """Layers at the start and at the end that keep all heads and neurons.
+    """Return the number of layers at the start and at the end that keep all heads and neurons.
 
     Args:
-        recipe: as the user wrote it.
-        layers: that stay.
+        recipe: the user's recipe.
+        layers: number of remaining layers.
 
     Raises:
-        RecipeError: none would be left between them, or query heads are to go, of which all layers
-            have as many.
+        RecipeError: no layer would remain between them, or the recipe cuts query heads, which
+            must be equally many in all layers.
     """
     ends = recipe.whole_first, recipe.whole_last
     if sum(ends) >= layers:
@@ -236,10 +237,10 @@ def ends_of(recipe: StructureRecipe, layers: int) -> tuple[int, int]:
 
 
 def check_narrowable(model: Any, sizes: Sizes) -> None:
-    """Refuse a target where heads and neurons cannot be cut to reach it.
+    """Refuse a target that cuts of heads and neurons cannot reach.
 
     Raises:
-        RecipeError: there are no neurons to make up for what whole heads leave.
+        RecipeError: there are no neurons to fill the gap that whole heads leave.
     """
     if max(sizes.neurons) < 2:
         raise RecipeError(
@@ -250,10 +251,10 @@ def check_narrowable(model: Any, sizes: Sizes) -> None:
 
 
 def share(kept: Kept, each: tuple[int, ...], what: str) -> float:
-    """The fraction of units that stays in every layer.
+    """Return the fraction of units to keep in every layer.
 
     Raises:
-        RecipeError: more than there are, or no layer has such units.
+        RecipeError: the number exceeds the model's, or no layer has such units.
     """
     most = max(each)
     if not most:
@@ -266,7 +267,7 @@ def share(kept: Kept, each: tuple[int, ...], what: str) -> float:
 
 
 def decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
-    """The fraction of the decoder's parameters that is to stay, if a target was given."""
+    """Return the fraction of the decoder's parameters to keep; None without a target."""
     if recipe.keep_parameters is not None:
         return recipe.keep_parameters
     if recipe.file_mib is None:
@@ -285,10 +286,10 @@ def decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
 
 
 def with_target(aim: CutPlan, target: float, model: Any) -> CutPlan:
-    """The aim, with the fraction that heads and neurons have to lose together.
+    """Return the plan with the fraction that heads and neurons must lose together.
 
     Raises:
-        RecipeError: the other cuts reach the target alone, or no width could reach it.
+        RecipeError: the other cuts already reach the target, or no width can reach it.
     """
     found = accounting(model, representative(aim))
     whole, rest = found.before.decoder, found.after
@@ -304,7 +305,7 @@ def with_target(aim: CutPlan, target: float, model: Any) -> CutPlan:
 
 
 def representative(aim: CutPlan) -> Cut:
-    """A cut with the same numbers of layers, experts, channels and query heads: the first stay."""
+    """A cut that keeps the planned numbers of layers, experts, channels, query heads: the first."""
     layers = range(aim.sizes.layers - aim.drop_layers)
     experts = {}
     if aim.keep_experts is not None:

@@ -1,8 +1,8 @@
-"""A target in time: how much of heads and neurons may stay for a token to take so long.
+"""Finds the largest size of heads and neurons that meets a target time for one token.
 
-Sizes are timed, not calculated: how time follows from parameters depends on the processor, its
-memory, and the dtype. In each of three passes a few sizes take turns with the uncut model; the next
-pass looks between the largest size that kept to the target and the next one above it.
+Sizes are timed, not calculated, because time depends on the processor, its memory, and the dtype.
+There are three passes. In each pass, a few sizes take turns with the uncut model. The next pass
+searches between the largest size that met the target and the next larger size.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from secateur.workflows.structure.narrow import uniform_cut
 __all__ = ["FILE", "found_latency"]
 
 FILE = "latency.json"
-"""The file of the measurements in the work folder; a resumed run reads it."""
+"""The file of the measurements in the work folder. A resumed run reads it."""
 
 FIRST = (0.85, 0.7, 0.5, 0.3, 0.1)
-"""Fractions of heads and neurons that stay, in the first pass."""
+"""Fractions of heads and neurons to keep in the first pass."""
 
 PASSES = 3
 BETWEEN = 4
@@ -40,15 +40,15 @@ BETWEEN = 4
 
 @dataclass(frozen=True)
 class Size:
-    """A candidate, timed.
+    """A timed candidate.
 
     Attributes:
-        kept: fraction of the parameters of heads and neurons that was to stay; whole units are
-            as near as can be.
-        groups: KV groups of a layer that stay, at most.
-        neurons: FFN neurons of a layer that stay, at most.
-        milliseconds: of a token.
-        milliseconds_uncut: of a token of the uncut model, in the same turns.
+        kept: target fraction of the parameters of heads and neurons; whole units come as near as
+            possible.
+        groups: maximum number of KV groups in a layer.
+        neurons: maximum number of FFN neurons in a layer.
+        milliseconds: time of a token.
+        milliseconds_uncut: time of a token in the uncut model, in the same turns.
     """
 
     kept: float
@@ -65,15 +65,15 @@ class Size:
 
 @dataclass(frozen=True)
 class SizeSearch:
-    """What sizes are made of and timed with.
+    """The inputs for making and timing sizes.
 
     Attributes:
-        aim: what else goes.
-        uncut: the model as it is, a skeleton.
-        narrowable: what the other cuts leave of it.
-        multiple: neurons are kept in multiples of this number.
+        aim: the plan of the other cuts.
+        uncut: skeleton of the uncut model.
+        narrowable: the model after the other cuts.
+        multiple: the number of kept neurons is a multiple of this.
         device: where a token is timed.
-        timer: times it.
+        timer: measures the time of a token.
         progress: receives every turn.
     """
 
@@ -87,7 +87,7 @@ class SizeSearch:
 
     @property
     def alone(self) -> bool:
-        """Whether nothing but heads and neurons is cut."""
+        """Whether only heads and neurons are cut."""
         aim = self.aim
         others = aim.keep_experts, aim.keep_hidden, aim.keep_queries
         return not aim.drop_layers and others == (None, None, None)
@@ -95,11 +95,12 @@ class SizeSearch:
     def timed(
         self, fractions: Sequence[float], known: Collection[Size] = ()
     ) -> tuple[list[Size], int]:
-        """Time sizes, largest first, each number of units once.
+        """Time sizes, largest first, and each number of units once.
 
         Args:
-            fractions: of heads and neurons that stay; what whole units cannot make is left out.
-            known: sizes that were timed before, left out too.
+            fractions: fractions of heads and neurons to keep. Sizes that whole units cannot make
+                are skipped.
+            known: sizes that are already timed; skipped too.
 
         Returns:
             The sizes, and how many tokens were in the cache.
@@ -109,7 +110,7 @@ class SizeSearch:
         for kept in fractions:
             try:
                 cut = uniform_cut(replace(self.aim, joint=1 - kept), self.narrowable, self.multiple)
-            except RecipeError:  # too small a size for whole units
+            except RecipeError:  # the size is too small for whole units
                 continue
             skeleton = design(self.narrowable, cut).skeleton
             sizes = sizes_of(skeleton)
@@ -140,22 +141,22 @@ def found_latency(
     progress: Progress,
     kept: Path,
 ) -> dict[str, Any]:
-    """The largest size that keeps to the target, and everything that was measured.
+    """Find the largest size that meets the target, and return all measurements.
 
     Args:
-        recipe: with a target in time.
-        aim: what else goes, heads and neurons whole.
+        recipe: recipe with a target in time.
+        aim: the plan of the other cuts, with all heads and neurons.
         model: the uncut skeleton.
         device: where a token is timed.
-        timer: times it.
+        timer: measures the time of a token.
         progress: receives every turn.
-        kept: the file of what was found; a stopped run may have written it.
+        kept: file of the result; a stopped run may have written it.
 
     Returns:
-        What the manifest says of it; `joint` is the fraction of heads and neurons that goes.
+        The record for the manifest; `joint` is the fraction of heads and neurons to remove.
 
     Raises:
-        RecipeError: no size keeps to the target, or the other cuts do so alone.
+        RecipeError: no size meets the target, or the other cuts alone meet it.
     """
     if kept.exists():
         measured: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
@@ -188,10 +189,10 @@ def found_latency(
 
 
 def largest(search: SizeSearch, target: float) -> tuple[Size, list[Size], int]:
-    """The largest size found within the target, all that were timed, and the context's length.
+    """Return the largest size within the target, all timed sizes, and the length of the context.
 
     Raises:
-        RecipeError: none is, or what would not be cut at all is.
+        RecipeError: no size is within the target, or a size without any cut is.
     """
     sizes, context = search.timed(FIRST if search.alone else (1.0, *FIRST))
     within = [size for size in sizes if size.left <= target]
@@ -215,7 +216,7 @@ def largest(search: SizeSearch, target: float) -> tuple[Size, list[Size], int]:
 
 
 def beyond_reach(target: float, sizes: Sequence[Size]) -> RecipeError:
-    """That no size keeps to the target, with the smallest that was measured."""
+    """The error that no size meets the target. It names the smallest measured size."""
     if not sizes:
         return RecipeError(
             "heads and neurons cannot be cut to any size between a tenth and all of them",

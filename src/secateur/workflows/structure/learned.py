@@ -2,8 +2,8 @@
 
     windows of every domain ─► gates and weights learn ─► indices of a cut, and trained weights
 
-The target sizes are those of the recipe's keep-options. The cut itself is made by the same surgery
-as every other one.
+The target sizes come from the recipe's keep-options. The same surgery makes this cut and all
+others.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ OTHER_WAYS = (
     "solver",
     "asymmetric",
 )
-"""Options that say how units are chosen, or name units that have no gates."""
+"""Options that control the choice of units, or name units without gates."""
 
 
 def check_learned(recipe: StructureRecipe) -> None:
-    """Refuse options that do not go with learned masks.
+    """Refuse options that do not work with learned masks.
 
     Raises:
-        RecipeError: naming them.
+        RecipeError: the recipe has such options; the message names them.
     """
     given = [name for name in OTHER_WAYS if getattr(recipe, name)]
     if recipe.depth.units != "layers":
@@ -85,7 +85,7 @@ def check_learned(recipe: StructureRecipe) -> None:
 
 
 def choose_learned(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Learn which units stay; returns the cut, its notes, and the folder of the trained weights."""
+    """Learn which units to keep. Return the cut, its notes, and the folder of the weights."""
     how, trust = context.recipe.learned, context.recipe.trust_remote_code
     assert how is not None
     work, device = context.scratch("learned"), context.device
@@ -128,7 +128,7 @@ def choose_learned(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
 
 
 def plan_of(how: LearnedOptions) -> TrainingPlan:
-    """Length and learning rate of the weights.
+    """Return length and learning rate of the training of the weights.
 
     The loss rises while the gates close, so a rising loss does not end the training.
     """
@@ -142,7 +142,7 @@ def plan_of(how: LearnedOptions) -> TrainingPlan:
 
 
 def shape_of(context: StepContext, how: LearnedOptions) -> Shape:
-    """The target sizes: units of each kind that stay in every layer."""
+    """Return the target sizes: the number of units of each kind to keep in every layer."""
     aim, sizes = context.aim, context.aim.sizes
     model = context.target(context.source).model
     widths = widths_of(aim, model, context.recipe.multiple)
@@ -157,7 +157,7 @@ def shape_of(context: StepContext, how: LearnedOptions) -> Shape:
 
 
 def widths_of(aim: CutPlan, model: Any, multiple: int) -> dict[str, int]:
-    """KV groups and neurons that stay in every layer, where some go.
+    """Return the KV groups and neurons to keep in every layer, for the kinds that are cut.
 
     Raises:
         RecipeError: the layers of the model differ.
@@ -180,7 +180,7 @@ def widths_of(aim: CutPlan, model: Any, multiple: int) -> dict[str, int]:
 
 
 def consumers_of(model: Any) -> dict[str, Consumer]:
-    """The linears whose input columns are KV groups and neurons."""
+    """Return the linears whose input columns are KV groups and neurons."""
     sizes = sizes_of(model)
     named = consumers(model)
     return {kind: Consumer(name, unit_width(sizes, kind)) for kind, name in named.items()}
@@ -194,8 +194,8 @@ class Domains:
     """The text of a step, by domain.
 
     Attributes:
-        windows: token ids [windows, length] to learn from.
-        held_out: likewise, for the losses of the domains; empty where there is one domain.
+        windows: token ids [windows, length] to train on.
+        held_out: token ids for the losses of the domains; empty if there is only one domain.
     """
 
     windows: Mapping[str, Windows]
@@ -203,10 +203,10 @@ class Domains:
 
 
 def domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domains:
-    """The calibration windows, and those of further domains; a resumed run reads its own files.
+    """Return the windows of calibration and of other domains. A resumed run reads its own files.
 
     Raises:
-        RecipeError: a domain is named twice, or references name other domains.
+        RecipeError: a domain appears twice, or references name unknown domains.
         SourceError: a text is missing or too short.
     """
     source = context.recipe.calibration.source
@@ -245,7 +245,7 @@ def domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domains
 
 
 def windows_of(context: StepContext, text: str) -> Tensor:
-    """As many windows of a text as of the calibration text, of the same length."""
+    """Cut the same number of windows from a text as from the calibration text, of equal length."""
     recipe, config = context.recipe, context.target(context.source).model.config
     length = int(context.windows.shape[1])
     plan = replace(window_plan(recipe.calibration, config), sequence_length=length)
@@ -271,9 +271,9 @@ def loading_of(
     plan: TrainingPlan,
     seed: int,
 ) -> DomainLoading | None:
-    """Dynamic batch loading; None where there is one domain.
+    """Return the dynamic batch loading; None if there is only one domain.
 
-    The reference of a domain is the loss of the uncut model, where the recipe gives none.
+    If the recipe gives no reference for a domain, the loss of the uncut model is the reference.
     """
     if not found.held_out:
         return None
@@ -300,7 +300,7 @@ def check_fits(context: StepContext, folder: Path, found: Domains, plan: Trainin
     """Refuse a training that does not fit in memory.
 
     Raises:
-        MemoryBudgetError: naming what it needs.
+        MemoryBudgetError: the training needs more; the message says how much.
     """
     target = context.target(folder)
     windows = torch.cat(list(found.windows.values()))
@@ -330,7 +330,7 @@ def write_weights(folder: Path, final: Path, made: Path, trust: bool) -> None:
     Args:
         folder: the checkpoint.
         final: file of the float32 weights.
-        made: the copy; one that a killed run left is replaced.
+        made: the copy. A copy that a killed run left is replaced.
         trust: whether code that comes with the checkpoint may run.
     """
     shutil.rmtree(made, ignore_errors=True)

@@ -1,8 +1,9 @@
-"""Heads and neurons: the run that prunes, with whole columns for a pattern.
+"""Cuts heads and neurons with the pruning run; the pattern is whole columns.
 
-What reads the heads (the output projection) and the neurons (the down projection) loses whole
-columns, chosen and made up for layer by layer on pruned activations, as any linear of a pruning
-run. What made those columns is then read by nobody, and is cut away with them.
+The linear that reads the heads (output projection) and the linear that reads the neurons (down
+projection) lose whole columns. The run selects and compensates them layer by layer on pruned
+activations, as for any linear. The rows that produced these columns are then unused and are cut
+as well.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ __all__ = ["Narrowing", "check_width", "uniform_cut"]
 NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
 
 LEVEL = 0.05
-"""The fraction of a layer's neurons that a level of a searched allocation is worth, about."""
+"""The approximate fraction of a layer's neurons in one level of a searched allocation."""
 
 
 @dataclass(frozen=True)
 class WidthRequest:
-    """What a run over the linears that read units is to do.
+    """The settings of a run over the linears that read units.
 
     Attributes:
-        starts: the fraction of units that goes before any allocation, by glob of linears.
-        patterns: by glob of linears.
-        costs: of a unit in the budget of an allocation, by linear.
+        starts: fraction of units to remove before any allocation, by glob of linears.
+        patterns: patterns by glob of linears.
+        costs: cost of a unit in the budget of an allocation, by linear.
         whole: globs of linears that keep all units.
     """
 
@@ -59,13 +60,13 @@ class WidthRequest:
 
 @dataclass(frozen=True)
 class Narrowing:
-    """Units are chosen, and what reads them is refitted, by a pruning run.
+    """Chooses units with a pruning run, which also refits the linears that read them.
 
     Attributes:
-        recipe: how.
-        folder: the model.
-        output: takes the same model with columns of zeros.
-        windows: calibration tokens, saved.
+        recipe: recipe of the cut.
+        folder: folder of the model.
+        output: folder of the same model with columns of zeros.
+        windows: file of the calibration tokens.
         progress: receives every step.
     """
 
@@ -76,7 +77,7 @@ class Narrowing:
     progress: Progress
 
     def narrow(self, aim: CutPlan) -> tuple[Cut, dict[str, Any], Path]:
-        """Heads and neurons: what is kept, how it was chosen, and `output`."""
+        """Cut heads and neurons. Return the kept units, the record of the choice, and `output`."""
         recipe, allocation = self.recipe, self.recipe.allocation or "uniform"
         sizes = self.prune(lambda target: width_asked(recipe, aim, target), allocation)
         cut = self.cut()
@@ -87,14 +88,14 @@ class Narrowing:
         return cut, self.notes() | {"allocation": allocation}, self.output
 
     def thin_groups(self, heads: int) -> tuple[Cut, dict[str, Any], Path]:
-        """So many query heads in every KV group: what is kept, how it was chosen, and `output`."""
+        """Cut query heads in every KV group. Return kept units, record of choice, and `output`."""
         sizes = self.prune(lambda target: queries_asked(heads, target), "uniform")
         cut = self.cut(kinds=("queries",))
         kept = {i: evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
         return Cut(queries=kept), self.notes(), self.output
 
     def prune(self, request: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
-        """The run, unless an earlier one has made `output`; the sizes of the model."""
+        """Run, unless an earlier run made `output`. Return the sizes of the model."""
         recipe, output = self.recipe, self.output
         values = {
             "model": str(self.folder),
@@ -131,17 +132,17 @@ class Narrowing:
         return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
 
     def cut(self, **kinds: Any) -> Cut:
-        """What is kept of the pruned model."""
+        """The kept units of the pruned model."""
         trust = self.recipe.trust_remote_code
         return cut_from_zeros(CheckpointReader(self.output), trust_remote_code=trust, **kinds)
 
     def notes(self) -> dict[str, Any]:
-        """How it was chosen."""
+        """The record of the choice."""
         return {"score": score_of(self.recipe), "solver": self.recipe.solver}
 
 
 def width_asked(recipe: StructureRecipe, aim: CutPlan, target: Target) -> WidthRequest:
-    """What a run is to do to the readers of heads and neurons."""
+    """Return the settings for the readers of heads and neurons."""
     model = target.model
     sizes, readers = sizes_of(model), consumers(model)
     starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
@@ -158,7 +159,7 @@ def width_asked(recipe: StructureRecipe, aim: CutPlan, target: Target) -> WidthR
 
 
 def queries_asked(heads: int, target: Target) -> WidthRequest:
-    """What a run is to do to the readers of query heads, so that so many of a group stay."""
+    """Return the settings for the readers of query heads that keep the given number in a group."""
     sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
     each = sizes.heads_per_group
     pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
@@ -168,17 +169,17 @@ def queries_asked(heads: int, target: Target) -> WidthRequest:
 def evened(
     kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]
 ) -> dict[int, tuple[int, ...]]:
-    """As many units in each layer that was cut as in the one that kept most.
+    """Keep the same number of units in each cut layer: the number in the layer that kept most.
 
-    A layer has fewer where units were dead before: their weights are zero without having been
-    chosen. Some of those stay, so that layers have one size.
+    A layer keeps fewer if some of its units were already dead: their weights were zero before the
+    choice. Some dead units stay, so that all layers have one size.
     """
     most = max(map(len, kept.values()), default=0)
     return {layer: filled(units, range(there[layer]), most) for layer, units in kept.items()}
 
 
 def evened_groups(heads: int, sizes: Sizes, layer: int, kept: tuple[int, ...]) -> tuple[int, ...]:
-    """So many query heads in each KV group of a layer; see `evened`."""
+    """Keep the same number of query heads in each KV group of a layer; see `evened`."""
     each = sizes.heads_per_group
     found: list[int] = []
     for start in range(0, sizes.queries[layer], each):
@@ -188,26 +189,26 @@ def evened_groups(heads: int, sizes: Sizes, layer: int, kept: tuple[int, ...]) -
 
 
 def filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
-    """So many of the units that are there: those kept, and the first others."""
+    """Return `count` units: the kept ones, then the first of the others."""
     spare = [unit for unit in there if unit not in kept]
     return tuple(sorted([*kept, *spare[: count - len(kept)]]))
 
 
 def score_of(recipe: StructureRecipe) -> str | None:
-    """The score of the recipe; if only a solver is given, the score that the solver uses itself."""
+    """Return the score of the recipe. With only a solver, this is the solver's own score."""
     if recipe.score is None and recipe.solver is not None:
         return solvers[recipe.solver].selects_by or "wanda"
     return recipe.score
 
 
 def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:
-    """The pattern of the linear that reads units of a kind."""
+    """Return the pattern of the linear that reads units of a kind."""
     together = multiple if kind == "neurons" else 1
     return f"*x{unit_width(sizes, kind)}" + (f"/{together}" if together > 1 else "")
 
 
 def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
-    """The parameters that go with one unit of a kind, where there is such a kind."""
+    """Return the number of parameters that one unit of each kind removes."""
     found = {}
     for kind in ("groups", "neurons"):
         each: tuple[int, ...] = getattr(sizes, kind)
@@ -221,14 +222,14 @@ def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
 
 
 def shares(aim: CutPlan, sizes: Sizes, model: Any) -> dict[str, float]:
-    """The fraction of groups and of neurons that goes, before any allocation.
+    """Return the fractions of groups and of neurons to remove, before any allocation.
 
-    With a target for both together, as many whole groups go as that fraction of
-    them holds, and neurons make up the rest: there are hundreds of neurons for each group. The
-    layers that are cut make up for those that stay whole.
+    With a joint target, the fraction of groups is rounded down to whole groups, and neurons make
+    up the rest: there are hundreds of neurons for each group. The cut layers compensate for the
+    layers that stay whole.
 
     Raises:
-        RecipeError: not even all neurons would be enough.
+        RecipeError: removing all neurons would not be enough.
     """
     if aim.joint is None:
         return {k: x for k, x in (("groups", aim.heads), ("neurons", aim.neurons)) if x}
@@ -253,12 +254,12 @@ def check_width(recipe: StructureRecipe, aim: CutPlan, model: Any) -> None:
     """Refuse, before any work, a width that whole heads and neurons cannot make.
 
     Args:
-        recipe: as the user wrote it.
-        aim: its plan; a target in time is not checked here.
+        recipe: the user's recipe.
+        aim: the plan of the recipe; a target in time is not checked here.
         model: the uncut skeleton.
 
     Raises:
-        RecipeError: none of a kind would stay, or all of one that is to lose some.
+        RecipeError: no unit of a kind would stay, or no unit of a cut kind would go.
     """
     if not aim.narrows:
         return
@@ -278,17 +279,18 @@ def check_width(recipe: StructureRecipe, aim: CutPlan, model: Any) -> None:
 
 
 def uniform_cut(aim: CutPlan, model: Any, multiple: int) -> Cut:
-    """What stays of heads and neurons where all layers lose the same: the first units.
+    """Return a cut that removes the same number of heads and neurons from all layers.
 
-    Which ones a run keeps it decides on text; their number, and so size and speed, are these.
+    It keeps the first units. A run later selects the units on text; their number, and so size and
+    speed, stay the same.
 
     Args:
-        aim: how much.
-        model: loaded or a skeleton, with the layers, experts and channels that are to stay.
-        multiple: neurons are kept in multiples of this number.
+        aim: the plan of the cut.
+        model: loaded or a skeleton, already cut to the kept layers, experts and channels.
+        multiple: the number of kept neurons is a multiple of this.
 
     Raises:
-        RecipeError: the aim cannot be reached by whole units, or none of a kind would stay.
+        RecipeError: whole units cannot reach the aim, or no unit of a kind would stay.
     """
     sizes = sizes_of(model)
     kept: dict[str, dict[int, tuple[int, ...]]] = {"groups": {}, "neurons": {}}
@@ -314,10 +316,10 @@ def costs_of(
     model: Any,
     recipe: StructureRecipe,
 ) -> dict[str, int]:
-    """What a unit of each linear counts in the budget of an allocation, in neurons.
+    """Return the cost of a unit of each linear in the budget of an allocation, in neurons.
 
-    A group counts the number of neurons that hold as many parameters, rounded to a few levels of a
-    search, so that groups and neurons can be traded.
+    A group costs the number of neurons with as many parameters, rounded to a few levels of a
+    search, so that groups and neurons are exchangeable.
     """
     costs, named = unit_costs(sizes, model), {}
     if "neurons" not in costs:

@@ -1,4 +1,4 @@
-"""The step after layers or channels went: what stayed is refitted beside the uncut model."""
+"""The step after a cut of layers or channels: refits the remaining linears to the uncut model."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ __all__ = ["RefitStep", "refits"]
 
 
 def refits(recipe: StructureRecipe, aim: CutPlan, architecture: Architecture) -> bool:
-    """Whether a cut has this step: the recipe turns it on, and it can help."""
+    """Whether the recipe enables this step, and the step can help."""
     channels = aim.keep_hidden is not None
     chosen = recipe.asymmetric and (channels or aim.drop_layers > 0)
     return chosen and can_refit(architecture, channels=channels)
 
 
 class RefitStep:
-    """Linears are fitted to what the uncut model computes; the sizes stay."""
+    """Fits linears to the outputs of the uncut model. Sizes stay the same."""
 
     name = "refit"
 
     def carry_out(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
-        """Refit into a new folder, unless an earlier run has; returns it and its notes.
+        """Refit into a new folder, unless an earlier run did. Return the folder and its notes.
 
-        A killed refit resumes behind the last layer in its ledger.
+        A killed refit resumes after the last layer in its ledger.
         """
         made = context.work / self.name
         if not made.exists():
@@ -64,7 +64,7 @@ class RefitStep:
         return made, json.loads((made / NOTES).read_text(encoding="utf-8"))
 
     def refit(self, context: StepContext, cut: CheckpointTarget, ledger: Ledger) -> Refit:
-        """The refit of what the steps before this one left."""
+        """Return the refit of the model that the previous steps left."""
         dense = context.target(context.source)
         layers = kept(context, "depth", "layers") or range(len(dense.layers))
         return Refit(
@@ -80,7 +80,7 @@ class RefitStep:
 
 
 def kept(context: StepContext, step: str, kind: str) -> Sequence[int] | None:
-    """What an earlier step left of one kind of unit; None for all."""
+    """Return the units of one kind that the earlier steps kept; None for all."""
     notes = context.work / step / NOTES
     if not notes.exists():
         return None
@@ -89,13 +89,13 @@ def kept(context: StepContext, step: str, kind: str) -> Sequence[int] | None:
 
 
 def settings_of(context: StepContext, dense: CheckpointTarget) -> Settings:
-    """How the work is done; hidden states wait on disk if memory would not hold them.
+    """Return the settings, with hidden states on disk if memory cannot hold them.
 
     Raises:
-        MemoryBudgetError: not even then is there enough.
+        MemoryBudgetError: there is not enough memory even with hidden states on disk.
     """
     memory = context.recipe.memory
-    # it holds what a run does that fits writers to the uncut model: two layers, their forwards
+    # a run that fits writers to the uncut model needs the same: two layers and their forwards
     tasks = tasks_of(dense, Selection(), compose("wanda", "unstructured"), 0.5)
     uniform = allocations["uniform"]()
 

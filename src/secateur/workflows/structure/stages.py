@@ -1,8 +1,9 @@
-"""The steps of a structured cut, each from one model folder to a smaller one.
+"""The steps of a structured cut. Each step turns one model folder into a smaller one.
 
     depth ─► experts ─► hidden ─► refit ─► query heads ─► heads and neurons
 
-Each step makes its folder whole or not at all, so a killed run resumes behind the last one.
+A step's folder is complete, or it does not exist, so a killed run resumes after the last finished
+step.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ __all__ = ["Step", "steps_of"]
 
 @dataclass(frozen=True)
 class Step:
-    """One step: how it chooses, from a model folder.
+    """One step, with its rule of choice.
 
     Attributes:
         name: depth, experts, hidden, queries or width.
-        choose: from the folder of the model, what is kept of it, how it was chosen, and the
-            folder that the kept weights are taken from (the model's own if they are as they were).
+        choose: takes the folder of the model. Returns the units to keep, the record of the choice,
+            and the folder with the kept weights (the model's own if they did not change).
     """
 
     name: str
     choose: Callable[[StepContext, Path], tuple[Cut, dict[str, Any], Path]]
 
     def carry_out(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
-        """Choose and cut, unless an earlier run has; returns the new folder and its notes."""
+        """Choose and cut, unless an earlier run did. Return the new folder and its notes."""
         made = context.work / self.name
         if not made.exists():
             cut, how, kept = self.choose(context, folder)
             with whole_folder(made) as partial, warnings.catch_warnings():
-                # that the layers differ is said once, of the result
+                # the result reports once that layers differ
                 warnings.simplefilter("ignore", VariedSizesWarning)
                 found = cut_checkpoint(
                     kept,
@@ -71,7 +72,7 @@ class Step:
 
 
 def steps_of(recipe: StructureRecipe, aim: CutPlan, model: Any) -> list[Step | RefitStep]:
-    """The steps that an aim takes, in order; the model is the uncut skeleton."""
+    """Return the steps that a plan needs, in order. The model is the uncut skeleton."""
     if recipe.learned is not None:
         return [Step("learned", choose_learned)]
     found: list[Step | RefitStep] = []
@@ -91,7 +92,7 @@ def steps_of(recipe: StructureRecipe, aim: CutPlan, model: Any) -> list[Step | R
 
 
 def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Which decoder layers, or sub-blocks, go."""
+    """Choose the decoder layers or sub-blocks to remove."""
     how, sizes, drop = context.recipe.depth, context.aim.sizes, context.aim.drop_layers
     by_layers = how.units == "layers"
     depth = DepthSettings(
@@ -108,7 +109,7 @@ def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
 
 
 def without(dropped: Dropped, layers: int) -> Cut:
-    """The cut that leaves out what was dropped."""
+    """Return the cut without the dropped units."""
     kept = tuple(i for i in range(layers) if i not in dropped.layers)
     return Cut(
         layers=kept,
@@ -118,7 +119,7 @@ def without(dropped: Dropped, layers: int) -> Cut:
 
 
 def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Which experts stay: those whose outputs weigh most."""
+    """Choose the experts to keep: the ones with the largest weighted outputs."""
     target = context.target(folder)
     assert context.aim.keep_experts is not None
     tokens = context.recipe.memory.micro_batch_tokens
@@ -128,7 +129,7 @@ def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
 
 
 def choose_hidden(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Which channels of the residual stream stay: those that norms hand on most of."""
+    """Choose the channels of the residual stream to keep: the largest in the outputs of norms."""
     target = context.target(folder)
     assert context.aim.keep_hidden is not None
     settings = Settings(
@@ -143,17 +144,17 @@ def choose_hidden(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
 
 
 def choose_queries(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Which query heads of each KV group stay; what reads them is refitted, in its own folder."""
+    """Choose the query heads to keep in each KV group, and refit their readers in a folder."""
     assert context.aim.keep_queries is not None
     return narrowing(context, folder, "thinned").thin_groups(context.aim.keep_queries)
 
 
 def choose_width(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Which heads and neurons stay; what reads them is refitted, in a folder of its own."""
+    """Choose the heads and neurons to keep, and refit their readers in a folder."""
     return narrowing(context, folder, "narrowed").narrow(context.aim)
 
 
 def narrowing(context: StepContext, folder: Path, name: str) -> Narrowing:
-    """A run that chooses units of a model folder, in a folder of this name."""
+    """Return a run that chooses units of a model folder and writes to a folder of this name."""
     output = context.work / name
     return Narrowing(context.recipe, folder, output, context.windows_file, context.progress)

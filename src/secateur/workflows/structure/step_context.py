@@ -1,4 +1,4 @@
-"""What every step of a structured cut is given."""
+"""The inputs that all steps of a structured cut share."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from secateur.workflows.structure.cut_plan import CutPlan
 __all__ = ["NOTES", "StepContext"]
 
 NOTES = "step.json"
-"""The file that a step leaves beside its model."""
+"""The file that a step writes beside its model."""
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What every step is given.
+    """The inputs that all steps share.
 
     Attributes:
-        recipe: of the cut.
-        aim: in units.
+        recipe: recipe of the cut.
+        aim: the plan in units.
         source: the folder of the uncut model.
         windows: calibration tokens [samples, sequence_length].
-        windows_file: where they are kept.
-        device: where layers are worked on.
+        windows_file: the file of these windows.
+        device: the device for the work on layers.
         work: the folder in which each step has a folder of its own.
         progress: receives every step.
     """
@@ -45,13 +45,13 @@ class StepContext:
     progress: Progress
 
     def target(self, folder: Path, output: PatchedCopy | None = None) -> CheckpointTarget:
-        """A model folder, to be looked at, or with a copy that takes new weights."""
+        """Open a model folder to read, or with a copy that receives new weights."""
         trust = self.recipe.trust_remote_code
         reader = CheckpointReader(folder)
         return CheckpointTarget(reader, output, self.device, trust_remote_code=trust)
 
     def scratch(self, name: str) -> Path:
-        """A folder for what a step notes on its way."""
+        """The folder for the intermediate files of a step."""
         folder = self.work / f"{name}-notes"
         folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -1,4 +1,4 @@
-"""What a sweep runs over: its points, and what all of them have in common."""
+"""The plan of a sweep: its points, and the settings that all points share."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["SweepPlan", "point_name"]
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep runs over, and what all its points have in common.
+    """The points of a sweep, and the settings that all points share.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
         methods: famous names or presets.
         sparsities: fractions of zeros, for unstructured sparsity and for blocks.
-        patterns: what to try beside `unstructured`; N:M has a sparsity of its own.
+        patterns: patterns to try beside `unstructured`; N:M has its own sparsity.
         calibration: text or windows file for all points.
-        windows: calibration windows.
+        windows: number of calibration windows.
         sequence_length: tokens of a calibration window; None as in `secateur prune`.
-        seed: of the choice of windows.
-        text: to judge on.
-        text_sequence_length: tokens of a window to judge on; 2048, or less if the model is shorter.
-        text_windows: judge on the first windows of each text only.
+        seed: seed of the choice of windows.
+        text: text for the evaluation.
+        text_sequence_length: tokens of an evaluation window; 2048, or less if the model is shorter.
+        text_windows: evaluate only this many windows at the start of each text.
         device: auto, cpu, cuda or cuda:N.
         trust_remote_code: whether code that comes with the checkpoint may run.
     """
@@ -48,18 +48,18 @@ class SweepPlan:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What must not change when a sweep goes on; points may be added."""
+        """The settings that must not change when a sweep resumes. New points are allowed."""
         told = asdict(self)
         for free in ("methods", "sparsities", "patterns"):
             del told[free]
         return {**told, "text": list(self.text)}
 
     def grid(self) -> list[PointKey]:
-        """Method, pattern and sparsity of each point, in order.
+        """Return method, pattern and sparsity of each point, in order.
 
         Raises:
             RecipeError: there is no point.
-            PatternError: a pattern is not written like this.
+            PatternError: a pattern has the wrong form.
         """
         columns = [("unstructured", sparsity) for sparsity in self.sparsities]
         for text in self.patterns:

@@ -1,8 +1,8 @@
-"""A sweep: many prunings of one model under the same conditions, judged on the same text.
+"""A sweep prunes one model in many ways and evaluates all results on the same text.
 
-What can be shared is: calibration windows are cut once and used by all points, the texts are
-tokenised once, and the dense model is judged once. Statistics are not: the inputs of a layer
-depend on how the layers before it were pruned, so every point gathers its own.
+The points share the calibration windows, the tokenised texts, and the evaluation of the dense
+model. They do not share statistics: the inputs of a layer depend on the pruning of the layers
+before it, so every point gathers its own.
 """
 
 from __future__ import annotations
@@ -72,19 +72,19 @@ def sweep(
     keep_models: bool = False,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Prune and judge a model at every point of a plan, or go on where a sweep was stopped.
+    """Prune and evaluate a model at every point of a plan, or resume a stopped sweep.
 
-    Writes `sweep.json` after every point, and a table and a plot at the end. A point that fails
-    is entered among the failures; the others go on, and the next call tries it again.
+    This writes `sweep.json` after every point, and a table and a plot at the end. A point that
+    fails is recorded as a failure, and the sweep continues. The next call tries it again.
 
     Args:
-        plan: what to run over.
+        plan: the plan of the sweep.
         output: folder of the sweep.
-        keep_models: leave the weights of every point in place.
-        progress: told of every step.
+        keep_models: keep the weights of every point.
+        progress: receives every step.
 
     Raises:
-        SecateurError: the plan makes no sense, or another sweep lies in the folder.
+        SecateurError: the plan is invalid, or the folder holds another sweep.
     """
     folder = Path(output)
     check_writable(folder / "sweep.json", file=True)
@@ -113,10 +113,10 @@ def sweep(
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other sweeps out of a folder; one that was made here and stayed empty is removed.
+    """Lock the folder of a sweep. A new folder that stays empty is removed afterwards.
 
     Raises:
-        RecipeError: another process works there, or the folder cannot be written.
+        RecipeError: another process uses the folder, or it is not writable.
         MemoryBudgetError: the disk is full.
     """
     lock, who = Lock(folder), folder / "run.json"
@@ -137,10 +137,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 class Work:
-    """A sweep at work: its folder, what was measured so far, and what all points share.
+    """A running sweep: its folder, its measurements so far, and the data that all points share.
 
     Raises:
-        SecateurError: a recipe makes no sense; nothing was written yet.
+        SecateurError: a recipe is invalid. Nothing is written in this case.
     """
 
     def __init__(self, plan: SweepPlan, folder: Path, keep: bool, progress: Progress) -> None:
@@ -160,10 +160,10 @@ class Work:
         return self.folder / "windows.safetensors"
 
     def found_or_new(self) -> Sweep:
-        """The record so far of the sweep in the folder, or an empty one.
+        """Return the record of the sweep in the folder, or an empty one.
 
         Raises:
-            RecipeError: what lies there is another sweep, or has points that are not in this plan.
+            RecipeError: the folder holds another sweep, or points that are not in this plan.
         """
         digests = {text: digest(windows) for text, windows in self.windows.items()}
         conditions = {**self.plan.conditions, "texts_sha256": digests}
@@ -206,10 +206,10 @@ class Work:
         write_json(self.folder / "sweep.json", declared(Sweep, self.record.to_json()))
 
     def begin(self) -> None:
-        """Make the folder, and cut the windows all points are calibrated on.
+        """Make the folder, and cut the calibration windows of all points.
 
         Raises:
-            RecipeError: the windows are not those that the sweep began with.
+            RecipeError: the windows differ from the windows at the start of the sweep.
         """
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
         if self.needy and self.record.calibration is None:
@@ -231,10 +231,10 @@ class Work:
         self.save()
 
     def recipe(self, key: PointKey, calibration: str | None = None) -> PruneRecipe:
-        """How a point is pruned; by default calibrated on the windows of the sweep.
+        """Return the recipe of a point. By default it uses the calibration windows of the sweep.
 
         Raises:
-            SecateurError: it makes no sense.
+            SecateurError: the recipe is invalid.
         """
         method, pattern, sparsity = key
         plan = self.plan
@@ -259,7 +259,7 @@ class Work:
         )
 
     def needs_windows(self, key: PointKey) -> bool:
-        """Whether a point is calibrated at all; checks its recipe."""
+        """Whether a point needs calibration. This also checks its recipe."""
         recipe = self.recipe(key)
         method, _ = method_of(recipe)
         return windows_needed(recipe, method, allocation_of(recipe, method))
@@ -269,7 +269,7 @@ class Work:
         return self.folder / "points" / point_name(key)
 
     def judge(self, folder: Path, progress: Progress) -> tuple[dict[str, float], torch.dtype]:
-        """The mean loss on every text, in nats a token, and the dtype it was computed in."""
+        """Return the mean loss on every text, in nats per token, and the dtype of the run."""
         loaded = load_whole(folder, self.device, trust_remote_code=self.plan.trust_remote_code)
         losses = {}
         for text, windows in self.windows.items():
@@ -279,7 +279,7 @@ class Work:
         return losses, next(loaded.parameters()).dtype
 
     def judge_dense(self) -> None:
-        """Measure what all points are held against, once."""
+        """Evaluate the dense model once, as the reference of all points."""
         if self.record.dense.perplexity:
             return
         losses, dtype = self.judge(self.source.folder, Labelled(self.progress, "dense"))
@@ -298,10 +298,10 @@ class Work:
         self.save(dense=SweepDense(perplexity=dense), protocol=protocol)
 
     def enter(self, key: PointKey, progress: Progress) -> None:
-        """Prune a point, or go on with it, judge it and enter it; then its weights may go."""
+        """Prune or resume a point, evaluate and record it, and delete its weights unless kept."""
         place = self.place(key)
         partial = place.with_name(place.name + ".partial")
-        if partial.exists() or not place.exists():  # else it was pruned and not judged
+        if partial.exists() or not place.exists():  # else it is pruned but not evaluated
             run_recipe(self.recipe(key), progress, resume=True)
         manifest = read_record(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
@@ -321,7 +321,7 @@ class Work:
         self.drop_weights(point)
 
     def drop_weights(self, point: SweepPoint) -> None:
-        """Leave only the notes of a finished point, unless its weights were to be kept."""
+        """Keep only the notes of a finished point, unless its weights must stay."""
         place = self.folder / point.notes
         if point.folder is not None or not place.is_dir():
             return
@@ -336,7 +336,7 @@ class Work:
 def texts_of(
     plan: SweepPlan, source: LocalCheckpoint
 ) -> tuple[dict[str, JoinedText], dict[str, Tensor], tuple[int, ...]]:
-    """The texts to judge on, their windows, and the start tokens that each window begins with."""
+    """Return the evaluation texts, their windows, and the start tokens of each window."""
     tokenizer = load_tokenizer(source.folder, trust_remote_code=plan.trust_remote_code)
     config = read_config(source.folder)
     longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
@@ -350,12 +350,12 @@ def texts_of(
 
 
 def digest(windows: Tensor) -> str:
-    """By which two sets of windows can be seen to be the same."""
+    """A digest that identifies a set of windows."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
 def write_views(result: SweepResult) -> None:
-    """The table and the plot of a sweep, beside its `sweep.json`."""
+    """Write the table and the plot of a sweep beside its `sweep.json`."""
     (result.folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
     (result.folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
     if result.points:

@@ -1,1 +1,1 @@
-"""`secateur retrain` and `secateur distill`: a pruned model learns, its zeros held."""
+"""`secateur retrain` and `secateur distill`: train a pruned model and keep its zeros."""

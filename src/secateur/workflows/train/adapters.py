@@ -1,4 +1,4 @@
-"""What learns in a training, and what its masks do.
+"""Prepares a model for a training: its trained parameters and its masks.
 
 weights     all weights learn, the masks stay                       the default
 lora        adapters learn, with the masks in their products; they are merged at the end
@@ -43,10 +43,10 @@ class Adapted:
 
     Attributes:
         model: what the loop trains.
-        held: the masks that it holds; None where adapters hold them.
-        masks: what is zero in the result.
+        held: the masks that it holds; None if adapters hold them.
+        masks: the zeros of the result.
         hooks: work after every step.
-        rounds: of iterative pruning; None for one training.
+        rounds: rounds of iterative pruning; None for one training.
         opened: the masks that gradual or iterative pruning changes, by parameter.
     """
 
@@ -61,17 +61,17 @@ class Adapted:
 def adapt(
     recipe: RetrainRecipe, model: Any, masks: Masks, windows: Windows, processes: ProcessGroup
 ) -> Adapted:
-    """Make a model ready as a recipe says, in place.
+    """Prepare a model for the training of a recipe, in place.
 
     Args:
-        recipe: of a training.
-        model: with the weights it begins with.
-        masks: what is pruned now.
-        windows: that are trained on, for scores that need some.
+        recipe: recipe of a training.
+        model: the model with its initial weights.
+        masks: the current zeros.
+        windows: training windows, for scores that need text.
         processes: the processes.
 
     Raises:
-        RecipeError: adapters and gradual pruning are both asked for, or cannot be had.
+        RecipeError: the recipe combines adapters and gradual pruning, or one of them cannot run.
     """
     check_together(recipe, processes)
     if recipe.lora is None and recipe.gradual is None and recipe.iterative is None:
@@ -81,7 +81,7 @@ def adapt(
     if recipe.lora is not None:
         return Adapted(attach(model, adapters(recipe), recipe.seed).get_base_model(), None, masks)
     opened = open_masks(model)
-    # Zeros elsewhere (experts that are stored in one tensor) stay as they are.
+    # Zeros elsewhere (experts that are stored in one tensor) stay unchanged.
     held = Masks({**Masks.of(model).kept, **opened})
     sparsity = Masks(opened).sparsity
     if recipe.iterative is not None:
@@ -93,11 +93,11 @@ def adapt(
 
 
 def check_together(recipe: RetrainRecipe, processes: ProcessGroup) -> None:
-    """Refuse ways to train that do not go together.
+    """Refuse ways to train that exclude each other.
 
     Raises:
-        RecipeError: two of adapters, gradual and iterative pruning are given, or one of them
-            and several processes.
+        RecipeError: the recipe has two of adapters, gradual and iterative pruning, or one of them
+            with several processes.
     """
     ways = {"gradual": recipe.gradual, "iterative": recipe.iterative, "lora": recipe.lora}
     given = [name for name, options in ways.items() if options is not None]
@@ -116,7 +116,7 @@ def check_together(recipe: RetrainRecipe, processes: ProcessGroup) -> None:
 
 
 def adapters(recipe: RetrainRecipe) -> Adapters:
-    """The adapters of a recipe."""
+    """Return the adapters of a recipe."""
     how = recipe.lora
     assert how is not None
     alpha = 2.0 * how.rank if how.alpha is None else how.alpha
@@ -124,14 +124,14 @@ def adapters(recipe: RetrainRecipe) -> Adapters:
 
 
 def rates_of(recipe: RetrainRecipe, model: Any) -> Mapping[str, float]:
-    """Factors of the learning rate by globs of parameter names; the last that matches counts.
+    """Return factors of the learning rate by globs of parameter names. The last match counts.
 
     Args:
-        recipe: of a training.
+        recipe: recipe of a training.
         model: the model or its skeleton.
 
     Raises:
-        RecipeError: rates are given, but everything except the adapters is frozen.
+        RecipeError: the recipe has rates, but everything except the adapters is frozen.
     """
     if recipe.lora is None:
         return {**decayed(model, recipe.layer_decay), **recipe.rates}
@@ -155,7 +155,7 @@ def decayed(model: Any, decay: float) -> dict[str, float]:
 
     Args:
         model: the model or its skeleton.
-        decay: above 0 and at most 1; 1 changes nothing.
+        decay: factor per layer, above 0 and at most 1; 1 changes nothing.
 
     Returns:
         Factors by globs of parameter names.
@@ -172,13 +172,13 @@ def decayed(model: Any, decay: float) -> dict[str, float]:
 
 
 def gradual(how: GradualOptions, sparsity: float, windows: Windows) -> Gradual:
-    """Gradual pruning of a recipe; the arguments and errors are those of `pruning`."""
+    """Return the gradual pruning of a recipe. Arguments and errors as in `pruning`."""
     schedule, criterion = pruning(how, how.schedule, sparsity, windows, "gradual")
     return Gradual(schedule, criterion, how.every, how.begin, how.end, how.regrowth)
 
 
 def iterative(how: IterativeOptions, sparsity: float, windows: Windows) -> PruningRounds:
-    """Iterative pruning of a recipe; the arguments and errors are those of `pruning`."""
+    """Return the iterative pruning of a recipe. Arguments and errors as in `pruning`."""
     schedule, criterion = pruning(how, how.schedule, sparsity, windows, "iterative")
     return PruningRounds(schedule, how.rounds, criterion, how.rewind, how.rewind_step)
 
@@ -186,18 +186,17 @@ def iterative(how: IterativeOptions, sparsity: float, windows: Windows) -> Pruni
 def pruning(
     how: PruningOptions, schedule: str, sparsity: float, windows: Windows, way: str
 ) -> tuple[Schedule, Criterion]:
-    """How sparsity rises, and what chooses the weights.
+    """Return the schedule of the sparsity, and the rule that chooses weights.
 
     Args:
         how: options of the recipe.
-        schedule: its name.
-        sparsity: of the model as it is.
-        windows: of the training text, for scores that need text.
+        schedule: name of the schedule.
+        sparsity: current sparsity of the model.
+        windows: training windows, for scores that need text.
         way: `gradual` or `iterative`, for messages.
 
     Raises:
-        RecipeError: no sparsity is given, another one than the pattern's, or one below the
-            model's.
+        RecipeError: the sparsity is missing, differs from the pattern's, or is below the model's.
         PatternError: there is no such pattern.
     """
     pattern = parse_pattern(how.pattern, how.scope)
@@ -223,13 +222,13 @@ def pruning(
 
 
 def merged(recipe: RetrainRecipe, model: Any, masks: Masks, trained: Mapping[str, Tensor]) -> Any:
-    """The model of the end, from the one of the beginning and what was trained.
+    """Return the final model, made from the initial model and the trained parameters.
 
     Args:
-        recipe: of the training.
-        model: with the weights it began with; it is changed in place.
-        masks: what is zero in the result.
-        trained: parameters by name, of adapters where there are any.
+        recipe: recipe of the training.
+        model: the model with its initial weights; it is changed in place.
+        masks: the zeros of the result.
+        trained: trained parameters by name; the adapters' parameters if there are adapters.
     """
     adapted = None
     if recipe.lora is not None:

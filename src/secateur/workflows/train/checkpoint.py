@@ -1,4 +1,4 @@
-"""Training a checkpoint with its zeros held, by its text or by a teacher, into a run folder."""
+"""Trains a checkpoint on text or with a teacher, keeps its zeros, and writes a run folder."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ NO_PART = {
     "tensorboard",
     "memory_budget_gib",
 }
-"""Fields that may differ in a resumed training. The learning rate is one: a training that diverged
-resumes from its last save with a lower one."""
+"""Fields that may differ in a resumed training. The learning rate is one of them: a training that
+diverged can resume from its last save with a lower rate."""
 
 TRAININGS = "training.json"
 
 
 @takes_options_of(RetrainRecipe)
 def retrain(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
-    """Train a checkpoint on text, its zeros held at every step, into a new folder.
+    """Train a checkpoint on text, with its zeros held at every step, into a new folder.
 
     Args:
         model: hub id, folder or named sample.
@@ -80,7 +80,7 @@ def retrain(model: str | Path, *, progress: Progress | None = None, **options: A
 
 @takes_options_of(DistillRecipe)
 def distill(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
-    """Let a pruned or cut checkpoint learn from a larger one; as `retrain` otherwise.
+    """Train a pruned or cut checkpoint on the predictions of a larger one; else like `retrain`.
 
     Args:
         model: the student: hub id, folder or named sample.
@@ -104,13 +104,13 @@ def run_training(
 ) -> TrainResult:
     """Carry out the recipe of a training, into a new folder.
 
-    In several processes the first one writes, and all return.
+    With several processes, only the first one writes. All return the result.
 
     Args:
-        recipe: of a retraining or a distillation.
+        recipe: recipe of a retraining or a distillation.
         progress: receives every step.
-        resume: continue a stopped training; start if there is none.
-        restart: discard what a stopped training left.
+        resume: resume a stopped training, or start if there is none.
+        restart: discard the files of a stopped training.
         overwrite: replace an existing output folder.
     """
     meter = Meter.start()
@@ -123,7 +123,7 @@ def run_training(
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
-    processes.wait()  # all have looked at the folder before one of them enters it
+    processes.wait()  # all must read the folder before one of them locks it
     with folder if processes.main else nullcontext():
         processes.wait()
         if not folder.finished:
@@ -140,7 +140,7 @@ def train_into(
     progress: Progress,
     meter: Meter,
 ) -> None:
-    """The training, which an earlier run may have begun, and the model that it makes."""
+    """Run or resume the training, and write the model."""
     trust, work = recipe.trust_remote_code, folder.work
     reader = CheckpointReader(source.folder)
     target = CheckpointTarget(reader, None, processes.device, trust_remote_code=trust)
@@ -187,7 +187,7 @@ def train_into(
 
 
 def report_of(output: Path) -> TrainResult:
-    """What the notes of a finished training say was done."""
+    """Read the result of a finished training from its notes."""
     manifest = json.loads((output / NOTES / TRAININGS).read_text(encoding="utf-8"))[-1]
     result = manifest["result"]
     return TrainResult(
@@ -204,7 +204,7 @@ def report_of(output: Path) -> TrainResult:
 def identity(
     recipe: RetrainRecipe, reader: CheckpointReader, text: TrainingText, progress: Progress
 ) -> dict[str, Any]:
-    """Everything the trained weights depend on."""
+    """Everything that affects the trained weights."""
     return {
         **recipe.model_dump(mode="json", exclude=NO_PART),
         "tokens": text.record["sha256"],
@@ -212,7 +212,7 @@ def identity(
     }
 
 
-# -- what is left behind -------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------
 
 
 def manifest_of(
@@ -224,7 +224,7 @@ def manifest_of(
     meter: Meter,
     memory: TrainingMemory,
 ) -> dict[str, Any]:
-    """Everything worth knowing about a finished training."""
+    """The record of a finished training."""
     outcome = trained.outcome
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
     return {
@@ -255,7 +255,7 @@ def verb_of(recipe: RetrainRecipe) -> str:
 
 
 def objective_text(recipe: RetrainRecipe, adapted: Adapted) -> str:
-    """What a training minimised, and what it pruned, in words."""
+    """Describe in words the loss of a training, and its pruning."""
     text = "next token"
     if isinstance(recipe, DistillRecipe):
         text = f"{recipe.kind} KL, T = {recipe.temperature:g}"

@@ -1,4 +1,4 @@
-"""From the recipe of a training to its plan, its loss and its teacher."""
+"""Makes the plan, the loss and the teacher from the recipe of a training."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from secateur.workflows.train.text import TrainingText
 __all__ = ["objective_of", "plan_of", "teacher_of"]
 
 TOP_K = 64
-"""Tokens that are written down of a teacher where nobody says how many."""
+"""Default number of most likely tokens to store from a teacher."""
 
 
 def plan_of(recipe: RetrainRecipe, text: TrainingText, model: Any) -> TrainingPlan:
-    """Length, learning rate and optimizer of a training.
+    """Return length, learning rate and optimizer of a training.
 
     Args:
-        recipe: of the training.
-        text: that is read.
+        recipe: recipe of the training.
+        text: the training text.
         model: the model or its skeleton.
 
     Raises:
-        RecipeError: steps and minutes are both given, or a number is out of range.
+        RecipeError: the recipe has both steps and minutes, or a number is out of range.
     """
     steps = recipe.steps or 0
     if not recipe.steps and not recipe.minutes:
@@ -76,20 +76,20 @@ def objective_of(
     progress: Progress,
     processes: ProcessGroup,
 ) -> Objective:
-    """The loss. For a distillation this loads the teacher, or the file of its answers.
+    """Return the loss. For a distillation this loads the teacher, or the file of its predictions.
 
     Args:
-        recipe: of the training.
+        recipe: recipe of the training.
         source: the student's checkpoint.
-        place: the teacher's checkpoint; None where there is none, or its answers are in a file.
+        place: the teacher's checkpoint; None without a teacher, or if a file has its predictions.
         model: the student.
-        text: that is read.
-        work: folder that takes what a teacher writes down.
-        progress: receives every window of it.
+        text: the training text.
+        work: folder for the file of the teacher's predictions.
+        progress: receives every window of that file.
         processes: the processes.
 
     Raises:
-        RecipeError: the teacher has another vocabulary, or was written down for another text.
+        RecipeError: the teacher has another vocabulary, or its file belongs to another text.
     """
     if not isinstance(recipe, DistillRecipe):
         return NextToken.of(model)
@@ -103,7 +103,7 @@ def objective_of(
         place.folder,
         processes,
         dtype=fast_dtype(processes.device),
-        apart=False,  # its head is applied after its forward
+        apart=False,  # the loss applies its head after its forward
         trust_remote_code=recipe.trust_remote_code,
     )
     layers = len(describe(teacher).layers(teacher))
@@ -137,10 +137,10 @@ def objective_of(
 def teacher_of(
     recipe: RetrainRecipe, source: LocalCheckpoint, work: Path
 ) -> LocalCheckpoint | None:
-    """The checkpoint of the teacher; None where there is none, or it has been written down.
+    """Return the checkpoint of the teacher; None without a teacher, or if its file exists.
 
     Raises:
-        RecipeError: the teacher is not known.
+        RecipeError: the teacher is unknown.
     """
     if not isinstance(recipe, DistillRecipe):
         return None
@@ -151,15 +151,15 @@ def teacher_of(
 
 
 def written_down(recipe: DistillRecipe, work: Path) -> Path:
-    """The file of what a teacher expects."""
+    """The file of a teacher's predictions."""
     return Path(recipe.teacher_file) if recipe.teacher_file else work / "teacher.safetensors"
 
 
 def written(file: Path, text: TrainingText) -> WrittenTeacher:
-    """What a teacher wrote down about this text.
+    """Return the teacher's stored predictions for this text.
 
     Raises:
-        RecipeError: it is about another.
+        RecipeError: the file belongs to another text.
     """
     teacher = WrittenTeacher(file)
     if teacher.record["windows"] != windows_digest(text.windows):
@@ -172,10 +172,10 @@ def written(file: Path, text: TrainingText) -> WrittenTeacher:
 
 
 def pruned_from(source: LocalCheckpoint) -> str:
-    """The model that a run folder was pruned from.
+    """Return the model that a run folder was pruned from.
 
     Raises:
-        RecipeError: the folder does not say.
+        RecipeError: the folder does not name it.
     """
     manifest = source.folder / NOTES / "manifest.json"
     if not manifest.is_file():
@@ -190,9 +190,9 @@ def pruned_from(source: LocalCheckpoint) -> str:
 def kept_layers(
     recipe: DistillRecipe, source: LocalCheckpoint, teacher: str
 ) -> tuple[int, ...] | None:
-    """The layers of the teacher that the student has, from the recipe or the notes of its cut.
+    """Return the teacher's layers that the student has, from the recipe or the notes of its cut.
 
-    None where nothing is known of it, or the teacher is another model than the one that was cut.
+    None if they are unknown, or if the teacher is not the model that was cut.
     """
     steps = source.folder / NOTES / "steps.json"
     if recipe.kept_layers is not None or not recipe.hidden_weight or not steps.is_file():
@@ -204,7 +204,7 @@ def kept_layers(
 
 
 def check_tokenizers(student: LocalCheckpoint, teacher: LocalCheckpoint, trust: bool) -> None:
-    """Refuse a teacher whose token numbers mean other words.
+    """Refuse a teacher whose token ids mean other words.
 
     Raises:
         RecipeError: the vocabularies differ.

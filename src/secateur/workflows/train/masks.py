@@ -1,7 +1,7 @@
 """The zeros that a training holds: the zeros of the model, or of masks that the recipe names.
 
-Masks that do not fit are refused before any work: a training that holds fewer zeros than the model
-has would end with a denser model.
+Masks that do not fit are refused before any work. A training that holds fewer zeros than the model
+has would produce a denser model.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from secateur.training.process_group import ProcessGroup
 __all__ = ["masks_of"]
 
 BY_CHANCE = 0.001
-"""The share of a matrix that may be zero in a dense model without having been pruned."""
+"""The share of zeros that a matrix may have by chance in a dense model."""
 
 
 def masks_of(recipe: RetrainRecipe, model: Any, processes: ProcessGroup) -> Masks:
-    """The masks that a training holds.
+    """Return the masks that a training holds.
 
     Args:
-        recipe: names masks, or does not: then the zeros of the model are held.
-        model: with the weights it begins with; it may be shared out.
+        recipe: may name masks. Without them, the training holds the zeros of the model.
+        model: the model with its initial weights; it may be sharded.
         processes: the processes.
 
     Raises:
-        RecipeError: the masks are of another model, hold no zeros, or would let weights come back
-            that are zero in the model.
-        SourceError: there are no masks in the file.
+        RecipeError: the masks belong to another model, hold no zeros, or would free weights that
+            are zero in the model.
+        SourceError: the file holds no masks.
     """
     if recipe.mask is None:
         return Masks.of(model)
@@ -50,16 +50,16 @@ def masks_of(recipe: RetrainRecipe, model: Any, processes: ProcessGroup) -> Mask
         found = stored_masks(place)
     masks = Masks.given(model, found)
     prunes = recipe.gradual is not None or recipe.iterative is not None
-    regrows = recipe.regrow or prunes  # pruning keeps the model's zeros itself
+    regrows = recipe.regrow or prunes  # pruning keeps the zeros itself
     refuse_lost(masks, model, processes, place, regrows)
     return masks
 
 
 def zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str, Tensor]]:
-    """Where the matrices of a checkpoint are not zero, one after the other.
+    """Yield the nonzero masks of the matrices of a checkpoint, one at a time.
 
     Raises:
-        RecipeError: its matrices are not those of the model.
+        RecipeError: its matrices differ from the model's.
     """
     skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
     stored = StoredModel(skeleton, CheckpointReader(folder))
@@ -81,14 +81,14 @@ def zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str
 def refuse_lost(
     masks: Masks, model: Any, processes: ProcessGroup, place: Path, regrows: bool
 ) -> None:
-    """Refuse masks by which zeros of the model's matrices would get lost.
+    """Refuse masks that would lose zeros of the model's matrices.
 
     Args:
-        masks: as each process has them.
-        model: that is trained.
-        processes: the processes, which count together.
-        place: where the masks come from.
-        regrows: zeros that the masks do not hold may come back.
+        masks: this process's part of the masks.
+        model: the model in training.
+        processes: the processes; they add up their counts.
+        place: the source of the masks.
+        regrows: whether zeros that the masks do not hold may become nonzero.
 
     Raises:
         RecipeError: the masks have no zeros, or a matrix has more than `BY_CHANCE` of zeros that

@@ -1,17 +1,18 @@
-"""Predicts memory and disk of a training, and refuses one that would not fit, before it begins.
+"""Predicts memory and disk of a training, and refuses one that would not fit.
 
     all weights in float32
-    + for what is trained: gradients, and what the optimizer remembers
-    + the weights that are made of adapters
-    + what one micro-batch's forward keeps for its backward, rehearsed on the meta device
+    + for trained parameters: gradients, and the state of the optimizer
+    + the products of adapters
+    + activations of one micro-batch's forward for its backward, rehearsed on the meta device
     + a block of logits; the teacher; the masks
 
-Shared out over several processes are weights, gradients, memories, masks, and the teacher's layers.
-What is gathered of them at a time is counted for itself: two decoder layers, since the next one is
-fetched while one runs, with the gradients of one; embeddings or head; of the teacher both.
+Several processes share weights, gradients, optimizer state, masks, and the teacher's layers.
+Gathered parts count separately. The student needs two decoder layers, because the next one is
+fetched while one runs, and the gradients of one; or its embeddings or head with their gradients, if
+these are larger. The teacher needs one layer, its embeddings and its head.
 
-On disk, at the same time: what a resumed run needs, the best weights, one of these anew or the
-final ones, and the result.
+The disk holds at the same time: the state for a resumed run, the best weights, a new version of one
+of these or the final weights, and the result.
 """
 
 from __future__ import annotations
@@ -47,20 +48,20 @@ __all__ = ["TrainingMemory", "check_memory", "disk_bytes", "foretell"]
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """What one process of a training will need. All sizes in bytes.
+    """The memory that one process of a training needs. All sizes in bytes.
 
     Attributes:
         process: the program itself, with text.
-        weights: of the student, float32.
-        gathered: of student and teacher, while parts of them are whole; 0 in a single process.
-        optimizer: gradients and moments of what is trained.
-        adapters: the products of adapters, of all linears that have one.
-        forward: what a micro-batch keeps for its backward.
-        logits: a block of them, of student and teacher.
-        teacher: its weights.
+        weights: float32 weights of the student.
+        gathered: gathered parts of student and teacher; 0 in a single process.
+        optimizer: gradients and moments of the trained parameters.
+        adapters: the products of all adapters.
+        forward: activations that a micro-batch keeps for its backward.
+        logits: a block of logits, of student and teacher.
+        teacher: weights of the teacher.
         masks: one byte for each weight of the decoder's matrices.
-        on_gpu: whether a GPU computes. It has all of this but the process, and the process has the
-            weights too while they are loaded.
+        on_gpu: whether a GPU computes. The GPU then holds everything except `process`, and the
+            process also holds the weights while they are loaded.
     """
 
     process: int
@@ -76,18 +77,18 @@ class TrainingMemory:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What is in use at the peak where products run, by name."""
+        """The memory in use at the peak on the computing device, by name."""
         left_out = {"on_gpu", "process"} if self.on_gpu else {"on_gpu"}
         return {name: size for name, size in asdict(self).items() if name not in left_out}
 
     @property
     def peak(self) -> int:
-        """The estimate of the most memory in use where products run: of the GPU, or all."""
+        """The estimated peak memory of the computing device: the GPU, or the whole process."""
         return sum(self.sizes.values())
 
     @property
     def host_peak(self) -> int:
-        """The estimate of the most memory in use by this process."""
+        """The estimated peak memory of this process."""
         return self.process + max(self.weights, self.teacher) if self.on_gpu else self.peak
 
     def to_json(self) -> dict[str, int]:
@@ -103,18 +104,18 @@ def foretell(
     plan: TrainingPlan,
     processes: ProcessGroup,
 ) -> TrainingMemory:
-    """What a training will need.
+    """Estimate the memory of a training.
 
     Args:
-        recipe: of the training.
-        target: the student, its layers on the meta device.
-        teacher: its checkpoint, if it is loaded; None for none.
-        text: that is read.
+        recipe: recipe of the training.
+        target: the student, with its layers on the meta device.
+        teacher: checkpoint of a teacher that is loaded; None for none.
+        text: the training text.
         plan: length and optimizer.
         processes: the processes.
     """
     model, trust = target.model, recipe.trust_remote_code
-    stored = target.stored  # without what is tied to another
+    stored = target.stored  # tied tensors are stored only once
     named = {n: p.numel() for n, p in model.named_parameters() if n in stored}
     trained = sum(count for name, count in named.items() if plan.factor(name))
     products = 0
@@ -142,7 +143,7 @@ def foretell(
 
 
 def gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
-    """What one of several processes has of a student besides its part, at the most."""
+    """The maximum size of a student's gathered parts in one of several processes."""
     layers = [sum(p.numel() for p in layer.parameters()) for layer in target.layers]
     outside = [
         sum(p.numel() for p in module.parameters())
@@ -155,9 +156,9 @@ def gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
 def forward_bytes(
     target: CheckpointTarget, windows: Tensor, plan: TrainingPlan, device: torch.device
 ) -> int:
-    """What the decoder layers keep of one micro-batch until their backward.
+    """The activations that the decoder layers keep for one micro-batch until their backward.
 
-    With checkpointing each keeps its input, and one at a time all that is inside it.
+    With checkpointing, each layer keeps its input, and one layer at a time keeps everything inside.
     """
     hidden, calls = calls_of(target, windows)
     layers = len(target.layers)
@@ -167,7 +168,7 @@ def forward_bytes(
 
 
 def moments_of(plan: TrainingPlan) -> int:
-    """How many tensors of a weight's size the optimizer remembers: looked at, for one weight."""
+    """The number of weight-sized tensors in the optimizer's state, measured with one weight."""
     weight = nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     optimizer = plan.make_optimizer([("weight", weight)])
@@ -176,9 +177,10 @@ def moments_of(plan: TrainingPlan) -> int:
 
 
 def teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: bool) -> int:
-    """The weights of a teacher that a process has.
+    """The size of a teacher's weights in one process.
 
-    Of several, each has a part of the decoder layers and one of them whole, and what is outside.
+    Each of several processes has a part of the decoder layers, one whole layer, and everything
+    outside the layers.
     """
     model = build_skeleton(teacher.folder, trust_remote_code=trust)
     dtype, stored = fast_dtype(processes.device) or model.dtype, CheckpointReader(teacher.folder)
@@ -194,7 +196,7 @@ def teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: bool
 def disk_bytes(
     recipe: RetrainRecipe, target: CheckpointTarget, text: TrainingText, plan: TrainingPlan
 ) -> int:
-    """What a training has on disk at the most; each file is written anew beside the old one."""
+    """The maximum disk use of a training. Each new file is written beside the old one."""
     stored = target.stored
     named = {n: p.numel() for n, p in target.model.named_parameters() if n in stored}
     trained = sum(count for name, count in named.items() if plan.factor(name))
@@ -218,15 +220,15 @@ def disk_bytes(
 
 
 def rounds_bytes(how: IterativeOptions, weights: int, masks: int) -> int:
-    """The most that iterative pruning has on disk besides the training of a round.
+    """The maximum disk use of iterative pruning besides the training of a round.
 
-    Weights of the last round and of this one, in float32, with their masks; to rewind weights, the
-    early weights and the weights of the first training too.
+    This covers the float32 weights and the masks of the last round and of this one. Rewinding
+    weights adds the early weights and the weights of the first training.
 
     Args:
         how: options of the recipe.
-        weights: of the model.
-        masks: weights that have a mask.
+        weights: number of weights of the model.
+        masks: number of weights that have a mask.
     """
     copies = 4 if how.rewind == "weights" else 2
     return 4 * weights * copies + 2 * masks
@@ -236,7 +238,8 @@ def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.de
     """Refuse a training that would not fit.
 
     Raises:
-        MemoryBudgetError: naming what is needed, what there is, and what would help.
+        MemoryBudgetError: the training needs more than there is; the message gives both numbers and
+            remedies.
     """
     budget = memory_budget(recipe.memory_budget_gib, device)
     shortage = budget.shortage(needed.peak, needed.host_peak)

@@ -1,11 +1,11 @@
-"""Iterative pruning of a recipe: the rounds, their files, and what they report.
+"""Iterative pruning of a recipe: the rounds, their files, and their reports.
 
-work/rounds/early.safetensors     the weights to go back to, with rewind `weights`
+work/rounds/early.safetensors the weights to go back to, with rewind `weights`
 work/rounds/dense.*               the training before the first round, with rewind `weights`
 work/rounds/round-N.*             see `secateur.training.rounds`
 work/rounds/NAME.json, NAME.jsonl what a finished training reports, and its log
 
-A run that is killed resumes at the last save of the training that was running.
+A killed run resumes at the last save of the unfinished training.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ __all__ = ["train_in_rounds"]
 
 
 def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
-    """Prune and train in rounds; a call after a kill resumes.
+    """Prune and train in rounds. A call after a kill resumes.
 
     Raises:
-        RecipeError: the plan has no number of steps, or `rewind_step` lies behind its end.
+        RecipeError: the plan has no number of steps, or `rewind_step` is after its end.
     """
     plan, adapted = session.plan, session.adapted
     if plan.minutes:
@@ -86,13 +86,13 @@ def validation_loss(session: Session) -> float | None:
 
 
 def train_before(session: Session, step: int, early: Path, files: RoundFiles) -> None:
-    """The training whose weights the first round ranks, and whose early weights come back.
+    """Train before the first round. This gives its weights, and the early weights to rewind to.
 
     Args:
-        session: of the run.
+        session: session of the run.
         step: the step to go back to; 0 for the weights of the source.
         early: file for the weights of that step.
-        files: of the rounds.
+        files: files of the rounds.
     """
     model, weights = session.adapted.model, files.place / "dense.safetensors"
     if not step and not early.exists():
@@ -124,7 +124,7 @@ class RoundFiles:
         self.place.mkdir(parents=True, exist_ok=True)
 
     def report(self, name: str) -> Path:
-        """The report of a training; it exists once the training is finished."""
+        """The report of a training. It exists only after the training has finished."""
         return self.place / f"{name}.json"
 
     def log(self, name: str) -> Path:
@@ -149,8 +149,8 @@ class RoundFiles:
         """All finished trainings together.
 
         Args:
-            names: of the trainings, in order.
-            before: the validation loss before the first.
+            names: names of the trainings, in order.
+            before: the validation loss before the first training.
         """
         reports = [json.loads(self.report(n).read_text(encoding="utf-8")) for n in names]
         whole, entries = Outcome(), []
@@ -175,7 +175,7 @@ class RoundFiles:
 
 
 def entry(report: dict[str, Any], outcome: Outcome, steps: int) -> dict[str, Any]:
-    """What the notes of the model say of one training."""
+    """The record of one training in the notes of the model."""
     losses = [loss for _, loss in outcome.validations]
     return {
         "training": report["training"],

@@ -1,4 +1,4 @@
-"""One training with everything it needs, and what it leaves for the files of the result."""
+"""One training with all its inputs, and its output for the files of the result."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["Session", "Trained", "run_loop"]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves.
+    """The output of a training.
 
     Attributes:
         outcome: steps, tokens, validations.
-        learning_rate: the highest one that was used.
+        learning_rate: the highest learning rate.
         final: file of the float32 weights.
-        log: file with a line for each step; of several rounds, the last.
-        rounds: of iterative pruning, one entry for each training; else empty.
+        log: file with a line for each step; the last one if there are several rounds.
+        rounds: one entry for each training of iterative pruning; else empty.
     """
 
     outcome: Outcome
@@ -43,15 +43,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that a training needs.
+    """All inputs of a training.
 
     Attributes:
         adapted: the model, its masks and hooks.
         batches: the windows of each step.
         objective: the loss.
         plan: length, learning rate, optimizer.
-        validation: windows to watch; None for none.
-        work: folder for what a resumed training needs.
+        validation: validation windows; None for none.
+        work: folder for the state of a resumed training.
         progress: receives every step.
         processes: the processes.
         board: folder for TensorBoard's curves; None for none.
@@ -68,7 +68,7 @@ class Session:
     board: Path | None = None
 
     def loop(self, saved: Path, **options: Any) -> Loop:
-        """A loop that saves into a folder; `options` are arguments of `Loop`."""
+        """Make a loop that saves into a folder. `options` are arguments of `Loop`."""
         adapted = self.adapted
         values = {"plan": self.plan, "hooks": adapted.hooks, "board": self.board, **options}
         return Loop(
@@ -95,7 +95,7 @@ def run_loop(loop: Loop) -> Outcome:
     """Run a loop.
 
     Raises:
-        NumericalError: the training went wrong; the error names its log, and how to resume.
+        NumericalError: the training failed; the message names the log, and how to resume.
     """
     with quiet_transformers(), naming_the_log(loop):
         return loop.run()
@@ -103,7 +103,7 @@ def run_loop(loop: Loop) -> Outcome:
 
 @contextmanager
 def naming_the_log(loop: Loop) -> Iterator[None]:
-    """Add the log of a training that went wrong to its error, and how to resume."""
+    """Add the log of a failed training to its error, and how to resume."""
     try:
         yield
     except NumericalError as error:

@@ -1,4 +1,4 @@
-"""The text of a training: windows to learn from, and windows to watch, which must differ."""
+"""The text of a training: training windows and validation windows, which must differ."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 
 LENGTH = 512
 HELD_OUT_AT_MOST = 8
-"""One window in so many is held out at most, where there is no text to watch."""
+"""At most one window in this many is held out if the recipe has no validation text."""
 REFUSED = 0.01
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """What a training reads.
+    """The windows of a training.
 
     Attributes:
         windows: token ids [samples, sequence_length].
-        validation: likewise, to be watched; None for none.
-        record: where they are from, as JSON values.
+        validation: validation windows, likewise; None for none.
+        record: the source of both, as JSON values.
     """
 
     windows: Windows
@@ -47,17 +47,17 @@ class TrainingText:
 
 
 def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> TrainingText:
-    """The windows of a recipe.
+    """Return the windows of a recipe.
 
     Args:
         recipe: names the texts.
-        folder: of the model, for its tokenizer.
-        config: of the model, for its context and vocabulary.
+        folder: folder of the model, for its tokenizer.
+        config: configuration of the model, for its context and vocabulary.
 
     Raises:
-        SourceError: a text cannot be had, or is too short for one step.
-        RecipeError: the text to watch is in the text to learn from, or the windows are longer than
-            the model reads.
+        SourceError: a text is not available, or is too short for one step.
+        RecipeError: the training text contains the validation text, or the windows are longer
+            than the model's context.
     """
     length = recipe.sequence_length or min(LENGTH, positions_of(config) or LENGTH)
     start = start_tokens_of(folder, trust_remote_code=recipe.trust_remote_code)
@@ -104,12 +104,12 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
 
 
 def windows_of(recipe: RetrainRecipe, folder: Path, length: int, config: Any) -> Windows:
-    """The windows of all texts, up to the number in the recipe.
+    """Return the windows of all texts, up to the number in the recipe.
 
-    Of several texts there are as many windows of each as the shortest gives, in turns.
+    Several texts contribute equally: each gives as many windows as the shortest, in turns.
 
     Raises:
-        SourceError: a text cannot be had, or files have windows of different lengths.
+        SourceError: a text is not available, or files have windows of different lengths.
     """
     found = [windows_of_text(text, recipe, folder, length, config) for text in recipe.text]
     if len({windows.shape[1] for windows in found}) > 1:
@@ -125,7 +125,7 @@ def windows_of(recipe: RetrainRecipe, folder: Path, length: int, config: Any) ->
 def windows_of_text(
     text: str, recipe: RetrainRecipe, folder: Path, length: int, config: Any
 ) -> Windows:
-    """The windows of one text, up to its share of the number in the recipe."""
+    """Return the windows of one text, up to its share of the number in the recipe."""
     vocabulary, positions = config.vocab_size, positions_of(config)
     if text.endswith(".safetensors"):
         file = Path(text).expanduser()
@@ -140,10 +140,10 @@ def windows_of_text(
 
 
 def refuse_overlap(shared: float, watched: str) -> None:
-    """Refuse to learn from what is watched; warn where it is only a phrase here and there.
+    """Refuse training text that contains validation text; warn if it shares only a few phrases.
 
     Raises:
-        RecipeError: more than a hundredth of it is in the training text.
+        RecipeError: more than 1 % of the validation text is in the training text.
     """
     if shared > REFUSED:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""From the float32 weights that a training ends with to a checkpoint, one tensor in memory."""
+"""Writes the float32 weights of a training into a checkpoint, with one tensor in memory."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class OpenFile(Mapping[str, Tensor]):
 def write_trained(
     recipe: RetrainRecipe, source: Path, masks: Masks, final: Path, made: Path, progress: Progress
 ) -> None:
-    """Write a copy of the source in which what was trained has its new values.
+    """Write a copy of the source with the new values of the trained parameters.
 
-    The copy has the names, shapes, dtypes and files of the source, and what was not trained is
-    byte for byte the same. With adapters the model is whole in memory, as it was to train them.
+    The copy has the names, shapes, dtypes and files of the source. Tensors that were not trained
+    are the same byte for byte. With adapters the whole model is in memory, as in their training.
 
     Args:
-        recipe: of the training.
-        source: the folder of the model it began with.
-        masks: what is zero in the result.
-        final: the file of the float32 weights that the training ended with.
-        made: takes the copy.
+        recipe: recipe of the training.
+        source: the folder of the initial model.
+        masks: the zeros of the result.
+        final: the file of the final float32 weights.
+        made: the folder of the copy.
         progress: receives the steps of the copying.
 
     Raises:
@@ -78,15 +78,15 @@ def write_trained(
 
 
 def check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False) -> None:
-    """Read a trained checkpoint again, one parameter in memory; each process looks at its part.
+    """Read a trained checkpoint again, one parameter at a time. Each process checks its part.
 
     Args:
         folder: the checkpoint.
-        masks: what is zero in it, as this process has them.
+        masks: the zeros of the checkpoint, reduced to this process's part.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
-        VerificationError: a pruned weight is not zero in it.
+        VerificationError: a pruned weight is not zero in the checkpoint.
     """
     stored = stored_model(folder, trust_remote_code)
     for name, mask in masks.kept.items():
@@ -102,6 +102,6 @@ def check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False
 
 
 def stored_model(folder: Path, trust: bool) -> StoredModel:
-    """The parameters of a checkpoint, as transformers builds the model."""
+    """The parameters of a checkpoint in the names of the transformers model."""
     skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
     return StoredModel(skeleton, CheckpointReader(folder))
