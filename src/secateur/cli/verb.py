@@ -52,6 +52,7 @@ def command(
     leave_out: frozenset[str] = frozenset(),
     exit_code: Callable[[Any], int] = lambda result: 0,
     streams: bool = False,
+    check: Callable[[Any], None] = lambda recipe: None,
 ) -> Callable[..., None]:
     """Make a function whose signature has a flag for every option of a verb's recipe.
 
@@ -62,6 +63,7 @@ def command(
         leave_out: options of the recipe that this verb does not have.
         exit_code: returns the exit code for a result.
         streams: whether `run` writes its result itself; it then takes `as_json`.
+        check: refuses a recipe with a fault before the model is looked up. It must be quick.
     """
     kind = imported(VERBS[verb].recipe)
     of_recipe = [o for o in options_of(kind) if o.name not in leave_out and not o.flag.hidden]
@@ -81,6 +83,7 @@ def command(
         assignments, as_json = given.pop("set") or (), given.pop("json")
         call = {o.name: given.pop(o.name) for o in of_call}
         recipe = recipe_from_flags(kind, given, assignments)
+        check(recipe)
         refuse_out_of_reach(str(getattr(recipe, "model", "")))
         call |= {"as_json": as_json} if streams else {}
         result = run(recipe, **call)
