@@ -23,8 +23,8 @@ _NAMES = {ATTENTION: "attention", FFN: "feed-forward"}
 def parts_of(layer: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules of a decoder layer that make up its attention and its feed-forward sub-block.
 
-    Every child with a matrix belongs to one of them: to attention if its name or class says so.
-    Norms belong to none.
+    Every child with a matrix belongs to one of the two: to attention if its name or class contains
+    that word, else to the feed-forward sub-block. Norms belong to neither.
     """
     parts: dict[int, list[nn.Module]] = {ATTENTION: [], FFN: []}
     for name, child in layer.named_children():

@@ -24,8 +24,8 @@ class Activations:
 
     Args:
         shape: (samples, sequence_length, hidden_size).
-        dtype: of the computation.
-        folder: for the files; None for a run in memory only.
+        dtype: dtype of the computation.
+        folder: folder of the files; None for a run in memory only.
         in_memory: whether they are in memory (as well).
     """
 

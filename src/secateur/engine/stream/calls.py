@@ -43,8 +43,8 @@ class LayerCall:
     """The arguments of one decoder layer besides its hidden states.
 
     Attributes:
-        args: by position, after the hidden states.
-        kwargs: by name.
+        args: positional arguments after the hidden states.
+        kwargs: named arguments.
         in_tuple: whether the model expects the layer's output in a tuple.
     """
 

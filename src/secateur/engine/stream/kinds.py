@@ -148,7 +148,7 @@ def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) ->
     """The layout of a layer, from one forward.
 
     Args:
-        layer: with weights, or on the meta device.
+        layer: the layer, with weights or on the meta device.
         name: its full name.
         hidden: an input.
         call: how it is called.

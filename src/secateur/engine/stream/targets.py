@@ -105,7 +105,7 @@ class CheckpointTarget:
         reader: the source.
         output: the copy that receives the new weights; None to only read.
         device: where layers get their weights.
-        dtype: of the computation; None for the one in `config.json`.
+        dtype: dtype of the computation; None for the dtype in `config.json`.
         trust_remote_code: whether code from the checkpoint may run.
     """
 
