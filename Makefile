@@ -1,6 +1,6 @@
 # make demo      prune a real model and look at the result
 # make test      the default tests
-# make test-all  the slow tests too
+# make test-all  the default tests, then the slow ones
 # make check     lint, types, import rules and house rules
 # make bench     the measurements behind the README's table (needs an hour)
 # Each sets up .venv by itself. PYTHON names the interpreter to set it up with.
@@ -29,8 +29,8 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST) -m "not slow" $(PYTEST_OPTIONS)
 
-test-all: $(READY)
-	$(PYTEST) $(PYTEST_OPTIONS)
+test-all: test
+	$(PYTEST) -m slow $(PYTEST_OPTIONS)
 
 check: $(READY)
 	$(BIN)/ruff check .

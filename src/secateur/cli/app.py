@@ -1,4 +1,4 @@
-"""The verbs, put together. Nothing heavy is imported until a verb runs."""
+"""The application with all verbs. Nothing heavy is imported until a verb runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 
 def make_app() -> App:
-    """The command line, each verb in a file of its own that is imported when it is called."""
+    """Build the command line. The file of a verb is imported when the verb is called."""
     app = App(
         name="secateur",
         help="The open toolkit for pruning large language models: smaller, faster, and proven.",
@@ -37,10 +37,10 @@ def make_app() -> App:
 
 
 def run(words: Sequence[str]) -> None:
-    """Run the command of these words.
+    """Run a command line.
 
     Raises:
-        RecipeError: there is no such command or option, or a value is missing.
+        RecipeError: the command or an option does not exist, or a value is missing.
     """
     app = make_app()
     try:
@@ -53,7 +53,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run a command; every exception ends in a message and its exit code."""
+    """Run a command. Every exception becomes a message and an exit code."""
     try:
         run(sys.argv[1:])
         sys.exit(0)
@@ -61,7 +61,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (Exception, KeyboardInterrupt) as error:
-        from secateur.cli.faults import as_told  # what it imports takes a tenth of a second
+        from secateur.cli.faults import as_told  # its imports take a tenth of a second
 
         told = as_told(error)
         print_error(told)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def print_error(error: SecateurError) -> None:
-    """Print an error: for people on stderr, and for programs on stdout where --json was given."""
+    """Print an error: for people on stderr, and with --json also for programs on stdout."""
     if "--json" in sys.argv:
         kind = type(error).__name__
         told = {"kind": kind, "what": error.what, "where": error.where, "remedy": error.remedy}

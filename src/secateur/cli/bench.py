@@ -1,4 +1,4 @@
-"""`secateur bench`: how fast, how large, and beside what."""
+"""`secateur bench`: speed and memory of a model, next to other ways to run it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["bench"]
 
 
 def run(recipe: BenchRecipe) -> Any:
-    """Time with a bar of progress; reasons for what could not run go to stderr."""
+    """Time with a progress bar. Print on stderr why a contender could not run."""
     from secateur.cli.progress import show_progress
     from secateur.evaluation.contenders import CONTENDERS
     from secateur.workflows.judge.bench import bench as run_bench

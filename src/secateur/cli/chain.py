@@ -1,4 +1,4 @@
-"""`secateur chain`: several verbs one after the other, written in one file."""
+"""`secateur chain`: run several verbs from one file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["chain"]
 
 
 def run(recipe: ChainRecipe, **call: Any) -> ChainResult:
-    """Run all steps with a bar of progress."""
+    """Run all steps with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.chain import run_chain
 

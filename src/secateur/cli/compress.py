@@ -1,4 +1,4 @@
-"""`secateur compress`: a checkpoint without its zeros."""
+"""`secateur compress`: store a checkpoint without its zeros."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["compress"]
 
 
 def run(recipe: CompressRecipe, **call: Any) -> CompressResult:
-    """Compress with a bar of progress."""
+    """Compress with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.compress.pack import compress_recipe
 

@@ -1,4 +1,4 @@
-"""`secateur decompress`: back to a dense checkpoint that any engine loads."""
+"""`secateur decompress`: restore a dense checkpoint that any engine loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["decompress"]
 
 
 def run(recipe: DecompressRecipe, **call: Any) -> DecompressResult:
-    """Decompress with a bar of progress."""
+    """Decompress with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.compress.unpack import decompress_recipe
 

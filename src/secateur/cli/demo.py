@@ -1,4 +1,4 @@
-"""`secateur demo`: a real model pruned, packed, timed, judged and reported, without a hub."""
+"""`secateur demo`: prune, pack, time, evaluate and report a real model, without a hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["demo"]
 MODEL = "smollm2-135m"
 CALIBRATION, JUDGING = "boolq-calibration", "boolq-held-out"
 CONTENDERS = ("packed", "dense int8", "dense bf16", "torch bf16")
-"""What is timed: the packed model, our kernels on dense weights, and torch."""
+"""The timed contenders: the packed model, our kernels on dense weights, and torch."""
 PROMPTS = (
     "The Eiffel Tower is a famous landmark in",
     "Once upon a time, in a village by the sea, there lived an old woman who",
@@ -32,7 +32,7 @@ def demo(
     judged_windows: Annotated[int, o.option(help="Windows of 512 tokens to judge on.")] = 16,
     as_json: o.Json = False,
 ) -> None:
-    """Prune SmolLM2-135M, pack it, time it, judge it beside the dense model; write a report."""
+    """Prune SmolLM2-135M, pack, time and evaluate it beside the dense model; write a report."""
     from secateur.cli.progress import show_progress
     from secateur.cli.rendering import print_result
 
@@ -49,7 +49,7 @@ def carry_out(
     judged_windows: int,
     listener: Progress,
 ) -> DemoResult:
-    """The three steps; the report is written at the end."""
+    """Run the three steps, then write the report."""
     from secateur.progress import Labelled
     from secateur.reporting.results.demo import DemoResult
     from secateur.workflows.judge.bench import bench

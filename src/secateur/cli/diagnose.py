@@ -1,4 +1,4 @@
-"""`secateur diagnose`: is the model sound, and is it what it claims to be?"""
+"""`secateur diagnose`: check that a model is healthy and has the zeros that it claims."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["diagnose"]
 
 
 def run(recipe: DiagnoseRecipe) -> Any:
-    """Diagnose with a bar of progress, or show what this machine can speed up."""
+    """Diagnose with a progress bar, or show what this machine can speed up."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.judge.diagnose import check_target
     from secateur.workflows.judge.diagnose import diagnose as run_diagnosis
@@ -31,7 +31,7 @@ def run(recipe: DiagnoseRecipe) -> Any:
 
 
 def exit_code(result: Any) -> int:
-    """3 if something is proven wrong."""
+    """3 if a finding is an error."""
     count = getattr(result, "count", None)
     return 3 if count and count("error") else 0
 

@@ -1,4 +1,4 @@
-"""`secateur distill`: let a pruned or cut model learn from the one it was made from."""
+"""`secateur distill`: train a pruned or cut model to match the model it was made from."""
 
 from __future__ import annotations
 

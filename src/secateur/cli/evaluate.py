@@ -14,7 +14,7 @@ __all__ = ["evaluate"]
 
 
 def run(recipe: EvaluateRecipe) -> EvaluateResult:
-    """Evaluate with a bar of progress."""
+    """Evaluate with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.judge.evaluate import run_evaluation
 

@@ -1,7 +1,7 @@
-"""What becomes of an exception that no verb has turned into an error of its own.
+"""Handle exceptions that no verb has turned into a `SecateurError`.
 
-An `OSError` says that something of this machine went wrong: a disk, a permission, a name. Whatever
-else arrives here is a fault of secateur; its traceback goes into a file, which the message names.
+An `OSError` is a problem of this machine: a disk, a permission, a name. Any other exception is a
+fault in secateur. Its traceback goes into a file, and the message names the file.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ REMEDIES = {
     errno.EIO: "the disk or the network drive reports a fault: check it, and use another one",
     errno.ENOMEM: "close other programs, or lower --memory-budget-gib",
 }
-"""What to do about the errors of the operating system that users meet."""
+"""Remedies for common errors of the operating system, by error number."""
 
 
 RESUMED_BY_FLAG = {"prune", "structure", "retrain", "distill", "chain", "compress"}
-"""Verbs that continue with --resume."""
+"""Verbs that resume with --resume."""
 RESUMED_BY_REPETITION = {"sweep"}
-"""Verbs that continue when the same command runs again."""
+"""Verbs that resume when the same command runs again."""
 
 
 class InternalError(SecateurError):
@@ -57,10 +57,10 @@ class UserInterruptError(SecateurError):
 
 
 def as_told(error: BaseException) -> SecateurError:
-    """An exception as an error with what, where and remedy.
+    """Turn an exception into an error with what, where and remedy.
 
     Args:
-        error: as it was raised; a `SecateurError` stays as it is.
+        error: the exception; a `SecateurError` is returned as it is.
     """
     if isinstance(error, SecateurError):
         return error
@@ -79,7 +79,7 @@ def as_told(error: BaseException) -> SecateurError:
 
 
 def how_to_continue(words: list[str]) -> str:
-    """What to type after Ctrl-C.
+    """The message after Ctrl-C: what is kept, and the command that continues.
 
     >>> from secateur.cli.faults import how_to_continue
     >>> how_to_continue(["prune", "my model", "--output", "DIR", "--restart"])
@@ -88,7 +88,7 @@ def how_to_continue(words: list[str]) -> str:
     'nothing is kept; start again with: secateur evaluate DIR'
 
     Args:
-        words: the command line, without the program's name.
+        words: the words of the command line, without the program's name.
     """
     verb = words[0] if words else ""
     if verb in RESUMED_BY_FLAG:
@@ -100,7 +100,7 @@ def how_to_continue(words: list[str]) -> str:
 
 
 def told_of_system(error: OSError) -> SecateurError:
-    """What an error of the operating system means."""
+    """Explain an error of the operating system."""
     names = [os.fspath(x) for x in (error.filename, error.filename2) if isinstance(x, (str, bytes))]
     where = " → ".join(os.fsdecode(name) for name in names)
     return SecateurError(
@@ -111,10 +111,11 @@ def told_of_system(error: OSError) -> SecateurError:
 
 
 def write_log(error: BaseException) -> Path | None:
-    """Write the traceback into a file, and return it.
+    """Write the traceback into a file, and return its path.
 
-    The first of these places that can be written: the work folder of the run, the state folder of
-    secateur, the folder for temporary files. None if none of them can; then it goes to stderr.
+    The file goes to the first writable folder of these: the work folder of the run, secateur's
+    state folder, the folder for temporary files. If none is writable, the traceback goes to stderr
+    and the result is None.
     """
     text = described(error)
     name = f"fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
@@ -133,7 +134,7 @@ def write_log(error: BaseException) -> Path | None:
 
 
 def described(error: BaseException) -> str:
-    """The traceback, and what one needs to know to repeat it."""
+    """The traceback, with command line and versions, so that the fault can be reproduced."""
     lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
     lines += [f"{name}: {installed(name)}" for name in ("secateur", "torch", "transformers")]
     lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
@@ -141,7 +142,7 @@ def described(error: BaseException) -> str:
 
 
 def installed(package: str) -> str:
-    """The version of a package."""
+    """The installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -149,7 +150,7 @@ def installed(package: str) -> str:
 
 
 def work_folders(arguments: list[str]) -> list[Path]:
-    """The work folder of the run that a command line names, if it is there."""
+    """The existing work folders of the run that a command line names."""
     for flag, value in itertools.pairwise(arguments):
         if flag in ("--output", "-o"):
             folder = Path(f"{value}.partial") / "work"
@@ -158,7 +159,7 @@ def work_folders(arguments: list[str]) -> list[Path]:
 
 
 def temporary_folder() -> Path | None:
-    """The folder for temporary files; None if the system has none that can be written."""
+    """The folder for temporary files; None if the system has no writable one."""
     try:
         return Path(tempfile.gettempdir())
     except OSError:

@@ -1,4 +1,4 @@
-"""`secateur generate`: one text, or a conversation on a terminal."""
+"""`secateur generate`: generate one text, or hold a conversation on a terminal."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ HELP = "/new forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an 
 
 
 def run(recipe: GenerateRecipe, *, as_json: bool) -> None:
-    """Continue a prompt, or chat, on the CPU; packed linears stay packed."""
+    """Continue a prompt, or chat, on the CPU. Packed linears stay packed."""
     from secateur.runtime.sampling import Sampling
     from secateur.workflows.judge.generate import Conversation
 
-    # a fault is an error before any work
+    # a bad number is an error before any work
     sampling = Sampling(recipe.temperature, recipe.top_k, recipe.top_p, recipe.seed)
     prompt = recipe.prompt
     talk = prompt is None and sys.stdin.isatty() and not as_json
@@ -41,7 +41,7 @@ def run(recipe: GenerateRecipe, *, as_json: bool) -> None:
 
 
 def answer(conversation: Conversation, prompt: str, as_json: bool) -> None:
-    """Write one text as it comes, then how fast it came; or all of it as JSON."""
+    """Write one text while it is generated, then its speed; with --json everything at the end."""
     if as_json:
         from secateur.cli.rendering import print_result
 
@@ -81,7 +81,7 @@ def converse(conversation: Conversation) -> None:
 
 
 def reply(conversation: Conversation, prompt: str) -> None:
-    """Answer one message; Ctrl-C stops the answer, and an error ends nothing."""
+    """Answer one message. Ctrl-C stops the answer. An error does not end the conversation."""
     from secateur.errors import RecipeError
 
     try:
@@ -96,13 +96,13 @@ def reply(conversation: Conversation, prompt: str) -> None:
 
 
 def write(text: str) -> None:
-    """Write text at once."""
+    """Write text and flush it."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def import_line_editing() -> Any:
-    """Let `input` edit lines and remember them, where Python has a readline."""
+    """Import readline, if Python has it, so that `input` can edit and recall lines."""
     try:
         import readline
     except ImportError:

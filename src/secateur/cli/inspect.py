@@ -1,4 +1,4 @@
-"""`secateur inspect`: what a model is made of, and where its zeros are."""
+"""`secateur inspect`: show the parts of a model, and where its zeros are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["inspect"]
 
 
 def run(recipe: InspectRecipe) -> Any:
-    """Inspect with a bar of progress."""
+    """Inspect with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.judge.inspect import inspect as run_inspection
 

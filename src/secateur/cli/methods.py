@@ -1,4 +1,4 @@
-"""`secateur methods`: what there is to choose from."""
+"""`secateur methods`: list presets, methods and their parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def methods(*, as_json: o.Json = False) -> None:
 
 
 def all_as_json() -> dict[str, Any]:
-    """Everything that can be chosen, by kind and name."""
+    """All choices, by kind and name."""
     from secateur.calibration.statistics import statistics
     from secateur.models.architecture import families
     from secateur.recipes.presets import presets
@@ -53,7 +53,7 @@ def all_as_json() -> dict[str, Any]:
 
 
 def preset_table() -> Any:
-    """Presets, and the recipe keys that each sets."""
+    """The presets, and the recipe keys that each one sets."""
     from secateur.recipes.presets import presets
     from secateur.reporting.tables import Table
 
@@ -66,7 +66,7 @@ def preset_table() -> Any:
 
 
 def method_table() -> Any:
-    """Methods, with their parts and papers."""
+    """The methods, with their parts and papers."""
     from secateur.reporting.tables import Table
     from secateur.sparsity.methods import methods as known
 
@@ -76,7 +76,7 @@ def method_table() -> Any:
 
 
 def training_tables() -> list[Any]:
-    """The methods that train, and the command of each."""
+    """The methods that train, with their commands."""
     from secateur.reporting.tables import Table
     from secateur.training.methods import training_methods
 
@@ -90,7 +90,7 @@ def training_tables() -> list[Any]:
 
 
 def part_table() -> Any:
-    """Parts of methods, and what each needs."""
+    """The parts of methods, and what each one needs."""
     from secateur.reporting.tables import Table
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.patterns import patterns
@@ -115,13 +115,13 @@ def part_table() -> Any:
 
 
 def in_words(value: Any) -> str:
-    """A value of a recipe on one line."""
+    """A recipe value as one line of text."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def allocation_needs(kind: Any) -> str:
-    """What an allocation needs, in words."""
+    """The inputs that an allocation needs, in words."""
     needs = [*sorted(kind.requires), *(f"the method's {part}" for part in sorted(kind.uses))]
     return ", ".join(needs) or "nothing"

@@ -10,19 +10,19 @@ __all__ = ["argument", "option", "switch"]
 
 
 def argument(help: str) -> Any:
-    """A word of the command."""
+    """A positional argument."""
     return Parameter(help=help, show_default=False)
 
 
 def option(*names: str, help: str) -> Any:
-    """A flag of the command."""
+    """A flag with a value."""
     return Parameter(
         name=names or None, help=help, negative=(), show_default=True, allow_repeating=True
     )
 
 
 def switch(help: str) -> Any:
-    """A flag that is on, off (`--no-…`) or neither."""
+    """A flag that is on, off (`--no-…`) or not given."""
     return Parameter(help=help, show_default=False, allow_repeating=True)
 
 

@@ -1,4 +1,4 @@
-"""`secateur plan`: what a run would need, without doing it."""
+"""`secateur plan`: show what a run would need, without running it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["plan"]
 
 
 def run(recipe: PruneRecipe, **_: Any) -> PlanResult:
-    """Plan without a bar of progress: it takes seconds."""
+    """Plan without a progress bar, since it takes only seconds."""
     from secateur.workflows.prune.checkpoint import plan_recipe
 
     return plan_recipe(recipe)

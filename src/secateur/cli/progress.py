@@ -1,6 +1,6 @@
-"""How long work is shown while it runs: a moving bar on a terminal, a line now and then elsewhere.
+"""Show progress: a moving bar on a terminal, a line every few seconds elsewhere.
 
-Both renderings write to stderr, so that stdout holds only the result.
+Both write to stderr, so that stdout holds only the result.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from secateur.reporting.wording import duration
 __all__ = ["ProgressBar", "ProgressLines", "show_progress"]
 
 INTERVAL_SECONDS = 5.0
-"""The longest silence off a terminal."""
+"""Seconds between two lines of progress when stderr is not a terminal."""
 PREPARING = "preparing"
-"""What is shown between two stages."""
+"""The label between two stages."""
 
 
 @contextmanager
 def show_progress() -> Iterator[Listener]:
     """Show the progress of a command on stderr: a bar on a terminal, lines elsewhere.
 
-    What asks is the file itself, not rich: rich believes FORCE_COLOR, which many CI systems set.
+    The test uses the file itself and not rich, because rich trusts FORCE_COLOR, which many CI
+    systems set.
     """
     if sys.stderr.isatty() and not stderr.is_dumb_terminal:
         with ProgressBar() as bar:
@@ -50,7 +51,7 @@ def show_progress() -> Iterator[Listener]:
 
 
 class ProgressBar:
-    """A moving bar with the time that has passed and the time left. For terminals."""
+    """A moving bar with elapsed time and time left, for terminals."""
 
     def __init__(self) -> None:
         self.bar = Progress(
@@ -73,7 +74,7 @@ class ProgressBar:
         self.bar.stop()
 
     def start(self, label: str, steps: int) -> None:
-        """A stage begins; one of a single step is shown as a bar that pulses."""
+        """Begin a stage. A stage with one step is shown as a pulsing bar."""
         self.task = self.bar.add_task(label, total=steps if steps > 1 else None, note="")
 
     def step(self, count: int = 1, note: str = "") -> None:
@@ -91,13 +92,13 @@ class ProgressBar:
 
 @dataclass
 class Stage:
-    """A stage of the work, and how far it is.
+    """A stage of the work and its progress.
 
     Attributes:
-        label: its name.
-        steps: how many there are; 1 if nobody knows how far the stage is until it ends.
-        started: the time when it began, in seconds.
-        done: steps that are done.
+        label: name of the stage.
+        steps: number of steps; 1 if the progress within the stage is unknown.
+        started: start time in seconds.
+        done: number of finished steps.
         note: what the last step worked on.
     """
 
@@ -108,7 +109,7 @@ class Stage:
     note: str = ""
 
     def line(self, now: float) -> str:
-        """Name, percent, time passed, time left."""
+        """A line with name, percent, elapsed time and time left."""
         passed = now - self.started
         if self.steps <= 1:
             return f"{self.label}: {duration(passed)} so far"
@@ -120,14 +121,14 @@ class Stage:
 
 
 class ProgressLines:
-    """A line every few seconds: stage, percent, time passed, time left. For logs and pipes.
+    """A line every few seconds with stage, percent, elapsed time and time left, for logs and pipes.
 
-    A thread prints, so that a line comes also while one step takes minutes. A stage that is over
-    before its first line is not mentioned.
+    A thread prints, so that lines also appear while one step takes minutes. A stage that ends
+    before its first line is not shown.
 
     Args:
         interval_seconds: time between two lines.
-        clock: seconds that pass.
+        clock: returns the time in seconds.
         write: prints one line; to stderr by default.
     """
 
@@ -138,7 +139,7 @@ class ProgressLines:
         write: Callable[[str], None] | None = None,
     ) -> None:
         self.interval_seconds, self.clock = interval_seconds, clock
-        # stderr as it is now: some stages put something else in its place for a while
+        # keep the present stderr: some stages replace it for a while
         self.write = write or functools.partial(print, file=sys.stderr, flush=True)
         self.stage = Stage(PREPARING, 1, clock())
         self.shown = False
@@ -154,12 +155,12 @@ class ProgressLines:
         self.thread.join()
 
     def print_lines(self) -> None:
-        """Print a line at every interval, until the command is over."""
+        """Print a line at every interval until the command ends."""
         while not self.over.wait(self.interval_seconds):
             self.show()
 
     def show(self) -> None:
-        """Print how far the stage is."""
+        """Print the progress of the stage."""
         self.shown = True
         self.write(self.stage.line(self.clock()))
 
@@ -173,7 +174,7 @@ class ProgressLines:
         self.stage.note = note
 
     def finish(self) -> None:
-        """The stage is over; says so where the stage was shown."""
+        """End the stage. Print this if the stage was shown."""
         if self.shown:
             passed = self.clock() - self.stage.started
             self.write(f"{self.stage.label}: done in {duration(passed)}")

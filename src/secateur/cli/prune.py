@@ -1,4 +1,4 @@
-"""`secateur prune`: the main job."""
+"""`secateur prune`: prune a model into a new folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["prune"]
 
 
 def run(recipe: PruneRecipe, **call: Any) -> PruneResult:
-    """Prune with a bar of progress."""
+    """Prune with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.prune_and_pack import prune_recipe
 

@@ -1,4 +1,4 @@
-"""Where a command writes: its result to stdout, everything else to stderr."""
+"""Print results to stdout. Everything else goes to stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`secateur report`: one page about pruned models, for people."""
+"""`secateur report`: write one page about pruned models."""
 
 from __future__ import annotations
 

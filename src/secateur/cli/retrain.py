@@ -1,4 +1,4 @@
-"""`secateur retrain`: let a pruned model learn, and keep its zeros."""
+"""`secateur retrain`: train a pruned model and keep its zeros."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["retrain", "run"]
 
 
 def run(recipe: RetrainRecipe, **call: Any) -> TrainResult | None:
-    """Train with a bar of progress; of several processes, only the first one reports."""
+    """Train with a progress bar. With several processes only the first one shows it."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.train.checkpoint import run_training
 

@@ -1,4 +1,4 @@
-"""`secateur structure`: fewer layers, heads, neurons, channels or experts."""
+"""`secateur structure`: cut layers, heads, neurons, channels or experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["structure"]
 
 
 def run(recipe: StructureRecipe, **call: Any) -> StructureResult:
-    """Cut with a bar of progress."""
+    """Cut with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.structure.checkpoint import structure_recipe
 

@@ -1,4 +1,4 @@
-"""`secateur sweep`: perplexity against sparsity, for several methods."""
+"""`secateur sweep`: measure perplexity against sparsity for several methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["sweep"]
 
 
 def run(recipe: SweepRecipe) -> Any:
-    """Sweep with a bar of progress."""
+    """Sweep with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.sweep.plan import SweepPlan
     from secateur.workflows.sweep.run import sweep as run_sweep

@@ -1,4 +1,4 @@
-"""Commands that cannot be parsed, as errors with what, where and remedy."""
+"""Turn commands that cannot be parsed into errors with what, where and remedy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["unknown_options", "usage_error"]
 
 
 def usage_error(error: CycloptsError, verbs: Sequence[str]) -> RecipeError:
-    """A command that cannot be parsed.
+    """The error for a command that cannot be parsed.
 
     Args:
-        error: as cyclopts raises it.
-        verbs: all that there are.
+        error: the exception of cyclopts.
+        verbs: names of all verbs.
     """
     if isinstance(error, UnknownCommandError):
         [verb, *_] = error.unused_tokens or [""]
@@ -36,12 +36,12 @@ def usage_error(error: CycloptsError, verbs: Sequence[str]) -> RecipeError:
 
 
 def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
-    """Words of a command that no option takes.
+    """The error for words that no option takes.
 
     Args:
         app: the command line.
-        verb: that the words follow.
-        left: the words that are left over.
+        verb: the verb of the command.
+        left: the unused words.
     """
     known = [
         name.lstrip("-")
@@ -59,7 +59,7 @@ def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
 
 
 def faults_of(left: Sequence[str], known: Sequence[str]) -> Iterator[str]:
-    """A line for every option that there is not, and for every word that belongs to none."""
+    """A line for every unknown option, and for every word that belongs to no option."""
     flags = {flag.replace("-", "_"): flag for flag in known}
     before = ""
     for word in left:
@@ -70,7 +70,7 @@ def faults_of(left: Sequence[str], known: Sequence[str]) -> Iterator[str]:
                 told = told.replace(repr(plain), f"--{flag}")
             yield f"{name}: {told}"
             before = "" if equals else name
-        elif before:  # it may be its value
+        elif before:  # the word may be the option's value
             before = ""
         else:
             yield f"{word!r}: unexpected; a list takes its flag before each value"

@@ -1,4 +1,4 @@
-"""How the options of a recipe become a command: flags, help, and a result that is shown."""
+"""Turn the options of a recipe into a command with flags and help that prints its result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["command"]
 HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
 
 WORDS = {int: "N", float: "X", int | float: "X"}
-"""What the help calls the value of a flag."""
+"""Words for the values of flags in the help, by type."""
 
 SET = Option(
     "set",
@@ -53,14 +53,14 @@ def command(
     exit_code: Callable[[Any], int] = lambda result: 0,
     streams: bool = False,
 ) -> Callable[..., None]:
-    """A function whose signature has a flag for every option of a verb's recipe.
+    """Make a function whose signature has a flag for every option of a verb's recipe.
 
     Args:
         verb: the name of the verb.
-        run: takes the recipe and the options of the call; returns a result, or None where another
+        run: takes the recipe and the options of the call. Returns a result, or None if another
             process has it.
-        leave_out: options of the recipe that do not concern this verb.
-        exit_code: the exit code that a result stands for.
+        leave_out: options of the recipe that this verb does not have.
+        exit_code: returns the exit code for a result.
         streams: whether `run` writes its result itself; it then takes `as_json`.
     """
     kind = imported(VERBS[verb].recipe)
@@ -99,13 +99,14 @@ def command(
 
 
 def parameter(option: Option, *, is_switch: bool) -> inspect.Parameter:
-    """The parameter of a command that is the flag of an option.
+    """The parameter of a command for an option.
 
-    All but bools are text here; `recipe_from_flags` reads it, so that one error lists all faults.
+    Everything except bools is text here. `recipe_from_flags` reads it, so that one error lists all
+    faults.
 
     Args:
-        option: of a recipe or of the call.
-        is_switch: whether it is off unless it is given, and nothing switches it off.
+        option: an option of the recipe or of the call.
+        is_switch: whether the flag can only switch on; it is off by default.
     """
     is_bool = option.type is bool
     shown = Parameter(
@@ -137,5 +138,5 @@ def parameter(option: Option, *, is_switch: bool) -> inspect.Parameter:
 
 
 def dashed(name: str) -> str:
-    """A name as a flag."""
+    """A name with dashes, as in a flag."""
     return "--" + name.replace("_", "-")

@@ -1,1 +1,1 @@
-"""Evaluation: what a model is worth, each number with the protocol it was measured by."""
+"""Evaluation: how good and how fast a model is. Each number comes with its protocol."""

@@ -1,17 +1,17 @@
-"""The ways in which a checkpoint can be run on a CPU, to be compared with each other.
+"""The ways to run a checkpoint on a CPU, for comparison with each other.
 
 | contender                | weights                            | loop                         |
 |--------------------------|------------------------------------|------------------------------|
-| `packed`                 | as they are stored                 | one call into C a token      |
+| `packed`                 | as they are stored                 | one call into C per token    |
 | `packed in transformers` | as they are stored                 | transformers                 |
-| `dense bf16`             | expanded, bfloat16                 | one call into C a token      |
-| `dense int8`             | expanded, int8 with a scale a row  | one call into C a token      |
+| `dense bf16`             | expanded, bfloat16                 | one call into C per token    |
+| `dense int8`             | expanded, int8, one scale per row  | one call into C per token    |
 | `torch bf16`             | expanded, bfloat16                 | transformers                 |
 | `torch int8`             | expanded, int8 weight-only, torch's | transformers                 |
 | a GGUF file              | as llama.cpp has quantized them    | llama.cpp                    |
 
-The third and fourth are our own kernels without sparsity: what is gained over them is gained by
-the zeros, and by nothing else.
+The third and fourth are our own kernels without sparsity. So a gain over them comes from the zeros
+alone.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ CONTENDERS = (
     "torch int8",
 )
 USUAL = ("packed", "dense bf16", "dense int8", "torch bf16")
-"""The contenders that tell most; the others take long and are never the fastest."""
+"""The most useful contenders. The others take long and are never the fastest."""
 Round = dict[str, float]
-"""Seconds to the first token, and seconds for each token after it."""
+"""Seconds to the first token, and seconds per token after it."""
 
 
 class Contender(Protocol):
     """A loaded model that can be timed."""
 
     def round(self, prompt: Tensor, new_tokens: int) -> Round:
-        """Read a prompt and write so many tokens, the most likely ones."""
+        """Read a prompt and generate `new_tokens` tokens, always the most likely one."""
         ...
 
 
 class Transformers:
-    """transformers' model, called token by token with its own cache, without `generate`."""
+    """A transformers model, called token by token with its own cache, without `generate`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -130,7 +130,7 @@ class LlamaCpp:
 
 
 class TorchInt8(nn.Module):
-    """torch's weight-only int8 product, the fastest it has for few tokens on a CPU."""
+    """torch's weight-only int8 product: its fastest one for few tokens on a CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -146,10 +146,10 @@ class TorchInt8(nn.Module):
 
 
 def contender(name: str, folder: Path, capacity: int, threads: int) -> Contender:
-    """Load one of the contenders; a name that is none of them is the path of a GGUF file.
+    """Load a contender. Any other name is the path of a GGUF file.
 
     Raises:
-        KernelError: it cannot run here.
+        KernelError: the contender cannot run on this machine.
     """
     if name not in CONTENDERS:
         return LlamaCpp(Path(name), capacity, threads)
@@ -166,7 +166,7 @@ def contender(name: str, folder: Path, capacity: int, threads: int) -> Contender
 
 
 def quantize(model: Any, *, ours: bool) -> None:
-    """Put int8 linears in the place of all linears, the head among them."""
+    """Replace all linears, including the output head, by int8 linears."""
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue

@@ -1,14 +1,14 @@
-"""How far a pruned model has moved from the dense one, token by token.
+"""How far a pruned model is from the dense one, token by token.
 
     KL(dense ‖ pruned) = Σ_v p(v) · (log p(v) − log q(v)), p of the dense model, q of the pruned one
 
-in nats, for every predicted token, over the whole vocabulary. Perplexity sees one token of the
-vocabulary at a time, the one in the text, and a model that is wrong elsewhere can hide from it;
-the divergence cannot be hidden from. Beside it: how often both models hold the same token to be
-the most likely, and by how much the loss of a token has changed.
+in nats, for every predicted token, over the whole vocabulary. Perplexity depends only on the
+probability of the token in the text. The divergence also measures errors on all other tokens. Two
+more numbers: how often both models rank the same token first, and how much the loss of a token
+changed.
 
-Both models read each batch once. The logits are made for a few tokens at a time (at most 64 MiB a
-model), where the model can be taken apart; see `perplexity`.
+Both models read each batch once. If a model can be split into body and head, its logits are
+computed for a few tokens at a time and take at most 64 MiB; see `perplexity`.
 """
 
 from __future__ import annotations
@@ -45,19 +45,18 @@ __all__ = ["DivergenceResult", "divergence"]
 
 @dataclass(frozen=True)
 class DivergenceResult:
-    """Means over all predicted tokens; standard errors over windows, None for a single window.
+    """Means over all predicted tokens. Standard errors are over windows; None for one window.
 
     Args:
         kl: KL(dense ‖ pruned), nats per token.
-        kl_standard_error: of it.
-        top1_agreement: share of tokens where both models expect the same one most.
-        top1_standard_error: of it.
-        loss_change: loss of the pruned model less that of the dense one, nats per token; its
-            error is that of the pairs.
-        loss_change_standard_error: of it.
-        tokens: predicted tokens.
-        model: the perplexity of the pruned model, measured on the way.
-        reference: that of the dense one.
+        kl_standard_error: standard error of `kl`.
+        top1_agreement: share of positions where both models rank the same token first.
+        top1_standard_error: standard error of `top1_agreement`.
+        loss_change: loss of the pruned model minus loss of the dense one, nats per token.
+        loss_change_standard_error: standard error of the paired differences.
+        tokens: number of predicted tokens.
+        model: perplexity of the pruned model on the same windows.
+        reference: perplexity of the dense model.
     """
 
     kl: float
@@ -83,16 +82,16 @@ def divergence(
     """Compare a model with its reference on windows of text.
 
     Args:
-        model: the pruned model; runs where its weights are.
-        reference: the dense one, of the same vocabulary; likewise.
+        model: the pruned model; it runs on the device of its weights.
+        reference: the dense model, with the same vocabulary; it runs on its own device.
         windows: token ids [windows, sequence_length].
-        start_tokens: how many start tokens each window begins with; none of them is predicted.
+        start_tokens: number of start tokens in each window; none of them is predicted.
         batch_size: windows in one forward; by default about 2048 tokens.
-        progress: called with the windows done and their total after each forward.
+        progress: called after each forward with the number of windows done and in total.
 
     Raises:
         NumericalError: a loss or a divergence is not a number, or infinite.
-        RecipeError: the vocabularies differ, or the windows do not fit a model.
+        RecipeError: the vocabularies differ, or the windows are too long for a model.
         SourceError: a token id is not in a vocabulary.
     """
     count, length = windows.shape
@@ -136,7 +135,7 @@ def divergence(
 def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int) -> Tensor:
     """For each window of a batch: KL, agreement, loss of the model, loss of the reference.
 
-    Means are over the tokens of a window but for the `first` few, which are not predicted.
+    Each is a mean over the tokens of a window, without the `first` tokens, which are not predicted.
 
     Returns:
         float64 [4, batch], on the CPU.
@@ -161,7 +160,7 @@ def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int
 
 
 def token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Tensor:
-    """KL, agreement and both losses of a few tokens, float32 [4, tokens].
+    """KL, agreement and both losses for a few tokens, float32 [4, tokens].
 
     Example:
         >>> import torch

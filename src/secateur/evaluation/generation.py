@@ -1,4 +1,4 @@
-"""Text continued by a transformers model, whole or token by token."""
+"""Generate text with a transformers model, all at once or token by token."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def generate(
 
     Args:
         model: a transformers causal language model.
-        tokenizer: of that model.
-        prompt: the text to continue, as it is, without a chat template.
-        max_new_tokens: where to stop if the model does not end earlier.
-        sampling: how tokens are drawn; the most likely one by default.
+        tokenizer: the model's tokenizer.
+        prompt: the text to continue, without a chat template.
+        max_new_tokens: largest number of new tokens.
+        sampling: how to sample tokens; by default always the most likely one.
 
     Returns:
-        The new text alone.
+        The new text, without the prompt.
 
     Raises:
-        RecipeError: the prompt has no token, or a number is out of range.
+        RecipeError: the prompt has no tokens, or a number is out of range.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
     tokens: list[int] = []
@@ -60,20 +60,20 @@ def stream_tokens(
     sampling: Sampling,
     take: Callable[[int], bool],
 ) -> None:
-    """Give each token that follows a prompt to a function, as soon as it is drawn.
+    """Pass each new token to a function as soon as it is sampled.
 
-    The token that ends the text, such as `</s>`, is among them.
+    The token that ends the text, such as `</s>`, is passed too.
 
     Args:
         model: a transformers causal language model, on any device.
-        tokenizer: of that model.
-        ids: the prompt.
-        max_new_tokens: where to stop if the model does not end earlier.
-        sampling: how tokens are drawn.
-        take: returns False to end the text.
+        tokenizer: the model's tokenizer.
+        ids: token ids of the prompt.
+        max_new_tokens: largest number of new tokens.
+        sampling: how to sample tokens.
+        take: receives each token; returns False to end the text.
 
     Raises:
-        RecipeError: the prompt has no token, or `max_new_tokens` is less than 1.
+        RecipeError: the prompt has no tokens, or `max_new_tokens` is less than 1.
     """
     from transformers import StoppingCriteriaList
 
@@ -102,7 +102,7 @@ def stream_tokens(
 
 
 def options_of(sampling: Sampling) -> dict[str, Any]:
-    """The same sampling in the words of transformers."""
+    """The sampling settings as options of transformers' `generate`."""
     if sampling.temperature == 0:
         return {"do_sample": False}
     return {
@@ -114,22 +114,22 @@ def options_of(sampling: Sampling) -> dict[str, Any]:
 
 
 class TokenListener:
-    """Receives tokens from transformers' `generate`, which calls it a streamer."""
+    """Receives tokens from transformers' `generate` (a "streamer" there)."""
 
     def __init__(self, take: Callable[[int], bool]) -> None:
         self.take = take
         self.prompt_seen = self.stopped = False
 
     def put(self, value: Tensor) -> None:
-        """Take the next token; the first call brings the prompt."""
+        """Receive the next token. The first call passes the prompt."""
         if not self.prompt_seen:
             self.prompt_seen = True
         elif not self.stopped:
             self.stopped = not self.take(int(value.reshape(-1)[0]))
 
     def end(self) -> None:
-        """Nothing follows."""
+        """Called after the last token; does nothing."""
 
     def stops(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Whether each sequence ends here; transformers asks after each token."""
+        """Whether each sequence ends here. transformers calls this after each token."""
         return torch.full((len(ids),), self.stopped, dtype=torch.bool, device=ids.device)

@@ -1,13 +1,13 @@
-"""What a model writes when nobody measures: a few prompts, continued by the likeliest token.
+"""Continue a few prompts with the most likely tokens, and look for repetitions.
 
-A damaged model often falls into a loop long before its perplexity tells. So the share of repeated
-4-grams is counted in each text:
+A damaged model often repeats itself long before its perplexity shows the damage. So each text is
+checked for repeated 4-grams:
 
     repetition = 1 − (different runs of four tokens) / (runs of four tokens)
 
-A text is degenerate if more than half of its 4-grams are repeats, or if there is nothing in it but
-white space. Small dense models loop too when they always take the likeliest token: only the
-difference to the reference says something about pruning.
+A text is degenerate if more than half of its 4-grams are repeats, or if it is empty or only white
+space. Small dense models repeat themselves too when they always take the most likely token. So only
+the difference from the dense model says something about pruning.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ DEGENERATE = 0.5
 
 @dataclass(frozen=True)
 class Sample:
-    """A text that a model wrote.
+    """A text that a model generated.
 
     Args:
-        prompt: what was given.
-        text: what followed.
-        repetition: share of its 4-grams that came before.
-        degenerate: whether that is more than half, or there is no text.
+        prompt: the prompt.
+        text: the generated text.
+        repetition: share of its 4-grams that are repeats.
+        degenerate: whether more than half are repeats, or the text is empty.
     """
 
     prompt: str
@@ -64,14 +64,14 @@ def check_generation(
     new_tokens: int = NEW_TOKENS,
     progress: Progress | None = None,
 ) -> list[Sample]:
-    """Let a model continue prompts, greedily, and look for loops.
+    """Continue prompts greedily, and measure repetitions.
 
     Args:
         model: a transformers causal language model.
-        tokenizer: of that model.
+        tokenizer: the model's tokenizer.
         prompts: texts to continue, without a chat template.
-        new_tokens: at most so many for each.
-        progress: told of every prompt.
+        new_tokens: largest number of new tokens for each prompt.
+        progress: receives every prompt.
     """
     progress = progress or Silent()
     progress.start("generation", len(prompts))
@@ -86,7 +86,7 @@ def check_generation(
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """The share of runs of four tokens that came before; 0 for fewer than four tokens.
+    """The share of runs of four tokens that are repeats; 0 for fewer than four tokens.
 
     Example:
         >>> from secateur.evaluation.generation_checks import repetition
@@ -102,7 +102,7 @@ def repetition(tokens: Sequence[int]) -> float:
 def generation_protocol(
     prompts: Sequence[str] = PROMPTS, new_tokens: int = NEW_TOKENS
 ) -> dict[str, Any]:
-    """What the texts depend on besides the model, as JSON values."""
+    """Everything that the texts depend on besides the model, as JSON values."""
     return {
         "prompts": len(prompts),
         "prompt_texts": fingerprint(prompts),

@@ -1,9 +1,9 @@
-"""A loaded model as lm-eval sees it. Imports lm-eval, so it is imported only when tasks are run.
+"""A loaded model with the interface of lm-eval. Imports lm-eval, so import it only to run tasks.
 
-Tokens, their split into context and continuation, the token in front and the cut of what is too
-long are lm-eval's (`HFLM`). Only the arithmetic is done here: logits are made for the tokens of a
-continuation instead of for all, in float32 whatever the model computes in, and requests that read
-the same tokens share a forward. On a float32 model the results are those of `HFLM`.
+lm-eval (`HFLM`) makes the tokens, splits them into context and continuation, adds the first token
+and cuts texts that are too long. This class only computes. It makes logits only for the tokens of a
+continuation, always in float32, and requests that read the same tokens share a forward. On a
+float32 model the results equal those of `HFLM`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Answer = tuple[float, bool]
 
 
 class HarnessModel(HFLM):
-    """A transformers model with its tokenizer, asked for log-likelihoods.
+    """A transformers model with its tokenizer; computes log-likelihoods for lm-eval.
 
     Args:
         model: a causal language model; dense, pruned or packed.
-        tokenizer: of that model.
-        tell: called with the number of requests answered, after each forward.
+        tokenizer: the model's tokenizer.
+        tell: called after each forward with the number of requests answered so far.
     """
 
     def __init__(self, model: Any, tokenizer: Any, tell: Callable[[int], None]) -> None:
@@ -47,7 +47,7 @@ class HarnessModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        """The log-likelihood of each continuation, and whether it is the likeliest."""
+        """The log-likelihood of each continuation, and whether greedy decoding produces it."""
         read = [self.tokens_read(request) for request in requests]
         self.warn_of_cuts(requests)
         order = sorted(range(len(requests)), key=lambda i: (-len(read[i]), read[i]))
@@ -63,7 +63,7 @@ class HarnessModel(HFLM):
                 states = parts.body(ids) if parts else forward_logits(self.model, ids)
                 for row, numbers in zip(states, batch, strict=True):
                     row = row[: len(read[numbers[0]])]
-                    # requests that read the same tokens may be split at different places
+                    # requests with the same tokens may have continuations of different lengths
                     longest = max(len(requests[i][2]) for i in numbers)
                     logits = parts.head(row[-longest:]) if parts else row[-longest:]
                     log_p = functional.log_softmax(logits.float(), dim=-1)
@@ -73,7 +73,7 @@ class HarnessModel(HFLM):
         return [found for found in answers if found is not None]
 
     def warn_of_cuts(self, requests: list[Request]) -> None:
-        """Say how many requests the model cannot read as a whole."""
+        """Warn how many requests are longer than the model's context."""
         cut = sum(len(read) + len(asked) > self.max_length + 1 for _, read, asked in requests)
         if cut:
             log.warning(
@@ -85,22 +85,22 @@ class HarnessModel(HFLM):
             )
 
     def tokens_read(self, request: Request) -> tuple[int, ...]:
-        """The tokens a request makes the model read: all but the last, cut from the left."""
+        """The tokens that the model reads for a request: all but the last, cut from the left."""
         _, context, continuation = request
         return tuple((context + continuation)[-(self.max_length + 1) :][:-1])
 
 
 def padded(rows: list[tuple[int, ...]]) -> Tensor:
-    """Rows of tokens, filled up on the right, where a causal model does not look."""
+    """Rows of tokens, padded on the right. A causal model never reads the padding."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 def answer(log_p: Tensor, request: Request) -> Answer:
-    """What lm-eval wants to know of a continuation.
+    """The log-likelihood of a continuation, and whether greedy decoding produces it.
 
     Raises:
-        NumericalError: its log-likelihood is not a number.
+        NumericalError: the log-likelihood is not a number.
     """
     tokens = torch.tensor(request[2], device=log_p.device)
     rows = log_p[-len(tokens) :]

@@ -2,13 +2,12 @@
 
     perplexity = exp( − 1/N · Σ log p(tokenᵢ | the tokens before it in its window) )
 
-The protocol: the text is one stream, tokenised once, and cut into windows that do not overlap; the
-last partial window is dropped. Where the tokenizer puts a start token in front of a text, each
-window of S tokens begins with it and has S − 1 tokens of text (`calibration.cutting`). Within a
-window the model predicts tokens 2 to S, so N = windows · (S − 1), and a start token is never
-predicted: behind k > 1 of them the first prediction is token k + 1. Perplexities can be compared
-only where data set, join, sequence length, start tokens and tokenizer are the same: `protocol`
-records them.
+The protocol: the text is tokenised once, as one stream, and cut into windows that do not overlap.
+The last partial window is dropped. If the tokenizer puts a start token in front of a text, each
+window of S tokens begins with it and has S − 1 tokens of text (`calibration.cutting`). The model
+predicts tokens 2 to S of each window, so N = windows · (S − 1). A start token is never predicted:
+after k > 1 start tokens the first prediction is token k + 1. You can compare perplexities only if
+data set, join, sequence length, start tokens and tokenizer are the same. `protocol` records them.
 """
 
 from __future__ import annotations
@@ -47,13 +46,14 @@ class PerplexityResult:
     """A perplexity and what it was measured on.
 
     Args:
-        perplexity: exp of the mean loss; infinite where that overflows.
+        perplexity: exp of the mean loss; infinite if that overflows.
         mean_loss: nats per predicted token.
-        tokens: predicted tokens; of each window all but the first, or but its start tokens.
+        tokens: number of predicted tokens: all tokens of each window except the first one, or
+            except its start tokens.
         windows: number of windows.
         sequence_length: tokens in each window.
-        standard_error: of the mean loss, over windows; None for a single window.
-        seconds: time the measurement took.
+        standard_error: standard error of the mean loss, over windows; None for one window.
+        seconds: duration of the measurement.
     """
 
     perplexity: float
@@ -73,8 +73,8 @@ def evaluation_windows(
     Args:
         text: the whole text, tokenised once.
         tokenizer: used with its default special tokens.
-        sequence_length: tokens in a window, at least 2, start tokens among them.
-        max_windows: only the first so many; all by default.
+        sequence_length: tokens in a window, at least 2, including start tokens.
+        max_windows: use only this many windows, from the start; all by default.
 
     Returns:
         Token ids [windows, sequence_length], int64.
@@ -108,15 +108,15 @@ def protocol(
     dtype: torch.dtype,
     start: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """What must be printed with a perplexity, as JSON values.
+    """Everything that a perplexity depends on besides the model, as JSON values.
 
     Args:
         windows: from `evaluation_windows`.
         dataset: data set and split, or file.
         join: how its documents were joined.
-        tokenizer: the name of the model it belongs to.
-        dtype: of the model's weights.
-        start: the start tokens of its tokenizer; they are in the protocol if there are any.
+        tokenizer: the name of the model that it belongs to.
+        dtype: dtype of the model's weights.
+        start: the start tokens of the tokenizer; the protocol has them if there are any.
     """
     count, length = windows.shape
     named = {"start_tokens": list(start)} if start else {}
@@ -134,7 +134,7 @@ def protocol(
 
 
 def given(start_tokens: int) -> int:
-    """How many tokens of a window are read and not predicted: the first, or all start tokens."""
+    """Number of tokens that a window reads but does not predict: the first, or all start tokens."""
     return max(1, start_tokens)
 
 
@@ -148,17 +148,17 @@ def perplexity(
 ) -> PerplexityResult:
     """Measure the perplexity of a causal language model on windows.
 
-    The loss is computed in float32. Where the model's logits are nothing but its output head
-    applied to its last hidden state, which is tried out first, they are made for a few tokens at
-    a time and take at most 64 MiB; otherwise those of a whole batch are in memory.
+    The loss is computed in float32. If the logits are only the output head applied to the last
+    hidden state (a trial finds out), they are computed for a few tokens at a time and take at most
+    64 MiB. Otherwise the logits of a whole batch are in memory.
 
     Args:
         model: a transformers model, or any module that maps ids [batch, sequence] to logits or to
-            an object with `logits`; it runs where its weights are.
+            an object with `logits`; it runs on the device of its weights.
         windows: token ids [windows, sequence_length].
-        start_tokens: how many start tokens each window begins with; none of them is predicted.
+        start_tokens: number of start tokens in each window; none of them is predicted.
         batch_size: windows in one forward; by default about 2048 tokens.
-        progress: called with the windows done and their total after each forward.
+        progress: called after each forward with the number of windows done and in total.
 
     Raises:
         ArchitectureError: the model is an encoder, or part of an encoder-decoder.
@@ -183,16 +183,16 @@ def perplexity(
 
 
 def summary(losses: Sequence[float], length: int, first: int, seconds: float) -> PerplexityResult:
-    """The perplexity of windows whose mean losses are known.
+    """Compute the perplexity from the mean losses of windows.
 
     Args:
-        losses: of each window, nats per predicted token.
+        losses: mean loss of each window, nats per predicted token.
         length: tokens in a window.
-        first: how many of them are not predicted.
-        seconds: that it took to measure them.
+        first: number of tokens of a window that are not predicted.
+        seconds: duration of the measurement.
 
     Raises:
-        NumericalError: one of them is not a number, or infinite.
+        NumericalError: a loss is not a number, or infinite.
     """
     count = len(losses)
     for number, loss in enumerate(losses):
@@ -220,7 +220,7 @@ def check_windows(model: nn.Module, windows: Windows, start_tokens: int = 0) -> 
     length, least = windows.shape[1], given(start_tokens) + 1
     config: Any = getattr(model, "config", None)
     context = positions_of(config)
-    if hasattr(config, "get_text_config"):  # of a model that also sees or hears
+    if hasattr(config, "get_text_config"):  # models that also read images or audio
         config = config.get_text_config()
     if length < least or (context is not None and length > context):
         raise RecipeError(
@@ -237,13 +237,13 @@ def check_windows(model: nn.Module, windows: Windows, start_tokens: int = 0) -> 
 
 
 def place_of(model: nn.Module) -> torch.device:
-    """Where a model runs."""
+    """The device of a model."""
     return next(itertools.chain(model.parameters(), model.buffers())).device
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, each module set back afterwards."""
+    """Set the model to evaluation mode, and restore the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -255,7 +255,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Parts:
-    """A model taken apart: ids → last hidden state, hidden state → logits, and how many logits."""
+    """The parts of a model: ids → last hidden state, hidden state → logits, vocabulary size."""
 
     body: Callable[[Tensor], Tensor]
     head: nn.Module
@@ -263,10 +263,10 @@ class Parts:
 
 
 def body_and_head(model: nn.Module, probe: Tensor) -> Parts | None:
-    """The model as a body (ids → last hidden state) and an output head, if that is all it is.
+    """Split the model into a body (ids → last hidden state) and an output head, if possible.
 
-    Some families scale or cap their logits, or scale the hidden state; leaving that out would
-    give a wrong number without a warning. So both ways are run on a few tokens and must agree.
+    Some families scale or cap their logits, or scale the hidden state. Body and head alone would
+    then give a wrong number without a warning. So both ways run on a few tokens and must agree.
     """
     body = getattr(model, "base_model", model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -286,7 +286,7 @@ def body_and_head(model: nn.Module, probe: Tensor) -> Parts | None:
 
 
 def forward_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """The logits [batch, sequence, vocabulary] of a whole forward."""
+    """The logits [batch, sequence, vocabulary] of a complete forward."""
     result = model(ids)
     return result if isinstance(result, Tensor) else result.logits
 
@@ -294,9 +294,9 @@ def forward_logits(model: nn.Module, ids: Tensor) -> Tensor:
 def last_states(
     model: nn.Module, parts: Parts | None, ids: Tensor, first: int
 ) -> tuple[Parts, Tensor]:
-    """The last hidden states from which a token is predicted, and what makes logits of them.
+    """The last hidden states that predict a token, and the part that turns them into logits.
 
-    Where the model cannot be taken apart, the states are its logits.
+    If the model cannot be split, the states are its logits.
 
     Returns:
         The parts, and states [batch · (sequence − first), width].

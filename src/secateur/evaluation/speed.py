@@ -1,9 +1,9 @@
-"""How fast and how large a model is on this machine, beside what else could run it.
+"""Measure speed and memory of a model on this machine, next to other ways to run it.
 
-Every contender is a process of its own (`python -m secateur.evaluation.speed`), so that memory is
-its own and thread pools do not meet. They all load first; then rounds go around: one contender
-reads the prompt and writes its tokens while the others sleep, then the next. So whatever else
-happens to the machine happens to all of them.
+Every contender runs in its own process (`python -m secateur.evaluation.speed`), so that its memory
+can be measured and thread pools do not interfere. All contenders load first. Then they take turns:
+one reads the prompt and generates its tokens while the others sleep, then the next. So other load
+on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ LEAST_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Speed:
-    """What one contender took, or why it could not run.
+    """Time and memory of one contender, or the reason why it could not run.
 
     Args:
-        name: of the contender, or the name of a GGUF file.
-        each_token: seconds for each token after the first: one number a round.
-        first_token: seconds from the prompt to the first token: one number a round.
-        resident_bytes: memory of the process with the model loaded, over that of a process with
-            the libraries alone.
-        failure: why it could not run; None if it did.
+        name: name of the contender, or of a GGUF file.
+        each_token: seconds per token after the first; one number per round.
+        first_token: seconds from the prompt to the first token; one number per round.
+        resident_bytes: memory of the process with the model loaded, minus the memory of a process
+            with only the libraries.
+        failure: why it could not run; None if it ran.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """The median over rounds."""
+        """Tokens per second after the first token; the median over rounds."""
         return 1 / statistics.median(self.each_token)
 
     def to_json(self, prompt_tokens: int) -> dict[str, Any]:
-        """Medians and spread."""
+        """Medians, and the slowest and the fastest round."""
         if self.failure is not None:
             return {"contender": self.name, "failure": self.failure}
         rates = sorted(1 / x for x in self.each_token)
@@ -79,7 +79,7 @@ class Speed:
 
 
 class Process:
-    """A contender in a process of its own, not loaded yet."""
+    """A contender in its own process. It loads later."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -93,7 +93,7 @@ class Process:
         )
 
     def load(self, prompt: Sequence[int], new_tokens: int) -> None:
-        """Let it load; `ready` says how that ended."""
+        """Start loading; `ready` returns the outcome."""
         asked = {
             "name": self.name,
             "folder": str(self.folder),
@@ -104,7 +104,7 @@ class Process:
         self.ready = self.ask(asked)
 
     def ask(self, question: Any) -> dict[str, Any]:
-        """One line to the process, one line back; a failure if the process has ended."""
+        """Send one line to the process and read one line back; a failure if the process ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -119,12 +119,12 @@ class Process:
         return told
 
     def end(self) -> None:
-        """Let it go."""
+        """End the process."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
-                with suppress(BrokenPipeError):  # of a question that nobody reads any more
+                with suppress(BrokenPipeError):  # the process ended before it read the question
                     stream.close()
 
 
@@ -137,24 +137,24 @@ def take_turns(
     seconds: float = math.inf,
     progress: Progress | None = None,
 ) -> list[Speed]:
-    """Time contenders in turns, each with a checkpoint of its own.
+    """Time contenders in turns, each with its own checkpoint.
 
     Args:
         contenders: names of `CONTENDERS`, or paths of GGUF files, each with a checkpoint's folder.
         prompt: token ids.
-        new_tokens: to write in each round, at least 2.
-        rounds: at most so many; two tokens each warm up.
-        seconds: no round begins after so many seconds of measuring, but two are made in any case.
+        new_tokens: tokens to generate in each round, at least 2.
+        rounds: largest number of rounds; before them each contender generates two tokens to warm up
+        seconds: no round starts after this many seconds, but at least two rounds run.
         progress: receives every contender and every round.
 
     Returns:
-        One for each of them, in the same order.
+        One result per contender, in the same order.
     """
     progress = progress or Silent()
     progress.start("loading", len(contenders))
     processes: list[Process] = []
     try:
-        for name, folder in contenders:  # they all import first, and side by side
+        for name, folder in contenders:  # all import libraries in parallel
             processes.append(Process(name, folder))
         for process in processes:
             process.load(prompt, new_tokens)
@@ -183,7 +183,7 @@ def take_turns(
 
 
 def speed_of(process: Process, rounds: list[Round]) -> Speed:
-    """What a contender's rounds come to."""
+    """The result of a contender's rounds."""
     name = process.name if process.name in CONTENDERS else Path(process.name).name
     if "failure" in process.ready or not rounds:
         return Speed(name, failure=process.ready.get("failure", "no round was finished"))
@@ -196,7 +196,7 @@ def speed_of(process: Process, rounds: list[Round]) -> Speed:
 
 
 def serve() -> None:
-    """The process of one contender: a line in, a line out."""
+    """Run the process of one contender: read a line, answer with a line."""
     end_with_parent()
     asked = json.loads(sys.stdin.readline())
     torch.set_num_threads(asked["threads"])
@@ -209,7 +209,7 @@ def serve() -> None:
     try:
         running = contender(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
         running.round(prompt, 2)
-    except Exception as error:  # whatever it is, the others go on
+    except Exception as error:  # any error is reported, so that the other contenders continue
         answer({"failure": failure_of(error)})
         return
     answer({"resident_bytes": psutil.Process().memory_info().rss - before})
@@ -222,26 +222,26 @@ def serve() -> None:
 
 
 def failure_of(error: Exception) -> str:
-    """An error in one line, with what can be done about it."""
+    """An error in one line, with its remedy."""
     if isinstance(error, SecateurError):
         return "; ".join(part for part in (error.what, error.remedy) if part)
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def end_with_parent() -> None:
-    """Be killed when the parent is, wherever this process is then (Linux); else input ends."""
+    """End this process with its parent: by a signal on Linux, elsewhere when input ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def answer(told: dict[str, Any]) -> None:
-    """One line back."""
+    """Write one line as the answer."""
     ANSWERS.write(json.dumps(told) + "\n")
     ANSWERS.flush()
 
 
 if __name__ == "__main__":
-    # what libraries print must not come between the answers
+    # output of libraries must not mix with the answers
     ANSWERS = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve()

@@ -1,14 +1,15 @@
-"""How long one token takes in transformers at batch 1, of models that need not exist.
+"""Time one token in transformers at batch 1, for model shapes that have no weights yet.
 
     time of a token = t(n) + (L − n) · (t(n) − t(0)) / n
 
 L is the number of decoder layers, t(n) the time with n of them, spread evenly, and t(0) the time
-with none: embedding, last norm and head. The weights are random, of the right shapes and dtype, and
-all models that are compared are views of one memory, so no more is held than n layers of the
-largest, and what is outside them. A model with fewer weights than `LAYER_BYTES` in its layers is
-timed whole. Caches decide how fast weights are read: what is timed has to be larger than they are.
+with none: embedding, last norm and head. The weights are random, with the right shapes and dtype.
+All compared models are views of one memory. So memory holds only n layers of the largest model, and
+the parts outside its layers. A model whose layers have less than `LAYER_BYTES` is timed whole.
+Weights in the processor's caches are read faster, so the timed weights must be larger than the
+caches.
 
-The models take turns, so that whatever else the machine does happens to all of them; each time is a
+The models take turns, so that other load on the machine affects all of them alike. Each time is a
 median over all turns.
 """
 
@@ -35,22 +36,22 @@ from secateur.structured.edits import parameters_of
 __all__ = ["StepTimer", "Timed", "time_steps"]
 
 LAYER_BYTES = 512 * 2**20
-"""Of decoder layers that are timed; more than the last cache of any processor or GPU."""
+"""Bytes of decoder layers to time: more than the last-level cache of any processor or GPU."""
 
 CONTEXT_TOKENS = 256
-"""Before the tokens that are timed, where the model has so many positions."""
+"""Tokens before the timed ones, if the model has that many positions."""
 
 TURNS, STEPS = 5, 5
-"""Turns of each model, and steps that count in each; one more warms the caches up."""
+"""Turns of each model, and timed steps per turn; one more step before them warms the caches up."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What was measured.
+    """The measured times.
 
     Attributes:
-        seconds: for one token, of each model.
-        context_tokens: in the cache before the first of them.
+        seconds: seconds per token, one for each model.
+        context_tokens: tokens in the KV cache before the first timed token.
     """
 
     seconds: tuple[float, ...]
@@ -58,15 +59,15 @@ class Timed:
 
 
 class StepTimer(Protocol):
-    """Times one decode step of some models against each other."""
+    """Times one decode step of several models in turns."""
 
     def __call__(self, models: Sequence[Any], device: torch.device, progress: Progress) -> Timed:
-        """Time skeletons, which are left as they are.
+        """Time skeletons. They do not change.
 
         Args:
-            models: with all their layers, parameters on the meta device.
-            device: where they would run.
-            progress: told of every turn of a model.
+            models: models with all their layers, parameters on the meta device.
+            device: the device to time on.
+            progress: receives every turn of a model.
         """
         ...
 
@@ -80,14 +81,14 @@ def time_steps(
     layer_bytes: int = LAYER_BYTES,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timed:
-    """The `StepTimer` that runs them.
+    """The `StepTimer` that really runs the models.
 
     Args:
-        models: with all their layers, parameters on the meta device.
-        device: where they run.
-        progress: told of every turn of a model.
-        layer_bytes: of decoder layers that are timed of the largest model, and two at least.
-        clock: tells seconds.
+        models: models with all their layers, parameters on the meta device.
+        device: the device to time on.
+        progress: receives every turn of a model.
+        layer_bytes: bytes of decoder layers to time in the largest model; at least two layers run.
+        clock: returns seconds.
     """
     layers = max(2, layer_bytes // max(bytes_of_a_layer(model) for model in models))
     shortened = [first_of(model, layers) for model in models]
@@ -108,13 +109,13 @@ def time_steps(
 
 
 def bytes_of_a_layer(model: Any) -> int:
-    """Of the largest decoder layer."""
+    """Bytes of the largest decoder layer."""
     layers = describe(model).layers(model)
     return max(sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in layers)
 
 
 def first_of(model: Any, count: int) -> Any:
-    """A skeleton like it with at most so many of its decoder layers, spread evenly."""
+    """A skeleton with at most `count` of the model's decoder layers, spread evenly."""
     there = len(describe(model).layers(model))
     if count >= there:
         return design(model, Cut()).skeleton
@@ -123,10 +124,10 @@ def first_of(model: Any, count: int) -> Any:
 
 
 def fill(models: Sequence[Any], device: torch.device) -> None:
-    """Give skeletons random weights, which they share as far as names and sizes go.
+    """Give skeletons random weights. Parameters of the same name share one memory.
 
-    What is read is what counts, not what it says; ones in vectors keep norms from making all values
-    tiny, which some processors are slow with.
+    Only the number of bytes matters, not the values. Vectors are ones: otherwise norms would make
+    all values tiny, and some processors compute slowly with tiny values.
     """
     largest: dict[str, Tensor] = {}
     for model in models:
@@ -147,19 +148,19 @@ def fill(models: Sequence[Any], device: torch.device) -> None:
 
 
 def context_tokens(config: Any) -> int:
-    """How many tokens there can be before those that are timed."""
+    """The number of tokens before the timed ones."""
     positions = getattr(config, "max_position_embeddings", None) or CONTEXT_TOKENS * 16
     return max(1, min(CONTEXT_TOKENS, positions - TURNS * (STEPS + 1)))
 
 
 class Running:
-    """A shortened model with a context in its cache, that grows with the steps.
+    """A shortened model with a context in its KV cache. Each step adds a token to the cache.
 
     Args:
-        model: shortened, with weights.
-        layers: that it stands for.
-        device: it is on.
-        context: tokens of its context.
+        model: the shortened model, with weights.
+        layers: number of layers of the full model.
+        device: the device of the model.
+        context: tokens of the context.
     """
 
     def __init__(self, model: Any, layers: int, device: torch.device, context: int) -> None:
@@ -175,7 +176,7 @@ class Running:
         self.outside: list[float] = []
 
     def turn(self, clock: Callable[[], float]) -> None:
-        """Time some steps; the first one fetches what the other models drove out of the caches."""
+        """Time some steps. The first one refills the caches and does not count."""
         if self.untimed:
             nothing: list[nn.Module] = [Recorder(layer, last=False) for layer in self.layers]
             with replaced_layers(self.layers, nothing):
@@ -183,7 +184,7 @@ class Running:
         self.whole += [self.step(clock) for _ in range(STEPS + 1)][1:]
 
     def step(self, clock: Callable[[], float]) -> float:
-        """Seconds for one token, the choice of the next one with it, for which a GPU is awaited."""
+        """Seconds for one token and the choice of the next, which waits for a GPU to finish."""
         started = clock()
         out = self.model(input_ids=self.token, use_cache=True, **self.cache)
         int(out.logits[0, -1].argmax())
@@ -191,7 +192,7 @@ class Running:
 
     @property
     def seconds(self) -> float:
-        """For one token of the model with all its layers."""
+        """Seconds per token of the full model."""
         whole = statistics.median(self.whole)
         if not self.untimed:
             return whole

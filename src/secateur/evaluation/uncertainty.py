@@ -1,13 +1,13 @@
-"""How sure a mean is, and whether one model's score differs from another's.
+"""The uncertainty of a mean, and whether the scores of two models differ.
 
-standard error   s / √n, s the sample's standard deviation (n − 1 below the line)
-difference       mean of (modelᵢ − referenceᵢ) over the same items: what both find easy or hard
-                 cancels, so the error is that of the pairs and not of two scores
-significant      Student's t of the pairs lies outside the central 95 % of its distribution with
+standard error   s / √n, s the sample's standard deviation (divisor n − 1)
+difference       mean of (modelᵢ − referenceᵢ) over the same items. Items that are easy or hard for
+                 both models cancel, so the error of the pairs is smaller than that of two scores
+significant      Student's t of the pairs is outside the central 95 % of its distribution with
                  n − 1 degrees of freedom; |difference| > 2.26 standard errors for 10 items, 1.98
                  for 100, 1.96 for very many
-retention        (value − chance) / (reference − chance); a reference that is not more than two
-                 standard errors above chance has nothing to be retained, and gives none
+retention        (value − chance) / (reference − chance); None if the reference is at most two
+                 standard errors above chance, because then it has no lead that could be kept
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ FROM_CHANCE = 2.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model's score beside a reference's, over the same items.
+    """A model's score compared with a reference's, over the same items.
 
     Args:
         reference_value: the reference's score.
-        difference: the model's score less the reference's.
-        standard_error: of the difference, over pairs; None for a single item.
-        significant: whether the difference is, at 95 %; None for a single item.
-        retention: what is kept of the reference's lead over chance; None where it has none.
+        difference: the model's score minus the reference's.
+        standard_error: standard error of the difference, over pairs; None for one item.
+        significant: whether the difference is significant at 95 %; None for one item.
+        retention: share of the reference's lead over chance that the model keeps; None if the
+            reference has no lead.
     """
 
     reference_value: float
@@ -51,7 +52,7 @@ class Comparison:
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """The mean, summed exactly."""
+    """The mean, with an exact sum."""
     return math.fsum(values) / len(values)
 
 
@@ -72,7 +73,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def central_share(t: float, degrees: int) -> float:
-    """How much of Student's t distribution lies within ±t.
+    """The share of Student's t distribution within ±t.
 
     With θ = atan(t / √ν) it is a finite sum, exact for whole ν:
 
@@ -83,7 +84,7 @@ def central_share(t: float, degrees: int) -> float:
 
     Args:
         t: at least 0; may be infinite.
-        degrees: ν, of freedom, at least 1.
+        degrees: ν, the degrees of freedom, at least 1.
 
     Example:
         >>> from secateur.evaluation.uncertainty import central_share
@@ -105,22 +106,22 @@ def central_share(t: float, degrees: int) -> float:
 
 
 def is_significant(difference: float, error: float, items: int) -> bool:
-    """Whether the mean difference of so many pairs, with this standard error, is not by chance."""
+    """Whether the mean difference of `items` pairs, with this standard error, is significant."""
     if error == 0:
         return difference != 0
     return central_share(abs(difference) / error, items - 1) > CENTRAL
 
 
 def compare(values: Sequence[float], reference: Sequence[float], chance: float) -> Comparison:
-    """Hold a model's items against those of a reference, pair by pair.
+    """Compare a model with a reference, item by item.
 
     Args:
         values: the model's result for each item.
-        reference: the reference's, for the same items in the same order.
+        reference: the reference's results for the same items in the same order.
         chance: the score of guessing.
 
     Raises:
-        RecipeError: there are not as many of the one as of the other.
+        RecipeError: the two have different numbers of items.
 
     Example:
         >>> from secateur.evaluation.uncertainty import compare
@@ -147,7 +148,7 @@ def compare(values: Sequence[float], reference: Sequence[float], chance: float) 
 def retention(
     value: float, reference: float, reference_error: float | None, chance: float
 ) -> float | None:
-    """What is kept of a reference's lead over chance; None where that lead may be luck.
+    """The share of a reference's lead over chance that is kept; None if that lead may be luck.
 
     Example:
         >>> from secateur.evaluation.uncertainty import retention

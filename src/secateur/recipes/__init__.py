@@ -1,1 +1,1 @@
-"""Recipes: everything a run depends on. The YAML file and the Python objects are one."""
+"""Recipes: every option that a run depends on. A YAML file and the Python objects hold the same."""

@@ -12,7 +12,7 @@ __all__ = ["BenchRecipe"]
 
 
 class WhatToTime(Section):
-    """The model, and the ways in which it runs."""
+    """The model, and the ways to run it."""
 
     group: ClassVar[str] = WHAT_TO_MEASURE
 
@@ -23,24 +23,24 @@ class WhatToTime(Section):
         Texts | None, Flag(commas=True, default="packed, dense bf16, dense int8, torch bf16")
     ] = Field(
         None,
-        description="Ways to run the model, with commas between: packed, packed in transformers, "
+        description="Ways to run the model, separated by commas: packed, packed in transformers, "
         "dense bf16, dense int8, torch bf16, torch int8; or all.",
     )
     gguf: Annotated[Texts, Flag(value="FILE")] = Field(
-        (), description="GGUF file for llama.cpp (needs xllamacpp); may be repeated."
+        (), description="Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated."
     )
 
 
 class TimedRounds(Section):
-    """How much is timed."""
+    """How many tokens and rounds are timed."""
 
     group: ClassVar[str] = HOW
 
-    prompt_tokens: int = Field(32, description="Length of the prompt.")
-    new_tokens: int = Field(8, description="Tokens written in each round.")
-    rounds: int = Field(5, description="Rounds, at most.")
+    prompt_tokens: int = Field(32, description="Tokens in the prompt.")
+    new_tokens: int = Field(8, description="Tokens to generate in each round.")
+    rounds: int = Field(5, description="Largest number of rounds.")
     seconds: float = Field(
-        30.0, description="Begin no round after this time; two rounds are always made."
+        30.0, description="Start no round after this many seconds; at least two rounds are timed."
     )
 
 

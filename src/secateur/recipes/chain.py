@@ -15,22 +15,22 @@ __all__ = ["ChainRecipe"]
 
 
 class Steps(Section):
-    """The model, and what is done with it."""
+    """The model, and the steps to run on it."""
 
     group: ClassVar[str] = WHAT_TO_PRUNE
 
     model: Annotated[str, Flag(value="RECIPE")] = Field(
-        description="YAML file with a model, an output and steps: a list of verbs with their "
-        "options."
+        description="YAML file with the keys `model`, `output` and `steps`: a list of verbs with "
+        "their options."
     )
     steps: Annotated[list[dict[str, Any]], Strictness(False), Flag(hidden=True)] = Field(
         min_length=1,
         description="Each step is a verb (structure, prune, retrain, distill, compress) with its "
-        "options. A distillation learns from the chain's model unless it names a teacher.",
+        "options. A distill step without a teacher learns from the chain's model.",
     )
 
 
 class ChainRecipe(RemoteCode, Steps, OutputFolder, Recipe):
-    """Several verbs, each on the model that the one before it made."""
+    """Several verbs in a row. Each works on the result of the one before it."""
 
     run: ClassVar[type[Section] | None] = Resuming

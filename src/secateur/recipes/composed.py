@@ -1,4 +1,4 @@
-"""A composed method in the place of a method's name: `prune(model, method=compose(…))`."""
+"""Accept a composed method instead of a method's name: `prune(model, method=compose(…))`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PARAMETERS = "method_parameters"
 
 
 def with_method(method: str | Method | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run with its method; a `Method` becomes the keys that compose it.
+    """Add the method to the options of a run. A `Method` becomes the keys that compose it.
 
     Args:
-        method: by name, or composed; None for the one of the preset.
-        options: all others.
+        method: a name, or a composed method; None for the preset's method.
+        options: all other options.
 
     Raises:
-        RecipeError: an option says another thing than the method, or no recipe can compose it.
+        RecipeError: an option contradicts the method, or no recipe can express the method.
     """
     if not isinstance(method, Method):
         return {**options, "method": method}
@@ -41,8 +41,8 @@ def keys_of(method: Method) -> dict[str, Any]:
     """The keys of a recipe that compose a method.
 
     Raises:
-        RecipeError: no recipe composes it: a part is not registered, or two parts have different
-            values of one parameter.
+        RecipeError: no recipe can express it: a part is not registered, or two parts have
+            different values for one parameter.
     """
     kept = method.score, method.solver, method.refinement
     parameters = {
@@ -72,7 +72,7 @@ def keys_of(method: Method) -> dict[str, Any]:
 
 
 def composed(keys: Mapping[str, Any], parameters: Mapping[str, Any]) -> Method | None:
-    """The method of these keys; None where they are refused."""
+    """The method that these keys compose; None if they are refused."""
     own = {key: value for key, value in keys.items() if key not in ("method", "pattern")}
     try:
         return compose(keys["method"], keys["pattern"], **own, **parameters)

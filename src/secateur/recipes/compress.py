@@ -15,7 +15,7 @@ __all__ = ["CompressRecipe", "DecompressRecipe", "RoundingText"]
 
 
 class RoundingSource(Section):
-    """A text, or none."""
+    """Where the text for rounding comes from, if any is used."""
 
     group: ClassVar[str] = CALIBRATION
 
@@ -26,11 +26,11 @@ class RoundingSource(Section):
 
 
 class RoundingText(CalibrationWindows, RoundingSource):
-    """The text that int8 weights are rounded on."""
+    """The calibration text for rounding to int8."""
 
 
 class WhatToCompress(Section):
-    """The model, and how its numbers are stored."""
+    """The model, and how its weights are stored."""
 
     group: ClassVar[str] = WHAT_TO_COMPRESS
 
@@ -39,19 +39,20 @@ class WhatToCompress(Section):
     )
     format: str = Field(
         "auto",
-        description="auto takes the smallest format for each matrix. bitmask, n-of-m or dense "
-        "takes that one, or dense where it is smaller.",
+        description="auto chooses the smallest format for each matrix. bitmask, n-of-m or dense "
+        "uses that format, or dense where dense is smaller.",
     )
     values: str = Field(
         "auto",
-        description="auto stores float32 as bfloat16 and other types as they are. keep stores all "
-        "as they are and loses nothing. bfloat16, float16, float32 or int8 stores that.",
+        description="How to store the weights. auto stores float32 as bfloat16 and keeps other "
+        "types. keep keeps every type and loses nothing. Or name a type: bfloat16, float16, "
+        "float32, int8.",
     )
     embeddings: Literal["auto", "int8"] = Field(
-        "auto", description="auto keeps embedding and head as they are. int8 stores them so."
+        "auto", description="auto keeps embeddings and output head; int8 rounds them to int8."
     )
     archive: bool = Field(
-        False, description="Make the smallest files. They are unpacked when they are loaded."
+        False, description="Also compress the files with zstandard. Loading decodes them."
     )
 
 

@@ -13,7 +13,7 @@ __all__ = ["DiagnoseRecipe"]
 
 
 class WhatToDiagnose(Section):
-    """The model, and what it is held against."""
+    """The model, and what it is compared with."""
 
     group: ClassVar[str] = WHAT_TO_MEASURE
 
@@ -21,10 +21,10 @@ class WhatToDiagnose(Section):
         None, description="Folder (compressed or not), hub id, GGUF file or named sample."
     )
     dense: Annotated[str | None, Flag(value="MODEL")] = Field(
-        None, description="The dense model. Its layers are compared, one by one."
+        None, description="The dense model. Compares both models layer by layer."
     )
     training_log: Annotated[str | None, Flag(value="FILE")] = Field(
-        None, description="Log of a training: JSON lines with step, loss and learning_rate."
+        None, description="Also check this training log: JSON lines with step, loss, learning_rate."
     )
     target: bool = Field(False, description="Only show what this machine can speed up.")
 
@@ -36,9 +36,9 @@ class TextForDiagnosis(Section):
 
     text: Annotated[str, Flag(value="TEXT")] = Field(
         "boolq-held-out",
-        description="What both models read: a text, or a safetensors file of windows.",
+        description="Text that both models read: a text, or a safetensors file of windows.",
     )
-    windows: int = Field(8, description="Windows of that text.")
+    windows: int = Field(8, description="Number of windows of that text.")
     sequence_length: Annotated[
         int | None, Flag(default="256, or the model's length if that is shorter")
     ] = Field(None, description="Tokens per window.")

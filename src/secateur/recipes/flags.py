@@ -1,4 +1,4 @@
-"""From the words of a command line to a recipe."""
+"""Turn the words of a command line into a recipe."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def recipe_from_flags(
 ) -> AnyRecipe:
     """The recipe that the words of a command describe.
 
-    The first argument may be a recipe file. Flags are put over its values, and assignments over
+    The first argument may be a recipe file. Flags replace its values, and assignments replace
     both.
 
     Args:
-        kind: of the recipe.
-        given: text by the name of the option, a list of texts, or a bool; None is not given.
-        assignments: of `--set`.
+        kind: the class of the recipe.
+        given: option name → text, list of texts, or bool; None means not given.
+        assignments: the values of `--set`.
 
     Raises:
         RecipeError: listing every fault.
@@ -57,13 +57,13 @@ def takes_several(option: Option) -> bool:
 
 
 def read_flag(option: Option, given: Any) -> Any:
-    """The value that the text of a flag stands for.
+    """Read the text of a flag as a value of the option's type.
 
-    A text that is not of the option's type stays text; the recipe then refuses it together with all
-    other faults.
+    Text that does not fit the type stays text. The recipe then refuses it, together with all other
+    faults.
 
     Raises:
-        RecipeError: an entry of a mapping is not written as such.
+        RecipeError: an entry of a mapping is not KEY=VALUE.
     """
     if isinstance(given, bool):
         return given
@@ -81,7 +81,7 @@ def read_entry(option: Option, text: str) -> tuple[str, Any]:
     """Read KEY=VALUE.
 
     Raises:
-        RecipeError: it is not written like this.
+        RecipeError: the text has another form.
     """
     key, equals, value = text.rpartition("=")
     if not equals or not key:
@@ -93,7 +93,7 @@ def read_entry(option: Option, text: str) -> tuple[str, Any]:
 
 
 def read_text(kind: Any, text: str) -> Any:
-    """A text as a value of a type, if it can be one."""
+    """Convert a text to a type, if possible."""
     try:
         if kind is int or (kind == int | float and "." not in text):
             return int(text)

@@ -13,7 +13,7 @@ __all__ = ["GenerateRecipe"]
 
 
 class WhatToContinue(Section):
-    """The model, and what it continues or answers."""
+    """The model, and the text that it continues or answers."""
 
     group: ClassVar[str] = WHAT_TO_CONTINUE
 
@@ -24,17 +24,17 @@ class WhatToContinue(Section):
     prompt: Annotated[
         str | None,
         Flag(short="-p", value="WORDS", default="a conversation on a terminal, else stdin"),
-    ] = Field(None, description="Continue this text, or answer this message.")
+    ] = Field(None, description="Text to continue, or with a chat template a message to answer.")
     system: Annotated[str | None, Flag(value="WORDS")] = Field(
-        None, description="Begin the conversation with this system message."
+        None, description="System message at the start of the conversation."
     )
     chat: Annotated[bool | None, Flag(off="no_chat", default="on, if it has one")] = Field(
-        None, description="Use the chat template of the tokenizer."
+        None, description="Use the tokenizer's chat template."
     )
 
 
 class TokenDrawing(Section):
-    """How tokens are drawn, and where a text ends."""
+    """How tokens are sampled, and where a text ends."""
 
     group: ClassVar[str] = HOW
 
@@ -42,17 +42,17 @@ class TokenDrawing(Section):
         None, description="Stop after this many tokens."
     )
     temperature: float = Field(
-        0.0, description="0 takes the most likely token each time; above 0 draws."
+        0.0, description="0 always takes the most likely token; higher values sample."
     )
     top_k: Annotated[int | None, Flag(default="all")] = Field(
-        None, description="Draw among this many of the most likely tokens."
+        None, description="Sample only from this many most likely tokens."
     )
     top_p: float = Field(
-        1.0, description="Draw among the tokens that together have this probability."
+        1.0, description="Sample only from the most likely tokens that add up to this probability."
     )
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed of the draw.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed for sampling.")
     stop: Annotated[Texts, Flag(value="WORDS")] = Field(
-        (), description="End the text before this one; may be repeated."
+        (), description="Stop before the model writes this text; may be repeated."
     )
 
 

@@ -13,7 +13,7 @@ __all__ = ["InspectRecipe"]
 
 
 class WhatToInspect(Section):
-    """The model, and the part of it that is listed."""
+    """The model, and the part of it to list."""
 
     group: ClassVar[str] = WHAT_TO_MEASURE
 
@@ -30,4 +30,4 @@ class WhatToInspect(Section):
 
 
 class InspectRecipe(RemoteCode, WhatToInspect, Recipe):
-    """One look at a model."""
+    """One inspection."""

@@ -1,4 +1,4 @@
-"""The options of a recipe as keywords of a Python function, with types and a line of help each."""
+"""Give a Python function the options of a recipe as keywords, each with its type and help."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ INDENT, WIDTH = " " * 8, 100
 
 
 def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Show the options of a recipe in the signature and the help of a function.
+    """Add the options of a recipe to the signature and the help of a function.
 
-    The function takes them as `**options`. What it declares by itself stays as it is. None means
-    that an option is not given.
+    The function receives them as `**options`. Parameters that the function declares itself stay
+    as they are. None means that an option is not given.
 
     Args:
-        kind: of the recipe.
+        kind: the class of the recipe.
     """
     shown = [*options_of(kind), *run_options_of(kind)]
 
@@ -51,7 +51,7 @@ def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable
 
 
 def parameter_of(option: Option) -> inspect.Parameter:
-    """The keyword of an option."""
+    """The keyword parameter of an option."""
     kind = python_type(option)
     return inspect.Parameter(
         option.name,
@@ -62,12 +62,12 @@ def parameter_of(option: Option) -> inspect.Parameter:
 
 
 def python_type(option: Option) -> Any:
-    """The type of the values that Python may give for an option."""
+    """The type that Python code may pass for an option."""
     return widened(option.type, str | Path if option.is_path else str)
 
 
 def widened(kind: Any, text: Any) -> Any:
-    """A type of a field as Python gives it: any sequence for a tuple, any mapping for a dict."""
+    """The type for Python callers: any sequence for a tuple, any mapping for a dict."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is str:
         return text
@@ -81,7 +81,7 @@ def widened(kind: Any, text: Any) -> Any:
 
 
 def documented(doc: str, added: Sequence[Option]) -> str:
-    """A docstring with a line for each of these in place of `**options`."""
+    """Replace `**options` in a docstring by a line for each option."""
     lines = [
         textwrap.fill(
             f"{option.name}: {option.about}",
@@ -98,11 +98,11 @@ def documented(doc: str, added: Sequence[Option]) -> str:
 def recipe_of(
     kind: type[AnyRecipe], values: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[AnyRecipe, dict[str, Any]]:
-    """The recipe that keywords describe, and the options of the call.
+    """Build a recipe from keywords. Returns it and the options of the call.
 
     Args:
-        kind: of the recipe.
-        values: what the function takes by its own parameters; None is not given.
+        kind: the class of the recipe.
+        values: values of the function's own parameters; None means not given.
         options: all other keywords.
 
     Raises:
@@ -114,7 +114,7 @@ def recipe_of(
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML has it: text for a path, and a dict for any mapping."""
+    """Convert a value to what YAML holds: text for a path, a dict for any mapping."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
@@ -123,7 +123,7 @@ def plain(value: Any) -> Any:
 
 
 def type_text(kind: Any) -> str:
-    """A type as it is written in a stub."""
+    """Write a type as in a stub."""
     if get_origin(kind) in (Union, types.UnionType):
         return " | ".join(type_text(part) for part in get_args(kind))
     if kind is types.NoneType:

@@ -11,7 +11,7 @@ from secateur.recipes.section import MEMORY, Flag, Section
 __all__ = ["BUDGET", "FREE", "Device", "GgufDtype", "Memory", "RemoteCode"]
 
 BUDGET = (
-    "Peak memory allowed, in GiB: of the GPU if the run computes there, else of this process. A "
+    "Largest peak memory, in GiB: of the GPU if the run computes there, else of this process. A "
     "run that needs more does not start."
 )
 FREE = "4/5 of the free memory"
@@ -26,25 +26,24 @@ class Memory(Section):
         None, gt=0, description=BUDGET
     )
     activations: Literal["auto", "memory", "disk"] = Field(
-        "auto", description="Where hidden states wait for the next layer."
+        "auto",
+        description="Where to store hidden states between layers; auto uses memory if they fit.",
     )
-    micro_batch_tokens: int = Field(
-        2048, gt=0, description="Tokens that pass through a layer at once."
-    )
+    micro_batch_tokens: int = Field(2048, gt=0, description="Tokens in one forward of a layer.")
 
 
 class RemoteCode(Section):
-    """Whose code a run may run."""
+    """Whether code from the checkpoint may run."""
 
     group: ClassVar[str] = MEMORY
 
     trust_remote_code: bool = Field(
-        False, description="Let code that comes with the checkpoint run."
+        False, description="Allow Python code that comes with the checkpoint."
     )
 
 
 class Device(RemoteCode):
-    """Where a run computes, and whose code it may run."""
+    """Where a run computes, and whether code from the checkpoint may run."""
 
     device: str = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.")
 
@@ -57,4 +56,4 @@ class GgufDtype(Section):
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         Flag(default="float32; other sources keep theirs"),
-    ] = Field(None, description="Type of weights dequantized from GGUF.")
+    ] = Field(None, description="Type for the weights of a GGUF file.")

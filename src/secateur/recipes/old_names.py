@@ -35,18 +35,18 @@ OLD_NAMES: Mapping[str, tuple[str, ...]] = {
     "units": ("depth_units",),
     "validation": ("validation_text",),
 }
-"""The names that took the place of an old one. What a verb does not have is left out."""
+"""Old name → new names. `renamed` leaves out the names that a verb does not have."""
 
 
 def renamed(name: str, known: Collection[str]) -> list[str]:
     """The new names of an old one.
 
     Args:
-        name: as it was given, with underscores or dashes.
-        known: the names that there are.
+        name: as the user wrote it, with underscores or dashes.
+        known: the present names.
 
     Returns:
-        Those of `known` that took its place; none if it is not an old name.
+        The new names that are in `known`; empty if `name` is not an old name.
 
     Example:
         >>> from secateur.recipes.old_names import renamed
@@ -59,12 +59,12 @@ def renamed(name: str, known: Collection[str]) -> list[str]:
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """What an error says of a name that there is not: its new name, a near one, or all.
+    """The hint of an error about an unknown name: its new name, a similar one, or all names.
 
     Args:
         what: a key, an option, …
-        name: as it was given.
-        known: all that there are.
+        name: as the user wrote it.
+        known: all present names.
     """
     new = renamed(name, known)
     if new:

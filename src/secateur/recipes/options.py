@@ -1,4 +1,4 @@
-"""The options of a recipe, flat: what flags, keywords, the stub and the docs are made of."""
+"""The options of a recipe as a flat list. Flags, keywords, the stub and the docs come from it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Option:
     Attributes:
         name: the keyword in Python; with dashes, the flag.
         path: the keys in YAML, from the outermost.
-        type: of the value, without None.
+        type: the type of the value, without None.
         required: whether there is no default.
-        default: the words for the default.
+        default: the default in words.
         group: the heading in `--help`.
         help: one or two sentences.
-        flag: how it is called and shown.
+        flag: its name and how the help shows it.
     """
 
     name: str
@@ -51,22 +51,22 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that the value can be; none if there are others."""
+        """All possible values, if they are words; empty if other values are possible."""
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     @property
     def is_word(self) -> bool:
-        """Whether it is a word of the command rather than a flag."""
+        """Whether it is a positional argument rather than a flag."""
         return self.required or self.flag.positional
 
     @property
     def is_path(self) -> bool:
-        """Whether a path may be given."""
+        """Whether Python may pass a path."""
         return self.flag.value in PATHS
 
     @property
     def about(self) -> str:
-        """The help with the default behind it."""
+        """The help, followed by the default."""
         return f"{self.help} [{'required' if self.required else self.default}]"
 
 
@@ -75,7 +75,7 @@ def options_of(kind: type[Section]) -> tuple[Option, ...]:
     """All options of a recipe, by group and in the order of their declaration.
 
     Args:
-        kind: of the recipe.
+        kind: the class of the recipe.
     """
     presets = kind.presets if issubclass(kind, Recipe) else {}
     found = list(flattened(kind, (), presets))
@@ -83,7 +83,7 @@ def options_of(kind: type[Section]) -> tuple[Option, ...]:
 
 
 def run_options_of(kind: type[Section]) -> tuple[Option, ...]:
-    """The options of one call, which are no keys of the recipe."""
+    """The options of one call. They are not keys of the recipe."""
     run = kind.run if issubclass(kind, Recipe) else None
     return options_of(run) if run else ()
 
@@ -91,7 +91,7 @@ def run_options_of(kind: type[Section]) -> tuple[Option, ...]:
 def flattened(
     kind: type[BaseModel], path: tuple[str, ...], presets: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[Option]:
-    """The options of a class, and of the sections that it always has."""
+    """The options of a class and of its required sections."""
     for name, field in kind.model_fields.items():
         here = (*path, name)
         section = section_of(field)
@@ -112,13 +112,13 @@ def flattened(
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, if it holds one."""
+    """The section class of a field, or None."""
     kind = without_none(field.annotation)
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def without_none(annotation: Any) -> Any:
-    """A type without metadata, and without the None that stands for "not given"."""
+    """Remove metadata from a type, and the None that means "not given"."""
     if get_origin(annotation) is Annotated:
         return without_none(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -128,7 +128,7 @@ def without_none(annotation: Any) -> Any:
 
 
 def declaring(kind: type[BaseModel], name: str) -> type[Section]:
-    """The class that declares a field: its heading is the field's."""
+    """The class that declares a field. The field is listed under its heading."""
     return next(
         base
         for base in reversed(kind.__mro__)
@@ -155,7 +155,7 @@ def default_words(
 
 
 def holds(values: Mapping[str, Any], path: tuple[str, ...]) -> bool:
-    """Whether nested values say something at a path."""
+    """Whether nested values have a value at a path."""
     for key in path:
         if not isinstance(values, Mapping) or key not in values:
             return False

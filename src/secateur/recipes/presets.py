@@ -1,7 +1,8 @@
-"""Presets: how long to wait for how good a result.
+"""Presets trade time for quality.
 
-A preset fills in what a recipe leaves open; whatever is given keeps its value. What each brings
-and costs is measured in `benchmarks/presets.py`, and told in docs/methods/presets.md.
+A preset fills in the options that a recipe leaves open. Values in the recipe stay.
+`benchmarks/presets.py` measures what each preset brings and costs; docs/methods/presets.md shows
+the results.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""What each effort stands for, as values of a recipe."""
+"""The recipe values of each effort."""
 
 structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -63,21 +64,21 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""The same for structured cuts."""
+"""The recipe values of each effort, for structured cuts."""
 
 _COMPOSITION = {"method", "score", "solver", "refine", "method_parameters"}
-"""Values that only make sense together: one that is given keeps a preset from the others."""
+"""Values that only make sense together. If the recipe has one of them, the preset sets none."""
 
 
 def filled_in(
     values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] = presets
 ) -> dict[str, Any]:
-    """The values of a recipe, with those of its preset where it is silent.
+    """Add the values of the preset that a recipe does not have itself.
 
-    With no effort, method, score, solver or learned masks, the effort is `balanced`.
+    Without an effort, method, score, solver or learned masks, the effort is `balanced`.
 
     Args:
-        values: of the recipe.
+        values: the values of the recipe.
         known: the presets of this kind of recipe.
 
     Raises:

@@ -21,7 +21,7 @@ Effort = Literal["fast", "balanced", "best"]
 
 
 class WhatToPrune(Section):
-    """Which weights become zero."""
+    """The model, and which of its weights become zero."""
 
     group: ClassVar[str] = WHAT_TO_PRUNE
 
@@ -29,7 +29,7 @@ class WhatToPrune(Section):
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
     )
     sparsity: Annotated[float | None, Flag(default="the pattern's own")] = Field(
-        None, description="Fraction of zeros, 0 to 1."
+        None, description="Fraction of weights that become zero, 0 to 1."
     )
     pattern: str = Field(
         "unstructured",
@@ -43,7 +43,7 @@ class WhatToPrune(Section):
         (), description="Names of linears that stay dense."
     )
     overrides: Annotated[dict[str, float], Flag(value="GLOB=SPARSITY")] = Field(
-        default_factory=dict, description="Another sparsity for some linears; 0 keeps them dense."
+        default_factory=dict, description="Own sparsity for some linears; 0 keeps them dense."
     )
 
 
@@ -51,11 +51,18 @@ class HowToPrune(Section):
     """The method, and where it puts the zeros."""
 
     effort: Annotated[Effort | None, Flag(default="balanced, if no method is given")] = Field(
-        None, description="A preset, which fills in what is not given: fast, balanced or best."
+        None,
+        description="Preset: fast, balanced or best. It fills in the options that you do not give.",
     )
-    method: str | None = Field(None, description="A method by name; `secateur methods` lists them.")
-    score: str | None = Field(None, description="A score, to compose a method.")
-    solver: str | None = Field(None, description="A solver, to compose a method.")
+    method: str | None = Field(
+        None, description="Pruning method; `secateur methods` lists them all."
+    )
+    score: str | None = Field(
+        None, description="Score that rates the weights, to compose your own method."
+    )
+    solver: str | None = Field(
+        None, description="Solver that adjusts the kept weights, to compose your own method."
+    )
     refine: str | None = Field(None, description="Improve the mask before solving: swaps.")
     method_parameters: Annotated[dict[str, int | float], Flag(value="NAME=NUMBER")] = Field(
         default_factory=dict, description="Parameters of the score, the solver and the refinement."
@@ -65,37 +72,38 @@ class HowToPrune(Section):
     ] = Field(None, description="The set of weights that compete: row, layer or global.")
     allocation: str = Field(
         "uniform",
-        description="How sparsity is spread over the linears: uniform, owl, layer-sensitivity, "
-        "global or search.",
+        description="How to divide the sparsity among the linears: uniform, owl, "
+        "layer-sensitivity, global or search.",
     )
     asymmetric_damping: float = Field(
-        0.2, ge=0, description="How strongly the asymmetric fit is pulled to the dense weights."
+        0.2, ge=0, description="How strongly the asymmetric fit stays near the dense weights."
     )
     sequential: Literal["group", "layer"] = Field(
         "group",
-        description="Gather statistics group by group in one pass, or layer by layer in two as "
-        "the papers do.",
+        description="group: each group of linears sees inputs from the pruned groups before it. "
+        "layer: all linears of a layer see inputs from the unpruned layer, as in the papers.",
     )
     on_collapse: Literal["stop", "warn"] = Field(
-        "warn", description="What to do if a pruned linear has lost its output: stop or warn."
+        "warn",
+        description="What to do if a linear lost most of its output by pruning: stop or warn.",
     )
 
 
 class Fitting(Section):
-    """How weights are fitted to the calibration text."""
+    """How the kept weights are fitted to the calibration text."""
 
     asymmetric: Annotated[bool, Flag(off="symmetric")] = Field(
         False,
-        description="asymmetric fits the outputs of the dense model; symmetric fits each linear's "
-        "own outputs.",
+        description="asymmetric fits pruned linears to the dense model's outputs. symmetric fits "
+        "each linear to its own outputs on the same inputs.",
     )
     fast_matmuls: Annotated[bool, Flag(off="exact_matmuls")] = Field(
-        False, description="Calibrate in bfloat16 where the processor is faster at it."
+        False, description="Calibrate in bfloat16 on processors where this is faster."
     )
 
 
 class Compress(Section):
-    """How the pruned model is compressed, if it is."""
+    """Whether and how the pruned model is compressed."""
 
     group: ClassVar[str] = OUTPUT
     alone: ClassVar[tuple[type, ...]] = (str,)
@@ -105,16 +113,16 @@ class Compress(Section):
         Flag("compress", default="not compressed", value="VALUES"),
     ] = Field(
         None,
-        description="Also compress the result, as `secateur compress --values VALUES` does: auto, "
+        description="Also compress the result like `secateur compress --values VALUES`: auto, "
         "keep, bfloat16, float16, float32 or int8.",
     )
     embeddings: Annotated[Literal["auto", "int8"], Flag("compress_embeddings")] = Field(
-        "auto", description="auto keeps embedding and head as they are. int8 stores them so."
+        "auto", description="auto keeps embeddings and output head; int8 rounds them to int8."
     )
 
     @classmethod
     def opened(cls, value: Any) -> Any:
-        """`compress: int8` names the values."""
+        """`compress: int8` means `compress: {values: int8}`."""
         return {"values": value} if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""From a YAML file and command-line options to a recipe; all faults are listed at once."""
+"""Build a recipe from a YAML file and command-line options. One error lists all faults."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def is_recipe_file(text: str) -> bool:
-    """Whether a command's first argument names a recipe rather than a model."""
+    """Whether the first argument of a command is a recipe file and not a model."""
     return text.endswith((".yaml", ".yml"))
 
 
 def read_recipe_file(file: Path) -> dict[str, Any]:
-    """The mapping written in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        RecipeError: there is no such file, or it is not a mapping.
+        RecipeError: the file does not exist, or is not a mapping.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -69,16 +69,16 @@ def build_recipe(
     assignments: Sequence[str] = (),
     where: str | None = None,
 ) -> AnyRecipe:
-    """Make a recipe of nested values and `--set` assignments, its preset filled in.
+    """Build a recipe from nested values and `--set` assignments, and fill in its preset.
 
     Args:
-        kind: of the recipe.
-        values: by their keys in YAML.
+        kind: the class of the recipe.
+        values: values by their YAML keys.
         assignments: each KEY=VALUE; applied in turn.
         where: the file that the values come from, for errors.
 
     Raises:
-        RecipeError: listing every fault, with near names for unknown keys.
+        RecipeError: listing every fault, with similar names for unknown keys.
     """
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for assignment in assignments:
@@ -101,7 +101,7 @@ def set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> N
     """Apply one `--set section.key=value`; the value is read as YAML.
 
     Raises:
-        RecipeError: it is not an assignment.
+        RecipeError: the text is not an assignment.
     """
     path, equals, text = assignment.partition("=")
     if not equals or not path:
@@ -120,20 +120,20 @@ def set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> N
 
 
 def section_named(kind: type[Section] | None, name: str) -> type[Section] | None:
-    """The section of this name, if there is one."""
+    """The section class of this name, or None."""
     field = None if kind is None else kind.model_fields.get(name)
     return None if field is None else section_of(field)
 
 
 def nested(kind: type[Section], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort flat options, as Python takes them, into a recipe's sections.
+    """Sort the flat options of a Python call into the sections of a recipe.
 
-    A section may be given whole, as a mapping. Names that the recipe does not have stay where they
-    are, so that `build_recipe` refuses them.
+    A whole section may be passed as a mapping. Names that the recipe does not have stay at the top
+    level, so that `build_recipe` refuses them.
 
     Args:
-        kind: of the recipe.
-        options: by the names of `options_of`.
+        kind: the class of the recipe.
+        options: values by the names of `options_of`.
     """
     known = {option.name: option for option in options_of(kind)}
     values: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def put(values: dict[str, Any], path: Sequence[str], value: Any, where: str | No
 
 
 def fault_text(kind: type[BaseModel], fault: Any) -> str:
-    """One fault in one line."""
+    """Describe one fault in one line."""
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         section, name = kind, str(fault["loc"][-1])
@@ -182,12 +182,12 @@ def fault_text(kind: type[BaseModel], fault: Any) -> str:
 
 
 def keys_of(kind: type[BaseModel], section: type[BaseModel]) -> list[str]:
-    """The keys that a section has, or a recipe with the names of its flat options."""
+    """The keys of a section; for a recipe also the names of its flat options."""
     if section is not kind:
         return list(section.model_fields)
     return list(dict.fromkeys([*kind.model_fields, *(option.name for option in options_of(kind))]))
 
 
 def dump_recipe(recipe: BaseModel) -> str:
-    """The recipe as YAML, every default written out."""
+    """Write the recipe as YAML, with every default."""
     return write_yaml(recipe.model_dump(mode="json"))

@@ -12,15 +12,15 @@ __all__ = ["Distill", "Reconstruct"]
 
 
 class Reconstruct(Section):
-    """How a pruned layer is tuned to give the dense layer's outputs."""
+    """How each pruned layer is tuned to reproduce the dense layer's outputs."""
 
     group: ClassVar[str] = RECOVERY
 
     passes: Annotated[int, Flag("tune_passes")] = Field(
         0,
         ge=0,
-        description="Tune each pruned layer in this many passes over the calibration windows; 0 "
-        "does not tune.",
+        description="Tune each layer after pruning, in this many passes over the calibration "
+        "windows, to reproduce the dense layer's outputs. 0: no tuning.",
     )
     learning_rate: Annotated[float, Flag("tune_learning_rate")] = Field(
         1e-3, gt=0, lt=1, description="Learning rate of the first tuning step."
@@ -38,8 +38,8 @@ class Distill(Section):
     epochs: Annotated[int, Flag("distill_epochs")] = Field(
         0,
         ge=0,
-        description="Epochs in which the new model learns from the dense model on the calibration "
-        "windows; 0 does not distill.",
+        description="Train the new model to match the dense model, in this many epochs over the "
+        "calibration windows. 0: no distillation.",
     )
     peak_learning_rate: Annotated[
         float | None, Flag("distill_learning_rate", default="0.25 / hidden size")
@@ -48,5 +48,6 @@ class Distill(Section):
         0.0,
         ge=0,
         le=1,
-        description="Share of the next-token loss; the rest is the distance from the dense model.",
+        description="Share of the next-token loss, 0 to 1; the rest is the divergence from the "
+        "dense model.",
     )

@@ -12,7 +12,7 @@ __all__ = ["ReportRecipe"]
 
 
 class WhatToReport(Section):
-    """The runs that are shown."""
+    """The runs to show."""
 
     group: ClassVar[str] = WHAT_TO_MEASURE
 
@@ -30,8 +30,9 @@ class ReportRecipe(WhatToReport, Recipe):
         "report.html", description="The HTML file to write."
     )
     plots: bool = Field(
-        False, description="Also write every chart as PNG and SVG, beside the page."
+        False, description="Also write every chart as PNG and SVG, into a folder beside the page."
     )
     card: Annotated[str | None, Flag(value="FILE")] = Field(
-        None, description="Also write a Markdown model card of the only run, with all measurements."
+        None,
+        description="Also write a Markdown model card with all measurements (for one run only).",
     )

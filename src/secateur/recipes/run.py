@@ -1,4 +1,4 @@
-"""Options of one call. They are flags and keywords, but no keys of a recipe."""
+"""Options of one call. They are flags and keywords, but not keys of a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["OutputFolder", "Overwriting", "Resuming"]
 
 
 class OutputFolder(Section):
-    """Where the result is written."""
+    """Where to write the result."""
 
     group: ClassVar[str] = OUTPUT
 
@@ -22,7 +22,7 @@ class OutputFolder(Section):
 
 
 class Overwriting(Section):
-    """What happens to an output that exists."""
+    """What to do with an existing output."""
 
     group: ClassVar[str] = OUTPUT
 
@@ -30,7 +30,7 @@ class Overwriting(Section):
 
 
 class Resuming(Overwriting):
-    """What happens to a run that was stopped."""
+    """What to do with a stopped run."""
 
-    resume: bool = Field(False, description="Resume a stopped run; start if there is none.")
+    resume: bool = Field(False, description="Resume a stopped run, or start if there is none.")
     restart: bool = Field(False, description="Discard a stopped run and start again.")

@@ -1,7 +1,8 @@
-"""What every section of a recipe is made of: strict fields, the group they are shown in, flags.
+"""The base of all sections of a recipe: strict fields, their heading in the help, their flags.
 
-A field is declared once, here in `recipes/`. From it come the key in YAML, the flag, the keyword in
-Python, and the row in docs/options.md (`options.py` flattens, `generated.py` writes).
+A field is declared once, here in `recipes/`. The YAML key, the flag, the Python keyword and the row
+in docs/options.md all come from it (`options.py` lists the fields; `tools/option_files.py` writes
+the page and the stub).
 """
 
 from __future__ import annotations
@@ -62,31 +63,31 @@ GROUPS = (
 """The headings of `--help`, in this order."""
 
 MAX_SEED = 2**63 - 1
-"""The largest seed that every generator takes."""
+"""The largest seed that every random generator accepts."""
 
 Texts = Annotated[tuple[str, ...], Strictness(False)]
 """Several texts. YAML has lists where Python has tuples."""
 
 
 def text_alone(value: Any) -> Any:
-    """`text: c4` is one text."""
+    """Let `text: c4` mean a list of one text."""
     return (value,) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field is called outside of its section, and what the help shows of it.
+    """The name of a field outside its section, and how the help shows it.
 
     Attributes:
         name: the keyword in Python; with dashes, the flag. None: the name of the field.
         short: a flag of one letter, such as `-o`.
         off: the flag that switches a bool off. None: `--no-NAME`.
-        default: the words for the default. None: the default of the field.
-        value: the word for the value in the help, such as DIR. A path may be given for DIR, FILE,
-            MODEL and TEXT.
-        commas: whether one flag takes several values with commas between.
-        positional: whether it is a word of the command rather than a flag.
-        hidden: whether there is no flag: the value is written in YAML or given in Python.
+        default: the default in words. None: the default of the field.
+        value: the word for the value in the help, such as DIR. Python may pass a path for DIR,
+            FILE, MODEL and TEXT.
+        commas: whether one flag takes several values, separated by commas.
+        positional: whether it is a positional argument rather than a flag.
+        hidden: whether it has no flag, only a YAML key and a Python keyword.
     """
 
     name: str | None = None
@@ -102,9 +103,9 @@ class Flag:
 class Section(BaseModel):
     """Fields that belong together.
 
-    Unknown keys are errors. A section does not change once it is made. A value must have the type
-    of its field: `"0.5"` is text and not a number, and 1 is not true. A whole number is a number.
-    Numbers are finite.
+    Unknown keys are errors. Sections are frozen. A value must have the type of its field: `"0.5"`
+    is text and not a number, and 1 is not true. A float field accepts whole numbers. Numbers must
+    be finite.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -113,25 +114,25 @@ class Section(BaseModel):
     """The heading in `--help` of the fields that this class declares."""
 
     alone: ClassVar[tuple[type, ...]] = ()
-    """The types of a value that may be given in place of the section."""
+    """Types of single values that may stand for the whole section."""
 
     @classmethod
     def opened(cls, value: Any) -> Any:
-        """The section that a value alone stands for; other values stay as they are."""
+        """Turn a single value into the section that it stands for; return other values as is."""
         return value
 
     @model_validator(mode="before")
     @classmethod
     def open_value(cls, value: Any) -> Any:
-        """Let a value alone stand for the section."""
+        """Accept a single value in place of the section."""
         return cls.opened(value)
 
 
 class Recipe(Section):
-    """All options of one verb that its result may depend on."""
+    """All options of one verb that can change its result."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """What the options `effort` fills in, by name."""
+    """The values that each `effort` fills in."""
 
     run: ClassVar[type[Section] | None] = None
-    """Options of a call: flags and keywords, but no keys of a recipe."""
+    """Options of one call: flags and keywords, but not keys of a recipe."""

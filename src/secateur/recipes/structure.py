@@ -1,4 +1,4 @@
-"""The recipe of `secateur structure`: how much is kept, and how it is chosen."""
+"""The recipe of `secateur structure`: how much to keep, and how to choose it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from secateur.recipes.section import WHAT_TO_CUT, Flag, Recipe, Section, Texts
 __all__ = ["Depth", "Kept", "LearnedOptions", "StructureRecipe"]
 
 Kept = int | float
-"""A number of units, or the fraction of them that is kept (a float of at most 1)."""
+"""A number of units to keep, or a fraction of them (a float of at most 1)."""
 
 Counted = Flag(value="NUMBER", default="all")
 
 
 class Depth(Section):
-    """How decoder layers, or their two halves, are selected."""
+    """How to select decoder layers, or their attention and FFN blocks."""
 
     by: Annotated[Literal["influence", "angular", "greedy", "search"], Flag("depth_by")] = Field(
         "influence",
-        description="How layers are selected: by block influence, angular distance, greedy "
-        "removal, or search.",
+        description="How to select layers: by block influence, angular distance, greedy removal, "
+        "or search.",
     )
     units: Annotated[Literal["layers", "blocks"], Flag("depth_units")] = Field(
         "layers",
@@ -38,12 +38,12 @@ class Depth(Section):
 
 
 class LearnedOptions(Section):
-    """Learned masks: the model learns which units stay while its weights learn."""
+    """Learned masks: training decides which units stay, and trains the weights too."""
 
     alone: ClassVar[tuple[type, ...]] = (int,)
 
-    steps: int = Field(400, gt=0, description="Steps of the optimizer.")
-    batch: int = Field(4, gt=0, description="Windows in a step.")
+    steps: int = Field(400, gt=0, description="Optimizer steps.")
+    batch: int = Field(4, gt=0, description="Windows per step.")
     learning_rate: float | None = Field(
         None, gt=0, lt=1, description="Learning rate of the weights; if not given, as for retrain."
     )
@@ -51,7 +51,7 @@ class LearnedOptions(Section):
         0.1, gt=0, description="Learning rate of the gates and the multipliers."
     )
     target_warm_up: float = Field(
-        0.3, ge=0, le=1, description="Share of the steps in which the targets fall to their sizes."
+        0.3, ge=0, le=1, description="Share of the steps in which sizes fall to their targets."
     )
     domains: Texts = Field(
         (),
@@ -60,24 +60,25 @@ class LearnedOptions(Section):
     )
     references: dict[str, float] = Field(
         default_factory=dict,
-        description="Loss to reach by domain, in nats per token; the uncut model's if not given.",
+        description="Loss to reach in each domain, in nats per token; the uncut model's loss if "
+        "not given.",
     )
     update_every: int = Field(
-        50, ge=0, description="Steps between updates of the domains' proportions; 0: never."
+        50, ge=0, description="Steps between updates of the domains' shares; 0: never."
     )
-    held_out: int = Field(8, gt=0, description="Windows of each domain that measure its loss.")
+    held_out: int = Field(8, gt=0, description="Held-out windows that measure a domain's loss.")
     save_minutes: float = Field(
-        5.0, ge=0, description="Minutes between the saves that a stopped run resumes from."
+        5.0, ge=0, description="Minutes between saves; a stopped run resumes from the last one."
     )
 
     @classmethod
     def opened(cls, value: Any) -> Any:
-        """A number alone is the number of steps."""
+        """A single number is the number of steps."""
         return {"steps": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class WhatToCut(Section):
-    """How many units stay."""
+    """The model, and how many of its units stay."""
 
     group: ClassVar[str] = WHAT_TO_CUT
 
@@ -85,83 +86,90 @@ class WhatToCut(Section):
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
     )
     keep_layers: Annotated[Kept | None, Counted] = Field(
-        None, gt=0, description="Decoder layers that stay: a number, or a fraction such as 0.8."
+        None, gt=0, description="Decoder layers to keep: a number, or a fraction such as 0.8."
     )
     experts: Annotated[Kept | None, Counted] = Field(
-        None, gt=0, description="Experts of each layer that stay: a number or a fraction."
+        None, gt=0, description="Experts to keep in each layer: a number or a fraction."
     )
     hidden_size: Annotated[Kept | None, Counted] = Field(
         None,
         gt=0,
-        description="Channels of the residual stream that stay: a number or a fraction.",
+        description="Channels of the residual stream to keep: a number or a fraction.",
     )
     kv_groups: Annotated[Kept | None, Counted] = Field(
         None,
         ge=0,
-        description="KV groups of each layer that stay, with their query heads: a number or a "
+        description="KV groups (with their query heads) to keep in each layer: a number or a "
         "fraction.",
     )
     query_heads: Annotated[Kept | None, Counted] = Field(
         None,
         gt=0,
-        description="Query heads of each KV group that stay: a number or a fraction. The KV cache "
+        description="Query heads to keep in each KV group: a number or a fraction. The KV cache "
         "keeps its size.",
     )
     ffn: Annotated[Kept | None, Counted] = Field(
-        None, ge=0, description="FFN neurons of each layer that stay: a number or a fraction."
+        None, ge=0, description="FFN neurons to keep in each layer: a number or a fraction."
     )
     keep_parameters: Annotated[float | None, Flag(value="FRACTION", default="all")] = Field(
         None,
         gt=0,
         lt=1,
-        description="Fraction of the decoder's parameters that stays. Heads and FFN neurons lose "
-        "the same share.",
+        description="Fraction of the decoder's parameters to keep. KV groups and FFN neurons are "
+        "cut until it is reached.",
     )
     file_mib: Annotated[float | None, Flag(value="MIB", default="no limit")] = Field(
-        None, gt=0, description="Largest size of the weight files; heads and FFN neurons are cut."
+        None,
+        gt=0,
+        description="Largest size of the weight files, in MiB. KV groups and FFN neurons are cut "
+        "until they fit.",
     )
     decode_latency: Annotated[float | None, Flag(value="FRACTION", default="no limit")] = Field(
         None,
         gt=0,
         lt=1,
-        description="Fraction of the time per token that may stay, measured on this machine in "
-        "transformers at batch 1. Heads and FFN neurons are cut.",
+        description="Largest time per token, as a fraction of the uncut model's, measured on this "
+        "machine in transformers at batch 1. KV groups and FFN neurons are cut until it is met.",
     )
     kv_cache: Annotated[float | None, Flag(value="FRACTION", default="all")] = Field(
-        None, gt=0, lt=1, description="Fraction of the KV cache that stays; KV groups are cut."
+        None,
+        gt=0,
+        lt=1,
+        description="Largest KV cache, as a fraction of the uncut model's. KV groups are cut.",
     )
     whole_first: int = Field(
-        0, ge=0, description="Decoder layers at the start that keep all heads and neurons."
+        0, ge=0, description="Number of first decoder layers that keep all heads and neurons."
     )
     whole_last: int = Field(
-        0, ge=0, description="Decoder layers at the end that keep all heads and neurons."
+        0, ge=0, description="Number of last decoder layers that keep all heads and neurons."
     )
     multiple: int = Field(1, ge=1, description="Keep FFN neurons in multiples of this number.")
     pad: bool = Field(
-        False, description="Pad layers with zeros to one size, for engines that need it."
+        False, description="Pad all layers with zeros to one size, for engines that need it."
     )
 
 
 class HowToCut(Section):
-    """How units are selected, and what happens to the weights that read them."""
+    """How to select units, and how to adjust the weights that read them."""
 
     effort: Annotated[Effort | None, Flag(default="balanced, if no score is given")] = Field(
-        None, description="A preset, which fills in what is not given: fast, balanced or best."
+        None,
+        description="Preset: fast, balanced or best. It fills in the options that you do not give.",
     )
-    score: str | None = Field(None, description="The score that selects units.")
+    score: str | None = Field(None, description="Score that selects the units to remove.")
     solver: str | None = Field(
-        None, description="The solver that refits the weights which read removed units."
+        None, description="Solver that adjusts the weights that read the removed units."
     )
     method_parameters: Annotated[dict[str, int | float], Flag(value="NAME=NUMBER")] = Field(
         default_factory=dict, description="Parameters of the score and the solver."
     )
     allocation: Annotated[str | None, Flag(default="uniform")] = Field(
         None,
-        description="How the cut is spread over the layers: uniform, owl, layer-sensitivity, "
+        description="How to divide the cut among the layers: uniform, owl, layer-sensitivity, "
         "global or search.",
     )
     learned: Annotated[LearnedOptions | None, Flag(value="STEPS", default="not learned")] = Field(
-        None, description="Learn in this many steps which units stay, together with the weights."
+        None, description="Learn which units stay by training, in this many steps."
     )
     depth: Depth = Field(default_factory=lambda: Depth())
 

@@ -28,7 +28,7 @@ LENGTH = "2048, or the model's length if that is shorter"
 
 
 class Points(Section):
-    """The model, and the points that are tried."""
+    """The model, and the methods, sparsities and patterns to try."""
 
     group: ClassVar[str] = WHAT_TO_PRUNE
 
@@ -36,18 +36,18 @@ class Points(Section):
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
     )
     methods: Annotated[Texts, Flag(commas=True)] = Field(
-        (), description="Methods or presets (fast, balanced, best), with commas between."
+        (), description="Methods or presets (fast, balanced, best), separated by commas."
     )
     sparsities: Annotated[tuple[float, ...], Strictness(False), Flag(commas=True, value="X")] = (
-        Field((), description="Fractions of zeros, with commas between, such as 0.3,0.5,0.7.")
+        Field((), description="Fractions of zeros, separated by commas, such as 0.3,0.5,0.7.")
     )
     patterns: Annotated[Texts, Flag(commas=True)] = Field(
-        (), description="Patterns to try as well, with commas between, such as 2:4,4:8."
+        (), description="Patterns to try as well, separated by commas, such as 2:4,4:8."
     )
 
 
 class SweepCalibration(Section):
-    """The text that all points are calibrated on."""
+    """The calibration text of all points."""
 
     group: ClassVar[str] = CALIBRATION
 
@@ -62,7 +62,7 @@ class SweepCalibration(Section):
 
 
 class SweepTexts(Section):
-    """What every point is evaluated on."""
+    """The texts that every point is evaluated on."""
 
     group: ClassVar[str] = HOW
 
@@ -70,10 +70,10 @@ class SweepTexts(Section):
         ("wikitext2",), description="Text to evaluate on; may be repeated."
     )
     text_sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(
-        None, gt=1, description="Tokens per window of these texts."
+        None, gt=1, description="Tokens per evaluation window."
     )
     text_windows: Annotated[int | None, Flag(default="all")] = Field(
-        None, gt=0, description="Evaluate only on the first windows of each text."
+        None, gt=0, description="Evaluate only this many windows of each text, from its start."
     )
 
 
@@ -83,7 +83,7 @@ class SweepOutput(Section):
     group: ClassVar[str] = OUTPUT
 
     output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = Field(
-        None, description="Folder of the sweep."
+        None, description="Folder of the sweep. The same folder again resumes a stopped sweep."
     )
     keep_models: bool = Field(False, description="Keep the weights of every point.")
 

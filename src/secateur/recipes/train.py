@@ -32,46 +32,46 @@ __all__ = [
 
 
 class LoraOptions(Section):
-    """Low-rank adapters that are trained instead of the weights, and merged at the end."""
+    """Low-rank adapters: they are trained instead of the weights, and merged at the end."""
 
     alone: ClassVar[tuple[type, ...]] = (int,)
 
-    rank: int = Field(16, gt=0, description="Rank of the product that is added to a weight.")
+    rank: int = Field(16, gt=0, description="Rank of the matrix that is added to a weight.")
     alpha: Annotated[float | None, Flag(default="2 · rank")] = Field(
-        None, gt=0, description="The product is scaled by alpha / rank."
+        None, gt=0, description="The added matrix is multiplied by alpha / rank."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' inputs.")
     include: Texts = Field(("*",), description="Names of the linears that get adapters, as globs.")
     exclude: Texts = Field((), description="Names of linears that get none, as globs.")
 
     @classmethod
     def opened(cls, value: Any) -> Any:
-        """A number alone is the rank."""
+        """A single number is the rank."""
         return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class PruningOptions(Section):
-    """Pruning while a model is trained: how much, and which weights."""
+    """Pruning during training: how much, and which weights."""
 
     alone: ClassVar[tuple[type, ...]] = (float, str)
 
     sparsity: float | None = Field(
-        None, gt=0, lt=1, description="Fraction of zeros at the end; an N:M pattern has its own."
+        None, gt=0, lt=1, description="Fraction of zeros at the end. An N:M pattern implies it."
     )
     pattern: str = Field(
         "unstructured", description="Which zeros are allowed: unstructured, N:M, or blocks."
     )
     scope: Literal["row", "layer", "global"] | None = Field(
-        None, description="The set of weights that compete; the pattern's own if not given."
+        None, description="The set of weights that compete: row, layer or global."
     )
-    score: str = Field("magnitude", description="The score that selects the weights to prune.")
+    score: str = Field("magnitude", description="Score that selects the weights to prune.")
     windows: int = Field(
-        16, gt=0, description="Windows of the text that scores and gradients are taken on."
+        16, gt=0, description="Windows of the text on which scores and gradients are computed."
     )
 
     @classmethod
     def opened(cls, value: Any) -> Any:
-        """A number alone is the sparsity, a text alone the pattern."""
+        """A single number is the sparsity, a single text the pattern."""
         if isinstance(value, str):
             try:
                 return {"sparsity": float(value)}
@@ -81,30 +81,31 @@ class PruningOptions(Section):
 
 
 class GradualOptions(PruningOptions):
-    """Gradual pruning: every few steps of the training a few more zeros."""
+    """Gradual pruning: a few more zeros every few steps of the training."""
 
     schedule: str = Field(
         "cubic", description="How sparsity rises; `secateur methods` lists the schedules."
     )
-    every: int = Field(10, gt=0, description="Steps between new masks.")
+    every: int = Field(10, gt=0, description="Choose a new mask after this many steps.")
     begin: float = Field(
         0.0, ge=0, le=1, description="Share of the steps before the first weights are pruned."
     )
     end: float = Field(
-        0.75, ge=0, le=1, description="Share of the steps after which the last weights are pruned."
+        0.75, ge=0, le=1, description="Share of the steps at which the last weights are pruned."
     )
     regrowth: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Fraction of the kept weights exchanged by gradient at each new mask.",
+        description="Fraction of the kept weights to exchange at each new mask: the lowest are "
+        "pruned, and those with the largest gradients return.",
     )
 
 
 class IterativeOptions(PruningOptions):
     """Iterative pruning: prune a part, train, prune the next part."""
 
-    rounds: int = Field(4, gt=0, description="Number of rounds; each is one training.")
+    rounds: int = Field(4, gt=0, description="Number of rounds. Each is one training.")
     schedule: str = Field(
         "geometric",
         description="Sparsity after each round; geometric prunes the same fraction of the "
@@ -112,19 +113,19 @@ class IterativeOptions(PruningOptions):
     )
     rewind: Literal["none", "rate", "weights"] = Field(
         "rate",
-        description="What goes back before each training: nothing, the learning rate, or the "
-        "weights and the rate (lottery tickets).",
+        description="What is reset before each training: none, rate (the learning rate), or "
+        "weights (the weights and the rate: lottery tickets).",
     )
-    rewind_step: int = Field(0, ge=0, description="The step of one training to go back to.")
+    rewind_step: int = Field(0, ge=0, description="Reset to this step of a training.")
 
 
 def tuple_of(value: Any) -> Any:
-    """YAML has lists where Python has tuples."""
+    """Turn a YAML list into a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
 class TrainingTextSection(Section):
-    """The model that learns, and the text that it learns from."""
+    """The model to train, and the text to train it on."""
 
     group: ClassVar[str] = WHAT_TO_LEARN_FROM
 
@@ -135,27 +136,28 @@ class TrainingTextSection(Section):
     text: Annotated[Texts, BeforeValidator(text_alone), Flag(value="TEXT")] = Field(
         ("c4",),
         min_length=1,
-        description="Training text: file, folder, hub data set or named text. Of several texts, "
-        "equal parts are used.",
+        description="Training text: file, folder, hub data set or named text. May be repeated; "
+        "then each text gives the same number.",
     )
     field: str = Field("text", description="The field of a JSONL line that holds the text.")
     sequence_length: Annotated[
         int | None, Flag(default="512, or the model's length if that is shorter")
     ] = Field(None, gt=1, description="Tokens per window.")
     windows: int = Field(
-        4096, gt=0, description="Most windows of the text; they are read again when used up."
+        4096, gt=0, description="Largest number of training windows. A longer run repeats them."
     )
     mask: Annotated[str | None, Flag(value="FILE", default="the model's own zeros")] = Field(
-        None, description="File of masks, or folder of a pruned model, whose zeros are held."
+        None,
+        description="Masks to hold: a file of masks, or the folder of a pruned model.",
     )
     validation_text: Annotated[
         str | None, Flag(value="TEXT", default="held-out windows of the training text")
-    ] = Field(None, description="Text that the training is validated on.")
+    ] = Field(None, description="Validation text.")
     validation_windows: int = Field(
-        16, ge=0, description="Windows of the validation; 0 does not validate."
+        16, ge=0, description="Number of validation windows; 0: no validation."
     )
     seed: int = Field(
-        0, ge=0, le=MAX_SEED, description="Seed of the choice and the order of windows."
+        0, ge=0, le=MAX_SEED, description="Seed that chooses the windows and their order."
     )
 
 
@@ -165,7 +167,7 @@ class Optimisation(Section):
     group: ClassVar[str] = HOW
 
     steps: Annotated[int | None, Flag(default="as many as the epochs need")] = Field(
-        None, gt=0, description="Steps of the optimizer."
+        None, gt=0, description="Optimizer steps."
     )
     minutes: Annotated[float | None, Flag(default="as long as the steps take")] = Field(
         None, gt=0, description="Minutes to train, instead of steps."
@@ -173,7 +175,7 @@ class Optimisation(Section):
     epochs: float = Field(
         1.0, gt=0, description="Epochs over the windows, if neither steps nor minutes are given."
     )
-    batch: int = Field(4, gt=0, description="Windows in a step of the optimizer.")
+    batch: int = Field(4, gt=0, description="Windows per optimizer step.")
     learning_rate: Annotated[
         float | None, Flag(default="0.25 / hidden size · √(tokens in a step / 2048)")
     ] = Field(None, gt=0, lt=1, description="Highest learning rate.")
@@ -181,54 +183,55 @@ class Optimisation(Section):
         0.05, ge=0, lt=1, description="Share of the run in which the learning rate rises."
     )
     clip: float = Field(
-        1.0, ge=0, description="Norm that gradients are clipped to; 0 does not clip."
+        1.0, ge=0, description="Largest norm of the gradient; larger ones are clipped. 0: no clip."
     )
     optimizer: str = Field("AdamW", description="A class of torch.optim.")
     optimizer_options: Annotated[
         dict[str, bool | int | float | list[float]], Flag(value="NAME=VALUE")
     ] = Field(
-        default_factory=dict, description="Arguments of the optimizer besides the learning rate."
+        default_factory=dict, description="Other arguments of the optimizer, such as weight_decay."
     )
     rates: Annotated[dict[str, float], Flag(value="GLOB=FACTOR")] = Field(
         default_factory=dict,
-        description="Factors of the learning rate, by names of parameters; 0 freezes.",
+        description="Learning rate of some parameters, as a factor of the rate; 0 freezes them.",
     )
     layer_decay: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Layer i of L learns at the rate times layer_decay^(L - 1 - i), embeddings at "
-        "layer_decay^L; `rates` come after it.",
+        description="Lower learning rates for earlier layers: layer i of L has the factor "
+        "layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.",
     )
     lora: Annotated[LoraOptions | None, Flag(value="RANK", default="train all weights")] = Field(
-        None, description="Train adapters of this rank, and merge them at the end."
+        None, description="Train low-rank adapters of this rank, and merge them at the end."
     )
     gradual: Annotated[
         GradualOptions | None, Flag(value="SPARSITY", default="the zeros stay as they are")
     ] = Field(
-        None, description="Prune a little every few steps, up to this sparsity or N:M pattern."
+        None,
+        description="Prune gradually during training, up to this sparsity or N:M pattern.",
     )
     iterative: Annotated[
         IterativeOptions | None, Flag(value="SPARSITY", default="the zeros stay as they are")
     ] = Field(
         None,
-        description="Prune in rounds up to this sparsity or N:M pattern. Each round trains for "
-        "the given steps.",
+        description="Prune and train in rounds, up to this sparsity or N:M pattern. Each round "
+        "trains for --steps.",
     )
     regrow: bool = Field(
         False,
-        description="Train weights that are zero in the model and kept by the mask.",
+        description="Allow a mask that keeps weights which are zero in the model.",
     )
     validations: int = Field(
-        10, gt=0, description="Validations during the run, besides the one before it."
+        10, gt=0, description="Number of validations during the run; one more comes before it."
     )
     patience: Annotated[int, Flag(default="never")] = Field(
-        0, ge=0, description="Stop after this many validations without a new best; 0: never."
+        0, ge=0, description="Stop after this many validations without a better result; 0: never."
     )
 
 
 class TrainingMemorySection(Section):
-    """How much memory a training may use."""
+    """How much memory the training may use."""
 
     group: ClassVar[str] = MEMORY
 
@@ -237,10 +240,10 @@ class TrainingMemorySection(Section):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Run layers again in the backward: a third slower, with far less memory.",
+        description="Compute layers again in the backward pass: a third slower, much less memory.",
     )
     fast_matmuls: Annotated[bool, Flag(off="exact_matmuls")] = Field(
-        True, description="Multiply in bfloat16 where the processor is faster at it."
+        True, description="Multiply in bfloat16 on processors where this is faster."
     )
     memory_budget_gib: Annotated[float | None, Flag(default=FREE)] = Field(
         None, gt=0, description=BUDGET
@@ -248,12 +251,12 @@ class TrainingMemorySection(Section):
 
 
 class TrainingOutput(OutputFolder):
-    """What a training writes."""
+    """Where the training writes."""
 
     group: ClassVar[str] = OUTPUT
 
     save_minutes: float = Field(
-        5.0, ge=0, description="Minutes between the saves that a stopped training resumes from."
+        5.0, ge=0, description="Minutes between saves; a stopped run resumes from the last one."
     )
     tensorboard: Annotated[str | None, Flag(value="DIR")] = Field(
         None, description="Folder for TensorBoard curves."
@@ -269,7 +272,7 @@ class RetrainRecipe(
     TrainingOutput,
     Recipe,
 ):
-    """One training that holds the masks."""
+    """One training. Pruned weights stay zero."""
 
     run: ClassVar[type[Section] | None] = Resuming
 
@@ -284,25 +287,29 @@ class DistillRecipe(RetrainRecipe):
     )
     kind: Literal["forward", "reverse", "symmetric"] = Field(
         "forward",
-        description="Divergence: forward is KL(teacher ‖ student), reverse KL(student ‖ teacher), "
-        "symmetric half of each.",
+        description="Divergence to minimise: forward is KL(teacher ‖ student), reverse is "
+        "KL(student ‖ teacher), symmetric is the mean of both.",
     )
     temperature: float = Field(
         1.0, gt=0, description="Temperature of both models; gradients are scaled by its square."
     )
-    next_token: float = Field(0.0, ge=0, le=1, description="Share of the plain next-token loss.")
-    hidden_weight: float = Field(
-        0.0, ge=0, description="Weight of the loss of hidden states; 0 leaves it out."
+    next_token: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the next-token loss, 0 to 1; the rest is the divergence.",
     )
+    hidden_weight: float = Field(0.0, ge=0, description="Weight of the hidden-state loss; 0: none.")
     kept_layers: Annotated[
         Annotated[tuple[int, ...], BeforeValidator(tuple_of)] | None,
         Flag(default="spread evenly", commas=True),
-    ] = Field(None, description="Layers of the teacher that the student has.")
+    ] = Field(None, description="Layers of the teacher that the student kept.")
     top_k: Annotated[int | None, Flag(default="all, while training")] = Field(
         None,
         gt=0,
-        description="Store the teacher's most likely tokens before the training, this many each.",
+        description="Before the training, store this many of the teacher's most likely tokens for "
+        "each position, and release the teacher.",
     )
     teacher_file: Annotated[str | None, Flag(value="FILE", default="removed at the end")] = Field(
-        None, description="File that holds the stored teacher, or will hold it."
+        None, description="File of the stored teacher; it is written if it does not exist."
     )

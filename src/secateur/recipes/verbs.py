@@ -1,4 +1,4 @@
-"""The verbs: what each is called, does and takes. Imports nothing, so that `--help` is instant."""
+"""The verbs: name, summary, recipe and function. Imports nothing, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Verb:
     """One verb of the command line, and the function of the same name in Python.
 
     Attributes:
-        name: of both.
+        name: the name of both.
         summary: one sentence for the list of verbs.
-        recipe: where the class of its recipe is.
-        function: where the function is.
+        recipe: the place of its recipe class, `package.module:name`.
+        function: the place of the function.
         more: further sentences for the help of the verb.
     """
 
@@ -29,12 +29,12 @@ class Verb:
 
     @property
     def about(self) -> str:
-        """All sentences."""
+        """The summary and the further sentences."""
         return f"{self.summary}\n\n{self.more}" if self.more else self.summary
 
 
 def imported(place: str) -> Any:
-    """What is at `package.module:name`."""
+    """Import and return the object at `package.module:name`."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -1,8 +1,8 @@
-"""YAML of a recipe: its numbers as people write them, and nothing that it could hide.
+"""Read and write the YAML of a recipe, with YAML 1.2 numbers and strict keys.
 
-PyYAML reads YAML 1.1, in which `2:4` is the number 124 and `1e-3` is text. Numbers here are those
-of YAML 1.2. Refused are a key that is given twice, of which YAML keeps the last; keys that are not
-text; and documents that are deep, or grow when their aliases are written out.
+PyYAML reads YAML 1.1, in which `2:4` is the number 124 and `1e-3` is text. This module reads
+numbers as in YAML 1.2. It refuses a key that is given twice (YAML would keep the last one), keys
+that are not text, and documents that are too deep or grow too large when aliases are expanded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIRST_OF_NUMBERS = list("-+.0123456789")
 
 
 class Loader(yaml.SafeLoader):
-    """Reads plain data; numbers by YAML 1.2."""
+    """Reads plain data, with YAML 1.2 numbers."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # as PyYAML declares it
         first: [(tag, text) for tag, text in known if tag not in (INT_TAG, FLOAT_TAG)]
@@ -37,13 +37,13 @@ class Loader(yaml.SafeLoader):
     }
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """A whole number; unlike in YAML 1.1 a leading zero changes nothing."""
+        """Read a whole number. Unlike in YAML 1.1, a leading zero changes nothing."""
         text = str(self.construct_scalar(node)).replace("_", "")
         return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes so that YAML 1.1 and 1.2 read the same: text that is a number in either is quoted."""
+    """Writes YAML that 1.1 and 1.2 read alike: text that is a number in either is quoted."""
 
 
 Loader.add_constructor(INT_TAG, Loader.construct_yaml_int)
@@ -54,14 +54,14 @@ for kind in (Loader, Dumper):
 
 
 def read_yaml(text: str, where: str | None = None) -> Any:
-    """The value that a YAML document is.
+    """Read a YAML document.
 
     Args:
-        text: of the document.
+        text: the document.
         where: the file or option that it comes from, for errors.
 
     Raises:
-        RecipeError: it is not YAML, holds a key twice, or is deeper or larger than any recipe.
+        RecipeError: it is not YAML, has a key twice, or is too deep or too large for a recipe.
     """
     try:
         loader = Loader(text)
@@ -72,7 +72,7 @@ def read_yaml(text: str, where: str | None = None) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise too_deep(where) from None
-    except (  # PyYAML raises more than its own on values that their tags do not fit
+    except (  # PyYAML raises other errors than its own if a value does not fit its tag
         yaml.YAMLError,
         AttributeError,
         KeyError,
@@ -90,16 +90,16 @@ def read_yaml(text: str, where: str | None = None) -> Any:
 def check_node(
     node: yaml.Node, where: str | None, sizes: dict[int, int], above: tuple[int, ...]
 ) -> int:
-    """How many nodes a node is when its aliases are written out.
+    """Count the nodes below a node, with aliases expanded.
 
     Args:
-        node: of the composed document.
-        where: for errors.
-        sizes: of nodes that were counted, by identity.
-        above: the identities of the nodes that it lies in.
+        node: a node of the composed document.
+        where: the source of the document, for errors.
+        sizes: the counts of nodes that were counted before, by identity.
+        above: the identities of the nodes that contain it.
 
     Raises:
-        RecipeError: a key is no text or there twice, or there are too many nodes.
+        RecipeError: a key is not text or is given twice, or there are too many nodes.
     """
     if id(node) in above or len(above) > DEEPEST:
         raise too_deep(where)
@@ -125,7 +125,7 @@ def check_node(
 
 
 def check_keys(keys: list[yaml.Node], where: str | None) -> None:
-    """Refuse a mapping that has a key twice, or one that is not text.
+    """Refuse a mapping with a key that is given twice or is not text.
 
     Raises:
         RecipeError: naming the key and its line.
@@ -152,7 +152,7 @@ def check_keys(keys: list[yaml.Node], where: str | None) -> None:
 
 
 def too_deep(where: str | None) -> RecipeError:
-    """What is said of a document without an end."""
+    """The error for a document that is too deep or contains itself."""
     return RecipeError(
         f"the recipe is nested more than {DEEPEST} levels deep",
         where=where,
@@ -161,5 +161,5 @@ def too_deep(where: str | None) -> RecipeError:
 
 
 def write_yaml(value: Any) -> str:
-    """A value of plain data as YAML, keys in their order."""
+    """Write plain data as YAML, with keys in their order."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)

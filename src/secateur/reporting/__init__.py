@@ -1,1 +1,1 @@
-"""Reporting: what was done and what came out, for people and for programs."""
+"""Reporting: results, cards, charts and the report page, for people and for programs."""

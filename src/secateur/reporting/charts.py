@@ -1,6 +1,6 @@
-"""Charts as data: what is shown, before anyone decides how it is drawn.
+"""Charts as data: what they show, independent of how they are drawn.
 
-The report draws them into its page (`report/drawing.py`), and `plots.py` into PNG and SVG files.
+`drawing.py` draws them for the report page, and `plots.py` into PNG and SVG files.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Mark:
     """One point of a line.
 
     Attributes:
-        x: along the axis.
+        x: the position on the x axis.
         y: the value; marks that are not finite are not drawn.
         label: a few letters beside the point; may be empty.
-        told: the whole point in words, for whoever points at it.
+        told: the point in words, shown when the reader points at it.
     """
 
     x: float
@@ -30,7 +30,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """Marks that belong together; `joined` by a line, or each by itself."""
+    """Marks that belong together: `joined` by a line, or separate."""
 
     name: str
     marks: tuple[Mark, ...]
@@ -38,7 +38,7 @@ class Series:
 
     @property
     def drawn(self) -> tuple[Mark, ...]:
-        """The marks that have a place, from left to right."""
+        """The marks with finite coordinates, from left to right."""
         finite = (m for m in self.marks if math.isfinite(m.x) and math.isfinite(m.y))
         return tuple(sorted(finite, key=lambda m: m.x))
 
@@ -48,15 +48,15 @@ class LineChart:
     """Lines over an axis.
 
     Attributes:
-        key: names the chart in the page and in file names.
+        key: the name of the chart in the page and in file names.
         title: what it shows.
-        x_label: of the axis below.
-        y_label: of the axis at the left.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
         series: the lines.
-        reference: a name and a value to hold them against, drawn dashed.
-        log_y: whether the upright axis counts in factors.
-        percent_x: whether the axis below shows fractions as percent.
-        note: what has to be known to read it.
+        reference: name and value of a dashed line for comparison.
+        log_y: whether the y axis is logarithmic.
+        percent_x: whether the x axis shows fractions as percent.
+        note: what the reader has to know.
     """
 
     key: str
@@ -71,7 +71,7 @@ class LineChart:
 
     @property
     def points(self) -> int:
-        """How many marks are drawn."""
+        """Number of drawn marks."""
         return sum(len(series.drawn) for series in self.series)
 
 
@@ -80,14 +80,14 @@ class HeatMap:
     """A value for each row and column, None where there is none.
 
     Attributes:
-        key: names the chart in the page and in file names.
+        key: the name of the chart in the page and in file names.
         title: what it shows.
-        rows: their names.
-        columns: their names.
-        values: one list a row.
-        log: whether the colours count in factors.
+        rows: names of the rows.
+        columns: names of the columns.
+        values: one list per row.
+        log: whether the colour scale is logarithmic.
         percent: whether values are fractions, shown as percent.
-        note: what has to be known to read it.
+        note: what the reader has to know.
     """
 
     key: str
@@ -101,19 +101,19 @@ class HeatMap:
 
     @property
     def points(self) -> int:
-        """How many cells hold a value."""
+        """Number of cells with a value."""
         return sum(value is not None for row in self.values for value in row)
 
     @property
     def span(self) -> tuple[float, float]:
-        """The least and the largest value that the colours tell apart."""
+        """The smallest and the largest value of the colour scale."""
         found = [v for row in self.values for v in row if v is not None and math.isfinite(v)]
         if self.log:
             found = [v for v in found if v > 0]
         return (min(found), max(found)) if found else (0.0, 0.0)
 
     def share(self, value: float) -> float:
-        """Where between least and largest a value lies, 0 to 1; one half if all are alike."""
+        """The position of a value on the colour scale, 0 to 1; 0.5 if all values are equal."""
         least, most = self.span
         if not math.isfinite(value):
             return 1.0
@@ -131,12 +131,12 @@ class Bar:
     """One bar.
 
     Attributes:
-        label: what it is.
+        label: its name.
         value: its length.
         text: the value in words.
-        ours: whether it is what the page is about, and not what it is held against.
-        least: of several measurements.
-        most: of several measurements.
+        ours: whether it shows the page's own model, and not one for comparison.
+        least: smallest of several measurements.
+        most: largest of several measurements.
     """
 
     label: str
@@ -149,14 +149,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarChart:
-    """Bars that begin at nought.
+    """Bars that begin at zero.
 
     Attributes:
-        key: names the chart in the page and in file names.
+        key: the name of the chart in the page and in file names.
         title: what it shows.
-        unit: of the values.
-        bars: from top to bottom.
-        note: what has to be known to read it.
+        unit: unit of the values.
+        bars: the bars from top to bottom.
+        note: what the reader has to know.
     """
 
     key: str
@@ -167,7 +167,7 @@ class BarChart:
 
     @property
     def points(self) -> int:
-        """How many bars there are."""
+        """Number of bars."""
         return len(self.bars)
 
 

@@ -1,4 +1,4 @@
-"""The card of a compressed model: what is stored how, before the card of the model itself."""
+"""The card of a compressed model: how it is stored, followed by the card of the model itself."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ The card of the dense folder follows; what it says of sizes and of loading is ab
 def compression_card(
     report: CompressResult, source: Mapping[str, Any], source_folder: Path, output: str | Path
 ) -> str:
-    """The text of README.md for the folder written.
+    """The text of README.md for the output folder.
 
     Args:
-        report: of the compression.
-        source: its name and kind.
-        source_folder: the source checkpoint, for its own card.
-        output: the folder written.
+        report: the result of the compression.
+        source: name and kind of the source.
+        source_folder: the source checkpoint; its card is appended.
+        output: the output folder.
     """
     card = source_folder / "README.md"
     _, body = split_card(card.read_text(encoding="utf-8") if card.is_file() else "")
@@ -76,14 +76,14 @@ def compression_card(
 
 
 def source_part(card: str) -> str:
-    """The card of the dense folder, out of that of a compressed one."""
+    """The card of the dense model, taken from the card of a compressed one."""
     front, body = split_card(card)
     _, found, dense = body.partition(MARK + "\n")
     return front + dense if found else card
 
 
 def with_dense_card(card: str, dense: str) -> str:
-    """The card of a compressed model with another card of its dense folder."""
+    """Replace the card of the dense model within the card of a compressed one."""
     _, body = split_card(card)
     head, found, _ = body.partition(MARK + "\n")
     if not found:

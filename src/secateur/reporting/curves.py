@@ -1,4 +1,4 @@
-"""Perplexity against sparsity: which points may stand in one chart, and which make a line."""
+"""Perplexity against sparsity: which points share a chart, and which form a line."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class CurvePoint:
 
     Attributes:
         model: the dense model, whose tokenizer the perplexity depends on.
-        text: what it was judged on.
-        protocol: how.
-        series: the line it belongs to.
-        sparsity: the part of the decoder that is gone: zeros in its matrices, or cut out of it.
+        text: the text that the perplexity was measured on.
+        protocol: how it was measured.
+        series: the line that the point belongs to.
+        sparsity: the removed fraction of the decoder: zeros in its matrices, or cut out.
         perplexity: the value.
-        dense: that of the dense model, if it was measured.
-        joined: whether its series is a line.
-        cut: whether something was cut out of the model.
+        dense: perplexity of the dense model, if it was measured.
+        joined: whether the points of the series are joined by a line.
+        cut: whether units were cut out of the model.
     """
 
     model: str
@@ -43,12 +43,12 @@ class CurvePoint:
 
     @property
     def alike(self) -> tuple[Any, ...]:
-        """The same for perplexities that can be compared."""
+        """A key that is equal for perplexities that can be compared."""
         return self.model, protocol_id("ppl", self.protocol)
 
     @property
     def told(self) -> str:
-        """All of it in words."""
+        """The point in words."""
         gone = "of the decoder cut out or zero" if self.cut else "zeros"
         words = (
             f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 1)} {gone}"
@@ -59,7 +59,7 @@ class CurvePoint:
 
 
 def judged_points(result: SweepResult, name: str = "") -> list[CurvePoint]:
-    """The points of a sweep; `name` tells its lines from those of others."""
+    """The points of a sweep; `name` distinguishes its lines from those of other sweeps."""
     return [
         CurvePoint(
             model=result.sweep.model,
@@ -79,12 +79,12 @@ def judged_points(result: SweepResult, name: str = "") -> list[CurvePoint]:
 
 
 def sweep_charts(results: Sequence[SweepResult]) -> list[LineChart]:
-    """One chart for each text that sweeps were judged on."""
+    """One chart for each text that sweeps were evaluated on."""
     return curve_charts(point for result in results for point in judged_points(result))
 
 
 def curve_charts(points: Iterable[CurvePoint]) -> list[LineChart]:
-    """One chart for each set of perplexities that can be compared, at least two points each."""
+    """One chart for each set of comparable perplexities with at least two points."""
     groups: dict[tuple[Any, ...], list[CurvePoint]] = {}
     for point in points:
         if math.isfinite(point.perplexity) and point.perplexity > 0:
@@ -94,7 +94,7 @@ def curve_charts(points: Iterable[CurvePoint]) -> list[LineChart]:
 
 
 def chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
-    """The chart of perplexities that can be compared."""
+    """The chart of a set of comparable perplexities."""
     first = group[0]
     series: dict[str, list[CurvePoint]] = {}
     for point in group:
@@ -126,5 +126,5 @@ def chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
 
 
 def short(value: float) -> str:
-    """A perplexity in few letters."""
+    """A perplexity as a short text."""
     return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"

@@ -1,4 +1,4 @@
-"""Where everything in a line chart goes: numbers of SVG, for the template to write out."""
+"""Layout of line charts: the SVG coordinates that the template writes out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["HEIGHT", "WIDTH", "Drawing", "draw"]
 WIDTH, HEIGHT = 430.0, 310.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 16.0, 40.0
 MARK = 11.0
-"""The width of a mark, with some air."""
+"""The width of a mark, with some space around it."""
 LETTER, LINE = 6.6, 13.0
-"""Room that a letter and a line of small print take."""
+"""Width of a letter and height of a line of small print."""
 
 Place = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -28,12 +28,12 @@ SHAPES = (
     "M0 5.2L5-3.8H-5z",
     "M-5-1.7h3.3V-5h3.4v3.3H5v3.4H1.7V5h-3.4V1.7H-5z",
 )
-"""Marks of the series, around their point; told apart without colours."""
+"""SVG paths of the marks, centred on their point. They can be told apart without colours."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis and what is written there."""
+    """A position on an axis, with its label."""
 
     at: float
     text: str
@@ -41,7 +41,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class DrawnMark:
-    """A mark, with the place of its label."""
+    """A mark, with the position of its label."""
 
     x: float
     y: float
@@ -64,7 +64,7 @@ class DrawnSeries:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A line chart, ready to be written out."""
+    """A line chart with all coordinates."""
 
     chart: LineChart
     width: float
@@ -81,7 +81,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to places."""
+    """Maps values to coordinates."""
 
     low: float
     high: float
@@ -90,7 +90,7 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The place of a value."""
+        """The coordinate of a value."""
         low, high = self.low, self.high
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(value)
@@ -98,7 +98,7 @@ class Axis:
 
 
 def draw(chart: LineChart) -> Drawing:
-    """Give everything in a chart its place."""
+    """Compute the coordinates of everything in a chart."""
     marks = [mark for series in chart.series for mark in series.drawn]
     ys = [m.y for m in marks] + ([chart.reference[1]] if chart.reference else [])
     log = chart.log_y and min(ys) > 0
@@ -107,7 +107,7 @@ def draw(chart: LineChart) -> Drawing:
     placed = spread([[(x(m.x), y(m.y)) for m in one.drawn] for one in chart.series])
     taken = [(a - 5, b - 5, a + 5, b + 5) for places in placed for a, b in places]
     reference_y = y(chart.reference[1]) if chart.reference else None
-    if reference_y is not None:  # its line, and its name at the right end
+    if reference_y is not None:  # the dashed line, and its name at the right end
         taken += [(LEFT, reference_y - 2, WIDTH - RIGHT, reference_y + 2)]
         taken += [(WIDTH - RIGHT - 13 * LETTER, reference_y - LINE, WIDTH - RIGHT, reference_y)]
     series = []
@@ -137,9 +137,9 @@ def draw(chart: LineChart) -> Drawing:
 
 
 def spread(series: Sequence[Sequence[Place]]) -> list[list[Place]]:
-    """Places of marks, moved to the side by a mark's width where an earlier series has one.
+    """Positions of marks, moved sideways by a mark's width if an earlier series has a mark there.
 
-    Only series of one mark move: on a line the place says the value.
+    Only series with one mark move, because on a line the position shows the value.
     """
     placed: list[list[Place]] = []
     for places in series:
@@ -153,7 +153,7 @@ def spread(series: Sequence[Sequence[Place]]) -> list[list[Place]]:
 
 
 def span(values: Sequence[float], margin: float, *, log: bool = False) -> tuple[float, float]:
-    """From the least to the largest value, with some air."""
+    """The range from the smallest to the largest value, with some margin."""
     low, high = min(values), max(values)
     if log:
         room = max(math.log(high / low) * margin, 0.05)
@@ -163,7 +163,7 @@ def span(values: Sequence[float], margin: float, *, log: bool = False) -> tuple[
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers in a range, about so many."""
+    """About `count` round numbers in a range."""
     raw = (high - low) / about
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= raw)
@@ -172,7 +172,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers in a range that counts in factors; all digits where it is narrow."""
+    """Round numbers in a logarithmic range; more of them if the range is narrow."""
     factors = {True: (1, 1.5, 2, 3, 4, 5, 6, 8), False: (1, 2, 5)}[high / low < 8]
     if high / low > 2000:
         factors = (1,)
@@ -182,14 +182,14 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_text(value: float, percent: bool = False) -> str:
-    """A tick in few letters."""
+    """The short label of a tick."""
     if percent:
         return f"{100 * value:.3g} %"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:
-    """A mark with its label where nothing else is, above if there is room."""
+    """Place the label of a mark where it covers nothing else, above the mark if possible."""
     half = LETTER * len(mark.label) / 2
     best, least = (x, y - 9), math.inf
     for at_x, at_y in ((x, y - 9), (x, y + 17), (x + half + 7, y + 4), (x - half - 7, y + 4)):

@@ -1,4 +1,4 @@
-"""The YAML block at the head of a model card: what the hub reads of a model."""
+"""The YAML block at the head of a model card, which the hub reads."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from secateur.models.samples import MODELS
 __all__ = ["front_matter", "inherited_front_matter", "shown_place", "source_card", "split_card"]
 
 OURS = "secateur"
-"""The tag of cards that secateur wrote."""
+"""The tag that marks cards written by secateur."""
 
 
 def front_matter(source: Mapping[str, Any], folder: Path, tags: Sequence[str]) -> str:
     """The block with its fences: base model, licence, language, library and tags.
 
-    A base model is named where it is a model of the hub. Licence and language come from the card
-    of the source. What is not known is left out.
+    The base model is included if it is a model on the hub. Licence and language come from the card
+    of the source. Unknown entries are left out.
 
     Args:
-        source: `name` and `kind` of the model that the new one was made of, as in a manifest.
-        folder: of that model.
-        tags: of the new model.
+        source: `name` and `kind` of the source model, as in a manifest.
+        folder: folder of the source model.
+        tags: tags of the new model.
     """
     from huggingface_hub import ModelCardData
 
     known = source_card(folder)
     sample = MODELS.get(source["name"]) if source["kind"] == "sample" else None
-    base = known.get("base_model")  # of a folder that was itself made of another model
+    base = known.get("base_model")  # the source folder was itself made from another model
     if source["kind"] == "hub":
         base = source["name"].split("@")[0]
     elif sample is not None:
@@ -48,11 +48,11 @@ def front_matter(source: Mapping[str, Any], folder: Path, tags: Sequence[str]) -
 
 
 def inherited_front_matter(source: Mapping[str, Any], folder: Path) -> str:
-    """The block for a model that was trained or packed: that of its source where it has one.
+    """The block for a trained or packed model: the block of its source, if the source has one.
 
     Args:
         source: as for `front_matter`.
-        folder: of the source.
+        folder: folder of the source.
     """
     card = folder / "README.md"
     front, _ = split_card(card.read_text(encoding="utf-8") if card.is_file() else "")
@@ -60,13 +60,13 @@ def inherited_front_matter(source: Mapping[str, Any], folder: Path) -> str:
 
 
 def earlier_tags(card: Mapping[str, Any]) -> list[str]:
-    """The tags of a card that secateur wrote; the tags of other cards are about another model."""
+    """The tags of a card written by secateur. Tags of other cards describe another model."""
     tags = card.get("tags") or []
     return [*tags] if OURS in tags else []
 
 
 def source_card(folder: Path) -> dict[str, Any]:
-    """What the card in a folder declares; nothing if there is none, or it cannot be read."""
+    """The front matter of the card in a folder; empty if there is none or it cannot be read."""
     from huggingface_hub import ModelCard
 
     card = folder / "README.md"
@@ -79,7 +79,7 @@ def source_card(folder: Path) -> dict[str, Any]:
 
 
 def split_card(card: str) -> tuple[str, str]:
-    """The front matter of a card, with its fences, and what follows.
+    """Split a card into its front matter, with fences, and the rest.
 
     Example:
         >>> from secateur.reporting.front_matter import split_card
@@ -94,9 +94,9 @@ def split_card(card: str) -> tuple[str, str]:
 
 
 def shown_place(output: str | Path) -> str:
-    """How a card names the folder it lies in: as it was given if that is a relative path.
+    """The name of a folder in its own card: the path as given, if it is relative.
 
-    Of an absolute path only the last part is shown; the rest is about one machine.
+    Of an absolute path only the last part is shown, because the rest describes one machine.
 
     Example:
         >>> from secateur.reporting.front_matter import shown_place

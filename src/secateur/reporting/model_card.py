@@ -1,4 +1,4 @@
-"""The card of a pruned model: how it was made, what is true of it, and what is not claimed."""
+"""The card of a pruned model: how it was made, its measured properties, and its limits."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def model_card(
 
     Args:
         manifest: the manifest of the run.
-        recipe_yaml: the resolved recipe.
+        recipe_yaml: the complete recipe.
         source_folder: the source checkpoint, for its licence and language.
         output: the folder of the model.
-        evidence: sections about what was measured of the model, if anything was.
+        evidence: sections with measurements of the model, if there are any.
     """
     source = manifest["source"]
     tags = ["pruned", "sparse", manifest["method"]["name"]]
@@ -91,7 +91,7 @@ def model_card(
 
 
 def not_pruned(left: Sequence[Mapping[str, Any]]) -> str:
-    """The matrices that were left as they are, one sort a line."""
+    """The matrices that were not pruned, one line per kind."""
     if not left:
         return "No matrix was left out."
     lines = [f"- `{x['names']}`: {x['reason']}, {x['weights']:,} weights" for x in left]
@@ -99,7 +99,7 @@ def not_pruned(left: Sequence[Mapping[str, Any]]) -> str:
 
 
 def describe_calibration(calibration: Mapping[str, Any] | None) -> str:
-    """Which text, how much of it."""
+    """The calibration text and its number of windows."""
     if not calibration:
         return "none needed"
     return (

@@ -1,4 +1,4 @@
-"""Charts as PNG and SVG files, by matplotlib, for papers and slides."""
+"""Draw charts into PNG and SVG files with matplotlib, for papers and slides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from secateur.reporting.drawing import HEIGHT, WIDTH, draw
 __all__ = ["COLORS", "save_plots"]
 
 COLORS = ("#0f7a52", "#c2502f", "#3b5ba5", "#8a4f9e", "#a87400", "#4d5a5f")
-"""Told apart by people who see no red or no green; shapes and strokes tell them apart in grey."""
+"""Colours that people with red-green blindness can distinguish. Shapes and strokes differ too."""
 
 SHAPES = ("o", "s", "^", "D", "v", "P")
 STROKES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), (0, (8, 3)))
@@ -23,14 +23,14 @@ def save_plots(charts: Sequence[Chart], stem: Path) -> list[Path]:
     """Draw charts side by side into STEM.png and STEM.svg.
 
     Args:
-        charts: at least one.
+        charts: at least one chart.
         stem: path of the files, without their ending.
 
     Returns:
-        The files written.
+        The written files.
     """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    from matplotlib.figure import Figure  # pyplot would need a display and global state
 
     widths = [10.0 if isinstance(chart, HeatMap) else WIDTH / 68 for chart in charts]
     style: Any = {"font.size": 10, "svg.hashsalt": "secateur", "text.parse_math": False}
@@ -52,7 +52,7 @@ def save_plots(charts: Sequence[Chart], stem: Path) -> list[Path]:
 
 
 def height_of(charts: Sequence[Chart]) -> float:
-    """Inches that the tallest chart needs."""
+    """Height of the tallest chart, in inches."""
     rows = [
         0.32 * len(c.rows) + 1.2 if isinstance(c, HeatMap) else 0.42 * len(c.bars) + 1.1
         for c in charts
@@ -63,7 +63,7 @@ def height_of(charts: Sequence[Chart]) -> float:
 
 
 def draw_lines(axes: Any, chart: LineChart) -> None:
-    """One line a series, points labelled, what they are held against dashed."""
+    """Draw one line per series with labelled points, and the reference as a dashed line."""
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
@@ -85,7 +85,7 @@ def draw_lines(axes: Any, chart: LineChart) -> None:
                 mark.label,
                 (mark.x, mark.y),
                 xytext=(placed.label_x - placed.x, placed.y - placed.label_y),
-                textcoords="offset points",  # the drawing's unit is about one point here
+                textcoords="offset points",  # a unit of the drawing is about one point
                 ha="center",
                 fontsize=8.5,
                 color=COLORS[number % len(COLORS)],
@@ -100,7 +100,7 @@ def draw_lines(axes: Any, chart: LineChart) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         low, high = axes.get_ylim()
-        if high / low < 20:  # less than two decades: the ticks between them are needed
+        if high / low < 20:  # a short range needs the minor ticks
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.tick_params(axis="y", which="minor", labelsize=8)
         else:
@@ -116,7 +116,7 @@ def draw_lines(axes: Any, chart: LineChart) -> None:
 
 
 def draw_heat(figure: Any, axes: Any, chart: HeatMap) -> None:
-    """One cell for each row and column; hatched where there is no value."""
+    """Draw one cell for each row and column, hatched if it has no value."""
     from matplotlib.colors import LogNorm, Normalize
 
     least, most = chart.span
@@ -136,7 +136,7 @@ def draw_heat(figure: Any, axes: Any, chart: HeatMap) -> None:
 
 
 def draw_bars(axes: Any, chart: BarChart) -> None:
-    """Bars from top to bottom, each with its value; a line for least to most."""
+    """Draw bars from top to bottom, each with its value and a line from least to most."""
     places = range(len(chart.bars))
     values = [bar.value for bar in chart.bars]
     colors = [COLORS[0] if bar.ours else "#b9b9ae" for bar in chart.bars]

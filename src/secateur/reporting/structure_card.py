@@ -1,4 +1,4 @@
-"""The card of a model that was cut: what went, how it was chosen, and how it loads."""
+"""The card of a cut model: what was removed, how it was chosen, and how the model loads."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def structure_card(
 
     Args:
         manifest: the manifest of the run.
-        recipe_yaml: the resolved recipe.
+        recipe_yaml: the complete recipe.
         source_folder: the source checkpoint, for its licence and language.
         output: the folder of the model.
     """
@@ -96,7 +96,7 @@ def structure_card(
 
 
 def latency_row(told: Mapping[str, Any] | None) -> str:
-    """The row of a target in time; nothing where there was none."""
+    """The table row of a target in time; empty if there was none."""
     if told is None:
         return ""
     return LATENCY.format(

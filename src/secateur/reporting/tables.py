@@ -1,6 +1,6 @@
 """Tables and lines for people: how results look on a terminal and in `print`.
 
-A result describes itself as blocks: tables and lines. `print_blocks` writes them to a terminal with
+A result consists of blocks: tables and lines. `print_blocks` writes them to a terminal with
 colours, `plain_text` returns them as text.
 """
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 PLAIN_WIDTH = 100
-"""Columns of a result as text."""
+"""Width of a result as text, in characters."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Table:
     """A table.
 
     Attributes:
-        title: above it; may be empty.
-        columns: their names; empty names leave the head out.
+        title: text above the table; may be empty.
+        columns: names of the columns; empty names leave the head out.
         rows: the cells, as text.
-        numbers: the first column whose cells are numbers; it and all behind it align right.
-        styles: a style of rich for each row, such as `bold red`; empty for none.
+        numbers: the first column with numbers; it and all later columns align right.
+        styles: a rich style for each row, such as `bold red`; empty for none.
     """
 
     title: str
@@ -59,7 +59,7 @@ class Table:
         numbers: int = 1,
         styles: Iterable[str] = (),
     ) -> Table:
-        """A table from any sequences of rows and columns."""
+        """Make a table from any sequences of rows and columns."""
         return cls(title, tuple(columns), tuple(map(tuple, rows)), numbers, tuple(styles))
 
     @classmethod
@@ -68,7 +68,7 @@ class Table:
         return cls.of(title, ("", ""), rows, numbers=2)
 
     def renderable(self) -> Any:
-        """The table as rich draws it."""
+        """The table as an object of rich."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
@@ -89,18 +89,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of text; it wraps only where the terminal does.
+    """A line of text. Only the terminal wraps it.
 
     Attributes:
-        text: without markup.
-        style: of rich, such as `dim`; empty for none.
+        text: the text, without markup.
+        style: a rich style, such as `dim`; empty for none.
     """
 
     text: str
     style: str = ""
 
     def renderable(self) -> Any:
-        """The line as rich draws it."""
+        """The line as an object of rich."""
         from rich.text import Text
 
         return Text(self.text, style=self.style)
@@ -133,7 +133,7 @@ def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> lis
     """Lines that say where results are, and which commands to try next.
 
     Args:
-        places: what is where.
+        places: names and paths of the results.
         commands: what each command does, and the command.
     """
     lines: list[Block] = [Line("")]
@@ -155,5 +155,5 @@ def mib(size: float) -> str:
 
 
 def not_pruned(left: Sequence[Left]) -> str:
-    """Matrices that are not pruned, one sort a line."""
+    """Matrices that are not pruned, one line per kind."""
     return "\n".join(one.line() for one in left) or "nothing"

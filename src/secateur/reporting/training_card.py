@@ -1,4 +1,4 @@
-"""The card of a trained model: how it was trained, before the card of the model it was."""
+"""The card of a trained model: how it was trained, followed by the card of its source."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ The card of the model that was trained follows; what it says of weights is about
 def training_card(
     manifest: Mapping[str, Any], recipe_yaml: str, source_folder: Path, output: str | Path
 ) -> str:
-    """The text of README.md for the folder written.
+    """The text of README.md for the output folder.
 
     Args:
-        manifest: of the training.
-        recipe_yaml: the resolved recipe.
-        source_folder: the model that was trained, for its own card.
+        manifest: the manifest of the training.
+        recipe_yaml: the complete recipe.
+        source_folder: the model before the training; its card is appended.
         output: the folder of the trained model.
     """
     card = source_folder / "README.md"

@@ -1,4 +1,4 @@
-"""Numbers in words, the same way everywhere."""
+"""Numbers and names as text, in the same form everywhere."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ __all__ = ["bare_name", "counted", "duration", "megabytes", "percent", "signed",
 
 
 def bare_name(name: str) -> str:
-    """A model or a text without the way to its file; hub ids stay whole."""
+    """The name of a model or text without its folder. Hub ids stay whole."""
     return Path(name).name if name.startswith(("/", ".", "~")) or Path(name).exists() else name
 
 
 def percent(fraction: float, digits: int = 0) -> str:
     """A fraction in percent."""
-    return f"{100 * fraction:.{digits}f}\u00a0%"  # the sign stays with its number
+    return f"{100 * fraction:.{digits}f}\u00a0%"  # a no-break space keeps the sign with its number
 
 
 def megabytes(size: float) -> str:
-    """A size of files, in powers of ten as disks are sold."""
+    """A file size in MB or GB, in powers of ten."""
     return f"{size / 1e6:,.0f} MB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
 
 
 def signed(value: float, digits: int) -> str:
-    """A difference, with its sign."""
+    """A difference with its sign."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def counted(count: int, name: str) -> str:
-    """So many of something."""
+    """A count with its noun, in singular or plural."""
     return f"{count} {name}{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: `8 s`, `2 min 05 s`, `1 h 12 min`.
+    """A duration as text: `8 s`, `2 min 05 s`, `1 h 12 min`.
 
     Example:
         >>> from secateur.reporting.wording import duration
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def time_range(least: float, most: float) -> str:
-    """Two times of one estimate, in one unit: `20 to 60 s`, `2 to 5 min`, `3 to 8 h`.
+    """The two ends of an estimated time, in one unit: `20 to 60 s`, `2 to 5 min`, `3 to 8 h`.
 
     Example:
         >>> from secateur.reporting.wording import time_range
@@ -58,6 +58,6 @@ def time_range(least: float, most: float) -> str:
     """
     size, unit = (1, "s") if most < 100 else (60, "min") if most < 6000 else (3600, "h")
     low, high = least / size, most / size
-    if unit == "s" and low >= 10:  # nobody foretells single seconds
+    if unit == "s" and low >= 10:  # an estimate is not accurate to single seconds
         low, high = 10 * round(low / 10), 10 * round(high / 10)
     return f"{low:.0f} to {max(high, 1):.0f} {unit}"

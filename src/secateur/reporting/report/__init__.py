@@ -1,5 +1,5 @@
-"""The report: one page about pruned models, for people, and the data behind it.
+"""The report: one page about pruned models, for people.
 
-`runs/records.py` says what the files of a run hold, `records.py` reads them, `headline.py`,
-`quality.py` and `figures.py` say what follows from them, `drawing.py` and `page.py` draw the page.
+`runs/records/` declares the files of a run, and `records.py` reads them. `headline.py`,
+`quality.py`, `figures.py` and `provenance.py` compute what the page shows. `page.py` writes it.
 """

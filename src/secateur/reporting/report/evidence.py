@@ -1,4 +1,4 @@
-"""What was measured of a run, as sections of its model card: the page's numbers in Markdown."""
+"""The measurements of a run as sections of its model card: the page's numbers in Markdown."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["evidence"]
 
 
 def evidence(run: ReportedRun) -> str:
-    """Headline, quality, speed and findings; only what was measured."""
+    """The sections headline, quality, speed and findings, as far as they were measured."""
     parts = [headline(run), quality(run), speed(run), findings(run)]
     return "\n\n".join(part for part in parts if part)
 
 
 def headline(run: ReportedRun) -> str:
-    """The claims that were measured."""
+    """The claims that have a measurement."""
     lines = [f"- **{c.title} {c.value}**: {c.told}" for c in claims(run) if c.measured]
     return "\n".join(["## In short", "", *lines]) if lines else ""
 
@@ -49,7 +49,7 @@ def quality(run: ReportedRun) -> str:
 
 
 def speed(run: ReportedRun) -> str:
-    """Tokens a second of each way to run it."""
+    """Tokens per second of each way to run the model."""
     ran = [c for c in run.bench.contenders if c.tokens_per_second] if run.bench else []
     if not ran or run.bench is None:
         return ""
@@ -73,7 +73,7 @@ def speed(run: ReportedRun) -> str:
 
 
 def findings(run: ReportedRun) -> str:
-    """What a diagnosis found."""
+    """The findings of a diagnosis."""
     if run.diagnosis is None:
         return ""
     lines = [

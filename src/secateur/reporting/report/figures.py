@@ -1,4 +1,4 @@
-"""The charts of a report, out of its records."""
+"""Make the charts of a report from its records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from secateur.reporting.wording import percent as percent_of
 from secateur.runs.records import LinearEntry
 
 ALIKE = 0.005
-"""Sparsities this close are the same in a heat map."""
+"""Sparsities that differ by at most this count as equal."""
 
 __all__ = [
     "alike",
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def all_figures(records: Records) -> list[Chart]:
-    """Every chart of the page, in its order."""
+    """All charts, in the order of the page."""
     drifts, sizes = drift(records.runs), size_chart(records.runs)
     return [
         *curves(records),
@@ -40,7 +40,7 @@ def all_figures(records: Records) -> list[Chart]:
 
 
 def curves(records: Records) -> list[LineChart]:
-    """Perplexity against sparsity: points of runs, lines of sweeps, where they can be compared."""
+    """Perplexity against sparsity: points of runs and lines of sweeps that can be compared."""
     several = len(records.sweeps) > 1
     points = [
         point
@@ -52,7 +52,7 @@ def curves(records: Records) -> list[LineChart]:
 
 
 def points_of(run: ReportedRun) -> Iterable[CurvePoint]:
-    """The perplexities of a run, as points beside those of sweeps."""
+    """The perplexities of a run as points."""
     for found in run.evaluation.perplexity if run.evaluation else ():
         of = found.inherited_from
         yield CurvePoint(
@@ -69,9 +69,9 @@ def points_of(run: ReportedRun) -> Iterable[CurvePoint]:
 
 
 def heat_maps(run: ReportedRun) -> list[HeatMap]:
-    """What each matrix lost, and how far its output is from the dense one: layers × linears.
+    """Heat maps of the sparsity of each matrix and the error of its output: layers × linears.
 
-    A sparsity that is the same everywhere is said in a line (`alike`), not drawn.
+    If all sparsities are equal, `alike` gives a line of text instead of a heat map.
     """
     maps = []
     if run.layers and uniform(run) is None:
@@ -101,13 +101,13 @@ def heat_maps(run: ReportedRun) -> list[HeatMap]:
 
 
 def sparsity_of(linear: LinearEntry) -> float | None:
-    """The fraction of zeros in a matrix; None for one without weights."""
+    """The fraction of zeros in a matrix; None for a matrix without weights."""
     weights = linear.shape[0] * linear.shape[1]
     return linear.zeros / weights if weights else None
 
 
 def uniform(run: ReportedRun) -> float | None:
-    """The sparsity that all matrices have, within half a percent; None if they differ."""
+    """The sparsity of all matrices, if it is equal within half a percent; None if they differ."""
     found = [s for layer in run.layers for x in layer.linears if (s := sparsity_of(x)) is not None]
     if not found or max(found) - min(found) > ALIKE:
         return None
@@ -115,7 +115,7 @@ def uniform(run: ReportedRun) -> float | None:
 
 
 def alike(runs: Sequence[ReportedRun]) -> list[str]:
-    """What needs no heat map, in a line each: runs of one sparsity, and runs without records."""
+    """A line for each run without a heat map: one sparsity everywhere, or no records."""
     by_sparsity: dict[str, list[str]] = {}
     without, unmeasured = [], []
     for run in runs:
@@ -148,7 +148,7 @@ def heat_map(
     percent: bool = False,
     note: str,
 ) -> HeatMap:
-    """One value of every matrix."""
+    """The heat map of one value of every matrix."""
     cells: dict[str, dict[int, float | None]] = {}
     for layer in run.layers:
         for linear in layer.linears:
@@ -169,13 +169,13 @@ def heat_map(
 
 
 def place_in_layer(name: str, layer: int) -> str:
-    """The name of a matrix without the way to its layer."""
+    """The name of a matrix within its layer."""
     _, found, rest = name.partition(f".{layer}.")
     return rest if found else name
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last part of each name, or all of it where two would be the same."""
+    """The last part of each name, or the whole name if two would be equal."""
     last = [name.rpartition(".")[2] for name in names]
     return [
         short if last.count(short) == 1 else name for short, name in zip(last, names, strict=True)
@@ -183,7 +183,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
-    """How far the hidden states are from the dense model's after each layer."""
+    """The distance of the hidden states from the dense model's after each layer."""
     series = []
     for run in runs:
         layers = run.diagnosis.layers if run.diagnosis else ()
@@ -212,7 +212,7 @@ def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
 
 
 def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
-    """The weight files beside those of the same model, whole and dense, in bfloat16."""
+    """The size of the weight files next to the uncut dense model in bfloat16."""
     bars: list[Bar] = []
     sizes = dict.fromkeys(parameters_before(run) for run in runs)
     for parameters in sizes:
@@ -234,13 +234,13 @@ def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
 
 
 def parameters_before(run: ReportedRun) -> int:
-    """The parameters of the model before anything was cut out."""
+    """The number of parameters before any cut."""
     cut = run.manifest.structure
     return cut.before.parameters if cut else run.manifest.result.parameters
 
 
 def size_bar(run: ReportedRun) -> Bar:
-    """The weight files of one run."""
+    """The bar for the weight files of one run."""
     packed, result = run.compression, run.manifest.result
     size = packed.file_bytes if packed else result.file_bytes
     kind = ", zeros stored" if packed is None and result.decoder_sparsity > 0 else ""
@@ -248,7 +248,7 @@ def size_bar(run: ReportedRun) -> Bar:
 
 
 def speed_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
-    """Tokens a second of each way to run a model, for each run that was timed."""
+    """Tokens per second of each way to run a model, for each timed run."""
     charts = []
     for run in runs:
         ran = [c for c in run.bench.contenders if c.tokens_per_second] if run.bench else []
@@ -281,7 +281,7 @@ def speed_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
 
 
 def memory_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
-    """Memory of each way to run a model, for each run where it was measured."""
+    """Memory of each way to run a model, for each run with a measurement."""
     charts = []
     for run in runs:
         ran = [c for c in run.bench.contenders if c.resident_bytes] if run.bench else []

@@ -1,6 +1,6 @@
-"""What a run achieved, in three claims: smaller, faster, quality kept.
+"""The result of a run in three claims: smaller, faster, quality kept.
 
-A claim is made only of what was measured. What was not says how to measure it.
+A claim has a number only if it was measured. Otherwise it names the command that measures it.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ __all__ = ["Claim", "claims", "speed_gain"]
 Tone = Literal["", "good", "fair", "bad"]
 
 FAIR_RATIO = 1.25
-"""A perplexity up to this many times the dense one is fair; beyond it is bad."""
+"""A perplexity up to this factor of the dense one is fair; a higher one is bad."""
 FAIR_RETENTION = 0.8
-"""This part of the dense model's lead over chance is fair; less is bad."""
+"""Keeping at least this share of the dense model's lead over chance is fair; less is bad."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the three.
+    """One claim of the headline.
 
     Attributes:
-        title: which.
-        value: the number, large, or that there is none.
-        told: what the number means, in a sentence.
-        measured: whether there is one.
-        command: how to measure it, if it was not.
-        tone: the colour of the number: good, fair or bad; empty where nothing can be said.
+        title: its title.
+        value: the number, shown large, or words if there is none.
+        told: the meaning of the number, in a sentence.
+        measured: whether there is a number.
+        command: the command that measures it, if there is no number.
+        tone: the colour of the number: good, fair or bad; empty for no judgement.
     """
 
     title: str
@@ -58,7 +58,7 @@ def claims(run: ReportedRun) -> list[Claim]:
 
 
 def smaller(run: ReportedRun) -> Claim:
-    """The files, beside those of the same model in dense bfloat16."""
+    """The size of the files, compared with the same model in dense bfloat16."""
     found, cut = run.compression, run.manifest.structure
     if found is None and cut is not None:
         saved = 1 - cut.after.file_bytes / cut.before.file_bytes
@@ -82,12 +82,12 @@ def smaller(run: ReportedRun) -> Claim:
 
 
 def gain_tone(gained: bool) -> Tone:
-    """The tone of a size: good if it is smaller."""
+    """The tone of a size: good if the files are smaller."""
     return "good" if gained else "bad"
 
 
 def not_packed(run: ReportedRun) -> Claim:
-    """That zeros are stored as zeros, and what the same weights take in other files."""
+    """A sentence: the zeros are still stored, and how large other files of these weights are."""
     result, source = run.manifest.result, run.manifest.source
     sizes = [f"{megabytes(result.file_bytes)} in this folder"]
     if result.parameters:
@@ -106,7 +106,7 @@ def not_packed(run: ReportedRun) -> Claim:
 
 
 def speed_gain(run: ReportedRun) -> tuple[str, float, float] | None:
-    """The fastest other contender, its tokens a second, and those of the packed model."""
+    """The fastest other contender, its tokens per second, and those of the packed model."""
     if run.bench is None:
         return None
     rates = {c.contender: c.tokens_per_second for c in run.bench.contenders if c.tokens_per_second}
@@ -118,7 +118,7 @@ def speed_gain(run: ReportedRun) -> tuple[str, float, float] | None:
 
 
 def faster(run: ReportedRun) -> Claim:
-    """Tokens a second beside the fastest dense way to run the same model here."""
+    """Tokens per second, compared with the fastest dense way to run the same model here."""
     found = speed_gain(run)
     if found is None:
         failed = "" if run.bench is None else "The measurement had nothing to compare. "
@@ -138,7 +138,7 @@ def faster(run: ReportedRun) -> Claim:
 
 
 def quality(run: ReportedRun) -> Claim:
-    """What is left of the dense model's quality: by tasks, else by perplexity."""
+    """How much of the dense model's quality is kept: by tasks, otherwise by perplexity."""
     found = run.evaluation
     if found is not None:
         kept = [task for task in found.tasks if task.retention is not None]
@@ -157,7 +157,7 @@ def quality(run: ReportedRun) -> Claim:
 
 
 def inherited(results: Sequence[Measurement], claim: Claim) -> Claim:
-    """A claim that says which model it is of, where that is another one with the same weights."""
+    """Add to a claim that it was measured on another model with the same weights, if so."""
     names = dict.fromkeys(one.inherited_from for one in results if one.inherited_from)
     if not names:
         return claim
@@ -167,7 +167,7 @@ def inherited(results: Sequence[Measurement], claim: Claim) -> Claim:
 
 
 def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
-    """The mean retention over tasks on which the dense model is better than chance."""
+    """The mean retention over tasks on which the dense model is clearly better than chance."""
     mean = sum(task.retention or 0 for task in kept) / len(kept)
     worse = sum(bool(t.significant) and (t.difference or 0) < 0 for t in kept)
     left_out = f" ({of - len(kept)} left out: dense is near chance)" if of > len(kept) else ""
@@ -184,7 +184,7 @@ def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
 def kept_by_perplexity(
     run: ReportedRun, found: PerplexityRecord, evaluation: EvaluationRecord
 ) -> Claim:
-    """Perplexity beside that of the dense model, or alone."""
+    """The perplexity, with the dense model's if it was measured."""
     if not found.reference_perplexity:
         return Claim(
             "Quality",

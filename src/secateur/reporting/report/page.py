@@ -1,7 +1,7 @@
-"""The page: one HTML file that holds all it shows.
+"""The page: one HTML file that contains everything it shows.
 
-Whatever comes from files or from models is escaped by the templates; a page also forbids itself
-the network and every script but its own.
+The templates escape all text from files and models. The page also blocks the network and every
+script except its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as the page shows it."""
+    """The data of a run for the page."""
 
     run: ReportedRun
     made: str
@@ -54,7 +54,7 @@ class RunView:
 
 @dataclass(frozen=True)
 class SweepView:
-    """A sweep as the page shows it."""
+    """The data of a sweep for the page."""
 
     name: str
     made: str
@@ -64,7 +64,7 @@ class SweepView:
 
 @dataclass(frozen=True)
 class Voice:
-    """How one model went on from a prompt."""
+    """The text that one model generated for a prompt."""
 
     name: str
     text: str
@@ -74,19 +74,19 @@ class Voice:
 
 @dataclass(frozen=True)
 class PromptView:
-    """A prompt and all that was made of it."""
+    """A prompt and the texts of all models."""
 
     prompt: str
     voices: list[Voice]
 
 
 def render(records: Records, *, version: str, date: str) -> str:
-    """The report as HTML.
+    """Write the report as HTML.
 
     Args:
-        records: what it is about.
-        version: of secateur.
-        date: of today.
+        records: the runs and sweeps to show.
+        version: version of secateur.
+        date: date of today.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -114,7 +114,7 @@ def render(records: Records, *, version: str, date: str) -> str:
 
 
 def content(records: Records) -> dict[str, Any]:
-    """All that the template shows."""
+    """All values that the template needs."""
     runs = records.runs
     drifts = drift(runs)
     return {
@@ -140,11 +140,11 @@ SHOWN: Mapping[bool, Callable[[float], str]] = {
     True: lambda value: percent(value, 1),
     False: lambda value: f"{value:.3g}",
 }
-"""How a cell of a heat map is written, by whether it is a fraction."""
+"""Formats the cell of a heat map; the key says whether the value is a fraction."""
 
 
 def title(records: Records) -> str:
-    """What the page is about, in a line."""
+    """The title of the page."""
     models = [run.manifest.source.name for run in records.runs]
     models += [sweep.result.sweep.model for sweep in records.sweeps]
     names = list(dict.fromkeys(bare_name(name) for name in models))
@@ -160,7 +160,7 @@ def title(records: Records) -> str:
 
 
 def lead(records: Records) -> str:
-    """What the page holds, in a sentence."""
+    """A sentence about the content of the page."""
     parts = []
     if len(records.runs) > 1 or (records.runs and records.sweeps):
         parts.append(counted(len(records.runs), "pruned model"))
@@ -172,7 +172,7 @@ def lead(records: Records) -> str:
 
 
 def sections(records: Records) -> list[tuple[str, str]]:
-    """The sections the page has, for its head."""
+    """The sections of the page, for the links at its head."""
     ours = bool(records.runs)
     found = [
         ("headline", "Headline", True),
@@ -188,14 +188,14 @@ def sections(records: Records) -> list[tuple[str, str]]:
 
 
 def view_of(run: ReportedRun) -> RunView:
-    """A run as the page shows it."""
+    """The data of a run for the page."""
     found = run.diagnosis.findings if run.diagnosis else ()
     ordered = sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
     return RunView(run, made_by(run), claims(run), chips(run), heat_maps(run), ordered)
 
 
 def made_by(run: ReportedRun) -> str:
-    """How a run was made, in a line."""
+    """A line about how the run was made."""
     method, result, cost = run.manifest.method, run.manifest.result, run.manifest.cost
     effort = f" ({method['effort']})" if method.get("effort") else ""
     cut = run.manifest.structure
@@ -209,7 +209,7 @@ def made_by(run: ReportedRun) -> str:
 
 
 def chips(run: ReportedRun) -> list[tuple[str, str]]:
-    """What a diagnosis and the texts say, in a word each."""
+    """Short labels with the results of the diagnosis and of the generated texts."""
     told: list[tuple[str, str]] = []
     if run.diagnosis:
         counts = {s: sum(f.severity == s for f in run.diagnosis.findings) for s in SEVERITIES}
@@ -224,7 +224,7 @@ def chips(run: ReportedRun) -> list[tuple[str, str]]:
 
 
 def sweep_view(sweep: ReportedSweep) -> SweepView:
-    """A sweep as the page shows it."""
+    """The data of a sweep for the page."""
     result = sweep.result
     methods = list(dict.fromkeys(point.method for point in result.points))
     made = f"{bare_name(result.sweep.model)}: {', '.join(methods)}; {len(result.points)} points"
@@ -241,7 +241,7 @@ def sweep_view(sweep: ReportedSweep) -> SweepView:
 
 
 def samples(runs: Sequence[ReportedRun]) -> list[PromptView]:
-    """What models wrote, by prompt: the dense one first, where its text is known."""
+    """The generated texts by prompt: first the dense model's, if it is known."""
     prompts: dict[str, list[Voice]] = {}
     for run, texts in written(runs):
         name = run.name
@@ -259,14 +259,14 @@ def samples(runs: Sequence[ReportedRun]) -> list[PromptView]:
 
 
 def written(runs: Sequence[ReportedRun]) -> Iterator[tuple[ReportedRun, GenerationRecord]]:
-    """The texts of every run."""
+    """The generated texts of every run."""
     for run in runs:
         for texts in run.evaluation.generation if run.evaluation else ():
             yield run, texts
 
 
 def provenance(records: Records) -> list[Part]:
-    """What everything depends on."""
+    """The provenance of all runs and sweeps."""
     return [
         *(of_run(run) for run in records.runs),
         *(of_sweep(sweep) for sweep in records.sweeps),

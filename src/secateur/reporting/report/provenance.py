@@ -24,7 +24,7 @@ class Part:
 
 
 def of_run(run: ReportedRun) -> Part:
-    """All that a run and what was measured of it depend on."""
+    """Everything that a run and its measurements depend on."""
     m = run.manifest
     result: dict[str, Any] = {
         "zeros in the decoder's matrices": percent(m.result.decoder_sparsity, 4),
@@ -59,7 +59,7 @@ def of_run(run: ReportedRun) -> Part:
 
 
 def judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:
-    """What the results of an evaluation depend on: a table for each set of conditions."""
+    """Everything that an evaluation depends on: one table for each set of conditions."""
     tables: list[tuple[str, Facts]] = []
     for result in run.evaluation.results if run.evaluation else ():
         held = {"reference": result.reference, "measured on": result.inherited_from}
@@ -70,7 +70,7 @@ def judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:
 
 
 def of_sweep(sweep: ReportedSweep) -> Part:
-    """All that the points of a sweep have in common."""
+    """Everything that the points of a sweep share."""
     result = sweep.result
     tables = [
         ("Conditions", facts(result.sweep.conditions)),
@@ -82,18 +82,18 @@ def of_sweep(sweep: ReportedSweep) -> Part:
 
 
 def differing(values: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """What is not the same as was told already."""
+    """The values that differ from those already shown."""
     own = {key: value for key, value in values.items() if told.get(key) != value}
     return own if len(own) == len(values) else {**own, "all else": "as pruned"}
 
 
 def facts(values: Mapping[str, Any]) -> Facts:
-    """Names and values for people; what is not set is left out, sections are flattened."""
+    """Names and values for people. Empty values are left out, sections are flattened."""
     return list(flattened(values))
 
 
 def flattened(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Each value with its full name."""
+    """Each value with its full name, including its section."""
     for key, value in values.items():
         name = f"{before}{key.replace('_', ' ')}"
         if isinstance(value, Mapping):
@@ -103,7 +103,7 @@ def flattened(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str
 
 
 def told(value: Any) -> str:
-    """One value for people."""
+    """A value as text for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):

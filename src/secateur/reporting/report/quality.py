@@ -24,9 +24,9 @@ class Cell:
     """A number of one run.
 
     Attributes:
-        value: with its standard error.
-        beside: what it is beside the dense model's.
-        verdict: `worse`, `better` or `same` where a test of significance was made, else empty.
+        value: the number with its standard error.
+        beside: how it compares with the dense model.
+        verdict: `worse`, `better` or `same` after a test of significance; empty without one.
     """
 
     value: str
@@ -36,16 +36,16 @@ class Cell:
 
 @dataclass
 class QualityRow:
-    """What was measured, and for each run its number.
+    """One measure, with the number of each run.
 
     Attributes:
-        measure: what, and on which data.
+        measure: the measure and its data.
         better: whether `higher` or `lower` is better.
-        chance: what guessing gives; empty where there is no such level.
+        chance: the score of guessing; empty if there is none.
         dense: the number of the dense model; empty if it was not measured.
         protocol_id: numbers with different ids cannot be compared.
-        protocol: everything the number depends on.
-        cells: by name of the run.
+        protocol: everything that the number depends on, in words.
+        cells: the numbers by name of the run.
     """
 
     measure: str
@@ -58,9 +58,9 @@ class QualityRow:
 
 
 def quality_rows(runs: Sequence[ReportedRun]) -> list[QualityRow]:
-    """The lines of the table, in the order in which runs name them.
+    """The lines of the table, in the order of the runs.
 
-    Numbers share a line only if they have the same protocol and are held against the same dense
+    Numbers share a line only if they have the same protocol and are compared with the same dense
     model.
     """
     rows: dict[tuple[str, str, str], QualityRow] = {}
@@ -74,7 +74,7 @@ def quality_rows(runs: Sequence[ReportedRun]) -> list[QualityRow]:
 
 
 def lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
-    """The lines of one evaluation, without cells, each with the cell that belongs in it."""
+    """The lines of one evaluation, each with its cell."""
     for perplexity in found.perplexity:
         yield marked(perplexity, *perplexity_line(perplexity))
     for divergence in found.divergence:
@@ -85,7 +85,7 @@ def lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
 
 
 def marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow, Cell]:
-    """A line, its cell saying where the number is from if this model was not measured."""
+    """A line. If the number was inherited, its cell names the model that was measured."""
     if found.inherited_from is None:
         return row, cell
     said = f"not measured: of {bare_name(found.inherited_from)}, which has the same weights"
@@ -93,7 +93,7 @@ def marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow,
 
 
 def perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
-    """A perplexity; its error is that of the mean loss, as a factor."""
+    """A perplexity. Its error is the error of the mean loss, as a factor."""
     reference = found.reference_perplexity
     row = QualityRow(
         f"perplexity, {bare_name(found.text)}",
@@ -112,7 +112,7 @@ def perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
 
 
 def divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
-    """Three numbers of how far predictions are from the dense model's."""
+    """Three numbers for the distance of the predictions from the dense model's."""
     protocol = (found.protocol_id, words(found.protocol))
     change = plus_minus(signed(found.loss_change, 4), found.loss_change_standard_error, ".4f")
     kl = plus_minus(f"{found.kl:.4f}", found.kl_standard_error, ".4f")
@@ -133,7 +133,7 @@ def divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell
 
 
 def task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
-    """The score on a task, with chance, difference from dense, and whether that is significant."""
+    """The score on a task, with chance, the difference from dense, and its significance."""
     shots = f", {found.shots} shots" if found.shots else ""
     row = QualityRow(
         f"{found.task} ({found.metric}{shots}, {found.items} items)",
@@ -162,12 +162,12 @@ def task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
 
 
 def plus_minus(value: str, error: float | None, form: str) -> str:
-    """A value with its standard error, if that is known."""
+    """A value with its standard error, if it is known."""
     return value if error is None else f"{value} ± {error:{form}}"
 
 
 def points_error(error: float | None) -> str:
-    """The standard error of a fraction, in points of percent."""
+    """The standard error of a fraction, in percentage points."""
     return "" if error is None else f" ± {100 * error:.1f}"
 
 
@@ -177,5 +177,5 @@ def times_hundred(value: float | None) -> float | None:
 
 
 def words(protocol: dict[str, object]) -> str:
-    """A protocol in one line."""
+    """A protocol as one line of text."""
     return ", ".join(f"{key} {value}" for key, value in protocol.items())

@@ -1,4 +1,4 @@
-"""ReportedRun folders and sweep folders, read for the report."""
+"""Read run folders and sweep folders for the report."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ __all__ = ["Records", "ReportedRun", "ReportedSweep", "read_records"]
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A pruned model, and everything that was measured of it.
+    """A pruned model with all its measurements.
 
     Attributes:
-        name: what the page calls it; differs from run to run.
-        folder: where it lies.
-        manifest: how it was made.
-        recipe: the same as YAML; empty if the folder has none.
-        layers: what was done to each layer.
-        evaluation: how good it is, if that was measured.
-        diagnosis: what is wrong with it, if that was looked for.
-        bench: how fast it is, if that was measured.
-        compression: how much smaller it is, if it was compressed.
+        name: the name of the run on the page; unique.
+        folder: the run folder.
+        manifest: how the model was made.
+        recipe: the recipe as YAML; empty if the folder has none.
+        layers: the records of the layers.
+        evaluation: its quality, if it was evaluated.
+        diagnosis: its findings, if it was diagnosed.
+        bench: its speed, if it was timed.
+        compression: its sizes, if it was compressed.
     """
 
     name: str
@@ -56,8 +56,8 @@ class ReportedSweep:
     """A sweep.
 
     Attributes:
-        name: what the page calls it.
-        result: all that it measured.
+        name: the name of the sweep on the page.
+        result: all its measurements.
     """
 
     name: str
@@ -66,18 +66,18 @@ class ReportedSweep:
 
 @dataclass(frozen=True)
 class Records:
-    """All that a report is about."""
+    """The runs and sweeps of a report."""
 
     runs: tuple[ReportedRun, ...]
     sweeps: tuple[ReportedSweep, ...]
 
 
 def read_records(places: Sequence[Path]) -> Records:
-    """Read run folders and sweep folders, in the order they are named.
+    """Read run folders and sweep folders, in the given order.
 
     Raises:
-        SourceError: a place is no such folder; it says what is missing.
-        CheckpointError: a file in it is damaged or of another release; it is named.
+        SourceError: a path is not such a folder; the error says what is missing.
+        CheckpointError: a file is damaged or of another release; the error names it.
     """
     if not places:
         raise SourceError(
@@ -95,7 +95,7 @@ def read_records(places: Sequence[Path]) -> Records:
 
 
 def names_of(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths by which they can be told apart."""
+    """The shortest ends of paths that are all different."""
     parts = [place.resolve().parts for place in places]
     names = []
     for own in parts:
@@ -110,8 +110,8 @@ def read_run(place: Path, name: str) -> ReportedRun:
     """Read a run folder.
 
     Raises:
-        SourceError: it is none.
-        CheckpointError: a file in it is damaged or of another release.
+        SourceError: the folder is not a run folder.
+        CheckpointError: a file is damaged or of another release.
     """
     if not place.is_dir():
         raise SourceError(
@@ -140,12 +140,12 @@ def read_run(place: Path, name: str) -> ReportedRun:
 
 
 def read_if_there(record: type[AnyRecord], file: Path) -> AnyRecord | None:
-    """A file of a run that need not be there."""
+    """Read an optional file of a run; None if it does not exist."""
     return read_record(record, file) if file.is_file() else None
 
 
 def read_layers(file: Path) -> tuple[Layer, ...]:
-    """What was done to each layer."""
+    """Read the records of the layers."""
     if not file.is_file():
         return ()
     lines = file.read_text(encoding="utf-8").splitlines()

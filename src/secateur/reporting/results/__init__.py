@@ -1,1 +1,1 @@
-"""What verbs return: one file a verb, one contract for all of them (`result.py`)."""
+"""The results of the verbs: one file per verb, one contract for all (`result.py`)."""

@@ -13,20 +13,20 @@ from secateur.reporting.tables import Block, Line, Table, mib
 __all__ = ["GAIN", "BenchResult"]
 
 GAIN = 1.02
-"""From this ratio of tokens a second on, one model is faster than another."""
+"""Smallest ratio of tokens per second that counts as faster."""
 
 
 @dataclass(frozen=True)
 class BenchResult(Result):
-    """What was measured.
+    """Speed and memory of a model, run in several ways.
 
     Attributes:
-        model: as it was given.
-        compressed: whether it has packed weights.
-        speeds: of the contenders.
-        file_bytes: of the weight files.
-        dense_bytes: of the same weights as dense bfloat16.
-        protocol: how it was measured, and on what.
+        model: the name from the user.
+        compressed: whether the model has packed weights.
+        speeds: one measurement per contender.
+        file_bytes: size of the weight files.
+        dense_bytes: size of the same weights in dense bfloat16.
+        protocol: how and on which machine it was measured.
     """
 
     model: str
@@ -37,7 +37,7 @@ class BenchResult(Result):
     protocol: dict[str, Any]
 
     def gain(self, over: Sequence[str]) -> tuple[str, float] | None:
-        """The fastest of some contenders, and tokens a second of `packed` over its own."""
+        """The fastest contender in `over`, and how many times as fast `packed` is."""
         ran = {s.name: s.tokens_per_second for s in self.speeds if s.failure is None}
         others = {name: ran[name] for name in over if name in ran}
         if "packed" not in ran or not others:
@@ -47,7 +47,7 @@ class BenchResult(Result):
 
     @property
     def verdict(self) -> str:
-        """In words, what the packed model gains over the fastest of all others."""
+        """A sentence: how much faster the packed model is than the fastest of all others."""
         found = self.gain([s.name for s in self.speeds if not s.name.startswith("packed")])
         if found is None and not self.compressed:
             return (
@@ -63,7 +63,7 @@ class BenchResult(Result):
 
     @property
     def failures(self) -> dict[str, list[str]]:
-        """The contenders that could not run, by the reason."""
+        """The contenders that could not run, grouped by reason."""
         found: dict[str, list[str]] = {}
         for speed in self.speeds:
             if speed.failure is not None:
@@ -71,7 +71,7 @@ class BenchResult(Result):
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """All measurements."""
         prompt = self.protocol["prompt_tokens"]
         return {
             "model": self.model,
@@ -83,7 +83,7 @@ class BenchResult(Result):
         }
 
     def blocks(self) -> Sequence[Block]:
-        """A row for each contender that ran, sizes, verdict, and how it was measured."""
+        """A row for each contender that ran, then sizes, verdict and protocol."""
         p = self.protocol
         rows = [
             contender_row(s.to_json(p["prompt_tokens"])) for s in self.speeds if s.failure is None
@@ -105,7 +105,7 @@ class BenchResult(Result):
 
 
 def contender_row(numbers: dict[str, Any]) -> tuple[str, ...]:
-    """The numbers of one contender."""
+    """The table row of one contender."""
     return (
         numbers["contender"],
         f"{numbers['tokens_per_second']:.1f}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.reporting.results.next_steps import after_a_dense_folder, after_a_packed_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, mib
 from secateur.runs.records import ChainStep
@@ -16,11 +17,11 @@ __all__ = ["ChainResult"]
 
 @dataclass(frozen=True)
 class ChainResult(Result):
-    """What a chain did.
+    """The model after each step of a chain.
 
     Attributes:
-        links: the model as it was, and after each step.
-        output: the folder written.
+        links: the model at the start, and after each step.
+        output: the output folder.
     """
 
     links: tuple[ChainStep, ...]
@@ -31,7 +32,7 @@ class ChainResult(Result):
         return {"links": [link.to_json() for link in self.links], "output": str(self.output)}
 
     def blocks(self) -> Sequence[Block]:
-        """What is left after each step, and where the result is."""
+        """Sizes after each step, and where the result is."""
         first = self.links[0]
         rows = [
             (
@@ -49,4 +50,10 @@ class ChainResult(Result):
         return [
             Table.of("chain", columns, rows),
             Table.facts("", [("output", str(self.output))]),
+            *self.next_steps(),
         ]
+
+    def next_steps(self) -> list[Block]:
+        """Commands for the folder that the last step made."""
+        packed = self.links[-1].step == "compress"
+        return (after_a_packed_folder if packed else after_a_dense_folder)(self.output, None)

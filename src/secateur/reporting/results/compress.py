@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.reporting.results.next_steps import after_a_packed_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, mib
 
@@ -17,13 +18,13 @@ BFLOAT16_BYTES = 2
 
 @dataclass
 class FormatTotals:
-    """Matrices that are stored alike.
+    """Totals over matrices that are stored in the same way.
 
     Attributes:
-        matrices: how many.
-        weights: theirs, zeros included.
-        nonzeros: weights that are not zero.
-        bytes: what they take in the files.
+        matrices: number of matrices.
+        weights: number of weights, including zeros.
+        nonzeros: number of weights that are not zero.
+        bytes: their size in the files.
     """
 
     matrices: int = 0
@@ -32,7 +33,7 @@ class FormatTotals:
     bytes: int = 0
 
     def add(self, weights: int, nonzeros: int, size_bytes: int) -> None:
-        """Count one matrix."""
+        """Add one matrix."""
         self.matrices += 1
         self.weights += weights
         self.nonzeros += nonzeros
@@ -40,32 +41,32 @@ class FormatTotals:
 
     @property
     def bits_per_weight(self) -> float:
-        """Zeros included."""
+        """Bits per weight, counting zeros as weights."""
         return 8 * self.bytes / self.weights if self.weights else 0.0
 
     @property
     def of_bfloat16(self) -> float:
-        """The size as a part of the same matrices in dense bfloat16."""
+        """The size as a fraction of the same matrices in dense bfloat16."""
         return self.bits_per_weight / (8 * BFLOAT16_BYTES)
 
 
 @dataclass(frozen=True)
 class CompressResult(Result):
-    """What was made smaller, and by how much.
+    """Sizes before and after compression.
 
     Attributes:
-        output: the folder written.
-        source_bytes: the weight files of the source.
-        parameters: all numbers in them.
-        file_bytes: the weight files written.
-        linears: the prunable matrices.
-        formats: the same by format and values, for example `bitmask int8`.
-        embeddings: embedding and head, where they were quantized.
-        archive: whether the files are compressed further.
-        negative_zeros: zeros that were −0.0 and are +0.0 now.
+        output: the output folder.
+        source_bytes: size of the source's weight files.
+        parameters: number of parameters in them.
+        file_bytes: size of the written weight files.
+        linears: totals over the prunable matrices.
+        formats: totals by format and values, for example `bitmask int8`.
+        embeddings: totals over embedding and head, if they were quantized.
+        archive: whether the files are also compressed with zstandard.
+        negative_zeros: number of zeros that changed from −0.0 to +0.0.
         seconds: wall time.
-        rounding: how calibration helped to round to int8, if it did.
-        value_error: ‖W − Ŵ‖ / ‖W‖ of the linears, Ŵ being the values stored; 0 if nothing was lost.
+        rounding: record of the calibrated rounding to int8, if it was used.
+        value_error: ‖W − Ŵ‖ / ‖W‖ of the linears, with Ŵ the stored values; 0 if nothing was lost.
     """
 
     output: Path
@@ -88,7 +89,7 @@ class CompressResult(Result):
 
     @property
     def ratio(self) -> float:
-        """The files as a part of the model in dense bfloat16."""
+        """The size of the files as a fraction of the model in dense bfloat16."""
         return self.file_bytes / self.bfloat16_bytes
 
     @property
@@ -116,7 +117,7 @@ class CompressResult(Result):
         }
 
     def blocks(self) -> Sequence[Block]:
-        """Sizes, formats, and where the result is."""
+        """Sizes and formats, and where the result is."""
         sizes = [
             ("weight files before", mib(self.source_bytes), ""),
             ("as dense bfloat16", mib(self.bfloat16_bytes), "100 %"),
@@ -150,11 +151,12 @@ class CompressResult(Result):
                 formats,
             ),
             Table.facts("", closing),
+            *after_a_packed_folder(self.output, None),
         ]
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> CompressResult:
-        """The report whose `to_json` this is."""
+        """Rebuild a result from its `to_json`."""
         return cls(
             output=Path(record["output"]),
             source_bytes=record["source_bytes"],
@@ -172,12 +174,12 @@ class CompressResult(Result):
 
 
 def counts(record: dict[str, Any]) -> FormatTotals:
-    """The counts in a record, without what follows from them."""
+    """Read the counts of a record; derived values are ignored."""
     return FormatTotals(**{name: record[name] for name in FormatTotals.__dataclass_fields__})
 
 
 def stored_json(stored: FormatTotals) -> dict[str, Any]:
-    """Counts and sizes of matrices, with what follows from them."""
+    """Counts and sizes of matrices, with the values derived from them."""
     return {
         **asdict(stored),
         "bits_per_weight": stored.bits_per_weight,
@@ -187,13 +189,13 @@ def stored_json(stored: FormatTotals) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DecompressResult(Result):
-    """What was expanded.
+    """Sizes before and after decompression.
 
     Attributes:
-        output: the folder written.
-        source_bytes: the compressed weight files.
-        file_bytes: the dense ones written.
-        matrices: how many were unpacked.
+        output: the output folder.
+        source_bytes: size of the compressed weight files.
+        file_bytes: size of the written dense files.
+        matrices: number of unpacked matrices.
         seconds: wall time.
     """
 

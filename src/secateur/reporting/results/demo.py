@@ -1,4 +1,4 @@
-"""What the demo shows."""
+"""The result of the demo."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["DemoResult"]
 
 @dataclass(frozen=True)
 class DemoResult(Result):
-    """A model that was pruned, packed, timed and judged.
+    """A model that was pruned, packed, timed and evaluated.
 
     Attributes:
         model: the name of the dense model.
-        pruned: what `prune` returned; it holds what `compress` returned.
-        bench: what `bench` returned.
-        judged: what `evaluate` returned, on one text and some prompts.
+        pruned: the result of `prune`; it contains the result of `compress`.
+        bench: the result of `bench`.
+        judged: the result of `evaluate`, on one text and some prompts.
         page: the report.
     """
 
@@ -45,7 +45,7 @@ class DemoResult(Result):
         }
 
     def blocks(self) -> Sequence[Block]:
-        """Size, speed and quality beside the dense model, what both write, and what is where."""
+        """Size, speed, quality and texts next to the dense model's, and where the files are."""
         first = self.judged.generation[0].samples[0]
         return [
             Table.of(self.model, ("", "dense", "pruned, int8"), self.rows()),
@@ -57,7 +57,7 @@ class DemoResult(Result):
         ]
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """What was measured of the dense and of the pruned model."""
+        """The measurements of the dense and of the pruned model."""
         [text], packed = self.judged.texts, self.pruned.compression
         assert packed is not None
         cost = self.pruned.manifest["cost"]
@@ -74,7 +74,7 @@ class DemoResult(Result):
         ]
 
     def places(self) -> list[Block]:
-        """Where everything is, and what to try next."""
+        """Where the files are, and what to try next."""
         folder = self.pruned.output
         assert folder is not None
         place = shlex.quote(str(folder))

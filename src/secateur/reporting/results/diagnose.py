@@ -26,15 +26,15 @@ class DiagnoseResult(Result):
 
     Attributes:
         model: the name from the user.
-        dense: the name of its reference; None without one.
-        findings: the worst first.
-        weights: every matrix.
-        claims: of the records of its run.
-        drift: of the layers; empty without a reference.
-        bears: the sparsity that each layer could bear, where it is known.
-        target: this machine.
+        dense: the name of the dense model; None without one.
+        findings: the findings, the worst first.
+        weights: counts of every matrix.
+        claims: the claims in the records of its run.
+        drift: distance of each layer from the dense model's; empty without a dense model.
+        bears: the sparsity that each layer could bear, if it is known.
+        target: what this machine can speed up.
         environment: versions and hardware.
-        protocol: the text that the layers were compared on.
+        protocol: the text on which the layers were compared.
     """
 
     model: str
@@ -54,7 +54,7 @@ class DiagnoseResult(Result):
 
     @property
     def verdict(self) -> str:
-        """One line: healthy, or the number of findings."""
+        """One line: healthy, or the numbers of errors and warnings."""
         errors, warnings, notes = (self.count(s) for s in ("error", "warning", "note"))
         looked = f"{self.weights.tensors} tensors, {len(self.weights.linears)} linears"
         if self.drift:
@@ -108,7 +108,7 @@ class DiagnoseResult(Result):
 
 
 def drift_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
-    """The numbers of a layer; null where they are unknown or not finite."""
+    """The numbers of a layer; null if unknown or not finite."""
     names = ("relative_error", "cosine", "norm_ratio", "own_error", "contribution")
     known = drift is not None and not drift.not_finite
     return {name: getattr(drift, name) if known else None for name in names}
@@ -119,13 +119,13 @@ class TargetResult(Result):
     """What this machine can speed up.
 
     Attributes:
-        target: the machine, and what runs on it.
+        target: the machine and its engines.
     """
 
     target: Machine
 
     def to_json(self) -> dict[str, Any]:
-        """All fields of the target."""
+        """All fields of `target`."""
         return self.target.to_json()
 
     def blocks(self) -> Sequence[Block]:

@@ -22,10 +22,10 @@ __all__ = ["EvaluateResult"]
 
 @dataclass(frozen=True)
 class EvaluateResult(Result):
-    """What a model was measured to be, every number with its protocol.
+    """The measurements of a model, each number with its protocol.
 
-    `perplexity`, `mean_loss`, `standard_error`, `protocol` and `protocol_id` are those of the only
-    text. `texts` has them for all texts.
+    `perplexity`, `mean_loss`, `standard_error`, `protocol` and `protocol_id` need an evaluation on
+    exactly one text. For several texts, `texts` has them for each.
 
     Attributes:
         record: all results, in the schema of `secateur/evaluation.json`.
@@ -35,7 +35,7 @@ class EvaluateResult(Result):
 
     @property
     def model(self) -> str:
-        """The model, as it was given."""
+        """The name of the model."""
         return self.record.model
 
     @property
@@ -55,7 +55,7 @@ class EvaluateResult(Result):
 
     @property
     def generation(self) -> Sequence[GenerationRecord]:
-        """The texts that the model wrote."""
+        """The texts that the model generated."""
         return self.record.generation
 
     @property
@@ -63,7 +63,7 @@ class EvaluateResult(Result):
         """The result on the only text.
 
         Raises:
-            RecipeError: perplexity was measured on no text, or on several.
+            RecipeError: perplexity was measured on no text or on several texts.
         """
         if len(self.texts) != 1:
             raise RecipeError(
@@ -84,7 +84,7 @@ class EvaluateResult(Result):
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean loss, over windows; None for one window."""
+        """Standard error of the mean loss, over windows; None for one window."""
         return self.only.standard_error
 
     @property
@@ -94,7 +94,7 @@ class EvaluateResult(Result):
 
     @property
     def protocol_id(self) -> str:
-        """The short name of the protocol. Perplexities with the same one can be compared."""
+        """The id of the protocol. Perplexities with the same id can be compared."""
         return self.only.protocol_id
 
     def to_json(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class EvaluateResult(Result):
         return self.record.to_json()
 
     def blocks(self) -> Sequence[Block]:
-        """Tables of results, then the protocols they were measured by."""
+        """Tables of results, then their protocols."""
         found: list[Block] = []
         if self.texts:
             found.append(perplexity_table(self.model, self.texts))
@@ -117,7 +117,7 @@ class EvaluateResult(Result):
 
 
 def perplexity_table(model: str, texts: Sequence[PerplexityRecord]) -> Table:
-    """Perplexity on each text, beside the dense model's where it was measured."""
+    """Perplexity on each text, with the dense model's if it was measured."""
     beside = any(one.reference_perplexity is not None for one in texts)
     columns = ["text", "perplexity", "nats per token", "protocol"]
     if beside:
@@ -151,7 +151,7 @@ def divergence_table(found: DivergenceRecord) -> Table:
 
 
 def task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:
-    """Scores, with chance beside them so that nobody reads noise as quality."""
+    """Scores, with the score of guessing, so that nobody takes noise for quality."""
     beside = any(one.reference for one in tasks)
     columns = ["task", "metric", "score", "chance", "items", "shots"]
     if beside:
@@ -172,7 +172,7 @@ def task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:
 
 
 def task_row(one: TaskRecord, *, beside: bool) -> list[str]:
-    """The score on one task; with `beside` also what it is beside the dense model."""
+    """The score on one task; with `beside` also its difference from the dense model."""
     row = [
         one.task,
         one.metric,
@@ -193,7 +193,7 @@ def task_row(one: TaskRecord, *, beside: bool) -> list[str]:
 
 
 def generation_blocks(found: GenerationRecord) -> list[Block]:
-    """Texts side by side, then how much of them repeats itself."""
+    """Texts side by side, then their repetition."""
     columns = ["prompt", "text", "repeated"]
     if found.reference:
         columns.insert(2, "dense")
@@ -210,10 +210,10 @@ def generation_blocks(found: GenerationRecord) -> list[Block]:
 
 
 def with_error(value: float, error: float | None, form: str = ".4f") -> str:
-    """A value with its standard error, where it has one."""
+    """A value with its standard error, if it has one."""
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
 def number(value: float | None, form: str) -> str:
-    """A number, or nothing."""
+    """A number as text; empty for None."""
     return "" if value is None else f"{value:{form}}"

@@ -14,18 +14,18 @@ __all__ = ["GenerateResult"]
 
 @dataclass(frozen=True)
 class GenerateResult(Result):
-    """A text and how it was made.
+    """A generated text, with speed and decode loop.
 
     Attributes:
-        model: as it was given.
-        prompt: what was given.
-        text: what followed.
-        tokens: of the text.
-        load_seconds: from the files to a model that is ready.
-        first_token_seconds: from the prompt to the first token.
-        tokens_per_second: of the tokens after the first; None for a single one.
-        loop: `one call for each token`, or `transformers` and why.
-        chat: whether the prompt was a message, written by the tokenizer's chat template.
+        model: the name from the user.
+        prompt: the prompt.
+        text: the generated text.
+        tokens: number of tokens in the text.
+        load_seconds: time to load the model.
+        first_token_seconds: time from the prompt to the first token.
+        tokens_per_second: speed after the first token; None for a single token.
+        loop: `one call for each token`, or `transformers` and the reason.
+        chat: whether the prompt was a message in the tokenizer's chat template.
     """
 
     model: str
@@ -44,11 +44,11 @@ class GenerateResult(Result):
 
     @property
     def account(self) -> str:
-        """How many tokens, how fast, and by which loop, in a line."""
+        """A line with the number of tokens, the speed and the decode loop."""
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens/s"
         return f"{self.tokens} tokens{rate} ({self.loop})"
 
     def blocks(self) -> Sequence[Block]:
-        """The text, behind its prompt unless it answers a message; then the account."""
+        """The text, after its prompt unless it answers a message; then the account."""
         text = self.text if self.chat else self.prompt + self.text
         return [Line(text), Line(self.account, style="dim")]

@@ -1,4 +1,4 @@
-"""What `inspect` returns of a GGUF file: its header."""
+"""What `inspect` returns for a GGUF file: its header."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["GgufInspectResult"]
 
 @dataclass(frozen=True)
 class GgufInspectResult(Result):
-    """What a GGUF file holds, by its header.
+    """The content of a GGUF file according to its header.
 
     Attributes:
-        model: as it was given.
+        model: the name from the user.
         header: metadata and tensors.
-        layer: the layer whose tensors are listed; None for a line for each layer.
+        layer: the layer whose tensors are listed; None lists all layers.
     """
 
     model: str
@@ -30,7 +30,7 @@ class GgufInspectResult(Result):
 
     @property
     def parameters(self) -> int:
-        """Of all tensors."""
+        """Number of parameters in all tensors."""
         return sum(tensor.parameters for tensor in self.header.tensors)
 
     def to_json(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class GgufInspectResult(Result):
         }
 
     def blocks(self) -> Sequence[Block]:
-        """The whole file, its metadata, and its layers or the tensors of one."""
+        """The whole file, its metadata, and its layers or the tensors of one layer."""
         data, tensors = self.header.metadata, self.header.tensors
         architecture = data.get("general.architecture", "not named")
         rows = [
@@ -88,7 +88,7 @@ class GgufInspectResult(Result):
 
 
 def cells_of(tensors: Sequence[GgufTensor]) -> tuple[str, ...]:
-    """Number, parameters, size and types of some tensors."""
+    """Count, parameters, size and types of some tensors."""
     return (
         str(len(tensors)),
         f"{sum(x.parameters for x in tensors):,}",
@@ -115,6 +115,6 @@ def types_of(tensors: Iterable[GgufTensor]) -> str:
 
 
 def in_a_line(value: Any) -> str:
-    """A value of the metadata, at most a line long."""
+    """A metadata value, shortened to one line."""
     text = " ".join(str(value).split())
     return text if len(text) <= 72 else f"{text[:69]}..."

@@ -1,4 +1,4 @@
-"""What `inspect` returns of a checkpoint: what it is made of, and where its zeros are."""
+"""What `inspect` returns for a checkpoint: its parts, and where its zeros are."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["InspectResult"]
 
 @dataclass(frozen=True)
 class InspectResult(Result):
-    """What a model is made of, and where its zeros are.
+    """The parts of a model, and where its zeros are.
 
     Attributes:
-        model: as it was given.
+        model: the name from the user.
         audit: the counts.
-        layer: the decoder layer whose linears are listed; None for a line for each layer.
+        layer: the decoder layer whose linears are listed; None lists all layers.
     """
 
     model: str
@@ -33,7 +33,7 @@ class InspectResult(Result):
         return {"model": self.model, **self.audit.to_json()}
 
     def blocks(self) -> Sequence[Block]:
-        """The whole model, then all layers, or the linears of one."""
+        """The whole model, then all layers or the linears of one layer."""
         audit = self.audit
         rows = [
             ("family", audit.family),
@@ -98,7 +98,7 @@ def short(name: str) -> str:
 
 
 def stored_as(layout: Mapping[str, Any] | None) -> str:
-    """A layout in two words."""
+    """The storage format of a matrix in two words."""
     if layout is None:
         return "as it is"
     return f"{layout.get('pattern', layout['format'])} {layout['values']}"

@@ -1,4 +1,4 @@
-"""Which layer a tensor belongs to, by its name."""
+"""Find the layer of a tensor by its name."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ __all__ = ["layer_of"]
 
 
 def layer_of(name: str) -> int:
-    """The number of a tensor's layer: the first in its name (experts have another); -1 for none."""
+    """The layer number in a tensor's name: its first number (experts have a second); -1 if none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)

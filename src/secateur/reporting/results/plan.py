@@ -15,11 +15,11 @@ __all__ = ["PlanResult"]
 
 @dataclass(frozen=True)
 class PlanResult(Result):
-    """What a pruning run would need.
+    """The memory, disk, work and time that a pruning run would need.
 
     Attributes:
         plan: sizes in bytes, and work.
-        activations: where hidden states would wait: memory or disk.
+        activations: where hidden states would be stored between layers: memory or disk.
     """
 
     plan: Plan
@@ -27,17 +27,17 @@ class PlanResult(Result):
 
     @property
     def peak_bytes(self) -> int:
-        """The estimate of peak memory where products run."""
+        """Estimated peak memory of the device that computes."""
         return self.plan.peak_bytes
 
     @property
     def host_peak_bytes(self) -> int:
-        """The estimate of peak memory of this process."""
+        """Estimated peak memory of this process."""
         return self.plan.host_peak_bytes
 
     @property
     def seconds(self) -> tuple[float, float] | None:
-        """The least and the most time of the run on this machine."""
+        """The shortest and the longest estimated time of the run on this machine."""
         return self.plan.seconds
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class PlanResult(Result):
 
 
 def time_span(least: float, most: float) -> str:
-    """The least and the most time in seconds, minutes or hours.
+    """A range of times in seconds, minutes or hours.
 
     >>> time_span(4, 30), time_span(200, 400), time_span(7000, 20000)
     ('4 to 30 s', '3 to 7 min', '2 to 6 h')

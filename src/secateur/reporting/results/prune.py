@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.models.inventory import Left
 from secateur.reporting.results.compress import CompressResult
+from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
 
@@ -17,15 +18,15 @@ __all__ = ["PruneResult"]
 
 @dataclass(frozen=True)
 class PruneResult(Result):
-    """What a pruning run did.
+    """The result of a pruning run.
 
     Attributes:
         sparsity: fraction of zeros in the matrices of the decoder layers.
         layers: the records of the linears, one list for each layer.
         manifest: versions, hardware, choices, cost and result; empty for a loaded model.
-        output: the folder written; None for a loaded model.
-        left: matrices that were not pruned, and why.
-        compression: how the result was packed, if it was.
+        output: the output folder; None for a loaded model.
+        left: matrices that were not pruned, and the reasons.
+        compression: the result of compressing, if the model was compressed.
     """
 
     sparsity: float
@@ -36,7 +37,7 @@ class PruneResult(Result):
     compression: CompressResult | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The folder and its manifest; for a loaded model what is known of it."""
+        """The folder and its manifest; for a loaded model sparsity, layers and what was left."""
         if self.output is None:
             left = [one.to_json() for one in self.left]
             return {"sparsity": self.sparsity, "layers": self.layers, "left": left}
@@ -44,7 +45,7 @@ class PruneResult(Result):
         return {"output": str(self.output), **self.manifest, **packed}
 
     def blocks(self) -> Sequence[Block]:
-        """One table, and those of the compression if there was one."""
+        """One table, and the tables of the compression if there was one."""
         if self.output is None:
             rows = [
                 ("zeros in decoder matrices", f"{self.sparsity:.4%}"),
@@ -66,4 +67,6 @@ class PruneResult(Result):
         if self.manifest["collapsed"]:
             rows.append(("collapsed", ", ".join(self.manifest["collapsed"])))
         pruned = Table.facts("pruned", [*rows, ("output", str(self.output))])
-        return [pruned, *(self.compression.blocks() if self.compression else ())]
+        if self.compression is not None:
+            return [pruned, *self.compression.blocks()]
+        return [pruned, *after_a_dense_folder(self.output, self.manifest["source"]["name"])]

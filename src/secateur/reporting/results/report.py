@@ -15,7 +15,7 @@ __all__ = ["ReportResult"]
 
 @dataclass(frozen=True)
 class ReportResult(Result):
-    """The files that were written.
+    """The written files.
 
     Attributes:
         page: the report.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, gib, mib
 
@@ -15,11 +16,11 @@ __all__ = ["StructureResult"]
 
 @dataclass(frozen=True)
 class StructureResult(Result):
-    """What a structured cut did.
+    """The result of a structured cut.
 
     Attributes:
         manifest: choices, steps, cost and result.
-        output: the folder written.
+        output: the output folder.
     """
 
     manifest: dict[str, Any]
@@ -30,8 +31,9 @@ class StructureResult(Result):
         return {"output": str(self.output), **self.manifest}
 
     def blocks(self) -> Sequence[Block]:
-        """What the cut removed, and by which steps."""
-        return [self.removed(), self.steps()]
+        """What the cut removed in total and in each step, and what to try next."""
+        dense = self.manifest["source"]["name"]
+        return [self.removed(), self.steps(), *after_a_dense_folder(self.output, dense)]
 
     def removed(self) -> Table:
         """The model before and after."""
@@ -67,7 +69,7 @@ class StructureResult(Result):
         return Table.of("cut", ("", "before", "after", "left"), rows)
 
     def steps(self) -> Table:
-        """What each step left of the decoder; then cost and place."""
+        """The part of the decoder that each step kept; then cost and output folder."""
         cut, cost = self.manifest["structure"], self.manifest["cost"]
         steps = [(f"{x['step']}, by {x['by']}", f"{step_share(x):.1%} left") for x in cut["steps"]]
         rows = [
@@ -83,10 +85,10 @@ class StructureResult(Result):
 
 
 def share(before: int, after: int) -> float:
-    """What is left of a number."""
+    """The kept share of a number."""
     return after / before if before else 1.0
 
 
 def step_share(step: Mapping[str, Any]) -> float:
-    """What a step left of the decoder that it began with."""
+    """The share of the decoder that a step kept."""
     return share(step["decoder_before"], step["decoder_after"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.evaluation.protocol import protocol_id
+from secateur.reporting.results.next_steps import after_a_sweep
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 from secateur.reporting.wording import bare_name, percent
@@ -20,11 +21,11 @@ __all__ = ["SweepResult", "markdown_row"]
 
 @dataclass(frozen=True)
 class SweepResult(Result):
-    """All that was measured.
+    """All measurements of a sweep.
 
     Attributes:
-        sweep: as `sweep.json` stores it.
-        folder: of the sweep.
+        sweep: the content of `sweep.json`.
+        folder: the folder of the sweep.
     """
 
     sweep: Sweep
@@ -32,7 +33,7 @@ class SweepResult(Result):
 
     @property
     def texts(self) -> list[str]:
-        """What the models were evaluated on."""
+        """The texts that the models were evaluated on."""
         return list(self.dense)
 
     @property
@@ -42,7 +43,7 @@ class SweepResult(Result):
 
     @property
     def failures(self) -> Sequence[dict[str, Any]]:
-        """Points that could not be made, and why."""
+        """The points that failed, and the reasons."""
         return self.sweep.failures
 
     @property
@@ -51,7 +52,7 @@ class SweepResult(Result):
         return self.sweep.dense.perplexity
 
     def to_json(self) -> dict[str, Any]:
-        """As `sweep.json` stores it."""
+        """The content of `sweep.json`."""
         return self.sweep.to_json()
 
     def blocks(self) -> Sequence[Block]:
@@ -66,16 +67,17 @@ class SweepResult(Result):
             Line("in brackets: ln(perplexity) − ln(dense perplexity), nats a token", style="dim"),
             *(Line(failure, style="red") for failure in failures),
             Line(f"sweep.json, .md, .csv, .png and .svg are in {self.folder}"),
+            *after_a_sweep(self.folder, self.sweep.model),
         ]
 
     def rows(self) -> list[list[str]]:
-        """A table for people: method, pattern, zeros, then each text, seconds and memory."""
+        """Table rows for people: method, pattern, zeros, then each text, seconds and memory."""
         cells = (f"{self.dense[text]:.2f}" for text in self.texts)
         dense = ["dense", "", "", *cells, "", ""]
         return [dense, *(self.row(point) for point in self.points)]
 
     def row(self, point: SweepPoint) -> list[str]:
-        """One line of that table; in brackets the excess loss."""
+        """One row of that table; in brackets the excess loss."""
         cells = (f"{point.perplexity[t]:.2f} ({point.excess[t]:.3f})" for t in self.texts)
         size = f"{point.peak_resident_bytes / 2**30:.2f} GiB"
         zeros = percent(point.zeros, 1)
@@ -83,11 +85,11 @@ class SweepResult(Result):
 
     @property
     def columns(self) -> list[str]:
-        """The heads of that table."""
+        """The column names of that table."""
         return ["method", "pattern", "zeros", *map(bare_name, self.texts), "time", "peak memory"]
 
     def markdown(self) -> str:
-        """The table with what it takes to read it."""
+        """The table with its conditions and explanations, in Markdown."""
         lines = [
             f"# {bare_name(self.sweep.model)}: perplexity against sparsity",
             "",
@@ -117,7 +119,7 @@ class SweepResult(Result):
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """One line a point, numbers in full."""
+        """One line per point, with unrounded numbers, as CSV."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         cells = [name for t in self.texts for name in (f"perplexity {t}", f"excess {t}")]
@@ -134,5 +136,5 @@ class SweepResult(Result):
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    """Cells between bars; bars of their own are escaped."""
+    """A row of a Markdown table; bars within cells are escaped."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, gib
 
@@ -15,15 +16,15 @@ __all__ = ["TrainResult"]
 
 @dataclass(frozen=True)
 class TrainResult(Result):
-    """What a training did.
+    """The result of a training.
 
     Attributes:
-        output: the folder written.
-        sparsity: fraction of zeros in the matrices of the decoder layers, as saved.
-        steps: of the optimizer.
-        tokens: that the model read.
-        perplexity_before: of the validation windows; None without validation.
-        perplexity_after: with the weights that were kept.
+        output: the output folder.
+        sparsity: fraction of zeros in the matrices of the decoder layers, counted in the files.
+        steps: optimizer steps.
+        tokens: tokens that the model read.
+        perplexity_before: validation perplexity before the training; None without validation.
+        perplexity_after: validation perplexity of the weights that were kept.
         manifest: versions, hardware, text, choices, cost and result.
     """
 
@@ -54,4 +55,4 @@ class TrainResult(Result):
         if self.perplexity_after is not None:
             change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
             rows.insert(2, ("validation perplexity", f"{change} at step {result['best_step']}"))
-        return [Table.facts("trained", rows)]
+        return [Table.facts("trained", rows), *after_a_dense_folder(self.output, None)]
