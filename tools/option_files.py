@@ -129,7 +129,8 @@ def tables(verb: Verb) -> Iterator[str]:
     """One table for each group of options of a verb."""
     kind = imported(verb.recipe)
     of_call = {option.name for option in run_options_of(kind)}
-    rows = sorted([*options_of(kind), *run_options_of(kind)], key=lambda o: GROUPS.index(o.group))
+    rows = [o for o in (*options_of(kind), *run_options_of(kind)) if o.name not in verb.without]
+    rows.sort(key=lambda option: GROUPS.index(option.group))
     for group, options in groupby(rows, key=lambda option: option.group):
         yield f"\n**{group}**\n\n| flag | key in YAML | type | default | meaning |\n"
         yield "|---|---|---|---|---|\n"

@@ -5,7 +5,7 @@
     report = secateur.prune("smollm2-135m", method="wanda", sparsity=0.5, output="pruned",
                             calibration="boolq-calibration", windows=64, sequence_length=512)
     evaluation = secateur.evaluate("pruned", text="boolq-held-out")
-    print(report.sparsity, evaluation.perplexity[0].perplexity)
+    print(report.sparsity, evaluation.perplexity)
 
 Names are imported when they are first used, so that `import secateur` costs nothing.
 """

@@ -396,12 +396,8 @@ def plan(
     memory_budget_gib: float | None = None,
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
-    output: str | Path | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8"] | None = None,
     compress_embeddings: Literal["auto", "int8"] | None = None,
-    overwrite: bool | None = None,
-    resume: bool | None = None,
-    restart: bool | None = None,
 ) -> PlanResult:
     """Report what pruning `model` would need, without pruning it.
 
@@ -457,13 +453,9 @@ def plan(
         activations: Where to store hidden states between layers; auto uses memory if they fit.
             [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
-        output: Folder for the new model. It must not exist. [required]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32 or int8. [not compressed]
         compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
-        overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
-        restart: Discard a stopped run and start again. [off]
 
     Raises:
         SecateurError: as `prune` would.

@@ -29,7 +29,7 @@ def words(model: Path, windows: Path) -> Callable[[str], list[object]]:
         "retrain": ["retrain", model, "--text", windows, "--steps", 1],
         "compress": ["compress", model],
         "sweep": ["sweep", model, "--methods", "magnitude", "--sparsities", 0.5, *text,
-                  "--perplexity", windows],
+                  "--text", windows],
         "report": ["report", model],
     }.__getitem__  # fmt: skip
 

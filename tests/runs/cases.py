@@ -149,7 +149,7 @@ CASES: Mapping[str, Case] = {
         "dense",
         {
             "methods": ("magnitude", "wanda"), "sparsities": (0.5,), **WINDOWS,
-            "texts": ("{sources}/text.txt",), "judge_length": 16, "max_windows": 4,
+            "text": ("{sources}/text.txt",), "text_sequence_length": 16, "text_windows": 4,
         },
         resumes=False,
         replaces=False,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import CASES, make_sources
+from cases import CASES, FAST, make_sources
 from contents import contents, every_byte
 
 from secateur.errors import RecipeError
@@ -270,6 +270,7 @@ def test_resume_starts_where_nothing_was_left(
     assert contents(tmp_path / "out") == straight(name)[0]
 
 
+CHAIN = CASES["chain"].options["steps"]
 TEXT = {"calibration": "{sources}/text.txt", "sequence_length": 16, "windows": 4}
 CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("prune", {}, {"calibration": "{sources}/others.safetensors"}),
@@ -283,7 +284,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("retrain", {}, {"text": "{sources}/other.txt"}),
     ("retrain", {}, {"windows": 11}),
     ("distill", {}, {"text": "{sources}/other.txt"}),
-    ("chain", {}, {"steps": CASES["chain"].options["steps"][:3]}),
+    ("chain", {}, {"steps": [{"structure": {**FAST, "ffn": 0.75}}, *CHAIN[1:]]}),
 ]
 
 

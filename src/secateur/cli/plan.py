@@ -20,4 +20,4 @@ def run(recipe: PruneRecipe, **_: Any) -> PlanResult:
     return plan_recipe(recipe)
 
 
-plan = command("plan", run, frozenset({"output", "overwrite", "resume", "restart"}))
+plan = command("plan", run)

@@ -49,7 +49,6 @@ JSON = Option(
 def command(
     verb: str,
     run: Callable[..., Result | None],
-    leave_out: frozenset[str] = frozenset(),
     exit_code: Callable[[Any], int] = lambda result: 0,
     streams: bool = False,
     check: Callable[[Any], None] = lambda recipe: None,
@@ -60,14 +59,13 @@ def command(
         verb: the name of the verb.
         run: takes the recipe and the options of the call. Returns a result, or None if another
             process has it.
-        leave_out: options of the recipe that this verb does not have.
         exit_code: returns the exit code for a result.
         streams: whether `run` writes its result itself; it then takes `as_json`.
         check: refuses a recipe with a fault before the model is looked up. It must be quick.
     """
-    kind = imported(VERBS[verb].recipe)
-    of_recipe = [o for o in options_of(kind) if o.name not in leave_out and not o.flag.hidden]
-    of_call = [o for o in run_options_of(kind) if o.name not in leave_out]
+    kind, without = imported(VERBS[verb].recipe), VERBS[verb].without
+    of_recipe = [o for o in options_of(kind) if o.name not in without and not o.flag.hidden]
+    of_call = [o for o in run_options_of(kind) if o.name not in without]
 
     parameters = [parameter(option, is_switch=False) for option in of_recipe]
     parameters += [parameter(option, is_switch=True) for option in of_call]

@@ -1,6 +1,6 @@
-"""The run: one decoder layer at a time, load → gather → prune → propagate → write.
+"""The engine runs one decoder layer at a time: load → gather → prune → propagate → write.
 
-The order of reading: `run` tells the story; `targets` says where layers live, `calls` how they are
-called, `forwards` how calibration passes through them, `surgery` what is done to a group of
-linears, `ledger` how a killed run goes on. `plan` foretells memory, `meter` measures it.
+Start with `prune/run.py`, which has the loop. In `stream/`, `targets` gives layers their weights,
+`calls` records how the model calls them, and `forwards` passes calibration through them.
+`prune/surgery.py` prunes a group of linears, and `plan.py` predicts memory.
 """

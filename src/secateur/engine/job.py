@@ -23,15 +23,15 @@ __all__ = ["Job"]
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the pruned weights.
+    """Everything that determines the pruned weights.
 
     Attributes:
         target: the model.
-        tasks: what happens to each linear, before the allocation.
+        tasks: the tasks of the linears before the allocation.
         windows: calibration tokens [samples, sequence_length], or None if nothing needs them.
         settings: how the work is done.
-        allocation: decides how much each linear loses.
-        sparsity: that the whole model is to have.
+        allocation: sets the sparsity of each linear.
+        sparsity: target sparsity of the whole model.
     """
 
     target: Target
@@ -45,12 +45,12 @@ class Job:
         """Gather gradients if the method needs them, allocate, and prune the layers.
 
         Args:
-            ledger: where finished layers are entered.
+            ledger: record of finished layers.
             progress: receives every step.
-            done: layers that an earlier run has finished.
+            done: number of layers that an earlier run finished.
 
         Returns:
-            The tasks as they were carried out.
+            The tasks that were carried out.
         """
         passage = self.passage()
         names = gradient_statistics(self.tasks)

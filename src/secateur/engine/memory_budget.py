@@ -1,4 +1,4 @@
-"""The memory there is, of the host and of the device that computes, and plans that fit into it."""
+"""The available memory of the host and the computing device, and plans that fit into it."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from secateur.runs.meter import resident_bytes
 __all__ = ["Budget", "fitting_plan", "memory_budget"]
 
 FREE_SHARE = 0.8
-"""Of the memory that is free, what a run may take when nobody says otherwise."""
+"""The default fraction of free memory that a run may use."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that a run may have at its peak.
+    """The maximum number of bytes that a run may use.
 
     Attributes:
-        computing: where products run: on a GPU, or in this process.
-        host: in this process, where a GPU computes; None where no GPU does.
+        computing: for the computing device: a GPU, or this process.
+        host: for this process if a GPU computes; None without a GPU.
     """
 
     computing: float
     host: float | None
 
     def shortage(self, computing: int, host: int) -> str | None:
-        """What is too little for these peaks, in words with numbers; None if they fit.
+        """Describe with numbers which memory is too small for these peaks. None if they fit.
 
         Args:
-            computing: bytes at the peak where products run.
-            host: bytes of this process at its peak; counts only where a GPU computes.
+            computing: peak bytes of the computing device.
+            host: peak bytes of this process; counts only if a GPU computes.
         """
         if self.host is None:
             return _short("", computing, self.computing)
@@ -51,12 +51,12 @@ def _short(place: str, needed: int, budget: float) -> str | None:
 
 
 def memory_budget(gib: float | None, device: torch.device) -> Budget:
-    """What may be in use at the peak.
+    """Return the memory that a run may use at its peak.
 
     Args:
-        gib: for the device that computes: the memory of a GPU, or else of this process. None takes
-            four fifths of what is free. The host of a GPU always has four fifths.
-        device: that computes.
+        gib: memory of the computing device: of a GPU, or else of this process. None takes four
+            fifths of the free memory. The host of a GPU always uses four fifths.
+        device: the computing device.
     """
     asked = gib * 2**30 if gib else None
     process = FREE_SHARE * (psutil.virtual_memory().available + resident_bytes())
@@ -72,16 +72,16 @@ def fitting_plan(
     budget_gib: float | None,
     activations: str,
 ) -> tuple[Plan, str]:
-    """The first of two plans that memory would hold, and where its hidden states wait.
+    """Return the first of two plans that fits in memory, and the storage of its hidden states.
 
     Args:
-        planned: gives the plan with hidden states in `memory` or on `disk`.
-        device: that computes.
-        budget_gib: how much memory there may be; see `memory_budget`.
-        activations: `memory` or `disk` allows that place only, `auto` both.
+        planned: returns the plan with hidden states in `memory` or on `disk`.
+        device: the computing device.
+        budget_gib: memory budget; see `memory_budget`.
+        activations: `memory` or `disk` allows only that storage, `auto` both.
 
     Raises:
-        MemoryBudgetError: neither fits the budget.
+        MemoryBudgetError: no plan fits the budget.
     """
     budget = memory_budget(budget_gib, device)
     tried = []

@@ -1,8 +1,8 @@
-"""What a run will need, before it begins: memory, disk, work.
+"""Predicts what a run needs before it begins: memory, disk, work.
 
-What a forward keeps alive is hard to estimate, so it is rehearsed: one micro-batch passes through a
+The memory that a forward keeps alive is hard to estimate. So one micro-batch passes through a
 decoder layer on the meta device, where tensors have sizes but no content, and every operation is
-counted. What scores, solvers, statistics and allocations need, they declare themselves
+counted. Scores, solvers, statistics and allocations declare their own needs
 (`working_bytes`, `nbytes`, `disk_bytes`).
 """
 
@@ -37,11 +37,11 @@ __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one micro-batch keeps alive in one decoder layer.
+    """The memory that one micro-batch keeps alive in one decoder layer.
 
     Attributes:
-        running_bytes: the most at any moment, input included.
-        halted_bytes: the most at any group of linears, where forwards wait for each other.
+        running_bytes: the maximum at any moment, including the input.
+        halted_bytes: the maximum at any group of linears, where forwards wait for each other.
     """
 
     running_bytes: int
@@ -83,7 +83,7 @@ def rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) 
 def rehearse_training(
     layer: nn.Module, hidden: Tensor, call: LayerCall, *, written_out: bool = False
 ) -> int:
-    """What a layer's forward keeps alive in float32, with all that its backward needs.
+    """The memory that a layer's forward keeps alive in float32, with everything for its backward.
 
     Args:
         layer: a decoder layer with its parameters on the meta device.
@@ -110,26 +110,27 @@ def rehearse_training(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need. All sizes in bytes.
+    """The needs of a run. All sizes in bytes.
 
     Attributes:
         process_bytes: the program itself, with model skeleton and calibration tokens.
         layer_bytes: the weights of the largest decoder layer; twice with asymmetric fitting.
-        activation_bytes: hidden states held in memory.
+        activation_bytes: hidden states in memory.
         forward_bytes: a running forward.
-        waiting_bytes: halted forwards; a GPU's wait in host memory.
-        solve_bytes: statistics, scores and solver of the linear that takes most; or of a whole
-            layer, with what is kept of it, while an allocation looks at the dense model.
-        solve_shape: (out, in) of the linear that takes most to solve.
-        writing_bytes: the whole model with the keys and values of what it writes, before the run.
+        waiting_bytes: halted forwards; with a GPU they are in host memory.
+        solve_bytes: statistics, scores and solver of the linear that needs most; or of a whole
+            layer with its stored values, while an allocation reads the dense model.
+        solve_shape: (out, in) of the linear that needs most memory to solve.
+        writing_bytes: the whole model with keys and values while it generates windows, before the
+            run.
         tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
         distilling_bytes: both whole models, gradients, moments, one window's forward and logits.
-        loading_bytes: the whole model in host memory before it goes to a GPU, where one is loaded.
-        disk_bytes: the result, and what is kept to resume.
+        loading_bytes: the whole model in host memory before it moves to a GPU, if it is loaded.
+        disk_bytes: the result, and the state for a resumed run.
         flops: floating-point operations of the forwards.
-        left: matrices that will not be pruned, and why; where the plan was made for a recipe.
-        on_gpu: whether a GPU computes, with memory of its own.
-        seconds: the least and the most time of the run on this machine, where it was foretold.
+        left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
+        on_gpu: whether a GPU computes with its own memory.
+        seconds: the minimum and maximum time of the run on this machine, if predicted.
     """
 
     process_bytes: int
@@ -154,8 +155,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The estimate of peak memory where products run: of the GPU, or of this process."""
-        host = not self.on_gpu  # where there is one memory for all
+        """The estimated peak memory of the computing device: the GPU, or this process."""
+        host = not self.on_gpu  # one memory for everything
         pruning = self.forward_bytes + self.solve_bytes + host * self.waiting_bytes
         pruning = max(pruning, self.tuning_bytes) + self.layer_bytes
         whole = max(self.writing_bytes, self.distilling_bytes)
@@ -163,14 +164,14 @@ class Plan:
 
     @property
     def host_peak_bytes(self) -> int:
-        """The estimate of peak resident memory of this process."""
+        """The estimated peak resident memory of this process."""
         if not self.on_gpu:
             return self.peak_bytes
         pruning = self.layer_bytes + self.activation_bytes + self.waiting_bytes
         return self.process_bytes + max(pruning, self.loading_bytes)
 
     def to_json(self) -> dict[str, Any]:
-        """All figures; what is left only where it is known."""
+        """All figures; the unpruned matrices only if known."""
         peaks = {name: getattr(self, name) for name in ("peak_bytes", "host_peak_bytes")}
         told = {**peaks, **asdict(self)}
         return told if self.left else {k: v for k, v in told.items() if k != "left"}
@@ -189,14 +190,14 @@ def plan_run(
     """Plan a run over a checkpoint whose layers are still empty.
 
     Args:
-        target: the model; its layers on the meta device.
-        tasks: what the run does with each linear.
+        target: the model with its layers on the meta device.
+        tasks: the task of each linear.
         windows: calibration tokens, or None.
         settings: how the work is done.
-        epochs: that the whole model learns from the dense one after that.
-        allocation: what decides how much each linear loses.
-        output_bytes: size of the files written.
-        unwritten: how many of the windows the model has to write itself.
+        epochs: number of epochs in which the whole model learns from the dense one afterwards.
+        allocation: sets the sparsity of each linear.
+        output_bytes: size of the written files.
+        unwritten: number of windows that the model must generate.
     """
     refuse_unknown(target)
     layers = target.layers
@@ -251,7 +252,7 @@ def plan_run(
 
 
 def working_weights(target: Target) -> int:
-    """Weights of the decoder's matrices that one token is multiplied by; not of all experts."""
+    """Number of weights in the decoder's matrices that one token uses, without unused experts."""
     architecture, config = target.architecture, text_config(target.model.config)
     total = 0.0
     for index, layer in enumerate(target.layers):
@@ -264,9 +265,9 @@ def working_weights(target: Target) -> int:
 
 
 def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int:
-    """The whole model, keys and values of the windows it writes together, and chances.
+    """The whole model, keys and values of the windows that it generates together, and logits.
 
-    Chances are those of one token of each window: logits, and what they are made into in float32.
+    Logits are for one token of each window, with their float32 copies for the draw.
     """
     if windows is None or not unwritten:
         return 0
@@ -281,10 +282,10 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
 
 
 def tuning_bytes(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
-    """What tuning a layer keeps alive besides it, for one micro-batch."""
+    """The memory that tuning a layer needs besides the layer, for one micro-batch."""
     weights = 4 * sum(p.numel() for p in layer.parameters())
     plain = next(layer.parameters()).dtype == torch.float32
-    # gradients, two moments, the weights in the shadow; float32 masters of other dtypes
+    # gradients, two moments, shadow weights; float32 copies of other dtypes
     return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
 
 
@@ -294,7 +295,7 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
     tokens = window.numel()
     weights = sum(p.numel() for p in target.model.parameters())
     trained = sum(p.numel() for p in target.layers.parameters())
-    # logits of both, and the gradient of one
+    # logits of both models, and the gradient of one
     logits = 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
     written_out = writes_out(target.device, window.shape[1])
     forward = sum(
@@ -325,13 +326,13 @@ def survey_bytes(
     layer_weights: int,
     windows: Tensor | None,
 ) -> int:
-    """What an allocation takes at one dense layer besides it: statistics, scores, logits."""
+    """The memory of an allocation besides one dense layer: statistics, scores, logits."""
     held = allocation.working_bytes(layer_weights, target.dtype.itemsize)
-    if windows is None:  # the allocation looks at weights alone
+    if windows is None:  # the allocation reads only weights
         return held
     held += statistics_bytes(target, found, of_inputs(allocation.requires))
     if allocation.judged_tokens:
-        # Probabilities of the dense model, logits of a candidate, and one of them in the making.
+        # Probabilities of the dense model, logits of a candidate, and one temporary copy.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
         held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
     return held
@@ -340,7 +341,7 @@ def survey_bytes(
 def forward_bytes(
     target: Target, found: Sequence[LayerLayout], windows: Tensor, settings: Settings, waiting: int
 ) -> tuple[int, int, int]:
-    """Hidden states of all windows, and what forwards keep alive: one that runs, those halted."""
+    """The memory of all hidden states, of the running forward, and of halted forwards."""
     size = min(max(1, settings.micro_batch_tokens // windows.shape[1]), windows.shape[0])
     hidden, calls = calls_of(target, windows[:size])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
@@ -352,7 +353,7 @@ def forward_bytes(
     # A halted forward's own input is a view of the stored hidden states.
     halted = max(r.halted_bytes for r in rehearsals) - own
     held = waiting * halted * (windows.numel() // batch_tokens)
-    if waiting > 1:  # what the writers of both models have added to the residual stream
+    if waiting > 1:  # the terms that the writers of both models added to the residual stream
         held += waiting * stored
     return stored, forward, held
 
@@ -366,7 +367,7 @@ def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
 
 
 def kinds(target: Target, calls: list[LayerCall]) -> list[tuple[nn.Module, LayerCall, int]]:
-    """A layer of each kind, how it is called, and how many of the kind there are."""
+    """One layer of each kind, how it is called, and the number of layers of that kind."""
     pairs = list(zip(target.layers, calls, strict=True))
     of = [kind_of(*pair) for pair in pairs]
     first = dict(zip(reversed(of), reversed(pairs), strict=True))

@@ -1,7 +1,7 @@
-"""Foretells how long a run will take on this machine, from pieces of its work that are timed.
+"""Predicts the time of a run on this machine from timed pieces of its work.
 
-Two pieces are timed: one product of a micro-batch with the largest matrix, and what a method does
-with one matrix of each shape. Matrices wider than `WIDEST` are timed at a fraction of their size.
+Two pieces are timed: one product of a micro-batch with the largest matrix, and a method's work on
+one matrix of each shape. Matrices wider than `WIDEST` are timed at a fraction of their size.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from secateur.types import STORED
 __all__ = ["PieceTimes", "foretell_seconds", "run_seconds"]
 
 WIDEST = 1024
-"""Rows or columns of the matrices that are timed."""
+"""Maximum rows or columns of timed matrices."""
 PROBE_SECONDS = 0.1
 SLOWER = 2.5
-"""How much longer a run may take: attention, norms, files, and caches that others share."""
+"""Allowance for attention, norms, files, and shared caches."""
 QUICKER = 0.8
 
 Shape = tuple[int, int]
@@ -35,7 +35,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class PieceTimes:
-    """What a method took for one matrix, scaled to its whole size.
+    """The time of a method for one matrix, scaled to its full size.
 
     Attributes:
         gathering: seconds for the statistics of its input, for each calibration token.
@@ -57,15 +57,15 @@ def foretell_seconds(
     settings: Settings,
     device: torch.device,
 ) -> tuple[float, float]:
-    """The least and the most seconds that a run may take on this machine.
+    """Return the minimum and maximum seconds of a run on this machine.
 
     Args:
-        tasks: what the run does with each linear.
+        tasks: the task of each linear.
         groups: full names of linears that share an input.
         flops: floating-point operations of all forwards.
-        tokens: of the calibration windows.
+        tokens: number of calibration tokens.
         settings: how the work is done.
-        device: that computes.
+        device: the computing device.
     """
     shapes = [task.shape for task in tasks.values()] or [(1, 1)]
     widest = max(shapes, key=lambda shape: shape[0] * shape[1])
@@ -92,11 +92,11 @@ def run_seconds(
     """Seconds of a run: its forwards, and for each group of linears gather, prepare and solve.
 
     Args:
-        tasks: what the run does with each linear, by full name.
+        tasks: the task of each linear, by full name.
         groups: full names of linears that share an input.
         forwards: seconds of all forwards.
-        tokens: of the calibration windows.
-        times_of: what a task takes.
+        tokens: number of calibration tokens.
+        times_of: returns the times of a task.
     """
     total = forwards
     for group in groups:
@@ -120,7 +120,7 @@ def product_rate(shape: Shape, settings: Settings, device: torch.device) -> floa
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call; the quickest of as many as fit into a tenth of a second, or two."""
+    """Seconds of the fastest call. Calls repeat for a tenth of a second, at least twice."""
     best, calls, begun = float("inf"), 0, time.perf_counter()
     while calls < 2 or time.perf_counter() - begun < PROBE_SECONDS:
         started = time.perf_counter()
@@ -163,7 +163,7 @@ def solving_seconds(
     wider: float,
     taller: float,
 ) -> tuple[float, float]:
-    """Seconds to prepare, which grow with in³, and to solve, with in² · out; scaled by both."""
+    """Seconds to prepare (grows with in³) and to solve (grows with in² · out), scaled up."""
     try:
         started = time.perf_counter()
         prepared = method.solver.prepare(shared)
@@ -171,13 +171,13 @@ def solving_seconds(
         solution = method.solve(weight, prepared, {**shared, **own, STORED: weight}, sparsity)
         solution.mask.sum().item()  # waits for a GPU
         ended = time.perf_counter()
-    except NumericalError:  # random numbers need not suit every part
+    except NumericalError:  # some parts cannot handle random numbers
         return 0.0, 0.0
     return (middle - started) * wider**3, (ended - middle) * wider**2 * taller
 
 
 def timed_shape(method: Method, shape: Shape, sparsity: float) -> Shape:
-    """The largest fraction of a shape that is not wider than `WIDEST` and suits the pattern."""
+    """The largest fraction of a shape that is at most `WIDEST` wide and fits the pattern."""
     small = (fraction_of(shape[0]), fraction_of(shape[1]))
     try:
         method.check(small, sparsity)
@@ -187,9 +187,9 @@ def timed_shape(method: Method, shape: Shape, sparsity: float) -> Shape:
 
 
 def fraction_of(size: int) -> int:
-    """A size divided by the smallest whole number that leaves at most `WIDEST`.
+    """Divide a size by its smallest divisor that gives at most `WIDEST`.
 
-    A size without a divisor that leaves at least a quarter of `WIDEST` stays as it is.
+    If the result would be below a quarter of `WIDEST`, the size does not change.
 
     Example:
         >>> from secateur.engine.plan_time import fraction_of

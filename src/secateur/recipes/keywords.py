@@ -23,7 +23,9 @@ P, R = ParamSpec("P"), TypeVar("R")
 INDENT, WIDTH = " " * 8, 100
 
 
-def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes_options_of(
+    kind: type[Section], without: frozenset[str] = frozenset()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Add the options of a recipe to the signature and the help of a function.
 
     The function receives them as `**options`. Parameters that the function declares itself stay
@@ -31,8 +33,9 @@ def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable
 
     Args:
         kind: the class of the recipe.
+        without: options that do not concern this function.
     """
-    shown = [*options_of(kind), *run_options_of(kind)]
+    shown = [o for o in (*options_of(kind), *run_options_of(kind)) if o.name not in without]
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)

@@ -6,7 +6,10 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["VERBS", "Verb", "imported"]
+__all__ = ["VERBS", "WRITING", "Verb", "imported"]
+
+WRITING = frozenset({"output", "overwrite", "resume", "restart"})
+"""The options of a verb that writes a folder."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Verb:
         recipe: the place of its recipe class, `package.module:name`.
         function: the place of the function.
         more: further sentences for the help of the verb.
+        without: options of the recipe that do not concern this verb.
     """
 
     name: str
@@ -26,6 +30,7 @@ class Verb:
     recipe: str = ""
     function: str = ""
     more: str = ""
+    without: frozenset[str] = frozenset()
 
     @property
     def about(self) -> str:
@@ -67,6 +72,7 @@ VERBS: dict[str, Verb] = {
             "nothing.",
             "secateur.recipes.prune:PruneRecipe",
             "secateur.workflows.prune.checkpoint:plan",
+            without=WRITING,
         ),
         Verb(
             "retrain",

@@ -396,5 +396,5 @@ def train(
     hooks: Sequence[Hook] = (),
     **options: Any,
 ) -> Outcome:
-    """Train a model in place: `Loop(...).run()`; the arguments are those of `Loop`."""
+    """Train a model in place: `Loop(...).run()`, with the arguments of `Loop`."""
     return Loop(model, batches, objective, masks, plan, saved=saved, hooks=hooks, **options).run()

@@ -55,7 +55,7 @@ class TrainingPlan:
         fast_matmuls: compute products in bfloat16 if the processor is faster at it. Weights and
             moments are always in float32.
         validations: number of validations during the run, besides the first; 0 for none.
-        patience: stop after so many validations without a new best; 0 for never.
+        patience: stop after this many validations without a new best; 0 for never.
         save_minutes: minutes between saves.
         diverged: limit of the median of the last losses, as a multiple of its lowest value so
             far; a tenth of the first loss is added. 0 sets no limit.

@@ -1,1 +1,1 @@
-"""What to prune or cut: surveys, the search, depth, channels, experts."""
+"""Chooses what to prune or cut: surveys, the search, depth, channels, experts."""

@@ -1,8 +1,8 @@
-"""Allocation over a model: one pass through the dense model decides how much each linear loses.
+"""Allocation over a model: one pass through the dense model sets the sparsity of each linear.
 
-The result is a task for each linear. The run decides later, layer by layer, which weights a linear
-loses, on the inputs of the pruned model. For the global scope with scores that do not depend on
-inputs (magnitude, gradient) the result is exactly the mask of one threshold.
+The result is a task for each linear. The run later chooses the weights to prune, layer by layer,
+on the inputs of the pruned model. For the global scope with scores that do not depend on
+inputs (magnitude, gradient), the result is exactly the mask of one threshold.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def settled_allocation(work: Path) -> Path:
 
 @full_float32()
 def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
-    """The tasks of a run with the sparsities of an allocation, in place of uniform ones.
+    """Return the tasks of a run with the sparsities of an allocation in place of uniform ones.
 
-    Linears with a sparsity of their own keep it, and do not compete; excluded linears stay dense.
+    Linears with their own sparsity keep it and do not compete. Excluded linears stay dense.
 
     Args:
-        survey: of the dense model.
-        allocation: decides how much each linear loses.
-        sparsity: of the whole model.
+        survey: survey of the dense model.
+        allocation: sets the sparsity of each linear.
+        sparsity: sparsity of the whole model.
     """
     grains = grains_of(survey.tasks, allocation)
     if allocation.reach == 0 or not grains:
@@ -70,7 +70,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
 
 
 def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """What the allocation kept of all layers, with one tensor in memory at a time."""
+    """The allocation's stored values of all layers, with one tensor in memory at a time."""
     for path in files:
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):

@@ -15,10 +15,10 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class DenseLogits:
-    """What the dense model predicts for one window; candidates are compared with it.
+    """The dense model's prediction for one window, as the reference of all candidates.
 
     Attributes:
-        probabilities: p, of the next token.
+        probabilities: p of the next token.
         negative_entropy: Σ p · log p of each token.
     """
 
@@ -27,7 +27,7 @@ class DenseLogits:
 
     @classmethod
     def of(cls, logits: Tensor) -> DenseLogits:
-        """From logits [tokens, vocabulary]."""
+        """Make the reference from logits [tokens, vocabulary]."""
         log_probabilities = logits.float().log_softmax(-1)
         probabilities = log_probabilities.exp()
         return cls(probabilities, log_probabilities.mul_(probabilities).sum(-1))
@@ -35,8 +35,8 @@ class DenseLogits:
     def divergence(self, logits: Tensor) -> float:
         """Σ over tokens of KL(p ‖ softmax(z)) = Σ p · log p + logsumexp(z) − p · z, in nats.
 
-        In this form a candidate costs one pass of exponentials, a few rows at a time so that they
-        stay in the cache. That is five times as fast as two log-softmaxes.
+        In this form a candidate costs one pass of exponentials. It handles a few rows at a time,
+        which stay in the cache. That is five times as fast as two log-softmaxes.
         """
         total = 0.0
         parts = (self.probabilities, self.negative_entropy, logits)

@@ -1,7 +1,7 @@
-"""Which decoder layers, or which of their sub-blocks, a model can do without.
+"""Chooses the decoder layers, or their sub-blocks, that a model can lose.
 
-One decoder layer is in memory at a time. The model stays as it is: `structured.surgery` removes
-what this module chooses.
+One decoder layer is in memory at a time. This module does not change the model;
+`structured.surgery` removes the chosen units.
 """
 
 from __future__ import annotations
@@ -48,37 +48,37 @@ _TRIES = 8
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """How much depth goes, and how to choose it.
+    """How much depth to remove, and how to choose it.
 
     Methods:
         influence: the units of least block influence (ShortGPT), per parameter.
-        angular: the run of consecutive layers of least angular distance (Gromov et al.).
-        greedy: one unit after the other; each step drops the unit whose loss harms the whole model
+        angular: the consecutive layers of least angular distance (Gromov et al.).
+        greedy: one unit at a time; each step drops the unit whose removal harms the whole model
             least. With `objective="loss"` and one stage this is SLEB (Song et al. 2024,
             arXiv:2402.09025).
         search: an evolutionary search from the better of influence and greedy. It exchanges dropped
             units for kept ones (EvoPress, Sieberling et al. 2024, arXiv:2410.14649).
 
-    Deviations: greedy removal and search select in stages, few candidates on many tokens. SLEB
-    uses the loss and EvoPress the divergence; here both methods can use either. The search begins
-    with the result of greedy removal, draws the units to drop by the order that greedy removal
-    left, measures no candidate twice, and exchanges units of different size within one budget of
-    parameters.
+    Deviations: greedy removal and search select in stages, with fewer candidates on more tokens.
+    SLEB uses the loss and EvoPress the divergence; here both methods can use either. The search
+    begins with the result of greedy removal, draws units to drop by the ranking from greedy
+    removal, measures no candidate twice, and exchanges units of different size within one budget
+    of parameters.
 
     Args:
         units: `layers`, `attention`, `ffn` (sub-blocks of one kind), or `blocks` (of both).
-        count: units to drop; not for `blocks`, which differ in size.
-        share: fraction of the decoder layers' parameters to drop instead, without norms; at least
-            this many go.
+        count: number of units to drop; not for `blocks`, which differ in size.
+        share: minimum fraction of the decoder layers' parameters to drop, without norms, in place
+            of `count`.
         method: influence, angular, greedy or search.
         objective: `divergence` from the dense model, or `loss`, of the next tokens.
         stages: (survivors, tokens) of each stage of a selection; the last keeps 1.
-        generations: of the search.
-        offspring: mutants in a generation.
-        seed: of the mutations.
+        generations: number of generations of the search.
+        offspring: number of mutants in a generation.
+        seed: seed of the mutations.
 
     Raises:
-        RecipeError: a parameter is out of range, or they contradict each other.
+        RecipeError: a parameter is out of range, or two parameters contradict each other.
     """
 
     units: str = "layers"
@@ -131,18 +131,20 @@ class DepthSettings:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What to drop.
+    """The units to drop.
 
     Attributes:
         layers: whole decoder layers, and layers that lose both sub-blocks.
         attention: layers that lose their attention and keep their feed-forward sub-block.
         ffn: layers that lose their feed-forward sub-block and keep their attention.
-        parameters: how many go, without norms.
-        share: of the decoder layers' parameters.
+        parameters: number of dropped parameters, without norms.
+        share: dropped fraction of the decoder layers' parameters.
         fitness: divergence or loss on the tokens of the last stage; None for influence and
             angular, which do not measure it.
-        scores: the influence of each unit, or the angular distance over the layers from each one.
-        history: of greedy removal and search: step or generation, what was dropped, its fitness.
+        scores: the influence of each unit, or the angular distance of the run that begins at each
+            layer.
+        history: steps of greedy removal or generations of the search, with the dropped units and
+            their fitness.
     """
 
     layers: tuple[int, ...]
@@ -165,16 +167,16 @@ def choose_depth(
     """Choose the layers or sub-blocks to drop.
 
     Args:
-        target: the model, dense; it stays as it is.
+        target: the dense model; it does not change.
         windows: calibration tokens [samples, sequence_length].
         how: how much, and by which method.
         work: folder for `depth.jsonl`, from which a stopped choice resumes; None to keep measured
             values in memory only.
-        progress: hears of every step.
+        progress: receives every step.
 
     Raises:
-        RecipeError: the model has less to drop, or `work` belongs to another choice.
-        ArchitectureError: the layers cannot lose sub-blocks one by one.
+        RecipeError: the model has too little to drop, or `work` belongs to another choice.
+        ArchitectureError: single sub-blocks of the layers cannot be removed.
     """
     space = space_of(target, how)
     choice = DepthChoice(target, windows, how, space, work, progress)
@@ -182,11 +184,11 @@ def choose_depth(
 
 
 def space_of(target: Target, how: DepthSettings) -> DropSpace:
-    """The units that can be dropped, and the budget.
+    """Return the units that can be dropped, and the budget.
 
     Raises:
-        RecipeError: there is less to drop.
-        ArchitectureError: there are no such units.
+        RecipeError: the model has too little to drop.
+        ArchitectureError: the model has no such units.
     """
     units = []
     total = 0
@@ -208,7 +210,7 @@ def space_of(target: Target, how: DepthSettings) -> DropSpace:
     assert budget is not None
     whole = sum(unit.cost for unit in units)
     if how.units in ("layers", "blocks"):
-        whole -= min(unit.cost for unit in units)  # something has to stay
+        whole -= min(unit.cost for unit in units)  # one unit must stay
     if not 0 < budget <= whole:
         asked = f"{how.count} of them" if how.share is None else f"{how.share} of all parameters"
         raise RecipeError(
@@ -220,15 +222,15 @@ def space_of(target: Target, how: DepthSettings) -> DropSpace:
 
 
 class DepthChoice:
-    """One choice of depth: measures what its method needs, and records each step.
+    """One choice of depth. It measures the values that its method needs, and records each step.
 
     Args:
-        target: the model, dense.
+        target: the dense model.
         windows: calibration tokens.
         how: how much, and by which method.
-        space: what can be dropped.
+        space: the units that can be dropped.
         work: folder for the measured values.
-        progress: hears of every step.
+        progress: receives every step.
     """
 
     def __init__(
@@ -284,7 +286,7 @@ class DepthChoice:
         return removal
 
     def search(self) -> Removal:
-        """The best that a search finds from the better of influence and greedy removal."""
+        """The best result of a search from the better of influence and greedy removal."""
         influence, removed = self.influence(), self.greedy()
         mutate = partial(self.space.mutate, order=removed.order)
         starts = [removed.candidate, influence.candidate]
@@ -311,7 +313,7 @@ class DepthChoice:
         self.history.append({"stage": stage, "dropped": dropped, "fitness": fitness})
 
     def dropped(self, removal: Removal) -> Dropped:
-        """What to drop in the end, by layer."""
+        """Return the units to drop, by layer."""
         kept = self.space.kept(removal.candidate)
         every = sum(sum(parameters_of(layer).values()) for layer in self.target.layers)
         parameters = sum(self.space.units[i].parameters for i in removal.candidate)

@@ -1,4 +1,4 @@
-"""How little a layer changes its input: scores from one forward pass of the dense model."""
+"""Scores of how much a layer changes its input, from one forward pass of the dense model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def influences(ends: ModelEnds, units: Sequence[DepthUnit], progress: Progress) 
 
     Papers: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You
     Expect", arXiv:2403.03853; for sub-blocks He et al. 2024, "What Matters in Transformers? Not
-    All Attention is Needed", arXiv:2406.15786. Where attention and feed-forward run side by side,
+    All Attention is Needed", arXiv:2406.15786. If attention and feed-forward run in parallel,
     they still count in this order.
     """
     target, blocks = ends.target, SubBlocks(ends)
@@ -65,8 +65,8 @@ def angular_distances(ends: ModelEnds, length: int, progress: Progress) -> list[
     with x^l the input of layer l. The layers l to l + length − 1 of the least d can be dropped.
 
     Paper: Gromov et al. 2024, "The Unreasonable Ineffectiveness of the Deeper Layers",
-    arXiv:2403.17887. Deviation: all tokens count, in the paper the last token of each window, so
-    few windows are enough here.
+    arXiv:2403.17887. Deviation: all tokens count, so a few windows are enough. The paper uses only
+    the last token of each window.
     """
     count = len(ends.target.layers)
     sums = [0.0] * (count - length + 1)

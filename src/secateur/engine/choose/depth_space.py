@@ -1,7 +1,7 @@
-"""Which sets of layers or sub-blocks can be dropped, and how to choose among them.
+"""The sets of layers or sub-blocks that can be dropped, and how to choose among them.
 
-The pure part: the cost of a set, greedy removal, and the mutations of the search
-(`sparsity.evolution`). A function measures how good a set is: `engine.choose.tournament`.
+This is the part without a model: the cost of a set, greedy removal, and the mutations of the search
+(`sparsity.evolution`). `engine.choose.tournament` measures the fitness of a set.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["ATTENTION", "FFN", "WHOLE", "DepthUnit", "DropSpace", "Removal", "gr
 
 ATTENTION, FFN = 1, 2
 WHOLE = ATTENTION | FFN
-"""Which sub-blocks, as bits."""
+"""Sub-blocks as bits."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class DepthUnit:
     Attributes:
         layer: index of the decoder layer.
         parts: ATTENTION, FFN or WHOLE.
-        parameters: how many it has.
-        cost: how much it counts towards the budget.
+        parameters: number of its parameters.
+        cost: its cost in the budget.
     """
 
     layer: int
@@ -50,9 +50,9 @@ class DropSpace:
     A candidate holds ascending indices into `units`: the units that it drops.
 
     Attributes:
-        units: what can be dropped, in the order of the layers.
+        units: units that can be dropped, in the order of the layers.
         budget: the sum of costs to reach.
-        layers: how many decoder layers there are.
+        layers: number of decoder layers.
     """
 
     units: tuple[DepthUnit, ...]
@@ -61,7 +61,7 @@ class DropSpace:
 
     @property
     def run_length(self) -> int:
-        """The least number of consecutive units that reach the budget wherever they begin."""
+        """The smallest number of consecutive units that reach the budget from any starting unit."""
         costs = [unit.cost for unit in self.units]
         return next(
             n
@@ -85,21 +85,21 @@ class DropSpace:
         return [self.units[i].name for i in candidate]
 
     def spare(self, candidate: Candidate) -> list[int]:
-        """Dropped units; any one of them could come back, and the budget would still be reached."""
+        """The spare units of a candidate: it reaches the budget without any single one of them."""
         beyond = self.cost(candidate) - self.budget
         return [i for i in candidate if self.units[i].cost <= beyond]
 
     def mutate(self, candidate: Candidate, random: Random, order: Sequence[int]) -> Candidate:
-        """Exchange one to three units, fewer more often; the budget stays reached.
+        """Exchange one to three units, small numbers more often. The result reaches the budget.
 
-        A random dropped unit comes back. Others are dropped instead until the budget is reached:
-        among the units that can be dropped, the one at place r of the order has a probability in
-        proportion to 1/(r+1). Where units differ in cost, spare ones come back.
+        A random dropped unit is restored. Other units are dropped until the sum reaches the budget.
+        The unit at position r of the order is drawn with probability proportional to 1/(r+1). If
+        units differ in cost, spare units are restored.
 
         Args:
-            candidate: to begin with.
+            candidate: the initial candidate.
             random: source of the draws.
-            order: all units; the first ones seem best to drop.
+            order: ranking of all units; the best ones to drop come first.
         """
         dropped = set(candidate)
         for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
@@ -121,9 +121,9 @@ class Removal:
     """A set of dropped units.
 
     Attributes:
-        candidate: what is dropped.
-        fitness: of the candidate, on the tokens of the last stage; NaN if it was not measured.
-        order: all units; the first ones seem best to drop.
+        candidate: the dropped units.
+        fitness: fitness of the candidate on the tokens of the last stage; NaN if not measured.
+        order: ranking of all units; the best ones to drop come first.
     """
 
     candidate: Candidate
@@ -134,8 +134,8 @@ class Removal:
 def lowest(space: DropSpace, scores: Sequence[float]) -> Removal:
     """Drop the units of lowest score per cost until the budget is reached, and no more.
 
-    Where units differ in cost, the last unit may exceed the budget. Then the units of the highest
-    score that are spare come back.
+    If units differ in cost, the last unit may exceed the budget. Then spare units are restored,
+    starting with the highest score.
     """
     ratios = [score / unit.cost for score, unit in zip(scores, space.units, strict=True)]
     order = ordered(ratios)
@@ -150,11 +150,11 @@ def lowest(space: DropSpace, scores: Sequence[float]) -> Removal:
 
 
 def greedy(space: DropSpace, stages: Stages, fitness: Fitness) -> Iterator[Removal]:
-    """Drop one unit after the other, each time the one that harms least; yields every step.
+    """Drop one unit at a time, always the least harmful one, and yield every step.
 
-    Each step tries all units that are left; stages keep fewer of them on more tokens. Where units
-    differ in cost, the harm of a unit is divided by its cost, of which only the part up to the
-    budget counts. At the end, spare units come back.
+    Each step tries all remaining units. Later stages keep fewer of them on more tokens. If units
+    differ in cost, the harm of a unit is divided by its cost; only the part of the cost within the
+    budget counts. At the end, spare units are restored.
     """
     dropped: Candidate = ()
     step = 0

@@ -1,7 +1,7 @@
-"""Which experts a model can do without: how often the router chooses them, and what they add.
+"""Scores the experts of a model by how often the router chooses them and how much they add.
 
-Calibration passes once through the dense model, with one decoder layer in memory. Two sums are
-gathered for each expert. `kept_experts` chooses by them, for a `Cut`.
+Calibration passes once through the dense model, with one decoder layer in memory, and gathers two
+sums for each expert. `kept_experts` uses them to choose the experts of a `Cut`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class ExpertUse:
         reap       S_j = 1/|T_j| · Σ_{t in T_j} g_j(t) · ‖f_j(t)‖₂
         frequency  |T_j|
 
-    T_j are the tokens routed to expert j, f_j(t) is the expert's output for a token, and g_j(t) the
-    weight by which the model multiplies it. An expert without tokens has the score 0.
+    T_j are the tokens routed to expert j, f_j(t) is the expert's output for a token, and g_j(t) is
+    the weight by which the model multiplies it. An expert without tokens has the score 0.
 
     Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE
-    Compression", arXiv:2510.13999. Deviation: where a model normalises the weights of the chosen
+    Compression", arXiv:2510.13999. Deviation: if a model normalises the weights of the chosen
     experts (Mixtral, most of Qwen3), g_j are the normalised weights; in the released code this is
     an option.
 
@@ -71,10 +71,10 @@ class ExpertUse:
 
 
 class Listener:
-    """Hooks on the experts of a layer that add up the outputs of each.
+    """Hooks on the experts of a layer that add up the outputs of each expert.
 
     Args:
-        experts: opened.
+        experts: the opened experts.
     """
 
     def __init__(self, experts: OpenExperts) -> None:
@@ -106,7 +106,7 @@ class Listener:
         return after
 
     def close(self) -> ExpertUse:
-        """Remove the hooks; returns the sums."""
+        """Remove the hooks and return the sums."""
         for handle in self.handles:
             handle.remove()
         return ExpertUse(self.tokens, self.outputs)
@@ -119,13 +119,13 @@ def expert_use(
     """Pass calibration through the dense model, and measure how much it uses its experts.
 
     Args:
-        target: the model, its experts opened.
+        target: the model with opened experts.
         windows: token ids [samples, sequence_length].
         micro_batch_tokens: tokens that pass through a layer at once.
-        progress: hears of every layer.
+        progress: receives every layer.
 
     Returns:
-        The use of experts, by the number of the layer; only layers with experts.
+        The use of experts, by number of the layer, for layers with experts.
 
     Raises:
         ArchitectureError: no layer has experts.
@@ -155,19 +155,19 @@ def expert_use(
 def kept_experts(
     use: Mapping[int, ExpertUse], keep: int, top_k: int, score: str = "reap"
 ) -> dict[int, tuple[int, ...]]:
-    """The experts with the highest scores of each layer; of equal ones the first.
+    """Return the experts with the highest scores in each layer. Ties go to the first expert.
 
     Args:
-        use: from `expert_use`.
-        keep: experts of each layer.
-        top_k: how many the router chooses for each token.
+        use: the result of `expert_use`.
+        keep: number of experts to keep in each layer.
+        top_k: number of experts that the router chooses for each token.
         score: `reap` or `frequency`.
 
     Returns:
         Ascending numbers of experts by layer, as in `Cut.experts`.
 
     Raises:
-        RecipeError: `keep` is more than there are, or fewer than the router chooses.
+        RecipeError: `keep` exceeds the number of experts, or is below the router's choice.
     """
     fewest = min(len(layer.tokens) for layer in use.values())
     if not top_k <= keep <= fewest:
@@ -180,6 +180,6 @@ def kept_experts(
 
 
 def first(score: Tensor, count: int) -> Sequence[int]:
-    """The places of the highest scores."""
+    """The indices of the highest scores."""
     places: list[int] = torch.argsort(score, descending=True, stable=True)[:count].tolist()
     return places

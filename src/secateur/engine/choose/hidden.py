@@ -1,4 +1,4 @@
-"""How much the sub-blocks read of each channel of the residual stream.
+"""Scores the channels of the residual stream by how much the sub-blocks read from each.
 
     score_j = Σ over reads r of ‖Y_j^(r)‖₂,   Y^(r) = the tensor of read r, over all tokens
 
@@ -9,9 +9,9 @@ mixture.
 
 Paper: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation"
 (Minitron), arXiv:2407.14679, which sums over the outputs of all norms. Deviations: the L2 norm is
-over all tokens, in the paper over sequences, each with the mean of its tokens; the norm before the
-output head is left out, because its outputs are not part of a layer; norms whose outputs no
-sub-block reads (after a sub-block, or within attention) are left out.
+over all tokens, while the paper takes it over sequences, each with the mean of its tokens; the norm
+before the output head does not count, because its outputs are not part of a layer; norms whose
+outputs no sub-block reads (after a sub-block, or within attention) do not count.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def hidden_scores(
 
     Raises:
         ArchitectureError: the model's family does not declare what reads the residual stream.
-        NumericalError: what a layer reads is infinite or not a number.
+        NumericalError: an input of a layer is infinite or not a number.
     """
     layers, architecture = target.layers, target.architecture
     in_memory = settings.activations == "memory"
@@ -83,7 +83,7 @@ def hidden_scores(
 def readers_of(layer: nn.Module, architecture: Architecture) -> list[str]:
     """The modules of a decoder layer that read the residual stream.
 
-    Experts are left out: each reads some of the tokens that the router reads.
+    Experts do not count: each reads only some of the tokens that the router reads.
 
     Raises:
         ArchitectureError: the family declares no couplings.
@@ -115,7 +115,7 @@ class StreamReads:
         self.handles = [reader.register_forward_pre_hook(self.before) for reader in readers]
 
     def begin(self) -> None:
-        """Begin a forward; all forwards have their reads in the same order."""
+        """Begin a forward. All forwards make their reads in the same order."""
         self.seen = []
 
     def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:

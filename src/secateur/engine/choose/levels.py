@@ -33,12 +33,13 @@ __all__ = ["FoundLevels", "LevelVariants", "search_levels"]
 
 @dataclass(frozen=True)
 class FoundLevels:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         sparsity_of: the sparsity of every linear.
-        divergence: of the best candidate, in nats per token, on the tokens of the last stage.
-        uniform_divergence: of uniform sparsity, on the same tokens.
+        divergence: divergence of the best candidate, in nats per token, on the tokens of the last
+            stage.
+        uniform_divergence: divergence of uniform sparsity, on the same tokens.
     """
 
     sparsity_of: dict[str, float]
@@ -53,9 +54,9 @@ def search_levels(
     """Search the levels of all competing linears.
 
     Args:
-        survey: whose model and calibration tokens are used; its folder takes `search.jsonl`.
+        survey: gives the model, the calibration tokens, and the folder for `search.jsonl`.
         search: the parameters.
-        grains: of the linears that compete.
+        grains: grains of the competing linears.
         files: for each layer, the weights of its linears at each level, from `LevelSearch.look`.
     """
     assert survey.passage is not None
@@ -94,15 +95,15 @@ def stored_errors(files: Sequence[Path]) -> dict[str, float]:
 
 
 class LevelVariants:
-    """Decoder layers whose linears have the weights of some levels.
+    """Decoder layers whose linears have the weights of given levels.
 
-    The version of a layer is a tuple: the level of each of its competing linears. In the dense
+    The version of a layer is a tuple with the level of each of its competing linears. In the dense
     model it is `dense`.
 
     Args:
-        ends: of the model.
-        competing: the names of the linears that compete; a candidate has a level for each.
-        fixed: linears that are pruned to a sparsity of their own.
+        ends: ends of the model.
+        competing: names of the competing linears; a candidate has a level for each.
+        fixed: linears with their own sparsity.
         files: for each layer, the weights of its linears at each level.
     """
 
@@ -126,7 +127,7 @@ class LevelVariants:
     def opened(
         self, number: int, layer: nn.Module
     ) -> Iterator[Callable[[Version], Callable[[Tensor], Tensor]]]:
-        """The forward of each version; the weights are read from the file when it is made."""
+        """The forward of each version. Making a forward reads its weights from the file."""
         with safe_open(self.files[number], "pt") as file:
 
             def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
@@ -142,7 +143,7 @@ class LevelVariants:
     def weights(
         self, number: int, layer: nn.Module, version: Version, file: Any
     ) -> dict[str, Tensor]:
-        """The weights of a version by their names in the layer; none for the dense model."""
+        """The weights of a version by their names in the layer; empty for the dense model."""
         if not isinstance(version, tuple):
             return {}
         target, found = self.ends.target, {}

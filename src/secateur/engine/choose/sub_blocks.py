@@ -23,8 +23,8 @@ _NAMES = {ATTENTION: "attention", FFN: "feed-forward"}
 def parts_of(layer: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules of a decoder layer that make up its attention and its feed-forward sub-block.
 
-    Every child with a matrix belongs to one of them: to attention if its name or class says so.
-    Norms belong to none.
+    Every child with a matrix belongs to one of the two: to attention if its name or class contains
+    that word, else to the feed-forward sub-block. Norms belong to neither.
     """
     parts: dict[int, list[nn.Module]] = {ATTENTION: [], FFN: []}
     for name, child in layer.named_children():
@@ -43,17 +43,17 @@ def parameters_of(layer: nn.Module) -> dict[int, int]:
 
 
 class SubBlocks:
-    """Runs layers of which sub-blocks are left out.
+    """Runs layers without some of their sub-blocks.
 
     The version of a layer is the sum of the sub-blocks that it keeps: ATTENTION, FFN or WHOLE.
 
-    A sub-block that is left out adds nothing to the residual stream: its modules return zeros.
-    Without both sub-blocks the layer has to be the identity. That is checked once for each layer
-    that loses one. So a family is refused if something else writes to the stream: a norm with a
-    bias behind the sub-blocks, or a norm on the stream itself.
+    A removed sub-block adds nothing to the residual stream: its modules return zeros. Without both
+    sub-blocks the layer must be the identity. That is checked once for each layer that loses a
+    sub-block. So a family is refused if something else writes to the stream: a norm with a bias
+    after the sub-blocks, or a norm on the stream itself.
 
     Args:
-        ends: of the model, dense.
+        ends: ends of the dense model.
     """
 
     dense: Version = WHOLE
@@ -74,7 +74,7 @@ class SubBlocks:
         yield forward_of
 
     def run(self, number: int, layer: nn.Module, kept: int, hidden: Tensor) -> Tensor:
-        """Run a layer that keeps some of its sub-blocks, one at least.
+        """Run a layer that keeps at least one of its sub-blocks.
 
         Raises:
             ArchitectureError: the layer does more than add its sub-blocks to the stream.
@@ -87,7 +87,8 @@ class SubBlocks:
             return self.ends.run(number, layer, hidden)
 
     def learn(self, number: int, layer: nn.Module, hidden: Tensor) -> None:
-        """See what the sub-blocks of a layer return, and check that it adds nothing without them.
+        """Record what the sub-blocks of a layer return, and check that it adds nothing without
+        them.
 
         Raises:
             ArchitectureError: it adds something.

@@ -1,8 +1,8 @@
 """One pass through the whole dense model, for an allocation.
 
-Calibration passes the dense model layer by layer, with one layer in memory. The allocation keeps
-something of each layer: a number for each linear, its scores, or its weights at several levels.
-This goes to one file for each layer, so a killed run resumes after the last file.
+Calibration passes through the dense model layer by layer, with one layer in memory. The allocation
+stores values of each layer: a number for each linear, its scores, or its weights at several
+levels. Each layer has one file, so a killed run resumes after the last file.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ __all__ = ["LayerView", "Survey", "grains_of", "plain"]
 
 
 def grains_of(tasks: Tasks, allocation: Allocation) -> dict[str, Granularity]:
-    """How finely and how far every competing linear can be pruned.
+    """The step size and the limit of the sparsity of every competing linear.
 
-    With the global scope the counts of the linears add up to the number of units nearest to the
-    sparsity of the whole model.
+    With the global scope, the counts of the linears add up to the number of units that is nearest
+    to the sparsity of the whole model.
     """
     grains, seen = {}, 0
     for name, task in tasks.items():
@@ -62,7 +62,7 @@ def grains_of(tasks: Tasks, allocation: Allocation) -> dict[str, Granularity]:
 
 
 def plain(task: LinearTask, share: float) -> float:
-    """The sparsity of a task, if it prunes as many weights as `share`; otherwise `share`."""
+    """Return the sparsity of a task if it prunes as many weights as `share`, else `share`."""
     pattern, shape, asked = task.method.pattern, task.shape, task.sparsity
     return asked if pattern.pruned(shape, asked) == pattern.pruned(shape, share) else share
 
@@ -83,7 +83,7 @@ class Survey:
 
     Args:
         target: the model.
-        tasks: what the run will do with each linear, before the allocation.
+        tasks: the tasks of the linears before the allocation.
         passage: the calibration stream; None without calibration.
         settings: how the work is done.
         progress: receives every step.
@@ -108,7 +108,7 @@ class Survey:
 
     @torch.no_grad()
     def execute(self, allocation: Allocation, grains: Mapping[str, Granularity]) -> list[Path]:
-        """Let the allocation look at every layer; returns one file for each."""
+        """Pass every layer to the allocation. Return one file for each layer."""
         count = len(self.target.layers)
         files = [self.work / f"survey-{i:04d}.safetensors" for i in range(count)]
         names = needed_statistics(self.tasks, allocation)
@@ -139,7 +139,7 @@ class Survey:
         names: frozenset[str],
         file: Path,
     ) -> None:
-        """Pass calibration through one dense layer, and write what the allocation keeps of it."""
+        """Pass calibration through one dense layer, and write the values for the allocation."""
         linears = linears_of(layer, self.target.architecture.layer_name(index))
         check_finite(list(linears.values()))
         shared = self.gathered(index, layer, linears, names) if names else {}
@@ -152,7 +152,7 @@ class Survey:
     def gathered(
         self, index: int, layer: nn.Module, linears: Mapping[str, Linear], names: frozenset[str]
     ) -> dict[str, GroupStatistics]:
-        """Pass calibration through a dense layer; returns the statistics of each linear's input."""
+        """Pass calibration through a dense layer. Return the statistics of each linear's input."""
         assert self.passage is not None
         assert self.passage.hidden is not None
         last = index + 1 == len(self.target.layers)
@@ -176,7 +176,7 @@ class Survey:
         shared: Mapping[str, GroupStatistics],
         grains: Mapping[str, Granularity],
     ) -> LayerView:
-        """The layer as an allocation sees it."""
+        """The view of the layer for an allocation."""
         names = gradient_statistics(self.tasks)
         own = stored_gradients(self.settings.work, index, names, self.target.device)
         architecture = self.target.architecture
@@ -190,14 +190,14 @@ class Survey:
 
 
 class LayerView:
-    """One dense decoder layer, as an allocation sees it (`allocation.DenseLayer`).
+    """The view of one dense decoder layer for an allocation (`allocation.DenseLayer`).
 
     Args:
-        linears: of the layer.
-        tasks: of the run.
+        linears: linears of the layer.
+        tasks: tasks of the run.
         shared: the statistics of each linear's input, by name.
         own: returns the statistics of a linear's gradients.
-        grains: of the linears that compete.
+        grains: grains of the competing linears.
         reached: whether calibration reached each linear.
     """
 
@@ -237,14 +237,14 @@ class LayerView:
         return method.pattern.units(score)
 
     def solve(self, name: str, sparsity: float) -> Tensor:
-        """The weight as the run would leave it, in the dtype of the model."""
+        """The weight after pruning by the run, in the dtype of the model."""
         task, weight = self.tasks[name], self.linears[name].weight
         sparsity = plain(task, sparsity)
         if sparsity == 0:
             return weight
         group = self.group.get(name, 0)
         if self.prepared is None or self.prepared[0] != group:
-            # Linears that share an input come one after the other; one factor is in memory.
+            # Linears that share an input are consecutive, so only one factor is in memory.
             self.prepared = group, task.method.solver.prepare(self.statistics[name])
         known = self.statistics[name]
         solution = task.method.solve(weight, self.prepared[1], known, sparsity)

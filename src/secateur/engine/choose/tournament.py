@@ -1,13 +1,13 @@
-"""How good candidates are, measured on the whole model with one layer in memory.
+"""Measures the fitness of candidates on the whole model with one layer in memory.
 
-All candidates pass the layers in lock-step: each layer is read once, and candidates that are the
-same up to a layer share their hidden states. Of the dense model the last hidden states are kept
+All candidates pass through the layers together: each layer is read once, and candidates that are
+equal up to a layer share their hidden states. For the dense model, the last hidden states are kept
 instead of the logits. They become logits again for one window at a time, for all candidates
-together. That costs one more output head in a stage, and no disk. Candidates only have to be
-ranked, so rough matmuls are enough.
+together. That costs one more output head in a stage, and no disk. Candidates are only ranked, so
+less precise products are enough.
 
-Every measured value goes to a file. The decisions of a search depend on nothing else, so a stopped
-search repeats them from the file in no time and continues where it stopped.
+Every measured value is stored in a file. The decisions of a search depend only on these values, so
+a stopped search quickly repeats them from the file and continues where it stopped.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ __all__ = [
 ]
 
 WINDOW_TOKENS = 512
-"""Tokens that pass the output head at once. Its logits are the largest tensors here."""
+"""Number of tokens in one call of the output head. Its logits are the largest tensors here."""
 
 Version = Hashable
-"""What a candidate makes of one decoder layer."""
+"""The version of one decoder layer in a candidate."""
 
 Versions = tuple[Version, ...]
-"""What a candidate makes of each decoder layer; equal beginnings share hidden states."""
+"""The versions of all decoder layers in a candidate. Equal beginnings share hidden states."""
 
 LEFT_OUT: Version = 0
-"""The version of a layer that a candidate leaves out."""
+"""The version of a layer that a candidate drops."""
 
 
 class Variants(Protocol):
-    """The versions of the decoder layers that candidates of one kind differ in."""
+    """The versions of decoder layers for one kind of candidates."""
 
     @property
     def dense(self) -> Version:
@@ -68,8 +68,8 @@ class Variants(Protocol):
         """A context that gives, for each version of a layer, its forward of hidden states.
 
         Args:
-            number: of the layer.
-            layer: with its dense weights, which it has again afterwards.
+            number: number of the layer.
+            layer: the layer with its dense weights. It gets them back afterwards.
         """
         ...
 
@@ -78,11 +78,11 @@ class Lockstep:
     """Passes candidates through the layers together, and compares their outputs.
 
     Args:
-        ends: of the model, with the windows to measure on.
+        ends: ends of the model, with the windows for the measurement.
         variants: the versions of its layers.
         objective: `divergence`: mean KL(dense ‖ candidate) of the next-token probabilities;
             `loss`: mean cross-entropy of the next tokens; both in nats per token.
-        progress: hears of the layers, in steps of size 0.
+        progress: receives the layers, in steps of size 0.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Lockstep:
     def last_hidden(
         self, candidates: Sequence[Versions], rows: Sequence[int]
     ) -> Mapping[Versions, list[Tensor]]:
-        """The last layer's outputs for some windows, of each candidate."""
+        """The last layer's outputs of each candidate for some windows."""
         target = self.ends.target
         states: dict[Versions, list[Tensor]] = {(): self.ends.embedded(rows)}
         for number in range(len(target.layers)):
@@ -147,13 +147,13 @@ class Lockstep:
 
 
 class Tournament:
-    """The fitness of candidates: from the file of measured values, or else from the model.
+    """The fitness of candidates, from the file of measured values or else from the model.
 
     Args:
         lockstep: measures candidates that are not in the file.
-        versions: what a candidate makes of each layer.
-        file: takes the values; None to keep them in memory only.
-        fingerprint: everything that the values depend on.
+        versions: returns a candidate's version of each layer.
+        file: file of the values; None keeps them in memory only.
+        fingerprint: everything that affects the values.
 
     Raises:
         RecipeError: the file has another fingerprint.
@@ -185,7 +185,7 @@ class Tournament:
                 self.values[tuple(candidate), rows] = value
 
     def noted(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Another value of the model, measured once; it has to be valid JSON."""
+        """Another value of the model, measured once. It must be valid JSON."""
         if name not in self.notes:
             self.notes[name] = measure()
             self.ledger.append({"note": name, "value": self.notes[name]})
@@ -195,9 +195,9 @@ class Tournament:
         """The fitness of candidates (`sparsity.evolution.Fitness`).
 
         Args:
-            candidates: to measure.
-            tokens: measure on so many tokens, in whole windows: one window at least.
-            draw: chooses the windows, where these are not all.
+            candidates: the candidates to measure.
+            tokens: number of tokens to measure on, in whole windows, at least one window.
+            draw: chooses the windows if not all are used.
         """
         total, length = self.lockstep.ends.windows.shape
         count = min(max(1, tokens // length), total)
@@ -222,13 +222,13 @@ def cut_windows(windows: Tensor, tokens: int) -> Tensor:
 def fingerprint(
     ends: ModelEnds, tokens: int, objective: str, units: Sequence[str]
 ) -> dict[str, Any]:
-    """What measured values depend on.
+    """Everything that affects measured values.
 
     Args:
-        ends: of the model, with the calibration windows.
-        tokens: that the last stage measures on.
-        objective: of `Lockstep`.
-        units: the names of what candidates are made of.
+        ends: ends of the model, with the calibration windows.
+        tokens: number of tokens in the last stage.
+        objective: objective of `Lockstep`.
+        units: names of the units of candidates.
     """
     return {
         "windows": checksum(ends.windows),

@@ -1,1 +1,1 @@
-"""A run that prunes: layer by layer, group by group."""
+"""The pruning run: layer by layer, group by group."""

@@ -1,4 +1,4 @@
-"""The targets of asymmetric fitting: what each group of linears should give for its inputs."""
+"""The targets of asymmetric fitting: the desired output of each group of linears."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["AsymmetricTargets"]
 
 
 class AsymmetricTargets:
-    """What each group of linears should give, so that outputs stay those of the dense model.
+    """The targets of each group of linears that keep the outputs near the dense model's.
 
-    A linear that writes to the residual stream should give its dense output, and what is missing
-    in the stream by then: T = Wx + (H − Ĥ). Any other linear should give Wx, so its target is its
+    The target of a linear that writes to the residual stream is its dense output plus the current
+    error of the stream: T = Wx + (H − Ĥ). Any other linear should return Wx, so its target is its
     dense input x. See `sparsity.dense_target`.
 
-    Where the writers are known, only they have a target: they keep the stream near the dense one,
-    and fitting the other linears as well brought nothing in trials, at twice the cost. Experts have
-    none: they are fitted to their own dense weights.
+    If the writers are known, only they have a target. They keep the stream near the dense one. In
+    trials, fitting the other linears too doubled the cost and did not help. Experts have no target:
+    they are fitted to their own dense weights.
 
     Args:
-        pruned: the layer that is pruned.
+        pruned: the layer to prune.
         dense: the same layer of the dense model.
         writers: linears of the pruned layer that write to the residual stream.
     """
@@ -39,7 +39,7 @@ class AsymmetricTargets:
         return len(linears) == 1 and linears[0].name in self.writers
 
     def size(self, group: int) -> int:
-        """How many numbers the target of a group has for one token; 0 where it has no target."""
+        """The size of a group's target for one token; 0 if it has no target."""
         linears = self.dense.groups[group]
         if not linears:
             return 0
@@ -48,10 +48,10 @@ class AsymmetricTargets:
         return linears[0].shape[1]
 
     def of(self, index: int, group: int, dense: Tensor) -> Tensor | None:
-        """The target of a group for one micro-batch; None where it has no target.
+        """The target of a group for one micro-batch; None if it has no target.
 
         Args:
-            index: of the micro-batch.
+            index: number of the micro-batch.
             group: the group.
             dense: its input in the dense model.
         """

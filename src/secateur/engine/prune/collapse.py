@@ -1,8 +1,8 @@
-"""Is a run destroying the model? Each pruned layer is checked.
+"""Checks each pruned layer for collapse.
 
 A linear has collapsed when it has lost four fifths of the energy of its output, a relative error
 of 0.9. Solvers that repair weights measure that error. For solvers that only set weights to zero,
-the norms of the inputs give an estimate, as if inputs were uncorrelated:
+the norms of the inputs give an estimate that assumes uncorrelated inputs:
 
     lost = Σ over pruned w² ‖X_j‖² / Σ over all w² ‖X_j‖²
 """
@@ -18,11 +18,11 @@ from secateur.types import Mask, Statistics, Weight
 __all__ = ["COLLAPSED", "collapse_error", "collapsed", "in_words", "lost_energy"]
 
 COLLAPSED = 0.8
-"""The share of its output's energy that a linear has lost when it has collapsed."""
+"""A linear has collapsed if it lost more than this share of its output's energy."""
 
 
 def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> float | None:
-    """The estimate above; None where no statistics of the inputs were gathered."""
+    """The estimate above; None without statistics of the inputs."""
     if "column_norm" in statistics:
         power = statistics["column_norm"].square()
     elif "gram" in statistics:
@@ -35,19 +35,19 @@ def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> float | N
 
 
 def collapsed(records: Sequence[LinearRecord]) -> dict[str, float]:
-    """The linears that have collapsed, with what they lost."""
+    """The collapsed linears, with their lost energy."""
     known = {r.name: r.lost if r.error is None else r.error for r in records}
-    # an error that is not a number is above everything
+    # an error that is not a number counts as the largest
     return {n: lost for n, lost in known.items() if lost is not None and not lost <= COLLAPSED}
 
 
 def in_words(lost: Mapping[str, float]) -> str:
-    """The collapsed linears of a layer in a line."""
+    """Describe the collapsed linears of a layer in one line."""
     return ", ".join(f"{name} lost {share:.1%} of its output" for name, share in lost.items())
 
 
 def collapse_error(layer: str, lost: Mapping[str, float]) -> VerificationError:
-    """The error that ends a run after a layer in which something has collapsed."""
+    """The error that ends a run after a collapsed layer."""
     return VerificationError(
         f"the layer has collapsed: {in_words(lost)}",
         where=layer,

@@ -20,13 +20,13 @@ class GroupStatistics:
     """Running statistics of the input that a group of linears shares.
 
     Args:
-        names: of the statistics; those of gradients are left to the gradient pass.
-        linear: the first of the group.
-        device: where the sums are kept and computed.
-        target_size: numbers that a target of the group has for one token; 0 for no target.
+        names: names of the statistics. The gradient pass gathers the statistics of gradients.
+        linear: the first linear of the group.
+        device: device of the sums.
+        target_size: size of the group's target for one token; 0 for no target.
 
     Attributes:
-        tokens: inputs seen so far.
+        tokens: number of inputs so far.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class GroupStatistics:
         self.cross = CrossGram(target_size, linear.shape[1], device) if target_size else None
 
     def update(self, x: Tensor, target: Tensor | None = None) -> None:
-        """Add the inputs of one micro-batch, of any leading shape, and their targets."""
+        """Add the inputs of one micro-batch, with any leading shape, and their targets."""
         flat = x.reshape(-1, x.shape[-1])
         self.tokens += len(flat)
         for statistic in self.running.values():
@@ -57,7 +57,8 @@ class GroupStatistics:
         """The statistics so far.
 
         Raises:
-            NumericalError: the inputs overflowed; names the first linear that receives them.
+            NumericalError: the inputs overflowed; the message names the first linear that reads
+                them.
         """
         try:
             return {name: statistic.value() for name, statistic in self.running.items()}
@@ -65,13 +66,13 @@ class GroupStatistics:
             raise NumericalError(error.what, where=self.name, remedy=error.remedy) from None
 
     def fitted(self, writer: bool, damping: float) -> Callable[[Linear], Tensor]:
-        """A function that returns, for each linear, the weight [out, in] to prune.
+        """Return a function that gives the weight [out, in] to prune for each linear.
 
-        That is the linear's own weight, or the weight that best gives the targets.
+        That is the linear's own weight, or the weight that fits the targets best.
 
         Args:
-            writer: the targets are outputs of the one linear, not its inputs in the dense model.
-            damping: how strongly the fit is drawn towards the dense weights.
+            writer: whether the targets are outputs of the only linear, not its dense inputs.
+            damping: strength of the pull towards the dense weights.
         """
         if self.cross is None:
             return lambda linear: linear.weight

@@ -1,9 +1,9 @@
-"""One decoder layer on its way from dense to pruned.
+"""Prunes one decoder layer.
 
     inputs ─► halt at each group ─► gather, prune ─► (tune) ─► outputs
 
-With asymmetric fitting the dense model passes the layer in step, so that both inputs of a group are
-known at once. With reconstruction the layer is tuned before its outputs are passed on.
+With asymmetric fitting, the dense model runs the layer in step, so both inputs of a group are
+known at the same time. With reconstruction, the layer is tuned before its outputs are passed on.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ __all__ = ["LayerContext", "LayerPass"]
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What the work on one decoder layer has to know.
+    """The inputs for the work on one decoder layer.
 
     Attributes:
         index: the number of the layer.
-        last: whether no layer follows.
-        architecture: of the model.
-        tasks: by the full names of the linears.
+        last: whether this is the last layer.
+        architecture: architecture of the model.
+        tasks: tasks by full names of the linears.
         groups: the layer's linears by shared input, by their names within it.
-        statistics: of inputs, to be gathered on the way; empty where no forward is needed.
+        statistics: statistics of inputs to gather; empty if no forward is needed.
         settings: how the work is done.
         passage: the calibration stream; None without calibration.
         own: returns the statistics of a linear's own gradients.
@@ -68,12 +68,12 @@ class LayerPass:
     """The work on one decoder layer.
 
     Args:
-        context: what it has to know.
-        layer: with its weights.
+        context: the inputs for the work.
+        layer: the layer with its weights.
 
     Attributes:
         linears: all prunable linears of the layer, by their names within it.
-        unseen: the full names of linears that calibration did not reach; they stay as they are.
+        unseen: the full names of linears that calibration did not reach; they stay unchanged.
     """
 
     def __init__(self, context: LayerContext, layer: nn.Module) -> None:
@@ -88,12 +88,12 @@ class LayerPass:
 
     @property
     def tunes(self) -> bool:
-        """Whether the layer is tuned: if something of it is pruned."""
+        """Whether the layer is tuned: only if some of it is pruned."""
         return bool(self.pruned) and self.context.settings.tunes
 
     @property
     def outputs_needed(self) -> bool:
-        """Whether the outputs of the layer as it was pruned are passed on."""
+        """Whether the outputs of the layer right after pruning are passed on."""
         return not self.context.last and not self.tunes
 
     @property
@@ -104,7 +104,7 @@ class LayerPass:
 
     @property
     def lane(self) -> Lane:
-        """The hidden states of the model that is pruned."""
+        """The hidden states of the pruned model."""
         return self.lane_of(self.passage.hidden)
 
     @property
@@ -119,7 +119,7 @@ class LayerPass:
         return Lane(self.passage, states, self.context.index, matmuls, self.context.step)
 
     def prune(self) -> list[LinearRecord]:
-        """Gather, prune, and propagate the layer unless it is to be tuned first."""
+        """Gather and prune, and propagate the layer unless tuning comes first."""
         context = self.context
         if context.settings.tunes and not context.settings.asymmetric:
             self.dense_lane.pass_through(self.layer)
@@ -135,14 +135,14 @@ class LayerPass:
         return self.records
 
     def reached(self, linears: Sequence[Linear], tokens: int | None) -> list[Linear]:
-        """The linears that calibration reached; the others stay as they are, and are noted."""
+        """The linears that calibration reached. The others stay unchanged and are recorded."""
         architecture, own = self.context.architecture, self.context.own
         left = [x for x in linears if not is_reached(architecture, x, tokens, own(x))]
         self.unseen += [x.name for x in left]
         self.pruned = [x for x in self.pruned if x.name not in self.unseen]
         return [x for x in linears if x.name not in self.unseen]
 
-    # -- calibration on the way -----------------------------------------------------------------
+    # -- calibration ----------------------------------------------------------------------------
 
     def prune_on_the_way(self) -> None:
         """Prune each group when the inputs of all micro-batches are known."""
@@ -159,17 +159,17 @@ class LayerPass:
             lane.pass_through(self.layer)
 
     def grouped(self) -> list[list[Linear]]:
-        """The linears to prune, by shared input; groups that stay dense are left out."""
+        """The linears to prune, by shared input, without groups that stay dense."""
         groups = [[self.linears[name] for name in group] for group in self.context.groups]
         return [g for g in groups if any(self.context.tasks[x.name].changes for x in g)]
 
     def halt_at_groups(self) -> None:
-        """One pass, group by group, with the dense model beside the pruned one if it is needed."""
+        """Make one pass, group by group, with the dense model beside the pruned one if needed."""
         context, dense, writers = self.context, None, list[Linear]()
         if context.settings.asymmetric:
             names = context.architecture.writers
             writers = [self.linears[name] for name in names if name in self.linears]
-            # before there are hooks, for a copy of the layer would have them too
+            # copy before adding hooks, because the copy would have them too
             copied = dense_copy(self.layer, self.groups, writers, context.architecture.of_expert)
             dense = HaltedLayer(self.dense_lane, *copied)
         pruned = HaltedLayer(
@@ -182,9 +182,9 @@ class LayerPass:
             self.passage.advance_dense(context.index + 1)
 
     def seen(self, group: int) -> GroupStatistics:
-        """The statistics of a group, made when its first input arrives.
+        """The statistics of a group, created when its first input arrives.
 
-        Not before: a layer of many experts has many grams.
+        Not earlier, because a layer of many experts has many grams.
         """
         if group not in self.gathered:
             size = self.targets.size(group) if self.targets else 0
@@ -227,7 +227,7 @@ class LayerPass:
     def shadowed(
         self, fitted: Callable[[Linear], Tensor], shared: Mapping[str, Tensor]
     ) -> Callable[[Linear], Tensor]:
-        """Keep what is about to be pruned, and its inputs' norms, where masks may change later."""
+        """Keep the dense weights and their inputs' norms, if masks may change later."""
         if not (self.tunes and self.context.settings.reconstruction.remask):
             return fitted
 
@@ -253,7 +253,7 @@ class LayerPass:
         return found
 
     def tune(self) -> dict[str, float]:
-        """Tune a pruned layer and propagate it; returns its output error before and after."""
+        """Tune a pruned layer and propagate it. Return its output error before and after."""
         passage, index = self.passage, self.context.index
         streams = (passage.read, passage.read_dense)
 
@@ -277,7 +277,7 @@ class LayerPass:
         return {"error_before": before, "error_after": after}
 
     def measured_error(self, *, stores: bool) -> float:
-        """The mean output error of the layer over all windows; its outputs can be passed on."""
+        """The mean output error of the layer over all windows. It can also pass on the outputs."""
         total, passage = 0.0, self.passage
         for batch in passage.batches():
             out = self.lane.outputs(self.layer, batch)

@@ -1,4 +1,4 @@
-"""Why a run leaves matrices as they are: nothing is skipped without a word."""
+"""The reasons why a run does not prune some matrices. Nothing is skipped silently."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def left_by(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> list[Left]:
     """Every floating-point matrix of the model that a run does not prune, with the reason.
 
     Args:
-        tasks: of a run that is planned, or was carried out.
-        matrices: all there are (`models.inventory`).
+        tasks: tasks of a planned or finished run.
+        matrices: all matrices of the model (`models.inventory`).
     """
     return summary(reasons(tasks, matrices))
 

@@ -1,4 +1,4 @@
-"""What a run did to one linear, as the ledger keeps it."""
+"""The record of one linear in the ledger of a run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["LinearRecord"]
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """What a run did to one linear.
+    """The result of a run for one linear.
 
     Attributes:
         name: its full name.
         shape: (out, in).
-        asked: the sparsity that its task asks for.
-        pruned: how many weights the mask removes.
-        zeros: how many weights are zero afterwards (a source may have zeros of its own).
-        error: relative squared error of its output on the calibration inputs, where known.
-        lost: an estimate of that error where the solver measures none (`engine.prune.collapse`).
-        seconds: spent on scoring, masking and solving.
-        tokens: how many inputs the linear of an expert saw; None elsewhere, where it sees all.
+        asked: the sparsity of its task.
+        pruned: number of weights that the mask removes.
+        zeros: number of zero weights afterwards (the source may already have zeros).
+        error: relative squared error of its output on the calibration inputs, if known.
+        lost: an estimate of that error if the solver measures none (`engine.prune.collapse`).
+        seconds: time for scoring, masking and solving.
+        tokens: number of inputs of an expert's linear; None for other linears, which read all.
     """
 
     name: str

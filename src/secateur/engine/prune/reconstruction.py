@@ -1,10 +1,10 @@
-"""After a layer is pruned, what is left of it is tuned to give the outputs of the dense layer.
+"""Tunes a pruned layer to reproduce the outputs of the dense layer.
 
-The inputs are those of the pruned model, the targets are the outputs that the dense model has at
-this place, so a layer also makes up for what the layers before it lost. All parameters of the
-layer move, norms and biases too; nothing is added. In the first part of the tuning pruned weights
-may come back and others go in their place, always as many as the pattern asks; then the mask is
-held. One decoder layer is in memory, with its gradients and the two moments of Adam.
+The inputs come from the pruned model. The targets are the outputs of the same layer in the dense
+model, so a layer also compensates the losses of the layers before it. All parameters of the layer
+are tuned, including norms and biases; none are added. In the first part of the tuning, pruned
+weights can be exchanged for kept ones, and the pattern stays satisfied. After that the mask is
+fixed. One decoder layer is in memory, with its gradients and the two moments of Adam.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from secateur.models.architecture import Linear
 from secateur.precision import fast_matmuls
 from secateur.sparsity.patterns import Pattern
 
-# The mask is chosen anew every so many steps, and for this part of the tuning.
+# Steps between new masks, and the part of the tuning in which masks change.
 _CHOOSE_EVERY = 4
 _CHOOSING = 0.6
 
@@ -36,24 +36,24 @@ class Reconstruction:
         minimise over θ   mean_t ‖f_θ(x̂)_t − y_t‖² / ‖y_t‖²
 
     where t runs over the tokens of a step, x̂ are the layer's inputs in the pruned model and y the
-    dense layer's outputs on the dense inputs. Each token counts by its own size because the norms
-    that follow divide by it: a few tokens have hidden states a thousand times larger than the
-    others, and would otherwise be all that is fitted.
+    dense layer's outputs on the dense inputs. The error of each token is divided by the token's
+    size, because the following norms divide by it. A few tokens have hidden states a thousand times
+    larger than the others and would otherwise dominate the fit.
 
     The learning rate falls from `learning_rate` to 0 along a half cosine over all steps.
 
-    With `remask`, pruned weights go on in the shadow: the layer runs with θ ⊙ mask, the gradient
-    with respect to that product moves all of θ (straight through the mask), and every four steps
-    the pattern chooses the mask anew by |θ| · ‖x̂‖₂ (Wanda's score). A pruned weight begins as it
-    was before it was pruned. After 60 % of the steps the mask is held.
+    With `remask`, pruned weights keep training as shadow weights: the layer runs with θ ⊙ mask, the
+    gradient of that product moves all of θ (straight through the mask), and every four steps
+    the pattern chooses a new mask by |θ| · ‖x̂‖₂ (Wanda's score). A pruned weight starts from its
+    value before pruning. After 60 % of the steps the mask is fixed.
 
     After: block-wise reconstruction as in BRECQ (Li et al. 2021, arXiv:2102.05426), used for
     pruned language models by Wanda++ (Yang et al. 2025, arXiv:2503.04992), among others; the
     gradient through the mask as in Zhou et al. 2021, arXiv:2102.04010, without its decay.
 
     Args:
-        passes: over the calibration windows; 0 tunes nothing.
-        learning_rate: of the first step.
+        passes: number of passes over the calibration windows; 0 tunes nothing.
+        learning_rate: learning rate of the first step.
         remask: whether the mask may change.
 
     Raises:
@@ -90,13 +90,13 @@ def output_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 class TunedWeight:
-    """A pruned matrix while it is tuned.
+    """A pruned matrix during tuning.
 
     Args:
-        linear: the matrix, pruned.
-        shadow: its weights [out, in] before they were pruned; None holds the mask as it is.
+        linear: the pruned matrix.
+        shadow: its weights [out, in] before pruning; None keeps the mask fixed.
         norm: ‖x̂‖₂ of each input, float32 [in].
-        pattern: the zeros that are allowed.
+        pattern: which zeros are allowed.
         sparsity: the fraction of zeros.
     """
 
@@ -115,24 +115,24 @@ class TunedWeight:
         self.full = None if shadow is None else self.turned(shadow)
 
     def turned(self, matrix: Tensor) -> Tensor:
-        """From [out, in] to how the module stores it, or back."""
+        """Convert from [out, in] to the module's stored orientation, or back."""
         return matrix.t().contiguous() if self.linear.transposed else matrix
 
     def begin(self) -> None:
-        """The parameter is in float32 now: kept weights as they are, pruned ones in the shadow."""
+        """Start from the float32 parameter: kept weights as now, pruned ones as shadow weights."""
         if self.full is not None:
             self.full = torch.where(self.mask, self.parameter.detach(), self.full.float())
 
     def before_step(self, *, choosing: bool) -> None:
-        """Let the optimizer move what may move."""
+        """Give the optimizer the weights and gradients that it may change."""
         assert self.parameter.grad is not None
         if self.full is None or not choosing:
-            self.parameter.grad *= self.mask  # with no moments, a pruned weight stays zero
+            self.parameter.grad *= self.mask  # without moments, a pruned weight stays zero
         if self.full is not None:
             self.parameter.data = self.full
 
     def after_step(self, *, choose: bool) -> None:
-        """Prune again what the layer runs with."""
+        """Prune the weights of the next forward again."""
         if self.full is None:
             return
         if choose:
@@ -153,12 +153,12 @@ def reconstruct(
     """Tune a pruned decoder layer in place.
 
     Args:
-        layer: with its pruned weights; tuned in float32 whatever its dtype.
+        layer: the layer with its pruned weights; tuned in float32 for any dtype.
         pruned: its pruned matrices.
         steps: the calibration windows of each step.
-        example: gives inputs and target of some windows, each [windows, sequence_length, hidden].
-        call: how the layer is called for so many windows.
-        how: gives the learning rate.
+        example: returns inputs and target of some windows, each [windows, sequence_length, hidden].
+        call: how the layer is called for a number of windows.
+        how: sets the learning rate.
         tell: called after every step.
     """
     named = {n: p for n, p in layer.named_parameters() if p.is_floating_point()}

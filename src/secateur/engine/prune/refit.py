@@ -1,26 +1,26 @@
-"""Refit what stayed of a model to what the uncut one computes.
+"""Refits the remaining part of a cut model to the outputs of the uncut model.
 
     inputs of both models ─► halt at each group of linears ─► least squares ─► inputs of the next
 
-A cut of layers, experts or channels takes something out of the residual stream that nothing makes
-up for. So the model that is left passes layer by layer beside the uncut one, and every linear is
-fitted in closed form, to the inputs that it has now, before the next one's are known:
+A cut of layers, experts or channels removes terms from the residual stream. To compensate, the cut
+model runs layer by layer beside the uncut one. Every linear is fitted in closed form to its current
+inputs, before the inputs of the next linear are computed:
 
     min over Ŵ:  ‖T − ŴX̂‖² + λ‖A − Ŵ‖²       (`dense_target`; A the weight that the cut left)
 
-* What reads the stream: T = WX, the outputs of the same linear in the uncut model.
-* What writes to it: T = WX + H − Ĥ of the channels that stayed, H and Ĥ the stream before it. The
-  last one before layers that went is asked for the stream behind them: T = H' − Ĥ, unless it is
-  followed by experts.
+* A linear that reads the stream: T = WX, its outputs in the uncut model.
+* A linear that writes to the stream: T = WX + H − Ĥ on the kept channels, with H and Ĥ the streams
+  before it. The last writer before removed layers is fitted to the stream after them, T = H' − Ĥ,
+  unless experts follow it.
 
-Where a norm stands between a sub-block and the stream (Gemma, OLMo 2), or it is not declared which
-linears write (OPT), these are fitted to T = WX like the others. Experts of a mixture stay as they
-are: which tokens they see is not the same in both models.
+If a norm is between a sub-block and the stream (Gemma, OLMo 2), or the family does not declare
+which linears write (OPT), these linears are fitted to T = WX like the others. Experts of a mixture
+stay unchanged, because they see different tokens in the two models.
 
-This is asymmetric fitting (Li et al. 2025, arXiv:2504.02692) of whatever was cut. For layers, one
-linear map in the place of those that went, merged into the weights before them, is Shopkhoev et
-al. 2025, "ReplaceMe", arXiv:2505.02819. Deviations: it is fitted to the inputs of the down
-projection, not to its outputs, and every linear is, not only the one before the gap.
+This is asymmetric fitting (Li et al. 2025, arXiv:2504.02692) for any cut. Shopkhoev et al. 2025,
+"ReplaceMe", arXiv:2505.02819, replace removed layers by one linear map, merged into the weights
+before them. Deviations: the map is fitted to the inputs of the down projection, not to its outputs,
+and every linear is fitted, not only the one before the gap.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from secateur.sparsity.dense_target import dense_target
 __all__ = ["Refit", "can_refit"]
 
 Pair = tuple[Linear, Linear]
-"""A linear of the cut model, and the same one of the uncut model."""
+"""A linear of the cut model, and the same linear of the uncut model."""
 
 
 def can_refit(architecture: Architecture, *, channels: bool) -> bool:
-    """Whether a refit could change anything after a cut, of channels or only of others.
+    """Whether a refit can improve a cut, with or without a cut of channels.
 
-    Without a linear that is known to write to the stream, layers leave nothing to make up for.
+    If no linear is known to write to the stream, a cut of layers alone leaves nothing to refit.
     """
     return bool(architecture.groups) and bool(architecture.writers or channels)
 
@@ -69,13 +69,13 @@ class Refit:
 
     Args:
         dense: the uncut model.
-        cut: what is left of it, whose layers take the new weights.
-        layers: of the uncut model that stayed, ascending.
-        channels: of its residual stream that stayed, ascending; None for all.
+        cut: the cut model; its layers get the new weights.
+        layers: kept layers of the uncut model, ascending.
+        channels: kept channels of its residual stream, ascending; None for all.
         windows: calibration tokens [samples, sequence_length].
         settings: how the work is done.
-        ledger: where finished layers are entered.
-        progress: told of every forward.
+        ledger: record of finished layers.
+        progress: receives every forward.
     """
 
     def __init__(
@@ -133,20 +133,20 @@ class Refit:
         return 0
 
     def gap(self, place: int) -> int:
-        """How many layers of the uncut model went behind one of the cut model."""
+        """The number of removed layers after a layer of the cut model."""
         last = place + 1 == len(self.layers)
         following = len(self.dense.target.layers) if last else self.layers[place + 1]
         return following - self.layers[place] - 1
 
     def lane(self, passage: Passage, index: int) -> Lane:
-        """The hidden states of one of the models at a layer of its own."""
+        """The hidden states of one of the models at one of its layers."""
         assert passage.hidden is not None
         matmuls = partial(self.settings.matmuls, self.dense.target.device)
         note = f"layer {index}"
         return Lane(passage, passage.hidden, index, matmuls, lambda: self.progress.step(note=note))
 
     def refit_layer(self, place: int) -> None:
-        """One layer of the cut model, from reading it to the ledger."""
+        """Read, refit and record one layer of the cut model."""
         started, index, gap = time.perf_counter(), self.layers[place], self.gap(place)
         with self.ahead(index, gap) as wanted:
             target = self.cut.target
@@ -166,7 +166,7 @@ class Refit:
 
     @contextmanager
     def ahead(self, index: int, gap: int) -> Iterator[Activations | None]:
-        """The stream of the uncut model behind the layers that went after one; None if none did."""
+        """The uncut model's stream after the removed layers that follow; None if there are none."""
         passage = self.dense
         if not gap:
             yield None
@@ -193,11 +193,11 @@ class LayerRefit:
     """The refit of one layer.
 
     Args:
-        refit: what it is part of.
-        place: of the layer in the cut model.
-        layer: with the weights that the cut left.
+        refit: the refit of the whole model.
+        place: index of the layer in the cut model.
+        layer: the layer with its weights after the cut.
         twin: the same layer of the uncut model.
-        wanted: the uncut stream behind the layers that went after it; None if none did.
+        wanted: the uncut stream after the removed layers that follow; None if there are none.
     """
 
     def __init__(
@@ -229,11 +229,11 @@ class LayerRefit:
 
     @property
     def linears(self) -> list[Linear]:
-        """Those that are refitted."""
+        """The linears to refit."""
         return [linear for group in self.groups for linear, _ in group]
 
     def carry_out(self) -> None:
-        """Pass all windows through both layers, and fit each group when they have reached it."""
+        """Pass all windows through both layers, and fit each group when all have reached it."""
         check_finite(self.linears)
         refit, writers = self.refit, [linear for linear, _ in self.writers]
         cut_lane = refit.lane(self.cut, self.place)
@@ -243,7 +243,7 @@ class LayerRefit:
         )
         self.beside = HaltedLayer(dense_lane, self.twin, self.own_groups(1), self.others)
         self.gathered: dict[int, GroupStatistics] = {}
-        # where layers went behind this one, the dense stream continues from `wanted`
+        # if removed layers follow, the dense stream continues from `wanted`
         outputs = not self.last and self.wanted is None
         in_step(self.changing, self.beside, self.gather, self.fit, dense_outputs=outputs)
 
@@ -266,7 +266,7 @@ class LayerRefit:
         self.gathered[group].update(x, wanted)
 
     def target(self, index: int, group: int, dense: Tensor) -> Tensor:
-        """What is wanted of a linear that writes to the stream, without its bias."""
+        """The target of a linear that writes to the stream, without its bias."""
         linear, twin = self.groups[group][0]
         batch = self.dense.batches()[index]
         stream = self.changing.inputs(index) + self.changing.added(index)
@@ -281,7 +281,7 @@ class LayerRefit:
         return self.kept(out + there) - stream
 
     def kept(self, states: Tensor) -> Tensor:
-        """The channels of the stream that stayed."""
+        """The kept channels of the stream."""
         return states if self.refit.channels is None else states[..., self.refit.channels]
 
     def fit(self, group: int) -> None:
@@ -293,6 +293,6 @@ class LayerRefit:
             found = moments
             if not writes:
                 found = twin.weight.float() @ moments
-                if len(found) > linear.shape[0]:  # its outputs are channels, behind a norm
+                if len(found) > linear.shape[0]:  # its outputs are channels, after a norm
                     found = found[self.refit.channels]
             linear.assign(dense_target(gram, found, linear.weight.float(), damping))

@@ -1,8 +1,8 @@
-"""Experts see only the tokens that are routed to them: some see few of the calibration, some none.
+"""Reports how well calibration reaches the experts. Some experts receive few tokens, some none.
 
-What an expert has not seen cannot be scored or compensated. An expert's linear that no token
-reaches is left as it is, whatever was asked of it, and named in the ledger; one that few tokens
-reach is pruned, and its record says by how many.
+Without tokens, an expert cannot be scored or compensated. If no token reaches an expert's linear,
+it stays unchanged, whatever its task, and the ledger names it. If few tokens reach it, it is
+pruned, and its record gives their number.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MORE = "calibrate on more text (--windows), of more kinds"
 def is_reached(
     architecture: Architecture, linear: Linear, tokens: int | None, own: Mapping[str, Tensor]
 ) -> bool:
-    """Whether calibration says anything of a linear; of one outside the experts it always does.
+    """Whether calibration reached a linear. It always reaches linears outside the experts.
 
     Args:
-        architecture: tells whose linear it is.
+        architecture: shows which linears belong to experts.
         linear: the linear.
-        tokens: how many inputs were seen; None where inputs do not matter.
-        own: its own statistics, which are zero throughout where no gradient arrived.
+        tokens: number of inputs; None if inputs do not matter.
+        own: its own statistics, all zero if no gradient arrived.
     """
     if not architecture.of_expert(linear.name):
         return True
@@ -41,7 +41,7 @@ def is_reached(
 
 
 def refuse_unreached(unreached: Sequence[str]) -> None:
-    """Refuse to share out a budget among linears of some of which nothing is known.
+    """Refuse to allocate a budget if calibration did not reach some of the linears.
 
     Raises:
         RecipeError: there are such linears.
@@ -60,10 +60,10 @@ class Coverage:
     """How well calibration reached the experts whose weights were pruned.
 
     Attributes:
-        linears: linears of experts that were pruned.
-        few: those that saw fewer tokens than they have inputs.
-        fewest_tokens: that one of them saw; None where inputs did not matter.
-        unseen: linears left as they were, because no token reached them.
+        linears: number of pruned linears of experts.
+        few: number of them that received fewer tokens than they have inputs.
+        fewest_tokens: the smallest number of tokens of one of them; None if inputs did not matter.
+        unseen: linears that stayed unchanged because no token reached them.
     """
 
     linears: int = 0
@@ -72,11 +72,11 @@ class Coverage:
     unseen: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written to the manifest."""
+        """The form for the manifest."""
         return asdict(self)
 
     def tell(self) -> None:
-        """Warn of what was left, and of what little is known."""
+        """Warn about linears that stayed unchanged, and about linears with few tokens."""
         if self.unseen:
             log.warning(
                 "no calibration token was routed to %d linears of experts (%s, …); they are left "
@@ -97,11 +97,11 @@ class Coverage:
 
 
 def coverage(layers: Sequence[Mapping[str, Any]], architecture: Architecture) -> Coverage | None:
-    """What the ledger says of the experts; None for a model without.
+    """Summarise the experts from the ledger; None for a model without experts.
 
     Args:
-        layers: the lines of its layers.
-        architecture: tells whose linears are whose.
+        layers: the ledger's lines of its layers.
+        architecture: shows which linears belong to experts.
     """
     if architecture.experts is None:
         return None

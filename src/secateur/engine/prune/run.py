@@ -1,12 +1,12 @@
-"""The story of a run.
+"""The loop of a pruning run.
 
     first inputs ─► for each decoder layer: read it ─► gather, prune ─► next inputs ─► write, ledger
 
-A run has tasks (`tasks.py`: what each linear loses), a calibration stream (`stream/passage.py`),
-and settings (how the work is done). Here is the loop alone. Magnitude needs no calibration and
-skips the forwards; Taylor and OBD read gradients that were gathered before (`gradients`). With
-reconstruction the dense model's hidden states travel along: a pruned layer is tuned to give the
-outputs of the dense one before its own are passed on.
+A run has tasks (`tasks.py`: the sparsity of each linear), a calibration stream
+(`stream/passage.py`), and settings (how the work is done). This module has only the loop. Magnitude
+needs no calibration and skips the forwards. Taylor and OBD read gradients that an earlier pass
+gathered (`gradients`). With reconstruction, the dense model's hidden states pass as well: a pruned
+layer is tuned to the outputs of the dense layer before its own outputs are passed on.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Run:
 
     Args:
         target: the model.
-        tasks: what the run does with each linear (`tasks_of`).
+        tasks: the task of each linear (`tasks_of`).
         passage: the calibration stream; None if the tasks need none.
         settings: how the work is done.
-        ledger: where finished layers are entered.
+        ledger: record of finished layers.
         progress: receives every step.
 
     Attributes:
-        tasks: the same; linears that calibration did not reach are left dense as the run goes on.
+        tasks: the same, but linears that calibration does not reach become dense during the run.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def steps_per_layer(self) -> int:
-        """Steps of progress that one layer is worth: one for every forward of a micro-batch."""
+        """The number of progress steps in one layer: one for every forward of a micro-batch."""
         if not self.forwards_needed:
             return 1
         assert self.passage is not None
@@ -107,7 +107,7 @@ class Run:
         if self.forwards_needed and done < len(layers):
             assert self.passage is not None
             done = self.passage.open(done, dense=self.settings.dense_needed)
-            if done == 0:  # also where the hidden states of a stopped run are lost
+            if done == 0:  # also if the hidden states of a stopped run are lost
                 self.ledger.begin()
         for entry in self.ledger.layers:
             self.tasks = left_dense(self.tasks, entry.get("unseen", ()))
@@ -125,12 +125,12 @@ class Run:
             found.tell()
 
     def prune_layer(self, index: int, layer: nn.Module, started: float) -> None:
-        """Prune one decoder layer, write its weights, and enter it into the ledger.
+        """Prune one decoder layer, write its weights, and record it in the ledger.
 
         Args:
-            index: of the layer.
-            layer: with its dense weights.
-            started: when the work on it began, by `time.perf_counter`.
+            index: number of the layer.
+            layer: the layer with its dense weights.
+            started: start time of the work on it, by `time.perf_counter`.
         """
         self.steps_taken = 0
         tuned: dict[str, float] = {}
@@ -153,12 +153,12 @@ class Run:
         self.finish_layer(index, records, tuned, passing.unseen, started)
 
     def verify_kind(self, layer: nn.Module, linears: Sequence[Linear]) -> None:
-        """Look for the zeros of every matrix in the first layer of each kind.
+        """Check the zeros of every matrix in the first layer of each kind.
 
-        A fault that would show in every layer of a kind so ends the run while little is lost.
+        So a fault that affects every layer of a kind ends the run early.
 
         Raises:
-            VerificationError: naming layer, matrix and how many zeros are missing.
+            VerificationError: zeros are missing; the message names layer, matrix and number.
         """
         kind = kind_of(layer)
         if kind in self.verified:
@@ -186,7 +186,7 @@ class Run:
         unseen: Sequence[str],
         started: float,
     ) -> None:
-        """Enter a layer into the ledger when all it leaves behind is safe."""
+        """Record a layer in the ledger when all its files are safe on disk."""
         if self.passage is not None and index + 1 < len(self.target.layers):
             self.passage.advance(index + 1)
         seconds = time.perf_counter() - started
@@ -195,28 +195,28 @@ class Run:
         self.ledger.finish_layer(index, entries, seconds, tuned, lost, unseen)
         if self.passage is not None:
             self.passage.forget(index)
-        # The last layer's forwards end early, as nobody needs their outputs.
+        # The last layer's forwards end early, because nothing reads their outputs.
         self.progress.step(self.steps_per_layer - self.steps_taken, note=f"layer {index}")
         if lost:
             self.react(self.target.architecture.layer_name(index), lost)
 
     def takes_all(self, record: LinearRecord) -> bool:
-        """Whether a linear was to lose all its columns: a block that goes has not collapsed."""
+        """Whether a task removes all columns of a linear: a removed block has not collapsed."""
         whole = self.tasks[record.name].method.pattern.whole_units
         return whole and record.pruned == record.shape[0] * record.shape[1]
 
     def react(self, layer: str, lost: dict[str, float]) -> None:
-        """Stop, or say so, when a finished layer has collapsed.
+        """Stop or warn if a finished layer has collapsed.
 
         Raises:
-            VerificationError: it has, and the run is to stop.
+            VerificationError: it has collapsed, and the settings say to stop.
         """
         if self.settings.on_collapse == "stop":
             raise collapse_error(layer, lost)
         log.warning("%s has collapsed: %s", layer, in_words(lost))
 
     def context(self, index: int) -> LayerContext:
-        """What the work on one layer has to know."""
+        """Return the inputs for the work on one layer."""
         groups: Groups = ()
         if self.statistics and self.passage is not None:
             groups = self.passage.layouts[index].groups

@@ -1,4 +1,4 @@
-"""Which linears are pruned, and how much of each: names, globs and exceptions."""
+"""Selects the linears to prune, and their sparsities: names, globs and exceptions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Selection:
 
     Attributes:
         include: a linear is pruned if one of these matches.
-        exclude: unless one of these matches.
-        overrides: a sparsity of its own for linears that match; the last match counts, 0 keeps
-            a linear dense.
-        starts: likewise, but an allocation may move away from it.
+        exclude: a linear stays dense if one of these matches.
+        overrides: fixed sparsities of matching linears. The last match counts; 0 keeps a linear
+            dense.
+        starts: likewise, but an allocation may change the sparsity.
     """
 
     include: tuple[str, ...] = ("*",)
@@ -35,11 +35,11 @@ class Selection:
         return chosen and not any(fnmatchcase(name, glob) for glob in self.exclude)
 
     def override(self, name: str) -> float | None:
-        """The sparsity of its own that a linear has, if any."""
+        """The fixed sparsity of a linear, if any."""
         return last_match(self.overrides, name)
 
     def asked(self, name: str, sparsity: float) -> float:
-        """What is asked of a linear where `sparsity` is asked of all."""
+        """The sparsity of a linear if the model's sparsity is `sparsity`."""
         if not self.selects(name):
             return 0.0
         own = self.override(name)
@@ -48,10 +48,10 @@ class Selection:
         return sparsity if own is None else own
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse globs that match nothing: they are spelling mistakes.
+        """Refuse globs that match nothing, because they are spelling mistakes.
 
         Raises:
-            RecipeError: listing all of them.
+            RecipeError: there are such globs; the message lists all of them.
         """
         names = list(names)
         globs = [*self.include, *self.exclude, *self.overrides, *self.starts]

@@ -18,21 +18,22 @@ NO_RECONSTRUCTION = Reconstruction(passes=0)
 
 @dataclass(frozen=True)
 class Settings:
-    """How the work of a run is done. What each linear loses is in its task.
+    """How the work of a run is done. The task of a linear sets its sparsity.
 
     Attributes:
         sequential: `group` prunes each group of linears before the next one's statistics are
             gathered, in one pass; `layer` gathers for a whole layer first, as the papers do.
-        asymmetric: fit each linear to the outputs it has in the dense model (`dense_target`), not
-            to its own; the dense model's forwards then go along, group by group.
-        asymmetric_damping: how strongly the fit is drawn towards the dense weights, as a fraction
-            of the mean diagonal of the gram.
-        fast_matmuls: forwards of calibration in bfloat16 where the processor is faster at it.
+        asymmetric: fit each linear to its outputs in the dense model (`dense_target`), not to its
+            outputs on the pruned model's inputs. The dense model then runs in step, group by
+            group.
+        asymmetric_damping: strength of the pull towards the dense weights, as a fraction of the
+            mean diagonal of the gram.
+        fast_matmuls: run calibration forwards in bfloat16 if the processor is faster at it.
         micro_batch_tokens: tokens that pass through a layer at once.
-        activations: `memory` or `disk`: where hidden states wait.
+        activations: `memory` or `disk`: the storage of hidden states.
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
-        on_collapse: `stop` or `warn` when a layer has lost its outputs (`engine.prune.collapse`).
-        reconstruction: how a pruned layer is tuned; without passes it is not.
+        on_collapse: `stop` or `warn` when a layer has collapsed (`engine.prune.collapse`).
+        reconstruction: how a pruned layer is tuned; with 0 passes it is not tuned.
     """
 
     sequential: str = "group"
@@ -52,7 +53,7 @@ class Settings:
 
     @property
     def dense_needed(self) -> bool:
-        """Whether the dense model's hidden states go along."""
+        """Whether the dense model's hidden states pass as well."""
         return self.tunes or self.asymmetric
 
     def matmuls(self, device: torch.device) -> AbstractContextManager[object]:

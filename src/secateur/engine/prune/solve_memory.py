@@ -1,7 +1,7 @@
-"""The memory that solving takes, as the parts declare it.
+"""The memory for solving, as declared by the parts.
 
-`tests/engine/prune/test_solver_cost.py` measures every solver against what it declares, on grams
-that float32 can factorise and on grams that need float64.
+`tests/engine/prune/test_solver_cost.py` compares every solver's memory with its declaration, on
+grams that float32 can factorise and on grams that need float64.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from secateur.types import float32_bytes
 __all__ = ["gradient_bytes", "linear_bytes", "solve_bytes", "statistics_bytes"]
 
 TARGET_SQUARES = 6
-"""Float32 matrices [in, in] that `dense_target` takes at most, besides the gram."""
+"""Maximum number of float32 matrices [in, in] in `dense_target`, besides the gram."""
 HELD_TARGETS = 2
-"""Those of them that stay while the linears of a group are solved."""
+"""Number of these matrices that stay while the linears of a group are solved."""
 
 
 def solve_bytes(tasks: Tasks, *, asymmetric: bool) -> tuple[int, tuple[int, int]]:
-    """The most memory that one linear takes to solve, statistics included, and its shape.
+    """Return the maximum memory for solving one linear, with its statistics, and its shape.
 
     Args:
-        tasks: those that change nothing take nothing.
+        tasks: tasks of the run. Tasks that change nothing need no memory.
         asymmetric: whether linears are fitted to the dense model.
     """
     needs = {
@@ -44,7 +44,7 @@ def solve_bytes(tasks: Tasks, *, asymmetric: bool) -> tuple[int, tuple[int, int]
 
 
 def linear_bytes(task: LinearTask, *, asymmetric: bool) -> int:
-    """The memory that one linear takes to solve, with the statistics of its inputs."""
+    """The memory for solving one linear, with the statistics of its inputs."""
     names = input_statistics({task.name: task}, asymmetric=asymmetric)
     held = sum(statistics[name].nbytes(task.shape) for name in names)
     working = task.method.working_bytes(task.shape)
@@ -55,13 +55,13 @@ def linear_bytes(task: LinearTask, *, asymmetric: bool) -> int:
 
 
 def gradient_bytes(tasks: Tasks) -> int:
-    """What the statistics of all gradients take."""
+    """The memory of the statistics of all gradients."""
     names = gradient_statistics(tasks)
     return sum(statistics[name].nbytes(t.shape) for name in names for t in tasks.values())
 
 
 def statistics_bytes(target: Target, found: Sequence[LayerLayout], names: Iterable[str]) -> int:
-    """Statistics of inputs for all groups of a layer: many, where there are many experts."""
+    """The memory of input statistics for all groups of a layer; large with many experts."""
     largest = 0
     for layer, layout in zip(target.layers, found, strict=True):
         linears = linears_of(layer, "")

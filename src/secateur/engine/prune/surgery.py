@@ -1,4 +1,4 @@
-"""What is done to one group of linears once the statistics of its input are complete."""
+"""Prunes one group of linears when the statistics of its input are complete."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def check_finite(linears: Sequence[Linear]) -> None:
     """Refuse weights that are NaN or infinite, before a run spends work on them.
 
     Raises:
-        NumericalError: naming the tensor and how many values are bad.
+        NumericalError: there are such values; the message names the tensor and their number.
     """
     for linear in linears:
         weight = linear.weight
-        # One reduction decides; only a bad matrix is looked at in detail.
+        # One reduction is enough for a good matrix; only a bad one is examined in detail.
         if not torch.isfinite(weight.sum(dtype=torch.float32)):
             bad = int((~torch.isfinite(weight)).sum())
             if bad:
@@ -42,12 +42,12 @@ def check_finite(linears: Sequence[Linear]) -> None:
 
 
 def all_zero(linears: Iterable[Linear]) -> list[str]:
-    """The names of linears that have no weight other than zero."""
+    """The names of linears with only zero weights."""
     return [linear.name for linear in linears if not linear.weight.any()]
 
 
 def refuse_unusable(target: Target, progress: Progress) -> None:
-    """Read all matrices once, and refuse those that no run could be finished with.
+    """Read all matrices once, and refuse a model that no run can finish.
 
     Raises:
         NumericalError: a weight is NaN or infinite, or every matrix of every decoder layer is zero.
@@ -81,8 +81,8 @@ def prune_group(
         linears: the linears to work on.
         shared: statistics of their input.
         own: returns the statistics of a linear's own gradients.
-        tasks: of the linears, by name; their methods differ in the pattern only.
-        fitted: returns the weight [out, in] to prune in the place of a linear's own.
+        tasks: tasks of the linears, by name. Their methods differ only in the pattern.
+        fitted: returns the weight [out, in] to prune in place of a linear's own.
     """
     if not linears:
         return []
@@ -104,10 +104,10 @@ def prune_group(
 def verified(
     linear: Linear, task: LinearTask, solution: Solution, lost: float | None, started: float
 ) -> LinearRecord:
-    """Count the zeros of a linear as stored, against what its pattern promises.
+    """Compare the stored zeros of a linear with the number that its pattern requires.
 
     Raises:
-        VerificationError: fewer zeros than its task asks for, or not finite.
+        VerificationError: there are fewer zeros than its task requires, or a value is not finite.
     """
     weight = linear.weight
     expected = task.method.pattern.pruned(linear.shape, task.sparsity)

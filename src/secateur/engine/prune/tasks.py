@@ -1,4 +1,4 @@
-"""What a run does: one frozen task for each linear of the decoder."""
+"""The tasks of a run: one frozen task for each linear of the decoder."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ MUCH_WORK = 1e14
 
 @dataclass(frozen=True)
 class LinearTask:
-    """What a run does with one linear.
+    """The task of a run for one linear.
 
     Attributes:
         name: its full name.
         shape: (out, in).
         method: how it is pruned.
-        sparsity: the fraction of its weights that become zero; 0 leaves it as it is.
-        cost: what one unit of it counts in an allocation's budget; None: its weights.
-        fixed: whether its sparsity is its own, so that no allocation changes it.
-        rounded: whether the method changes it although it loses no weight.
-        left: why it is left as it is, where its sparsity is 0.
+        sparsity: the fraction of its weights that become zero; 0 leaves it unchanged.
+        cost: cost of one of its units in an allocation's budget; None: the number of its weights.
+        fixed: whether its sparsity is fixed, so no allocation changes it.
+        rounded: whether the method changes it without pruning any weight.
+        left: the reason why it stays unchanged, if its sparsity is 0.
     """
 
     name: str
@@ -89,16 +89,16 @@ def tasks_of(
 
     Args:
         target: the model; its layers may be empty.
-        selection: which linears, with what exceptions.
+        selection: which linears, with exceptions.
         method: how linears are pruned.
-        sparsity: of every linear that has no sparsity of its own.
-        layouts: of the decoder layers, where calibration passes them; linears whose inputs no
-            hook sees stay as they are.
-        patterns: of linears that have another one than the method's, by glob; the first counts.
+        sparsity: sparsity of every linear without its own sparsity.
+        layouts: layouts of the decoder layers, if calibration passes through them. Linears whose
+            inputs no hook sees stay unchanged.
+        patterns: patterns in place of the method's, by glob of linears. The first match counts.
         costs: see `LinearTask.cost`, by name.
 
     Raises:
-        ArchitectureError: the parameters of a layer lie in an unknown way.
+        ArchitectureError: the parameters of a layer have an unknown layout.
         RecipeError: a glob matches nothing, or no linear is left to prune.
         PatternError, ShapeError: a matrix cannot hold its sparsity.
     """
@@ -132,7 +132,7 @@ def tasks_of(
 
 
 def with_pattern(method: Method, name: str, patterns: Mapping[str, Pattern]) -> Method:
-    """The method, with the pattern that a linear has."""
+    """The method, with the pattern of a linear."""
     for glob, pattern in patterns.items():
         if fnmatchcase(name, glob):
             return replace(method, pattern=pattern)
@@ -143,7 +143,7 @@ def check(task: LinearTask) -> None:
     """Refuse a task that cannot be carried out.
 
     Raises:
-        PatternError, ShapeError: the matrix cannot hold the sparsity; naming the linear.
+        PatternError, ShapeError: the matrix cannot hold the sparsity; the message names the linear.
     """
     if task.sparsity > 0:
         try:
@@ -153,7 +153,7 @@ def check(task: LinearTask) -> None:
 
 
 def with_sparsities(tasks: Tasks, sparsity_of: Mapping[str, float]) -> dict[str, LinearTask]:
-    """The same tasks with the sparsities that an allocation gives some of them."""
+    """Return the tasks with the sparsities of an allocation."""
     given = {
         name: replace(tasks[name], sparsity=share, left=None if share > 0 else NOT_ALLOCATED)
         for name, share in sparsity_of.items()
@@ -162,7 +162,7 @@ def with_sparsities(tasks: Tasks, sparsity_of: Mapping[str, float]) -> dict[str,
 
 
 def left_dense(tasks: Tasks, names: Collection[str]) -> dict[str, LinearTask]:
-    """The same tasks, where linears that calibration did not reach stay as they are."""
+    """Return the tasks, with linears that calibration did not reach left unchanged."""
     return {**tasks, **{n: replace(tasks[n], sparsity=0.0, left=UNREACHED) for n in names}}
 
 
@@ -170,20 +170,20 @@ def input_statistics(tasks: Tasks, *, asymmetric: bool) -> frozenset[str]:
     """The statistics of inputs that a run gathers.
 
     Args:
-        tasks: of the run.
-        asymmetric: whether linears are fitted to the dense model, which takes a gram.
+        tasks: tasks of the run.
+        asymmetric: whether linears are fitted to the dense model, which needs a gram.
     """
     required = frozenset().union(*(task.method.requires for task in tasks.values()))
     return of_inputs(required) | (frozenset({"gram"}) if asymmetric else frozenset())
 
 
 def gradient_statistics(tasks: Tasks) -> frozenset[str]:
-    """The statistics of gradients that have to be gathered before a run."""
+    """The statistics of gradients that must be gathered before a run."""
     return of_gradients(frozenset().union(*(task.method.requires for task in tasks.values())))
 
 
 def warn_of_work(tasks: Tasks) -> None:
-    """Warn beforehand of solvers that factorise for hours (`Solver.flops`)."""
+    """Warn before the run about solvers that factorise for hours (`Solver.flops`)."""
     busy = [task for task in tasks.values() if task.sparsity > 0]
     total = sum(t.method.solver.flops(t.shape, t.method.pattern, t.sparsity) for t in busy)
     if total > MUCH_WORK:

@@ -1,4 +1,4 @@
-"""What tuning a layer and distilling a model have in common: steps, rate, and float32 meanwhile."""
+"""Shared by tuning a layer and distilling a model: steps, learning rate, temporary float32."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["draw_steps", "half_cosine", "in_float32", "to_float32"]
 
 
 def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
-    """The windows of every step: each pass sees all of them once, in an order of its own.
+    """Return the windows of every step. Each pass reads all windows once, in its own order.
 
     Args:
-        windows: how many there are.
-        size: windows in a step; the last step of a pass may have fewer.
-        passes: over all windows.
-        seed: of the orders.
+        windows: number of windows.
+        size: number of windows in a step; the last step of a pass may have fewer.
+        passes: number of passes over all windows.
+        seed: seed of the orders.
     """
     draw = torch.Generator().manual_seed(seed)
     steps = []
@@ -30,18 +30,19 @@ def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int
 
 
 def half_cosine(step: int, steps: int) -> float:
-    """From 1 at step 0 towards 0 after the last of `steps`."""
+    """The factor of the learning rate: 1 at step 0, falling to 0 after the last of `steps`."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @contextmanager
 def in_float32(module: nn.Module, tuned: Collection[str]) -> Iterator[None]:
-    """Floating parameters of a module in float32 for a while, with gradients for the tuned alone.
+    """Hold floating parameters of a module in float32; only tuned ones get gradients.
 
-    Parameters are remembered by name, so that none that is replaced meanwhile is kept alive.
+    Parameters are tracked by name, so a parameter that is replaced in the meantime can be freed.
 
     Args:
-        module: its parameters get back their dtypes and `requires_grad`, and lose their gradients.
+        module: afterwards its parameters have their old dtypes and `requires_grad`, and no
+            gradients.
         tuned: names of the parameters that get gradients.
     """
     before = {
@@ -64,7 +65,7 @@ def in_float32(module: nn.Module, tuned: Collection[str]) -> Iterator[None]:
 
 
 def to_float32(module: nn.Module) -> None:
-    """Floating parameters of a module in float32, in place."""
+    """Convert floating parameters of a module to float32, in place."""
     for p in module.parameters():
         if p.is_floating_point() and p.dtype != torch.float32:
             p.data = p.data.float()

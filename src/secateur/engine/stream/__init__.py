@@ -1,1 +1,1 @@
-"""One way to walk a model: its layers in turn, recorded calls, halted forwards."""
+"""Passes calibration through a model: layers in turn, recorded calls, halted forwards."""

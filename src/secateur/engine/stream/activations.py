@@ -24,8 +24,8 @@ class Activations:
 
     Args:
         shape: (samples, sequence_length, hidden_size).
-        dtype: of the computation.
-        folder: for the files; None for a run in memory only.
+        dtype: dtype of the computation.
+        folder: folder of the files; None for a run in memory only.
         in_memory: whether they are in memory (as well).
     """
 
@@ -66,7 +66,7 @@ class Activations:
     def write(self, rows: slice, hidden: Tensor) -> None:
         """Store the outputs of the current layer for some windows.
 
-        In memory they overwrite the inputs of these windows, which are not needed any more.
+        In memory they overwrite the inputs of these windows, which are no longer needed.
         """
         if self.held is not None:
             self.held[rows] = hidden
@@ -80,7 +80,7 @@ class Activations:
             raise cannot_write(error, file) from error
 
     def advance(self, layer: int) -> None:
-        """Make what was written since the last call the input of `layer`, safe on disk."""
+        """Make the newly stored outputs the inputs of `layer`, and sync them to disk."""
         self.layer = layer
         if self.folder is None:
             return
@@ -99,7 +99,7 @@ class Activations:
             self.file(layer).unlink(missing_ok=True)
 
     def unfinished(self) -> Path:
-        """The file of the outputs, until all are written."""
+        """The temporary file of the outputs, until all are written."""
         assert self.folder is not None
         return self.folder / "outputs.unfinished"
 

@@ -13,11 +13,11 @@ from secateur.precision import fast_dtype
 __all__ = ["AttentionOfPlan", "WrittenOut", "writes_out"]
 
 LONGEST = 512
-"""The longest window, in tokens, for which the scores are written out."""
+"""The longest window, in tokens, whose scores are stored in full."""
 
 
 class AttentionOfPlan(OtherAttention):
-    """Attention for the plan; like fused kernels it makes no [sequence, sequence] matrix."""
+    """Attention for the plan. Like fused kernels, it makes no [sequence, sequence] matrix."""
 
     def attend(self, *args: Any, **options: Any) -> Tensor:
         """An empty output of the right shape."""
@@ -77,7 +77,7 @@ def _added(mask: Tensor | None, causal: bool, query: Tensor, columns: int, toget
         least = torch.finfo(torch.bfloat16).min
         mask = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill(~mask, least)
     mask = mask.to(torch.bfloat16)
-    if mask.numel() == rows * columns:  # the same for all windows and heads
+    if mask.numel() == rows * columns:  # one mask for all windows and heads
         return mask.reshape(rows, columns).repeat(together, 1)
     return mask.expand(*outer, heads, rows, columns).reshape(-1, together * rows, columns)
 

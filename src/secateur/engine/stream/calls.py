@@ -1,8 +1,8 @@
-"""How a model calls its decoder layers, recorded instead of guessed.
+"""Records how a model calls its decoder layers.
 
 A recorder replaces every layer for one forward of the whole model, which stops at the last layer.
-So masks, rotary tables and all other arguments of a layer are known for any family, whatever the
-release of transformers.
+So masks, rotary tables and all other arguments of a layer are known for any family and any release
+of transformers.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class LayerCall:
     """The arguments of one decoder layer besides its hidden states.
 
     Attributes:
-        args: by position, after the hidden states.
-        kwargs: by name.
+        args: positional arguments after the hidden states.
+        kwargs: named arguments.
         in_tuple: whether the model expects the layer's output in a tuple.
     """
 
@@ -183,7 +183,7 @@ def in_short(fault: Exception) -> str:
 
 
 def first_inputs(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> Tensor:
-    """What the first decoder layer receives for a batch of token ids: [batch, sequence, hidden]."""
+    """Return the first decoder layer's input for token ids: [batch, sequence, hidden]."""
     hidden = record(model, layers, input_ids)[0].hidden
     assert hidden is not None
     return hidden

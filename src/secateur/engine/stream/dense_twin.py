@@ -1,12 +1,12 @@
-"""Two models in step through one decoder layer: the one that changes, and the dense one.
+"""Runs two models in step through one decoder layer: the changing model and the dense model.
 
 All micro-batches of both models halt at each group of linears. So both inputs of a group are known
-at the same time: the input in the changing model, and the input in the dense one. A linear that
-writes to the residual stream can make up for what is missing in that stream by then, so the twin
-also knows what the linears before it have added to the stream of each model.
+at the same time: the input in the changing model, and the input in the dense model. A linear that
+writes to the residual stream can compensate the current error of that stream. So the twin also
+sums the terms that earlier linears added to the stream of each model.
 
     changing model  x̂ ──► group ──► …        halted together, group by group:
-    dense model     x ──► group ──► …        gather(x̂, x), then change the group, then go on
+    dense model     x ──► group ──► …        gather(x̂, x), change the group, continue
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class HaltedLayer:
 
     Args:
         lane: the hidden states of the model.
-        layer: with its weights.
+        layer: the layer with its weights.
         groups: linears of the layer, by shared input; the forwards do not halt at an empty group.
-        writers: linears whose output is added to the residual stream, where that is of interest.
+        writers: linears whose output is added to the residual stream, if the sums are needed.
         stores: whether the outputs of the layer are stored.
     """
 
@@ -53,7 +53,7 @@ class HaltedLayer:
         forwards = [partial(self.forward, batch) for batch in lane.batches]
         self.halting = HaltingForwards(groups, forwards, self.parking, lane.matmuls)
         self.groups = groups
-        # Summed inside the forwards, so that the sums are parked with all else these keep alive.
+        # Summed inside the forwards, so the sums are parked with the forwards' other tensors.
         self.sums: dict[int, Tensor] = {}
         self.handles = [x.module.register_forward_hook(self.add) for x in writers]
 
@@ -68,7 +68,7 @@ class HaltedLayer:
         self.lane.step()
 
     def add(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        """Add the output of a writer to the sum of the forward that runs."""
+        """Add the output of a writer to the sum of the running forward."""
         before = self.sums.get(self.halting.current)
         self.sums[self.halting.current] = out if before is None else before + out
 
@@ -77,11 +77,11 @@ class HaltedLayer:
         return self.lane.read(self.lane.batches[index])
 
     def added(self, index: int) -> Tensor | float:
-        """What the writers have added to it so far; to be read while the forward is not parked."""
+        """The sum of the writers' outputs so far. Read it only while the forward is not parked."""
         return self.sums.get(index, 0.0)
 
     def close(self) -> None:
-        """Give up the forwards that are still halted, take the hooks off, release the sums."""
+        """Stop the halted forwards, remove the hooks, and release the sums."""
         self.halting.close()
         for handle in self.handles:
             handle.remove()
@@ -91,16 +91,16 @@ class HaltedLayer:
 def dense_copy(
     layer: nn.Module, groups: Groups, writers: Sequence[Linear], of_expert: Callable[[str], bool]
 ) -> tuple[nn.Module, Groups, list[Linear]]:
-    """A copy of a layer that is still dense, with its groups and writers.
+    """Copy a layer that is still dense, with its groups and writers.
 
-    The groups of experts are empty in the copy: which tokens an expert sees is not the same in the
-    two models.
+    The groups of experts are empty in the copy, because an expert sees different tokens in the two
+    models.
 
     Args:
-        layer: without hooks, since a copy would have them too.
+        layer: a layer without hooks, because a copy would have them too.
         groups: its linears, by shared input.
-        writers: those of its linears that write to the residual stream.
-        of_expert: whether a linear is an expert's, by its name.
+        writers: its linears that write to the residual stream.
+        of_expert: returns whether the linear of this name belongs to an expert.
     """
     twin = copy.deepcopy(layer)
     modules = dict(twin.named_modules())
@@ -129,9 +129,9 @@ def in_step(
         changing: the layer that changes; its forwards end after the last group, unless it stores.
         dense: the same layer of the dense model; None if only one model passes.
         gather: called with the index of a micro-batch, a group, its input, and its input in the
-            dense model (None without one, or where the dense model does not halt).
+            dense model (None without a dense model, or if that does not halt there).
         change: called with a group when its input is known from all micro-batches.
-        dense_outputs: whether the forwards of the dense model go on to their ends.
+        dense_outputs: whether the forwards of the dense model run to their ends.
     """
     halting = dense.halting if dense else None
     try:

@@ -1,6 +1,6 @@
-"""The two ends of a model: what its first decoder layer receives, and what its last one leads to.
+"""The two ends of a model: the input of its first decoder layer, and the logits after its last.
 
-Between the ends the caller decides: all layers, fewer layers, or layers with other weights.
+The caller runs the layers in between: all layers, fewer layers, or layers with other weights.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from secateur.precision import fast_matmuls
 __all__ = ["STATES_BYTES", "ModelEnds"]
 
 STATES_BYTES = 1 << 30
-"""Hidden states that `ModelEnds.parts` allows in memory at once."""
+"""Maximum size of the hidden states of one part in `ModelEnds.parts`."""
 
 
 class Injector(StandIn):
-    """Stands in for a decoder layer: it returns the given hidden states, whatever it receives.
+    """Replaces a decoder layer and returns the given hidden states for any input.
 
     Args:
         layer: the layer.
@@ -74,7 +74,7 @@ class ModelEnds:
         return self.recorded[size]
 
     def embed(self, batches: Sequence[slice]) -> Iterator[Tensor]:
-        """The inputs of the first layer, one batch of windows after the other.
+        """Yield the inputs of the first layer, one batch of windows at a time.
 
         Yields:
             Hidden states [windows, sequence_length, hidden_size].
@@ -93,7 +93,7 @@ class ModelEnds:
 
         Args:
             rows: numbers of windows.
-            copies: how many hidden states of each window are in memory at once.
+            copies: number of hidden states of each window in memory at once.
         """
         (hidden,) = self.embedded(rows[:1])
         size = max(1, STATES_BYTES // (copies * hidden.numel() * hidden.element_size()))
@@ -104,7 +104,7 @@ class ModelEnds:
         """Pass the hidden states of one window through a layer, with fast matmuls.
 
         Args:
-            number: of the layer.
+            number: number of the layer.
             layer: the layer, or a function with the same arguments.
             hidden: [1, sequence_length, hidden_size].
         """
@@ -119,9 +119,9 @@ class ModelEnds:
             yield
 
     def head(self, row: int, hidden: Tensor) -> Tensor:
-        """The logits that follow from the last layer's output for one window.
+        """Return the logits for the last layer's output for one window.
 
-        Only within `outside()`.
+        Call this only within `outside()`.
 
         Args:
             row: number of the window.

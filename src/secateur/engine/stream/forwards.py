@@ -10,8 +10,8 @@ There are two orders. Both have one decoder layer in memory, and one micro-batch
   group is pruned, and the forwards continue with pruned weights to the next group. So later groups
   of the layer see the inputs that they will see in the pruned model, for half the work.
 
-A forward that halts in the middle of a model's `forward()` needs a stack of its own. Greenlets give
-it one within a single thread. So grad mode, thread pools and the order of all operations are the
+A forward that halts in the middle of a model's `forward()` needs its own stack. Greenlets give it
+one within a single thread. So grad mode, thread pools and the order of all operations are the
 same as in a plain call. Where a group is fitted to the dense model, the forwards of the dense layer
 halt at the same groups.
 """
@@ -125,7 +125,7 @@ class HaltingForwards:
         self.current = 0
 
     def advance(self, index: int) -> tuple[int, Tensor] | None:
-        """Run one forward up to the next group; returns group and input, or None at the end."""
+        """Run one forward up to the next group. Return group and input, or None at the end."""
         watch: AbstractContextManager[object] = nullcontext()
         self.current, self.inputs.seen = index, self.seen[index]
         if self.parking:
@@ -136,7 +136,7 @@ class HaltingForwards:
         return None if self.running[index].dead else arrival
 
     def halt(self, index: int) -> None:
-        """Put a forward aside, after its input was used."""
+        """Park a forward after its input was used."""
         if self.parking:
             self.parking.park(index)
 
@@ -170,7 +170,7 @@ def by_group(
         groups: the linears of the layer, by shared input.
         halting: the forwards of the layer that is pruned.
         beside: the forwards of the dense layer, if there are any. They halt at the same groups,
-            apart from groups that are empty there, and are still halted at the end.
+            except empty groups, and are still halted at the end.
         gather: called with a forward's index, a group's index, its input, and the input of the
             same group in the dense model (None without one).
         prune: called with a group's index when its input is known from all micro-batches.

@@ -37,10 +37,10 @@ class GradientPass:
     """Gathers the statistics of every linear's gradients.
 
     Args:
-        ends: of the model, dense, with the calibration windows.
-        names: of the statistics.
+        ends: ends of the dense model, with the calibration windows.
+        names: names of the statistics.
         work: folder for `gradients-0000.safetensors` and so on; existing files are kept.
-        progress: hears of every step.
+        progress: receives every step.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class GradientPass:
         return gradient_file(self.results, index)
 
     def execute(self) -> None:
-        """Forward, loss, backward; each layer's step is skipped if a killed run had done it."""
+        """Run forward, loss and backward. Steps that a killed run finished are skipped."""
         count = len(self.target.layers)
         samples = self.windows.shape[0]
         self.progress.start("gradients", samples * (2 * count + 1))
@@ -94,7 +94,7 @@ class GradientPass:
             self.inputs.advance(index + 1)
 
     def loss(self, count: int) -> None:
-        """From the last hidden states through the head: the gradient that enters the last layer."""
+        """Pass the last hidden states through the head. Return the gradient of the last layer."""
         self.inputs.layer = count
         with self.ends.outside(), torch.enable_grad():
             for row, ids in enumerate(self.windows):
@@ -156,10 +156,10 @@ def gather_gradients(
     """Gather statistics of every linear's gradients into files of the work folder.
 
     Args:
-        ends: of the model, dense, with the calibration windows.
-        names: of the statistics.
-        work: the folder; files that a stopped run left there are kept.
-        progress: hears of every step.
+        ends: ends of the dense model, with the calibration windows.
+        names: names of the statistics.
+        work: the folder; files of a stopped run are kept.
+        progress: receives every step.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
@@ -170,13 +170,13 @@ def gather_gradients(
 def stored_gradients(
     work: Path | None, index: int, names: frozenset[str], device: torch.device
 ) -> Callable[[Linear], dict[str, Tensor]]:
-    """A function that returns the stored statistics of a linear's gradients.
+    """Return a function that returns the stored statistics of a linear's gradients.
 
     Args:
         work: the folder of `gather_gradients`; may be None without names.
-        index: of the decoder layer.
-        names: of the statistics; without any the function returns nothing.
-        device: of the returned tensors.
+        index: number of the decoder layer.
+        names: names of the statistics; without names the function returns nothing.
+        device: device of the returned tensors.
     """
     if not names:
         return lambda linear: {}

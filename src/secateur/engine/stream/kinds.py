@@ -1,10 +1,10 @@
-"""The kinds of layers that a model has, and which linears of each share an input.
+"""Finds the kinds of layers in a model, and the linears of each kind that share an input.
 
 Hybrids have layers of several kinds: attention, linear attention, convolution, state space, dense
-and sparse feed-forward. So each kind has groups of its own. They are the groups that the family
-declares, if these hold all linears of the layer. Otherwise one layer of the kind runs once, and
-shows them. A checkpoint's layers run without their weights, on the meta device, so a model that
-cannot be pruned is refused before any work.
+and sparse feed-forward. So each kind has its own groups. They are the groups that the family
+declares, if these hold all linears of the layer. Otherwise one layer of the kind runs once to
+find the groups. A checkpoint's layers run without their weights, on the meta device. So a model
+that cannot be pruned is refused before any work.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 TOKENS = 64
-"""The length of a window that shows which linears share an input."""
+"""The length of the window for finding linears that share an input."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LayerLayout:
     Attributes:
         groups: linears that share an input, in the order they run.
         unseen: linears whose input no hook sees, or that get several inputs in one forward. Scores
-            and solvers that need inputs cannot work on them.
+            and solvers that need inputs cannot use them.
     """
 
     groups: Groups
@@ -92,7 +92,7 @@ def layouts(target: Target, length: int) -> list[LayerLayout]:
 
     Args:
         target: the model; layers of a checkpoint stay empty.
-        length: of calibration windows.
+        length: length of calibration windows.
 
     Raises:
         ArchitectureError: a layer cannot run by itself, or the model does not call its layers as
@@ -148,7 +148,7 @@ def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) ->
     """The layout of a layer, from one forward.
 
     Args:
-        layer: with weights, or on the meta device.
+        layer: the layer, with weights or on the meta device.
         name: its full name.
         hidden: an input.
         call: how it is called.
@@ -204,20 +204,20 @@ def put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 
 def input_mark(x: Tensor) -> Hashable:
-    """A value that differs between two inputs in memory: the storage, and the part of it."""
+    """A value that identifies an input in memory: its storage, and its part of the storage."""
     version = 0 if x.is_inference() else x._version
     return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), version
 
 
 def find_groups(linears: Sequence[Linear], forward: Callable[[], object]) -> list[list[Linear]]:
-    """Run a layer once to see which of its linears share an input; in the order they run.
+    """Run a layer once to find the linears that share an input, in the order of their calls.
 
     Args:
         linears: all linears of the layer.
         forward: runs the layer on a sample of its input.
     """
     arrivals: dict[Hashable, list[Linear]] = {}
-    keep: list[Tensor] = []  # an input that is freed could lend its address to another
+    keep: list[Tensor] = []  # the address of a freed input could be reused by another
 
     def watch(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:

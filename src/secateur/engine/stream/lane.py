@@ -56,7 +56,7 @@ class Lane:
         return self.passage.call(self.index, batch)
 
     def parking(self, layer: nn.Module) -> Parking | None:
-        """Where halted forwards wait; None where memory holds them."""
+        """The parking of halted forwards; None if they stay in memory."""
         return self.passage.parking(self.index, layer, self.states)
 
     def outputs(self, layer: nn.Module, batch: slice) -> Tensor:

@@ -1,7 +1,7 @@
-"""Calibration windows on their way through the decoder layers.
+"""Passes calibration windows through the decoder layers.
 
-Two sets of hidden states can pass together: those of the model as it is pruned, and those of the
-dense model, which are the targets of reconstruction.
+Two sets of hidden states can pass together: the hidden states of the pruned model, and the hidden
+states of the dense model, which are the targets of reconstruction.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ class Passage:
         return self.ends.calls(batch.stop - batch.start)[index]
 
     def shared_tensors(self, index: int) -> list[Tensor]:
-        """What a layer receives besides its hidden states, for all sizes of micro-batch."""
+        """A layer's arguments besides its hidden states, for all sizes of micro-batch."""
         sizes = {batch.stop - batch.start for batch in self.batches()}
         return [tensor for size in sizes for tensor in self.ends.calls(size)[index].tensors()]
 
     def parking(self, index: int, layer: nn.Module, stream: Activations) -> Parking | None:
-        """Where halted forwards of a layer are moved; None if they stay in memory.
+        """Return the parking of a layer's halted forwards; None if they stay in memory.
 
         Args:
-            index: of the layer.
-            layer: with its weights.
-            stream: the hidden states that pass it.
+            index: number of the layer.
+            layer: the layer with its weights.
+            stream: the hidden states that pass through it.
         """
         if self.in_memory and self.target.device.type == "cpu":
             return None
@@ -125,7 +125,7 @@ class Passage:
         return [self.hidden, self.dense]
 
     def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
-        """Yield each layer with its weights; what the caller writes enters the next layer.
+        """Yield each layer with its weights. Outputs that the caller stores enter the next layer.
 
         Call `open(start)` before. When the loop ends early, the last layer's outputs are dropped.
 
@@ -146,7 +146,7 @@ class Passage:
             self.forget(number)
 
     def read(self, rows: slice) -> Tensor:
-        """Inputs of the current layer in the model as it is pruned, on the target's device."""
+        """Inputs of the current layer in the pruned model, on the target's device."""
         assert self.hidden is not None
         return self.hidden.read(rows).to(self.target.device)
 
@@ -156,7 +156,7 @@ class Passage:
         return self.dense.read(rows).to(self.target.device)
 
     def write(self, rows: slice, hidden: Tensor) -> None:
-        """Store outputs of the current layer in the model as it is pruned."""
+        """Store outputs of the current layer in the pruned model."""
         assert self.hidden is not None
         self.hidden.write(rows, hidden)
 
@@ -166,12 +166,12 @@ class Passage:
         self.dense.write(rows, hidden)
 
     def advance_dense(self, layer: int) -> None:
-        """Make what was written for the dense model its input of `layer`."""
+        """Make the stored outputs of the dense model its inputs of `layer`."""
         assert self.dense is not None
         self.dense.advance(layer)
 
     def advance(self, layer: int) -> None:
-        """Make what was written the input of `layer`."""
+        """Make the stored outputs the inputs of `layer`."""
         if self.hidden is not None:
             self.hidden.advance(layer)
 

@@ -1,4 +1,4 @@
-"""Which tensors a forward keeps alive, how large they are, and how to move them out of memory.
+"""Finds the tensors that a forward keeps alive, and moves them out of memory.
 
 A halted forward holds tensors in its Python frames, where they have no name. `LiveTensors` watches
 every operation, so it knows the storages that are still alive. The memory plan counts their bytes
@@ -25,7 +25,7 @@ __all__ = ["LiveTensors", "Parking"]
 
 
 class LiveTensors(TorchDispatchMode):
-    """Watches operations, and knows which of the storages that they made are alive.
+    """Watches operations, and tracks which of their result storages are alive.
 
     Args:
         permanent: tensors whose storages are never counted (weights, shared arguments).
@@ -71,7 +71,7 @@ class Parking:
     """Moves the tensors of halted forwards out of memory, and back.
 
     Args:
-        permanent: tensors that stay where they are: weights, shared arguments.
+        permanent: tensors that do not move: weights, shared arguments.
         folder: takes the tensors; None to move them to host memory (for forwards on a GPU).
         device: where forwards run. Only tensors on this device are moved: a forward on a GPU also
             reads host tensors that all forwards share, such as the hidden states of all windows.

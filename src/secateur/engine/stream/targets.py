@@ -1,4 +1,4 @@
-"""A model whose layers are in memory, or in a checkpoint on disk."""
+"""Targets of a run: a model in memory, or a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ class CheckpointTarget:
 
     Args:
         reader: the source.
-        output: the copy that takes the new weights; None to only read.
+        output: the copy that receives the new weights; None to only read.
         device: where layers get their weights.
-        dtype: of the computation; None for the one in `config.json`.
+        dtype: dtype of the computation; None for the dtype in `config.json`.
         trust_remote_code: whether code from the checkpoint may run.
     """
 
@@ -123,7 +123,7 @@ class CheckpointTarget:
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
         self.stored = stored_names(self.model, reader)
-        stored_linears(self.model, self.architecture, self.stored)  # refuses what is missing
+        stored_linears(self.model, self.architecture, self.stored)  # refuses missing tensors
         fill_buffers(self.model, reader)
 
     @property

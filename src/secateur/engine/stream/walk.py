@@ -21,7 +21,7 @@ def walk_layers(
 
     Args:
         target: the model.
-        numbers: of the layers to visit, in this order; None for all, from the first to the last.
+        numbers: numbers of the layers to visit, in this order; None for all, from first to last.
 
     Yields:
         The number of a layer, and the layer.

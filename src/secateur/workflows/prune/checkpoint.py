@@ -27,6 +27,7 @@ from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
+from secateur.recipes.verbs import WRITING
 from secateur.reporting.model_card import model_card
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
@@ -61,7 +62,7 @@ NO_PART = {"output", "memory", "on_collapse"}
 """Fields of a recipe that do not affect the pruned weights."""
 
 
-@takes_options_of(PruneRecipe)
+@takes_options_of(PruneRecipe, without=WRITING)
 def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> PlanResult:
     """Report what pruning `model` would need, without pruning it.
 

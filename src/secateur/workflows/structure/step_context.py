@@ -31,7 +31,7 @@ class StepContext:
         windows: calibration tokens [samples, sequence_length].
         windows_file: the file of these windows.
         device: the device for the work on layers.
-        work: the folder in which each step has a folder of its own.
+        work: the folder that holds a folder for each step.
         progress: receives every step.
     """
 
