@@ -148,7 +148,10 @@ class KilledAt:
         slow({"method": "obd", "sparsity": 0.5}),
         {"method": "wanda", "sparsity": 0.5, "scope": "global"},
         slow({"method": "magnitude", "sparsity": 0.5, "allocation": "owl"}),
-        {"method": "wanda", "sparsity": 0.5, "allocation": "search", "activations": "disk"},
+        pytest.param(
+            {"method": "wanda", "sparsity": 0.5, "allocation": "search", "activations": "disk"},
+            marks=pytest.mark.slow,
+        ),
         slow({"method": "magnitude", "sparsity": 0.5}),
     ],
     ids=["wanda", "sparsegpt-disk", "wanda-layer", "obd", "global", "owl", "search", "magnitude"],
