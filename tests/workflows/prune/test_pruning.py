@@ -148,10 +148,7 @@ class KilledAt:
         slow({"method": "obd", "sparsity": 0.5}),
         {"method": "wanda", "sparsity": 0.5, "scope": "global"},
         slow({"method": "magnitude", "sparsity": 0.5, "allocation": "owl"}),
-        pytest.param(
-            {"method": "wanda", "sparsity": 0.5, "allocation": "search", "activations": "disk"},
-            marks=pytest.mark.slow,
-        ),
+        slow({"method": "wanda", "sparsity": 0.5, "allocation": "search", "activations": "disk"}),
         slow({"method": "magnitude", "sparsity": 0.5}),
     ],
     ids=["wanda", "sparsegpt-disk", "wanda-layer", "obd", "global", "owl", "search", "magnitude"],
