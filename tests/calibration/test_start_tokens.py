@@ -300,9 +300,7 @@ def test_perplexity_is_that_of_a_plain_loop(template: str, text: Path) -> None:
             read = [*start, *ids[first : first + length]]
             log_p = model(torch.tensor([read])).logits[0].double().log_softmax(-1)
             losses += [-log_p[i - 1, read[i]].item() for i in range(len(start), 32)]
-    [found] = secateur.evaluate(
-        model, text=text, tokenizer=tokenizer, sequence_length=32
-    ).perplexity
+    [found] = secateur.evaluate(model, text=text, tokenizer=tokenizer, sequence_length=32).texts
     assert found.mean_loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert found.protocol["tokens"] == len(losses) == len(ids) // length * length
     assert found.protocol["start_tokens"] == start
@@ -368,12 +366,12 @@ def test_a_sweep_calibrates_and_judges_behind_it(gemma: Path, text: Path, tmp_pa
         text=(str(text),), text_sequence_length=32,
     )  # fmt: skip
     result = secateur.sweep(plan, tmp_path / "sweep")
-    assert result.failures == []
-    assert result.calibration["start_tokens"] == [BOS]
+    assert list(result.failures) == []
+    assert result.sweep.calibration["start_tokens"] == [BOS]
     assert stored_start(tmp_path / "sweep" / "windows.safetensors") == (BOS,)
-    [judged] = secateur.evaluate(gemma, text=text, sequence_length=32).perplexity
+    [judged] = secateur.evaluate(gemma, text=text, sequence_length=32).texts
     assert result.dense[str(text)] == pytest.approx(judged.perplexity)
-    assert protocol_id("ppl", result.protocol[str(text)]) == judged.protocol_id
+    assert protocol_id("ppl", result.sweep.protocol[str(text)]) == judged.protocol_id
 
 
 @pytest.mark.parametrize("add_bos", [True, False])

@@ -8,16 +8,18 @@ import sys
 from pathlib import Path
 
 WAITS = """
-import sys, time
-import secateur.workflows.prune.checkpoint as workflow
+import signal, sys, time
+import secateur.workflows.prune_and_pack as workflow
 from secateur.cli import main
 
 def wait(*args, **options):
     print("working", flush=True)
-    time.sleep(600)
+    time.sleep(60)
 
-workflow.run_recipe = wait
+workflow.prune_recipe = wait
 sys.argv = ["secateur", *sys.argv[1:]]
+# a shell starts background jobs with Ctrl-C ignored, and a test suite may be one
+signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """
 
@@ -35,7 +37,7 @@ def test_ctrl_c_names_the_command_that_continues(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 130

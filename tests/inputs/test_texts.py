@@ -74,11 +74,12 @@ def test_all_positions_can_be_used(model: Path) -> None:
 
 
 def test_a_layer_that_is_not_there(refused, run, model: Path) -> None:
-    assert "there is no decoder layer 99: the model has 3" in refused(
-        "inspect", model, "--layer", 99
-    )
+    for layer in (99, 3, -1):
+        told = refused("inspect", model, "--layer", layer)
+        assert f"there is no decoder layer {layer}: the model has 3" in told
+        assert "a number from 0 to 2, or leave --layer out for all" in told
     assert run("inspect", model, "--layer", 2).code == 0
-    assert run("inspect", model, "--layer", -1).code == 0
+    assert run("inspect", model).code == 0
 
 
 def zeroed(folder: Path, kept: str = "nothing") -> Path:

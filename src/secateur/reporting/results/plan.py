@@ -9,6 +9,7 @@ from typing import Any
 from secateur.engine.plan import Plan
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
+from secateur.reporting.wording import time_range
 
 __all__ = ["PlanResult"]
 
@@ -54,7 +55,7 @@ class PlanResult(Result):
             ("not pruned", not_pruned(plan.left)),
             ("calibration tokens", f"{plan.calibration_tokens:,}"),
             ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
-            *([("time on this machine", time_span(*plan.seconds))] if plan.seconds else []),
+            *([("time on this machine", time_range(*plan.seconds))] if plan.seconds else []),
             ("disk", gib(plan.disk_bytes)),
             ("memory: the program itself", mib(plan.process_bytes)),
             ("memory: one decoder layer", mib(plan.layer_bytes)),
@@ -75,13 +76,3 @@ class PlanResult(Result):
         if plan.on_gpu:
             rows.append(("peak memory of the host", gib(plan.host_peak_bytes)))
         return [Table.of("plan", ("", ""), rows)]
-
-
-def time_span(least: float, most: float) -> str:
-    """A range of times in seconds, minutes or hours.
-
-    >>> time_span(4, 30), time_span(200, 400), time_span(7000, 20000)
-    ('4 to 30 s', '3 to 7 min', '2 to 6 h')
-    """
-    unit, name = (1, "s") if most < 120 else (60, "min") if most < 7200 else (3600, "h")
-    return f"{least / unit:.0f} to {most / unit:.0f} {name}"
