@@ -219,6 +219,7 @@ def test_refuses_to_go_back_behind_the_end():
         PruningRounds(Geometric(0.5), 1, rewind_step=10).span(1, 10)
 
 
+@pytest.mark.slow
 def test_a_ticket_beats_new_random_weights_under_the_same_mask(trained):
     """Seeds and sizes of its own: benchmarks/tickets.py. This is one of them, half as long."""
     text, held_out = source_ids(), source_ids(held_out=True)

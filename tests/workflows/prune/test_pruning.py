@@ -148,7 +148,7 @@ class KilledAt:
         slow({"method": "obd", "sparsity": 0.5}),
         {"method": "wanda", "sparsity": 0.5, "scope": "global"},
         slow({"method": "magnitude", "sparsity": 0.5, "allocation": "owl"}),
-        {"method": "wanda", "sparsity": 0.5, "allocation": "search", "activations": "disk"},
+        slow({"method": "wanda", "sparsity": 0.5, "allocation": "search", "activations": "disk"}),
         slow({"method": "magnitude", "sparsity": 0.5}),
     ],
     ids=["wanda", "sparsegpt-disk", "wanda-layer", "obd", "global", "owl", "search", "magnitude"],
