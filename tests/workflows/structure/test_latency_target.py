@@ -213,7 +213,7 @@ def test_a_run_that_goes_on_uses_what_was_measured_first(source: Path, windows: 
 
 def test_another_target_is_another_recipe(source: Path, windows: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        cut(source, windows, Known(), decode_latency=0.7, progress=Stopping(1))
+        cut(source, windows, Known(), decode_latency=0.7, progress=Stopping(3))
     again = Known()
     with pytest.raises(RecipeError, match=r"decode_latency: 0\.7 then, 0\.6 now"):
         cut(source, windows, again, decode_latency=0.6, resume=True)
