@@ -1,4 +1,4 @@
-"""Prunes a checkpoint into a verified folder, or a loaded model in place."""
+"""Prunes a checkpoint into a verified folder, and plans such a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
@@ -20,9 +19,8 @@ from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage
 from secateur.engine.prune.surgery import refuse_unusable
-from secateur.errors import RecipeError
 from secateur.models.inventory import Left
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress
 from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneRecipe
@@ -41,7 +39,6 @@ from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.distillation import distill_checkpoint
-from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
@@ -56,9 +53,9 @@ from secateur.workflows.prune.self_generated_text import with_own_windows
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 
-__all__ = ["plan", "plan_recipe", "prune", "run_prepared", "run_recipe"]
+__all__ = ["plan", "plan_recipe", "report_of", "run_prepared", "run_recipe"]
 
-NO_PART = {"output", "memory", "on_collapse"}
+NO_PART = {"output", "compress", "memory", "on_collapse"}
 """Fields of a recipe that do not affect the pruned weights."""
 
 
@@ -93,53 +90,6 @@ def plan_recipe(recipe: PruneRecipe) -> PlanResult:
         device=prepared.target.device,
     )
     return PlanResult(dataclasses.replace(chosen, left=left, seconds=seconds), activations)
-
-
-@takes_options_of(PruneRecipe)
-def prune(
-    model: str | Path | nn.Module,
-    *,
-    method: str | Method | None = None,
-    calibration: str | Path | Tensor | None = None,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> PruneResult:
-    """Prune a model: a checkpoint into a new folder, or a loaded module in place.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
-        method: A method by name (`secateur methods` lists them), or what `compose` returned.
-        calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
-            model also token windows [windows, sequence_length]. [c4]
-        tokenizer: needed for a loaded model when `calibration` is text.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        The result of the run.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    options = with_method(method, options)
-    if isinstance(model, nn.Module):
-        if options.get("output") is not None:
-            raise RecipeError(
-                "a loaded model is pruned in place; `output` is for checkpoints",
-                remedy="call model.save_pretrained(output) afterwards",
-            )
-        return prune_module(model, calibration, tokenizer, progress or Silent(), options)
-    if options.get("output") is None:
-        raise RecipeError("`output` is missing: the folder for the pruned model")
-    if isinstance(calibration, Tensor):
-        raise RecipeError(
-            "token windows as a tensor are for loaded models",
-            remedy="save them with secateur.calibration.windows.save_windows and pass the file",
-        )
-    own = {"model": model, "calibration": calibration}
-    recipe, call = recipe_of(PruneRecipe, own, options)
-    return run_recipe(recipe, progress or Silent(), **call)
 
 
 def run_recipe(
