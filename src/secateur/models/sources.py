@@ -45,7 +45,7 @@ class LocalCheckpoint:
     file_bytes: int = 0
 
     def record(self) -> dict[str, Any]:
-        """What a manifest says of the source."""
+        """Return the entry of the source in a manifest."""
         fields = ("name", "kind", "revision", "file_bytes")
         return {field: getattr(self, field) for field in fields}
 
