@@ -28,8 +28,8 @@ def demo(
     output: Annotated[str, o.option("--output", "-o", help="Folder for it.")] = "demo-run",
     sparsity: Annotated[float, o.option(help="Fraction of zeros.")] = 0.5,
     effort: Annotated[str, o.option(help="Preset: fast, balanced or best.")] = "balanced",
-    windows: Annotated[int, o.option(help="Calibration windows of 512 tokens.")] = 32,
-    judged_windows: Annotated[int, o.option(help="Windows of 512 tokens to judge on.")] = 16,
+    windows: Annotated[int, o.option(help="Calibration windows of 512 tokens.")] = 20,
+    judged_windows: Annotated[int, o.option(help="Windows of 512 tokens to judge on.")] = 8,
     as_json: o.Json = False,
 ) -> None:
     """Prune SmolLM2-135M, pack, time and evaluate it beside the dense model; write a report."""
