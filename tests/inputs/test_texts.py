@@ -17,14 +17,19 @@ from secateur.workflows.judge.generate import generate
 from tiny import save_tiny
 
 LINE = '{"text": "one two three"}\n'
+ZIPPED = gzip.compress(LINE.encode() * 99, mtime=0)  # named after its bytes, so without the time
 
 FILES: list[tuple[str, bytes, str]] = [
     ("t.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
     ("t.jsonl", b'{"text": "a\\ud800b"}', r"half of a surrogate pair \(\\ud800\) at character 1"),
     ("t.jsonl", b"\xff\xfe", "cannot be read as UTF-8"),
     ("t.jsonl.gz", LINE.encode(), "cannot be read as UTF-8 text: Not a gzipped file"),
-    ("t.jsonl.gz", gzip.compress(LINE.encode(), mtime=0)[:-9], "cannot be read"),
-    ("t.jsonl.gz", gzip.compress(LINE.encode() * 99, mtime=0)[:20] + b"\xff" * 40, "cannot be read"),
+    ("t.jsonl.gz", ZIPPED[:-9], "cannot be read"),
+    (
+        "t.jsonl.gz",
+        ZIPPED[:20] + b"\xff" * 40,
+        "cannot be read",
+    ),
     ("t.txt.gz", b"", "contains no text"),
     ("t.jsonl", b"9" * 5000, "not JSON"),
 ]

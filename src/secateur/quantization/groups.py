@@ -1,0 +1,217 @@
+"""Weights on small integer grids: symmetric, one scale for each group of a row.
+
+    w_ij ≈ s_ig · q_ij,      g = j div group,      |q_ij| ≤ 2^(bits − 1) − 1
+    s_ig = 2^(e_i + c_ig div 16) · (1 + (c_ig mod 16) / 16),      0 ≤ c_ig ≤ 255
+
+So a scale is one byte c, and each row has one exponent e. There is no zero point: a zero is exactly
+the integer 0. A scale has 5 significant bits and q at most 3, so s · q has at most 8 and is exact
+in bfloat16, float16 and float32. A matrix on such a grid therefore needs no other record of its
+scales: `quantize` finds them again, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.errors import NumericalError, RecipeError
+from secateur.types import Weight
+
+__all__ = ["BITS", "GROUPS", "GroupGrid", "Scales"]
+
+BITS = (3, 4)
+"""The bits of a weight for which there is a grid."""
+
+GROUPS = (32, 64, 128)
+"""How many consecutive weights of a row can share a scale."""
+
+STEPS = 16
+"""Scales between a power of two and the next."""
+
+OCTAVES = 16
+"""Powers of two between the smallest scale of a row and twice its largest."""
+
+LOWEST, HIGHEST = -126, 111
+"""Exponents of rows: every scale is then a normal float32, and s · q is finite."""
+
+TRIED = 20
+"""Scales that the search tries, from one step above the largest weight downwards: 1 1/4 octaves."""
+
+AT_ONCE = 2**22
+"""Weights that are float32 at the same time."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a matrix [out, in].
+
+    Attributes:
+        exponent: e, int8 [out].
+        code: c, uint8 [out, groups].
+    """
+
+    exponent: Tensor
+    code: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The scales themselves, float32 [out, groups]."""
+        steps = self.code.int()
+        power = self.exponent.int()[:, None] + steps // STEPS
+        return torch.ldexp(1 + (steps % STEPS).float() / STEPS, power)
+
+    @staticmethod
+    def nearest(scale: Tensor) -> Scales:
+        """The nearest scales to positive float32 numbers [out, groups]; of 0 any will do.
+
+        Those more than 15 octaves below the largest of their row become the smallest there is.
+        """
+        mantissa, power = torch.frexp(scale.clamp_min(2.0**LOWEST))  # mantissa in [1/2, 1)
+        steps = ((2 * mantissa - 1) * STEPS).round().int() + (power - 1) * STEPS
+        top = steps.amax(dim=1) // STEPS
+        exponent = (top - OCTAVES + 1).clamp(LOWEST, HIGHEST)
+        code = (steps - exponent[:, None] * STEPS).clamp(0, STEPS * OCTAVES - 1)
+        return Scales(exponent.to(torch.int8), code.to(torch.uint8))
+
+
+@dataclass(frozen=True)
+class GroupGrid:
+    """The grid of `bits` bits with a scale for each `group` consecutive weights of a row.
+
+    Args:
+        bits: 3 or 4.
+        group: 32, 64 or 128. The last group of a row may be shorter.
+
+    Raises:
+        RecipeError: there is no such grid.
+
+    Example:
+        >>> import torch
+        >>> from secateur.quantization.groups import GroupGrid
+        >>> grid = GroupGrid(bits=4, group=32)
+        >>> codes, scales = grid.quantize(torch.tensor([[3.5, -0.9, 0.0, 1.0]]))
+        >>> codes, scales.values
+        (tensor([[ 7, -2,  0,  2]], dtype=torch.int8), tensor([[0.5000]]))
+        >>> grid.dequantize(codes, scales)
+        tensor([[ 3.5000, -1.0000,  0.0000,  1.0000]])
+    """
+
+    bits: int
+    group: int
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("bits", self.bits, BITS), ("group", self.group, GROUPS)):
+            if value not in known:
+                raise RecipeError(f"{name} is {value}", remedy=f"give {', '.join(map(str, known))}")
+
+    @property
+    def largest(self) -> int:
+        """The largest integer: 7 of 4 bits, 3 of 3 bits."""
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, columns: int) -> int:
+        """How many groups a row has."""
+        return -(-columns // self.group)
+
+    def quantize(self, weight: Weight) -> tuple[Tensor, Scales]:
+        """Round a matrix; exact where it is on the grid already.
+
+        Args:
+            weight: [out, in], any floating dtype.
+
+        Returns:
+            The integers, int8 [out, in], and the scales: for a group on a grid those of that
+            grid, for any other those with the least squared error.
+
+        Raises:
+            NumericalError: a weight is NaN or infinite.
+        """
+        parts = [self._quantize(rows) for rows in self._blocks(weight)]
+        scales = Scales(
+            torch.cat([scales.exponent for _, scales in parts]),
+            torch.cat([scales.code for _, scales in parts]),
+        )
+        return torch.cat([codes for codes, _ in parts]), scales
+
+    def dequantize(self, codes: Tensor, scales: Scales) -> Weight:
+        """The weights s · q, float32 [out, in], of integers [out, in]."""
+        columns = codes.shape[1]
+        spread = scales.values.repeat_interleave(self.group, dim=1)[:, :columns]
+        return codes.float().mul_(spread)
+
+    def codes(self, weight: Weight, scales: Scales) -> Tensor:
+        """The integers round(w / s), half to even, within the grid, int8 [out, in]."""
+        columns = weight.shape[1]
+        spread = scales.values.repeat_interleave(self.group, dim=1)[:, :columns]
+        rounded = (weight.float() / spread).round_().clamp_(-self.largest, self.largest)
+        return rounded.to(torch.int8)
+
+    def search(self, weight: Weight, importance: Tensor | None = None) -> Scales:
+        """The scales with the least error Σ_j h_ij (w_ij − s q_ij)² in each group.
+
+        Tries the scales of 1 1/4 octaves below the one that reaches the largest weight; smaller
+        ones clip too much.
+
+        Args:
+            weight: [out, in], any floating dtype. Weights that are pruned are zero.
+            importance: h, [out, in] or [in]; 1 for every weight if not given.
+        """
+        grouped = self._grouped(weight.float())
+        weights = None
+        if importance is not None:
+            weights = self._grouped(importance.float().expand(weight.shape))
+        ideal = Scales.nearest(grouped.abs().amax(dim=2) / self.largest)
+        best, least = ideal, torch.full(ideal.code.shape, torch.inf, device=weight.device)
+        for below in range(-1, TRIED - 1):
+            code = (ideal.code.int() - below).clamp(0, STEPS * OCTAVES - 1).to(torch.uint8)
+            tried = Scales(ideal.exponent, code)
+            scale = tried.values[:, :, None]
+            rounded = (grouped / scale).round_().clamp_(-self.largest, self.largest).mul_(scale)
+            lost = rounded.sub_(grouped).square_()
+            error = (lost if weights is None else lost.mul_(weights)).sum(dim=2)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = Scales(ideal.exponent, torch.where(better, code, best.code))
+        return best
+
+    def _quantize(self, weight: Weight) -> tuple[Tensor, Scales]:
+        """`quantize` for some rows."""
+        values = weight.float()
+        if not torch.isfinite(values).all():
+            odd = int((~torch.isfinite(values)).sum())
+            raise NumericalError(
+                f"{odd} of {values.numel()} weights are NaN or infinite and cannot be "
+                f"int{self.bits}",
+                remedy="store this model with floating-point values, or find their source",
+            )
+        grouped = self._grouped(values)
+        found, on_grid = self._recovered(grouped)
+        searched = self.search(values).values
+        scales = Scales.nearest(torch.where(on_grid, found, searched))
+        return self.codes(values, scales), scales
+
+    def _recovered(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
+        """The scales of groups [out, groups, group] that are on a grid, and which these are."""
+        peak = grouped.abs().amax(dim=2)
+        scale, on_grid = torch.ones_like(peak), peak == 0
+        for step in range(self.largest, 0, -1):
+            tried = peak / step
+            short = tried.frexp().mantissa * (2 * STEPS)
+            again = (grouped / tried[:, :, None]).round_().mul_(tried[:, :, None])
+            fits = (again == grouped).all(dim=2) & (short.frac() == 0) & (peak > 0)
+            scale = torch.where(fits, tried, scale)
+            on_grid |= fits
+        return scale, on_grid
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """Rows [out, groups, group], the last group filled with zeros."""
+        missing = -weight.shape[1] % self.group
+        padded = torch.nn.functional.pad(weight, (0, missing)) if missing else weight
+        return padded.reshape(len(weight), -1, self.group)
+
+    def _blocks(self, weight: Weight) -> Iterator[Tensor]:
+        """Rows that together are about `AT_ONCE` weights."""
+        yield from weight.split(max(1, AT_ONCE // max(1, weight.shape[1])))

@@ -1,0 +1,98 @@
+"""The grids of 3 and 4 bits, against a slow search over every scale."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from secateur.errors import NumericalError, RecipeError
+from secateur.quantization.groups import GroupGrid, Scales
+
+GRIDS = [GroupGrid(bits, group) for bits, group in itertools.product((3, 4), (32, 64, 128))]
+
+
+def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight * (torch.rand(rows, columns, generator=generator) < 0.5)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("columns", [1, 31, 96, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_on_the_grid_is_found_again_in_any_dtype(grid, columns, dtype):
+    weight = random_weight(7, columns) * 0.02
+    first = grid.dequantize(*grid.quantize(weight))
+    stored = first.to(dtype)
+    assert torch.equal(stored.float(), first)
+    again = grid.dequantize(*grid.quantize(stored))
+    assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_zeros_stay_and_nothing_leaves_the_grid(grid):
+    weight = random_weight(5, 300)
+    codes, scales = grid.quantize(weight)
+    assert not codes[weight == 0].any()
+    assert int(codes.abs().max()) == grid.largest
+    assert scales.code.shape == (5, -(-300 // grid.group))
+
+
+def every_scale() -> list[float]:
+    return [math.ldexp(1 + step / 16, power) for power in range(-14, 3) for step in range(16)]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_search_finds_the_best_scale_there_is(bits):
+    grid = GroupGrid(bits, 32)
+    weight = random_weight(6, 32, 1)
+    importance = 0.5 + torch.rand(6, 32, generator=torch.Generator().manual_seed(2))
+    found = grid.search(weight, importance).values[:, 0].tolist()
+    for row, scale in enumerate(found):
+        errors = {}
+        for tried in every_scale():
+            rounded = (weight[row] / tried).round().clamp(-grid.largest, grid.largest) * tried
+            errors[tried] = float((importance[row] * (weight[row] - rounded) ** 2).sum())
+        assert errors[scale] == pytest.approx(min(errors.values()), rel=1e-5)
+
+
+def test_the_largest_of_a_row_sets_its_exponent_and_small_groups_round_to_the_smallest_scale():
+    weight = torch.tensor([[1.0] * 32 + [2.0**-30] * 32])
+    grid = GroupGrid(4, 32)
+    codes, scales = grid.quantize(weight)
+    assert scales.values[0, 0] in (1.0, 0.5, 0.25) or codes[0, 0] == 7
+    assert scales.values[0, 1] == 2.0 ** int(scales.exponent[0])
+    assert not codes[0, 32:].any()
+
+
+def test_scales_by_their_bytes():
+    scales = Scales(
+        torch.tensor([-3], dtype=torch.int8), torch.tensor([[0, 8, 16, 255]], dtype=torch.uint8)
+    )
+    assert scales.values.tolist() == [[0.125, 0.1875, 0.25, 2.0**12 * (1 + 15 / 16)]]
+    again = Scales.nearest(scales.values)
+    assert torch.equal(again.values, scales.values)
+
+
+def test_a_scale_between_two_is_rounded_up_into_the_next_octave():
+    assert Scales.nearest(torch.tensor([[1.99, 1.0]])).values.tolist() == [[2.0, 1.0]]
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-40, 1e-30])
+def test_rows_of_nearly_nothing(tiny):
+    grid = GroupGrid(4, 32)
+    codes, scales = grid.quantize(torch.full((2, 40), tiny))
+    assert torch.isfinite(grid.dequantize(codes, scales)).all()
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_no_grid_for_what_is_not_finite(odd):
+    with pytest.raises(NumericalError, match="1 of 4 weights"):
+        GroupGrid(4, 32).quantize(torch.tensor([[odd, 1.0, 2.0, 3.0]]))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (8, 32), (4, 16), (4, 0)])
+def test_other_grids_are_refused(bits, group):
+    with pytest.raises(RecipeError, match=r"give "):
+        GroupGrid(bits, group)
