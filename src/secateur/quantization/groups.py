@@ -37,8 +37,9 @@ OCTAVES = 16
 LOWEST, HIGHEST = -126, 111
 """Exponents of rows: every scale is then a normal float32, and s · q is finite."""
 
-TRIED = 20
-"""Scales that the search tries, from one step above the largest weight downwards: 1 1/4 octaves."""
+LARGEST_TRIED, TRIED = 1.5, 26
+"""The search begins at this multiple of the scale that reaches the largest weight, and tries so
+many scales downwards: to about half of it."""
 
 AT_ONCE = 2**22
 """Weights that are float32 at the same time."""
@@ -152,8 +153,8 @@ class GroupGrid:
     def search(self, weight: Weight, importance: Tensor | None = None) -> Scales:
         """The scales with the least error Σ_j h_ij (w_ij − s q_ij)² in each group.
 
-        Tries the scales of 1 1/4 octaves below the one that reaches the largest weight; smaller
-        ones clip too much.
+        Tries scales from half to one and a half times the one that reaches the largest weight.
+        Smaller ones clip too much.
 
         Args:
             weight: [out, in], any floating dtype. Weights that are pruned are zero.
@@ -163,18 +164,18 @@ class GroupGrid:
         weights = None
         if importance is not None:
             weights = self._grouped(importance.float().expand(weight.shape))
-        ideal = Scales.nearest(grouped.abs().amax(dim=2) / self.largest)
-        best, least = ideal, torch.full(ideal.code.shape, torch.inf, device=weight.device)
-        for below in range(-1, TRIED - 1):
-            code = (ideal.code.int() - below).clamp(0, STEPS * OCTAVES - 1).to(torch.uint8)
-            tried = Scales(ideal.exponent, code)
+        top = Scales.nearest(grouped.abs().amax(dim=2) / self.largest * LARGEST_TRIED)
+        best, least = top, torch.full(top.code.shape, torch.inf, device=weight.device)
+        for below in range(TRIED):
+            code = (top.code.int() - below).clamp_min(0).to(torch.uint8)
+            tried = Scales(top.exponent, code)
             scale = tried.values[:, :, None]
             rounded = (grouped / scale).round_().clamp_(-self.largest, self.largest).mul_(scale)
             lost = rounded.sub_(grouped).square_()
             error = (lost if weights is None else lost.mul_(weights)).sum(dim=2)
             better = error < least
             least = torch.where(better, error, least)
-            best = Scales(ideal.exponent, torch.where(better, code, best.code))
+            best = Scales(top.exponent, torch.where(better, code, best.code))
         return best
 
     def _quantize(self, weight: Weight) -> tuple[Tensor, Scales]:
