@@ -167,7 +167,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
         choice = choose([m.matrix for m in modules], activations(dtype))
         if choice.gain < WORTH_IT and modules[0].matrix.mask is not None:
             for module in modules:
-                module.matrix = dense_matrix(module.matrix, dtype)
+                module.matrix = module.matrix.dense(dtype)
             choice = choose([m.matrix for m in modules], activations(dtype))
         for module in modules:
             module.kernel_up_to = choice.kernel_up_to
@@ -177,10 +177,3 @@ def activations(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the kernels' activations for a model of this dtype."""
     return torch.float32 if dtype == torch.float16 else dtype
 
-
-def dense_matrix(matrix: KernelMatrix, dtype: torch.dtype) -> KernelMatrix:
-    """The same weights, stored with their zeros in the dtype of the model."""
-    weight = matrix.tile(0, matrix.rows)
-    if matrix.scale is not None:
-        weight = weight.float() * matrix.scale[:, None]
-    return KernelMatrix(weight.to(dtype))
