@@ -76,7 +76,9 @@ class PackedCodes:
         torch.cumsum(counts.view(pairs, 2).amax(1), 0, out=offsets[1:])
         values = np.zeros(int(offsets[-1]) + ahead, dtype=np.uint8)
         masks = []
-        both = zip(turned_rows(codes, group), turned_rows(kept.view(torch.int8), group), strict=True)
+        both = zip(
+            turned_rows(codes, group), turned_rows(kept.view(torch.int8), group), strict=True
+        )
         for (first, turned), (_, here) in both:
             mask = here.numpy().view(np.bool_)
             masks.append(mask_words(mask))
@@ -86,9 +88,7 @@ class PackedCodes:
                 to = places(starts, count)
                 stored = turned[odd::2].numpy()[mask[odd::2]].view(np.uint8)
                 values[to] |= (stored << 4) if odd else (stored & 15)
-        return PackedCodes(
-            torch.from_numpy(values), torch.cat(masks), offsets, int(counts.sum())
-        )
+        return PackedCodes(torch.from_numpy(values), torch.cat(masks), offsets, int(counts.sum()))
 
 
 def words_of(columns: int) -> int:

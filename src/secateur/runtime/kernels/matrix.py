@@ -7,10 +7,11 @@
 | `offsets` | where each row's values begin [out + 1]   | none                                 |
 | `scale`   | float32 [out] where values are int8       | the same                             |
 
-words = ⌈in / 64⌉; entries past `in` are zero. Weights of 3 and 4 bits have two rows to a byte and an
-order of columns of their own (`int4.py`), and `scales` for groups of a row instead of `scale`. Kernels may read 64 bytes past the end of the values,
-so that they can load whole registers. All padding happens here, when a matrix is loaded; files have
-none. A dense weight whose rows are already whole words is used without a copy.
+words = ⌈in / 64⌉; entries past `in` are zero. Weights of 3 and 4 bits have two rows to a byte, an
+order of columns of their own (`int4.py`), and `scales` of groups instead of `scale`. Kernels may
+read 64 bytes past the end of the values, so that they can load whole registers. All padding happens
+here, when a matrix is loaded; files have none. A dense weight whose rows are already whole words is
+used without a copy.
 """
 
 from __future__ import annotations
