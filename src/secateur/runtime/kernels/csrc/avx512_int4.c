@@ -11,6 +11,8 @@ SCT_TARGET_BEGIN(SCT_AVX512)
 
 #include "batches.inc"
 
+#define SCALES_AHEAD_BYTES 1024
+
 /* The halves of 64 bytes as q + 8, the upper ones times 16: (bytes & half) ^ eight. What is not
  * kept is 0, and becomes 8 as well. */
 SCT_INLINE __m512i half_of(__m512i bytes, const int high) {
@@ -103,6 +105,7 @@ SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, 
         for (; j < k; j++) STEP(j, 0);
         x += 64 * k;
         const uint8_t *here = codes + 64 * w / m->group;
+        _mm_prefetch((const char *)here + SCALES_AHEAD_BYTES, _MM_HINT_T0);
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++) {
             const __m512 scale = scales_of(here + r * groups, runs_together(m, 4 * k),
