@@ -64,6 +64,41 @@ def positions(rank: int, kept: int, group: int) -> list[int]:
     return found[::-1]
 
 
+def stream(data: bytes, bits: int, start: int, count: int) -> list[int]:
+    """Numbers of a bit stream that begins at a byte, in two's complement."""
+    found = []
+    for n in range(count):
+        places = range(n * bits, (n + 1) * bits)
+        plain = sum((data[start + p // 8] >> p % 8 & 1) << k for k, p in enumerate(places))
+        found.append(plain - 2**bits if plain >= 2 ** (bits - 1) else plain)
+    return found
+
+
+def stored_values(layout: dict, part: tuple[str, list[int], bytes], count: int) -> list[float]:
+    """The values of a matrix in their order, `count` of them."""
+    dtype, _, data = part
+    if "group" not in layout:
+        size = BYTES[dtype]
+        return [number(data[k * size : (k + 1) * size], dtype) for k in range(count)]
+    bits, (out, columns) = int(layout["values"][3:]), layout["shape"]
+    if layout["format"] != "dense":
+        return stream(data, bits, 0, count)
+    width = math.ceil(columns * bits / 8)
+    return [q for i in range(out) for q in stream(data, bits, i * width, columns)]
+
+
+def scale_of(layout: dict, parts: dict, i: int, j: int) -> float:
+    """What a value of row i and column j is multiplied with."""
+    if "group" in layout:
+        groups = math.ceil(layout["shape"][1] / layout["group"])
+        c = parts["weight_scale"][2][i * groups + j // layout["group"]]
+        e = number(parts["weight_exponent"][2][i : i + 1], "I8")
+        return 2.0 ** (e + c // 16) * (1 + c % 16 / 16)
+    if layout["values"] == "int8":
+        return number(parts["weight_scale"][2][4 * i : 4 * i + 4], "F32")
+    return 1.0
+
+
 def kept_places(layout: dict, parts: dict) -> list[tuple[int, int]]:
     """The places of the stored values, in their order."""
     out, columns = layout["shape"]
@@ -89,15 +124,11 @@ def read_matrices(file: Path) -> dict[str, list[list[float]]]:
     matrices = {}
     for name, layout in told["layouts"].items():
         parts = {n[len(name) + 1 :]: t for n, t in tensors.items() if n.startswith(name + ".")}
-        dtype, _, data = parts["weight" if layout["format"] == "dense" else "compressed"]
-        size = BYTES[dtype]
-        scales = None
-        if layout["values"] == "int8":
-            raw = parts["weight_scale"][2]
-            scales = [number(raw[4 * i : 4 * i + 4], "F32") for i in range(layout["shape"][0])]
+        part = parts["weight" if layout["format"] == "dense" else "compressed"]
+        places = kept_places(layout, parts)
+        values = stored_values(layout, part, len(places))
         matrix = [[0.0] * layout["shape"][1] for _ in range(layout["shape"][0])]
-        for count, (i, j) in enumerate(kept_places(layout, parts)):
-            value = number(data[count * size : (count + 1) * size], dtype)
-            matrix[i][j] = value * scales[i] if scales else value
+        for (i, j), value in zip(places, values, strict=True):
+            matrix[i][j] = value * scale_of(layout, parts, i, j)
         matrices[name] = matrix
     return matrices
