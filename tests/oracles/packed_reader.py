@@ -38,14 +38,30 @@ def read_file(file: Path) -> tuple[dict, dict[str, tuple[str, list[int], bytes]]
         dtype, shape = entry["dtype"], entry["shape"]
         if name in told["archived"]:
             archived = told["archived"][name]
-            dtype, shape = archived["dtype"], archived["shape"]
-            if archived["codec"] == "zstd":
+            dtype, shape, codec = archived["dtype"], archived["shape"], archived["codec"]
+            if codec != "none":
                 data = zstandard.ZstdDecompressor().decompress(data)
+            if codec.startswith("zstd-"):
+                data = narrow(data, int(codec[5:]), shape[-1])
             size, planes = BYTES[dtype], data
             count = len(planes) // size
             data = bytes(planes[p * count + i] for i in range(count) for p in range(size))
         tensors[name] = (dtype, shape, data)
     return told, tensors
+
+
+def narrow(data: bytes, width: int, length: int) -> bytes:
+    """Rows of `length` bytes, from rows whose numbers have 4 or 8 bits instead of `width`."""
+    count = math.ceil(8 * length / width)
+    wide = 4 if width == 3 else 8
+    row_bytes = math.ceil(count * wide / 8)
+    rows = b""
+    for start in range(0, len(data), row_bytes):
+        whole = int.from_bytes(data[start : start + row_bytes], "little")
+        numbers = [whole >> (n * wide) & (2**wide - 1) for n in range(count)]
+        packed = sum(number << (n * width) for n, number in enumerate(numbers))
+        rows += packed.to_bytes(length + 1, "little")[:length]
+    return rows
 
 
 def bit(data: bytes, row_bytes: int, row: int, place: int) -> int:

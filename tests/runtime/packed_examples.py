@@ -21,11 +21,11 @@ LAYOUTS = {
     "layer.four_of_eight": Layout("n-of-m", "int8", (9, 72), "4:8"),
     "embedding": Layout("dense", "int8", (50, 16)),
     "layer.bitmask4": Layout("bitmask", "int4", (23, 71), group=32),
-    "layer.bitmask3": Layout("bitmask", "int3", (7, 200), transposed=True, group=64),
+    "layer.bitmask3": Layout("bitmask", "int3", (41, 200), transposed=True, group=64),
     "layer.dense4": Layout("dense", "int4", (11, 33), group=32),
-    "layer.dense3": Layout("dense", "int3", (6, 130), group=128),
+    "layer.dense3": Layout("dense", "int3", (22, 130), group=128),
     "layer.two_of_four4": Layout("n-of-m", "int4", (9, 68), "2:4", group=64),
-    "layer.four_of_eight3": Layout("n-of-m", "int3", (5, 72), "4:8", group=32),
+    "layer.four_of_eight3": Layout("n-of-m", "int3", (150, 72), "4:8", group=32),
 }
 FIRST = [
     "layer.bitmask16", "embedding", "norm.weight", "layer.two_of_four", "layer.bitmask4",
