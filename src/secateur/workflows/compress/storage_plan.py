@@ -1,8 +1,10 @@
-"""Decides how every tensor of a checkpoint is stored, before anything is written."""
+"""Plans how every tensor of a checkpoint is stored: layouts, dtypes, files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -95,6 +97,7 @@ def make_plan(
     recipe: CompressRecipe,
     values: str,
     progress: Progress,
+    values_of: Mapping[str, str] = MappingProxyType({}),
 ) -> StoragePlan:
     """Read every matrix and choose its layout.
 
@@ -104,6 +107,7 @@ def make_plan(
         recipe: gives format and group size.
         values: what the recipe's `auto` stands for.
         progress: receives every matrix.
+        values_of: other values of single matrices, by stored name.
 
     Raises:
         CheckpointError: a matrix has a dtype that cannot be packed.
@@ -114,7 +118,8 @@ def make_plan(
     for name, matrix in matrices.items():
         stored = reader.read(name)
         weight = stored.t() if matrix.transposed else stored
-        wanted = values_for(stored.dtype, values if matrix.prunable else "int8", name)
+        own = values_of.get(name, values) if matrix.prunable else "int8"
+        wanted = values_for(stored.dtype, own, name)
         choice = plan.choices[name] = choose_layout(
             weight,
             format=format if matrix.prunable else DENSE,
@@ -145,10 +150,10 @@ def computed_dtype(
         return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
     weights: dict[torch.dtype, int] = {}
     for name, choice in plan.choices.items():
-        if matrices[name].prunable:
-            dtype = choice.layout.dtype
+        dtype = choice.layout.dtype
+        if matrices[name].prunable and dtype.is_floating_point:
             weights[dtype] = weights.get(dtype, 0) + choice.layout.weights
-    return max(weights, key=weights.__getitem__)
+    return max(weights, key=weights.__getitem__, default=torch.bfloat16)
 
 
 def cast_others(
