@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from secateur.cli import options as o
+from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
+    from secateur.recipes.demo import DemoRecipe
     from secateur.reporting.results.demo import DemoResult
 
 __all__ = ["demo"]
@@ -23,32 +24,15 @@ PROMPTS = (
 )
 
 
-def demo(
-    *,
-    output: Annotated[str, o.option("--output", "-o", help="Folder for it.")] = "demo-run",
-    sparsity: Annotated[float, o.option(help="Fraction of zeros.")] = 0.5,
-    effort: Annotated[str, o.option(help="Preset: fast, balanced or best.")] = "balanced",
-    windows: Annotated[int, o.option(help="Calibration windows of 512 tokens.")] = 20,
-    judged_windows: Annotated[int, o.option(help="Windows of 512 tokens to judge on.")] = 8,
-    as_json: o.Json = False,
-) -> None:
-    """Prune SmolLM2-135M, pack, time and evaluate it beside the dense model; write a report."""
+def run(recipe: DemoRecipe) -> DemoResult:
+    """Run the three steps with a progress bar, then write the report."""
     from secateur.cli.progress import show_progress
-    from secateur.cli.rendering import print_result
 
     with show_progress() as progress:
-        result = carry_out(Path(output), sparsity, effort, windows, judged_windows, progress)
-    print_result(result, as_json=as_json)
+        return carry_out(recipe, progress)
 
 
-def carry_out(
-    folder: Path,
-    sparsity: float,
-    effort: str,
-    windows: int,
-    judged_windows: int,
-    listener: Progress,
-) -> DemoResult:
+def carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
     """Run the three steps, then write the report."""
     from secateur.progress import Labelled
     from secateur.reporting.results.demo import DemoResult
@@ -57,13 +41,14 @@ def carry_out(
     from secateur.workflows.prune_and_pack import prune
     from secateur.workflows.report import report
 
+    folder = Path(recipe.output)
     pruned = prune(
         MODEL,
         output=folder,
-        effort=effort,
-        sparsity=sparsity,
+        effort=recipe.effort,
+        sparsity=recipe.sparsity,
         calibration=CALIBRATION,
-        windows=windows,
+        windows=recipe.windows,
         sequence_length=512,
         compress="int8",
         compress_embeddings="int8",
@@ -86,8 +71,11 @@ def carry_out(
         generation=True,
         prompts=PROMPTS,
         sequence_length=512,
-        windows=judged_windows,
+        windows=recipe.judged_windows,
         progress=Labelled(listener, "3 of 3, judge"),
     )
     page = report([folder], folder / "report.html").page
     return DemoResult(MODEL, pruned, timed, judged, page)
+
+
+demo = command("demo", run)

@@ -69,7 +69,8 @@ def command(
 
     parameters = [parameter(option, is_switch=False) for option in of_recipe]
     parameters += [parameter(option, is_switch=True) for option in of_call]
-    parameters += [parameter(SET, is_switch=False), parameter(JSON, is_switch=True)]
+    parameters += [parameter(SET, is_switch=False)] if of_recipe else []
+    parameters += [parameter(JSON, is_switch=True)]
     signature = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
 
     def carry_out(*words: str, **flags: Any) -> None:
@@ -78,7 +79,7 @@ def command(
         bound = signature.bind(*words, **flags)
         bound.apply_defaults()
         given = dict(bound.arguments)
-        assignments, as_json = given.pop("set") or (), given.pop("json")
+        assignments, as_json = given.pop("set", None) or (), given.pop("json")
         call = {o.name: given.pop(o.name) for o in of_call}
         recipe = recipe_from_flags(kind, given, assignments)
         check(recipe)

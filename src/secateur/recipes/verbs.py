@@ -20,14 +20,14 @@ class Verb:
         name: the name of both.
         summary: one sentence for the list of verbs.
         recipe: the place of its recipe class, `package.module:name`.
-        function: the place of the function.
+        function: the place of the function; empty if the verb exists only on the command line.
         more: further sentences for the help of the verb.
         without: options of the recipe that do not concern this verb.
     """
 
     name: str
     summary: str
-    recipe: str = ""
+    recipe: str
     function: str = ""
     more: str = ""
     without: frozenset[str] = frozenset()
@@ -101,7 +101,11 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.inspect:InspectRecipe",
             "secateur.workflows.judge.inspect:inspect",
         ),
-        Verb("methods", "List presets, methods and their parts."),
+        Verb(
+            "methods",
+            "List presets, methods and their parts.",
+            "secateur.recipes.demo:MethodsRecipe",
+        ),
         Verb(
             "compress",
             "Store a pruned model without its zeros.",
@@ -146,7 +150,11 @@ VERBS: dict[str, Verb] = {
             "secateur.workflows.judge.diagnose:diagnose",
             more="The exit code is 3 if something is proven wrong.",
         ),
-        Verb("demo", "Prune SmolLM2-135M, evaluate it beside the dense model, and write a report."),
+        Verb(
+            "demo",
+            "Prune SmolLM2-135M, pack, time and judge it beside the dense model; write a report.",
+            "secateur.recipes.demo:DemoRecipe",
+        ),
     )
 }
 """All verbs, in the order of `secateur --help`."""

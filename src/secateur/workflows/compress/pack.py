@@ -78,14 +78,17 @@ class StoragePlan:
     def layout(self, name: str) -> Layout | None:
         """Return the layout of a tensor; None for a tensor that is copied or only cast."""
         choice = self.choices.get(name)
-        if choice is None or (choice.layout.format == DENSE and choice.layout.values != "int8"):
+        if choice is None or (choice.layout.format == DENSE and not choice.layout.integers):
             return None
         return choice.layout
 
     def keeps_weights(self, reader: CheckpointReader) -> bool:
-        """Whether every tensor keeps the dtype of the source, so that no value changes."""
+        """Whether no value changes: the dtypes are those of the source, or the grids are."""
         stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
-        return all(stored[name] == entry.dtype for name, entry in reader.entries.items())
+        on_grid = {name for name, x in self.choices.items() if x.layout.grid and not self.lost}
+        return all(
+            name in on_grid or stored[name] == entry.dtype for name, entry in reader.entries.items()
+        )
 
 
 @takes_options_of(CompressRecipe)
@@ -157,7 +160,7 @@ def compress_recipe(
             matrices = find_matrices(reader, recipe.embeddings, trust)
         made = folder.fresh_model()
         values = settled_values(reader, matrices, recipe.values)
-        plan = make_plan(reader, matrices, recipe.format, values, progress)
+        plan = make_plan(reader, matrices, recipe, values, progress)
         computed = computed_dtype(plan, matrices, values)
         cast_others(plan, reader, values, computed)
         files = plan_files(reader, plan)
@@ -229,30 +232,38 @@ def settled_values(
 def make_plan(
     reader: CheckpointReader,
     matrices: dict[str, PackableMatrix],
-    format: str,
+    recipe: CompressRecipe,
     values: str,
     progress: Progress,
 ) -> StoragePlan:
     """Read every matrix and choose its layout.
 
+    Args:
+        reader: the source.
+        matrices: that can be packed.
+        recipe: gives format and group size.
+        values: what the recipe's `auto` stands for.
+        progress: receives every matrix.
+
     Raises:
         CheckpointError: a matrix has a dtype that cannot be packed.
         RecipeError: the requested format can hold no matrix.
     """
-    plan = StoragePlan()
+    plan, format = StoragePlan(), recipe.format
     progress.start("counting", len(matrices))
     for name, matrix in matrices.items():
         stored = reader.read(name)
         weight = stored.t() if matrix.transposed else stored
         wanted = values_for(stored.dtype, values if matrix.prunable else "int8", name)
-        plan.choices[name] = choose_layout(
+        choice = plan.choices[name] = choose_layout(
             weight,
             format=format if matrix.prunable else DENSE,
             values=wanted,
             transposed=matrix.transposed,
+            group=recipe.group_size,
         )
         if matrix.prunable:
-            lost, norm = squared_loss(weight, wanted)
+            lost, norm = squared_loss(weight, choice.layout)
             plan.lost, plan.norm = plan.lost + lost, plan.norm + norm
         progress.step(note=name)
     progress.finish()
@@ -269,7 +280,7 @@ def make_plan(
 def computed_dtype(
     plan: StoragePlan, matrices: dict[str, PackableMatrix], values: str
 ) -> torch.dtype:
-    """The dtype in which the model computes: the dtype of the values, or bfloat16 for int8."""
+    """The dtype in which the model computes: the dtype of the values, or bfloat16 for integers."""
     if values != KEEP:
         return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
     weights: dict[torch.dtype, int] = {}
@@ -329,7 +340,7 @@ def contents(
                 yield name, tensor.to(plan.dtypes[name])
             else:
                 weight = tensor.t() if layout.transposed else tensor
-                if layout.values != "int8":  # a cast can make zeros too
+                if not layout.integers:  # a cast can make zeros too
                     weight = weight.to(layout.dtype)
                 if plan.choices[name].negative_zeros:
                     weight = without_negative_zeros(weight)
