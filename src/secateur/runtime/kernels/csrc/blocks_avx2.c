@@ -80,35 +80,36 @@ SCT_INLINE __m256i two(const int16_t *codes) {
     return _mm256_set1_epi32(word);
 }
 
+/* Lanes of 32 bits as gcc names them: with __m256i it copies and spills sums. */
+typedef int32_t sct_sums __attribute__((vector_size(32)));
+
+/* Sums of integers times the scales of tokens and of a row. */
+SCT_INLINE void add(sct_sums dots, const float *panel_scales, __m256 by, float *sums) {
+    const __m256 scale = _mm256_mul_ps(_mm256_load_ps(panel_scales), by);
+    const __m256 numbers = _mm256_cvtepi32_ps((__m256i)dots);
+    _mm256_store_ps(sums, _mm256_fmadd_ps(numbers, scale, _mm256_load_ps(sums)));
+}
+
 SCT_INLINE void unit_of(const sct_places *at, float *sums, int64_t pitch, const int P) {
-    __m256i dots[UNIT_ROWS][2];
+    sct_sums first[UNIT_ROWS], second[UNIT_ROWS];
 #pragma GCC unroll 4
-    for (int r = 0; r < UNIT_ROWS; r++)
-#pragma GCC unroll 2
-        for (int i = 0; i < P; i++) dots[r][i] = _mm256_setzero_si256();
+    for (int r = 0; r < UNIT_ROWS; r++) first[r] = second[r] = (sct_sums){0};
     for (int64_t k = 0; k < at->columns; k += 2) {
-        __m256i panel[2];
-#pragma GCC unroll 2
-        for (int i = 0; i < P; i++)
-            panel[i] = _mm256_load_si256((const __m256i *)(at->panel[i] + 16 * k));
+        const __m256i x = _mm256_load_si256((const __m256i *)(at->panel[0] + 16 * k));
+        const __m256i other =
+            P == 2 ? _mm256_load_si256((const __m256i *)(at->panel[1] + 16 * k)) : x;
 #pragma GCC unroll 4
         for (int r = 0; r < UNIT_ROWS; r++) {
             const __m256i codes = two((const int16_t *)at->codes + r * SCT_BLOCK + k);
-#pragma GCC unroll 2
-            for (int i = 0; i < P; i++)
-                dots[r][i] = _mm256_add_epi32(dots[r][i], _mm256_madd_epi16(panel[i], codes));
+            first[r] += (sct_sums)_mm256_madd_epi16(x, codes);
+            if (P == 2) second[r] += (sct_sums)_mm256_madd_epi16(other, codes);
         }
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < P; i++) {
-        const __m256 scale = _mm256_load_ps(at->panel_scales[i]);
 #pragma GCC unroll 4
-        for (int r = 0; r < UNIT_ROWS; r++) {
-            float *to = sums + r * pitch + 8 * i;
-            const __m256 dot = _mm256_cvtepi32_ps(dots[r][i]);
-            const __m256 by = at->scales ? _mm256_mul_ps(scale, _mm256_set1_ps(at->scales[r])) : scale;
-            _mm256_store_ps(to, _mm256_fmadd_ps(dot, by, _mm256_load_ps(to)));
-        }
+    for (int r = 0; r < UNIT_ROWS; r++) {
+        const __m256 by = _mm256_set1_ps(at->scales ? at->scales[r] : 1.0f);
+        add(first[r], at->panel_scales[0], by, sums + r * pitch);
+        if (P == 2) add(second[r], at->panel_scales[1], by, sums + r * pitch + 8);
     }
 }
 

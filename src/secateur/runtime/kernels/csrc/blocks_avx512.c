@@ -27,33 +27,36 @@ SCT_INLINE __m512i four(const int8_t *codes) {
     return _mm512_set1_epi32(word);
 }
 
+/* sums += x · codes. Written out, because gcc 12 copies and spills the sums of the intrinsic. */
+SCT_INLINE void take(__m512i *sums, __m512i x, __m512i codes) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(x), "v"(codes));
+}
+
+/* Sums of integers times the scales of tokens and of a row. */
+SCT_INLINE void add(__m512i dots, const float *panel_scales, __m512 by, float *sums) {
+    const __m512 scale = _mm512_mul_ps(_mm512_load_ps(panel_scales), by);
+    _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, _mm512_load_ps(sums)));
+}
+
 SCT_INLINE void unit_of(const sct_places *at, float *sums, int64_t pitch, const int P) {
-    __m512i dots[UNIT_ROWS][2];
+    __m512i first[UNIT_ROWS], second[UNIT_ROWS];
 #pragma GCC unroll 12
-    for (int r = 0; r < UNIT_ROWS; r++)
-#pragma GCC unroll 2
-        for (int i = 0; i < P; i++) dots[r][i] = _mm512_set1_epi32(at->starts[r]);
+    for (int r = 0; r < UNIT_ROWS; r++) first[r] = second[r] = _mm512_set1_epi32(at->starts[r]);
     for (int64_t k = 0; k < at->columns; k += 4) {
-        __m512i panel[2];
-#pragma GCC unroll 2
-        for (int i = 0; i < P; i++) panel[i] = _mm512_load_si512(at->panel[i] + 16 * k);
+        const __m512i x = _mm512_load_si512(at->panel[0] + 16 * k);
+        const __m512i other = P == 2 ? _mm512_load_si512(at->panel[1] + 16 * k) : x;
 #pragma GCC unroll 12
         for (int r = 0; r < UNIT_ROWS; r++) {
             const __m512i codes = four((const int8_t *)at->codes + r * SCT_BLOCK + k);
-#pragma GCC unroll 2
-            for (int i = 0; i < P; i++) dots[r][i] = _mm512_dpbusd_epi32(dots[r][i], panel[i], codes);
+            take(&first[r], x, codes);
+            if (P == 2) take(&second[r], other, codes);
         }
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < P; i++) {
-        const __m512 scale = _mm512_load_ps(at->panel_scales[i]);
 #pragma GCC unroll 12
-        for (int r = 0; r < UNIT_ROWS; r++) {
-            float *to = sums + r * pitch + 16 * i;
-            const __m512 dot = _mm512_cvtepi32_ps(dots[r][i]);
-            const __m512 by = at->scales ? _mm512_mul_ps(scale, _mm512_set1_ps(at->scales[r])) : scale;
-            _mm512_store_ps(to, _mm512_fmadd_ps(dot, by, _mm512_load_ps(to)));
-        }
+    for (int r = 0; r < UNIT_ROWS; r++) {
+        const __m512 by = at->scales ? _mm512_set1_ps(at->scales[r]) : _mm512_set1_ps(1.0f);
+        add(first[r], at->panel_scales[0], by, sums + r * pitch);
+        if (P == 2) add(second[r], at->panel_scales[1], by, sums + r * pitch + 16);
     }
 }
 
