@@ -88,9 +88,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         rate = row["prompt_tokens_per_second"]
         ratio = rate / theirs["prompt_tokens_per_second"] if "failure" not in theirs else 0.0
         first = f"{1e3 * row['first_token_seconds']:.0f} ms"
-        lines.append(
-            [row["model"], row["prompt_tokens"], row["contender"], first, f"{rate:.0f}", f"{ratio:.2f}"]
-        )
+        told = [row["model"], row["prompt_tokens"], row["contender"], first, f"{rate:.0f}"]
+        lines.append([*told, f"{ratio:.2f}"])
     columns = ["model", "prompt", "", "first token", "tokens/s", "× llama.cpp Q8_0"]
     return markdown(columns, [[str(cell) for cell in line] for line in lines])
 

@@ -31,7 +31,7 @@ __all__ = [
     "use_tier",
 ]
 
-ABI = 1
+ABI = 2
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 

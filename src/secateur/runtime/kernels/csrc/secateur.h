@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 1
+#define SCT_ABI 2
 
 typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_TYPES } sct_type;
 
