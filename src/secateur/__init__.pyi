@@ -98,6 +98,7 @@ def compress(
     progress: Progress | None = None,
     format: str | None = None,
     values: str | None = None,
+    group_size: Literal[32, 64, 128] | None = None,
     embeddings: Literal["auto", "int8"] | None = None,
     archive: bool | None = None,
     calibration: str | Path | None = None,
@@ -128,7 +129,9 @@ def compress(
             format, or dense where dense is smaller. [auto]
         values: How to store the weights. auto stores float32 as bfloat16 and keeps other types.
             keep keeps every type and loses nothing. Or name a type: bfloat16, float16, float32,
-            int8. [auto]
+            int8, int4, int3. [auto]
+        group_size: How many consecutive weights of a row share a scale in int4 and int3. Smaller
+            groups lose less and need 8 / SIZE bits more per weight. [64]
         embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
         archive: Also compress the files with zstandard. Loading decodes them. [off]
         calibration: Text on which int8 weights compensate each other's rounding errors: JSONL or
@@ -168,8 +171,9 @@ def decompress(
 ) -> DecompressResult:
     """Write a compressed checkpoint as ordinary dense safetensors, with all zeros.
 
-    Losslessly stored values are restored bit for bit. int8 values are restored as their scaled
-    numbers, in the dtype of the configuration.
+    Losslessly stored values are restored bit for bit. int8, int4 and int3 values are restored as
+    their scaled numbers, in the dtype of the configuration. For int4 and int3 in bfloat16 these
+    numbers are exact, so compressing them again changes nothing.
 
     Args:
         model: folder or hub id of a compressed checkpoint, archive or not.
@@ -396,7 +400,9 @@ def plan(
     memory_budget_gib: float | None = None,
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
-    compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8"] | None = None,
+    compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
+    | None = None,
+    compress_group_size: Literal[32, 64, 128] | None = None,
     compress_embeddings: Literal["auto", "int8"] | None = None,
 ) -> PlanResult:
     """Report what pruning `model` would need, without pruning it.
@@ -454,7 +460,9 @@ def plan(
             [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
-            bfloat16, float16, float32 or int8. [not compressed]
+            bfloat16, float16, float32, int8, int4 or int3. [not compressed]
+        compress_group_size: How many consecutive weights of a row share a scale in int4 and int3.
+            [64]
         compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
 
     Raises:
@@ -504,7 +512,9 @@ def prune(
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     output: str | Path | None = None,
-    compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8"] | None = None,
+    compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
+    | None = None,
+    compress_group_size: Literal[32, 64, 128] | None = None,
     compress_embeddings: Literal["auto", "int8"] | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
@@ -568,7 +578,9 @@ def prune(
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         output: Folder for the new model. It must not exist. [required]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
-            bfloat16, float16, float32 or int8. [not compressed]
+            bfloat16, float16, float32, int8, int4 or int3. [not compressed]
+        compress_group_size: How many consecutive weights of a row share a scale in int4 and int3.
+            [64]
         compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. [off]

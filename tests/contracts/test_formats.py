@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from fractions import Fraction
+
 import pytest
 import torch
 
 from oracles import packing
 from secateur.errors import CheckpointError, NumericalError
+from secateur.quantization.groups import GROUPS
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
-from secateur.runtime.formats import VALUES, Layout, PartSpec, bitmask_parts, check_specs, formats
+from secateur.runtime.formats import (
+    GRID_BITS,
+    VALUES,
+    Layout,
+    PartSpec,
+    bitmask_parts,
+    check_specs,
+    formats,
+)
 
 PATTERNS = {
     "dense": [None],
@@ -17,14 +29,38 @@ PATTERNS = {
 }
 """Patterns to try a format with; a format without patterns is not tested and so fails."""
 
-SHAPES = [(1, 1), (1, 7), (5, 9), (8, 8), (3, 64), (17, 33), (64, 96), (2, 1000), (33, 1)]
+SHAPES = [
+    (1, 1), (1, 7), (5, 9), (8, 8), (7, 31), (3, 64), (17, 33), (64, 96), (3, 576), (2, 1000),
+    (33, 1),
+]  # fmt: skip
 SPARSITIES = [0.0, 0.5, 0.7, 0.99, 1.0]
 
 CASES = [(name, pattern) for name in formats for pattern in PATTERNS.get(name, [])]
 
+GRIDS = [f"{values} g{group}" for values, group in itertools.product(GRID_BITS, GROUPS)]
+STORED = [*(values for values in VALUES if values not in GRID_BITS), *GRIDS]
+"""Every kind of value, those of groups with their size."""
+
 
 def test_every_format_is_tested():
     assert set(PATTERNS) == set(formats)
+
+
+def layout_of(name: str, stored: str, shape: tuple[int, int], pattern: str | None) -> Layout:
+    values, _, group = stored.partition(" g")
+    return Layout(name, values, shape, pattern, group=int(group) if group else None)
+
+
+def source_dtype(stored: str) -> torch.dtype:
+    """The dtype of a matrix that is to be stored."""
+    return VALUES[stored] if stored in ("float32", "bfloat16", "float16") else torch.bfloat16
+
+
+def stands_for(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """What comes back: the weights, or those on the grid."""
+    if layout.grid is not None:
+        return layout.grid.dequantize(*layout.grid.quantize(weight))
+    return dequantize_rows(*quantize_rows(weight)) if layout.values == "int8" else weight
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,54 +90,67 @@ def shapes_for(pattern: str | None) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
-@pytest.mark.parametrize("values", [*VALUES])
-def test_round_trips_are_exact(name, pattern, values):
+@pytest.mark.parametrize("stored", STORED)
+def test_round_trips_are_exact(name, pattern, stored):
     chosen = formats[name]
-    dtype = torch.bfloat16 if values == "int8" else VALUES[values]
+    dtype = source_dtype(stored)
     for shape in shapes_for(pattern):
         for sparsity in SPARSITIES if pattern is None else [0.5]:
             weight = sparse_matrix(shape, sparsity, pattern, dtype)
-            before, layout = weight.clone(), Layout(name, values, shape, pattern)
+            before, layout = weight.clone(), layout_of(name, stored, shape, pattern)
             parts = chosen.pack(weight, layout)
             assert torch.equal(bits(weight), bits(before))
             chosen.check(parts, layout)
             found = chosen.unpack(parts, layout)
             assert tuple(found.shape) == shape
-            if values == "int8":
-                expected = dequantize_rows(*quantize_rows(weight))
-                assert found.dtype == torch.float32
-            else:
-                expected = weight
-                assert found.dtype == dtype
+            expected = stands_for(weight, layout)
+            assert found.dtype == (torch.float32 if layout.integers else dtype)
             assert torch.equal(bits(found), bits(expected)), (shape, sparsity)
+            assert not found[weight == 0].any()
+            if name != "dense":
+                assert chosen.kept(parts, layout)[0][weight != 0].all()
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
-@pytest.mark.parametrize("values", [*VALUES])
-def test_sizes_are_those_of_theory(name, pattern, values):
+@pytest.mark.parametrize("stored", STORED)
+def test_sizes_are_those_of_theory(name, pattern, stored):
     for shape in shapes_for(pattern):
         weight = sparse_matrix(shape, 0.5, pattern, torch.float32)
-        layout = Layout(name, values, shape, pattern)
+        layout = layout_of(name, stored, shape, pattern)
         parts = formats[name].pack(weight.to(torch.bfloat16), layout)
         nonzeros = int((weight != 0).sum())
         assert sum(part.nbytes for part in parts.values()) == formats[name].nbytes(layout, nonzeros)
         specs = {suffix: PartSpec(x.dtype, tuple(x.shape)) for suffix, x in parts.items()}
         assert specs == formats[name].parts(layout, nonzeros)
         check_specs(specs, layout)
+        if layout.grid is not None:
+            bits, out, columns = layout.grid.bits, *shape
+            scales = out * (-(-columns // layout.grid.group) + 1)
+            kept = nonzeros if pattern is None else layout.weights * nm(pattern)
+            values = {"dense": out * -(-columns * bits // 8)}.get(name, -(-int(kept) * bits // 8))
+            mask = sum(parts[s].nbytes for s in ("bitmask", "codes") if s in parts)
+            assert formats[name].nbytes(layout, nonzeros) == values + mask + scales
+
+
+def nm(pattern: str) -> Fraction:
+    """N / M."""
+    return Fraction(*map(int, pattern.split(":")))
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
-@pytest.mark.parametrize("values", [*VALUES])
-def test_every_format_becomes_a_bitmask(name, pattern, values):
+@pytest.mark.parametrize("stored", STORED)
+def test_every_format_becomes_a_bitmask(name, pattern, stored):
     for shape in shapes_for(pattern):
         weight = sparse_matrix(shape, 0.6, pattern, torch.bfloat16)
-        layout = Layout(name, values, shape, pattern)
+        layout = layout_of(name, stored, shape, pattern)
         parts = formats[name].pack(weight, layout)
-        as_bitmask = Layout("bitmask", values, shape)
+        as_bitmask = layout_of("bitmask", stored, shape, None)
         found = bitmask_parts(parts, layout)
         formats["bitmask"].check(found, as_bitmask)
         unpacked = formats["bitmask"].unpack(found, as_bitmask)
         assert torch.equal(unpacked, formats[name].unpack(parts, layout))
+        if name == "n-of-m" and layout.grid is not None:  # the same bit stream
+            assert torch.equal(found["compressed"], parts["compressed"])
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
@@ -123,11 +172,12 @@ def test_negative_zeros_nans_and_infinities_come_back_bit_for_bit(name, pattern,
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
-def test_int8_refuses_what_is_not_finite(name, pattern, odd):
+@pytest.mark.parametrize("stored", ["int8", "int4 g32", "int3 g128"])
+def test_integers_refuse_what_is_not_finite(name, pattern, odd, stored):
     weight = sparse_matrix((4, 96), 0.5, pattern, torch.float32)
     weight[tuple(weight.nonzero()[0])] = odd
     with pytest.raises(NumericalError, match="1 of 384 weights are NaN or infinite"):
-        formats[name].pack(weight, Layout(name, "int8", (4, 96), pattern))
+        formats[name].pack(weight, layout_of(name, stored, (4, 96), pattern))
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
@@ -149,23 +199,27 @@ def test_a_cast_that_makes_zeros_drops_them(name, pattern):
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
-def test_a_kept_weight_that_rounds_to_zero_stays_kept(name, pattern):
+@pytest.mark.parametrize("stored", ["int8", "int4 g128", "int3 g128"])
+def test_a_kept_weight_that_rounds_to_zero_stays_kept(name, pattern, stored):
     weight = sparse_matrix((2, 96), 0.5, pattern, torch.float32)
     weight[1] = torch.where(weight[1] == 0, 0.0, 1e-6)
     weight[tuple(weight.nonzero()[0])] = 1.0
-    layout = Layout(name, "int8", (2, 96), pattern)
+    layout = layout_of(name, stored, (2, 96), pattern)
     parts = formats[name].pack(weight, layout)
     assert int((formats[name].unpack(parts, layout) != 0).sum()) == 1
     if name == "bitmask":
-        assert parts["compressed"].numel() == int((weight != 0).sum())
+        mask, values = formats[name].kept(parts, layout)
+        assert torch.equal(mask, weight != 0)
+        assert values.numel() == int((weight != 0).sum())
+        assert values.dtype == torch.int8
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
-@pytest.mark.parametrize("values", ["bfloat16", "int8"])
-def test_any_strides_are_taken(name, pattern, values):
+@pytest.mark.parametrize("stored", ["bfloat16", "int8", "int4 g32", "int3 g64"])
+def test_any_strides_are_taken(name, pattern, stored):
     weight = sparse_matrix((4, 96), 0.5, pattern, torch.bfloat16)
     strided = weight.t().contiguous().t()
-    layout = Layout(name, values, (4, 96), pattern)
+    layout = layout_of(name, stored, (4, 96), pattern)
     parts = formats[name].pack(strided, layout)
     for suffix, part in formats[name].pack(weight, layout).items():
         assert torch.equal(parts[suffix], part)
@@ -173,9 +227,9 @@ def test_any_strides_are_taken(name, pattern, values):
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
-@pytest.mark.parametrize("values", ["bfloat16", "int8"])
-def test_parts_that_do_not_fit_are_refused(name, pattern, values):
-    layout = Layout(name, values, (4, 96), pattern)
+@pytest.mark.parametrize("stored", ["bfloat16", "int8", "int4 g64", "int3 g32"])
+def test_parts_that_do_not_fit_are_refused(name, pattern, stored):
+    layout = layout_of(name, stored, (4, 96), pattern)
     parts = formats[name].pack(sparse_matrix((4, 96), 0.5, pattern, torch.bfloat16), layout)
     for suffix, part in parts.items():
         without = {s: p for s, p in parts.items() if s != suffix}
@@ -188,7 +242,7 @@ def test_parts_that_do_not_fit_are_refused(name, pattern, values):
         ):
             with pytest.raises(CheckpointError):
                 formats[name].check(broken, layout)
-    if values == "int8":
+    if stored == "int8":
         for scale in (0.0, -1.0, float("nan"), float("inf")):
             wrong = parts["weight_scale"].clone()
             wrong[2] = scale
@@ -199,6 +253,84 @@ def test_parts_that_do_not_fit_are_refused(name, pattern, values):
         wrong.view(-1)[3] = -128
         with pytest.raises(CheckpointError, match="1 int8 values are -128"):
             formats[name].check({**parts, main: wrong}, layout)
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("stored", GRIDS)
+def test_bit_streams_and_exponents_that_do_not_fit_are_refused(name, pattern, stored):
+    columns = 224 if pattern is None else 32 * 7
+    layout = layout_of(name, stored, (3, columns), pattern)
+    weight = sparse_matrix((3, columns), 0.5, pattern, torch.bfloat16)
+    parts = formats[name].pack(weight, layout)
+    main, bits = "weight" if name == "dense" else "compressed", layout.grid.bits
+    formats[name].check(parts, layout)
+    least = {4: 0x08, 3: 0x04}[bits]
+    wrong = parts[main].clone()
+    wrong.view(-1)[0] = (int(wrong.view(-1)[0]) & ~(2**bits - 1)) | least
+    with pytest.raises(CheckpointError, match=f"1 int{bits} values are -{least}, which"):
+        formats[name].check({**parts, main: wrong}, layout)
+    for exponent in (-128, -127, 110, 127):
+        wrong = parts["weight_exponent"].clone()
+        wrong[1] = exponent
+        with pytest.raises(CheckpointError, match="1 of 3 exponents are outside -126 to 109"):
+            formats[name].check({**parts, "weight_exponent": wrong}, layout)
+    for exponent in (-126, 109):
+        wrong = parts["weight_exponent"].clone()
+        wrong[1] = exponent
+        extreme = {**parts, "weight_exponent": wrong}
+        extreme["weight_scale"] = torch.full_like(parts["weight_scale"], 255)
+        formats[name].check(extreme, layout)
+        assert torch.isfinite(formats[name].unpack(extreme, layout)).all()
+
+
+@pytest.mark.parametrize("stored", GRIDS)
+def test_the_rest_of_the_last_byte_is_zero(stored):
+    bits = int(stored[3])
+    for name, pattern, shape in (
+        ("dense", None, (3, 31)),
+        ("bitmask", None, (1, 31)),
+        ("n-of-m", "1:2", (1, 22)),
+    ):
+        layout = layout_of(name, stored, shape, pattern)
+        weight = torch.ones(shape)
+        if pattern is not None:
+            weight[:, ::2] = 0
+        parts = formats[name].pack(weight, layout)
+        formats[name].check(parts, layout)
+        main = "weight" if name == "dense" else "compressed"
+        count = {"dense": 31, "bitmask": 31, "n-of-m": 11}[name]
+        for place in range(count * bits % 8, 8):
+            wrong = parts[main].clone()
+            wrong[..., -1] |= 1 << place
+            with pytest.raises(CheckpointError, match=r"[13] bits are set past the last value"):
+                formats[name].check({**parts, main: wrong}, layout)
+
+
+@pytest.mark.parametrize("stored", GRIDS)
+def test_a_mask_that_needs_another_number_of_bytes_is_refused(stored):
+    layout = layout_of("bitmask", stored, (2, 40), None)
+    weight = torch.zeros(2, 40)
+    weight[0, :16] = 1
+    parts = formats["bitmask"].pack(weight, layout)
+    for change, why in ((0b1, "keeps 15"), (0b111, "keeps 13"), (0b11111, "keeps 11")):
+        mask = parts["bitmask"].clone()
+        mask[0, 0] ^= change
+        with pytest.raises(CheckpointError, match=f"{why}|bits are set past the last value|bytes"):
+            formats["bitmask"].check({**parts, "bitmask": mask}, layout)
+    long = torch.zeros(80, dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match="values for a matrix of 80 weights"):
+        formats["bitmask"].check({**parts, "compressed": long}, layout)
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("stored", GRIDS)
+def test_values_on_a_grid_are_stored_as_they_are(name, pattern, stored):
+    for shape in shapes_for(pattern)[-6:]:
+        weight = sparse_matrix(shape, 0.5, pattern, torch.bfloat16, seed=7)
+        layout = layout_of(name, stored, shape, pattern)
+        on_grid = stands_for(weight, layout).bfloat16()
+        again = formats[name].unpack(formats[name].pack(on_grid, layout), layout)
+        assert torch.equal(again, on_grid.float())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 8), (4, 29)])
@@ -248,7 +380,13 @@ def test_int8_is_the_oracles():
     [
         ({"format": "coo"}, "no format 'coo'"),
         ({"format": ["bitmask"]}, "no format"),
-        ({"values": "int4"}, "values cannot be 'int4'"),
+        ({"values": "int5"}, "values cannot be 'int5'"),
+        ({"values": "int4"}, "int4 needs a group"),
+        ({"values": "int4", "group": 16}, "int4 needs a group"),
+        ({"values": "int3", "group": True}, "int3 needs a group"),
+        ({"values": "int3", "group": "32"}, "int3 needs a group"),
+        ({"values": "int4", "group": None}, "int4 needs a group"),
+        ({"group": 32}, "int8 has no groups"),
         ({"values": None}, "values cannot be"),
         ({"shape": [4]}, "not two whole numbers"),
         ({"shape": [4, 8, 1]}, "not two whole numbers"),
@@ -314,12 +452,30 @@ def test_the_examples_of_the_specification():
     parts = formats["n-of-m"].pack(weight, Layout("n-of-m", "float32", (1, 8), "2:4"))
     assert parts["codes"].tolist() == [[0x04]]
     assert parts["compressed"].tolist() == [5, 7, 1, 0]
+    parts = formats["n-of-m"].pack(weight, Layout("n-of-m", "int4", (1, 8), "2:4", group=32))
+    assert parts["codes"].tolist() == [[0x04]]
+    assert parts["compressed"].tolist() == [0x75, 0x01]
     ranks = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
     assert packing.sets_in_order(2, 4) == ranks
 
 
+def test_the_examples_of_bit_streams_in_the_specification():
+    weight = torch.tensor([[2.625, -0.75, 0.0, 0.375, -2.625]])
+    scales = {"weight_scale": [[0xF8]], "weight_exponent": [-17]}
+    parts = formats["dense"].pack(weight, Layout("dense", "int4", (1, 5), group=32))
+    assert {s: p.tolist() for s, p in parts.items()} == {"weight": [[0xE7, 0x10, 0x09]], **scales}
+    parts = formats["bitmask"].pack(weight, Layout("bitmask", "int4", (1, 5), group=32))
+    assert parts["bitmask"].tolist() == [[0x1B]]
+    assert parts["compressed"].tolist() == [0xE7, 0x91]
+    weight = torch.tensor([[1.125, -0.75, 0.0, 0.375, -1.125]])
+    parts = formats["dense"].pack(weight, Layout("dense", "int3", (1, 5), group=32))
+    assert {s: p.tolist() for s, p in parts.items()} == {"weight": [[0x33, 0x52]], **scales}
+    parts = formats["bitmask"].pack(weight, Layout("bitmask", "int3", (1, 5), group=32))
+    assert parts["compressed"].tolist() == [0x73, 0x0A]
+
+
 @pytest.mark.parametrize(
-    ("name", "pattern", "values", "bits_per_weight"),
+    ("name", "pattern", "stored", "bits_per_weight"),
     [
         ("bitmask", None, "bfloat16", 9.0),
         ("bitmask", None, "int8", 5.0),
@@ -328,10 +484,16 @@ def test_the_examples_of_the_specification():
         ("n-of-m", "4:8", "bfloat16", 8.875),
         ("n-of-m", "8:16", "int8", 4.875),
         ("dense", None, "int8", 8.0),
+        ("dense", None, "int4 g32", 4.25),
+        ("bitmask", None, "int4 g128", 3.0625),
+        ("bitmask", None, "int4 g64", 3.125),
+        ("bitmask", None, "int3 g64", 2.625),
+        ("n-of-m", "2:4", "int4 g64", 2.875),
+        ("n-of-m", "4:8", "int3 g32", 2.625),
     ],
 )
-def test_bits_per_weight_of_the_specification(name, pattern, values, bits_per_weight):
-    layout = Layout(name, values, (1024, 4096), pattern)
-    scales = 32 / 4096 if values == "int8" else 0
+def test_bits_per_weight_of_the_specification(name, pattern, stored, bits_per_weight):
+    layout = layout_of(name, stored, (1024, 4096), pattern)
+    scales = {"int8": 32, "bfloat16": 0}.get(stored, 8) / 4096
     found = 8 * formats[name].nbytes(layout, layout.weights // 2) / layout.weights
     assert found == bits_per_weight + scales

@@ -35,7 +35,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"retrain": {"learning_rate": float("nan")}}, "finite number"),
     ({"retrain": {"optimizer": "Adm"}}, "no optimizer 'Adm'"),
     ({"retrain": {"gradual": {"sparsity": 0.5, "schedule": "cubical"}}}, "unknown schedule"),
-    ({"structure": {}}, "nothing is to be cut"),
+    ({"structure": {}}, "the recipe cuts nothing"),
     ({"structure": {"ffn": 0.5, "score": "wandas"}}, "unknown score 'wandas'"),
     ({"structure": {"ffn": 0.5, "heads": 0.5}}, "heads: this key is now called 'kv_groups'"),
 ]

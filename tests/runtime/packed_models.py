@@ -63,7 +63,7 @@ def packed_model(folder: Path, family: str = "llama", **options: Any) -> Path:
 
     The values stay in the dtype of the model unless others are named.
     """
-    names = ("format", "values", "embeddings", "archive")
+    names = ("format", "values", "group_size", "embeddings", "archive")
     wanted = {name: options.pop(name) for name in names if name in options}
     pruned_folder(folder / "dense", family, **options)
     wanted.setdefault("values", "keep")

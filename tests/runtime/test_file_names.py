@@ -127,11 +127,11 @@ def test_files_of_one_version_and_a_configuration_of_the_other(tmp_path: Path) -
     forgery = Forgery(folder / "secateur.safetensors")
     forgery.told["version"] = 1
     forgery.write()
-    with pytest.raises(CheckpointError, match=r"has version 1, but config\.json says 2"):
+    with pytest.raises(CheckpointError, match=r"has version 1, but config\.json says 3"):
         PackedCheckpoint(folder)
     (folder / "secateur.safetensors.index.json").unlink()
     (folder / "secateur.safetensors").rename(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"says version 2, and secateur.*is missing"):
+    with pytest.raises(CheckpointError, match=r"says version 3, and secateur.*is missing"):
         PackedCheckpoint(folder)
 
 

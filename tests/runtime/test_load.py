@@ -41,6 +41,8 @@ STORED: dict[str, dict[str, Any]] = {
     "n-of-m": {"format": "n-of-m", "values": "float32", "pattern": (2, 4)},
     "archive": {"values": "bfloat16", "archive": True},
     "int8": {"values": "int8"},
+    "int4": {"values": "int4", "group_size": 32},
+    "int3": {"values": "int3", "format": "bitmask"},
     "int8 embeddings": {"values": "int8", "embeddings": "int8"},
 }
 LOADED = [

@@ -46,8 +46,8 @@ def measured(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"values": "int8"}, {"values": "float16"}, {"embeddings": "int8"}],
-    ids=["int8", "cast", "embeddings"],
+    [{"values": "int8"}, {"values": "int4"}, {"values": "float16"}, {"embeddings": "int8"}],
+    ids=["int8", "int4", "cast", "embeddings"],
 )
 def test_numbers_of_other_weights_are_left_behind(place, tmp_path, options) -> None:
     """On 80ad24a the int8 model showed the perplexity of the float model."""
@@ -91,6 +91,18 @@ def test_decompressed_int8_is_another_model(place, tmp_path) -> None:
     shutil.copy(place / "run" / "secateur" / "evaluation.json", small / "secateur")
     secateur.decompress(small, output=again)
     assert measured(again) == set()
+
+
+def test_a_model_on_the_grid_stays_the_same_model(place, tmp_path) -> None:
+    small, dense, again = (tmp_path / name for name in ("small", "dense", "again"))
+    secateur.compress(place / "run", output=small, values="int4")
+    shutil.copy(place / "run" / "secateur" / "evaluation.json", small / "secateur")
+    secateur.decompress(small, output=dense)
+    assert measured(dense) == {"evaluation.json"}
+    secateur.compress(dense, output=again, values="int4")
+    assert measured(again) == {"evaluation.json"}
+    secateur.compress(dense, output=tmp_path / "both", values="int4", embeddings="int8")
+    assert measured(tmp_path / "both") == set()
 
 
 def test_a_trained_model_is_another_model(place, tmp_path) -> None:

@@ -34,7 +34,7 @@ STEPS = 16
 OCTAVES = 16
 """Powers of two between the smallest scale of a row and twice its largest."""
 
-LOWEST, HIGHEST = -126, 111
+LOWEST, HIGHEST = -126, 109
 """Exponents of rows: every scale is then a normal float32, and s · q is finite."""
 
 LARGEST_TRIED, TRIED = 1.5, 26
@@ -207,7 +207,7 @@ class GroupGrid:
     def _recovered(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
         """The scales of groups [out, groups, group] that are on a grid, and which these are."""
         peak = grouped.abs().amax(dim=2)
-        scale, on_grid = torch.ones_like(peak), peak == 0
+        scale, on_grid = torch.zeros_like(peak), peak == 0
         for step in range(self.largest, 0, -1):
             tried = peak / step
             short = tried.frexp().mantissa * (2 * STEPS)

@@ -46,7 +46,12 @@ class WhatToCompress(Section):
         "auto",
         description="How to store the weights. auto stores float32 as bfloat16 and keeps other "
         "types. keep keeps every type and loses nothing. Or name a type: bfloat16, float16, "
-        "float32, int8.",
+        "float32, int8, int4, int3.",
+    )
+    group_size: Annotated[Literal[32, 64, 128] | None, Flag(default="64")] = Field(
+        None,
+        description="How many consecutive weights of a row share a scale in int4 and int3. "
+        "Smaller groups lose less and need 8 / SIZE bits more per weight.",
     )
     embeddings: Literal["auto", "int8"] = Field(
         "auto", description="auto keeps embeddings and output head; int8 rounds them to int8."

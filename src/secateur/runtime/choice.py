@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.quantization.int8 import quantize_rows
 from secateur.registry import did_you_mean
-from secateur.runtime.formats import VALUES, Layout, formats
-from secateur.runtime.formats.kept import kept_mask
+from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
+from secateur.runtime.formats.kept import as_stored, dequantized, kept_mask
 
 __all__ = [
     "AUTO",
+    "DEFAULT_GROUP",
     "DENSE",
     "KEEP",
     "LayoutChoice",
@@ -30,6 +30,8 @@ DENSE = "dense"
 """The format that holds any matrix, taken where no other is smaller."""
 KEEP = "keep"
 """Values in the dtype of the source, so that no number changes."""
+DEFAULT_GROUP = 64
+"""How many weights of a row share a scale in int4 and int3."""
 AT_ONCE = 2**22
 """Weights whose rounding is measured at the same time."""
 WITHOUT_LOSS = {
@@ -60,8 +62,8 @@ class LayoutChoice:
     offered: bool = False
 
 
-def check_names(format: str, values: str) -> None:
-    """Refuse unknown names of formats or values.
+def check_names(format: str, values: str, group: int | None = None) -> None:
+    """Refuse unknown names of formats or values, and a group size that has no effect.
 
     Raises:
         RecipeError: names the available ones.
@@ -70,6 +72,12 @@ def check_names(format: str, values: str) -> None:
     for kind, (name, names) in known.items():
         if name not in names:
             raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, names))
+    if group is not None and values not in GRID_BITS:
+        raise RecipeError(
+            f"a group size of {group} is for {' and '.join(GRID_BITS)}, but the values are "
+            f"{values!r}",
+            remedy="add --values int4, or leave --group-size out",
+        )
 
 
 def values_for(dtype: torch.dtype, requested: str, name: str) -> str:
@@ -87,29 +95,33 @@ def values_for(dtype: torch.dtype, requested: str, name: str) -> str:
     return WITHOUT_LOSS[dtype] if requested == KEEP else requested
 
 
-def squared_loss(weight: Tensor, values: str) -> tuple[float, float]:
+def squared_loss(weight: Tensor, layout: Layout) -> tuple[float, float]:
     """The error of storing a matrix in other values, ‖W − Ŵ‖², and ‖W‖².
 
     Args:
         weight: W [out, in], as the source holds it.
-        values: a name in `VALUES`; W rounded to it is Ŵ.
+        layout: with the values; W rounded to them is Ŵ.
 
     Example:
         >>> import torch
         >>> from secateur.runtime.choice import squared_loss
-        >>> squared_loss(torch.tensor([[1.0, 1 + 2**-9]]), "bfloat16")  # the second becomes 1
+        >>> from secateur.runtime.formats import Layout
+        >>> layout = Layout("dense", "bfloat16", (1, 2))
+        >>> squared_loss(torch.tensor([[1.0, 1 + 2**-9]]), layout)  # the second becomes 1
         (3.814697265625e-06, 2.0039100646972656)
     """
     lost = norm = 0.0
     for exact in weight.split(max(1, AT_ONCE // weight.shape[1])):
-        if values == "int8":
-            codes, scale = quantize_rows(exact)
-            rounded = codes * scale[:, None]
-        else:
-            rounded = exact.to(VALUES[values]).float()
+        _, stored, scales = as_stored(exact, layout)
+        rounded = dequantized(stored, scales, layout).float()
         lost += float((exact.float() - rounded).double().square().sum())
         norm += float(exact.double().square().sum())
     return lost, norm
+
+
+def group_of(values: str, group: int | None) -> int | None:
+    """The group size of a layout with these values: None where there are no groups."""
+    return (group or DEFAULT_GROUP) if values in GRID_BITS else None
 
 
 def without_negative_zeros(weight: Tensor) -> Tensor:
@@ -122,7 +134,12 @@ def without_negative_zeros(weight: Tensor) -> Tensor:
 
 
 def choose_layout(
-    weight: Tensor, *, format: str, values: str, transposed: bool = False
+    weight: Tensor,
+    *,
+    format: str,
+    values: str,
+    transposed: bool = False,
+    group: int | None = None,
 ) -> LayoutChoice:
     """The smallest layout for a matrix among the allowed ones; dense is always allowed.
 
@@ -131,17 +148,22 @@ def choose_layout(
         format: `auto`, or a name in `formats`: that format or dense.
         values: a name in `VALUES`.
         transposed: whether the source stores [in, out].
+        group: the weights of a row that share a scale, for int4 and int3.
     """
-    stored = weight.contiguous() if values == "int8" else weight.to(VALUES[values]).contiguous()
+    out, columns = weight.shape
+    dense = Layout(
+        DENSE, values, (out, columns), transposed=transposed, group=group_of(values, group)
+    )
+    stored = (weight if dense.integers else weight.to(dense.dtype)).contiguous()
     nonzero = stored != 0
     nonzeros = int(torch.count_nonzero(nonzero))
     negative_zeros = int(torch.count_nonzero(kept_mask(stored))) - nonzeros
-    layouts = formats[DENSE].candidates(nonzero, values, transposed)
+    layouts = [dense]
     offered = [
         layout
         for name in formats
         if name != DENSE and (name == format or (format == AUTO and formats[name].automatic))
-        for layout in formats[name].candidates(nonzero, values, transposed)
+        for layout in formats[name].candidates(nonzero, dense)
     ]
     layouts += offered
     sizes = [formats[layout.format].nbytes(layout, nonzeros) for layout in layouts]

@@ -20,12 +20,12 @@ __all__ = ["DenseView", "open_checkpoint"]
 class DenseView(CheckpointReader):
     """Reads a compressed checkpoint like a dense one: a matrix is unpacked when it is read.
 
-    Names, shapes and dtypes are those of the source checkpoint. int8 matrices are returned in the
-    dtype that `config.json` names, or in `computed`.
+    Names, shapes and dtypes are those of the source checkpoint. Matrices of integers with scales
+    are returned in the dtype that `config.json` names, or in `computed`.
 
     Args:
         packed: the compressed checkpoint.
-        computed: the dtype for int8 matrices; None for that of `config.json`.
+        computed: the dtype for matrices of integers; None for that of `config.json`.
 
     Attributes:
         entries: the dense tensors; their offsets mean nothing.
@@ -46,7 +46,7 @@ class DenseView(CheckpointReader):
 
     def dense_spec(self, layout: Layout) -> PartSpec:
         """Dtype and shape of the matrix in the dense checkpoint."""
-        dtype = self.computed if layout.values == "int8" else layout.dtype
+        dtype = self.computed if layout.integers else layout.dtype
         return PartSpec(dtype, layout.shape[::-1] if layout.transposed else layout.shape)
 
     def layout_of(self, name: str) -> dict[str, Any] | None:

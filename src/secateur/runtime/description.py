@@ -30,9 +30,10 @@ __all__ = [
 ]
 
 METADATA_KEY = "secateur"
-VERSION = 2
-"""The version that is written. Version 1 differs only in the names of the weight files."""
-READABLE = (1, 2)
+VERSION = 3
+"""The version that is written. Version 2 has no groups; version 1 also has other file names."""
+READABLE = (1, 2, 3)
+FIRST_WITH_GROUPS = 3
 KEYS = {"version", "archive", "files", "layouts", "checksums", "archived", "digest"}
 NEWER = "update secateur: pip install --upgrade secateur"
 
@@ -111,10 +112,16 @@ def read_description(header: Header) -> Description:
     check_names("archived tensors", record["archived"], stored, all_of_them=False)
     if record["archived"] and not record["archive"]:
         raise CheckpointError("tensors are archived, but the file claims to be no archive")
+    layouts = {name: Layout.from_json(layout) for name, layout in record["layouts"].items()}
+    grouped = [name for name, layout in layouts.items() if layout.group is not None]
+    if grouped and record["version"] < FIRST_WITH_GROUPS:
+        raise CheckpointError(
+            f"{min(grouped)!r} has groups, and version {record['version']} of the format has none"
+        )
     return Description(
         record["archive"],
         tuple(record["files"]),
-        {name: Layout.from_json(layout) for name, layout in record["layouts"].items()},
+        layouts,
         {name: read_checksum(name, text) for name, text in record["checksums"].items()},
         {name: archived_spec(x, stored[name]) for name, x in record["archived"].items()},
         record["version"],

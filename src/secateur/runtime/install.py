@@ -27,7 +27,13 @@ WORTH_IT = 0.9
 
 
 def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
-    """Checked parts of a matrix, in the form for the kernels."""
+    """Checked parts of a matrix, in the form for the kernels.
+
+    There are no kernels for int4 and int3 yet: such a matrix is expanded to bfloat16, which
+    represents it exactly.
+    """
+    if layout.grid is not None:
+        return KernelMatrix(formats[layout.format].unpack(parts, layout).bfloat16())
     if layout.format == "dense":
         return KernelMatrix(parts["weight"], scale=parts.get("weight_scale"))
     bits = bitmask_parts(parts, layout)

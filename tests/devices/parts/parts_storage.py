@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_formats import CASES, VALUES, bits, sparse_matrix
+from test_formats import CASES, STORED, bits, layout_of, source_dtype, sparse_matrix, stands_for
 
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
-from secateur.runtime.formats import Layout, bitmask_parts, formats
+from secateur.runtime.formats import bitmask_parts, formats
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
-@pytest.mark.parametrize("values", [*VALUES])
-def test_format(name, pattern, values):
+@pytest.mark.parametrize("stored", STORED)
+def test_format(name, pattern, stored):
     chosen = formats[name]
-    dtype = torch.bfloat16 if values == "int8" else VALUES[values]
-    weight = sparse_matrix((9, 64), 0.5, pattern, dtype)
-    layout = Layout(name, values, (9, 64), pattern)
+    weight = sparse_matrix((9, 64), 0.5, pattern, source_dtype(stored))
+    layout = layout_of(name, stored, (9, 64), pattern)
 
     parts, expected = chosen.pack(weight.to("cuda"), layout), chosen.pack(weight, layout)
     chosen.check(parts, layout)
@@ -25,8 +24,8 @@ def test_format(name, pattern, values):
         assert torch.equal(parts[suffix], part)
     chosen.kept(parts, layout)
     bitmask_parts(parts, layout)
-    stands_for = dequantize_rows(*quantize_rows(weight)) if values == "int8" else weight
-    assert torch.equal(bits(chosen.unpack(parts, layout)), bits(stands_for))
+    found, expected = chosen.unpack(parts, layout), stands_for(weight, layout)
+    assert torch.equal(bits(found), bits(expected))
 
 
 def test_int8(both):

@@ -1,66 +1,84 @@
 """The places of the kept weights, and their values."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.runtime.formats import Layout, PartSpec, formats, length_of, why_no_pattern
-from secateur.runtime.formats.kept import as_stored, check_values, expand, scale_spec, select
+from secateur.runtime.formats import (
+    Layout,
+    PartSpec,
+    encode_values,
+    formats,
+    length_of,
+    value_spec,
+    why_no_pattern,
+)
+from secateur.runtime.formats.kept import (
+    as_stored,
+    check_parts,
+    check_values,
+    decode_values,
+    expand,
+    scale_specs,
+    select,
+)
 from secateur.types import Mask, Weight
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Parts: `positions` int32 [nnz] in row-major order, `values` [nnz]; int8 adds the scales."""
+    """Parts: `positions` int32 [nnz] in row-major order, `values` [nnz], and scales."""
 
     name: ClassVar[str] = "quince-positions"
-    suffixes: ClassVar[tuple[str, ...]] = ("positions", "values", "weight_scale")
+    suffixes: ClassVar[tuple[str, ...]] = ("positions", "values", "weight_scale", "weight_exponent")
     automatic: ClassVar[bool] = False
 
-    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+    def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
         """One: it can hold any matrix."""
-        out, columns = nonzero.shape
-        return [Layout(self.name, values, (out, columns), transposed=transposed)]
+        return [replace(dense, format=self.name)]
 
     def why_not(self, layout: Layout) -> str | None:
         """It has no pattern."""
         return why_no_pattern(layout)
 
-    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
-        """The length of `values`."""
-        return length_of(found.get("values"))
+    def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
+        """The number of positions."""
+        return length_of(found.get("positions"))
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""
         return {
             "positions": PartSpec(torch.int32, (nonzeros,)),
-            "values": PartSpec(layout.dtype, (nonzeros,)),
-            **scale_spec(layout),
+            "values": value_spec(layout, nonzeros),
+            **scale_specs(layout),
         }
 
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
         """The places and values of a matrix [out, in]."""
-        mask, stored, scale = as_stored(weight, layout)
+        mask, stored, scales = as_stored(weight, layout)
         places = mask.reshape(-1).nonzero()[:, 0].int()
-        return {"positions": places, "values": select(stored, mask), **scale}
+        values = encode_values(select(stored, mask), layout)
+        return {"positions": places, "values": values, **scales}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """Mask [out, in] and values [nnz]."""
         mask = torch.zeros(layout.weights, dtype=torch.bool)
         mask[parts["positions"].long()] = True
-        return mask.reshape(layout.shape), parts["values"]
+        values = decode_values(parts["values"], layout, len(parts["positions"]))
+        return mask.reshape(layout.shape), values
 
     def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
         """The matrix [out, in]."""
-        return expand(*self.kept(parts, layout), parts.get("weight_scale"))
+        return expand(*self.kept(parts, layout), parts, layout)
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
         """Refuse places that do not rise, or lie outside the matrix."""
-        check_values(parts, layout, "values")
+        check_parts(parts, layout)
+        check_values(parts["values"], layout, len(parts["positions"]))
         places = parts["positions"].long()
         inside = not len(places) or (int(places[0]) >= 0 and int(places[-1]) < layout.weights)
         if not inside or not bool((places.diff() > 0).all()):

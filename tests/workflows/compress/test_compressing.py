@@ -117,7 +117,7 @@ def test_formats_shards_and_archives_come_back(
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     assert config["quantization_config"] == {
         "quant_method": "secateur",
-        "version": 2,
+        "version": 3,
         "archive": archive,
     }
     assert config["dtype"] == str(dtype).removeprefix("torch.")
@@ -196,6 +196,35 @@ def test_int8_comes_back_as_what_it_stands_for(tmp_path: Path, family: str, arch
             tensor = expected.t() if quantized[name].transposed else expected
             assert bool(((after[name] == 0) | (before[name] != 0)).all())  # zeros stay zeros
         assert torch.equal(after[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("values", "group"), [("int4", None), ("int4", 32), ("int3", 128)])
+@pytest.mark.parametrize("archive", [False, True])
+def test_grids_come_back_as_what_they_stand_for_and_are_found_again(
+    tmp_path: Path, family: str, values: str, group: int | None, archive: bool
+) -> None:
+    source = pruned_model(tmp_path / "m", family, dtype=torch.bfloat16, sparsity=0.5)
+    chosen = {"values": values, "archive": archive} | ({"group_size": group} if group else {})
+    report = secateur.compress(source, output=tmp_path / "c", **chosen)
+    packed = PackedCheckpoint(tmp_path / "c")
+    assert {layout.values for layout in packed.layouts.values()} == {values}
+    assert {layout.group for layout in packed.layouts.values()} == {group or 64}
+    assert 0.02 < report.value_error < 0.4
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    before, after = tensors_of(source), tensors_of(tmp_path / "d")
+    for name, tensor in before.items():
+        layout = packed.layouts.get(name.removesuffix(".weight"))
+        if layout is not None and name.endswith(".weight"):
+            weight = tensor.t() if layout.transposed else tensor
+            expected = layout.grid.dequantize(*layout.grid.quantize(weight)).bfloat16()
+            tensor = expected.t() if layout.transposed else expected
+            assert bool(((after[name] == 0) | (before[name] != 0)).all())  # zeros stay zeros
+        assert torch.equal(after[name], tensor), name
+    again = secateur.compress(tmp_path / "d", output=tmp_path / "again", **chosen)
+    assert again.value_error == 0
+    secateur.decompress(tmp_path / "again", output=tmp_path / "same")
+    assert_same(tmp_path / "same", tmp_path / "d")
 
 
 def zeros_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -386,7 +415,10 @@ def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
     ("options", "why"),
     [
         ({"format": "bitmaks"}, "did you mean 'bitmask'"),
-        ({"values": "int4"}, "unknown values 'int4'"),
+        ({"values": "int2"}, "unknown values 'int2'"),
+        ({"values": "int8", "group_size": 64}, "group size of 64 is for int4 and int3"),
+        ({"group_size": 32}, "but the values are 'auto'"),
+        ({"values": "int4", "group_size": 16}, "group_size: Input should be 32, 64 or 128"),
         ({"embeddings": "int4"}, "embeddings: Input should be"),
         ({"format": "n-of-m"}, "none of the 21 matrices can be stored as 'n-of-m'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -32,10 +33,18 @@ def weights(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))
 
 
-def test_one_call_gives_what_two_calls_give(place: Path) -> None:
-    report = secateur.prune("m", output="both", compress="int8", **OPTIONS)
+@pytest.mark.parametrize(
+    "stored",
+    [{"values": "int8"}, {"values": "int4"}, {"values": "int3", "group_size": 32}],
+    ids=str,
+)
+def test_one_call_gives_what_two_calls_give(place: Path, stored: dict[str, Any]) -> None:
+    chosen = {"compress": stored["values"]}
+    if "group_size" in stored:
+        chosen["compress_group_size"] = stored["group_size"]
+    report = secateur.prune("m", output="both", **chosen, **OPTIONS)
     secateur.prune("m", output="half", **OPTIONS)
-    packed = secateur.compress("half", output="small", values="int8")
+    packed = secateur.compress("half", output="small", **stored)
     assert weights(place / "both") == weights(place / "small")
     assert is_packed(place / "both")
     assert report.sparsity == 0.5
@@ -49,7 +58,11 @@ def test_notes_and_card_are_about_the_whole_command(place: Path) -> None:
     secateur.prune("m", output="both", compress="int8", compress_embeddings="int8", **OPTIONS)
     recipe = (place / "both" / "secateur" / "recipe.yaml").read_text()
     found = yaml.safe_load(recipe)
-    assert found["compress"] == {"values": "int8", "embeddings": "int8"}
+    assert found["compress"] == {
+        "values": "int8",
+        "group_size": None,
+        "embeddings": "int8",
+    }
     assert found["output"] == "both"
     card = (place / "both" / "README.md").read_text()
     assert recipe.rstrip() in card
@@ -75,7 +88,7 @@ def test_the_command_shows_both_in_json(place: Path, secateur) -> None:
     assert found["result"]["decoder_sparsity"] == 0.5
     assert found["compression"]["file_bytes"] < found["result"]["file_bytes"]
     assert found["output"].endswith("out")
-    wrong = secateur("prune", "m", "--sparsity", "0.5", "--compress", "int3", "-o", "other")
+    wrong = secateur("prune", "m", "--sparsity", "0.5", "--compress", "int2", "-o", "other")
     assert wrong.code == 2
     assert "compress.values" in wrong.err
 

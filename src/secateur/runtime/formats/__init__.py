@@ -17,20 +17,24 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
+from secateur.quantization.groups import GROUPS, GroupGrid
 from secateur.registry import Registry
-from secateur.runtime.formats.bits import pack_bits
+from secateur.runtime.formats.bits import pack_bits, pack_numbers, row_bytes
 from secateur.types import Mask, Weight
 
 __all__ = [
+    "GRID_BITS",
     "VALUES",
     "Format",
     "Layout",
     "PartSpec",
     "bitmask_parts",
     "check_specs",
+    "encode_values",
     "formats",
     "length_of",
     "part_suffixes",
+    "value_spec",
     "why_no_pattern",
 ]
 
@@ -39,8 +43,13 @@ VALUES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int8": torch.int8,
+    "int4": torch.int8,
+    "int3": torch.int8,
 }
-"""The dtypes in which kept weights can be stored."""
+"""How kept weights can be stored, and the dtype in which `Format.kept` returns them."""
+
+GRID_BITS: Mapping[str, int] = {"int4": 4, "int3": 3}
+"""The bits of values that are stored as a bit stream, on a grid with a scale for each group."""
 
 MAX_SIDE = 2**31 - 1
 
@@ -68,6 +77,7 @@ class Layout:
         shape: (out, in) of the matrix.
         pattern: N:M, for formats that have one.
         transposed: whether the dense checkpoint stores the transpose [in, out] (GPT-2's Conv1D).
+        group: the weights of a row that share a scale, for int4 and int3.
 
     Raises:
         CheckpointError: a field has the wrong kind, or fields contradict each other.
@@ -78,6 +88,7 @@ class Layout:
     shape: tuple[int, int]
     pattern: str | None = None
     transposed: bool = False
+    group: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, str) or self.format not in formats:
@@ -91,6 +102,11 @@ class Layout:
             raise refused(self, f"a side is below 1 or above {MAX_SIDE}")
         if type(self.transposed) is not bool:
             raise refused(self, "transposed is not true or false")
+        if self.values in GRID_BITS:
+            if type(self.group) is not int or self.group not in GROUPS:
+                raise refused(self, f"{self.values} needs a group of {GROUPS}, not {self.group!r}")
+        elif self.group is not None:
+            raise refused(self, f"{self.values} has no groups")
         why = formats[self.format].why_not(self)
         if why is not None:
             raise refused(self, why)
@@ -110,8 +126,20 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the stored values."""
+        """The dtype of kept values: integers are int8, however many bits are stored."""
         return VALUES[self.values]
+
+    @property
+    def integers(self) -> bool:
+        """Whether kept values are integers with scales, and not the weights themselves."""
+        return not self.dtype.is_floating_point
+
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of the values; None unless they are int4 or int3."""
+        if self.group is None:
+            return None
+        return GroupGrid(GRID_BITS[self.values], self.group)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are not defaults, for the metadata of a file."""
@@ -124,6 +152,8 @@ class Layout:
             record["pattern"] = self.pattern
         if self.transposed:
             record["transposed"] = True
+        if self.group is not None:
+            record["group"] = self.group
         return record
 
     @classmethod
@@ -133,7 +163,7 @@ class Layout:
         Raises:
             CheckpointError: a key is missing or unknown, or a value is not possible.
         """
-        known = {"format", "values", "shape", "pattern", "transposed"}
+        known = {"format", "values", "shape", "pattern", "transposed", "group"}
         if (
             not isinstance(record, dict)
             or not {"format", "values", "shape"} <= set(record) <= known
@@ -148,7 +178,8 @@ class Layout:
 
 def refused(layout: Layout, why: str) -> CheckpointError:
     """The error for an impossible layout."""
-    described = f"{layout.format!r}, {layout.values!r}, {layout.shape!r}, {layout.pattern!r}"
+    fields = (layout.format, layout.values, layout.shape, layout.pattern, layout.group)
+    described = ", ".join(map(repr, fields))
     return CheckpointError(
         f"no matrix can be stored like this ({described[:160]}): {why}",
         remedy="the file is damaged, or was made by a newer release of secateur",
@@ -166,13 +197,12 @@ class Format(Protocol):
     automatic: ClassVar[bool]
     """Whether `auto` tries it. A format with few readers should be chosen by name."""
 
-    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+    def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
         """The layouts in which a matrix can be stored; none if the format cannot hold it.
 
         Args:
             nonzero: the weights that are not zero, bool [out, in].
-            values: a name in `VALUES`.
-            transposed: see `Layout`.
+            dense: the matrix without a format that drops zeros: shape, values, group.
         """
         ...
 
@@ -180,11 +210,14 @@ class Format(Protocol):
         """What is wrong with the pattern and shape of a layout of this format; None if nothing."""
         ...
 
-    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+    def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
         """How many weights these parts keep, where the layout does not fix it; 0 where it does.
+
+        Where several numbers need the same parts, the smallest of them.
 
         Args:
             found: dtypes and shapes as a file claims them, by suffix; some may be missing.
+            layout: of the matrix.
         """
         ...
 
@@ -208,11 +241,14 @@ class Format(Protocol):
         ...
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
-        """The mask [out, in] and the kept values [nnz] in row-major order, as they are stored."""
+        """The mask [out, in] and the kept values [nnz] in row-major order.
+
+        Values have the dtype of the layout: those of int8, int4 and int3 are integers, int8.
+        """
         ...
 
     def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
-        """The matrix [out, in]: exactly what was packed; float32 for int8 values."""
+        """The matrix [out, in]: exactly what was packed; float32 for integers with scales."""
         ...
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
@@ -241,6 +277,18 @@ def why_no_pattern(layout: Layout) -> str | None:
     return None if layout.pattern is None else f"the format {layout.format!r} has no pattern"
 
 
+def value_spec(layout: Layout, *shape: int) -> PartSpec:
+    """The part that holds values of this shape: for int4 and int3 each row is a bit stream."""
+    if layout.grid is None:
+        return PartSpec(layout.dtype, shape)
+    return PartSpec(torch.uint8, (*shape[:-1], row_bytes(shape[-1] * layout.grid.bits)))
+
+
+def encode_values(values: Tensor, layout: Layout) -> Tensor:
+    """Values [..., n] of the dtype of the layout, as they are stored; see `value_spec`."""
+    return values if layout.grid is None else pack_numbers(values, layout.grid.bits)
+
+
 def length_of(spec: PartSpec | None) -> int:
     """The length of a part with one dimension; 0 of any other, or of none."""
     return spec.shape[0] if spec is not None and len(spec.shape) == 1 else 0
@@ -254,7 +302,7 @@ def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
     Raises:
         CheckpointError: names the part.
     """
-    nonzeros = formats[layout.format].nonzeros(found)
+    nonzeros = formats[layout.format].nonzeros(found, layout)
     if nonzeros > layout.weights:
         raise CheckpointError(f"{nonzeros} values for a matrix of {layout.weights} weights")
     expected = formats[layout.format].parts(layout, nonzeros)
@@ -274,18 +322,20 @@ def check_specs(found: Mapping[str, PartSpec], layout: Layout) -> None:
 def bitmask_parts(parts: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """The parts of any format, converted to those of `bitmask`, which the kernels use.
 
+    They are what the format `bitmask` would store of the same matrix: see `docs/format.md`.
+
     Args:
         parts: checked parts of a matrix, by suffix.
         layout: how they are stored.
 
     Returns:
-        `bitmask` uint8 [out, ceil(in / 8)], `compressed` [nnz], and `weight_scale` float32 [out]
-        for int8 values.
+        `bitmask` uint8 [out, ceil(in / 8)]; and `compressed`, the kept values in row-major order:
+        [nnz] of the dtype of the values, or for int4 and int3 one bit stream,
+        uint8 [ceil(nnz · bits / 8)]. int8 adds `weight_scale` float32 [out]; int4 and int3 add
+        `weight_scale` uint8 [out, ceil(in / group)] and `weight_exponent` int8 [out].
     """
     if layout.format == "bitmask":
         return dict(parts)
     mask, values = formats[layout.format].kept(parts, layout)
-    found = {"bitmask": pack_bits(mask), "compressed": values}
-    if "weight_scale" in parts:
-        found["weight_scale"] = parts["weight_scale"]
-    return found
+    scales = {s: parts[s] for s in ("weight_scale", "weight_exponent") if s in parts}
+    return {"bitmask": pack_bits(mask), "compressed": encode_values(values, layout), **scales}

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.runtime.formats import Layout, PartSpec, formats, length_of, why_no_pattern
+from secateur.runtime.formats import (
+    Layout,
+    PartSpec,
+    encode_values,
+    formats,
+    length_of,
+    value_spec,
+    why_no_pattern,
+)
 from secateur.runtime.formats.bits import (
     count_bits,
     pack_bits,
@@ -18,7 +26,16 @@ from secateur.runtime.formats.bits import (
     row_bytes,
     unpack_bits,
 )
-from secateur.runtime.formats.kept import as_stored, check_values, expand, scale_spec, select
+from secateur.runtime.formats.kept import (
+    as_stored,
+    check_parts,
+    check_values,
+    decode_values,
+    expand,
+    fewest_values,
+    scale_specs,
+    select,
+)
 from secateur.types import Mask, Weight
 
 __all__ = ["Bitmask"]
@@ -29,8 +46,9 @@ class Bitmask:
     """Parts: `bitmask` uint8 [out, ceil(in / 8)], `compressed` [nnz] in row-major order.
 
     Bit j of a row (bit j mod 8 of byte j / 8, lowest first) is 1 where weight j is kept; bits
-    past `in` are 0. int8 adds `weight_scale` float32 [out]. A row's values begin where those of the
-    row before it end; the mask determines this place, so it is not stored.
+    past `in` are 0. Integers add their scales. A row's values begin where those of the row before
+    it end; the mask determines this place, so it is not stored. int4 and int3 are one bit stream:
+    `compressed` uint8 [ceil(nnz · bits / 8)].
 
     Example:
         >>> import torch
@@ -44,60 +62,71 @@ class Bitmask:
     """
 
     name: ClassVar[str] = "bitmask"
-    suffixes: ClassVar[tuple[str, ...]] = ("bitmask", "compressed", "weight_scale")
+    suffixes: ClassVar[tuple[str, ...]] = (
+        "bitmask",
+        "compressed",
+        "weight_scale",
+        "weight_exponent",
+    )
     automatic: ClassVar[bool] = True
 
-    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+    def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
         """One: it can hold any matrix."""
-        out, columns = nonzero.shape
-        return [Layout(self.name, values, (out, columns), transposed=transposed)]
+        return [replace(dense, format=self.name)]
 
     def why_not(self, layout: Layout) -> str | None:
         """It has no pattern."""
         return why_no_pattern(layout)
 
-    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
-        """The length of `compressed`."""
-        return length_of(found.get("compressed"))
+    def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
+        """The number of values in `compressed`, the smallest possible for a bit stream."""
+        return fewest_values(length_of(found.get("compressed")), layout)
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""
         out, columns = layout.shape
         return {
             "bitmask": PartSpec(torch.uint8, (out, row_bytes(columns))),
-            "compressed": PartSpec(layout.dtype, (nonzeros,)),
-            **scale_spec(layout),
+            "compressed": value_spec(layout, nonzeros),
+            **scale_specs(layout),
         }
 
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
         """Mask and kept values of a matrix [out, in]."""
-        mask, stored, scale = as_stored(weight, layout)
-        return {"bitmask": pack_bits(mask), "compressed": select(stored, mask), **scale}
+        mask, stored, scales = as_stored(weight, layout)
+        values = encode_values(select(stored, mask), layout)
+        return {"bitmask": pack_bits(mask), "compressed": values, **scales}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """Mask [out, in] and values [nnz]."""
-        return unpack_bits(parts["bitmask"], layout.shape[1]), parts["compressed"]
+        count = count_bits(parts["bitmask"])
+        values = decode_values(parts["compressed"], layout, count)
+        return unpack_bits(parts["bitmask"], layout.shape[1]), values
 
     def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
         """The matrix [out, in]."""
-        return expand(*self.kept(parts, layout), parts.get("weight_scale"))
+        return expand(*self.kept(parts, layout), parts, layout)
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
         """Refuse also a mask with another number of bits than there are values, or past a row."""
-        check_values(parts, layout, "compressed")
+        check_parts(parts, layout)
         mask, values = parts["bitmask"], parts["compressed"]
         beyond = padding_bits(mask, layout.shape[1])
         if beyond:
             raise CheckpointError(
                 f"{beyond} bits of the mask are set past the {layout.shape[1]} weights of a row"
             )
-        if count_bits(mask) != values.numel():
+        count = count_bits(mask)
+        (needed,) = value_spec(layout, count).shape
+        if needed != values.numel():
             raise CheckpointError(
-                f"the mask keeps {count_bits(mask)} weights, but there are {values.numel()} values"
+                f"the mask keeps {count} weights, but there are {values.numel()} "
+                + ("values" if layout.grid is None else f"bytes of values, not {needed}")
             )
+        check_values(values, layout, count)
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:
-        """Bytes: out · ceil(in / 8) + nnz · bytes of a value, and 4 · out for int8."""
+        """Bytes: out · ceil(in / 8), those of nnz values, and those of the scales."""
         return sum(spec.nbytes for spec in self.parts(layout, nonzeros).values())
 
 

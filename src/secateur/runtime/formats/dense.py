@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.quantization.int8 import dequantize_rows
-from secateur.runtime.formats import Layout, PartSpec, formats, why_no_pattern
-from secateur.runtime.formats.kept import as_stored, check_values, kept_mask, scale_spec, select
+from secateur.runtime.formats import (
+    Layout,
+    PartSpec,
+    encode_values,
+    formats,
+    value_spec,
+    why_no_pattern,
+)
+from secateur.runtime.formats.kept import (
+    as_stored,
+    check_parts,
+    check_values,
+    decode_values,
+    dequantized,
+    kept_mask,
+    scale_specs,
+    select,
+)
 from secateur.types import Mask, Weight
 
 __all__ = ["Dense"]
@@ -18,7 +33,9 @@ __all__ = ["Dense"]
 
 @dataclass(frozen=True)
 class Dense:
-    """Parts: `weight` [out, in]; for int8 also `weight_scale` float32 [out].
+    """Parts: `weight` [out, in], and the scales of integers.
+
+    int4 and int3 have a bit stream for each row: `weight` uint8 [out, ceil(in · bits / 8)].
 
     Example:
         >>> import torch
@@ -28,48 +45,48 @@ class Dense:
     """
 
     name: ClassVar[str] = "dense"
-    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_exponent")
     automatic: ClassVar[bool] = True
 
-    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+    def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
         """One: it can hold any matrix."""
-        out, columns = nonzero.shape
-        return [Layout(self.name, values, (out, columns), transposed=transposed)]
+        return [replace(dense, format=self.name)]
 
     def why_not(self, layout: Layout) -> str | None:
         """It has no pattern."""
         return why_no_pattern(layout)
 
-    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+    def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
         """0: the shape fixes all sizes."""
         return 0
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""
-        return {"weight": PartSpec(layout.dtype, layout.shape), **scale_spec(layout)}
+        return {"weight": value_spec(layout, *layout.shape), **scale_specs(layout)}
 
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
         """The matrix itself, cast or quantized."""
-        _, stored, scale = as_stored(weight, layout)
-        return {"weight": stored, **scale}
+        _, stored, scales = as_stored(weight, layout)
+        return {"weight": encode_values(stored, layout), **scales}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """The weights with a bit of 1."""
-        mask = kept_mask(parts["weight"])
-        return mask, select(parts["weight"], mask)
+        values = decode_values(parts["weight"], layout, layout.shape[1])
+        mask = kept_mask(values)
+        return mask, select(values, mask)
 
     def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
         """The matrix [out, in]."""
-        if layout.values == "int8":
-            return dequantize_rows(parts["weight"], parts["weight_scale"])
-        return parts["weight"]
+        values = decode_values(parts["weight"], layout, layout.shape[1])
+        return dequantized(values, parts, layout)
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
-        """Refuse wrong parts, dtypes and shapes, -128, and scales that are not positive."""
-        check_values(parts, layout, "weight")
+        """Refuse parts, scales and values that do not fit the layout."""
+        check_parts(parts, layout)
+        check_values(parts["weight"], layout, layout.shape[1])
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:
-        """Bytes: out · in · bytes of a value, and 4 · out for int8."""
+        """Bytes: those of all weights, and of the scales."""
         return sum(spec.nbytes for spec in self.parts(layout, nonzeros).values())
 
 

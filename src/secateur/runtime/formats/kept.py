@@ -8,11 +8,24 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericalError
+from secateur.quantization.groups import HIGHEST, LOWEST, Scales
 from secateur.quantization.int8 import LARGEST, dequantize_rows, quantize_rows
 from secateur.runtime.formats import Layout, PartSpec, check_specs
+from secateur.runtime.formats.bits import padding_bits, unpack_numbers
 from secateur.types import Mask, Weight
 
-__all__ = ["as_stored", "check_values", "expand", "kept_mask", "scale_spec", "select"]
+__all__ = [
+    "as_stored",
+    "check_parts",
+    "check_values",
+    "decode_values",
+    "dequantized",
+    "expand",
+    "fewest_values",
+    "kept_mask",
+    "scale_specs",
+    "select",
+]
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
 
@@ -26,16 +39,20 @@ def as_stored(weight: Weight, layout: Layout) -> tuple[Mask, Tensor, dict[str, T
     """Convert a matrix to the values of a layout.
 
     Returns:
-        Which weights are kept [out, in]; the matrix [out, in] in the stored dtype; and the
-        scales as a part, for int8. A kept weight can round to the integer 0 and stays kept.
+        Which weights are kept [out, in]; the matrix [out, in] in the dtype of the layout; and the
+        parts with the scales of integers. A kept weight can round to the integer 0 and stays kept.
 
     Raises:
-        NumericalError: a weight would become infinite, or is not finite and must become int8.
+        NumericalError: a weight would become infinite, or is not finite and must become an integer.
     """
     weight = weight.cpu().contiguous()  # parts go to files
     if layout.values == "int8":
         quantized, scale = quantize_rows(weight)
         return kept_mask(weight), quantized, {"weight_scale": scale}
+    if layout.grid is not None:
+        quantized, scales = layout.grid.quantize(weight)
+        parts = {"weight_scale": scales.code, "weight_exponent": scales.exponent}
+        return kept_mask(weight), quantized, parts
     stored = weight.to(layout.dtype)
     if stored.dtype != weight.dtype:
         lost = torch.isinf(stored) & torch.isfinite(weight)
@@ -56,42 +73,96 @@ def select(stored: Tensor, mask: Mask) -> Tensor:
     return torch.from_numpy(stored.view(bits).numpy()[mask.numpy()]).view(stored.dtype)
 
 
-def expand(mask: Mask, values: Tensor, scale: Tensor | None) -> Weight:
-    """The matrix [out, in] of kept values; dequantized to float32 when there are scales."""
+def decode_values(stored: Tensor, layout: Layout, count: int) -> Tensor:
+    """The values [..., count] of a part in the dtype of the layout: undoes `encode_values`."""
+    if layout.grid is None:
+        return stored
+    numbers = unpack_numbers(stored, layout.grid.bits, count).view(torch.int8)
+    sign = 2 ** (layout.grid.bits - 1)
+    return numbers.bitwise_xor_(sign).sub_(sign)
+
+
+def expand(mask: Mask, values: Tensor, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
+    """The matrix [out, in] of kept values; dequantized to float32 when they are integers."""
     bits = BITS[values.dtype.itemsize]  # copied as bits, so that every NaN keeps its bits
     dense = torch.zeros(mask.shape, dtype=bits)
     dense.numpy()[mask.numpy()] = values.view(bits).numpy()
-    if scale is not None:
-        return dequantize_rows(dense, scale)
-    return dense.view(values.dtype)
+    return dequantized(dense.view(values.dtype), parts, layout)
 
 
-def scale_spec(layout: Layout) -> dict[str, PartSpec]:
-    """The part that int8 values add: a scale for each row."""
-    if layout.values != "int8":
-        return {}
-    return {"weight_scale": PartSpec(torch.float32, (layout.shape[0],))}
+def dequantized(stored: Tensor, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
+    """The matrix [out, in] of all values, float32 if they are integers."""
+    if layout.grid is not None:
+        scales = Scales(parts["weight_exponent"], parts["weight_scale"])
+        return layout.grid.dequantize(stored, scales)
+    return dequantize_rows(stored, parts["weight_scale"]) if layout.integers else stored
 
 
-def check_values(parts: Mapping[str, Tensor], layout: Layout, values: str) -> None:
-    """Refuse parts of wrong dtypes or shapes, −128, and scales that are not finite and positive.
+def scale_specs(layout: Layout) -> dict[str, PartSpec]:
+    """The parts that integers add: a scale for each row, or for each group and an exponent."""
+    out, columns = layout.shape
+    if layout.grid is not None:
+        return {
+            "weight_scale": PartSpec(torch.uint8, (out, layout.grid.groups(columns))),
+            "weight_exponent": PartSpec(torch.int8, (out,)),
+        }
+    return {"weight_scale": PartSpec(torch.float32, (out,))} if layout.integers else {}
+
+
+def fewest_values(length: int, layout: Layout) -> int:
+    """The smallest number of values in a part of this length."""
+    if layout.grid is None or length == 0:
+        return length
+    return 8 * (length - 1) // layout.grid.bits + 1
+
+
+def check_parts(parts: Mapping[str, Tensor], layout: Layout) -> None:
+    """Refuse parts of wrong dtypes or shapes, and scales that are not finite and positive.
 
     Args:
         parts: by suffix.
         layout: of the matrix.
-        values: the suffix of the part with the values.
 
     Raises:
         CheckpointError: what does not fit.
     """
     found = {suffix: PartSpec(part.dtype, tuple(part.shape)) for suffix, part in parts.items()}
     check_specs(found, layout)
-    if layout.values != "int8":
+    if layout.grid is not None:
+        exponent = parts["weight_exponent"]
+        odd = int(((exponent < LOWEST) | (exponent > HIGHEST)).sum())
+        if odd:
+            raise CheckpointError(
+                f"{odd} of {exponent.numel()} exponents are outside {LOWEST} to {HIGHEST}"
+            )
+    elif layout.integers:
+        scale = parts["weight_scale"]
+        odd = int((~(torch.isfinite(scale) & (scale > 0))).sum())
+        if odd:
+            raise CheckpointError(f"{odd} of {scale.numel()} scales are not finite and positive")
+
+
+def check_values(stored: Tensor, layout: Layout, count: int) -> None:
+    """Refuse integers beyond the grid, and bits past the last value of a bit stream.
+
+    Args:
+        stored: the part with the values, of the shape that `value_spec` gives.
+        layout: of the matrix.
+        count: the values of a row of that part.
+
+    Raises:
+        CheckpointError: what does not fit.
+    """
+    if not layout.integers:
         return
-    below = int((parts[values] < -LARGEST).sum())
+    largest = LARGEST if layout.grid is None else layout.grid.largest
+    if layout.grid is not None:
+        rows = stored if stored.ndim == 2 else stored[None]
+        beyond = padding_bits(rows, count * layout.grid.bits)
+        if beyond:
+            raise CheckpointError(f"{beyond} bits are set past the last value of a bit stream")
+    below = int((decode_values(stored, layout, count) < -largest).sum())
     if below:
-        raise CheckpointError(f"{below} int8 values are -128, which is not on the grid")
-    scale = parts["weight_scale"]
-    odd = int((~(torch.isfinite(scale) & (scale > 0))).sum())
-    if odd:
-        raise CheckpointError(f"{odd} of {scale.numel()} scales are not finite and positive")
+        raise CheckpointError(
+            f"{below} {layout.values} values are {-largest - 1}, which is not on the grid"
+        )

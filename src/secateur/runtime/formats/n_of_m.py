@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import comb
 from typing import ClassVar
@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.runtime.formats import Layout, PartSpec, formats
-from secateur.runtime.formats.bits import pack_bits, padding_bits, row_bytes, unpack_bits
-from secateur.runtime.formats.kept import as_stored, check_values, expand, scale_spec, select
+from secateur.runtime.formats import Layout, PartSpec, encode_values, formats, value_spec
+from secateur.runtime.formats.bits import pack_numbers, padding_bits, row_bytes, unpack_numbers
+from secateur.runtime.formats.kept import (
+    as_stored,
+    check_parts,
+    check_values,
+    decode_values,
+    expand,
+    scale_specs,
+    select,
+)
 from secateur.types import Mask, Weight
 
 __all__ = ["NOfM", "code_bits", "fill_groups", "group_counts", "ranks", "sets_of"]
@@ -178,8 +186,9 @@ class NOfM:
 
     A code is the rank of the group's set (see `ranks`) in bits = ceil(log2 C(M, N)) bits. The
     codes of a row follow each other without gaps, lowest bit first, and the row ends with zeros
-    up to a whole byte. A group with fewer than N nonzero weights also keeps its first zeros. int8
-    adds `weight_scale` float32 [out].
+    up to a whole byte. A group with fewer than N nonzero weights also keeps its first zeros.
+    Integers add their scales. int4 and int3 are one bit stream:
+    `compressed` uint8 [ceil(out · in/M · N · bits / 8)].
 
     Example:
         >>> import torch
@@ -191,16 +200,13 @@ class NOfM:
     """
 
     name: ClassVar[str] = "n-of-m"
-    suffixes: ClassVar[tuple[str, ...]] = ("codes", "compressed", "weight_scale")
+    suffixes: ClassVar[tuple[str, ...]] = ("codes", "compressed", "weight_scale", "weight_exponent")
     automatic: ClassVar[bool] = True
 
-    def candidates(self, nonzero: Mask, values: str, transposed: bool) -> list[Layout]:
+    def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
         """One for each pattern that holds every weight that is not zero."""
-        out, columns = nonzero.shape
-        return [
-            Layout(self.name, values, (out, columns), pattern, transposed)
-            for pattern in patterns_that_fit(nonzero)
-        ]
+        found = patterns_that_fit(nonzero)
+        return [replace(dense, format=self.name, pattern=pattern) for pattern in found]
 
     def why_not(self, layout: Layout) -> str | None:
         """It needs a pattern N:M with M up to 32, and whole groups."""
@@ -215,7 +221,7 @@ class NOfM:
             f"with 1 <= N < M <= {LARGEST_GROUP}"
         )
 
-    def nonzeros(self, found: Mapping[str, PartSpec]) -> int:
+    def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
         """0: the pattern fixes all sizes."""
         return 0
 
@@ -226,8 +232,8 @@ class NOfM:
         groups = columns // group
         return {
             "codes": PartSpec(torch.uint8, (out, row_bytes(groups * code_bits(kept, group)))),
-            "compressed": PartSpec(layout.dtype, (out * groups * kept,)),
-            **scale_spec(layout),
+            "compressed": value_spec(layout, out * groups * kept),
+            **scale_specs(layout),
         }
 
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
@@ -237,39 +243,35 @@ class NOfM:
             CheckpointError: a group keeps more than N.
         """
         kept, group = layout.kept_of_group
-        mask, stored, scale = as_stored(weight, layout)
+        mask, stored, scales = as_stored(weight, layout)
         mask = fill_groups(mask, kept, group)
         rank = codes_of_groups(mask.reshape(-1, group), kept)
-        bits = torch.empty(len(rank), code_bits(kept, group), dtype=torch.bool)
-        for place in range(bits.shape[1]):
-            bits[:, place] = (rank >> place) & 1
-        codes = pack_bits(bits.reshape(layout.shape[0], -1))
-        return {"codes": codes, "compressed": select(stored, mask), **scale}
+        codes = pack_numbers(rank.view(layout.shape[0], -1), code_bits(kept, group))
+        values = encode_values(select(stored, mask), layout)
+        return {"codes": codes, "compressed": values, **scales}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """Mask [out, in], N in each group, and values."""
         kept, group = layout.kept_of_group
         mask = groups_of_codes(self.codes(parts, layout), kept, group)
-        return mask.reshape(layout.shape), parts["compressed"]
+        values = decode_values(parts["compressed"], layout, layout.weights // group * kept)
+        return mask.reshape(layout.shape), values
 
     def codes(self, parts: Mapping[str, Tensor], layout: Layout) -> Tensor:
         """The code of every group, int32 [out · in/M]."""
         kept, group = layout.kept_of_group
-        width = code_bits(kept, group)
-        bits = unpack_bits(parts["codes"], layout.shape[1] // group * width).reshape(-1, width)
-        rank = torch.zeros(len(bits), dtype=torch.int32)
-        for place in range(width):
-            rank += bits[:, place].to(torch.int32) << place
-        return rank
+        groups = layout.shape[1] // group
+        return unpack_numbers(parts["codes"], code_bits(kept, group), groups).int().view(-1)
 
     def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
         """The matrix [out, in]."""
-        return expand(*self.kept(parts, layout), parts.get("weight_scale"))
+        return expand(*self.kept(parts, layout), parts, layout)
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
         """Also refuse codes without a set, and bits past the end of a row."""
-        check_values(parts, layout, "compressed")
+        check_parts(parts, layout)
         kept, group = layout.kept_of_group
+        check_values(parts["compressed"], layout, layout.weights // group * kept)
         width = code_bits(kept, group)
         beyond = padding_bits(parts["codes"], layout.shape[1] // group * width)
         if beyond:
@@ -282,7 +284,7 @@ class NOfM:
             )
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:
-        """Bytes: out · ceil(in/M · bits / 8) + out · in/M · N · value, and 4 · out for int8."""
+        """Bytes: out · ceil(in/M · bits / 8), those of out · in/M · N values, and of the scales."""
         return sum(spec.nbytes for spec in self.parts(layout, nonzeros).values())
 
 

@@ -15,5 +15,5 @@ def check_compression(recipe: CompressRecipe) -> None:
     Raises:
         RecipeError: a format is unknown, or options do not fit together.
     """
-    check_names(recipe.format, recipe.values)
+    check_names(recipe.format, recipe.values, recipe.group_size)
     check_calibration(recipe)

@@ -11,15 +11,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.errors import RecipeError
-from secateur.models.checkpoint import CheckpointReader, shard_name
+from secateur.models.checkpoint import CheckpointReader
 from secateur.models.folder_checks import read_config, refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
@@ -32,60 +30,25 @@ from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
-from secateur.runtime.choice import (
-    AUTO,
-    DENSE,
-    KEEP,
-    LayoutChoice,
-    choose_layout,
-    squared_loss,
-    values_for,
-    without_negative_zeros,
-)
-from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
-from secateur.runtime.packed import PackedCheckpoint, PlannedFile, quantization_config, write_packed
+from secateur.runtime.choice import without_negative_zeros
+from secateur.runtime.formats import formats
+from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.workflows.checkpoint_files import carry_over
 from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import round_checkpoint, rounding_recipe, told_of
+from secateur.workflows.compress.storage_plan import (
+    StoragePlan,
+    cast_others,
+    computed_dtype,
+    make_plan,
+    plan_files,
+    settled_values,
+)
 
 __all__ = ["compress", "compress_recipe"]
 
 COMPRESSION = "compression.json"
-
-
-@dataclass
-class StoragePlan:
-    """How every tensor of the source is stored in the result.
-
-    Attributes:
-        choices: layouts of the packable matrices, by stored name.
-        dtypes: dtypes of all tensors that are stored under their own names.
-        lost: ‖W − Ŵ‖² over the linears, with Ŵ the stored values.
-        norm: ‖W‖² over the linears.
-    """
-
-    choices: dict[str, LayoutChoice] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    lost: float = 0.0
-    norm: float = 0.0
-
-    @property
-    def value_error(self) -> float:
-        """‖W − Ŵ‖ / ‖W‖ over the linears; 0 if nothing was rounded."""
-        return (self.lost / self.norm) ** 0.5 if self.norm else 0.0
-
-    def layout(self, name: str) -> Layout | None:
-        """Return the layout of a tensor; None for a tensor that is copied or only cast."""
-        choice = self.choices.get(name)
-        if choice is None or (choice.layout.format == DENSE and choice.layout.values != "int8"):
-            return None
-        return choice.layout
-
-    def keeps_weights(self, reader: CheckpointReader) -> bool:
-        """Whether every tensor keeps the dtype of the source, so that no value changes."""
-        stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
-        return all(stored[name] == entry.dtype for name, entry in reader.entries.items())
 
 
 @takes_options_of(CompressRecipe)
@@ -157,7 +120,7 @@ def compress_recipe(
             matrices = find_matrices(reader, recipe.embeddings, trust)
         made = folder.fresh_model()
         values = settled_values(reader, matrices, recipe.values)
-        plan = make_plan(reader, matrices, recipe.format, values, progress)
+        plan = make_plan(reader, matrices, recipe, values, progress)
         computed = computed_dtype(plan, matrices, values)
         cast_others(plan, reader, values, computed)
         files = plan_files(reader, plan)
@@ -207,115 +170,6 @@ def fractions(reader: CheckpointReader, matrices: dict[str, PackableMatrix]) -> 
     return found
 
 
-def settled_values(
-    reader: CheckpointReader, matrices: dict[str, PackableMatrix], values: str
-) -> str:
-    """Resolve `auto` for a checkpoint: bfloat16 if most of its weights are wider, else `keep`.
-
-    Most float32 checkpoints hold models that were trained in bfloat16 or expanded from fewer
-    bits. The report gives the error of the rounding.
-    """
-    if values != AUTO:
-        return values
-    sizes = {True: 0, False: 0}
-    for name, matrix in matrices.items():
-        if matrix.prunable:
-            entry = reader.entries[name]
-            count = entry.size_bytes // entry.dtype.itemsize
-            sizes[entry.dtype.itemsize > torch.bfloat16.itemsize] += count
-    return "bfloat16" if sizes[True] > sizes[False] else KEEP
-
-
-def make_plan(
-    reader: CheckpointReader,
-    matrices: dict[str, PackableMatrix],
-    format: str,
-    values: str,
-    progress: Progress,
-) -> StoragePlan:
-    """Read every matrix and choose its layout.
-
-    Raises:
-        CheckpointError: a matrix has a dtype that cannot be packed.
-        RecipeError: the requested format can hold no matrix.
-    """
-    plan = StoragePlan()
-    progress.start("counting", len(matrices))
-    for name, matrix in matrices.items():
-        stored = reader.read(name)
-        weight = stored.t() if matrix.transposed else stored
-        wanted = values_for(stored.dtype, values if matrix.prunable else "int8", name)
-        plan.choices[name] = choose_layout(
-            weight,
-            format=format if matrix.prunable else DENSE,
-            values=wanted,
-            transposed=matrix.transposed,
-        )
-        if matrix.prunable:
-            lost, norm = squared_loss(weight, wanted)
-            plan.lost, plan.norm = plan.lost + lost, plan.norm + norm
-        progress.step(note=name)
-    progress.finish()
-    offered = [c.offered for name, c in plan.choices.items() if matrices[name].prunable]
-    if format not in (AUTO, DENSE) and not any(offered):
-        raise RecipeError(
-            f"none of the {len(offered)} matrices can be stored as {format!r}",
-            where=str(reader.folder),
-            remedy="use --format auto or bitmask; n-of-m needs zeros such as --pattern 2:4 leaves",
-        )
-    return plan
-
-
-def computed_dtype(
-    plan: StoragePlan, matrices: dict[str, PackableMatrix], values: str
-) -> torch.dtype:
-    """The dtype in which the model computes: the dtype of the values, or bfloat16 for int8."""
-    if values != KEEP:
-        return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
-    weights: dict[torch.dtype, int] = {}
-    for name, choice in plan.choices.items():
-        if matrices[name].prunable:
-            dtype = choice.layout.dtype
-            weights[dtype] = weights.get(dtype, 0) + choice.layout.weights
-    return max(weights, key=weights.__getitem__)
-
-
-def cast_others(
-    plan: StoragePlan, reader: CheckpointReader, values: str, computed: torch.dtype
-) -> None:
-    """Set the dtype of every tensor that keeps its name."""
-    for name, entry in reader.entries.items():
-        if plan.layout(name) is not None:
-            continue
-        wider = entry.dtype.is_floating_point and entry.dtype.itemsize > computed.itemsize
-        chosen = plan.choices.get(name)
-        if chosen is not None:
-            plan.dtypes[name] = chosen.layout.dtype
-        else:
-            plan.dtypes[name] = computed if wider and values != KEEP else entry.dtype
-
-
-def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]:
-    """Assign tensors to files. All parts of a matrix go to the file of its weight."""
-    count = len(reader.files)
-    files = {
-        file: PlannedFile(shard_name("secateur", number, count))
-        for number, file in enumerate(reader.files, start=1)
-    }
-    for name, entry in reader.entries.items():
-        planned, layout = files[entry.file], plan.layout(name)
-        if layout is None:
-            planned.tensors[name] = PartSpec(plan.dtypes[name], entry.shape)
-            continue
-        owner = name.removesuffix(".weight")
-        planned.layouts[owner] = layout
-        # −0.0 counts as a zero and is not kept
-        nonzeros = plan.choices[name].nonzeros
-        for suffix, spec in formats[layout.format].parts(layout, nonzeros).items():
-            planned.tensors[f"{owner}.{suffix}"] = spec
-    return list(files.values())
-
-
 def contents(
     reader: CheckpointReader, plan: StoragePlan, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
@@ -329,7 +183,7 @@ def contents(
                 yield name, tensor.to(plan.dtypes[name])
             else:
                 weight = tensor.t() if layout.transposed else tensor
-                if layout.values != "int8":  # a cast can make zeros too
+                if not layout.integers:  # a cast can make zeros too
                     weight = weight.to(layout.dtype)
                 if plan.choices[name].negative_zeros:
                     weight = without_negative_zeros(weight)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from secateur.models.checkpoint import INDEX_NAME, shard_files, shard_name
 from secateur.models.folder_checks import read_config
 from secateur.models.shard_writer import ShardWriter
@@ -20,6 +22,7 @@ from secateur.runs.atomic import write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.output import check_free
 from secateur.runtime.dense_view import DenseView
+from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.checkpoint_files import carry_over
 
@@ -34,8 +37,9 @@ def decompress(
 ) -> DecompressResult:
     """Write a compressed checkpoint as ordinary dense safetensors, with all zeros.
 
-    Losslessly stored values are restored bit for bit. int8 values are restored as their scaled
-    numbers, in the dtype of the configuration.
+    Losslessly stored values are restored bit for bit. int8, int4 and int3 values are restored as
+    their scaled numbers, in the dtype of the configuration. For int4 and int3 in bfloat16 these
+    numbers are exact, so compressing them again changes nothing.
 
     Args:
         model: folder or hub id of a compressed checkpoint, archive or not.
@@ -71,8 +75,7 @@ def decompress_recipe(
     view = DenseView(packed)
     config = read_config(source.folder)
     del config["quantization_config"]
-    # int8 values are rounded to the dtype of the configuration
-    rounded = any(layout.values == "int8" for layout in packed.layouts.values())
+    rounded = any(not is_exact(layout, view.computed) for layout in packed.layouts.values())
     with folder:
         made = folder.fresh_model()
         check_free(view.total_bytes, made)
@@ -94,6 +97,15 @@ def decompress_recipe(
         matrices=len(packed.layouts),
         seconds=time.perf_counter() - begun,
     )
+
+
+def is_exact(layout: Layout, computed: torch.dtype) -> bool:
+    """Whether the dense checkpoint holds exactly the stored weights.
+
+    int8 values times their scales are rounded to the dtype of the configuration; int4 and int3
+    values have few enough bits for any dtype, but float16 lacks the exponents.
+    """
+    return not layout.integers or (layout.grid is not None and computed != torch.float16)
 
 
 def write_dense(view: DenseView, folder: Path, progress: Progress) -> None:

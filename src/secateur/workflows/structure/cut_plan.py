@@ -84,7 +84,7 @@ def count(kept: Kept, total: int, what: str) -> int:
         )
     if not 0 < number <= total:
         raise RecipeError(
-            f"{kept} {what} were asked for, of {total} there are",
+            f"the recipe keeps {kept} {what}, but the model has {total}",
             remedy=f"give a number from 1 to {total}, or a fraction of them such as 0.75",
         )
     return int(number)
@@ -154,8 +154,8 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
         aim = with_target(aim, target, model)
     if not aim.cuts and recipe.decode_latency is None:
         raise RecipeError(
-            "nothing is to be cut: the model has no more than what is to stay",
-            remedy="say a smaller number, or a fraction below 1 such as 0.75",
+            "the recipe cuts nothing: the model already has these sizes",
+            remedy="give a smaller number, or a fraction below 1 such as 0.75",
         )
     return aim
 
@@ -172,8 +172,8 @@ def check_together(recipe: StructureRecipe) -> None:
     others = [n for n in steps if getattr(recipe, n) is not None]
     if not targets + widths + others:
         raise RecipeError(
-            "nothing is to be cut",
-            remedy="say what stays: --keep-layers 24, --ffn 0.75, --kv-groups 0.67, "
+            "the recipe cuts nothing",
+            remedy="say what to keep: --keep-layers 24, --ffn 0.75, --kv-groups 0.67, "
             "--hidden-size 0.9, --experts 0.5, or --keep-parameters 0.75 of the decoder's",
         )
     narrowed = targets or widths or recipe.query_heads is not None
@@ -187,11 +187,11 @@ def check_together(recipe: StructureRecipe) -> None:
         raise RecipeError(f"{targets[0]} and {targets[1]} are two targets", remedy="give one")
     if targets and widths:
         raise RecipeError(
-            f"{targets[0]} says how much heads and neurons lose together, and {widths[0]} too",
+            f"{targets[0]} and {widths[0]} both set how many heads and neurons stay",
             remedy=f"leave {widths[0]} out, or the target",
         )
     if recipe.kv_groups is not None and recipe.kv_cache is not None:
-        raise RecipeError("kv_groups and kv_cache say the same thing", remedy="give one of them")
+        raise RecipeError("kv_groups and kv_cache set the same number", remedy="give one of them")
 
 
 def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
@@ -225,12 +225,13 @@ def ends_of(recipe: StructureRecipe, layers: int) -> tuple[int, int]:
     ends = recipe.whole_first, recipe.whole_last
     if sum(ends) >= layers:
         raise RecipeError(
-            f"of {layers} layers, {ends[0]} at the start and {ends[1]} at the end are to be whole",
-            remedy="leave some between them",
+            f"{ends[0]} layers at the start and {ends[1]} at the end keep everything, but only "
+            f"{layers} layers remain",
+            remedy="keep fewer layers whole",
         )
     if any(ends) and recipe.query_heads is not None:
         raise RecipeError(
-            "all layers have as many query heads in a KV group, so none can keep them",
+            "all layers must have equally many query heads in a KV group, so no layer can keep all",
             remedy="leave --whole-first and --whole-last out, or --query-heads",
         )
     return ends
@@ -244,9 +245,9 @@ def check_narrowable(model: Any, sizes: Sizes) -> None:
     """
     if max(sizes.neurons) < 2:
         raise RecipeError(
-            "the model has no FFN neurons outside its experts, and whole heads alone reach no "
-            "target",
-            remedy="say what stays of each: --kv-groups, --experts, --keep-layers",
+            "the model has no FFN neurons outside its experts, and cuts of whole heads alone "
+            "cannot reach a target",
+            remedy="say how many of each to keep: --kv-groups, --experts, --keep-layers",
         )
 
 
@@ -258,7 +259,7 @@ def share(kept: Kept, each: tuple[int, ...], what: str) -> float:
     """
     most = max(each)
     if not most:
-        raise RecipeError(f"the model has no {what} that could be cut")
+        raise RecipeError(f"the model has no {what} to cut")
     if kept == 0:
         raise RecipeError(
             f"no {what} would stay", remedy="to drop sub-blocks, use --depth-units blocks"
@@ -277,8 +278,8 @@ def decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
     left = (recipe.file_mib * 2**20 - outside) / (whole.file_bytes - outside)
     if not 0 < left < 1:
         raise RecipeError(
-            f"{recipe.file_mib:g} MiB were asked for; the weights have "
-            f"{whole.file_bytes / 2**20:.1f}, of which {outside / 2**20:.1f} lie outside the "
+            f"file_mib is {recipe.file_mib:g}; the weights take "
+            f"{whole.file_bytes / 2**20:.1f} MiB, of which {outside / 2**20:.1f} are outside the "
             "decoder layers",
             remedy="give a number between these two",
         )
@@ -297,8 +298,8 @@ def with_target(aim: CutPlan, target: float, model: Any) -> CutPlan:
     joint = (rest.decoder - target * whole) / width if width else 0.0
     if not 0 < joint < 1:
         raise RecipeError(
-            f"{target:.1%} of the decoder's parameters are to stay; without a cut of heads and "
-            f"neurons {rest.decoder / whole:.1%} would, and these hold {width / whole:.1%}",
+            f"the target keeps {target:.1%} of the decoder's parameters; without a cut of heads "
+            f"and neurons {rest.decoder / whole:.1%} stay, and these hold {width / whole:.1%}",
             remedy="leave the target out, or choose another one",
         )
     return replace(aim, joint=joint)

@@ -1,0 +1,235 @@
+"""Chooses how each matrix is stored: the smallest files whose loss stays within a bound.
+
+The candidates are checkpoints of one model whose linears were rounded to more or fewer bits. Level
+0 is the model itself, and each further level is smaller. A candidate takes each linear from one of
+them, and its loss is measured on the whole model:
+
+1. All linears on one level. The smallest level within the bound is the base. If it is the last
+   level, it is the answer.
+2. From the base, the linears of one decoder layer at a time go one level further. The rise of the
+   loss is shared out among the linears of the layer by their output errors.
+3. The linears go one level further in the order of rise per saved byte. Bisection finds how many
+   can go within the bound.
+
+So the answer is a candidate whose loss was measured. It need not be the smallest one of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from secateur.engine.choose.tournament import (
+    Lockstep,
+    Tournament,
+    Version,
+    Versions,
+    cut_windows,
+    fingerprint,
+)
+from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.models.architecture import linears_of
+from secateur.models.checkpoint import CheckpointReader
+from secateur.progress import Progress
+from secateur.sparsity.evolution import Candidate
+
+__all__ = ["ChosenLevels", "Level", "StoredVariants", "choose_levels"]
+
+RANKING_TOKENS = 2048
+"""Tokens on which a layer's rise of the loss is measured; the whole text decides in the end."""
+
+LEAST_RISE = 1e-6
+"""A rise of the loss in nats below which the measurement says nothing."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One way to store every linear.
+
+    Attributes:
+        reader: the checkpoint whose linears have these values.
+        bytes_of: the size of each linear when stored, by its name.
+        error_of: the error of each linear's outputs, relative to the outputs; empty for level 0.
+    """
+
+    reader: CheckpointReader
+    bytes_of: Mapping[str, int]
+    error_of: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ChosenLevels:
+    """The result of a choice.
+
+    Attributes:
+        level_of: the level of each linear, by its name.
+        loss: mean loss of the next token with these levels, in nats.
+        source_loss: that of level 0, on the same text.
+        uniform_loss: the loss with all linears on one level, for each level.
+    """
+
+    level_of: dict[str, int]
+    loss: float
+    source_loss: float
+    uniform_loss: tuple[float, ...]
+
+
+@torch.no_grad()
+def choose_levels(
+    target: CheckpointTarget,
+    levels: Sequence[Level],
+    windows: Tensor,
+    bound: float,
+    file: Path | None,
+    progress: Progress,
+) -> ChosenLevels:
+    """Choose the level of every linear.
+
+    Args:
+        target: the model of level 0.
+        levels: at least two; each is stored in fewer bytes than the one before.
+        windows: tokens to measure the loss on [windows, length].
+        bound: how much the loss may rise above that of level 0, in nats per token.
+        file: file of the measured values, which a stopped run resumes from; None for none.
+        progress: receives the steps.
+    """
+    names = list(levels[0].bytes_of)
+    tokens = windows.numel()
+    ends = ModelEnds(target, cut_windows(windows, tokens))
+    variants = StoredVariants(ends, names, levels)
+    tournament = Tournament(
+        Lockstep(ends, variants, "loss", progress),
+        variants.versions,
+        file,
+        {**fingerprint(ends, tokens, "loss", names), "levels": len(levels)},
+    )
+    progress.start("choosing values", len(levels) + len(target.layers) + len(names).bit_length())
+    every = [(level,) * len(names) for level in range(len(levels))]
+    losses = tuple(tournament(every, tokens, 0))
+    progress.step(len(levels))
+    allowed = losses[0] + bound
+    base = max(level for level, loss in enumerate(losses) if level == 0 or loss <= allowed)
+    best, loss = every[base], losses[base]
+    if base + 1 < len(levels):
+        order = further_order(tournament, variants, levels, base, progress)
+        best, loss = furthest(tournament, best, loss, order, allowed, tokens, progress)
+    progress.finish()
+    return ChosenLevels(dict(zip(names, best, strict=True)), loss, losses[0], losses)
+
+
+def further_order(
+    tournament: Tournament,
+    variants: StoredVariants,
+    levels: Sequence[Level],
+    base: int,
+    progress: Progress,
+) -> list[int]:
+    """The places of linears, by the rise of the loss per byte saved on the level after `base`."""
+    names = variants.names
+    here, further = levels[base], levels[base + 1]
+    (reference,) = tournament([(base,) * len(names)], RANKING_TOKENS, 0)
+    rise_per_byte = {}
+    for places in variants.places:
+        tried = tuple(base + (place in places) for place in range(len(names)))
+        (loss,) = tournament([tried], RANKING_TOKENS, 0)
+        rise = max(loss - reference, LEAST_RISE)
+        errors = {place: further.error_of[names[place]] for place in places}
+        total = sum(errors.values()) or 1.0
+        for place, error in errors.items():
+            saved = here.bytes_of[names[place]] - further.bytes_of[names[place]]
+            rise_per_byte[place] = rise * error / total / max(saved, 1)
+        progress.step()
+    return sorted(rise_per_byte, key=rise_per_byte.__getitem__)
+
+
+def furthest(
+    tournament: Tournament,
+    base: Candidate,
+    loss: float,
+    order: Sequence[int],
+    allowed: float,
+    tokens: int,
+    progress: Progress,
+) -> tuple[Candidate, float]:
+    """The base with as many linears one level further, in order, as the bound allows."""
+    best, low, high = base, 0, len(order)
+    while high - low > 1:
+        middle = (low + high) // 2
+        raised = set(order[:middle])
+        tried = tuple(level + (place in raised) for place, level in enumerate(base))
+        (found,) = tournament([tried], tokens, 0)
+        if found <= allowed:
+            best, loss, low = tried, found, middle
+        else:
+            high = middle
+        progress.step()
+    return best, loss
+
+
+class StoredVariants:
+    """Decoder layers whose linears come from several checkpoints.
+
+    The version of a layer is a tuple with the level of each of its linears.
+
+    Args:
+        ends: ends of the model.
+        names: names of the linears; a candidate has a level for each.
+        levels: the checkpoints.
+    """
+
+    dense: Version = "dense"
+
+    def __init__(self, ends: ModelEnds, names: Sequence[str], levels: Sequence[Level]) -> None:
+        self.ends, self.names, self.levels = ends, list(names), levels
+        architecture = ends.target.architecture
+        count = len(ends.target.layers)
+        prefixes = [architecture.layer_name(index) + "." for index in range(count)]
+        self.places = [
+            [place for place, name in enumerate(names) if name.startswith(prefix)]
+            for prefix in prefixes
+        ]
+
+    def versions(self, candidate: Candidate) -> Versions:
+        """The levels of a candidate, layer by layer."""
+        return tuple(tuple(candidate[place] for place in places) for places in self.places)
+
+    @contextmanager
+    def opened(
+        self, number: int, layer: nn.Module
+    ) -> Iterator[Callable[[Version], Callable[[Tensor], Tensor]]]:
+        """The forward of each version. Making a forward reads the weights of other levels."""
+
+        def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
+            weights = self.weights(number, layer, version)
+
+            def replaced(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(layer, weights, args, kwargs)
+
+            return lambda hidden: self.ends.run(number, replaced, hidden)
+
+        yield forward_of
+
+    def weights(self, number: int, layer: nn.Module, version: Version) -> dict[str, Tensor]:
+        """The weights of a version that differ from level 0, by their names in the layer."""
+        if not isinstance(version, tuple):
+            return {}
+        target, found = self.ends.target, {}
+        assert isinstance(target, CheckpointTarget)
+        names = [self.names[place] for place in self.places[number]]
+        level_of = dict(zip(names, version, strict=True))
+        prefix = target.architecture.layer_name(number)
+        for name, linear in linears_of(layer, prefix).items():
+            level = level_of.get(linear.name, 0)
+            if level:
+                stored = target.stored[f"{linear.name}.weight"]
+                weight = self.levels[level].reader.read(stored)
+                found[f"{name}.weight"] = weight.to(target.device, target.dtype)
+        return found

@@ -1,0 +1,192 @@
+"""Plans how every tensor of a checkpoint is stored: layouts, dtypes, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader, shard_name
+from secateur.progress import Progress
+from secateur.recipes.compress import CompressRecipe
+from secateur.runtime.choice import (
+    AUTO,
+    DENSE,
+    KEEP,
+    LayoutChoice,
+    choose_layout,
+    squared_loss,
+    values_for,
+)
+from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
+from secateur.runtime.packed import PlannedFile
+from secateur.workflows.compress.packable import PackableMatrix
+
+__all__ = [
+    "StoragePlan",
+    "cast_others",
+    "computed_dtype",
+    "make_plan",
+    "plan_files",
+    "settled_values",
+]
+
+
+@dataclass
+class StoragePlan:
+    """How every tensor of the source is stored in the result.
+
+    Attributes:
+        choices: layouts of the packable matrices, by stored name.
+        dtypes: dtypes of all tensors that are stored under their own names.
+        lost: ‖W − Ŵ‖² over the linears, with Ŵ the stored values.
+        norm: ‖W‖² over the linears.
+    """
+
+    choices: dict[str, LayoutChoice] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    lost: float = 0.0
+    norm: float = 0.0
+
+    @property
+    def value_error(self) -> float:
+        """‖W − Ŵ‖ / ‖W‖ over the linears; 0 if nothing was rounded."""
+        return (self.lost / self.norm) ** 0.5 if self.norm else 0.0
+
+    def layout(self, name: str) -> Layout | None:
+        """Return the layout of a tensor; None for a tensor that is copied or only cast."""
+        choice = self.choices.get(name)
+        if choice is None or (choice.layout.format == DENSE and not choice.layout.integers):
+            return None
+        return choice.layout
+
+    def keeps_weights(self, reader: CheckpointReader) -> bool:
+        """Whether no value changes: the dtypes are those of the source, or the grids are."""
+        stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
+        on_grid = {name for name, x in self.choices.items() if x.layout.grid and not self.lost}
+        return all(
+            name in on_grid or stored[name] == entry.dtype for name, entry in reader.entries.items()
+        )
+
+
+def settled_values(
+    reader: CheckpointReader, matrices: dict[str, PackableMatrix], values: str
+) -> str:
+    """Resolve `auto` for a checkpoint: bfloat16 if most of its weights are wider, else `keep`.
+
+    Most float32 checkpoints hold models that were trained in bfloat16 or expanded from fewer
+    bits. The report gives the error of the rounding.
+    """
+    if values != AUTO:
+        return values
+    sizes = {True: 0, False: 0}
+    for name, matrix in matrices.items():
+        if matrix.prunable:
+            entry = reader.entries[name]
+            count = entry.size_bytes // entry.dtype.itemsize
+            sizes[entry.dtype.itemsize > torch.bfloat16.itemsize] += count
+    return "bfloat16" if sizes[True] > sizes[False] else KEEP
+
+
+def make_plan(
+    reader: CheckpointReader,
+    matrices: dict[str, PackableMatrix],
+    recipe: CompressRecipe,
+    values: str,
+    progress: Progress,
+    values_of: Mapping[str, str] = MappingProxyType({}),
+) -> StoragePlan:
+    """Read every matrix and choose its layout.
+
+    Args:
+        reader: the source.
+        matrices: that can be packed.
+        recipe: gives format and group size.
+        values: what the recipe's `auto` stands for.
+        progress: receives every matrix.
+        values_of: other values of single matrices, by stored name.
+
+    Raises:
+        CheckpointError: a matrix has a dtype that cannot be packed.
+        RecipeError: the requested format can hold no matrix.
+    """
+    plan, format = StoragePlan(), recipe.format
+    progress.start("counting", len(matrices))
+    for name, matrix in matrices.items():
+        stored = reader.read(name)
+        weight = stored.t() if matrix.transposed else stored
+        own = values_of.get(name, values) if matrix.prunable else "int8"
+        wanted = values_for(stored.dtype, own, name)
+        choice = plan.choices[name] = choose_layout(
+            weight,
+            format=format if matrix.prunable else DENSE,
+            values=wanted,
+            transposed=matrix.transposed,
+            group=recipe.group_size,
+        )
+        if matrix.prunable:
+            lost, norm = squared_loss(weight, choice.layout)
+            plan.lost, plan.norm = plan.lost + lost, plan.norm + norm
+        progress.step(note=name)
+    progress.finish()
+    offered = [c.offered for name, c in plan.choices.items() if matrices[name].prunable]
+    if format not in (AUTO, DENSE) and not any(offered):
+        raise RecipeError(
+            f"none of the {len(offered)} matrices can be stored as {format!r}",
+            where=str(reader.folder),
+            remedy="use --format auto or bitmask; n-of-m needs zeros such as --pattern 2:4 leaves",
+        )
+    return plan
+
+
+def computed_dtype(
+    plan: StoragePlan, matrices: dict[str, PackableMatrix], values: str
+) -> torch.dtype:
+    """The dtype in which the model computes: the dtype of the values, or bfloat16 for integers."""
+    if values != KEEP:
+        return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
+    weights: dict[torch.dtype, int] = {}
+    for name, choice in plan.choices.items():
+        dtype = choice.layout.dtype
+        if matrices[name].prunable and dtype.is_floating_point:
+            weights[dtype] = weights.get(dtype, 0) + choice.layout.weights
+    return max(weights, key=weights.__getitem__, default=torch.bfloat16)
+
+
+def cast_others(
+    plan: StoragePlan, reader: CheckpointReader, values: str, computed: torch.dtype
+) -> None:
+    """Set the dtype of every tensor that keeps its name."""
+    for name, entry in reader.entries.items():
+        if plan.layout(name) is not None:
+            continue
+        wider = entry.dtype.is_floating_point and entry.dtype.itemsize > computed.itemsize
+        chosen = plan.choices.get(name)
+        if chosen is not None:
+            plan.dtypes[name] = chosen.layout.dtype
+        else:
+            plan.dtypes[name] = computed if wider and values != KEEP else entry.dtype
+
+
+def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]:
+    """Assign tensors to files. All parts of a matrix go to the file of its weight."""
+    count = len(reader.files)
+    files = {
+        file: PlannedFile(shard_name("secateur", number, count))
+        for number, file in enumerate(reader.files, start=1)
+    }
+    for name, entry in reader.entries.items():
+        planned, layout = files[entry.file], plan.layout(name)
+        if layout is None:
+            planned.tensors[name] = PartSpec(plan.dtypes[name], entry.shape)
+            continue
+        owner = name.removesuffix(".weight")
+        planned.layouts[owner] = layout
+        # −0.0 counts as a zero and is not kept
+        nonzeros = plan.choices[name].nonzeros
+        for suffix, spec in formats[layout.format].parts(layout, nonzeros).items():
+            planned.tensors[f"{owner}.{suffix}"] = spec
+    return list(files.values())
