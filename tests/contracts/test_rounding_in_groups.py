@@ -45,7 +45,7 @@ def agree(found, wanted, clearance, least=0.5):
 def test_the_sweep_on_a_given_mask(grid, columns, example):
     case = example((24, columns), seed=1, dead=2)
     mask = case.statistics["stored"] != 0
-    weight, kept, clearance = oracle.sweep(
+    weight, _kept, clearance = oracle.sweep(
         case.weight, case.statistics["gram"], grid.bits, grid.group, mask=mask
     )
     found, _, _ = swept(case, grid, mask=mask)

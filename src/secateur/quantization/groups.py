@@ -156,6 +156,18 @@ class GroupGrid:
         rounded = (weight.float() / spread).round_().clamp_(-self.largest, self.largest)
         return rounded.to(torch.int8)
 
+    def nearest(self, weight: Weight, scale: Tensor) -> Weight:
+        """The nearest weights s · q, float32 [out, in], with given scales [out, groups].
+
+        Unlike `codes` and `dequantize` it needs no more memory than its result, and a little.
+        """
+        result = torch.empty(weight.shape, device=weight.device)
+        parts = (x.split(self.group, dim=1) for x in (weight, result))
+        for part, out, s in zip(*parts, scale.split(1, dim=1), strict=True):
+            torch.div(part, s, out=out)
+            out.round_().clamp_(-self.largest, self.largest).mul_(s)
+        return result
+
     def search(
         self, weight: Weight, importance: Tensor | None = None, exponent: Tensor | None = None
     ) -> Scales:

@@ -52,9 +52,9 @@ class Rounding:
             raise RecipeError(f"descent is {self.descent}", remedy="give 0 or more passes")
 
     @property
-    def in_groups(self) -> bool:
-        """Whether several weights of a row share a scale, not all of them."""
-        return self.bits in BITS
+    def group_grid(self) -> GroupGrid | None:
+        """The grid, if several weights of a row share a scale, not all of them."""
+        return GroupGrid(self.bits, self.group) if self.bits in BITS else None
 
     def check(self, pattern: Pattern) -> None:
         """Refuse a pattern whose groups of columns lie across those that share a scale.
@@ -62,7 +62,7 @@ class Rounding:
         Raises:
             PatternError: it is such a pattern.
         """
-        if self.in_groups and pattern.scope == "group" and self.group % pattern.columns_together:
+        if self.group_grid and pattern.scope == "group" and self.group % pattern.columns_together:
             raise PatternError(
                 f"groups of {pattern.columns_together} columns do not divide the {self.group} "
                 "that share a scale",
@@ -71,8 +71,8 @@ class Rounding:
 
     def grid(self, columns: Tensor) -> GroupColumns | RowColumns | None:
         """The grid for a sweep over weights [in, out], zero where pruned."""
-        if self.in_groups:
-            return GroupColumns(GroupGrid(self.bits, self.group), columns)
+        if self.group_grid:
+            return GroupColumns(self.group_grid, columns)
         return RowColumns.of(columns) if self.bits else None
 
     def hold(

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
+from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.conjugate_gradients import fit_on_mask
 from secateur.sparsity.hessian import (
     check_damping,
@@ -147,6 +148,11 @@ class ALPS:
     def rounds(self) -> bool:
         """Whether the solver also rounds the remaining weights."""
         return self.bits > 0
+
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of groups on which the weights then are."""
+        return self.rounding.group_grid
 
     def prepare(self, statistics: Statistics) -> ScaledGram:
         """Damp and scale the `gram`, float32 [in, in].

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
+from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.column_sweep import Choice, sweep
 from secateur.sparsity.conjugate_gradients import fit_on_mask
 from secateur.sparsity.hessian import (
@@ -132,6 +133,11 @@ class OBS:
         """Whether the solver also rounds the remaining weights."""
         return self.bits > 0
 
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of groups on which the weights then are."""
+        return self.rounding.group_grid
+
     def prepare(self, statistics: Statistics) -> PreparedGram:
         """Factorise the damped `gram`, float32 [in, in].
 
@@ -179,7 +185,7 @@ class OBS:
         else:
             kept = mask.t().contiguous()
         choice = None if mask is not None else Choice(pattern, sparsity)
-        if self.rounding.in_groups:
+        if self.grid:
             columns = self._on_groups(columns, kept, prepared, choice)
         else:
             held = columns if choice else columns.masked_fill(~kept, 0.0)
@@ -194,7 +200,7 @@ class OBS:
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Six float32 copies of the weight, ten in groups; and the squares of the factorisation."""
-        copies = 10 if self.rounding.in_groups else 6
+        copies = 10 if self.grid else 6
         return copies * float32_bytes(shape) + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
 
     def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
