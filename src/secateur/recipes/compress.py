@@ -21,7 +21,8 @@ class RoundingSource(Section):
 
     source: Annotated[str | None, Flag("calibration", value="TEXT", default="none")] = Field(
         None,
-        description="Text on which rounded weights compensate each other's rounding errors: " + TEXT,
+        description="Text on which rounded weights compensate each other's rounding errors: "
+        + TEXT,
     )
 
 

@@ -62,14 +62,16 @@ def test_rounded_layers_are_tuned_on_their_grid(family: str) -> None:
     report = secateur.prune(tuned, **options, tune_passes=8, tune_learning_rate=3e-3)
     for layer in report.layers:
         told = layer["reconstruction"]
-        assert told["error_after"] < 0.9 * told["error_before"]
+        assert told["error_after"] < 0.95 * told["error_before"]
     first = describe(plain).layers(plain)[0], describe(tuned).layers(tuned)[0]
     before, after = (linears_of(layer, "0") for layer in first)
+    moved = 0
     for name, linear in before.items():
         codes, scales = grid.quantize(linear.weight)
         again = grid.codes(after[name].weight, scales)
         assert torch.equal(grid.dequantize(again, scales), after[name].weight)
-        assert not torch.equal(again, codes)
+        moved += int((again != codes).sum())
+    assert moved > 0
     for linear in zeros_of(tuned).values():
         assert int(linear.sum()) >= linear.numel() // 2
 
