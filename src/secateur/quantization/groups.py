@@ -41,8 +41,8 @@ LARGEST_TRIED, TRIED = 1.5, 26
 """The search begins at this multiple of the scale that reaches the largest weight, and tries so
 many scales downwards: to about half of it."""
 
-AT_ONCE = 2**22
-"""Weights that are float32 at the same time."""
+AT_ONCE = 2**18
+"""Weights that are searched at the same time: few enough for the caches."""
 
 
 @dataclass(frozen=True)
