@@ -123,7 +123,7 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
         [lambda m=m: by_kernel(m, one) for m in stored],
         *([[lambda w=w: functional.linear(one, w) for w in weights]] if weights else []),
     )
-    return min(own, *plain) / kernel
+    return min([own, *plain]) / kernel
 
 
 def seconds(*ways: Sequence[Callable[[], Tensor]]) -> list[float]:
