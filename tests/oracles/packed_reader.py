@@ -38,14 +38,30 @@ def read_file(file: Path) -> tuple[dict, dict[str, tuple[str, list[int], bytes]]
         dtype, shape = entry["dtype"], entry["shape"]
         if name in told["archived"]:
             archived = told["archived"][name]
-            dtype, shape = archived["dtype"], archived["shape"]
-            if archived["codec"] == "zstd":
+            dtype, shape, codec = archived["dtype"], archived["shape"], archived["codec"]
+            if codec != "none":
                 data = zstandard.ZstdDecompressor().decompress(data)
+            if codec.startswith("zstd-"):
+                data = narrow(data, int(codec[5:]), shape[-1])
             size, planes = BYTES[dtype], data
             count = len(planes) // size
             data = bytes(planes[p * count + i] for i in range(count) for p in range(size))
         tensors[name] = (dtype, shape, data)
     return told, tensors
+
+
+def narrow(data: bytes, width: int, length: int) -> bytes:
+    """Rows of `length` bytes, from rows whose numbers have 4 or 8 bits instead of `width`."""
+    count = math.ceil(8 * length / width)
+    wide = 4 if width == 3 else 8
+    row_bytes = math.ceil(count * wide / 8)
+    rows = b""
+    for start in range(0, len(data), row_bytes):
+        whole = int.from_bytes(data[start : start + row_bytes], "little")
+        numbers = [whole >> (n * wide) & (2**wide - 1) for n in range(count)]
+        packed = sum(number << (n * width) for n, number in enumerate(numbers))
+        rows += packed.to_bytes(length + 1, "little")[:length]
+    return rows
 
 
 def bit(data: bytes, row_bytes: int, row: int, place: int) -> int:
@@ -62,6 +78,41 @@ def positions(rank: int, kept: int, group: int) -> list[int]:
             rank -= math.comb(position, kept)
             kept -= 1
     return found[::-1]
+
+
+def stream(data: bytes, bits: int, start: int, count: int) -> list[int]:
+    """Numbers of a bit stream that begins at a byte, in two's complement."""
+    found = []
+    for n in range(count):
+        places = range(n * bits, (n + 1) * bits)
+        plain = sum((data[start + p // 8] >> p % 8 & 1) << k for k, p in enumerate(places))
+        found.append(plain - 2**bits if plain >= 2 ** (bits - 1) else plain)
+    return found
+
+
+def stored_values(layout: dict, part: tuple[str, list[int], bytes], count: int) -> list[float]:
+    """The values of a matrix in their order, `count` of them."""
+    dtype, _, data = part
+    if "group" not in layout:
+        size = BYTES[dtype]
+        return [number(data[k * size : (k + 1) * size], dtype) for k in range(count)]
+    bits, (out, columns) = int(layout["values"][3:]), layout["shape"]
+    if layout["format"] != "dense":
+        return stream(data, bits, 0, count)
+    width = math.ceil(columns * bits / 8)
+    return [q for i in range(out) for q in stream(data, bits, i * width, columns)]
+
+
+def scale_of(layout: dict, parts: dict, i: int, j: int) -> float:
+    """What a value of row i and column j is multiplied with."""
+    if "group" in layout:
+        groups = math.ceil(layout["shape"][1] / layout["group"])
+        c = parts["weight_scale"][2][i * groups + j // layout["group"]]
+        e = number(parts["weight_exponent"][2][i : i + 1], "I8")
+        return 2.0 ** (e + c // 16) * (1 + c % 16 / 16)
+    if layout["values"] == "int8":
+        return number(parts["weight_scale"][2][4 * i : 4 * i + 4], "F32")
+    return 1.0
 
 
 def kept_places(layout: dict, parts: dict) -> list[tuple[int, int]]:
@@ -89,15 +140,11 @@ def read_matrices(file: Path) -> dict[str, list[list[float]]]:
     matrices = {}
     for name, layout in told["layouts"].items():
         parts = {n[len(name) + 1 :]: t for n, t in tensors.items() if n.startswith(name + ".")}
-        dtype, _, data = parts["weight" if layout["format"] == "dense" else "compressed"]
-        size = BYTES[dtype]
-        scales = None
-        if layout["values"] == "int8":
-            raw = parts["weight_scale"][2]
-            scales = [number(raw[4 * i : 4 * i + 4], "F32") for i in range(layout["shape"][0])]
+        part = parts["weight" if layout["format"] == "dense" else "compressed"]
+        places = kept_places(layout, parts)
+        values = stored_values(layout, part, len(places))
         matrix = [[0.0] * layout["shape"][1] for _ in range(layout["shape"][0])]
-        for count, (i, j) in enumerate(kept_places(layout, parts)):
-            value = number(data[count * size : (count + 1) * size], dtype)
-            matrix[i][j] = value * scales[i] if scales else value
+        for (i, j), value in zip(places, values, strict=True):
+            matrix[i][j] = value * scale_of(layout, parts, i, j)
         matrices[name] = matrix
     return matrices

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from secateur.errors import NumericalError, RecipeError
-from secateur.quantization.groups import GroupGrid, Scales
+from secateur.quantization.groups import HIGHEST, GroupGrid, Scales
 
 GRIDS = [GroupGrid(bits, group) for bits, group in itertools.product((3, 4), (32, 64, 128))]
 
@@ -64,6 +64,38 @@ def test_the_largest_of_a_row_sets_its_exponent_and_small_groups_round_to_the_sm
     assert scales.values[0, 0] in (1.0, 0.5, 0.25) or codes[0, 0] == 7
     assert scales.values[0, 1] == 2.0 ** int(scales.exponent[0])
     assert not codes[0, 32:].any()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_row_of_sixteen_octaves_is_found_again(bits):
+    """The largest group holds only two steps; a scale of two steps would be an octave higher."""
+    weight = torch.zeros(2, 96)
+    weight[:, :32] = torch.tensor([2.0, -2.0, 0.0, 2.0]).repeat(8)
+    weight[0, 32:64] = 2.0**-15 * torch.tensor([3.0, -1.0, 2.0, 0.0]).repeat(8)
+    weight[1, 64:] = 2.0**-15 * torch.tensor([3.0, -1.0, 2.0, 0.0]).repeat(8)
+    grid = GroupGrid(bits, 32)
+    assert torch.equal(grid.dequantize(*grid.quantize(weight)), weight)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-20, 1.0, 1e9, 1e30])
+def test_a_group_of_zeros_does_not_coarsen_its_row(size):
+    weight = random_weight(4, 96) * size
+    alone = GroupGrid(4, 32).quantize(weight[:, :64])
+    weight[:, 64:] = 0
+    codes, scales = GroupGrid(4, 32).quantize(weight)
+    assert torch.equal(codes[:, :64], alone[0])
+    assert torch.equal(scales.values[:, :2], alone[1].values)
+    assert not codes[:, 64:].any()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_largest_numbers_stay_finite(bits):
+    grid = GroupGrid(bits, 32)
+    largest = torch.finfo(torch.float32).max
+    found = grid.dequantize(*grid.quantize(torch.full((1, 40), largest)))
+    assert torch.isfinite(found).all()
+    extreme = Scales(torch.tensor([HIGHEST], dtype=torch.int8), torch.full((1, 1), 255).byte())
+    assert torch.isfinite(grid.dequantize(torch.full((1, 32), grid.largest), extreme)).all()
 
 
 def test_scales_by_their_bytes():

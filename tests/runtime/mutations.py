@@ -6,9 +6,9 @@ import random
 from typing import Any
 
 ODD: list[Any] = [
-    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, 0.5, "", "x", "2:4", "int8", "bitmask",
-    "BF16", "F16", "U8", [], [0], [-1, 4], [2**40, 2**40], [2**63], [1, 1, 1], {}, {"a": 1},
-    "\ud800", "../model.safetensors", [[]], "zstd", "none", "ffffffff",
+    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, 0.5, "", "x", "2:4", "int8", "int4",
+    "bitmask", "BF16", "F16", "U8", [], [0], [-1, 4], [2**40, 2**40], [2**63], [1, 1, 1], {},
+    {"a": 1}, "\ud800", "../model.safetensors", [[]], "zstd", "zstd-3", "none", "ffffffff",
 ]  # fmt: skip
 
 

@@ -20,8 +20,17 @@ LAYOUTS = {
     "layer.two_of_four": Layout("n-of-m", "float16", (9, 64), "2:4"),
     "layer.four_of_eight": Layout("n-of-m", "int8", (9, 72), "4:8"),
     "embedding": Layout("dense", "int8", (50, 16)),
+    "layer.bitmask4": Layout("bitmask", "int4", (23, 71), group=32),
+    "layer.bitmask3": Layout("bitmask", "int3", (41, 200), transposed=True, group=64),
+    "layer.dense4": Layout("dense", "int4", (11, 33), group=32),
+    "layer.dense3": Layout("dense", "int3", (22, 130), group=128),
+    "layer.two_of_four4": Layout("n-of-m", "int4", (9, 68), "2:4", group=64),
+    "layer.four_of_eight3": Layout("n-of-m", "int3", (150, 72), "4:8", group=32),
 }
-FIRST = ["layer.bitmask16", "embedding", "norm.weight", "layer.two_of_four"]
+FIRST = [
+    "layer.bitmask16", "embedding", "norm.weight", "layer.two_of_four", "layer.bitmask4",
+    "layer.dense3", "layer.four_of_eight3",
+]  # fmt: skip
 """What lies in the first of the two files."""
 
 
@@ -35,7 +44,7 @@ def matrix(layout: Layout, seed: int) -> Tensor:
         weight.view(-1, group).masked_fill_(places >= kept, 0)
     elif layout.format == "bitmask":
         weight[torch.rand(layout.shape, generator=generator) < 0.5] = 0
-    return weight.to(torch.bfloat16 if layout.values == "int8" else layout.dtype)
+    return weight.to(torch.bfloat16 if layout.integers else layout.dtype)
 
 
 def packed_folder(folder: Path, *, archive: bool = False) -> dict[str, Tensor]:

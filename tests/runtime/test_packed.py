@@ -20,6 +20,7 @@ from secateur.runtime import archive as archives
 from secateur.runtime.archive import archived_spec, decode, encode
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.runtime.formats import PartSpec, formats
+from secateur.runtime.formats.bits import pack_numbers, unpack_numbers
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 FIRST_FILE, SECOND_FILE = (f"secateur-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -45,6 +46,8 @@ def test_what_was_written_is_read(tmp_path: Path, archive: bool) -> None:
         unpacked = formats[layout.format].unpack(packed.parts(name), layout)
         if layout.values == "int8":
             weight = dequantize_rows(*quantize_rows(weight))
+        elif layout.grid is not None:
+            weight = layout.grid.dequantize(*layout.grid.quantize(weight))
         assert torch.equal(unpacked, weight)
     stored = [tensor for file in packed.files for tensor in load_file(file).items()]
     assert len(stored) == len(tensors)  # the safetensors library reads the files too
@@ -98,6 +101,54 @@ def test_archived_tensors_come_back(dtype: torch.dtype) -> None:
         if tensor.nbytes > archives.SMALLEST_BYTES:
             spec = PartSpec(stored.dtype, tuple(stored.shape))
             assert archived_spec(json.loads(json.dumps(archived.to_json())), spec) == archived
+
+
+@pytest.mark.parametrize("width", [3, 5, 6, 7])
+def test_numbers_that_straddle_bytes_are_widened(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    for rows, count in ((1, 90_000), (600, 51), (400, 88)):
+        numbers = torch.randn(rows, count, generator=generator) * 2 ** (width - 3)
+        numbers = numbers.round().clamp(1 - 2 ** (width - 1), 2 ** (width - 1) - 1).char()
+        packed = pack_numbers(numbers, width)
+        plain, _ = encode(packed)
+        stored, archived = encode(packed, width)
+        assert archived.codec == f"zstd-{width}"
+        assert torch.equal(decode(stored, archived), packed)
+        chance = numbers.unique(return_counts=True)[1] / numbers.numel()
+        entropy = float(-(chance * chance.log2()).sum()) * numbers.numel() / 8
+        assert stored.numel() < (1.02 if rows == 1 else 1.1) * entropy
+        assert stored.numel() < 0.97 * plain.numel()
+        spec = PartSpec(stored.dtype, tuple(stored.shape))
+        assert archived_spec(json.loads(json.dumps(archived.to_json())), spec) == archived
+    anything = torch.randint(0, 256, (7, 3, 401), generator=generator).to(torch.uint8)
+    assert torch.equal(decode(*encode(anything, width)), anything)
+
+
+def test_the_example_of_widened_numbers() -> None:
+    numbers = unpack_numbers(torch.tensor([0x33, 0x52], dtype=torch.uint8), 3, 6)
+    assert numbers.tolist() == [3, 6, 0, 1, 5, 0]
+    assert pack_numbers(numbers, 4).tolist() == [0x63, 0x10, 0x05]
+
+
+def test_widened_numbers_that_do_not_fit_are_refused() -> None:
+    packed = torch.full((3, 1001), 0x49, dtype=torch.uint8)
+    _, archived = encode(packed, 3)
+    count = -(-8 * 1001 // 3)
+    wide = pack_numbers(unpack_numbers(packed, 3, count), 4)
+    for row, byte, value in ((0, 0, 0x80), (2, -1, 0x20)):
+        wrong = wide.clone()
+        wrong[row, byte] |= value
+        frame = zstandard.ZstdCompressor().compress(wrong.numpy().tobytes())
+        stored = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+        with pytest.raises(CheckpointError, match="1 widened numbers do not fit"):
+            decode(stored, archived)
+    short = zstandard.ZstdCompressor().compress(packed.numpy().tobytes())
+    stored = torch.frombuffer(bytearray(short), dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match="a frame of 3003 bytes where 4005 are needed"):
+        decode(stored, archived)
+    told = {**archived.to_json(), "dtype": "I8"}
+    with pytest.raises(CheckpointError, match="zstd-3 is for bytes, not for I8"):
+        archived_spec(told, PartSpec(torch.uint8, (2000,)))
 
 
 def test_what_shrinks_too_well_to_be_believed_is_not_compressed(monkeypatch) -> None:

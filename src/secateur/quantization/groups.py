@@ -195,16 +195,24 @@ class GroupGrid:
         return self.codes(values, scales), scales
 
     def _recovered(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
-        """The scales of groups [out, groups, group] that are on a grid, and which these are."""
+        """The scales of groups [out, groups, group] that are on a grid, and which these are.
+
+        Several scales can represent a group. It takes the largest of them that is not above the
+        highest octave that the row needs, so that small groups stay within the octaves below it.
+        """
         peak = grouped.abs().amax(dim=2)
-        scale, on_grid = torch.zeros_like(peak), peak == 0
-        for step in range(self.largest, 0, -1):
+        fitting, least, on_grid = [], torch.zeros_like(peak), peak == 0
+        for step in range(self.largest, 0, -1):  # from small scales to large ones
             tried = peak / step
             short = tried.frexp().mantissa * (2 * STEPS)
             again = (grouped / tried[:, :, None]).round_().mul_(tried[:, :, None])
             fits = (again == grouped).all(dim=2) & (short.frac() == 0) & (peak > 0)
-            scale = torch.where(fits, tried, scale)
+            least = torch.where(fits & ~on_grid, tried, least)
             on_grid |= fits
+            fitting.append((fits, tried))
+        scale, needed = least, least.amax(dim=1, keepdim=True).frexp().exponent
+        for fits, tried in fitting:
+            scale = torch.where(fits & (tried.frexp().exponent <= needed), tried, scale)
         return scale, on_grid
 
     def _grouped(self, weight: Tensor) -> Tensor:

@@ -360,7 +360,7 @@ def write_file(
             name, tensor = next(tensors)
             stored = tensor.contiguous()
             if name in squeezed:
-                stored, squeezed[name] = encode(stored)
+                stored, squeezed[name] = encode(stored, planned.tensors[name].width)
             checksums[name] = checksum(as_bytes(stored))
             stored_specs[name] = PartSpec(stored.dtype, tuple(stored.shape))
             writer.write(name, stored)

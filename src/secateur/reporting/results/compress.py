@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from secateur.reporting.results.next_steps import after_a_packed_folder
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, mib
 
-__all__ = ["CompressResult", "DecompressResult", "FormatTotals"]
+__all__ = ["CompressResult", "DecompressResult", "FormatTotals", "stored_as"]
 
 BFLOAT16_BYTES = 2
 
@@ -24,7 +24,7 @@ class FormatTotals:
         matrices: number of matrices.
         weights: number of weights, including zeros.
         nonzeros: number of weights that are not zero.
-        bytes: their size in the files.
+        bytes: their size in the files, scales included.
     """
 
     matrices: int = 0
@@ -41,7 +41,7 @@ class FormatTotals:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight, counting zeros as weights."""
+        """Bits per weight, counting zeros as weights, and scales as a part of them."""
         return 8 * self.bytes / self.weights if self.weights else 0.0
 
     @property
@@ -65,7 +65,7 @@ class CompressResult(Result):
         archive: whether the files are also compressed with zstandard.
         negative_zeros: number of zeros that changed from −0.0 to +0.0.
         seconds: wall time.
-        rounding: record of the calibrated rounding to int8, if it was used.
+        rounding: record of the calibrated rounding to integers, if it was used.
         value_error: ‖W − Ŵ‖ / ‖W‖ of the linears, with Ŵ the stored values; 0 if nothing was lost.
     """
 
@@ -181,6 +181,12 @@ def allowed(chosen: dict[str, Any]) -> str:
     uniform = chosen["uniform_loss_increase"].items()
     others = ", ".join(f"all {values} {rise:+.4f}" for values, rise in uniform)
     return f"at most {chosen['max_loss_increase']:g} allowed; {others}"
+
+
+def stored_as(layout: Mapping[str, Any]) -> str:
+    """How a layout stores a matrix, in a few words: `2:4 int4, groups of 64`."""
+    kind = f"{layout.get('pattern', layout['format'])} {layout['values']}"
+    return f"{kind}, groups of {layout['group']}" if "group" in layout else kind
 
 
 def counts(record: dict[str, Any]) -> FormatTotals:

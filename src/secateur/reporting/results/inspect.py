@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.diagnostics.audit import Audit, LinearCount
+from secateur.reporting.results.compress import stored_as
 from secateur.reporting.results.layers import layer_of
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, mib, not_pruned
@@ -88,17 +89,11 @@ class InspectResult(Result):
 def linear_row(linear: LinearCount, *, packed: bool) -> tuple[str, ...]:
     """The counts of one linear."""
     out, columns = linear.shape
-    stored = (stored_as(linear.layout),) if packed else ()
+    kind = "as it is" if linear.layout is None else stored_as(linear.layout)
+    stored = (kind,) if packed else ()
     return linear.name, str(out), str(columns), f"{linear.sparsity:.4%}", *stored
 
 
 def short(name: str) -> str:
     """The last part of a name."""
     return name.removesuffix(".weight").rpartition(".")[2]
-
-
-def stored_as(layout: Mapping[str, Any] | None) -> str:
-    """The storage format of a matrix in two words."""
-    if layout is None:
-        return "as it is"
-    return f"{layout.get('pattern', layout['format'])} {layout['values']}"

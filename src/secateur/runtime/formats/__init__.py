@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, Protocol
 
@@ -56,10 +56,17 @@ MAX_SIDE = 2**31 - 1
 
 @dataclass(frozen=True)
 class PartSpec:
-    """Dtype and shape of one stored tensor."""
+    """Dtype and shape of one stored tensor.
+
+    Attributes:
+        dtype: of its elements.
+        shape: its sides.
+        width: the bits of its numbers, if the bytes of a row are a bit stream; for archives only.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    width: int = field(default=8, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -281,7 +288,8 @@ def value_spec(layout: Layout, *shape: int) -> PartSpec:
     """The part that holds values of this shape: for int4 and int3 each row is a bit stream."""
     if layout.grid is None:
         return PartSpec(layout.dtype, shape)
-    return PartSpec(torch.uint8, (*shape[:-1], row_bytes(shape[-1] * layout.grid.bits)))
+    bits = layout.grid.bits
+    return PartSpec(torch.uint8, (*shape[:-1], row_bytes(shape[-1] * bits)), bits)
 
 
 def encode_values(values: Tensor, layout: Layout) -> Tensor:

@@ -229,9 +229,9 @@ class NOfM:
         """Dtype and shape of the parts, whatever the number of zeros."""
         kept, group = layout.kept_of_group
         out, columns = layout.shape
-        groups = columns // group
+        groups, width = columns // group, code_bits(kept, group)
         return {
-            "codes": PartSpec(torch.uint8, (out, row_bytes(groups * code_bits(kept, group)))),
+            "codes": PartSpec(torch.uint8, (out, row_bytes(groups * width)), width),
             "compressed": value_spec(layout, out * groups * kept),
             **scale_specs(layout),
         }

@@ -24,7 +24,7 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.compression_card import compression_card
-from secateur.reporting.results.compress import CompressResult, FormatTotals
+from secateur.reporting.results.compress import CompressResult, FormatTotals, stored_as
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
@@ -232,7 +232,7 @@ def make_report(
             embeddings.add(*counted)
             continue
         linears.add(*counted)
-        kind = f"{choice.layout.pattern or choice.layout.format} {choice.layout.values}"
+        kind = stored_as(choice.layout.to_json())
         by_format.setdefault(kind, FormatTotals()).add(*counted)
         if layout is not None:
             negative_zeros += choice.negative_zeros
