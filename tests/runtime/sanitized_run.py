@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import secateur
+from runtime.kernel_examples import TIERS
 from runtime.packed_examples import packed_folder
 from runtime.test_hostile_files import DAMAGES, FORGERIES
 from secateur.errors import CheckpointError, KernelError
@@ -22,6 +23,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels import matrix as matrices
 from secateur.runtime.kernels.dispatch import by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.prompt import by_blocks
 from secateur.runtime.packed import PackedCheckpoint
 
 SHAPES = ((1, 1), (2, 63), (5, 64), (3, 65), (33, 130), (7, 577), (4, 1000))
@@ -31,7 +33,7 @@ HOSTILE_FILES = 200
 
 def tiers() -> Iterator[str]:
     """All that this processor has, each made the active one."""
-    for tier in ("avx512bf16", "avx512", "avx2"):
+    for tier in TIERS:
         try:
             lib.use_tier(tier)
         except KernelError:
@@ -61,6 +63,10 @@ def multiply_in_all_ways(matrix: KernelMatrix) -> None:
             matrix.multiply(x)
     matrix.multiply(torch.zeros(1, matrix.columns))
     by_tiles(matrix, torch.randn(9, matrix.columns))
+    if matrix.dtype == torch.int8:
+        for tokens in (1, 9, 34):
+            by_blocks(matrix, torch.randn(tokens, matrix.columns))
+            by_blocks(matrix, torch.randn(tokens, matrix.columns).bfloat16())
     if matrix.rows > 2:
         matrix.tile(1, matrix.rows - 1)
 

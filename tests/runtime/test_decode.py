@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import secateur
+from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model, pruned_folder, python, settled
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
@@ -82,7 +83,7 @@ def test_float32_logits_are_those_of_transformers(tmp_path: Path, shape: str) ->
         torch.testing.assert_close(found[steps], expected[steps], rtol=1e-4, atol=1e-5 * largest)
 
 
-@pytest.mark.parametrize("tier", ["avx512bf16", "avx512", "avx2"])
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("shape", ["llama, tied, biases", "odd widths", "qwen3"])
 def test_bfloat16_logits_are_as_near_as_those_of_transformers(
     tmp_path: Path, shape: str, tier: str

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
 
 from oracles.kernels import bitmask_product, rounded_to_bytes
+from runtime.kernel_examples import TIERS, example, using
 from secateur.errors import KernelError, ShapeError
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(
     lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
 )
 
-TIERS = ("avx512bf16", "avx512", "avx2")
 SHAPES = ((1, 1), (5, 7), (64, 64), (33, 130), (7, 577), (40, 1000))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -29,35 +28,8 @@ VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 @pytest.fixture(params=TIERS)
 def tier(request: pytest.FixtureRequest) -> str:
     """Each tier in turn; the best one afterwards."""
-    best = lib.kernel_info().tier
-    try:
-        lib.use_tier(request.param)
-    except KernelError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    lib.use_tier(best)
-
-
-def example(
-    rows: int, columns: int, values: torch.dtype, sparsity: float | None, seed: int = 0
-) -> tuple[KernelMatrix, Tensor]:
-    """A matrix, and the same dense in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    scale = None
-    if values == torch.int8:
-        scale = torch.rand(rows, generator=generator) + 0.5
-        stored = torch.randint(-127, 128, (rows, columns), generator=generator).to(values)
-        dense = stored.double() * scale.double()[:, None]
-    else:
-        stored = weight.to(values)
-        dense = stored.double()
-    if sparsity is None:
-        return KernelMatrix(stored, scale=scale), dense
-    mask = torch.rand(rows, columns, generator=generator) >= sparsity
-    mask[0] = False  # a row without values
-    matrix = KernelMatrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
-    return matrix, dense * mask
+    with using(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("shape", SHAPES)

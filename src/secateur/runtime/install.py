@@ -164,7 +164,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     if kernel_info().tier == "none":
         for module in linears:
-            module.kernel_up_to = 0
+            module.kernel_up_to, module.blocks = 0, False
         return
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
     for module in linears:
@@ -176,7 +176,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
                 module.matrix = dense_matrix(module.matrix, dtype)
             choice = choose([m.matrix for m in modules], activations(dtype))
         for module in modules:
-            module.kernel_up_to = choice.kernel_up_to
+            module.kernel_up_to, module.blocks = choice.kernel_up_to, choice.blocks
 
 
 def activations(dtype: torch.dtype) -> torch.dtype:

@@ -3,9 +3,10 @@
 | way    | what it does                                                        |
 |--------|---------------------------------------------------------------------|
 | kernel | our kernel on the stored matrix, eight tokens at a time             |
+| blocks | our product of integers, block by block (`prompt.py`); int8 values only |
 | tile   | a tile of the matrix is expanded and torch multiplies it, then the next |
 
-The kernel reads less, the tile computes faster; so the tile wins for many tokens. If for one token
+The kernel reads less, the others compute faster; so they win for many tokens. If for one token
 the kernel is slower than on dense matrices, the matrices should be dense; `gain` measures this. The
 measurement needs more weights than the caches hold, since decoding reads all weights of a model for
 every token. Kinds with fewer weights stay packed.
@@ -24,11 +25,13 @@ from torch.nn import functional
 
 from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.prompt import BLOCK_DTYPES, by_blocks
 
 __all__ = ["KernelChoice", "by_kernel", "by_tiles", "choose", "kind_of"]
 
 TILE_BYTES = 2 * 2**20
 TRIED_TOKENS = (4, 8, 16, 32, 64)
+MANY_TOKENS = 64
 REPEATS = 5
 CACHE_BYTES = 64 * 2**20
 
@@ -41,10 +44,12 @@ class KernelChoice:
         kernel_up_to: the most tokens for which the kernel is the faster way.
         gain: for one token, seconds on dense matrices (the faster of torch and our kernel) divided
             by seconds of the kernel on these; infinite where the caches hold them all.
+        blocks: more tokens are multiplied by blocks, not by tiles.
     """
 
     kernel_up_to: int
     gain: float
+    blocks: bool = False
 
 
 _measured: dict[tuple[object, ...], KernelChoice] = {}
@@ -73,19 +78,33 @@ def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice
 
 
 def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
-    """Time both ways on random activations."""
+    """Time all ways on random activations."""
     gain = measured_gain(matrices, dtype)
+    blocks = blocks_win(matrices, dtype)
+    many = by_blocks if blocks else by_tiles
     up_to = 1
     for tokens in TRIED_TOKENS:
         x = torch.randn(tokens, matrices[0].columns).to(dtype)
-        by_eights, tiled = seconds(
+        by_eights, at_once = seconds(
             [lambda m=m, x=x: by_kernel(m, x) for m in matrices[:2]],
-            [lambda m=m, x=x: by_tiles(m, x) for m in matrices[:2]],
+            [lambda m=m, x=x: many(m, x) for m in matrices[:2]],
         )
-        if by_eights > tiled:
+        if by_eights > at_once:
             break
         up_to = tokens
-    return KernelChoice(up_to, gain)
+    return KernelChoice(up_to, gain, blocks)
+
+
+def blocks_win(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> bool:
+    """Whether blocks are possible, and faster than tiles for `MANY_TOKENS`."""
+    if matrices[0].dtype not in BLOCK_DTYPES:
+        return False
+    x = torch.randn(MANY_TOKENS, matrices[0].columns).to(dtype)
+    blocks, tiles = seconds(
+        [lambda m=m: by_blocks(m, x) for m in matrices[:2]],
+        [lambda m=m: by_tiles(m, x) for m in matrices[:2]],
+    )
+    return blocks < tiles
 
 
 def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float:

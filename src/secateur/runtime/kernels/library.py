@@ -31,7 +31,7 @@ __all__ = [
     "use_tier",
 ]
 
-ABI = 1
+ABI = 2
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
@@ -108,7 +108,7 @@ class KernelInfo:
     """The kernels that multiply packed matrices on this machine.
 
     Args:
-        tier: `avx512bf16`, `avx512`, `avx2`, or `none`: expanded when loaded, and no gain.
+        tier: `amx`, `avx512bf16`, `avx512`, `avx2`, or `none`: expanded when loaded, and no gain.
         threads: of the pool of the kernels; 0 without kernels.
         reason: why the tier is `none`, and what to do; empty otherwise.
     """
@@ -160,6 +160,10 @@ def declare(loaded: ctypes.CDLL) -> None:
         "sct_threads": (ctypes.c_int, []),
         "sct_set_threads": (ctypes.c_int, [ctypes.c_int]),
         "sct_linear": (
+            ctypes.c_int,
+            [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64],
+        ),
+        "sct_prompt": (
             ctypes.c_int,
             [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64],
         ),

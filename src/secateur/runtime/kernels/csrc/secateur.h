@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 1
+#define SCT_ABI 2
 
 typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_TYPES } sct_type;
 
@@ -30,7 +30,7 @@ typedef struct {
 
 #define SCT_MAX_BATCH 8
 
-/* What the processor can do, and what is used of it: "avx512bf16", "avx512", "avx2" or "none". */
+/* What the processor can do, and what is used of it: "amx", "avx512bf16", "avx512", "avx2" or "none". */
 int sct_abi(void);
 const char *sct_tier(void);
 int sct_use_tier(const char *tier); /* 0, or -1 if this processor cannot */
@@ -45,6 +45,12 @@ int sct_set_threads(int threads); /* what was really started */
  * each 256 of them. Returns 0, or -1 if memory ran out or this tier has no kernel. */
 int sct_linear(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
                int64_t y_stride, int64_t batch);
+
+/* The same for any number of tokens, for values of int8: activations are rounded as there, and
+ * blocks of the matrix are multiplied as integers. Returns 0, or -1 if memory ran out, this tier
+ * has no such kernel, or the values are of another type. */
+int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
+               int64_t y_stride, int64_t tokens);
 
 /* Rows [begin, end) as a dense tile [end - begin, words · 64]: values as they are, int8 as
  * bfloat16 integers without their scale. 0, or -1 if this tier has no kernel. */
