@@ -104,9 +104,10 @@ class PackedLinear(nn.Module):
         """Shape and storage, for printing."""
         m = self.matrix
         share = 1 - m.nonzeros / (m.rows * m.columns)
+        stored = str(m.dtype).removeprefix("torch.") if m.group is None else "int4"
         return (
             f"in_features={m.columns}, out_features={m.rows}, bias={self.bias is not None}, "
-            f"{str(m.dtype).removeprefix('torch.')}, sparsity={share:.3f}"
+            f"{stored}, sparsity={share:.3f}"
         )
 
 

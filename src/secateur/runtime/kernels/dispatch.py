@@ -43,7 +43,8 @@ class KernelChoice:
     Args:
         kernel_up_to: the most tokens for which the kernel is the faster way.
         gain: for one token, seconds on dense matrices (the faster of torch and our kernel) divided
-            by seconds of the kernel on these; infinite where the caches hold them all.
+            by seconds of the kernel on these; infinite where the caches hold them all. int4 is
+            compared with dense int4.
         blocks: more tokens are multiplied by blocks, not by tiles.
     """
 
@@ -61,7 +62,8 @@ def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
     density = matrix.nonzeros / (matrix.rows * matrix.columns)
     packed = matrix.mask is not None
     shape = (matrix.rows, matrix.columns)
-    return (shape, matrix.dtype, packed, round(10 * density), dtype, info.tier, info.threads)
+    values = (matrix.dtype, matrix.group)
+    return (shape, values, packed, round(10 * density), dtype, info.tier, info.threads)
 
 
 def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
@@ -114,14 +116,14 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
     if first.mask is None or count > len(matrices):
         return math.inf
     one = torch.randn(1, first.columns).to(dtype)
-    dense = [m.tile(0, m.rows).to(dtype).contiguous() for m in matrices[:count]]
-    stored = [KernelMatrix(weight) for weight in dense]
-    kernel, plain, own = seconds(
+    stored = [m.dense(dtype) for m in matrices[:count]]
+    weights = [m.weight for m in stored if m.weight is not None]  # torch has no int4
+    kernel, own, *plain = seconds(
         [lambda m=m: by_kernel(m, one) for m in matrices[:count]],
-        [lambda w=w: functional.linear(one, w) for w in dense],
         [lambda m=m: by_kernel(m, one) for m in stored],
+        *([[lambda w=w: functional.linear(one, w) for w in weights]] if weights else []),
     )
-    return min(plain, own) / kernel
+    return min(own, *plain) / kernel
 
 
 def seconds(*ways: Sequence[Callable[[], Tensor]]) -> list[float]:
