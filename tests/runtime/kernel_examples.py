@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from oracles.kernels import by_groups
 from secateur.errors import KernelError
+from secateur.quantization.groups import GroupGrid, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.matrix import KernelMatrix
@@ -51,3 +53,20 @@ def example(
     mask[0] = False  # a row without values
     matrix = KernelMatrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
     return matrix, dense * mask
+
+
+def example_of_codes(
+    rows: int, columns: int, group: int, sparsity: float | None, seed: int = 0
+) -> tuple[KernelMatrix, Tensor]:
+    """A matrix of 4 bits, and the same dense in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-7, 8, (rows, columns), generator=generator).to(torch.int8)
+    groups = GroupGrid(4, group).groups(columns)
+    code = torch.randint(0, 256, (rows, groups), generator=generator).to(torch.uint8)
+    exponent = torch.randint(-60, 20, (rows,), generator=generator).to(torch.int8)
+    dense = by_groups(codes, exponent, code, group)
+    if sparsity is None:
+        return KernelMatrix.of_codes(codes, Scales(exponent, code), group), dense
+    kept = torch.rand(rows, columns, generator=generator) >= sparsity
+    kept[0] = False  # a row without values
+    return KernelMatrix.of_codes(codes, Scales(exponent, code), group, kept), dense * kept

@@ -3,7 +3,7 @@
 | way    | what it does                                                        |
 |--------|---------------------------------------------------------------------|
 | kernel | our kernel on the stored matrix, eight tokens at a time             |
-| blocks | our product of integers, block by block (`prompt.py`); int8 values only |
+| blocks | our product of integers, block by block (`prompt.py`); integers only |
 | tile   | a tile of the matrix is expanded and torch multiplies it, then the next |
 
 The kernel reads less, the others compute faster; so they win for many tokens. If for one token
@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import BLOCK_DTYPES, by_blocks
+from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
 
 __all__ = ["KernelChoice", "by_kernel", "by_tiles", "choose", "kind_of"]
 
@@ -43,7 +43,8 @@ class KernelChoice:
     Args:
         kernel_up_to: the most tokens for which the kernel is the faster way.
         gain: for one token, seconds on dense matrices (the faster of torch and our kernel) divided
-            by seconds of the kernel on these; infinite where the caches hold them all.
+            by seconds of the kernel on these; infinite where the caches hold them all. int4 is
+            compared with dense int4.
         blocks: more tokens are multiplied by blocks, not by tiles.
     """
 
@@ -61,7 +62,8 @@ def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
     density = matrix.nonzeros / (matrix.rows * matrix.columns)
     packed = matrix.mask is not None
     shape = (matrix.rows, matrix.columns)
-    return (shape, matrix.dtype, packed, round(10 * density), dtype, info.tier, info.threads)
+    values = (matrix.dtype, matrix.group)
+    return (shape, values, packed, round(10 * density), dtype, info.tier, info.threads)
 
 
 def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
@@ -97,7 +99,7 @@ def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoic
 
 def blocks_win(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> bool:
     """Whether blocks are possible, and faster than tiles for `MANY_TOKENS`."""
-    if matrices[0].dtype not in BLOCK_DTYPES:
+    if not takes_blocks(matrices[0]):
         return False
     x = torch.randn(MANY_TOKENS, matrices[0].columns).to(dtype)
     blocks, tiles = seconds(
@@ -114,14 +116,14 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
     if first.mask is None or count > len(matrices):
         return math.inf
     one = torch.randn(1, first.columns).to(dtype)
-    dense = [m.tile(0, m.rows).to(dtype).contiguous() for m in matrices[:count]]
-    stored = [KernelMatrix(weight) for weight in dense]
-    kernel, plain, own = seconds(
+    stored = [m.dense(dtype) for m in matrices[:count]]
+    weights = [m.weight for m in stored if m.weight is not None]  # torch has no int4
+    kernel, own, *plain = seconds(
         [lambda m=m: by_kernel(m, one) for m in matrices[:count]],
-        [lambda w=w: functional.linear(one, w) for w in dense],
         [lambda m=m: by_kernel(m, one) for m in stored],
+        *([[lambda w=w: functional.linear(one, w) for w in weights]] if weights else []),
     )
-    return min(plain, own) / kernel
+    return min(own, *plain) / kernel
 
 
 def seconds(*ways: Sequence[Callable[[], Tensor]]) -> list[float]:

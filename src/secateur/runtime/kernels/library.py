@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.errors import KernelError
 
 __all__ = [
+    "INT4",
     "MAX_BATCH",
     "TYPES",
     "CDecoder",
@@ -37,6 +38,9 @@ MAX_BATCH = 8
 
 TYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3})
 """The numbers of the types of values, `sct_type` in csrc/secateur.h."""
+
+INT4 = 4
+"""The number of the type that torch does not have."""
 
 LIBRARY_VARIABLE = "SECATEUR_KERNELS"
 """Environment variable that names another build of the library, or `none`."""
@@ -57,6 +61,9 @@ class CMatrix(ctypes.Structure):
         ("mask", _POINTER),
         ("offsets", _POINTER),
         ("scale", _POINTER),
+        ("group", _I64),
+        ("scales", _POINTER),
+        ("exponents", _POINTER),
     )
 
 
