@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 2
+#define SCT_ABI 4
 
 typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_TYPES } sct_type;
 
@@ -77,7 +77,8 @@ int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t 
                int64_t y_stride, int64_t tokens);
 
 /* Rows [begin, end) as a dense tile [end - begin, words · 64]: values as they are, int8 as
- * bfloat16 integers without their scale, int4 as bfloat16 with it, which is exact. 0, or -1 if this tier has no kernel. */
+ * bfloat16 integers without their scale, int4 as bfloat16 with it, which is exact. Returns 0, or -1
+ * if this tier has no kernel. */
 int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, void *tile);
 
 /* A decoder of Llama's shape, and one token through it. */
