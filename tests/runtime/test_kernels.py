@@ -16,7 +16,7 @@ from secateur.errors import KernelError, ShapeError
 from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.dispatch import by_kernel, by_tiles, choose
+from secateur.runtime.kernels.dispatch import by_kernel, by_tiles, choose, measured_gain
 from secateur.runtime.kernels.int4 import turned_fours
 from secateur.runtime.kernels.matrix import KernelMatrix
 
@@ -264,6 +264,13 @@ def test_4_bits_that_avx2_expands_slowly_are_compared_with_dense_ones():
             gains[tier] = choose([matrix], torch.float32).gain
     assert gains["avx512"] == math.inf
     assert 0 < gains["avx2"] < math.inf
+
+
+def test_4_bits_are_compared_with_4_bits(monkeypatch):
+    """Matrices that fill the caches; torch has no int4 to compare them with."""
+    monkeypatch.setattr("secateur.runtime.kernels.dispatch.CACHE_BYTES", 1)
+    matrix, _ = example_of_codes(64, 256, 64, 0.5)
+    assert 0 < measured_gain([matrix], torch.bfloat16) < 1000
 
 
 def test_a_tier_that_is_not_there_is_refused():
