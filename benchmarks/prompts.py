@@ -33,8 +33,8 @@ def random_model(work: Path) -> tuple[Path, Path]:
     dense, file = work / "random", work / "random-q8_0.gguf"
     if not file.exists():
         shutil.rmtree(dense, ignore_errors=True)
-        tensors = random_tensors()
-        write_checkpoint(tensors, dense)
+        tensors = random_tensors(SHAPE)
+        write_checkpoint(SHAPE, tensors, dense)
         write_gguf(SHAPE, tensors, file)
     return dense, file
 
