@@ -1,22 +1,25 @@
 """One linear at a time: sparse kernels against the best dense ones, by shape, sparsity and batch.
 
-    python benchmarks/matvec.py [--shapes 4096x4096 11008x4096] [--processes 5]
+    python benchmarks/matvec.py [--shapes 4096x4096 11008x4096] [--processes 5] [--values int8 int4]
 
-Protocol: random weights, the same number of random zeros everywhere; as many matrices of each kind
-as exceed twice the L3 cache, so that weights come from memory as they do when a model decodes.
+Protocol: random weights, the same number of random zeros in each row; as many matrices of each kind
+as exceed twice the last cache, so that weights come from memory as they do when a model decodes.
 A round times one pass over the matrices of every kind, kinds after each other with a rest between
 them, for idle threads of torch's pool keep spinning for some milliseconds. Several processes do
 this after each other, because on a virtual machine it matters a lot which memory a process was
-given; the median over rounds and processes counts, and the ratio is that of medians. Activations
-are bfloat16. Dense baselines: torch's bfloat16 linear, torch's int8 weight-only product, and our
-own dense kernels; the fastest of the same type is what a sparse kernel is compared with. The byte
-limit is dense bytes over sparse bytes.
+given; the median over matrices, rounds and processes counts, and the ratio is that of medians.
+Activations are bfloat16. Dense baselines: torch's bfloat16 linear, torch's int8 weight-only
+product, and our own dense kernels; the fastest of the same type is what a sparse kernel is compared
+with. int4 has groups of `--group` weights; torch has no int4 for a CPU that does not round
+activations and scales differently, so dense int4 is ours. The byte limit is dense bytes over sparse
+bytes.
 `--tier avx2` takes the kernels of older processors, which is then what `own` means.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import statistics
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,30 +35,47 @@ from torch import Tensor
 from torch.nn import functional
 
 from hardware import heading, keep, markdown
+from secateur.quantization.groups import Scales
+from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels.library import kernel_info, use_tier
 from secateur.runtime.kernels.matrix import KernelMatrix
 
+
+def last_cache_bytes() -> int:
+    """The size of the third cache of the first processor; 0 where the system does not say."""
+    file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return 2**10 * int(file.read_text().strip().removesuffix("K")) if file.exists() else 0
+
+
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
-WORKING_SET = 96 * 2**20
+TYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
+WORKING_SET = 2 * max(48 * 2**20, last_cache_bytes())
 REST_SECONDS = 0.03
 
 
 @functools.cache
-def random_bits(rows: int, columns: int, kept: int) -> Tensor:
-    """A bitmask with the same number of ones in each row."""
-    mask = torch.rand(rows, columns).argsort(1) < kept
-    powers = 2 ** torch.arange(8, dtype=torch.uint8)
-    return (mask.view(rows, -1, 8) * powers).sum(2, dtype=torch.uint8)
+def random_mask(rows: int, columns: int, kept: int) -> Tensor:
+    """With the same number of ones in each row."""
+    return torch.rand(rows, columns).argsort(1) < kept
 
 
-def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype) -> KernelMatrix:
-    """A random matrix with the same number of zeros in each row."""
-    kept = columns - round(sparsity * columns)
+def random_matrix(
+    rows: int, columns: int, values: str, sparsity: float | None, group: int
+) -> KernelMatrix:
+    """A random matrix: dense, or with the same number of zeros in each row."""
+    kept = columns - round((sparsity or 0) * columns)
+    mask = None if sparsity is None else random_mask(rows, columns, kept)
+    if values == "int4":
+        codes = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
+        code = torch.randint(0, 256, (rows, -(-columns // group)), dtype=torch.uint8)
+        exponent = torch.full((rows,), -20, dtype=torch.int8)
+        return KernelMatrix.of_codes(codes, Scales(exponent, code), group, mask)
+    dtype = TYPES[values]
+    scale = torch.rand(rows) if values == "int8" else None
+    if mask is None:
+        return KernelMatrix(numbers(rows * columns, dtype).view(rows, columns), scale=scale)
     return KernelMatrix(
-        numbers(rows * kept, dtype),
-        bitmask=random_bits(rows, columns, kept),
-        columns=columns,
-        scale=scale(rows, dtype),
+        numbers(rows * kept, dtype), bitmask=pack_bits(mask), columns=columns, scale=scale
     )
 
 
@@ -65,17 +86,23 @@ def numbers(count: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(count).to(dtype)
 
 
-def scale(rows: int, dtype: torch.dtype) -> Tensor | None:
-    """One for each row of int8."""
-    return torch.rand(rows) if dtype == torch.int8 else None
+def another(matrix: KernelMatrix) -> KernelMatrix:
+    """The same numbers in memory of their own."""
+    found = copy.copy(matrix)
+    found.values = matrix.values.clone()
+    found.mask = None if matrix.mask is None else matrix.mask.clone()
+    found.describe(matrix.c.type)
+    return found
 
 
-def copies(make: Callable[[], Any], nbytes: int) -> list[Any]:
-    """As many as exceed the caches; all but the first share nothing with it but their numbers."""
-    return [make() for _ in range(max(2, -(-WORKING_SET // nbytes)))]
+def copies(one: Any, nbytes: int, copied: Callable[[Any], Any]) -> list[Any]:
+    """As many as exceed the caches."""
+    return [one] + [copied(one) for _ in range(max(1, WORKING_SET // nbytes))]
 
 
-def kinds(rows: int, columns: int, batch: int) -> dict[str, list[Callable[[], Any]]]:
+def kinds(
+    rows: int, columns: int, batch: int, values: list[str], group: int
+) -> dict[str, list[Callable[[], Any]]]:
     """For each kind a list of calls, one for each matrix of its working set."""
     x = torch.randn(batch, columns).bfloat16()
     found: dict[str, list[Callable[[], Any]]] = {}
@@ -84,103 +111,111 @@ def kinds(rows: int, columns: int, batch: int) -> dict[str, list[Callable[[], An
         found[name] = [lambda m=m: call(m) for m in matrices]
 
     size = rows * columns
-    weights = copies(lambda: numbers(size, torch.bfloat16).view(rows, columns), 2 * size)
-    enter("torch bf16", weights, lambda w: functional.linear(x, w))
-    integers = copies(lambda: numbers(size, torch.int8).view(rows, columns), size)
-    scales = torch.rand(rows).bfloat16()
-    enter("torch int8", integers, lambda w: torch._weight_int8pack_mm(x, w, scales))
-    for dtype, name, width in ((torch.bfloat16, "bf16", 2), (torch.int8, "int8", 1)):
-        dense = copies(
-            lambda d=dtype: KernelMatrix(
-                numbers(size, d).view(rows, columns), scale=scale(rows, d)
-            ),
-            width * size,
+    if "bf16" in values:
+        weight = numbers(size, torch.bfloat16).view(rows, columns)
+        enter(
+            "torch bf16", copies(weight, 2 * size, torch.clone), lambda w: functional.linear(x, w)
         )
-        enter(f"own {name}", dense, lambda m: m.multiply(x))
-        for s in SPARSITIES:
-            one = sparse(rows, columns, s, dtype)
-            enter(
-                f"{name} {s:.0%}",
-                copies(lambda d=dtype, s=s: sparse(rows, columns, s, d), one.nbytes),
-                lambda m: m.multiply(x),
-            )
+    if "int8" in values:
+        integers = numbers(size, torch.int8).view(rows, columns)
+        scales = torch.rand(rows).bfloat16()
+        enter(
+            "torch int8",
+            copies(integers, size, torch.clone),
+            lambda w: torch._weight_int8pack_mm(x, w, scales),
+        )
+    for name in values:
+        for sparsity in (None, *SPARSITIES):
+            one = random_matrix(rows, columns, name, sparsity, group)
+            kind = f"own {name}" if sparsity is None else f"{name} {sparsity:.0%}"
+            enter(kind, copies(one, one.nbytes, another), lambda m: m.multiply(x))
     return found
 
 
 def measure(found: dict[str, list[Callable[[], Any]]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each kind, one number for each round."""
+    """Milliseconds of each kind, one number for each matrix and round."""
     times: dict[str, list[float]] = {name: [] for name in found}
     for number in range(rounds + 1):
         for name, calls in found.items():
             time.sleep(REST_SECONDS)
             calls[-1]()
-            started = time.perf_counter()
             for call in calls:
+                started = time.perf_counter()
                 call()
-            if number:  # the first round warms up
-                times[name].append(1e3 * (time.perf_counter() - started) / len(calls))
+                if number:  # the first round warms up
+                    times[name].append(1e3 * (time.perf_counter() - started))
     return times
 
 
 def in_processes(args: argparse.Namespace, shape: str, batch: int) -> dict[str, dict[str, float]]:
-    """Times of all rounds of all processes: their median, and the least and largest."""
+    """Times of all rounds of all processes: their median, and the fastest and slowest twentieth."""
     pooled: dict[str, list[float]] = {}
     command = [sys.executable, __file__, "--tier", args.tier, "--rounds", str(args.rounds)]
+    command += ["--group", str(args.group), "--values", *args.values]
     for _ in range(args.processes):
         told = subprocess.run(
             [*command, "--one", shape, str(batch)], check=True, capture_output=True, text=True
         ).stdout
         for name, times in json.loads(told.splitlines()[-1]).items():
             pooled.setdefault(name, []).extend(times)
+    return {name: spread(times) for name, times in pooled.items()}
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median, and the bounds of the fastest and the slowest twentieth."""
+    twentieths = statistics.quantiles(times, n=20)
     return {
-        name: {"median_ms": statistics.median(t), "least_ms": min(t), "most_ms": max(t)}
-        for name, t in pooled.items()
+        "median_ms": statistics.median(times),
+        "fast_ms": twentieths[0],
+        "slow_ms": twentieths[-1],
     }
 
 
-def row_of(shape: str, batch: int, times: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """Ratios of each sparse kind to the best dense one of its type."""
+def row_of(
+    shape: str, batch: int, values: str, group: int, times: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Ratios of each sparse kind to the best dense one of its type, and of dense ones."""
+    width = {"bf16": 16.0, "int8": 8.0, "int4": 4.0}[values]
+    scales = 8 / group if values == "int4" else 0.0
+    dense = {k: t["median_ms"] for k, t in times.items() if k.split(" ")[1:] == [values]}
+    best = min(dense, key=lambda k: dense[k])
     rows = []
-    for name, width in (("bf16", 16), ("int8", 8)):
-        dense = {k: times[k]["median_ms"] for k in (f"torch {name}", f"own {name}")}
-        best = min(dense, key=lambda k: dense[k])
-        for s in SPARSITIES:
-            at = times[f"{name} {s:.0%}"]
-            ratio = dense[best] / at["median_ms"]
-            limit = width / (width * (1 - s) + 1)
-            rows.append(
-                {
-                    "shape": shape,
-                    "batch": batch,
-                    "values": name,
-                    "sparsity": s,
-                    **at,
-                    "dense_ms": dense,
-                    "best_dense": best,
-                    "ratio": ratio,
-                    "share_of_limit": ratio / limit,
-                    "ratio_to_torch_bf16": times["torch bf16"]["median_ms"] / at["median_ms"],
-                }
-            )
+    for s in SPARSITIES:
+        at = times[f"{values} {s:.0%}"]
+        row = {
+            "shape": shape,
+            "batch": batch,
+            "values": values,
+            "sparsity": s,
+            **at,
+            "dense_ms": dense,
+            "best_dense": best,
+            "ratio": dense[best] / at["median_ms"],
+            "ratio_of_fast": times[best]["fast_ms"] / at["fast_ms"],
+            "byte_limit": (width + scales) / (width * (1 - s) + 1 + scales),
+        }
+        row["share_of_limit"] = row["ratio"] / row["byte_limit"]
+        for other in ("own int8", "torch bf16"):
+            if other in times:
+                row[f"ratio_to_{other.replace(' ', '_')}"] = (
+                    times[other]["median_ms"] / at["median_ms"]
+                )
+        rows.append(row)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """As it stands in the documentation."""
-    columns = ["shape", "batch", "values", "sparsity", "ms", "best dense", "ratio"]
-    columns += ["of the byte limit", "to torch bf16"]
+    columns = ["shape", "batch", "values", "sparsity", "ms", "best dense", "ratio", "of fast ones"]
+    columns += ["byte limit", "to dense int8", "to torch bf16"]
     lines = []
     for r in rows:
-        best = f"{r['best_dense']} {r['dense_ms'][r['best_dense']]:.3f}"
-        told = [
-            r["shape"],
-            r["batch"],
-            r["values"],
-            f"{r['sparsity']:.0%}",
-            f"{r['median_ms']:.3f}",
-        ]
-        told += [best, f"{r['ratio']:.2f}", f"{r['share_of_limit']:.0%}"]
-        lines.append([str(x) for x in [*told, f"{r['ratio_to_torch_bf16']:.2f}"]])
+        told = [r["shape"], r["batch"], r["values"], f"{r['sparsity']:.0%}"]
+        told += [f"{r['median_ms']:.3f}", f"{r['best_dense']} {r['dense_ms'][r['best_dense']]:.3f}"]
+        told += [f"{r[key]:.2f}" for key in ("ratio", "ratio_of_fast", "byte_limit")]
+        for key in ("ratio_to_own_int8", "ratio_to_torch_bf16"):
+            told.append(f"{r[key]:.2f}" if key in r else "")
+        lines.append([str(x) for x in told])
     return markdown(columns, lines)
 
 
@@ -189,6 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--values", nargs="+", default=["bf16", "int8", "int4"])
+    parser.add_argument("--group", type=int, default=64, help="of int4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--one", nargs=2, help="used by itself: one shape and batch in one process")
@@ -198,23 +235,19 @@ def main() -> None:
     use_tier(args.tier)
     if args.one:
         out, columns = (int(n) for n in args.one[0].split("x"))
-        print(json.dumps(measure(kinds(out, columns, int(args.one[1])), args.rounds)))
+        found = kinds(out, columns, int(args.one[1]), args.values, args.group)
+        print(json.dumps(measure(found, args.rounds)))
         return
     print(heading(), "tier", args.tier, kernel_info().threads, "threads")
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
         for batch in args.batches:
-            rows += row_of(shape, batch, in_processes(args, shape, batch))
-    keep(
-        args.name,
-        {
-            "tier": args.tier,
-            "rounds": args.rounds,
-            "processes": args.processes,
-            "protocol": __doc__,
-        },
-        rows,
-    )
+            times = in_processes(args, shape, batch)
+            for values in args.values:
+                rows += row_of(shape, batch, values, args.group, times)
+    protocol = {"tier": args.tier, "rounds": args.rounds, "processes": args.processes}
+    protocol |= {"group": args.group, "working_set_bytes": WORKING_SET, "protocol": __doc__}
+    keep(args.name, protocol, rows)
     print(table(rows))
 
 

@@ -140,7 +140,7 @@ def compress(
             per token, measured on calibration text (needs --calibration). [none]
         embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
         archive: Also compress the files with zstandard. Loading decodes them. [off]
-        calibration: Text on which int8 weights compensate each other's rounding errors: JSONL or
+        calibration: Text on which rounded weights compensate each other's rounding errors: JSONL or
             text file, folder of texts, hub data set, named text, or safetensors file of windows.
             [none]
         field: The field of a JSONL line that holds the text. [text]

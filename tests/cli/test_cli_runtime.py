@@ -213,7 +213,7 @@ def wait_for(ask) -> list[psutil.Process]:
 
 def test_kernel_info_says_what_runs() -> None:
     info = library.kernel_info()
-    assert info.tier in ("avx512bf16", "avx512", "avx2", "none")
+    assert info.tier in ("amx", "avx512bf16", "avx512", "avx2", "none")
     assert (info.threads > 0) is (info.tier != "none")
     assert bool(info.reason) is (info.tier == "none")
 

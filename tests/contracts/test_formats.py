@@ -7,6 +7,8 @@ from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from oracles import packing
 from secateur.errors import CheckpointError, NumericalError
@@ -109,6 +111,33 @@ def test_round_trips_are_exact(name, pattern, stored):
             assert not found[weight == 0].any()
             if name != "dense":
                 assert chosen.kept(parts, layout)[0][weight != 0].all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    case=st.sampled_from(CASES),
+    stored=st.sampled_from(STORED),
+    sides=st.tuples(st.integers(1, 9), st.integers(1, 150)),
+    sparsity=st.floats(0, 1),
+    spread=st.integers(0, 30),
+    seed=st.integers(0, 2**16),
+)
+def test_zeros_stay_whatever_the_matrix(case, stored, sides, sparsity, spread, seed):
+    """Rows of very different sizes, any fraction of zeros, groups that do not divide."""
+    name, pattern = case
+    shape = (sides[0], sides[1] * (1 if pattern is None else int(pattern.split(":")[1])))
+    weight = sparse_matrix(shape, sparsity, pattern, torch.float32, seed)
+    weight *= torch.logspace(-spread / 10, spread / 10, shape[0])[:, None]
+    weight = weight.to(source_dtype(stored))
+    layout = layout_of(name, stored, shape, pattern)
+    parts = formats[name].pack(weight, layout)
+    formats[name].check(parts, layout)
+    found = formats[name].unpack(parts, layout)
+    assert not found[weight == 0].any()
+    assert torch.equal(bits(found), bits(stands_for(weight, layout)))
+    if layout.grid is not None:  # what is on the grid is found again
+        again = formats[name].pack(found.bfloat16(), layout)
+        assert torch.equal(formats[name].unpack(again, layout), found)
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ LAYOUTS = {
     "layer.two_of_four4": Layout("n-of-m", "int4", (9, 68), "2:4", group=64),
     "layer.four_of_eight3": Layout("n-of-m", "int3", (150, 72), "4:8", group=32),
 }
+SMALL_GRIDS = {
+    "layer.bitmask4": Layout("bitmask", "int4", (7, 37), group=32),
+    "layer.bitmask3": Layout("bitmask", "int3", (5, 100), transposed=True, group=64),
+    "layer.dense4": Layout("dense", "int4", (5, 33), group=32),
+    "layer.dense3": Layout("dense", "int3", (4, 130), group=128),
+    "layer.two_of_four4": Layout("n-of-m", "int4", (5, 36), "2:4", group=64),
+    "layer.four_of_eight3": Layout("n-of-m", "int3", (12, 40), "4:8", group=32),
+}
 FIRST = [
     "layer.bitmask16", "embedding", "norm.weight", "layer.two_of_four", "layer.bitmask4",
     "layer.dense3", "layer.four_of_eight3",
@@ -47,13 +55,15 @@ def matrix(layout: Layout, seed: int) -> Tensor:
     return weight.to(torch.bfloat16 if layout.integers else layout.dtype)
 
 
-def packed_folder(folder: Path, *, archive: bool = False) -> dict[str, Tensor]:
+def packed_folder(
+    folder: Path, *, archive: bool = False, layouts: Mapping[str, Layout] = LAYOUTS
+) -> dict[str, Tensor]:
     """Write a compressed folder of two files; returns its tensors by full name."""
     folder.mkdir(parents=True)
     files = [PlannedFile(f"secateur-0000{i}-of-00002.safetensors") for i in (1, 2)]
     tensors: dict[str, Tensor] = {}
     for place, file in enumerate(files):
-        for number, (name, layout) in enumerate(LAYOUTS.items()):
+        for number, (name, layout) in enumerate(layouts.items()):
             if (name in FIRST) == (place == 0):
                 file.layouts[name] = layout
                 for suffix, part in (

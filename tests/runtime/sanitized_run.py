@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 import secateur
+from runtime.kernel_examples import TIERS
 from runtime.packed_examples import packed_folder
 from runtime.test_hostile_files import DAMAGES, FORGERIES
 from secateur.errors import CheckpointError, KernelError
+from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.decode import Decoder
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.install import matrix_of
@@ -22,6 +24,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels import matrix as matrices
 from secateur.runtime.kernels.dispatch import by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.prompt import by_blocks
 from secateur.runtime.packed import PackedCheckpoint
 
 SHAPES = ((1, 1), (2, 63), (5, 64), (3, 65), (33, 130), (7, 577), (4, 1000))
@@ -31,7 +34,7 @@ HOSTILE_FILES = 200
 
 def tiers() -> Iterator[str]:
     """All that this processor has, each made the active one."""
-    for tier in ("avx512bf16", "avx512", "avx2"):
+    for tier in TIERS:
         try:
             lib.use_tier(tier)
         except KernelError:
@@ -51,6 +54,14 @@ def random_matrix(
     return KernelMatrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
 
 
+def random_codes(rows: int, columns: int, group: int, sparsity: float | None) -> KernelMatrix:
+    codes = torch.randint(-7, 8, (rows, columns)).to(torch.int8)
+    code = torch.randint(0, 256, (rows, -(-columns // group))).to(torch.uint8)
+    scales = Scales(torch.randint(-20, 20, (rows,)).to(torch.int8), code)
+    kept = None if sparsity is None else torch.rand(rows, columns) >= sparsity
+    return KernelMatrix.of_codes(codes, scales, group, kept)
+
+
 def multiply_in_all_ways(matrix: KernelMatrix) -> None:
     """Every batch in both dtypes, numbers that are none, and tiles."""
     for batch in range(1, lib.MAX_BATCH + 1):
@@ -61,6 +72,10 @@ def multiply_in_all_ways(matrix: KernelMatrix) -> None:
             matrix.multiply(x)
     matrix.multiply(torch.zeros(1, matrix.columns))
     by_tiles(matrix, torch.randn(9, matrix.columns))
+    if matrix.dtype == torch.int8:
+        for tokens in (1, 9, 34):
+            by_blocks(matrix, torch.randn(tokens, matrix.columns))
+            by_blocks(matrix, torch.randn(tokens, matrix.columns).bfloat16())
     if matrix.rows > 2:
         matrix.tile(1, matrix.rows - 1)
 
@@ -73,6 +88,9 @@ def products() -> None:
             for values in VALUES:
                 for sparsity in (None, 0.0, 0.5, 1.0):
                     multiply_in_all_ways(random_matrix(*shape, values, sparsity))
+            for group in GROUPS:
+                for sparsity in (None, 0.0, 0.5, 1.0):
+                    multiply_in_all_ways(random_codes(*shape, group, sparsity))
 
 
 def decoding(folder: Path) -> None:
@@ -80,7 +98,7 @@ def decoding(folder: Path) -> None:
     from runtime.packed_models import packed_model
 
     sizes = {"head_dim": 16, "hidden_size": 100, "intermediate_size": 150}
-    for values in ("float32", "bfloat16", "int8"):
+    for values in ("float32", "bfloat16", "int8", "int4"):
         packed_model(
             folder / values, values=values, embeddings="int8" if values == "int8" else "auto",
             **sizes,

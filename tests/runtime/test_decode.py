@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import secateur
+from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model, pruned_folder, python, settled
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import Decoder, why_not
 from secateur.runtime.kernels import library as lib
+from secateur.runtime.linear import PackedLinear
 from secateur.runtime.sampling import Sampling
 from slow import slow
 
@@ -82,7 +84,7 @@ def test_float32_logits_are_those_of_transformers(tmp_path: Path, shape: str) ->
         torch.testing.assert_close(found[steps], expected[steps], rtol=1e-4, atol=1e-5 * largest)
 
 
-@pytest.mark.parametrize("tier", ["avx512bf16", "avx512", "avx2"])
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("shape", ["llama, tied, biases", "odd widths", "qwen3"])
 def test_bfloat16_logits_are_as_near_as_those_of_transformers(
     tmp_path: Path, shape: str, tier: str
@@ -112,6 +114,41 @@ def test_bfloat16_logits_are_as_near_as_those_of_transformers(
 def test_int8_logits(tmp_path: Path, shape: str, embeddings: str) -> None:
     """To the rounding of activations, which differs a little between the two ways."""
     model = model_of(tmp_path, shape, torch.float32, values="int8", embeddings=embeddings)
+    tokens = some_tokens()
+    expected = reference(model, tokens)[4:]
+    found = decoded(Decoder(model, 35), tokens, 5)
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("shape", ["llama, tied, biases", "odd widths", "wide"])
+@pytest.mark.parametrize("stored", ["int4", "int3"])
+def test_int4_logits(tmp_path: Path, shape: str, stored: str) -> None:
+    """To the rounding of activations, as int8."""
+    model = model_of(tmp_path, shape, torch.float32, values=stored, group_size=32)
+    assert {x.matrix.group for x in model.modules() if isinstance(x, PackedLinear)} == {32}
+    tokens = some_tokens()
+    expected = reference(model, tokens)[4:]
+    found = decoded(Decoder(model, 35), tokens, 5)
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+def test_matrices_of_all_kinds_in_one_layer(tmp_path: Path) -> None:
+    """Gate and up share activations only where their layouts agree."""
+    kinds: dict[str, dict[str, Any]] = {
+        "gate_proj": {"values": "int4", "group_size": 32},
+        "up_proj": {"values": "int4", "group_size": 64},
+        "down_proj": {"values": "int8"},
+        "q_proj": {"values": "int3", "group_size": 128},
+        "k_proj": {"values": "bfloat16"},
+    }
+    family, sizes = SHAPES["wide"]
+    model = secateur.load(packed_model(tmp_path / "float32", family, **sizes))
+    for name, stored in kinds.items():
+        folder = packed_model(tmp_path / name, family, **stored, **sizes)
+        other = dict(secateur.load(folder, dtype=torch.float32).named_modules())
+        for path, module in model.named_modules():
+            if path.endswith(name):
+                module.matrix = other[path].matrix
     tokens = some_tokens()
     expected = reference(model, tokens)[4:]
     found = decoded(Decoder(model, 35), tokens, 5)

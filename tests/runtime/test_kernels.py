@@ -8,20 +8,21 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
 
 from oracles.kernels import bitmask_product, rounded_to_bytes
+from runtime.kernel_examples import TIERS, example, example_of_codes, using
 from secateur.errors import KernelError, ShapeError
+from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import by_kernel, by_tiles, choose
+from secateur.runtime.kernels.int4 import turned_fours
 from secateur.runtime.kernels.matrix import KernelMatrix
 
 pytestmark = pytest.mark.skipif(
     lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
 )
 
-TIERS = ("avx512bf16", "avx512", "avx2")
 SHAPES = ((1, 1), (5, 7), (64, 64), (33, 130), (7, 577), (40, 1000))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -29,35 +30,8 @@ VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 @pytest.fixture(params=TIERS)
 def tier(request: pytest.FixtureRequest) -> str:
     """Each tier in turn; the best one afterwards."""
-    best = lib.kernel_info().tier
-    try:
-        lib.use_tier(request.param)
-    except KernelError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    lib.use_tier(best)
-
-
-def example(
-    rows: int, columns: int, values: torch.dtype, sparsity: float | None, seed: int = 0
-) -> tuple[KernelMatrix, Tensor]:
-    """A matrix, and the same dense in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    scale = None
-    if values == torch.int8:
-        scale = torch.rand(rows, generator=generator) + 0.5
-        stored = torch.randint(-127, 128, (rows, columns), generator=generator).to(values)
-        dense = stored.double() * scale.double()[:, None]
-    else:
-        stored = weight.to(values)
-        dense = stored.double()
-    if sparsity is None:
-        return KernelMatrix(stored, scale=scale), dense
-    mask = torch.rand(rows, columns, generator=generator) >= sparsity
-    mask[0] = False  # a row without values
-    matrix = KernelMatrix(stored[mask], bitmask=pack_bits(mask), scale=scale, columns=columns)
-    return matrix, dense * mask
+    with using(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -78,6 +52,77 @@ def test_products_are_those_of_float64(tier, shape, values, sparsity):
             assert float(((got.double() - wanted).abs() / size).max()) < tolerance
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (6, 2500)])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("sparsity", [None, 0.5, 0.95])
+def test_products_of_4_bits_are_those_of_float64(tier, shape, group, sparsity):
+    matrix, dense = example_of_codes(*shape, group, sparsity)
+    assert torch.equal(matrix.tile(0, shape[0]).double(), dense)
+    for batch in range(1, lib.MAX_BATCH + 1):
+        x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
+        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
+            given = x.to(dtype)
+            seen = rounded_to_bytes(given.float())
+            size = seen.abs() @ dense.abs().T + 1e-60
+            got = matrix.multiply(given).double()
+            assert float(((got - bitmask_product(seen, dense)).abs() / size).max()) < tolerance
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_sums_of_4_bits_are_exact_integers(tier, sparsity):
+    """Activations of 127 and weights of 7, all of one sign, make the largest sums."""
+    codes = torch.full((3, 2048), 7, dtype=torch.int8)
+    codes[1] = -7
+    scales = Scales(torch.zeros(3, dtype=torch.int8), torch.zeros(3, 16, dtype=torch.uint8))
+    kept = None if sparsity is None else torch.rand(3, 2048) >= sparsity
+    matrix = KernelMatrix.of_codes(codes, scales, 128, kept)
+    dense = codes.double() if kept is None else codes.double() * kept
+    for x in (torch.full((1, 2048), 127.0), torch.full((1, 2048), -127.0)):
+        assert torch.equal(matrix.multiply(x).double(), bitmask_product(x, dense))
+
+
+def test_4_bits_stay_4_bits_when_zeros_are_stored():
+    matrix, dense = example_of_codes(23, 130, 32, 0.5)
+    stored = matrix.dense(torch.float32)
+    assert (stored.mask, stored.group, stored.nonzeros) == (None, 32, 23 * 130)
+    assert torch.equal(stored.tile(0, 23).double(), dense)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_columns_of_one_sum_share_a_scale(group):
+    """The order of columns is a permutation, and 16 lanes of a block stay in their groups."""
+    for words in (*range(1, 40), 172):
+        order = turned_fours(words, group)
+        assert torch.equal(order.sort().values, torch.arange(16 * words))
+        lanes = (order * 4 // group).view(words, 16)
+        at, block = 0, min(16, group // 4)
+        while at < words:
+            while block > words - at:
+                block //= 2
+            assert (lanes[at : at + block] == lanes[at]).all()
+            at += block
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_tiles_of_4_bits_begin_at_any_row(tier, sparsity):
+    matrix, dense = example_of_codes(23, 130, 64, sparsity)
+    for begin, end in ((0, 23), (5, 6), (4, 7), (22, 23)):
+        assert torch.equal(matrix.tile(begin, end).double(), dense[begin:end])
+
+
+def test_parts_of_4_bits_that_do_not_fit_are_refused():
+    codes = torch.zeros(3, 70, dtype=torch.int8)
+    scales = Scales(torch.zeros(3, dtype=torch.int8), torch.zeros(3, 2, dtype=torch.uint8))
+    KernelMatrix.of_codes(codes, scales, 64)
+    with pytest.raises(ShapeError, match="for 3 rows in groups of 32"):
+        KernelMatrix.of_codes(codes, scales, 32)
+    with pytest.raises(ShapeError, match="a mask"):
+        KernelMatrix.of_codes(codes, scales, 64, torch.ones(3, 71, dtype=torch.bool))
+    codes[1, 2] = -8
+    with pytest.raises(ShapeError, match="below -7"):
+        KernelMatrix.of_codes(codes, scales, 64)
+
+
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("sparsity", [None, 0.5])
 def test_tiles_are_the_matrix_bit_for_bit(tier, values, sparsity):
@@ -95,9 +140,14 @@ def test_both_ways_agree_for_many_tokens(tier):
     torch.testing.assert_close(by_kernel(matrix, x), by_tiles(matrix, x), rtol=1e-4, atol=1e-4)
 
 
-def test_one_answer_whatever_the_threads(tier):
+@pytest.mark.parametrize(
+    "matrix",
+    [example(101, 333, torch.bfloat16, 0.5)[0]]
+    + [example_of_codes(101, 333, 64, sparsity)[0] for sparsity in (None, 0.5)],
+    ids=["bfloat16", "dense int4", "int4"],
+)
+def test_one_answer_whatever_the_threads(tier, matrix):
     kernels = lib.library()
-    matrix, _ = example(101, 333, torch.bfloat16, 0.5)
     x = torch.randn(3, 333)
     usual = kernels.sct_threads()
     try:
@@ -152,6 +202,8 @@ def test_not_a_number_stays_one(tier):
         x = torch.zeros(1, 70)
         x[0, 3] = float("nan")
         assert matrix.multiply(x)[0, 1:].isnan().all()
+    matrix, _ = example_of_codes(4, 70, 32, 0.5)
+    assert matrix.multiply(x)[0].isnan().all()
 
 
 def test_a_dense_weight_is_used_where_it_lies():
@@ -167,6 +219,13 @@ def test_memory_is_that_of_the_format():
     matrix, _ = example(64, 4096, torch.bfloat16, 0.5)
     bits = 2 * matrix.nonzeros + 64 * 4096 / 8
     assert bits <= matrix.nbytes <= bits * 1.005
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_memory_of_4_bits_is_that_of_the_format(group):
+    matrix, _ = example_of_codes(64, 4096, group, 0.5)
+    bits = matrix.nonzeros / 2 + 64 * 4096 / 8 + 64 * 4096 / group + 64
+    assert bits <= matrix.nbytes <= bits * 1.02  # a pair of rows takes the bytes of the fuller one
 
 
 def test_parts_that_do_not_fit_are_refused():

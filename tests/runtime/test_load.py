@@ -77,7 +77,7 @@ def matrices_of(model: Any) -> dict[int, Any]:
 
 
 def check_linears(packed: Any, dense: Any, ids: torch.Tensor = IDS) -> None:
-    """Every int8 linear gives the product of the weights it stands for and rounded activations."""
+    """Every linear gives the product of the weights it stands for and rounded activations."""
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(module: nn.Module, given: Any, result: torch.Tensor) -> None:
@@ -113,7 +113,7 @@ def test_logits_are_those_of_the_dense_weights(tmp_path: Path, family: str, stor
     found, expected = logits_of(packed), logits_of(dense)
     largest = float(expected.abs().max())
     assert largest > 1e-2
-    if "int8" in stored:
+    if "int" in stored:
         check_linears(packed, dense)
         assert float((found - expected).norm() / expected.norm()) < 0.05
     else:
@@ -365,7 +365,7 @@ def pack_by_hand(folder: Path, name: str, layout: Layout) -> None:
     tables = (forgery.header, forgery.data, forgery.told["checksums"])
     for table in tables:
         table.pop(f"{name}.weight")
-    kinds = {torch.uint8: "U8", torch.float32: "F32"}
+    kinds = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
     for suffix, part in formats[layout.format].pack(weight, layout).items():
         told = {"dtype": kinds[part.dtype], "shape": [*part.shape]}
         for table, entry in zip(tables, (told, bytearray(part.numpy().tobytes()), ""), strict=True):
@@ -375,11 +375,16 @@ def pack_by_hand(folder: Path, name: str, layout: Layout) -> None:
     index_again(folder)
 
 
-@pytest.mark.parametrize("format", ["bitmask", "dense"])
-def test_an_embedding_that_somebody_else_has_packed(tmp_path: Path, format: str) -> None:
+@pytest.mark.parametrize(
+    ("format", "values"), [("bitmask", "float32"), ("dense", "float32"), ("dense", "int4")]
+)
+def test_an_embedding_that_somebody_else_has_packed(
+    tmp_path: Path, format: str, values: str
+) -> None:
     folder = packed_model(tmp_path)
-    expected = logits_of(secateur.load(folder, dtype=torch.float32))
-    pack_by_hand(folder, "model.embed_tokens", Layout(format, "float32", (96, 32)))
+    group = 32 if values == "int4" else None
+    pack_by_hand(folder, "model.embed_tokens", Layout(format, values, (96, 32), group=group))
+    expected = logits_of(secateur.load(folder, dtype=torch.float32, expand=True))
     found = logits_of(secateur.load(folder, dtype=torch.float32))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 

@@ -41,8 +41,8 @@ LARGEST_TRIED, TRIED = 1.5, 26
 """The search begins at this multiple of the scale that reaches the largest weight, and tries so
 many scales downwards: to about half of it."""
 
-AT_ONCE = 2**22
-"""Weights that are float32 at the same time."""
+AT_ONCE = 2**18
+"""Weights that are searched at the same time: few enough for the caches."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,22 @@ class Scales:
         return torch.ldexp(1 + (steps % STEPS).float() / STEPS, power)
 
     @staticmethod
-    def nearest(scale: Tensor) -> Scales:
+    def nearest(scale: Tensor, exponent: Tensor | None = None) -> Scales:
         """The nearest scales to positive float32 numbers [out, groups]; of 0 any will do.
 
         Those more than 15 octaves below the largest of their row become the smallest there is.
+
+        Args:
+            scale: the numbers.
+            exponent: e, int8 [out], of a matrix that has these groups among others; None chooses
+                it by the largest number of each row.
         """
         mantissa, power = torch.frexp(scale.clamp_min(2.0**LOWEST))  # mantissa in [1/2, 1)
         steps = ((2 * mantissa - 1) * STEPS).round().int() + (power - 1) * STEPS
-        top = steps.amax(dim=1) // STEPS
-        exponent = (top - OCTAVES + 1).clamp(LOWEST, HIGHEST)
-        code = (steps - exponent[:, None] * STEPS).clamp(0, STEPS * OCTAVES - 1)
+        if exponent is None:
+            top = steps.amax(dim=1) // STEPS
+            exponent = (top - OCTAVES + 1).clamp(LOWEST, HIGHEST)
+        code = (steps - exponent.int()[:, None] * STEPS).clamp(0, STEPS * OCTAVES - 1)
         return Scales(exponent.to(torch.int8), code.to(torch.uint8))
 
 
@@ -150,7 +156,21 @@ class GroupGrid:
         rounded = (weight.float() / spread).round_().clamp_(-self.largest, self.largest)
         return rounded.to(torch.int8)
 
-    def search(self, weight: Weight, importance: Tensor | None = None) -> Scales:
+    def nearest(self, weight: Weight, scale: Tensor) -> Weight:
+        """The nearest weights s · q, float32 [out, in], with given scales [out, groups].
+
+        Unlike `codes` and `dequantize` it needs no more memory than its result, and a little.
+        """
+        result = torch.empty(weight.shape, device=weight.device)
+        parts = (x.split(self.group, dim=1) for x in (weight, result))
+        for part, out, s in zip(*parts, scale.split(1, dim=1), strict=True):
+            torch.div(part, s, out=out)
+            out.round_().clamp_(-self.largest, self.largest).mul_(s)
+        return result
+
+    def search(
+        self, weight: Weight, importance: Tensor | None = None, exponent: Tensor | None = None
+    ) -> Scales:
         """The scales with the least error Σ_j h_ij (w_ij − s q_ij)² in each group.
 
         Tries scales from half to one and a half times the one that reaches the largest weight.
@@ -159,12 +179,14 @@ class GroupGrid:
         Args:
             weight: [out, in], any floating dtype. Weights that are pruned are zero.
             importance: h, [out, in] or [in]; 1 for every weight if not given.
+            exponent: e of the rows, int8 [out]; None chooses it.
         """
         grouped = self._grouped(weight.float())
         weights = None
         if importance is not None:
             weights = self._grouped(importance.float().expand(weight.shape))
-        top = Scales.nearest(grouped.abs().amax(dim=2) / self.largest * LARGEST_TRIED)
+        reached = grouped.abs().amax(dim=2) / self.largest
+        top = Scales.nearest(reached * LARGEST_TRIED, exponent)
         best, least = top, torch.full(top.code.shape, torch.inf, device=weight.device)
         for below in range(TRIED):
             code = (top.code.int() - below).clamp_min(0).to(torch.uint8)

@@ -21,12 +21,13 @@ class RoundingSource(Section):
 
     source: Annotated[str | None, Flag("calibration", value="TEXT", default="none")] = Field(
         None,
-        description="Text on which int8 weights compensate each other's rounding errors: " + TEXT,
+        description="Text on which rounded weights compensate each other's rounding errors: "
+        + TEXT,
     )
 
 
 class RoundingText(CalibrationWindows, RoundingSource):
-    """The calibration text for rounding to int8."""
+    """The calibration text for rounding."""
 
 
 class WhatToCompress(Section):

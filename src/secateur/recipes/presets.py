@@ -66,8 +66,9 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """The recipe values of each effort, for structured cuts."""
 
-_COMPOSITION = {"method", "score", "solver", "refine", "method_parameters"}
-"""Values that only make sense together. If the recipe has one of them, the preset sets none."""
+_COMPOSITION = {"method", "score", "solver", "refine"}
+"""Values that only make sense together. If the recipe has one of them, the preset sets none, and no
+parameters either. Parameters alone are added to those of the preset."""
 
 
 def filled_in(
@@ -94,7 +95,7 @@ def filled_in(
     if effort not in known:
         raise RecipeError(f"unknown effort {effort!r}", remedy=did_you_mean(effort, [*known]))
     for key, value in known[effort].items():
-        if composed and key in _COMPOSITION:
+        if composed and key in _COMPOSITION | {"method_parameters"}:
             continue
         if isinstance(value, Mapping) and isinstance(given.get(key, {}), Mapping):
             given[key] = {**value, **given.get(key, {})}

@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.errors import CheckpointError, RecipeError
 from secateur.registry import did_you_mean
 from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
-from secateur.runtime.formats.kept import as_stored, dequantized, kept_mask
+from secateur.runtime.formats.kept import kept_mask
 
 __all__ = [
     "AUTO",
@@ -20,7 +20,6 @@ __all__ = [
     "LayoutChoice",
     "check_names",
     "choose_layout",
-    "squared_loss",
     "values_for",
     "without_negative_zeros",
 ]
@@ -32,8 +31,6 @@ KEEP = "keep"
 """Values in the dtype of the source, so that no number changes."""
 DEFAULT_GROUP = 64
 """How many weights of a row share a scale in int4 and int3."""
-AT_ONCE = 2**22
-"""Weights whose rounding is measured at the same time."""
 WITHOUT_LOSS = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -93,30 +90,6 @@ def values_for(dtype: torch.dtype, requested: str, name: str) -> str:
             remedy="name the checkpoint in float32, bfloat16 or float16, before quantization",
         )
     return WITHOUT_LOSS[dtype] if requested == KEEP else requested
-
-
-def squared_loss(weight: Tensor, layout: Layout) -> tuple[float, float]:
-    """The error of storing a matrix in other values, ‖W − Ŵ‖², and ‖W‖².
-
-    Args:
-        weight: W [out, in], as the source holds it.
-        layout: with the values; W rounded to them is Ŵ.
-
-    Example:
-        >>> import torch
-        >>> from secateur.runtime.choice import squared_loss
-        >>> from secateur.runtime.formats import Layout
-        >>> layout = Layout("dense", "bfloat16", (1, 2))
-        >>> squared_loss(torch.tensor([[1.0, 1 + 2**-9]]), layout)  # the second becomes 1
-        (3.814697265625e-06, 2.0039100646972656)
-    """
-    lost = norm = 0.0
-    for exact in weight.split(max(1, AT_ONCE // weight.shape[1])):
-        _, stored, scales = as_stored(exact, layout)
-        rounded = dequantized(stored, scales, layout).float()
-        lost += float((exact.float() - rounded).double().square().sum())
-        norm += float(exact.double().square().sum())
-    return lost, norm
 
 
 def group_of(values: str, group: int | None) -> int | None:

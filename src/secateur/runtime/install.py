@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from secateur.errors import CheckpointError
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import assign, fill_buffers, refuse_missing, stored_names
+from secateur.quantization.groups import Scales
 from secateur.runtime.dense_view import DenseView
 from secateur.runtime.formats import Layout, bitmask_parts, formats
+from secateur.runtime.formats.kept import decode_values
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
@@ -27,13 +29,9 @@ WORTH_IT = 0.9
 
 
 def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
-    """Checked parts of a matrix, in the form for the kernels.
-
-    There are no kernels for int4 and int3 yet: such a matrix is expanded to bfloat16, which
-    represents it exactly.
-    """
+    """Checked parts of a matrix, in the form for the kernels."""
     if layout.grid is not None:
-        return KernelMatrix(formats[layout.format].unpack(parts, layout).bfloat16())
+        return matrix_of_codes(parts, layout, layout.grid.group)
     if layout.format == "dense":
         return KernelMatrix(parts["weight"], scale=parts.get("weight_scale"))
     bits = bitmask_parts(parts, layout)
@@ -43,6 +41,18 @@ def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
         scale=bits.get("weight_scale"),
         columns=layout.shape[1],
     )
+
+
+def matrix_of_codes(parts: Mapping[str, Tensor], layout: Layout, group: int) -> KernelMatrix:
+    """`matrix_of` for int4 and int3."""
+    scales = Scales(parts["weight_exponent"], parts["weight_scale"])
+    if layout.format == "dense":
+        codes = decode_values(parts["weight"], layout, layout.shape[1])
+        return KernelMatrix.of_codes(codes, scales, group)
+    mask, values = formats[layout.format].kept(parts, layout)
+    codes = torch.zeros(layout.shape, dtype=torch.int8)
+    codes.numpy()[mask.numpy()] = values.numpy()
+    return KernelMatrix.of_codes(codes, scales, group, mask)
 
 
 def install(
@@ -89,7 +99,8 @@ def install(
                 assign(model, parameter, view.read(stored).to(dtype))
             continue
         parts = packed.parts(owner)
-        if kernels and (path != embedding_at or layout.format == "dense"):
+        rows_alone = layout.format == "dense" and layout.grid is None  # as an embedding reads them
+        if kernels and (path != embedding_at or rows_alone):
             matrix = matrix_of(parts, layout)
         else:
             matrix = KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
@@ -164,7 +175,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     if kernel_info().tier == "none":
         for module in linears:
-            module.kernel_up_to = 0
+            module.kernel_up_to, module.blocks = 0, False
         return
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
     for module in linears:
@@ -173,20 +184,12 @@ def settle(model: Any, dtype: torch.dtype) -> None:
         choice = choose([m.matrix for m in modules], activations(dtype))
         if choice.gain < WORTH_IT and modules[0].matrix.mask is not None:
             for module in modules:
-                module.matrix = dense_matrix(module.matrix, dtype)
+                module.matrix = module.matrix.dense(dtype)
             choice = choose([m.matrix for m in modules], activations(dtype))
         for module in modules:
-            module.kernel_up_to = choice.kernel_up_to
+            module.kernel_up_to, module.blocks = choice.kernel_up_to, choice.blocks
 
 
 def activations(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the kernels' activations for a model of this dtype."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def dense_matrix(matrix: KernelMatrix, dtype: torch.dtype) -> KernelMatrix:
-    """The same weights, stored with their zeros in the dtype of the model."""
-    weight = matrix.tile(0, matrix.rows)
-    if matrix.scale is not None:
-        weight = weight.float() * matrix.scale[:, None]
-    return KernelMatrix(weight.to(dtype))

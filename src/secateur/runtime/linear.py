@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from secateur.errors import ShapeError
 from secateur.runtime.kernels.dispatch import by_kernel, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.prompt import BLOCK_DTYPES, by_blocks
 
 __all__ = ["PackedEmbedding", "PackedLinear"]
 
@@ -45,7 +46,8 @@ class PackedLinear(nn.Module):
     Args:
         matrix: W [out, in].
         bias: b [out], or None.
-        kernel_up_to: the most tokens for the kernel; more are multiplied tile by tile.
+        kernel_up_to: the most tokens for the kernel; more are multiplied by blocks of integers
+            (`blocks`), or tile by tile. `install.settle` sets both after measuring.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class PackedLinear(nn.Module):
         self.matrix = matrix
         self.in_features, self.out_features = matrix.columns, matrix.rows
         self.kernel_up_to = kernel_up_to
+        self.blocks = matrix.dtype in BLOCK_DTYPES
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.number = next(_numbers)
         _linears[self.number] = self
@@ -93,15 +96,18 @@ class PackedLinear(nn.Module):
             return x.new_empty(0, self.out_features)
         if x.dtype == torch.float16:  # torch multiplies it slowly, kernels take float32
             return self.product(x.float()).half()
-        return (by_kernel if len(x) <= self.kernel_up_to else by_tiles)(self.matrix, x)
+        if len(x) <= self.kernel_up_to:
+            return by_kernel(self.matrix, x)
+        return (by_blocks if self.blocks else by_tiles)(self.matrix, x)
 
     def extra_repr(self) -> str:
         """Shape and storage, for printing."""
         m = self.matrix
         share = 1 - m.nonzeros / (m.rows * m.columns)
+        stored = str(m.dtype).removeprefix("torch.") if m.group is None else "int4"
         return (
             f"in_features={m.columns}, out_features={m.rows}, bias={self.bias is not None}, "
-            f"{str(m.dtype).removeprefix('torch.')}, sparsity={share:.3f}"
+            f"{stored}, sparsity={share:.3f}"
         )
 
 

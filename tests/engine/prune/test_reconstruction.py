@@ -14,6 +14,7 @@ from secateur.engine.prune.reconstruction import Reconstruction, output_error
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, linears_of
+from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.methods import compose
 from zoo import tiny_model, tiny_windows, zeros_of
 
@@ -49,6 +50,30 @@ def test_tuning_lowers_the_error_and_keeps_every_zero(family: str) -> None:
     for name, zeros in zeros_of(tuned).items():
         assert int(zeros.sum()) == round(0.5 * zeros.shape[1]) * zeros.shape[0], name
     assert all(p.requires_grad and p.grad is None for p in tuned.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rounded_layers_are_tuned_on_their_grid(family: str) -> None:
+    windows, grid = tiny_windows(6), GroupGrid(3, 32)
+    plain, tuned = tiny_model(family), tiny_model(family)
+    options = {"method": "sparsegpt", "sparsity": 0.5, "calibration": windows,
+               "method_parameters": {"bits": 3, "group": 32}}  # fmt: skip
+    secateur.prune(plain, **options)
+    report = secateur.prune(tuned, **options, tune_passes=8, tune_learning_rate=3e-3)
+    for layer in report.layers:
+        told = layer["reconstruction"]
+        assert told["error_after"] < 0.95 * told["error_before"]
+    first = describe(plain).layers(plain)[0], describe(tuned).layers(tuned)[0]
+    before, after = (linears_of(layer, "0") for layer in first)
+    moved = 0
+    for name, linear in before.items():
+        codes, scales = grid.quantize(linear.weight)
+        again = grid.codes(after[name].weight, scales)
+        assert torch.equal(grid.dequantize(again, scales), after[name].weight)
+        moved += int((again != codes).sum())
+    assert moved > 0
+    for linear in zeros_of(tuned).values():
+        assert int(linear.sum()) >= linear.numel() // 2
 
 
 PATTERNED = [

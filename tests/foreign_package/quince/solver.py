@@ -23,6 +23,7 @@ class Stretch:
     selects_by: ClassVar[str | None] = None
     whole_units: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
+    grid: ClassVar[None] = None
     shifts: ClassVar[bool] = False
 
     def prepare(self, statistics: Statistics) -> None:

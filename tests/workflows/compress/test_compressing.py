@@ -243,21 +243,23 @@ def output_error(found: Path, expected: Path, windows: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
 @pytest.mark.parametrize("dense", [False, True])
-def test_calibration_makes_int8_closer_and_keeps_zeros(
-    tmp_path: Path, family: str, dense: bool
+@pytest.mark.parametrize(("values", "largest_error"), [("int8", 1e-3), ("int4", 0.02)])
+def test_calibration_makes_integers_closer_and_keeps_zeros(
+    tmp_path: Path, family: str, dense: bool, values: str, largest_error: float
 ) -> None:
     source = pruned_model(tmp_path / "m", family, sparsity=0.0 if dense else 0.5)
     windows = torch.randint(0, 90, (8, 32), generator=torch.Generator().manual_seed(3))
     save_file({"input_ids": windows}, tmp_path / "w.safetensors")
-    secateur.compress(source, output=tmp_path / "near", values="int8")
+    secateur.compress(source, output=tmp_path / "near", values=values)
     report = secateur.compress(
-        source, output=tmp_path / "fit", values="int8", calibration=tmp_path / "w.safetensors"
+        source, output=tmp_path / "fit", values=values, calibration=tmp_path / "w.safetensors"
     )
     assert not (tmp_path / "fit.rounded").exists()
     told = json.loads((tmp_path / "fit" / "secateur" / "compression.json").read_text())
     assert told["rounding"] == report.to_json()["rounding"]
-    assert "bits=8" in told["rounding"]["solver"]
-    assert 0 < told["rounding"]["mean_error"] < 1e-3
+    assert f"bits={values[3:]}" in told["rounding"]["solver"]
+    assert 0 < told["rounding"]["mean_error"] < largest_error
+    assert report.value_error == 0 or values == "int8"
     assert (tmp_path / "fit" / "secateur" / "recipe.yaml").read_text() == "method: wanda\n"
     for name in ("near", "fit"):
         secateur.decompress(tmp_path / name, output=tmp_path / f"{name}-dense")

@@ -21,6 +21,7 @@ from secateur.engine.prune.linear_record import LinearRecord
 from secateur.engine.prune.reconstruction import TunedWeight, output_error, reconstruct
 from secateur.engine.prune.routing import is_reached
 from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.straight_through import RoundedWeight
 from secateur.engine.prune.surgery import prune_group
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.prune.tuning import draw_steps
@@ -230,6 +231,8 @@ class LayerPass:
         """Keep the dense weights and their inputs' norms, if masks may change later."""
         if not (self.tunes and self.context.settings.reconstruction.remask):
             return fitted
+        if any(task.method.solver.grid for task in self.context.tasks.values()):
+            return fitted
 
         def keep(linear: Linear) -> Tensor:
             weight = fitted(linear)
@@ -252,6 +255,11 @@ class LayerPass:
             found.append(TunedWeight(linear, shadow, norm, task.method.pattern, task.sparsity))
         return found
 
+    def rounded_weights(self) -> list[RoundedWeight]:
+        """The matrices of the layer that are on a grid."""
+        grids = [(x, self.context.tasks[x.name].method.solver.grid) for x in self.pruned]
+        return [RoundedWeight(linear, grid) for linear, grid in grids if grid]
+
     def tune(self) -> dict[str, float]:
         """Tune a pruned layer and propagate it. Return its output error before and after."""
         passage, index = self.passage, self.context.index
@@ -272,6 +280,7 @@ class LayerPass:
             lambda size: passage.ends.calls(size)[index],
             how,
             tell=self.context.step,
+            rounded=self.rounded_weights(),
         )
         after = self.measured_error(stores=not self.context.last)
         return {"error_before": before, "error_after": after}

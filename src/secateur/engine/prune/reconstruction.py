@@ -4,7 +4,8 @@ The inputs come from the pruned model. The targets are the outputs of the same l
 model, so a layer also compensates the losses of the layers before it. All parameters of the layer
 are tuned, including norms and biases; none are added. In the first part of the tuning, pruned
 weights can be exchanged for kept ones, and the pattern stays satisfied. After that the mask is
-fixed. One decoder layer is in memory, with its gradients and the two moments of Adam.
+fixed. Matrices on a grid stay on it (`straight_through`), and their masks are fixed from the start.
+One decoder layer is in memory, with its gradients and the two moments of Adam.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.prune.straight_through import RoundedWeight, RoundedWeights
 from secateur.engine.prune.tuning import half_cosine, in_float32
 from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.errors import RecipeError
@@ -149,6 +151,7 @@ def reconstruct(
     call: Callable[[int], LayerCall],
     how: Reconstruction,
     tell: Callable[[], None],
+    rounded: Sequence[RoundedWeight] = (),
 ) -> None:
     """Tune a pruned decoder layer in place.
 
@@ -160,12 +163,14 @@ def reconstruct(
         call: how the layer is called for a number of windows.
         how: sets the learning rate.
         tell: called after every step.
+        rounded: the matrices on a grid.
     """
+    on_grid = RoundedWeights(rounded)
     named = {n: p for n, p in layer.named_parameters() if p.is_floating_point()}
     parameters = list(named.values())
     device = parameters[0].device
     calls = {size: call(size).to(device, torch.float32) for size in {len(x) for x in steps}}
-    with in_float32(layer, named.keys()):
+    with in_float32(layer, named.keys()), on_grid.in_forwards():
         for tuned in pruned:
             tuned.begin()
         optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, fused=True)
@@ -184,3 +189,4 @@ def reconstruct(
             for tuned in pruned:
                 tuned.after_step(choose=choosing and step % _CHOOSE_EVERY == _CHOOSE_EVERY - 1)
             tell()
+        on_grid.settle()

@@ -3,9 +3,10 @@
 | way    | what it does                                                        |
 |--------|---------------------------------------------------------------------|
 | kernel | our kernel on the stored matrix, eight tokens at a time             |
+| blocks | our product of integers, block by block (`prompt.py`); int8 values only |
 | tile   | a tile of the matrix is expanded and torch multiplies it, then the next |
 
-The kernel reads less, the tile computes faster; so the tile wins for many tokens. If for one token
+The kernel reads less, the others compute faster; so they win for many tokens. If for one token
 the kernel is slower than on dense matrices, the matrices should be dense; `gain` measures this. The
 measurement needs more weights than the caches hold, since decoding reads all weights of a model for
 every token. Kinds with fewer weights stay packed.
@@ -24,11 +25,13 @@ from torch.nn import functional
 
 from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.prompt import BLOCK_DTYPES, by_blocks
 
 __all__ = ["KernelChoice", "by_kernel", "by_tiles", "choose", "kind_of"]
 
 TILE_BYTES = 2 * 2**20
 TRIED_TOKENS = (4, 8, 16, 32, 64)
+MANY_TOKENS = 64
 REPEATS = 5
 CACHE_BYTES = 64 * 2**20
 
@@ -40,11 +43,14 @@ class KernelChoice:
     Args:
         kernel_up_to: the most tokens for which the kernel is the faster way.
         gain: for one token, seconds on dense matrices (the faster of torch and our kernel) divided
-            by seconds of the kernel on these; infinite where the caches hold them all.
+            by seconds of the kernel on these; infinite where the caches hold them all. int4 is
+            compared with dense int4.
+        blocks: more tokens are multiplied by blocks, not by tiles.
     """
 
     kernel_up_to: int
     gain: float
+    blocks: bool = False
 
 
 _measured: dict[tuple[object, ...], KernelChoice] = {}
@@ -56,7 +62,8 @@ def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
     density = matrix.nonzeros / (matrix.rows * matrix.columns)
     packed = matrix.mask is not None
     shape = (matrix.rows, matrix.columns)
-    return (shape, matrix.dtype, packed, round(10 * density), dtype, info.tier, info.threads)
+    values = (matrix.dtype, matrix.group)
+    return (shape, values, packed, round(10 * density), dtype, info.tier, info.threads)
 
 
 def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
@@ -73,19 +80,33 @@ def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice
 
 
 def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
-    """Time both ways on random activations."""
+    """Time all ways on random activations."""
     gain = measured_gain(matrices, dtype)
+    blocks = blocks_win(matrices, dtype)
+    many = by_blocks if blocks else by_tiles
     up_to = 1
     for tokens in TRIED_TOKENS:
         x = torch.randn(tokens, matrices[0].columns).to(dtype)
-        by_eights, tiled = seconds(
+        by_eights, at_once = seconds(
             [lambda m=m, x=x: by_kernel(m, x) for m in matrices[:2]],
-            [lambda m=m, x=x: by_tiles(m, x) for m in matrices[:2]],
+            [lambda m=m, x=x: many(m, x) for m in matrices[:2]],
         )
-        if by_eights > tiled:
+        if by_eights > at_once:
             break
         up_to = tokens
-    return KernelChoice(up_to, gain)
+    return KernelChoice(up_to, gain, blocks)
+
+
+def blocks_win(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> bool:
+    """Whether blocks are possible, and faster than tiles for `MANY_TOKENS`."""
+    if matrices[0].dtype not in BLOCK_DTYPES:
+        return False
+    x = torch.randn(MANY_TOKENS, matrices[0].columns).to(dtype)
+    blocks, tiles = seconds(
+        [lambda m=m: by_blocks(m, x) for m in matrices[:2]],
+        [lambda m=m: by_tiles(m, x) for m in matrices[:2]],
+    )
+    return blocks < tiles
 
 
 def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float:
@@ -95,14 +116,14 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
     if first.mask is None or count > len(matrices):
         return math.inf
     one = torch.randn(1, first.columns).to(dtype)
-    dense = [m.tile(0, m.rows).to(dtype).contiguous() for m in matrices[:count]]
-    stored = [KernelMatrix(weight) for weight in dense]
-    kernel, plain, own = seconds(
+    stored = [m.dense(dtype) for m in matrices[:count]]
+    weights = [m.weight for m in stored if m.weight is not None]  # torch has no int4
+    kernel, own, *plain = seconds(
         [lambda m=m: by_kernel(m, one) for m in matrices[:count]],
-        [lambda w=w: functional.linear(one, w) for w in dense],
         [lambda m=m: by_kernel(m, one) for m in stored],
+        *([[lambda w=w: functional.linear(one, w) for w in weights]] if weights else []),
     )
-    return min(plain, own) / kernel
+    return min(own, *plain) / kernel
 
 
 def seconds(*ways: Sequence[Callable[[], Tensor]]) -> list[float]:

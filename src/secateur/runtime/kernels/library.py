@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.errors import KernelError
 
 __all__ = [
+    "INT4",
     "MAX_BATCH",
     "TYPES",
     "CDecoder",
@@ -31,12 +32,15 @@ __all__ = [
     "use_tier",
 ]
 
-ABI = 1
+ABI = 3
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
 TYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3})
 """The numbers of the types of values, `sct_type` in csrc/secateur.h."""
+
+INT4 = 4
+"""The number of the type that torch does not have."""
 
 LIBRARY_VARIABLE = "SECATEUR_KERNELS"
 """Environment variable that names another build of the library, or `none`."""
@@ -57,6 +61,9 @@ class CMatrix(ctypes.Structure):
         ("mask", _POINTER),
         ("offsets", _POINTER),
         ("scale", _POINTER),
+        ("group", _I64),
+        ("scales", _POINTER),
+        ("exponents", _POINTER),
     )
 
 
@@ -108,7 +115,7 @@ class KernelInfo:
     """The kernels that multiply packed matrices on this machine.
 
     Args:
-        tier: `avx512bf16`, `avx512`, `avx2`, or `none`: expanded when loaded, and no gain.
+        tier: `amx`, `avx512bf16`, `avx512`, `avx2`, or `none`: expanded when loaded, and no gain.
         threads: of the pool of the kernels; 0 without kernels.
         reason: why the tier is `none`, and what to do; empty otherwise.
     """
@@ -160,6 +167,10 @@ def declare(loaded: ctypes.CDLL) -> None:
         "sct_threads": (ctypes.c_int, []),
         "sct_set_threads": (ctypes.c_int, [ctypes.c_int]),
         "sct_linear": (
+            ctypes.c_int,
+            [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64],
+        ),
+        "sct_prompt": (
             ctypes.c_int,
             [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64],
         ),

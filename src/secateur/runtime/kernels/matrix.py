@@ -7,9 +7,11 @@
 | `offsets` | where each row's values begin [out + 1]   | none                                 |
 | `scale`   | float32 [out] where values are int8       | the same                             |
 
-words = ⌈in / 64⌉; entries past `in` are zero. Kernels may read 64 bytes past the end of the values,
-so that they can load whole registers. All padding happens here, when a matrix is loaded; files have
-none. A dense weight whose rows are already whole words is used without a copy.
+words = ⌈in / 64⌉; entries past `in` are zero. Weights of 3 and 4 bits have two rows to a byte, an
+order of columns of their own (`int4.py`), and `scales` of groups instead of `scale`. Kernels may
+read 64 bytes past the end of the values, so that they can load whole registers. All padding happens
+here, when a matrix is loaded; files have none. A dense weight whose rows are already whole words is
+used without a copy.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ import torch
 from torch import Tensor
 
 from secateur.errors import KernelError, ShapeError
-from secateur.runtime.kernels.library import MAX_BATCH, TYPES, CMatrix, address, library
+from secateur.quantization.groups import GroupGrid, Scales
+from secateur.runtime.kernels.int4 import PackedCodes
+from secateur.runtime.kernels.library import INT4, MAX_BATCH, TYPES, CMatrix, address, library
+from secateur.types import Mask
 
 __all__ = ["WORD", "KernelMatrix"]
 
@@ -28,6 +33,7 @@ WORD = 64
 """Weights for each word of the mask; rows are padded to whole words."""
 
 READ_AHEAD_BYTES = 64
+SCALES_AHEAD_BYTES = 16
 _BITS_SET = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
 
@@ -56,10 +62,12 @@ class KernelMatrix:
         self.dtype = values.dtype
         self.rows = values.shape[0] if bitmask is None else bitmask.shape[0]
         self.columns = values.shape[1] if columns is None else columns
-        self.words = -(-self.columns // WORD)
         self.scale = None if scale is None else scale.float().contiguous()
+        self.group: int | None = None
+        self.scales: Scales | None = None
         self.mask: Tensor | None = None
         self.offsets: Tensor | None = None
+        self.nonzeros = self.rows * self.columns
         if (self.dtype == torch.int8) != (scale is not None):
             raise ShapeError(f"{self.dtype} values with{'' if scale is None else ' a'} scale")
         if bitmask is None and self.columns % WORD == 0:
@@ -71,22 +79,73 @@ class KernelMatrix:
             counts = bits_set(self.mask).view(self.rows, -1).sum(1, dtype=torch.int64)
             self.offsets = torch.zeros(self.rows + 1, dtype=torch.int64)
             torch.cumsum(counts, 0, out=self.offsets[1:])
-            if int(self.offsets[-1]) != values.numel():
+            self.nonzeros = int(self.offsets[-1])
+            if self.nonzeros != values.numel():
                 raise ShapeError(
-                    f"the bitmask keeps {int(self.offsets[-1])} weights, but there are "
+                    f"the bitmask keeps {self.nonzeros} weights, but there are "
                     f"{values.numel()} values"
                 )
             self.values = padded(values.view(1, -1), 1, values.numel())
+        self.describe(TYPES[self.dtype])
+
+    @classmethod
+    def of_codes(
+        cls, codes: Tensor, scales: Scales, group: int, kept: Mask | None = None
+    ) -> KernelMatrix:
+        """A matrix of 3 or 4 bits, W = s · q; either takes 4 bits in memory.
+
+        Args:
+            codes: q, int8 [out, in], −7 to 7.
+            scales: s, one for each group of a row.
+            group: how many weights share a scale: 32, 64 or 128.
+            kept: which weights to store, bool [out, in]; None stores all of them.
+
+        Raises:
+            ShapeError: the parts do not fit each other.
+        """
+        rows, columns = codes.shape
+        wanted = (rows, GroupGrid(4, group).groups(columns))
+        if scales.code.shape != wanted or scales.exponent.shape != wanted[:1]:
+            raise ShapeError(
+                f"scales {list(scales.code.shape)} and exponents {list(scales.exponent.shape)} "
+                f"for {rows} rows in groups of {group}"
+            )
+        if kept is not None and kept.shape != codes.shape:
+            raise ShapeError(f"a mask {list(kept.shape)} for weights {list(codes.shape)}")
+        if not torch.all((codes >= -7) & (codes <= 7)):
+            raise ShapeError("a code of 4 bits is below -7 or above 7")
+        self = cls.__new__(cls)
+        self.dtype, self.rows, self.columns = torch.bfloat16, rows, columns
+        self.scale, self.group = None, group
+        if kept is None:
+            held = PackedCodes.dense(codes, group, READ_AHEAD_BYTES)
+        else:
+            held = PackedCodes.bitmask(codes, kept, group, READ_AHEAD_BYTES)
+        self.values, self.mask, self.offsets = held.values, held.mask, held.offsets
+        self.nonzeros = held.nonzeros
+        even = rows + rows % 2
+        code = torch.zeros(even * wanted[1] + SCALES_AHEAD_BYTES, dtype=torch.uint8)
+        code = code[: rows * wanted[1]].view(wanted)  # what is beyond stays in memory
+        exponent = torch.zeros(even, dtype=torch.int8)[:rows]
+        self.scales = Scales(exponent.copy_(scales.exponent), code.copy_(scales.code))
+        self.describe(INT4)
+        return self
+
+    def describe(self, number: int) -> None:
+        """Make the description for C, with the number of the type of the values."""
         self.c = CMatrix(
             self.rows,
             self.columns,
             self.words,
             self.words * WORD,
-            TYPES[self.dtype],
+            number,
             address(self.values),
             address(self.mask),
             address(self.offsets),
             address(self.scale),
+            self.group or 0,
+            None if self.scales is None else address(self.scales.code),
+            None if self.scales is None else address(self.scales.exponent),
         )
         self.pointer = ctypes.addressof(self.c)
 
@@ -95,14 +154,16 @@ class KernelMatrix:
         return self
 
     @property
-    def nonzeros(self) -> int:
-        """The number of stored weights."""
-        return self.rows * self.columns if self.offsets is None else int(self.offsets[-1])
+    def words(self) -> int:
+        """Words of 64 columns in a row."""
+        return -(-self.columns // WORD)
 
     @property
     def nbytes(self) -> int:
         """Its memory in bytes."""
-        parts = (self.values, self.mask, self.offsets, self.scale)
+        parts = [self.values, self.mask, self.offsets, self.scale]
+        if self.scales is not None:
+            parts += [self.scales.code, self.scales.exponent]
         return sum(part.nbytes for part in parts if part is not None)
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -113,7 +174,7 @@ class KernelMatrix:
 
         Returns:
             [batch, out] of the dtype of x. bfloat16 values with float32 x are computed in float32.
-            With int8 values, x is rounded to int8 with one scale per 256 entries.
+            With integer values, x is rounded to int8 with one scale per 256 entries.
 
         Raises:
             ShapeError: x does not fit the matrix.
@@ -145,7 +206,7 @@ class KernelMatrix:
     def tile(self, begin: int, end: int, out: Tensor | None = None) -> Tensor:
         """Rows [begin, end) as a dense matrix [end − begin, in], for torch.
 
-        int8 values come as bfloat16 integers without their scale.
+        int8 values come as bfloat16 integers without their scale, int4 values as bfloat16 with it.
 
         Args:
             begin: the first row.
@@ -162,10 +223,20 @@ class KernelMatrix:
     @property
     def weight(self) -> Tensor | None:
         """The dense weight [out, in] where it is stored as one, without a scale; else None."""
-        if self.mask is not None or self.scale is not None:
+        if self.mask is not None or self.scale is not None or self.group is not None:
             return None
         width = self.words * WORD
         return self.values[: self.rows * width].view(self.rows, width)[:, : self.columns]
+
+    def dense(self, dtype: torch.dtype) -> KernelMatrix:
+        """The same weights, stored with their zeros: in 4 bits as before, others in a dtype."""
+        weight = self.tile(0, self.rows)
+        if self.scales is not None and self.group is not None:
+            codes = GroupGrid(4, self.group).codes(weight, self.scales)
+            return KernelMatrix.of_codes(codes, self.scales, self.group)
+        if self.scale is not None:
+            weight = weight.float() * self.scale[:, None]
+        return KernelMatrix(weight.to(dtype))
 
     def room(self, rows: int) -> Tensor:
         """Memory for a tile of so many rows."""

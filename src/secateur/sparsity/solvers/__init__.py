@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from secateur.errors import RecipeError
+from secateur.quantization.groups import GroupGrid
 from secateur.registry import Registry
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Statistics, Weight
@@ -52,6 +53,11 @@ class Solver(Protocol):
     @property
     def rounds(self) -> bool:
         """Whether it also rounds the remaining weights."""
+        ...
+
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of groups on which the weights of its solutions are; None for none."""
         ...
 
     @property

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import NumericalError, RecipeError
+from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.hessian import (
     check_damping,
     check_weight,
@@ -86,6 +87,7 @@ class ADMM:
     selects_by: ClassVar[str | None] = None
     whole_units: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
+    grid: ClassVar[GroupGrid | None] = None
     shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

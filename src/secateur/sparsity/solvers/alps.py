@@ -11,13 +11,17 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
+from secateur.quantization.groups import GroupGrid
+from secateur.sparsity.conjugate_gradients import fit_on_mask
 from secateur.sparsity.hessian import (
     check_damping,
     check_weight,
     damped_diagonal,
+    inverse_factor,
     relative_output_error,
 )
 from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.rounding import Rounding
 from secateur.sparsity.shifted_inverse import ShiftedInverse
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
@@ -28,7 +32,6 @@ __all__ = ["ALPS", "ScaledGram"]
 _STAGE = 3
 # ρ grows at most to so many times its first value; the support stops changing long before.
 _RANGE = 100.0
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class ScaledGram:
         dead: inputs that were zero for every token, bool [in].
         gram: G, without damping, float32 [in, in]; not copied.
         inverse: (A + ρI)⁻¹ for the ρ of all iterations; computed when first needed.
+        factor: upper triangular U, UᵀU = H⁻¹, float32 [in, in]; None where nothing is rounded.
     """
 
     scale: Float32[Tensor, " in"]
@@ -48,6 +52,7 @@ class ScaledGram:
     dead: Bool[Tensor, " in"]
     gram: Gram
     inverse: ShiftedInverse
+    factor: Float32[Tensor, "in in"] | None = None
 
 
 @solvers.register("alps")
@@ -67,6 +72,9 @@ class ALPS:
 
         X ← argmin tr((X − B₀) A (X − B₀)ᵀ),  X = 0 where pruned;    Ŵ = X / s.
 
+    With `bits` the kept weights are then rounded, and compensate each other's rounding errors
+    (`sparsity.rounding`).
+
     With a given mask only the refit is done, in `refit_steps`. After a search the weights are
     nearly solved, so the refit takes half as many. The weights of dead columns become zero, as in
     the solver `obs`.
@@ -85,6 +93,10 @@ class ALPS:
         growth: of the penalty, in three iterations; to a hundred times `rho` at most.
         tolerance: share of the kept weights that may change in three iterations at the end.
         refit_steps: conjugate-gradient steps for a given mask; half of them after a search.
+        bits: 3 or 4 to round in groups, 8 to round to int8 with one scale for each row; 0 not to
+            round.
+        group: 32, 64 or 128 weights of a row that share a scale; for 3 and 4 bits.
+        descent: passes of coordinate descent over the rounded weights; for 3 and 4 bits.
 
     Raises:
         RecipeError: a parameter is out of range.
@@ -107,10 +119,12 @@ class ALPS:
     growth: float = 1.2
     tolerance: float = 0.01
     refit_steps: int = 10
+    bits: int = 0
+    group: int = 64
+    descent: int = 4
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "wanda"
     whole_units: ClassVar[bool] = False
-    rounds: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -123,6 +137,22 @@ class ALPS:
                 )
         if not 0 < self.rho < float("inf"):
             raise RecipeError(f"rho is {self.rho}", remedy="give a number above 0, usually 0.1")
+        Rounding(self.bits, self.group, self.descent)
+
+    @property
+    def rounding(self) -> Rounding:
+        """How the kept weights are rounded."""
+        return Rounding(self.bits, self.group, self.descent)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the solver also rounds the remaining weights."""
+        return self.bits > 0
+
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of groups on which the weights then are."""
+        return self.rounding.group_grid
 
     def prepare(self, statistics: Statistics) -> ScaledGram:
         """Damp and scale the `gram`, float32 [in, in].
@@ -137,7 +167,8 @@ class ALPS:
         hessian /= scale[:, None]
         hessian.diagonal().fill_(1.0)
         inverse = ShiftedInverse(hessian, self.rho, self._rho(self.iterations))
-        return ScaledGram(scale, hessian, dead, gram, inverse)
+        factor = inverse_factor(gram, self.damping)[0] if self.rounds else None
+        return ScaledGram(scale, hessian, dead, gram, inverse, factor)
 
     def solve(
         self,
@@ -171,19 +202,31 @@ class ALPS:
             pattern.check((rows, inputs), sparsity)
             start, mask = self._search(dense, target, prepared, pattern, sparsity)
             steps = -(-steps // 2)
-        solved = _refit(start * mask, target, prepared.hessian, mask, steps)
+        solved = fit_on_mask(start * mask, target, prepared.hessian, mask, steps)
         solved /= prepared.scale
+        if prepared.factor is not None:
+            columns, target = solved.t().contiguous(), (dense / prepared.scale).t().contiguous()
+            self.rounding.hold(
+                columns,
+                target,
+                mask.t().contiguous(),
+                prepared.gram,
+                prepared.scale.square(),
+                prepared.factor,
+            )
+            solved = columns.t().contiguous()
         return Solution(
             weight=solved, mask=mask, error=relative_output_error(weight, solved, prepared.gram)
         )
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Ten float32 copies of the weight, nine of the gram.
+        """Ten float32 copies of the weight, nine of the gram; one more of it if bits are given.
 
         These are A, the sum of inverses, three inverses, and four for the last one while it is
-        computed.
+        computed; and U.
         """
-        return 10 * float32_bytes(shape) + 9 * float32_bytes((shape[1], shape[1]))
+        squares = 10 if self.rounds else 9
+        return 10 * float32_bytes(shape) + squares * float32_bytes((shape[1], shape[1]))
 
     def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
         """0: linears share all factorisations."""
@@ -219,20 +262,3 @@ class ALPS:
         if self.growth > 1:
             exponent = min(exponent, math.log(_RANGE) / math.log(self.growth))
         return self.rho * self.growth**exponent
-
-
-def _refit(start: Tensor, target: Tensor, hessian: Tensor, mask: Mask, steps: int) -> Tensor:
-    """Conjugate gradients on the support, for all rows at once; solved rows do not change."""
-    x = start
-    residual = (target - x @ hessian) * mask
-    direction = residual.clone()
-    energy = residual.square().sum(1, keepdim=True)
-    for _ in range(steps):
-        image = (direction @ hessian) * mask
-        length = energy / (direction * image).sum(1, keepdim=True).clamp_min_(_TINY)
-        x.addcmul_(direction, length)
-        residual.addcmul_(image, length, value=-1)
-        left = residual.square().sum(1, keepdim=True)
-        direction = direction.mul_(left / energy.clamp_min(_TINY)).add_(residual)
-        energy = left
-    return x

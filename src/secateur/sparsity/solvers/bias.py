@@ -8,6 +8,7 @@ from typing import ClassVar
 from jaxtyping import Float32
 from torch import Tensor
 
+from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
@@ -43,6 +44,7 @@ class Bias:
     selects_by: ClassVar[str | None] = None
     whole_units: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
+    grid: ClassVar[GroupGrid | None] = None
     shifts: ClassVar[bool] = True
 
     def prepare(self, statistics: Statistics) -> Float32[Tensor, " in"]:

@@ -10,23 +10,23 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.quantization.int8 import LARGEST, grid_rows
+from secateur.quantization.groups import GroupGrid
+from secateur.sparsity.column_sweep import Choice, sweep
+from secateur.sparsity.conjugate_gradients import fit_on_mask
 from secateur.sparsity.hessian import (
     FACTOR_SQUARES,
     check_damping,
     check_weight,
+    damped_diagonal,
     inverse_factor,
     relative_output_error,
 )
 from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.rounding import Rounding
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 __all__ = ["OBS", "PreparedGram"]
-
-# Columns swept one by one before one matmul applies their effect to the others. Measured on [1536,
-# 576] and [576, 1536]: 16 to 64 differ by 3 %, 4 and 128 are 10 % slower.
-_STEP_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,23 @@ class OBS:
     determines its scale, in any dtype, and `secateur compress --values int8` does not change the
     row.
 
+    With `bits` 3 or 4, `group` consecutive weights of a row share a scale (`quantization.groups`).
+    It is chosen when the sweep arrives at the group, by the kept weights as they are then, each
+    with importance 1 / U_jj². After the mask is known, the least error without a grid is found for
+    it, a second sweep rounds these weights, and coordinate descent improves integers and scales
+    (`sparsity.rounding`). The last three steps are not in the papers; they save most of the error.
+
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
         block_columns: columns in a lazy block; rounded down to whole groups or blocks.
-        bits: 8 to round to int8 with one scale for each row; 0 not to round.
+        bits: 8 to round to int8 with one scale for each row, 3 or 4 to round in groups; 0 not to
+            round.
+        group: 32, 64 or 128 weights of a row that share a scale; for 3 and 4 bits.
+        refit_steps: conjugate-gradient steps on the mask before the second sweep; for 3 and 4 bits.
+        descent: passes of coordinate descent after it; for 3 and 4 bits.
 
     Raises:
-        RecipeError: damping, block_columns or bits are out of range.
+        RecipeError: a parameter is out of range.
 
     Example:
         >>> import torch
@@ -95,6 +105,9 @@ class OBS:
     damping: float = 0.01
     block_columns: int = 128
     bits: int = 0
+    group: int = 64
+    refit_steps: int = 10
+    descent: int = 4
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
     whole_units: ClassVar[bool] = False
@@ -106,13 +119,24 @@ class OBS:
             raise RecipeError(
                 f"block_columns is {self.block_columns}", remedy="give 1 or more, usually 128"
             )
-        if self.bits not in (0, 8):
-            raise RecipeError(f"bits is {self.bits}", remedy="give 8, or 0 not to round")
+        if self.refit_steps < 1:
+            raise RecipeError(f"refit_steps is {self.refit_steps}", remedy="give 1 or more")
+        Rounding(self.bits, self.group, self.descent)
+
+    @property
+    def rounding(self) -> Rounding:
+        """How the kept weights are rounded."""
+        return Rounding(self.bits, self.group, self.descent)
 
     @property
     def rounds(self) -> bool:
         """Whether the solver also rounds the remaining weights."""
         return self.bits > 0
+
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of groups on which the weights then are."""
+        return self.rounding.group_grid
 
     def prepare(self, statistics: Statistics) -> PreparedGram:
         """Factorise the damped `gram`, float32 [in, in].
@@ -150,6 +174,7 @@ class OBS:
         if mask is None:
             rows, inputs = weight.shape
             pattern.check((rows, inputs), sparsity)
+            self.rounding.check(pattern)
         # Transposed, so that every column of the weight is contiguous during the sweep.
         columns = (
             weight.detach().t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
@@ -159,11 +184,13 @@ class OBS:
             kept = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)
         else:
             kept = mask.t().contiguous()
-        choice = None if mask is not None else _Choice(pattern, sparsity)
-        grid = None
-        if self.rounds:
-            grid = _Grid.of(columns if mask is None else columns.masked_fill(~kept, 0.0))
-        self._sweep(columns, kept, prepared.factor, choice, grid)
+        choice = None if mask is not None else Choice(pattern, sparsity)
+        if self.grid:
+            columns = self._on_groups(columns, kept, prepared, choice)
+        else:
+            held = columns if choice else columns.masked_fill(~kept, 0.0)
+            grid = self.rounding.grid(held)
+            sweep(columns, kept, prepared.factor, self.block_columns, choice, grid)
         solved = columns.t().contiguous()
         return Solution(
             weight=solved,
@@ -172,132 +199,27 @@ class OBS:
         )
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Six float32 copies of the weight, and the matrices of the factorisation."""
-        return 6 * float32_bytes(shape) + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
+        """Six float32 copies of the weight, ten in groups; and the squares of the factorisation."""
+        copies = 10 if self.grid else 6
+        return copies * float32_bytes(shape) + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
 
     def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
         """0: linears share all factorisations."""
         return 0.0
 
-    def _sweep(
-        self,
-        columns: Tensor,
-        kept: Tensor,
-        factor: Tensor,
-        choice: _Choice | None,
-        grid: _Grid | None,
-    ) -> None:
-        """Solve `columns` [in, out] in place, lazy block by lazy block; fill `kept` if chosen."""
-        together = choice.pattern.columns_together if choice else 1
-        width = max(self.block_columns // together, 1) * together
-        for start in range(0, len(columns), width):
-            block = columns[start : start + width]
-            stop = start + len(block)
-            block_factor = factor[start:stop, start:stop]
-            block_kept = kept[start:stop]
-            if choice and not choice.by_group:
-                block_kept.copy_(choice.of_block(block, block_factor.diagonal(), start))
-            block_grid = grid.from_column(start) if grid else None
-            errors = _sweep_block(block, block_kept, block_factor, choice, block_grid)
-            columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Selects the mask from the weights as they are when the sweep arrives."""
-
-    pattern: Pattern
-    sparsity: float
-
-    @property
-    def by_group(self) -> bool:
-        """Whether each group of columns is decided on its own (N:M), not the lazy block."""
-        return self.pattern.scope == "group"
-
-    def of_group(self, group: Tensor, diagonal: Tensor) -> Tensor:
-        """Kept weights [M, out] of one N:M group of columns."""
-        return self.pattern.mask(_obs_score(group, diagonal), self.sparsity).t()
-
-    def of_block(self, block: Tensor, diagonal: Tensor, start: int) -> Tensor:
-        """Kept weights [columns, out] of the lazy block that begins at column `start`.
-
-        Its share makes the count exact up to its last column, so rounding never accumulates over
-        the blocks.
-        """
-        width, rows = block.shape
-        before = self.pattern.pruned((rows, start), self.sparsity)
-        share = self.pattern.pruned((rows, start + width), self.sparsity) - before
-        if share == block.numel():  # a pattern holds no sparsity of 1
-            return torch.zeros_like(block, dtype=torch.bool)
-        return self.pattern.mask(_obs_score(block, diagonal), share / block.numel()).t()
-
-
-def _obs_score(columns: Tensor, diagonal: Tensor) -> Tensor:
-    """W_ij² / U_jj², float32 [out, columns], of columns [columns, out]."""
-    return (columns / diagonal[:, None]).square_().t()
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The allowed values for the weights of each row.
-
-    Attributes:
-        peak: the largest of each row, float32 [out]; the scale is this / 127.
-        column: where it is, int64 [out].
-    """
-
-    peak: Tensor
-    column: Tensor
-
-    @staticmethod
-    def of(columns: Tensor) -> _Grid:
-        """The grid of weights [in, out]."""
-        peak, column = columns.abs().max(dim=0)
-        return _Grid(grid_rows(peak), column)
-
-    def from_column(self, start: int) -> _Grid:
-        """The grid of a block that begins at column `start`."""
-        return _Grid(self.peak, self.column - start)
-
-    def round(self, weight: Tensor, index: int) -> Tensor:
-        """A column [out] of the block, rounded."""
-        scale = self.peak / LARGEST
-        rounded = (weight / scale).round_().clamp_(-LARGEST, LARGEST).mul_(scale)
-        return torch.where(self.column == index, self.peak.copysign(weight), rounded)
-
-
-def _sweep_block(
-    block: Tensor, kept: Tensor, factor: Tensor, choice: _Choice | None, grid: _Grid | None
-) -> Tensor:
-    """Solve one lazy block [columns, out] in place; return the errors e [columns, out].
-
-    Left-looking: a column receives the errors of all columns before it when its turn comes. So
-    every weight is read and written once, not once per column to its left.
-    """
-    errors = torch.empty_like(block)
-    by_group = choice is not None and choice.by_group
-    step = choice.pattern.columns_together if choice and by_group else _STEP_COLUMNS
-    diagonal = factor.diagonal()
-    for start in range(0, len(block), step):
-        span = slice(start, min(start + step, len(block)))
-        current = block[span]
-        if start:
-            current.addmm_(factor[:start, span].t(), errors[:start], alpha=-1)
-        if choice and by_group:
-            kept[span] = choice.of_group(current, diagonal[span])
-        pruned = ~kept[span]
-        scale = pruned / diagonal[span, None]
-        step_errors, step_factor = errors[span], factor[span, span]
-        for i, (column, column_scale, error) in enumerate(
-            zip(current, scale, step_errors, strict=True)
-        ):
-            if i:
-                column.addmv_(step_errors[:i].t(), step_factor[:i, i], alpha=-1)
-            if grid is None:
-                torch.mul(column, column_scale, out=error)
-                continue
-            rounded = grid.round(column, start + i) * kept[start + i]
-            torch.sub(column, rounded, out=error).div_(diagonal[start + i])
-            column.copy_(rounded)
-        current.masked_fill_(pruned, 0.0)
-    return errors
+    def _on_groups(
+        self, columns: Tensor, kept: Tensor, prepared: PreparedGram, choice: Choice | None
+    ) -> Tensor:
+        """Round [in, out] to 3 or 4 bits; fill `kept` if there is a choice."""
+        target, factor, width = columns.clone(), prepared.factor, self.block_columns
+        if choice:
+            sweep(columns, kept, factor, width, choice, self.rounding.grid(columns))
+        diagonal, _ = damped_diagonal(prepared.gram, self.damping)
+        scale = diagonal.sqrt()
+        hessian = (prepared.gram / scale).div_(scale[:, None])
+        hessian.diagonal().fill_(1.0)
+        dense = target.t() * scale
+        fitted = fit_on_mask(dense * kept.t(), dense @ hessian, hessian, kept.t(), self.refit_steps)
+        columns = fitted.div_(scale).t().contiguous()
+        self.rounding.hold(columns, target, kept, prepared.gram, diagonal, factor)
+        return columns

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PatternError, RecipeError
+from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.hessian import FACTOR_SQUARES, check_damping, check_weight, inverse_factor
 from secateur.sparsity.patterns import Pattern, WholeUnits
 from secateur.sparsity.solvers import Solution, solvers
@@ -78,6 +79,7 @@ class OSSCAR:
     selects_by: ClassVar[str | None] = "obs"
     whole_units: ClassVar[bool] = True
     rounds: ClassVar[bool] = False
+    grid: ClassVar[GroupGrid | None] = None
     shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
@@ -31,6 +32,7 @@ class Zeroing:
     selects_by: ClassVar[str | None] = None
     whole_units: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
+    grid: ClassVar[GroupGrid | None] = None
     shifts: ClassVar[bool] = False
 
     def prepare(self, statistics: Statistics) -> None:

@@ -30,8 +30,8 @@ from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
-from secateur.runtime.choice import without_negative_zeros
-from secateur.runtime.formats import formats
+from secateur.runtime.choice import LayoutChoice, without_negative_zeros
+from secateur.runtime.formats import Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.workflows.checkpoint_files import carry_over
 from secateur.workflows.compress.mixed_values import choose_values
@@ -130,7 +130,9 @@ def compress_recipe(
         files = plan_files(reader, plan)
         check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
         progress.start("packing", len(reader.entries))
-        write_packed(made, files, contents(reader, plan, progress), archive=recipe.archive)
+        write_packed(
+            made, files, contents(reader, plan, matrices, progress), archive=recipe.archive
+        )
         progress.finish()
         kept = not rounding and plan.keeps_weights(reader)
         config = packed_config(source.folder, computed, recipe.archive)
@@ -174,26 +176,39 @@ def fractions(reader: CheckpointReader, matrices: dict[str, PackableMatrix]) -> 
 
 
 def contents(
-    reader: CheckpointReader, plan: StoragePlan, progress: Progress
+    reader: CheckpointReader,
+    plan: StoragePlan,
+    matrices: dict[str, PackableMatrix],
+    progress: Progress,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the result, in the order of the files."""
+    """Yield every tensor of the result, in the order of the files, and count what is lost."""
     for file in reader.files:
         for name, entry in reader.entries.items():
             if entry.file != file:
                 continue
             tensor, layout = reader.read(name), plan.layout(name)
+            counts = name in matrices and matrices[name].prunable
             if layout is None:
-                yield name, tensor.to(plan.dtypes[name])
+                stored = tensor.to(plan.dtypes[name])
+                yield name, stored
             else:
-                weight = tensor.t() if layout.transposed else tensor
-                if not layout.integers:  # a cast can make zeros too
-                    weight = weight.to(layout.dtype)
-                if plan.choices[name].negative_zeros:
-                    weight = without_negative_zeros(weight)
-                parts = formats[layout.format].pack(weight, layout)
+                tensor = tensor.t() if layout.transposed else tensor
+                parts = packed_parts(tensor, layout, plan.choices[name])
                 owner = name.removesuffix(".weight")
                 yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
+                stored = formats[layout.format].unpack(parts, layout) if counts else tensor
+            if counts:
+                plan.count_loss(tensor, stored)
             progress.step(note=name)
+
+
+def packed_parts(weight: Tensor, layout: Layout, choice: LayoutChoice) -> dict[str, Tensor]:
+    """The parts of a matrix [out, in] of the source."""
+    if not layout.integers:  # a cast can make zeros too
+        weight = weight.to(layout.dtype)
+    if choice.negative_zeros:
+        weight = without_negative_zeros(weight)
+    return formats[layout.format].pack(weight, layout)
 
 
 def verified(folder: Path, progress: Progress) -> PackedCheckpoint:

@@ -1,8 +1,8 @@
-"""Rounds a checkpoint to int8 with calibration text.
+"""Rounds a checkpoint to int8, int4 or int3 with calibration text.
 
 This uses the pruning run, layer by layer. The zeros stay the same. Every other weight moves to the
-int8 grid of its row and compensates the rounding errors of the weights before it. The result is a
-checkpoint of the same dtype with weights on int8 grids.
+grid of its row or group, and the weights of a row compensate each other's rounding errors. The
+result is a checkpoint of the same dtype with weights on grids.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from secateur.progress import Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.workflows.prune.checkpoint import run_recipe
 
 __all__ = ["check_calibration", "round_checkpoint", "rounding_recipe", "told_of"]
+
+
+BITS = {"int8": 8, "int4": 4, "int3": 3}
+"""The bits of the values that can be rounded with text."""
 
 
 def check_calibration(recipe: CompressRecipe) -> None:
@@ -29,10 +34,10 @@ def check_calibration(recipe: CompressRecipe) -> None:
         RecipeError: the values are not rounded, or an option needs text and there is none.
     """
     text, values = recipe.calibration.source, recipe.values
-    if text is not None and values != "int8":
+    if text is not None and values not in BITS:
         raise RecipeError(
-            f"calibration text helps to round to int8, but the values are {values!r}",
-            remedy="add --values int8, or leave --calibration out",
+            f"calibration text helps to round to integers, but the values are {values!r}",
+            remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
         )
     given = sorted(
         (recipe.calibration.model_fields_set - {"source"})
@@ -49,7 +54,10 @@ def check_calibration(recipe: CompressRecipe) -> None:
 def rounding_recipe(
     recipe: CompressRecipe, folder: Path, sparsity_of: Mapping[str, float], output: Path
 ) -> PruneRecipe:
-    """The recipe of a run that rounds to int8 grids and keeps the zeros of the source."""
+    """The recipe of a run that rounds to a grid and keeps the zeros of the source."""
+    how = {"bits": BITS[recipe.values]}
+    if recipe.values != "int8":
+        how["group"] = recipe.group_size or DEFAULT_GROUP
     return build_recipe(
         PruneRecipe,
         {
@@ -57,7 +65,7 @@ def rounding_recipe(
             "output": str(output),
             "score": "kept",
             "solver": "obs",
-            "method_parameters": {"bits": 8},
+            "method_parameters": how,
             "scope": "layer",
             "sparsity": 0.0,
             "include": tuple(sparsity_of),

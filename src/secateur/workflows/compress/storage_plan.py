@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader, shard_name
@@ -18,7 +19,6 @@ from secateur.runtime.choice import (
     KEEP,
     LayoutChoice,
     choose_layout,
-    squared_loss,
     values_for,
 )
 from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+AT_ONCE = 2**20
+"""Weights whose rounding is measured at the same time."""
+
+
 @dataclass
 class StoragePlan:
     """How every tensor of the source is stored in the result.
@@ -42,7 +46,7 @@ class StoragePlan:
     Attributes:
         choices: layouts of the packable matrices, by stored name.
         dtypes: dtypes of all tensors that are stored under their own names.
-        lost: ‖W − Ŵ‖² over the linears, with Ŵ the stored values.
+        lost: ‖W − Ŵ‖² over the linears, with Ŵ the stored values; known when all are packed.
         norm: ‖W‖² over the linears.
     """
 
@@ -55,6 +59,13 @@ class StoragePlan:
     def value_error(self) -> float:
         """‖W − Ŵ‖ / ‖W‖ over the linears; 0 if nothing was rounded."""
         return (self.lost / self.norm) ** 0.5 if self.norm else 0.0
+
+    def count_loss(self, weight: Tensor, stored: Tensor) -> None:
+        """Add a linear: W, as the source holds it, and Ŵ, both [out, in]."""
+        rows = max(1, AT_ONCE // weight.shape[1])
+        for exact, rounded in zip(weight.split(rows), stored.split(rows), strict=True):
+            self.lost += float((exact.double() - rounded.double()).square().sum())
+            self.norm += float(exact.double().square().sum())
 
     def layout(self, name: str) -> Layout | None:
         """Return the layout of a tensor; None for a tensor that is copied or only cast."""
@@ -120,16 +131,13 @@ def make_plan(
         weight = stored.t() if matrix.transposed else stored
         own = values_of.get(name, values) if matrix.prunable else "int8"
         wanted = values_for(stored.dtype, own, name)
-        choice = plan.choices[name] = choose_layout(
+        plan.choices[name] = choose_layout(
             weight,
             format=format if matrix.prunable else DENSE,
             values=wanted,
             transposed=matrix.transposed,
             group=recipe.group_size,
         )
-        if matrix.prunable:
-            lost, norm = squared_loss(weight, choice.layout)
-            plan.lost, plan.norm = plan.lost + lost, plan.norm + norm
         progress.step(note=name)
     progress.finish()
     offered = [c.offered for name, c in plan.choices.items() if matrices[name].prunable]

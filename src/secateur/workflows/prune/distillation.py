@@ -14,10 +14,11 @@ from typing import Any
 
 from safetensors import safe_open
 
+from secateur.engine.prune.straight_through import RoundedWeight, RoundedWeights
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.targets import Target
 from secateur.engine.stream.walk import walk_layers
-from secateur.models.architecture import hidden_size
+from secateur.models.architecture import Linear, hidden_size
 from secateur.models.experts import open_experts
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.whole import load_whole
@@ -94,6 +95,12 @@ def distill_module(
 ) -> dict[str, float]:
     """Train a pruned model on the dense one. Return its loss before and after."""
     pruned = [f"{name}.weight" for name, task in tasks.items() if task.sparsity > 0]
+    grids = {name: task.method.solver.grid for name, task in tasks.items() if task.rounded}
+    rounded = RoundedWeights(
+        RoundedWeight(Linear(name, student.get_submodule(name)), grid)
+        for name, grid in grids.items()
+        if grid
+    )
     trained = [
         name
         for index in pruned_layers(target, tasks)
@@ -102,7 +109,8 @@ def distill_module(
     ]
     masks = Masks({name: student.get_parameter(name).detach() != 0 for name in pruned})
     how, seed = recipe.distillation, recipe.calibration.seed
-    return learn(student, teacher, trained, masks, windows, how, seed, progress, saved)
+    with rounded.in_forwards():
+        return learn(student, teacher, trained, masks, windows, how, seed, progress, saved, rounded)
 
 
 def learn(
@@ -115,6 +123,7 @@ def learn(
     seed: int,
     progress: Progress,
     saved: Path | None = None,
+    rounded: RoundedWeights | None = None,
 ) -> dict[str, float]:
     """Train a smaller model, in place, to predict what the dense model predicts.
 
@@ -128,6 +137,7 @@ def learn(
         seed: seed of the order of the windows.
         progress: receives every step.
         saved: folder for the state of a resumed training; None saves nothing.
+        rounded: the student's matrices that stay on their grids; None for none.
 
     Returns:
         The mean loss over the first and over the last eighth of the steps. It is the divergence
@@ -153,6 +163,7 @@ def learn(
             masks,
             plan,
             saved=saved,
+            hooks=[rounded] if rounded and rounded.weights else [],
             progress=progress,
             trained=frozenset(trained),
             label="distilling",
@@ -166,13 +177,13 @@ def learn(
 
 
 def distills(recipe: PruneRecipe, target: Target, tasks: Tasks) -> bool:
-    """Whether the recipe distills, and the pruned weights leave something to repair."""
+    """Whether the recipe distills, and pruned or rounded weights leave something to repair."""
     return recipe.distillation.epochs > 0 and bool(pruned_layers(target, tasks))
 
 
 def pruned_layers(target: Target, tasks: Tasks) -> list[int]:
-    """The decoder layers with pruned weights. The others stay unchanged."""
-    names = [name for name, task in tasks.items() if task.sparsity > 0]
+    """The decoder layers with pruned or rounded weights. The others stay unchanged."""
+    names = [name for name, task in tasks.items() if task.changes]
     starts = [target.architecture.layer_name(i) + "." for i in range(len(target.layers))]
     return [i for i, start in enumerate(starts) if any(name.startswith(start) for name in names)]
 

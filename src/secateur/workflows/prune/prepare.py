@@ -126,9 +126,10 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
         refine=recipe.refine,
         **recipe.method_parameters,
     )
-    if method.solver.rounds and (recipe.reconstruction.passes or recipe.distillation.epochs):
+    solver, trains = method.solver, recipe.reconstruction.passes or recipe.distillation.epochs
+    if solver.rounds and not solver.grid and trains:
         raise RecipeError(
-            "tuning and distillation would move rounded weights off their grid",
+            "tuning and distillation would move int8 weights off their grid",
             remedy="leave out --tune-passes and --distill-epochs, or round afterwards: "
             "secateur compress DIR --values int8 --calibration TEXT",
         )

@@ -230,6 +230,10 @@ SCT_INLINE void bytes(const sct_matrix *m, const sct_input *in, int64_t begin, i
 SCT_ROWS(rows_bytes, bytes)
 
 static void expand(const sct_matrix *m, int64_t begin, int64_t end, void *tile) {
+    if (m->type == SCT_INT4) {
+        sct_expand_int4_avx2(m, begin, end, tile);
+        return;
+    }
     const int64_t width = m->words * 64;
     const int packed = m->mask != NULL;
     pthread_once(&once, fill_tables);
@@ -262,6 +266,6 @@ static void expand(const sct_matrix *m, int64_t begin, int64_t end, void *tile) 
 SCT_TARGET_END
 
 const sct_tier_code sct_code_avx2 = {
-    "avx2", {rows_floats, rows_pairs, rows_halves, rows_bytes}, NULL, expand, prepare_once,
-    attend, silu_times};
+    "avx2", {rows_floats, rows_pairs, rows_halves, rows_bytes, sct_rows_int4_avx2}, NULL, expand,
+    prepare_once, attend, silu_times};
 #endif

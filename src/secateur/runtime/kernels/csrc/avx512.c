@@ -9,22 +9,15 @@
 
 #include "internal.h"
 
+#include "avx512.inc"
+
 #define PAIR_BLOCK 32
 #define LANES 16
 #define SHIFTED 1
-#define BASE "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,f16c,bmi,bmi2"
-
-SCT_TARGET_BEGIN(BASE)
+SCT_TARGET_BEGIN(SCT_AVX512)
 
 #include "batches.inc"
 #include "vector_math.inc"
-
-/* A load that the compiler does not fold into vpexpand, whose memory form is slower. */
-SCT_INLINE __m512i load(const void *from) {
-    __m512i x = _mm512_loadu_si512(from);
-    __asm__("" : "+v"(x));
-    return x;
-}
 
 SCT_INLINE const uint64_t *mask_of(const sct_matrix *m, int64_t row) {
     return m->mask + row * m->words;
@@ -45,24 +38,6 @@ SCT_INLINE const uint16_t *two_bytes(const uint16_t *v, uint64_t kept, int packe
     e[1] = _mm512_maskz_expand_epi16((__mmask32)(kept >> 32),
                                      load(v + __builtin_popcount((uint32_t)kept)));
     return v + __builtin_popcountll(kept);
-}
-
-/* What is needed soon is asked for now: the processor's own prefetching stops at every page and
- * loses its way where two rows are read at once. Rows lie one after the other, so a fixed distance
- * serves narrow and wide ones. */
-#define AHEAD_BYTES 8192
-#define NEAR_BYTES 512
-#define MASK_AHEAD_WORDS 256
-
-SCT_INLINE void ask_for(const void *v) {
-    _mm_prefetch((const char *)v + AHEAD_BYTES, _MM_HINT_T0);
-}
-
-/* The same in two steps, for kernels so fast that the requests which the first cache can have
- * under way are too few: from far into the second cache, and from there when it is near. */
-SCT_INLINE void ask_in_steps(const void *v) {
-    _mm_prefetch((const char *)v + AHEAD_BYTES, _MM_HINT_T1);
-    _mm_prefetch((const char *)v + NEAR_BYTES, _MM_HINT_T0);
 }
 
 /* A line of the mask for each eight words. */
@@ -253,6 +228,10 @@ SCT_INLINE void store_integers(uint16_t *to, __m512i e) {
 }
 
 static void expand(const sct_matrix *m, int64_t begin, int64_t end, void *tile) {
+    if (m->type == SCT_INT4) {
+        sct_expand_int4_avx512(m, begin, end, tile);
+        return;
+    }
     const int64_t width = m->words * 64;
     const int packed = m->mask != NULL;
     for (int64_t row = begin; row < end; row++) {
@@ -286,7 +265,7 @@ static void expand(const sct_matrix *m, int64_t begin, int64_t end, void *tile) 
 }
 
 SCT_TARGET_END
-SCT_TARGET_BEGIN(BASE ",avx512bf16")
+SCT_TARGET_BEGIN(SCT_AVX512 ",avx512bf16")
 
 /* bfloat16 values and activations, two products for each 32 bits at once. Few activations: a row at
  * a time, with two sums that do not wait for each other. Many: two rows share each load of x, which
@@ -338,7 +317,7 @@ SCT_ROWS(rows_bfloats, bfloats)
 
 SCT_TARGET_END
 
-#define ROWS {rows_floats, rows_pairs, rows_halves, rows_bytes}
+#define ROWS {rows_floats, rows_pairs, rows_halves, rows_bytes, sct_rows_int4_avx512}
 
 const sct_tier_code sct_code_avx512 = {"avx512", ROWS, NULL, expand, prepare, attend, silu_times};
 const sct_tier_code sct_code_avx512bf16 = {"avx512bf16", ROWS,   rows_bfloats, expand,

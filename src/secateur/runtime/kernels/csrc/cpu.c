@@ -1,11 +1,45 @@
-/* What this processor can do. */
+/* What this processor can do: the best tier, or one that was asked for. */
 #include <string.h>
 
+#include "blocks.h"
 #include "internal.h"
+
+typedef struct {
+    const char *name;
+    const sct_tier_code *code;
+    const sct_blocks *blocks;
+} sct_tier_entry;
 
 int sct_abi(void) { return SCT_ABI; }
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+static const sct_tier_entry all[] = {
+#if defined(SCT_HAS_AMX)
+    {"amx", &sct_code_avx512bf16, &sct_blocks_amx},
+#endif
+    {"avx512bf16", &sct_code_avx512bf16, &sct_blocks_avx512},
+    {"avx512", &sct_code_avx512, &sct_blocks_avx512},
+    {"avx2", &sct_code_avx2, &sct_blocks_avx2},
+};
+
+/* Linux wants to be asked before the tiles are used: their state is large. */
+static int may_use_tiles(void) {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    const long request_permission = 0x1023, tile_data = 18;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    const int tiles = d >> 24 & 1, int8 = d >> 25 & 1;
+    return tiles && int8 && !syscall(SYS_arch_prctl, request_permission, tile_data);
+#else
+    return 0;
+#endif
+}
 
 static int can(const char *tier) {
     __builtin_cpu_init();
@@ -15,42 +49,36 @@ static int can(const char *tier) {
                  __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
     if (!strcmp(tier, "avx2")) return avx2;
     if (!strcmp(tier, "avx512")) return avx512;
-    return avx512 && __builtin_cpu_supports("avx512bf16");
-}
-
-static const sct_tier_code *const all[] = {&sct_code_avx512bf16, &sct_code_avx512, &sct_code_avx2};
-static const sct_tier_code *chosen;
-static int decided;
-
-int sct_use_tier(const char *tier) {
-    if (!strcmp(tier, "none")) {
-        chosen = NULL;
-        decided = 1;
-        return 0;
-    }
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (!strcmp(tier, all[i]->name) && can(tier)) {
-            chosen = all[i];
-            decided = 1;
-            return 0;
-        }
-    return -1;
-}
-
-const sct_tier_code *sct_code(void) {
-    for (size_t i = 0; !decided && i < sizeof all / sizeof *all; i++) sct_use_tier(all[i]->name);
-    decided = 1;
-    return chosen;
+    const int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    return strcmp(tier, "amx") ? bf16 : bf16 && may_use_tiles();
 }
 
 #else
 
-int sct_use_tier(const char *tier) { return strcmp(tier, "none") ? -1 : 0; }
-const sct_tier_code *sct_code(void) { return NULL; }
+static const sct_tier_entry all[] = {{NULL, NULL, NULL}};
+static int can(const char *tier) { (void)tier; return 0; }
 
 #endif
 
-const char *sct_tier(void) {
-    const sct_tier_code *code = sct_code();
-    return code ? code->name : "none";
+static const sct_tier_entry none = {"none", NULL, NULL};
+static const sct_tier_entry *chosen; /* NULL: not decided yet */
+
+int sct_use_tier(const char *tier) {
+    const sct_tier_entry *found = strcmp(tier, "none") ? NULL : &none;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (all[i].name && !strcmp(tier, all[i].name) && can(tier)) found = &all[i];
+    if (!found) return -1;
+    chosen = found;
+    return 0;
 }
+
+static const sct_tier_entry *active(void) {
+    for (size_t i = 0; !chosen && i < sizeof all / sizeof *all; i++)
+        if (all[i].name) sct_use_tier(all[i].name);
+    if (!chosen) chosen = &none;
+    return chosen;
+}
+
+const char *sct_tier(void) { return active()->name; }
+const sct_tier_code *sct_code(void) { return active()->code; }
+const sct_blocks *sct_blocks_code(void) { return active()->blocks; }

@@ -54,7 +54,7 @@ static void add_to(float *x, const float *bias, int64_t begin, int64_t end) {
 static void prepare(const sct_token *t, const sct_matrix *m, const float *x, char *memory,
                     sct_input *in, sct_rows **rows) {
     const sct_input_kind kind = sct_kind(t->code, m->type, (int)t->d->exact);
-    sct_input_place(in, memory, 1, m->words * 64, kind);
+    sct_input_place(in, memory, m, 1, kind);
     t->code->prepare(x, m->columns, in, 0, kind);
     *rows = sct_rows_for(t->code, m->type, kind);
 }
@@ -130,7 +130,8 @@ static void feed_forward(const sct_token *t, const sct_layer *layer, const float
     share(&layer->gate, thread, threads, &begin, &end);
     prepare(t, &layer->gate, normed, memory, &in, &rows);
     rows(&layer->gate, &in, begin, end, t->gate, layer->gate.rows);
-    if (layer->up.type != layer->gate.type) prepare(t, &layer->up, normed, memory, &in, &rows);
+    if (layer->up.type != layer->gate.type || layer->up.group != layer->gate.group)
+        prepare(t, &layer->up, normed, memory, &in, &rows);
     rows(&layer->up, &in, begin, end, t->up, layer->up.rows);
     t->code->silu_times(t->gate + begin, t->up + begin, end - begin);
     sct_barrier(threads);
@@ -175,7 +176,7 @@ int sct_decode(const sct_decoder *d, const float *hidden, int64_t position, floa
     const int64_t shared = padded(d->hidden) + 2 * padded(d->heads * d->head) +
                            2 * padded(d->kv_heads * d->head) + 2 * padded(d->intermediate);
     if (!t.code) return -1;
-    t.input_bytes = rounded(4 * (size_t)widest + 128);
+    t.input_bytes = rounded(4 * (size_t)widest + 512);
     const size_t wide_bytes = rounded(4 * (size_t)larger(widest, d->capacity));
     t.own_bytes = t.input_bytes + wide_bytes;
     size_t bytes = 4 * (size_t)shared + t.own_bytes * (size_t)sct_threads();

@@ -31,18 +31,21 @@ typedef enum {
     SCT_IN_PAIRS,   /* float32, in each block the even ones before the odd ones: a bfloat16 in the
                        upper or lower half of 32 bits becomes a float32 by one `and` or shift */
     SCT_IN_BFLOAT,  /* bfloat16 */
-    SCT_IN_BYTES    /* int8 with a scale for each 256 */
+    SCT_IN_BYTES,   /* int8 with a scale for each 256 */
+    SCT_IN_TURNED   /* the same in the order of the columns of int4 weights */
 } sct_input_kind;
 
 /* Activations of a batch, each padded with zeros to `padded` = words · 64. */
 typedef struct {
     int64_t batch, padded, blocks;
+    int64_t turned;  /* words in most blocks, where turned */
     float *floats;
     uint16_t *bfloats;
-    uint8_t *bytes;  /* x + 128, or |x|, as the tier wants it */
-    float *scales;   /* [batch, blocks], of bytes */
+    uint8_t *bytes;  /* x + 128, or |x|, as the tier wants it; turned: x, signed */
+    float *scales;   /* [batch, blocks], of bytes; turned: [batch, blocks, 16], by lanes */
     uint8_t *signs;  /* beside |x|: 0xff where x is negative, else 0 */
-    int32_t *excess; /* beside |x|: [batch, blocks, 16], Σ |x| where x is negative, by lanes */
+    int32_t *excess; /* [batch, blocks, 16], by lanes: beside |x|, Σ |x| where x is negative;
+                        turned: −8 Σ x, because weights are multiplied as q + 8 */
 } sct_input;
 
 typedef void sct_rows(const sct_matrix *, const sct_input *, int64_t begin, int64_t end, float *y,
@@ -55,7 +58,7 @@ typedef void sct_attention(const float *query, const void *keys, const void *val
 /* One instruction set. */
 typedef struct {
     const char *name;
-    sct_rows *rows[SCT_TYPES];  /* for float32 activations; [SCT_INT8] for bytes */
+    sct_rows *rows[SCT_TYPES];  /* for float32 activations; [SCT_INT8], [SCT_INT4] for bytes */
     sct_rows *rows_bfloat;      /* bfloat16 values, bfloat16 activations; NULL: none */
     sct_expander *expand;
     void (*prepare)(const float *x, int64_t columns, sct_input *in, int64_t b, sct_input_kind kind);
@@ -63,11 +66,14 @@ typedef struct {
     void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) · up */
 } sct_tier_code;
 
+SCT_HIDDEN sct_rows sct_rows_int4_avx512, sct_rows_int4_avx2;
+SCT_HIDDEN sct_expander sct_expand_int4_avx512, sct_expand_int4_avx2;
 SCT_HIDDEN extern const sct_tier_code sct_code_avx512bf16, sct_code_avx512, sct_code_avx2;
 SCT_HIDDEN const sct_tier_code *sct_code(void); /* NULL: none */
 
 SCT_INLINE sct_input_kind sct_kind(const sct_tier_code *code, int64_t type, int exact) {
     if (type == SCT_INT8) return SCT_IN_BYTES;
+    if (type == SCT_INT4) return SCT_IN_TURNED;
     if (type != SCT_BFLOAT16) return SCT_IN_NATURAL;
     return code->rows_bfloat && !exact ? SCT_IN_BFLOAT : SCT_IN_PAIRS;
 }
@@ -76,11 +82,20 @@ SCT_INLINE sct_rows *sct_rows_for(const sct_tier_code *code, int64_t type, sct_i
     return kind == SCT_IN_BFLOAT ? code->rows_bfloat : code->rows[type];
 }
 
-SCT_HIDDEN size_t sct_input_bytes(int64_t batch, int64_t padded, sct_input_kind kind);
-SCT_HIDDEN void sct_input_place(sct_input *in, void *memory, int64_t batch, int64_t padded,
-                                sct_input_kind kind);
+/* Memory for the activations of a matrix, and its use. */
+SCT_HIDDEN size_t sct_input_bytes(const sct_matrix *matrix, int64_t batch, sct_input_kind kind);
+SCT_HIDDEN void sct_input_place(sct_input *in, void *memory, const sct_matrix *matrix,
+                                int64_t batch, sct_input_kind kind);
 
-/* First row of part `part` of `parts`, so that all parts have about as many values. */
+/* Words in most blocks of an int4 row, and in the next block where `left` words are left. */
+SCT_INLINE int64_t sct_turned_words(int64_t group) { return group < 64 ? group / 4 : 16; }
+SCT_INLINE int64_t sct_next_block(int64_t words, int64_t left) {
+    while (words > left) words >>= 1;
+    return words;
+}
+
+/* First row of part `part` of `parts`, so that all parts have about as many values. Always even,
+ * because rows of int4 come in pairs. */
 SCT_HIDDEN int64_t sct_first_row(const sct_matrix *matrix, int64_t part, int64_t parts);
 
 /* Run `work` once on every thread of the pool, the calling one included. One call at a time. */

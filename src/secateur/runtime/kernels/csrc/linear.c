@@ -6,48 +6,59 @@
 
 static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static int64_t blocks_of(int64_t padded) {
-    return (padded + SCT_SCALED_WORDS * 64 - 1) / (SCT_SCALED_WORDS * 64);
+static int64_t blocks_of(const sct_matrix *m, sct_input_kind kind) {
+    if (kind != SCT_IN_TURNED) return (m->words + SCT_SCALED_WORDS - 1) / SCT_SCALED_WORDS;
+    const int64_t words = sct_turned_words(m->group);
+    return m->words / words + __builtin_popcountll((unsigned long long)(m->words % words));
 }
 
-size_t sct_input_bytes(int64_t batch, int64_t padded, sct_input_kind kind) {
-    size_t numbers = (size_t)batch * (size_t)padded;
+size_t sct_input_bytes(const sct_matrix *m, int64_t batch, sct_input_kind kind) {
+    const size_t numbers = (size_t)batch * (size_t)m->words * 64;
+    const size_t blocks = (size_t)(batch * blocks_of(m, kind));
     if (kind == SCT_IN_BFLOAT) return rounded(2 * numbers);
-    if (kind != SCT_IN_BYTES) return rounded(4 * numbers);
-    const size_t blocks = (size_t)(batch * blocks_of(padded));
-    return 2 * numbers + rounded(4 * blocks) + 64 * blocks;
+    if (kind == SCT_IN_BYTES) return 2 * numbers + rounded(4 * blocks) + 64 * blocks;
+    if (kind == SCT_IN_TURNED) return numbers + 2 * 64 * blocks;
+    return rounded(4 * numbers);
 }
 
-void sct_input_place(sct_input *in, void *memory, int64_t batch, int64_t padded,
+void sct_input_place(sct_input *in, void *memory, const sct_matrix *m, int64_t batch,
                      sct_input_kind kind) {
-    const size_t numbers = (size_t)batch * (size_t)padded;
     memset(in, 0, sizeof *in);
     in->batch = batch;
-    in->padded = padded;
-    in->blocks = blocks_of(padded);
+    in->padded = m->words * 64;
+    in->blocks = blocks_of(m, kind);
+    const size_t numbers = (size_t)(batch * in->padded), blocks = (size_t)(batch * in->blocks);
     if (kind == SCT_IN_BFLOAT) {
         in->bfloats = memory;
-    } else if (kind != SCT_IN_BYTES) {
-        in->floats = memory;
-    } else {
+    } else if (kind == SCT_IN_TURNED) {
+        in->turned = sct_turned_words(m->group);
+        in->bytes = memory;
+        in->scales = (float *)(in->bytes + numbers);
+        in->excess = (int32_t *)(in->scales + 16 * blocks);
+    } else if (kind == SCT_IN_BYTES) {
         in->bytes = memory;
         in->signs = in->bytes + numbers;
         in->scales = (float *)(in->signs + numbers);
-        in->excess = (int32_t *)((char *)in->scales + rounded(4 * (size_t)(batch * in->blocks)));
+        in->excess = (int32_t *)((char *)in->scales + rounded(4 * blocks));
+    } else {
+        in->floats = memory;
     }
 }
 
 int64_t sct_first_row(const sct_matrix *m, int64_t part, int64_t parts) {
-    if (!m->mask) return m->rows * part / parts;
-    int64_t wanted = m->offsets[m->rows] / parts * part, low = 0, high = m->rows;
     if (part == 0) return 0;
     if (part == parts) return m->rows;
-    while (low < high) { /* the first row that begins at or after the wanted value */
+    if (!m->mask) return m->rows * part / parts & ~(int64_t)1;
+    const int64_t together = m->type == SCT_INT4 ? 2 : 1;
+    int64_t low = 0, high = (m->rows + together - 1) / together;
+    const int64_t wanted = m->offsets[high] / parts * part;
+    while (low < high) { /* the first row or pair that begins at or after the wanted value */
         int64_t middle = (low + high) / 2;
         if (m->offsets[middle] < wanted) low = middle + 1;
         else high = middle;
     }
-    return low;
+    low *= together;
+    return low < m->rows ? low & ~(int64_t)1 : m->rows;
 }
 
 typedef struct {
@@ -83,12 +94,12 @@ int sct_linear(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_str
     if (!code) return -1;
     const int64_t padded = m->words * 64;
     const sct_input_kind kind = sct_kind(code, m->type, x_type == SCT_FLOAT32);
-    const size_t in_bytes = sct_input_bytes(batch, padded, kind);
+    const size_t in_bytes = sct_input_bytes(m, batch, kind);
     const size_t out_bytes = rounded(4 * (size_t)batch * (size_t)m->rows);
     char *scratch = aligned_alloc(64, in_bytes + out_bytes + rounded(4 * (size_t)padded));
     if (!scratch) return -1;
     sct_input in;
-    sct_input_place(&in, scratch, batch, padded, kind);
+    sct_input_place(&in, scratch, m, batch, kind);
     float *sums = (float *)(scratch + in_bytes), *row = (float *)(scratch + in_bytes + out_bytes);
     for (int64_t b = 0; b < batch; b++) {
         const float *from = (const float *)x + b * x_stride;

@@ -8,9 +8,9 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 1
+#define SCT_ABI 3
 
-typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_TYPES } sct_type;
+typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_TYPES } sct_type;
 
 /* A weight [rows, columns] = [out, in].
  *
@@ -18,19 +18,42 @@ typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_TYPES } sct
  * row. Dense (mask is NULL): `values` are all weights, rows `stride` apart, zero past the columns.
  * Both: `values` can be read for 64 bytes past its end, and a row's mask is `words` words long,
  * words = columns / 64 rounded up, with zeros past the columns.
+ *
+ * SCT_INT4 is laid out so that two rows are read at once and few scales are applied.
+ *
+ * Pairs of rows. Rows 2p and 2p + 1 share bytes: the even row has the lower four bits, the odd row
+ * the upper four, each a two's complement of -7 to 7. Dense: a pair has `stride` = words * 64
+ * bytes, one for each column. Bitmask: byte i of a pair has the i-th kept weights of both rows; the
+ * row that keeps fewer ends with zeros. The mask is [pairs, words, 2]: the words of both rows
+ * alternate. If there are an odd number of rows, the last one has a partner without weights.
+ *
+ * Order of columns. A row is cut into blocks of K = min(16, group / 4) words, and what is left into
+ * one of K / 2, one of K / 4, ... one of 1, where they fit. A block of k words is 16 runs of 4k
+ * columns, and word j of the block has columns 4j to 4j + 3 of every run. So each of 16 sums of
+ * four products stays in one group of columns for a whole block, and a block needs one conversion
+ * to float and one product with the scales. Mask and values both have this order.
+ *
+ * Scales. Group g of row r has the scale 2^(e + c / 16) * (1 + (c mod 16) / 16), where c is
+ * `scales`[r, g], e is `exponents`[r], and c / 16 is rounded down: in float32 the bits
+ * ((e + 127) << 23) + (c << 19). Both are there for an even number of rows, and 16 bytes can be
+ * read past the end of `scales`.
  */
 typedef struct {
     int64_t rows, columns, words, stride;
     int64_t type;
     const void *values;
     const uint64_t *mask;
-    const int64_t *offsets; /* [rows + 1], where each row's values begin; NULL if dense */
+    const int64_t *offsets; /* [rows + 1], where each row's values begin; of int4 [pairs + 1], where
+                               each pair's bytes begin; NULL if dense */
     const float *scale;     /* [rows], int8 only */
+    int64_t group;          /* 32, 64 or 128, int4 only, as the next two */
+    const uint8_t *scales;  /* [rows, columns / group rounded up] */
+    const int8_t *exponents; /* [rows] */
 } sct_matrix;
 
 #define SCT_MAX_BATCH 8
 
-/* What the processor can do, and what is used of it: "avx512bf16", "avx512", "avx2" or "none". */
+/* What the processor can do, and what is used of it: "amx", "avx512bf16", "avx512", "avx2" or "none". */
 int sct_abi(void);
 const char *sct_tier(void);
 int sct_use_tier(const char *tier); /* 0, or -1 if this processor cannot */
@@ -41,13 +64,20 @@ int sct_set_threads(int threads); /* what was really started */
 
 /* y[b, r] = Σ_c x[b, c] · W[r, c], 1 <= batch <= 8. x and y are both float32, or both bfloat16
  * (x_type), their rows `x_stride` and `y_stride` elements apart. float32 activations meet bfloat16
- * values in float32. Values of int8 meet activations that are rounded to int8 with one scale for
- * each 256 of them. Returns 0, or -1 if memory ran out or this tier has no kernel. */
+ * values in float32. Values of int8 and int4 meet activations that are rounded to int8 with one
+ * scale for each 256 of them. Returns 0, or -1 if memory ran out or this tier has no kernel. */
 int sct_linear(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
                int64_t y_stride, int64_t batch);
 
+/* The same for any number of tokens, for values of int8: activations are rounded as there, and
+ * blocks of the matrix are multiplied as integers. Returns 0, or -1 if memory ran out, this tier
+ * has no such kernel, or the values are of another type. */
+int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
+               int64_t y_stride, int64_t tokens);
+
 /* Rows [begin, end) as a dense tile [end - begin, words · 64]: values as they are, int8 as
- * bfloat16 integers without their scale. 0, or -1 if this tier has no kernel. */
+ * bfloat16 integers without their scale, int4 as bfloat16 with it, which is exact. Returns 0, or -1
+ * if this tier has no kernel. */
 int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, void *tile);
 
 /* A decoder of Llama's shape, and one token through it. */

@@ -1,0 +1,116 @@
+"""The grids to which a column sweep rounds: one scale for a row, or one for each group of it.
+
+A sweep holds the weight transposed, [in, out], and goes from its first column to its last. Both
+grids answer the same two calls: `begin` at each step of columns, `round` at each column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from secateur.quantization.groups import GroupGrid, Scales
+from secateur.quantization.int8 import LARGEST, grid_rows
+
+ROOM = 2.0
+"""By how much a scale may grow beyond that of the largest weight before the sweep."""
+
+__all__ = ["GroupColumns", "RowColumns", "SweepGrid"]
+
+
+@runtime_checkable
+class SweepGrid(Protocol):
+    """The grid of one matrix during a sweep."""
+
+    @property
+    def together(self) -> int:
+        """How many columns share a scale that is chosen during the sweep; 0 if none do."""
+        ...
+
+    def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
+        """Choose the scale of the group that begins at a column.
+
+        Args:
+            start: the number of its first column.
+            columns: its weights as they are now, float32 [together, out]; pruned ones are 0.
+            importance: of each column, float32 [together].
+        """
+        ...
+
+    def round(self, column: Tensor, index: int) -> Tensor:
+        """The nearest weights of the grid to column `index`, float32 [out]."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowColumns:
+    """int8 with one scale for each row, chosen before the sweep.
+
+    Attributes:
+        peak: the largest of each row, float32 [out]; the scale is this / 127.
+        column: where it is, int64 [out]; it stays there, as ±peak.
+    """
+
+    peak: Tensor
+    column: Tensor
+    together: int = 0
+
+    @staticmethod
+    def of(columns: Tensor) -> RowColumns:
+        """The grid of weights [in, out]."""
+        peak, column = columns.abs().max(dim=0)
+        return RowColumns(grid_rows(peak), column)
+
+    def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
+        """Nothing is chosen during the sweep."""
+
+    def round(self, column: Tensor, index: int) -> Tensor:
+        """A column [out], rounded."""
+        scale = self.peak / LARGEST
+        rounded = (column / scale).round_().clamp_(-LARGEST, LARGEST).mul_(scale)
+        return torch.where(self.column == index, self.peak.copysign(column), rounded)
+
+
+class GroupColumns:
+    """3 or 4 bits in groups; a scale is chosen when the sweep arrives at its group.
+
+    Args:
+        grid: bits and group.
+        columns: the weights before the sweep, float32 [in, out]. They set the exponents of rows.
+
+    Attributes:
+        scale: the scales, float32 [groups, out]; they are on the grid of scales.
+    """
+
+    def __init__(self, grid: GroupGrid, columns: Tensor) -> None:
+        self.grid = grid
+        peaks = [group.abs().amax(dim=0) for group in columns.split(grid.group)]
+        first = Scales.nearest(torch.stack(peaks, dim=1) / grid.largest * ROOM)
+        self.exponent = first.exponent
+        self.scale = first.values.t().contiguous()
+
+    @property
+    def together(self) -> int:
+        """The columns of a group."""
+        return self.grid.group
+
+    def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
+        """Choose the scale with the least error Σ_j h_j (w_j − s q_j)² in the group."""
+        found = self.grid.search(columns.t(), importance, self.exponent)
+        self.scale[start // self.together] = found.values[:, 0]
+
+    def round(self, column: Tensor, index: int) -> Tensor:
+        """A column [out], rounded."""
+        return self.rounded(column, self.scale[index // self.together])
+
+    def rounded(self, columns: Tensor, scale: Tensor) -> Tensor:
+        """Weights [..., out], rounded with scales [out]."""
+        largest = self.grid.largest
+        return (columns / scale).round_().clamp_(-largest, largest).mul_(scale)
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        """The nearest scales of the rows' grids of scales to positive numbers [out]."""
+        return Scales.nearest(scale[:, None], self.exponent).values[:, 0]

@@ -1,0 +1,183 @@
+/* int4 weights with AVX2. As q + 8 they have no sign, so vpmaddubsw takes them as they are, and eight
+ * of its sums of two products (at most 2 · 15 · 127 each) fit in 16 bits. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <pthread.h>
+
+#include "internal.h"
+
+static uint8_t places[256][8] __attribute__((aligned(64))); /* 0x80: zero */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void fill_table(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int place = 0, next = 0; place < 8; place++)
+            places[mask][place] = (uint8_t)(mask >> place & 1 ? next++ : 0x80);
+}
+
+SCT_TARGET_BEGIN("avx2,fma,f16c,popcnt,bmi,bmi2")
+
+#include "batches.inc"
+
+#define SUMS_IN_16_BITS 8
+#define AHEAD_BYTES 4096
+
+SCT_INLINE __m128i eight(const uint8_t **v, uint8_t kept) {
+    const __m128i raw = _mm_loadl_epi64((const __m128i *)*v);
+    *v += __builtin_popcount(kept);
+    return _mm_shuffle_epi8(raw, _mm_loadl_epi64((const __m128i *)places[kept]));
+}
+
+/* The next 32 bytes: of kept weights in their places, or as they are. */
+SCT_INLINE __m256i thirty_two(const uint8_t **v, uint32_t kept, const int packed) {
+    if (!packed) {
+        *v += 32;
+        return _mm256_loadu_si256((const __m256i *)(*v - 32));
+    }
+    __m128i a = eight(v, (uint8_t)kept), b = eight(v, (uint8_t)(kept >> 8));
+    __m128i c = eight(v, (uint8_t)(kept >> 16)), d = eight(v, (uint8_t)(kept >> 24));
+    return _mm256_set_m128i(_mm_unpacklo_epi64(c, d), _mm_unpacklo_epi64(a, b));
+}
+
+/* The halves of 32 bytes as q + 8. What is not kept is 0, and becomes 8 as well. */
+SCT_INLINE __m256i half_of(__m256i bytes, const int high) {
+    if (high) bytes = _mm256_srli_epi16(bytes, 4);
+    return _mm256_xor_si256(_mm256_and_si256(bytes, _mm256_set1_epi8(0x0f)), _mm256_set1_epi8(8));
+}
+
+static const uint8_t *one_word(const uint8_t *v, uint64_t kept, int packed, int high,
+                               int8_t out[64]) {
+    for (int h = 0; h < 2; h++) {
+        const __m256i e = half_of(thirty_two(&v, (uint32_t)(kept >> (32 * h)), packed), high);
+        _mm256_storeu_si256((__m256i *)(out + 32 * h), _mm256_sub_epi8(e, _mm256_set1_epi8(8)));
+    }
+    return v;
+}
+
+#include "int4.inc"
+
+SCT_INLINE float sum_of(__m256 x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* The scales of eight of 16 lanes. */
+SCT_INLINE __m256 scales_of(const uint8_t *codes, int together, int32_t exponent, const int h) {
+    const __m128i which = _mm_load_si128((const __m128i *)scale_of_lane[together]);
+    __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)codes), which);
+    if (h) bytes = _mm_srli_si128(bytes, 8);
+    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 19);
+    return _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(exponent)));
+}
+
+/* The sums of one block. Their halves of 8 lanes come one after the other in each word. */
+typedef struct {
+    __m256i of[2][2][SCT_MAX_BATCH]; /* by row, half, and activations */
+} sct_dots;
+
+/* Up to eight words of a block, added to its sums. */
+SCT_INLINE void words_at(const uint8_t **v, const uint64_t *mask, const uint8_t *x,
+                         int64_t padded, int64_t words, sct_dots *dots, const int B,
+                         const int packed, const int row, const int rows) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sums[2][2][SCT_MAX_BATCH];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++)
+        sums[0][0][b] = sums[0][1][b] = sums[1][0][b] = sums[1][1][b] = _mm256_setzero_si256();
+    for (int64_t j = 0; j < words; j++) {
+        _mm_prefetch((const char *)v[row] + AHEAD_BYTES, _MM_HINT_T0);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            __m256i both;
+            if (!packed) both = thirty_two(&v[0], 0, 0);
+#pragma GCC unroll 2
+            for (int r = row; r < row + rows; r++) {
+                if (packed) both = thirty_two(&v[r], (uint32_t)(mask[2 * j + r] >> (32 * h)), 1);
+                const __m256i e = half_of(both, r);
+#pragma GCC unroll 8
+                for (int b = 0; b < B; b++) {
+                    const void *at = x + b * padded + 64 * j + 32 * h;
+                    const __m256i products =
+                        _mm256_maddubs_epi16(e, _mm256_load_si256((const __m256i *)at));
+                    sums[r][h][b] = _mm256_add_epi16(sums[r][h][b], products);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 2
+    for (int r = row; r < row + rows; r++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++)
+#pragma GCC unroll 8
+            for (int b = 0; b < B; b++)
+                dots->of[r][h][b] = _mm256_add_epi32(dots->of[r][h][b],
+                                                     _mm256_madd_epi16(sums[r][h][b], ones));
+}
+
+SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, float *y,
+                        int64_t y_stride, const int B, const int packed) {
+    const uint8_t *v[2] = {bytes_of(m, pair, packed), bytes_of(m, pair, packed)};
+    const uint64_t *mask = masks_of(m, pair, packed);
+    const int64_t groups = groups_of(m);
+    const uint8_t *codes = m->scales + 2 * pair * groups, *x = in->bytes;
+    __m256 sum[2][SCT_MAX_BATCH];
+    sct_dots dots;
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) sum[0][b] = sum[1][b] = _mm256_setzero_ps();
+    for (int64_t w = 0, block = 0, k = in->turned; w < m->words; w += k, block++) {
+        k = sct_next_block(k, m->words - w);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++)
+            for (int h = 0; h < 2; h++) {
+                const int32_t *excess = in->excess + (b * in->blocks + block) * 16 + 8 * h;
+                dots.of[0][h][b] = dots.of[1][h][b] = _mm256_load_si256((const __m256i *)excess);
+            }
+        for (int64_t j = 0, few; j < k; j += few) {
+            few = k - j < SUMS_IN_16_BITS ? k - j : SUMS_IN_16_BITS;
+            words_at(v, mask, x, in->padded, few, &dots, B, packed, 0, 2);
+            x += 64 * few;
+            if (packed) mask += 2 * few;
+        }
+        const uint8_t *here = codes + 64 * w / m->group;
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++)
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                const __m256 scale = scales_of(here + r * groups, runs_together(m, 4 * k),
+                                               exponent_bits(m, 2 * pair + r), h);
+#pragma GCC unroll 8
+                for (int b = 0; b < B; b++) {
+                    const float *own = in->scales + (b * in->blocks + block) * 16 + 8 * h;
+                    const __m256 both = _mm256_mul_ps(scale, _mm256_load_ps(own));
+                    sum[r][b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots.of[r][h][b]), both,
+                                                sum[r][b]);
+                }
+            }
+    }
+    const int real = 2 * pair + 2 <= m->rows ? 2 : 1;
+    for (int r = 0; r < real; r++)
+        for (int b = 0; b < B; b++) y[b * y_stride + 2 * pair + r] = sum_of(sum[r][b]);
+}
+
+SCT_INLINE void pairs(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
+                      float *y, int64_t y_stride, const int B, const int packed) {
+    for (int64_t row = begin; row < end; row += 2)
+        pair_at(m, in, row / 2, y, y_stride, B, packed);
+}
+SCT_ROWS(rows, pairs)
+
+void sct_rows_int4_avx2(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
+                        float *y, int64_t y_stride) {
+    pthread_once(&once, fill_table);
+    rows(m, in, begin, end, y, y_stride);
+}
+
+void sct_expand_int4_avx2(const sct_matrix *m, int64_t begin, int64_t end, void *tile) {
+    pthread_once(&once, fill_table);
+    if (m->mask) expand_rows(m, begin, end, tile, 1);
+    else expand_rows(m, begin, end, tile, 0);
+}
+
+SCT_TARGET_END
+#endif

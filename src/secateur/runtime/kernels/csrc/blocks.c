@@ -1,0 +1,87 @@
+/* A linear for many tokens: activations rounded into panels, then rows block by block. */
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "blocks.h"
+
+static size_t rounded(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }
+static int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+typedef struct {
+    const sct_blocks *code;
+    const sct_matrix *matrix;
+    const void *x;
+    int64_t x_type, x_stride, group, rows; /* `rows` of a tile */
+    sct_panels panels;
+    sct_sink sink;
+    char *tiles;
+    size_t codes_bytes, starts_bytes, tile_bytes;
+    atomic_llong next_panel, next_row;
+} sct_prompt_job;
+
+/* Rows of a tile: what the cache holds, but some tiles for each thread. */
+static int64_t rows_of_tile(const sct_blocks *code, const sct_matrix *m, int threads) {
+    const int64_t fit = code->tile_bytes / (m->words * 64 * code->code_bytes);
+    const int64_t fair = up(m->rows, 4 * threads) / (4 * threads);
+    const int64_t rows = fit < fair ? fit / code->rows * code->rows : up(fair, code->rows);
+    return rows < code->rows ? code->rows : rows;
+}
+
+static void round_panels(void *context, int thread, int threads) {
+    sct_prompt_job *job = context;
+    (void)thread, (void)threads;
+    for (;;) {
+        const int64_t panel = atomic_fetch_add(&job->next_panel, 1);
+        if (panel >= job->panels.panels) return;
+        job->code->round(job->x, job->x_type, job->x_stride, job->matrix->columns, &job->panels,
+                         panel);
+    }
+}
+
+static void multiply_tiles(void *context, int thread, int threads) {
+    sct_prompt_job *job = context;
+    char *own = job->tiles + job->tile_bytes * (size_t)thread;
+    const int grouped = job->group < SCT_BLOCK;
+    sct_tile tile = {0, job->rows, job->matrix->words, job->group, own,
+                     (int32_t *)(own + job->codes_bytes),
+                     grouped ? (float *)(own + job->codes_bytes + job->starts_bytes) : NULL};
+    (void)threads;
+    if (job->code->begin) job->code->begin(job->group);
+    for (;;) {
+        const int64_t row = atomic_fetch_add(&job->next_row, job->rows);
+        if (row >= job->matrix->rows) break;
+        tile.rows = job->matrix->rows - row < job->rows ? job->matrix->rows - row : job->rows;
+        tile.padded_rows = up(tile.rows, job->code->rows);
+        job->code->expand(job->matrix, row, &tile);
+        job->code->multiply(&tile, &job->panels, row, &job->sink);
+    }
+    if (job->code->end) job->code->end();
+}
+
+int sct_prompt(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_stride, void *y,
+               int64_t y_stride, int64_t tokens) {
+    const sct_blocks *code = sct_blocks_code();
+    if (!code || m->type != SCT_INT8) return -1;
+    const int threads = sct_threads();
+    sct_prompt_job job = {.code = code, .matrix = m, .x = x, .x_type = x_type,
+                          .x_stride = x_stride, .group = SCT_BLOCK,
+                          .rows = rows_of_tile(code, m, threads),
+                          .sink = {y, x_type, y_stride, m->scale}};
+    const int64_t panels = (tokens + code->lanes - 1) / code->lanes, blocks = (m->words + 3) / 4;
+    const int64_t groups = (m->words * 64 + job.group - 1) / job.group;
+    job.panels = (sct_panels){tokens, panels, m->words, blocks, NULL, NULL};
+    job.codes_bytes = rounded(blocks * SCT_BLOCK * job.rows * code->code_bytes);
+    job.starts_bytes = rounded(4 * groups * job.rows);
+    job.tile_bytes = job.codes_bytes + 2 * job.starts_bytes;
+    const size_t bytes = rounded(panels * code->lanes * m->words * 64 * code->code_bytes);
+    const size_t scales = rounded(4 * panels * code->lanes * blocks);
+    char *memory = aligned_alloc(64, bytes + scales + job.tile_bytes * (size_t)threads);
+    if (!memory) return -1;
+    job.panels.bytes = memory;
+    job.panels.scales = (float *)(memory + bytes);
+    job.tiles = memory + bytes + scales;
+    sct_parallel(round_panels, &job);
+    sct_parallel(multiply_tiles, &job);
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,74 @@
+/* Products for many tokens: int8 blocks instead of rows. What blocks.c and the instruction sets
+ * share.
+ *
+ * Rows of the matrix are expanded once into a tile of int8 codes that stays in the second cache.
+ * Activations are rounded to int8 with a scale for each 256, as for few tokens, and interleaved: a
+ * panel has some tokens (`lanes`), and of each four columns. So a register of a panel times one
+ * broadcast of four codes gives sums for all its tokens, and a register of sums is a row of the
+ * tile times a panel.
+ */
+#ifndef SECATEUR_BLOCKS_H
+#define SECATEUR_BLOCKS_H
+
+#include "internal.h"
+
+#if defined(__x86_64__) && defined(__has_include)
+#if __has_include(<amxint8intrin.h>)
+#define SCT_HAS_AMX /* the compiler knows it */
+#endif
+#endif
+
+#define SCT_BLOCK 256 /* columns that share a scale of activations */
+
+/* Codes of some rows: of a block of columns after the other, [blocks][padded_rows][256]. What
+ * stands past the rows and past the columns is never read, or its sums are never stored. */
+typedef struct {
+    int64_t rows, padded_rows, words;
+    int64_t group;   /* columns that share a scale of the row: 256, unless the type has groups */
+    void *codes;     /* int8, or int16 where the tier multiplies those */
+    int32_t *starts; /* [words · 64 / group, rounded up][padded_rows]: what sums begin with */
+    float *scales;   /* the same shape: scales of the groups; NULL: the type has none */
+} sct_tile;
+
+/* Rounded activations: [panels][words · 16][lanes][4]. */
+typedef struct {
+    int64_t tokens, panels, words, blocks;
+    void *bytes;
+    float *scales; /* [panels][blocks][lanes] */
+} sct_panels;
+
+/* Where a unit finds its rows and one or two panels, from the first of `columns` that share a scale. */
+typedef struct {
+    const void *codes;     /* of the first row; SCT_BLOCK codes later the next */
+    const int32_t *starts; /* by row */
+    const float *scales;   /* by row, or NULL */
+    const char *panel[2];
+    const float *panel_scales[2]; /* by token */
+    int64_t columns, panels;
+} sct_places;
+
+/* Where sums go: y[token, row] = sum · row_scale[row]. */
+typedef struct {
+    void *y;
+    int64_t type, stride;
+    const float *row_scale; /* or NULL */
+} sct_sink;
+
+typedef struct {
+    int64_t lanes;      /* tokens of a panel */
+    int64_t rows;       /* the tile is padded to a multiple of them */
+    int64_t code_bytes; /* of a code in the tile, and of a rounded activation */
+    int64_t tile_bytes; /* of the cache that a tile should fill */
+    void (*round)(const void *x, int64_t x_type, int64_t x_stride, int64_t columns,
+                  sct_panels *panels, int64_t panel);
+    void (*expand)(const sct_matrix *matrix, int64_t begin, sct_tile *tile);
+    void (*multiply)(const sct_tile *tile, const sct_panels *panels, int64_t first_row,
+                     const sct_sink *sink);
+    void (*begin)(int64_t group); /* on each thread, before and after the products; or NULL */
+    void (*end)(void);
+} sct_blocks;
+
+SCT_HIDDEN extern const sct_blocks sct_blocks_amx, sct_blocks_avx512, sct_blocks_avx2;
+SCT_HIDDEN const sct_blocks *sct_blocks_code(void); /* NULL: none */
+
+#endif

@@ -1,0 +1,152 @@
+/* Products by blocks for AVX2: codes of 16 bits, two columns in each product of vpmaddwd.
+ *
+ * vpmaddubsw takes twice as many columns, but only for |x| with the sign moved to w, and its sums of
+ * 16 bits have to be widened: no fewer instructions for a product.
+ */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#include "blocks.h"
+
+#define CODE int16_t
+#define OFFSET 0
+#define PANEL_LANES 8
+#define UNIT_ROWS 4
+#define GROUP_ROWS 32
+#define GROUP_PANELS 4
+
+SCT_TARGET_BEGIN("avx2,fma,popcnt,bmi,bmi2")
+
+/* x[i][j] to x[j][i]. */
+SCT_INLINE void transpose(__m256i x[8]) {
+    __m256i a[8];
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) { /* within halves of a register: 4 × 4 */
+        const __m256i low = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+        const __m256i high = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+        const __m256i low_after = _mm256_unpacklo_epi32(x[i + 2], x[i + 3]);
+        const __m256i high_after = _mm256_unpackhi_epi32(x[i + 2], x[i + 3]);
+        a[i] = _mm256_unpacklo_epi64(low, low_after);
+        a[i + 1] = _mm256_unpackhi_epi64(low, low_after);
+        a[i + 2] = _mm256_unpacklo_epi64(high, high_after);
+        a[i + 3] = _mm256_unpackhi_epi64(high, high_after);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* halves among registers */
+        x[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+        x[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+    }
+}
+
+static void interleave(const uint32_t *from, int64_t count, uint32_t *to) {
+    for (int64_t at = 0; at < count; at += 8) {
+        __m256i x[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+            x[i] = _mm256_load_si256((const __m256i *)(from + i * SCT_BLOCK / 2 + at));
+        transpose(x);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) _mm256_store_si256((__m256i *)(to + (at + i) * 8), x[i]);
+    }
+}
+
+SCT_INLINE void store(const float *sums, int64_t pitch, int64_t row, int64_t rows, int64_t token,
+                      int64_t tokens, const sct_sink *sink) {
+    for (int64_t first = 0; first < rows; first += 8) {
+        const int64_t count = rows - first < 8 ? rows - first : 8;
+        float y[8][8] __attribute__((aligned(32)));
+        __m256i x[8];
+        for (int i = 0; i < 8; i++) {
+            const float scale = i < count ? sink->row_scale[row + first + i] : 0.0f;
+            const __m256 sum = _mm256_load_ps(sums + (first + i) * pitch);
+            x[i] = _mm256_castps_si256(_mm256_mul_ps(sum, _mm256_set1_ps(scale)));
+        }
+        transpose(x);
+        for (int i = 0; i < 8; i++) _mm256_store_si256((__m256i *)y[i], x[i]);
+        for (int64_t i = 0; i < tokens; i++) {
+            const int64_t to = (token + i) * sink->stride + row + first;
+            for (int64_t r = 0; r < count; r++) {
+                if (sink->type == SCT_BFLOAT16) ((uint16_t *)sink->y)[to + r] = sct_to_bfloat(y[i][r]);
+                else ((float *)sink->y)[to + r] = y[i][r];
+            }
+        }
+    }
+}
+
+SCT_INLINE __m256i two(const int16_t *codes) {
+    int32_t word;
+    memcpy(&word, codes, 4);
+    return _mm256_set1_epi32(word);
+}
+
+/* Lanes of 32 bits as gcc names them: with __m256i it copies and spills sums. */
+typedef int32_t sct_sums __attribute__((vector_size(32)));
+
+/* Sums of integers times the scales of tokens and of a row. */
+SCT_INLINE void add(sct_sums dots, const float *panel_scales, __m256 by, float *sums) {
+    const __m256 scale = _mm256_mul_ps(_mm256_load_ps(panel_scales), by);
+    const __m256 numbers = _mm256_cvtepi32_ps((__m256i)dots);
+    _mm256_store_ps(sums, _mm256_fmadd_ps(numbers, scale, _mm256_load_ps(sums)));
+}
+
+SCT_INLINE void unit_of(const sct_places *at, float *sums, int64_t pitch, const int P) {
+    sct_sums first[UNIT_ROWS], second[UNIT_ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < UNIT_ROWS; r++) first[r] = second[r] = (sct_sums){0};
+    for (int64_t k = 0; k < at->columns; k += 2) {
+        const __m256i x = _mm256_load_si256((const __m256i *)(at->panel[0] + 16 * k));
+        const __m256i other =
+            P == 2 ? _mm256_load_si256((const __m256i *)(at->panel[1] + 16 * k)) : x;
+#pragma GCC unroll 4
+        for (int r = 0; r < UNIT_ROWS; r++) {
+            const __m256i codes = two((const int16_t *)at->codes + r * SCT_BLOCK + k);
+            first[r] += (sct_sums)_mm256_madd_epi16(x, codes);
+            if (P == 2) second[r] += (sct_sums)_mm256_madd_epi16(other, codes);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < UNIT_ROWS; r++) {
+        const __m256 by = _mm256_set1_ps(at->scales ? at->scales[r] : 1.0f);
+        add(first[r], at->panel_scales[0], by, sums + r * pitch);
+        if (P == 2) add(second[r], at->panel_scales[1], by, sums + r * pitch + 8);
+    }
+}
+
+static void unit(const sct_places *at, float *sums, int64_t pitch) {
+    if (at->panels == 2) unit_of(at, sums, pitch, 2);
+    else unit_of(at, sums, pitch, 1);
+}
+
+/* Eight bytes where the mask has ones, zeros elsewhere. */
+SCT_INLINE __m128i eight_bytes(const int8_t *v, uint8_t kept) {
+    /* the places of ones: a byte of the mask spread over eight bytes picks from 0 … 7 */
+    const uint64_t lanes = _pdep_u64(kept, 0x0101010101010101ull) * 0xff;
+    uint64_t raw;
+    memcpy(&raw, v, 8);
+    return _mm_cvtsi64_si128((int64_t)_pdep_u64(raw, lanes));
+}
+
+static void expand(const sct_matrix *m, int64_t begin, sct_tile *tile) {
+    for (int64_t r = 0; r < tile->rows; r++) {
+        const int64_t row = begin + r, start = m->mask ? m->offsets[row] : row * m->stride;
+        const int8_t *v = (const int8_t *)m->values + start;
+        for (int64_t at = 0; at < m->words * 64; at += 8) {
+            const uint64_t word = m->mask ? m->mask[row * m->words + at / 64] : ~0ull;
+            const uint8_t kept = (uint8_t)(word >> (at & 63));
+            int16_t *to = (int16_t *)tile->codes +
+                          (at / SCT_BLOCK * tile->padded_rows + r) * SCT_BLOCK + at % SCT_BLOCK;
+            _mm_store_si128((__m128i *)to, _mm_cvtepi8_epi16(eight_bytes(v, kept)));
+            v += __builtin_popcount(kept);
+        }
+    }
+}
+
+#include "blocks.inc"
+
+SCT_TARGET_END
+
+const sct_blocks sct_blocks_avx2 = {
+    .lanes = PANEL_LANES, .rows = UNIT_ROWS, .code_bytes = sizeof(CODE), .tile_bytes = 256 * 1024,
+    .round = round_panel, .expand = expand, .multiply = multiply};
+#endif

@@ -1,0 +1,135 @@
+"""Rounding in groups, one weight after the other in float64 (GPTQ, SparseGPT, QuantEase)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from oracles.scores import damped_hessian
+from oracles.sparsegpt import select, selection_width
+
+SCALES = [math.ldexp(1 + step / 16, power) for power in range(-20, 6) for step in range(16)]
+"""All scales of five significant bits."""
+
+
+def nearest_scale(wanted: float) -> int:
+    """The place of the nearest scale."""
+    return min(range(len(SCALES)), key=lambda place: abs(SCALES[place] - wanted))
+
+
+def rounded(weight: float, scale: float, largest: int) -> float:
+    """The nearest of −largest … largest times the scale."""
+    return scale * max(-largest, min(largest, round(weight / scale)))
+
+
+def best_scale(weights: Tensor, importance: Tensor, largest: int) -> tuple[float, float]:
+    """The best of 26 scales, from 1.5 times the one that reaches the largest weight downwards.
+
+    Also by how much it is better than the next, as a share.
+    """
+    peak = float(weights.abs().max())
+    if peak == 0:
+        return 1.0, 1.0
+    top = nearest_scale(1.5 * peak / largest)
+    errors = {}
+    for scale in SCALES[top - 25 : top + 1]:
+        errors[scale] = sum(
+            float(h) * (float(w) - rounded(float(w), scale, largest)) ** 2
+            for w, h in zip(weights, importance, strict=True)
+        )
+    best, second = sorted(errors, key=errors.__getitem__)[:2]
+    return best, (errors[second] - errors[best]) / max(errors[second], 1e-30)
+
+
+def sweep(
+    weight: Tensor,
+    gram: Tensor,
+    bits: int,
+    group: int,
+    *,
+    mask: Tensor | None = None,
+    text: str = "unstructured",
+    scope: str | None = "layer",
+    sparsity: float = 0.5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rounded weight, its mask, and how far each row stays from a tie (of two integers, or of
+    two scales)."""
+    w, largest = weight.double().clone(), 2 ** (bits - 1) - 1
+    hessian, dead = damped_hessian(gram)
+    w[:, dead] = 0.0
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    diagonal = factor.diagonal()
+    kept = torch.ones(w.shape, dtype=torch.bool) if mask is None else mask.clone()
+    width = selection_width(text, 128)
+    scale = [1.0] * len(w)
+    clearance = torch.ones(len(w), dtype=torch.float64)
+    for i in range(w.shape[1]):
+        if mask is None and i % width == 0:
+            # what N:M groups later in the same group of scales would choose now counts there
+            stop = min(i + (max(width, group) if ":" in text else width), w.shape[1])
+            score = w[:, i:stop] ** 2 / diagonal[i:stop] ** 2
+            kept[:, i:stop] = select(text, scope, score, i, sparsity)
+        if i % group == 0:
+            span = slice(i, i + group)
+            for row in range(len(w)):
+                held = w[row, span] * kept[row, span]
+                scale[row], better = best_scale(held, diagonal[span] ** -2, largest)
+                clearance[row] = min(float(clearance[row]), better)
+        wanted = torch.zeros(len(w), dtype=torch.float64)
+        for row in range(len(w)):
+            if kept[row, i]:
+                wanted[row] = rounded(float(w[row, i]), scale[row], largest)
+                steps = float(w[row, i]) / scale[row]
+                if abs(steps) < largest:
+                    clearance[row] = min(float(clearance[row]), abs(steps % 1 - 0.5))
+        error = (w[:, i] - wanted) / diagonal[i]
+        w[:, i:] -= error[:, None] * factor[i, i:]
+        w[:, i] = wanted
+    return w, kept, clearance
+
+
+def descend(
+    x: Tensor,
+    target: Tensor,
+    scales: Tensor,
+    hessian: Tensor,
+    kept: Tensor,
+    bits: int,
+    group: int,
+    passes: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows x [out, in] after coordinate descent, and how far each stays from a tie of integers or
+    of scales."""
+    x, scales, largest = x.double().clone(), scales.double().clone(), 2 ** (bits - 1) - 1
+    clearance = torch.ones(len(x), dtype=torch.float64)
+    for row in range(len(x)):
+
+        def vertex(direction: Tensor, row: int = row) -> float:
+            """How far to go along a direction, for the least error."""
+            curvature = float(direction @ hessian @ direction)
+            return -float((x[row] - target[row]) @ hessian @ direction) / curvature
+
+        for _ in range(passes):
+            for start in range(0, x.shape[1], group):
+                s = float(scales[row, start // group])
+                codes = torch.zeros(x.shape[1], dtype=torch.float64)
+                codes[start : start + group] = x[row, start : start + group] / s
+                if codes.any() and s + vertex(codes) > 0:
+                    wanted = s + vertex(codes)
+                    s = SCALES[nearest_scale(wanted)]
+                    steps = (math.frexp(wanted)[0] * 32) % 1
+                    clearance[row] = min(float(clearance[row]), abs(steps - 0.5))
+                scales[row, start // group] = s
+                x[row, start : start + group] = s * codes[start : start + group].round()
+                for j in range(start, min(start + group, x.shape[1])):
+                    if kept[row, j]:
+                        axis = torch.zeros(x.shape[1], dtype=torch.float64)
+                        axis[j] = 1.0
+                        wanted = float(x[row, j]) + vertex(axis)
+                        x[row, j] = rounded(wanted, s, largest)
+                        if abs(wanted / s) < largest:
+                            near = abs(wanted / s % 1 - 0.5)
+                            clearance[row] = min(float(clearance[row]), near)
+    return x, clearance

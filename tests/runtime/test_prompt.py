@@ -1,0 +1,143 @@
+"""Products by blocks of integers against slow products, in every tier this processor has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from oracles.kernels import bitmask_product, rounded_to_bytes
+from runtime.kernel_examples import TIERS, example, using
+from secateur.errors import ShapeError
+from secateur.runtime.formats.bits import pack_bits
+from secateur.runtime.kernels import dispatch
+from secateur.runtime.kernels import library as lib
+from secateur.runtime.kernels.dispatch import by_kernel, by_tiles
+from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.prompt import by_blocks
+from secateur.runtime.linear import PackedLinear
+
+pytestmark = pytest.mark.skipif(
+    lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
+)
+
+TOKENS = (1, 9, 17, 63, 130)
+SHAPES = ((1, 1), (5, 7), (64, 64), (33, 130), (70, 577), (97, 1000))
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> str:
+    """Each tier in turn; the best one afterwards."""
+    with using(request.param):
+        yield request.param
+
+
+def whole_numbers(tokens: int, columns: int) -> Tensor:
+    """Activations that rounding does not change: integers, the largest of each 256 being 127."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randint(-127, 128, (tokens, columns), generator=generator).float()
+    x[:, ::256] = 127.0
+    return x
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sparsity", [None, 0.0, 0.5, 1.0])
+def test_sums_of_integers_are_exact(tier, shape, sparsity):
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
+    ones = torch.ones(shape[0])
+    if sparsity is None:
+        matrix = KernelMatrix(codes, scale=ones)
+    else:
+        mask = torch.rand(shape, generator=generator) >= sparsity
+        codes = codes * mask
+        matrix = KernelMatrix(codes[mask], bitmask=pack_bits(mask), scale=ones, columns=shape[1])
+    for tokens in TOKENS:
+        x = whole_numbers(tokens, shape[1])
+        wanted = x.long() @ codes.long().T
+        assert int(wanted.abs().max()) < 2**24  # float32 has all integers up to here
+        assert torch.equal(by_blocks(matrix, x).long(), wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_activations_are_rounded_as_for_few_tokens(tier, shape, sparsity):
+    matrix, dense = example(*shape, torch.int8, sparsity)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+        seen = rounded_to_bytes(x)
+        size = seen.abs() @ dense.abs().T + 1e-30  # sums may cancel
+        got = by_blocks(matrix, x)
+        assert float(((got - bitmask_product(seen, dense)).abs() / size).max()) < 2e-6
+        assert float(((got - by_kernel(matrix, x)).abs() / size).max()) < 2e-6
+
+
+def test_bfloat16_is_the_float32_answer_rounded(tier):
+    matrix, _ = example(70, 300, torch.int8, 0.5)
+    x = torch.randn(19, 300).bfloat16()
+    x[3, 5] = float("nan")
+    got, wanted = by_blocks(matrix, x), by_blocks(matrix, x.float()).bfloat16()
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
+def test_not_a_number_stays_in_its_token(tier):
+    matrix, _ = example(20, 70, torch.int8, 0.5)
+    x = torch.zeros(18, 70)
+    x[11, 3] = float("nan")
+    y = by_blocks(matrix, x)
+    assert y[11].isnan().all()
+    assert torch.equal(y[:11], torch.zeros(11, 20))
+    assert torch.equal(y[12:], torch.zeros(6, 20))
+
+
+def test_one_answer_whatever_the_threads(tier):
+    kernels = lib.library()
+    matrix, _ = example(301, 333, torch.int8, 0.5)
+    x = torch.randn(37, 333)
+    usual = kernels.sct_threads()
+    try:
+        answers = []
+        for threads in (1, 2, 3, 7):
+            assert kernels.sct_set_threads(threads) == threads
+            answers.append(by_blocks(matrix, x))
+        assert all(torch.equal(answers[0], other) for other in answers)
+    finally:
+        kernels.sct_set_threads(usual)
+
+
+def test_rows_of_a_wider_tensor_are_multiplied(tier):
+    matrix, _ = example(20, 70, torch.int8, None)
+    wide = torch.randn(12, 90)
+    assert torch.equal(by_blocks(matrix, wide[:, :70]), by_blocks(matrix, wide[:, :70].clone()))
+
+
+def test_what_does_not_fit_is_refused():
+    whole, _ = example(4, 70, torch.int8, None)
+    floats, _ = example(4, 70, torch.bfloat16, None)
+    for x in (torch.randn(9, 71), torch.randn(0, 70), torch.randn(9, 70).double()):
+        with pytest.raises(ShapeError):
+            by_blocks(whole, x)
+    with pytest.raises(ShapeError, match=r"values are torch\.bfloat16"):
+        by_blocks(floats, torch.randn(9, 70))
+
+
+def test_the_faster_way_for_many_tokens_is_chosen(monkeypatch):
+    """Blocks are an answer for integers only, and only where they were measured to be faster."""
+    whole, _ = example(64, 64, torch.int8, 0.5)
+    floats, _ = example(64, 64, torch.bfloat16, 0.5)
+    for first, second, faster in ((1.0, 2.0, True), (2.0, 1.0, False)):
+        monkeypatch.setattr(dispatch, "seconds", lambda *_, a=first, b=second: [a, b])
+        assert dispatch.blocks_win([whole], torch.float32) is faster
+        assert not dispatch.blocks_win([floats], torch.float32)
+
+
+def test_a_linear_takes_its_way_for_many_tokens():
+    matrix, _ = example(33, 130, torch.int8, 0.5)
+    linear = PackedLinear(matrix, kernel_up_to=4)
+    x = torch.randn(9, 130)
+    assert torch.equal(linear(x[:4]), by_kernel(matrix, x[:4]))
+    assert torch.equal(linear(x), by_blocks(matrix, x))
+    linear.blocks = False
+    assert torch.equal(linear(x), by_tiles(matrix, x))
