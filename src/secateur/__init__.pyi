@@ -100,7 +100,7 @@ def compress(
     progress: Progress | None = None,
     format: str | None = None,
     values: str | None = None,
-    group_size: Literal[32, 64, 128] | None = None,
+    group_size: int | None = None,
     max_loss_increase: float | None = None,
     embeddings: Literal["auto", "int8"] | None = None,
     archive: bool | None = None,
@@ -133,8 +133,8 @@ def compress(
         values: How to store the weights. auto stores float32 as bfloat16 and keeps other types.
             keep keeps every type and loses nothing. Or name a type: bfloat16, float16, float32,
             int8, int4, int3. [auto]
-        group_size: How many consecutive weights of a row share a scale in int4 and int3. Smaller
-            groups lose less and need 8 / SIZE bits more per weight. [64]
+        group_size: How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or
+            128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
         max_loss_increase: Let --values auto choose for each matrix: int4, int8 or the type of the
             source. The result is the smallest one found whose loss rises by at most so many nats
             per token, measured on calibration text (needs --calibration). [none]
@@ -438,7 +438,7 @@ def plan(
     micro_batch_tokens: int | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
-    compress_group_size: Literal[32, 64, 128] | None = None,
+    compress_group_size: int | None = None,
     compress_embeddings: Literal["auto", "int8"] | None = None,
 ) -> PlanResult:
     """Report what pruning `model` would need, without pruning it.
@@ -497,8 +497,8 @@ def plan(
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]
-        compress_group_size: How many consecutive weights of a row share a scale in int4 and int3.
-            [64]
+        compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
+            32, 64 or 128. [64]
         compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
 
     Raises:
@@ -550,7 +550,7 @@ def prune(
     output: str | Path | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
-    compress_group_size: Literal[32, 64, 128] | None = None,
+    compress_group_size: int | None = None,
     compress_embeddings: Literal["auto", "int8"] | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
@@ -615,8 +615,8 @@ def prune(
         output: Folder for the new model. It must not exist. [required]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]
-        compress_group_size: How many consecutive weights of a row share a scale in int4 and int3.
-            [64]
+        compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
+            32, 64 or 128. [64]
         compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. [off]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 import secateur
 from runtime.kernel_examples import TIERS
-from runtime.packed_examples import packed_folder
+from runtime.packed_examples import LAYOUTS, SMALL_GRIDS, packed_folder
 from runtime.test_hostile_files import DAMAGES, FORGERIES
 from secateur.errors import CheckpointError, KernelError
 from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.decode import Decoder
+from secateur.runtime.formats import Layout, formats
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.install import matrix_of
 from secateur.runtime.kernels import dispatch
@@ -24,12 +25,13 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels import matrix as matrices
 from secateur.runtime.kernels.dispatch import by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import by_blocks
+from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
 from secateur.runtime.packed import PackedCheckpoint
 
 SHAPES = ((1, 1), (2, 63), (5, 64), (3, 65), (33, 130), (7, 577), (4, 1000))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 HOSTILE_FILES = 200
+HOSTILE_BIT_STREAMS = 1000
 
 
 def tiers() -> Iterator[str]:
@@ -72,7 +74,7 @@ def multiply_in_all_ways(matrix: KernelMatrix) -> None:
             matrix.multiply(x)
     matrix.multiply(torch.zeros(1, matrix.columns))
     by_tiles(matrix, torch.randn(9, matrix.columns))
-    if matrix.dtype == torch.int8:
+    if takes_blocks(matrix):
         for tokens in (1, 9, 34):
             by_blocks(matrix, torch.randn(tokens, matrix.columns))
             by_blocks(matrix, torch.randn(tokens, matrix.columns).bfloat16())
@@ -114,11 +116,11 @@ def decoding(folder: Path) -> None:
                         decoder.step(7)
 
 
-def hostile(folder: Path) -> None:
-    """Forged files: what is not refused is multiplied."""
-    packed_folder(folder / "whole")
+def hostile(folder: Path, layouts: Mapping[str, Layout], files: int) -> None:
+    """Forged files: what is not refused is multiplied; int4 and int3 expand to what they are."""
+    packed_folder(folder / "whole", layouts=layouts)
     multiplied = 0
-    for seed in range(HOSTILE_FILES):
+    for seed in range(files):
         draw = random.Random(seed)
         shutil.copytree(folder / "whole", folder / "mutated")
         way = draw.choice(FORGERIES if draw.random() < 0.8 else DAMAGES)
@@ -126,15 +128,19 @@ def hostile(folder: Path) -> None:
         try:
             packed = PackedCheckpoint(folder / "mutated")
             for name, layout in packed.layouts.items():
-                matrix = matrix_of(packed.parts(name), layout)
+                parts = packed.parts(name)
+                matrix = matrix_of(parts, layout)
                 for _ in tiers():
                     matrix.multiply(torch.randn(3, matrix.columns))
-                    matrix.tile(0, matrix.rows)
+                    tile = matrix.tile(0, matrix.rows)
+                    if layout.grid is not None:
+                        expected = formats[layout.format].unpack(parts, layout)
+                        assert torch.equal(tile.float(), expected), (seed, name)
                 multiplied += 1
         except CheckpointError:
             pass
         shutil.rmtree(folder / "mutated")
-    assert multiplied > HOSTILE_FILES // 2, multiplied
+    assert multiplied > files // 2, multiplied
 
 
 def main(part: str, folder: Path) -> None:
@@ -148,8 +154,10 @@ def main(part: str, folder: Path) -> None:
         products()
     elif part == "decoding":
         decoding(folder)
+    elif part == "hostile":
+        hostile(folder, LAYOUTS, HOSTILE_FILES)
     else:
-        hostile(folder)
+        hostile(folder, SMALL_GRIDS, HOSTILE_BIT_STREAMS)
     print("came to the end")
 
 

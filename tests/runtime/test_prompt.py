@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from oracles.kernels import bitmask_product, rounded_to_bytes
-from runtime.kernel_examples import TIERS, example, using
+from runtime.kernel_examples import TIERS, example, example_of_codes, using
 from secateur.errors import ShapeError
+from secateur.quantization.groups import GROUPS
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import dispatch
 from secateur.runtime.kernels import library as lib
@@ -70,6 +71,19 @@ def test_activations_are_rounded_as_for_few_tokens(tier, shape, sparsity):
         got = by_blocks(matrix, x)
         assert float(((got - bitmask_product(seen, dense)).abs() / size).max()) < 2e-6
         assert float(((got - by_kernel(matrix, x)).abs() / size).max()) < 2e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_groups_have_their_scales(tier, shape, group, sparsity):
+    matrix, dense = example_of_codes(*shape, group, sparsity)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+        seen = rounded_to_bytes(x)
+        size = seen.abs() @ dense.abs().T + 1e-30
+        got = by_blocks(matrix, x)
+        assert float(((got - bitmask_product(seen, dense)).abs() / size).max()) < 2e-6
 
 
 def test_bfloat16_is_the_float32_answer_rounded(tier):

@@ -80,7 +80,7 @@ def assert_clean(done: subprocess.CompletedProcess[str]) -> None:
     assert "came to the end" in done.stdout
 
 
-@pytest.mark.parametrize("part", ["products", "decoding", "hostile"])
+@pytest.mark.parametrize("part", ["products", "decoding", "hostile", "bit streams"])
 def test_no_sanitizer_has_anything_to_say(part: str, environment, tmp_path: Path) -> None:
     assert_clean(sanitized(environment, part, tmp_path))
 

@@ -49,9 +49,10 @@ class WhatToCompress(Section):
         "types. keep keeps every type and loses nothing. Or name a type: bfloat16, float16, "
         "float32, int8, int4, int3.",
     )
-    group_size: Annotated[Literal[32, 64, 128] | None, Flag(default="64")] = Field(
+    group_size: Annotated[int | None, Flag(default="64")] = Field(
         None,
-        description="How many consecutive weights of a row share a scale in int4 and int3. "
+        description="How many consecutive weights of a row share a scale in int4 and int3: 32, 64 "
+        "or 128. "
         "Smaller groups lose less and need 8 / SIZE bits more per weight.",
     )
     max_loss_increase: Annotated[float | None, Flag(value="NATS", default="none")] = Field(

@@ -116,10 +116,10 @@ class Compress(Section):
         description="Also compress the result like `secateur compress --values VALUES`: auto, "
         "keep, bfloat16, float16, float32, int8, int4 or int3.",
     )
-    group_size: Annotated[
-        Literal[32, 64, 128] | None, Flag("compress_group_size", default="64")
-    ] = Field(
-        None, description="How many consecutive weights of a row share a scale in int4 and int3."
+    group_size: Annotated[int | None, Flag("compress_group_size", default="64")] = Field(
+        None,
+        description="How many consecutive weights of a row share a scale in int4 and int3: 32, 64 "
+        "or 128.",
     )
     embeddings: Annotated[Literal["auto", "int8"], Flag("compress_embeddings")] = Field(
         "auto", description="auto keeps embeddings and output head; int8 rounds them to int8."

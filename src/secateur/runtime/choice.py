@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
+from secateur.quantization.groups import GROUPS
 from secateur.registry import did_you_mean
 from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
 from secateur.runtime.formats.kept import kept_mask
@@ -69,6 +70,10 @@ def check_names(format: str, values: str, group: int | None = None) -> None:
     for kind, (name, names) in known.items():
         if name not in names:
             raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, names))
+    if group is not None and group not in GROUPS:
+        raise RecipeError(
+            f"there are no groups of {group}", remedy=f"use {', '.join(map(str, GROUPS))}"
+        )
     if group is not None and values not in GRID_BITS:
         raise RecipeError(
             f"a group size of {group} is for {' and '.join(GRID_BITS)}, but the values are "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur.errors import ShapeError
 from secateur.runtime.kernels.dispatch import by_kernel, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import BLOCK_DTYPES, by_blocks
+from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
 
 __all__ = ["PackedEmbedding", "PackedLinear"]
 
@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
         self.matrix = matrix
         self.in_features, self.out_features = matrix.columns, matrix.rows
         self.kernel_up_to = kernel_up_to
-        self.blocks = matrix.dtype in BLOCK_DTYPES
+        self.blocks = takes_blocks(matrix)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.number = next(_numbers)
         _linears[self.number] = self

@@ -98,6 +98,12 @@ def prune_recipe(
         overwrite: replace an existing output folder.
     """
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
+    idle = sorted(recipe.compress.model_fields_set - {"values"})
+    if recipe.compress.values is None and idle:
+        raise RecipeError(
+            f"compress.{idle[0]} is about compression, and the result is not compressed",
+            remedy="add --compress VALUES, or leave it out",
+        )
     if recipe.compress.values is None:
         return run_recipe(recipe, progress, **call)
     output = run_chain(chain_of(recipe), progress, **call).output

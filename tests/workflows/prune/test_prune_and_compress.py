@@ -88,6 +88,15 @@ def test_the_command_shows_both_in_json(place: Path, secateur) -> None:
     assert found["result"]["decoder_sparsity"] == 0.5
     assert found["compression"]["file_bytes"] < found["result"]["file_bytes"]
     assert found["output"].endswith("out")
+    for wrong, why in (
+        (("--compress-group-size", "32"), "compress.group_size is about compression"),
+        (("--compress", "int8", "--compress-group-size", "32"), "for int4 and int3"),
+    ):
+        done = secateur(
+            "prune", "m", "--method", "magnitude", "--sparsity", "0.5", "-o", "other", *wrong
+        )
+        assert done.code == 2
+        assert why in done.err
     wrong = secateur("prune", "m", "--sparsity", "0.5", "--compress", "int2", "-o", "other")
     assert wrong.code == 2
     assert "compress.values" in wrong.err

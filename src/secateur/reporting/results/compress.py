@@ -184,9 +184,9 @@ def allowed(chosen: dict[str, Any]) -> str:
 
 
 def stored_as(layout: Mapping[str, Any]) -> str:
-    """How a layout stores a matrix, in a few words: `2:4 int4, groups of 64`."""
+    """How a layout stores a matrix, in a few words: `2:4 int4 g64` has groups of 64."""
     kind = f"{layout.get('pattern', layout['format'])} {layout['values']}"
-    return f"{kind}, groups of {layout['group']}" if "group" in layout else kind
+    return f"{kind} g{layout['group']}" if "group" in layout else kind
 
 
 def counts(record: dict[str, Any]) -> FormatTotals:

@@ -3,7 +3,7 @@
 | way    | what it does                                                        |
 |--------|---------------------------------------------------------------------|
 | kernel | our kernel on the stored matrix, eight tokens at a time             |
-| blocks | our product of integers, block by block (`prompt.py`); int8 values only |
+| blocks | our product of integers, block by block (`prompt.py`); integers only |
 | tile   | a tile of the matrix is expanded and torch multiplies it, then the next |
 
 The kernel reads less, the others compute faster; so they win for many tokens. If for one token
@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import BLOCK_DTYPES, by_blocks
+from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
 
 __all__ = ["KernelChoice", "by_kernel", "by_tiles", "choose", "kind_of"]
 
@@ -99,7 +99,7 @@ def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoic
 
 def blocks_win(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> bool:
     """Whether blocks are possible, and faster than tiles for `MANY_TOKENS`."""
-    if matrices[0].dtype not in BLOCK_DTYPES:
+    if not takes_blocks(matrices[0]):
         return False
     x = torch.randn(MANY_TOKENS, matrices[0].columns).to(dtype)
     blocks, tiles = seconds(

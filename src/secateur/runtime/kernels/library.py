@@ -32,7 +32,7 @@ __all__ = [
     "use_tier",
 ]
 
-ABI = 3
+ABI = 4
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
@@ -115,7 +115,8 @@ class KernelInfo:
     """The kernels that multiply packed matrices on this machine.
 
     Args:
-        tier: `amx`, `avx512bf16`, `avx512`, `avx2`, or `none`: expanded when loaded, and no gain.
+        tier: `amx`, `avx512bf16`, `avx512`, `avx2`, `neon-i8mm`, `neon`, or `none`: matrices are
+            expanded when loaded, and there is no gain.
         threads: of the pool of the kernels; 0 without kernels.
         reason: why the tier is `none`, and what to do; empty otherwise.
     """
@@ -195,7 +196,7 @@ def kernel_info() -> KernelInfo:
             "secateur again",
         )
     tier = loaded.sct_tier().decode()
-    reason = "" if tier != "none" else "this processor has neither AVX2 nor AVX-512 with VBMI2"
+    reason = "" if tier != "none" else "this processor has neither AVX2 nor NEON with dot products"
     return KernelInfo(tier, loaded.sct_threads(), reason)
 
 

@@ -11,17 +11,19 @@ from secateur.errors import ShapeError
 from secateur.runtime.kernels.library import TYPES
 from secateur.runtime.kernels.matrix import KernelMatrix, kernels, no_kernel
 
-__all__ = ["BLOCK_DTYPES", "by_blocks"]
+__all__ = ["by_blocks", "takes_blocks"]
 
-BLOCK_DTYPES = (torch.int8,)
-"""Types of values that are multiplied by blocks; torch multiplies tiles of the others."""
+
+def takes_blocks(matrix: KernelMatrix) -> bool:
+    """Whether its values are integers; torch multiplies tiles of the others."""
+    return matrix.dtype == torch.int8 or matrix.group is not None
 
 
 def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
-    """The product x · Wᵀ for int8 values, with x rounded to int8 with one scale per 256 entries.
+    """The product x · Wᵀ of integer values, with x rounded to int8 with one scale per 256 entries.
 
     Args:
-        matrix: W [out, in], with values of `BLOCK_DTYPES`.
+        matrix: W [out, in], of int8 or in groups of 4 bits.
         x: [tokens, in], any number of tokens, float32 or bfloat16.
 
     Returns:
@@ -35,8 +37,8 @@ def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
         raise ShapeError(
             f"x of shape {tuple(x.shape)} on {x.device}, for rows of {matrix.columns} on the cpu"
         )
-    if x.dtype not in (torch.float32, torch.bfloat16) or matrix.dtype not in BLOCK_DTYPES:
-        raise ShapeError(f"x is {x.dtype} and values are {matrix.dtype}; blocks multiply int8")
+    if x.dtype not in (torch.float32, torch.bfloat16) or not takes_blocks(matrix):
+        raise ShapeError(f"x is {x.dtype} and values are {matrix.dtype}; blocks need integers")
     x = x.contiguous()
     y = torch.empty(len(x), matrix.rows, dtype=x.dtype)
     status = kernels().sct_prompt(

@@ -4,7 +4,7 @@
 #include <immintrin.h>
 #include <pthread.h>
 
-#include "internal.h"
+#include "blocks.h"
 
 static uint8_t places[256][8] __attribute__((aligned(64))); /* 0x80: zero */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -55,6 +55,17 @@ static const uint8_t *one_word(const uint8_t *v, uint64_t kept, int packed, int 
 }
 
 #include "int4.inc"
+
+const uint8_t *sct_word_avx2(const uint8_t *v, uint64_t kept, int packed, int high,
+                             int8_t out[64]) {
+    pthread_once(&once, fill_table);
+    return one_word(v, kept, packed, high, out);
+}
+
+const uint8_t *sct_places_avx2(void) {
+    pthread_once(&once, fill_table);
+    return places[0];
+}
 
 SCT_INLINE float sum_of(__m256 x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

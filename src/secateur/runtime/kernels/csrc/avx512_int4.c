@@ -3,7 +3,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "internal.h"
+#include "blocks.h"
 
 #include "avx512.inc"
 
@@ -31,6 +31,11 @@ static const uint8_t *one_word(const uint8_t *v, uint64_t kept, int packed, int 
 }
 
 #include "int4.inc"
+
+const uint8_t *sct_word_avx512(const uint8_t *v, uint64_t kept, int packed, int high,
+                               int8_t out[64]) {
+    return one_word(v, kept, packed, high, out);
+}
 
 /* The scales of 16 lanes, without the exponent of the row. */
 SCT_INLINE __m512 scales_of(const uint8_t *codes, int together, int32_t exponent) {

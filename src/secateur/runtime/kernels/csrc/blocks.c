@@ -61,10 +61,11 @@ static void multiply_tiles(void *context, int thread, int threads) {
 int sct_prompt(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_stride, void *y,
                int64_t y_stride, int64_t tokens) {
     const sct_blocks *code = sct_blocks_code();
-    if (!code || m->type != SCT_INT8) return -1;
+    if (!code || (m->type != SCT_INT8 && m->type != SCT_INT4)) return -1;
     const int threads = sct_threads();
     sct_prompt_job job = {.code = code, .matrix = m, .x = x, .x_type = x_type,
-                          .x_stride = x_stride, .group = SCT_BLOCK,
+                          .x_stride = x_stride,
+                          .group = m->type == SCT_INT4 ? m->group : SCT_BLOCK,
                           .rows = rows_of_tile(code, m, threads),
                           .sink = {y, x_type, y_stride, m->scale}};
     const int64_t panels = (tokens + code->lanes - 1) / code->lanes, blocks = (m->words + 3) / 4;

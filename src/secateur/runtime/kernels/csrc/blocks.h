@@ -69,6 +69,16 @@ typedef struct {
 } sct_blocks;
 
 SCT_HIDDEN extern const sct_blocks sct_blocks_amx, sct_blocks_avx512, sct_blocks_avx2;
+SCT_HIDDEN extern const sct_blocks sct_blocks_i8mm, sct_blocks_neon;
 SCT_HIDDEN const sct_blocks *sct_blocks_code(void); /* NULL: none */
+
+/* The next 64 codes of one row of int4, in the order of the layout; returns what comes after them. */
+typedef const uint8_t *sct_word(const uint8_t *v, uint64_t kept, int packed, int high,
+                                int8_t out[64]);
+SCT_HIDDEN sct_word sct_word_avx512, sct_word_avx2;
+
+/* For each mask of eight bits, from which of the next bytes each of eight places is filled; 0x80:
+ * from none. [256][8] */
+SCT_HIDDEN const uint8_t *sct_places_avx2(void);
 
 #endif

@@ -58,7 +58,7 @@ SCT_INLINE void store(const float *sums, int64_t pitch, int64_t row, int64_t row
         float y[8][8] __attribute__((aligned(32)));
         __m256i x[8];
         for (int i = 0; i < 8; i++) {
-            const float scale = i < count ? sink->row_scale[row + first + i] : 0.0f;
+            const float scale = i >= count ? 0.0f : sink->row_scale ? sink->row_scale[row + first + i] : 1.0f;
             const __m256 sum = _mm256_load_ps(sums + (first + i) * pitch);
             x[i] = _mm256_castps_si256(_mm256_mul_ps(sum, _mm256_set1_ps(scale)));
         }
@@ -118,16 +118,8 @@ static void unit(const sct_places *at, float *sums, int64_t pitch) {
     else unit_of(at, sums, pitch, 1);
 }
 
-/* Eight bytes where the mask has ones, zeros elsewhere. */
-SCT_INLINE __m128i eight_bytes(const int8_t *v, uint8_t kept) {
-    /* the places of ones: a byte of the mask spread over eight bytes picks from 0 … 7 */
-    const uint64_t lanes = _pdep_u64(kept, 0x0101010101010101ull) * 0xff;
-    uint64_t raw;
-    memcpy(&raw, v, 8);
-    return _mm_cvtsi64_si128((int64_t)_pdep_u64(raw, lanes));
-}
-
-static void expand(const sct_matrix *m, int64_t begin, sct_tile *tile) {
+static void expand_bytes(const sct_matrix *m, int64_t begin, sct_tile *tile) {
+    const uint8_t *places = sct_places_avx2();
     for (int64_t r = 0; r < tile->rows; r++) {
         const int64_t row = begin + r, start = m->mask ? m->offsets[row] : row * m->stride;
         const int8_t *v = (const int8_t *)m->values + start;
@@ -136,12 +128,17 @@ static void expand(const sct_matrix *m, int64_t begin, sct_tile *tile) {
             const uint8_t kept = (uint8_t)(word >> (at & 63));
             int16_t *to = (int16_t *)tile->codes +
                           (at / SCT_BLOCK * tile->padded_rows + r) * SCT_BLOCK + at % SCT_BLOCK;
-            _mm_store_si128((__m128i *)to, _mm_cvtepi8_epi16(eight_bytes(v, kept)));
+            const __m128i raw = _mm_loadl_epi64((const __m128i *)v);
+            const __m128i from = _mm_loadl_epi64((const __m128i *)(places + 8 * kept));
+            _mm_store_si128((__m128i *)to, _mm_cvtepi8_epi16(_mm_shuffle_epi8(raw, from)));
             v += __builtin_popcount(kept);
         }
     }
 }
 
+#define one_word sct_word_avx2
+#include "blocks_untwist.inc"
+#include "blocks_int4.inc"
 #include "blocks.inc"
 
 SCT_TARGET_END

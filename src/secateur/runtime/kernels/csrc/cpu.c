@@ -53,6 +53,28 @@ static int can(const char *tier) {
     return strcmp(tier, "amx") ? bf16 : bf16 && may_use_tiles();
 }
 
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+static const sct_tier_entry all[] = {
+    {"neon-i8mm", &sct_code_neon, &sct_blocks_i8mm},
+    {"neon", &sct_code_neon, &sct_blocks_neon},
+};
+
+static int can(const char *tier) {
+#if defined(__linux__)
+    const unsigned long dot_product = 1ul << 20, i8mm = 1ul << 13; /* HWCAP_ASIMDDP, HWCAP2_I8MM */
+    const int dots = !!(getauxval(AT_HWCAP) & dot_product);
+    return strcmp(tier, "neon") ? dots && getauxval(AT_HWCAP2) & i8mm : dots;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return !strcmp(tier, "neon"); /* what the library was compiled for */
+#else
+    return (void)tier, 0;
+#endif
+}
+
 #else
 
 static const sct_tier_entry all[] = {{NULL, NULL, NULL}};

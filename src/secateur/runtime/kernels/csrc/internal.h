@@ -68,7 +68,8 @@ typedef struct {
 
 SCT_HIDDEN sct_rows sct_rows_int4_avx512, sct_rows_int4_avx2;
 SCT_HIDDEN sct_expander sct_expand_int4_avx512, sct_expand_int4_avx2;
-SCT_HIDDEN extern const sct_tier_code sct_code_avx512bf16, sct_code_avx512, sct_code_avx2;
+SCT_HIDDEN extern const sct_tier_code sct_code_avx512bf16, sct_code_avx512, sct_code_avx2,
+    sct_code_neon;
 SCT_HIDDEN const sct_tier_code *sct_code(void); /* NULL: none */
 
 SCT_INLINE sct_input_kind sct_kind(const sct_tier_code *code, int64_t type, int exact) {

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 3
+#define SCT_ABI 4
 
 typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_TYPES } sct_type;
 
@@ -69,7 +69,8 @@ int sct_set_threads(int threads); /* what was really started */
 int sct_linear(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
                int64_t y_stride, int64_t batch);
 
-/* The same for any number of tokens, for values of int8: activations are rounded as there, and
+/* The same for any number of tokens, for values of int8 and int4: activations are rounded as there,
+ * and
  * blocks of the matrix are multiplied as integers. Returns 0, or -1 if memory ran out, this tier
  * has no such kernel, or the values are of another type. */
 int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,

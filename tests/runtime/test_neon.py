@@ -1,0 +1,202 @@
+"""The kernels for NEON, built by a cross compiler and run by an emulator (qemu-user).
+
+What is tested is that numbers are right. An emulator says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import secateur
+from oracles.kernels import bitmask_product, rounded_to_bytes
+from runtime.kernel_examples import example, example_of_codes
+from secateur.quantization.groups import GROUPS
+from secateur.runtime.kernels.library import TYPES
+from secateur.runtime.kernels.matrix import KernelMatrix
+
+COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        COMPILER is None or EMULATOR is None,
+        reason="needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, "
+        "libc6-dev-arm64-cross, qemu-user)",
+    ),
+]
+
+CSRC = Path(secateur.__file__).parent / "runtime" / "kernels" / "csrc"
+LINEAR, PROMPT, EXPAND, ATTEND, SILU = range(5)
+TIERS = ("neon-i8mm", "neon")
+SHAPES = ((1, 1), (5, 64), (7, 577), (40, 1000))
+VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+Run = Callable[[bytes], bytes]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All sources of the library and `kernel_program.c`, for aarch64."""
+    built = tmp_path_factory.mktemp("neon") / "program"
+    sources = [*sorted(CSRC.glob("*.c")), Path(__file__).with_name("kernel_program.c")]
+    command = [
+        str(COMPILER), "-static", "-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math",
+        "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{CSRC}", "-o", str(built),
+        *map(str, sources), "-lpthread", "-lm",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return built
+
+
+@pytest.fixture(params=TIERS)
+def run(request: pytest.FixtureRequest, program: Path, tmp_path: Path) -> Run:
+    """Runs commands with a tier; returns the output."""
+
+    def of(commands: bytes) -> bytes:
+        (tmp_path / "input").write_bytes(commands)
+        files = [str(tmp_path / "input"), str(tmp_path / "output")]
+        command = [str(EMULATOR), "-cpu", "max", str(program), request.param, *files]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (done.returncode, done.stderr)
+        return (tmp_path / "output").read_bytes()
+
+    return of
+
+
+def numbers(*values: int) -> bytes:
+    """As the program reads them."""
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+def array(tensor: Tensor | None) -> bytes:
+    """A tensor, with what stands behind it in its memory."""
+    if tensor is None:
+        return numbers(0)
+    storage = tensor.untyped_storage()
+    size = storage.nbytes() - tensor.storage_offset() * tensor.element_size()
+    return numbers(size) + ctypes.string_at(tensor.data_ptr(), size)
+
+
+def described(matrix: KernelMatrix) -> bytes:
+    """A matrix, field by field."""
+    c, scales = matrix.c, matrix.scales
+    parts = (matrix.values, matrix.mask, matrix.offsets, matrix.scale)
+    groups = (None, None) if scales is None else (scales.code, scales.exponent)
+    head = numbers(c.rows, c.columns, c.words, c.stride, c.type, c.group)
+    return head + b"".join(array(part) for part in (*parts, *groups))
+
+
+def product(command: int, matrix: KernelMatrix, x: Tensor) -> bytes:
+    """A command to multiply."""
+    return numbers(command) + described(matrix) + numbers(TYPES[x.dtype], len(x)) + array(x.clone())
+
+
+def tensor(told: bytes, dtype: torch.dtype) -> Tensor:
+    """What the program wrote."""
+    return torch.frombuffer(bytearray(told), dtype=dtype)
+
+
+def matrices(shape: tuple[int, int], sparsity: float | None) -> list[tuple[KernelMatrix, Tensor]]:
+    """One of every kind of values, each with the same in float64."""
+    found = [example(*shape, values, sparsity) for values in VALUES]
+    return found + [example_of_codes(*shape, group, sparsity) for group in GROUPS]
+
+
+def integers(matrix: KernelMatrix) -> bool:
+    """Whether activations are rounded for it."""
+    return matrix.dtype == torch.int8 or matrix.group is not None
+
+
+def assert_products(run: Run, asked: list[tuple[int, KernelMatrix, Tensor, Tensor]]) -> None:
+    """Commands, matrices, the same dense, activations: all products are right."""
+    told = run(b"".join(product(command, matrix, x) for command, matrix, _, x in asked))
+    for _, matrix, dense, x in asked:
+        size = len(x) * matrix.rows * x.element_size()
+        got = tensor(told[:size], x.dtype).view(len(x), matrix.rows).double()
+        told = told[size:]
+        seen = rounded_to_bytes(x.float()) if integers(matrix) else x.double()
+        error = (got - bitmask_product(seen, dense)).abs()
+        limit = 2e-6 if x.dtype == torch.float32 else 5e-3
+        assert float((error / (seen.abs() @ dense.abs().T + 1e-30)).max()) < limit
+    assert not told
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sparsity", [None, 0.0, 0.5, 0.95])
+def test_products_of_few_tokens(run: Run, shape, sparsity) -> None:
+    asked = []
+    for matrix, dense in matrices(shape, sparsity):
+        for batch in range(1, 9):
+            x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
+            asked += [(LINEAR, matrix, dense, x), (LINEAR, matrix, dense, x.bfloat16())]
+    assert_products(run, asked)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_products_of_prompts(run: Run, shape, sparsity) -> None:
+    asked = []
+    for matrix, dense in matrices(shape, sparsity):
+        if not integers(matrix):
+            continue
+        for tokens in (1, 9, 17, 63):
+            x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+            asked += [(PROMPT, matrix, dense, x), (PROMPT, matrix, dense, x.bfloat16())]
+    assert_products(run, asked)
+
+
+def test_tiles_are_the_matrix_bit_for_bit(run: Run) -> None:
+    for sparsity in (None, 0.5):
+        for matrix, dense in matrices((23, 130), sparsity):
+            command = numbers(EXPAND) + described(matrix) + numbers(5, 23)
+            dtype = torch.bfloat16 if integers(matrix) else matrix.dtype
+            tile = tensor(run(command), dtype).view(18, matrix.words * 64)[:, :130].double()
+            if matrix.scale is not None:
+                tile *= matrix.scale.double()[5:23, None]
+            assert torch.equal(tile, dense[5:23])
+
+
+def test_not_a_number_stays_one(run: Run) -> None:
+    x = torch.zeros(2, 70)
+    x[1, 3] = float("nan")
+    for matrix, _ in matrices((4, 70), 0.5):
+        y = tensor(run(product(LINEAR, matrix, x)), torch.float32).view(2, 4)
+        assert y[1, 1:].isnan().all()
+        assert torch.equal(y[0], torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention(run: Run, dtype) -> None:
+    positions, head = 37, 48
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(head, generator=generator)
+    keys, values = (torch.randn(positions, head, generator=generator).to(dtype) for _ in range(2))
+    command = numbers(ATTEND, TYPES[dtype], positions, head)
+    got = tensor(run(command + array(query) + array(keys) + array(values)), torch.float32)
+    weights = (keys.double() @ query.double()).softmax(0)
+    torch.testing.assert_close(got.double(), weights @ values.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_silu(run: Run) -> None:
+    gate, up = torch.linspace(-100, 100, 333), torch.linspace(-3, 3, 333)
+    got = tensor(run(numbers(SILU) + array(gate) + array(up)), torch.float32)
+    wanted = torch.nn.functional.silu(gate.double()) * up.double()
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("processor", "tier"),
+    [("max", "neon-i8mm"), ("cortex-a76", "neon"), ("cortex-a72", "none")],
+)
+def test_the_processor_decides(program: Path, processor: str, tier: str) -> None:
+    command = [str(EMULATOR), "-cpu", processor, str(program)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert told.strip() == tier
