@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError, VerificationError
-from secateur.export import Source, targets
+from secateur.exporting import Source, targets
 from secateur.models.folder_checks import read_config
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
@@ -64,7 +64,8 @@ def export_recipe(
     folder.keep_apart(recipe.model)
     found = resolve(recipe.model, progress=progress)
     folder.keep_apart(found.folder)
-    source = Source(found.folder, read_config(found.folder), open_checkpoint(found.folder))
+    name = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf") or found.folder.name
+    source = Source(name, found.folder, read_config(found.folder), open_checkpoint(found.folder))
     target.check(source, type)
     with folder:
         made = folder.fresh_model()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.export import Exported
+from secateur.exporting import Exported
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, mib
 

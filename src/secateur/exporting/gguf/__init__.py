@@ -10,16 +10,16 @@ import gguf
 import numpy as np
 import torch
 
-from secateur.export import Exported, Source, targets
-from secateur.export.gguf.architectures import Decoder, decoder_of
-from secateur.export.gguf.blocks import (
+from secateur.exporting import Exported, Source, targets
+from secateur.exporting.gguf.architectures import Decoder, decoder_of
+from secateur.exporting.gguf.blocks import (
     BLOCK,
     TYPES,
     bytes_per_row,
     stored_blocks,
     zeros_kept,
 )
-from secateur.export.gguf.tokenizer import add_tokenizer
+from secateur.exporting.gguf.tokenizer import add_tokenizer
 from secateur.progress import Progress
 
 __all__ = ["GGUF"]
@@ -75,9 +75,9 @@ class GGUF:
     def write(self, source: Source, type: str, output: Path, progress: Progress) -> Exported:
         """Write the file, one tensor in memory at a time."""
         decoder, kind = decoder_of(source), TYPES[type]
-        file = output / f"{source.folder.name}-{type}.gguf"
+        file = output / f"{source.name}-{type}.gguf"
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[decoder.arch])
-        writer.add_name(source.folder.name)
+        writer.add_name(source.name)
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         decoder.add_fields(writer)

@@ -19,11 +19,13 @@ class Source:
     """The model to export.
 
     Attributes:
+        name: the name for files and for the engine.
         folder: a folder that secateur or transformers wrote, compressed or not.
         config: its `config.json`.
         reader: reads its tensors as dense ones.
     """
 
+    name: str
     folder: Path
     config: Mapping[str, Any]
     reader: CheckpointReader

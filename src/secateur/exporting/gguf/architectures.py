@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ArchitectureError
-from secateur.export import Source
+from secateur.exporting import Source
 
 __all__ = ["Decoder", "decoder_of"]
 
@@ -83,7 +83,7 @@ class Decoder:
         writer.add_vocab_size(self.vocabulary)
         writer.add_head_count(list(self.heads) if deci else self.heads[0])
         writer.add_head_count_kv(list(self.kv_heads) if deci else self.kv_heads[0])
-        widths = [max(width, LEAST_FFN) for width in self.ffn]
+        widths = [width or LEAST_FFN for width in self.ffn]
         writer.add_feed_forward_length(widths if deci else widths[0])
         writer.add_key_length(self.head)
         writer.add_value_length(self.head)
