@@ -99,6 +99,7 @@ def compress(
     format: str | None = None,
     values: str | None = None,
     group_size: int | None = None,
+    max_loss_increase: float | None = None,
     embeddings: Literal["auto", "int8"] | None = None,
     archive: bool | None = None,
     calibration: str | Path | None = None,
@@ -132,6 +133,9 @@ def compress(
             int8, int4, int3. [auto]
         group_size: How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or
             128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
+        max_loss_increase: Let --values auto choose for each matrix: int4, int8 or the type of the
+            source. The result is the smallest one found whose loss rises by at most so many nats
+            per token, measured on calibration text (needs --calibration). [none]
         embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
         archive: Also compress the files with zstandard. Loading decodes them. [off]
         calibration: Text on which rounded weights compensate each other's rounding errors: JSONL or

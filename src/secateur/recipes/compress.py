@@ -55,6 +55,13 @@ class WhatToCompress(Section):
         "or 128. "
         "Smaller groups lose less and need 8 / SIZE bits more per weight.",
     )
+    max_loss_increase: Annotated[float | None, Flag(value="NATS", default="none")] = Field(
+        None,
+        gt=0,
+        description="Let --values auto choose for each matrix: int4, int8 or the type of the "
+        "source. The result is the smallest one found whose loss rises by at most so many nats "
+        "per token, measured on calibration text (needs --calibration).",
+    )
     embeddings: Literal["auto", "int8"] = Field(
         "auto", description="auto keeps embeddings and output head; int8 rounds them to int8."
     )

@@ -50,11 +50,11 @@ class HardConcrete(nn.Module):
         """Draw the gates of one forward independently.
 
         Args:
-            random: a generator on the device of the gates.
+            random: a generator on the CPU, so that the draws are the same on every device.
         """
         tiny = torch.finfo(torch.float32).eps
-        u = torch.rand(self.units, generator=random, device=self.log_alpha.device)
-        u = u.clamp_(tiny, 1 - tiny)
+        u = torch.rand(self.units, generator=random).clamp_(tiny, 1 - tiny)
+        u = u.to(self.log_alpha.device)
         s = torch.sigmoid((u.log() - (1 - u).log() + self.log_alpha) / _TEMPERATURE)
         return (s * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 

@@ -176,7 +176,7 @@ class LearnedMasks:
             self.drawn = {name: gates.settled() for name, gates in self.sets.items()}
             return
         number = (self.seed * 1_000_003 + int(self.progress[0])) * 1_009 + self.draws
-        random = torch.Generator(self.device).manual_seed(number % 2**63)
+        random = torch.Generator().manual_seed(number % 2**63)
         self.drawn = {name: gates.sample(random) for name, gates in self.sets.items()}
         self.draws += 1
 

@@ -143,6 +143,9 @@ class CompressResult(Result):
         if self.rounding:
             error = f"{self.rounding['mean_error']:.2g} of the linears' outputs, squared"
             closing.insert(0, ("error of rounding", error))
+        if chosen := self.rounding.get("chosen"):
+            rise = f"{chosen['loss_increase']:+.4f} nats on {chosen['judged_tokens']:,} tokens"
+            closing.insert(0, ("change of the loss", f"{rise} ({allowed(chosen)})"))
         return [
             Table.of("compressed", ("", "size", "of bfloat16"), sizes),
             Table.of(
@@ -171,6 +174,13 @@ class CompressResult(Result):
             rounding=record["rounding"],
             value_error=record["value_error"],
         )
+
+
+def allowed(chosen: dict[str, Any]) -> str:
+    """The bound on the loss, and where all matrices in one type would be."""
+    uniform = chosen["uniform_loss_increase"].items()
+    others = ", ".join(f"all {values} {rise:+.4f}" for values, rise in uniform)
+    return f"at most {chosen['max_loss_increase']:g} allowed; {others}"
 
 
 def stored_as(layout: Mapping[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from secateur.errors import RecipeError
 from secateur.recipes.compress import CompressRecipe
-from secateur.runtime.choice import check_names
+from secateur.runtime.choice import AUTO, check_names
 from secateur.workflows.compress.rounding import check_calibration
 
 __all__ = ["check_compression"]
@@ -15,5 +16,17 @@ def check_compression(recipe: CompressRecipe) -> None:
     Raises:
         RecipeError: a format is unknown, or options do not fit together.
     """
-    check_names(recipe.format, recipe.values, recipe.group_size)
-    check_calibration(recipe)
+    bound = recipe.max_loss_increase
+    check_names(recipe.format, recipe.values, None if bound else recipe.group_size)
+    if bound is None:
+        check_calibration(recipe)
+    elif recipe.values != AUTO:
+        raise RecipeError(
+            f"a bound on the loss chooses the values, but they are {recipe.values!r}",
+            remedy="use --values auto, or leave --max-loss-increase out",
+        )
+    elif recipe.calibration.source is None:
+        raise RecipeError(
+            "a bound on the loss needs text to measure the loss on",
+            remedy="add --calibration TEXT, or leave --max-loss-increase out",
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from secateur.runtime.choice import LayoutChoice, without_negative_zeros
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.workflows.checkpoint_files import carry_over
+from secateur.workflows.compress.mixed_values import choose_values
 from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import round_checkpoint, rounding_recipe, told_of
@@ -104,7 +105,8 @@ def compress_recipe(
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, recipe.embeddings, trust)
-    rounded = None
+    rounding: dict[str, Any] = {}
+    values_of: Mapping[str, str] = {}
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         if text is not None:
@@ -112,15 +114,17 @@ def compress_recipe(
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
             return CompressResult.from_json(json.loads(record))
-        if text is not None:
-            zeros, place = fractions(reader, matrices), folder.work / "rounded"
-            rounding_of = rounding_recipe(recipe, source.folder, zeros, place)
-            rounded = round_checkpoint(rounding_of, progress)
-            reader = CheckpointReader(rounded)
-            matrices = find_matrices(reader, recipe.embeddings, trust)
+        zeros = fractions(reader, matrices) if text is not None else {}
+        if recipe.max_loss_increase is not None:
+            mixed = choose_values(recipe, reader, matrices, zeros, folder.work, progress)
+            reader, values_of, rounding = mixed.reader, mixed.values_of, mixed.record
+        elif text is not None:
+            run = rounding_recipe(recipe, source.folder, zeros, folder.work / "rounded")
+            rounded = round_checkpoint(run, progress)
+            reader, rounding = CheckpointReader(rounded), told_of(rounded)
         made = folder.fresh_model()
         values = settled_values(reader, matrices, recipe.values)
-        plan = make_plan(reader, matrices, recipe, values, progress)
+        plan = make_plan(reader, matrices, recipe, values, progress, values_of)
         computed = computed_dtype(plan, matrices, values)
         cast_others(plan, reader, values, computed)
         files = plan_files(reader, plan)
@@ -130,11 +134,10 @@ def compress_recipe(
             made, files, contents(reader, plan, matrices, progress), archive=recipe.archive
         )
         progress.finish()
-        kept = rounded is None and plan.keeps_weights(reader)
+        kept = not rounding and plan.keeps_weights(reader)
         config = packed_config(source.folder, computed, recipe.archive)
         carry_over(source.folder, made, config, same_weights=kept)
         packed = verified(made, progress)
-        rounding = told_of(rounded) if rounded else {}
         report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)
         write_notes(report, source, folder, recipe.output or folder.output)
         folder.finish()

@@ -28,7 +28,7 @@ from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress, Silent
-from secateur.recipes.calibration import Calibration
+from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.memory import Memory
 from secateur.recipes.prune import PruneRecipe
 from secateur.sparsity.allocation import Allocation, allocations
@@ -301,7 +301,7 @@ def calibration_windows(
     return windows, provenance
 
 
-def window_plan(options: Calibration, config: Any) -> WindowPlan:
+def window_plan(options: CalibrationWindows, config: Any) -> WindowPlan:
     """Return how text is cut into windows for a model of this configuration.
 
     Raises:
