@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from secateur.errors import KernelError, ShapeError
 from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.dispatch import by_kernel, by_tiles, choose
+from secateur.runtime.kernels.dispatch import by_kernel, by_tiles, choose, measured_gain
 from secateur.runtime.kernels.int4 import turned_fours
 from secateur.runtime.kernels.matrix import KernelMatrix
 
@@ -252,6 +253,24 @@ def test_the_choice_is_measured_once_for_each_kind():
     assert first.kernel_up_to >= 1
     assert first.gain > 0
     assert choose(matrices[1:], torch.float32) is first
+
+
+def test_4_bits_that_avx2_expands_slowly_are_compared_with_dense_ones():
+    """Also where the caches hold them; other tiers keep those packed."""
+    matrix, _ = example_of_codes(64, 256, 64, 0.5)
+    gains = {}
+    for tier in ("avx512", "avx2"):
+        with using(tier):
+            gains[tier] = choose([matrix], torch.float32).gain
+    assert gains["avx512"] == math.inf
+    assert 0 < gains["avx2"] < math.inf
+
+
+def test_4_bits_are_compared_with_4_bits(monkeypatch):
+    """Matrices that fill the caches; torch has no int4 to compare them with."""
+    monkeypatch.setattr("secateur.runtime.kernels.dispatch.CACHE_BYTES", 1)
+    matrix, _ = example_of_codes(64, 256, 64, 0.5)
+    assert 0 < measured_gain([matrix], torch.bfloat16) < 1000
 
 
 def test_a_tier_that_is_not_there_is_refused():
