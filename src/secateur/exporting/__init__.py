@@ -11,11 +11,11 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
 from secateur.registry import Registry
 
-__all__ = ["Exported", "Source", "Target", "targets"]
+__all__ = ["ExportSource", "ExportTarget", "Exported", "targets"]
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """The model to export.
 
     Attributes:
@@ -52,7 +52,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
-class Target(Protocol):
+class ExportTarget(Protocol):
     """The contract of an export target."""
 
     name: ClassVar[str]
@@ -60,7 +60,7 @@ class Target(Protocol):
     types: ClassVar[tuple[str, ...]]
     """The types in which matrices can be stored; the first is the default."""
 
-    def check(self, source: Source, type: str) -> None:
+    def check(self, source: ExportSource, type: str) -> None:
         """Refuse, before anything is written, what the engine would not compute alike.
 
         Raises:
@@ -69,7 +69,7 @@ class Target(Protocol):
         """
         ...
 
-    def write(self, source: Source, type: str, output: Path, progress: Progress) -> Exported:
+    def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the model.
 
         Args:
@@ -81,4 +81,4 @@ class Target(Protocol):
         ...
 
 
-targets: Registry[Target] = Registry("target", __name__)
+targets: Registry[ExportTarget] = Registry("target", __name__)

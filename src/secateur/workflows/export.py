@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError, VerificationError
-from secateur.exporting import Source, targets
+from secateur.exporting import ExportSource, targets
 from secateur.models.folder_checks import read_config
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
@@ -65,7 +65,9 @@ def export_recipe(
     found = resolve(recipe.model, progress=progress)
     folder.keep_apart(found.folder)
     name = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf") or found.folder.name
-    source = Source(name, found.folder, read_config(found.folder), open_checkpoint(found.folder))
+    source = ExportSource(
+        name, found.folder, read_config(found.folder), open_checkpoint(found.folder)
+    )
     target.check(source, type)
     with folder:
         made = folder.fresh_model()

@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import torch
 
-from secateur.exporting import Exported, Source, targets
-from secateur.exporting.gguf.architectures import Decoder, decoder_of
+from secateur.exporting import Exported, ExportSource, targets
+from secateur.exporting.gguf.architectures import LlamaCppDecoder, decoder_of
 from secateur.exporting.gguf.blocks import (
     BLOCK,
     TYPES,
@@ -67,12 +67,12 @@ class GGUF:
     name: ClassVar[str] = "gguf"
     types: ClassVar[tuple[str, ...]] = tuple(TYPES)
 
-    def check(self, source: Source, type: str) -> None:
+    def check(self, source: ExportSource, type: str) -> None:
         """Refuse models and tokenizers that llama.cpp would treat differently."""
         decoder = decoder_of(source)
         add_tokenizer(gguf.GGUFWriter(None, "check"), source.folder, decoder.vocabulary)
 
-    def write(self, source: Source, type: str, output: Path, progress: Progress) -> Exported:
+    def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the file, one tensor in memory at a time."""
         decoder, kind = decoder_of(source), TYPES[type]
         file = output / f"{source.name}-{type}.gguf"
@@ -134,7 +134,7 @@ def add_info(writer: gguf.GGUFWriter, one: Planned) -> None:
         writer.add_tensor_info(one.name, (*rows, size), np.dtype(np.uint8), nbytes, one.type)
 
 
-def notes_on(decoder: Decoder, plan: list[Planned], kind: Q) -> list[str]:
+def notes_on(decoder: LlamaCppDecoder, plan: list[Planned], kind: Q) -> list[str]:
     """What a user must know about the file."""
     notes = []
     odd = [one.name for one in plan if one.type == Q.F16 != kind]

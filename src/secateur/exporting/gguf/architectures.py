@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ArchitectureError
-from secateur.exporting import Source
+from secateur.exporting import ExportSource
 
-__all__ = ["Decoder", "decoder_of"]
+__all__ = ["LlamaCppDecoder", "decoder_of"]
 
 ARCHITECTURES = MappingProxyType(
     {
@@ -40,7 +40,7 @@ ACTIVATIONS = ("silu", "swish")
 
 
 @dataclass(frozen=True)
-class Decoder:
+class LlamaCppDecoder:
     """A decoder as llama.cpp sees it.
 
     Attributes:
@@ -110,7 +110,7 @@ class Decoder:
         positions = int(self.config["max_position_embeddings"])
         return min(positions, self.window or positions)
 
-    def tensors(self, source: Source) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    def tensors(self, source: ExportSource) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Every stored tensor: its name in GGUF, in the source, and its shape."""
         names = gguf.get_tensor_name_map(self.arch, self.layers)
         for name, entry in source.reader.entries.items():
@@ -163,7 +163,7 @@ def llama3_factors(rope: Mapping[str, Any], head: int) -> Tensor:
     return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
-def decoder_of(source: Source) -> Decoder:
+def decoder_of(source: ExportSource) -> LlamaCppDecoder:
     """Describe the model of a folder for llama.cpp.
 
     Raises:
@@ -192,7 +192,7 @@ def decoder_of(source: Source) -> Decoder:
                 source, f"its layers differ in size, which it allows only of Llama, not {kind}"
             )
         arch = gguf.MODEL_ARCH.DECI
-    decoder = Decoder(
+    decoder = LlamaCppDecoder(
         arch,
         config,
         head,
@@ -207,7 +207,7 @@ def decoder_of(source: Source) -> Decoder:
     return decoder
 
 
-def check_rope(decoder: Decoder, source: Source) -> None:
+def check_rope(decoder: LlamaCppDecoder, source: ExportSource) -> None:
     """Refuse rotary positions that llama.cpp computes differently."""
     rope = decoder.rope
     kind = rope.get("rope_type", "default")
@@ -220,7 +220,7 @@ def check_rope(decoder: Decoder, source: Source) -> None:
         raise differs(source, "only a part of each head is rotated")
 
 
-def differs(source: Source, why: str) -> ArchitectureError:
+def differs(source: ExportSource, why: str) -> ArchitectureError:
     """The error for a model that llama.cpp would not compute alike."""
     return ArchitectureError(
         f"llama.cpp would not compute this model like transformers: {why}",
