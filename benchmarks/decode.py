@@ -50,12 +50,12 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """Of all tensors of the random model."""
-    hidden, wide = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    kv = SHAPE["num_key_value_heads"] * SHAPE["head_dim"]
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens": (SHAPE["vocab_size"], hidden)}
-    for layer in range(SHAPE["num_hidden_layers"]):
+def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of all tensors of a random model."""
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
         for name, shape in {
             "self_attn.q_proj": (hidden, hidden),
             "self_attn.k_proj": (kv, hidden),
@@ -68,14 +68,17 @@ def shapes() -> dict[str, tuple[int, ...]]:
             "post_attention_layernorm": (hidden,),
         }.items():
             found[f"model.layers.{layer}.{name}"] = shape
-    return {**found, "model.norm": (hidden,), "lm_head": (SHAPE["vocab_size"], hidden)}
+    found["model.norm"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        found["lm_head"] = (config["vocab_size"], hidden)
+    return found
 
 
-def random_tensors() -> dict[str, torch.Tensor]:
+def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """All of them, half of each row of the linears zero."""
     torch.manual_seed(0)
     tensors = {}
-    for name, shape in shapes().items():
+    for name, shape in shapes(config).items():
         if len(shape) == 1:
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
             continue
@@ -87,10 +90,12 @@ def random_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_checkpoint(tensors: dict[str, torch.Tensor], folder: Path) -> Path:
+def write_checkpoint(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
+) -> Path:
     """As transformers would."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(SHAPE, indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     named = {f"{name}.weight": tensor for name, tensor in tensors.items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -119,8 +124,8 @@ def random_model(work: Path, rounds: int) -> list[dict[str, Any]]:
     dense, file = work / "random", work / "random-q8_0.gguf"
     if not file.exists():
         shutil.rmtree(dense, ignore_errors=True)
-        tensors = random_tensors()
-        write_checkpoint(tensors, dense)
+        tensors = random_tensors(SHAPE)
+        write_checkpoint(SHAPE, tensors, dense)
         write_gguf(SHAPE, tensors, file)
         del tensors
     ours = ("packed", "dense bf16", "torch bf16")

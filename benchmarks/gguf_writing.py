@@ -26,14 +26,28 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], file: Path) -> Path:
-    """Q8_0, with a vocabulary of placeholders. The order within heads does not matter for speed.
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+FILE_TYPES = {
+    Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    gguf.GGMLQuantizationType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+
+
+def write_gguf(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    file: Path,
+    kind: gguf.GGMLQuantizationType = Q8_0,
+) -> Path:
+    """With a vocabulary of placeholders. The order within heads does not matter for speed.
 
     Args:
         config: as in `config.json`.
         tensors: by their names in transformers, without `.weight`; no `lm_head` where it is tied.
-            Rows are of multiples of 32 values, the blocks of Q8_0.
+            Rows are of multiples of 32 values, the blocks of Q8_0 and Q4_0. A tensor with several
+            names is quantized once.
         file: to be written.
+        kind: of all matrices.
     """
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(config["num_hidden_layers"])
@@ -46,23 +60,24 @@ def write_gguf(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], f
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_file_type(FILE_TYPES[kind])
     writer.add_tokenizer_model("llama")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = [*special, *(f"t{i}" for i in range(config["vocab_size"] - len(special)))]
     writer.add_token_list(words)
     writer.add_token_scores([0.0] * len(words))
     writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(words) - len(special))])
+    quantized: dict[int, np.ndarray] = {}
     for name, tensor in tensors.items():
         parts = name.split(".", 3)
         known = GGUF_NAMES[parts[3] if name.startswith("model.layers.") else name]
         to = f"blk.{parts[2]}.{known}" if name.startswith("model.layers.") else known
-        values = tensor.float().numpy()
-        if values.ndim == 1:
-            writer.add_tensor(f"{to}.weight", values.astype(np.float32))
+        if tensor.ndim == 1:
+            writer.add_tensor(f"{to}.weight", tensor.float().numpy())
             continue
-        kind = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(f"{to}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+        if id(tensor) not in quantized:
+            quantized[id(tensor)] = gguf.quants.quantize(tensor.float().numpy(), kind)
+        writer.add_tensor(f"{to}.weight", quantized[id(tensor)], raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

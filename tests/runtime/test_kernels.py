@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -252,6 +253,17 @@ def test_the_choice_is_measured_once_for_each_kind():
     assert first.kernel_up_to >= 1
     assert first.gain > 0
     assert choose(matrices[1:], torch.float32) is first
+
+
+def test_4_bits_that_avx2_expands_slowly_are_compared_with_dense_ones():
+    """Also where the caches hold them; other tiers keep those packed."""
+    matrix, _ = example_of_codes(64, 256, 64, 0.5)
+    gains = {}
+    for tier in ("avx512", "avx2"):
+        with using(tier):
+            gains[tier] = choose([matrix], torch.float32).gain
+    assert gains["avx512"] == math.inf
+    assert 0 < gains["avx2"] < math.inf
 
 
 def test_4_bits_are_compared_with_4_bits(monkeypatch):

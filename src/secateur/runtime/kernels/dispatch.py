@@ -43,8 +43,8 @@ class KernelChoice:
     Args:
         kernel_up_to: the most tokens for which the kernel is the faster way.
         gain: for one token, seconds on dense matrices (the faster of torch and our kernel) divided
-            by seconds of the kernel on these; infinite where the caches hold them all. int4 is
-            compared with dense int4.
+            by seconds of the kernel on these; infinite where the caches hold them all, except for
+            int4 with AVX2. int4 is compared with dense int4.
         blocks: more tokens are multiplied by blocks, not by tiles.
     """
 
@@ -113,7 +113,9 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
     """The value of `KernelChoice.gain`."""
     first = matrices[0]
     count = -(-CACHE_BYTES // (first.rows * first.columns * dtype.itemsize))
-    if first.mask is None or count > len(matrices):
+    # AVX2 expands int4 more slowly than any cache or memory delivers it
+    expands_slowly = first.group is not None and kernel_info().tier == "avx2"
+    if first.mask is None or (count > len(matrices) and not expands_slowly):
         return math.inf
     one = torch.randn(1, first.columns).to(dtype)
     stored = [m.dense(dtype) for m in matrices[:count]]

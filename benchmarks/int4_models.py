@@ -1,0 +1,163 @@
+"""Whole models at batch 1 with weights of 4 bits: ours with and without zeros, and llama.cpp.
+
+    python benchmarks/int4_models.py [--work DIR] [--rounds 7] [--models 1.1b smollm2]
+
+Random models of TinyLlama's shape (1.1 billion parameters) and of SmolLM2-135M's. All layers have
+the numbers of one random layer, each in memory of its own; speed does not depend on the numbers.
+Half of the weights of each row of the decoder's linears are zero. Contenders of a model take turns
+in one run: int8 with a bitmask; int4 in groups of 64 with a bitmask; int4 stored dense; int8 stored
+dense; llama.cpp (xllamacpp) with every matrix in Q4_0, the head too. Ours have embedding and head
+in int8. A prompt of 64 tokens, 32 new ones, medians over rounds; llama.cpp times itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+import secateur
+from decode import SHAPE, random_tensors, write_checkpoint
+from gguf_writing import write_gguf
+from hardware import heading, keep, markdown
+from secateur.evaluation.speed import take_turns
+from secateur.runtime.packed import PackedCheckpoint, PlannedFile, write_packed
+
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.1b": SHAPE,
+    "smollm2": {
+        **SHAPE,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
+STORED: dict[str, dict[str, Any]] = {
+    "50 % int8": {"values": "int8", "format": "bitmask"},
+    "50 % int4": {"values": "int4", "format": "bitmask"},
+    "dense int4": {"values": "int4", "format": "dense"},
+    "dense int8": {"values": "int8", "format": "dense"},
+}
+
+
+def in_all_layers(names: list[str], layers: int) -> list[tuple[str, str]]:
+    """Names of a model of many layers, each with the name in a model of one layer."""
+    first = "model.layers.0."
+    ends = [(name, name) for name in names if not name.startswith(first)]
+    within = [name.removeprefix(first) for name in names if name.startswith(first)]
+    return ends + [
+        (f"model.layers.{i}.{name}", first + name) for i in range(layers) for name in within
+    ]
+
+
+def repeated(one: Path, layers: int, folder: Path) -> None:
+    """A compressed checkpoint of many layers, all like the only one of another."""
+    packed = PackedCheckpoint(one)
+    names = dict(in_all_layers(sorted(packed.specs), layers))
+    layouts = dict(in_all_layers(sorted(packed.layouts), layers))
+    planned = PlannedFile(
+        "secateur.safetensors",
+        {name: packed.specs[source] for name, source in names.items()},
+        {name: packed.layouts[source] for name, source in layouts.items()},
+    )
+    known = {source: packed.read(source) for source in packed.specs}
+    folder.mkdir()
+    write_packed(folder, [planned], ((name, known[source]) for name, source in names.items()))
+    config = json.loads((one / "config.json").read_text(encoding="utf-8"))
+    config["num_hidden_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def make(shape: dict[str, Any], work: Path) -> list[tuple[str, Path]]:
+    """The contenders of a shape, made unless they are there."""
+    gguf_file = work / "q4_0.gguf"
+    if not gguf_file.exists():
+        shutil.rmtree(work, ignore_errors=True)
+        one = {**shape, "num_hidden_layers": 1}
+        tensors = random_tensors(one)
+        write_checkpoint(one, tensors, work / "one")
+        for name, stored in STORED.items():
+            to = work / f"one {name}"
+            secateur.compress(work / "one", embeddings="int8", output=to, **stored)
+            repeated(to, shape["num_hidden_layers"], work / name)
+        names = in_all_layers(sorted(tensors), shape["num_hidden_layers"])
+        kind = gguf.GGMLQuantizationType.Q4_0
+        unfinished = work / "unfinished.gguf"
+        write_gguf(shape, {name: tensors[source] for name, source in names}, unfinished, kind)
+        unfinished.rename(gguf_file)
+    return [("packed", work / name) for name in STORED] + [(str(gguf_file), work)]
+
+
+def measured(model: str, work: Path, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    draw = random.Random(0)
+    prompt = [draw.randrange(300, SHAPES[model]["vocab_size"]) for _ in range(PROMPT_TOKENS)]
+    found = take_turns(
+        make(SHAPES[model], work), prompt=prompt, new_tokens=NEW_TOKENS, rounds=rounds
+    )
+    rows = []
+    for name, speed in zip([*STORED, "llama.cpp Q4_0"], found, strict=True):
+        rows.append({"model": model, **speed.to_json(PROMPT_TOKENS), "contender": name})
+        rows[-1]["each_token_seconds"] = list(speed.each_token)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As it stands in the documentation; also relative to 50 % int4, medians and fastest rounds."""
+    lines = []
+    for row in rows:
+        if "failure" in row:
+            lines.append([row["model"], row["contender"], row["failure"], "", "", "", ""])
+            continue
+        own = next(r for r in rows if r["model"] == row["model"] and r["contender"] == "50 % int4")
+        lines.append(
+            [
+                row["model"],
+                row["contender"],
+                f"{row['tokens_per_second']:.1f}",
+                f"{own['tokens_per_second'] / row['tokens_per_second']:.2f}",
+                f"{own['tokens_per_second_most'] / row['tokens_per_second_most']:.2f}",
+                f"{1e3 * row['first_token_seconds']:.0f} ms",
+                f"{row['resident_bytes'] / 2**20:.0f} MiB",
+            ]
+        )
+    columns = ["model", "", "tokens/s", "50 % int4 is faster by", "fastest rounds"]
+    return markdown([*columns, "first token", "memory"], lines)
+
+
+def main() -> None:
+    """Make the models, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, help="folder for the models, kept")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--only-make", action="store_true", help="make the models, measure nothing")
+    parser.add_argument("--name", default="int4-models")
+    args = parser.parse_args()
+    print(heading())
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in args.models:
+            work = (args.work or Path(scratch)) / model
+            if args.only_make:
+                make(SHAPES[model], work)
+            else:
+                rows += measured(model, work, args.rounds)
+    if rows:
+        keep(args.name, {"protocol": __doc__, "rounds": args.rounds}, rows)
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
