@@ -6,14 +6,16 @@ Two models. `trained` is the small Llama of `tests/trained.py`, trained here in 
 reads Python letter by letter: 256 windows of 64 letters of its own text calibrate it, and the held
 out files judge it (256 windows of 64). `smollm2` is SmolLM2-135M; its source is a 4-bit file (Q4_1)
 with another grid, so its dense weights have only 16 values in a group of 32.
-`--samples` windows of 512 tokens calibrate it, the first `--windows` windows of 512 tokens of the
-text judge it.
+As `make demo` does, 20 windows of 512 tokens prune it; `then` rounds with 16, as the rivals of the
+research notes. The first `--windows` windows of 512 tokens of the text judge it.
 
 Rows, all with float norms, embeddings and head:
 
 * `pruned`: not rounded.
 * `nearest`: the pruned model, every weight rounded to the nearest point of its grid.
 * `then`: the pruned model, rounded with calibration text (as `secateur compress --values`).
+* `then taught`: the same, and then the pruned model teaches it for one epoch of that text, on its
+  grid.
 * `joint`: pruned and rounded in one solution, from the dense model.
 * `dense`: the dense model, rounded with calibration text: GPTQ alone, without zeros.
 * `best`, `best joint`: the preset `best` without and with bits; the model learns on its grid.
@@ -47,7 +49,7 @@ COLUMNS: dict[str, tuple[str, dict[str, int]]] = {
     "50 % + int3, groups of 64": ("unstructured", {"bits": 3, "group": 64}),
     "2:4 + int4, groups of 64": ("2:4", {"bits": 4, "group": 64}),
 }
-ROWS = ("pruned", "nearest", "then", "joint", "dense", "best", "best joint")
+ROWS = ("pruned", "nearest", "then", "then taught", "joint", "dense", "best", "best joint")
 SEARCH = {"alps": {"iterations": 15, "growth": 1.6}, "sparsegpt": {}}
 BEST = {"iterations": 30, "growth": 1.3}
 
@@ -63,7 +65,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args, self.scratch = args, scratch
         self.model, self.calibration, self.text = args.model, args.calibration, args.text
-        self.length, self.samples, self.judged, self.windows = 512, args.samples, 512, args.windows
+        self.length, self.samples, self.judged, self.windows = 512, (20, 16), 512, args.windows
         if args.model == "trained":
             self.model = str(scratch / "dense")
             if not Path(self.model).exists():
@@ -71,7 +73,7 @@ class Bench:
             self.calibration, self.text = scratch / "seen.txt", scratch / "held-out.txt"
             self.calibration.write_text(source_text())
             self.text.write_text(source_text(held_out=True))
-            self.length, self.samples, self.judged, self.windows = 64, 256, 64, 256
+            self.length, self.samples, self.judged, self.windows = 64, (256, 256), 64, 256
         if args.model == "smollm2":
             self.model = "smollm2-135m"
 
@@ -81,15 +83,16 @@ class Bench:
         if not made.exists():
             secateur.prune(
                 model, output=made, resume=True, calibration=self.calibration,
-                windows=self.samples, sequence_length=self.length, asymmetric=True,
+                windows=self.samples[str(model) != self.model],
+                sequence_length=self.length, asymmetric=True,
                 fast_matmuls=True, **options,
             )  # fmt: skip
         return made
 
-    def pruned(self, pattern: str, **extra: Any) -> Path:
+    def pruned(self, pattern: str) -> Path:
         """The pruned model that is not rounded."""
         name = f"pruned-{pattern}".replace(":", "-")
-        return self.run(name, self.model, **self.method(pattern, {}), **extra)
+        return self.run(name, self.model, **self.method(pattern, {}))
 
     def method(self, pattern: str, bits: dict[str, int]) -> dict[str, Any]:
         """The options that prune, and round with bits."""
@@ -112,8 +115,9 @@ class Bench:
         held = {"score": "kept", "solver": "obs", "scope": "layer", "method_parameters": bits}
         if row == "dense":
             return self.run(name, self.model, sparsity=0.0, **held)
-        if row == "then":
-            return self.run(name, self.pruned(pattern), sparsity=0.5, **held)
+        if row in ("then", "then taught"):
+            learning = {"distill_epochs": 1} if row == "then taught" else {}
+            return self.run(name, self.pruned(pattern), sparsity=0.5, **held, **learning)
         made = self.scratch / name
         if not made.exists():
             packed = self.scratch / f"{name}-packed"
@@ -160,7 +164,6 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--method", default="alps", choices=[*SEARCH])
-    parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--only", nargs="*", default=[*ROWS])
     parser.add_argument("--columns", nargs="*", default=[*COLUMNS])
@@ -177,7 +180,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(args, args.keep or Path(temporary))
         protocol = {"judged": "see benchmarks/low_bits.py", "loss": "nats per token"}
-        told = {"model": args.model, "method": args.method, "samples": bench.samples,
+        told = {"model": args.model, "method": args.method, "samples": list(bench.samples),
                 "windows": bench.windows}  # fmt: skip
         if not known("not rounded", ""):
             found = {"row": "not rounded", "column": "", "loss": bench.loss(bench.model)}
@@ -187,7 +190,7 @@ def main() -> None:
                 continue
             made = bench.made(row, column)
             found = {"row": row, "column": column, "loss": bench.loss(made)}
-            if row in ("then", "nearest"):
+            if row in ("then", "then taught", "nearest"):
                 found["lost_zeros"] = lost_zeros(bench.pruned(COLUMNS[column][0]), Path(made))
             add("low-bits", protocol, {**told, **found})
             print(found, flush=True)

@@ -8,8 +8,8 @@
    texts are the same when both compute in bfloat16 is told beside it.
 2. Perplexity, windows of 2048 tokens: bfloat16 values, and int8 values, each weight rounded to the
    nearest or all of a row together (`--calibration`: 64 windows of 512 tokens, which are not of the
-   judged texts); linears only, and embedding and head too; float activations (many tokens at once),
-   and activations rounded to int8 in blocks of 256 (as one token at a time is computed).
+   judged texts); linears only, and embedding and head too; float activations (torch's products) and
+   activations rounded to int8 in blocks of 256 (as kernels compute tokens and prompts).
 3. Sizes of the files and memory of the loaded model, each in a process of its own.
 """
 
@@ -88,13 +88,12 @@ def same_texts(folder: Path, tokenizer: Any, dtype: torch.dtype) -> dict[str, in
     }
 
 
-def perplexity(folder: Path, text: str, windows: int, *, bytes_only: bool = False) -> float:
-    """Of a packed folder; `bytes_only` lets kernels compute everything, eight tokens at a time."""
+def perplexity(folder: Path, text: str, windows: int, *, rounded: bool = False) -> float:
+    """Of a packed folder; `rounded` lets kernels compute everything, otherwise torch multiplies."""
     model = secateur.load(folder)
-    if bytes_only:
-        for module in model.modules():
-            if isinstance(module, PackedLinear):
-                module.kernel_up_to = 2**31
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.blocks, module.kernel_up_to = False, 2**31 if rounded else 0
     tokenizer = load_tokenizer(folder)
     judged = secateur.evaluate(
         model, text=text, tokenizer=tokenizer, sequence_length=2048, windows=windows
@@ -111,7 +110,7 @@ def judged(folders: dict[str, Path], text: str, windows: int) -> dict[str, float
         if "archive" not in name
     }
     name, folder = list(folders.items())[-1]
-    found[f"{name}, activations"] = perplexity(folder, text, windows, bytes_only=True)
+    found[f"{name}, activations"] = perplexity(folder, text, windows, rounded=True)
     return found
 
 

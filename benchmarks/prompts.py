@@ -57,20 +57,19 @@ def rows_of(name: str, folder: Path, file: Path, args: argparse.Namespace) -> li
     """Seconds to the first token of all contenders, for each length of prompt."""
     rows: list[dict[str, Any]] = []
     for tokens in args.prompts:
-        for values, contenders, files in (
-            ("int8", ("packed", "dense int8", "torch bf16"), [file]),
-            ("bfloat16", ("packed",), []),
-        ):
+        for values in args.values:
+            integers = values == "int8"
             report = secateur.bench(
                 packed(folder, values, args.work / f"{folder.name}-{values}"),
-                contenders=contenders,
-                gguf=files,
+                contenders=("packed", *args.beside) if integers else ("packed",),
+                gguf=[file] if integers else [],
                 prompt_tokens=tokens,
                 new_tokens=2,
                 rounds=args.rounds,
                 seconds=args.seconds,
             )
             for told in report.to_json()["contenders"]:
+                print(name, tokens, values, told, flush=True)
                 label = f"packed {values}" if told["contender"] == "packed" else told["contender"]
                 rows.append({"model": name, "prompt_tokens": tokens, **told, "contender": label})
     return rows
@@ -100,6 +99,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the models, kept")
     parser.add_argument("--pruned", type=Path, help="SmolLM2-135M pruned to 50 %%")
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--values", nargs="+", default=["int8", "bfloat16"])
+    parser.add_argument("--beside", nargs="*", default=["dense int8", "torch bf16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--parts", nargs="+", default=["random", "smollm2"])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from secateur.workflows.chain import chain
     from secateur.workflows.compress.pack import compress
     from secateur.workflows.compress.unpack import decompress
+    from secateur.workflows.export import export
     from secateur.workflows.judge.bench import bench
     from secateur.workflows.judge.diagnose import diagnose
     from secateur.workflows.judge.evaluate import evaluate
@@ -56,6 +57,7 @@ __all__ = [
     "diagnose",
     "distill",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "kernel_info",
@@ -83,6 +85,7 @@ HOMES = {
     "diagnose": "secateur.workflows.judge.diagnose",
     "distill": "secateur.workflows.train.checkpoint",
     "evaluate": "secateur.workflows.judge.evaluate",
+    "export": "secateur.workflows.export",
     "generate": "secateur.workflows.judge.generate",
     "inspect": "secateur.workflows.judge.inspect",
     "kernel_info": "secateur.runtime.kernels.library",

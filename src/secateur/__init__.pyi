@@ -14,6 +14,7 @@ from secateur.progress import Progress
 from secateur.reporting.results.chain import ChainResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
+from secateur.reporting.results.export import ExportResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.reporting.results.structure import StructureResult
@@ -49,6 +50,7 @@ __all__ = [
     "diagnose",
     "distill",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "kernel_info",
@@ -359,6 +361,36 @@ def evaluate(
 
     Returns:
         The results of this call.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def export(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    to: str | None = None,
+    type: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+) -> ExportResult:
+    """Write a model for another engine, with its zeros.
+
+    The model is checked first: one that the engine would compute differently is refused. While the
+    files are written, the zeros of every matrix are counted before and after.
+
+    Args:
+        model: folder, compressed or not; hub id, GGUF file or named sample.
+        progress: receives every tensor.
+        to: The target: gguf. [gguf]
+        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0. All of them keep
+            exact zeros. [the first that the target names]
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+
+    Returns:
+        The files, their sizes, and how many zeros they keep.
 
     Raises:
         SecateurError: what, where, and what to do.

@@ -46,6 +46,9 @@ def test_without_kernels_nothing_of_ours_gains() -> None:
         assert support.faster is False
         assert support.reason == "install a compiler"
     assert all(s.faster for s in own_kernels(KernelInfo("avx2", 4)))
+    for support in own_kernels(KernelInfo("neon", 4)):
+        assert not support.faster
+        assert "speed is not known" in support.reason
 
 
 @pytest.mark.parametrize(

@@ -66,3 +66,15 @@ def test_a_section_that_is_no_mapping_is_a_fault_not_a_crash() -> None:
 def test_an_unknown_effort_gets_a_near_name() -> None:
     with pytest.raises(RecipeError, match="balanced"):
         filled_in({"effort": "balancd"})
+
+
+def test_parameters_alone_are_added_to_those_of_the_preset():
+    found = filled_in({"effort": "best", "method_parameters": {"bits": 4, "iterations": 7}})
+    assert found["method"] == "alps"
+    assert found["method_parameters"] == {"iterations": 7, "growth": 1.3, "bits": 4}
+    assert (
+        "iterations"
+        not in filled_in(
+            {"effort": "best", "method": "sparsegpt", "method_parameters": {"bits": 4}}
+        )["method_parameters"]
+    )

@@ -124,9 +124,13 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
 
 
 def own_kernels(info: KernelInfo) -> list[Support]:
-    """The gains of this library's kernels on the CPU."""
+    """The gains of this library's kernels on the CPU; those for ARM were never measured."""
+    measured = info.tier != "none" and not info.tier.startswith("neon")
     if info.tier == "none":
         why = dict.fromkeys(("unstructured", "n:m", "2:4", "int8"), info.reason)
+    elif not measured:
+        reason = f"the kernels ({info.tier}) were checked in an emulator; their speed is not known"
+        why = dict.fromkeys(("unstructured", "n:m", "2:4", "int8"), reason)
     else:
         by = f"the kernels ({info.tier}, {info.threads} threads) multiply"
         why = {
@@ -136,8 +140,7 @@ def own_kernels(info: KernelInfo) -> list[Support]:
             "2:4": f"{by} packed 2:4 matrices like any others, by their mask",
             "int8": f"{by} int8 values: half the bytes of bfloat16, zeros or not",
         }
-    faster = info.tier != "none"
-    return [Support(kind, "secateur, CPU", faster, reason) for kind, reason in why.items()]
+    return [Support(kind, "secateur, CPU", measured, reason) for kind, reason in why.items()]
 
 
 def sparse_cores(capability: tuple[int, int] | None) -> Support:

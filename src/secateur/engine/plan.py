@@ -31,6 +31,7 @@ from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.inventory import Left
 from secateur.runs.meter import resident_bytes
 from secateur.sparsity.allocation import Allocation
+from secateur.types import float32_bytes
 
 __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
 
@@ -213,7 +214,7 @@ def plan_run(
             hidden, calls = calls_of(target, windows[:size])
             tuning = max(tuning_bytes(x, hidden, c) for x, c, _ in kinds(target, calls))
         if epochs:
-            distilling = distilling_bytes(target, windows[:1])
+            distilling = distilling_bytes(target, windows[:1]) + on_grid_bytes(tasks)
     gradients = gradient_bytes(tasks)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
@@ -285,7 +286,7 @@ def tuning_bytes(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
     """The memory that tuning a layer needs besides the layer, for one micro-batch."""
     weights = 4 * sum(p.numel() for p in layer.parameters())
     plain = next(layer.parameters()).dtype == torch.float32
-    # gradients, two moments, shadow weights; float32 copies of other dtypes
+    # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
     return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
 
 
@@ -303,6 +304,11 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
         for layer, call, count in kinds(target, calls)
     )
     return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
+
+
+def on_grid_bytes(tasks: Tasks) -> int:
+    """The rounded copies of matrices that learn on a grid, which the backward reads."""
+    return sum(float32_bytes(x.shape) for x in tasks.values() if x.rounded and x.method.solver.grid)
 
 
 def passes(settings: Settings, epochs: int) -> int:

@@ -212,8 +212,9 @@ class GroupGrid:
             )
         grouped = self._grouped(values)
         found, on_grid = self._recovered(grouped)
-        searched = self.search(values).values
-        scales = Scales.nearest(torch.where(on_grid, found, searched))
+        if not on_grid.all():
+            found = torch.where(on_grid, found, self.search(values).values)
+        scales = Scales.nearest(found)
         return self.codes(values, scales), scales
 
     def _recovered(self, grouped: Tensor) -> tuple[Tensor, Tensor]:

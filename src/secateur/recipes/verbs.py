@@ -119,6 +119,12 @@ VERBS: dict[str, Verb] = {
             "secateur.workflows.compress.unpack:decompress",
         ),
         Verb(
+            "export",
+            "Write a model for another engine: llama.cpp (GGUF).",
+            "secateur.recipes.export:ExportRecipe",
+            "secateur.workflows.export:export",
+        ),
+        Verb(
             "generate",
             "Continue a prompt, or chat, on the CPU. Packed linears stay packed.",
             "secateur.recipes.generate:GenerateRecipe",

@@ -1,0 +1,84 @@
+"""Export: write a model for another engine. One file or folder for each target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from secateur.models.checkpoint import CheckpointReader
+from secateur.progress import Progress
+from secateur.registry import Registry
+
+__all__ = ["ExportSource", "ExportTarget", "Exported", "targets"]
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """The model to export.
+
+    Attributes:
+        name: the name for files and for the engine.
+        folder: a folder that secateur or transformers wrote, compressed or not.
+        config: its `config.json`.
+        reader: reads its tensors as dense ones.
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    reader: CheckpointReader
+
+
+@dataclass
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        file_bytes: the size of the files.
+        types: the number of tensors of each stored type.
+        zeros: weights of the matrices that are zero in the source.
+        zeros_kept: those that are still exactly zero.
+        weights: the number of weights in the matrices.
+        notes: what a user must know, one sentence each.
+    """
+
+    file_bytes: int = 0
+    types: dict[str, int] = field(default_factory=dict)
+    zeros: int = 0
+    zeros_kept: int = 0
+    weights: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class ExportTarget(Protocol):
+    """The contract of an export target."""
+
+    name: ClassVar[str]
+
+    types: ClassVar[tuple[str, ...]]
+    """The types in which matrices can be stored; the first is the default."""
+
+    def check(self, source: ExportSource, type: str) -> None:
+        """Refuse, before anything is written, what the engine would not compute alike.
+
+        Raises:
+            ArchitectureError: the engine does not know this model, or computes it differently.
+            CheckpointError: the tokenizer cannot be expressed.
+        """
+        ...
+
+    def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
+        """Write the model.
+
+        Args:
+            source: has passed `check`.
+            type: a name in `types`.
+            output: an empty folder for the files.
+            progress: receives every tensor.
+        """
+        ...
+
+
+targets: Registry[ExportTarget] = Registry("target", __name__)

@@ -1,0 +1,80 @@
+"""Blocks of GGUF: how a matrix is stored in each type.
+
+A matrix that is on an int4 grid already (`quantization.groups`) is stored in Q4_0 without any
+change: its scales have 5 significant bits, which float16 holds, and |q| ≤ 7 fits in −8 … 7. All
+other matrices are rounded as llama.cpp rounds them, by the package gguf.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.quantization.groups import GROUPS, GroupGrid
+
+__all__ = ["BLOCK", "TYPES", "bytes_per_row", "stored_blocks", "zeros_kept"]
+
+BLOCK = 32
+"""Weights of a row in one block of Q8_0, Q5_0 and Q4_0."""
+
+Q = gguf.GGMLQuantizationType
+
+TYPES = MappingProxyType(
+    {"q8_0": Q.Q8_0, "f16": Q.F16, "bf16": Q.BF16, "f32": Q.F32, "q5_0": Q.Q5_0, "q4_0": Q.Q4_0}
+)
+"""The types of matrices. Each keeps exact zeros."""
+
+FLOAT16_NORMAL = float(np.finfo(np.float16).smallest_normal)
+
+
+def bytes_per_row(columns: int, type: Q) -> int:
+    """The bytes of a row of so many weights."""
+    block, size = gguf.GGML_QUANT_SIZES[type]
+    return columns // block * size
+
+
+def stored_blocks(weight: Tensor, type: Q) -> np.ndarray:
+    """A matrix [rows, columns] as a file stores it.
+
+    Returns:
+        float32 for F32, float16 for F16, else bytes [rows, bytes_per_row].
+    """
+    values = weight.float()
+    if type == Q.Q4_0:
+        exact = exact_q4_0(values)
+        if exact is not None:
+            return exact
+    return gguf.quants.quantize(values.numpy(), type)
+
+
+def zeros_kept(weight: Tensor, stored: np.ndarray, type: Q) -> int:
+    """How many zeros of a matrix are exactly zero in what was stored."""
+    found = stored if type in (Q.F32, Q.F16) else gguf.quants.dequantize(stored, type)
+    return int(((found == 0) & (weight.float().numpy() == 0)).sum())
+
+
+def exact_q4_0(values: Tensor) -> np.ndarray | None:
+    """A float32 matrix on an int4 grid as blocks of Q4_0; None if it is on none.
+
+    A block is the scale d, float16, and 16 bytes: byte j holds q + 8 of weight j in its lower half
+    and of weight j + 16 in its upper half. The weight is d · q.
+    """
+    rows, columns = values.shape
+    if columns % BLOCK:
+        return None
+    grid = GroupGrid(4, min(GROUPS))  # groups of 64 and 128 are groups of 32 with equal scales
+    codes, scales = grid.quantize(values)
+    scale = scales.values.masked_fill_(codes.view(rows, -1, BLOCK).count_nonzero(2) == 0, 1.0)
+    small, large = float(scale.min()), float(scale.max())
+    if small < FLOAT16_NORMAL or large > torch.finfo(torch.float16).max:
+        return None
+    if not torch.equal(grid.dequantize(codes, scales), values):
+        return None
+    shifted = (codes.view(rows, -1, BLOCK) + 8).to(torch.uint8)
+    packed = shifted[:, :, : BLOCK // 2] | (shifted[:, :, BLOCK // 2 :] << 4)
+    heads = scale.to(torch.float16)[:, :, None].view(torch.uint8)
+    return torch.cat([heads, packed], dim=2).reshape(rows, -1).numpy()

@@ -1,0 +1,34 @@
+"""The recipe of `secateur export`."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from secateur.recipes.run import OutputFolder, Overwriting
+from secateur.recipes.section import WHAT_TO_COMPRESS, Flag, Recipe, Section
+
+__all__ = ["ExportRecipe"]
+
+
+class WhatToExport(Section):
+    """The model, and what it becomes."""
+
+    group: ClassVar[str] = WHAT_TO_COMPRESS
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Folder (compressed or not), hub id, GGUF file or named sample."
+    )
+    to: Annotated[str, Flag(value="TARGET")] = Field("gguf", description="The target: gguf.")
+    type: Annotated[str | None, Flag(default="the first that the target names")] = Field(
+        None,
+        description="How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0. All of them "
+        "keep exact zeros.",
+    )
+
+
+class ExportRecipe(WhatToExport, OutputFolder, Recipe):
+    """One export."""
+
+    run: ClassVar[type[Section] | None] = Overwriting

@@ -1,0 +1,244 @@
+"""GGUF files, read back by the package gguf and run by llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from llama_cpp_py_sync import Llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import secateur
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError
+from secateur.exporting.gguf.blocks import exact_q4_0
+from secateur.exporting.gguf.tokenizer import split_rules
+from secateur.models.skeleton import quiet_transformers
+from secateur.quantization.groups import GroupGrid
+from trained import source_text
+from zoo import SIZES, config_of
+
+PROMPTS = ("def add(a, b):", "  return 1234", "naïve café\n\n", "I've been told")
+WORDS = 320
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE with the rules of SmolLM2, trained on Python code."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=WORDS,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([source_text()[:20_000]], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+
+
+def save(folder: Path, tokenizer: Any, family: str, **changes: Any) -> Path:
+    """A random model of a family, with logits far enough apart to have no ties."""
+    config = config_of(family)
+    for name, value in {"vocab_size": WORDS, **changes}.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim == 2 else 1)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def texts(file: Path) -> list[tuple[list[int], str]]:
+    """Tokens of each prompt and eight greedy ones after it, by llama.cpp."""
+    with Llama(str(file), n_ctx=64) as engine:
+        return [
+            (
+                list(engine.tokenize(prompt, add_special=True)),
+                engine.generate(prompt, max_tokens=8, temperature=0.0, top_k=1, repeat_penalty=1.0),
+            )
+            for prompt in PROMPTS
+        ]
+
+
+@torch.no_grad()
+def expected(model: Any, tokenizer: Any) -> list[tuple[list[int], str]]:
+    """The same by transformers."""
+    found = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt)["input_ids"]
+        out = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        found.append((ids, tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)))
+    return found
+
+
+def assert_alike(file: Path, model: Any, tokenizer: Any) -> None:
+    theirs, ours = texts(file), expected(model, tokenizer)
+    assert [ids for ids, _ in theirs] == [ids for ids, _ in ours]
+    part = "\ufffd"  # the last token may be a part of a character
+    assert [text.rstrip(part) for _, text in theirs] == [text.rstrip(part) for _, text in ours]
+    assert any(text for _, text in theirs)
+
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "llama with Llama 3 positions": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_continues_like_transformers(family, tokenizer, tmp_path: Path) -> None:
+    source = save(tmp_path / "model", tokenizer, family.split()[0], **FAMILIES[family])
+    found = secateur.export(source, output=tmp_path / "out", type="f32")
+    (name,) = found.files
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert_alike(tmp_path / "out" / name, model, tokenizer)
+
+
+def test_layers_of_different_sizes_run_too(tokenizer, tmp_path: Path) -> None:
+    """Sub-blocks are gone, and FFNs differ: the architecture `deci` has a size for each layer."""
+    source = save(tmp_path / "model", tokenizer, "llama", attention_bias=False)
+    windows = tmp_path / "text.txt"
+    windows.write_text(source_text()[:6000])
+    cut = secateur.structure(
+        source, output=tmp_path / "cut", calibration=windows, sequence_length=32, windows=8,
+        keep_parameters=0.7, depth_units="blocks", effort="fast", allocation="global",
+    )  # fmt: skip
+    assert cut.output.exists()
+    found = secateur.export(cut.output, output=tmp_path / "out", type="f32")
+    (name,) = found.files
+    reader = gguf.GGUFReader(str(tmp_path / "out" / name))
+    assert reader.fields["general.architecture"].contents() == "deci"
+    assert_alike(tmp_path / "out" / name, secateur.load(cut.output), tokenizer)
+
+
+def half(weight: torch.Tensor) -> torch.Tensor:
+    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    return weight * kept
+
+
+@pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"])
+def test_every_type_keeps_all_zeros(type, tokenizer, tmp_path: Path) -> None:
+    source = save(tmp_path / "model", tokenizer, "llama", intermediate_size=64)
+    secateur.prune(source, output=tmp_path / "pruned", method="magnitude", sparsity=0.5)
+    found = secateur.export(tmp_path / "pruned", output=tmp_path / "out", type=type).exported
+    assert found.zeros == pytest.approx(found.weights / 2, rel=0.01)
+    assert found.zeros_kept == found.zeros
+    assert not found.notes
+
+
+def test_an_int4_model_becomes_q4_0_without_any_change(tokenizer, tmp_path: Path) -> None:
+    source = save(tmp_path / "model", tokenizer, "llama", intermediate_size=64)
+    secateur.prune(source, output=tmp_path / "pruned", method="magnitude", sparsity=0.5)
+    packed = secateur.compress(
+        tmp_path / "pruned", output=tmp_path / "packed", values="int4", group_size=32
+    )
+    found = secateur.export(packed.output, output=tmp_path / "out", type="q4_0")
+    (name,) = found.files
+    dense = secateur.load(packed.output, expand=True, dtype=torch.float32).state_dict()
+    tensors = {x.name: x for x in gguf.GGUFReader(str(tmp_path / "out" / name)).tensors}
+    for layer in range(SIZES["num_hidden_layers"]):
+        for theirs, ours in (("ffn_up", "mlp.up_proj"), ("attn_v", "self_attn.v_proj")):
+            tensor = tensors[f"blk.{layer}.{theirs}.weight"]
+            assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_0
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            expect = dense[f"model.layers.{layer}.{ours}.weight"].numpy()
+            assert np.array_equal(values, expect)
+
+
+def test_blocks_of_q4_0_by_hand() -> None:
+    weight = torch.zeros(1, 32)
+    weight[0, 0], weight[0, 1], weight[0, 16] = 3.5, -0.5, 1.0
+    (row,) = exact_q4_0(weight)
+    assert row[:2].view(np.float16)[0] == 0.5
+    assert row[2] == (7 + 8) | (2 + 8) << 4
+    assert row[3] == (-1 + 8) | 8 << 4
+    assert set(row[4:]) == {8 | 8 << 4}
+
+
+def test_what_is_on_no_grid_is_left_to_gguf() -> None:
+    assert exact_q4_0(torch.randn(2, 32)) is None
+    assert exact_q4_0(torch.zeros(2, 33)) is None
+    grid = GroupGrid(4, 32)
+    tiny = grid.dequantize(*grid.quantize(torch.full((1, 32), 2.0**-20)))
+    assert exact_q4_0(tiny) is None  # float16 has no such scale
+
+
+def test_odd_rows_are_float16_and_the_note_says_so(tokenizer, tmp_path: Path) -> None:
+    source = save(tmp_path / "model", tokenizer, "llama", intermediate_size=40)
+    found = secateur.export(source, output=tmp_path / "out").exported
+    assert found.types["F16"] == SIZES["num_hidden_layers"]
+    assert "3 matrices have rows that are no multiple of 32" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("gemma2", {}, "models of type 'gemma2'"),
+        ("llama", {"hidden_act": "gelu"}, "the activation is gelu"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "of the kind 'dynamic'",
+        ),
+    ],
+)
+def test_what_llama_cpp_computes_differently_is_refused(
+    family, changes, said, tokenizer, tmp_path: Path
+) -> None:
+    source = save(tmp_path / "model", tokenizer, family, **changes)
+    with pytest.raises(ArchitectureError, match=said):
+        secateur.export(source, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+LEVEL = {"type": "ByteLevel", "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"type": "WordLevel"}}, "of the kind WordLevel"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "BPE with byte fallback"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalises by Lowercase"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "rules for splitting"),
+        ({"pre_tokenizer": {**LEVEL, "use_regex": False}}, "rules for splitting"),
+    ],
+)
+def test_other_tokenizers_are_refused(changes: dict[str, Any], said: str) -> None:
+    known = {"model": {"type": "BPE"}, "pre_tokenizer": LEVEL}
+    assert split_rules(known, "t") == "gpt-2"
+    with pytest.raises(CheckpointError, match=said):
+        split_rules({**known, **changes}, "t")
+
+
+def test_unknown_targets_and_types_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown target 'ggfu'"):
+        secateur.export("x", output=tmp_path / "o", to="ggfu")
+    with pytest.raises(RecipeError, match="gguf has no type 'q4_k'"):
+        secateur.export("x", output=tmp_path / "o", type="q4_k")
