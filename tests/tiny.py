@@ -49,6 +49,17 @@ def tiny_tokenizer(
     )
 
 
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of 256 tokens, one a byte, as byte-level BPE without merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    inner.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
 def save_tiny(
     folder: Path,
     family: str = "llama",

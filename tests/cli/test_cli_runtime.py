@@ -83,6 +83,7 @@ def test_generate_refuses(secateur, tmp_path: Path) -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_contenders_that_cannot_run_are_told_and_the_rest_is_measured(secateur, tmp_path) -> None:
     """Heads of 8 are none for the decode loop; the GGUF file is none at all."""
     folder = packed_model(tmp_path, values="bfloat16")
@@ -128,6 +129,7 @@ def test_bench_where_nothing_can_run(secateur, tmp_path: Path) -> None:
     assert "its type is gpt2" not in done.out
 
 
+@pytest.mark.slow
 def test_bench_of_a_model_that_is_not_compressed(secateur, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", head_dim=16)
     done = secateur("bench", folder, *SHORT)

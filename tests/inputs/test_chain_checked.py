@@ -13,7 +13,7 @@ from secateur.errors import SecateurError
 PRUNE = {"prune": {"method": "magnitude", "sparsity": 0.5}}
 
 FAULTS: list[tuple[Any, str]] = [
-    ({"compress": {"values": "int3"}}, "unknown values 'int3'"),
+    ({"compress": {"values": "int5"}}, "unknown values 'int5'"),
     ({"compress": {"values": ["int8"]}}, "values: Input should be a valid string"),
     ({"compress": {"format": "zip"}}, "unknown format 'zip'"),
     ({"compress": {"embeddings": "int4"}}, "embeddings: Input should be 'auto' or 'int8'"),

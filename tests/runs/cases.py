@@ -9,7 +9,7 @@ from typing import Any
 
 import secateur
 from secateur.calibration.windows import save_windows
-from tiny import save_tiny
+from tiny import byte_tokenizer, save_tiny
 from zoo import tiny_windows
 
 __all__ = ["CASES", "Case", "make_sources"]
@@ -25,6 +25,8 @@ def make_sources(place: Path) -> None:
     secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
     secateur.compress(place / "pruned", output=place / "small")
     secateur.prune(place / "deep", output=place / "old", method="magnitude", sparsity=0.25)
+    save_tiny(place / "bytes", tokenizer=False, num_hidden_layers=1, vocab_size=256)
+    byte_tokenizer().save_pretrained(place / "bytes")
     save_windows(tiny_windows(4, 20), place / "windows.safetensors")
     save_windows(tiny_windows(4, 20, seed=2), place / "others.safetensors")
     (place / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -144,6 +146,7 @@ CASES: Mapping[str, Case] = {
     "compress": Case("compress", "pruned", {}),
     "compress int8": Case("compress", "pruned", {"values": "int8", **WINDOWS}),
     "decompress": Case("decompress", "small", {}, resumes=False),
+    "export": Case("export", "bytes", {"type": "f16"}, resumes=False),
     "sweep": Case(
         "sweep",
         "dense",

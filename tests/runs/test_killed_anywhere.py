@@ -39,6 +39,7 @@ SHARES = {
             "structure",
             "structure best",
             "decompress",
+            "export",
         ],
         ["retrain", "distill", "chain", "compress", "compress int8", "sweep"],
     ],

@@ -151,6 +151,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_from_pretrained_in_a_fresh_process(tmp_path: Path) -> None:
     """After nothing but `import secateur`; matrices are packed or dense, as its timings say."""
     torch.save(IDS, tmp_path / "ids.pt")

@@ -48,6 +48,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_everything_works_expanded(tmp_path: Path) -> None:
     torch.save(IDS, tmp_path / "ids.pt")
     folders = [

@@ -54,6 +54,7 @@ def run(folder: Path, processes: int, steps: int) -> dict[str, torch.Tensor]:
     return load_file(folder / "final.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     alone = run(tmp_path / "one", 1, 12)
     together = run(tmp_path / "two", 2, 12)

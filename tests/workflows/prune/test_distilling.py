@@ -18,7 +18,7 @@ from secateur.progress import Silent
 from secateur.quantization.groups import GroupGrid
 from secateur.recipes.recovery import Distill
 from secateur.workflows.prune.distillation import learn
-from slow import few_families
+from slow import few_families, slow
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows, zeros_of
 
@@ -46,7 +46,7 @@ def test_the_divergence_falls_and_every_zero_stays(family: str) -> None:
     assert all(p.requires_grad and p.grad is None for p in taught.parameters())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", slow("gpt2")])
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])
 def test_a_rounded_model_learns_on_its_grid(family: str, method: str) -> None:
     windows, dense, grid = tiny_windows(8), tiny_model(family), GroupGrid(3, 32)

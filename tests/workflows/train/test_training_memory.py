@@ -46,7 +46,7 @@ print(json.dumps(report.manifest))
 @pytest.mark.parametrize(
     ("verb", "more"),
     [
-        ("retrain", {}),
+        slow(("retrain", {})),
         slow(("retrain", {"optimizer": "SGD", "optimizer_options": {"momentum": 0.0}})),
         slow(("retrain", {"lora": 4})),
         slow(("distill", {"gradient_checkpointing": True})),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from secateur.calibration.windows import load_calibration, load_windows, save_windows
 from secateur.engine.choose.values import Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import RecipeError
+from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.positions import positions_of
@@ -104,6 +104,8 @@ def choose_values(
         run = rounding_recipe(own, reader.folder, zeros, work / f"rounded-{values}")
         folders[values] = round_checkpoint(run, Labelled(progress, f"rounding to {values}"))
     readers = {values: CheckpointReader(folder) for values, folder in folders.items()}
+    for rounded in readers.values():
+        refuse_renamed(linears.values(), rounded)
     sizes = sizes_of(recipe, reader, matrices)
     levels = [Level(reader, sizes[""], {})]
     levels += [Level(readers[v], sizes[v], output_errors(folders[v])) for v in ROUNDED]
@@ -131,6 +133,22 @@ def choose_values(
         {name: ROUNDED[level - 1] for name, level in names.items()},
         record,
     )
+
+
+def refuse_renamed(names: Iterable[str], rounded: CheckpointReader) -> None:
+    """Refuse a model whose rounded copy stores its matrices under other names.
+
+    Raises:
+        ArchitectureError: names one of them.
+    """
+    missing = next((name for name in names if name not in rounded.entries), None)
+    if missing is not None:
+        raise ArchitectureError(
+            f"the rounded copy does not store {missing!r} under this name, so values cannot be "
+            "chosen for each matrix",
+            where=str(rounded.folder),
+            remedy="choose the values yourself: --values int8 or --values int4",
+        )
 
 
 def with_values(recipe: CompressRecipe, values: str, windows: Path) -> CompressRecipe:

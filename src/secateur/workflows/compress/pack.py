@@ -122,6 +122,7 @@ def compress_recipe(
             run = rounding_recipe(recipe, source.folder, zeros, folder.work / "rounded")
             rounded = round_checkpoint(run, progress)
             reader, rounding = CheckpointReader(rounded), told_of(rounded)
+            matrices = find_matrices(reader, recipe.embeddings, trust)
         made = folder.fresh_model()
         values = settled_values(reader, matrices, recipe.values)
         plan = make_plan(reader, matrices, recipe, values, progress, values_of)
