@@ -60,23 +60,20 @@ class ExportTarget(Protocol):
     types: ClassVar[tuple[str, ...]]
     """The types in which matrices can be stored; the first is the default."""
 
-    def check(self, source: ExportSource, type: str) -> None:
-        """Refuse, before anything is written, what the engine would not compute alike.
+    def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
+        """Write the model.
+
+        Everything that the engine would not compute alike is refused before a file is opened.
+
+        Args:
+            source: the model.
+            type: a name in `types`.
+            output: an empty folder for the files.
+            progress: receives every tensor.
 
         Raises:
             ArchitectureError: the engine does not know this model, or computes it differently.
             CheckpointError: the tokenizer cannot be expressed.
-        """
-        ...
-
-    def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
-        """Write the model.
-
-        Args:
-            source: has passed `check`.
-            type: a name in `types`.
-            output: an empty folder for the files.
-            progress: receives every tensor.
         """
         ...
 

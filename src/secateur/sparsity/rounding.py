@@ -21,7 +21,7 @@ from secateur.quantization.sweep_grids import GroupColumns, RowColumns
 from secateur.sparsity.column_sweep import sweep
 from secateur.sparsity.patterns import Pattern
 
-__all__ = ["Rounding"]
+__all__ = ["Rounding", "RoundingSolver"]
 
 
 @dataclass(frozen=True)
@@ -98,3 +98,26 @@ class Rounding:
         sweep(start, kept, factor, grid=grid)
         if isinstance(grid, GroupColumns):
             descend(start, grid, target, kept, gram, diagonal, self.descent)
+
+
+class RoundingSolver:
+    """The part of a solver that has the parameters `bits`, `group` and `descent`."""
+
+    bits: int
+    group: int
+    descent: int
+
+    @property
+    def rounding(self) -> Rounding:
+        """How the kept weights are rounded."""
+        return Rounding(self.bits, self.group, self.descent)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the solver also rounds the remaining weights."""
+        return self.bits > 0
+
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of groups on which the weights then are."""
+        return self.rounding.group_grid

@@ -68,7 +68,6 @@ def export_recipe(
     source = ExportSource(
         name, found.folder, read_config(found.folder), open_checkpoint(found.folder)
     )
-    target.check(source, type)
     with folder:
         made = folder.fresh_model()
         exported = target.write(source, type, made, progress)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from secateur.engine.choose.survey import Survey
 from secateur.engine.choose.tournament import (
     Lockstep,
     Tournament,
-    Version,
-    Versions,
     cut_windows,
     fingerprint,
 )
+from secateur.engine.choose.weight_variants import WeightVariants
 from secateur.engine.stream.ends import ModelEnds
-from secateur.models.architecture import linears_of
+from secateur.models.architecture import Linear
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.allocation.search import LevelSearch
-from secateur.sparsity.evolution import Candidate
 
 __all__ = ["FoundLevels", "LevelVariants", "search_levels"]
 
@@ -94,11 +91,8 @@ def stored_errors(files: Sequence[Path]) -> dict[str, float]:
     return errors
 
 
-class LevelVariants:
-    """Decoder layers whose linears have the weights of given levels.
-
-    The version of a layer is a tuple with the level of each of its competing linears. In the dense
-    model it is `dense`.
+class LevelVariants(WeightVariants):
+    """Decoder layers at levels of sparsity.
 
     Args:
         ends: ends of the model.
@@ -107,51 +101,20 @@ class LevelVariants:
         files: for each layer, the weights of its linears at each level.
     """
 
-    dense: Version = "dense"
-
     def __init__(
         self, ends: ModelEnds, competing: Sequence[str], fixed: set[str], files: Sequence[Path]
     ) -> None:
-        self.ends, self.fixed, self.files = ends, fixed, files
-        architecture = ends.target.architecture
-        prefixes = [architecture.layer_name(i) + "." for i in range(len(files))]
-        self.by_layer = [[n for n in competing if n.startswith(prefix)] for prefix in prefixes]
-        place = {name: index for index, name in enumerate(competing)}
-        self.places = [[place[name] for name in names] for names in self.by_layer]
+        super().__init__(ends, competing)
+        self.fixed, self.files = fixed, files
 
-    def versions(self, candidate: Candidate) -> Versions:
-        """The levels of a candidate, layer by layer."""
-        return tuple(tuple(candidate[i] for i in places) for places in self.places)
+    def source(self, number: int) -> AbstractContextManager[Any]:
+        """The file of the layer."""
+        return cast(AbstractContextManager[Any], safe_open(self.files[number], "pt"))
 
-    @contextmanager
-    def opened(
-        self, number: int, layer: nn.Module
-    ) -> Iterator[Callable[[Version], Callable[[Tensor], Tensor]]]:
-        """The forward of each version. Making a forward reads its weights from the file."""
-        with safe_open(self.files[number], "pt") as file:
-
-            def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
-                weights = self.weights(number, layer, version, file)
-
-                def replaced(*args: Any, **kwargs: Any) -> Any:
-                    return functional_call(layer, weights, args, kwargs)
-
-                return lambda hidden: self.ends.run(number, replaced, hidden)
-
-            yield forward_of
-
-    def weights(
-        self, number: int, layer: nn.Module, version: Version, file: Any
-    ) -> dict[str, Tensor]:
-        """The weights of a version by their names in the layer; empty for the dense model."""
-        if not isinstance(version, tuple):
-            return {}
-        target, found = self.ends.target, {}
-        levels = dict(zip(self.by_layer[number], version, strict=True))
-        prefix = target.architecture.layer_name(number)
-        for name, linear in linears_of(layer, prefix).items():
-            if linear.name in levels or linear.name in self.fixed:
-                key = f"{linear.name}/{levels.get(linear.name, 0)}"
-                weight = file.get_tensor(key).to(target.device)
-                found[f"{name}.weight"] = weight.t() if linear.transposed else weight
-        return found
+    def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
+        """The weight at a level; a linear with its own sparsity has only one."""
+        if level is None and linear.name not in self.fixed:
+            return None
+        weight: Tensor = source.get_tensor(f"{linear.name}/{level or 0}")
+        weight = weight.to(self.ends.target.device)
+        return weight.t() if linear.transposed else weight

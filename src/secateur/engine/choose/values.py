@@ -16,27 +16,25 @@ So the answer is a candidate whose loss was measured. It need not be the smalles
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from secateur.engine.choose.tournament import (
     Lockstep,
     Tournament,
-    Version,
-    Versions,
     cut_windows,
     fingerprint,
 )
+from secateur.engine.choose.weight_variants import WeightVariants
 from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.models.architecture import linears_of
+from secateur.models.architecture import Linear
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate
@@ -174,62 +172,28 @@ def furthest(
     return best, loss
 
 
-class StoredVariants:
+class StoredVariants(WeightVariants):
     """Decoder layers whose linears come from several checkpoints.
 
-    The version of a layer is a tuple with the level of each of its linears.
-
     Args:
-        ends: ends of the model.
+        ends: ends of the model of level 0.
         names: names of the linears; a candidate has a level for each.
         levels: the checkpoints.
     """
 
-    dense: Version = "dense"
-
     def __init__(self, ends: ModelEnds, names: Sequence[str], levels: Sequence[Level]) -> None:
-        self.ends, self.names, self.levels = ends, list(names), levels
-        architecture = ends.target.architecture
-        count = len(ends.target.layers)
-        prefixes = [architecture.layer_name(index) + "." for index in range(count)]
-        self.places = [
-            [place for place, name in enumerate(names) if name.startswith(prefix)]
-            for prefix in prefixes
-        ]
+        super().__init__(ends, names)
+        self.levels = levels
 
-    def versions(self, candidate: Candidate) -> Versions:
-        """The levels of a candidate, layer by layer."""
-        return tuple(tuple(candidate[place] for place in places) for places in self.places)
+    def source(self, number: int) -> AbstractContextManager[Any]:
+        """Nothing to open: readers read single tensors."""
+        return nullcontext()
 
-    @contextmanager
-    def opened(
-        self, number: int, layer: nn.Module
-    ) -> Iterator[Callable[[Version], Callable[[Tensor], Tensor]]]:
-        """The forward of each version. Making a forward reads the weights of other levels."""
-
-        def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
-            weights = self.weights(number, layer, version)
-
-            def replaced(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(layer, weights, args, kwargs)
-
-            return lambda hidden: self.ends.run(number, replaced, hidden)
-
-        yield forward_of
-
-    def weights(self, number: int, layer: nn.Module, version: Version) -> dict[str, Tensor]:
-        """The weights of a version that differ from level 0, by their names in the layer."""
-        if not isinstance(version, tuple):
-            return {}
-        target, found = self.ends.target, {}
+    def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
+        """The weight of a level above 0."""
+        if not level:
+            return None
+        target = self.ends.target
         assert isinstance(target, CheckpointTarget)
-        names = [self.names[place] for place in self.places[number]]
-        level_of = dict(zip(names, version, strict=True))
-        prefix = target.architecture.layer_name(number)
-        for name, linear in linears_of(layer, prefix).items():
-            level = level_of.get(linear.name, 0)
-            if level:
-                stored = target.stored[f"{linear.name}.weight"]
-                weight = self.levels[level].reader.read(stored)
-                found[f"{name}.weight"] = weight.to(target.device, target.dtype)
-        return found
+        weight = self.levels[level].reader.read(target.stored[f"{linear.name}.weight"])
+        return weight.to(target.device, target.dtype)

@@ -67,11 +67,6 @@ class GGUF:
     name: ClassVar[str] = "gguf"
     types: ClassVar[tuple[str, ...]] = tuple(TYPES)
 
-    def check(self, source: ExportSource, type: str) -> None:
-        """Refuse models and tokenizers that llama.cpp would treat differently."""
-        decoder = decoder_of(source)
-        add_tokenizer(gguf.GGUFWriter(None, "check"), source.folder, decoder.vocabulary)
-
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the file, one tensor in memory at a time."""
         decoder, kind = decoder_of(source), TYPES[type]

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.conjugate_gradients import fit_on_mask
 from secateur.sparsity.hessian import (
     check_damping,
@@ -21,7 +20,7 @@ from secateur.sparsity.hessian import (
     relative_output_error,
 )
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.rounding import Rounding
+from secateur.sparsity.rounding import Rounding, RoundingSolver
 from secateur.sparsity.shifted_inverse import ShiftedInverse
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
@@ -57,7 +56,7 @@ class ScaledGram:
 
 @solvers.register("alps")
 @dataclass(frozen=True)
-class ALPS:
+class ALPS(RoundingSolver):
     """Minimises tr((Ŵ − W) H (Ŵ − W)ᵀ) over all Ŵ with the given number of zeros.
 
     In the scaled space B = W ⊙ s, A = H / s sᵀ, with D the pruned copy and V the dual variable of
@@ -138,21 +137,6 @@ class ALPS:
         if not 0 < self.rho < float("inf"):
             raise RecipeError(f"rho is {self.rho}", remedy="give a number above 0, usually 0.1")
         Rounding(self.bits, self.group, self.descent)
-
-    @property
-    def rounding(self) -> Rounding:
-        """How the kept weights are rounded."""
-        return Rounding(self.bits, self.group, self.descent)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the solver also rounds the remaining weights."""
-        return self.bits > 0
-
-    @property
-    def grid(self) -> GroupGrid | None:
-        """The grid of groups on which the weights then are."""
-        return self.rounding.group_grid
 
     def prepare(self, statistics: Statistics) -> ScaledGram:
         """Damp and scale the `gram`, float32 [in, in].

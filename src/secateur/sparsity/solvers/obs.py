@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.column_sweep import Choice, sweep
 from secateur.sparsity.conjugate_gradients import fit_on_mask
 from secateur.sparsity.hessian import (
@@ -22,7 +21,7 @@ from secateur.sparsity.hessian import (
     relative_output_error,
 )
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.rounding import Rounding
+from secateur.sparsity.rounding import Rounding, RoundingSolver
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
@@ -46,7 +45,7 @@ class PreparedGram:
 
 @solvers.register("obs")
 @dataclass(frozen=True)
-class OBS:
+class OBS(RoundingSolver):
     """Prunes column after column, and updates the columns to the right to compensate.
 
     With UᵀU = H⁻¹ upper triangular and H the damped gram, for each column i from left to right
@@ -122,21 +121,6 @@ class OBS:
         if self.refit_steps < 1:
             raise RecipeError(f"refit_steps is {self.refit_steps}", remedy="give 1 or more")
         Rounding(self.bits, self.group, self.descent)
-
-    @property
-    def rounding(self) -> Rounding:
-        """How the kept weights are rounded."""
-        return Rounding(self.bits, self.group, self.descent)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the solver also rounds the remaining weights."""
-        return self.bits > 0
-
-    @property
-    def grid(self) -> GroupGrid | None:
-        """The grid of groups on which the weights then are."""
-        return self.rounding.group_grid
 
     def prepare(self, statistics: Statistics) -> PreparedGram:
         """Factorise the damped `gram`, float32 [in, in].

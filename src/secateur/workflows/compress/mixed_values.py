@@ -8,7 +8,6 @@ rounding does not see.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,22 +16,24 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.calibration.windows import load_calibration, load_windows, save_windows
+from secateur.calibration.windows import load_windows, save_windows
 from secateur.engine.choose.values import Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.positions import positions_of
-from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.runs.atomic import write_json
 from secateur.runtime.choice import choose_layout, values_for
 from secateur.workflows.compress.packable import PackableMatrix
-from secateur.workflows.compress.rounding import round_checkpoint, rounding_recipe, told_of
+from secateur.workflows.compress.rounding import (
+    output_errors,
+    round_checkpoint,
+    rounding_recipe,
+    told_of,
+)
 from secateur.workflows.compress.storage_plan import settled_values
-from secateur.workflows.prune.prepare import choose_device, window_plan
+from secateur.workflows.prune.prepare import calibration_windows, choose_device
 
 __all__ = ["MixedValues", "choose_values"]
 
@@ -168,16 +169,11 @@ def split_windows(
     """
     fitted, judged = work / "fitted.safetensors", work / "judged.safetensors"
     if not judged.exists():
-        assert recipe.calibration.source is not None
-        config = target.model.config
+        text = recipe.calibration.source
+        assert text is not None
         progress.start("reading calibration text", 1)
-        windows, record = load_calibration(
-            recipe.calibration.source,
-            load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code),
-            window_plan(recipe.calibration, config),
-            vocab_size=text_config(config).vocab_size,
-            positions=positions_of(config),
-            field=recipe.calibration.field,
+        windows, record = calibration_windows(
+            text, recipe.calibration, folder, target, trust_remote_code=recipe.trust_remote_code
         )
         progress.finish()
         if len(windows) < 2:
@@ -213,10 +209,3 @@ def sizes_of(
             )
             found[matrix.linear] = choice.nbytes
     return sizes
-
-
-def output_errors(rounded: Path) -> dict[str, float]:
-    """The error of the outputs of every linear, from the notes of a rounding run."""
-    lines = (rounded / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
-    linears = [linear for line in lines for linear in json.loads(line)["linears"]]
-    return {linear["name"]: linear["error"] for linear in linears}

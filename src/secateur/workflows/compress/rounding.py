@@ -20,7 +20,7 @@ from secateur.recipes.reading import build_recipe
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.workflows.prune.checkpoint import run_recipe
 
-__all__ = ["check_calibration", "round_checkpoint", "rounding_recipe", "told_of"]
+__all__ = ["check_calibration", "output_errors", "round_checkpoint", "rounding_recipe", "told_of"]
 
 
 BITS = {"int8": 8, "int4": 4, "int3": 3}
@@ -93,8 +93,7 @@ def told_of(rounded: Path) -> dict[str, Any]:
     """The record of the rounding for the notes of the result."""
     notes = rounded / "secateur"
     manifest = json.loads((notes / "manifest.json").read_text(encoding="utf-8"))
-    lines = (notes / "layers.jsonl").read_text(encoding="utf-8").splitlines()
-    errors = [linear["error"] for line in lines for linear in json.loads(line)["linears"]]
+    errors = output_errors(rounded).values()
     return {
         "solver": manifest["method"]["solver"],
         "asymmetric": manifest["method"]["asymmetric"],
@@ -102,3 +101,10 @@ def told_of(rounded: Path) -> dict[str, Any]:
         "mean_error": sum(errors) / len(errors),
         "seconds": manifest["cost"]["seconds"],
     }
+
+
+def output_errors(rounded: Path) -> dict[str, float]:
+    """The error of the outputs of every linear, from the notes of a rounding run."""
+    lines = (rounded / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
+    linears = [linear for line in lines for linear in json.loads(line)["linears"]]
+    return {linear["name"]: linear["error"] for linear in linears}

@@ -39,6 +39,7 @@ from secateur.sparsity.patterns import Pattern
 __all__ = [
     "Prepared",
     "allocation_of",
+    "calibration_windows",
     "choose_device",
     "choose_plan",
     "method_of",
@@ -260,7 +261,7 @@ def prepare(
             windows = load_windows(stored_windows, positions=positions_of(target.model.config))
         else:
             progress.start("reading calibration text", 1)
-            windows, calibration = calibration_windows(recipe, source, target, only_plan)
+            windows, calibration = windows_of(recipe, source, target, only_plan)
             progress.finish()
             unwritten = recipe.calibration.generated_windows
     return Prepared(
@@ -279,26 +280,51 @@ def prepare(
     )
 
 
-def calibration_windows(
+def windows_of(
     recipe: PruneRecipe, source: LocalCheckpoint, target: Target, only_plan: bool
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the calibration windows of a recipe, and their source."""
-    options = recipe.calibration
-    plan = window_plan(options, target.model.config)
-    if only_plan and not options.source.endswith(".safetensors"):
+    return calibration_windows(
+        recipe.calibration.source,
+        recipe.calibration,
+        source.folder,
+        target,
+        trust_remote_code=recipe.trust_remote_code,
+        only_plan=only_plan,
+    )
+
+
+def calibration_windows(
+    text: str,
+    options: CalibrationWindows,
+    folder: Path,
+    target: Target,
+    *,
+    trust_remote_code: bool = False,
+    only_plan: bool = False,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return the windows of a text for a model, and their source.
+
+    Args:
+        text: the text, or a file of ready windows.
+        options: how the text is cut.
+        folder: folder of the model, with its tokenizer.
+        target: the model.
+        trust_remote_code: whether code from the folder may run.
+        only_plan: read no text; use blank windows of the right number and length.
+    """
+    plan, ready = window_plan(options, target.model.config), text.endswith(".safetensors")
+    if only_plan and not ready:
         return torch.zeros((plan.windows, plan.sequence_length), dtype=torch.int64), {}
-    tokenizer = None
-    if not options.source.endswith(".safetensors"):
-        tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
-    windows, provenance = load_calibration(
-        options.source,
+    tokenizer = None if ready else load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return load_calibration(
+        text,
         tokenizer,
         plan,
         field=options.field,
         vocab_size=text_config(target.model.config).vocab_size,
         positions=positions_of(target.model.config),
     )
-    return windows, provenance
 
 
 def window_plan(options: CalibrationWindows, config: Any) -> WindowPlan:
