@@ -23,8 +23,8 @@ GIB = 2**30
 FRAGMENTATION = {"cuda": 0.03, "cpu": 0.0}
 """ServingMemory that an allocator cannot use, as a fraction; our estimate for a paged cache."""
 
-RUNTIME_BYTES = {"cuda": round(0.9 * GIB), "cpu": 0}
-"""The context of the driver, kernels and graphs. On a CPU it depends on what is loaded already."""
+RUNTIME_BYTES = {"cuda": round(0.9 * GIB), "cpu": 185 * 2**20}
+"""The context of the driver, kernels and graphs; on a CPU, the code of the model, measured here."""
 
 CHUNK_TOKENS = 512
 """Tokens of a prompt that are processed at once."""
