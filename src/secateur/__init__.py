@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from secateur.workflows.compress.pack import compress
     from secateur.workflows.compress.unpack import decompress
     from secateur.workflows.export import export
+    from secateur.workflows.fit.run import fit
     from secateur.workflows.judge.bench import bench
     from secateur.workflows.judge.diagnose import diagnose
     from secateur.workflows.judge.evaluate import evaluate
@@ -60,6 +61,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "fit",
     "generate",
     "inspect",
     "kernel_info",
@@ -89,6 +91,7 @@ HOMES = {
     "distill": "secateur.workflows.train.checkpoint",
     "evaluate": "secateur.workflows.judge.evaluate",
     "export": "secateur.workflows.export",
+    "fit": "secateur.workflows.fit.run",
     "generate": "secateur.workflows.judge.generate",
     "inspect": "secateur.workflows.judge.inspect",
     "kernel_info": "secateur.runtime.kernels.library",
