@@ -22,7 +22,7 @@ from secateur.runtime.sampling import Sampling
 from secateur.runtime.slots import SlotDecoder, Token
 from secateur.serving.one_at_a_time import TransformersEngine
 from secateur.serving.prefixes import BLOCK_TOKENS, PrefixCache
-from secateur.serving.scheduler import Job, QueueFullError, Request, Scheduler
+from secateur.serving.scheduler import QueueFullError, Request, Scheduler, ServingJob
 
 __all__ = ["settled"]
 
@@ -94,7 +94,7 @@ class Client:
     reasons: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.job = Job(self.request, self.take, self.reasons.append)
+        self.job = ServingJob(self.request, self.take, self.reasons.append)
 
     def take(self, token: int, logits: Tensor) -> bool:
         assert not self.reasons
@@ -138,7 +138,7 @@ REQUESTS = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_every_request_gets_what_it_would_get_alone(data: st.DataObject) -> None:
     """Random arrivals, cancels, ends, sizes, and a prefix cache that is too small or not."""
@@ -322,7 +322,7 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path, kind: str) -> None:
             pad_token_id=0,
         )  # fmt: skip
         expected.append(out[0, len(ids) :].tolist())
-    for order in (1, 2, 4):
+    for order in (1, 2, 4) if kind == "ours" else (2,):
         engine = real_engine(model, kind, 4)
         cache = PrefixCache(1 << 22 if kind == "ours" else 0)
         piece = PIECES[kind](engine.capacity)

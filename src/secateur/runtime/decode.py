@@ -12,7 +12,7 @@ from secateur.errors import ShapeError
 from secateur.runtime.sampling import Sampling
 from secateur.runtime.slots import SlotDecoder, Token
 
-__all__ = ["Decoder", "Steps", "continued"]
+__all__ = ["Decoder", "TokenSteps", "continued"]
 
 GREEDY = Sampling()
 
@@ -71,7 +71,7 @@ class Decoder:
         return logits
 
 
-class Steps(Protocol):
+class TokenSteps(Protocol):
     """What computes one sequence: `Decoder` or `SteppedGeneration`."""
 
     def prefill(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " vocabulary"]:
@@ -82,7 +82,7 @@ class Steps(Protocol):
 
 
 def continued(
-    steps: Steps,
+    steps: TokenSteps,
     ids: Int64[Tensor, " tokens"],
     max_new_tokens: int,
     *,

@@ -59,7 +59,7 @@ class TextStream:
         self.from_token = max(self.from_token, self.to_token - LOOK_BACK)
         return more[len(known) :]
 
-    def decoded(self, tokens: Sequence[int]) -> str:
+    def decoded(self, tokens: list[int]) -> str:
         """The text of some tokens, without special ones."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
 

@@ -20,7 +20,7 @@ START = 0
 """The number before the first block."""
 
 
-class Block(NamedTuple):
+class KnownBlock(NamedTuple):
     """Keys and values of some tokens after a known beginning."""
 
     number: int
@@ -45,10 +45,10 @@ class PrefixCache:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
-        self.blocks: OrderedDict[Key, Block] = OrderedDict()  # the longest unused first
+        self.blocks: OrderedDict[Key, KnownBlock] = OrderedDict()  # the longest unused first
         self.numbers = 0
 
-    def walk(self, ids: Sequence[int]) -> Iterator[tuple[int, Key, Block | None]]:
+    def walk(self, ids: Sequence[int]) -> Iterator[tuple[int, Key, KnownBlock | None]]:
         """Where each whole block begins, its key, and what is known of it; ends after the first
         unknown one.
         """
@@ -87,7 +87,7 @@ class PrefixCache:
             if block is None:
                 known = copy(begin, begin + BLOCK_TOKENS)
                 self.numbers += 1
-                self.blocks[key] = Block(self.numbers, known)
+                self.blocks[key] = KnownBlock(self.numbers, known)
                 self.bytes += known.nbytes
         self.use(path)
         while self.bytes > self.limit_bytes:

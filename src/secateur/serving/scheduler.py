@@ -17,7 +17,7 @@ from secateur.runtime.sampling import Draws, Sampling
 from secateur.runtime.slots import Token
 from secateur.serving.prefixes import PrefixCache
 
-__all__ = ["Counts", "Engine", "Job", "QueueFullError", "Request", "Scheduler"]
+__all__ = ["Engine", "QueueFullError", "Request", "Scheduler", "ServingCounts", "ServingJob"]
 
 
 class Engine(Protocol):
@@ -73,7 +73,7 @@ class Request:
 
 
 @dataclass(eq=False)
-class Job:
+class ServingJob:
     """A request on its way.
 
     Args:
@@ -102,7 +102,7 @@ class Job:
 
 
 @dataclass
-class Counts:
+class ServingCounts:
     """What a scheduler did so far.
 
     Attributes:
@@ -149,13 +149,13 @@ class Scheduler:
         self.prefixes = prefixes or PrefixCache(0)
         self.piece_tokens = piece_tokens
         self.lock = threading.Lock()
-        self.queue: deque[Job] = deque()
-        self.running: list[Job] = []
+        self.queue: deque[ServingJob] = deque()
+        self.running: list[ServingJob] = []
         self.free = list(range(len(engine.lengths)))
-        self.counts = Counts()
+        self.counts = ServingCounts()
         self.closed = False
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: ServingJob) -> None:
         """Put a job into the queue.
 
         Raises:
@@ -214,7 +214,7 @@ class Scheduler:
             self.counts.prompt_tokens += len(ids)
             self.counts.cached_tokens += job.cached
 
-    def unread(self, job: Job) -> Sequence[int]:
+    def unread(self, job: ServingJob) -> Sequence[int]:
         """The tokens of a job's prompt that the engine has not read."""
         return job.request.ids[self.engine.lengths[job.slot] :]
 
@@ -234,7 +234,7 @@ class Scheduler:
     def decode(self) -> None:
         """Compute one call: the last token of each text, and the ends of prompts."""
         tokens: list[Token] = []
-        jobs: list[Job] = []
+        jobs: list[ServingJob] = []
         for job in self.running:
             if job.text:
                 tokens.append(Token(job.slot, self.engine.lengths[job.slot], job.text[-1]))
@@ -257,16 +257,16 @@ class Scheduler:
                 self.prompt_read(job)
             self.answer(job, row)
 
-    def prompt_read(self, job: Job) -> None:
+    def prompt_read(self, job: ServingJob) -> None:
         """Keep what others can use of a prompt."""
         self.keep(job, job.request.ids)
 
-    def keep(self, job: Job, ids: Sequence[int]) -> None:
+    def keep(self, job: ServingJob, ids: Sequence[int]) -> None:
         """Keep the keys and values of some tokens of a slot."""
         slot = job.slot
         self.prefixes.add(ids, lambda begin, end: self.engine.copy_out(slot, begin, end))
 
-    def answer(self, job: Job, logits: Tensor) -> None:
+    def answer(self, job: ServingJob, logits: Tensor) -> None:
         """Draw the next token of a job and pass it on."""
         assert job.draws is not None
         token = job.draws.draw(logits)
@@ -280,7 +280,7 @@ class Scheduler:
         elif len(job.text) >= job.request.max_new_tokens:
             self.finish(job, "length")
 
-    def finish(self, job: Job, reason: str) -> None:
+    def finish(self, job: ServingJob, reason: str) -> None:
         """End a job and free its slot."""
         if job in self.running:
             self.running.remove(job)
@@ -301,7 +301,7 @@ class Scheduler:
             job.end("error")
 
 
-def why(job: Job, now: float) -> str | None:
+def why(job: ServingJob, now: float) -> str | None:
     """Why a job ends before its text does; None if it does not."""
     if job.cancelled:
         return "cancelled"

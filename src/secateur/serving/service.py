@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.models.tokenizer import Tokenizer
 from secateur.runtime.sampling import Sampling
 from secateur.runtime.text import TextStream
-from secateur.serving.scheduler import Job, Request
+from secateur.serving.scheduler import Request, ServingJob
 from secateur.serving.worker import Worker
 
 __all__ = ["Answer", "End", "Piece", "Service", "TokenChance"]
@@ -60,7 +60,7 @@ class Answer:
 
     prompt_tokens: int
     events: asyncio.Queue[Piece | End] = field(default_factory=asyncio.Queue)
-    job: Job | None = None
+    job: ServingJob | None = None
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Service:
         stream = TextStream(self.writer, stop, tell)
         deadline = self.worker.scheduler.clock() + self.time_limit_seconds
         request = Request(ids, max_new_tokens, sampling, self.ends, deadline)
-        answer.job = job = Job(request, take, end)
+        answer.job = job = ServingJob(request, take, end)
         self.worker.submit(job)
         return answer
 

@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 
-from secateur.serving.scheduler import Job, Scheduler
+from secateur.serving.scheduler import Scheduler, ServingJob
 
 __all__ = ["Worker"]
 
@@ -37,7 +37,7 @@ class Worker:
         """Whether jobs are computed."""
         return self.thread.is_alive()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: ServingJob) -> None:
         """Give it a job.
 
         Raises:
@@ -46,7 +46,7 @@ class Worker:
         self.scheduler.submit(job)
         self.woken.set()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: ServingJob) -> None:
         """End a job that nobody wants any more; its slot is free after the step of this moment."""
         job.cancelled = True
         self.woken.set()

@@ -41,11 +41,13 @@ class Serving:
     """A server that is ready: the model is in memory and the port is taken.
 
     Attributes:
+        service: the model.
         server: answers, once it runs.
         listening: the socket.
         lines: what a person should know, one line each.
     """
 
+    service: Service
     server: StoppableServer
     listening: socket.socket
     lines: tuple[str, ...]
@@ -99,7 +101,7 @@ def prepare(recipe: ServeRecipe) -> Serving:
             f"WARNING: everybody who can reach {recipe.host} may use the model; set --api-key or "
             f"{KEY_VARIABLE}"
         )
-    return Serving(server, listening, tuple(lines))
+    return Serving(service, server, listening, tuple(lines))
 
 
 def serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -158,7 +159,8 @@ class Endpoints:
         new_tokens = self.fitting(len(ids), question.new_tokens)
         alternatives = question.alternatives
         try:
-            sampling = Sampling(**(service.defaults | question.sampling()))
+            chance = {"seed": secrets.randbits(63)}
+            sampling = Sampling(**(chance | service.defaults | question.sampling()))
         except RecipeError as error:
             raise bad_request(error.what) from error
         try:

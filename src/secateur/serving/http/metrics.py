@@ -14,7 +14,7 @@ KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/m
 
 @dataclass
 class Metrics:
-    """Counts what a server answers, and reads what its scheduler counts.
+    """ServingCounts what a server answers, and reads what its scheduler counts.
 
     Args:
         scheduler: of the server.

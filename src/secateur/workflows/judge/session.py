@@ -16,7 +16,7 @@ from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.results.generate import GenerateResult
-from secateur.runtime.decode import Decoder, Steps, continued
+from secateur.runtime.decode import Decoder, TokenSteps, continued
 from secateur.runtime.generation_config import sampling_in
 from secateur.runtime.load import load
 from secateur.runtime.sampling import Sampling
@@ -176,7 +176,7 @@ class TextSession:
                 steps.close()
         return loop
 
-    def steps(self, tokens: int) -> tuple[Steps, str]:
+    def steps(self, tokens: int) -> tuple[TokenSteps, str]:
         """What computes a text of so many tokens, and its name."""
         reason = why_not(self.model, tokens)
         if reason is not None:
