@@ -12,7 +12,7 @@ from secateur.recipes.section import HOW, WHAT_TO_SERVE, Flag, Recipe, Section
 __all__ = ["ServeRecipe"]
 
 
-class WhatToServe(Section):
+class ServedModel(Section):
     """The model, its name, and where it listens."""
 
     group: ClassVar[str] = WHAT_TO_SERVE
@@ -67,5 +67,5 @@ class ServingLimits(Section):
     )
 
 
-class ServeRecipe(RemoteCode, ServingLimits, WhatToServe, Recipe):
+class ServeRecipe(RemoteCode, ServingLimits, ServedModel, Recipe):
     """One server."""

@@ -33,9 +33,11 @@ from secateur.runtime.kernels.library import (
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedLinear
 
-__all__ = ["SlotDecoder", "Token", "given_cache", "why_not"]
+__all__ = ["FAMILIES", "SlotDecoder", "Token", "given_cache", "why_not"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Types of transformers whose decoders have Llama's shape."""
+
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose angles do not depend on the length of the text."""
 
