@@ -115,7 +115,7 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
     export(two_of_four(tmp_path), tmp_path / "out")
     with pytest.raises(KernelError, match="cpu has no sparse tensor cores"):
         secateur.load_semi_structured(tmp_path / "out", "cpu")
-    with pytest.raises(CheckpointError, match="there is no semi_structured.safetensors"):
+    with pytest.raises(CheckpointError, match=r"there is no semi_structured\.safetensors"):
         secateur.load_semi_structured(tmp_path / "pruned", "cpu", expand=True)
     file = tmp_path / "out" / FILE
     whole = load_file(file)

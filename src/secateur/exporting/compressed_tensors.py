@@ -1,7 +1,7 @@
 """compressed-tensors: the quantized safetensors folder of vLLM, SGLang and transformers.
 
-A linear NAME of the decoder layers is stored as integers q with scales s; its weight is s · q. There
-is no zero point, so a zero is exactly the integer 0.
+A linear NAME of the decoder layers is stored as integers q with scales s; its weight is s · q.
+There is no zero point, so a zero is exactly the integer 0.
 
     type    tensors of NAME                                                      scale for
     w8a8    weight int8 [out, in]; weight_scale float32 [out, 1]                 a row
@@ -43,6 +43,9 @@ Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of tensors, by name."""
 
 METADATA = {"format": "pt"}
+
+SAMPLE = 64
+"""Rows of a matrix, at least, that show whether it is on a grid."""
 
 CPU_MULTIPLE = 32
 """The kernels of vLLM for CPUs need matrices whose sides are multiples of this."""
@@ -246,6 +249,7 @@ def group_of(source: ExportSource, linears: DecoderLinears, progress: Progress) 
     progress.start("looking for an int4 grid", len(linears.shapes))
     for name in linears.shapes:
         weight = source.reader.read(name)
+        weight = weight[:: max(1, len(weight) // SAMPLE)]
         held = [group for group in possible if GroupGrid(4, group).holds(weight)]
         best = [group for group in best if group in held] or best if held else best
         progress.step(note=name)

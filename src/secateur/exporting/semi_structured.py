@@ -33,9 +33,10 @@ TYPES = MappingProxyType({"bf16": torch.bfloat16, "f16": torch.float16})
 
 @dataclass(frozen=True)
 class SemiStructured:
-    """A folder that `secateur.load_semi_structured` loads on a GPU, its linears in CUTLASS' layout.
+    """A folder that `secateur.load_semi_structured` loads on a GPU.
 
-    All linears of the decoder layers must be 2:4. One whose sides torch cannot multiply stays dense.
+    All linears of the decoder layers must be 2:4. Those whose sides torch cannot multiply stay
+    dense.
     """
 
     name: ClassVar[str] = "semi-structured"

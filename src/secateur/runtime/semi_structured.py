@@ -1,4 +1,4 @@
-"""2:4 matrices for the sparse tensor cores of NVIDIA GPUs, in the layout that torch multiplies with.
+"""2:4 matrices in the layout in which torch multiplies them on NVIDIA's sparse tensor cores.
 
 A linear NAME whose weight [out, in] keeps at most 2 of every 4 consecutive weights is stored as
 
