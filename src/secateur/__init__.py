@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
+    from secateur.workflows.advise import advise
     from secateur.workflows.chain import chain
     from secateur.workflows.compress.pack import compress
     from secateur.workflows.compress.unpack import decompress
@@ -49,6 +50,7 @@ __all__ = [
     "SecateurError",
     "SweepPlan",
     "__version__",
+    "advise",
     "allocations",
     "bench",
     "chain",
@@ -78,6 +80,7 @@ __all__ = [
 HOMES = {
     "SecateurError": "secateur.errors",
     "SweepPlan": "secateur.workflows.sweep.plan",
+    "advise": "secateur.workflows.advise",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows.judge.bench",
     "chain": "secateur.workflows.chain",
