@@ -220,11 +220,10 @@ def scheme_of(
     """
     if type == "w8a8":
         return Scheme(8, packed=False, group=None, activations=8, scale=torch.float32)
-    dtype = computed_dtype(source.folder)
     if type == "w8a16":
-        return Scheme(8, packed=True, group=None, activations=None, scale=dtype)
-    group = group_of(source, linears, progress)
-    return Scheme(4, packed=True, group=group, activations=None, scale=dtype)
+        return Scheme(8, packed=True, group=None, activations=None, scale=torch.float32)
+    group, scale = group_of(source, linears, progress), computed_dtype(source.folder)
+    return Scheme(4, packed=True, group=group, activations=None, scale=scale)
 
 
 def group_of(source: ExportSource, linears: DecoderLinears, progress: Progress) -> int:

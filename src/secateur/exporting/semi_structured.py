@@ -57,8 +57,8 @@ class SemiStructured:
             if name in fitting:
                 known |= part_specs(owner, *linears.shapes[name], dtype)
             else:
-                stored = dtype if entry.dtype.is_floating_point else entry.dtype
-                known[linears.names[name]] = (stored, entry.shape)
+                kept = dtype if entry.dtype.is_floating_point else entry.dtype
+                known[linears.names[name]] = (kept, entry.shape)
         copy_the_rest(source, {"dtype": str(dtype).removeprefix("torch.")}, output)
         made, rounded = Exported(), 0
         progress.start("writing", len(source.reader.entries))

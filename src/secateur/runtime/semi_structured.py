@@ -116,14 +116,13 @@ def load_semi_structured(
     entries = read_header(file).entries
     model = empty_model(folder, first_float(entries))
     sparse = {n.removesuffix(".meta") for n in entries if n.endswith(".meta")}
-    owners = dict(model.named_modules())
+    owners: dict[str, Any] = dict(model.named_modules())
     with safe_open(file, framework="pt", device=str(device)) as opened:
         for name in sparse:
-            linear = owners.get(name)
-            check_linear(name, linear, entries, file)
+            check_linear(name, owners.get(name), entries, file)
             parts = opened.get_tensor(f"{name}.packed"), opened.get_tensor(f"{name}.meta")
             weight = decode(*parts) if expand else sparse_tensor(*parts)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
+            owners[name].weight = nn.Parameter(weight, requires_grad=False)
         for name in entries.keys() - {f"{n}.{part}" for n in sparse for part in ("packed", "meta")}:
             put(model, name, opened.get_tensor(name), file)
     model.tie_weights()
@@ -173,17 +172,11 @@ def check_linear(name: str, linear: Any, entries: dict[str, TensorEntry], file: 
     Raises:
         CheckpointError: names the linear.
     """
-    found = {
-        part: (entries[part].dtype, entries[part].shape)
-        for part in (f"{name}.packed", f"{name}.meta")
-        if part in entries
-    }
-    dtype = found.get(f"{name}.packed", (None,))[0]
-    if (
-        not isinstance(linear, nn.Linear)
-        or dtype not in VALUES
-        or found != part_specs(name, *linear.weight.shape, dtype)
-    ):
+    parts = (f"{name}.packed", f"{name}.meta")
+    found = {part: (entries[part].dtype, entries[part].shape) for part in parts if part in entries}
+    dtype = found.get(parts[0], (torch.float32, ()))[0]
+    fits = isinstance(linear, nn.Linear) and dtype in VALUES
+    if not fits or found != part_specs(name, linear.out_features, linear.in_features, dtype):
         raise CheckpointError(
             f"{name} is stored as 2:4 parts that do not fit the model of config.json",
             where=str(file),
