@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
     from secateur.training.lora import merge
+    from secateur.workflows.advise import advise
     from secateur.workflows.chain import chain
     from secateur.workflows.compress.pack import compress
     from secateur.workflows.compress.unpack import decompress
@@ -52,6 +53,7 @@ __all__ = [
     "SecateurError",
     "SweepPlan",
     "__version__",
+    "advise",
     "allocations",
     "bench",
     "chain",
@@ -83,6 +85,7 @@ HOMES = {
     "SecateurCallback": "secateur.workflows.train.callback",
     "SecateurError": "secateur.errors",
     "SweepPlan": "secateur.workflows.sweep.plan",
+    "advise": "secateur.workflows.advise",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows.judge.bench",
     "chain": "secateur.workflows.chain",
