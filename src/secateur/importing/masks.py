@@ -10,7 +10,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.importing import damaged
 from secateur.importing.torch_prune import as_mask
 from secateur.models.checkpoint import CheckpointReader, read_entry
-from secateur.models.header import read_header
+from secateur.models.header import TensorEntry, read_header
 from secateur.models.names import CONVERT, PICKLES
 
 __all__ = ["MaskedReader"]
@@ -42,7 +42,7 @@ class MaskedReader(CheckpointReader):
             raise RecipeError("no such file of masks", where=str(file), remedy="check the path")
         self.model, self.folder, self.files = model, model.folder, model.files
         self.entries = model.entries
-        self.masks = {}
+        self.masks: dict[str, TensorEntry] = {}
         for stored, entry in read_header(file).entries.items():
             name = owner(stored, model)
             if name in self.masks:

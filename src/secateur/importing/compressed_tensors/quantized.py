@@ -168,7 +168,7 @@ def scaled(stored: Tensor, parts: Parts) -> Tensor:
     return value * spread(scale.to(torch.float64))
 
 
-def spread_out(scale: Tensor, shape: tuple[int, int], order: Tensor | None) -> Tensor:
+def spread_out(scale: Tensor, shape: tuple[int, ...], order: Tensor | None) -> Tensor:
     """Scales in a shape that multiplies a matrix.
 
     Raises:
