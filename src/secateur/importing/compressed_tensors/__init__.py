@@ -20,7 +20,7 @@ from secateur.importing import (
 )
 from secateur.importing.compressed_tensors import bitmask, marlin, quantized
 
-__all__ = ["CompressedTensors"]
+__all__ = ["CompressedTensorsFolder"]
 
 METHODS = ("compressed-tensors", "sparseml")
 OF_ACTIVATIONS = (
@@ -34,7 +34,7 @@ NOT_READ = {
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensorsFolder:
     """Every format of compressed-tensors except 4-bit floating point."""
 
     name: ClassVar[str] = "compressed-tensors"
@@ -159,4 +159,4 @@ def assembled(source: ImportSource, parts: Mapping[str, str], widths: frozenset[
     return bitmask.sparse_assembly(source.reader, sparse)
 
 
-import_formats.register(CompressedTensors.name)(CompressedTensors())
+import_formats.register(CompressedTensorsFolder.name)(CompressedTensorsFolder())
