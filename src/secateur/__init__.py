@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.inspect import inspect
     from secateur.workflows.prune.checkpoint import plan
     from secateur.workflows.prune_and_pack import prune
+    from secateur.workflows.push import push
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
     from secateur.workflows.sweep.plan import SweepPlan
@@ -74,6 +75,7 @@ __all__ = [
     "merge",
     "plan",
     "prune",
+    "push",
     "refinements",
     "report",
     "retrain",
@@ -107,6 +109,7 @@ HOMES = {
     "merge": "secateur.training.lora",
     "plan": "secateur.workflows.prune.checkpoint",
     "prune": "secateur.workflows.prune_and_pack",
+    "push": "secateur.workflows.push",
     "refinements": "secateur.sparsity.refinements",
     "report": "secateur.workflows.report",
     "retrain": "secateur.workflows.train.checkpoint",

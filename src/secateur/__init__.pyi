@@ -19,6 +19,7 @@ from secateur.reporting.results.export import ExportResult
 from secateur.reporting.results.import_model import ImportResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.results.push import PushResult
 from secateur.reporting.results.structure import StructureResult
 from secateur.reporting.results.train import TrainResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
@@ -67,6 +68,7 @@ __all__ = [
     "merge",
     "plan",
     "prune",
+    "push",
     "refinements",
     "report",
     "retrain",
@@ -476,7 +478,7 @@ def import_model(
             the model. [none]
         adapter: Folder of an adapter that peft trained on the model. It is merged, and the zeros of
             the model stay zero. [none]
-        trust_remote_code: Run model code that comes with the checkpoint. [off]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
 
@@ -715,6 +717,37 @@ def prune(
 
     Returns:
         The result of the run.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def push(
+    model: str | Path,
+    repo: str,
+    *,
+    progress: Progress | None = None,
+    trust_remote_code: bool | None = None,
+    public: bool | None = None,
+    branch: str | None = None,
+    dry_run: bool | None = None,
+) -> PushResult:
+    """Publish a model folder on the hub, with a card that has its results and their protocols.
+
+    The zeros are counted first and compared with the records. A folder that lost some, that is
+    incomplete, or that holds keys or tokens is refused. The repository is private unless `public`.
+
+    Args:
+        model: a folder that secateur wrote.
+        repo: the repository, OWNER/NAME; created if there is none.
+        progress: receives every tensor.
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        public: Make the repository public. Without this it is private. [off]
+        branch: Branch of the repository; it is created if there is none. [main]
+        dry_run: Check everything and show files and card. Nothing is sent. [off]
+
+    Returns:
+        The files, the card, and the address of the commit.
 
     Raises:
         SecateurError: what, where, and what to do.

@@ -193,6 +193,13 @@ VERBS: dict[str, Verb] = {
             more="The exit code is 3 if something is proven wrong.",
         ),
         Verb(
+            "push",
+            "Publish a model on the hub, with a card that has its results.",
+            "secateur.recipes.push:PushRecipe",
+            "secateur.workflows.push:push",
+            more="The zeros are counted first. The repository is private unless --public.",
+        ),
+        Verb(
             "demo",
             "Prune SmolLM2-135M, pack, time and judge it beside the dense model; write a report.",
             "secateur.recipes.demo:DemoRecipe",
