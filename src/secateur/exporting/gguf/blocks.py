@@ -38,16 +38,16 @@ def bytes_per_row(columns: int, type: Q) -> int:
 
 
 def stored_blocks(weight: Tensor, type: Q) -> np.ndarray:
-    """A matrix [rows, columns] as a file stores it.
+    """A matrix [rows, columns], or a stack of them, as a file stores it.
 
     Returns:
         float32 for F32, float16 for F16, else bytes [rows, bytes_per_row].
     """
     values = weight.float()
     if type == Q.Q4_0:
-        exact = exact_q4_0(values)
+        exact = exact_q4_0(values.flatten(0, -2))
         if exact is not None:
-            return exact
+            return exact.reshape(*weight.shape[:-1], -1)
     return gguf.quants.quantize(values.numpy(), type)
 
 
