@@ -42,6 +42,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "360m": {
+        **SHAPE,
+        "vocab_size": 49152,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "tie_word_embeddings": True,
+    },
 }
 STORED: dict[str, dict[str, Any]] = {
     "50 % int8": {"values": "int8", "format": "bitmask"},
@@ -141,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder for the models, kept")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=["1.1b", "smollm2"])
     parser.add_argument("--only-make", action="store_true", help="make the models, measure nothing")
     parser.add_argument("--name", default="int4-models")
     args = parser.parse_args()

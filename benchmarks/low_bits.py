@@ -16,6 +16,7 @@ Rows, all with float norms, embeddings and head:
 * `then`: the pruned model, rounded with calibration text (as `secateur compress --values`).
 * `then taught`: the same, and then the pruned model teaches it for one epoch of that text, on its
   grid.
+* `auto-round`: the pruned model, rounded by the rival with 20 iterations (`rival_rounding.py`).
 * `joint`: pruned and rounded in one solution, from the dense model.
 * `dense`: the dense model, rounded with calibration text: GPTQ alone, without zeros.
 * `best`, `best joint`: the preset `best` without and with bits; the model learns on its grid.
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -49,7 +51,8 @@ COLUMNS: dict[str, tuple[str, dict[str, int]]] = {
     "50 % + int3, groups of 64": ("unstructured", {"bits": 3, "group": 64}),
     "2:4 + int4, groups of 64": ("2:4", {"bits": 4, "group": 64}),
 }
-ROWS = ("pruned", "nearest", "then", "then taught", "joint", "dense", "best", "best joint")
+ROWS = ("pruned", "nearest", "auto-round", "then", "then taught", "joint", "dense", "best",
+        "best joint")  # fmt: skip
 SEARCH = {"alps": {"iterations": 15, "growth": 1.6}, "sparsegpt": {}}
 BEST = {"iterations": 30, "growth": 1.3}
 
@@ -115,6 +118,8 @@ class Bench:
         held = {"score": "kept", "solver": "obs", "scope": "layer", "method_parameters": bits}
         if row == "dense":
             return self.run(name, self.model, sparsity=0.0, **held)
+        if row == "auto-round":
+            return self.rival(self.pruned(pattern), self.scratch / name)
         if row in ("then", "then taught"):
             learning = {"distill_epochs": 1} if row == "then taught" else {}
             return self.run(name, self.pruned(pattern), sparsity=0.5, **held, **learning)
@@ -125,6 +130,14 @@ class Bench:
             secateur.compress(self.pruned(pattern), output=packed, values=values, group_size=group,
                               overwrite=True)  # fmt: skip
             secateur.decompress(packed, output=made)
+        return made
+
+    def rival(self, pruned: Path, made: Path) -> Path:
+        """The pruned model, rounded to 4 bits in groups of 64 by auto-round."""
+        if not made.exists():
+            script = Path(__file__).with_name("rival_rounding.py")
+            words = [self.args.rival, script, pruned, self.args.rival_windows, made]
+            subprocess.run(list(map(str, words)), check=True)
         return made
 
     def loss(self, model: Path | str) -> float:
@@ -168,7 +181,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*ROWS])
     parser.add_argument("--columns", nargs="*", default=[*COLUMNS])
     parser.add_argument("--keep", type=Path, help="an existing folder for models")
+    parser.add_argument("--rival", type=Path, help="a Python with auto-round")
+    parser.add_argument("--rival-windows", type=Path, help="safetensors with its windows")
     args = parser.parse_args()
+    if args.rival is None:
+        args.only = [row for row in args.only if row != "auto-round"]
     print(heading())
 
     def known(row: str, column: str) -> bool:
@@ -190,7 +207,7 @@ def main() -> None:
                 continue
             made = bench.made(row, column)
             found = {"row": row, "column": column, "loss": bench.loss(made)}
-            if row in ("then", "then taught", "nearest"):
+            if row in ("then", "then taught", "nearest", "auto-round"):
                 found["lost_zeros"] = lost_zeros(bench.pruned(COLUMNS[column][0]), Path(made))
             add("low-bits", protocol, {**told, **found})
             print(found, flush=True)

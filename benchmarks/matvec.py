@@ -19,8 +19,6 @@ bytes.
 from __future__ import annotations
 
 import argparse
-import copy
-import functools
 import json
 import statistics
 import subprocess
@@ -31,14 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from hardware import heading, keep, markdown
-from secateur.quantization.groups import Scales
-from secateur.runtime.formats.bits import pack_bits
+from secateur.evaluation.random_matrices import another, random_matrix
 from secateur.runtime.kernels.library import kernel_info, use_tier
-from secateur.runtime.kernels.matrix import KernelMatrix
 
 
 def last_cache_bytes() -> int:
@@ -48,53 +43,8 @@ def last_cache_bytes() -> int:
 
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
-TYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 WORKING_SET = 2 * max(48 * 2**20, last_cache_bytes())
 REST_SECONDS = 0.03
-DIFFERENT_ROWS = 256
-
-
-@functools.cache
-def random_mask(rows: int, columns: int, kept: int) -> Tensor:
-    """With the same number of ones in each row; the masks of some rows repeat."""
-    some = torch.rand(DIFFERENT_ROWS, columns).argsort(1) < kept
-    return some.repeat(-(-rows // DIFFERENT_ROWS), 1)[:rows]
-
-
-def random_matrix(
-    rows: int, columns: int, values: str, sparsity: float | None, group: int
-) -> KernelMatrix:
-    """A random matrix: dense, or with the same number of zeros in each row."""
-    kept = columns - round((sparsity or 0) * columns)
-    mask = None if sparsity is None else random_mask(rows, columns, kept)
-    if values == "int4":
-        codes = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
-        code = torch.randint(0, 256, (rows, -(-columns // group)), dtype=torch.uint8)
-        exponent = torch.full((rows,), -20, dtype=torch.int8)
-        return KernelMatrix.of_codes(codes, Scales(exponent, code), group, mask)
-    dtype = TYPES[values]
-    scale = torch.rand(rows) if values == "int8" else None
-    if mask is None:
-        return KernelMatrix(numbers(rows * columns, dtype).view(rows, columns), scale=scale)
-    return KernelMatrix(
-        numbers(rows * kept, dtype), bitmask=pack_bits(mask), columns=columns, scale=scale
-    )
-
-
-def numbers(count: int, dtype: torch.dtype) -> Tensor:
-    """Random values."""
-    if dtype == torch.int8:
-        return torch.randint(-127, 128, (count,), dtype=dtype)
-    return torch.randn(count).to(dtype)
-
-
-def another(matrix: KernelMatrix) -> KernelMatrix:
-    """The same numbers in memory of their own."""
-    found = copy.copy(matrix)
-    found.values = matrix.values.clone()
-    found.mask = None if matrix.mask is None else matrix.mask.clone()
-    found.describe(matrix.c.type)
-    return found
 
 
 def copies(one: Any, nbytes: int, copied: Callable[[Any], Any]) -> list[Any]:
@@ -114,12 +64,12 @@ def kinds(
 
     size = rows * columns
     if "bf16" in values:
-        weight = numbers(size, torch.bfloat16).view(rows, columns)
+        weight = torch.randn(rows, columns).bfloat16()
         enter(
             "torch bf16", copies(weight, 2 * size, torch.clone), lambda w: functional.linear(x, w)
         )
     if "int8" in values:
-        integers = numbers(size, torch.int8).view(rows, columns)
+        integers = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
         scales = torch.rand(rows).bfloat16()
         enter(
             "torch int8",
@@ -127,9 +77,9 @@ def kinds(
             lambda w: torch._weight_int8pack_mm(x, w, scales),
         )
     for name in values:
-        for sparsity in (None, *SPARSITIES):
+        for sparsity in (0.0, *SPARSITIES):
             one = random_matrix(rows, columns, name, sparsity, group)
-            kind = f"own {name}" if sparsity is None else f"{name} {sparsity:.0%}"
+            kind = f"{name} {sparsity:.0%}" if sparsity else f"own {name}"
             enter(kind, copies(one, one.nbytes, another), lambda m: m.multiply(x))
     return found
 

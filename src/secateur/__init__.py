@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
+    from secateur.workflows.advise import advise
     from secateur.workflows.chain import chain
     from secateur.workflows.compress.pack import compress
     from secateur.workflows.compress.unpack import decompress
@@ -48,6 +49,7 @@ __all__ = [
     "SecateurError",
     "SweepPlan",
     "__version__",
+    "advise",
     "allocations",
     "bench",
     "chain",
@@ -76,6 +78,7 @@ __all__ = [
 HOMES = {
     "SecateurError": "secateur.errors",
     "SweepPlan": "secateur.workflows.sweep.plan",
+    "advise": "secateur.workflows.advise",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows.judge.bench",
     "chain": "secateur.workflows.chain",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
+from secateur.reporting.results.advise import AdviseResult
 from secateur.reporting.results.chain import ChainResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
@@ -41,6 +42,7 @@ __all__ = [
     "SecateurError",
     "SweepPlan",
     "__version__",
+    "advise",
     "allocations",
     "bench",
     "chain",
@@ -65,6 +67,51 @@ __all__ = [
     "structure",
     "sweep",
 ]
+
+def advise(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    hardware: str | None = None,
+    requests_per_day: float | None = None,
+    tokens_per_request: int | None = None,
+    new_tokens: int | None = None,
+    latency_p99_ms: float | None = None,
+    first_token_ms: float | None = None,
+    quality_loss: float | None = None,
+    gpu_hours: float | None = None,
+    peak: float | None = None,
+    utilisation: float | None = None,
+    usd_per_hour: float | None = None,
+    facts: Path | None = None,
+    trust_remote_code: bool | None = None,
+) -> AdviseResult:
+    """Say what would make a model cheaper to serve, and what that would cost.
+
+    Reads the configuration, no weights. Numbers are measured on this machine, published, or
+    estimated by a formula, and say which.
+
+    Args:
+        model: hub id, folder, named sample, or a well-known shape such as `llama-3.1-8b`.
+        progress: receives the steps when this machine is timed.
+        hardware: What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, this-machine, or a
+            name from --facts. [this-machine]
+        requests_per_day: Requests on an average day. [1000]
+        tokens_per_request: Tokens of prompt and answer together. [500]
+        new_tokens: Tokens of the answer alone. [half of them]
+        latency_p99_ms: Largest time between two tokens of an answer, for 99 of 100. [any]
+        first_token_ms: Largest time to the first token on an idle device. [any]
+        quality_loss: The fraction of the task accuracy that may be lost. [0.01]
+        gpu_hours: Most GPU hours for making the model. [any]
+        peak: How many times the average the busiest moment has. [2]
+        utilisation: The fraction of a device's time that may be planned. [0.7]
+        usd_per_hour: What you pay for one device. [from the facts]
+        facts: YAML with your own hardware, prices, losses or shapes. [the built-in ones]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
 
 def chain(
     model: str | Path,

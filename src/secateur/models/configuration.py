@@ -28,6 +28,8 @@ WIDTHS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_hea
 """Sizes for which some stored tensor must have a side at least as long."""
 
 MAX_POSITIONS = 2**31
+MOST_LAYERS, MOST_SIDE = 1024, 2**22
+"""The most that a configuration without weights may say: several times the largest known model."""
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
@@ -55,17 +57,23 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_sizes(folder: Path) -> None:
+def check_sizes(folder: Path, *, alone: bool = False) -> None:
     """Refuse a configuration whose sizes do not fit the stored tensors.
 
     This check finds only sizes that would make building the model impossible or endless. Shapes are
     compared one by one after the model has been built without weights.
 
+    Args:
+        folder: of the checkpoint.
+        alone: whether the folder may have no weights; then no model known is nearly as large.
+
     Raises:
         CheckpointError: names the key, its value and the content of the headers.
     """
     config = read_configuration(folder)
-    stored = StoredSizes(read_headers(shard_files(folder)))
+    stored = StoredSizes([] if alone else read_headers(shard_files(folder)))
+    if alone:
+        stored.layers, stored.side = MOST_LAYERS, MOST_SIDE
     for part in (config, *(config[name] for name in TEXT_PARTS if name in config)):
         if isinstance(part, dict):
             check_part(part, stored, str(folder / "config.json"))

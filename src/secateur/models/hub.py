@@ -40,6 +40,7 @@ FILES = [
     "LICENSE*",
     "README.md",
 ]
+CONFIGURATION = ["config.json", "LICENSE*", "README.md"]
 # folders inside a repository contain other formats, and "consolidated" files repeat the weights
 IGNORED = ["*/*", "consolidated*"]
 MIB = 2**20
@@ -136,7 +137,13 @@ def out_of_reach(repo: str, reason: str) -> SourceError:
 
 
 def download_model(
-    repo: str, revision: str | None, trust_remote_code: bool, offline: bool, progress: Progress
+    repo: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    offline: bool,
+    progress: Progress,
+    *,
+    weights: bool = True,
 ) -> Path:
     """The snapshot of a hub model: safetensors, configuration and tokenizer, no pickles.
 
@@ -146,6 +153,7 @@ def download_model(
         trust_remote_code: also download the Python files.
         offline: read the local cache only.
         progress: receives the bytes that arrive, in MiB.
+        weights: False fetches the configuration alone.
 
     Raises:
         SourceError: the hub has no such model, or it is neither in the cache nor within reach.
@@ -156,7 +164,10 @@ def download_model(
 
     options: dict[str, Any] = {
         "revision": revision,
-        "allow_patterns": [*FILES, *(["*.py"] if trust_remote_code else [])],
+        "allow_patterns": [
+            *(FILES if weights else CONFIGURATION),
+            *(["*.py"] if trust_remote_code else []),
+        ],
         "ignore_patterns": IGNORED,
     }
     reason = "not tried" if offline else why_unreachable()
@@ -181,7 +192,7 @@ def download_model(
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise out_of_reach(repo, reason or said[0]) from error
     else:
-        if any(Path(folder).glob("*.safetensors")):
+        if not weights or any(Path(folder).glob("*.safetensors")):
             return Path(folder)
         raise CheckpointError(
             f"{repo} has no safetensors, and pickled weights are not downloaded",

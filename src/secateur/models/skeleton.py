@@ -78,6 +78,7 @@ def build_skeleton(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     opened: bool = True,
+    alone: bool = False,
 ) -> Any:
     """The model a checkpoint describes, parameters on the meta device, buffers real.
 
@@ -87,6 +88,7 @@ def build_skeleton(
         trust_remote_code: whether model code that comes with the checkpoint may run.
         opened: make each expert of declared families a module of three linears; False keeps the
             experts as transformers stores them.
+        alone: whether the folder may hold a configuration alone, without weights.
 
     Raises:
         CheckpointError: the configuration does not fit the headers of the weights.
@@ -95,7 +97,7 @@ def build_skeleton(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_sizes(folder)
+    check_sizes(folder, alone=alone)
     with quiet_transformers(), transformers_errors(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with without_weights():

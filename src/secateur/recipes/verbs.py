@@ -137,6 +137,14 @@ VERBS: dict[str, Verb] = {
             "secateur.workflows.judge.bench:bench",
         ),
         Verb(
+            "advise",
+            "Say whether to prune, quantize, distil or leave a model: size, speed and cost. Reads "
+            "no weights.",
+            "secateur.recipes.advise:AdviseRecipe",
+            "secateur.workflows.advise:advise",
+            more="Every number says whether it was measured here, published, or estimated.",
+        ),
+        Verb(
             "sweep",
             "Prune at many sparsities, evaluate each model and draw the curves.",
             "secateur.recipes.sweep:SweepRecipe",

@@ -32,9 +32,11 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedLinear
 from secateur.runtime.sampling import Sampling
 
-__all__ = ["Decoder", "given_cache", "why_not"]
+__all__ = ["FAMILIES", "Decoder", "given_cache", "why_not"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Types of transformers whose decoders have Llama's shape."""
+
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose angles do not depend on the length of the text."""
 

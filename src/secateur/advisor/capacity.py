@@ -1,0 +1,198 @@
+"""How many devices a load needs: the batch that fits and is quick enough, then the replicas.
+
+    p99(b)      = step(b) + prompt(min(P, chunk))     a step that also reads a chunk of a prompt
+    busy(b)     = prompt(P) + N · step(b) / b           device seconds of a request, P in, N out
+    replicas    = ceil(requests per second at the peak · busy / utilisation)
+
+The batch is the power of two with the least busy(b) whose memory fits and whose p99 keeps
+the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from secateur.advisor.estimate import Estimate
+from secateur.advisor.memory import CHUNK_TOKENS, GIB, ServingMemory, memory_of
+from secateur.advisor.options import CompressionWay
+from secateur.advisor.shape import ModelShape
+from secateur.advisor.speed import TimeModel
+
+__all__ = ["Capacity", "Load", "ServingDevice", "TooMuch", "capacity_of"]
+
+BATCHES = tuple(2**n for n in range(10))
+SHARED_BY = (1, 2, 4, 8, 16)
+"""How many devices may share one copy of a model."""
+
+DAY_SECONDS = 86400
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a service.
+
+    Attributes:
+        requests_per_day: on an average day.
+        prompt_tokens: of a request.
+        new_tokens: of an answer.
+        peak: the busiest second has so many times the requests of an average one.
+        utilisation: the fraction of a device's time that may be planned.
+        token_ms: the largest time between two tokens of an answer, for 99 of 100; None for any.
+        first_token_ms: the largest time to the first token of an idle device; None for any.
+    """
+
+    requests_per_day: float
+    prompt_tokens: int
+    new_tokens: int
+    peak: float = 2.0
+    utilisation: float = 0.7
+    token_ms: float | None = None
+    first_token_ms: float | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of a request and its answer."""
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def requests_per_second(self) -> float:
+        """At the peak."""
+        return self.requests_per_day / DAY_SECONDS * self.peak
+
+
+@dataclass(frozen=True)
+class ServingDevice:
+    """What the capacity needs of a device.
+
+    Attributes:
+        kind: `cuda` or `cpu`.
+        memory_bytes: of one.
+        speed: predicts times when so many share a model.
+        most: how many may share a model.
+        most_batch: the largest batch that the engine takes.
+    """
+
+    kind: str
+    memory_bytes: int
+    speed: Callable[[int], TimeModel]
+    most: int = SHARED_BY[-1]
+    most_batch: int = BATCHES[-1]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """One option under a load.
+
+    Attributes:
+        shared_by: devices that share one copy of the model.
+        batch: sequences at once.
+        memory: of one copy at this batch.
+        step: seconds of a step at this batch.
+        p99: seconds between two tokens, for 99 of 100.
+        alone: seconds of a step at batch 1.
+        first_token: seconds to process a prompt.
+        busy: seconds of a copy for one request.
+        replicas: copies, with the typical times.
+        replicas_range: copies with the quickest and the slowest times.
+    """
+
+    shared_by: int
+    batch: int
+    memory: ServingMemory
+    step: Estimate
+    p99: Estimate
+    alone: Estimate
+    first_token: Estimate
+    busy: Estimate
+    replicas: int
+    replicas_range: tuple[int, int]
+
+    @property
+    def devices(self) -> Estimate:
+        """Devices of all copies."""
+        low, high = self.replicas_range
+        return Estimate(low, self.replicas, high) * self.shared_by
+
+    @property
+    def tokens_per_second(self) -> Estimate:
+        """New tokens of one copy at this batch."""
+        return self.step.map(lambda seconds: self.batch / seconds)
+
+
+@dataclass(frozen=True)
+class TooMuch:
+    """Why an option cannot serve a load.
+
+    Attributes:
+        reason: with numbers.
+    """
+
+    reason: str
+
+
+def capacity_of(
+    model: ModelShape, option: CompressionWay, device: ServingDevice, load: Load
+) -> Capacity | TooMuch:
+    """The devices that an option needs, or why none suffice.
+
+    Args:
+        model: not cut yet.
+        option: the way.
+        device: what it runs on.
+        load: what is asked.
+    """
+    shape = option.shape(model)
+
+    def memory(batch: int) -> ServingMemory:
+        return memory_of(shape, option, device.kind, batch, load.context)
+
+    least = memory(1)
+    choices = [n for n in SHARED_BY if n <= device.most and least.total <= n * device.memory_bytes]
+    if not choices:
+        return TooMuch(
+            f"needs {least.total / GIB:.1f} GiB, {device.most} x {device.memory_bytes / GIB:.1f} "
+            "GiB are there"
+        )
+    slow = None
+    for shared_by in choices:
+        speed = device.speed(shared_by)
+        first = speed.prompt(shape, option, load.prompt_tokens)
+        chunk = speed.prompt(shape, option, min(load.prompt_tokens, CHUNK_TOKENS))
+        fits = [b for b in BATCHES if b <= device.most_batch]
+        fits = [b for b in fits if memory(b).total <= shared_by * device.memory_bytes]
+        steps = {b: speed.step(shape, option, b, load.context) for b in fits}
+        quick = [b for b in fits if within((steps[b] + chunk).typical, load.token_ms)]
+        if quick and within(first.typical, load.first_token_ms):
+            busy = {b: first + steps[b] * (load.new_tokens / b) for b in quick}
+            batch = min(quick, key=lambda b: busy[b].typical)
+            needed = busy[batch].map(lambda s: copies(s, load))
+            return Capacity(
+                shared_by, batch, memory(batch), steps[batch], steps[batch] + chunk, steps[1],
+                first, busy[batch], round(needed.typical), (round(needed.low), round(needed.high)),
+            )  # fmt: skip
+        slow = slow or missed(steps[1] + chunk, first, load)
+    assert slow is not None
+    return slow
+
+
+def within(seconds: float, bound_ms: float | None) -> bool:
+    """Whether a time keeps its bound."""
+    return bound_ms is None or seconds * 1e3 <= bound_ms
+
+
+def copies(busy: float, load: Load) -> float:
+    """Copies of the model for a load; at least one."""
+    return max(1, math.ceil(load.requests_per_second * busy / load.utilisation))
+
+
+def missed(p99: Estimate, first: Estimate, load: Load) -> TooMuch:
+    """Which bound is broken, by the fewest devices that can hold the model."""
+    if not within(p99.typical, load.token_ms):
+        return TooMuch(
+            f"{p99.typical * 1e3:.0f} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
+        )
+    return TooMuch(
+        f"{first.typical * 1e3:.0f} ms to the first token, {load.first_token_ms:g} allowed"
+    )

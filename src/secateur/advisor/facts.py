@@ -1,0 +1,196 @@
+"""Reads the facts: hardware, prices, published losses. A user's file replaces single entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from secateur.advisor.estimate import Estimate
+from secateur.errors import RecipeError
+from secateur.registry import did_you_mean
+
+__all__ = ["API", "Facts", "Hardware", "KnownShape", "PublishedLoss", "read_facts"]
+
+
+class Entry(BaseModel):
+    """The base of all entries: no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Range = Annotated[tuple[float, float, float], Field(description="low, typical, high")]
+
+
+class Hardware(Entry):
+    """One device that a model runs on.
+
+    Attributes:
+        name: for people.
+        kind: `cuda` or `cpu`.
+        memory_gib: what the driver reports; None for this machine, where it is read.
+        bandwidth_gb_s: of the memory, from the data sheet; None for this machine.
+        tflops: dense peak of matrix products, by the type of the values.
+        semi_structured: whether it multiplies 2:4 matrices faster.
+        usd_per_hour: price of one device: low, typical, high.
+        price_source: where the price is from.
+    """
+
+    name: str
+    kind: str
+    memory_gib: float | None = None
+    bandwidth_gb_s: float | None = None
+    tflops: dict[str, float] = {}
+    semi_structured: bool = False
+    usd_per_hour: Range
+    price_source: str = "given by the user"
+
+    @model_validator(mode="after")
+    def check(self) -> Hardware:
+        """Prices rise from low to high; a GPU says its memory, bandwidth and peak."""
+        if sorted(self.usd_per_hour) != list(self.usd_per_hour) or self.usd_per_hour[0] < 0:
+            raise ValueError("usd_per_hour is [low, typical, high]")
+        if self.kind not in ("cuda", "cpu"):
+            raise ValueError("kind is cuda or cpu")
+        known = self.memory_gib and self.bandwidth_gb_s and self.tflops.get("bf16")
+        if self.kind == "cuda" and not known:
+            raise ValueError("a GPU needs memory_gib, bandwidth_gb_s and tflops.bf16")
+        return self
+
+
+class Efficiency(Entry):
+    """The fractions of a data sheet that engines reach, and the overhead of a layer."""
+
+    bandwidth: Range
+    compute: Range
+    layer_microseconds: Range
+    source: str
+
+
+class PublishedLoss(Entry):
+    """What one way costs in quality: the fraction of the task accuracy that stays, low to high."""
+
+    kept: tuple[float, float]
+    source: str
+
+
+class API(Entry):
+    """A hosted model: USD for a million tokens."""
+
+    input: float
+    output: float
+    source: str
+
+
+class KnownShape(Entry):
+    """The sizes of a well-known model."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head: int
+    vocabulary: int
+    tied: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+
+
+class Facts(Entry):
+    """Everything that the advice counts with.
+
+    Attributes:
+        date: when the entries were collected.
+        hardware: devices, by name.
+        efficiency: of CUDA devices.
+        training_compute: the fraction of the peak that training reaches: low, typical, high.
+        compressions: published losses, by option.
+        pruning_seconds_of_7b: time to prune a model of seven billion parameters, by method.
+        apis: hosted models, by name.
+        shapes: well-known models, by name.
+    """
+
+    date: date
+    hardware: dict[str, Hardware]
+    efficiency: dict[str, Efficiency]
+    training_compute: Range
+    compressions: dict[str, PublishedLoss]
+    pruning_seconds_of_7b: dict[str, float]
+    apis: dict[str, API]
+    shapes: dict[str, KnownShape]
+
+    def device(self, name: str) -> Hardware:
+        """A device by name.
+
+        Raises:
+            RecipeError: there is none; near names are given.
+        """
+        if name not in self.hardware:
+            raise RecipeError(
+                f"no hardware is called {name!r}",
+                where="--hardware",
+                remedy=f"{did_you_mean(name, [*self.hardware])}; or describe yours with --facts",
+            )
+        return self.hardware[name]
+
+    def price(self, device: Hardware) -> Estimate:
+        """The price of one device for an hour, in USD."""
+        return Estimate(*device.usd_per_hour)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any], depth: int = 2) -> dict[str, Any]:
+    """Entries of `over` replace those of `base`; tables are joined down to a depth."""
+    joined = dict(base)
+    for key, value in over.items():
+        deeper = depth > 0 and isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        joined[key] = merged(base[key], value, depth - 1) if deeper else value
+    return joined
+
+
+@cache
+def own_facts() -> dict[str, Any]:
+    """The facts of this package, as they stand in the file."""
+    found: dict[str, Any] = yaml.safe_load(
+        files("secateur.advisor").joinpath("facts.yaml").read_text("utf-8")
+    )
+    return found
+
+
+def read_facts(override: Path | None = None) -> Facts:
+    """The facts of this package, with those of a user's file in their place.
+
+    Args:
+        override: a YAML file of the same form; only what differs.
+
+    Raises:
+        RecipeError: the file cannot be read, or an entry is wrong; says which.
+    """
+    given: Any = {}
+    if override is not None:
+        try:
+            given = yaml.safe_load(override.read_text("utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(
+                f"the facts cannot be read: {error}", where=str(override), remedy="give a YAML file"
+            ) from None
+        if not isinstance(given, Mapping):
+            raise RecipeError(
+                "the facts are no table of names", where=str(override),
+                remedy="see `secateur/advisor/facts.yaml` for the form",
+            )  # fmt: skip
+    try:
+        return Facts.model_validate(merged(own_facts(), given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            where=str(override or "facts.yaml"),
+            remedy="see `secateur/advisor/facts.yaml` for the form",
+        ) from None

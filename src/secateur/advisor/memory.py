@@ -1,0 +1,88 @@
+"""The memory that serving a model takes.
+
+    weights  = linears · bits / 8 + ends · head_bits / 8 + other · 2
+    KV cache = batch · context · 2 · kv_width · 2                       (bfloat16, all layers)
+    working  = chunk · (4 · hidden + 2 · largest) · 2 + batch · vocabulary · 4
+    total    = (weights + KV cache + working) · (1 + FRAGMENTATION) + RUNTIME
+
+`largest` is the width of attention or of the whole residual stream, `chunk` the tokens of a prompt
+that are processed together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.advisor.options import CompressionWay
+from secateur.advisor.shape import ModelShape
+
+__all__ = ["GIB", "ServingMemory", "kv_bytes_per_token", "memory_of", "weight_bytes"]
+
+GIB = 2**30
+
+FRAGMENTATION = {"cuda": 0.03, "cpu": 0.0}
+"""ServingMemory that an allocator cannot use, as a fraction; our estimate for a paged cache."""
+
+RUNTIME_BYTES = {"cuda": round(0.9 * GIB), "cpu": 185 * 2**20}
+"""The context of the driver, kernels and graphs; on a CPU, the code of the model, measured here."""
+
+CHUNK_TOKENS = 512
+"""Tokens of a prompt that are processed at once."""
+
+
+@dataclass(frozen=True)
+class ServingMemory:
+    """Bytes, by use.
+
+    Attributes:
+        weights: of the model.
+        cache: keys and values of all sequences.
+        working: activations and logits.
+        overhead: fragmentation and the runtime.
+    """
+
+    weights: int
+    cache: int
+    working: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.working + self.overhead
+
+
+def weight_bytes(model: ModelShape, option: CompressionWay) -> int:
+    """Bytes of the weights of a model that was already cut.
+
+    The embedding is stored once; a tied head shares it.
+    """
+    linears = model.linears * option.bits / 8
+    return round(linears + model.ends * option.head_bits / 8 + model.other * 2)
+
+
+def kv_bytes_per_token(model: ModelShape) -> int:
+    """Keys and values of one token in all layers, in bfloat16."""
+    return 2 * model.kv_width * 2
+
+
+def memory_of(
+    model: ModelShape, option: CompressionWay, kind: str, batch: int, context: int
+) -> ServingMemory:
+    """The memory for some sequences at once.
+
+    Args:
+        model: already cut.
+        option: how it is stored.
+        kind: of the device, `cuda` or `cpu`.
+        batch: sequences.
+        context: tokens of each, prompt and answer together.
+    """
+    weights = weight_bytes(model, option)
+    cache = batch * context * kv_bytes_per_token(model)
+    widest = max(model.attention_width, model.hidden)
+    chunk = min(CHUNK_TOKENS, batch * context)
+    working = chunk * (4 * model.hidden + 2 * widest) * 2 + batch * model.vocabulary * 4
+    part = weights + cache + working
+    overhead = round(part * FRAGMENTATION[kind]) + RUNTIME_BYTES[kind]
+    return ServingMemory(weights, cache, working, overhead)

@@ -1,0 +1,221 @@
+"""The ways to make a model smaller that the advice compares: structure × zeros × values.
+
+An option is offered only where something runs it faster or smaller. So unstructured zeros are not
+offered for GPUs, where no engine skips them, and 2:4 is not offered for CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from secateur.advisor.estimate import Estimate
+from secateur.advisor.facts import Facts, Hardware
+from secateur.advisor.shape import ModelShape
+
+__all__ = [
+    "STRUCTURES",
+    "VALUES",
+    "ZEROS",
+    "CompressionWay",
+    "CutAway",
+    "Values",
+    "Zeros",
+    "options_for",
+]
+
+
+@dataclass(frozen=True)
+class Values:
+    """How weights are stored.
+
+    Attributes:
+        name: such as `int4`.
+        bits: of a weight, with its scales.
+        value_bits: of a weight, without scales.
+        product: the type of its products, a key of `Hardware.tflops`. int4 is expanded to bfloat16.
+        loss: the key of its published loss.
+        command: what makes it.
+    """
+
+    name: str
+    bits: float
+    value_bits: int
+    product: str
+    loss: str
+    command: str
+
+
+VALUES = {
+    one.name: one
+    for one in (
+        Values("bf16", 16, 16, "bf16", "none", ""),
+        Values("fp8", 8, 8, "fp8", "fp8", "quantize to FP8 (W8A8) with llm-compressor or vLLM"),
+        Values("int8", 8, 8, "int8", "int8",
+               "secateur compress {} --values int8 --calibration TEXT"),
+        Values("int4", 4.125, 4, "bf16", "int4",
+               "secateur compress {} --values int4 --calibration TEXT"),
+    )
+}  # fmt: skip
+"""int4 counts a scale of 8 bits for 64 weights, or of 16 bits for 128."""
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Which weights are zero.
+
+    Attributes:
+        name: such as `50%`.
+        sparsity: the fraction of zeros.
+        index_bits: bits of a weight that say where the zeros are.
+        decode: decoding is faster by this much than the bytes say; None where bytes decide.
+        loss: the key of its published loss.
+        command: what makes them.
+    """
+
+    name: str
+    sparsity: float
+    index_bits: float
+    decode: Estimate | None
+    loss: str
+    command: str
+
+
+ZEROS = {
+    one.name: one
+    for one in (
+        Zeros("dense", 0.0, 0.0, None, "none", ""),
+        Zeros("2:4", 0.5, 1.0, Estimate(1.0, 1.15, 1.24), "2:4",
+              "secateur prune {} --pattern 2:4 --effort best"),
+        Zeros("50%", 0.5, 1.0, None, "50%", "secateur prune {} --sparsity 0.5 --effort best"),
+    )
+}  # fmt: skip
+"""2:4: Wanda measured 1.24 times end to end for a 7B model; TensorRT-LLM names 1.1 to 1.2."""
+
+
+@dataclass(frozen=True)
+class CutAway:
+    """What is cut away.
+
+    Attributes:
+        name: such as `layers-25%`.
+        linears: the fraction of every layer that stays.
+        layers: the fraction of layers that stays.
+        experts: the fraction of experts that stays.
+        loss: the key of its published loss.
+        command: what makes it.
+        tokens: tokens of distillation that its published loss needs.
+    """
+
+    name: str
+    linears: float
+    layers: float
+    experts: float
+    loss: str
+    command: str
+    tokens: float = 0.0
+
+
+STRUCTURES = {
+    one.name: one
+    for one in (
+        CutAway("whole", 1, 1, 1, "none", ""),
+        CutAway("layers-25%", 1, 0.75, 1, "layers-25%",
+                  "secateur structure {} --drop-layers N --effort best"),
+        CutAway("width-25%", 0.75, 1, 1, "width-25%",
+                  "secateur structure {} --parameters 0.75 --effort best"),
+        CutAway("width-50%-distilled", 0.5, 1, 1, "width-50%-distilled",
+                  "secateur structure {} --parameters 0.5, then secateur distill", 90e9),
+        CutAway("experts-25%", 1, 1, 0.75, "experts-25%",
+                  "secateur structure {} --experts 0.75"),
+        CutAway("experts-50%", 1, 1, 0.5, "experts-50%", "secateur structure {} --experts 0.5"),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompressionWay:
+    """One way.
+
+    Attributes:
+        structure: what is cut away.
+        zeros: which weights are zero.
+        values: how weights are stored.
+    """
+
+    structure: CutAway
+    zeros: Zeros
+    values: Values
+
+    @property
+    def name(self) -> str:
+        """The parts that differ from the model itself."""
+        parts = []
+        if self.structure.name != "whole":
+            parts.append(self.structure.name)
+        if self.zeros.name != "dense":
+            parts.append(f"{self.zeros.name} zeros")
+        if self.values.name != "bf16":
+            parts.append(self.values.name)
+        return " + ".join(parts) or "as it is"
+
+    @property
+    def changed(self) -> int:
+        """How many of the three parts differ from the model itself."""
+        own = ("whole", "dense", "bf16")
+        found = (self.structure.name, self.zeros.name, self.values.name)
+        return sum(a != b for a, b in zip(own, found, strict=True))
+
+    @property
+    def bits(self) -> float:
+        """Bits of a linear's weight: value_bits · (1 − sparsity) + index_bits + scales."""
+        values, zeros = self.values, self.zeros
+        scales = values.bits - values.value_bits
+        return values.value_bits * (1 - zeros.sparsity) + zeros.index_bits + scales
+
+    @property
+    def head_bits(self) -> float:
+        """Bits of a weight of embedding and head: 8 with integers or FP8, else 16."""
+        return 16 if self.values.name == "bf16" else 8
+
+    def shape(self, model: ModelShape) -> ModelShape:
+        """The sizes of the model after the cut."""
+        one = self.structure
+        return model.scaled(one.linears, one.layers, one.experts)
+
+    def kept(self, facts: Facts) -> tuple[float, float]:
+        """The fraction of the accuracy that stays: the product of the three parts, low to high."""
+        low = high = 1.0
+        for part in (self.structure, self.zeros, self.values):
+            found = facts.compressions[part.loss].kept
+            low, high = low * found[0], high * found[1]
+        return low, high
+
+    def sources(self, facts: Facts) -> tuple[str, ...]:
+        """Where the losses of its parts were published."""
+        parts = (self.structure, self.zeros, self.values)
+        return tuple(facts.compressions[p.loss].source for p in parts if p.loss != "none")
+
+    def commands(self, model: str) -> tuple[str, ...]:
+        """The commands that make it, in order."""
+        lines, source = [], model
+        for part in (self.structure, self.zeros, self.values):
+            if part.command:
+                lines.append(part.command.format(source))
+                source = "THAT"
+        return tuple(lines)
+
+
+def options_for(model: ModelShape, device: Hardware) -> Iterator[CompressionWay]:
+    """The options that a device can gain from, the model itself first."""
+    gpu = device.kind == "cuda"
+    zeros = ("dense", "2:4") if gpu and device.semi_structured else ("dense",)
+    zeros = zeros if gpu else ("dense", "50%")
+    values = [n for n in VALUES if n != "fp8" or "fp8" in device.tflops]
+    for structure, zero, value in product(STRUCTURES.values(), zeros, values):
+        if structure.experts < 1 and not model.experts:
+            continue
+        if zero == "2:4" and value != "bf16":
+            continue  # no engine joins them on a GPU
+        yield CompressionWay(structure, ZEROS[zero], VALUES[value])

@@ -1,0 +1,171 @@
+"""The time of a token and of a prompt: by the roofline of a data sheet, or by measured kernels.
+
+Roofline (Williams et al., CACM 2009), for a batch of b sequences with T tokens of context:
+
+    bytes(b)   = weights that are read · bits / 8 + b · T · KV bytes
+    flops(b)   = 2 · b · per_token + 4 · b · T · layers · attention_width
+    step(b)    = max(bytes / (bandwidth · e_b), flops / (peak · e_c)) + layers · overhead
+    prompt(P)  = (2 · P · per_token + 2 · P² · layers · attention_width) / (peak · e_c),
+                 but never less than a step
+
+Of a mixture with E experts and k for each token, b tokens read E · (1 − (1 − k / E)^b) experts of a
+layer, if the router spreads them evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from secateur.advisor.estimate import ESTIMATED, MEASURED, Basis, Estimate
+from secateur.advisor.facts import Efficiency, Hardware
+from secateur.advisor.memory import kv_bytes_per_token
+from secateur.advisor.options import CompressionWay
+from secateur.advisor.shape import ModelShape
+
+__all__ = ["Measured", "Roofline", "TimeModel", "TokenTimes", "weights_read"]
+
+PARALLEL_EFFICIENCY = 0.85
+"""What each device still gives when several share a model; our estimate for tensor parallelism."""
+
+
+class TimeModel(Protocol):
+    """Predicts times on a device."""
+
+    @property
+    def basis(self) -> Basis:
+        """Where the numbers are from."""
+        ...
+
+    def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
+        """Seconds until every sequence of a batch has one more token.
+
+        Args:
+            model: already cut.
+            option: how it is stored.
+            batch: sequences.
+            context: tokens of each so far.
+        """
+        ...
+
+    def prompt(self, model: ModelShape, option: CompressionWay, tokens: int) -> Estimate:
+        """Seconds to process a prompt."""
+        ...
+
+
+def weights_read(model: ModelShape, batch: int) -> float:
+    """Weights of the linears that a step reads: of a mixture, the experts that are hit."""
+    if not model.experts:
+        return model.linears
+    dense = model.linears - model.expert_weights
+    share = (model.active - dense) / model.expert_weights
+    return dense + model.expert_weights * (1 - (1 - share) ** batch)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Times from a data sheet.
+
+    Attributes:
+        device: its bandwidth and peak.
+        efficiency: what engines reach of them.
+        devices: how many share the model (tensor parallelism).
+    """
+
+    device: Hardware
+    efficiency: Efficiency
+    devices: int = 1
+
+    @property
+    def basis(self) -> Basis:
+        """Nothing is measured."""
+        return ESTIMATED
+
+    @property
+    def together(self) -> float:
+        """How many single devices all of them equal."""
+        return self.devices * (PARALLEL_EFFICIENCY if self.devices > 1 else 1.0)
+
+    def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
+        """See the module: the larger of reading and computing, and the overhead of layers."""
+        linears = weights_read(model, batch) * option.bits / 8
+        if option.zeros.decode is not None:  # bytes do not decide; a measured gain does
+            linears = weights_read(model, batch) * option.values.bits / 8
+        cache = batch * context * kv_bytes_per_token(model)
+        rest = model.head * option.head_bits / 8 + cache
+        gain = option.zeros.decode or Estimate.exact(1.0)
+        scale = (1 / gain.high, 1 / gain.typical, 1 / gain.low)
+        assert self.device.bandwidth_gb_s is not None
+        bandwidth = self.device.bandwidth_gb_s * 1e9 * self.together
+        ends = zip(scale, reversed(self.efficiency.bandwidth), strict=True)
+        reading = Estimate(*((linears * s + rest) / (bandwidth * e) for s, e in ends))
+        attention = 4 * context * model.layers * model.attention_width
+        computing = self.computing(option, batch * (2 * model.per_token + attention))
+        overhead = Estimate(*self.efficiency.layer_microseconds) * (1e-6 * model.layers)
+        return reading.larger(computing) + overhead
+
+    def prompt(self, model: ModelShape, option: CompressionWay, tokens: int) -> Estimate:
+        """All tokens at once, but never faster than one step."""
+        attention = 2 * tokens * tokens * model.layers * model.attention_width
+        computing = self.computing(option, 2 * tokens * model.per_token + attention)
+        return computing.larger(self.step(model, option, 1, 0))
+
+    def computing(self, option: CompressionWay, operations: float) -> Estimate:
+        """Seconds for floating-point or integer operations."""
+        peak = self.device.tflops.get(option.values.product, self.device.tflops["bf16"])
+        reached = Estimate(*self.efficiency.compute)
+        return reached.map(lambda e: operations / (peak * 1e12 * self.together * e))
+
+
+@dataclass(frozen=True)
+class TokenTimes:
+    """How long one token took in a model of these sizes on this machine, in seconds.
+
+    Attributes:
+        ends: embedding, head and everything outside the decoder layers.
+        layers: all decoder layers.
+        prompt: one token of a prompt.
+    """
+
+    ends: float
+    layers: float
+    prompt: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of packed models that were decoded on this machine.
+
+    Attributes:
+        model: the sizes that were timed.
+        times: of each way to store it, by the names of its zeros and values.
+        spread: how far off a prediction may be, as a fraction.
+    """
+
+    model: ModelShape
+    times: Mapping[tuple[str, str], TokenTimes]
+    spread: float = 0.15
+
+    @property
+    def basis(self) -> Basis:
+        """The kernels were timed here."""
+        return MEASURED
+
+    def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
+        """Sequences decode one after the other; a cut model's layers take as much less time."""
+        found = self.times[option.zeros.name, option.values.name]
+        return self.around(batch * (found.ends + found.layers * self.share(model)))
+
+    def prompt(self, model: ModelShape, option: CompressionWay, tokens: int) -> Estimate:
+        """Every token takes the same time."""
+        found = self.times[option.zeros.name, option.values.name]
+        return self.around(tokens * found.prompt * self.share(model))
+
+    def share(self, model: ModelShape) -> float:
+        """The part of the linears that a cut model still has."""
+        return model.active / self.model.active
+
+    def around(self, seconds: float) -> Estimate:
+        """A range around a measured time."""
+        return Estimate(seconds * (1 - self.spread), seconds, seconds * (1 + self.spread))

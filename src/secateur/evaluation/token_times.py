@@ -1,0 +1,218 @@
+"""Times tokens of a model that has no weights yet, in every way that our runtime can store it.
+
+A model of the same sizes gets random matrices, each layer in memory of its own. Then it decodes:
+
+    token  = t(0) + L · (t(n) − t(0)) / n         prompt token = L / n · t(prompt of P) / P
+
+t(n) is the time of a token with n decoder layers, t(0) that of embedding, last norm and head. If
+all layers have less than `LAYER_BYTES`, then n = L and nothing is extrapolated. Measured times are
+kept in the cache, with their date; the key holds the sizes, the processor and the kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import ArchitectureError
+from secateur.evaluation.random_matrices import another, random_matrix
+from secateur.models.samples import cache_folder
+from secateur.models.skeleton import assign, quiet_transformers, without_weights
+from secateur.progress import Progress
+from secateur.runs.atomic import write_json
+from secateur.runs.environment import environment
+from secateur.runtime.decode import FAMILIES, Decoder, why_not
+from secateur.runtime.install import settle
+from secateur.runtime.kernels.library import kernel_info
+from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.linear import PackedEmbedding, PackedLinear
+
+__all__ = ["TimedWay", "Way", "time_tokens"]
+
+LAYER_BYTES = 768 * 2**20
+"""Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
+
+PROMPT_TOKENS, CONTEXT_TOKENS = 64, 64
+TURNS, STEPS = 3, 12
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to store the linears.
+
+    Attributes:
+        values: bf16, int8 or int4. With integers the embedding and the head are int8.
+        sparsity: the fraction of zeros, stored with a bitmask; 0 for dense matrices.
+    """
+
+    values: str
+    sparsity: float
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, without scales."""
+        size = {"bf16": 16, "int8": 8, "int4": 4}[self.values]
+        return size * (1 - self.sparsity) + (1 if self.sparsity else 0)
+
+
+@dataclass(frozen=True)
+class TimedWay:
+    """Seconds of one token.
+
+    Attributes:
+        ends: embedding, last norm and head.
+        layers: all decoder layers.
+        prompt: one token of a prompt.
+        measured: the date.
+    """
+
+    ends: float
+    layers: float
+    prompt: float
+    measured: str
+
+
+@torch.inference_mode()
+def time_tokens(
+    config: Any,
+    ways: Sequence[Way],
+    progress: Progress,
+    *,
+    file: Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Way, TimedWay]:
+    """Time a model of some sizes in several ways.
+
+    Args:
+        config: of transformers, of a decoder of Llama's shape.
+        ways: to store its linears.
+        progress: receives every way.
+        file: where measured times are kept; None for the file in the cache.
+        clock: returns seconds.
+
+    Raises:
+        ArchitectureError: our loop cannot decode such a model; says why.
+    """
+    file = file or cache_folder() / "token-times.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    found: dict[Way, TimedWay] = {}
+    progress.start("timing tokens", len(ways))
+    for way in ways:
+        key = key_of(config, way)
+        if key not in known:
+            timed = time_way(config, way, clock)
+            known = json.loads(file.read_text()) if file.exists() else {}
+            known[key] = asdict(timed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, known)
+        found[way] = TimedWay(**known[key])
+        progress.step(note=f"{way.values}, {way.sparsity:.0%} zeros")
+    progress.finish()
+    return found
+
+
+def key_of(config: Any, way: Way) -> str:
+    """Everything that a time depends on."""
+    here = environment(torch.device("cpu"))
+    sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
+    told: Mapping[str, Any] = {
+        "type": config.model_type,
+        "sizes": sizes,
+        "way": asdict(way),
+        "processor": [here["cpu"], here["threads"], kernel_info().tier, here["secateur"]],
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def time_way(config: Any, way: Way, clock: Callable[[], float]) -> TimedWay:
+    """Time one way."""
+    layers = config.num_hidden_layers
+    if config.model_type not in FAMILIES:
+        raise cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
+    model = random_model(config, way)
+    count = len(model.model.layers)
+    reason = why_not(model, PROMPT_TOKENS + CONTEXT_TOKENS)
+    if reason is not None:
+        raise cannot(config, reason)
+    settle(model, torch.bfloat16)
+    decoder = Decoder(model, PROMPT_TOKENS + (2 * TURNS + 1) * STEPS)
+    ids = torch.arange(PROMPT_TOKENS) % config.vocab_size
+    prompts, whole, ends = [], [], []
+    for _ in range(TURNS):
+        began = clock()
+        decoder.prefill(ids)
+        prompts.append(clock() - began)
+        whole += steps(decoder, count, clock)
+        ends += steps(decoder, 0, clock)
+    outside = statistics.median(ends)
+    inside = (statistics.median(whole) - outside) * layers / count
+    prompt = statistics.median(prompts[1:]) * layers / count / PROMPT_TOKENS
+    return TimedWay(outside, max(inside, 0.0), prompt, date.today().isoformat())
+
+
+def cannot(config: Any, reason: str) -> ArchitectureError:
+    """The error for a model that our loop does not decode."""
+    return ArchitectureError(
+        f"this model cannot be timed without its weights: {reason}",
+        where=str(config.model_type),
+        remedy="name other hardware, or time the model itself with `secateur bench`",
+    )
+
+
+def steps(decoder: Decoder, layers: int, clock: Callable[[], float]) -> list[float]:
+    """Seconds of some tokens with the first decoder layers; the first one does not count."""
+    decoder.c.layers = layers
+    found = []
+    for _ in range(STEPS):
+        began = clock()
+        decoder.step(0)
+        found.append(clock() - began)
+    decoder.c.layers = len(decoder.model.model.layers)
+    return found[1:]
+
+
+def random_model(config: Any, way: Way) -> Any:
+    """A model with these sizes, as many layers as are timed, and random weights."""
+    from transformers import AutoModelForCausalLM
+
+    own = type(config).from_dict(config.to_dict())
+    with quiet_transformers(), without_weights():
+        model = AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16).eval()
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    count = min(len(sizes), max(2, round(LAYER_BYTES / (max(sizes) * way.bits / 8))))
+    model.model.layers = model.model.layers[:count]
+    matrices: dict[tuple[int, int], KernelMatrix] = {}
+    for layer in model.model.layers:
+        fill(layer, way, matrices)
+    outer = "int8" if way.values in ("int8", "int4") else "bf16"
+    embedding = model.get_input_embeddings()
+    ends = random_matrix(embedding.num_embeddings, embedding.embedding_dim, outer)
+    model.model.embed_tokens = PackedEmbedding(ends, torch.bfloat16)
+    model.lm_head = PackedLinear(ends if config.tie_word_embeddings else another(ends))
+    assign(model.model.norm, "weight", torch.ones(config.hidden_size, dtype=torch.bfloat16))
+    return model
+
+
+def fill(layer: nn.Module, way: Way, matrices: dict[tuple[int, int], KernelMatrix]) -> None:
+    """Give every linear of a layer a random matrix of its own, and norms and biases ones."""
+    for path, module in list(layer.named_modules()):
+        if isinstance(module, nn.Linear):
+            shape = (module.out_features, module.in_features)
+            if shape not in matrices:
+                matrices[shape] = random_matrix(*shape, way.values, way.sparsity)
+            owner, _, leaf = path.rpartition(".")
+            bias = None if module.bias is None else torch.zeros(shape[0], dtype=torch.bfloat16)
+            setattr(layer.get_submodule(owner), leaf, PackedLinear(another(matrices[shape]), bias))
+    for name, parameter in list(layer.named_parameters()):
+        if parameter.is_meta:
+            assign(layer, name, torch.ones(parameter.shape, dtype=torch.bfloat16))

@@ -1,0 +1,182 @@
+"""What `advise` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.advisor.advice import Advice, Considered, Need
+from secateur.advisor.capacity import Capacity, Load
+from secateur.advisor.estimate import ESTIMATED, PUBLISHED, Estimate
+from secateur.advisor.facts import Facts
+from secateur.advisor.memory import GIB
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Block, Line, Table
+
+__all__ = ["AdviseResult"]
+
+SHOWN = 8
+"""Options in the table; --json has all."""
+
+
+@dataclass(frozen=True)
+class AdviseResult(Result):
+    """The advice, with every number behind it.
+
+    Attributes:
+        model: what the user named.
+        hardware: its name in the facts.
+        facts: what was counted with.
+        load: what is asked of the service.
+        need: the bounds.
+        advice: the options and the decision.
+        speed_basis: how times were found.
+        measured: whether times were measured on this machine.
+    """
+
+    model: str
+    hardware: str
+    facts: Facts
+    load: Load
+    need: Need
+    advice: Advice
+    speed_basis: str
+    measured: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """All options with their numbers, and where each kind of number is from."""
+        advice = self.advice
+        return {
+            "model": self.model,
+            "parameters": advice.model.parameters,
+            "hardware": self.hardware,
+            "load": asdict(self.load),
+            "quality_loss": self.need.quality_loss,
+            "gpu_hours": self.need.gpu_hours,
+            "verdict": advice.verdict,
+            "chosen": advice.chosen.option.name if advice.chosen else None,
+            "commands": list(advice.chosen.option.commands(self.model)) if advice.chosen else [],
+            "paid_back_months": advice.paid_back_months,
+            "measure_first": [row.option.name for row in advice.cheaper],
+            "options": [self.row_json(row) for row in advice.considered],
+            "apis": [asdict(api) for api in advice.apis],
+            "basis": {
+                "times": self.speed_basis,
+                "memory": f"{ESTIMATED}: secateur/advisor/memory.py",
+                "prices": f"{PUBLISHED}: {advice.device.price_source}",
+                "facts_date": self.facts.date.isoformat(),
+            },
+        }
+
+    def row_json(self, row: Considered) -> dict[str, Any]:
+        """The numbers of one option."""
+        told: dict[str, Any] = {
+            "option": row.option.name,
+            "refused": row.refused,
+            "safe": row.safe,
+            "accuracy_kept": list(row.kept),
+            "accuracy_sources": list(row.option.sources(self.facts)),
+            "making": asdict(row.making),
+            "commands": list(row.option.commands(self.model)),
+        }
+        if isinstance(row.capacity, Capacity):
+            told["capacity"] = asdict(row.capacity)
+        if row.cost is not None:
+            told["cost_usd"] = asdict(row.cost)
+        return told
+
+    def blocks(self) -> Sequence[Block]:
+        """The verdict, the options, the hosted models, and where the numbers are from."""
+        advice, load = self.advice, self.load
+        rate = f"{load.requests_per_day:,.0f} requests a day of {load.prompt_tokens} + "
+        rate += f"{load.new_tokens} tokens"
+        title = f"{self.model} ({advice.model.parameters / 1e9:.2f} B) on {advice.device.name}, "
+        rows = [self.row(row) for row in advice.considered if not row.refused][:SHOWN]
+        styles = [
+            "bold green" if row is advice.chosen else "" if row.safe else "yellow"
+            for row in advice.considered
+            if not row.refused
+        ][:SHOWN]
+        columns = ("option", "accuracy", "memory", "devices", "ms/token", "USD/month", "USD/M")
+        blocks: list[Block] = [Line(advice.verdict, "bold")]
+        if rows:
+            blocks.append(Table.of(title + rate, columns, rows, styles=styles))
+        blocks += [Line("yellow: measure the loss first. ms/token at the batch that costs least; "
+                        "ranges and batch sizes: --json", "dim")] if rows else []  # fmt: skip
+        blocks += self.refused()
+        blocks += self.recipe()
+        blocks += self.hosted()
+        return [*blocks, *self.origins()]
+
+    def row(self, row: Considered) -> tuple[str, ...]:
+        """The cells of an option."""
+        found, cost = row.capacity, row.cost
+        assert isinstance(found, Capacity)
+        assert cost is not None
+        low, high = row.kept
+        return (
+            row.option.name,
+            f"{low:.0%}" if low == high else f"{low:.1%}-{high:.1%}",
+            f"{found.memory.total / GIB:.2f} GiB",
+            f"{found.devices.typical:.0f}",
+            f"{found.step.typical * 1e3:.1f}",
+            f"{cost.month.typical:,.0f}",
+            f"{cost.million_tokens.typical:.3g}",
+        )
+
+    def refused(self) -> list[Block]:
+        """Why options are out, one line each for the plain ones."""
+        plain = [row for row in self.advice.considered if row.refused and row.option.changed <= 1]
+        return [Line(f"{row.option.name}: {row.refused}", "dim") for row in plain]
+
+    def recipe(self) -> list[Block]:
+        """The commands of the chosen option."""
+        chosen = self.advice.chosen
+        if chosen is None or not chosen.option.commands(self.model):
+            return []
+        making = chosen.making
+        cost = f"{ranged(making.gpu_hours, ',.1f')} GPU hours, {ranged(making.usd, ',.0f')} USD"
+        lines = [Line(f"  {command}") for command in chosen.option.commands(self.model)]
+        lines.append(Line(f"  takes about {cost} ({making.formula})"))
+        months = self.advice.paid_back_months
+        if months is not None:
+            lines.append(Line(f"  paid back after {months:.2g} months"))
+        return [Line("recipe:", "bold"), *lines]
+
+    def hosted(self) -> list[Block]:
+        """Hosted models under the same load."""
+        rows = [
+            (
+                api.name,
+                f"{api.month:,.0f}",
+                "never" if api.requests_per_day is None else f"{api.requests_per_day:,.0f}",
+            )
+            for api in self.advice.apis
+        ]
+        if not rows:
+            return []
+        columns = ("hosted model", "USD/month", "serving is cheaper from, requests/day")
+        return [Table.of("", columns, rows)]
+
+    def origins(self) -> list[Block]:
+        """Where each kind of number is from."""
+        device, chosen = self.advice.device, self.advice.chosen
+        sources = chosen.option.sources(self.facts) if chosen else ()
+        times = "measured here" if self.measured else ESTIMATED
+        lines = [
+            f"times: {times}; {self.speed_basis}",
+            f"memory: {ESTIMATED}; formula in docs/advise.md",
+            f"price of {device.usd_per_hour[1]:g} USD an hour ({device.usd_per_hour[0]:g} to "
+            f"{device.usd_per_hour[2]:g}): {PUBLISHED}; {device.price_source}",
+            *(f"accuracy: {PUBLISHED}; {source}" for source in sources),
+            f"facts of {self.facts.date}; replace any with --facts FILE",
+        ]
+        return [Line(line, "dim") for line in lines]
+
+
+def ranged(value: Estimate, form: str) -> str:
+    """A number with its range."""
+    if value.low == value.high:
+        return format(value.typical, form)
+    return f"{value.typical:{form}} ({value.low:{form}} to {value.high:{form}})"

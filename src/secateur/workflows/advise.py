@@ -1,0 +1,186 @@
+"""Advises on a model without running it: prune, quantize, both, distil, or leave it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from secateur.advisor.advice import Need, advise_on
+from secateur.advisor.capacity import Load, ServingDevice
+from secateur.advisor.facts import Facts, Hardware, read_facts
+from secateur.advisor.options import options_for
+from secateur.advisor.shape import ModelShape, known_shape
+from secateur.advisor.speed import Measured, Roofline, TimeModel, TokenTimes
+from secateur.errors import RecipeError
+from secateur.evaluation.token_times import Way, time_tokens
+from secateur.models.architecture import describe, linears_of
+from secateur.models.hub import download_model
+from secateur.models.names import hub_name, kind_of_name
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import resolve
+from secateur.progress import Progress, Silent
+from secateur.recipes.advise import AdviseRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.reporting.results.advise import AdviseResult
+
+__all__ = ["advise", "advise_recipe"]
+
+THIS_MACHINE = "this-machine"
+FREE_SHARE = 0.8
+"""The fraction of this machine's memory that a model may take."""
+
+SPARSITY_OF = {"dense": 0.0, "50%": 0.5}
+
+
+@takes_options_of(AdviseRecipe)
+def advise(model: str | Path, *, progress: Progress | None = None, **options: Any) -> AdviseResult:
+    """Say what would make a model cheaper to serve, and what that would cost.
+
+    Reads the configuration, no weights. Numbers are measured on this machine, published, or
+    estimated by a formula, and say which.
+
+    Args:
+        model: hub id, folder, named sample, or a well-known shape such as `llama-3.1-8b`.
+        progress: receives the steps when this machine is timed.
+        **options: the other options of the recipe.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    recipe, _ = recipe_of(AdviseRecipe, {"model": model}, options)
+    return advise_recipe(recipe, progress or Silent())
+
+
+def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
+    """Carry out a recipe."""
+    facts = read_facts(recipe.facts)
+    hardware = facts.device(recipe.hardware)
+    if recipe.usd_per_hour is not None:
+        price = (recipe.usd_per_hour,) * 3
+        told = {"usd_per_hour": price, "price_source": "given by the user"}
+        hardware = hardware.model_copy(update=told)
+    shape, config = shape_of(recipe, facts, progress)
+    speed_of, basis = speeds(recipe, facts, hardware, shape, config, progress)
+    memory = hardware.memory_gib
+    total = psutil.virtual_memory().total * FREE_SHARE if memory is None else memory * 2**30
+    alone = hardware.kind == "cpu"
+    device = ServingDevice(
+        hardware.kind, round(total), speed_of, **({"most": 1, "most_batch": 1} if alone else {})
+    )
+    answer = recipe.answer_tokens()
+    load = Load(
+        recipe.requests_per_day,
+        recipe.tokens_per_request - answer,
+        answer,
+        recipe.peak,
+        recipe.utilisation,
+        recipe.latency_p99_ms,
+        recipe.first_token_ms,
+    )
+    need = Need(load, recipe.quality_loss, recipe.gpu_hours)
+    advice = advise_on(shape, hardware, device, facts, need)
+    measured = recipe.hardware == THIS_MACHINE
+    return AdviseResult(recipe.model, recipe.hardware, facts, load, need, advice, basis, measured)
+
+
+def speeds(
+    recipe: AdviseRecipe,
+    facts: Facts,
+    hardware: Hardware,
+    shape: ModelShape,
+    config: Any,
+    progress: Progress,
+) -> tuple[Any, str]:
+    """The speed of a number of devices, and how it was found."""
+    if recipe.hardware != THIS_MACHINE:
+        efficiency = facts.efficiency["cuda"]
+
+        def roofline(devices: int) -> TimeModel:
+            return Roofline(hardware, efficiency, devices)
+
+        return roofline, f"roofline of the data sheet; {efficiency.source}"
+    if config is None:
+        raise RecipeError(
+            f"{recipe.model} is a well-known shape, and this machine can be timed only with the "
+            "configuration of a model",
+            where="--hardware",
+            remedy=f"name a folder with config.json, or other hardware: "
+            f"{', '.join(n for n in facts.hardware if n != THIS_MACHINE)}",
+        )
+    names = {(o.zeros.name, o.values.name) for o in options_for(shape, hardware)}
+    ways = {name: Way(name[1], SPARSITY_OF[name[0]]) for name in sorted(names)}
+    timed = time_tokens(config, list(ways.values()), progress)
+    times = {
+        name: TokenTimes(timed[way].ends, timed[way].layers, timed[way].prompt)
+        for name, way in ways.items()
+    }
+    measured = Measured(shape, times)
+    dates = sorted({timed[way].measured for way in ways.values()})
+    return (lambda devices: measured), f"decoded on this machine with random weights, {dates[0]}"
+
+
+def shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[ModelShape, Any]:
+    """The sizes of the model, and its configuration; None for a well-known shape.
+
+    Raises:
+        SourceError: there is no such model.
+        ArchitectureError: transformers cannot build it.
+    """
+    name = recipe.model
+    if name in facts.shapes and kind_of_name(name) is None:
+        return known_shape(name, facts.shapes[name]), None
+    trusted = recipe.trust_remote_code
+    hub = hub_name(name)
+    if kind_of_name(name) == "hub" and hub is not None:
+        folder = download_model(hub.repo, hub.revision, trusted, False, progress, weights=False)
+    elif kind_of_name(name) == "folder":
+        folder = Path(name).expanduser()
+    else:
+        folder = resolve(name, progress=progress).folder
+    model = build_skeleton(folder, trust_remote_code=trusted, alone=True)
+    return counted(name, model), model.config
+
+
+def counted(name: str, model: Any) -> ModelShape:
+    """Count a skeleton."""
+    architecture = describe(model)
+    layers = architecture.layers(model)
+    config = model.config.get_text_config(decoder=True)
+    linears = active = in_experts = 0
+    experts = int(getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0) or 0)
+    taken = int(getattr(config, "num_experts_per_tok", 0) or 0)
+    for index, layer in enumerate(layers):
+        for linear_name, linear in linears_of(layer, architecture.layer_name(index)).items():
+            weights = linear.module.weight.numel()  # type: ignore[operator]
+            linears += weights
+            if experts and ".experts." in linear_name:
+                in_experts += weights
+                active += round(weights * taken / experts)
+            else:
+                active += weights
+    total = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    tied = bool(getattr(config, "tie_word_embeddings", False)) or embedding is head
+    ends = embedding.numel() + (0 if embedding is head else head.numel())
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return ModelShape(
+        name,
+        len(layers),
+        config.hidden_size,
+        linears,
+        active,
+        embedding.numel(),
+        head.numel(),
+        tied,
+        total - linears - ends,
+        heads * size,
+        len(layers) * kv_heads * size,
+        config.vocab_size,
+        experts if in_experts else 0,
+        in_experts,
+    )

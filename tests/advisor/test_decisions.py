@@ -1,0 +1,116 @@
+"""What is decided, and when nothing can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from secateur.advisor.advice import Advice, Need, advise_on
+from secateur.advisor.capacity import Load, ServingDevice
+from secateur.advisor.estimate import Estimate
+from secateur.advisor.facts import read_facts
+from secateur.advisor.memory import weight_bytes
+from secateur.advisor.options import CompressionWay
+from secateur.advisor.shape import ModelShape, known_shape
+from secateur.errors import RecipeError
+
+
+class ByBytes:
+    """Every step takes as long as the weights have gigabytes."""
+
+    basis = "estimated"
+
+    def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
+        return Estimate.exact(weight_bytes(model, option) / 1e9)
+
+    def prompt(self, model: ModelShape, option: CompressionWay, tokens: int) -> Estimate:
+        return Estimate.exact(0.0)
+
+
+def decided(
+    requests: float, quality_loss: float | None, hours: float | None = None, batch: int = 1
+) -> Advice:
+    facts = read_facts()
+    model = known_shape("llama-2-7b", facts.shapes["llama-2-7b"])
+    device = ServingDevice("cuda", 80 * 2**30, lambda n: ByBytes(), most=1, most_batch=batch)
+    need = Need(Load(requests, 100, 100), quality_loss, hours)
+    return advise_on(model, facts.hardware["h100-80gb"], device, facts, need)
+
+
+def test_one_device_is_enough_so_the_model_stays_as_it_is() -> None:
+    found = decided(requests=1, quality_loss=0.5)
+    assert found.chosen is not None
+    assert found.chosen.option.name == "as it is"
+    assert found.verdict.startswith("Leave the model as it is")
+
+
+def test_quantizing_wins_where_it_keeps_the_bound() -> None:
+    found = decided(requests=10_000, quality_loss=0.01)
+    assert found.chosen is not None
+    assert found.chosen.option.name == "fp8"
+    assert found.verdict.startswith("Only quantize: fp8.")
+    # what may keep it is named, and costs less
+    assert found.cheaper
+    assert found.chosen.cost is not None
+    for row in found.cheaper:
+        assert row.cost is not None
+        assert row.cost.month.typical < found.chosen.cost.month.typical
+        assert row.kept[0] < 0.99 <= row.kept[1]
+
+
+def test_a_looser_bound_lets_cuts_win_and_hours_rule_them_out() -> None:
+    loose = decided(requests=10_000, quality_loss=0.1)
+    assert loose.chosen is not None
+    assert "width-50%-distilled" in loose.chosen.option.name
+    assert loose.verdict.startswith("Distill")
+    short = decided(requests=10_000, quality_loss=0.1, hours=50)
+    assert short.chosen is not None
+    assert short.chosen.making.gpu_hours.typical <= 50
+    assert "distilled" not in short.chosen.option.name
+    out = {row.option.name: row.refused for row in short.considered}
+    assert "GPU hours to make, 50 allowed" in out["width-50%-distilled"]
+
+
+def test_nothing_serves_a_load_whose_latency_is_impossible() -> None:
+    facts = read_facts()
+    model = known_shape("x", facts.shapes["llama-2-7b"])
+    device = ServingDevice("cuda", 80 * 2**30, lambda n: ByBytes(), most=1)
+    need = Need(Load(1000, 100, 100, token_ms=0.001), 0.01)
+    found = advise_on(model, facts.hardware["h100-80gb"], device, facts, need)
+    assert found.chosen is None
+    assert found.verdict.startswith("Nothing is sure to serve this load")
+    assert all(row.refused for row in found.considered)
+
+
+def test_a_users_facts_replace_single_entries(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("hardware:\n  h100-80gb: {usd_per_hour: [9, 9, 9]}\napis: {}\n")
+    facts = read_facts(own)
+    assert facts.hardware["h100-80gb"].usd_per_hour == (9, 9, 9)
+    assert facts.hardware["h100-80gb"].bandwidth_gb_s == 3350
+    assert facts.apis.keys() == read_facts().apis.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hardware: {h100-80gb: {usd_per_hour: [3, 2, 1]}}", "usd_per_hour is"),
+        ("hardware: {mine: {name: x, kind: cuda, usd_per_hour: [1, 1, 1]}}", "a GPU needs"),
+        ("hardware: {mine: {name: x, kind: tpu, usd_per_hour: [1, 1, 1]}}", "cuda or cpu"),
+        ("speed: 3", "speed: Extra inputs"),
+        ("- 1", "no table of names"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_wrong_facts_are_named(tmp_path: Path, text: str, said: str) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        read_facts(own)
+
+
+def test_unknown_hardware_names_a_near_one() -> None:
+    with pytest.raises(RecipeError, match="no hardware is called 'h100'") as caught:
+        read_facts().device("h100")
+    assert "h100-80gb" in str(caught.value)

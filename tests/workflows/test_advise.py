@@ -1,0 +1,85 @@
+"""Advice from a configuration alone: sizes, times, refusals, and the tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+import secateur
+from commands import runner
+from secateur.errors import RecipeError, SecateurError
+from secateur.models.skeleton import build_skeleton
+from secateur.workflows.advise import counted
+from tiny import save_tiny
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "mixtral", "qwen3_moe"])
+def test_every_weight_is_counted_once(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / family, family)
+    shape = counted(family, build_skeleton(folder))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.active <= shape.linears
+    assert (shape.experts > 0) == (family in ("mixtral", "qwen3_moe"))
+    assert (shape.active < shape.linears) == (shape.experts > 0)
+
+
+def test_a_configuration_is_enough_and_this_machine_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    found = secateur.advise(tmp_path / "model", requests_per_day=10, tokens_per_request=20)
+    told = json.loads(json.dumps(found.to_json()))
+    names = {row["option"] for row in told["options"]}
+    assert {"as it is", "int8", "int4", "50% zeros", "50% zeros + int4"} <= names
+    assert told["chosen"] == "as it is"
+    assert told["basis"]["times"].startswith("decoded on this machine with random weights, 20")
+    assert "measured here" in str(found)
+    assert (tmp_path / "home" / "token-times.json").exists()
+
+
+def test_the_command_advises_on_a_known_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runner(monkeypatch, capsys)
+    words = ("llama-3.1-8b", "--hardware", "a100-80gb", "--requests-per-day", "1e6")
+    told = json.loads(run("advise", *words, "--quality-loss", "0.03", "--json").out)
+    assert told["verdict"].startswith("Only quantize: int8")
+    assert told["commands"] == ["secateur compress llama-3.1-8b --values int8 --calibration TEXT"]
+    chosen = next(row for row in told["options"] if row["option"] == "int8")
+    assert chosen["cost_usd"]["month"]["low"] < chosen["cost_usd"]["month"]["high"]
+    assert "2411.02355" in chosen["accuracy_sources"][0]
+    shown = run("advise", *words, "--quality-loss", "0.03").out
+    assert "published" in shown
+    assert "estimated" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"hardware": "a100"}, "no hardware is called 'a100'"),
+        ({"hardware": "this-machine"}, "well-known shape"),
+        ({"tokens_per_request": 10, "new_tokens": 10}, "leave nothing for the prompt"),
+        ({"quality_loss": 1.0}, "quality_loss"),
+        ({"requests_per_day": 0}, "requests_per_day"),
+    ],
+)
+def test_nonsense_is_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        secateur.advise("llama-2-7b", **options)  # type: ignore[arg-type]
+
+
+def test_a_configuration_that_asks_for_the_impossible_is_refused(tmp_path: Path) -> None:
+    transformers.LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"num_hidden_layers": 10**9}
+    file.write_text(json.dumps(config))
+    with pytest.raises(SecateurError, match="num_hidden_layers is 1000000000"):
+        secateur.advise(tmp_path, hardware="h200")
