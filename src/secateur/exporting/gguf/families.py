@@ -66,7 +66,8 @@ LARGEST_GEMMA = {A.GEMMA2: 46, A.GEMMA3: 62}
 
 def gemma_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     """Soft caps and sliding windows of Gemma 2 and 3."""
-    config, found = decoder.config, {}
+    config = decoder.config
+    found: dict[str, Any] = {}
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name) is not None:
             found[name] = float(getattr(config, name))
