@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.runtime.kernels.library import kernel_info
     from secateur.runtime.load import load
+    from secateur.runtime.semi_structured import load_semi_structured
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import compose
     from secateur.sparsity.refinements import refinements
@@ -64,6 +65,7 @@ __all__ = [
     "inspect",
     "kernel_info",
     "load",
+    "load_semi_structured",
     "plan",
     "prune",
     "refinements",
@@ -93,6 +95,7 @@ HOMES = {
     "inspect": "secateur.workflows.judge.inspect",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
+    "load_semi_structured": "secateur.runtime.semi_structured",
     "plan": "secateur.workflows.prune.checkpoint",
     "prune": "secateur.workflows.prune_and_pack",
     "refinements": "secateur.sparsity.refinements",

@@ -22,6 +22,7 @@ from secateur.reporting.results.structure import StructureResult
 from secateur.reporting.results.train import TrainResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
+from secateur.runtime.semi_structured import load_semi_structured as load_semi_structured
 from secateur.sparsity.allocation import allocations as allocations
 from secateur.sparsity.methods import Method
 from secateur.sparsity.methods import compose as compose
@@ -57,6 +58,7 @@ __all__ = [
     "inspect",
     "kernel_info",
     "load",
+    "load_semi_structured",
     "plan",
     "prune",
     "refinements",
@@ -432,9 +434,10 @@ def export(
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
         progress: receives every tensor.
-        to: The target: gguf. [gguf]
+        to: The target: gguf, compressed-tensors, semi-structured. [gguf]
         type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, and with
-            secateur[llamacpp] q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. The last four lose exact
+            secateur[llamacpp] q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8,
+            w4a16, w8a16. semi-structured: bf16, f16. q5_k_m, q4_k_m, q3_k_m and q2_k lose exact
             zeros. [the first that the target names]
         keep_zeros: Refuse a type that loses exact zeros. [off]
         output: Folder for the new model. It must not exist. [required]

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
+from torch import Tensor
+
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
@@ -51,6 +54,26 @@ class Exported:
     zeros_kept: int = 0
     weights: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def count_tensor(self, type: str) -> None:
+        """Count one stored tensor of a type."""
+        self.types[type] = self.types.get(type, 0) + 1
+
+    def count_matrix(self, weight: Tensor, stored: Tensor) -> bool:
+        """Count the weights of a matrix, and its zeros before and after.
+
+        Args:
+            weight: in the source.
+            stored: the weights that the engine will compute with, of the same shape.
+
+        Returns:
+            Whether they are the same numbers in the dtype of the source.
+        """
+        zero = weight == 0
+        self.weights += weight.numel()
+        self.zeros += int(zero.sum())
+        self.zeros_kept += int((zero & (stored == 0)).sum())
+        return torch.equal(stored.to(weight.dtype), weight)
 
 
 class ExportTarget(Protocol):

@@ -156,6 +156,13 @@ class GroupGrid:
         rounded = (weight.float() / spread).round_().clamp_(-self.largest, self.largest)
         return rounded.to(torch.int8)
 
+    def holds(self, weight: Weight) -> bool:
+        """Whether every weight [out, in] is on the grid, so that `quantize` changes none."""
+        return all(
+            torch.equal(self.dequantize(*self._quantize(rows)), rows.float())
+            for rows in self._blocks(weight)
+        )
+
     def nearest(self, weight: Weight, scale: Tensor) -> Weight:
         """The nearest weights s · q, float32 [out, in], with given scales [out, groups].
 

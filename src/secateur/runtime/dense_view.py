@@ -68,6 +68,23 @@ class DenseView(CheckpointReader):
         weight = weight.to(self.entries[name].dtype)
         return weight.t().contiguous() if layout.transposed else weight
 
+    def int8_rows(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The integers [out, in] and the scales, float32 [out], of a matrix stored as int8.
+
+        None for any other tensor. The dense matrix may have fewer bits than scale times integer.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        owner = name.removesuffix(".weight")
+        layout = self.packed.layouts.get(owner)
+        if layout is None or owner == name or layout.values != "int8":
+            return None
+        parts = self.packed.parts(owner)
+        mask, values = formats[layout.format].kept(parts, layout)
+        codes = torch.zeros(layout.shape, dtype=torch.int8).masked_scatter_(mask, values)
+        return codes, parts["weight_scale"]
+
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors one after the other, read, since packed ones cannot be mapped."""
         for name in names:

@@ -14,10 +14,10 @@ from types import MappingProxyType
 from typing import Any
 
 import gguf
-import numpy as np
 
 from secateur.errors import VerificationError
 from secateur.exporting import Exported, missing_extra
+from secateur.exporting.gguf.blocks import dequantized
 from secateur.exporting.gguf.writing import ENDS
 from secateur.progress import Progress
 
@@ -144,11 +144,8 @@ def compared(
     progress.start("checking", len(after))
     for name, tensor in after.items():
         if len(tensor.shape) > 1 and name not in ENDS:
-            zero = np.asarray(before[name].data) == 0
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            made.weights += zero.size
-            made.zeros += int(zero.sum())
-            made.zeros_kept += int((zero & (values.reshape(zero.shape) == 0)).sum())
+            weight = dequantized(before[name].data, before[name].tensor_type)
+            made.count_matrix(weight, dequantized(tensor.data, tensor.tensor_type))
         progress.step(note=name)
     progress.finish()
     odd = [name for name, x in after.items() if len(x.shape) > 1 and int(x.shape[0]) % LONG_BLOCK]

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 
 from secateur.exporting import Exported, ExportSource
 from secateur.exporting.gguf.architectures import LlamaCppModel, Planned
-from secateur.exporting.gguf.blocks import BLOCK, bytes_per_row, stored_blocks, zeros_kept
+from secateur.exporting.gguf.blocks import BLOCK, bytes_per_row, dequantized, stored_blocks
 from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary
 from secateur.progress import Progress
 
@@ -65,11 +64,9 @@ class GGUFFile:
             kind = stored_type(one, self.kind)
             stored = stored_blocks(weight, kind)
             writer.write_tensor_data(stored)
-            made.types[kind.name] = made.types.get(kind.name, 0) + 1
+            made.count_tensor(kind.name)
             if weight.ndim > 1 and kept and one.name not in ENDS:
-                made.weights += weight.numel()
-                made.zeros += weight.numel() - int(torch.count_nonzero(weight))
-                made.zeros_kept += zeros_kept(weight, stored, kind)
+                made.count_matrix(weight, dequantized(stored, kind))
             progress.step(note=one.name)
         progress.finish()
         writer.close()

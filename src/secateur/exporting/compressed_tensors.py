@@ -1,0 +1,303 @@
+"""compressed-tensors: the quantized safetensors folder of vLLM, SGLang and transformers.
+
+A linear NAME of the decoder layers is stored as integers q with scales s; its weight is s · q.
+There is no zero point, so a zero is exactly the integer 0.
+
+    type    tensors of NAME                                                      scale for
+    w8a8    weight int8 [out, in]; weight_scale float32 [out, 1]                 a row
+    w8a16   weight_packed int32 [out, in / 4]; weight_scale; weight_shape        a row
+    w4a16   weight_packed int32 [out, in / 8]; weight_scale [out, in / group];   a group of a row
+            weight_shape int64 [2]
+
+Packed integers of b bits are q + 2^(b − 1), the first of them in the lowest bits. With w8a8 the
+engine also rounds activations: to int8, with a scale for each token. All other tensors are those of
+the source. The layout is that of https://github.com/vllm-project/compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import ShapeError
+from secateur.exporting import Exported, ExportSource, targets
+from secateur.exporting.folder import copy_the_rest
+from secateur.exporting.linears import DecoderLinears, decoder_linears, first_of
+from secateur.models.checkpoint import INDEX_NAME, shard_name
+from secateur.models.shard_writer import ShardWriter
+from secateur.models.varied import MODEL_TYPE
+from secateur.progress import Progress
+from secateur.quantization.groups import GROUPS, GroupGrid
+from secateur.quantization.int8 import quantize_rows
+from secateur.runtime.dense_view import DenseView, computed_dtype
+
+__all__ = ["CompressedTensors", "pack_int32"]
+
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of tensors, by name."""
+
+METADATA = {"format": "pt"}
+
+SAMPLE = 64
+"""Rows of a matrix, at least, that show whether it is on a grid."""
+
+CPU_MULTIPLE = 32
+"""The kernels of vLLM for CPUs need matrices whose sides are multiples of this."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How linears are stored.
+
+    Attributes:
+        bits: of an integer.
+        packed: whether several integers share an int32.
+        group: weights of a row that share a scale; None for all of them.
+        activations: the bits to which the engine rounds activations; None if it does not.
+        scale: dtype of the scales.
+    """
+
+    bits: int
+    packed: bool
+    group: int | None
+    activations: int | None
+    scale: torch.dtype
+
+    @property
+    def format(self) -> str:
+        """Its name in compressed-tensors."""
+        return "pack-quantized" if self.packed else "int-quantized"
+
+    def specs(self, name: str, out: int, columns: int) -> Specs:
+        """The tensors of a linear [out, in]."""
+        groups = 1 if self.group is None else columns // self.group
+        scale = {f"{name}.weight_scale": (self.scale, (out, groups))}
+        if not self.packed:
+            return {f"{name}.weight": (torch.int8, (out, columns)), **scale}
+        words = -(-columns * self.bits // 32)
+        return {
+            f"{name}.weight_packed": (torch.int32, (out, words)),
+            **scale,
+            f"{name}.weight_shape": (torch.int64, (2,)),
+        }
+
+    def tensors(self, name: str, codes: Tensor, scale: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a linear, of its integers [out, in] and scales [out, groups]."""
+        if self.packed:
+            yield f"{name}.weight_packed", pack_int32(codes, self.bits)
+            yield f"{name}.weight_shape", torch.tensor(codes.shape)
+        else:
+            yield f"{name}.weight", codes
+        yield f"{name}.weight_scale", scale
+
+    def rounded(self, source: ExportSource, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The integers, int8 [out, in], and the scales [out, groups] of a linear.
+
+        Integers that the source stores, or that its weights are on, stay what they are.
+        """
+        if self.group is not None:
+            codes, scales = GroupGrid(self.bits, self.group).quantize(weight)
+            used = codes.view(len(codes), -1, self.group).count_nonzero(2) > 0
+            return codes, scales.values.masked_fill_(~used, 1.0).to(self.scale)
+        stored = source.reader.int8_rows(name) if isinstance(source.reader, DenseView) else None
+        codes, scale = stored or quantize_rows(weight)
+        return codes, scale[:, None].to(self.scale)
+
+    def weight(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """The weights that the engine computes with, float32 [out, in]."""
+        return codes.float() * scale.float().repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+
+    def to_json(self, ignored: tuple[str, ...]) -> dict[str, Any]:
+        """The `quantization_config` of `config.json`."""
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "channel" if self.group is None else "group",
+            "group_size": self.group,
+            "dynamic": False,
+        }
+        activations = self.activations and {
+            "num_bits": self.activations,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "group_size": None,
+            "dynamic": True,
+        }
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": activations,
+            "output_activations": None,
+            "format": self.format,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.format,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(ignored),
+            "kv_cache_scheme": None,
+        }
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """A folder of integers that vLLM, SGLang and transformers with compressed-tensors load."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    types: ClassVar[tuple[str, ...]] = ("w8a8", "w4a16", "w8a16")
+    lossy: ClassVar[frozenset[str]] = frozenset()
+
+    def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
+        """Write the folder, one tensor in memory at a time, in as many files as the source has."""
+        linears = decoder_linears(source)
+        scheme = scheme_of(source, linears, type, progress)
+        copy_the_rest(source, {"quantization_config": scheme.to_json(linears.others)}, output)
+        files, made, exact = source.reader.files, Exported(), 0
+        weight_map: dict[str, str] = {}
+        progress.start("writing", len(source.reader.entries))
+        for number, file in enumerate(files, 1):
+            shard = output / shard_name("model", number, len(files))
+            names = [n for n, entry in source.reader.entries.items() if entry.file == file]
+            known = planned(source, linears, scheme, names)
+            weight_map |= dict.fromkeys(known, shard.name)
+            with ShardWriter(shard, known, [], METADATA) as writer:
+                for name in names:
+                    tensor = source.reader.read(name)
+                    if name in linears.shapes:
+                        codes, scale = scheme.rounded(source, name, tensor)
+                        for part, stored in scheme.tensors(owner_of(name), codes, scale):
+                            writer.write(part, stored)
+                        made.count_tensor(f"int{scheme.bits}")
+                        exact += made.count_matrix(tensor, scheme.weight(codes, scale))
+                    else:
+                        writer.write(name, tensor)
+                        made.count_tensor(str(tensor.dtype).removeprefix("torch."))
+                    progress.step(note=name)
+                writer.close(METADATA)
+            made.file_bytes += shard.stat().st_size
+        progress.finish()
+        if len(files) > 1:
+            index = {"metadata": {"total_size": made.file_bytes}, "weight_map": weight_map}
+            (output / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        made.notes += notes_on(source, linears, scheme, len(linears.shapes) - exact)
+        return made
+
+
+def owner_of(name: str) -> str:
+    """The name of the linear of a weight."""
+    return name.removesuffix(".weight")
+
+
+def planned(
+    source: ExportSource, linears: DecoderLinears, scheme: Scheme, names: list[str]
+) -> Specs:
+    """Dtype and shape of what becomes of some tensors of the source."""
+    known: Specs = {}
+    for name in names:
+        entry = source.reader.entries[name]
+        if name in linears.shapes:
+            known |= scheme.specs(owner_of(name), *linears.shapes[name])
+        else:
+            known[name] = (entry.dtype, entry.shape)
+    return known
+
+
+def scheme_of(
+    source: ExportSource, linears: DecoderLinears, type: str, progress: Progress
+) -> Scheme:
+    """The scheme of a type for this model.
+
+    Raises:
+        ShapeError: no group divides the inputs of all linears.
+    """
+    if type == "w8a8":
+        return Scheme(8, packed=False, group=None, activations=8, scale=torch.float32)
+    if type == "w8a16":
+        return Scheme(8, packed=True, group=None, activations=None, scale=torch.float32)
+    group, scale = group_of(source, linears, progress), computed_dtype(source.folder)
+    return Scheme(4, packed=True, group=group, activations=None, scale=scale)
+
+
+def group_of(source: ExportSource, linears: DecoderLinears, progress: Progress) -> int:
+    """The group for 4 bits: the largest that rounds no matrix which is on an int4 grid already.
+
+    Raises:
+        ShapeError: no group divides the inputs of all linears.
+    """
+    possible = sorted(GROUPS, reverse=True)
+    odd = [n for n, (_, columns) in linears.shapes.items() if columns % possible[-1]]
+    if odd:
+        raise ShapeError(
+            f"{len(odd)} of {len(linears.shapes)} matrices have rows that are no multiple of "
+            f"{possible[-1]} weights long, so they have no groups for 4 bits",
+            where=first_of(odd),
+            remedy="export with --type w8a8, or cut to multiples of 32",
+        )
+    possible = [
+        g for g in possible if all(columns % g == 0 for _, columns in linears.shapes.values())
+    ]
+    best = possible
+    progress.start("looking for an int4 grid", len(linears.shapes))
+    for name in linears.shapes:
+        weight = source.reader.read(name)
+        weight = weight[:: max(1, len(weight) // SAMPLE)]
+        held = [group for group in possible if GroupGrid(4, group).holds(weight)]
+        best = [group for group in best if group in held] or best if held else best
+        progress.step(note=name)
+    progress.finish()
+    return best[0]
+
+
+def notes_on(
+    source: ExportSource, linears: DecoderLinears, scheme: Scheme, rounded: int
+) -> list[str]:
+    """What a user must know about the folder."""
+    notes = []
+    if rounded:
+        better = f"--values int{scheme.bits} --calibration TEXT"
+        notes.append(
+            f"{rounded} of {len(linears.shapes)} matrices were rounded to the nearest int"
+            f"{scheme.bits}; a model that `secateur compress {better}` made needs no rounding here "
+            "and loses less"
+        )
+    if scheme.activations:
+        notes.append(f"the engine also rounds activations to int{scheme.activations}")
+    if scheme.bits == 8 and scheme.packed:
+        notes.append("vLLM runs this type on GPUs only")
+    odd = [n for n, shape in linears.shapes.items() if any(side % CPU_MULTIPLE for side in shape)]
+    if odd:
+        notes.append(
+            f"vLLM's kernels for CPUs refuse {len(odd)} matrices whose sides are no multiples of "
+            f"{CPU_MULTIPLE}, for example {first_of(odd[:1])}"
+        )
+    if source.config.get("model_type") == MODEL_TYPE:
+        notes.append("its layers differ in size, so vLLM needs secateur's plug-in to run it")
+    return notes
+
+
+def pack_int32(codes: Tensor, bits: int) -> Tensor:
+    """Integers int8 [rows, n] as words, int32 [rows, ceil(n · bits / 32)].
+
+    Example:
+        >>> import torch
+        >>> from secateur.exporting.compressed_tensors import pack_int32
+        >>> pack_int32(torch.tensor([[-8, -7, -8, -8, -8, -8, -8, -8]], dtype=torch.int8), bits=4)
+        tensor([[16]], dtype=torch.int32)
+    """
+    each = 32 // bits
+    shifted = codes.int() + 2 ** (bits - 1)
+    padded = torch.nn.functional.pad(shifted, (0, -codes.shape[1] % each))
+    places = torch.arange(each, dtype=torch.int32) * bits
+    return (padded.view(len(codes), -1, each) << places).sum(2, dtype=torch.int32)
+
+
+targets.register(CompressedTensors.name)(CompressedTensors())

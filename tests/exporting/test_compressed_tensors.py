@@ -1,0 +1,272 @@
+"""Folders of compressed-tensors: read by hand, and by the library itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+import secateur
+from secateur.calibration.windows import save_windows
+from secateur.errors import ArchitectureError, ShapeError
+from secateur.exporting.compressed_tensors import pack_int32
+from secateur.models.skeleton import quiet_transformers
+from tiny import save_tiny
+from zoo import MIXTURES, tiny_windows
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+"""Every row is a multiple of 64 weights long."""
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+def export(folder: Path, source: Path, type: str) -> Any:
+    return secateur.export(source, output=folder, to="compressed-tensors", type=type).exported
+
+
+def pruned(folder: Path, **options: Any) -> Path:
+    save_tiny(folder / "dense", **{**WIDE, **options})
+    secateur.prune(folder / "dense", output=folder / "pruned", method="magnitude", sparsity=0.5)
+    return folder / "pruned"
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def config_of_folder(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return read
+
+
+def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The integers of words, one after the other."""
+    rows = []
+    for row in words.tolist():
+        numbers = []
+        for word in row:
+            unsigned = word % 2**32
+            for place in range(32 // bits):
+                numbers.append((unsigned >> (bits * place)) % 2**bits - 2 ** (bits - 1))
+        rows.append(numbers[:columns])
+    return torch.tensor(rows, dtype=torch.int8)
+
+
+def weight_in(tensors: dict[str, Tensor], name: str, bits: int) -> Tensor:
+    """The weight that the tensors of a linear stand for."""
+    scale = tensors[f"{name}.weight_scale"].float()
+    if f"{name}.weight" in tensors:
+        codes = tensors[f"{name}.weight"]
+    else:
+        out, columns = tensors[f"{name}.weight_shape"].tolist()
+        codes = unpacked(tensors[f"{name}.weight_packed"], bits, columns)
+        assert codes.shape == (out, columns)
+    group = codes.shape[1] // scale.shape[1]
+    return codes.float() * scale.repeat_interleave(group, dim=1)
+
+
+@pytest.mark.parametrize(("type", "bits"), [("w8a8", 8), ("w8a16", 8), ("w4a16", 4)])
+def test_weights_come_back_within_half_a_step_and_zeros_exactly(type, bits, tmp_path: Path) -> None:
+    source = pruned(tmp_path)
+    made = export(tmp_path / "out", source, type)
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    weight, found = before[f"{UP}.weight"], weight_in(after, UP, bits)
+    scale = after[f"{UP}.weight_scale"].float()
+    step = scale.repeat_interleave(64 // scale.shape[1], dim=1)
+    inside = weight.abs() <= (2 ** (bits - 1) - 1) * step
+    assert ((found - weight).abs() <= 0.5001 * step)[inside].all()
+    assert inside.float().mean() > 0.95
+    assert torch.equal(found == 0, (weight / step).round() == 0)
+    assert (
+        made.zeros
+        == made.zeros_kept
+        == sum(int((x == 0).sum()) for n, x in before.items() if "_proj.weight" in n)
+    )
+    others = {n: x for n, x in before.items() if "_proj.weight" not in n}
+    assert "model.layers.0.self_attn.q_proj.bias" in others
+    assert all(torch.equal(after[n], x) for n, x in others.items())
+    assert made.types == {f"int{bits}": 21, "float32": len(others)}
+
+
+def test_the_configuration_says_how_to_read_it(tmp_path: Path) -> None:
+    source = pruned(tmp_path)
+    for type, format, weights, activations in (
+        ("w8a8", "int-quantized", (8, "channel", None), (8, "token", True)),
+        ("w4a16", "pack-quantized", (4, "group", 64), None),
+        ("w8a16", "pack-quantized", (8, "channel", None), None),
+    ):
+        export(tmp_path / type, source, type)
+        config = config_of_folder(tmp_path / type)
+        found = config["quantization_config"]
+        (group,) = found["config_groups"].values()
+        w, a = group["weights"], group["input_activations"]
+        assert (w["num_bits"], w["strategy"], w["group_size"]) == weights
+        assert w["symmetric"]
+        assert (a and (a["num_bits"], a["strategy"], a["dynamic"])) == activations
+        assert found["format"] == group["format"] == format
+        assert found["quant_method"] == "compressed-tensors"
+        assert "sparsity_config" not in found
+        assert "lm_head" in found["ignore"]
+        assert group["targets"] == ["Linear"]
+        assert config["model_type"] == "llama"
+        assert (tmp_path / type / "tokenizer.json").exists()
+        assert (tmp_path / type / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(("hidden", "ffn", "group"), [(128, 256, 128), (64, 128, 64), (32, 96, 32)])
+def test_the_largest_group_that_divides_all_rows(hidden, ffn, group, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "m", hidden_size=hidden, intermediate_size=ffn, head_dim=hidden // 4,
+              num_hidden_layers=1)  # fmt: skip
+    export(tmp_path / "out", tmp_path / "m", "w4a16")
+    scale = tensors_of(tmp_path / "out")["model.layers.0.mlp.down_proj.weight_scale"]
+    assert scale.shape == (hidden, ffn // group)
+
+
+@pytest.mark.parametrize("values", ["int4", "int3"])
+@pytest.mark.parametrize("group", [32, 64])
+def test_a_model_on_a_grid_is_stored_without_rounding(values, group, tmp_path: Path) -> None:
+    """Also as a dense checkpoint, and though a larger group divides all rows."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    source = pruned(tmp_path, **sizes, num_hidden_layers=1)
+    packed = secateur.compress(
+        source, output=tmp_path / "packed", values=values, group_size=group
+    ).output
+    secateur.decompress(packed, output=tmp_path / "again")
+    dense = secateur.load(packed, expand=True, dtype=torch.float32).state_dict()
+    for number, folder in enumerate((packed, tmp_path / "again")):
+        made = export(tmp_path / f"out{number}", folder, "w4a16")
+        found = tensors_of(tmp_path / f"out{number}")
+        for name in ("self_attn.k_proj", "mlp.down_proj"):
+            name = f"model.layers.0.{name}"
+            assert torch.equal(weight_in(found, name, 4), dense[f"{name}.weight"])
+            assert (
+                found[f"{name}.weight_scale"].shape[1] == dense[f"{name}.weight"].shape[1] // group
+            )
+        assert not made.notes
+
+
+def test_the_integers_of_an_int8_model_stay_what_they_are(tmp_path: Path) -> None:
+    """And their scales, which the dense checkpoint in bfloat16 does not hold."""
+    source = pruned(tmp_path, dtype=torch.bfloat16)
+    packed = secateur.compress(source, output=tmp_path / "packed", values="int8").output
+    made = export(tmp_path / "out", packed, "w8a8")
+    assert not any("rounded to the nearest" in note for note in made.notes)
+    dense = secateur.load(packed, expand=True, dtype=torch.float32).state_dict()
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(weight_in(found, UP, 8), dense[f"{UP}.weight"])
+
+
+def test_a_calibrated_int8_model_needs_no_rounding(tmp_path: Path) -> None:
+    source = pruned(tmp_path, dtype=torch.bfloat16)
+    save_windows(tiny_windows(4, 20), tmp_path / "windows.safetensors")
+    packed = secateur.compress(
+        source, output=tmp_path / "packed", values="int8",
+        calibration=tmp_path / "windows.safetensors",
+    ).output  # fmt: skip
+    secateur.decompress(packed, output=tmp_path / "dense8")
+    made = export(tmp_path / "out", tmp_path / "dense8", "w8a16")
+    assert [note for note in made.notes if "rounded" in note] == []
+
+
+def test_what_was_rounded_is_said(tmp_path: Path) -> None:
+    made = export(tmp_path / "out", pruned(tmp_path), "w4a16")
+    assert "21 of 21 matrices were rounded to the nearest int4" in made.notes[0]
+    assert "compress --values int4 --calibration TEXT" in made.notes[0]
+    made = export(tmp_path / "eight", tmp_path / "pruned", "w8a8")
+    assert "the engine also rounds activations to int8" in made.notes
+    made = export(tmp_path / "wide", tmp_path / "pruned", "w8a16")
+    assert "vLLM runs this type on GPUs only" in made.notes
+
+
+def test_files_stay_as_many_as_they_are(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m", shards=3, **WIDE)
+    export(tmp_path / "out", source, "w4a16")
+    names = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    for name in names:
+        inside = load_file(tmp_path / "out" / name)
+        assert {n for n, file in index["weight_map"].items() if file == name} == set(inside)
+
+
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+def test_experts_are_stored_one_by_one_and_routers_stay(family, tmp_path: Path) -> None:
+    sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    save_tiny(tmp_path / "m", family, intermediate_size=64, **sizes)
+    before = tensors_of(tmp_path / "m")
+    made = export(tmp_path / "out", tmp_path / "m", "w8a8")
+    after = tensors_of(tmp_path / "out")
+    experts = [n for n in before if ".experts." in n]
+    assert experts
+    for name in experts:
+        owner = name.removesuffix(".weight")
+        assert (weight_in(after, owner, 8) - before[name]).abs().max() < 0.01
+    routers = [n for n in before if n.endswith(("gate.weight", "shared_expert_gate.weight"))]
+    ignored = config_of_folder(tmp_path / "out")["quantization_config"]["ignore"]
+    assert routers
+    for name in routers:
+        assert torch.equal(after[name], before[name])
+        assert name.removesuffix(".weight") in ignored
+    assert made.types["int8"] == len([n for n in after if n.endswith(".weight_scale")])
+
+
+def test_what_the_target_cannot_hold_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(ArchitectureError, match="12 matrices are stored transposed"):
+        export(tmp_path / "out", tmp_path / "gpt2", "w8a8")
+    save_tiny(tmp_path / "odd", intermediate_size=40)
+    with pytest.raises(ShapeError, match="3 of 21 matrices have rows that are no multiple of 32"):
+        export(tmp_path / "out", tmp_path / "odd", "w4a16")
+    assert not (tmp_path / "out").exists()
+    made = export(tmp_path / "out", tmp_path / "odd", "w8a8")
+    assert any("refuse 15 matrices whose sides are no multiples of 32" in x for x in made.notes)
+
+
+def test_words_by_hand() -> None:
+    codes = torch.tensor([[1, -1, 7, -7, 0, 0, 0, -8, 3]], dtype=torch.int8)
+    assert pack_int32(codes, 4).shape == (1, 2)
+    assert torch.equal(unpacked(pack_int32(codes, 4), 4, 9), codes)
+    eight = torch.tensor([[127, -127, 0, 1, -1]], dtype=torch.int8)
+    assert torch.equal(unpacked(pack_int32(eight, 8), 8, 5), eight)
+    assert (
+        pack_int32(eight, 8)[0, 0].item() == 255 | 1 << 8 | 128 << 16 | -(127 << 24) % 2**32 - 2**32
+    )
+
+
+@pytest.fixture(scope="module")
+def library() -> Any:
+    return pytest.importorskip(
+        "compressed_tensors", reason="compressed-tensors is not installed (pip install -e .[dev])"
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
+@pytest.mark.parametrize("type", ["w8a16", "w4a16"])
+def test_transformers_computes_with_the_stored_weights(
+    family, type, library, tmp_path: Path
+) -> None:
+    """Loaded by compressed-tensors, against the weights read by hand in a plain model."""
+    source = pruned(tmp_path, family=family)
+    export(tmp_path / "out", source, type)
+    with quiet_transformers():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32
+        )
+        ours = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    stored = tensors_of(tmp_path / "out")
+    bits = int(type[1])
+    with torch.no_grad():
+        for name, module in ours.named_modules():
+            if f"{name}.weight_scale" in stored:
+                module.weight.copy_(weight_in(stored, name, bits))
+        ids = tiny_windows(2, 12)
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,145 @@
+"""2:4 folders, decoded by torch's own reference on the CPU and by hand."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
+
+import secateur
+from secateur.errors import CheckpointError, KernelError, NumericalError, PatternError
+from secateur.runtime.semi_structured import encode, is_two_of_four
+from tiny import save_tiny
+from zoo import tiny_windows
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128}
+FILE = "semi_structured.safetensors"
+
+
+def two_of_four(folder: Path, family: str = "llama", **options: Any) -> Path:
+    save_tiny(folder / "dense", family, **{**SIZES, **options})
+    secateur.prune(folder / "dense", output=folder / "pruned", method="magnitude", pattern="2:4")
+    return folder / "pruned"
+
+
+def export(source: Path, output: Path, type: str = "bf16") -> Any:
+    return secateur.export(source, output=output, to="semi-structured", type=type).exported
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(tiny_windows(2, 12)).logits
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("type", ["bf16", "f16"])
+def test_an_expanded_model_computes_like_the_source(family, type, tmp_path: Path) -> None:
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[type]
+    atol = 0.01 if family == "mixtral" else 0  # transformers adds up experts in another order
+    made = export(two_of_four(tmp_path, family), tmp_path / "out", type)
+    assert made.zeros == made.zeros_kept >= made.weights // 2
+    found = secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
+    assert found.dtype == dtype
+    source = secateur.load(tmp_path / "pruned", dtype=dtype)
+    torch.testing.assert_close(logits(found), logits(source), rtol=0, atol=atol)
+    assert made.types["2:4"] == len([n for n in load_file(tmp_path / "out" / FILE) if "meta" in n])
+
+
+def test_torch_reads_the_parts_as_they_are(tmp_path: Path) -> None:
+    source = two_of_four(tmp_path, dtype=torch.float16)
+    export(source, tmp_path / "out", "f16")
+    parts = load_file(tmp_path / "out" / FILE)
+    dense = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    packed, meta = parts[f"{name}.packed"], parts[f"{name}.meta"]
+    weight = dense[f"{name}.weight"]
+    assert packed.nbytes + meta.nbytes == weight.nbytes * 9 / 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = SparseSemiStructuredTensorCUTLASS(weight.shape, packed, meta, None, None, None)
+    assert torch.equal(theirs.to_dense(), weight)
+
+
+def test_places_by_hand() -> None:
+    """Two bits for each kept weight: its place among four. All rows alike, so any order is."""
+    weight = torch.zeros(32, 64, dtype=torch.float16)
+    weight[:, 0::4], weight[:, 3::4] = 1.0, 2.0
+    packed, meta = encode(weight)
+    assert torch.equal(packed, torch.tensor([1.0, 2.0], dtype=torch.float16).repeat(32, 16))
+    places = 0b1100  # first place 0, second place 3
+    assert set(meta.flatten().tolist()) == {places * 0x1111 - 2**16}
+
+
+def test_groups_of_four() -> None:
+    assert is_two_of_four(torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 3]]))
+    assert not is_two_of_four(torch.tensor([[1.0, 0, 2, 3], [0, 0, 0, 3]]))
+    assert not is_two_of_four(torch.tensor([[0.0, 0, 2, 3, 0]]))
+
+
+def test_other_patterns_are_refused_with_their_names(tmp_path: Path) -> None:
+    source = two_of_four(tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, :3] = 1.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PatternError, match=r"1 of 21 matrices(.|\n)*layers.1.mlp.up_proj"):
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_torch_cannot_multiply_stay_dense(tmp_path: Path) -> None:
+    source = two_of_four(tmp_path, intermediate_size=96, head_dim=24)
+    made = export(source, tmp_path / "out")
+    assert made.types["2:4"] == 3 * 3  # q, gate, up; k and v have 48 rows, o and down 96 columns
+    assert any("12 matrices stay dense" in note for note in made.notes)
+    found = secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
+    assert torch.equal(logits(found), logits(secateur.load(source, dtype=torch.bfloat16)))
+
+
+def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
+    source = two_of_four(tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match="too large for float16"):
+        export(source, tmp_path / "out", "f16")
+
+
+def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
+    export(two_of_four(tmp_path), tmp_path / "out")
+    with pytest.raises(KernelError, match="cpu has no sparse tensor cores"):
+        secateur.load_semi_structured(tmp_path / "out", "cpu")
+    with pytest.raises(CheckpointError, match=r"there is no semi_structured\.safetensors"):
+        secateur.load_semi_structured(tmp_path / "pruned", "cpu", expand=True)
+    file = tmp_path / "out" / FILE
+    whole = load_file(file)
+    name = "model.layers.0.mlp.up_proj"
+    for change, said in (
+        ({f"{name}.meta": whole[f"{name}.meta"][:32].clone()}, "2:4 parts that do not fit"),
+        ({"model.norm.weight": torch.ones(3)}, r"model.norm.weight \[3\] does not fit"),
+        ({"model.other.weight": torch.ones(3)}, "model.other.weight"),
+    ):
+        save_file({**whole, **change}, file)
+        with pytest.raises(CheckpointError, match=said):
+            secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
+    del whole["model.norm.weight"]
+    save_file(whole, file)
+    with pytest.raises(CheckpointError, match=r"does not contain model.norm.weight"):
+        secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_computes_like_the_dense_model(tmp_path: Path) -> None:
+    export(two_of_four(tmp_path), tmp_path / "out")
+    found = secateur.load_semi_structured(tmp_path / "out")
+    dense = secateur.load_semi_structured(tmp_path / "out", expand=True)
+    ids = tiny_windows(2, 12).cuda()
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, dense(ids).logits, rtol=0.05, atol=0.05)
