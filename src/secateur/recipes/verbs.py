@@ -126,9 +126,23 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "generate",
-            "Continue a prompt, or chat, on the CPU. Packed linears stay packed.",
+            "Continue a prompt, or answer one message, on the CPU. Packed linears stay packed.",
             "secateur.recipes.generate:GenerateRecipe",
             "secateur.workflows.judge.generate:generate",
+        ),
+        Verb(
+            "chat",
+            "Talk to a model in the terminal.",
+            "secateur.recipes.generate:ChatRecipe",
+            more="/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an "
+            "answer. Without a terminal every line of stdin is a message.",
+        ),
+        Verb(
+            "serve",
+            "Serve a model over HTTP with OpenAI's API, to several clients at once.",
+            "secateur.recipes.serve:ServeRecipe",
+            more="Listens on 127.0.0.1 unless --host says otherwise. SIGTERM or Ctrl-C ends it "
+            "when the running requests have ended. Needs pip install 'secateur[serve]'.",
         ),
         Verb(
             "bench",
