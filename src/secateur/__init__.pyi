@@ -16,6 +16,7 @@ from secateur.reporting.results.chain import ChainResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.export import ExportResult
+from secateur.reporting.results.import_model import ImportResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.reporting.results.structure import StructureResult
@@ -29,6 +30,7 @@ from secateur.sparsity.methods import compose as compose
 from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
 from secateur.sparsity.solvers import solvers as solvers
+from secateur.training.lora import merge as merge
 from secateur.workflows.judge.bench import bench as bench
 from secateur.workflows.judge.diagnose import diagnose as diagnose
 from secateur.workflows.judge.generate import generate as generate
@@ -36,10 +38,12 @@ from secateur.workflows.judge.inspect import inspect as inspect
 from secateur.workflows.report import report as report
 from secateur.workflows.sweep.plan import SweepPlan as SweepPlan
 from secateur.workflows.sweep.run import sweep as sweep
+from secateur.workflows.train.callback import SecateurCallback as SecateurCallback
 
 __version__: str
 HOMES: dict[str, str]
 __all__ = [
+    "SecateurCallback",
     "SecateurError",
     "SweepPlan",
     "__version__",
@@ -55,10 +59,12 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "import_model",
     "inspect",
     "kernel_info",
     "load",
     "load_semi_structured",
+    "merge",
     "plan",
     "prune",
     "refinements",
@@ -445,6 +451,41 @@ def export(
 
     Returns:
         The files, their sizes, and how many zeros they keep.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def import_model(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    masks: str | Path | None = None,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+) -> ImportResult:
+    """Make an ordinary folder from what another tool wrote: dense safetensors with its zeros.
+
+    The kind of source is recognised. The values are those that the source means, in the dtype of
+    the model; where that dtype cannot hold them exactly, they are rounded once, and counted. The
+    written files are read again: sparsity and pattern of every matrix are in the result.
+
+    Args:
+        model: folder or hub id: plain safetensors with zeros, compressed-tensors, or a state dict
+            of torch.nn.utils.prune; a dense model with `masks`.
+        progress: receives every tensor.
+        masks: Safetensors file of masks by the names of tensors, True = kept. They are applied to
+            the model. [none]
+        adapter: Folder of an adapter that peft trained on the model. It is merged, and the zeros of
+            the model stay zero. [none]
+        trust_remote_code: Run model code that comes with the checkpoint. [off]
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+
+    Returns:
+        Where the zeros are, and what was rounded or dropped.
 
     Raises:
         SecateurError: what, where, and what to do.
