@@ -429,21 +429,25 @@ def export(
     progress: Progress | None = None,
     to: str | None = None,
     type: str | None = None,
+    keep_zeros: bool | None = None,
     output: str | Path | None = None,
     overwrite: bool | None = None,
 ) -> ExportResult:
     """Write a model for another engine, with its zeros.
 
-    The model is checked first: one that the engine would compute differently is refused. While the
-    files are written, the zeros of every matrix are counted before and after.
+    The model is checked first: one that the engine would compute differently is refused. The zeros
+    of every matrix are counted before and after. A type that keeps exact zeros must keep all of
+    them; the result says how many another type lost.
 
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
         progress: receives every tensor.
         to: The target: gguf, compressed-tensors, semi-structured. [gguf]
-        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0. compressed-tensors:
-            w8a8, w4a16, w8a16. semi-structured: bf16, f16. All of them keep exact zeros. [the first
-            that the target names]
+        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, and with
+            secateur[llamacpp] q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8,
+            w4a16, w8a16. semi-structured: bf16, f16. q5_k_m, q4_k_m, q3_k_m and q2_k lose exact
+            zeros. [the first that the target names]
+        keep_zeros: Refuse a type that loses exact zeros. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
 
