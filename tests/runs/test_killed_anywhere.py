@@ -41,6 +41,7 @@ SHARES = {
             "decompress",
             "export",
             "fit",
+            "import",
         ],
         ["retrain", "distill", "chain", "compress", "compress int8", "sweep"],
     ],
