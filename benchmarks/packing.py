@@ -29,7 +29,7 @@ import secateur
 from hardware import heading, keep
 from secateur.models.checkpoint import shard_files
 from secateur.models.tokenizer import load_tokenizer
-from secateur.runtime.decode import Decoder
+from secateur.runtime.decode import Decoder, continued
 from secateur.runtime.linear import PackedLinear
 
 PROMPTS = (
@@ -63,7 +63,7 @@ def texts(model: Any, tokenizer: Any, *, one_call: bool) -> list[list[int]]:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         if one_call:
             decoder = Decoder(model, ids.shape[1] + NEW_TOKENS)
-            found.append(list(decoder.continued(ids[0], NEW_TOKENS)))
+            found.append(list(continued(decoder, ids[0], NEW_TOKENS)))
             continue
         with torch.inference_mode():
             tokens = model.generate(

@@ -57,8 +57,9 @@ def stub() -> str:
     """The text of the stub."""
     imports: set[str] = set()
     bodies = []
+    verbs = {verb.python: verb for verb in VERBS.values()}
     for name, home in sorted(secateur.HOMES.items()):
-        verb = VERBS.get(name)
+        verb = verbs.get(name)
         if verb and verb.function and hasattr(imported(verb.function), "__signature__"):
             bodies.append(declaration(imported(verb.function), imports))
         else:

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
+    from secateur.training.lora import merge
     from secateur.workflows.advise import advise
     from secateur.workflows.chain import chain
     from secateur.workflows.compress.pack import compress
     from secateur.workflows.compress.unpack import decompress
     from secateur.workflows.export import export
+    from secateur.workflows.import_model import import_model
     from secateur.workflows.judge.bench import bench
     from secateur.workflows.judge.diagnose import diagnose
     from secateur.workflows.judge.evaluate import evaluate
@@ -38,15 +40,18 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.inspect import inspect
     from secateur.workflows.prune.checkpoint import plan
     from secateur.workflows.prune_and_pack import prune
+    from secateur.workflows.push import push
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
     from secateur.workflows.sweep.plan import SweepPlan
     from secateur.workflows.sweep.run import sweep
+    from secateur.workflows.train.callback import SecateurCallback
     from secateur.workflows.train.checkpoint import distill, retrain
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SecateurCallback",
     "SecateurError",
     "SweepPlan",
     "__version__",
@@ -62,12 +67,15 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "import_model",
     "inspect",
     "kernel_info",
     "load",
     "load_semi_structured",
+    "merge",
     "plan",
     "prune",
+    "push",
     "refinements",
     "report",
     "retrain",
@@ -78,6 +86,7 @@ __all__ = [
 ]
 
 HOMES = {
+    "SecateurCallback": "secateur.workflows.train.callback",
     "SecateurError": "secateur.errors",
     "SweepPlan": "secateur.workflows.sweep.plan",
     "advise": "secateur.workflows.advise",
@@ -92,12 +101,15 @@ HOMES = {
     "evaluate": "secateur.workflows.judge.evaluate",
     "export": "secateur.workflows.export",
     "generate": "secateur.workflows.judge.generate",
+    "import_model": "secateur.workflows.import_model",
     "inspect": "secateur.workflows.judge.inspect",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "load_semi_structured": "secateur.runtime.semi_structured",
+    "merge": "secateur.training.lora",
     "plan": "secateur.workflows.prune.checkpoint",
     "prune": "secateur.workflows.prune_and_pack",
+    "push": "secateur.workflows.push",
     "refinements": "secateur.sparsity.refinements",
     "report": "secateur.workflows.report",
     "retrain": "secateur.workflows.train.checkpoint",

@@ -16,8 +16,10 @@ from secateur.reporting.results.chain import ChainResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.export import ExportResult
+from secateur.reporting.results.import_model import ImportResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.results.push import PushResult
 from secateur.reporting.results.structure import StructureResult
 from secateur.reporting.results.train import TrainResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
@@ -29,6 +31,7 @@ from secateur.sparsity.methods import compose as compose
 from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
 from secateur.sparsity.solvers import solvers as solvers
+from secateur.training.lora import merge as merge
 from secateur.workflows.judge.bench import bench as bench
 from secateur.workflows.judge.diagnose import diagnose as diagnose
 from secateur.workflows.judge.generate import generate as generate
@@ -36,10 +39,12 @@ from secateur.workflows.judge.inspect import inspect as inspect
 from secateur.workflows.report import report as report
 from secateur.workflows.sweep.plan import SweepPlan as SweepPlan
 from secateur.workflows.sweep.run import sweep as sweep
+from secateur.workflows.train.callback import SecateurCallback as SecateurCallback
 
 __version__: str
 HOMES: dict[str, str]
 __all__ = [
+    "SecateurCallback",
     "SecateurError",
     "SweepPlan",
     "__version__",
@@ -55,12 +60,15 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "import_model",
     "inspect",
     "kernel_info",
     "load",
     "load_semi_structured",
+    "merge",
     "plan",
     "prune",
+    "push",
     "refinements",
     "report",
     "retrain",
@@ -421,26 +429,65 @@ def export(
     progress: Progress | None = None,
     to: str | None = None,
     type: str | None = None,
+    keep_zeros: bool | None = None,
     output: str | Path | None = None,
     overwrite: bool | None = None,
 ) -> ExportResult:
     """Write a model for another engine, with its zeros.
 
-    The model is checked first: one that the engine would compute differently is refused. While the
-    files are written, the zeros of every matrix are counted before and after.
+    The model is checked first: one that the engine would compute differently is refused. The zeros
+    of every matrix are counted before and after. A type that keeps exact zeros must keep all of
+    them; the result says how many another type lost.
 
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
         progress: receives every tensor.
         to: The target: gguf, compressed-tensors, semi-structured. [gguf]
-        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0. compressed-tensors:
-            w8a8, w4a16, w8a16. semi-structured: bf16, f16. All of them keep exact zeros. [the first
-            that the target names]
+        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, and with
+            secateur[llamacpp] q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8,
+            w4a16, w8a16. semi-structured: bf16, f16. q5_k_m, q4_k_m, q3_k_m and q2_k lose exact
+            zeros. [the first that the target names]
+        keep_zeros: Refuse a type that loses exact zeros. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
 
     Returns:
         The files, their sizes, and how many zeros they keep.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def import_model(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    masks: str | Path | None = None,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+) -> ImportResult:
+    """Make an ordinary folder from what another tool wrote: dense safetensors with its zeros.
+
+    The kind of source is recognised. The values are those that the source means, in the dtype of
+    the model; where that dtype cannot hold them exactly, they are rounded once, and counted. The
+    written files are read again: sparsity and pattern of every matrix are in the result.
+
+    Args:
+        model: folder or hub id: plain safetensors with zeros, compressed-tensors, or a state dict
+            of torch.nn.utils.prune; a dense model with `masks`.
+        progress: receives every tensor.
+        masks: Safetensors file of masks by the names of tensors, True = kept. They are applied to
+            the model. [none]
+        adapter: Folder of an adapter that peft trained on the model. It is merged, and the zeros of
+            the model stay zero. [none]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+
+    Returns:
+        Where the zeros are, and what was rounded or dropped.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -674,6 +721,37 @@ def prune(
 
     Returns:
         The result of the run.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def push(
+    model: str | Path,
+    repo: str,
+    *,
+    progress: Progress | None = None,
+    trust_remote_code: bool | None = None,
+    public: bool | None = None,
+    branch: str | None = None,
+    dry_run: bool | None = None,
+) -> PushResult:
+    """Publish a model folder on the hub, with a card that has its results and their protocols.
+
+    The zeros are counted first and compared with the records. A folder that lost some, that is
+    incomplete, or that holds keys or tokens is refused. The repository is private unless `public`.
+
+    Args:
+        model: a folder that secateur wrote.
+        repo: the repository, OWNER/NAME; created if there is none.
+        progress: receives every tensor.
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        public: Make the repository public. Without this it is private. [off]
+        branch: Branch of the repository; it is created if there is none. [main]
+        dry_run: Check everything and show files and card. Nothing is sent. [off]
+
+    Returns:
+        The files, the card, and the address of the commit.
 
     Raises:
         SecateurError: what, where, and what to do.

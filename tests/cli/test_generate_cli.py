@@ -1,13 +1,15 @@
-"""`secateur generate` without a prompt: text from stdin, and a conversation on a terminal."""
+"""`secateur generate` and `secateur chat`: text from stdin, and a conversation on a terminal."""
 
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from secateur.workflows.judge.generate import Conversation
 from tiny import save_tiny
 
 
@@ -24,36 +26,82 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_off_a_terminal_the_prompt_comes_from_stdin(secateur, model: Path, monkeypatch) -> None:
+def test_the_prompt_comes_from_stdin(secateur, model: Path, monkeypatch) -> None:
     given = secateur("generate", model, "--prompt", "abc", "--max-new-tokens", 6)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("abc\n"))
-    read = secateur("generate", model, "--max-new-tokens", 6)
-    assert read.code == 0
-    assert read.out == given.out
-    assert read.out.startswith("abc")
+    for stdin in (io.StringIO("abc\n"), Terminal("abc\n")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        read = secateur("generate", model, "--max-new-tokens", 6)
+        assert read.code == 0
+        assert read.out == given.out
+        assert read.out.startswith("abc")
+        assert ("secateur chat" in read.err) == stdin.isatty()
 
 
-def test_on_a_terminal_it_is_a_conversation(secateur, model: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_a_conversation(secateur, model: Path, monkeypatch, kind) -> None:
+    """Typed, or from a file."""
     answer = secateur("generate", model, "--prompt", "abc", "--max-new-tokens", 6).out
-    words = "abc\n\n/what\n/new\nabc\n" + "x" * 200 + "\n/quit\nnever read\n"
-    monkeypatch.setattr(sys, "stdin", Terminal(words))
-    talked = secateur("generate", model, "--max-new-tokens", 6)
+    words = "abc\n\n/what\n/reset\nabc\n" + "x" * 200 + "\n/exit\nnever read\n"
+    monkeypatch.setattr(sys, "stdin", kind(words))
+    talked = secateur("chat", model, "--max-new-tokens", 6)
     assert talked.code == 0
     new = answer.removeprefix("abc").strip("\n")
     assert talked.out.count(new) == 2
-    assert "each line is a text to continue" in talked.err
-    assert talked.err.count("/quit or Ctrl-D") == 2  # at the beginning, and for /what
+    typed = kind is Terminal
+    assert ("each line is a text to continue" in talked.err) == typed
+    assert talked.err.count("/exit or Ctrl-D") == 1 + typed  # for /what, and at the beginning
     assert "the model has 128 positions" in talked.err  # and it goes on
     assert talked.err.count("tokens/s") == 2
 
 
+def test_answers_as_json(secateur, model: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc\nabd\n"))
+    talked = secateur("chat", model, "--max-new-tokens", 6, "--json")
+    found, decoder = [], json.JSONDecoder()
+    rest = talked.out.strip()
+    while rest:
+        value, end = decoder.raw_decode(rest)
+        found.append(value)
+        rest = rest[end:].strip()
+    assert [value["prompt"] for value in found] == ["abc", "abd"]
+    assert all(value["tokens"] == 6 for value in found)
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(secateur, model, monkeypatch) -> None:
+    say = Conversation.say
+
+    def interrupted(self, prompt, tell):
+        if prompt == "stop":
+            tell("half")
+            raise KeyboardInterrupt
+        return say(self, prompt, tell)
+
+    monkeypatch.setattr(Conversation, "say", interrupted)
+    monkeypatch.setattr(sys, "stdin", Terminal("stop\nabc\n"))
+    talked = secateur("chat", model, "--max-new-tokens", 6)
+    assert talked.code == 0
+    assert "half" in talked.out
+    assert "does not keep this answer" in talked.err
+    assert talked.err.count("tokens/s") == 1
+
+
 def test_the_end_of_the_input_ends_it(secateur, model: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal(""))
-    assert secateur("generate", model).code == 0
+    assert secateur("chat", model).code == 0
+
+
+def test_it_says_what_comes_from_the_model(secateur, model: Path) -> None:
+    file = model / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, "top_p": 0.8}))
+    told = secateur("generate", model, "--prompt", "a", "--max-new-tokens", 2)
+    assert "from the model's generation_config.json: top_p 0.8, temperature 1.0" in told.err
+    told = secateur("generate", model, "--prompt", "a", "--temperature", 0, "--top-p", 1)
+    assert "generation_config" not in told.err
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
-def test_temperature_must_be_a_number(secateur, model: Path, value: str) -> None:
-    refused = secateur("generate", model, "--prompt", "a", "--temperature", value)
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_temperature_must_be_a_number(secateur, model: Path, verb: str, value: str) -> None:
+    refused = secateur(verb, model, "--temperature", value)
     assert refused.code == 2
     assert "temperature" in refused.err

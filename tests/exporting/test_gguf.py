@@ -10,87 +10,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from llama_cpp_py_sync import Llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import secateur
+from gguf_models import assert_alike, byte_level, save
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.exporting.gguf.blocks import exact_q4_0
-from secateur.exporting.gguf.tokenizer import split_rules
-from secateur.models.skeleton import quiet_transformers
+from secateur.exporting.gguf.byte_level import split_rules
 from secateur.quantization.groups import GroupGrid
 from trained import source_text
-from zoo import SIZES, config_of
-
-PROMPTS = ("def add(a, b):", "  return 1234", "naïve café\n\n", "I've been told")
-WORDS = 320
+from zoo import SIZES
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE with the rules of SmolLM2, trained on Python code."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=WORDS,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator([source_text()[:20_000]], trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
-    )
-
-
-def save(folder: Path, tokenizer: Any, family: str, **changes: Any) -> Path:
-    """A random model of a family, with logits far enough apart to have no ties."""
-    config = config_of(family)
-    for name, value in {"vocab_size": WORDS, **changes}.items():
-        setattr(config, name, value)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3 if parameter.ndim == 2 else 1)
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def texts(file: Path) -> list[tuple[list[int], str]]:
-    """Tokens of each prompt and eight greedy ones after it, by llama.cpp."""
-    with Llama(str(file), n_ctx=64) as engine:
-        return [
-            (
-                list(engine.tokenize(prompt, add_special=True)),
-                engine.generate(prompt, max_tokens=8, temperature=0.0, top_k=1, repeat_penalty=1.0),
-            )
-            for prompt in PROMPTS
-        ]
-
-
-@torch.no_grad()
-def expected(model: Any, tokenizer: Any) -> list[tuple[list[int], str]]:
-    """The same by transformers."""
-    found = []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt)["input_ids"]
-        out = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)
-        found.append((ids, tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)))
-    return found
-
-
-def assert_alike(file: Path, model: Any, tokenizer: Any) -> None:
-    theirs, ours = texts(file), expected(model, tokenizer)
-    assert [ids for ids, _ in theirs] == [ids for ids, _ in ours]
-    part = "\ufffd"  # the last token may be a part of a character
-    assert [text.rstrip(part) for _, text in theirs] == [text.rstrip(part) for _, text in ours]
-    assert any(text for _, text in theirs)
+    return byte_level()
 
 
 FAMILIES = {
@@ -199,7 +132,7 @@ def test_odd_rows_are_float16_and_the_note_says_so(tokenizer, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("gemma2", {}, "models of type 'gemma2'"),
+        ("gpt_neox", {}, "models of type 'gpt_neox'"),
         ("llama", {"hidden_act": "gelu"}, "the activation is gelu"),
         (
             "llama",
@@ -223,15 +156,13 @@ LEVEL = {"type": "ByteLevel", "use_regex": True}
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": {"type": "WordLevel"}}, "of the kind WordLevel"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "BPE with byte fallback"),
         ({"normalizer": {"type": "Lowercase"}}, "normalises by Lowercase"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "rules for splitting"),
         ({"pre_tokenizer": {**LEVEL, "use_regex": False}}, "rules for splitting"),
     ],
 )
 def test_other_tokenizers_are_refused(changes: dict[str, Any], said: str) -> None:
-    known = {"model": {"type": "BPE"}, "pre_tokenizer": LEVEL}
+    known = {"pre_tokenizer": LEVEL}
     assert split_rules(known, "t") == "gpt-2"
     with pytest.raises(CheckpointError, match=said):
         split_rules({**known, **changes}, "t")
@@ -240,5 +171,5 @@ def test_other_tokenizers_are_refused(changes: dict[str, Any], said: str) -> Non
 def test_unknown_targets_and_types_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="unknown target 'ggfu'"):
         secateur.export("x", output=tmp_path / "o", to="ggfu")
-    with pytest.raises(RecipeError, match="gguf has no type 'q4_k'"):
-        secateur.export("x", output=tmp_path / "o", type="q4_k")
+    with pytest.raises(RecipeError, match="gguf has no type 'iq4_xs'"):
+        secateur.export("x", output=tmp_path / "o", type="iq4_xs")

@@ -44,7 +44,7 @@ def test_every_option_has_a_sentence_a_default_and_a_name_of_its_own(verb) -> No
 @pytest.mark.parametrize("verb", IN_PYTHON, ids=lambda verb: verb.name)
 def test_the_signature_has_every_option(verb) -> None:
     function = imported(verb.function)
-    assert getattr(secateur, verb.name) is function
+    assert getattr(secateur, verb.python) is function
     kind = imported(verb.recipe)
     parameters = inspect.signature(function).parameters
     if "plan" in parameters:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 import secateur
 from secateur.calibration.windows import save_windows
 from tiny import byte_tokenizer, save_tiny
@@ -27,6 +29,9 @@ def make_sources(place: Path) -> None:
     secateur.prune(place / "deep", output=place / "old", method="magnitude", sparsity=0.25)
     save_tiny(place / "bytes", tokenizer=False, num_hidden_layers=1, vocab_size=256)
     byte_tokenizer().save_pretrained(place / "bytes")
+    pruned = load_file(place / "old" / "model.safetensors")
+    masks = {n: x != 0 for n, x in pruned.items() if n.endswith("proj.weight") and ".2." not in n}
+    save_file(masks, place / "masks.safetensors")
     save_windows(tiny_windows(4, 20), place / "windows.safetensors")
     save_windows(tiny_windows(4, 20, seed=2), place / "others.safetensors")
     (place / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -98,6 +103,7 @@ def swept(model: Path, *, output: Path, progress: Any, **options: Any) -> Any:
 
 SPECIAL: Mapping[str, Callable[..., Any]] = {"sweep": swept}
 
+MASKED = {"masks": "{sources}/masks.safetensors"}
 WINDOWS = {"calibration": "{sources}/windows.safetensors"}
 WANDA = {"method": "wanda", "sparsity": 0.5, **WINDOWS}
 FEW = {"method_parameters": {"iterations": 3, "growth": 2.0}}
@@ -147,6 +153,7 @@ CASES: Mapping[str, Case] = {
     "compress int8": Case("compress", "pruned", {"values": "int8", **WINDOWS}),
     "decompress": Case("decompress", "small", {}, resumes=False),
     "export": Case("export", "bytes", {"type": "f16"}, resumes=False),
+    "import": Case("import_model", "dense", MASKED, resumes=False),
     "sweep": Case(
         "sweep",
         "dense",

@@ -27,6 +27,7 @@ from secateur.runtime.kernels.dispatch import by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
 from secateur.runtime.packed import PackedCheckpoint
+from secateur.runtime.slots import SlotDecoder, Token
 
 SHAPES = ((1, 1), (2, 63), (5, 64), (3, 65), (33, 130), (7, 577), (4, 1000))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -114,6 +115,9 @@ def decoding(folder: Path) -> None:
                     decoder.prefill(torch.tensor([5, 17, 80]))
                     while decoder.length < decoder.capacity:
                         decoder.step(7)
+                    several = SlotDecoder(model, 3, slots=8)
+                    for at in range(3):
+                        several.step([Token(slot, at, 5 + slot, slot > 2) for slot in range(8)])
 
 
 def hostile(folder: Path, layouts: Mapping[str, Layout], files: int) -> None:

@@ -17,9 +17,8 @@ CHANCES = torch.tensor([0.1, 0.5, 0.05, 0.25, 0.1])
 
 def drawn(count: int = 4000, **options: Any) -> dict[int, float]:
     """How often each token is drawn."""
-    sampling = Sampling(1.0, **options)
-    generator = sampling.generator()
-    found = Counter(sampling.draw(CHANCES.log(), generator) for _ in range(count))
+    draws = Sampling(1.0, **options).begin()
+    found = Counter(draws.draw(CHANCES.log()) for _ in range(count))
     return {token: n / count for token, n in found.items()}
 
 
@@ -34,6 +33,11 @@ def drawn(count: int = 4000, **options: Any) -> dict[int, float]:
         ({"top_p": 0.8}, {0, 1, 3}),  # 0.5 + 0.25 is not enough; the earlier of equal ones
         ({"top_p": 1e-9}, {1}),
         ({"top_k": 2, "top_p": 0.6}, {1}),  # 0.5 of 0.75 is two thirds
+        ({"min_p": 0.19}, {0, 1, 3, 4}),  # 0.095 or more
+        ({"min_p": 0.21}, {1, 3}),
+        ({"min_p": 1.0}, {1}),
+        ({"min_p": 0.19, "top_k": 3}, {0, 1, 3}),
+        ({"min_p": 0.19, "top_p": 0.5}, {1}),
     ],
 )
 def test_only_the_kept_tokens_are_drawn_in_proportion(
@@ -47,17 +51,16 @@ def test_only_the_kept_tokens_are_drawn_in_proportion(
 
 
 def test_temperature() -> None:
-    logits, zero = CHANCES.log(), Sampling(0.0, top_k=3)
-    assert zero.draw(logits, zero.generator()) == 1
-    cold = Sampling(0.01)
-    assert {cold.draw(logits, cold.generator()) for _ in range(20)} == {1}
+    logits = CHANCES.log()
+    assert Sampling(0.0, top_k=3).begin().draw(logits) == 1
+    cold = Sampling(0.01).begin()
+    assert {cold.draw(logits) for _ in range(20)} == {1}
 
 
 def test_the_seed_decides() -> None:
     def text(seed: int) -> list[int]:
-        sampling = Sampling(1.0, top_p=0.9, seed=seed)
-        generator = sampling.generator()
-        return [sampling.draw(CHANCES.log(), generator) for _ in range(30)]
+        draws = Sampling(1.0, top_p=0.9, seed=seed).begin()
+        return [draws.draw(CHANCES.log()) for _ in range(30)]
 
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -75,9 +78,78 @@ def test_the_seed_decides() -> None:
         ({"top_p": math.nan}, "--top-p nan"),
         ({"seed": -1}, "--seed -1"),
         ({"seed": 2**63}, "--seed"),
+        ({"min_p": -0.1}, "--min-p -0.1"),
+        ({"min_p": math.nan}, "--min-p nan"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0"),
+        ({"presence_penalty": math.inf}, "--presence-penalty inf"),
+        ({"frequency_penalty": math.nan}, "--frequency-penalty nan"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError, match=named) as raised:
         Sampling(**options)
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 40},
+        {"top_p": 0.3},
+        {"top_p": 0.9999},
+        {"min_p": 0.05},
+        {"min_p": 1e-9, "top_p": 0.5},
+        {"top_k": 1500, "top_p": 0.99},
+    ],
+)
+def test_a_large_vocabulary_keeps_what_the_definition_keeps(options: dict[str, Any]) -> None:
+    """Most draws look at the likeliest tokens only, and must not forget any that count."""
+    logits = 2 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    chances = logits.double().softmax(-1)
+    ordered, tokens = chances.sort(descending=True)
+    ordered = ordered[: options.get("top_k")]
+    ordered = ordered / ordered.sum()
+    kept = [
+        int(token)
+        for number, token in enumerate(tokens[: len(ordered)])
+        if float(ordered[:number].sum()) < options.get("top_p", 1.0)
+        and ordered[number] >= options.get("min_p", 0.0) * ordered[0]
+    ]
+    draws = Sampling(1.0, **options).begin()
+    found = Counter(draws.draw(logits) for _ in range(3000))
+    assert set(found) <= set(kept)
+    share = float(chances[kept[0]] / chances[kept].sum())
+    assert found[kept[0]] / 3000 == pytest.approx(share, abs=0.03)
+    assert len(found) > min(len(kept), 600) // 2
+
+
+def test_penalties_are_those_of_the_papers() -> None:
+    """Against the formulas, written out token by token."""
+    logits = torch.tensor([2.0, -1.0, 1.5, 3.0, -2.0, 2.5])
+    prompt, r, p, f = [0, 1, 1], 1.25, 0.5, 0.25
+    draws = Sampling(0.0, repetition_penalty=r, presence_penalty=p, frequency_penalty=f).begin(
+        prompt
+    )
+    text: list[int] = []
+    for _ in range(12):
+        expected = []
+        for token, value in enumerate(logits.tolist()):
+            if token in prompt + text:
+                value = value / r if value > 0 else value * r
+            count = text.count(token)
+            expected.append(value - f * count - (p if count else 0.0))
+        best = max(range(6), key=lambda token: expected[token])
+        assert draws.draw(logits) == best
+        text.append(best)
+    assert len({*text}) > 2
+    assert logits.tolist() == [2.0, -1.0, 1.5, 3.0, -2.0, 2.5]  # the argument is untouched
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    prompt = [3, 9, 9, 20]
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt]), logits[None].clone())
+    found = Sampling(0.0, repetition_penalty=1.3).begin(prompt).penalised(logits)
+    assert torch.equal(found, expected[0])

@@ -31,7 +31,7 @@ def make_app() -> App:
         print_error=False,
     )
     for place, verb in enumerate(VERBS.values()):
-        home = f"secateur.cli.{verb.name}:{verb.name}"
+        home = f"secateur.cli.{verb.python}:{verb.python}"
         app.command(home, name=verb.name, help=verb.about, sort_key=place)
     return app
 

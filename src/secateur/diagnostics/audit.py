@@ -27,6 +27,7 @@ from secateur.models.skeleton import build_skeleton, model_names, stored_names
 from secateur.progress import Progress, Silent
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern, misplaced
+from secateur.sparsity.patterns.recognised import recognised
 
 __all__ = ["Audit", "LinearCount", "audit_checkpoint", "verify"]
 
@@ -43,6 +44,8 @@ class LinearCount:
     """Nonzero weights where the pattern needs zeros."""
     layout: dict[str, Any] | None = None
     """How a compressed checkpoint stores the matrix; None if it is stored dense."""
+    found: str | None = None
+    """The pattern that its zeros follow: N:M, unstructured or dense; None if nobody looked."""
 
     @property
     def sparsity(self) -> float:
@@ -111,6 +114,7 @@ def audit_checkpoint(
     pattern_of: Callable[[str], Pattern] | None = None,
     sparsity_of: Mapping[str, float] | None = None,
     *,
+    find_patterns: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Audit:
@@ -122,6 +126,7 @@ def audit_checkpoint(
         folder: a checkpoint, compressed or not.
         pattern_of: the pattern that the zeros of a linear must contain; None to count only.
         sparsity_of: the sparsity of each linear by name, for the pattern.
+        find_patterns: whether to find the pattern that the zeros of each matrix follow.
         trust_remote_code: whether code that comes with the checkpoint may run.
         progress: receives a step for every tensor.
     """
@@ -146,7 +151,10 @@ def audit_checkpoint(
         name = matrix.full_name
         target = (sparsity_of or {}).get(name, 0.0)
         pattern = pattern_of(name) if pattern_of and target else None
-        counted = count(name, matrix.seen(tensor), pattern, target)
+        weight = matrix.seen(tensor)
+        counted = count(name, weight, pattern, target)
+        if find_patterns:
+            counted = replace(counted, found=recognised(weight))
         if isinstance(reader, DenseView):
             counted = replace(counted, layout=reader.layout_of(stored))
         counts.append(counted)

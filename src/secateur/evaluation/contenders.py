@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from secateur.errors import KernelError
 from secateur.quantization.int8 import quantize_rows
-from secateur.runtime.decode import Decoder, given_cache, why_not
+from secateur.runtime.decode import Decoder
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedLinear
 from secateur.runtime.load import load
+from secateur.runtime.slots import given_cache, why_not
 
 __all__ = ["CONTENDERS", "USUAL", "Contender", "Round", "contender"]
 

@@ -31,11 +31,12 @@ from secateur.models.skeleton import assign, quiet_transformers, without_weights
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
-from secateur.runtime.decode import FAMILIES, Decoder, why_not
+from secateur.runtime.decode import Decoder
 from secateur.runtime.install import settle
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
+from secateur.runtime.slots import FAMILIES, why_not
 
 __all__ = ["TimedWay", "Way", "time_tokens"]
 
@@ -171,13 +172,13 @@ def cannot(config: Any, reason: str) -> ArchitectureError:
 
 def steps(decoder: Decoder, layers: int, clock: Callable[[], float]) -> list[float]:
     """Seconds of some tokens with the first decoder layers; the first one does not count."""
-    decoder.c.layers = layers
+    decoder.slots.c.layers = layers
     found = []
     for _ in range(STEPS):
         began = clock()
         decoder.step(0)
         found.append(clock() - began)
-    decoder.c.layers = len(decoder.model.model.layers)
+    decoder.slots.c.layers = len(decoder.slots.model.model.layers)
     return found[1:]
 
 

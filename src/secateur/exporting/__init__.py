@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
 from secateur.registry import Registry
 
-__all__ = ["ExportSource", "ExportTarget", "Exported", "targets"]
+__all__ = ["ExportSource", "ExportTarget", "Exported", "missing_extra", "targets"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class ExportTarget(Protocol):
     types: ClassVar[tuple[str, ...]]
     """The types in which matrices can be stored; the first is the default."""
 
+    lossy: ClassVar[frozenset[str]]
+    """Those of the types that do not keep exact zeros."""
+
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the model.
 
@@ -97,8 +101,19 @@ class ExportTarget(Protocol):
         Raises:
             ArchitectureError: the engine does not know this model, or computes it differently.
             CheckpointError: the tokenizer cannot be expressed.
+            RecipeError: a package that the target needs is not installed.
         """
         ...
 
 
 targets: Registry[ExportTarget] = Registry("target", __name__)
+
+
+def missing_extra(what: str, extra: str) -> RecipeError:
+    """The error for a package that is not installed.
+
+    Args:
+        what: what needs it, as the start of a sentence.
+        extra: the group of packages in this project.
+    """
+    return RecipeError(f"{what} is not installed", remedy=f"pip install 'secateur[{extra}]'")

@@ -41,6 +41,7 @@ class SemiStructured:
 
     name: ClassVar[str] = "semi-structured"
     types: ClassVar[tuple[str, ...]] = tuple(TYPES)
+    lossy: ClassVar[frozenset[str]] = frozenset()
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write one file, one tensor in memory at a time; the source is read twice."""

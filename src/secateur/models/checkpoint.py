@@ -41,6 +41,7 @@ __all__ = [
     "copied_files",
     "note_links",
     "read_all",
+    "read_entry",
     "read_header",
     "read_headers",
     "shard_files",
@@ -166,12 +167,7 @@ class CheckpointReader:
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
-        entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.offset)
-            read_all(stream, tensor)
-        return tensor
+        return read_entry(self.entries[name])
 
     def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
         """From now on, show a tensor as several tensors, which it contains one after the other.
@@ -210,6 +206,15 @@ class CheckpointReader:
                 with safe_open(file, framework="pt") as opened:
                     for name in own:
                         yield name, opened.get_tensor(name)
+
+
+def read_entry(entry: TensorEntry) -> Tensor:
+    """The tensor at a place in a file, in memory of its own."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.offset)
+        read_all(stream, tensor)
+    return tensor
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

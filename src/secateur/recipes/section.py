@@ -28,6 +28,7 @@ __all__ = [
     "WHAT_TO_LEARN_FROM",
     "WHAT_TO_MEASURE",
     "WHAT_TO_PRUNE",
+    "WHAT_TO_SERVE",
     "Flag",
     "Recipe",
     "Section",
@@ -40,6 +41,7 @@ WHAT_TO_CUT = "What to cut"
 WHAT_TO_COMPRESS = "What to compress"
 WHAT_TO_MEASURE = "What to measure"
 WHAT_TO_CONTINUE = "What to continue"
+WHAT_TO_SERVE = "What to serve"
 WHAT_TO_LEARN_FROM = "What to learn from"
 HOW = "How"
 CALIBRATION = "Calibration"
@@ -54,6 +56,7 @@ GROUPS = (
     WHAT_TO_COMPRESS,
     WHAT_TO_MEASURE,
     WHAT_TO_CONTINUE,
+    WHAT_TO_SERVE,
     HOW,
     CALIBRATION,
     RECOVERY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 __all__ = ["VERBS", "WRITING", "Verb", "imported"]
@@ -14,10 +15,10 @@ WRITING = frozenset({"output", "overwrite", "resume", "restart"})
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb of the command line, and the function of the same name in Python.
+    """One verb of the command line, and its function in Python.
 
     Attributes:
-        name: the name of both.
+        name: the name on the command line.
         summary: one sentence for the list of verbs.
         recipe: the place of its recipe class, `package.module:name`.
         function: the place of the function; empty if the verb exists only on the command line.
@@ -31,6 +32,11 @@ class Verb:
     function: str = ""
     more: str = ""
     without: frozenset[str] = frozenset()
+
+    @property
+    def python(self) -> str:
+        """The name of the function: that of the verb, unless Python has that word itself."""
+        return f"{self.name}_model" if iskeyword(self.name) else self.name
 
     @property
     def about(self) -> str:
@@ -125,10 +131,32 @@ VERBS: dict[str, Verb] = {
             "secateur.workflows.export:export",
         ),
         Verb(
+            "import",
+            "Make an ordinary folder from what another tool wrote: compressed-tensors, masks, "
+            "adapters.",
+            "secateur.recipes.import_model:ImportRecipe",
+            "secateur.workflows.import_model:import_model",
+            more="The kind of source is recognised. In Python: secateur.import_model.",
+        ),
+        Verb(
             "generate",
-            "Continue a prompt, or chat, on the CPU. Packed linears stay packed.",
+            "Continue a prompt, or answer one message, on the CPU. Packed linears stay packed.",
             "secateur.recipes.generate:GenerateRecipe",
             "secateur.workflows.judge.generate:generate",
+        ),
+        Verb(
+            "chat",
+            "Talk to a model in the terminal.",
+            "secateur.recipes.generate:ChatRecipe",
+            more="/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an "
+            "answer. Without a terminal every line of stdin is a message.",
+        ),
+        Verb(
+            "serve",
+            "Serve a model over HTTP with OpenAI's API, to several clients at once.",
+            "secateur.recipes.serve:ServeRecipe",
+            more="Listens on 127.0.0.1 unless --host says otherwise. SIGTERM or Ctrl-C ends it "
+            "when the running requests have ended. Needs pip install 'secateur[serve]'.",
         ),
         Verb(
             "bench",
@@ -163,6 +191,13 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.diagnose:DiagnoseRecipe",
             "secateur.workflows.judge.diagnose:diagnose",
             more="The exit code is 3 if something is proven wrong.",
+        ),
+        Verb(
+            "push",
+            "Publish a model on the hub, with a card that has its results.",
+            "secateur.recipes.push:PushRecipe",
+            "secateur.workflows.push:push",
+            more="The zeros are counted first. The repository is private unless --public.",
         ),
         Verb(
             "demo",

@@ -21,6 +21,7 @@ from torch import nn
 from secateur.errors import RecipeError, VerificationError
 from secateur.models.architecture import Linear
 from secateur.models.skeleton import quiet_transformers
+from secateur.training.masks import Masks, first_names
 from secateur.training.selecting import prunable
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 else:
     PeftModel = Any  # peft is optional, and takes seconds to import
 
-__all__ = ["ADAPTERS_ALONE", "Adapters", "attach", "merge"]
+__all__ = ["ADAPTERS_ALONE", "Adapters", "attach", "base_masks", "merge", "need_peft"]
 
 ADAPTERS_ALONE = {"*": 0.0, "*.lora_[AB].*": 1.0}
 """`rates` of a `TrainingPlan` that trains only adapters. Pass the loop the model inside peft's
@@ -113,7 +114,7 @@ def attach(model: Any, how: Adapters | None = None, seed: int = 0) -> PeftModel:
     """
     how = how or Adapters()
     chosen = how.chosen(model)
-    peft = _peft()
+    peft = need_peft()
     from secateur.training.masked_adapter import MaskedAdapter
 
     config = peft.LoraConfig(
@@ -132,35 +133,65 @@ def attach(model: Any, how: Adapters | None = None, seed: int = 0) -> PeftModel:
 
 
 def merge(adapted: PeftModel) -> Any:
-    """Return the model with merged adapters. Zeros and function stay the same.
+    """Return the model with merged adapters of any kind of peft. Zeros of the base stay zeros.
+
+    The masks are the zeros of the base model's matrices. Adapters from `attach` have them in their
+    products, so the merged model is the trained one. Adapters trained elsewhere do not: what they
+    add to pruned weights is dropped, so the function changes; evaluate the merged model.
+
+    Args:
+        adapted: a pruned model in peft's wrapper. The adapters that are active are merged.
 
     Raises:
-        VerificationError: a weight that was zero no longer is. Adapters without a mask cause this;
-            adapters from this module do not.
+        VerificationError: a weight of an adapter from `attach` that was zero no longer is.
     """
     from secateur.training.masked_adapter import MaskedAdapter
 
-    masks = {
-        name: adapter.kept
-        for name, adapter in adapted.get_base_model().named_modules()
+    base = adapted.get_base_model()
+    trained = {
+        f"{name}.weight": adapter.kept
+        for name, adapter in base.named_modules()
         if isinstance(adapter, MaskedAdapter)
     }
+    found = {plain_name(name): mask for name, mask in Masks.of(base).kept.items()} | trained
     merged = adapted.merge_and_unload()
-    filled = {
-        name: int(merged.get_submodule(name).weight[~kept].count_nonzero())
-        for name, kept in masks.items()
-    }
-    wrong = [name for name, count in filled.items() if count]
-    if wrong:
+    parameters = dict(merged.named_parameters())
+    kept = Masks({name: mask for name, mask in found.items() if name in parameters})
+    Masks({name: mask for name, mask in kept.kept.items() if name not in trained}).apply(merged)
+    if filled := kept.filled(merged):
         raise VerificationError(
             f"{sum(filled.values())} pruned weights are not zero after merging",
-            where=", ".join(wrong[:4]),
-            remedy="attach adapters with secateur.training.lora.attach",
+            where=first_names(filled),
+            remedy="something filled zeros of the base model: load the pruned model again, and "
+            "attach the adapters to it",
         )
     return merged
 
 
-def _peft() -> Any:
+def base_masks(base: nn.Module) -> Masks:
+    """Return the zeros of the matrices of a model that holds adapters, without the adapters' own.
+
+    peft freezes the matrices of the model and trains the adapters' parameters.
+
+    Args:
+        base: the model within peft's wrapper, `adapted.get_base_model()`.
+    """
+    frozen = {name for name, p in base.named_parameters() if not p.requires_grad}
+    return Masks({name: kept for name, kept in Masks.of(base).kept.items() if name in frozen})
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter before adapters were attached.
+
+    Example:
+        >>> from secateur.training.lora import plain_name
+        >>> plain_name("layers.0.q_proj.base_layer.weight")
+        'layers.0.q_proj.weight'
+    """
+    return ".".join(p for p in name.split(".") if p not in ("base_layer", "original_module"))
+
+
+def need_peft() -> Any:
     """Import peft, which is optional.
 
     Raises:

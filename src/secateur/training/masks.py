@@ -17,7 +17,7 @@ from secateur.models.architecture import describe
 from secateur.models.header import read_header
 from secateur.training.parts import as_part, is_shared, local, part_of
 
-__all__ = ["Masks", "matrices", "moments", "stored_masks"]
+__all__ = ["Masks", "first_names", "matrices", "moments", "stored_masks"]
 
 FIXED_AT_ZERO = (
     torch.optim.SGD,
@@ -101,16 +101,23 @@ class Masks:
         return sum(int(mask.sum()) for mask in self.kept.values())
 
     @property
+    def zeros(self) -> int:
+        """The number of pruned weights in this process's part."""
+        return sum(int((~local(mask)).sum()) for mask in self.kept.values())
+
+    @property
     def sparsity(self) -> float:
         """The fraction of zeros in the matrices that have a mask."""
         weights = sum(mask.numel() for mask in self.kept.values())
         return 1 - self.count / weights if weights else 0.0
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
-        """Set the pruned weights of a model to 0."""
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Set the pruned weights of a model to 0, and their moments if there is an optimizer."""
         for parameter, mask in self.of_parameters(model):
-            local(parameter).mul_(mask)
+            own = () if optimizer is None else moments(optimizer, parameter)
+            for held in (local(parameter), *own):
+                held.mul_(mask)
 
     @torch.no_grad()
     def hold_gradients(self, model: nn.Module) -> None:
@@ -119,36 +126,44 @@ class Masks:
             if parameter.grad is not None:
                 local(parameter.grad).mul_(mask)  # seven times faster than masked_fill_ on a CPU
 
-    @torch.no_grad()
-    def hold(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def hold(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Set pruned weights and their moments to 0, after the optimizer's step."""
-        if type(optimizer) in FIXED_AT_ZERO:
-            return
-        for parameter, mask in self.of_parameters(model):
-            for held in (local(parameter), *moments(optimizer, parameter)):
-                held.mul_(mask)
+        if type(optimizer) not in FIXED_AT_ZERO:
+            self.apply(model, optimizer)
 
     @torch.no_grad()
-    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Check that pruned weights, and their moments, are 0.
+    def filled(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    ) -> dict[str, int]:
+        """Count pruned weights, and moments of them, that are not 0.
 
-        Raises:
-            VerificationError: a pruned weight, or a moment of one, is not 0.
+        Returns:
+            The counts in this process's part, by the names of the parameters that have any.
         """
+        found = {}
         for name, mask in self.kept.items():
             parameter = model.get_parameter(name)
             gone = ~local(mask)
             held = [local(parameter)]
             if optimizer is not None:
                 held += list(moments(optimizer, parameter))
-            filled = sum(int(x[gone].count_nonzero()) for x in held)
-            if filled:
-                raise VerificationError(
-                    f"{filled} pruned weights or moments of them are not zero",
-                    where=name,
-                    remedy="something changed them after the optimizer's step: masks are held "
-                    "only within the loop; Masks.apply sets the weights back",
-                )
+            if count := sum(int(x[gone].count_nonzero()) for x in held):
+                found[name] = count
+        return found
+
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Check that pruned weights, and their moments, are 0.
+
+        Raises:
+            VerificationError: a pruned weight, or a moment of one, is not 0.
+        """
+        if found := self.filled(model, optimizer):
+            raise VerificationError(
+                f"{sum(found.values())} pruned weights or moments of them are not zero",
+                where=first_names(found),
+                remedy="something changed them after the optimizer's step: masks are held "
+                "only within the loop; Masks.apply sets the weights back",
+            )
 
     def of_parameters(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter that has a mask, with its mask on the same device."""
@@ -197,6 +212,19 @@ def part_of_zeros(weight: Tensor) -> Tensor:
     return as_part(kept, weight) if is_shared(weight) else kept
 
 
+def first_names(names: Iterable[str], shown: int = 4) -> str:
+    """The first names, and how many more there are.
+
+    Example:
+        >>> from secateur.training.masks import first_names
+        >>> first_names(["a", "b", "c"], shown=2)
+        'a, b and 1 more'
+    """
+    known = list(names)
+    more = f" and {len(known) - shown} more" if len(known) > shown else ""
+    return ", ".join(known[:shown]) + more
+
+
 def fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
     """Refuse a mask that does not fit the parameters.
 
@@ -217,7 +245,12 @@ def fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
-    """The moments that the optimizer keeps for a parameter, in its shape."""
+    """The moments that the optimizer keeps for a parameter, in its shape.
+
+    Moments of whole numbers are codes, for example of 8-bit optimizers, and 0 is not the code of 0.
+    """
     for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            continue
+        if value.is_floating_point():
             yield local(value)

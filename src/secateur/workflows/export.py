@@ -25,8 +25,9 @@ __all__ = ["export", "export_recipe"]
 def export(model: str | Path, *, progress: Progress | None = None, **options: Any) -> ExportResult:
     """Write a model for another engine, with its zeros.
 
-    The model is checked first: one that the engine would compute differently is refused. While the
-    files are written, the zeros of every matrix are counted before and after.
+    The model is checked first: one that the engine would compute differently is refused. The zeros
+    of every matrix are counted before and after. A type that keeps exact zeros must keep all of
+    them; the result says how many another type lost.
 
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
@@ -60,6 +61,13 @@ def export_recipe(
         raise RecipeError(
             f"{recipe.to} has no type {type!r}", remedy=did_you_mean(type, list(target.types))
         )
+    if recipe.keep_zeros and type in target.lossy:
+        keeping = [name for name in target.types if name not in target.lossy]
+        raise RecipeError(
+            f"{recipe.to} {type} does not keep exact zeros",
+            where="--keep-zeros",
+            remedy=f"types that do: {', '.join(keeping)}",
+        )
     folder = RunFolder(recipe.output, "export", overwrite=overwrite)
     folder.keep_apart(recipe.model)
     found = resolve(recipe.model, progress=progress)
@@ -71,13 +79,12 @@ def export_recipe(
     with folder:
         made = folder.fresh_model()
         exported = target.write(source, type, made, progress)
-        if exported.zeros_kept < exported.zeros:
-            lost = exported.zeros - exported.zeros_kept
-            raise VerificationError(
-                f"{lost:,} of {exported.zeros:,} zeros were lost in {recipe.to} {type}",
-                where=str(folder.output),
-                remedy="choose another --type",
-            )
+        lost = exported.zeros - exported.zeros_kept
+        said = f"{lost:,} of {exported.zeros:,} zeros were lost in {recipe.to} {type}"
+        if lost and type not in target.lossy:
+            raise VerificationError(said, where=str(folder.output), remedy="choose another --type")
+        if lost:
+            exported.notes.insert(0, said)
         folder.notes.rmdir()
         files = tuple(sorted(file.name for file in made.iterdir()))
         folder.finish()

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import secateur
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
+from secateur.runtime.slots import SlotDecoder
 from secateur.workflows.judge.generate import Conversation
-from secateur.workflows.judge.session import ONE_CALL, TextStream
-from tiny import save_tiny, tiny_tokenizer
+from secateur.workflows.judge.session import ONE_CALL
+from tiny import save_tiny
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and forbidden is defined %}{% endif %}"
@@ -112,15 +113,63 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert Conversation(bare).say("abc").tokens <= 61  # what the positions leave
 
 
-def test_a_stop_text_that_begins_is_held_back() -> None:
-    tokenizer = tiny_tokenizer()
-    pieces: list[str] = []
-    stream = TextStream(tokenizer, ["xyz"], pieces.append)
-    for token in tokenizer("axyb", add_special_tokens=False)["input_ids"]:
-        assert stream.add(token)
-    assert pieces == ["a", "xyb"]
-    for token in tokenizer("xy", add_special_tokens=False)["input_ids"]:
-        stream.add(token)
-    assert pieces == ["a", "xyb"]
-    stream.finish()
-    assert pieces == ["a", "xyb", "xy"]
+def test_options_come_from_the_models_generation_config(model: Path) -> None:
+    """An option that is given wins; options of drawing need do_sample."""
+    file = model / "generation_config.json"
+    stored = json.loads(file.read_text())
+
+    def conversation(settings: dict[str, object], **given: object) -> Conversation:
+        file.write_text(json.dumps(stored | settings))
+        return Conversation(str(model), sampling=given)
+
+    found = conversation({"do_sample": True, "top_k": 5, "temperature": 0.5})
+    assert found.taken == {"temperature": 0.5, "top_k": 5}
+    assert (found.sampling.temperature, found.sampling.top_k) == (0.5, 5)
+    found = conversation({"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1}, top_p=0.5)
+    assert found.taken == {"temperature": 1.0, "repetition_penalty": 1.1}
+    assert found.sampling.top_p == 0.5
+    found = conversation({"temperature": 0.5, "top_k": 50, "repetition_penalty": 1.2})
+    assert found.taken == {"repetition_penalty": 1.2}
+    assert found.sampling.temperature == 0
+    found = conversation({"do_sample": True, "top_k": 0, "temperature": 1.0}, top_k=0)
+    assert found.sampling.top_k is None
+    for bad in ({"repetition_penalty": "1"}, {"do_sample": True, "top_p": 7.0}):
+        with pytest.raises(CheckpointError, match="generation settings cannot be used"):
+            conversation(bad)
+    file.write_text("{")
+    with pytest.raises(CheckpointError, match="generation_config"):
+        Conversation(str(model))
+
+
+def test_penalties_change_the_text(model: Path) -> None:
+    greedy = secateur.generate(model, "abc", max_new_tokens=30).text
+    for penalty in ({"repetition_penalty": 1.8}, {"frequency_penalty": 2.0}):
+        made = secateur.generate(model, "abc", max_new_tokens=30, **penalty).text
+        assert len(set(made)) > len(set(greedy))
+
+
+def test_an_answer_is_read_only_from_where_the_conversation_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says the same as if all of it had been read."""
+    model = with_template(
+        save_tiny(tmp_path / "m", "llama", head_dim=16, max_position_embeddings=256)
+    )
+    read: list[int] = []
+    whole = SlotDecoder.read
+    monkeypatch.setattr(
+        SlotDecoder,
+        "read",
+        lambda self, slot, ids: (read.append(len(ids)), whole(self, slot, ids))[1],
+    )
+    talk = Conversation(str(model), max_new_tokens=6)
+    talk.say("one")
+    second = talk.say("two")
+    assert len(read) == 2
+    assert read[1] <= len(";u:two;a:") + 1
+    alone = Conversation(str(model), max_new_tokens=6)
+    alone.messages = [*talk.messages[:2]]
+    assert alone.say("two").text == second.text
+    talk.forget()
+    talk.say("other")
+    assert read[-1] == len("ther;a:")  # "u:o" is what "u:one" begins with

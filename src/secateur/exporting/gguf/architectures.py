@@ -1,14 +1,10 @@
-"""How llama.cpp computes each family, and the fields and tensors that it reads for it.
-
-Only what llama.cpp computes like transformers is described. Everything else is refused.
-"""
+"""What a model is in llama.cpp: its description, its fields and its tensors."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
@@ -17,105 +13,113 @@ from torch import Tensor
 
 from secateur.errors import ArchitectureError
 from secateur.exporting import ExportSource
-
-__all__ = ["LlamaCppDecoder", "decoder_of"]
-
-ARCHITECTURES = MappingProxyType(
-    {
-        "llama": gguf.MODEL_ARCH.LLAMA,
-        "mistral": gguf.MODEL_ARCH.LLAMA,
-        "qwen2": gguf.MODEL_ARCH.QWEN2,
-        "qwen3": gguf.MODEL_ARCH.QWEN3,
-    }
+from secateur.exporting.gguf.decoder import LlamaCppDecoder
+from secateur.exporting.gguf.families import LLAMA_CPP_FAMILIES, LlamaCppFamily
+from secateur.exporting.gguf.refusals import differs
+from secateur.exporting.gguf.rope import (
+    long_rope_start,
+    rope_constants,
+    rope_differences,
+    rope_tensors,
 )
-"""The architecture of llama.cpp for each model type of transformers."""
+from secateur.models.architecture import PROJECTIONS, Experts, families
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.configuration import transformers_errors
+from secateur.models.experts import split_stored
 
-INTERLEAVED = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.DECI)
-"""Architectures that rotate neighbouring channels of a head. transformers rotates its halves."""
+__all__ = ["LlamaCppModel", "Planned", "model_of"]
 
 LEAST_FFN = 32
 """llama.cpp skips a layer whose FFN is 0 wide, so a missing FFN becomes this many zeros."""
 
-ACTIVATIONS = ("silu", "swish")
+OURS = ("model_type", "base_model_type", "architectures", "secateur_cut", "quantization_config")
+"""Keys of `config.json` that the configuration of the base class does not have."""
 
 
 @dataclass(frozen=True)
-class LlamaCppDecoder:
-    """A decoder as llama.cpp sees it.
+class Planned:
+    """A tensor of the file.
 
     Attributes:
-        arch: its architecture there.
-        config: the `config.json` of the base class.
-        head: channels of a head.
-        heads: query heads of each layer; 0 where there is no attention.
-        kv_heads: KV heads of each layer.
-        ffn: FFN neurons of each layer; 0 where there is no FFN.
-        vocabulary: rows of the embedding.
-        tied: whether the head is the embedding.
+        name: in GGUF.
+        sources: its name in the source; one for each expert where the file stacks experts; none for
+            a tensor that the source does not store.
+        shape: its shape.
     """
 
-    arch: gguf.MODEL_ARCH
-    config: Mapping[str, Any]
-    head: int
-    heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    ffn: tuple[int, ...]
-    vocabulary: int
-    tied: bool
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LlamaCppModel:
+    """A model in the terms of llama.cpp.
+
+    Attributes:
+        family: how llama.cpp computes it.
+        decoder: its sizes.
+    """
+
+    family: LlamaCppFamily
+    decoder: LlamaCppDecoder
 
     @property
-    def layers(self) -> int:
-        """The number of decoder layers."""
-        return len(self.heads)
-
-    @property
-    def rope(self) -> dict[str, Any]:
-        """The parameters of the rotary positions."""
-        found = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        return {"rope_theta": self.config.get("rope_theta", 10000.0), **found}
-
-    def add_fields(self, writer: gguf.GGUFWriter) -> None:
-        """Write the sizes and constants that llama.cpp reads."""
-        config, deci = self.config, self.arch == gguf.MODEL_ARCH.DECI
-        writer.add_block_count(self.layers)
-        writer.add_context_length(self.context)
-        writer.add_embedding_length(config["hidden_size"])
-        writer.add_vocab_size(self.vocabulary)
-        writer.add_head_count(list(self.heads) if deci else self.heads[0])
-        writer.add_head_count_kv(list(self.kv_heads) if deci else self.kv_heads[0])
-        widths = [width or LEAST_FFN for width in self.ffn]
-        writer.add_feed_forward_length(widths if deci else widths[0])
-        writer.add_key_length(self.head)
-        writer.add_value_length(self.head)
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_rope_dimension_count(self.head)
-        writer.add_rope_freq_base(float(self.rope["rope_theta"]))
-        kind = self.rope.get("rope_type", "default")
-        if kind in ("linear", "yarn"):
-            writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-            writer.add_rope_scaling_factor(float(self.rope["factor"]))
-        if kind == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(self.rope["original_max_position_embeddings"])
-
-    @property
-    def window(self) -> int | None:
-        """The sliding window of all layers; None if there is none."""
-        config = self.config
-        on = config.get("use_sliding_window", config["model_type"] == "mistral")
-        return config.get("sliding_window") if on else None
+    def ignored_window(self) -> int | None:
+        """The sliding window, where llama.cpp does not apply it."""
+        return None if self.family.windows else self.decoder.window
 
     @property
     def context(self) -> int:
-        """The positions to use: no more than the sliding window, which llama.cpp ignores."""
-        positions = int(self.config["max_position_embeddings"])
-        return min(positions, self.window or positions)
+        """The positions for which llama.cpp computes like transformers."""
+        positions = int(self.decoder.config.max_position_embeddings)
+        return min(positions, self.ignored_window or positions, self.stretched_from or positions)
 
-    def tensors(self, source: ExportSource) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Every stored tensor: its name in GGUF, in the source, and its shape."""
-        names = gguf.get_tensor_name_map(self.arch, self.layers)
-        for name, entry in source.reader.entries.items():
-            if self.tied and name == "lm_head.weight":
-                continue
+    @property
+    def stretched_from(self) -> int | None:
+        """The original context of a model with LongRoPE; None without it."""
+        return long_rope_start(self.decoder)
+
+    def add_fields(self, writer: gguf.GGUFWriter) -> None:
+        """Write the sizes and constants that llama.cpp reads."""
+        decoder = self.decoder
+        per_layer = decoder.arch == self.family.varied
+        fields = {
+            "block_count": decoder.layers,
+            "context_length": self.context,
+            "embedding_length": decoder.config.hidden_size,
+            "vocab_size": decoder.vocabulary,
+            "key_length": decoder.head,
+            "value_length": decoder.head,
+            "layer_norm_rms_eps": decoder.config.rms_norm_eps,
+            **rope_constants(decoder),
+            **self.family.constants(decoder),
+        }
+        sizes = {
+            "head_count": decoder.heads,
+            "head_count_kv": decoder.kv_heads,
+            "feed_forward_length": [width or LEAST_FFN for width in decoder.ffn],
+        }
+        fields |= {name: list(of) if per_layer else of[0] for name, of in sizes.items()}
+        for name, value in fields.items():
+            getattr(writer, f"add_{name}")(value)
+
+    def tensors(self, source: ExportSource) -> Iterator[Planned]:
+        """Every tensor of the file that the source stores.
+
+        Raises:
+            ArchitectureError: llama.cpp has no place for a tensor.
+        """
+        names = gguf.get_tensor_name_map(self.decoder.arch, self.decoder.layers)
+        entries = source.reader.entries
+        stacked = stacked_experts(source)
+        of_experts = {name for group in stacked.values() for name in group}
+        plain = {name: (name,) for name in entries if name not in of_experts}
+        if self.decoder.tied:
+            plain.pop("lm_head.weight", None)
+            if self.family.own_head:
+                plain["lm_head.weight"] = ("model.embed_tokens.weight",)
+        for name, group in {**plain, **stacked}.items():
             known = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if known is None:
                 raise ArchitectureError(
@@ -123,107 +127,146 @@ class LlamaCppDecoder:
                     where=str(source.folder),
                     remedy="export to another target",
                 )
-            yield known, name, entry.shape
+            shape = entries[group[0]].shape
+            yield Planned(known, group, (len(group), *shape) if name in stacked else shape)
 
     def extra_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors that the source does not store."""
-        hidden = self.config["hidden_size"]
-        for layer, width in enumerate(self.ffn):
+        hidden = self.decoder.config.hidden_size
+        for layer, width in enumerate(self.decoder.ffn):
             if width == 0:
-                norm = torch.ones(hidden)
-                yield f"blk.{layer}.ffn_norm.weight", norm
+                yield f"blk.{layer}.ffn_norm.weight", torch.ones(hidden)
                 for name in ("gate", "up"):
                     yield f"blk.{layer}.ffn_{name}.weight", torch.zeros(LEAST_FFN, hidden)
                 yield f"blk.{layer}.ffn_down.weight", torch.zeros(hidden, LEAST_FFN)
-        if self.rope.get("rope_type") == "llama3":
-            yield "rope_freqs.weight", llama3_factors(self.rope, self.head)
+        yield from rope_tensors(self.decoder)
+
+    def read(self, reader: CheckpointReader, one: Planned) -> Tensor:
+        """A tensor of the source as llama.cpp expects it, float32."""
+        parts = [self.arranged(name, reader.read(name)).float() for name in one.sources]
+        return torch.stack(parts) if len(one.shape) == 3 else parts[0]
 
     def arranged(self, name: str, weight: Tensor) -> Tensor:
-        """A tensor of the source in the order of channels that llama.cpp expects.
+        """A tensor of the source with its channels in llama.cpp's order, norms with their shift.
 
         Args:
             name: in the source.
-            weight: [out, in], or [out] for a bias.
+            weight: [out, in], or [out] for a bias or a norm.
         """
-        if self.arch not in INTERLEAVED or ".self_attn." not in name:
+        owner = name.rpartition(".")[0]
+        if self.family.norm_shift and owner.endswith("norm"):
+            return weight.float() + self.family.norm_shift
+        if not self.family.interleaved or not owner.endswith(("q_proj", "k_proj")):
             return weight
-        if not name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
-            return weight
-        halves = weight.reshape(-1, 2, self.head // 2, *weight.shape[1:])
+        halves = weight.reshape(-1, 2, self.decoder.head // 2, *weight.shape[1:])
         return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def llama3_factors(rope: Mapping[str, Any], head: int) -> Tensor:
-    """The factors by which Llama 3 stretches each frequency, float32 [head / 2]."""
-    frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
-    factor, context = rope["factor"], rope["original_max_position_embeddings"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = context * frequencies / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
-
-
-def decoder_of(source: ExportSource) -> LlamaCppDecoder:
+def model_of(source: ExportSource) -> LlamaCppModel:
     """Describe the model of a folder for llama.cpp.
 
     Raises:
         ArchitectureError: llama.cpp does not know it, or computes it differently.
     """
-    config = dict(source.config)
-    kind = config.get("base_model_type", config.get("model_type"))
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise differs(source, f"models of type {kind!r} are not described for it here")
-    config["model_type"] = kind
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if config.get("hidden_act", "silu") not in ACTIVATIONS:
-        raise differs(source, f"the activation is {config['hidden_act']}")
-    layers, shapes = config["num_hidden_layers"], source.reader.entries
-
-    def rows(part: str, each: int = 1) -> tuple[int, ...]:
-        names = [f"model.layers.{layer}.{part}.weight" for layer in range(layers)]
-        return tuple(shapes[name].shape[0] // each if name in shapes else 0 for name in names)
-
-    heads, kv_heads = rows("self_attn.q_proj", head), rows("self_attn.k_proj", head)
-    ffn = rows("mlp.gate_proj")
-    arch = ARCHITECTURES[kind]
-    if any(len(set(each)) > 1 or 0 in each for each in (heads, kv_heads, ffn)):
-        if arch != gguf.MODEL_ARCH.LLAMA:
+    kind = model_type(source)
+    family = LLAMA_CPP_FAMILIES.get(kind)
+    if family is None:
+        raise differs(source.folder, f"models of type {kind!r} are not described for it here")
+    experts = experts_of(source)
+    if experts is not None:
+        split_stored(source.reader, experts)
+    decoder = decoder_of(source, family, configuration(source, kind))
+    if decoder.varied:
+        if family.varied is None:
             raise differs(
-                source, f"its layers differ in size, which it allows only of Llama, not {kind}"
+                source.folder, f"its layers differ in size, which it does not allow of {kind}"
             )
-        arch = gguf.MODEL_ARCH.DECI
-    decoder = LlamaCppDecoder(
-        arch,
+        decoder = replace(decoder, arch=family.varied)
+    model = LlamaCppModel(family, decoder)
+    check(model, source)
+    list(model.tensors(source))  # refuses tensors without a place
+    return model
+
+
+def model_type(source: ExportSource) -> str:
+    """The type of the base class."""
+    return str(source.config.get("base_model_type", source.config.get("model_type")))
+
+
+def configuration(source: ExportSource, kind: str) -> Any:
+    """The configuration of the base class, with the defaults of transformers."""
+    from transformers import AutoConfig
+
+    own = {key: value for key, value in source.config.items() if key not in OURS}
+    with transformers_errors(source.folder):
+        return AutoConfig.for_model(kind, **own)
+
+
+def decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> LlamaCppDecoder:
+    """The sizes of a model, read off its tensors."""
+    entries, layers = source.reader.entries, range(config.num_hidden_layers)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    stacked = stacked_experts(source)
+
+    def side(part: str, number: int) -> tuple[int, ...]:
+        names = [f"model.layers.{layer}.{part}.weight" for layer in layers]
+        return tuple(entries[name].shape[number] if name in entries else 0 for name in names)
+
+    heads = tuple(width // head for width in side("self_attn.o_proj", 1))
+    fused = tuple(rows // head for rows in side("self_attn.qkv_proj", 0))
+    separate = tuple(rows // head for rows in side("self_attn.k_proj", 0))
+    kv_heads = tuple((f - h) // 2 for f, h in zip(fused, heads, strict=True))
+    ffn, count = side("mlp.down_proj", 1), 0
+    if stacked:
+        downs = [stacked.get(f"model.layers.{n}.mlp.experts.down_proj.weight", ()) for n in layers]
+        ffn = tuple(entries[down[0]].shape[1] if down else 0 for down in downs)
+        counts = {len(down) for down in downs}
+        if len(counts) > 1:
+            raise differs(source.folder, f"its layers have {sorted(counts)} experts")
+        (count,) = counts
+    return LlamaCppDecoder(
+        family.arch,
         config,
         head,
         heads,
-        kv_heads,
+        kv_heads if any(fused) else separate,
         ffn,
-        vocabulary=shapes["model.embed_tokens.weight"].shape[0],
-        tied=bool(config.get("tie_word_embeddings", False)) or "lm_head.weight" not in shapes,
+        vocabulary=entries["model.embed_tokens.weight"].shape[0],
+        tied=bool(config.tie_word_embeddings) or "lm_head.weight" not in entries,
+        experts=count,
     )
-    check_rope(decoder, source)
-    list(decoder.tensors(source))  # refuses tensors without a place
-    return decoder
 
 
-def check_rope(decoder: LlamaCppDecoder, source: ExportSource) -> None:
-    """Refuse rotary positions that llama.cpp computes differently."""
-    rope = decoder.rope
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "yarn", "llama3"):
-        raise differs(source, f"its rotary positions are of the kind {kind!r}")
-    odd = sorted({"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & rope.keys())
-    if kind == "yarn" and odd:
-        raise differs(source, f"its rotary positions set {', '.join(odd)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise differs(source, "only a part of each head is rotated")
+def check(model: LlamaCppModel, source: ExportSource) -> None:
+    """Refuse what llama.cpp would compute differently."""
+    family, decoder = model.family, model.decoder
+    config = decoder.config
+    names = ("hidden_activation", "hidden_act")
+    activation = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    if activation not in family.activations:
+        raise differs(source.folder, f"the activation is {activation}")
+    for why in (*rope_differences(decoder), *family.differences(decoder)):
+        raise differs(source.folder, why)
 
 
-def differs(source: ExportSource, why: str) -> ArchitectureError:
-    """The error for a model that llama.cpp would not compute alike."""
-    return ArchitectureError(
-        f"llama.cpp would not compute this model like transformers: {why}",
-        where=str(source.folder),
-        remedy="export to another target",
-    )
+def experts_of(source: ExportSource) -> Experts | None:
+    """Where the experts of a model are; None for a dense model."""
+    kind = model_type(source)
+    found = (families[name] for name in families)
+    return next((family.experts for family in found if kind in family.model_types), None)
+
+
+def stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
+    """The experts' matrices that the file stacks: {name of the stack: names in the source}."""
+    experts = experts_of(source)
+    if experts is None:
+        return {}
+    called = dict(zip(experts.stored, PROJECTIONS, strict=True))
+    pattern = rf"(model\.layers\.\d+)\..+\.experts\.(\d+)\.({'|'.join(called)})\.weight"
+    found: dict[str, dict[int, str]] = {}
+    for name in source.reader.entries:
+        part = re.fullmatch(pattern, name)
+        if part:
+            stack = f"{part[1]}.mlp.experts.{called[part[3]]}.weight"
+            found.setdefault(stack, {})[int(part[2])] = name
+    return {stack: tuple(of[e] for e in sorted(of)) for stack, of in found.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.quantization.groups import GROUPS, GroupGrid
 
-__all__ = ["BLOCK", "TYPES", "bytes_per_row", "stored_blocks", "zeros_kept"]
+__all__ = ["BLOCK", "TYPES", "bytes_per_row", "dequantized", "stored_blocks"]
 
 BLOCK = 32
 """Weights of a row in one block of Q8_0, Q5_0 and Q4_0."""
@@ -38,23 +38,23 @@ def bytes_per_row(columns: int, type: Q) -> int:
 
 
 def stored_blocks(weight: Tensor, type: Q) -> np.ndarray:
-    """A matrix [rows, columns] as a file stores it.
+    """A matrix [rows, columns], or a stack of them, as a file stores it.
 
     Returns:
         float32 for F32, float16 for F16, else bytes [rows, bytes_per_row].
     """
     values = weight.float()
     if type == Q.Q4_0:
-        exact = exact_q4_0(values)
+        exact = exact_q4_0(values.flatten(0, -2))
         if exact is not None:
-            return exact
+            return exact.reshape(*weight.shape[:-1], -1)
     return gguf.quants.quantize(values.numpy(), type)
 
 
-def zeros_kept(weight: Tensor, stored: np.ndarray, type: Q) -> int:
-    """How many zeros of a matrix are exactly zero in what was stored."""
+def dequantized(stored: np.ndarray, type: Q) -> Tensor:
+    """The weights that llama.cpp reads from what was stored."""
     found = stored if type in (Q.F32, Q.F16) else gguf.quants.dequantize(stored, type)
-    return int(((found == 0) & (weight.float().numpy() == 0)).sum())
+    return torch.from_numpy(found if found.flags.writeable else found.copy())  # a view of a file
 
 
 def exact_q4_0(values: Tensor) -> np.ndarray | None:

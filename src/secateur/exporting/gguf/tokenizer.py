@@ -1,123 +1,150 @@
 """Tokenizers of transformers as the fields of a GGUF file.
 
-llama.cpp splits text by rules that it knows by name. The rules of a `tokenizer.json` are compared
-with those, and a tokenizer with other rules is refused: it would give other tokens.
+llama.cpp knows two kinds: byte-level BPE with rules that it has names for, and SentencePiece with a
+score for each piece. A tokenizer that it would not follow exactly is refused.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gguf
 
-from secateur.errors import CheckpointError
+from secateur.exporting.gguf.byte_level import split_rules
+from secateur.exporting.gguf.refusals import refused
+from secateur.exporting.gguf.sentencepiece import (
+    SPACE,
+    is_sentencepiece,
+    piece_scores,
+    space_rules,
+)
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 
-__all__ = ["add_tokenizer", "split_rules"]
+__all__ = ["LlamaCppVocabulary", "read_vocabulary"]
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-MARKS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|"
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {
-    WORDS + r"\p{N}{1,3}" + REST: "llama-bpe",
-    WORDS + r"\p{N}" + REST: "qwen2",
-    MARKS + r"\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen35",
-    TEKKEN: "tekken",
-}
-"""llama.cpp's names for the regular expressions of tokenizers that split by one."""
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
-SPECIAL = {
-    "bos_token": "add_bos_token_id",
-    "eos_token": "add_eos_token_id",
-    "unk_token": "add_unk_token_id",
-    "pad_token": "add_pad_token_id",
-}
+NOT_STRIPPING = {"<unk>", "<s>", "<|endoftext|>"}
+"""The tokens of Phi-3 that keep the spaces behind them."""
 
 
-def split_rules(tokenizer: dict[str, Any], where: str) -> str:
-    """llama.cpp's name of the rules by which a byte-level BPE tokenizer splits text.
+@dataclass
+class LlamaCppVocabulary:
+    """A tokenizer in the terms of llama.cpp.
+
+    Attributes:
+        fields: `{field: value}`; a field is what follows `add_` in the writer of gguf.
+        strips: whether special tokens swallow the spaces behind them, as Phi-3's do. llama.cpp does
+            that for models with `phi-3` in their name.
+        notes: where llama.cpp differs, one sentence each.
+    """
+
+    fields: dict[str, Any]
+    strips: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def add_fields(self, writer: gguf.GGUFWriter) -> None:
+        """Write the tokenizer."""
+        for name, value in self.fields.items():
+            getattr(writer, f"add_{name}")(value)
+
+
+def read_vocabulary(folder: Path, rows: int) -> LlamaCppVocabulary:
+    """The tokenizer and the chat template of a folder.
 
     Args:
-        tokenizer: the content of `tokenizer.json`.
-        where: the file, for errors.
+        folder: with the files of a tokenizer.
+        rows: of the embedding; unused ones get placeholders.
 
     Raises:
-        CheckpointError: llama.cpp does not know this kind of tokenizer, or its rules.
+        CheckpointError: llama.cpp would tokenize differently.
     """
-    if tokenizer["model"]["type"] != "BPE" or tokenizer["model"].get("byte_fallback"):
-        kind = tokenizer["model"]["type"]
-        fallback = " with byte fallback" if tokenizer["model"].get("byte_fallback") else ""
-        raise refused(f"the tokenizer is of the kind {kind}{fallback}, not byte-level BPE", where)
-    if tokenizer.get("normalizer") not in (None, {"type": "NFC"}):
-        raise refused(f"the tokenizer normalises by {tokenizer['normalizer']['type']}", where)
-    rules = tokenizer.get("pre_tokenizer") or {"type": "none"}
-    steps = rules["pretokenizers"] if rules["type"] == "Sequence" else [rules]
-    match [(step["type"], step) for step in steps]:
-        case [("ByteLevel", level)] if level.get("use_regex", True):
-            return "gpt-2"
-        case [("Digits", digits), ("ByteLevel", level)] if level.get("use_regex", True):
-            if digits.get("individual_digits"):
-                return "smollm"
-        case [("Split", split), ("ByteLevel", level)] if not level.get("use_regex", True):
-            known = SPLITS.get(split["pattern"].get("Regex", ""))
-            if known and split["behavior"] == "Isolated" and not split["invert"]:
-                return known
-    raise refused(f"its rules for splitting text are {json.dumps(rules)[:200]}", where)
-
-
-def refused(why: str, where: str) -> CheckpointError:
-    """The error for a tokenizer that a GGUF file cannot describe."""
-    return CheckpointError(
-        f"llama.cpp would not tokenize like this model: {why}",
-        where=where,
-        remedy="export to another target; to try it all the same, use llama.cpp's own converter",
-    )
-
-
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> None:
-    """Add the tokenizer and the chat template of a folder.
-
-    Args:
-        writer: the file.
-        folder: with `tokenizer.json`.
-        vocabulary: the rows of the embedding; unused rows get placeholders.
-
-    Raises:
-        CheckpointError: the tokenizer cannot be expressed.
-    """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise refused("it has no tokenizer.json", str(folder))
-    content = json.loads(file.read_text(encoding="utf-8"))
-    rules = split_rules(content, str(file))
     tokenizer = load_tokenizer(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise refused("it is not one of the library tokenizers", str(folder))
+    content, where = json.loads(backend.to_str()), str(folder)
+    words, kinds = words_of(tokenizer, rows, where)
+    found = LlamaCppVocabulary({"token_list": words, "token_types": kinds})
+    if is_sentencepiece(content):
+        add_pieces(found, content, tokenizer, where)
+    elif content["model"]["type"] == "BPE":
+        merges = content["model"]["merges"]
+        found.fields |= {
+            "tokenizer_model": "gpt2",
+            "tokenizer_pre": split_rules(content, where),
+            "token_merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
+        }
+    else:
+        raise refused(f"the tokenizer is of the kind {content['model']['type']}, not BPE", where)
+    for name in SPECIAL:
+        special_id: int | None = getattr(tokenizer, f"{name}_id", None)
+        if special_id is not None:
+            found.fields[f"{name}_id"] = special_id
+    found.fields["add_bos_token"] = bool(start_tokens(tokenizer))
+    if isinstance(tokenizer.chat_template, str):
+        found.fields["chat_template"] = tokenizer.chat_template
+    note_stripping(found, tokenizer)
+    return found
+
+
+def words_of(tokenizer: Any, rows: int, where: str) -> tuple[list[str], list[gguf.TokenType]]:
+    """The text and the type of each token."""
     added = tokenizer.added_tokens_decoder
-    words, kinds = [f"[PAD{i}]" for i in range(vocabulary)], [gguf.TokenType.UNUSED] * vocabulary
+    words, kinds = [f"[PAD{i}]" for i in range(rows)], [gguf.TokenType.UNUSED] * rows
     for word, index in tokenizer.get_vocab().items():
-        if index >= vocabulary:
-            raise refused(f"token {index} has no row in the embedding of {vocabulary}", str(file))
+        if index >= rows:
+            raise refused(f"token {index} has no row in the embedding of {rows}", where)
         kind = gguf.TokenType.NORMAL
         if index in added:
             special = added[index].special
             kind = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
         words[index], kinds[index] = word, kind
-    merges = content["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(rules)
-    writer.add_token_list(words)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    for name, add in SPECIAL.items():
-        special_id: int | None = getattr(tokenizer, f"{name}_id", None)
-        if special_id is not None:
-            getattr(writer, add)(special_id)
-    writer.add_add_bos_token(bool(start_tokens(tokenizer)))
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    return words, kinds
+
+
+def add_pieces(
+    found: LlamaCppVocabulary, content: dict[str, Any], tokenizer: Any, where: str
+) -> None:
+    """Add the fields of a SentencePiece tokenizer."""
+    words, kinds = found.fields["token_list"], found.fields["token_types"]
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    scores, spaces = piece_scores(content, added, where), space_rules(content, where)
+    for index, word in enumerate(words):
+        if index == tokenizer.unk_token_id:
+            kinds[index] = gguf.TokenType.UNKNOWN
+        elif kinds[index] == gguf.TokenType.NORMAL and is_byte(word):
+            kinds[index] = gguf.TokenType.BYTE
+        elif word in added and set(word) == {SPACE}:
+            # Gemma stores runs of spaces; llama.cpp looks for them in the text itself
+            words[index] = " " * len(word)
+    found.fields |= {
+        "tokenizer_model": "llama",
+        "tokenizer_pre": "default",
+        "token_scores": [scores.get(word, -float(len(scores))) for word in words],
+        "add_space_prefix": spaces.prefix,
+    }
+    if spaces.note:
+        found.notes.append(spaces.note)
+
+
+def is_byte(word: str) -> bool:
+    """Whether a token stands for a byte."""
+    return len(word) == 6 and word.startswith("<0x") and word.endswith(">")
+
+
+def note_stripping(found: LlamaCppVocabulary, tokenizer: Any) -> None:
+    """Note tokens that swallow the spaces around them, which llama.cpp does only for Phi-3."""
+    added = tokenizer.added_tokens_decoder.values()
+    words = {token.content for token in added}
+    behind = {token.content for token in added if token.rstrip}
+    found.strips = {"</s>", *NOT_STRIPPING} <= words and behind == words - NOT_STRIPPING
+    odd = [t.content for t in added if t.lstrip or (t.rstrip and not found.strips)]
+    if odd:
+        found.notes.append(
+            f"llama.cpp keeps the spaces around special tokens, which the tokenizer takes away "
+            f"around {odd[0]!r}"
+        )

@@ -7,6 +7,7 @@
     compression.json     Compression    compress
     diagnosis.json       DiagnosisRecord      diagnose
     bench.json           Bench          bench
+    import.json          Import         import
     sweep.json           Sweep          sweep
     steps.json           [StepEntry]      structure, an entry for each step
 
@@ -16,6 +17,7 @@ keys of newer releases.
 """
 
 from secateur.runs.records.base import AnyRecord, Record, declared, parsed, read_list, read_record
+from secateur.runs.records.imported import Import, ImportedMatrix
 from secateur.runs.records.measured import Bench, DiagnosisRecord, FindingEntry, TimingEntry
 from secateur.runs.records.run import (
     MANIFEST_VERSION,
@@ -39,6 +41,8 @@ __all__ = [
     "Compression",
     "DiagnosisRecord",
     "FindingEntry",
+    "Import",
+    "ImportedMatrix",
     "Layer",
     "LinearEntry",
     "Manifest",

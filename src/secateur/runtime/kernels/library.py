@@ -25,6 +25,7 @@ __all__ = [
     "CDecoder",
     "CLayer",
     "CMatrix",
+    "CToken",
     "KernelInfo",
     "address",
     "kernel_info",
@@ -32,7 +33,7 @@ __all__ = [
     "use_tier",
 ]
 
-ABI = 4
+ABI = 5
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
@@ -110,6 +111,12 @@ class CDecoder(ctypes.Structure):
     )
 
 
+class CToken(ctypes.Structure):
+    """`sct_token`: the slot and the position of a token."""
+
+    _fields_ = (("slot", _I64), ("position", _I64))
+
+
 @dataclass(frozen=True)
 class KernelInfo:
     """The kernels that multiply packed matrices on this machine.
@@ -176,7 +183,10 @@ def declare(loaded: ctypes.CDLL) -> None:
             [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64],
         ),
         "sct_expand": (ctypes.c_int, [matrix, _I64, _I64, _POINTER]),
-        "sct_decode": (ctypes.c_int, [ctypes.POINTER(CDecoder), _POINTER, _I64, _POINTER]),
+        "sct_decode": (
+            ctypes.c_int,
+            [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _I64, _POINTER],
+        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from secateur.models.checkpoint import INDEX_NAME, shard_files, shard_name
+from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, shard_files, shard_name
 from secateur.models.folder_checks import read_config
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.sources import resolve
@@ -26,7 +26,7 @@ from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.checkpoint_files import carry_over
 
-__all__ = ["decompress"]
+__all__ = ["decompress", "write_dense"]
 
 METADATA = {"format": "pt"}
 
@@ -108,9 +108,9 @@ def is_exact(layout: Layout, computed: torch.dtype) -> bool:
     return not layout.integers or (layout.grid is not None and computed != torch.float16)
 
 
-def write_dense(view: DenseView, folder: Path, progress: Progress) -> None:
+def write_dense(view: CheckpointReader, folder: Path, progress: Progress) -> None:
     """Write every tensor, and an index if there are several files."""
-    progress.start("unpacking", len(view.entries))
+    progress.start("writing tensors", len(view.entries))
     weight_map: dict[str, str] = {}
     for number, file in enumerate(view.files, start=1):
         dense = shard_name("model", number, len(view.files))

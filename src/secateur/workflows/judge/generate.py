@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.reporting.results.generate import GenerateResult
-from secateur.runtime.sampling import Sampling
+from secateur.runtime.generation_config import sampling_with
 from secateur.workflows.judge.session import Message, TextSession
 
 __all__ = ["Conversation", "generate"]
@@ -18,9 +19,13 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
-    top_p: float = 1.0,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     seed: int = 0,
     stop: Sequence[str] = (),
     chat: bool | None = None,
@@ -34,9 +39,14 @@ def generate(
         model: folder (compressed or not), hub id, GGUF file or named sample.
         prompt: the text to continue; with a chat template the message to answer.
         max_new_tokens: maximum number of new tokens.
-        temperature: 0 always takes the most likely token; above 0 draws.
-        top_k: draw from this many of the most likely tokens; None for all.
+        temperature: 0 always takes the most likely token; above 0 draws. This and the next four
+            are the model's own (`generation_config.json`) where they are None.
+        top_k: draw from this many of the most likely tokens; 0 for all.
         top_p: draw from the most likely tokens that together have this probability.
+        min_p: draw from tokens of at least this share of the largest probability.
+        repetition_penalty: above 1, tokens of prompt and text become less likely.
+        presence_penalty: subtracted from the logits of tokens of the text.
+        frequency_penalty: the same, once for each time that they occurred.
         seed: seed of the draw.
         stop: the text ends before the first of these.
         chat: use the tokenizer's chat template; None uses it if there is one.
@@ -50,7 +60,16 @@ def generate(
     conversation = Conversation(
         str(model),
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, seed),
+        sampling={
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "seed": seed,
+        },
         stop=stop,
         chat=chat,
         system=system,
@@ -66,11 +85,14 @@ class Conversation:
         model: folder (compressed or not), hub id, GGUF file or named sample.
         max_new_tokens: maximum number of tokens in an answer; None for 256, or for the number of
             free positions if that is less.
-        sampling: how tokens are drawn.
+        sampling: options of `Sampling`; where None or missing, those of the model.
         stop: an answer ends before the first of these.
         chat: use the tokenizer's chat template; None uses it if there is one.
         system: a system message at the beginning.
         trust_remote_code: whether code that comes with the checkpoint may run.
+
+    Attributes:
+        taken: the options that come from the model's `generation_config.json`.
 
     Raises:
         SecateurError: the model cannot be read, or has no chat template and one is needed.
@@ -81,7 +103,7 @@ class Conversation:
         model: str,
         *,
         max_new_tokens: int | None = None,
-        sampling: Sampling | None = None,
+        sampling: Mapping[str, Any] | None = None,
         stop: Sequence[str] = (),
         chat: bool | None = None,
         system: str | None = None,
@@ -93,7 +115,11 @@ class Conversation:
             )
         self.session = TextSession(model, trust_remote_code=trust_remote_code)
         self.max_new_tokens, self.stop = max_new_tokens, stop
-        self.sampling = sampling or Sampling()
+        given = dict(sampling or {})
+        self.sampling = sampling_with(self.session.defaults, given)
+        self.taken = {
+            name: value for name, value in self.session.defaults.items() if given.get(name) is None
+        }
         self.start: list[Message] = []
         self.chat = self.session.has_chat_template if chat is None else chat
         if system is not None:

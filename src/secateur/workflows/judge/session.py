@@ -11,74 +11,30 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.evaluation.generation import stream_tokens
+from secateur.evaluation.generation import end_tokens
 from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
-from secateur.models.tokenizer import Tokenizer, load_tokenizer
+from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.results.generate import GenerateResult
-from secateur.runtime.decode import Decoder, why_not
+from secateur.runtime.decode import Decoder, TokenSteps, continued
+from secateur.runtime.generation_config import sampling_in
 from secateur.runtime.load import load
 from secateur.runtime.sampling import Sampling
+from secateur.runtime.slots import why_not
+from secateur.runtime.stepped import SteppedGeneration
+from secateur.runtime.text import TextStream
 
-__all__ = ["Message", "TextSession", "TextStream"]
+__all__ = ["Message", "TextSession"]
 
 POSITIONS = "max_position_embeddings"
 NEW_TOKENS = 256
 """The default maximum length of a text."""
+ROOM_TOKENS = 4096
+"""Room for a conversation, if the model has as many positions. Memory is used when it fills."""
 ONE_CALL = "one call for each token"
 
 Message = dict[str, str]
 """A line of a conversation: `role` (system, user or assistant) and `content`."""
-
-
-class TextStream:
-    """Turns tokens into text one at a time, and ends at a stop text.
-
-    A piece of text is passed on when no later token can change it. Half of a character waits for
-    its other bytes. A possible beginning of a stop text waits until it cannot be a stop text.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        stop: the text ends before the first of these.
-        tell: receives each piece.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], tell: Callable[[str], None]
-    ) -> None:
-        self.tokenizer, self.stop, self.tell = tokenizer, [s for s in stop if s], tell
-        self.tokens: list[int] = []
-        self.times: list[float] = []
-        self.text = ""
-        self.passed_on = 0
-
-    def add(self, token: int) -> bool:
-        """Add a token. Return False if the text ends."""
-        self.times.append(time.perf_counter())
-        self.tokens.append(token)
-        text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-        places = [place for place in map(text.find, self.stop) if place >= 0]
-        self.text = text[: min(places)] if places else text
-        if not places and not text.endswith("\ufffd"):
-            self.pass_on(len(text) - self.waiting(text))
-        return not places
-
-    def waiting(self, text: str) -> int:
-        """The number of characters at the end that may begin a stop text."""
-        return max(
-            (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
-
-    def pass_on(self, end: int) -> None:
-        """Pass on the text up to a position."""
-        if end > self.passed_on:
-            self.tell(self.text[self.passed_on : end])
-            self.passed_on = end
-
-    def finish(self) -> None:
-        """Pass on the remaining text."""
-        self.pass_on(len(self.text))
 
 
 class TextSession:
@@ -99,7 +55,9 @@ class TextSession:
         self.load_seconds = 0.0
         self.positions = positions_in(self.folder)
         self.tokenizer: Any = load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
+        self.defaults = sampling_in(self.folder)
         self.model: Any = None
+        self.decoder: Decoder | None = None
 
     def load(self) -> None:
         """Load the weights if they are not loaded yet."""
@@ -196,10 +154,8 @@ class TextSession:
 
     def end_tokens(self, chat: bool) -> frozenset[int]:
         """The tokens that end a text: the model's, and the tokenizer's for an answer."""
-        configured = self.model.generation_config.eos_token_id
-        found = configured if isinstance(configured, list) else [configured]
-        own = [self.tokenizer.eos_token_id] if chat else []
-        return frozenset(token for token in (*found, *own) if token is not None)
+        own = self.tokenizer.eos_token_id if chat else None
+        return end_tokens(self.model) | ({own} if own is not None else set())
 
     def run(
         self,
@@ -210,19 +166,27 @@ class TextSession:
         ends: frozenset[int],
     ) -> str:
         """Generate until the text ends. Return the loop used, and why it is not the fast one."""
-        reason = why_not(self.model, len(ids) + max_new_tokens)
+        steps, loop = self.steps(len(ids) + max_new_tokens)
+        try:
+            for token in continued(steps, ids, max_new_tokens, sampling=sampling, stop=ends):
+                if not stream.add(token):
+                    break
+        finally:
+            if isinstance(steps, SteppedGeneration):
+                steps.close()
+        return loop
+
+    def steps(self, tokens: int) -> tuple[TokenSteps, str]:
+        """What computes a text of so many tokens, and its name."""
+        reason = why_not(self.model, tokens)
         if reason is not None:
-
-            def take(token: int) -> bool:
-                return token not in ends and stream.add(token)
-
-            stream_tokens(self.model, self.tokenizer, ids, max_new_tokens, sampling, take)
-            return f"transformers: {reason}"
-        decoder = Decoder(self.model, len(ids) + max_new_tokens)
-        for token in decoder.continued(ids, max_new_tokens, sampling=sampling, stop=ends):
-            if not stream.add(token):
-                break
-        return ONE_CALL
+            return SteppedGeneration(self.model), f"transformers: {reason}"
+        if self.decoder is None or self.decoder.capacity < tokens:
+            room = max(tokens, min(ROOM_TOKENS, self.positions or tokens))
+            if why_not(self.model, room) is not None:  # a sliding window
+                room = tokens
+            self.decoder = Decoder(self.model, room, continues=True)
+        return self.decoder, ONE_CALL
 
 
 def positions_in(folder: Path) -> int | None:

@@ -6,7 +6,7 @@ has would produce a denser model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from secateur.training.masks import Masks, matrices, stored_masks
 from secateur.training.parts import local
 from secateur.training.process_group import ProcessGroup
 
-__all__ = ["masks_of"]
+__all__ = ["masks_in", "masks_of"]
 
 BY_CHANCE = 0.001
 """The share of zeros that a matrix may have by chance in a dense model."""
@@ -43,15 +43,43 @@ def masks_of(recipe: RetrainRecipe, model: Any, processes: ProcessGroup) -> Mask
     """
     if recipe.mask is None:
         return Masks.of(model)
-    place = Path(recipe.mask)
+    prunes = recipe.gradual is not None or recipe.iterative is not None
+    return masks_in(
+        Path(recipe.mask),
+        model,
+        trust_remote_code=recipe.trust_remote_code,
+        regrows=recipe.regrow or prunes,  # pruning keeps the zeros itself
+        sums=processes.sums,
+    )
+
+
+def masks_in(
+    place: Path,
+    model: Any,
+    *,
+    trust_remote_code: bool = False,
+    regrows: bool = False,
+    sums: Callable[[Sequence[float]], list[float]] = list,
+) -> Masks:
+    """Return the masks of a file or of a pruned folder, for a model that is about to be trained.
+
+    Args:
+        place: a file of masks, or the folder of a pruned model.
+        model: the model with its initial weights; it may be sharded.
+        trust_remote_code: whether code that comes with the folder may run.
+        regrows: whether zeros that the masks do not hold may become nonzero.
+        sums: adds up each number over all processes that share the model.
+
+    Raises:
+        RecipeError: as for `masks_of`.
+        SourceError: the file holds no masks.
+    """
     if place.is_dir():
-        found = zeros_of_folder(place, model, recipe.trust_remote_code)
+        found = zeros_of_folder(place, model, trust_remote_code)
     else:
         found = stored_masks(place)
     masks = Masks.given(model, found)
-    prunes = recipe.gradual is not None or recipe.iterative is not None
-    regrows = recipe.regrow or prunes  # pruning keeps the zeros itself
-    refuse_lost(masks, model, processes, place, regrows)
+    refuse_lost(masks, model, sums, place, regrows)
     return masks
 
 
@@ -79,14 +107,18 @@ def zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str
 
 @torch.no_grad()
 def refuse_lost(
-    masks: Masks, model: Any, processes: ProcessGroup, place: Path, regrows: bool
+    masks: Masks,
+    model: Any,
+    sums: Callable[[Sequence[float]], list[float]],
+    place: Path,
+    regrows: bool,
 ) -> None:
     """Refuse masks that would lose zeros of the model's matrices.
 
     Args:
         masks: this process's part of the masks.
         model: the model in training.
-        processes: the processes; they add up their counts.
+        sums: adds up the counts of all processes.
         place: the source of the masks.
         regrows: whether zeros that the masks do not hold may become nonzero.
 
@@ -104,7 +136,7 @@ def refuse_lost(
             held = int((~kept).sum())
             lost &= kept
         counts += [held, int(lost.sum())]
-    counts = processes.sums(counts)
+    counts = sums(counts)
     if not sum(counts[::2]):
         raise RecipeError(
             "the masks keep every weight: there is not one zero in them",

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 4
+#define SCT_ABI 5
 
 typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_TYPES } sct_type;
 
@@ -81,13 +81,13 @@ int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t 
  * if this tier has no kernel. */
 int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, void *tile);
 
-/* A decoder of Llama's shape, and one token through it. */
+/* A decoder of Llama's shape, and tokens through it. */
 typedef struct {
     sct_matrix q, k, v, o, gate, up, down;
     const float *input_norm, *post_norm;           /* [hidden] */
     const float *q_bias, *k_bias, *v_bias, *o_bias; /* or NULL */
     const float *q_norm, *k_norm;                  /* [head], or NULL */
-    void *keys, *values;                           /* [kv heads, capacity, head] float32 or bfloat16 */
+    void *keys, *values; /* [slots, kv heads, capacity, head] float32 or bfloat16 */
 } sct_layer;
 
 typedef struct {
@@ -101,8 +101,17 @@ typedef struct {
     const float *cosine, *sine; /* [capacity, head / 2] */
 } sct_decoder;
 
-/* hidden [hidden] is the embedded token at `position`; logits [vocabulary]. Keys and values of the
- * positions before it are in the cache. Returns 0, or -1. */
-int sct_decode(const sct_decoder *decoder, const float *hidden, int64_t position, float *logits);
+/* Where a token stands: every sequence has its slot of the caches. */
+typedef struct {
+    int64_t slot, position;
+} sct_token;
+
+/* Up to 8 tokens at once. hidden [tokens, hidden] are embedded; no two have the same place. In each
+ * slot keys and values of all positions before a token are in the caches, or the token is in this
+ * call. logits [answers, vocabulary] are those of the first `answers` tokens. What is computed for a
+ * token does not depend on the others, but for bfloat16 values, whose sums have another order from
+ * 4 tokens on with AVX-512 BF16, from 3 on with AVX2. Returns 0, or -1 if memory ran out. */
+int sct_decode(const sct_decoder *decoder, const float *hidden, const sct_token *token,
+               int64_t tokens, int64_t answers, float *logits);
 
 #endif

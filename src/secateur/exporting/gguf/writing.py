@@ -1,0 +1,132 @@
+"""Writes a GGUF file, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from secateur.exporting import Exported, ExportSource
+from secateur.exporting.gguf.architectures import LlamaCppModel, Planned
+from secateur.exporting.gguf.blocks import BLOCK, bytes_per_row, dequantized, stored_blocks
+from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary
+from secateur.progress import Progress
+
+__all__ = ["ENDS", "GGUFFile"]
+
+Q = gguf.GGMLQuantizationType
+
+FILE_TYPES = {
+    Q.F32: gguf.LlamaFileType.ALL_F32,
+    Q.F16: gguf.LlamaFileType.MOSTLY_F16,
+    Q.BF16: gguf.LlamaFileType.MOSTLY_BF16,
+    Q.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    Q.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
+    Q.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+NUMPY = {Q.F32: np.float32, Q.F16: np.float16}
+ENDS = ("token_embd.weight", "output.weight")
+"""Embedding and head. With fewer than 8 bits they become Q8_0, because every token reads them."""
+
+ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+"""What sends tokens to experts; float32, as llama.cpp's own files have it."""
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A file to be written.
+
+    Attributes:
+        source: the model.
+        model: its description.
+        vocabulary: its tokenizer.
+        kind: the type of matrices.
+    """
+
+    source: ExportSource
+    model: LlamaCppModel
+    vocabulary: LlamaCppVocabulary
+    kind: Q
+
+    def write(self, file: Path, progress: Progress) -> Exported:
+        """Write the file."""
+        extra = dict(self.model.extra_tensors())
+        plan = list(self.model.tensors(self.source))
+        plan += [Planned(name, (), tuple(x.shape)) for name, x in extra.items()]
+        writer = self.opened(file, plan)
+        made = Exported(notes=[*self.notes(plan), *self.vocabulary.notes])
+        progress.start("writing", len(plan))
+        for one in plan:
+            kept = one.sources or None
+            weight = self.model.read(self.source.reader, one) if kept else extra[one.name]
+            kind = stored_type(one, self.kind)
+            stored = stored_blocks(weight, kind)
+            writer.write_tensor_data(stored)
+            made.count_tensor(kind.name)
+            if weight.ndim > 1 and kept and one.name not in ENDS:
+                made.count_matrix(weight, dequantized(stored, kind))
+            progress.step(note=one.name)
+        progress.finish()
+        writer.close()
+        made.file_bytes = file.stat().st_size
+        return made
+
+    def opened(self, file: Path, plan: list[Planned]) -> gguf.GGUFWriter:
+        """The file with everything but the weights."""
+        writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[self.model.decoder.arch])
+        strips = self.vocabulary.strips and "phi-3" not in self.source.name.lower()
+        writer.add_name(f"phi-3 {self.source.name}" if strips else self.source.name)
+        writer.add_file_type(FILE_TYPES[self.kind])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        self.model.add_fields(writer)
+        self.vocabulary.add_fields(writer)
+        for one in plan:
+            add_info(writer, one, stored_type(one, self.kind))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        return writer
+
+    def notes(self, plan: list[Planned]) -> list[str]:
+        """What a user must know about the file."""
+        notes = []
+        odd = [one.name for one in plan if stored_type(one, self.kind) == Q.F16 != self.kind]
+        if odd:
+            notes.append(
+                f"{len(odd)} matrices have rows that are no multiple of {BLOCK} weights long and "
+                f"are float16, for example {odd[0]}"
+            )
+        if self.model.ignored_window:
+            notes.append(
+                f"llama.cpp ignores the sliding window of {self.model.ignored_window} tokens, so "
+                "the context is limited to it"
+            )
+        stretched = self.model.stretched_from
+        if stretched:
+            notes.append(
+                f"the context is limited to {stretched} tokens: for a longer one llama.cpp takes "
+                "the long factors of LongRoPE for short texts too"
+            )
+        return notes
+
+
+def stored_type(one: Planned, wanted: Q) -> Q:
+    """The type of a tensor when the matrices are of the type `wanted`."""
+    if len(one.shape) == 1 or one.name.endswith(ROUTERS):
+        return Q.F32
+    if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
+        wanted = Q.Q8_0
+    block, _ = gguf.GGML_QUANT_SIZES[wanted]
+    return wanted if one.shape[-1] % block == 0 else Q.F16
+
+
+def add_info(writer: gguf.GGUFWriter, one: Planned, kind: Q) -> None:
+    """Announce a tensor."""
+    rows, size = one.shape[:-1], bytes_per_row(one.shape[-1], kind)
+    nbytes = size * int(np.prod(rows, dtype=np.int64))
+    if kind in NUMPY:
+        writer.add_tensor_info(one.name, one.shape, np.dtype(NUMPY[kind]), nbytes)
+    else:
+        writer.add_tensor_info(one.name, (*rows, size), np.dtype(np.uint8), nbytes, kind)

@@ -1,0 +1,129 @@
+"""Adapters that peft trained elsewhere, merged into a pruned model with its zeros."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.header import read_header
+from secateur.models.skeleton import build_skeleton, quiet_transformers
+from secateur.models.stored import StoredModel
+from secateur.models.whole import load_whole
+from secateur.training.lora import merge, need_peft
+
+__all__ = ["MergedReader"]
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class MergedReader(CheckpointReader):
+    """Reads the tensors of a model with an adapter merged into it, zeros kept.
+
+    The whole model is in memory in float32, and the sum is rounded once to the stored dtype.
+
+    Args:
+        folder: the pruned model.
+        adapter: the folder of the adapter, as peft saves it.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Attributes:
+        kind: what peft calls this kind of adapter.
+
+    Raises:
+        SourceError: there is no adapter.
+        CheckpointError: it is a pickle, damaged, or of another model.
+        RecipeError: peft is not installed.
+    """
+
+    def __init__(self, folder: Path, adapter: Path, *, trust_remote_code: bool = False) -> None:
+        stored = CheckpointReader(folder)
+        self.folder, self.files, self.entries = folder, stored.files, stored.entries
+        self.stored = stored
+        check_adapter(adapter)
+        peft = need_peft()
+        model = load_whole(
+            folder, torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+        skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
+        try:
+            with warnings.catch_warnings(), quiet_transformers():
+                warnings.filterwarnings("error", message=".*missing adapter keys.*")
+                warnings.filterwarnings("ignore")
+                adapted = peft.PeftModel.from_pretrained(model, str(adapter))
+            known = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+            refuse_unknown(adapter, known | adapted.state_dict().keys())
+            self.kind = str(adapted.active_peft_config.peft_type.value)
+            merged = merge(adapted)
+        except (SecateurError, MemoryError):
+            raise
+        except Exception as error:  # whatever peft raises on a foreign file
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(
+                f"peft cannot put this adapter on the model: {said[0][:300]}",
+                where=str(adapter),
+                remedy="name the model that the adapter was trained on, pruned",
+            ) from error
+        values = dict(merged.named_parameters())
+        self.changed = {
+            name: tensor.detach() for name, tensor in StoredModel(skeleton, stored).written(values)
+        }
+        for name, tensor in self.changed.items():
+            if tuple(tensor.shape) != self.entries[name].shape:
+                raise RecipeError(
+                    f"the adapter makes {list(tensor.shape)} of {list(self.entries[name].shape)}",
+                    where=name,
+                    remedy="resize the embeddings of the model first, as the adapter's did",
+                )
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the stored dtype."""
+        if name not in self.changed:
+            return self.stored.read(name)
+        return self.changed[name].to(self.entries[name].dtype).contiguous()
+
+
+def refuse_unknown(adapter: Path, known: set[str]) -> None:
+    """Refuse an adapter with tensors that peft left out, which it does without a word.
+
+    Raises:
+        CheckpointError: names one.
+    """
+    left = sorted(read_header(adapter / WEIGHTS).entries.keys() - known)
+    if left:
+        raise CheckpointError(
+            f"peft cannot put this adapter on the model: {len(left)} of its tensors belong to no "
+            "part of it",
+            where=left[0],
+            remedy="name the model that the adapter was trained on, pruned",
+        )
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder that holds no adapter in safetensors.
+
+    Raises:
+        SourceError: there is no such folder, or no adapter in it.
+        CheckpointError: the adapter is a pickle, or damaged.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise SourceError(
+            "the folder has no adapter_config.json",
+            where=str(folder),
+            remedy="name a folder that peft's save_pretrained wrote",
+        )
+    if not (folder / WEIGHTS).is_file():
+        pickled = [p.name for p in folder.glob("adapter_model.*")]
+        raise CheckpointError(
+            f"the adapter is a pickle ({pickled[0]}), which can run code when loaded"
+            if pickled
+            else f"there is no {WEIGHTS}",
+            where=str(folder),
+            remedy="save it again where you trust it: "
+            "PeftModel.from_pretrained(model, DIR).save_pretrained(OUT)",
+        )
+    read_header(folder / WEIGHTS)

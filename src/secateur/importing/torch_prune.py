@@ -1,0 +1,94 @@
+"""Weights with masks beside them, as torch.nn.utils.prune keeps them in a state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secateur.importing import (
+    AssembledReader,
+    Assembly,
+    ImportSource,
+    Parts,
+    damaged,
+    import_formats,
+)
+
+__all__ = ["MaskedPair", "TorchPrune", "as_mask", "pairs_of"]
+
+
+class MaskedPair(NamedTuple):
+    """The stored names of a weight before masking and of its mask."""
+
+    original: str
+    mask: str
+
+
+def pairs_of(names: Iterable[str]) -> dict[str, MaskedPair]:
+    """The masked parameters of a state dict, by the name of the parameter.
+
+    torch.nn.utils.prune stores `P_orig` and `P_mask`, for P such as `layer.weight`. A parameter
+    that has only one of the two is listed too.
+    """
+    found: dict[str, MaskedPair] = {}
+    for name in names:
+        start, dot, own = name.rpartition(".")
+        if own.endswith("_orig") or own in ("weight_mask", "bias_mask"):
+            base = start + dot + own[: -len("_orig")]
+            found[base] = MaskedPair(base + "_orig", base + "_mask")
+    return found
+
+
+@dataclass(frozen=True)
+class TorchPrune:
+    """W = W_orig ⊙ mask, the state dict of torch.nn.utils.prune."""
+
+    name: ClassVar[str] = "torch-prune"
+
+    def recognises(self, source: ImportSource) -> bool:
+        """Whether a tensor is one of a pair."""
+        return bool(pairs_of(source.reader.entries))
+
+    def open(self, source: ImportSource) -> AssembledReader:
+        """Return the masked weights.
+
+        Raises:
+            CheckpointError: a weight or a mask is missing, or they differ in shape.
+        """
+        made, entries = {}, source.reader.entries
+        for name, pair in pairs_of(entries).items():
+            missing = [part for part in pair if part not in entries]
+            if missing:
+                raise damaged(f"there is no {missing[0]}, so {name} cannot be made", source.folder)
+            original, mask = entries[pair.original], entries[pair.mask]
+            if original.shape != mask.shape:
+                raise damaged(
+                    f"the mask is {list(mask.shape)}, the weight {list(original.shape)}", pair.mask
+                )
+            parts = {"original": pair.original, "mask": pair.mask}
+            made[name] = Assembly(parts, original.shape, original.dtype, self.name, masked)
+        return AssembledReader(source.reader, made, source.config)
+
+
+def masked(parts: Parts) -> Tensor:
+    """The weight with zeros where the mask is 0."""
+    return torch.where(as_mask(parts["mask"]), parts["original"], 0)
+
+
+def as_mask(stored: Tensor) -> Tensor:
+    """A stored mask as bools, True = kept.
+
+    Raises:
+        CheckpointError: it has another number than 0 and 1.
+    """
+    kept = stored != 0
+    if stored.dtype != torch.bool and not torch.equal(kept.to(stored.dtype), stored):
+        raise damaged("a mask has other numbers than 0 and 1", "mask")
+    return kept
+
+
+import_formats.register(TorchPrune.name)(TorchPrune())

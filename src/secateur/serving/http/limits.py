@@ -1,0 +1,108 @@
+"""What stands before every request: the key, the size of the body, and the time it may take."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from secateur.serving.http.faults import ApiError
+from secateur.serving.http.metrics import Metrics
+
+__all__ = ["Limits"]
+
+OPEN = ("/health", "/metrics")
+"""Paths that need no key."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lets a request through to the application, or refuses it.
+
+    The whole body is read here, before the application sees the request. So a body that is too long
+    or too slow costs nothing but its own connection.
+
+    Args:
+        app: the application.
+        metrics: counts answers.
+        api_key: what clients send as a bearer token; None: everybody may ask.
+        body_bytes: the longest body.
+        body_seconds: the longest time for a body to arrive.
+    """
+
+    app: ASGIApp
+    metrics: Metrics
+    api_key: str | None
+    body_bytes: int
+    body_seconds: float
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"]
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.answered(path, message["status"])
+            await send(message)
+
+        try:
+            self.check_key(scope)
+            body = await asyncio.wait_for(self.read_body(scope, receive), self.body_seconds)
+        except ApiError as error:
+            await error.response()(scope, receive, counted)
+            return
+        except asyncio.TimeoutError:
+            late = ApiError(408, f"the body took longer than {self.body_seconds:g} seconds")
+            response = late.response()
+            response.headers["Connection"] = "close"
+            await response(scope, receive, counted)
+            return
+        if body is not None:
+            await self.app(scope, after(body, receive), counted)
+
+    def check_key(self, scope: Scope) -> None:
+        """Refuse a request without the key."""
+        if self.api_key is None or scope["path"] in OPEN:
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
+            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    async def read_body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if the client has gone."""
+        too_long = ApiError(
+            413, f"the body is longer than {self.body_bytes:,} bytes", code="body_too_large"
+        )
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if stated.isdigit() and int(stated) > self.body_bytes:
+            raise too_long
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.body_bytes:
+                raise too_long
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+
+def after(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read, and then what comes after it."""
+    given = False
+
+    async def receive_again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again

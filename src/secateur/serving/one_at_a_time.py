@@ -1,0 +1,66 @@
+"""An engine for models that our own loop does not take: one sequence, through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import ShapeError
+from secateur.runtime.slots import Token
+from secateur.runtime.stepped import SteppedGeneration
+
+__all__ = ["TransformersEngine"]
+
+
+class TransformersEngine:
+    """One slot, decoded by transformers' `generate`. It keeps no prefixes and reads whole prompts.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        capacity: the number of tokens that fit.
+
+    Attributes:
+        lengths: how many tokens the slot has.
+        together: 1.
+    """
+
+    together = 1
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        self.steps = SteppedGeneration(model)
+        self.capacity, self.lengths = capacity, [0]
+
+    def read(self, slot: int, ids: Tensor) -> Tensor:
+        """Read a whole prompt; returns the logits after it [vocabulary]."""
+        if self.lengths[slot]:
+            raise ShapeError("a prompt has to be read at once")
+        logits = self.steps.prefill(ids)
+        self.lengths[slot] = len(ids)
+        return logits
+
+    def step(self, tokens: Sequence[Token]) -> Tensor:
+        """Append one token; returns the logits after it [1, vocabulary]."""
+        (token,) = tokens
+        if not self.lengths[token.slot]:  # a prompt of one token
+            return self.read(token.slot, torch.tensor([token.id]))[None]
+        logits = self.steps.step(token.id)
+        self.lengths[token.slot] += 1
+        return logits[None]
+
+    def rewind(self, slot: int, length: int = 0) -> None:
+        """Forget all tokens."""
+        if length:
+            raise ShapeError(f"cannot go back to {length} tokens")
+        self.steps.close()
+        self.lengths[slot] = 0
+
+    def copy_out(self, slot: int, begin: int, end: int) -> Tensor:
+        """Not possible: keys and values are inside of transformers."""
+        raise ShapeError("keys and values cannot be copied")
+
+    def copy_in(self, slot: int, known: Tensor) -> None:
+        """Not possible."""
+        raise ShapeError("keys and values cannot be copied")

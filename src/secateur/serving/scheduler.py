@@ -1,0 +1,309 @@
+"""Decides which tokens of which requests are computed next. It knows no threads and no HTTP."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.runtime.sampling import Draws, Sampling
+from secateur.runtime.slots import Token
+from secateur.serving.prefixes import PrefixCache
+
+__all__ = ["Engine", "QueueFullError", "Request", "Scheduler", "ServingCounts", "ServingJob"]
+
+
+class Engine(Protocol):
+    """What computes tokens. `SlotDecoder` and `TransformersEngine` are engines.
+
+    Attributes:
+        capacity: tokens that fit in a slot.
+        lengths: how many tokens each slot has.
+        together: the most tokens of one `step`.
+    """
+
+    capacity: int
+    lengths: list[int]
+    together: int
+
+    def read(self, slot: int, ids: Tensor) -> Tensor:
+        """Append a piece of a prompt to a slot; returns the logits after it [vocabulary]."""
+
+    def step(self, tokens: Sequence[Token]) -> Tensor:
+        """Append tokens, at most `together`; returns the logits of the answered ones."""
+
+    def rewind(self, slot: int, length: int = 0) -> None:
+        """Forget the tokens of a slot from a position on."""
+
+    def copy_out(self, slot: int, begin: int, end: int) -> Tensor:
+        """A copy of keys and values of some positions."""
+
+    def copy_in(self, slot: int, known: Tensor) -> None:
+        """Append keys and values that `copy_out` gave."""
+
+
+class QueueFullError(SecateurError):
+    """As many requests wait as may wait."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client wants.
+
+    Args:
+        ids: the prompt, at least one token.
+        max_new_tokens: the limit, at least 1.
+        sampling: how tokens are drawn.
+        ends: tokens that end the text; they are not passed on.
+        deadline: the time of the scheduler's clock at which the request ends; None for never.
+    """
+
+    ids: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling
+    ends: frozenset[int] = frozenset()
+    deadline: float | None = None
+
+
+@dataclass(eq=False)
+class ServingJob:
+    """A request on its way.
+
+    Args:
+        request: what is wanted.
+        take: receives each token, and the logits that it was drawn from; returns False to end the
+            text.
+        end: receives the reason when the job ends: `stop`, `length`, `cancelled`, `timeout`,
+            `refused` or `error`. It is called once.
+
+    Attributes:
+        cancelled: set by whoever no longer wants it, from any thread.
+        text: the tokens passed on so far.
+        cached: tokens of the prompt that the prefix cache knew.
+        pieces: of the prompt that were read by themselves.
+    """
+
+    request: Request
+    take: Callable[[int, Tensor], bool]
+    end: Callable[[str], None]
+    cancelled: bool = False
+    slot: int = -1
+    text: list[int] = field(default_factory=list)
+    cached: int = 0
+    pieces: int = 0
+    draws: Draws | None = None
+
+
+@dataclass
+class ServingCounts:
+    """What a scheduler did so far.
+
+    Attributes:
+        prompt_tokens: of all prompts that were admitted.
+        cached_tokens: of these, those that the prefix cache knew.
+        new_tokens: passed on.
+        calls: of the engine's `step`.
+        ended: requests by the reason of their end.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    calls: int = 0
+    ended: dict[str, int] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Continuous batching: every call computes one token of each running request.
+
+    A step admits waiting requests to free slots, reads at most one piece of one long prompt, and
+    decodes. So a long prompt delays the others by one piece at a time. The last tokens of a prompt,
+    if one call can take them, are read in the places that no running request needs. `submit`,
+    `cancel` and `close` may be called from any thread, everything else from one.
+
+    Args:
+        engine: computes tokens.
+        queue_limit: how many requests may wait.
+        prefixes: what is known of prompts.
+        piece_tokens: of a long prompt that are read at once.
+        clock: seconds; a monotonic clock.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        queue_limit: int = 64,
+        prefixes: PrefixCache | None = None,
+        piece_tokens: int = 128,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.engine, self.queue_limit, self.clock = engine, queue_limit, clock
+        self.prefixes = prefixes or PrefixCache(0)
+        self.piece_tokens = piece_tokens
+        self.lock = threading.Lock()
+        self.queue: deque[ServingJob] = deque()
+        self.running: list[ServingJob] = []
+        self.free = list(range(len(engine.lengths)))
+        self.counts = ServingCounts()
+        self.closed = False
+
+    def submit(self, job: ServingJob) -> None:
+        """Put a job into the queue.
+
+        Raises:
+            QueueFullError: too many wait, or the scheduler is closed.
+        """
+        with self.lock:
+            if self.closed:
+                raise QueueFullError("the server is stopping")
+            if len(self.queue) >= self.queue_limit:
+                raise QueueFullError(f"{len(self.queue)} requests are waiting already")
+            self.queue.append(job)
+
+    def close(self) -> None:
+        """Refuse new jobs and those that wait. Those that run go on."""
+        with self.lock:
+            self.closed = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return not self.running and not self.queue
+
+    def step(self) -> None:
+        """Compute something for those that run. Call it again while not `idle`."""
+        self.drop()
+        self.admit()
+        self.read()
+        self.decode()
+
+    def drop(self) -> None:
+        """End what was cancelled, what is too late, and after `close` what waits."""
+        now = self.clock()
+        with self.lock:
+            reasons = [(job, "refused" if self.closed else why(job, now)) for job in self.queue]
+            self.queue = deque(job for job, reason in reasons if reason is None)
+        reasons += [(job, why(job, now)) for job in self.running]
+        for job, reason in reasons:
+            if reason is not None:
+                self.finish(job, reason)
+
+    def admit(self) -> None:
+        """Give free slots to those that wait, the longest waiting first."""
+        while self.free:
+            with self.lock:
+                if not self.queue:
+                    return
+                job = self.queue.popleft()
+            ids = job.request.ids
+            job.slot = self.free.pop()
+            job.draws = job.request.sampling.begin(ids)
+            self.running.append(job)
+            self.engine.rewind(job.slot)
+            for known in self.prefixes.find(ids):
+                self.engine.copy_in(job.slot, known)
+            job.cached = self.engine.lengths[job.slot]
+            self.counts.prompt_tokens += len(ids)
+            self.counts.cached_tokens += job.cached
+
+    def unread(self, job: ServingJob) -> Sequence[int]:
+        """The tokens of a job's prompt that the engine has not read."""
+        return job.request.ids[self.engine.lengths[job.slot] :]
+
+    def read(self) -> None:
+        """Read a piece of a long prompt: of the one of which the fewest pieces were read."""
+        long = [job for job in self.running if len(self.unread(job)) > self.engine.together]
+        if not long:
+            return
+        job = min(long, key=lambda job: job.pieces)
+        job.pieces += 1
+        piece = self.unread(job)[: self.piece_tokens]
+        logits = self.engine.read(job.slot, torch.tensor(piece))
+        if not self.unread(job):
+            self.prompt_read(job)
+            self.answer(job, logits)
+
+    def decode(self) -> None:
+        """Compute one call: the last token of each text, and the ends of prompts."""
+        tokens: list[Token] = []
+        jobs: list[ServingJob] = []
+        for job in self.running:
+            if job.text:
+                tokens.append(Token(job.slot, self.engine.lengths[job.slot], job.text[-1]))
+                jobs.append(job)
+        for job in self.running:
+            rest, begin = self.unread(job), self.engine.lengths[job.slot]
+            if job.text or len(rest) > self.engine.together:
+                continue
+            here = rest[: self.engine.together - len(tokens)]
+            for number, id in enumerate(here, start=1):
+                tokens.append(Token(job.slot, begin + number - 1, id, number == len(rest)))
+            if here and len(here) == len(rest):
+                jobs.append(job)
+        if not tokens:
+            return
+        logits = self.engine.step(tokens)
+        self.counts.calls += 1
+        for job, row in zip(jobs, logits, strict=True):
+            if not job.text:
+                self.prompt_read(job)
+            self.answer(job, row)
+
+    def prompt_read(self, job: ServingJob) -> None:
+        """Keep what others can use of a prompt."""
+        self.keep(job, job.request.ids)
+
+    def keep(self, job: ServingJob, ids: Sequence[int]) -> None:
+        """Keep the keys and values of some tokens of a slot."""
+        slot = job.slot
+        self.prefixes.add(ids, lambda begin, end: self.engine.copy_out(slot, begin, end))
+
+    def answer(self, job: ServingJob, logits: Tensor) -> None:
+        """Draw the next token of a job and pass it on."""
+        assert job.draws is not None
+        token = job.draws.draw(logits)
+        if token in job.request.ends:
+            self.finish(job, "stop")
+            return
+        job.text.append(token)
+        self.counts.new_tokens += 1
+        if not job.take(token, logits):
+            self.finish(job, "stop")
+        elif len(job.text) >= job.request.max_new_tokens:
+            self.finish(job, "length")
+
+    def finish(self, job: ServingJob, reason: str) -> None:
+        """End a job and free its slot."""
+        if job in self.running:
+            self.running.remove(job)
+            self.keep(job, [*job.request.ids, *job.text][: self.engine.lengths[job.slot]])
+            self.free.append(job.slot)
+        self.counts.ended[reason] = self.counts.ended.get(reason, 0) + 1
+        job.end(reason)
+
+    def fail(self) -> None:
+        """End everything after an error of the engine; the slots are empty again."""
+        with self.lock:
+            waiting, self.queue = [*self.queue], deque()
+        running, self.running = self.running, []
+        for job in running:
+            self.free.append(job.slot)
+        for job in (*running, *waiting):
+            self.counts.ended["error"] = self.counts.ended.get("error", 0) + 1
+            job.end("error")
+
+
+def why(job: ServingJob, now: float) -> str | None:
+    """Why a job ends before its text does; None if it does not."""
+    if job.cancelled:
+        return "cancelled"
+    deadline = job.request.deadline
+    return "timeout" if deadline is not None and now >= deadline else None

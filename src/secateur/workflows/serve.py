@@ -1,0 +1,172 @@
+"""Serves a model over HTTP."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.errors import RecipeError
+from secateur.evaluation.generation import end_tokens
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.serve import ServeRecipe
+from secateur.runtime.generation_config import sampling_in
+from secateur.runtime.load import load
+from secateur.runtime.slots import SlotDecoder, why_not
+from secateur.serving.one_at_a_time import TransformersEngine
+from secateur.serving.prefixes import PrefixCache
+from secateur.serving.scheduler import Engine, Scheduler
+from secateur.serving.service import Service
+from secateur.serving.worker import Worker
+
+if TYPE_CHECKING:
+    from secateur.serving.http.server import StoppableServer
+
+__all__ = ["KEY_VARIABLE", "Serving", "prepare"]
+
+KEY_VARIABLE = "SECATEUR_API_KEY"
+"""Environment variable with the key, which other users of the machine cannot read."""
+
+POSITIONS = 4096
+"""The room of a slot where the model has more positions and no option says otherwise."""
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass
+class Serving:
+    """A server that is ready: the model is in memory and the port is taken.
+
+    Attributes:
+        service: the model.
+        server: answers, once it runs.
+        listening: the socket.
+        lines: what a person should know, one line each.
+    """
+
+    service: Service
+    server: StoppableServer
+    listening: socket.socket
+    lines: tuple[str, ...]
+
+    @property
+    def address(self) -> str:
+        """The address of the API."""
+        host, port = self.listening.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def run(self) -> None:
+        """Answer until SIGTERM, Ctrl-C or `stop`."""
+        with self.listening:
+            self.server.run(sockets=[self.listening])
+
+    def stop(self) -> None:
+        """End when the running requests have ended."""
+        self.server.stop()
+
+
+def prepare(recipe: ServeRecipe) -> Serving:
+    """Load a model and take the port.
+
+    Raises:
+        SecateurError: the model cannot be loaded, the port is taken, or a package is missing.
+    """
+    try:
+        from secateur.serving.http.app import application
+        from secateur.serving.http.server import StoppableServer, listening_socket
+    except ImportError as error:
+        raise RecipeError(
+            f"the server needs packages that are not installed: {error}",
+            remedy="pip install 'secateur[serve]'",
+        ) from error
+    api_key = recipe.api_key or os.environ.get(KEY_VARIABLE) or None
+    listening = listening_socket(recipe.host, recipe.port)
+    try:
+        service, lines = serving(recipe)
+    except BaseException:
+        listening.close()
+        raise
+    app = application(
+        service,
+        api_key=api_key,
+        body_bytes=int(recipe.body_mib * 2**20),
+        stop_seconds=recipe.stop_seconds,
+    )
+    server = StoppableServer(app, service.worker.close, recipe.stop_seconds)
+    if recipe.host not in LOOPBACK and api_key is None:
+        lines.append(
+            f"WARNING: everybody who can reach {recipe.host} may use the model; set --api-key or "
+            f"{KEY_VARIABLE}"
+        )
+    return Serving(service, server, listening, tuple(lines))
+
+
+def serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
+    """The model of a recipe, and what a person should know of it."""
+    folder = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code).folder
+    tokenizers = [
+        load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code) for _ in range(2)
+    ]
+    defaults = sampling_in(folder)
+    model = load(folder, trust_remote_code=recipe.trust_remote_code)
+    capacity = capacity_of(model, recipe.context)
+    engine, line = engine_of(model, capacity, recipe.slots)
+    scheduler = Scheduler(
+        engine,
+        queue_limit=recipe.queue,
+        prefixes=PrefixCache(recipe.prefix_cache_mib << 20 if engine.together > 1 else 0),
+        piece_tokens=recipe.prompt_piece if engine.together > 1 else capacity,
+    )
+    eos = tokenizers[0].eos_token_id
+    service = Service(
+        name=recipe.name or Path(recipe.model.partition("@")[0]).resolve().name,
+        tokenizer=tokenizers[0],
+        writer=tokenizers[1],
+        worker=Worker(scheduler),
+        capacity=capacity,
+        ends=end_tokens(model) | ({eos} if eos is not None else set()),
+        defaults={"temperature": 1.0} | defaults,
+        time_limit_seconds=recipe.request_seconds,
+    )
+    lines = [line]
+    if defaults:
+        taken = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        lines.append(f"from the model's generation_config.json: {taken}")
+    if not getattr(tokenizers[0], "chat_template", None):
+        lines.append("the model has no chat template, so only /v1/completions answers")
+    return service, lines
+
+
+def capacity_of(model: Any, context: int | None) -> int:
+    """How many tokens a prompt and its answer may have together.
+
+    Raises:
+        RecipeError: more are wanted than the model has positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or POSITIONS
+    if context is not None and context > positions:
+        raise RecipeError(
+            f"--context {context}, and the model has {positions} positions",
+            where="--context",
+            remedy=f"give at most {positions}",
+        )
+    return context or min(positions, POSITIONS)
+
+
+def engine_of(model: Any, capacity: int, slots: int) -> tuple[Engine, str]:
+    """What computes, and a line about it."""
+    reason = why_not(model, capacity)
+    if reason is not None:
+        return (
+            TransformersEngine(model, capacity),
+            f"one request at a time, through transformers, because {reason}",
+        )
+    decoder = SlotDecoder(model, capacity, slots)
+    most = decoder.cache.nbytes / 2**20
+    return decoder, (
+        f"up to {slots} requests at once, {capacity} tokens each; their keys and values take at "
+        f"most {most:.0f} MiB"
+    )

@@ -1,0 +1,125 @@
+"""Tiny models with tokenizers for llama.cpp, and what both engines make of them."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import gguf
+import sentencepiece
+import torch
+import transformers
+from llama_cpp_py_sync import Llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from secateur.models.skeleton import quiet_transformers
+from trained import source_text
+from zoo import config_of
+
+PROMPTS = ("def add(a, b):", "  return 1234", "naïve café\n\n", "I've been told")
+WORDS = 320
+PIECES = 420
+
+
+def byte_level() -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE with the rules of SmolLM2, trained on Python code."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=WORDS,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([source_text()[:20_000]], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+
+
+def sentencepiece_model(**options: Any) -> bytes:
+    """A SentencePiece model with byte tokens, trained on the same code: `tokenizer.model`."""
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(source_text()[:20_000].splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=PIECES,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def save(folder: Path, tokenizer: Any, family: Any, **changes: Any) -> Path:
+    """A random model of a family or configuration, its logits far enough apart to have no ties."""
+    config = config_of(family) if isinstance(family, str) else family
+    own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    for name, value in {**own, **changes}.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(3)
+        # Never chosen: libraries show a sequence of bytes that is no character in several ways.
+        bytes_of_pieces = [i for word, i in tokenizer.get_vocab().items() if word[:3] == "<0x"]
+        model.get_output_embeddings().weight[bytes_of_pieces] = 0
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def texts(file: Path, prompts: tuple[str, ...] = PROMPTS) -> list[tuple[list[int], str]]:
+    """Tokens of each prompt and eight greedy ones after it, by llama.cpp."""
+    with Llama(str(file), n_ctx=64, type_k="f32", type_v="f32") as engine:
+        return [
+            (
+                list(engine.tokenize(prompt, add_special=True)),
+                engine.generate(prompt, max_tokens=8, temperature=0.0, top_k=1, repeat_penalty=1.0),
+            )
+            for prompt in prompts
+        ]
+
+
+@torch.no_grad()
+def expected(
+    model: Any, tokenizer: Any, prompts: tuple[str, ...] = PROMPTS
+) -> list[tuple[list[int], str]]:
+    """The same by transformers."""
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        out = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        whole = tokenizer.decode(out[0], skip_special_tokens=True)
+        found.append((ids, whole.removeprefix(tokenizer.decode(ids, skip_special_tokens=True))))
+    return found
+
+
+def assert_alike(
+    file: Path, model: Any, tokenizer: Any, prompts: tuple[str, ...] = PROMPTS
+) -> None:
+    """Tokens and texts are equal."""
+    theirs, ours = texts(file, prompts), expected(model, tokenizer, prompts)
+    assert [ids for ids, _ in theirs] == [ids for ids, _ in ours]
+    part = "\ufffd"  # the last token may be a part of a character
+    assert [text.rstrip(part) for _, text in theirs] == [text.rstrip(part) for _, text in ours]
+    assert any(text for _, text in theirs)
+
+
+def fields(file: Path) -> dict[str, Any]:
+    """The metadata of a file."""
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}

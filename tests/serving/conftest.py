@@ -1,0 +1,101 @@
+"""A server in a thread of this process, for a tiny model that learned a little."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from secateur.recipes.serve import ServeRecipe
+from secateur.workflows.serve import Serving, prepare
+from trained import save_trained
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'refuse' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model of 256 positions with a chat template."""
+    folder = save_trained(tmp_path_factory.mktemp("served") / "learned", steps=15)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": TEMPLATE}))
+    return folder
+
+
+class Running:
+    """A server that answers.
+
+    Attributes:
+        serving: the server.
+        url: where it listens.
+    """
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving, self.url = serving, serving.address
+        self.thread = threading.Thread(target=serving.run, daemon=True)
+        self.thread.start()
+        self.until(lambda: serving.server.started)
+
+    @property
+    def scheduler(self) -> Any:
+        """What decides."""
+        return self.serving.service.worker.scheduler
+
+    def slow_down(self, seconds: float) -> None:
+        """Let every call of the engine take so long."""
+        step = self.scheduler.engine.step
+
+        def slowly(tokens: Any) -> Any:
+            time.sleep(seconds)
+            return step(tokens)
+
+        self.scheduler.engine.step = slowly
+
+    def until(self, condition: Callable[[], Any], seconds: float = 20.0) -> None:
+        """Wait for something that happens in another thread."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not happen"
+            time.sleep(0.005)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        """Send a request."""
+        return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=30, **options)
+
+    def stop(self) -> None:
+        """End the server."""
+        self.serving.stop()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def serve(model: Path) -> Iterator[Callable[..., Running]]:
+    """Start servers; they end with the test."""
+    running: list[Running] = []
+
+    def start(folder: Path | None = None, **options: Any) -> Running:
+        recipe = ServeRecipe(model=str(folder or model), port=0, stop_seconds=5.0, **options)
+        running.append(Running(prepare(recipe)))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[Running]:
+    """One server for all tests of a module that leave it as it is."""
+    running = Running(prepare(ServeRecipe(model=str(model), port=0, stop_seconds=5.0)))
+    yield running
+    running.stop()
