@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import secateur
 from hardware import heading, markdown
@@ -83,8 +83,8 @@ def main() -> None:
         out = args.work / type
         secateur.export(args.model, output=out, to="compressed-tensors", type=type, overwrite=True)
         weights = weights_of(out)
-        loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        rows.append(row(f"{type} in transformers", loaded.eval()))
+        loaded = secateur.load(out, dtype=torch.float32)
+        rows.append(row(f"{type} in transformers", loaded))
         del loaded
         rows.append(row(f"{type}, weights", plain(args.model, weights, activations=False)))
         if type == "w8a8":

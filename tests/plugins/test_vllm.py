@@ -17,8 +17,8 @@ import torch
 
 import secateur
 from secateur.errors import ArchitectureError
-from secateur.plugins.vllm import ARCHITECTURE, LOAD_FORMAT
-from secateur.plugins.vllm.sizes import LayerSizes, VariedSizes
+from secateur.plugins.vllm import LOAD_FORMAT
+from secateur.plugins.vllm.sizes import ARCHITECTURE, LayerSizes, VariedSizes
 from tiny import save_tiny
 from trained import source_text
 from zoo import tiny_windows

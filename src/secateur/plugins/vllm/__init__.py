@@ -8,13 +8,10 @@ is the only place of secateur that imports vllm.
 
 from __future__ import annotations
 
-__all__ = ["ARCHITECTURE", "LOAD_FORMAT", "register"]
+__all__ = ["LOAD_FORMAT", "register"]
 
 LOAD_FORMAT = "secateur"
 """What `load_format` must be. vLLM's own loader does not know our files."""
-
-ARCHITECTURE = "SecateurVariedForCausalLM"
-"""What models with layers of different sizes are called in vLLM."""
 
 
 def register() -> None:
@@ -26,7 +23,7 @@ def register() -> None:
 
     from secateur.models.varied import MODEL_TYPE
     from secateur.plugins.vllm.packed import FolderLoader, PackedQuantization
-    from secateur.plugins.vllm.sizes import VariedSizes
+    from secateur.plugins.vllm.sizes import ARCHITECTURE, VariedSizes
     from secateur.runtime.packed import QUANT_METHOD
 
     register_quantization_config(QUANT_METHOD)(PackedQuantization)

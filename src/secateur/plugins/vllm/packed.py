@@ -142,8 +142,8 @@ def tensors_of(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]
 def four_bits(packed: PackedCheckpoint, dtype: torch.dtype) -> Scheme | None:
     """How the matrices of a folder stay in 4 bits; None if they cannot."""
     layouts = packed.layouts.values()
-    groups = {layout.group for layout in layouts}
-    if dtype not in FOUR_BIT_DTYPES or len(groups) != 1 or None in groups:
+    groups = {layout.group or 0 for layout in layouts}
+    if dtype not in FOUR_BIT_DTYPES or len(groups) != 1 or 0 in groups:
         return None
     group = groups.pop()
     whole = all(

@@ -11,9 +11,11 @@ from transformers import LlamaConfig
 
 from secateur.errors import ArchitectureError
 from secateur.models.varied import MODEL_TYPE
-from secateur.plugins.vllm import ARCHITECTURE
 
-__all__ = ["AttentionSizes", "FFNSizes", "LayerSizes", "VariedSizes"]
+__all__ = ["ARCHITECTURE", "AttentionSizes", "FFNSizes", "LayerSizes", "VariedSizes"]
+
+ARCHITECTURE = "SecateurVariedForCausalLM"
+"""What models with layers of different sizes are called in vLLM."""
 
 BASES = ("llama", "mistral")
 """The base classes whose layers vLLM computes like transformers where they differ in size."""
@@ -96,12 +98,13 @@ class VariedSizes(LlamaConfig):
             shape = shapes.get(name)
             return otherwise if shape is None else int(shape[0])
 
-        usual = (("q", self.num_attention_heads), ("k", self.num_key_value_heads))
+        head = int(self.head_dim or 0)
+        usual = (("q", self.num_attention_heads), ("k", self.num_key_value_heads or 0))
         found = []
         for index in range(self.num_hidden_layers):
             layer = f"model.layers.{index}"
             heads, kv_heads = (
-                rows(f"{layer}.self_attn.{part}_proj", count * self.head_dim) // self.head_dim
+                rows(f"{layer}.self_attn.{part}_proj", count * head) // head
                 for part, count in usual
             )
             ffn = rows(f"{layer}.mlp.gate_proj", self.intermediate_size)
