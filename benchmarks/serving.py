@@ -40,7 +40,7 @@ from hardware import heading, keep, markdown
 
 NEW_TOKENS, PROMPT_WORDS = 64, 45
 CLIENTS = (1, 4, 8)
-REQUESTS = {1: 4, 4: 3, 8: 3}
+REQUESTS = {1: 3, 4: 2, 8: 2}
 """Requests of each client in a round, by the number of clients."""
 
 OURS = """
@@ -96,8 +96,8 @@ def prompts() -> list[str]:
 PROMPTS = prompts()
 
 
-def ask(client: httpx.Client, address: str, number: int) -> tuple[int, int]:
-    """Tokens of one answer, and of its prompt."""
+def ask(client: httpx.Client, address: str, number: int) -> int:
+    """How many tokens one answer has."""
     body = {
         "prompt": PROMPTS[number % len(PROMPTS)],
         "max_tokens": NEW_TOKENS,
@@ -105,8 +105,7 @@ def ask(client: httpx.Client, address: str, number: int) -> tuple[int, int]:
     }
     answer = client.post(f"{address}/v1/completions", json=body)
     answer.raise_for_status()
-    usage = answer.json()["usage"]
-    return usage["completion_tokens"], usage["prompt_tokens"]
+    return int(answer.json()["usage"]["completion_tokens"])
 
 
 def rate(address: str, clients: int, first: int) -> float:
@@ -114,8 +113,9 @@ def rate(address: str, clients: int, first: int) -> float:
     with httpx.Client(timeout=300, limits=httpx.Limits(max_connections=clients)) as client:
 
         def work(place: int) -> int:
-            numbers = range(first + place * REQUESTS[clients], first + (place + 1) * REQUESTS[clients])
-            return sum(ask(client, address, number)[0] for number in numbers)
+            begin = first + place * REQUESTS[clients]
+            numbers = range(begin, begin + REQUESTS[clients])
+            return sum(ask(client, address, number) for number in numbers)
 
         with ThreadPoolExecutor(clients) as pool:
             began = time.perf_counter()
@@ -151,7 +151,7 @@ def speed(args: argparse.Namespace) -> None:
     found: dict[tuple[str, int], list[float]] = {(n, c): [] for n in servers for c in CLIENTS}
     number = 0
     try:
-        for name, server in servers.items():
+        for server in servers.values():
             rate(server.address, 8, 1000)  # all slots have been used once
         for round in range(args.rounds):
             for clients in CLIENTS:
@@ -159,10 +159,14 @@ def speed(args: argparse.Namespace) -> None:
                 for name, server in order[round % 4 :] + order[: round % 4]:
                     found[name, clients].append(rate(server.address, clients, number))
                 number += clients * REQUESTS[clients]
-            print(f"round {round + 1} of {args.rounds}", file=sys.stderr, flush=True)
+            report(found, args)
     finally:
         for server in servers.values():
             server.stop()
+
+
+def report(found: dict[tuple[str, int], list[float]], args: argparse.Namespace) -> None:
+    """Keep and print what is known so far."""
     rows = [
         {
             "server": name,
@@ -176,10 +180,11 @@ def speed(args: argparse.Namespace) -> None:
     ]
     keep("serving-speed", {"protocol": __doc__, "rounds": args.rounds}, rows)
     table = [
-        [name, *(f"{statistics.median(found[name, c]):.0f}" for c in CLIENTS)] for name in servers
+        [name, *(f"{statistics.median(found[name, c]):.0f}" for c in CLIENTS)]
+        for name in dict.fromkeys(name for name, _ in found)
     ]
     print(heading())
-    print(markdown(["server", *(f"{c} clients" for c in CLIENTS)], table))
+    print(markdown(["server", *(f"{c} clients" for c in CLIENTS)], table), flush=True)
 
 
 def streamed(client: httpx.Client, address: str, number: int) -> str:
