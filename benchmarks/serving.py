@@ -13,9 +13,9 @@ prompt of some 60 tokens and 64 greedy tokens to write, not streamed. Tokens a s
 all answers by the time of all; the clients' own work is in that time. A round has all servers and
 numbers of clients, the servers in turns. Medians over rounds.
 
-`load`: 200 streamed requests from 16 clients, spread over 60 seconds, eight slots. Every answer is
-compared with that of the same request when the server has nothing else to do. The memory of the
-process is read twice a second.
+`load`: 200 streamed requests from 16 clients, spread over 60 seconds, eight slots, and a prefix
+cache of 32 MiB, which is soon full. Every answer is compared with that of the same request when
+the server has nothing else to do. The memory of the process is read twice a second.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ REQUESTS = {1: 3, 4: 2, 8: 2}
 OURS = """
 import sys
 from secateur.cli import main
-sys.argv = ["secateur", "serve", sys.argv[1], "--port", "0", "--context", "1024", "--json"]
+sys.argv = ["secateur", "serve", *sys.argv[1:], "--port", "0", "--context", "1024", "--json"]
 main()
 """
 LLAMA = """
@@ -65,11 +65,11 @@ time.sleep(3600)
 class Server:
     """A process that answers."""
 
-    def __init__(self, script: str, model: Path, log: Path) -> None:
+    def __init__(self, script: str, model: Path, log: Path, *options: str) -> None:
         self.log = log.open("w")
         environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", script, str(model)],
+            [sys.executable, "-c", script, str(model), *options],
             stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -210,7 +210,7 @@ def streamed(client: httpx.Client, address: str, number: int) -> str:
 def load(args: argparse.Namespace) -> None:
     """Many clients for a while: nothing is lost, nothing is mixed up, memory stays."""
     script, model = models(args)["secateur int8, 50 % zeros"]
-    server = Server(script, model, args.work / "load.log")
+    server = Server(script, model, args.work / "load.log", "--prefix-cache-mib", "32")
     process, memory, done = psutil.Process(server.process.pid), list[float](), threading.Event()
 
     def watch() -> None:
