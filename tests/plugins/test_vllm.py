@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import ArchitectureError
 from secateur.plugins.vllm import LOAD_FORMAT
+from secateur.plugins.vllm.reading import four_bits, tensors_of
 from secateur.plugins.vllm.sizes import ARCHITECTURE, LayerSizes, VariedSizes
+from secateur.runtime.packed import PackedCheckpoint
 from tiny import save_tiny
 from trained import source_text
 from zoo import tiny_windows
@@ -74,6 +77,31 @@ def test_every_layer_has_its_sizes() -> None:
 def test_what_vllm_cannot_resize_is_refused(changes, said) -> None:
     with pytest.raises(ArchitectureError, match=said):
         VariedSizes.from_dict(varied_config(**changes))
+
+
+def test_four_bits_stay_what_they_are(tmp_path: Path) -> None:
+    """vLLM gets the words of compressed-tensors, equal to those of an export."""
+    packed = secateur.compress(
+        pruned(tmp_path), output=tmp_path / "packed", values="int4", group_size=32, archive=True
+    ).output
+    found = dict(tensors_of(packed, torch.float16))
+    secateur.export(packed, output=tmp_path / "out", to="compressed-tensors", type="w4a16")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(found) == set(exported)
+    words = [name for name in found if name.endswith("weight_packed")]
+    assert len(words) == 21
+    assert all(torch.equal(found[name], exported[name]) for name in words)
+    dense = secateur.load(packed, expand=True, dtype=torch.float32).state_dict()
+    everything = dict(tensors_of(packed, torch.float32))
+    assert all(torch.equal(everything[name], dense[name]) for name in everything)
+
+
+def test_mixed_values_become_dense(tmp_path: Path) -> None:
+    packed = secateur.compress(pruned(tmp_path), output=tmp_path / "packed", values="int8").output
+    assert four_bits(PackedCheckpoint(packed), torch.float16) is None
+    dense = secateur.load(packed, expand=True, dtype=torch.float16).state_dict()
+    found = dict(tensors_of(packed, torch.float16))
+    assert all(torch.equal(found[name].half(), dense[name]) for name in found)
 
 
 def test_vllm_finds_the_plug_in() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +20,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from secateur.exporting.compressed_tensors import CPU_MULTIPLE, Scheme
-from secateur.models.sources import resolve
-from secateur.quantization.groups import GroupGrid
-from secateur.runtime.dense_view import DenseView, open_checkpoint
-from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint, is_packed
+from secateur.plugins.vllm.reading import FOUR_BIT_DTYPES, folder_of, four_bits, tensors_of
+from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
 
-__all__ = ["FolderLoader", "PackedQuantization", "four_bits", "tensors_of"]
-
-FOUR_BIT_DTYPES = (torch.bfloat16, torch.float16)
-"""The dtypes in which vLLM's kernels multiply 4 bits."""
+__all__ = ["FolderLoader", "PackedQuantization"]
 
 
 class PackedQuantization(QuantizationConfig):
@@ -104,52 +97,3 @@ class FolderLoader(DefaultModelLoader):
         yield from tensors_of(
             folder_of(model_config.model, model_config.revision), model_config.dtype
         )
-
-
-def folder_of(model: str, revision: str | None) -> Path:
-    """The folder of a model: itself, or a download of the hub."""
-    return resolve(f"{model}@{revision}" if revision else model).folder
-
-
-def tensors_of(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a folder, verified, as vLLM takes them.
-
-    Args:
-        folder: compressed or not.
-        dtype: of the computation.
-
-    Raises:
-        CheckpointError: damaged.
-    """
-    if not is_packed(folder):
-        reader = open_checkpoint(folder)
-        yield from ((name, reader.read(name)) for name in reader.entries)
-        return
-    packed = PackedCheckpoint(folder)
-    scheme = four_bits(packed, dtype)
-    view = DenseView(packed, computed=dtype)
-    for name in view.entries:
-        owner = name.removesuffix(".weight")
-        weight = view.read(name)
-        if scheme is not None and owner in packed.layouts and name != owner:
-            grid = GroupGrid(scheme.bits, packed.layouts[owner].group or 0)
-            codes, scales = grid.quantize(weight)
-            yield from scheme.tensors(owner, codes, scales.values.to(dtype))
-        else:
-            yield name, weight
-
-
-def four_bits(packed: PackedCheckpoint, dtype: torch.dtype) -> Scheme | None:
-    """How the matrices of a folder stay in 4 bits; None if they cannot."""
-    layouts = packed.layouts.values()
-    groups = {layout.group or 0 for layout in layouts}
-    if dtype not in FOUR_BIT_DTYPES or len(groups) != 1 or 0 in groups:
-        return None
-    group = groups.pop()
-    whole = all(
-        layout.shape[1] % group == 0 and not any(side % CPU_MULTIPLE for side in layout.shape)
-        for layout in layouts
-    )
-    if not whole or any(layout.transposed for layout in layouts):
-        return None
-    return Scheme(4, packed=True, group=group, activations=None, scale=dtype)
