@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from secateur.workflows.compress.pack import compress
     from secateur.workflows.compress.unpack import decompress
     from secateur.workflows.export import export
+    from secateur.workflows.fit.run import fit
     from secateur.workflows.import_model import import_model
     from secateur.workflows.judge.bench import bench
     from secateur.workflows.judge.diagnose import diagnose
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.inspect import inspect
     from secateur.workflows.prune.checkpoint import plan
     from secateur.workflows.prune_and_pack import prune
+    from secateur.workflows.push import push
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
     from secateur.workflows.sweep.plan import SweepPlan
@@ -65,6 +67,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "fit",
     "generate",
     "import_model",
     "inspect",
@@ -74,6 +77,7 @@ __all__ = [
     "merge",
     "plan",
     "prune",
+    "push",
     "refinements",
     "report",
     "retrain",
@@ -98,6 +102,7 @@ HOMES = {
     "distill": "secateur.workflows.train.checkpoint",
     "evaluate": "secateur.workflows.judge.evaluate",
     "export": "secateur.workflows.export",
+    "fit": "secateur.workflows.fit.run",
     "generate": "secateur.workflows.judge.generate",
     "import_model": "secateur.workflows.import_model",
     "inspect": "secateur.workflows.judge.inspect",
@@ -107,6 +112,7 @@ HOMES = {
     "merge": "secateur.training.lora",
     "plan": "secateur.workflows.prune.checkpoint",
     "prune": "secateur.workflows.prune_and_pack",
+    "push": "secateur.workflows.push",
     "refinements": "secateur.sparsity.refinements",
     "report": "secateur.workflows.report",
     "retrain": "secateur.workflows.train.checkpoint",

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from secateur.recipes.memory import RemoteCode
 from secateur.recipes.run import OutputFolder, Overwriting
 from secateur.recipes.section import WHAT_TO_COMPRESS, Flag, Recipe, Section
 
@@ -31,12 +32,9 @@ class WhatToImport(Section):
         description="Folder of an adapter that peft trained on the model. It is merged, and the "
         "zeros of the model stay zero.",
     )
-    trust_remote_code: bool = Field(
-        False, description="Run model code that comes with the checkpoint."
-    )
 
 
-class ImportRecipe(WhatToImport, OutputFolder, Recipe):
+class ImportRecipe(RemoteCode, WhatToImport, OutputFolder, Recipe):
     """One import."""
 
     run: ClassVar[type[Section] | None] = Overwriting

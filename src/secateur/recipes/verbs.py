@@ -165,6 +165,13 @@ VERBS: dict[str, Verb] = {
             "secateur.workflows.judge.bench:bench",
         ),
         Verb(
+            "fit",
+            "Find and make the best compressed model within a size or a loss.",
+            "secateur.recipes.fit:FitRecipe",
+            "secateur.workflows.fit.run:fit",
+            more="The exit code is 3 if the made model breaks a bound.",
+        ),
+        Verb(
             "advise",
             "Say whether to prune, quantize, distil or leave a model: size, speed and cost. Reads "
             "no weights.",
@@ -191,6 +198,13 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.diagnose:DiagnoseRecipe",
             "secateur.workflows.judge.diagnose:diagnose",
             more="The exit code is 3 if something is proven wrong.",
+        ),
+        Verb(
+            "push",
+            "Publish a model on the hub, with a card that has its results.",
+            "secateur.recipes.push:PushRecipe",
+            "secateur.workflows.push:push",
+            more="The zeros are counted first. The repository is private unless --public.",
         ),
         Verb(
             "demo",

@@ -8,7 +8,14 @@ from typing import Any
 
 from secateur.models.samples import MODELS
 
-__all__ = ["front_matter", "inherited_front_matter", "shown_place", "source_card", "split_card"]
+__all__ = [
+    "OURS",
+    "front_matter",
+    "inherited_front_matter",
+    "shown_place",
+    "source_card",
+    "split_card",
+]
 
 OURS = "secateur"
 """The tag that marks cards written by secateur."""

@@ -1,0 +1,43 @@
+"""The recipe of `secateur push`."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from secateur.recipes.memory import RemoteCode
+from secateur.recipes.section import OUTPUT, WHAT_TO_COMPRESS, Flag, Recipe, Section
+
+__all__ = ["PushRecipe"]
+
+
+class WhatToPublish(Section):
+    """The folder and the repository."""
+
+    group: ClassVar[str] = WHAT_TO_COMPRESS
+
+    model: Annotated[str, Flag(value="DIR")] = Field(description="Folder of the model.")
+    repo: Annotated[str, Flag(value="REPO")] = Field(
+        description="Repository on the hub, OWNER/NAME. It is created if there is none."
+    )
+
+
+class HowToPublish(Section):
+    """Who may see it, and where it goes."""
+
+    group: ClassVar[str] = OUTPUT
+
+    public: bool = Field(
+        False, description="Make the repository public. Without this it is private."
+    )
+    branch: Annotated[str | None, Flag(value="NAME", default="main")] = Field(
+        None, description="Branch of the repository; it is created if there is none."
+    )
+    dry_run: bool = Field(
+        False, description="Check everything and show files and card. Nothing is sent."
+    )
+
+
+class PushRecipe(RemoteCode, HowToPublish, WhatToPublish, Recipe):
+    """One upload."""

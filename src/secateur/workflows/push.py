@@ -1,0 +1,109 @@
+"""Publishes a finished folder on the hub, after its zeros were counted again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from secateur.diagnostics.audit import Audit, audit_checkpoint
+from secateur.diagnostics.claims import read_claims
+from secateur.errors import VerificationError
+from secateur.progress import Progress, Silent
+from secateur.publishing.contents import CARD, contents_of
+from secateur.publishing.secrets import names_this_machine, refuse_secrets
+from secateur.publishing.upload import check_repository, upload
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.push import PushRecipe
+from secateur.reporting.push_card import missing_in, push_card
+from secateur.reporting.report.records import read_run
+from secateur.reporting.results.push import PushResult
+from secateur.runs.folder import NOTES
+from secateur.runs.records import Import, read_record
+
+__all__ = ["push", "push_recipe"]
+
+
+@takes_options_of(PushRecipe)
+def push(
+    model: str | Path, repo: str, *, progress: Progress | None = None, **options: Any
+) -> PushResult:
+    """Publish a model folder on the hub, with a card that has its results and their protocols.
+
+    The zeros are counted first and compared with the records. A folder that lost some, that is
+    incomplete, or that holds keys or tokens is refused. The repository is private unless `public`.
+
+    Args:
+        model: a folder that secateur wrote.
+        repo: the repository, OWNER/NAME; created if there is none.
+        progress: receives every tensor.
+        **options: the other options of the recipe; `dry_run` sends nothing.
+
+    Returns:
+        The files, the card, and the address of the commit.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    recipe, call = recipe_of(PushRecipe, {"model": model, "repo": repo}, options)
+    return push_recipe(recipe, progress or Silent(), **call)
+
+
+def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
+    """Carry out a recipe.
+
+    Args:
+        recipe: the recipe.
+        progress: receives every tensor.
+    """
+    check_repository(recipe.repo)
+    contents = contents_of(Path(recipe.model).expanduser())
+    refuse_secrets(contents.files)
+    audit = audit_checkpoint(
+        contents.folder, trust_remote_code=recipe.trust_remote_code, progress=progress
+    )
+    refuse_lost_zeros(contents.folder, audit)
+    recorded = (contents.folder / NOTES / "manifest.json").is_file()
+    run = read_run(contents.folder, "this model") if recorded else None
+    card = push_card(contents.files[CARD].read_text(encoding="utf-8"), recipe.repo, run)
+    notes = [f"the card names no {word}: add it to README.md" for word in missing_in(card)]
+    if places := names_this_machine(contents.files):
+        notes.append(f"folders of this machine are named in {', '.join(places[:4])}")
+    address = None
+    if not recipe.dry_run:
+        address = upload(
+            recipe.repo, contents.files, card, private=not recipe.public, branch=recipe.branch
+        )
+    return PushResult(
+        recipe.repo,
+        not recipe.public,
+        recipe.branch,
+        {**contents.sizes, CARD: len(card.encode())},
+        contents.left_out,
+        audit.sparsity,
+        card,
+        tuple(notes),
+        address,
+    )
+
+
+def refuse_lost_zeros(folder: Path, audit: Audit) -> None:
+    """Refuse a folder with fewer zeros than its records say.
+
+    Raises:
+        VerificationError: names the matrices.
+    """
+    claims = read_claims(folder)
+    claimed = {name: claim.pruned for name, claim in claims.linears.items()}
+    if (folder / NOTES / "import.json").is_file():
+        record = read_record(Import, folder / NOTES / "import.json")
+        claimed = {matrix.name: matrix.zeros for matrix in record.matrices}
+    lost = {x.name: claimed.get(x.name, 0) - x.zeros for x in audit.linears}
+    lost = {name: count for name, count in lost.items() if count > 0}
+    if lost:
+        worst = sorted(lost, key=lambda name: -lost[name])
+        raise VerificationError(
+            f"{sum(lost.values()):,} zeros in {len(lost)} matrices are lost, as the records of the "
+            "folder say",
+            where=", ".join(worst[:4]),
+            remedy="the files were changed after they were written: `secateur diagnose` says more",
+        )
