@@ -34,7 +34,7 @@ from stored import known_rows
 
 HERE, NAME = Path(__file__).parent, "engines"
 SAMPLE, TOKENS, TIMED, THREADS = "smollm2-135m", 24, 48, 2
-CALIBRATION = {"calibration": "wikitext2", "windows": 8, "sequence_length": 256}
+CALIBRATION = {"calibration": "boolq-calibration", "windows": 8, "sequence_length": 256}
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -120,7 +120,7 @@ def answer(python: str, script: str, asked: dict[str, Any]) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=400,
+        timeout=900,
     )
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
@@ -141,7 +141,7 @@ def expected(work: Path, path: str) -> list[list[int]]:
     """The texts of transformers in float32 for the weights of a folder or file, made once."""
     note = work / f"texts-{Path(path).name}.json"
     if not note.exists():
-        asked = {"engine": "transformers", "model": path, "prompts": prompt_ids(work)}
+        asked = {"engine": "transformers", "model": path, "prompts": prompt_ids(work), "threads": 1}
         found = answer(sys.executable, "engines_worker.py", {**asked, "tokens": TOKENS})
         note.write_text(json.dumps(found["tokens"]), encoding="utf-8")
     return list(json.loads(note.read_text(encoding="utf-8")))

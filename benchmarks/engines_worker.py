@@ -128,7 +128,11 @@ def openvino_stream(asked: dict[str, Any]) -> Stream:
     import openvino
     import openvino_genai
 
-    limits = {"INFERENCE_NUM_THREADS": asked.get("threads", 2), "INFERENCE_PRECISION_HINT": "f32"}
+    limits = {
+        "INFERENCE_NUM_THREADS": asked.get("threads", 2),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+    }
     pipeline = openvino_genai.LLMPipeline(asked["model"], "CPU", **limits)
 
     def stream(prompt: list[int], count: int) -> Iterator[int]:

@@ -33,7 +33,7 @@ def expected(model: Any, ids: list[int], count: int) -> list[int]:
 
 
 @runs
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_openvino_continues_like_transformers(family, tokenizer, tmp_path: Path) -> None:
     import openvino
     import openvino_genai
@@ -45,7 +45,9 @@ def test_openvino_continues_like_transformers(family, tokenizer, tmp_path: Path)
     )  # fmt: skip
     found = secateur.export(source, output=tmp_path / "out", to="openvino", type="f16")
     file = tmp_path / "out" / found.files[0]
-    pipeline = openvino_genai.LLMPipeline(str(file), "CPU", INFERENCE_PRECISION_HINT="f32")
+    pipeline = openvino_genai.LLMPipeline(
+        str(file), "CPU", INFERENCE_PRECISION_HINT="f32", KV_CACHE_PRECISION="f32"
+    )
     how = openvino_genai.GenerationConfig()
     how.max_new_tokens, how.ignore_eos, how.do_sample = 8, True, False
     model = secateur.load(source, dtype=torch.float16).float()
@@ -57,5 +59,5 @@ def test_openvino_continues_like_transformers(family, tokenizer, tmp_path: Path)
 
 def test_models_that_it_does_not_read_are_refused(tokenizer, tmp_path: Path) -> None:
     source = save(tmp_path / "model", tokenizer, "gemma2")
-    with pytest.raises(ArchitectureError, match="not of models of type 'gemma2'"):
+    with pytest.raises(ArchitectureError, match="not 'gemma2'"):
         secateur.export(source, output=tmp_path / "out", to="openvino")
