@@ -10,6 +10,7 @@ import torch
 import transformers
 from learning import SEQUENCES, pruned_model, zeros
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import secateur
 from secateur.errors import RecipeError, VerificationError
@@ -175,8 +176,13 @@ def test_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "masks"))
     with pytest.raises(RecipeError, match="DeepSpeed"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    with pytest.raises(RecipeError, match="fsdp_version 2"):
+    trainer.args.deepspeed = None
+    flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    torch.nn.Module.__init__(flat)
+    trainer.model.add_module("flat", flat)
+    with pytest.raises(RecipeError, match="FSDP 1") as raised:
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert "fsdp_version 2" in str(raised.value.remedy)
 
 
 def adapted_by_peft(model: Any, **options: Any) -> Any:
