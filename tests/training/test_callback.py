@@ -16,6 +16,7 @@ import secateur
 from secateur.errors import RecipeError, VerificationError
 from secateur.models.skeleton import quiet_transformers
 from secateur.training.masks import Masks
+from slow import slow_but
 from zoo import CONFIGS
 
 DATA = [{"input_ids": row, "labels": row} for row in SEQUENCES]
@@ -66,7 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but({"plain", "accumulated"}, WAYS))
 def test_the_trainer_keeps_every_zero_with_the_callback_alone(way: str, tmp_path: Path) -> None:
     model = pruned_model()
     gone, before = zeros(model), {n: p.clone() for n, p in model.named_parameters()}
@@ -144,7 +145,7 @@ def test_moments_of_a_training_without_masks_do_not_come_back(tmp_path: Path) ->
     assert kept_and_lost(gone, dict(again.model.named_parameters()))[1] == 0
 
 
-@pytest.mark.parametrize("asked", ["steps", "epoch"])
+@pytest.mark.parametrize("asked", slow_but({"steps"}, ["steps", "epoch"]))
 def test_a_model_that_lost_zeros_is_not_saved(asked: str, tmp_path: Path) -> None:
     model = pruned_model()
     name = "model.layers.1.mlp.up_proj.weight"
@@ -197,7 +198,7 @@ def adapted_by_peft(model: Any, **options: Any) -> Any:
         return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize("kind", slow_but([{}], [{}, {"use_dora": True}, {"use_rslora": True}]))
 def test_adapters_trained_elsewhere_merge_into_the_zeros(kind: Any, tmp_path: Path) -> None:
     model = pruned_model()
     gone = zeros(model)
