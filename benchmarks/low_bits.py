@@ -14,8 +14,8 @@ Rows, all with float norms, embeddings and head:
 * `pruned`: not rounded.
 * `nearest`: the pruned model, every weight rounded to the nearest point of its grid.
 * `then`: the pruned model, rounded with calibration text (as `secateur compress --values`).
-* `then taught`: the same, and then the pruned model teaches it for one epoch of that text, on its
-  grid.
+* `then taught`: the same with 64 windows, and then the pruned model teaches it for one epoch of
+  that text, on its grid.
 * `auto-round`: the pruned model, rounded by the rival with 20 iterations (`rival_rounding.py`).
 * `joint`: pruned and rounded in one solution, from the dense model.
 * `dense`: the dense model, rounded with calibration text: GPTQ alone, without zeros.
@@ -69,6 +69,7 @@ class Bench:
         self.args, self.scratch = args, scratch
         self.model, self.calibration, self.text = args.model, args.calibration, args.text
         self.length, self.samples, self.judged, self.windows = 512, (20, 16), 512, args.windows
+        self.taught = 64
         if args.model == "trained":
             self.model = str(scratch / "dense")
             if not Path(self.model).exists():
@@ -77,6 +78,7 @@ class Bench:
             self.calibration.write_text(source_text())
             self.text.write_text(source_text(held_out=True))
             self.length, self.samples, self.judged, self.windows = 64, (256, 256), 64, 256
+            self.taught = 256
         if args.model == "smollm2":
             self.model = "smollm2-135m"
 
@@ -86,9 +88,8 @@ class Bench:
         if not made.exists():
             secateur.prune(
                 model, output=made, resume=True, calibration=self.calibration,
-                windows=self.samples[str(model) != self.model],
-                sequence_length=self.length, asymmetric=True,
-                fast_matmuls=True, **options,
+                sequence_length=self.length, asymmetric=True, fast_matmuls=True,
+                **{"windows": self.samples[str(model) != self.model], **options},
             )  # fmt: skip
         return made
 
@@ -121,7 +122,7 @@ class Bench:
         if row == "auto-round":
             return self.rival(self.pruned(pattern), self.scratch / name)
         if row in ("then", "then taught"):
-            learning = {"distill_epochs": 1} if row == "then taught" else {}
+            learning = {"distill_epochs": 1, "windows": self.taught} if row == "then taught" else {}
             return self.run(name, self.pruned(pattern), sparsity=0.5, **held, **learning)
         made = self.scratch / name
         if not made.exists():

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from secateur.workflows.compress.pack import compress
     from secateur.workflows.compress.unpack import decompress
     from secateur.workflows.export import export
+    from secateur.workflows.fit.run import fit
     from secateur.workflows.import_model import import_model
     from secateur.workflows.judge.bench import bench
     from secateur.workflows.judge.diagnose import diagnose
@@ -66,6 +67,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "fit",
     "generate",
     "import_model",
     "inspect",
@@ -100,6 +102,7 @@ HOMES = {
     "distill": "secateur.workflows.train.checkpoint",
     "evaluate": "secateur.workflows.judge.evaluate",
     "export": "secateur.workflows.export",
+    "fit": "secateur.workflows.fit.run",
     "generate": "secateur.workflows.judge.generate",
     "import_model": "secateur.workflows.import_model",
     "inspect": "secateur.workflows.judge.inspect",

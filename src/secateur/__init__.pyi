@@ -16,6 +16,7 @@ from secateur.reporting.results.chain import ChainResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.export import ExportResult
+from secateur.reporting.results.fit import FitResult
 from secateur.reporting.results.import_model import ImportResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
@@ -59,6 +60,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "fit",
     "generate",
     "import_model",
     "inspect",
@@ -453,6 +455,73 @@ def export(
 
     Returns:
         The files, their sizes, and how many zeros they keep.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def fit(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    max_size: str | None = None,
+    max_loss_increase: float | None = None,
+    effort: Literal["fast", "balanced", "best"] | None = None,
+    generations: int | None = None,
+    offspring: int | None = None,
+    calibration: str | Path | None = None,
+    field: str | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    packing: Literal["concatenate", "random-crop"] | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    memory_budget_gib: float | None = None,
+    activations: Literal["auto", "memory", "disk"] | None = None,
+    micro_batch_tokens: int | None = None,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> FitResult:
+    """Find the best compressed model within a budget, and make it.
+
+    Every linear may stay as it is, be rounded to 8, 4 or 3 bits, be pruned to 50 or 70 %, or both.
+    A search measured on the whole model chooses, and the winner is packed.
+
+    Args:
+        model: folder, hub id, GGUF file or named sample.
+        progress: receives every step.
+        max_size: Largest size of the weight files, such as 90MiB or 4GB. The result is the best one
+            found that fits. [any]
+        max_loss_increase: Most that the loss of the next token may rise, in nats. Without a size,
+            the result is the smallest one found within it. [any]
+        effort: The preset that makes the pruned levels. [balanced]
+        generations: Generations of the search; 0 takes the first candidate. [10]
+        offspring: Candidates of a generation. [8]
+        calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
+            text, or safetensors file of windows. [c4]
+        field: The field of a JSONL line that holds the text. [text]
+        windows: Number of calibration windows. [128]
+        sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
+        seed: Seed that chooses the windows. [0]
+        packing: concatenate joins all documents and cuts them into windows. random-crop takes each
+            window from a random place of a random document, as the papers do. [concatenate]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        activations: Where to store hidden states between layers; auto uses memory if they fit.
+            [auto]
+        micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        output: Folder for the new model. It must not exist. [required]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+
+    Returns:
+        The winner, the frontier, and what each single technique gives.
 
     Raises:
         SecateurError: what, where, and what to do.

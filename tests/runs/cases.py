@@ -152,6 +152,11 @@ CASES: Mapping[str, Case] = {
     "compress": Case("compress", "pruned", {}),
     "compress int8": Case("compress", "pruned", {"values": "int8", **WINDOWS}),
     "decompress": Case("decompress", "small", {}, resumes=False),
+    "fit": Case(
+        "fit",
+        "dense",
+        {"max_size": "60KiB", "effort": "fast", "generations": 1, "offspring": 2, **WINDOWS},
+    ),
     "export": Case("export", "bytes", {"type": "f16"}, resumes=False),
     "import": Case("import_model", "dense", MASKED, resumes=False),
     "sweep": Case(

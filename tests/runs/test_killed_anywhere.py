@@ -40,6 +40,7 @@ SHARES = {
             "structure best",
             "decompress",
             "export",
+            "fit",
             "import",
         ],
         ["retrain", "distill", "chain", "compress", "compress int8", "sweep"],

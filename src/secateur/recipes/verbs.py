@@ -165,6 +165,13 @@ VERBS: dict[str, Verb] = {
             "secateur.workflows.judge.bench:bench",
         ),
         Verb(
+            "fit",
+            "Find and make the best compressed model within a size or a loss.",
+            "secateur.recipes.fit:FitRecipe",
+            "secateur.workflows.fit.run:fit",
+            more="The exit code is 3 if the made model breaks a bound.",
+        ),
+        Verb(
             "advise",
             "Say whether to prune, quantize, distil or leave a model: size, speed and cost. Reads "
             "no weights.",

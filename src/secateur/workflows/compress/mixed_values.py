@@ -35,7 +35,7 @@ from secateur.workflows.compress.rounding import (
 from secateur.workflows.compress.storage_plan import settled_values
 from secateur.workflows.prune.prepare import calibration_windows, choose_device
 
-__all__ = ["MixedValues", "choose_values"]
+__all__ = ["MixedReader", "MixedValues", "choose_values", "refuse_renamed"]
 
 ROUNDED = ("int8", "int4")
 """The values to choose from besides those of the source, from the largest."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from secateur.workflows.compress.storage_plan import (
     settled_values,
 )
 
-__all__ = ["compress", "compress_recipe"]
+__all__ = ["ChosenValues", "compress", "compress_recipe", "fractions", "pack_into"]
 
 COMPRESSION = "compression.json"
 
@@ -123,25 +124,64 @@ def compress_recipe(
             rounded = round_checkpoint(run, progress)
             reader, rounding = CheckpointReader(rounded), told_of(rounded)
             matrices = find_matrices(reader, recipe.embeddings, trust)
-        made = folder.fresh_model()
-        values = settled_values(reader, matrices, recipe.values)
-        plan = make_plan(reader, matrices, recipe, values, progress, values_of)
-        computed = computed_dtype(plan, matrices, values)
-        cast_others(plan, reader, values, computed)
-        files = plan_files(reader, plan)
-        check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
-        progress.start("packing", len(reader.entries))
-        write_packed(
-            made, files, contents(reader, plan, matrices, progress), archive=recipe.archive
-        )
-        progress.finish()
-        kept = not rounding and plan.keeps_weights(reader)
-        config = packed_config(source.folder, computed, recipe.archive)
-        carry_over(source.folder, made, config, same_weights=kept)
-        packed = verified(made, progress)
-        report = make_report(reader, packed, plan, matrices, folder.output, rounding, begun)
-        write_notes(report, source, folder, recipe.output or folder.output)
+        chosen = ChosenValues(reader, matrices, values_of, rounding)
+        report = pack_into(folder, recipe, source, chosen, progress, begun)
         folder.finish()
+    return report
+
+
+@dataclass(frozen=True)
+class ChosenValues:
+    """What is packed.
+
+    Attributes:
+        reader: reads every tensor.
+        matrices: that can be packed, by stored name.
+        values_of: the values of single matrices, by stored name; the others have the recipe's.
+        rounding: the record of a calibrated rounding; empty if there was none.
+    """
+
+    reader: CheckpointReader
+    matrices: dict[str, PackableMatrix]
+    values_of: Mapping[str, str]
+    rounding: dict[str, Any]
+
+
+def pack_into(
+    folder: RunFolder,
+    recipe: CompressRecipe,
+    source: LocalCheckpoint,
+    chosen: ChosenValues,
+    progress: Progress,
+    begun: float,
+) -> CompressResult:
+    """Write the compressed checkpoint into the folder of a run, and verify it.
+
+    Args:
+        folder: opened.
+        recipe: format, values, embeddings, archive.
+        source: the checkpoint whose configuration and tokenizer are taken over.
+        chosen: the tensors.
+        progress: receives every tensor.
+        begun: when the run began, for the record.
+    """
+    reader, matrices = chosen.reader, chosen.matrices
+    made = folder.fresh_model()
+    values = settled_values(reader, matrices, recipe.values)
+    plan = make_plan(reader, matrices, recipe, values, progress, chosen.values_of)
+    computed = computed_dtype(plan, matrices, values)
+    cast_others(plan, reader, values, computed)
+    files = plan_files(reader, plan)
+    check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
+    progress.start("packing", len(reader.entries))
+    write_packed(made, files, contents(reader, plan, matrices, progress), archive=recipe.archive)
+    progress.finish()
+    kept = not chosen.rounding and plan.keeps_weights(reader)
+    config = packed_config(source.folder, computed, recipe.archive)
+    carry_over(source.folder, made, config, same_weights=kept)
+    packed = verified(made, progress)
+    report = make_report(reader, packed, plan, matrices, folder.output, chosen.rounding, begun)
+    write_notes(report, source, folder, recipe.output or folder.output)
     return report
 
 

@@ -1,0 +1,196 @@
+"""Searches for the best way to store every linear within a budget, measured on the model.
+
+1. Every level is measured alone: all linears on it. These are the single techniques.
+2. The linears of one decoder layer at a time go to the probe level. The layer's divergence, divided
+   by the squared output errors of its linears, says what an error costs there:
+   rise(linear, level) = slope(layer) · error(linear, level)²
+3. For some budgets, the best candidate by these rises (`budgeted.Menu`) is measured: the frontier.
+4. From the best one for the wanted budget, an evolutionary search measures its mutants.
+
+Divergence is the mean KL(dense ‖ candidate) of the next-token probabilities, in nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.engine.choose.budgeted import Menu
+from secateur.engine.choose.tournament import Lockstep, Tournament, cut_windows, fingerprint
+from secateur.engine.choose.values import Level, StoredVariants
+from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.progress import Progress
+from secateur.sparsity.evolution import Candidate, Evolution
+
+__all__ = ["FitLevel", "FitSearch", "Point"]
+
+SURVEY_TOKENS = 2048
+FRONTIER = 8
+"""Budgets of the frontier, evenly spaced between the smallest and the largest cost."""
+
+LEAST_ERROR = 1e-9
+
+
+@dataclass(frozen=True)
+class FitLevel:
+    """A level with its name and family.
+
+    Attributes:
+        name: such as `50 % int4`.
+        family: `quantize`, `prune` or `both`.
+        level: the checkpoint, the sizes and the errors.
+    """
+
+    name: str
+    family: str
+    level: Level
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured candidate.
+
+    Attributes:
+        candidate: the level of each linear.
+        cost: of the linears, in the units of the budget.
+        divergence: from the dense model, in nats per token.
+        predicted: what the survey predicted.
+        families: the families of the levels it may use: `quantize`, `prune` or `all`.
+        name: of a single level; empty for a mix.
+    """
+
+    candidate: Candidate
+    cost: float
+    divergence: float
+    predicted: float
+    families: str
+    name: str = ""
+
+
+class FitSearch:
+    """The search on one model.
+
+    Args:
+        target: the dense model.
+        levels: the levels; 0 is the dense model itself.
+        costs: of each linear on each level, by the name of the linear.
+        windows: tokens to measure on [windows, length].
+        file: file of the measured values, which a stopped run resumes from.
+        progress: receives the steps.
+    """
+
+    def __init__(
+        self,
+        target: CheckpointTarget,
+        levels: Sequence[FitLevel],
+        costs: Mapping[str, Sequence[float]],
+        windows: Tensor,
+        file: Path | None,
+        progress: Progress,
+    ) -> None:
+        self.levels, self.progress = list(levels), progress
+        self.names = list(costs)
+        self.costs = tuple(tuple(costs[name]) for name in self.names)
+        self.tokens = windows.numel()
+        ends = ModelEnds(target, cut_windows(windows, self.tokens))
+        self.variants = StoredVariants(ends, self.names, [one.level for one in levels])
+        self.tournament = Tournament(
+            Lockstep(ends, self.variants, "divergence", progress),
+            self.variants.versions,
+            file,
+            {
+                **fingerprint(ends, self.tokens, "divergence", self.names),
+                "levels": [one.name for one in levels],
+            },
+        )
+        self.menu = Menu(self.costs, tuple((0.0,) * len(levels) for _ in self.names))
+
+    @torch.no_grad()
+    def singles(self) -> list[Point]:
+        """Every level alone, measured."""
+        count = len(self.levels)
+        self.progress.start("measuring single levels", count)
+        points = []
+        for number, one in enumerate(self.levels):
+            candidate = (number,) * len(self.names)
+            (found,) = self.tournament([candidate], self.tokens, 0)
+            points.append(self.point(candidate, found, one.family, one.name))
+            self.progress.step(note=one.name)
+        self.progress.finish()
+        return points
+
+    @torch.no_grad()
+    def survey(self, probe: int) -> None:
+        """Measure what errors cost in each layer, and fill the menu.
+
+        Args:
+            probe: the level that layers go to, one at a time.
+        """
+        layers = [places for places in self.variants.places if places]
+        self.progress.start("measuring layers", len(layers))
+        rises: list[tuple[float, ...]] = [()] * len(self.names)
+        for places in layers:
+            tried = tuple(probe if place in places else 0 for place in range(len(self.names)))
+            (found,) = self.tournament([tried], min(SURVEY_TOKENS, self.tokens), 0)
+            whole = sum(self.error(place, probe) ** 2 for place in places)
+            slope = max(found, 0.0) / max(whole, LEAST_ERROR)
+            for place in places:
+                count = range(len(self.levels))
+                rises[place] = tuple(slope * self.error(place, n) ** 2 for n in count)
+            self.progress.step()
+        self.progress.finish()
+        self.menu = Menu(self.costs, tuple(rises))
+
+    def error(self, place: int, level: int) -> float:
+        """The relative error of a linear's outputs on a level."""
+        return self.levels[level].level.error_of.get(self.names[place], 0.0)
+
+    def allowed(self, families: str) -> list[int]:
+        """The levels of some families; the dense model belongs to all."""
+        wanted = {"all": ("quantize", "prune", "both")}.get(families, (families,))
+        return [n for n, one in enumerate(self.levels) if n == 0 or one.family in wanted]
+
+    def budgets(self) -> list[float]:
+        """Budgets of the frontier."""
+        least, most = self.menu.least, max(self.menu.total((n,) * len(self.names))
+                                           for n in range(1, len(self.levels)))  # fmt: skip
+        return [least + (most - least) * n / (FRONTIER - 1) for n in range(FRONTIER)]
+
+    @torch.no_grad()
+    def frontier(self, budgets: Sequence[float], families: str) -> list[Point]:
+        """The best predicted candidate for each budget that can be kept, measured."""
+        self.progress.start(f"measuring the frontier ({families})", len(budgets))
+        points, seen = [], set()
+        for budget in budgets:
+            candidate = self.menu.best(budget, self.allowed(families))
+            if candidate is not None and candidate not in seen:
+                seen.add(candidate)
+                (found,) = self.tournament([candidate], self.tokens, 0)
+                points.append(self.point(candidate, found, families))
+            self.progress.step()
+        self.progress.finish()
+        return points
+
+    @torch.no_grad()
+    def refined(
+        self, starts: Sequence[Candidate], budget: float, evolution: Callable[[int], Evolution]
+    ) -> Point:
+        """The best candidate within a budget: the starts, and mutants of the best of them."""
+        search = evolution(self.tokens)
+        self.progress.start("searching", search.generations + 1)
+        best = None
+        for best in search.climb(starts, self.menu.mutation(budget), self.tournament):
+            self.progress.step(note=f"divergence {best.fitness:.4f}")
+        self.progress.finish()
+        assert best is not None
+        return self.point(best.candidate, best.fitness, "all")
+
+    def point(self, candidate: Candidate, found: float, families: str, name: str = "") -> Point:
+        """A measured candidate."""
+        predicted = self.menu.predicted(candidate)
+        return Point(candidate, self.menu.total(candidate), found, predicted, families, name)

@@ -1,0 +1,133 @@
+"""A budget in, a model out: the bound holds, zeros and values are those of the levels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from secateur.calibration.windows import save_windows
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.recipes.fit import bytes_of
+from secateur.runtime.dense_view import open_checkpoint
+from secateur.runtime.packed import PackedCheckpoint
+from secateur.workflows.fit.levels import KINDS
+from tiny import save_tiny
+from zoo import tiny_windows
+
+OPTIONS = {"effort": "fast", "generations": 2, "offspring": 3}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, windows, and a fit of it."""
+    place = tmp_path_factory.mktemp("fit")
+    save_tiny(place / "dense", num_hidden_layers=2, hidden_size=64, intermediate_size=128)
+    save_windows(tiny_windows(12, 24), place / "windows.safetensors")
+    secateur.fit(
+        place / "dense", output=place / "small", max_size="75KiB",
+        calibration=place / "windows.safetensors", **OPTIONS,
+    )  # fmt: skip
+    return place
+
+
+def told(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "secateur" / "fit.json").read_text())
+    return found
+
+
+def test_the_bound_holds_and_the_size_was_predicted(place: Path) -> None:
+    size = sum(file.stat().st_size for file in (place / "small").glob("*.safetensors"))
+    found = told(place / "small")
+    assert size <= bytes_of("75KiB")
+    linears = sum(
+        entry.size_bytes
+        for name, entry in PackedCheckpoint(place / "small").entries.items()
+        if "layers." in name and "norm" not in name and not name.endswith("bias")
+    )
+    assert found["winner"]["cost"] == linears  # type: ignore[index]
+    assert size <= found["rest"] + linears  # type: ignore[operator]
+
+
+def test_every_linear_has_the_values_of_its_level(place: Path) -> None:
+    packed = PackedCheckpoint(place / "small")
+    for name, level in told(place / "small")["level_of"].items():  # type: ignore[attr-defined]
+        layout, kind = packed.layouts.get(name), KINDS[level]
+        values = "bfloat16" if layout is None else layout.values
+        assert values == kind.values, name
+        weight = open_checkpoint(place / "small").read(f"{name}.weight")
+        zeros = 1 - float(torch.count_nonzero(weight)) / weight.numel()
+        assert zeros >= kind.sparsity - 0.02, name
+        if kind.sparsity == 0 and kind.values == "bfloat16":
+            dense = CheckpointReader(place / "dense").read(f"{name}.weight")
+            assert torch.equal(weight, dense.bfloat16().to(weight.dtype))
+
+
+def test_the_winner_is_no_worse_than_what_it_began_with(place: Path) -> None:
+    found = told(place / "small")
+    budget = bytes_of("75KiB") - found["rest"]  # type: ignore[operator]
+    points = [*found["singles"], *found["frontier"]]  # type: ignore[misc]
+    fitting = [p["divergence"] for p in points if p["cost"] <= budget]
+    assert fitting
+    assert found["winner"]["divergence"] <= min(fitting)  # type: ignore[index]
+    assert found["winner"]["cost"] <= budget  # type: ignore[index]
+
+
+def test_the_packed_model_loads_and_generates(place: Path) -> None:
+    model = secateur.load(place / "small")
+    logits = model(torch.tensor([[5, 6, 7]])).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_the_smallest_model_within_a_loss(place: Path) -> None:
+    found = secateur.fit(
+        place / "dense", output=place / "within", max_loss_increase=0.01,
+        calibration=place / "windows.safetensors", **OPTIONS,
+    )  # fmt: skip
+    largest = max(point.cost for point in found.singles)
+    assert found.winner.cost < largest
+    assert found.max_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_size": "1KiB"}, "no level fits into 1KiB"),
+        ({"max_size": "big"}, "no size"),
+        ({}, "give a bound"),
+        ({"max_loss_increase": 0.0}, "greater than 0"),
+        ({"max_size": "1GB", "generations": -1}, "generations"),
+    ],
+)
+def test_impossible_bounds_are_refused_before_any_work(
+    place: Path, options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        secateur.fit(
+            place / "dense", output=place / "no", calibration=place / "windows.safetensors",
+            **options,
+        )  # fmt: skip
+    assert not (place / "no").exists()
+    assert not (place / "no.partial").exists()
+
+
+def test_too_few_windows_are_refused(place: Path) -> None:
+    save_windows(tiny_windows(2, 24), place / "two.safetensors")
+    with pytest.raises(RecipeError, match="2 windows cannot make levels"):
+        secateur.fit(
+            place / "dense", output=place / "no", max_size="100KiB",
+            calibration=place / "two.safetensors",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("90MiB", 90 * 2**20), ("4 gb", 4 * 10**9), ("1.5KiB", 1536), ("123", 123), ("-1", None),
+     ("MiB", None), ("1e3", None)],
+)  # fmt: skip
+def test_sizes_are_read(text: str, size: int | None) -> None:
+    assert bytes_of(text) == size
