@@ -220,7 +220,7 @@ def load(args: argparse.Namespace) -> None:
     try:
         with httpx.Client(timeout=300) as client:
             for number in range(8):  # before anything is measured, all slots have been used
-                streamed(client, server.address, 500 + number)
+                streamed(client, server.address, 300 + number)
             began = time.perf_counter()
             watcher = threading.Thread(target=watch)
             watcher.start()
