@@ -156,7 +156,7 @@ def pruned(folder: Path) -> Path:
     ("options", "dtype"),
     [
         ({}, "float32"),
-        ({"format": "n:m"}, "float32"),
+        ({"format": "n-of-m"}, "float32"),
         ({"values": "int8", "embeddings": "int8"}, "float32"),
         ({"values": "int4", "group_size": 32}, "float32"),
         ({"values": "int4", "group_size": 32, "archive": True}, "float16"),
