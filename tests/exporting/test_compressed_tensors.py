@@ -17,6 +17,7 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import ArchitectureError, ShapeError
 from secateur.exporting.compressed_tensors import pack_int32
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.whole import load_whole
 from tiny import save_tiny
 from zoo import MIXTURES, tiny_windows
 
@@ -247,6 +248,30 @@ def library() -> Any:
     return pytest.importorskip(
         "compressed_tensors", reason="compressed-tensors is not installed (pip install -e .[dev])"
     )
+
+
+def test_evaluation_judges_rounded_weights_and_activations(library, tmp_path: Path) -> None:
+    """What `secateur evaluate` loads rounds the inputs of linears too, about as an engine does."""
+    source = pruned(tmp_path)
+    export(tmp_path / "out", source, "w8a8")
+    judged = load_whole(tmp_path / "out", torch.device("cpu"))
+    ours, stored = secateur.load(source), tensors_of(tmp_path / "out")
+    linears = {n: m for n, m in ours.named_modules() if f"{n}.weight_scale" in stored}
+    ids = tiny_windows(2, 12)
+
+    def rounded(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        scale = inputs[0].abs().amax(dim=-1, keepdim=True) / 127
+        return ((inputs[0] / scale).round() * scale,)
+
+    with torch.no_grad():
+        for name, module in linears.items():
+            assert torch.equal(judged.get_submodule(name).weight, weight_in(stored, name, 8))
+            module.weight.copy_(weight_in(stored, name, 8))
+        theirs, weights_alone = judged.model(ids)[0], ours.model(ids)[0]
+        for module in linears.values():
+            module.register_forward_pre_hook(rounded)
+        lost = (ours.model(ids)[0] - weights_alone).abs().mean()
+    assert 0.5 * lost < (theirs - weights_alone).abs().mean() < 2 * lost
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])

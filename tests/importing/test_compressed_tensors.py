@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur.errors import ArchitectureError, CheckpointError
+from secateur.errors import ArchitectureError, CheckpointError, SecateurError
 from secateur.importing import ImportSource, import_formats
 from secateur.models.checkpoint import CheckpointReader
 
@@ -195,3 +195,44 @@ def test_a_weight_and_its_parts_at_once_are_refused(tmp_path: Path) -> None:
     parts["weight"] = torch.ones(64, 128)
     with pytest.raises(CheckpointError, match="and so is its bitmask"):
         read(tmp_path, parts, told["config"])
+
+
+def spoiled(tensor: Tensor, random: torch.Generator) -> Tensor:
+    """A part as a hostile file might have it: other numbers, another shape, another dtype."""
+
+    def draw(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=random))
+
+    way = draw(6)
+    if way == 0:
+        return tensor.reshape(-1)[: draw(tensor.numel() + 1)].clone()
+    if way == 1:
+        return tensor.unsqueeze(draw(tensor.ndim + 1))
+    if way == 2:
+        dtypes = [torch.int8, torch.int64, torch.float32, torch.uint8, torch.bool, torch.int16]
+        return tensor.to(torch.float32).to(dtypes[draw(6)])
+    if way == 3:
+        return torch.cat([tensor, tensor]) if tensor.ndim else tensor.repeat(3)
+    changed = tensor.clone().reshape(-1).view(torch.uint8)
+    for _ in range(1 + draw(4)):
+        changed[draw(len(changed))] = draw(256)
+    return changed.view(tensor.dtype).view(tensor.shape)
+
+
+def test_hostile_parts_end_in_an_error_of_ours_or_in_numbers(tmp_path: Path) -> None:
+    random, refused, read_anyway = torch.Generator().manual_seed(0), 0, 0
+    for turn in range(300):
+        case = CASES[turn % len(CASES)]
+        parts, told = golden(case)
+        names = sorted(parts)
+        name = names[int(torch.randint(len(names), (), generator=random))]
+        parts[name] = spoiled(parts[name], random)
+        try:
+            weight = read(tmp_path, parts, told["config"]).read("layer.weight")
+        except SecateurError:
+            refused += 1
+        else:
+            assert weight.isfinite().all()
+            read_anyway += 1
+    assert refused > 100
+    assert read_anyway > 20  # another number in a weight cannot be told from the right one

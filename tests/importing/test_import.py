@@ -18,6 +18,7 @@ from commands import Outcome
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runs.records import Import, Manifest, read_record
+from slow import slow_but
 from tiny import save_tiny
 from zoo import matrices, weight_of
 
@@ -54,7 +55,7 @@ def with_zeros(place: Path, shards: int = 1, dtype: torch.dtype = torch.float32)
     return place
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", slow_but({3}, [1, 3]))
 def test_plain_folders_keep_every_byte_and_say_their_patterns(shards: int, tmp_path: Path) -> None:
     source = with_zeros(tmp_path / "wanda", shards, torch.bfloat16)
     result = secateur.import_model(source, output=tmp_path / "out")
@@ -156,7 +157,7 @@ def test_a_pair_without_its_half_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("ending", ["", ".weight", ".weight_mask", ".mask"])
+@pytest.mark.parametrize("ending", slow_but({".weight"}, ["", ".weight", ".weight_mask", ".mask"]))
 def test_masks_of_a_file_are_applied_to_a_dense_model(ending: str, tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense", dtype=torch.bfloat16, **FEW)
     before = load_file(dense / "model.safetensors")
@@ -214,7 +215,7 @@ def adapter_for(model: Any, place: Path, **options: Any) -> Path:
     return place
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but({torch.bfloat16}, [torch.float32, torch.bfloat16]))
 def test_an_adapter_of_peft_is_merged_and_no_zero_is_filled(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:

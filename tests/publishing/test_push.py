@@ -146,6 +146,7 @@ def test_a_dry_run_sends_nothing_and_shows_everything(
     assert found["zeros"] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.slow
 def test_packed_and_imported_folders_go_too(hub: Hub, pruned: Path, tmp_path: Path) -> None:
     package.compress(pruned, output=tmp_path / "small", values="int8")
     package.push(tmp_path / "small", REPO)

@@ -199,7 +199,7 @@ def test_an_aborted_request_frees_its_slot(serve: Start, stream: bool) -> None:
 def test_a_full_queue(serve: Start) -> None:
     server = serve(slots=1, queue=1)
     server.slow_down(0.02)
-    body = {"prompt": "x", "max_tokens": 100, "temperature": 0}
+    body = {"prompt": "x", "max_tokens": 40, "temperature": 0}
     connections = [raw(server, *request(body))]
     server.until(lambda: server.scheduler.running)
     connections.append(raw(server, *request(body)))

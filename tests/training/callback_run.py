@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from learning import SEQUENCES, pruned_model, zeros
 from test_callback import trainer_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from secateur import SecateurCallback
-from secateur.errors import VerificationError
+from secateur.errors import RecipeError, VerificationError
 from secateur.training.parts import whole
 
 
@@ -60,15 +62,24 @@ def with_fsdp2() -> None:
     broken = model.model.layers[0].mlp.up_proj.weight.to_local()
     if torch.distributed.get_rank() == 1:  # all processes must stop for the fault of one
         broken.data.fill_(1.0)
-    try:
+    with pytest.raises(VerificationError, match="pruned weights are not zero"):
         callback.on_train_end(*settings, **given)
-    except VerificationError:
-        return
-    raise AssertionError("lost zeros were not noticed in every process")
+
+
+def other_axes_are_refused() -> None:
+    """Columns of a matrix shared out, as tensor parallelism does."""
+    model, mesh = pruned_model(), init_device_mesh("cpu", (2,))
+    linear = model.model.layers[0].mlp.up_proj
+    shared = distribute_tensor(linear.weight.detach(), mesh, [Shard(1)])
+    linear.weight = torch.nn.Parameter(shared)
+    settings = (SimpleNamespace(deepspeed=None), None, None)
+    with pytest.raises(RecipeError, match="other axes than rows"):
+        SecateurCallback().on_train_begin(*settings, model=model)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with_ddp(Path(sys.argv[1]))
     with_fsdp2()
+    other_axes_are_refused()
     torch.distributed.destroy_process_group()

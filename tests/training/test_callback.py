@@ -10,11 +10,13 @@ import torch
 import transformers
 from learning import SEQUENCES, pruned_model, zeros
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import secateur
 from secateur.errors import RecipeError, VerificationError
 from secateur.models.skeleton import quiet_transformers
 from secateur.training.masks import Masks
+from slow import slow_but
 from zoo import CONFIGS
 
 DATA = [{"input_ids": row, "labels": row} for row in SEQUENCES]
@@ -65,7 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but({"plain", "accumulated"}, WAYS))
 def test_the_trainer_keeps_every_zero_with_the_callback_alone(way: str, tmp_path: Path) -> None:
     model = pruned_model()
     gone, before = zeros(model), {n: p.clone() for n, p in model.named_parameters()}
@@ -143,7 +145,7 @@ def test_moments_of_a_training_without_masks_do_not_come_back(tmp_path: Path) ->
     assert kept_and_lost(gone, dict(again.model.named_parameters()))[1] == 0
 
 
-@pytest.mark.parametrize("asked", ["steps", "epoch"])
+@pytest.mark.parametrize("asked", slow_but({"steps"}, ["steps", "epoch"]))
 def test_a_model_that_lost_zeros_is_not_saved(asked: str, tmp_path: Path) -> None:
     model = pruned_model()
     name = "model.layers.1.mlp.up_proj.weight"
@@ -175,8 +177,13 @@ def test_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "masks"))
     with pytest.raises(RecipeError, match="DeepSpeed"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    with pytest.raises(RecipeError, match="fsdp_version 2"):
+    trainer.args.deepspeed = None
+    flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    torch.nn.Module.__init__(flat)
+    trainer.model.add_module("flat", flat)
+    with pytest.raises(RecipeError, match="FSDP 1") as raised:
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert "fsdp_version 2" in str(raised.value.remedy)
 
 
 def adapted_by_peft(model: Any, **options: Any) -> Any:
@@ -191,7 +198,7 @@ def adapted_by_peft(model: Any, **options: Any) -> Any:
         return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize("kind", slow_but([{}], [{}, {"use_dora": True}, {"use_rslora": True}]))
 def test_adapters_trained_elsewhere_merge_into_the_zeros(kind: Any, tmp_path: Path) -> None:
     model = pruned_model()
     gone = zeros(model)

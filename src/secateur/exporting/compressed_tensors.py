@@ -101,13 +101,18 @@ class Scheme:
 
         Integers that the source stores, or that its weights are on, stay what they are.
         """
-        if self.group is not None:
+        groups = 1 if self.group is None else weight.shape[1] // self.group
+        stored = source.reader.integers(name) if isinstance(source.reader, DenseView) else None
+        if stored is not None and stored.bits <= self.bits and stored.scale.shape[1] == groups:
+            codes, scale = stored.codes, stored.scale
+        elif self.group is None:
+            codes, row_scale = quantize_rows(weight)
+            scale = row_scale[:, None]
+        else:
             codes, scales = GroupGrid(self.bits, self.group).quantize(weight)
-            used = codes.view(len(codes), -1, self.group).count_nonzero(2) > 0
-            return codes, scales.values.masked_fill_(~used, 1.0).to(self.scale)
-        stored = source.reader.int8_rows(name) if isinstance(source.reader, DenseView) else None
-        codes, scale = stored or quantize_rows(weight)
-        return codes, scale[:, None].to(self.scale)
+            scale = scales.values
+        used = codes.view(len(codes), groups, -1).count_nonzero(2) > 0
+        return codes, scale.masked_fill(~used, 1.0).to(self.scale)
 
     def weight(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The weights that the engine computes with, float32 [out, in]."""

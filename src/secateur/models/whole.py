@@ -46,4 +46,9 @@ def load_whole(
         )
     # transformers draws missing ones at random, and says so only in its log
     refuse_missing(sorted(report["missing_keys"]), {}, folder)
-    return loaded.to(device).eval()
+    loaded = loaded.to(device).eval()
+    if getattr(loaded, "hf_quantizer", None) is not None:
+        # compressed-tensors expands weights when the whole model is called first; we call its parts
+        with torch.no_grad():
+            loaded(torch.zeros(1, 1, dtype=torch.long, device=device))
+    return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,26 @@ from torch import Tensor
 
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.header import TensorEntry, parse_json
+from secateur.quantization.groups import Scales
 from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
-__all__ = ["DenseView", "open_checkpoint"]
+__all__ = ["DenseView", "StoredIntegers", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class StoredIntegers:
+    """A matrix of integers with scales.
+
+    Attributes:
+        bits: of an integer.
+        codes: the integers, int8 [out, in].
+        scale: float32 [out, groups].
+    """
+
+    bits: int
+    codes: Tensor
+    scale: Tensor
 
 
 class DenseView(CheckpointReader):
@@ -68,22 +85,26 @@ class DenseView(CheckpointReader):
         weight = weight.to(self.entries[name].dtype)
         return weight.t().contiguous() if layout.transposed else weight
 
-    def int8_rows(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The integers [out, in] and the scales, float32 [out], of a matrix stored as int8.
+    def integers(self, name: str) -> StoredIntegers | None:
+        """A matrix as it is stored, if it is stored as integers; None for any other tensor.
 
-        None for any other tensor. The dense matrix may have fewer bits than scale times integer.
+        The dense matrix in the dtype of the computation may have fewer bits than scale times
+        integer.
 
         Raises:
             CheckpointError: damaged.
         """
         owner = name.removesuffix(".weight")
         layout = self.packed.layouts.get(owner)
-        if layout is None or owner == name or layout.values != "int8":
+        if layout is None or owner == name or not layout.integers:
             return None
         parts = self.packed.parts(owner)
         mask, values = formats[layout.format].kept(parts, layout)
         codes = torch.zeros(layout.shape, dtype=torch.int8).masked_scatter_(mask, values)
-        return codes, parts["weight_scale"]
+        if layout.grid is None:
+            return StoredIntegers(8, codes, parts["weight_scale"][:, None])
+        scales = Scales(parts["weight_exponent"], parts["weight_scale"])
+        return StoredIntegers(layout.grid.bits, codes, scales.values)
 
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors one after the other, read, since packed ones cannot be mapped."""

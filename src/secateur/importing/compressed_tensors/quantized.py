@@ -58,6 +58,9 @@ def quantized_assembly(
     """
     if "weight_scale" not in parts:
         raise damaged("there is no weight_scale beside it", next(iter(parts.values())))
+    for role in ("weight_scale", "weight_zero_point"):
+        if role in parts and len(reader.entries[parts[role]].shape) > 2:
+            raise damaged(f"{role} has more than two dimensions", parts[role])
     if "weight_packed" in parts:
         shape, bits = packed_shape(reader, parts, widths)
         make, stored_as = partial(from_words, bits=bits, shape=shape), f"pack-quantized int{bits}"
@@ -133,7 +136,7 @@ def from_words(parts: Parts, bits: int, shape: tuple[int, int]) -> Tensor:
     """The matrix of packed integers, float64."""
     integers = words(parts["weight_packed"], bits)
     zero = parts.get("weight_zero_point")
-    if zero is not None and zero.dtype == torch.int32:
+    if zero is not None and zero.dtype == torch.int32 and zero.ndim == 2:
         zero = words(zero.t(), bits)[:, : shape[0]].t() - 2 ** (bits - 1)
         parts = {**parts, "weight_zero_point": zero}
     return scaled(integers[:, : shape[1]] - 2 ** (bits - 1), parts)

@@ -1,0 +1,66 @@
+"""The tensors that vLLM gets from a folder: dense ones, or 4-bit integers as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.exporting.compressed_tensors import CPU_MULTIPLE, Scheme
+from secateur.models.sources import resolve
+from secateur.runtime.dense_view import DenseView, open_checkpoint
+from secateur.runtime.packed import PackedCheckpoint, is_packed
+
+__all__ = ["FOUR_BIT_DTYPES", "folder_of", "four_bits", "tensors_of"]
+
+FOUR_BIT_DTYPES = (torch.bfloat16, torch.float16)
+"""The dtypes in which vLLM's kernels multiply 4 bits."""
+
+
+def folder_of(model: str, revision: str | None) -> Path:
+    """The folder of a model: itself, or a download of the hub."""
+    return resolve(f"{model}@{revision}" if revision else model).folder
+
+
+def tensors_of(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder, verified, as vLLM takes them.
+
+    Args:
+        folder: compressed or not.
+        dtype: of the computation.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    if not is_packed(folder):
+        reader = open_checkpoint(folder)
+        yield from ((name, reader.read(name)) for name in reader.entries)
+        return
+    packed = PackedCheckpoint(folder)
+    scheme = four_bits(packed, dtype)
+    view = DenseView(packed, computed=dtype)
+    for name in view.entries:
+        stored = view.integers(name) if scheme is not None else None
+        if scheme is not None and stored is not None:
+            owner = name.removesuffix(".weight")
+            yield from scheme.tensors(owner, stored.codes, stored.scale.to(dtype))
+        else:
+            yield name, view.read(name)
+
+
+def four_bits(packed: PackedCheckpoint, dtype: torch.dtype) -> Scheme | None:
+    """How the matrices of a folder stay in 4 bits; None if they cannot."""
+    layouts = packed.layouts.values()
+    groups = {layout.group or 0 for layout in layouts}
+    if dtype not in FOUR_BIT_DTYPES or len(groups) != 1 or 0 in groups:
+        return None
+    group = groups.pop()
+    whole = all(
+        layout.shape[1] % group == 0 and not any(side % CPU_MULTIPLE for side in layout.shape)
+        for layout in layouts
+    )
+    if not whole or any(layout.transposed for layout in layouts):
+        return None
+    return Scheme(4, packed=True, group=group, activations=None, scale=dtype)

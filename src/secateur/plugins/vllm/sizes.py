@@ -1,0 +1,140 @@
+"""The configuration of a model whose layers differ in size, for vLLM."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import LlamaConfig
+
+from secateur.errors import ArchitectureError
+from secateur.models.varied import MODEL_TYPE
+
+__all__ = ["ARCHITECTURE", "AttentionSizes", "FFNSizes", "LayerSizes", "VariedSizes"]
+
+ARCHITECTURE = "SecateurVariedForCausalLM"
+"""What models with layers of different sizes are called in vLLM."""
+
+BASES = ("llama", "mistral")
+"""The base classes whose layers vLLM computes like transformers where they differ in size."""
+
+RESIZED = r"model\.layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+REMOVED = {"self_attn": "attention", "mlp": "ffn"}
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """The attention of a layer, under the names that vLLM reads.
+
+    Attributes:
+        heads: query heads; 0 where there is no attention.
+        kv_heads: KV heads.
+    """
+
+    heads: int
+    kv_heads: int
+
+    @property
+    def no_op(self) -> bool:
+        """Whether there is none."""
+        return self.heads == 0
+
+    @property
+    def n_heads_in_group(self) -> int:
+        """Query heads for each KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class FFNSizes:
+    """The FFN of a layer, under the names that vLLM reads.
+
+    Attributes:
+        intermediate_size: its neurons; 0 where there is no FFN.
+    """
+
+    intermediate_size: int
+
+    @property
+    def no_op(self) -> bool:
+        """Whether there is none."""
+        return self.intermediate_size == 0
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """One decoder layer."""
+
+    attention: AttentionSizes
+    ffn: FFNSizes
+
+
+class VariedSizes(LlamaConfig):
+    """The `config.json` of a varied model, where vLLM runs. vLLM reads `block_configs`."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration.
+
+        Raises:
+            ArchitectureError: vLLM has no class for such layers.
+        """
+        refuse_others(config_dict)
+        own = {**config_dict, "architectures": [ARCHITECTURE]}
+        own.pop("auto_map", None)
+        return super().from_dict(own, **kwargs)
+
+    @property
+    def block_configs(self) -> list[LayerSizes]:
+        """The sizes of every layer."""
+        cut: Mapping[str, Any] = self.secateur_cut
+        absent, shapes = cut.get("absent", {}), cut.get("shapes", {})
+
+        def rows(name: str, otherwise: int) -> int:
+            shape = shapes.get(name)
+            return otherwise if shape is None else int(shape[0])
+
+        head = int(self.head_dim or 0)
+        usual = (("q", self.num_attention_heads), ("k", self.num_key_value_heads or 0))
+        found = []
+        for index in range(self.num_hidden_layers):
+            layer = f"model.layers.{index}"
+            heads, kv_heads = (
+                rows(f"{layer}.self_attn.{part}_proj", count * head) // head
+                for part, count in usual
+            )
+            ffn = rows(f"{layer}.mlp.gate_proj", self.intermediate_size)
+            if f"{layer}.self_attn" in absent:
+                heads = 0
+            if f"{layer}.mlp" in absent:
+                ffn = 0
+            found.append(LayerSizes(AttentionSizes(heads, kv_heads), FFNSizes(ffn)))
+        return found
+
+
+def refuse_others(config: Mapping[str, Any]) -> None:
+    """Refuse what the class of vLLM would compute differently.
+
+    Raises:
+        ArchitectureError: says what.
+    """
+    base, cut = config.get("base_model_type"), config.get("secateur_cut", {})
+    resized = [n for n in cut.get("shapes", {}) if not re.fullmatch(RESIZED, n)]
+    why = None
+    if base not in BASES:
+        why = f"vLLM has no class for layers of different sizes of a {base} model"
+    elif config.get("sliding_window"):
+        why = "vLLM's class for layers of different sizes has no sliding window"
+    elif resized:
+        why = f"vLLM cannot resize {resized[0]}"
+    if why is not None:
+        raise ArchitectureError(
+            why,
+            where="config.json",
+            remedy=f"cut with --pad or to one size for all layers; of {', '.join(BASES)} models, "
+            "heads, neurons and sub-blocks may differ",
+        )
