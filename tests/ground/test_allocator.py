@@ -18,7 +18,7 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 def use():
-    blocks = [torch.ones(2**20, dtype=torch.uint8) for _ in range(300)]
+    blocks = [torch.ones(2**20, dtype=torch.uint8) for _ in range({count})]
     return resident() - before
 
 torch.set_num_threads(1)
@@ -37,17 +37,18 @@ print(used, freed, largest, resident() - before)
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the allocator is not glibc's"
 )
 @pytest.mark.parametrize(
-    ("arguments", "stays"), [("", 60), ("TRAINING_BLOCK_BYTES, TRAINING_BYTES", 290)]
+    ("arguments", "count"), [("", 50), ("TRAINING_BLOCK_BYTES, TRAINING_BYTES", 300)]
 )
-def test_freed_blocks_stay_until_the_end(arguments: str, stays: int) -> None:
+def test_freed_blocks_stay_until_the_end(arguments: str, count: int) -> None:
+    """By default 64 MiB may lie free at the end of the heap; in a training everything."""
     told = subprocess.run(
-        [sys.executable, "-c", MEASURED.format(arguments=arguments)],
+        [sys.executable, "-c", MEASURED.format(arguments=arguments, count=count)],
         check=True,
         capture_output=True,
         text=True,
     )
     used, freed, largest, after = map(int, told.stdout.split())
-    assert 290 <= used <= 330
-    assert stays <= freed <= used
+    assert count - 10 <= used <= count + 30
+    assert count - 10 <= freed <= used
     assert largest <= freed + 8, "a block that is larger than all others stayed"
     assert after < 30

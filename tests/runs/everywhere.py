@@ -274,7 +274,8 @@ def warm_up() -> None:
     made its own pool yet fails now and then.
     """
     for module in pkgutil.walk_packages(secateur.__path__, "secateur."):
-        if module.name.rpartition(".")[2] not in ("__main__", "_native"):
+        last = module.name.rpartition(".")[2]
+        if last not in ("__main__", "_native") and ".plugins." not in module.name:
             importlib.import_module(module.name)
     for name in ("transformers.models.llama.modeling_llama", "tokenizers", "matplotlib.pyplot"):
         importlib.import_module(name)
