@@ -126,7 +126,7 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "export",
-            "Write a model for another engine: llama.cpp (GGUF).",
+            "Write a model for another engine: llama.cpp, vLLM, ONNX Runtime, OpenVINO, torch.",
             "secateur.recipes.export:ExportRecipe",
             "secateur.workflows.export:export",
         ),
