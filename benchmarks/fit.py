@@ -87,7 +87,7 @@ def rows(args: argparse.Namespace) -> None:
         quantized = search.menu.best(budget, search.allowed("quantize"))
         best = search.menu.best(budget)
         starts = [p.candidate for p in singles if p.cost <= budget]
-        starts += [x for x in (best, quantized) if x is not None]
+        starts += [x for x in (best, quantized) if x is not None] + search.between(budget)
         winner = search.refined(starts, budget, run.evolution)
         only = [p for p in singles if p.families == "quantize" or p.candidate[0] == 0]
         kept(size, "single, rounded", single_within(only, budget))

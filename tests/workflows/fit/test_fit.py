@@ -10,6 +10,8 @@ import torch
 
 import secateur
 from secateur.calibration.windows import save_windows
+from secateur.engine.choose.budgeted import Menu
+from secateur.engine.choose.fitting import FitSearch
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.recipes.fit import bytes_of
@@ -75,6 +77,16 @@ def test_the_winner_is_no_worse_than_what_it_began_with(place: Path) -> None:
     assert fitting
     assert found["winner"]["divergence"] <= min(fitting)  # type: ignore[index]
     assert found["winner"]["cost"] <= budget  # type: ignore[index]
+
+
+def test_the_search_also_begins_near_single_levels() -> None:
+    search = FitSearch.__new__(FitSearch)
+    search.names, search.levels = ["a", "b", "c"], [None, None, None]  # type: ignore[list-item]
+    search.menu = Menu(((8.0, 4.0, 2.0),) * 3, ((0.0, 0.1, 0.9), (0.0, 0.5, 0.9), (0.0, 0.1, 0.2)))
+    # 12 is all of the middle one; within 10 one linear has to go on, the one that loses the least
+    assert (1, 1, 2) in search.between(10.0)
+    assert all(search.menu.total(x) <= 10.0 for x in search.between(10.0))
+    assert search.between(100.0) == []
 
 
 def test_the_packed_model_loads_and_generates(place: Path) -> None:

@@ -176,6 +176,17 @@ class FitSearch:
         self.progress.finish()
         return points
 
+    def between(self, budget: float) -> list[Candidate]:
+        """Mixes of two levels each, one too large for a budget and one that fits.
+
+        They stay near a single level, so they do not depend on the survey as much as others.
+        """
+        count = range(len(self.levels))
+        totals = [self.menu.total((n,) * len(self.names)) for n in count]
+        pairs = [(a, b) for a in count for b in count if totals[b] <= budget < totals[a]]
+        found = (self.menu.best(budget, pair) for pair in pairs)
+        return list(dict.fromkeys(candidate for candidate in found if candidate is not None))
+
     @torch.no_grad()
     def refined(
         self, starts: Sequence[Candidate], budget: float, evolution: Callable[[int], Evolution]

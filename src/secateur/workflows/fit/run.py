@@ -235,6 +235,7 @@ class FitRun:
         best = search.menu.best(budget)
         quantized = search.menu.best(budget, search.allowed("quantize"))
         starts += [candidate for candidate in (best, quantized) if candidate is not None]
+        starts += search.between(budget)
         winner = search.refined(starts, budget, self.evolution)
         rivals = {
             "the best single technique": single_within(singles, budget),
