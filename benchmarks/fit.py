@@ -53,9 +53,7 @@ def rows(args: argparse.Namespace) -> None:
     rest = other_bytes(reader, matrices)
     args.work.mkdir(parents=True, exist_ok=True)
     run = FitRun(recipe, source, reader, matrices, args.work, Silent())
-    linears = [m.linear for m in matrices.values() if m.prunable]
-    costs = {n: [float(one.level.bytes_of[n]) for one in run.levels] for n in linears}
-    search = run.search(costs)
+    search = run.search()
     singles = search.singles()
     search.survey(run.probe)
     options = CalibrationWindows(windows=16, sequence_length=512)
@@ -63,7 +61,7 @@ def rows(args: argparse.Namespace) -> None:
     texts = {"c4": run.losses(search, run.judged, "c4.jsonl"),
              "wiki": run.losses(search, wiki, "wiki.jsonl")}  # fmt: skip
     tokens = {"c4": run.judged.numel(), "wiki": wiki.numel()}
-    dense = {name: measure([(0,) * len(linears)], tokens[name], 0)[0]
+    dense = {name: measure([(0,) * len(search.names)], tokens[name], 0)[0]
              for name, measure in texts.items()}  # fmt: skip
 
     def kept(size: float, contender: str, candidate: Any) -> None:

@@ -19,8 +19,6 @@ from secateur.errors import RecipeError
 class ByBytes:
     """Every step takes as long as the weights have gigabytes."""
 
-    basis = "estimated"
-
     def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
         return Estimate.exact(weight_bytes(model, option) / 1e9)
 

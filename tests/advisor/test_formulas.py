@@ -117,8 +117,6 @@ def test_a_batch_reads_the_experts_that_it_hits(facts: Facts) -> None:
 class Fixed:
     """A device with simple times: 10 ms for a step of any batch, 1 ms for a token of a prompt."""
 
-    basis = "estimated"
-
     def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
         return Estimate.exact(0.01)
 

@@ -31,7 +31,7 @@ DAY_SECONDS = 86400
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a service.
+    """The load of a service, and its bounds.
 
     Attributes:
         requests_per_day: on an average day.
@@ -141,7 +141,7 @@ def capacity_of(
         model: not cut yet.
         option: the way.
         device: what it runs on.
-        load: what is asked.
+        load: requests, tokens and latencies.
     """
     shape = option.shape(model)
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-__all__ = ["ESTIMATED", "MEASURED", "PUBLISHED", "Basis", "Estimate", "Figure"]
+__all__ = ["ESTIMATED", "MEASURED", "PUBLISHED", "Estimate"]
 
-Basis = Literal["measured here", "published", "estimated"]
-
-MEASURED: Basis = "measured here"
-PUBLISHED: Basis = "published"
-ESTIMATED: Basis = "estimated"
+MEASURED = "measured here"
+PUBLISHED = "published"
+ESTIMATED = "estimated"
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,10 @@ class Estimate:
         """The multiple by a number that is not negative."""
         return Estimate(self.low * factor, self.typical * factor, self.high * factor)
 
+    def times(self, other: Estimate) -> Estimate:
+        """The product; both low ends together, both high ends together."""
+        return Estimate(self.low * other.low, self.typical * other.typical, self.high * other.high)
+
     def larger(self, other: Estimate) -> Estimate:
         """The larger one, end by end."""
         return Estimate(
@@ -54,20 +55,3 @@ class Estimate:
             max(self.typical, other.typical),
             max(self.high, other.high),
         )
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number that the advice shows.
-
-    Attributes:
-        value: with its range.
-        unit: such as `ms`.
-        basis: measured here, published or estimated.
-        source: the formula, or the place where it was published.
-    """
-
-    value: Estimate
-    unit: str
-    basis: Basis
-    source: str

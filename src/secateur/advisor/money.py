@@ -82,10 +82,7 @@ class APICost:
 
 def cost_of(found: Capacity, load: Load, price: Estimate) -> ServingCost:
     """What serving costs. Low joins few devices with a low price, high many with a high one."""
-    devices = found.devices
-    hour = Estimate(
-        devices.low * price.low, devices.typical * price.typical, devices.high * price.high
-    )
+    hour = found.devices.times(price)
     tokens = load.requests_per_day * MONTH_DAYS * load.context
     month = hour * MONTH_HOURS
     return ServingCost(month, hour * YEAR_HOURS, month * (1e6 / tokens))
@@ -106,8 +103,7 @@ def making_of(model: ModelShape, option: CompressionWay, facts: Facts) -> Making
         reached = Estimate(*facts.training_compute)
         hours = hours + reached.map(lambda e: work / (device.tflops["bf16"] * 1e12 * e) / 3600)
         formula += f"; distillation on {option.structure.tokens / 1e9:g} billion tokens"
-    price = Estimate(*device.usd_per_hour)
-    usd = Estimate(hours.low * price.low, hours.typical * price.typical, hours.high * price.high)
+    usd = hours.times(facts.price(device))
     return Making(hours, usd, formula if passes else "nothing to make")
 
 

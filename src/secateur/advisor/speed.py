@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from secateur.advisor.estimate import ESTIMATED, MEASURED, Basis, Estimate
+from secateur.advisor.estimate import Estimate
 from secateur.advisor.facts import Efficiency, Hardware
 from secateur.advisor.memory import kv_bytes_per_token
 from secateur.advisor.options import CompressionWay
@@ -32,11 +32,6 @@ PARALLEL_EFFICIENCY = 0.85
 
 class TimeModel(Protocol):
     """Predicts times on a device."""
-
-    @property
-    def basis(self) -> Basis:
-        """Where the numbers are from."""
-        ...
 
     def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
         """Seconds until every sequence of a batch has one more token.
@@ -78,28 +73,22 @@ class Roofline:
     devices: int = 1
 
     @property
-    def basis(self) -> Basis:
-        """Nothing is measured."""
-        return ESTIMATED
-
-    @property
     def together(self) -> float:
         """How many single devices all of them equal."""
         return self.devices * (PARALLEL_EFFICIENCY if self.devices > 1 else 1.0)
 
     def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
         """See the module: the larger of reading and computing, and the overhead of layers."""
-        linears = weights_read(model, batch) * option.bits / 8
-        if option.zeros.decode is not None:  # bytes do not decide; a measured gain does
-            linears = weights_read(model, batch) * option.values.bits / 8
+        gain = option.zeros.decode  # measured; where there is none, the bytes decide
+        bits = option.bits if gain is None else option.values.bits
+        linears = weights_read(model, batch) * bits / 8
         cache = batch * context * kv_bytes_per_token(model)
         rest = model.head * option.head_bits / 8 + cache
-        gain = option.zeros.decode or Estimate.exact(1.0)
-        scale = (1 / gain.high, 1 / gain.typical, 1 / gain.low)
+        scale = (gain or Estimate.exact(1.0)).map(lambda factor: 1 / factor)
         assert self.device.bandwidth_gb_s is not None
         bandwidth = self.device.bandwidth_gb_s * 1e9 * self.together
-        ends = zip(scale, reversed(self.efficiency.bandwidth), strict=True)
-        reading = Estimate(*((linears * s + rest) / (bandwidth * e) for s, e in ends))
+        reached = Estimate(*self.efficiency.bandwidth).map(lambda e: 1 / (bandwidth * e))
+        reading = (scale * linears + Estimate.exact(rest)).times(reached)
         attention = 4 * context * model.layers * model.attention_width
         computing = self.computing(option, batch * (2 * model.per_token + attention))
         overhead = Estimate(*self.efficiency.layer_microseconds) * (1e-6 * model.layers)
@@ -146,11 +135,6 @@ class Measured:
     model: ModelShape
     times: Mapping[tuple[str, str], TokenTimes]
     spread: float = 0.15
-
-    @property
-    def basis(self) -> Basis:
-        """The kernels were timed here."""
-        return MEASURED
 
     def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
         """Sequences decode one after the other; a cut model's layers take as much less time."""

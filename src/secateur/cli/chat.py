@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from secateur.cli.generate import told_defaults, write
+from secateur.cli.generate import opened, told_defaults, write
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
@@ -19,18 +19,7 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops a
 
 def run(recipe: ChatRecipe, *, as_json: bool) -> None:
     """Answer line by line until the input ends."""
-    from secateur.runtime.generation_config import sampling_with
-    from secateur.workflows.judge.generate import Conversation
-
-    sampling_with({}, recipe.drawing())  # a bad number is an error before any work
-    conversation = Conversation(
-        recipe.model,
-        max_new_tokens=recipe.max_new_tokens,
-        sampling=recipe.drawing(),
-        stop=recipe.stop,
-        system=recipe.system,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    conversation = opened(recipe)
     typed = sys.stdin.isatty()
     if typed:
         import_line_editing()

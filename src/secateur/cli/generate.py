@@ -8,27 +8,15 @@ from typing import TYPE_CHECKING
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.generate import GenerateRecipe
+    from secateur.recipes.generate import ChatRecipe, GenerateRecipe
     from secateur.workflows.judge.generate import Conversation
 
-__all__ = ["generate", "told_defaults", "write"]
+__all__ = ["generate", "opened", "told_defaults", "write"]
 
 
 def run(recipe: GenerateRecipe, *, as_json: bool) -> None:
     """Continue a prompt on the CPU. Packed linears stay packed."""
-    from secateur.runtime.generation_config import sampling_with
-    from secateur.workflows.judge.generate import Conversation
-
-    sampling_with({}, recipe.drawing())  # a bad number is an error before any work
-    conversation = Conversation(
-        recipe.model,
-        max_new_tokens=recipe.max_new_tokens,
-        sampling=recipe.drawing(),
-        stop=recipe.stop,
-        chat=recipe.chat,
-        system=recipe.system,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    conversation = opened(recipe, chat=recipe.chat)
     prompt = recipe.prompt
     if prompt is None:
         if sys.stdin.isatty():
@@ -38,6 +26,28 @@ def run(recipe: GenerateRecipe, *, as_json: bool) -> None:
             )
         prompt = sys.stdin.read().rstrip("\n")
     answer(conversation, prompt, as_json)
+
+
+def opened(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Conversation:
+    """Load the model of a recipe.
+
+    Args:
+        recipe: the model, and how tokens are drawn.
+        chat: whether to use the chat template; None: if there is one.
+    """
+    from secateur.runtime.generation_config import sampling_with
+    from secateur.workflows.judge.generate import Conversation
+
+    sampling_with({}, recipe.drawing())  # a bad number is an error before any work
+    return Conversation(
+        recipe.model,
+        max_new_tokens=recipe.max_new_tokens,
+        sampling=recipe.drawing(),
+        stop=recipe.stop,
+        chat=chat,
+        system=recipe.system,
+        trust_remote_code=recipe.trust_remote_code,
+    )
 
 
 def answer(conversation: Conversation, prompt: str, as_json: bool) -> None:

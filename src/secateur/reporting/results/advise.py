@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.advisor.advice import Advice, Considered, Need
 from secateur.advisor.capacity import Capacity, Load
-from secateur.advisor.estimate import ESTIMATED, PUBLISHED, Estimate
+from secateur.advisor.estimate import ESTIMATED, MEASURED, PUBLISHED, Estimate
 from secateur.advisor.facts import Facts
 from secateur.advisor.memory import GIB
 from secateur.reporting.results.result import Result
@@ -28,7 +28,7 @@ class AdviseResult(Result):
         model: what the user named.
         hardware: its name in the facts.
         facts: what was counted with.
-        load: what is asked of the service.
+        load: requests, tokens and latencies of the service.
         need: the bounds.
         advice: the options and the decision.
         speed_basis: how times were found.
@@ -163,7 +163,7 @@ class AdviseResult(Result):
         """Where each kind of number is from."""
         device, chosen = self.advice.device, self.advice.chosen
         sources = chosen.option.sources(self.facts) if chosen else ()
-        times = "measured here" if self.measured else ESTIMATED
+        times = MEASURED if self.measured else ESTIMATED
         lines = [
             f"times: {times}; {self.speed_basis}",
             f"memory: {ESTIMATED}; formula in docs/advise.md",

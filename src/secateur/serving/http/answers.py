@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 @dataclass
-class Writer:
+class Writer(ABC):
     """Writes the answer of one request.
 
     Args:
@@ -79,13 +80,13 @@ class Writer:
         usage = self.event([], self.usage(answer, end)) if self.include_usage else b""
         return ending + usage + DONE
 
+    @abstractmethod
     def choice(self, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
         """The answer itself."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, text: str | None, chances: Sequence[TokenChance]) -> dict[str, Any]:
         """A piece of it; None is nothing more."""
-        raise NotImplementedError
 
 
 class ChatWriter(Writer):

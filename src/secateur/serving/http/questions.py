@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -84,7 +85,7 @@ class Message(BaseModel):
         return {"role": role, "content": "".join(texts)}
 
 
-class Question(BaseModel):
+class Question(BaseModel, ABC):
     """What both kinds of requests have in common.
 
     Parameters that are unknown, or that this server has not, are errors rather than ignored.
@@ -119,9 +120,9 @@ class Question(BaseModel):
         return self.max_tokens or self.default_tokens
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many tokens are listed beside each one with their probabilities; None: no list."""
-        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:

@@ -16,14 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.calibration.windows import load_windows, save_windows
+from secateur.calibration.windows import load_windows
 from secateur.engine.choose.values import Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import ArchitectureError, RecipeError
+from secateur.errors import ArchitectureError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe
-from secateur.runs.atomic import write_json
 from secateur.runtime.choice import choose_layout, values_for
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.compress.rounding import (
@@ -33,7 +32,8 @@ from secateur.workflows.compress.rounding import (
     told_of,
 )
 from secateur.workflows.compress.storage_plan import settled_values
-from secateur.workflows.prune.prepare import calibration_windows, choose_device
+from secateur.workflows.compress.window_parts import save_parts
+from secateur.workflows.prune.prepare import choose_device
 
 __all__ = ["MixedReader", "MixedValues", "choose_values", "refuse_renamed"]
 
@@ -97,7 +97,7 @@ def choose_values(
     assert recipe.max_loss_increase is not None
     device = choose_device(recipe.device)
     target = CheckpointTarget(reader, None, device, trust_remote_code=recipe.trust_remote_code)
-    fitted, judged = split_windows(recipe, reader.folder, target, work, progress)
+    fitted, judged = split_windows(recipe, target, work, progress)
     linears = {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
     folders = {}
     for values in ROUNDED:
@@ -160,33 +160,22 @@ def with_values(recipe: CompressRecipe, values: str, windows: Path) -> CompressR
 
 
 def split_windows(
-    recipe: CompressRecipe, folder: Path, target: CheckpointTarget, work: Path, progress: Progress
+    recipe: CompressRecipe, target: CheckpointTarget, work: Path, progress: Progress
 ) -> tuple[Path, Tensor]:
     """The file of the windows for the rounding, and the windows that measure the loss.
 
     Raises:
         RecipeError: there is only one window.
     """
-    fitted, judged = work / "fitted.safetensors", work / "judged.safetensors"
-    if not judged.exists():
-        text = recipe.calibration.source
-        assert text is not None
-        progress.start("reading calibration text", 1)
-        windows, record = calibration_windows(
-            text, recipe.calibration, folder, target, trust_remote_code=recipe.trust_remote_code
-        )
-        progress.finish()
-        if len(windows) < 2:
-            raise RecipeError(
-                "one calibration window cannot both fit the rounding and measure the loss",
-                remedy="use --windows 2 or more, better 64",
-            )
-        count = max(1, len(windows) // JUDGED_SHARE)
-        start = record.get("start_tokens", ())
-        write_json(work / "windows.json", record)
-        save_windows(windows[:-count], fitted, start=start)
-        save_windows(windows[-count:], judged, start=start)
-    return fitted, load_windows(judged)
+    files = [work / "fitted.safetensors", work / "judged.safetensors"]
+    text = recipe.calibration.source
+    assert text is not None
+    save_parts(
+        text, recipe.calibration, target, files, JUDGED_SHARE,
+        "both fit the rounding and measure the loss", progress,
+        trust_remote_code=recipe.trust_remote_code,
+    )  # fmt: skip
+    return files[0], load_windows(files[1])
 
 
 def sizes_of(

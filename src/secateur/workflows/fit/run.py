@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.calibration.windows import load_windows, save_windows
+from secateur.calibration.windows import load_windows
 from secateur.engine.choose.fitting import FitSearch, Point
 from secateur.engine.choose.tournament import Lockstep, Tournament, fingerprint
+from secateur.engine.choose.values import StoredVariants
+from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -32,14 +34,15 @@ from secateur.sparsity.evolution import Candidate, Evolution
 from secateur.workflows.compress.mixed_values import MixedReader
 from secateur.workflows.compress.pack import ChosenValues, pack_into
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
+from secateur.workflows.compress.window_parts import save_parts
 from secateur.workflows.fit.levels import KINDS, least_bytes, made_levels
-from secateur.workflows.prune.prepare import calibration_windows, choose_device
+from secateur.workflows.prune.prepare import choose_device
 
 __all__ = ["fit", "fit_recipe"]
 
 FIT = "fit.json"
 
-SEARCHED, JUDGED = 6, 6
+SHARE = 6
 """One calibration window in so many chooses, and one in so many judges the result."""
 
 PROBE = "50% zeros, int4"
@@ -193,23 +196,12 @@ class FitRun:
             RecipeError: there are too few.
         """
         files = [self.work / f"{name}.safetensors" for name in ("fitted", "searched", "judged")]
-        if not files[-1].exists():
-            options = self.recipe.calibration
-            self.progress.start("reading calibration text", 1)
-            found, record = calibration_windows(
-                options.source, options, self.reader.folder, self.target,
-                trust_remote_code=self.recipe.trust_remote_code,
-            )  # fmt: skip
-            self.progress.finish()
-            if len(found) < 3:
-                raise RecipeError(
-                    f"{len(found)} windows cannot make levels, choose among them and judge",
-                    remedy="use --windows 3 or more, better 64",
-                )
-            chosen, last = max(1, len(found) // SEARCHED), max(1, len(found) // JUDGED)
-            parts = found.split([len(found) - chosen - last, chosen, last])
-            for part, file in zip(parts, files, strict=True):
-                save_windows(part, file, start=record.get("start_tokens", ()))
+        options = self.recipe.calibration
+        save_parts(
+            options.source, options, self.target, files, SHARE,
+            "make levels, choose among them and judge", self.progress,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )  # fmt: skip
         return files[0], load_windows(files[1]), load_windows(files[2])
 
     def execute(self, folder: RunFolder, rest: int, begun: float) -> FitResult:
@@ -220,9 +212,7 @@ class FitRun:
             rest: bytes of everything that is no linear.
             begun: when the run began.
         """
-        linears = [m.linear for m in self.matrices.values() if m.prunable]
-        costs = {n: [float(one.level.bytes_of[n]) for one in self.levels] for n in linears}
-        search = self.search(costs)
+        search = self.search()
         singles = search.singles()
         search.survey(self.probe)
         size = None if self.recipe.max_size is None else bytes_of(self.recipe.max_size)
@@ -258,12 +248,10 @@ class FitRun:
             time.perf_counter() - begun,
         )
 
-    def search(self, costs: Mapping[str, Sequence[float]]) -> FitSearch:
-        """The search among the levels.
-
-        Args:
-            costs: of each linear on each level, by the name of the linear.
-        """
+    def search(self) -> FitSearch:
+        """The search among the levels; costs are bytes."""
+        linears = [m.linear for m in self.matrices.values() if m.prunable]
+        costs = {n: [float(one.level.bytes_of[n]) for one in self.levels] for n in linears}
         file = self.work / "search.jsonl"
         return FitSearch(self.target, self.levels, costs, self.searched, file, self.progress)
 
@@ -286,8 +274,8 @@ class FitRun:
 
     def losses(self, search: FitSearch, windows: Tensor, file: str) -> Tournament:
         """Measures the loss of the next token on some windows."""
-        ends = type(search.variants.ends)(self.target, windows)
-        variants = type(search.variants)(ends, search.names, [one.level for one in self.levels])
+        ends = ModelEnds(self.target, windows)
+        variants = StoredVariants(ends, search.names, [one.level for one in self.levels])
         told = fingerprint(ends, windows.numel(), "loss", search.names)
         lockstep = Lockstep(ends, variants, "loss", self.progress)
         return Tournament(lockstep, variants.versions, self.work / file, told)
