@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.errors import RecipeError
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.composed import with_method
@@ -25,6 +26,7 @@ from secateur.workflows.chain import run_chain
 from secateur.workflows.compress.pack import COMPRESSION
 from secateur.workflows.prune.checkpoint import report_of, run_recipe
 from secateur.workflows.prune.loaded_model import prune_module
+from secateur.workflows.prune.order import refuse_several
 
 __all__ = ["prune", "prune_recipe"]
 
@@ -87,6 +89,7 @@ def prune_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Carry out a recipe. With `compress`, it runs as a chain of two steps.
 
@@ -96,7 +99,9 @@ def prune_recipe(
         resume: resume a stopped run, or start if there is none.
         restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
+        ranks: the processes that share the work; this one is the first.
     """
+    refuse_several(recipe, ranks)
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
     idle = sorted(recipe.compress.model_fields_set - {"values"})
     if recipe.compress.values is None and idle:
@@ -105,7 +110,7 @@ def prune_recipe(
             remedy="add --compress VALUES, or leave it out",
         )
     if recipe.compress.values is None:
-        return run_recipe(recipe, progress, **call)
+        return run_recipe(recipe, progress, **call, ranks=ranks)
     output = run_chain(chain_of(recipe), progress, **call).output
     name_recipe(recipe, output)
     record = json.loads((output / NOTES / COMPRESSION).read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.models.inventory import Left
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -39,6 +40,7 @@ from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.distillation import distill_checkpoint
+from secateur.workflows.prune.order import Order, digest_of, give
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
@@ -99,6 +101,7 @@ def run_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Prune a checkpoint into a new folder.
 
@@ -108,6 +111,7 @@ def run_recipe(
         resume: resume a stopped run, or start if there is none.
         restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
+        ranks: the processes that share the work; this one is the first (`order.py`).
     """
     meter = Meter.start()
     folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
@@ -116,23 +120,28 @@ def run_recipe(
     prepared = prepare(
         recipe, folder.model, kept / WINDOWS if folder.state else None, progress=progress
     )
-    return run_prepared(prepared, folder, progress, meter)
+    return run_prepared(prepared, folder, progress, meter, ranks)
 
 
 def run_prepared(
-    prepared: Prepared, folder: RunFolder, progress: Progress, meter: Meter
+    prepared: Prepared,
+    folder: RunFolder,
+    progress: Progress,
+    meter: Meter,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
-    """Carry out a prepared recipe in a folder that no other process uses."""
+    """Carry out a prepared recipe in a folder that no other run uses."""
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
     tasks = tasks_for(prepared)
-    chosen, activations = choose_plan(prepared, tasks, recipe.memory)
+    chosen, activations = choose_plan(prepared, tasks, recipe.memory, ranks)
     check_free(chosen.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
     with folder:
         folder.begin(identity(prepared, progress))
         if folder.finished:
+            give(None, ranks)
             return report_of(folder.output)
         if not folder.resumed:
             refuse_unusable(prepared.target, progress)
@@ -141,13 +150,15 @@ def run_prepared(
             prepared.target,
             tasks,
             prepared.windows,
-            settings_of(recipe, activations, folder.work),
+            settings_of(recipe, activations, folder.work, ranks),
             prepared.allocation,
             prepared.sparsity,
         )
+        finished = begin(prepared, ledger, progress)
+        give(order_of(prepared, folder, activations, finished, ledger), ranks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
-            done = job.carry_out(ledger, progress, begin(prepared, ledger, progress))
+            done = job.carry_out(ledger, progress, finished)
             distilled = None
             if recipe.distillation.epochs:
                 distilled = distill_checkpoint(prepared, done, folder, progress)
@@ -219,6 +230,21 @@ def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
     prepared.target.output.create(progress)
     ledger.begin()
     return 0
+
+
+def order_of(
+    prepared: Prepared, folder: RunFolder, activations: str, done: int, ledger: Ledger
+) -> Order:
+    """What the other processes of the run must know."""
+    return Order(
+        partial=str(folder.partial),
+        state=folder.state_text(),
+        windows=None if prepared.windows is None else str(folder.work / WINDOWS),
+        activations=activations,
+        done=done,
+        entries=ledger.entries,
+        source=digest_of(prepared.reader),
+    )
 
 
 def make_manifest(

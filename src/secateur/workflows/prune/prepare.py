@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from secateur.models.folder_checks import refuse_quantized
 from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.parallel.shares import micro_batches
 from secateur.progress import Progress, Silent
 from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.memory import Memory
@@ -177,7 +179,9 @@ def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
     return GlobalThreshold(reach=1.0)
 
 
-def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Settings:
+def settings_of(
+    recipe: PruneRecipe, activations: str, work: Path | None, ranks: Ranks = ALONE
+) -> Settings:
     """Return the settings for the work of a recipe.
 
     Raises:
@@ -199,6 +203,7 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
         work=work,
         on_collapse=recipe.on_collapse,
         reconstruction=reconstruction_of(recipe),
+        ranks=ranks,
     )
 
 
@@ -382,28 +387,47 @@ def shared_inputs(prepared: Prepared, tasks: Mapping[str, LinearTask]) -> list[t
 
 
 def choose_plan(
-    prepared: Prepared, tasks: Mapping[str, LinearTask], memory: Memory
+    prepared: Prepared,
+    tasks: Mapping[str, LinearTask],
+    memory: Memory,
+    ranks: Ranks = ALONE,
 ) -> tuple[Plan, str]:
     """Plan the run, with hidden states on disk if memory cannot hold them.
+
+    With several processes this is the plan of one of them, except that the disk holds the hidden
+    states of all.
 
     Returns:
         The plan, and `memory` or `disk`.
 
     Raises:
         MemoryBudgetError: the run exceeds the budget even with hidden states on disk.
+        RecipeError: there are fewer calibration windows than processes.
     """
-    return fitting_plan(
-        lambda activations: plan_run(
+
+    def planned(windows: Tensor | None, activations: str) -> Plan:
+        return plan_run(
             prepared.target,
             tasks,
-            prepared.planned_windows,
+            windows,
             settings_of(prepared.recipe, activations, None),
             prepared.recipe.distillation.epochs,
             prepared.allocation,
             prepared.output_bytes,
             prepared.unwritten,
-        ),
+        )
+
+    every = own = prepared.planned_windows
+    if every is not None and ranks.count > 1:
+        batches = micro_batches(len(every), memory.micro_batch_tokens, ranks.count)
+        own = every[: max(batch.stop - batch.start for batch in batches)]
+    plan, activations = fitting_plan(
+        lambda activations: planned(own, activations),
         prepared.target.device,
         budget_gib=memory.budget_gib,
         activations=memory.activations,
+        sharing=ranks.here,
     )
+    if own is not every:
+        plan = replace(plan, disk_bytes=planned(every, activations).disk_bytes)
+    return plan, activations
