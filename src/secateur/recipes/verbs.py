@@ -24,6 +24,7 @@ class Verb:
         function: the place of the function; empty if the verb exists only on the command line.
         more: further sentences for the help of the verb.
         without: options of the recipe that do not concern this verb.
+        together: whether several processes, started by torchrun, can share its work.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Verb:
     function: str = ""
     more: str = ""
     without: frozenset[str] = frozenset()
+    together: bool = False
 
     @property
     def python(self) -> str:
@@ -58,6 +60,7 @@ VERBS: dict[str, Verb] = {
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
             "secateur.workflows.prune_and_pack:prune",
+            together=True,
         ),
         Verb(
             "structure",
@@ -85,12 +88,14 @@ VERBS: dict[str, Verb] = {
             "Train a pruned model on text. Zeros stay zero at every step.",
             "secateur.recipes.train:RetrainRecipe",
             "secateur.workflows.train.checkpoint:retrain",
+            together=True,
         ),
         Verb(
             "distill",
             "Let a pruned or cut model learn from a larger one. Zeros stay zero.",
             "secateur.recipes.train:DistillRecipe",
             "secateur.workflows.train.checkpoint:distill",
+            together=True,
         ),
         Verb(
             "evaluate",

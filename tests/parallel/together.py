@@ -1,0 +1,116 @@
+"""Real processes for tests: they are forked from one that has imported everything, so they are cheap."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Started", "prune_alone", "prune_together", "run_together", "start_together"]
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["together", "secateur.workflows.prune_and_pack"])
+
+
+def free_port() -> int:
+    """A port that nobody uses."""
+    with socket.socket() as own:
+        own.bind(("localhost", 0))
+        return int(own.getsockname()[1])
+
+
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    return {
+        "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def enter(variables: Mapping[str, str], work: Callable[..., None], log: str, words: Any) -> None:
+    """Begin a process: its variables, its stderr, then its work."""
+    os.environ.update(variables)
+    with open(log, "w") as stream:
+        os.dup2(stream.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        work(*words)
+    except Exception as error:
+        os.write(2, f"error: {error}\n".encode())
+        os._exit(getattr(error, "exit_code", 70))
+
+
+class Started:
+    """Processes at work.
+
+    Args:
+        count: their number.
+        work: what each does; a function of a module.
+        place: folder for what they print.
+        words: arguments of `work`.
+    """
+
+    def __init__(self, count: int, work: Callable[..., None], place: Path, *words: Any) -> None:
+        port = free_port()
+        self.logs = [place / f"stderr-{rank}.txt" for rank in range(count)]
+        self.all = [
+            CONTEXT.Process(target=enter, args=(environment(rank, count, port), work, str(log), words))
+            for rank, log in enumerate(self.logs)
+        ]
+        for process in self.all:
+            process.start()
+
+    def join(self, seconds: float = 120) -> list[int | None]:
+        """Wait for all. Return their exit codes; None for one that has not ended by then."""
+        for process in self.all:
+            process.join(seconds)
+        codes = [process.exitcode for process in self.all]
+        for process in self.all:
+            process.kill()
+        return codes
+
+    def told(self, rank: int) -> str:
+        """What a process has printed to stderr."""
+        return self.logs[rank].read_text()
+
+
+def run_together(count: int, work: Callable[..., None], place: Path, *words: Any) -> None:
+    """Run processes, which must all succeed."""
+    started = Started(count, work, place, *words)
+    codes = started.join()
+    assert codes == [0] * count, (codes, [started.told(rank) for rank in range(count)])
+
+
+def prune_alone(values: Mapping[str, Any], **call: bool) -> Any:
+    """Prune in one process."""
+    from secateur.progress import Silent
+    from secateur.recipes.prune import PruneRecipe
+    from secateur.recipes.reading import build_recipe
+    from secateur.workflows.prune_and_pack import prune_recipe
+
+    return prune_recipe(build_recipe(PruneRecipe, values), Silent(), **call)
+
+
+def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -> None:
+    """What each process does: its share of several prunings, one after the other."""
+    from secateur.parallel.processes import joined
+    from secateur.progress import Silent
+    from secateur.recipes.prune import PruneRecipe
+    from secateur.recipes.reading import build_recipe
+    from secateur.workflows.prune.order import follow
+    from secateur.workflows.prune_and_pack import prune_recipe
+
+    with joined("cpu") as ranks:
+        for values in recipes:
+            recipe = build_recipe(PruneRecipe, values)
+            if ranks.first:
+                prune_recipe(recipe, Silent(), ranks=ranks, **call)
+            else:
+                follow(recipe, ranks)
+            ranks.wait()
