@@ -713,6 +713,8 @@ def prune(
     memory_budget_gib: float | None = None,
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
+    ray: str | None = None,
+    ray_processes: int | None = None,
     output: str | Path | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
@@ -778,6 +780,10 @@ def prune(
         activations: Where to store hidden states between layers; auto uses memory if they fit.
             [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        ray: Prune in several processes of a Ray cluster: its address, `auto`, or `local` for
+            processes on this machine. [no cluster]
+        ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
+            none]
         output: Folder for the new model. It must not exist. [required]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]

@@ -60,7 +60,9 @@ class Started:
         port = free_port()
         self.logs = [place / f"stderr-{rank}.txt" for rank in range(count)]
         self.all = [
-            CONTEXT.Process(target=enter, args=(environment(rank, count, port), work, str(log), words))
+            CONTEXT.Process(
+                target=enter, args=(environment(rank, count, port), work, str(log), words)
+            )
             for rank, log in enumerate(self.logs)
         ]
         for process in self.all:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -195,8 +196,10 @@ class Processes:
             if rank != 0:
                 raise told from error
             return
+        if not in_main_thread():  # Ray collects the errors of all
+            return
         if self.watch.acknowledged(GRACE_SECONDS):
-            threading.Event().wait(PRINTING_SECONDS)
+            time.sleep(PRINTING_SECONDS)
             if isinstance(error, (SecateurError, KeyboardInterrupt)):
                 sys.exit(told.exit_code)
 
@@ -257,8 +260,11 @@ def as_value(text: Tensor) -> Any:
 def catch(handler: Callable[[int, FrameType | None], None]) -> Any:
     """Handle the signal with which launchers end processes. Return the handler before.
 
-    Only the main thread can do this. Ray runs the work in another one, and needs it not.
+    Only the main thread can do this.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, handler)
+    return signal.signal(signal.SIGTERM, handler) if in_main_thread() else None
+
+
+def in_main_thread() -> bool:
+    """Whether the work runs in the main thread. Ray runs it in another one."""
+    return threading.current_thread() is threading.main_thread()

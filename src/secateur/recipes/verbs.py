@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
-__all__ = ["VERBS", "WRITING", "Verb", "imported"]
+__all__ = ["ON_RAY", "VERBS", "WRITING", "Verb", "imported"]
 
 WRITING = frozenset({"output", "overwrite", "resume", "restart"})
 """The options of a verb that writes a folder."""
+
+ON_RAY = frozenset({"ray", "ray_processes"})
+"""The options of a verb that Ray can start in several processes."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ VERBS: dict[str, Verb] = {
             "nothing.",
             "secateur.recipes.prune:PruneRecipe",
             "secateur.workflows.prune.checkpoint:plan",
-            without=WRITING,
+            without=WRITING | ON_RAY,
         ),
         Verb(
             "retrain",

@@ -26,6 +26,7 @@ from secateur.workflows.chain import run_chain
 from secateur.workflows.compress.pack import COMPRESSION
 from secateur.workflows.prune.checkpoint import report_of, run_recipe
 from secateur.workflows.prune.loaded_model import prune_module
+from secateur.workflows.prune.on_ray import prune_on_ray
 from secateur.workflows.prune.order import refuse_several
 
 __all__ = ["prune", "prune_recipe"]
@@ -79,6 +80,8 @@ def prune(
         )
     own = {"model": model, "calibration": calibration}
     recipe, call = recipe_of(PruneRecipe, own, options)
+    if recipe.cluster.ray is not None:
+        return prune_on_ray(recipe, call)
     return prune_recipe(recipe, progress or Silent(), **call)
 
 
@@ -101,7 +104,7 @@ def prune_recipe(
         overwrite: replace an existing output folder.
         ranks: the processes that share the work; this one is the first.
     """
-    refuse_several(recipe, ranks)
+    refuse_several(recipe, ranks.count)
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
     idle = sorted(recipe.compress.model_fields_set - {"values"})
     if recipe.compress.values is None and idle:

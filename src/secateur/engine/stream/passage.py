@@ -101,7 +101,7 @@ class Passage:
             return None
         permanent = [*layer.parameters(), *layer.buffers(), *self.shared_tensors(index)]
         folder = None if self.in_memory else stream.folder
-        return Parking(permanent, folder, self.target.device)
+        return Parking(permanent, folder, self.target.device, self.own.start)
 
     def open(self, start: int, *, dense: bool) -> int:
         """Make the inputs of layer `start` ready, or else those of layer 0.

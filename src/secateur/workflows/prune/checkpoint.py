@@ -26,7 +26,7 @@ from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
-from secateur.recipes.verbs import WRITING
+from secateur.recipes.verbs import ON_RAY, WRITING
 from secateur.reporting.model_card import model_card
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
@@ -40,7 +40,7 @@ from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.distillation import distill_checkpoint
-from secateur.workflows.prune.order import Order, digest_of, give
+from secateur.workflows.prune.order import Order, digest_of, give, refuse_cluster
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
@@ -57,11 +57,11 @@ WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 
 __all__ = ["plan", "plan_recipe", "report_of", "run_prepared", "run_recipe"]
 
-NO_PART = {"output", "compress", "memory", "on_collapse"}
+NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
 """Fields of a recipe that do not affect the pruned weights."""
 
 
-@takes_options_of(PruneRecipe, without=WRITING)
+@takes_options_of(PruneRecipe, without=WRITING | ON_RAY)
 def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> PlanResult:
     """Report what pruning `model` would need, without pruning it.
 
@@ -113,6 +113,7 @@ def run_recipe(
         overwrite: replace an existing output folder.
         ranks: the processes that share the work; this one is the first (`order.py`).
     """
+    refuse_cluster(recipe)
     meter = Meter.start()
     folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, recipe.calibration.source)

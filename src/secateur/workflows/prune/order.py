@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from secateur.runs.folder import STATE
 from secateur.runs.ledger import Ledger
 from secateur.workflows.prune.prepare import prepare, settings_of, tasks_for
 
-__all__ = ["Order", "digest_of", "follow", "give", "refuse_several"]
+__all__ = ["Order", "digest_of", "follow", "give", "refuse_cluster", "refuse_several"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Order:
     done: int
     entries: list[dict[str, Any]]
     source: str
+
 
 def give(order: Order | None, ranks: Ranks) -> dict[str, Any] | None:
     """Pass the order of the first process on to the others; None if there is nothing to do."""
@@ -122,24 +122,43 @@ def refuse_other_files(order: Order, rank: int) -> None:
         )
 
 
-def refuse_several(recipe: PruneRecipe, ranks: Ranks) -> None:
+def refuse_several(recipe: PruneRecipe, count: int) -> None:
     """Refuse what several processes cannot do yet.
 
     Raises:
         RecipeError: names the option.
     """
-    if ranks.count == 1:
+    if count == 1:
         return
-    refused: Mapping[str, tuple[bool, str]] = {
+    refused = {
         "--compress": (
             recipe.compress.values is not None,
             "leave it out, and run `secateur compress` on the result",
+        ),
+        "--distill-epochs": (
+            recipe.distillation.epochs > 0,
+            "use --distill-epochs 0, and then `torchrun … -m secateur distill` on the result, "
+            "which divides both models among the processes",
         ),
     }
     for option, (given, remedy) in refused.items():
         if given:
             raise RecipeError(
-                f"{option} does not work with several processes yet",
-                where=f"{ranks.count} processes",
+                f"{option} does not work with several processes yet, and there are {count}",
                 remedy=remedy,
             )
+
+
+def refuse_cluster(recipe: PruneRecipe) -> None:
+    """Refuse a cluster for a pruning that is a part of other work, or is on a cluster already.
+
+    Raises:
+        RecipeError: the recipe names a cluster.
+    """
+    if recipe.cluster.ray is not None:
+        raise RecipeError(
+            "only `secateur prune` starts processes on a Ray cluster, and torchrun starts them "
+            "without one",
+            where=f"--ray {recipe.cluster.ray}",
+            remedy="leave out --ray",
+        )
