@@ -1,15 +1,22 @@
-"""Real processes for tests: they are forked from one that has imported everything, so they are cheap."""
+"""Real processes for tests, forked from one that has imported everything, so they are cheap."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Started", "prune_alone", "prune_together", "run_together", "start_together"]
+__all__ = [
+    "Started",
+    "fail_in_a_layer",
+    "prune_alone",
+    "prune_together",
+    "run_together",
+]
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["together", "secateur.workflows.prune_and_pack"])
@@ -116,3 +123,21 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
             else:
                 follow(recipe, ranks)
             ranks.wait()
+
+
+def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: bool) -> None:
+    """What each process does, when one fails or is killed as it begins a layer."""
+    from secateur.engine.prune.run import Run
+    from secateur.errors import NumericalError
+
+    whole = Run.prune_layer
+
+    def prune_layer(self: Run, index: int, *rest: Any) -> None:
+        if index == layer and self.settings.ranks.rank == victim:
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise NumericalError("the weights are NaN", where="layer one", remedy="get them again")
+        whole(self, index, *rest)
+
+    Run.prune_layer = prune_layer  # type: ignore[method-assign]
+    prune_together([recipe], {})

@@ -111,6 +111,8 @@ def refuse_several(verb: str) -> None:
         RecipeError: torchrun has started several processes, and the verb is for one.
     """
     count = Launched.read(os.environ).count
+    if count > 1:  # torch would print the stack of every connection that closes
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if count > 1 and not VERBS[verb].together:
         able = ", ".join(name for name, each in VERBS.items() if each.together)
         raise RecipeError(

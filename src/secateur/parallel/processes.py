@@ -13,11 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any, Iterator, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,9 @@ JOINING = timedelta(minutes=5)
 
 WORKING = timedelta(days=30)
 """How long one process may work while the others wait. `Watch` finds processes that do not work."""
+
+LEAVING_SECONDS = 2.0
+"""How long the first process waits for the others to hear of its end."""
 
 PRINTING_SECONDS = 1.0
 """How long the first process may take to print an error before its launcher kills it."""
@@ -95,7 +98,9 @@ class Processes:
         self.rank, self.count, self.here = launched.rank, launched.count, launched.here
         if not dist.is_initialized():  # Ray has already made the group
             meet(launched, backend)
-        shared = dist.PrefixStore("secateur", dist.distributed_c10d._get_default_store())
+        # Kept, because its server may be in this process and must outlive the group.
+        self.store = dist.distributed_c10d._get_default_store()
+        shared = dist.PrefixStore("secateur", self.store)
         self.watch = Watch(shared.clone(), self.rank, self.count)
 
     @property
@@ -191,14 +196,16 @@ class Processes:
             RankError: another process has failed.
             SystemExit: the first process prints the reason, so this one ends without a word.
         """
-        if self.first:
-            self.watch.acknowledge()
+        self.watch.acknowledge()
+        if self.first:  # it may have the store, so it leaves last
+            others = [other for other in range(1, self.count) if other != rank]
+            self.watch.acknowledged(others, LEAVING_SECONDS)
             if rank != 0:
                 raise told from error
             return
         if not in_main_thread():  # Ray collects the errors of all
             return
-        if self.watch.acknowledged(GRACE_SECONDS):
+        if self.watch.acknowledged([0], GRACE_SECONDS):
             time.sleep(PRINTING_SECONDS)
             if isinstance(error, (SecateurError, KeyboardInterrupt)):
                 sys.exit(told.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from secateur.errors import RecipeError
 
@@ -10,7 +11,10 @@ __all__ = ["micro_batches", "owners", "rows_of"]
 
 
 def micro_batches(windows: int, largest: int, ranks: int = 1) -> list[slice]:
-    """Cut calibration windows into micro-batches, so that every process gets as many.
+    """Cut calibration windows into micro-batches, at least one for each process.
+
+    They are those of a single process wherever these are enough, so that the forwards round in the
+    same way.
 
     Args:
         windows: number of windows.
@@ -18,7 +22,7 @@ def micro_batches(windows: int, largest: int, ranks: int = 1) -> list[slice]:
         ranks: number of processes.
 
     Returns:
-        Ranges of windows. Several processes get equally many, as far as there are enough windows.
+        Ranges of windows.
 
     Raises:
         RecipeError: there are fewer windows than processes.
@@ -27,19 +31,20 @@ def micro_batches(windows: int, largest: int, ranks: int = 1) -> list[slice]:
         >>> from secateur.parallel.shares import micro_batches
         >>> micro_batches(5, 2)
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-        >>> len(micro_batches(12, 4, ranks=2)), len(micro_batches(12, 4))
-        (4, 3)
+        >>> micro_batches(5, 2, ranks=3) == micro_batches(5, 2)
+        True
+        >>> micro_batches(5, 8, ranks=2)
+        [slice(0, 2, None), slice(2, 5, None)]
     """
     if windows < ranks:
         raise RecipeError(
             f"{ranks} processes have only {windows} calibration windows",
             remedy=f"use at most {windows} processes, or more --windows",
         )
-    if ranks == 1:
+    if -(-windows // largest) >= ranks:
         return [slice(i, min(i + largest, windows)) for i in range(0, windows, largest)]
-    count = -(-(-(-windows // largest)) // ranks) * ranks
-    cuts = [windows * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+    cuts = [windows * i // ranks for i in range(ranks + 1)]
+    return [slice(a, b) for a, b in pairwise(cuts)]
 
 
 def rows_of(rank: int, batches: Sequence[slice], ranks: int) -> list[slice]:

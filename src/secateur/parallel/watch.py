@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from secateur.parallel.faults import Fault
@@ -26,7 +26,7 @@ from secateur.parallel.faults import Fault
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-__all__ = ["GRACE_SECONDS", "SILENCE_SECONDS", "Watch"]
+__all__ = ["GRACE_SECONDS", "LEFT", "SILENCE_SECONDS", "Watch"]
 
 T = TypeVar("T")
 
@@ -47,6 +47,7 @@ class Watch:
         end: ends this process; called if it does not end by itself.
         silence_seconds: how long a number may stand still.
         grace_seconds: how long this process may take to end by itself.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Watch:
         end: Callable[[int], object] = os._exit,
         silence_seconds: float = SILENCE_SECONDS,
         grace_seconds: float = GRACE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store, self.rank, self.count, self.end = store, rank, count, end
         self.silence_seconds, self.grace_seconds = silence_seconds, grace_seconds
+        self.clock = clock
         others = range(1, count) if rank == 0 else [0]
-        self.seen = {other: (b"", time.monotonic()) for other in others}
+        self.seen = {other: (b"", clock()) for other in others}
         self.fault: Fault | None = None
         self.known = threading.Event()
         self.over = threading.Event()
@@ -97,14 +100,14 @@ class Watch:
         return self.fault
 
     def acknowledge(self) -> None:
-        """Tell the failed process that this one, the first, is about to print its reason."""
-        self.quietly(lambda: self.store.set("heard", "yes"))
+        """Tell the others that this process has heard of the fault."""
+        self.quietly(lambda: self.store.set(f"heard/{self.rank}", "yes"))
 
-    def acknowledged(self, seconds: float) -> bool:
-        """Wait until the first process has heard of the fault. Return whether it has."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            if self.quietly(lambda: self.store.check(["heard"])):
+    def acknowledged(self, ranks: Iterable[int], seconds: float) -> bool:
+        """Wait until some processes have heard of the fault. Return whether they have."""
+        keys, until = [f"heard/{rank}" for rank in ranks], self.clock() + seconds
+        while self.clock() < until:
+            if not keys or self.quietly(lambda: self.store.check(keys)):
                 return True
             time.sleep(0.1)
         return False
@@ -113,7 +116,7 @@ class Watch:
 
     def look(self) -> None:
         """Count up, look at the others, and end this process if it does not notice a fault."""
-        number, since = 0, time.monotonic()
+        number, since = 0, self.clock()
         while not self.over.wait(BEAT_SECONDS):
             number += 1
             try:
@@ -124,14 +127,14 @@ class Watch:
             except (RuntimeError, ValueError):  # the machine of the store has gone
                 self.hear(Fault(0, "its machine", "the connection to it has closed"))
             if self.fault is None:
-                since = time.monotonic()
-            elif time.monotonic() - since > self.grace_seconds:
+                since = self.clock()
+            elif self.clock() - since > self.grace_seconds:
                 self.force()
                 return
 
     def look_at_others(self) -> None:
         """Report a process whose number stands still."""
-        now = time.monotonic()
+        now = self.clock()
         for other, (number, since) in self.seen.items():
             found = self.store.get(beat(other))
             if found != number:

@@ -108,6 +108,7 @@ VERBS: dict[str, Verb] = {
             more="Every number comes with the id of its protocol. Numbers with different ids "
             "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
             "beside those of other protocols.",
+            together=True,
         ),
         Verb(
             "inspect",

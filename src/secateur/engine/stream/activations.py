@@ -70,7 +70,7 @@ class Activations:
         return found
 
     def has(self, layer: int) -> bool:
-        """Whether the inputs of this layer are complete on disk, for the windows of this process."""
+        """Whether the inputs of this layer are on disk, for all windows of this process."""
         stored = self.files(layer).values()
         return all(
             any(row in rows for rows in stored) for row in range(self.own.start, self.own.stop)
