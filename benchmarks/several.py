@@ -2,9 +2,10 @@
 
     python benchmarks/several.py [--processes 1 2] [--methods wanda sparsegpt]
 
-Every run is started by torchrun, also that of one process, with one thread in each process. Timed are
-the whole command and its decoder layers alone, as the ledger has them. Zeros are compared with those
-of one process. Perplexity is measured by `secateur evaluate` in as many processes as have pruned.
+Every run is started by torchrun, also that of one process, with one thread in each process. Timed
+are the whole command and its decoder layers alone, as the ledger has them. Zeros are compared with
+those of one process. Perplexity is measured by `secateur evaluate` in as many processes as have
+pruned.
 """
 
 from __future__ import annotations
