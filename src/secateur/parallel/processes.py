@@ -25,8 +25,8 @@ from torch import Tensor
 
 from secateur.errors import RankError, RecipeError, SecateurError
 from secateur.parallel.launched import Launched
+from secateur.parallel.lookout import GRACE_SECONDS, SILENCE_SECONDS, Lookout
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.watch import GRACE_SECONDS, SILENCE_SECONDS, Watch
 
 __all__ = ["Processes", "joined"]
 
@@ -36,7 +36,7 @@ JOINING = timedelta(minutes=5)
 """How long the processes wait for each other at the start."""
 
 WORKING = timedelta(days=30)
-"""How long one process may work while the others wait. `Watch` finds processes that do not work."""
+"""How long one process may work while the others wait. `Lookout` finds those that do not work."""
 
 LEAVING_SECONDS = 2.0
 """How long the first process waits for the others to hear of its end."""
@@ -101,7 +101,7 @@ class Processes:
         # Kept, because its server may be in this process and must outlive the group.
         self.store = dist.distributed_c10d._get_default_store()
         shared = dist.PrefixStore("secateur", self.store)
-        self.watch = Watch(shared.clone(), self.rank, self.count)
+        self.lookout = Lookout(shared.clone(), self.rank, self.count)
 
     @property
     def first(self) -> bool:
@@ -156,7 +156,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # torch's errors of gloo and NCCL
-            fault = self.watch.wait(SILENCE_SECONDS + GRACE_SECONDS)
+            fault = self.lookout.wait(SILENCE_SECONDS + GRACE_SECONDS)
             if fault is None:
                 raise RankError(
                     f"process {self.rank} has lost the others: {str(error).splitlines()[0]}",
@@ -167,7 +167,7 @@ class Processes:
     # -- the life of the run ---------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self.watch.start()
+        self.lookout.start()
         self.wait()  # every process has a number before another one looks at it
         self.before = catch(self.terminated)
         return self
@@ -178,14 +178,14 @@ class Processes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        fault = None if error is None else self.watch.report(error)
+        fault = None if error is None else self.lookout.report(error)
         if dist.is_initialized():
             dist.destroy_process_group()  # a process that waits for this one hears of it now
         try:
             if error is not None and fault is not None:
                 self.fail(error, fault.rank, fault.error())
         finally:
-            self.watch.stop()
+            self.lookout.stop()
             if self.before is not None:
                 signal.signal(signal.SIGTERM, self.before)
 
@@ -196,16 +196,16 @@ class Processes:
             RankError: another process has failed.
             SystemExit: the first process prints the reason, so this one ends without a word.
         """
-        self.watch.acknowledge()
+        self.lookout.acknowledge()
         if self.first:  # it may have the store, so it leaves last
             others = [other for other in range(1, self.count) if other != rank]
-            self.watch.acknowledged(others, LEAVING_SECONDS)
+            self.lookout.acknowledged(others, LEAVING_SECONDS)
             if rank != 0:
                 raise told from error
             return
         if not in_main_thread():  # Ray collects the errors of all
             return
-        if self.watch.acknowledged([0], GRACE_SECONDS):
+        if self.lookout.acknowledged([0], GRACE_SECONDS):
             time.sleep(PRINTING_SECONDS)
             if isinstance(error, (SecateurError, KeyboardInterrupt)):
                 sys.exit(told.exit_code)
@@ -216,7 +216,7 @@ class Processes:
         Raises:
             RankError: with the reason, as far as it is known.
         """
-        fault = self.watch.wait(SILENCE_SECONDS + 2)
+        fault = self.lookout.wait(SILENCE_SECONDS + 2)
         if fault is not None:
             raise fault.error()
         raise RankError(

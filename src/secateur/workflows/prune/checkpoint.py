@@ -39,11 +39,11 @@ from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.sparsity.methods import Method
+from secateur.workflows.prune.chosen_plan import choose_plan
 from secateur.workflows.prune.distillation import distill_checkpoint
-from secateur.workflows.prune.order import Order, digest_of, give, refuse_cluster
+from secateur.workflows.prune.order import WorkOrder, digest_of, give, refuse_cluster
 from secateur.workflows.prune.prepare import (
     Prepared,
-    choose_plan,
     fingerprint,
     prepare,
     settings_of,
@@ -235,9 +235,9 @@ def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
 
 def order_of(
     prepared: Prepared, folder: RunFolder, activations: str, done: int, ledger: Ledger
-) -> Order:
+) -> WorkOrder:
     """What the other processes of the run must know."""
-    return Order(
+    return WorkOrder(
         partial=str(folder.partial),
         state=folder.state_text(),
         windows=None if prepared.windows is None else str(folder.work / WINDOWS),

@@ -27,11 +27,11 @@ from secateur.runs.folder import STATE
 from secateur.runs.ledger import Ledger
 from secateur.workflows.prune.prepare import prepare, settings_of, tasks_for
 
-__all__ = ["Order", "digest_of", "follow", "give", "refuse_cluster", "refuse_several"]
+__all__ = ["WorkOrder", "digest_of", "follow", "give", "refuse_cluster", "refuse_several"]
 
 
 @dataclass(frozen=True)
-class Order:
+class WorkOrder:
     """Everything that the other processes cannot find out by themselves.
 
     Attributes:
@@ -53,7 +53,7 @@ class Order:
     source: str
 
 
-def give(order: Order | None, ranks: Ranks) -> dict[str, Any] | None:
+def give(order: WorkOrder | None, ranks: Ranks) -> dict[str, Any] | None:
     """Pass the order of the first process on to the others; None if there is nothing to do."""
     return ranks.once(lambda: None if order is None else asdict(order))
 
@@ -71,7 +71,7 @@ def follow(recipe: PruneRecipe, ranks: Ranks) -> None:
     told = give(None, ranks)
     if told is None:  # an earlier run has finished everything
         return
-    order = Order(**told)
+    order = WorkOrder(**told)
     refuse_other_files(order, ranks.rank)
     windows = Path(order.windows) if order.windows else None
     prepared = prepare(recipe, stored_windows=windows)
@@ -103,7 +103,7 @@ def digest_of(reader: CheckpointReader) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
-def refuse_other_files(order: Order, rank: int) -> None:
+def refuse_other_files(order: WorkOrder, rank: int) -> None:
     """Refuse a process that does not see the folder of the run.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
-from secateur.engine.memory_budget import fitting_plan
-from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.settings import Settings
@@ -28,10 +26,8 @@ from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.shares import micro_batches
 from secateur.progress import Progress, Silent
 from secateur.recipes.calibration import CalibrationWindows
-from secateur.recipes.memory import Memory
 from secateur.recipes.prune import PruneRecipe
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
@@ -43,7 +39,6 @@ __all__ = [
     "allocation_of",
     "calibration_windows",
     "choose_device",
-    "choose_plan",
     "method_of",
     "prepare",
     "settings_of",
@@ -384,50 +379,3 @@ def shared_inputs(prepared: Prepared, tasks: Mapping[str, LinearTask]) -> list[t
         for index, layout in enumerate(layouts(target, windows.shape[1]))
         for group in layout.groups
     ]
-
-
-def choose_plan(
-    prepared: Prepared,
-    tasks: Mapping[str, LinearTask],
-    memory: Memory,
-    ranks: Ranks = ALONE,
-) -> tuple[Plan, str]:
-    """Plan the run, with hidden states on disk if memory cannot hold them.
-
-    With several processes this is the plan of one of them, except that the disk holds the hidden
-    states of all.
-
-    Returns:
-        The plan, and `memory` or `disk`.
-
-    Raises:
-        MemoryBudgetError: the run exceeds the budget even with hidden states on disk.
-        RecipeError: there are fewer calibration windows than processes.
-    """
-
-    def planned(windows: Tensor | None, activations: str) -> Plan:
-        return plan_run(
-            prepared.target,
-            tasks,
-            windows,
-            settings_of(prepared.recipe, activations, None),
-            prepared.recipe.distillation.epochs,
-            prepared.allocation,
-            prepared.output_bytes,
-            prepared.unwritten,
-        )
-
-    every = own = prepared.planned_windows
-    if every is not None and ranks.count > 1:
-        batches = micro_batches(len(every), memory.micro_batch_tokens, ranks.count)
-        own = every[: max(batch.stop - batch.start for batch in batches)]
-    plan, activations = fitting_plan(
-        lambda activations: planned(own, activations),
-        prepared.target.device,
-        budget_gib=memory.budget_gib,
-        activations=memory.activations,
-        sharing=ranks.here,
-    )
-    if own is not every:
-        plan = replace(plan, disk_bytes=planned(every, activations).disk_bytes)
-    return plan, activations

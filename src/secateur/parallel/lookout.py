@@ -26,7 +26,7 @@ from secateur.parallel.faults import Fault
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-__all__ = ["GRACE_SECONDS", "LEFT", "SILENCE_SECONDS", "Watch"]
+__all__ = ["GRACE_SECONDS", "LEFT", "SILENCE_SECONDS", "Lookout"]
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ LEFT = b"left"
 """In place of the number of a process that has finished its work."""
 
 
-class Watch:
+class Lookout:
     """The thread of one process that looks after the others.
 
     Args:
@@ -68,7 +68,7 @@ class Watch:
         self.fault: Fault | None = None
         self.known = threading.Event()
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self.look, daemon=True, name="secateur-watch")
+        self.thread = threading.Thread(target=self.look, daemon=True, name="secateur-lookout")
 
     def start(self) -> None:
         """Begin to count and to look."""
