@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from together import Started, fail_in_a_layer, prune_alone, prune_together, run_together
 from torch import Tensor
 
+import secateur
 from tiny import save_tiny
 from trained import source_text
 
@@ -159,3 +160,19 @@ def test_what_several_cannot_do_is_refused_before_any_work(
     text = recipe(place, tmp_path, {})["calibration"]
     case = {**case, "calibration": {**text, **case.get("calibration", {})}}
     assert said in refused(place, tmp_path, case, 2)
+
+
+@pytest.mark.slow
+def test_four_processes_make_the_model_of_one(place: Path, tmp_path: Path) -> None:
+    names = ["wanda", "sparsegpt", "asymmetric", "gradients", "experts"]
+    recipes = [recipe(place, tmp_path / "four" / name, CASES[name]) for name in names]
+    run_together(4, prune_together, tmp_path, recipes, {})
+    for name in names:
+        prune_alone(recipe(place, tmp_path / "one" / name, CASES[name]))
+        one, four = tmp_path / "one" / name, tmp_path / "four" / name
+        assert moved_zeros(one, four) == 0, name
+        judged = [
+            secateur.evaluate(x, text=place / "text.txt", sequence_length=32, windows=40)
+            for x in (one, four)
+        ]
+        assert judged[0].perplexity == pytest.approx(judged[1].perplexity, rel=1e-3)

@@ -141,3 +141,48 @@ def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: 
 
     Run.prune_layer = prune_layer  # type: ignore[method-assign]
     prune_together([recipe], {})
+
+
+def sum_statistics(place: str) -> None:
+    """What each process does: it gathers every statistic from its own rows, and all are summed."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from secateur.calibration.statistics import statistics
+    from secateur.parallel.processes import joined
+
+    rows = load_file(f"{place}/rows.safetensors")
+    with joined("cpu") as ranks:
+        found = {}
+        for name in statistics.names():
+            kind = statistics[name]
+            own = kind((24, 40))
+            share = rows[kind.reads].tensor_split(ranks.count)[ranks.rank]
+            for part in share if kind.reads == "gradients" else share.split(7):
+                own.update(part)
+            ranks.total(own.total)
+            found[name] = own.value().clone()
+        ranks.once(lambda: save_file(found, f"{place}/sums.safetensors"))
+        turned = torch.full((3, 4), float(ranks.rank), dtype=torch.bfloat16).t()
+        ranks.share(turned, 1)
+        assert turned.eq(1).all()
+        ranks.total(turned)
+        assert turned.eq(ranks.count).all()
+        assert ranks.gather({"rank": ranks.rank, "text": "é" * ranks.rank}) == [
+            {"rank": rank, "text": "é" * rank} for rank in range(ranks.count)
+        ]
+        assert ranks.once(lambda: None) is None
+
+
+def judge_together(model: str, dense: str, text: str, output: str) -> None:
+    """What each process does: its share of an evaluation."""
+    from secateur.parallel.processes import joined
+    from secateur.progress import Silent
+    from secateur.recipes.evaluate import EvaluateRecipe
+    from secateur.recipes.reading import build_recipe
+    from secateur.workflows.judge.evaluate import run_evaluation
+
+    values = {"model": model, "dense": dense, "text": [text], "sequence_length": 32}
+    recipe = build_recipe(EvaluateRecipe, {**values, "windows": 13, "output": output})
+    with joined("cpu") as ranks:
+        run_evaluation(recipe, Silent(), ranks=ranks)
