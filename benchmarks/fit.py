@@ -27,7 +27,11 @@ from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.workflows.compress.packable import find_matrices
-from secateur.workflows.fit.run import FitRun, other_bytes, single_within
+from secateur.workflows.fit.bounds import other_bytes
+from secateur.workflows.fit.course import evolution_of, new_search, single_within
+from secateur.workflows.fit.ground import Ground
+from secateur.workflows.fit.kinds import PROBE
+from secateur.workflows.fit.loss_meter import LossMeter
 from secateur.workflows.prune.prepare import calibration_windows
 from stored import known_rows
 
@@ -52,23 +56,22 @@ def rows(args: argparse.Namespace) -> None:
     matrices = find_matrices(reader, "int8", False)
     rest = other_bytes(reader, matrices)
     args.work.mkdir(parents=True, exist_ok=True)
-    run = FitRun(recipe, source, reader, matrices, args.work, Silent())
-    search = run.search()
+    ground = Ground.prepared(recipe, source, reader, matrices, args.work, Silent())
+    search = new_search(ground)
     singles = search.singles()
-    search.survey(run.probe)
+    search.survey(PROBE)
     options = CalibrationWindows(windows=16, sequence_length=512)
-    wiki, _ = calibration_windows(str(args.text), options, source.folder, run.target)
-    texts = {"c4": run.losses(search, run.judged, "c4.jsonl"),
-             "wiki": run.losses(search, wiki, "wiki.jsonl")}  # fmt: skip
-    tokens = {"c4": run.judged.numel(), "wiki": wiki.numel()}
-    dense = {name: measure([(0,) * len(search.names)], tokens[name], 0)[0]
-             for name, measure in texts.items()}  # fmt: skip
+    wiki, _ = calibration_windows(str(args.text), options, source.folder, ground.target)
+    texts = {"c4": ground.judged, "wiki": wiki}
+    meters = {
+        name: LossMeter.on(text, ground, search.names, search.levels, args.work / f"{name}.jsonl")
+        for name, text in texts.items()
+    }
 
     def kept(size: float, contender: str, candidate: Any) -> None:
         if candidate is None:
             return
-        loss = {name: measure([candidate], tokens[name], 0)[0] - dense[name]
-                for name, measure in texts.items()}  # fmt: skip
+        loss = {name: meter.rise(candidate) for name, meter in meters.items()}
         predicted = search.menu.predicted(candidate)
         cost = (rest + search.menu.total(candidate)) / MIB
         row = {"size": size, "contender": contender, "mib": cost, "predicted": predicted, **loss}
@@ -86,7 +89,7 @@ def rows(args: argparse.Namespace) -> None:
         best = search.menu.best(budget)
         starts = [p.candidate for p in singles if p.cost <= budget]
         starts += [x for x in (best, quantized) if x is not None] + search.between(budget)
-        winner = search.refined(starts, budget, run.evolution)
+        winner = search.refined(starts, budget, lambda tokens: evolution_of(recipe, tokens))
         only = [p for p in singles if p.families == "quantize" or p.candidate[0] == 0]
         kept(size, "single, rounded", single_within(only, budget))
         kept(size, "single", single_within(singles, budget))

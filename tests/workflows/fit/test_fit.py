@@ -17,7 +17,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.recipes.fit import bytes_of
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.fit.levels import KINDS
+from secateur.workflows.fit.kinds import KINDS
 from tiny import save_tiny
 from zoo import tiny_windows
 

@@ -104,7 +104,7 @@ def told_of(rounded: Path) -> dict[str, Any]:
 
 
 def output_errors(rounded: Path) -> dict[str, float]:
-    """The error of the outputs of every linear, from the notes of a rounding run."""
+    """The squared relative error of the outputs of every linear, from the notes of a run."""
     lines = (rounded / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     linears = [linear for line in lines for linear in json.loads(line)["linears"]]
     return {linear["name"]: linear["error"] for linear in linears}
