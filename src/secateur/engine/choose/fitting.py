@@ -215,6 +215,12 @@ class FitSearch:
         assert best is not None
         return self.point(best.candidate, best.fitness, "all")
 
+    @torch.no_grad()
+    def measured(self, candidate: Candidate) -> float:
+        """The divergence of a candidate on all windows."""
+        (found,) = self.tournament([candidate], self.tokens, 0)
+        return found
+
     def point(self, candidate: Candidate, found: float, families: str, name: str = "") -> Point:
         """A measured candidate."""
         predicted = self.menu.predicted(candidate)

@@ -12,7 +12,7 @@ from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.fit.kinds import KINDS, LevelKind
 
-__all__ = ["check_feasible", "least_bytes", "other_bytes"]
+__all__ = ["as_seen", "check_feasible", "least_bytes", "other_bytes", "size_of"]
 
 HEADER_BYTES = 900
 """Of a matrix in the headers of the files, at most."""

@@ -1,28 +1,46 @@
-"""The course of a fit: levels, search, the winner packed, and what was made measured."""
+"""The course of a fit: levels, search, finalists, the winner packed, and what was made measured."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from secateur.engine.choose.fitting import FitSearch, Point
+from secateur.engine.choose.tournament import cut_windows
 from secateur.recipes.fit import FitRecipe, bytes_of
-from secateur.reporting.results.fit import FitLoss, FitResult
+from secateur.reporting.results.fit import (
+    ONLY_ROUNDED,
+    WINNER,
+    FitBranch,
+    FitLoss,
+    FitResult,
+)
 from secateur.runs.folder import RunFolder
-from secateur.sparsity.evolution import Candidate, Evolution
+from secateur.sparsity.evolution import Evolution
+from secateur.workflows.fit.branches import branched
+from secateur.workflows.fit.finalists import (
+    MARGIN,
+    SINGLE,
+    Finalist,
+    finalists,
+    mixes,
+    single,
+)
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.kinds import PROBE
 from secateur.workflows.fit.levels import made_levels
 from secateur.workflows.fit.loss_meter import LossMeter, smallest_within
 from secateur.workflows.fit.packing import pack_winner
+from secateur.workflows.fit.yardstick import Yardstick
 
-__all__ = ["carry_out", "evolution_of", "new_search", "single_within"]
+__all__ = ["carry_out", "contested", "evolution_of", "new_search"]
 
 DRAWN_TOKENS = 1024
 """Tokens on which all mutants of a generation are measured; the better ones see all."""
 
 
 def carry_out(ground: Ground, folder: RunFolder, rest: int, begun: float) -> FitResult:
-    """Make levels, search, pack and judge.
+    """Make levels, search, make the finalists, pack the best one and judge it.
 
     Args:
         ground: of the fit.
@@ -37,40 +55,79 @@ def carry_out(ground: Ground, folder: RunFolder, rest: int, begun: float) -> Fit
     budgets = search.budgets()
     frontier = search.frontier(budgets, "all") + search.frontier(budgets, "quantize")
     budget = budget_of(ground, search, rest)
-    quantized = search.menu.best(budget, search.allowed("quantize"))
-    starts = [p.candidate for p in (*singles, *frontier) if p.cost <= budget]
-    starts += [c for c in (search.menu.best(budget), quantized) if c is not None]
-    starts += search.between(budget)
-    winner = search.refined(starts, budget, lambda tokens: evolution_of(recipe, tokens))
-    meter = LossMeter.on(
-        ground.judged, ground, search.names, search.levels, ground.work / "judged.jsonl"
-    )
-    judged = {
-        "winner": winner.candidate,
-        "the best single technique": single_within(singles, budget),
-        "quantize only, mixed": quantized,
-    }
-    losses = {
-        name: FitLoss(search.menu.total(candidate), meter.rise(candidate))
-        for name, candidate in judged.items()
-        if candidate is not None
-    }
-    level_of = dict(zip(search.names, winner.candidate, strict=True))
-    packed = pack_winner(folder, ground, search.levels, level_of, begun)
+    contest, branches = contested(ground, search, singles, frontier, rest, budget)
+    winner = min(contest, key=lambda one: one.told.divergence)
+    packed = pack_winner(folder, ground, winner, begun)
     return FitResult(
-        folder.output,
-        None if recipe.max_size is None else bytes_of(recipe.max_size),
-        recipe.max_loss_increase,
-        tuple(one.name for one in search.levels),
-        level_of,
-        winner,
-        tuple(singles),
-        tuple(frontier),
-        losses,
-        rest,
-        packed,
-        time.perf_counter() - begun,
+        output=folder.output,
+        max_bytes=None if recipe.max_size is None else bytes_of(recipe.max_size),
+        max_loss_increase=recipe.max_loss_increase,
+        kind_of={name: kind.name for name, kind in winner.kinds.items()},
+        winner=winner.told,
+        finalists=tuple(one.told for one in contest),
+        branches=tuple(branches),
+        singles=tuple(singles),
+        frontier=tuple(frontier),
+        losses=judged(ground, winner, contest),
+        rest=rest,
+        packed=packed,
+        seconds=time.perf_counter() - begun,
     )
+
+
+def contested(
+    ground: Ground,
+    search: FitSearch,
+    singles: Sequence[Point],
+    frontier: Sequence[Point],
+    rest: int,
+    budget: float,
+) -> tuple[list[Finalist], list[FitBranch]]:
+    """Search within a budget, and make the finalists that keep it.
+
+    Args:
+        ground: of the fit.
+        search: after the survey.
+        singles: every level alone.
+        frontier: further measured candidates; may be empty.
+        rest: bytes of everything that is no linear.
+        budget: bytes of all linears.
+    """
+    inside = budget * (1 - MARGIN)
+    quantized = search.menu.best(inside, search.allowed("quantize"))
+    starts = [p.candidate for p in (*singles, *frontier) if p.cost <= inside]
+    starts += [c for c in (search.menu.best(inside), quantized) if c is not None]
+    starts += search.between(inside)
+    whole = cut_windows(ground.searched, ground.searched.numel())
+    measure = Yardstick(ground, whole, "searched")
+    found: list[Finalist] = []
+    if starts:
+        winner = search.refined(starts, inside, lambda n: evolution_of(ground.recipe, n))
+        found = finalists(ground, search, mixes(search, winner, inside), rest, measure)
+    alone = single(ground, search, singles, rest, budget)
+    most = rest + budget
+    contest = [one for one in (alone, *found) if one is not None and one.told.file_bytes <= most]
+    if not ground.recipe.structure or not contest:
+        return contest, []
+    best = min(contest, key=lambda one: one.told.divergence)
+    grown, branches = branched(ground, search, best, most, measure)
+    return [*contest, *grown], branches
+
+
+def judged(ground: Ground, winner: Finalist, contest: Sequence[Finalist]) -> dict[str, FitLoss]:
+    """The loss of the winner and its rivals on text that neither made nor chose them."""
+    measure = Yardstick(ground, ground.judged, "judged")
+    rounded = [one for one in contest if one.only_rounded]
+    rivals = {
+        WINNER: winner,
+        SINGLE: next((one for one in contest if one.told.name == SINGLE), None),
+        ONLY_ROUNDED: min(rounded, key=lambda one: one.told.divergence, default=None),
+    }
+    return {
+        name: FitLoss(one.told.file_bytes, measure.rise(one.folder))
+        for name, one in rivals.items()
+        if one is not None
+    }
 
 
 def new_search(ground: Ground) -> FitSearch:
@@ -104,10 +161,3 @@ def evolution_of(recipe: FitRecipe, tokens: int) -> Evolution:
         tries=4,
         revisits=False,
     )
-
-
-def single_within(singles: list[Point], budget: float) -> Candidate | None:
-    """The best single level within a budget."""
-    fitting = [point for point in singles if point.cost <= budget]
-    best = min(fitting, key=lambda point: point.divergence, default=None)
-    return None if best is None else best.candidate
