@@ -31,8 +31,8 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.results.fit import FitBranch, FitFinalist
 from secateur.runs.folder import NOTES
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
-from secateur.workflows.fit.bounds import as_seen, other_bytes, size_of
-from secateur.workflows.fit.finalists import MARGIN, Finalist
+from secateur.workflows.fit.bounds import MARGIN, as_seen, other_bytes, size_of
+from secateur.workflows.fit.finalists import Finalist
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.kinds import KINDS
 from secateur.workflows.fit.levels import linear_bytes

@@ -17,9 +17,9 @@ from secateur.reporting.results.fit import (
 )
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.evolution import Evolution
+from secateur.workflows.fit.bounds import MARGIN
 from secateur.workflows.fit.branches import branched
 from secateur.workflows.fit.finalists import (
-    MARGIN,
     SINGLE,
     Finalist,
     finalists,

@@ -76,7 +76,8 @@ def fit_recipe(
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, "int8", recipe.trust_remote_code)
     rest = other_bytes(reader, matrices)
-    check_feasible(recipe, rest + least_bytes(reader, matrices))
+    stored = sum(file.stat().st_size for file in reader.files)
+    check_feasible(recipe, rest + least_bytes(reader, matrices), stored)
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         folder.begin(identity(recipe, reader, progress))
