@@ -20,7 +20,7 @@ from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 from secateur.advisor.speed import TimeModel
 
-__all__ = ["Capacity", "Load", "ServingDevice", "TooMuch", "capacity_of"]
+__all__ = ["Capacity", "Load", "ServingDevice", "TooMuch", "capacity_of", "most_requests"]
 
 BATCHES = tuple(2**n for n in range(10))
 SHARED_BY = (1, 2, 4, 8, 16)
@@ -185,6 +185,11 @@ def within(seconds: float, bound_ms: float | None) -> bool:
 def copies(busy: float, load: Load) -> float:
     """Copies of the model for a load; at least one."""
     return max(1, math.ceil(load.requests_per_second * busy / load.utilisation))
+
+
+def most_requests(busy: float, load: Load) -> float:
+    """Requests per day that one copy can serve: utilisation / busy / peak · 86400."""
+    return load.utilisation / busy / load.peak * DAY_SECONDS
 
 
 def missed(p99: Estimate, first: Estimate, load: Load) -> TooMuch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secateur.advisor.capacity import Capacity, Load
+from secateur.advisor.capacity import Capacity, Load, most_requests
 from secateur.advisor.estimate import Estimate
 from secateur.advisor.facts import API, Facts
 from secateur.advisor.options import CompressionWay
@@ -115,7 +115,7 @@ def api_cost(name: str, api: API, found: Capacity, load: Load, price: Estimate) 
     """
     request = (load.prompt_tokens * api.input + load.new_tokens * api.output) / 1e6
     copy = found.shared_by * price.typical * 24
-    most = load.utilisation / found.busy.typical / load.peak * 86400
+    most = most_requests(found.busy.typical, load)
     least = copy / request if request else float("inf")
     return APICost(
         name,

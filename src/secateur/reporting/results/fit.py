@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.engine.choose.fitting import Point
+from secateur.errors import CheckpointError
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.next_steps import after_a_packed_folder
@@ -17,6 +18,8 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table, mib
 
 __all__ = ["FitLoss", "FitResult"]
+
+FAMILIES = {"quantize": "rounded", "prune": "pruned", "both": "pruned and rounded"}
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,23 @@ class FitResult(Result):
 
     @classmethod
     def read(cls, file: Path) -> FitResult:
-        """The result of a finished run."""
-        told = json.loads(file.read_text(encoding="utf-8"))
+        """The result of a finished run.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another release.
+        """
+        try:
+            return cls.of(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"no fit of this release: {type(error).__name__}: {error}",
+                where=str(file),
+                remedy="fit the model again",
+            ) from error
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> FitResult:
+        """The result that `to_json` told."""
 
         def point(stored: dict[str, Any]) -> Point:
             return Point(**{**stored, "candidate": tuple(stored["candidate"])})
@@ -102,11 +120,18 @@ class FitResult(Result):
         )
 
     def chart(self) -> LineChart:
-        """Size against divergence: the frontiers, the single levels, and the winner."""
+        """Size against divergence: the frontiers, the single levels by family, and the winner."""
 
         def marks(points: Sequence[Point]) -> tuple[Mark, ...]:
-            return tuple(Mark((self.rest + p.cost) / 2**20, p.divergence, p.name) for p in points)
+            return tuple(
+                Mark((self.rest + p.cost) / 2**20, p.divergence, p.name, self.told(p))
+                for p in points
+            )
 
+        single = {
+            family: [p for p in self.singles if p.families == family]
+            for family in dict.fromkeys(p.families for p in self.singles)
+        }
         mixed = [p for p in self.frontier if p.families == "all"]
         rounded = [p for p in self.frontier if p.families == "quantize"]
         return LineChart(
@@ -117,11 +142,21 @@ class FitResult(Result):
             (
                 Series("mixed levels", marks(mixed)),
                 Series("mixed, only rounded", marks(rounded)),
-                Series("single levels", marks(self.singles), joined=False),
+                *(
+                    Series(f"every linear alike, {FAMILIES[family]}", marks(points), joined=False)
+                    for family, points in single.items()
+                ),
                 Series("the winner", marks([self.winner]), joined=False),
             ),
-            log_y=all(p.divergence > 0 for p in (*mixed, *rounded)),
+            log_y=all(p.divergence > 0 for p in (*self.singles, *mixed, *rounded, self.winner)),
+            note="Lower is better, and so is further left. Divergence on the windows that choose.",
         )
+
+    def told(self, point: Point) -> str:
+        """A candidate in words."""
+        name = point.name or f"a mix ({point.families})"
+        size = mib(self.rest + point.cost)
+        return f"{name}: {size}, {point.divergence:.4g} nats per token"
 
     @property
     def broken(self) -> list[str]:
