@@ -153,7 +153,7 @@ class AdviseResult(Result):
         low, high = row.kept
         return (
             row.option.name,
-            f"{low:.0%}" if low == high else f"{low:.1%}-{high:.1%}",
+            f"{low:.0%}" if low == high else f"{100 * low:.3g}-{100 * high:.3g}%",
             f"{found.memory.total / GIB:.2f} GiB",
             f"{found.devices.typical:.0f}",
             f"{found.step.typical * 1e3:.1f}",

@@ -140,41 +140,44 @@ const advisor = (() => {
     Math.max(1, Math.ceil(requestsPerSecond(load) * busy / load.utilisation));
   const mostRequests = (busy, load) => load.utilisation / busy / load.peak * 86400;
   const capacityOf = (told, one, device, load) => {
-    const m = scaled(told.question.model, one.structure), { gib, batches, shared_by } = told.constants;
-    const context = load.prompt_tokens + load.new_tokens;
-    const memory = (batch) => memoryOf(told, m, one, device.kind, batch, context);
-    const least = memory(1).total;
+    const m = scaled(told.question.model, one.structure), { gib, shared_by } = told.constants;
+    const least = memoryOf(
+      told, m, one, device.kind, 1, load.prompt_tokens + load.new_tokens).total;
     const choices = shared_by.filter((n) => n <= device.most && least <= n * device.memory_bytes);
     if (!choices.length) {
       return { tooMuch: `needs ${(least / gib).toFixed(1)} GiB, ${device.most} x `
         + `${(device.memory_bytes / gib).toFixed(1)} GiB are there` };
     }
-    let slow = null;
-    for (const devices of choices) {
-      const speed = device.speed(devices);
-      const first = speed.prompt(m, one, load.prompt_tokens);
-      const chunk = speed.prompt(m, one, Math.min(load.prompt_tokens, told.constants.chunk_tokens));
-      const fits = batches.filter(
-        (b) => b <= device.most_batch && memory(b).total <= devices * device.memory_bytes);
-      const steps = new Map(fits.map((b) => [b, speed.step(m, one, b, context)]));
-      const p99 = (b) => add(steps.get(b), chunk);
-      const quick = fits.filter((b) => within(p99(b)[1], load.token_ms));
-      if (quick.length && within(first[1], load.first_token_ms)) {
-        const busyOf = (b) => add(first, scale(steps.get(b), load.new_tokens / b));
-        let batch = quick[0];
-        for (const b of quick) if (busyOf(b)[1] < busyOf(batch)[1]) batch = b;
-        const busy = busyOf(batch), needed = map(busy, (seconds) => copies(seconds, load));
-        return {
-          shared_by: devices, batch, memory: memory(batch), step: steps.get(batch),
-          p99: p99(batch), alone: steps.get(1), first_token: first, busy,
-          replicas: needed[1], devices: scale(needed, devices),
-        };
-      }
-      slow = slow ?? (within(p99(1)[1], load.token_ms)
-        ? `${(first[1] * 1e3).toFixed(0)} ms to the first token, ${load.first_token_ms} allowed`
-        : `${(p99(1)[1] * 1e3).toFixed(0)} ms between two tokens (99 of 100), ${load.token_ms} allowed`);
+    const ways = choices.map((devices) => shared(told, m, one, device, load, devices));
+    const found = ways.filter((way) => !way.tooMuch);
+    return found.length
+      ? found.reduce((best, way) => way.devices[1] < best.devices[1] ? way : best) : ways[0];
+  };
+  const shared = (told, m, one, device, load, devices) => {
+    const speed = device.speed(devices), { batches, chunk_tokens } = told.constants;
+    const context = load.prompt_tokens + load.new_tokens;
+    const memory = (batch) => memoryOf(told, m, one, device.kind, batch, context);
+    const fits = batches.filter(
+      (b) => b <= device.most_batch && memory(b).total <= devices * device.memory_bytes);
+    const first = speed.prompt(m, one, load.prompt_tokens);
+    const chunk = speed.prompt(m, one, Math.min(load.prompt_tokens, chunk_tokens));
+    const steps = new Map(fits.map((b) => [b, speed.step(m, one, b, context)]));
+    const p99 = (b) => b > 1 ? add(steps.get(b), chunk) : steps.get(b);
+    const quick = fits.filter((b) => within(p99(b)[1], load.token_ms));
+    if (!quick.length || !within(first[1], load.first_token_ms)) {
+      const [seconds, words, bound] = within(p99(1)[1], load.token_ms)
+        ? [first, "to the first token", load.first_token_ms]
+        : [p99(1), "between two tokens (99 of 100)", load.token_ms];
+      return { tooMuch: `${(seconds[1] * 1e3).toFixed(0)} ms ${words}, ${bound} allowed` };
     }
-    return { tooMuch: slow };
+    const busyOf = (b) => add(first, scale(steps.get(b), load.new_tokens / b));
+    const batch = quick.reduce((best, b) => busyOf(b)[1] < busyOf(best)[1] ? b : best);
+    const busy = busyOf(batch), needed = map(busy, (seconds) => copies(seconds, load));
+    return {
+      shared_by: devices, batch, memory: memory(batch), step: steps.get(batch),
+      p99: p99(batch), alone: steps.get(1), first_token: first, busy,
+      replicas: needed[1], devices: scale(needed, devices),
+    };
   };
 
   // money.py
@@ -249,7 +252,7 @@ const advisor = (() => {
     const rows = optionsFor(told, device).map((one) => consider(told, one, device, need, price));
     const less = (a, b) => a === b ? 0 : a < b ? -1 : 1;  // Infinity − Infinity is no number
     rows.sort((a, b) => less(!!a.refused, !!b.refused) || less(month(a), month(b))
-      || less(a.option.changed, b.option.changed));
+      || less(a.option.changed, b.option.changed) || less(-a.option.kept[0], -b.option.kept[0]));
     const base = rows.find((row) => !row.option.changed);
     const safe = rows.filter((row) => !row.refused && row.safe);
     let chosen = safe[0] ?? null;
