@@ -11,7 +11,7 @@ from secateur.advisor.facts import read_facts
 from secateur.advisor.memory import GIB
 from secateur.advisor.money import MONTH_HOURS
 from secateur.advisor.options import CompressionWay
-from secateur.advisor.question import Question
+from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.shape import ModelShape, known_shape
 
 FACTS = read_facts()
@@ -22,12 +22,12 @@ def shape(name: str) -> ModelShape:
     return known_shape(name, FACTS.shapes[name])
 
 
-def asked(model: str, hardware: str, load: Load, loss: float | None) -> Question:
+def asked(model: str, hardware: str, load: Load, loss: float | None) -> AdviceQuestion:
     """What `secateur advise` would be asked."""
     device = FACTS.hardware[hardware]
     assert device.memory_gib is not None
     size = round(device.memory_gib * GIB)
-    return Question(shape(model), device, size, FACTS, Need(load, loss))
+    return AdviceQuestion(shape(model), device, size, FACTS, Need(load, loss))
 
 
 CHATBOT = asked("llama-3.1-8b", "a100-80gb", Load(1e6, 400, 100, token_ms=50.0), 0.03)
@@ -68,7 +68,7 @@ def scenarios() -> Iterable[str]:
         yield from scenario(title, question)
 
 
-def scenario(title: str, question: Question) -> Iterable[str]:
+def scenario(title: str, question: AdviceQuestion) -> Iterable[str]:
     """One scenario: the question, the options, and the arithmetic of the chosen one."""
     load, model, advice = question.need.load, question.model, question.answer()
     bound = f", {load.token_ms:g} ms between two tokens" if load.token_ms else ""
@@ -101,7 +101,7 @@ def scenario(title: str, question: Question) -> Iterable[str]:
         yield from arithmetic(question, chosen.capacity, chosen.option)
 
 
-def arithmetic(question: Question, found: Capacity, option: CompressionWay) -> Iterable[str]:
+def arithmetic(question: AdviceQuestion, found: Capacity, option: CompressionWay) -> Iterable[str]:
     """The numbers of an option, step by step."""
     load, cut = question.need.load, option.shape(question.model)
     memory, price = found.memory, question.hardware.usd_per_hour[1]
@@ -125,7 +125,8 @@ def arithmetic(question: Question, found: Capacity, option: CompressionWay) -> I
     second = load.requests_per_day / 86400
     copies = f"{second:.4g} requests a second · {load.peak:g} · {busy:.4f} / {load.utilisation:g}"
     exact = second * load.peak * busy / load.utilisation
-    yield f"- copies: {copies} = {exact:.2f}, so {found.replicas}, each on {found.shared_by} devices"
+    many = f"{found.replicas}, each on {found.shared_by} devices"
+    yield f"- copies: {copies} = {exact:.2f}, so {many}"
     month = found.devices.typical * price * MONTH_HOURS
     hours = f"{found.devices.typical:.0f} · {price:g} USD · {MONTH_HOURS:g} h"
     yield f"- a month: {hours} = {month:,.2f} USD"

@@ -19,7 +19,7 @@ from secateur.advisor.estimate import Estimate
 from secateur.advisor.memory import GIB, weight_bytes
 from secateur.advisor.money import MONTH_DAYS, learning_hours, making_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
-from secateur.advisor.question import Question
+from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.speed import Roofline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +161,7 @@ def speeds() -> Iterable[str]:
                      ranged(batch * 1e3, ".1f"), f"{more:.2f}x"))  # fmt: skip
     read, cache = (SEVEN.linears + SEVEN.head) * 2 / 1e9, 512 * 4 * SEVEN.kv_width / 1e9
     e, layer = FACTS.efficiency["cuda"].bandwidth[1], FACTS.efficiency["cuda"].layer_microseconds[1]
+    bandwidth = DEVICE.bandwidth_gb_s or 0.0
     yield "## Inference savings"
     yield ""
     yield f"Milliseconds of a token of Llama-2-7B on one {DEVICE.name}, 512 tokens of context."
@@ -170,8 +171,8 @@ def speeds() -> Iterable[str]:
     yield (
         "The first number by hand: a token reads all weights of the linears and the head, "
         f"{read:.2f} GB, and keys and values of 512 tokens, {cache:.2f} GB, at "
-        f"{DEVICE.bandwidth_gb_s:g} GB/s · {e:g}; and {SEVEN.layers} layers have an overhead of "
-        f"{layer:g} µs each: {read + cache:.2f} / {DEVICE.bandwidth_gb_s * e / 1e3:.2f} + "
+        f"{bandwidth:g} GB/s · {e:g}; and {SEVEN.layers} layers have an overhead of "
+        f"{layer:g} µs each: {read + cache:.2f} / {bandwidth * e / 1e3:.2f} + "
         f"{SEVEN.layers * layer / 1e3:.2f} = {base.typical * 1e3:.1f} ms. No kernel of a common "
         "engine skips single zeros on a GPU, so they change nothing. 2:4 zeros are bounded by 2x "
         "in hardware; end to end 1.0 to 1.24 was measured. With many sequences keys and values "
@@ -254,11 +255,11 @@ def hosted() -> Iterable[str]:
         f"The same load on {DEVICE.name} GPUs of one's own, with at most 3 % of the accuracy lost:"
     )
     yield ""
-    columns = (
+    of_own = (
         "model", "as it is, USD a month", "advised", "USD a month",
         "requests a day from which it is cheaper than gpt-4o", "than gpt-4o-mini",
     )  # fmt: skip
-    yield from table(columns, own)
+    yield from table(of_own, own)
     year = DEVICE.usd_per_hour[1] * 8760
     yield (
         f"An A100 at 50,000 USD a year, which some guides count with, is {50000 / 8760:.2f} USD "
@@ -317,7 +318,7 @@ def against() -> Iterable[str]:
 
 def when() -> Iterable[str]:
     """When to prune."""
-    cases: list[tuple[str, Callable[[float | None], Question]]] = [
+    cases: list[tuple[str, Callable[[float | None], AdviceQuestion]]] = [
         ("Llama-2-7B, A100, 1,000 requests a day",
          lambda loss: asked("llama-2-7b", GPU, Load(1e3, 400, 100), loss)),
         ("Llama-2-7B, A100, 10 million a day",

@@ -163,7 +163,7 @@ def test_sliders_answer_as_a_new_advice_does(
 
     assert slot("verdict").inner_text() == first.advice.verdict
     assert month() == told(first)
-    page.locator("input[name=requests_per_day]").fill("360")  # a thousandth to a billion: 10^8.1
+    page.locator("input[name=requests_per_day]").fill("360")  # of 400 steps: 10 to the 8.1
     assert page.locator("label", has_text="requests a day").locator("output").inner_text() == (
         "130,000,000"
     )

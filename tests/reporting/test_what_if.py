@@ -15,7 +15,7 @@ import pytest
 from secateur.advisor.advice import Need
 from secateur.advisor.capacity import Capacity, Load
 from secateur.advisor.facts import Facts, read_facts
-from secateur.advisor.question import Question
+from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.shape import ModelShape, known_shape
 from secateur.advisor.speed import TokenTimes
 from secateur.reporting.report import page
@@ -67,7 +67,7 @@ def drawn_shape(draw: random.Random, facts: Facts) -> ModelShape:
     return known_shape("drawn & <b>", sizes)
 
 
-def drawn(draw: random.Random) -> tuple[str, Question]:
+def drawn(draw: random.Random) -> tuple[str, AdviceQuestion]:
     """A question about some model on some hardware, with any load and bounds."""
     facts = read_facts()
     name = draw.choice([*facts.hardware])
@@ -90,7 +90,7 @@ def drawn(draw: random.Random) -> tuple[str, Question]:
     )
     loss, hours = draw.choice([None, draw.uniform(0, 0.5)]), draw.choice([None, 10.0, 500.0])
     size = round((hardware.memory_gib or draw.uniform(0.5, 64)) * 2**30)
-    return name, Question(shape, hardware, size, facts, Need(load, loss, hours), times)
+    return name, AdviceQuestion(shape, hardware, size, facts, Need(load, loss, hours), times)
 
 
 def same(found: Any, wanted: float) -> bool:
@@ -148,7 +148,7 @@ def test_a_question_survives_its_json() -> None:
     draw = random.Random(3)
     for _ in range(20):
         _, question = drawn(draw)
-        assert Question.from_json(json.loads(json.dumps(question.to_json()))) == question
+        assert AdviceQuestion.from_json(json.loads(json.dumps(question.to_json()))) == question
         other = question.with_need(requests_per_day=7.0, quality_loss=0.25)
         assert other.need.load.requests_per_day == 7.0
         assert other.need == replace(
@@ -161,9 +161,9 @@ def test_other_hardware_gives_what_a_new_advice_gives() -> None:
     model = known_shape("llama-2-7b", facts.shapes["llama-2-7b"])
     need = Need(Load(1e6, 400, 100), 0.03)
 
-    def on(name: str) -> Question:
+    def on(name: str) -> AdviceQuestion:
         device = facts.hardware[name]
-        return Question(model, device, round((device.memory_gib or 0) * 2**30), facts, need)
+        return AdviceQuestion(model, device, round((device.memory_gib or 0) * 2**30), facts, need)
 
     others = ("h200", "raspberry-pi-5")
     data = what_if_data(on("a100-80gb"), "m", "a100-80gb")

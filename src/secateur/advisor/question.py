@@ -17,11 +17,11 @@ from secateur.advisor.options import CompressionWay, options_for
 from secateur.advisor.shape import ModelShape
 from secateur.advisor.speed import Measured, Roofline, TimeModel, TokenTimes
 
-__all__ = ["Question"]
+__all__ = ["AdviceQuestion"]
 
 
 @dataclass(frozen=True)
-class Question:
+class AdviceQuestion:
     """A model, a device and a need.
 
     Attributes:
@@ -61,7 +61,7 @@ class Question:
         """The advice."""
         return advise_on(self.model, self.hardware, self.device, self.facts, self.need)
 
-    def with_need(self, **changes: Any) -> Question:
+    def with_need(self, **changes: Any) -> AdviceQuestion:
         """The same question with another load or other bounds.
 
         Args:
@@ -84,7 +84,7 @@ class Question:
         }
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Question:
+    def from_json(cls, told: Mapping[str, Any]) -> AdviceQuestion:
         """The question that `to_json` wrote.
 
         Raises:

@@ -11,7 +11,7 @@ from secateur.advisor.advice import Need
 from secateur.advisor.capacity import Load
 from secateur.advisor.facts import THIS_MACHINE, Facts, Hardware, read_facts
 from secateur.advisor.options import options_for
-from secateur.advisor.question import Question
+from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.shape import ModelShape, known_shape
 from secateur.advisor.speed import TokenTimes
 from secateur.errors import RecipeError
@@ -82,7 +82,7 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
         recipe.first_token_ms,
     )
     need = Need(load, recipe.quality_loss, recipe.gpu_hours)
-    question = Question(shape, hardware, round(total), facts, need, times)
+    question = AdviceQuestion(shape, hardware, round(total), facts, need, times)
     answer = question.answer()
     result = AdviseResult(recipe.model, recipe.hardware, question, answer, basis, page)
     if page is not None:

@@ -13,7 +13,7 @@ from secateur.advisor import capacity, memory, money, speed
 from secateur.advisor.advice import LEAST_SAVING
 from secateur.advisor.estimate import Estimate
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
-from secateur.advisor.question import Question
+from secateur.advisor.question import AdviceQuestion
 from secateur.reporting.report.records import ReportedAdvice
 from secateur.reporting.tables import Table
 
@@ -102,7 +102,7 @@ def advice_view(advice: ReportedAdvice) -> AdviceView:
     )
 
 
-def what_if_data(question: Question, model: str, hardware: str) -> dict[str, Any]:
+def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[str, Any]:
     """The data of the script, as JSON.
 
     Args:

@@ -13,7 +13,7 @@ from secateur.advisor.capacity import Capacity, Load
 from secateur.advisor.estimate import ESTIMATED, MEASURED, PUBLISHED, Estimate
 from secateur.advisor.facts import Facts
 from secateur.advisor.memory import GIB
-from secateur.advisor.question import Question
+from secateur.advisor.question import AdviceQuestion
 from secateur.errors import CheckpointError
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
@@ -40,7 +40,7 @@ class AdviseResult(Result):
 
     model: str
     hardware: str
-    question: Question
+    question: AdviceQuestion
     advice: Advice
     speed_basis: str
     page: Path | None = None
@@ -94,7 +94,7 @@ class AdviseResult(Result):
             told = json.loads(file.read_text(encoding="utf-8"))
             if told["schema"] != SCHEMA:
                 raise ValueError(f"the schema is {told['schema']!r}, not {SCHEMA!r}")
-            question = Question.from_json(told["question"])
+            question = AdviceQuestion.from_json(told["question"])
             basis = told["basis"]["times"]
             return cls(told["model"], told["hardware"], question, question.answer(), basis)
         except (OSError, KeyError, TypeError, ValueError) as error:

@@ -38,7 +38,8 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
     const { low, high, log, whole } = rangeOf(input), at = Number(input.value) / STEPS;
     if (input.dataset.any && Number(input.value) === Number(input.dataset.any)) return null;
     const value = log ? low * (high / low) ** at : low + (high - low) * at;
-    return whole ? Math.round(value) : Number(value.toPrecision(log ? 2 : 3));
+    const short = Number(value.toPrecision(log ? 2 : 3));
+    return whole ? Math.round(short) : short;
   };
   const positionOf = (input, value) => {
     const { low, high, log } = rangeOf(input);
