@@ -95,8 +95,9 @@ def advise(
     peak: float | None = None,
     utilisation: float | None = None,
     usd_per_hour: float | None = None,
-    facts: Path | None = None,
+    facts: str | Path | None = None,
     trust_remote_code: bool | None = None,
+    html: str | Path | None = None,
 ) -> AdviseResult:
     """Say what would make a model cheaper to serve, and what that would cost.
 
@@ -120,6 +121,7 @@ def advise(
         usd_per_hour: What you pay for one device. [from the facts]
         facts: YAML with your own hardware, prices, losses or shapes. [the built-in ones]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        html: Also write a page with the advice and sliders to vary the load. [none]
 
     Raises:
         SecateurError: what, where, and what to do.
