@@ -82,7 +82,7 @@ VERBS: dict[str, Verb] = {
             "plan",
             "Show the memory, disk and work that pruning would need. Reads no weights and writes "
             "nothing.",
-            "secateur.recipes.prune:PruneRecipe",
+            "secateur.recipes.plan:PlanRecipe",
             "secateur.workflows.prune.checkpoint:plan",
             without=WRITING | ON_RAY,
         ),

@@ -24,10 +24,12 @@ from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.plan import PlanRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.verbs import ON_RAY, WRITING
 from secateur.reporting.model_card import model_card
+from secateur.reporting.results.cluster_plan import ClusterPlanResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_json, write_text
@@ -40,6 +42,7 @@ from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.chosen_plan import choose_plan
+from secateur.workflows.prune.cluster_plan import plan_on_paper
 from secateur.workflows.prune.distillation import distill_checkpoint
 from secateur.workflows.prune.order import WorkOrder, digest_of, give, refuse_cluster
 from secateur.workflows.prune.prepare import (
@@ -61,12 +64,14 @@ NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
 """Fields of a recipe that do not affect the pruned weights."""
 
 
-@takes_options_of(PruneRecipe, without=WRITING | ON_RAY)
-def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> PlanResult:
+@takes_options_of(PlanRecipe, without=WRITING | ON_RAY)
+def plan(
+    model: str | Path, *, method: str | Method | None = None, **options: Any
+) -> PlanResult | ClusterPlanResult:
     """Report what pruning `model` would need, without pruning it.
 
     Args:
-        model: hub id, folder, GGUF file or named sample.
+        model: hub id, folder, GGUF file or named sample; with `gpus` a well-known shape.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
         **options: the other options of the recipe.
 
@@ -74,11 +79,13 @@ def plan(model: str | Path, *, method: str | Method | None = None, **options: An
         SecateurError: as `prune` would.
     """
     own = {"model": model}
-    return plan_recipe(recipe_of(PruneRecipe, own, with_method(method, options))[0])
+    return plan_recipe(recipe_of(PlanRecipe, own, with_method(method, options))[0])
 
 
-def plan_recipe(recipe: PruneRecipe) -> PlanResult:
-    """Return the plan of a recipe, and where its hidden states would be stored."""
+def plan_recipe(recipe: PlanRecipe) -> PlanResult | ClusterPlanResult:
+    """Return the plan of a recipe, for this machine or on paper for others."""
+    if recipe.machines.gpus is not None:
+        return plan_on_paper(recipe)
     prepared = prepare(recipe, only_plan=True)
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
@@ -175,6 +182,7 @@ def run_prepared(
         manifest = make_manifest(prepared, chosen, activations, audit, meter, folder)
         manifest["distillation"] = distilled
         found = coverage(ledger.layers, prepared.target.architecture)
+        manifest["cost"]["processes"] = ranks.count
         manifest["experts"] = found and found.to_json()
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
