@@ -136,15 +136,19 @@ class Lookout:
         """Report a process whose number stands still."""
         now = self.clock()
         for other, (number, since) in self.seen.items():
-            found = self.store.get(beat(other))
+            found = self.read(beat(other))  # nothing yet, if it has died at the start
             if found != number:
                 self.seen[other] = found, now
             elif found != LEFT and now - since > self.silence_seconds and self.fault is None:
                 what = f"it was killed, or it hangs (no sign of life for {now - since:.0f} s)"
-                place = self.store.get(host(other)).decode()
+                place = self.read(host(other)).decode() or "its machine"
                 silent = Fault(other, place, what, remedy="run again with --resume")
                 told = self.store.compare_set("fault", "", silent.write())
                 self.hear(Fault.read(told.decode()))
+
+    def read(self, key: str) -> bytes:
+        """A value in the store; empty if there is none. `get` alone would wait for it."""
+        return self.store.get(key) if self.store.check([key]) else b""
 
     def hear(self, fault: Fault) -> None:
         """Remember the first fault."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -166,7 +166,7 @@ class Processes:
 
     # -- the life of the run ---------------------------------------------------------------------
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Processes:
         self.lookout.start()
         self.wait()  # every process has a number before another one looks at it
         self.before = catch(self.terminated)

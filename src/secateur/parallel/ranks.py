@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -67,7 +67,7 @@ class Ranks(Protocol):
         """Wait until all processes reach this call."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Ranks: ...
 
     def __exit__(
         self,
@@ -99,7 +99,7 @@ class Alone:
     def wait(self) -> None:
         """Wait for nobody."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Alone:
         return self
 
     def __exit__(
