@@ -69,10 +69,12 @@ def test_two_processes_measure_the_perplexity_of_one(tmp_path: Path) -> None:
     )
     one, both = (json.loads(Path(x).read_text()) for x in (tmp_path / "one.json", two))
     for kind, names in (
-        ("perplexity", ("perplexity", "standard_error", "reference_perplexity", "protocol_id")),
+        ("perplexity", ("perplexity", "standard_error", "reference_perplexity")),
         ("divergence", ("kl", "top1_agreement", "loss_change_standard_error", "tokens")),
     ):
         for name in names:
             assert both[kind][0][name] == pytest.approx(one[kind][0][name], rel=1e-5), name
+    ids = [found["perplexity"][0]["protocol_id"] for found in (one, both)]
+    assert ids[0] == ids[1]
     kept = json.loads((tmp_path / "pruned" / "secateur" / "evaluation.json").read_text())
     assert len(kept["perplexity"]) == 1

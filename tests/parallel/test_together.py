@@ -125,6 +125,7 @@ def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
 ) -> None:
     values = recipe(place, tmp_path / "model", {"method": "wanda"})
     started = Started(3, fail_in_a_layer, tmp_path, values, 2, 2, True)
+    started.all[2].join(120)  # it kills itself
     assert started.join(30) == [1, 1, -signal.SIGKILL]
     assert "process 2 of the run" in started.told(0)
     assert "it was killed, or it hangs" in started.told(0)

@@ -161,7 +161,7 @@ class Lookout:
         assert self.fault is not None
         if self.over.is_set():
             return
-        if self.rank == 0 and self.fault.rank != 0:
+        if self.fault.rank != self.rank and 0 in (self.rank, self.fault.rank):
             print(f"error: {self.fault.error()}", file=sys.stderr, flush=True)
         self.end(self.fault.exit_code)
 
