@@ -279,15 +279,26 @@ def write_fit(folder: Path, *, zeros: int = 3) -> Path:
         told = {"candidate": [0] * 10, "cost": cost * 2**20, "divergence": divergence}
         return {**told, "predicted": divergence, "families": families, "name": name}
 
+    def made(name: str, size: float, divergence: float) -> dict[str, Any]:
+        told = {"file_bytes": round(size * 2**20), "predicted": divergence, "mixed": None}
+        return {**told, "name": name, "divergence": divergence}
+
     mixed = [(32.0, 0.5), (40.0, 0.09), (60.0, 0.01), (80.0, 1e-3)]
     told = {
         "output": str(folder),
         "max_bytes": 70 * 2**20,
         "max_loss_increase": None,
         "rest": 28 * 2**20,
-        "levels": levels,
-        "level_of": {f"layers.{i}.up_proj": 4 if i < zeros else 2 for i in range(10)},
-        "winner": found("", 39.0, 0.09, "all"),
+        "kind_of": {f"layers.{i}.up_proj": levels[4 if i < zeros else 2] for i in range(10)},
+        "winner": made("the survey's choice", 67.0, 0.08),
+        "finalists": [
+            made("the survey's choice", 67.0, 0.08),
+            made("the best single technique", 60.0, 0.5),
+        ],
+        "branches": [
+            {"name": "fewer layers", "file_bytes": 150 * 2**20, "divergence": 0.4, "outcome": "no"},
+            {"name": "fewer neurons", "file_bytes": None, "divergence": None, "outcome": "none"},
+        ],
         "singles": [
             found(name, cost, rise, family)
             for name, cost, rise, family in zip(levels, costs, rises, families, strict=True)
@@ -297,9 +308,13 @@ def write_fit(folder: Path, *, zeros: int = 3) -> Path:
             *(found("", cost + 3, 1.2 * rise, "quantize") for cost, rise in mixed),
         ],
         "losses": {
-            "winner": {"cost": 39.0 * 2**20, "loss_increase": 0.09},
-            "the best single technique": {"cost": 32.0 * 2**20, "loss_increase": 0.5},
-            "quantize only, mixed": {"cost": 42.0 * 2**20, "loss_increase": 0.12},
+            "winner": {"file_bytes": 67 * 2**20, "loss_increase": 0.09},
+            "the best single technique": {"file_bytes": 60 * 2**20, "loss_increase": 0.5},
+            "the best that is only rounded": (
+                {"file_bytes": 70 * 2**20, "loss_increase": 0.12}
+                if zeros
+                else {"file_bytes": 67 * 2**20, "loss_increase": 0.09}
+            ),
         },
         "packed": {
             "output": str(folder), "archive": False, "source_bytes": 538090408,

@@ -34,7 +34,7 @@ def write_advice(file: Path, **options: Any) -> Path:
 def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_fit(tmp_path / "small"), write_full_run(tmp_path / "run"))
     for told in (
-        "fit: at most 70.0 MiB; 14 candidates on the frontier; 21 min 00 s",
+        "fit: at most 70.0 MiB; 13 candidates on the frontier, 2 finalists; 21 min 00 s",
         "67.0 MiB instead of 188.0 MiB",
         "−0.030 nats",
         "Rounding alone, at 70.0 MiB: +0.120 nats. The winner loses 0.030 less, 25\u00a0% of it.",
@@ -43,8 +43,8 @@ def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
         "mixed, only rounded",
     ):
         assert told in page.text, told
-    # two frontiers of four, five single levels, the winner
-    assert page.figures["frontier"] == 14
+    # two frontiers of four, five single levels, a cut, the winner and another finalist
+    assert page.figures["frontier"] == 16
     assert {"fit", "quality", "provenance"} <= set(page.ids)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from secateur.reporting.drawing import Drawing, draw
 from secateur.reporting.report.headline import Claim
 from secateur.reporting.report.records import ReportedFit
-from secateur.reporting.results.fit import FitLoss, FitResult
+from secateur.reporting.results.fit import ONLY_ROUNDED, WINNER, FitResult
 from secateur.reporting.tables import Table
 from secateur.reporting.wording import duration, megabytes, percent, signed
 
@@ -54,16 +54,17 @@ def made_by(result: FitResult) -> str:
         bounds.append(f"at most {result.max_bytes / 2**20:.1f} MiB")
     if result.max_loss_increase is not None:
         bounds.append(f"loss at most {result.max_loss_increase:g} nats higher")
-    measured = len(result.singles) + len(result.frontier) + 1
+    measured = len(result.singles) + len(result.frontier)
+    made = len(result.finalists)
     return (
-        f"fit: {', '.join(bounds) or 'no bound'}; {measured} candidates on the frontier; "
-        f"{duration(result.seconds)}"
+        f"fit: {', '.join(bounds) or 'no bound'}; {measured} candidates on the frontier, {made} "
+        f"finalists; {duration(result.seconds)}"
     )
 
 
 def claims(result: FitResult) -> list[Claim]:
     """Size, loss, and what pruning brought."""
-    packed, loss = result.packed, result.losses["winner"].loss_increase
+    packed, loss = result.packed, result.losses[WINNER].loss_increase
     size = f"{packed.file_bytes / 2**20:.1f} MiB instead of {packed.bfloat16_bytes / 2**20:.1f} MiB"
     return [
         Claim(
@@ -84,9 +85,9 @@ def claims(result: FitResult) -> list[Claim]:
 
 def pruning_brought(result: FitResult) -> Claim:
     """The loss of the winner beside the best rounding alone within the same budget."""
-    winner, rounded = result.losses["winner"], rounding_alone(result)
-    zeros = sum("zeros" in result.levels[level] for level in result.level_of.values())
-    used = f"{zeros} of {len(result.level_of)} matrices of the winner have zeros."
+    winner, rounded = result.losses[WINNER], result.losses.get(ONLY_ROUNDED)
+    zeros = sum("zeros" in kind for kind in result.kind_of.values())
+    used = f"{zeros} of {len(result.kind_of)} matrices of the winner have zeros."
     if rounded is None:
         return Claim(
             "Pruning brought",
@@ -95,11 +96,11 @@ def pruning_brought(result: FitResult) -> Claim:
             tone="good",
         )
     sizes = (
-        f"Rounding alone, at {(result.rest + rounded.cost) / 2**20:.1f} MiB: "
+        f"Rounding alone, at {rounded.file_bytes / 2**20:.1f} MiB: "
         f"{signed(rounded.loss_increase, 3)} nats."
     )
     gain = rounded.loss_increase - winner.loss_increase
-    if not zeros or abs(gain) <= LEAST_GAIN:
+    if winner == rounded or abs(gain) <= LEAST_GAIN:
         return Claim("Pruning brought", "nothing", f"{sizes} {used}")
     part = f", {percent(gain / rounded.loss_increase)} of it" if rounded.loss_increase > 0 else ""
     value = f"{signed(-gain, 3)} nats"
@@ -107,10 +108,3 @@ def pruning_brought(result: FitResult) -> Claim:
         f"{sizes} The winner loses {abs(gain):.3f} {'less' if gain > 0 else 'more'}{part}. {used}"
     )
     return Claim("Pruning brought", value, said, tone="good" if gain > 0 else "bad")
-
-
-def rounding_alone(result: FitResult) -> FitLoss | None:
-    """The best candidate of rounding alone within the budget; None if none fits."""
-    return next(
-        (loss for name, loss in result.losses.items() if name.startswith("quantize only")), None
-    )

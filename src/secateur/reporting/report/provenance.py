@@ -94,7 +94,10 @@ def of_fit(fit: ReportedFit) -> Part:
     stored = {name: f"{one.matrices} matrices" for name, one in result.packed.formats.items()}
     tables = [
         ("Bounds", facts(bounds)),
-        ("Levels", facts({"levels": result.levels, "seconds": result.seconds})),
+        (
+            "Levels",
+            facts({"levels": [one.name for one in result.singles], "seconds": result.seconds}),
+        ),
         ("Stored as", facts(stored)),
     ]
     return Part(fit.name, [table for table in tables if table[1]])
