@@ -13,14 +13,13 @@ It is made only if that is less than what the best model without a cut has.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from secateur.engine.choose.budgeted import Menu
-from secateur.engine.choose.fitting import FitSearch
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -34,7 +33,7 @@ from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.fit.bounds import MARGIN, as_seen, other_bytes, size_of
 from secateur.workflows.fit.finalists import Finalist
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import KINDS
+from secateur.workflows.fit.kinds import FINER, KINDS
 from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import made, shared, trust
 from secateur.workflows.fit.yardstick import Yardstick
@@ -42,6 +41,9 @@ from secateur.workflows.structure.checkpoint import STEPS, structure_recipe
 from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 
 __all__ = ["BRANCHES", "Branch", "branched"]
+
+Inherited = Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
+"""Costs and rises on every level of the linears of the uncut model, by name."""
 
 WORTH = 0.1
 """Nats per token. Where the best model without a cut is this near, no cut is tried: in every model
@@ -72,13 +74,19 @@ BRANCHES = (
 
 
 def branched(
-    ground: Ground, search: FitSearch, best: Finalist, budget: float, measure: Yardstick
+    ground: Ground,
+    names: Sequence[str],
+    menu: Menu,
+    best: Finalist,
+    budget: float,
+    measure: Yardstick,
 ) -> tuple[list[Finalist], list[FitBranch]]:
     """Cut the model in several ways, and make what may beat the best model without a cut.
 
     Args:
         ground: of the fit.
-        search: of the uncut model, after the survey.
+        names: of the linears of the uncut model.
+        menu: of the uncut model, with finer sparsities (`finer`).
         best: the best model without a cut.
         budget: bytes of the weight files.
         measure: measures on the windows that choose.
@@ -91,6 +99,7 @@ def branched(
     if best.told.divergence <= WORTH:
         return found, told
     plans: list[CutPlan] = []
+    inherited = dict(zip(names, zip(menu.cost, menu.rise, strict=True), strict=True))
     for branch in BRANCHES:
         cut = cut_model(ground, branch, plans)
         if isinstance(cut, str):
@@ -100,7 +109,9 @@ def branched(
         alone = measure.divergence(cut)
         finalist, outcome = None, f"worse alone than the {leader:.3f} of the best"
         if alone < leader:
-            finalist, outcome = grown(ground, search, branch, cut, alone, leader, budget, measure)
+            finalist, outcome = grown(
+                ground, inherited, branch, cut, alone, leader, budget, measure
+            )
         if finalist is not None:
             found.append(finalist)
         told.append(FitBranch(branch.name, packed_bytes(ground, cut), alone, outcome))
@@ -145,7 +156,7 @@ def cut_model(ground: Ground, branch: Branch, plans: list[CutPlan]) -> Path | st
 
 def grown(
     ground: Ground,
-    search: FitSearch,
+    inherited: Inherited,
     branch: Branch,
     cut: Path,
     alone: float,
@@ -157,7 +168,7 @@ def grown(
 
     Args:
         ground: of the fit.
-        search: of the uncut model, after the survey.
+        inherited: costs and rises of the linears of the uncut model.
         branch: the cut.
         cut: the model of the branch.
         alone: its divergence.
@@ -168,14 +179,15 @@ def grown(
     reader = CheckpointReader(cut)
     matrices = find_matrices(reader, "int8", ground.recipe.trust_remote_code)
     rest = other_bytes(reader, matrices)
-    menu, names = inherited_menu(ground, search, reader, matrices)
+    menu, names = inherited_menu(ground, inherited, reader, matrices)
     candidate = menu.best((budget - rest) * (1 - MARGIN))
     if candidate is None:
         return None, "no level fits"
     expected = alone + menu.predicted(candidate)
     if expected >= leader:
         return None, f"expected {expected:.3f}, and the best has {leader:.3f}"
-    kinds = {name: KINDS[level] for name, level in zip(names, candidate, strict=True)}
+    every = (*KINDS, *FINER)
+    kinds = {name: every[level] for name, level in zip(names, candidate, strict=True)}
     sparse, folder = made(
         ground.recipe, cut, matrices, kinds, ground.fitted, cut.parent / "mix",
         Labelled(ground.progress, branch.name),
@@ -191,24 +203,20 @@ def grown(
 
 def inherited_menu(
     ground: Ground,
-    search: FitSearch,
+    inherited: Inherited,
     reader: CheckpointReader,
     matrices: Mapping[str, PackableMatrix],
 ) -> tuple[Menu, list[str]]:
     """The menu of a branch, taken over from the uncut model; and the names of its linears."""
-    place_of = {name: place for place, name in enumerate(search.names)}
     cost, rise, names = [], [], []
     for uncut, stored, linear in origins(ground, reader, matrices):
-        place = place_of[uncut]
-        home = ground.stored[uncut]
+        home, (costs, rises) = ground.stored[uncut], inherited[uncut]
         before = as_seen(ground.reader, home, ground.matrices[home])
         now = as_seen(reader, stored, matrices[stored])
-        shares = [size_of(now, kind) / size_of(before, kind) for kind in KINDS]
+        shares = [size_of(now, kind) / size_of(before, kind) for kind in (*KINDS, *FINER)]
         of_weights = prod(now) / prod(before)
-        cost.append(
-            tuple(x * share for x, share in zip(search.menu.cost[place], shares, strict=True))
-        )
-        rise.append(tuple(of_weights * one for one in search.menu.rise[place]))
+        cost.append(tuple(x * share for x, share in zip(costs, shares, strict=True)))
+        rise.append(tuple(of_weights * one for one in rises))
         names.append(linear)
     return Menu(tuple(cost), tuple(rise)), names
 

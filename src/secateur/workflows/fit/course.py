@@ -26,6 +26,7 @@ from secateur.workflows.fit.finalists import (
     mixes,
     single,
 )
+from secateur.workflows.fit.finer import finer_menu
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.kinds import PROBE
 from secateur.workflows.fit.levels import made_levels
@@ -93,7 +94,7 @@ def contested(
         rest: bytes of everything that is no linear.
         budget: bytes of all linears.
     """
-    inside = budget * (1 - MARGIN)
+    inside, menu = budget * (1 - MARGIN), finer_menu(ground, search)
     quantized = search.menu.best(inside, search.allowed("quantize"))
     starts = [p.candidate for p in (*singles, *frontier) if p.cost <= inside]
     starts += [c for c in (search.menu.best(inside), quantized) if c is not None]
@@ -103,14 +104,15 @@ def contested(
     found: list[Finalist] = []
     if starts:
         winner = search.refined(starts, inside, lambda n: evolution_of(ground.recipe, n))
-        found = finalists(ground, search, mixes(search, winner, inside), rest, measure)
+        chosen = mixes(search, menu, winner, inside)
+        found = finalists(ground, search, menu, chosen, rest, measure)
     alone = single(ground, search, singles, rest, budget)
     most = rest + budget
     contest = [one for one in (alone, *found) if one is not None and one.told.file_bytes <= most]
     if not ground.recipe.structure or not contest:
         return contest, []
     best = min(contest, key=lambda one: one.told.divergence)
-    grown, branches = branched(ground, search, best, most, measure)
+    grown, branches = branched(ground, search.names, menu, best, most, measure)
     return [*contest, *grown], branches
 
 

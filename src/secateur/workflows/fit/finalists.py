@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from secateur.engine.choose.budgeted import Menu
 from secateur.engine.choose.fitting import FitSearch, Point
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled
 from secateur.reporting.results.fit import FitFinalist
 from secateur.sparsity.evolution import Candidate
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import KINDS, LevelKind
+from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
 from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import Kinds, made
 from secateur.workflows.fit.yardstick import Yardstick
@@ -53,17 +54,18 @@ class Finalist:
         return not self.cut and not any(kind.sparsity for kind in self.kinds.values())
 
 
-def mixes(search: FitSearch, winner: Point, budget: float) -> dict[str, Candidate]:
+def mixes(search: FitSearch, menu: Menu, winner: Point, budget: float) -> dict[str, Candidate]:
     """The mixes to make, by what chose them; no mix twice.
 
     Args:
         search: after the survey.
+        menu: with finer sparsities (`finer`).
         winner: of the search.
         budget: of the search.
     """
     wanted = {
         QUANTIZED: search.menu.best(budget, search.allowed("quantize")),
-        SURVEYED: search.menu.best(budget),
+        SURVEYED: menu.best(budget),
         SEARCHED: winner.candidate,
     }
     found: dict[str, Candidate] = {}
@@ -76,6 +78,7 @@ def mixes(search: FitSearch, winner: Point, budget: float) -> dict[str, Candidat
 def finalists(
     ground: Ground,
     search: FitSearch,
+    menu: Menu,
     chosen: Mapping[str, Candidate],
     rest: int,
     measure: Yardstick,
@@ -85,20 +88,22 @@ def finalists(
     Args:
         ground: of the fit.
         search: after the survey.
+        menu: with finer sparsities (`finer`).
         chosen: the mixes, by what chose them.
         rest: bytes of everything that is no linear.
         measure: measures on the windows that choose.
     """
     found = []
     for name, candidate in chosen.items():
-        kinds = {n: KINDS[level] for n, level in zip(search.names, candidate, strict=True)}
+        every = (*KINDS, *FINER)
+        kinds = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
         sparse, folder = solved(ground, kinds, name)
         sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
         told = FitFinalist(
             name=name,
             file_bytes=rest + sum(sizes.values()),
-            predicted=search.menu.predicted(candidate),
-            mixed=search.measured(candidate),
+            predicted=menu.predicted(candidate),
+            mixed=search.measured(candidate) if max(candidate) < len(KINDS) else None,
             divergence=measure.divergence(folder),
         )
         found.append(Finalist(ground.reader.folder, sparse, folder, kinds, told))

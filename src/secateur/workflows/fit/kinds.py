@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "PROBE", "LevelKind"]
+__all__ = ["FINER", "KINDS", "PROBE", "LevelKind"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ KINDS = (
     *(LevelKind(values, 0.7) for values in ("bfloat16", "int4")),
 )
 """The levels; the first is the model itself."""
+
+FINER = tuple(
+    LevelKind(values, sparsity)
+    for values in ("int4", "int3")
+    for sparsity in (0.3, 0.4, 0.45, 0.55, 0.6, 0.65, 0.7)
+    if LevelKind(values, sparsity) not in KINDS
+)
+"""Kinds without a level of their own, for mixes that are made whole (`finer`)."""
 
 PROBE = KINDS.index(LevelKind("int4", 0.5))
 """The level at which the layers are surveyed."""
