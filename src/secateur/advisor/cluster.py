@@ -8,7 +8,7 @@ the tokens. Sums run over the groups, and inner sums over the linears (out, in) 
     forwards   passes · (2 · t · Σ copies · share · Σ out · in + 2 · t · S · width) / (peak · e)
     gathering  Σ copies · share · t · in² / (peak · SINGLE · e)                          with a gram
     solving    (p · in³ + s · Σ out · in²) / (peak · SINGLE · e), of the busiest process
-    sums       2 (R − 1) / R · 4 · Σ copies · in² bytes / link                           with a gram
+    sums       2 (R − 1) / R · 4 · Σ copies · in² bytes / link      with a gram, else 8 · in of norms
     weights    2 · Σ copies · Σ out · in bytes / link
 
 S is the length of a window, width that of all query heads, e the fraction of the peak that engines
@@ -239,7 +239,7 @@ def plan_cluster(
     forwards = passes * model.layers * (2 * own * active + 2 * own * length * model.width)
     gathered = sum(g.copies * g.share * own * g.columns**2 for g in model.groups) if gram else 0.0
     solved = model.layers * busiest(model.groups, ranks, SOLVER_COSTS[solver], whole_layer)
-    sums = [4 * g.copies * g.columns ** (2 if gram else 1) for g in model.groups]
+    sums = [g.copies * (4 * g.columns**2 if gram else 8 * g.columns) for g in model.groups]
     ring = 2 * (ranks - 1) / ranks
     sent = model.layers * ring * sum(sums)
     weights = model.layers * 2 * model.layer_weights * (ranks > 1)
