@@ -8,7 +8,7 @@ the tokens. Sums run over the groups, and inner sums over the linears (out, in) 
     forwards   passes · (2 · t · Σ copies · share · Σ out · in + 2 · t · S · width) / (peak · e)
     gathering  Σ copies · share · t · in² / (peak · SINGLE · e)                          with a gram
     solving    (p · in³ + s · Σ out · in²) / (peak · SINGLE · e), of the busiest process
-    sums       2 (R − 1) / R · 4 · Σ copies · in² bytes / link      with a gram, else 8 · in of norms
+    sums       2 (R − 1) / R · 4 · Σ copies · in² bytes / link     with a gram, else 8 · in
     weights    2 · Σ copies · Σ out · in bytes / link
 
 S is the length of a window, width that of all query heads, e the fraction of the peak that engines
