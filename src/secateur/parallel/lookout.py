@@ -33,7 +33,7 @@ T = TypeVar("T")
 BEAT_SECONDS = 0.5
 SILENCE_SECONDS = 15.0
 GRACE_SECONDS = 5.0
-LEFT = b"left"
+LEFT = "left"
 """In place of the number of a process that has finished its work."""
 
 
@@ -139,7 +139,9 @@ class Lookout:
             found = self.read(beat(other))  # nothing yet, if it has died at the start
             if found != number:
                 self.seen[other] = found, now
-            elif found != LEFT and now - since > self.silence_seconds and self.fault is None:
+            elif (
+                found != LEFT.encode() and now - since > self.silence_seconds and self.fault is None
+            ):
                 what = f"it was killed, or it hangs (no sign of life for {now - since:.0f} s)"
                 place = self.read(host(other)).decode() or "its machine"
                 silent = Fault(other, place, what, remedy="run again with --resume")

@@ -100,7 +100,7 @@ class Processes:
             meet(launched, backend)
         # Kept, because its server may be in this process and must outlive the group.
         self.store = dist.distributed_c10d._get_default_store()
-        shared = dist.PrefixStore("secateur", self.store)
+        shared: Any = dist.PrefixStore("secateur", self.store)  # the stubs lack `clone`
         self.lookout = Lookout(shared.clone(), self.rank, self.count)
 
     @property
