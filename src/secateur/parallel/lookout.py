@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 BEAT_SECONDS = 0.5
 SILENCE_SECONDS = 15.0
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 8.0
 LEFT = "left"
 """In place of the number of a process that has finished its work."""
 

@@ -39,7 +39,10 @@ WORKING = timedelta(days=30)
 """How long one process may work while the others wait. `Lookout` finds those that do not work."""
 
 LEAVING_SECONDS = 2.0
-"""How long a process waits for others to hear of its end; shorter than `GRACE_SECONDS`."""
+"""How long the first process waits for the others to hear of its end."""
+
+HEARING_SECONDS = 6.0
+"""How long the others wait for the first one to hear of it; shorter than `GRACE_SECONDS`."""
 
 PRINTING_SECONDS = 1.0
 """How long the first process may take to print an error before its launcher kills it."""
@@ -205,7 +208,7 @@ class Processes:
             return
         if not in_main_thread():  # Ray collects the errors of all
             return
-        if self.lookout.acknowledged([0], LEAVING_SECONDS):
+        if self.lookout.acknowledged([0], HEARING_SECONDS):
             time.sleep(PRINTING_SECONDS)
             if isinstance(error, (SecateurError, KeyboardInterrupt)):
                 sys.exit(told.exit_code)
