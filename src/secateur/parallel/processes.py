@@ -38,11 +38,8 @@ JOINING = timedelta(minutes=5)
 WORKING = timedelta(days=30)
 """How long one process may work while the others wait. `Lookout` finds those that do not work."""
 
-LEAVING_SECONDS = 2.0
-"""How long the first process waits for the others to hear of its end."""
-
 HEARING_SECONDS = 6.0
-"""How long the others wait for the first one to hear of it; shorter than `GRACE_SECONDS`."""
+"""How long a process waits for others to hear of its end; shorter than `GRACE_SECONDS`."""
 
 PRINTING_SECONDS = 1.0
 """How long the first process may take to print an error before its launcher kills it."""
@@ -202,7 +199,7 @@ class Processes:
         self.lookout.acknowledge()
         if self.first:  # it may have the store, so it leaves last
             others = [other for other in range(1, self.count) if other != rank]
-            self.lookout.acknowledged(others, LEAVING_SECONDS)
+            self.lookout.acknowledged(others, HEARING_SECONDS)
             if rank != 0:
                 raise told from error
             return
