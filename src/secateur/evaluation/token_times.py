@@ -38,7 +38,7 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.slots import FAMILIES, why_not
 
-__all__ = ["TimedWay", "Way", "time_tokens"]
+__all__ = ["LAYER_BYTES", "TimedWay", "Way", "key_of", "loop_times", "time_tokens"]
 
 LAYER_BYTES = 768 * 2**20
 """Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
@@ -137,6 +137,29 @@ def key_of(config: Any, way: Way) -> str:
 
 def time_way(config: Any, way: Way, clock: Callable[[], float]) -> TimedWay:
     """Time one way."""
+    outside, inside, prompt = loop_times(config, way, clock=clock)
+    return TimedWay(outside, inside, prompt, date.today().isoformat())
+
+
+@torch.inference_mode()
+def loop_times(
+    config: Any,
+    way: Way,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    pick: Callable[[Sequence[float]], float] = statistics.median,
+) -> tuple[float, float, float]:
+    """Seconds of a token outside the decoder layers, in all of them, and of a prompt's token.
+
+    Args:
+        config: of transformers, of a decoder of Llama's shape.
+        way: to store its linears.
+        clock: returns seconds.
+        pick: one of several measured times.
+
+    Raises:
+        ArchitectureError: our loop cannot decode such a model; says why.
+    """
     layers = config.num_hidden_layers
     if config.model_type not in FAMILIES:
         raise cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
@@ -155,10 +178,10 @@ def time_way(config: Any, way: Way, clock: Callable[[], float]) -> TimedWay:
         prompts.append(clock() - began)
         whole += steps(decoder, count, clock)
         ends += steps(decoder, 0, clock)
-    outside = statistics.median(ends)
-    inside = (statistics.median(whole) - outside) * layers / count
-    prompt = statistics.median(prompts[1:]) * layers / count / PROMPT_TOKENS
-    return TimedWay(outside, max(inside, 0.0), prompt, date.today().isoformat())
+    outside = pick(ends)
+    inside = (pick(whole) - outside) * layers / count
+    prompt = pick(prompts[1:]) * layers / count / PROMPT_TOKENS
+    return outside, max(inside, 0.0), prompt
 
 
 def cannot(config: Any, reason: str) -> ArchitectureError:
