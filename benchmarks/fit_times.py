@@ -3,12 +3,12 @@
     python benchmarks/fit_times.py --work DIR [--mixes 10] [--rounds 7]
 
 SmolLM2-135M. The candidates are all linears dense int8, dense int4, int8 with 50 % zeros and int4
-with 50 % zeros, and random mixes: each takes two to all of the ways of `--for cpu`, and every linear
-draws one of them. Zeros are the smallest weights of each row; numbers do not change speed. Each
-candidate is packed and timed beside dense int8 by the processes of `secateur bench`. Rows hold the
-predicted time, the lowest and the median time of the rounds, and the same for the speed-up over
-dense int8. The machine is shared, so the median of a run is far above its lowest time; the
-table of matrices holds lowest times, and the speed-up compares medians of one run.
+with 50 % zeros, and random mixes: each takes two to all of the ways of `--for cpu`, and every
+linear draws one of them. Zeros are the smallest weights of each row; numbers do not change speed.
+Each candidate is packed and timed beside dense int8 by the processes of `secateur bench`. Rows hold
+the predicted time, the lowest and the median time of the rounds, and the same for the speed-up over
+dense int8. The machine is shared, so the median of a run is far above its lowest time; the table of
+matrices holds lowest times, and the speed-up compares medians of one run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from secateur.progress import Silent
 from secateur.workflows.compress.packable import find_matrices
 from stored import known_rows
 
-WAYS = tuple(Way(v, s) for v in ("bf16", "int8", "int4") for s in (0.0, 0.5)) + (
+WAYS = (
+    *(Way(values, sparsity) for values in ("bf16", "int8", "int4") for sparsity in (0.0, 0.5)),
     Way("bf16", 0.7),
     Way("int4", 0.7),
 )

@@ -4,9 +4,9 @@
 
 t is the time of our kernel for one matrix and one token. The matrix is one of as many as a model of
 these sizes has, all of them different, so that it comes from where a model's weights come from.
-loop(int8) is a token of the decode loop in which all linears are dense int8 (`token_times`). So the
-rest is attention, norms, embedding and head, and what calls cost. Each time is the lowest of several
-passes, because other work on the machine can only lengthen a time.
+loop(int8) is a token of the decode loop in which all linears are dense int8 (`token_times`). So
+the rest is attention, norms, embedding and head, and what calls cost. Each time is the lowest of
+several passes, because other work on the machine can only lengthen a time.
 
 The table is a file in the cache. A machine is a processor, its threads, the tier of the kernels and
 the version of secateur; every time has its date.

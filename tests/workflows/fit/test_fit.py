@@ -53,7 +53,7 @@ def test_the_bound_holds_and_the_size_was_predicted(place: Path) -> None:
         for name, entry in PackedCheckpoint(place / "small").entries.items()
         if "layers." in name and "norm" not in name and not name.endswith("bias")
     )
-    assert found["winner"]["file_bytes"] == found["rest"] + linears
+    assert found["winner"]["file_bytes"] == found["costs"][0]["rest"] + linears
     assert size <= found["winner"]["file_bytes"]
 
 
@@ -74,8 +74,8 @@ def test_every_linear_is_stored_as_the_result_says(place: Path) -> None:
 
 def test_the_winner_is_the_best_that_was_made_and_no_worse_than_any_single(place: Path) -> None:
     found = told(place / "small")
-    budget = bytes_of("75KiB") - found["rest"]
-    singles = [p["divergence"] for p in found["singles"] if p["cost"] <= budget]
+    budget = bytes_of("75KiB") - found["costs"][0]["rest"]
+    singles = [p["divergence"] for p in found["singles"] if p["cost"][0] <= budget]
     assert singles
     assert found["winner"]["divergence"] <= min(singles)
     assert found["winner"]["divergence"] == min(x["divergence"] for x in found["finalists"])
@@ -116,8 +116,8 @@ def test_the_smallest_model_within_a_loss(place: Path) -> None:
         place / "dense", output=place / "within", max_loss_increase=0.01,
         calibration=place / "windows.safetensors", **OPTIONS,
     )  # fmt: skip
-    largest = max(point.cost for point in found.singles)
-    assert found.winner.file_bytes < found.rest + largest
+    largest = max(point.cost[0] for point in found.singles)
+    assert found.winner.file_bytes < found.costs[0].rest + largest
     assert found.max_bytes is None
 
 

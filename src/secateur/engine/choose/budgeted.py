@@ -100,17 +100,12 @@ class Menu:
         steps = GRID.get(len(bounded), 4)
         ranges = [high - low or 1.0 for high, low in zip(self.most, self.least, strict=True)]
         grid = product(range(steps + 1), repeat=len(bounded))
-        mixes = [[part / steps for part in mix] for mix in grid if sum(mix) == steps]
-        return [
-            [
-                [
-                    sum(x * level[kind] / ranges[kind] for x, kind in zip(mix, bounded, strict=True))
-                    for level in unit
-                ]
-                for unit in self.cost
-            ]
-            for mix in mixes
-        ]
+        mixes = [dict(zip(bounded, mix, strict=True)) for mix in grid if sum(mix) == steps]
+
+        def price(level: Cost, mix: dict[int, int]) -> float:
+            return sum(part / steps * level[kind] / ranges[kind] for kind, part in mix.items())
+
+        return [[[price(level, mix) for level in unit] for unit in self.cost] for mix in mixes]
 
     def descended(
         self, price: Sequence[Sequence[float]], budget: Cost, levels: Sequence[int]

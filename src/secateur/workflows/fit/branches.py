@@ -32,7 +32,8 @@ from secateur.reporting.results.fit import FitBranch, FitFinalist
 from secateur.runs.folder import NOTES
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.fit.bounds import as_seen, other_bytes, size_of
-from secateur.workflows.fit.finalists import MARGIN, Finalist
+from secateur.workflows.fit.costs import Costs, costs_of
+from secateur.workflows.fit.finalists import Finalist
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.kinds import KINDS
 from secateur.workflows.fit.levels import linear_bytes
@@ -72,7 +73,7 @@ BRANCHES = (
 
 
 def branched(
-    ground: Ground, search: FitSearch, best: Finalist, budget: float, measure: Yardstick
+    ground: Ground, search: FitSearch, best: Finalist, costs: Costs, measure: Yardstick
 ) -> tuple[list[Finalist], list[FitBranch]]:
     """Cut the model in several ways, and make what may beat the best model without a cut.
 
@@ -80,7 +81,7 @@ def branched(
         ground: of the fit.
         search: of the uncut model, after the survey.
         best: the best model without a cut.
-        budget: bytes of the weight files.
+        costs: the bounds.
         measure: measures on the windows that choose.
 
     Returns:
@@ -100,7 +101,7 @@ def branched(
         alone = measure.divergence(cut)
         finalist, outcome = None, f"worse alone than the {leader:.3f} of the best"
         if alone < leader:
-            finalist, outcome = grown(ground, search, branch, cut, alone, leader, budget, measure)
+            finalist, outcome = grown(ground, search, branch, cut, alone, leader, costs, measure)
         if finalist is not None:
             found.append(finalist)
         told.append(FitBranch(branch.name, packed_bytes(ground, cut), alone, outcome))
@@ -150,7 +151,7 @@ def grown(
     cut: Path,
     alone: float,
     leader: float,
-    budget: float,
+    costs: Costs,
     measure: Yardstick,
 ) -> tuple[Finalist | None, str]:
     """The best expected candidate of a branch, made if it may win; and what became of it.
@@ -162,14 +163,17 @@ def grown(
         cut: the model of the branch.
         alone: its divergence.
         leader: the divergence to beat.
-        budget: bytes of the weight files.
+        costs: the bounds.
         measure: measures on the windows that choose.
     """
     reader = CheckpointReader(cut)
     matrices = find_matrices(reader, "int8", ground.recipe.trust_remote_code)
-    rest = other_bytes(reader, matrices)
-    menu, names = inherited_menu(ground, search, reader, matrices)
-    candidate = menu.best((budget - rest) * (1 - MARGIN))
+    try:
+        own = costs.of_another(costs_of(ground.recipe, reader, matrices, ground.progress))
+    except ArchitectureError as error:
+        return None, error.what
+    menu, names = inherited_menu(ground, search, reader, matrices, own)
+    candidate = menu.best(own.aim)
     if candidate is None:
         return None, "no level fits"
     expected = alone + menu.predicted(candidate)
@@ -180,9 +184,10 @@ def grown(
         ground.recipe, cut, matrices, kinds, ground.fitted, cut.parent / "mix",
         Labelled(ground.progress, branch.name),
     )  # fmt: skip
-    size = rest + sum(linear_bytes(CheckpointReader(folder), matrices, kinds).values())
-    if size > budget:
-        return None, f"made, and {size - budget:,.0f} bytes too large"
+    linears = linear_bytes(CheckpointReader(folder), matrices, kinds)
+    size, most = round(own.rest[0]) + sum(linears.values()), own.kinds[0].limit
+    if size > most:
+        return None, f"made, and {size - most:,.0f} bytes too large"
     told = FitFinalist(branch.name, size, expected, None, measure.divergence(folder))
     options = structure_options(ground.recipe, branch, str(ground.fitted))
     step = {"structure": options}
@@ -194,6 +199,7 @@ def inherited_menu(
     search: FitSearch,
     reader: CheckpointReader,
     matrices: Mapping[str, PackableMatrix],
+    costs: Costs,
 ) -> tuple[Menu, list[str]]:
     """The menu of a branch, taken over from the uncut model; and the names of its linears."""
     place_of = {name: place for place, name in enumerate(search.names)}
@@ -203,11 +209,13 @@ def inherited_menu(
         home = ground.stored[uncut]
         before = as_seen(ground.reader, home, ground.matrices[home])
         now = as_seen(reader, stored, matrices[stored])
-        shares = [size_of(now, kind) / size_of(before, kind) for kind in KINDS]
         of_weights = prod(now) / prod(before)
-        cost.append(
-            tuple(x * share for x, share in zip(search.menu.cost[place], shares, strict=True))
-        )
+        sizes = [
+            known[0] * size_of(now, kind) / size_of(before, kind)
+            for known, kind in zip(search.menu.cost[place], KINDS, strict=True)
+        ]
+        levels = zip(KINDS, sizes, strict=True)
+        cost.append(tuple(costs.of(linear, kind, size) for kind, size in levels))
         rise.append(tuple(of_weights * one for one in search.menu.rise[place]))
         names.append(linear)
     return Menu(tuple(cost), tuple(rise)), names

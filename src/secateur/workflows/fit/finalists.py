@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from secateur.engine.choose.budgeted import Cost, fits
 from secateur.engine.choose.fitting import FitSearch, Point
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled
@@ -56,7 +57,7 @@ class Finalist:
         return not self.cut and not any(kind.sparsity for kind in self.kinds.values())
 
 
-def mixes(search: FitSearch, winner: Point, budget: float) -> dict[str, Candidate]:
+def mixes(search: FitSearch, winner: Point, budget: Cost) -> dict[str, Candidate]:
     """The mixes to make, by what chose them; no mix twice.
 
     Args:
@@ -65,9 +66,9 @@ def mixes(search: FitSearch, winner: Point, budget: float) -> dict[str, Candidat
         budget: of the search.
     """
     wanted = {
+        SEARCHED: winner.candidate,
         QUANTIZED: search.menu.best(budget, search.allowed("quantize")),
         SURVEYED: search.menu.best(budget),
-        SEARCHED: winner.candidate,
     }
     found: dict[str, Candidate] = {}
     for name, candidate in wanted.items():
@@ -80,8 +81,8 @@ def finalists(
     ground: Ground,
     search: FitSearch,
     chosen: Mapping[str, Candidate],
-    rest: int,
     measure: Yardstick,
+    seconds: float,
 ) -> list[Finalist]:
     """Make and measure mixes: prune, then round, with the sparsity and the values of each linear.
 
@@ -89,11 +90,14 @@ def finalists(
         ground: of the fit.
         search: after the survey.
         chosen: the mixes, by what chose them.
-        rest: bytes of everything that is no linear.
         measure: measures on the windows that choose.
+        seconds: that one is expected to take, packed and judged.
     """
+    rest = round(ground.costs.rest[0])
     found = []
     for name, candidate in chosen.items():
+        if not ground.pace.allows(f"making {name}", seconds):
+            continue
         kinds = {n: KINDS[level] for n, level in zip(search.names, candidate, strict=True)}
         sparse, folder = solved(ground, kinds, name)
         sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
@@ -109,14 +113,14 @@ def finalists(
 
 
 def single(
-    ground: Ground, search: FitSearch, points: Sequence[Point], rest: int, budget: float
+    ground: Ground, search: FitSearch, points: Sequence[Point], budget: Cost
 ) -> Finalist | None:
     """The best single level within a budget of the linears; it is made already."""
-    fitting = [point for point in points if point.cost <= budget]
+    fitting = [point for point in points if fits(point.cost, budget)]
     best = min(fitting, key=lambda point: point.divergence, default=None)
     if best is None:
         return None
-    size, found = rest + round(best.cost), best.divergence
+    size, found = round(ground.costs.rest[0] + best.cost[0]), best.divergence
     told = FitFinalist(SINGLE, size, best.predicted, found, found)
     kind = KINDS[best.candidate[0]]
     bare = KINDS.index(LevelKind("bfloat16", kind.sparsity))

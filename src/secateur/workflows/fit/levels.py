@@ -32,16 +32,18 @@ def made_levels(ground: Ground) -> Iterator[FitLevel]:
         kinds = dict.fromkeys(ground.stored, kind)
         sparse = ground.work / f"pruned-{kind.sparsity:g}"
         progress = Labelled(ground.progress, f"{kind.sparsity:.0%} zeros")
-        sparse = pruned(ground.recipe, dense, kinds, ground.fitted, sparse, progress)
-        folder = rounded(
-            ground.recipe,
-            sparse,
-            ground.matrices,
-            kinds,
-            ground.fitted,
-            ground.work / f"{kind.values}-{kind.sparsity:g}",
-            Labelled(ground.progress, kind.name),
-        )
+        with ground.pace.phase("prune"):
+            sparse = pruned(ground.recipe, dense, kinds, ground.fitted, sparse, progress)
+        with ground.pace.phase("round"):
+            folder = rounded(
+                ground.recipe,
+                sparse,
+                ground.matrices,
+                kinds,
+                ground.fitted,
+                ground.work / f"{kind.values}-{kind.sparsity:g}",
+                Labelled(ground.progress, kind.name),
+            )
         reader = CheckpointReader(folder)
         refuse_renamed(ground.stored.values(), reader)
         errors = errors_of(sorted({sparse, folder} - {dense}))
