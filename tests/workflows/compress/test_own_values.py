@@ -70,7 +70,8 @@ def test_one_run_rounds_to_several_grids(place: Path) -> None:
     reader = CheckpointReader(place / "grids")
     for name in reader.entries:
         if name.endswith("_proj.weight"):
-            groups = reader.read(name).reshape(-1, 64)
+            weight = reader.read(name)
+            groups = weight.reshape(-1, min(64, weight.shape[1]))
             most = max(len(group.abs().unique()) for group in groups)
             assert (most <= 4) if "down_proj" in name else (4 < most <= 8), name
 

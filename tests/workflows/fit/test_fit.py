@@ -88,6 +88,8 @@ def test_the_recipe_makes_the_same_model_again(place: Path) -> None:
     options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     options["output"] = place / "again"
     secateur.chain(options.pop("model"), **options)
+    for told_in in (place / "small" / "README.md", *recipe.parent.glob("*.json")):
+        assert ".partial" not in told_in.read_text(encoding="utf-8"), told_in.name
     files = sorted(file.name for file in (place / "small").glob("*.safetensors"))
     assert files
     for file in files:
@@ -125,6 +127,7 @@ def test_the_smallest_model_within_a_loss(place: Path) -> None:
     ("options", "said"),
     [
         ({"max_size": "1KiB"}, "no level fits into 1KiB"),
+        ({"max_size": "9GB"}, "fits into 9GB as it is"),
         ({"max_size": "big"}, "no size"),
         ({}, "give a bound"),
         ({"max_loss_increase": 0.0}, "greater than 0"),

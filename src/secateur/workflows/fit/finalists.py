@@ -20,15 +20,12 @@ from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import Kinds, made
 from secateur.workflows.fit.yardstick import Yardstick
 
-__all__ = ["MARGIN", "SINGLE", "Finalist", "finalists", "mixes", "single"]
+__all__ = ["SINGLE", "Finalist", "finalists", "mixes", "single"]
 
 SEARCHED = "the search's choice"
 SURVEYED = "the survey's choice"
 QUANTIZED = "only rounded, mixed"
 SINGLE = "the best single technique"
-
-MARGIN = 0.003
-"""Of the budget, kept free: a mix that is made has a few zeros more or fewer than its levels."""
 
 
 @dataclass(frozen=True)

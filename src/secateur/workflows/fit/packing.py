@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,8 @@ def pack_winner(
     ends = {"model": recipe.model, "output": recipe.output}
     values = {n: winner.kinds[m.linear].values for n, m in matrices.items() if m.prunable}
     rounding = told_of(winner.folder) if "calibration" in options else {}
+    if rounding:
+        rounding["calibration"] = {**rounding["calibration"], "source": text}
     chosen = ChosenValues(reader, matrices, values, rounding)
     source = replace(ground.source, folder=winner.sparse)
     compress = build_recipe(CompressRecipe, {**packing, **ends})
@@ -62,4 +65,18 @@ def pack_winner(
         "trust_remote_code": recipe.trust_remote_code,
     }
     write_text(folder.notes / RECIPE, dump_recipe(build_recipe(ChainRecipe, chain)))
+    places = {str(ground.fitted): text}
+    places |= {str(one): str(recipe.output) for one in (winner.sparse, winner.folder, winner.base)
+               if one != ground.reader.folder}  # fmt: skip
+    name_the_result(folder, places)
     return report
+
+
+def name_the_result(folder: RunFolder, places: Mapping[str, str]) -> None:
+    """Replace places among the work of the run by those of the result, in the card and notes."""
+    notes = [file for file in folder.notes.rglob("*") if file.suffix in (".json", ".yaml")]
+    for file in (folder.model / "README.md", *notes):
+        text = file.read_text(encoding="utf-8")
+        for work, result in places.items():
+            text = text.replace(work, result)
+        write_text(file, text)
