@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -27,6 +28,8 @@ FILE_TYPES = {
     Q.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 NUMPY = {Q.F32: np.float32, Q.F16: np.float16}
+LARGEST_BLOCK = 256
+
 ENDS = ("token_embd.weight", "output.weight")
 """Embedding and head. With fewer than 8 bits they become Q8_0, because every token reads them."""
 
@@ -43,12 +46,14 @@ class GGUFFile:
         model: its description.
         vocabulary: its tokenizer.
         kind: the type of matrices.
+        own: other types of single matrices, by their names in the source.
     """
 
     source: ExportSource
     model: LlamaCppModel
     vocabulary: LlamaCppVocabulary
     kind: Q
+    own: Mapping[str, Q] = field(default_factory=dict)
 
     def write(self, file: Path, progress: Progress) -> Exported:
         """Write the file."""
@@ -61,7 +66,7 @@ class GGUFFile:
         for one in plan:
             kept = one.sources or None
             weight = self.model.read(self.source.reader, one) if kept else extra[one.name]
-            kind = stored_type(one, self.kind)
+            kind = self.type_of(one)
             stored = stored_blocks(weight, kind)
             writer.write_tensor_data(stored)
             made.count_tensor(kind.name)
@@ -83,16 +88,25 @@ class GGUFFile:
         self.model.add_fields(writer)
         self.vocabulary.add_fields(writer)
         for one in plan:
-            add_info(writer, one, stored_type(one, self.kind))
+            add_info(writer, one, self.type_of(one))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         return writer
 
+    def wanted(self, one: Planned) -> Q:
+        """The type that a matrix would have without conditions; the largest one of a stack."""
+        kinds = [self.own.get(name, self.kind) for name in one.sources] or [self.kind]
+        return max(kinds, key=lambda kind: bytes_per_row(LARGEST_BLOCK, kind))
+
+    def type_of(self, one: Planned) -> Q:
+        """The type of a tensor."""
+        return stored_type(one, self.wanted(one))
+
     def notes(self, plan: list[Planned]) -> list[str]:
         """What a user must know about the file."""
         notes = []
-        odd = [one.name for one in plan if stored_type(one, self.kind) == Q.F16 != self.kind]
+        odd = [one.name for one in plan if self.type_of(one) == Q.F16 != self.wanted(one)]
         if odd:
             notes.append(
                 f"{len(odd)} matrices have rows that are no multiple of {BLOCK} weights long and "
