@@ -6,7 +6,8 @@ t is the time of our kernel for one matrix and one token. The matrix is one of a
 these sizes has, all of them different, so that it comes from where a model's weights come from.
 loop(int8) is a token of the decode loop in which all linears are dense int8 (`token_times`). So
 the rest is attention, norms, embedding and head, and what calls cost. Each time is the lowest of
-several passes, because other work on the machine can only lengthen a time.
+several, because other work on the machine can only lengthen one: for every matrix of all passes,
+and then the mean over matrices.
 
 The table is a file in the cache. A machine is a processor, its threads, the tier of the kernels and
 the version of secateur; every time has its date.
@@ -15,6 +16,9 @@ the version of secateur; every time has its date.
 from __future__ import annotations
 
 import json
+import math
+import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +34,7 @@ from secateur.models.samples import cache_folder
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
-from secateur.runtime.kernels.dispatch import by_kernel, seconds
+from secateur.runtime.kernels.dispatch import by_kernel
 from secateur.runtime.kernels.library import kernel_info
 
 __all__ = ["BASE", "MatrixTimes", "TimedMatrix", "time_matrices"]
@@ -40,7 +44,7 @@ Shape = tuple[int, int]
 BASE = Way("int8", 0.0)
 """How linears are stored in the loop that is timed. Speed-ups are relative to it."""
 
-LEAST_MATRICES = 2
+LEAST_MATRICES, PASSES = 2, 12
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,13 @@ def timed(shape: Shape, way: Way, count: int) -> float:
     first = random_matrix(*shape, way.values, way.sparsity)
     matrices = [first, *(another(first) for _ in range(count - 1))]
     x = torch.randn(1, shape[1]).to(torch.bfloat16)
-    (least,) = seconds([lambda m=m: by_kernel(m, x) for m in matrices])
-    return least
+    least = [math.inf] * count
+    for _ in range(PASSES):
+        for number, matrix in enumerate(matrices):
+            began = time.perf_counter()
+            by_kernel(matrix, x)
+            least[number] = min(least[number], time.perf_counter() - began)
+    return statistics.mean(least)
 
 
 def how_many(counts: Mapping[Shape, int], shape: Shape, way: Way) -> int:
