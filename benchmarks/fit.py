@@ -33,7 +33,7 @@ from secateur.workflows.compress.packable import find_matrices
 from secateur.workflows.fit.costs import costs_of
 from secateur.workflows.fit.course import contested, new_search
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import PROBE
+from secateur.workflows.fit.kinds import probe_of
 from secateur.workflows.fit.pace import Pace
 from secateur.workflows.fit.yardstick import Yardstick
 from secateur.workflows.prune.prepare import calibration_windows
@@ -65,7 +65,7 @@ def rows(args: argparse.Namespace) -> None:
     ground = Ground.prepared(recipe, source, reader, matrices, costs, pace, args.work, Silent())
     search = new_search(ground)
     singles = search.singles()
-    search.survey(PROBE)
+    search.survey(probe_of(costs.levels))
     options = CalibrationWindows(windows=16, sequence_length=512)
     wiki, _ = calibration_windows(str(args.text), options, source.folder, ground.target)
     texts = {"c4": ground.judged, "wiki": wiki}

@@ -33,7 +33,7 @@ from secateur.workflows.fit.costs import costs_of
 from secateur.workflows.fit.course import contested, new_search
 from secateur.workflows.fit.feasible import check_feasible
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import PROBE
+from secateur.workflows.fit.kinds import probe_of
 from secateur.workflows.fit.pace import Pace
 from secateur.workflows.fit.packing import pack_winner
 from secateur.workflows.fit.verify import raced
@@ -71,7 +71,7 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
     ground = Ground.prepared(recipe, source, reader, matrices, costs, pace, args.work, Silent())
     search = new_search(ground)
     singles = search.singles()
-    search.survey(PROBE)
+    search.survey(probe_of(costs.levels))
     contest, _ = contested(ground, search, singles, (), costs)
     winner = min(contest, key=lambda one: one.told.divergence)
     linears = sum(costs.of(name, kind)[-1] for name, kind in winner.kinds.items())

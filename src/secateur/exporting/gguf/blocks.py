@@ -20,6 +20,7 @@ from secateur.runtime.dense_view import DenseView
 
 __all__ = [
     "BLOCK",
+    "NEAREST",
     "STORED",
     "TYPES",
     "bytes_per_row",

@@ -15,7 +15,7 @@ from secateur.exporting.gguf.blocks import BLOCK, bytes_per_row, dequantized, st
 from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary
 from secateur.progress import Progress
 
-__all__ = ["ENDS", "GGUFFile"]
+__all__ = ["ENDS", "GGUFFile", "padded_bytes", "stored_type_of_row"]
 
 Q = gguf.GGMLQuantizationType
 
@@ -58,8 +58,7 @@ class GGUFFile:
     def write(self, file: Path, progress: Progress) -> Exported:
         """Write the file."""
         extra = dict(self.model.extra_tensors())
-        plan = list(self.model.tensors(self.source))
-        plan += [Planned(name, (), tuple(x.shape)) for name, x in extra.items()]
+        plan = self.plan()
         writer = self.opened(file, plan)
         made = Exported(notes=[*self.notes(plan), *self.vocabulary.notes])
         progress.start("writing", len(plan))
@@ -77,6 +76,23 @@ class GGUFFile:
         writer.close()
         made.file_bytes = file.stat().st_size
         return made
+
+    def plan(self) -> list[Planned]:
+        """Every tensor of the file."""
+        extra = dict(self.model.extra_tensors())
+        made = [Planned(name, (), tuple(x.shape)) for name, x in extra.items()]
+        return [*self.model.tensors(self.source), *made]
+
+    def nbytes(self, scratch: Path) -> int:
+        """Bytes of the file that `write` would write.
+
+        Args:
+            scratch: a file for its header, which is written.
+        """
+        plan = self.plan()
+        self.opened(scratch, plan).close()
+        weights = sum(padded_bytes(tensor_bytes(one, self.type_of(one))) for one in plan)
+        return padded_bytes(scratch.stat().st_size) + weights
 
     def opened(self, file: Path, plan: list[Planned]) -> gguf.GGUFWriter:
         """The file with everything but the weights."""
@@ -132,14 +148,29 @@ def stored_type(one: Planned, wanted: Q) -> Q:
         return Q.F32
     if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
         wanted = Q.Q8_0
+    return stored_type_of_row(one.shape[-1], wanted)
+
+
+def stored_type_of_row(columns: int, wanted: Q) -> Q:
+    """The type of a matrix with so many columns: float16 where a row has no whole blocks."""
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
-    return wanted if one.shape[-1] % block == 0 else Q.F16
+    return wanted if columns % block == 0 else Q.F16
+
+
+def tensor_bytes(one: Planned, kind: Q) -> int:
+    """Bytes of a tensor in a type."""
+    return bytes_per_row(one.shape[-1], kind) * int(np.prod(one.shape[:-1], dtype=np.int64))
+
+
+def padded_bytes(count: int) -> int:
+    """Bytes with the padding that aligns what follows."""
+    return gguf.GGUFWriter.ggml_pad(count, gguf.GGUF_DEFAULT_ALIGNMENT)
 
 
 def add_info(writer: gguf.GGUFWriter, one: Planned, kind: Q) -> None:
     """Announce a tensor."""
     rows, size = one.shape[:-1], bytes_per_row(one.shape[-1], kind)
-    nbytes = size * int(np.prod(rows, dtype=np.int64))
+    nbytes = tensor_bytes(one, kind)
     if kind in NUMPY:
         writer.add_tensor_info(one.name, one.shape, np.dtype(NUMPY[kind]), nbytes)
     else:

@@ -35,7 +35,6 @@ from secateur.workflows.fit.bounds import as_seen, other_bytes, size_of
 from secateur.workflows.fit.costs import Costs, costs_of
 from secateur.workflows.fit.finalists import Finalist
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import KINDS
 from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import made, shared, trust
 from secateur.workflows.fit.yardstick import Yardstick
@@ -179,13 +178,13 @@ def grown(
     expected = alone + menu.predicted(candidate)
     if expected >= leader:
         return None, f"expected {expected:.3f}, and the best has {leader:.3f}"
-    kinds = {name: KINDS[level] for name, level in zip(names, candidate, strict=True)}
+    kinds = {name: own.levels[level] for name, level in zip(names, candidate, strict=True)}
     sparse, folder = made(
         ground.recipe, cut, matrices, kinds, ground.fitted, cut.parent / "mix",
         Labelled(ground.progress, branch.name),
     )  # fmt: skip
-    linears = linear_bytes(CheckpointReader(folder), matrices, kinds)
-    size, most = round(own.rest[0]) + sum(linears.values()), own.kinds[0].limit
+    sizes = linear_bytes(CheckpointReader(folder), matrices, kinds)
+    size, most = own.file_bytes(kinds, sizes), own.kinds[0].limit
     if size > most:
         return None, f"made, and {size - most:,.0f} bytes too large"
     told = FitFinalist(branch.name, size, expected, None, measure.divergence(folder))
@@ -212,9 +211,9 @@ def inherited_menu(
         of_weights = prod(now) / prod(before)
         sizes = [
             known[0] * size_of(now, kind) / size_of(before, kind)
-            for known, kind in zip(search.menu.cost[place], KINDS, strict=True)
+            for known, kind in zip(search.menu.cost[place], costs.levels, strict=True)
         ]
-        levels = zip(KINDS, sizes, strict=True)
+        levels = zip(costs.levels, sizes, strict=True)
         cost.append(tuple(costs.of(linear, kind, size) for kind, size in levels))
         rise.append(tuple(of_weights * one for one in search.menu.rise[place]))
         names.append(linear)

@@ -30,7 +30,8 @@ from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.kernels.memory import matrix_bytes
 from secateur.workflows.advise import counted
 from secateur.workflows.compress.packable import PackableMatrix
-from secateur.workflows.fit.bounds import as_seen, other_bytes, size_of
+from secateur.workflows.fit.bounds import as_seen
+from secateur.workflows.fit.files import FILES, PACKED_FOLDER, TargetFiles
 from secateur.workflows.fit.kinds import KINDS, LevelKind
 
 __all__ = ["MEMORY", "SECONDS", "SIZE", "CostKind", "Costs", "costs_of"]
@@ -78,11 +79,13 @@ class Costs:
         kinds: size, then those that are bounded.
         shapes: [out, in] of every linear, by its name.
         times: of the linears, if seconds are bounded.
+        files: of the target.
     """
 
     kinds: tuple[CostKind, ...]
     shapes: Mapping[str, tuple[int, int]]
     times: MatrixTimes | None
+    files: TargetFiles = PACKED_FOLDER
 
     @property
     def budget(self) -> Cost:
@@ -117,6 +120,11 @@ class Costs:
         )
 
     @property
+    def levels(self) -> tuple[LevelKind, ...]:
+        """The levels of every linear; the first is the model itself."""
+        return self.files.levels
+
+    @property
     def rest(self) -> Cost:
         """What everything that is no linear costs."""
         return tuple(kind.rest for kind in self.kinds)
@@ -127,15 +135,25 @@ class Costs:
         Args:
             name: of the linear.
             kind: how it is stored.
-            size: its bytes in the files, if they are known; else they follow from the kind.
+            size: its bytes in a packed folder, if its weights are known.
         """
         shape = self.shapes[name]
         found = {
-            SIZE: lambda: float(size_of(shape, kind)) if size is None else size,
+            SIZE: lambda: self.files.linear(shape, kind, size),
             MEMORY: lambda: float(held_bytes(shape, kind)),
             SECONDS: lambda: self.seconds(shape, kind),
         }
         return tuple(found[one.name]() for one in self.kinds)
+
+    def file_bytes(self, kinds: Mapping[str, LevelKind], sizes: Mapping[str, int]) -> int:
+        """Bytes of the files of a whole model.
+
+        Args:
+            kinds: how every linear is stored.
+            sizes: the bytes of every linear in a packed folder.
+        """
+        linears = [self.of(name, kind, float(sizes[name]))[0] for name, kind in kinds.items()]
+        return round(self.rest[0] + sum(linears))
 
     def seconds(self, shape: tuple[int, int], kind: LevelKind) -> float:
         """Of a linear, for one token."""
@@ -152,7 +170,7 @@ class Costs:
         Returns:
             None if no model keeps the other bounds.
         """
-        every = [[self.of(name, kind) for kind in KINDS] for name in self.shapes]
+        every = [[self.of(name, kind) for kind in self.levels] for name in self.shapes]
         others = tuple(math.inf if alone or n == place else most for n, most in enumerate(self.aim))
         wanted = tuple(tuple(level[place] for level in levels) for levels in every)
         menu = Menu(tuple(map(tuple, every)), wanted)
@@ -180,7 +198,8 @@ def costs_of(
         ArchitectureError: the speed is bounded, and our loop cannot decode the model.
     """
     shapes = {m.linear: as_seen(reader, n, m) for n, m in matrices.items() if m.prunable}
-    size = other_bytes(reader, matrices)
+    files = FILES[recipe.target]
+    size = files.rest(reader, matrices)
     kinds = [CostKind(SIZE, size, limit_of(recipe.max_size))]
     times = None
     if recipe.max_memory is not None or recipe.decode_speedup is not None:
@@ -192,7 +211,7 @@ def costs_of(
     if recipe.decode_speedup is not None:
         times = timed_linears(model.config, shapes, progress)
         kinds.append(CostKind(SECONDS, times.rest, times.base / recipe.decode_speedup))
-    return Costs(tuple(kinds), shapes, times)
+    return Costs(tuple(kinds), shapes, times, files)
 
 
 def limit_of(size: str | None) -> float:

@@ -27,7 +27,7 @@ from secateur.workflows.fit.branches import BRANCHES, branched
 from secateur.workflows.fit.costs import Costs
 from secateur.workflows.fit.finalists import SINGLE, Finalist, finalists, mixes, single
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import KINDS, PROBE
+from secateur.workflows.fit.kinds import probe_of
 from secateur.workflows.fit.levels import made_levels
 from secateur.workflows.fit.loss_meter import LossMeter, smallest_within
 from secateur.workflows.fit.packing import pack_winner
@@ -98,7 +98,7 @@ def surveyed(ground: Ground, search: FitSearch) -> tuple[list[Point], Costs]:
     times = Expected.of(ground, search)
     if not ground.pace.allows("the survey and the search", times.survey + times.rest):
         return [], ground.costs
-    search.survey(PROBE)
+    search.survey(probe_of(ground.costs.levels))
     frontier: list[Point] = []
     if ground.pace.allows("the frontier", times.frontier + times.rest):
         budgets = search.budgets(ground.costs.axis)
@@ -225,7 +225,7 @@ class Expected:
 def new_search(ground: Ground) -> FitSearch:
     """A search among the levels, which are made now."""
     levels = list(made_levels(ground))
-    made = list(zip(KINDS, levels, strict=True))
+    made = list(zip(ground.costs.levels, levels, strict=True))
     costs = {
         n: [ground.costs.of(n, kind, one.level.bytes_of[n]) for kind, one in made]
         for n in ground.stored

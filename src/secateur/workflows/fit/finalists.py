@@ -15,7 +15,7 @@ from secateur.progress import Labelled
 from secateur.reporting.results.fit import FitFinalist
 from secateur.sparsity.evolution import Candidate
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import KINDS, LevelKind
+from secateur.workflows.fit.kinds import LevelKind
 from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import Kinds, made
 from secateur.workflows.fit.yardstick import Yardstick
@@ -90,17 +90,18 @@ def finalists(
         measure: measures on the windows that choose.
         seconds: that one is expected to take, packed and judged.
     """
-    rest = round(ground.costs.rest[0])
     found = []
     for name, candidate in chosen.items():
         if not ground.pace.allows(f"making {name}", seconds):
             continue
-        kinds = {n: KINDS[level] for n, level in zip(search.names, candidate, strict=True)}
+        kinds = {
+            n: ground.costs.levels[level] for n, level in zip(search.names, candidate, strict=True)
+        }
         sparse, folder = solved(ground, kinds, name)
         sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
         told = FitFinalist(
             name=name,
-            file_bytes=rest + sum(sizes.values()),
+            file_bytes=ground.costs.file_bytes(kinds, sizes),
             predicted=search.menu.predicted(candidate),
             mixed=search.measured(candidate),
             divergence=measure.divergence(folder),
@@ -119,8 +120,9 @@ def single(
         return None
     size, found = round(ground.costs.rest[0] + best.cost[0]), best.divergence
     told = FitFinalist(SINGLE, size, best.predicted, found, found)
-    kind = KINDS[best.candidate[0]]
-    bare = KINDS.index(LevelKind("bfloat16", kind.sparsity))
+    levels = ground.costs.levels
+    kind = levels[best.candidate[0]]
+    bare = levels.index(LevelKind("bfloat16", kind.sparsity))
     sparse, folder = (search.levels[n].level.reader.folder for n in (bare, best.candidate[0]))
     kinds = dict.fromkeys(search.names, kind)
     return Finalist(ground.reader.folder, sparse, folder, kinds, told)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "PROBE", "LevelKind"]
+__all__ = ["KINDS", "LevelKind", "probe_of"]
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,8 @@ KINDS = (
 )
 """The levels; the first is the model itself."""
 
-PROBE = KINDS.index(LevelKind("int4", 0.5))
-"""The level at which the layers are surveyed."""
+
+def probe_of(levels: Sequence[LevelKind]) -> int:
+    """The level at which the layers are surveyed: the middle of what they may lose."""
+    wanted = (LevelKind("int4", 0.5), LevelKind("int4", 0.0))
+    return next(levels.index(kind) for kind in wanted if kind in levels)

@@ -22,8 +22,8 @@ from secateur.workflows.fit.accuracy import prepared_tasks
 from secateur.workflows.fit.costs import costs_of
 from secateur.workflows.fit.course import carry_out
 from secateur.workflows.fit.feasible import check_feasible
+from secateur.workflows.fit.files import FILES
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import KINDS
 from secateur.workflows.fit.pace import Pace
 from secateur.workflows.fit.targets import check_target
 
@@ -104,6 +104,6 @@ def identity(recipe: FitRecipe, reader: CheckpointReader, progress: Progress) ->
     return {
         **recipe.model_dump(mode="json", exclude={"output", "memory", "minutes"}),
         "micro_batch_tokens": recipe.memory.micro_batch_tokens,
-        "levels": [kind.name for kind in KINDS],
+        "levels": [kind.name for kind in FILES[recipe.target].levels],
         "source_files": file_digests(reader.files, progress),
     }
