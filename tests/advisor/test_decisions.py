@@ -94,7 +94,13 @@ def test_a_users_facts_replace_single_entries(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("hardware: {h100-80gb: {usd_per_hour: [3, 2, 1]}}", "usd_per_hour is"),
-        ("hardware: {mine: {name: x, kind: cuda, usd_per_hour: [1, 1, 1]}}", "a GPU needs"),
+        (
+            "hardware: {mine: {name: x, kind: cuda, usd_per_hour: [1, 1, 1]}}",
+            "^mine needs memory_gib",
+        ),
+        ("hardware: {mine: {name: x, kind: cpu, usd_per_hour: [1, 1, 1]}}", "mine needs memory"),
+        ("hardware: {h200: {memory_gib: -3}}", "larger than 0"),
+        ("efficiency: {cuda: {compute: [0.9, 0.5, 2]}}", "compute is"),
         ("hardware: {mine: {name: x, kind: tpu, usd_per_hour: [1, 1, 1]}}", "cuda or cpu"),
         ("speed: 3", "speed: Extra inputs"),
         ("- 1", "no table of names"),

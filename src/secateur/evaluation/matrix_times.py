@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from secateur.evaluation.random_matrices import another, random_matrix
-from secateur.evaluation.token_times import LAYER_BYTES, Way, key_of, loop_times
+from secateur.evaluation.token_times import LAYER_BYTES, Way, WayTimer, key_of
 from secateur.models.samples import cache_folder
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
@@ -44,7 +44,7 @@ Shape = tuple[int, int]
 BASE = Way("int8", 0.0)
 """How linears are stored in the loop that is timed. Speed-ups are relative to it."""
 
-LEAST_MATRICES, PASSES = 2, 12
+LEAST_MATRICES, PASSES, TURNS = 2, 12, 6
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,9 @@ def time_matrices(
 
 def looped(config: Any, way: Way) -> float:
     """Seconds of a token in the decode loop, the lowest of all steps."""
-    ends, layers, _ = loop_times(config, way, pick=min)
-    return ends + layers
+    timer = WayTimer(config, way, pick=min)
+    turns = [timer.turn() for _ in range(TURNS)]
+    return min(turn.ends for turn in turns) + min(turn.layers for turn in turns)
 
 
 def timed(shape: Shape, way: Way, count: int) -> float:

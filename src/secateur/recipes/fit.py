@@ -76,12 +76,13 @@ class WhatItIsFor(Section):
     group: ClassVar[str] = WHAT_TO_COMPRESS
 
     target: Annotated[
-        Literal["cpu", "any", "vllm", "transformers", "h100"], Flag(short="--for")
+        Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"], Flag(short="--for")
     ] = Field(
         "cpu",
         description="What runs the result; only what it can store and speed up is used: cpu (our "
-        "formats and kernels), any (our formats, bounds on size and loss alone). For vllm, "
-        "transformers and h100 the error says what to do instead.",
+        "formats and kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, "
+        "bounds on size and loss alone). For vllm, transformers and h100 the error says what to do "
+        "instead.",
     )
     tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = Field(
         ("arc_easy", "piqa", "sciq"), description="Tasks of --min-accuracy-kept."

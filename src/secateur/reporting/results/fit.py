@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.engine.choose.fitting import Point
+from secateur.errors import CheckpointError
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.next_steps import after_a_fit
@@ -73,7 +74,8 @@ class FitCheck:
     def in_words(self, value: float, *, nearest: bool = False) -> str:
         """A value in its unit; the nearest one that can be kept is rounded to that side."""
         if self.option in ("max_size", "max_memory"):
-            return f"{math.ceil(10 * value / 2**20) / 10:.1f}MiB" if nearest else mib(round(value))
+            mebibytes = value / 2**20
+            return f"{math.ceil(10 * mebibytes) / 10:.1f}MiB" if nearest else f"{mebibytes:.1f} MiB"
         digits, unit = (4, " nats") if self.option == "max_loss_increase" else (3, "")
         side = math.ceil if self.option == "max_loss_increase" else math.floor
         shown = side(value * 10**digits) / 10**digits if nearest else value
@@ -200,8 +202,23 @@ class FitResult(Result):
 
     @classmethod
     def read(cls, file: Path) -> FitResult:
-        """The result of a finished run."""
-        told = json.loads(file.read_text(encoding="utf-8"))
+        """The result of a finished run.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another release.
+        """
+        try:
+            return cls.of(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"no fit of this release: {type(error).__name__}: {error}",
+                where=str(file),
+                remedy="fit the model again",
+            ) from error
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> FitResult:
+        """The result that `to_json` told."""
 
         def point(stored: dict[str, Any]) -> Point:
             sequences = {name: tuple(stored[name]) for name in ("candidate", "cost")}
@@ -225,48 +242,52 @@ class FitResult(Result):
         )
 
     def chart(self) -> LineChart:
-        """Size against divergence: the frontiers, the single levels, and the winner."""
-
-        def marks(points: Sequence[Point]) -> tuple[Mark, ...]:
-            return tuple(Mark(self.size(p) / 2**20, p.divergence, p.name) for p in points)
-
-        cuts = tuple(
-            Mark(one.file_bytes / 2**20, one.divergence, one.name)
-            for one in self.branches
-            if one.file_bytes is not None and one.divergence is not None
-        )
+        """Size against divergence: frontiers, single levels by family, cuts, what was made."""
+        cuts = [one for one in self.branches if one.divergence is not None]
         mixed = [p for p in self.frontier if p.families == "all"]
         rounded = [p for p in self.frontier if p.families == "quantize"]
+        single = {
+            family: [p for p in self.singles if p.families == family]
+            for family in dict.fromkeys(p.families for p in self.singles)
+        }
+        made = [one for one in self.finalists if one != self.winner]
+        series = (
+            Series("mixed levels", self.marks(mixed)),
+            Series("mixed, only rounded", self.marks(rounded)),
+            *(
+                Series(f"every linear alike, {FAMILIES[family]}", self.marks(points), joined=False)
+                for family, points in single.items()
+            ),
+            Series("cut, bfloat16", self.made(cuts), joined=False),
+            Series("made whole", self.made(made), joined=False),
+            Series("the winner", self.made([self.winner]), joined=False),
+        )
         return LineChart(
             "frontier",
             "Size against divergence from the dense model",
             "weight files, MiB",
             "nats per token",
-            (
-                Series("mixed levels", marks(mixed)),
-                Series("mixed, only rounded", marks(rounded)),
-                *(
-                    Series(
-                        FAMILIES[family],
-                        marks([p for p in self.singles if p.families == family]),
-                        joined=False,
-                    )
-                    for family in FAMILIES
-                ),
-                Series("cut, bfloat16", cuts, joined=False),
-                Series("made whole", self.made(self.finalists), joined=False),
-                Series("the winner", self.made([self.winner]), joined=False),
-            ),
-            log_y=all(p.divergence > 0 for p in (*mixed, *rounded)),
+            tuple(one for one in series if one.marks),
+            log_y=all(mark.y > 0 for one in series for mark in one.marks),
+            note="Lower is better, and so is further left. Divergence on the windows that choose.",
         )
 
     def size(self, point: Point) -> float:
         """Bytes of the weight files of a candidate, at most."""
         return self.costs[0].rest + point.cost[0]
 
-    def made(self, finalists: Sequence[FitFinalist]) -> tuple[Mark, ...]:
-        """Marks of candidates that were made whole."""
-        return tuple(Mark(one.file_bytes / 2**20, one.divergence, one.name) for one in finalists)
+    def marks(self, points: Sequence[Point]) -> tuple[Mark, ...]:
+        """Marks of levels and of levels put together."""
+        return tuple(
+            mark(p.name, p.name or f"a mix ({p.families})", self.size(p), p.divergence)
+            for p in points
+        )
+
+    def made(self, models: Sequence[FitFinalist | FitBranch]) -> tuple[Mark, ...]:
+        """Marks of models that were made whole."""
+        return tuple(
+            mark(one.name, one.name, one.file_bytes or 0, one.divergence or 0.0) for one in models
+        )
 
     @property
     def broken(self) -> list[str]:
@@ -358,3 +379,9 @@ class FitResult(Result):
             *(Line(fault, "bold red") for fault in self.broken),
         ]
         return blocks + after_a_fit(self.output)
+
+
+def mark(label: str, name: str, size: float, divergence: float) -> Mark:
+    """A mark of a model."""
+    told = f"{name}: {mib(size)}, {divergence:.4g} nats per token"
+    return Mark(size / 2**20, divergence, label, told)

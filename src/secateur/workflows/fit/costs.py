@@ -3,9 +3,11 @@
 Each kind of cost is a rest, which the model has whatever happens to its linears, and a cost of each
 linear on each level:
 
-    size      headers, int8 embeddings, norms        bytes of the stored parts
-    memory    embeddings, KV cache, working memory    bytes in the form that the kernels read
-    seconds   attention, norms, embedding, head       the table of timed matrices
+| kind    | rest                                           | a linear                            |
+|---------|------------------------------------------------|-------------------------------------|
+| size    | headers, embeddings, norms                     | bytes of the target's files         |
+| memory  | embeddings, norms, KV cache, working memory    | bytes that the kernels read         |
+| seconds | attention, norms, embedding, head              | from the table of timed matrices    |
 
 A size is always counted; memory and seconds are where they have a bound.
 """

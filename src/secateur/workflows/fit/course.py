@@ -70,6 +70,7 @@ def carry_out(
         )
     winner = min(contest, key=lambda one: one.told.divergence)
     packed = pack_winner(folder, ground, winner, begun)
+    size = ground.costs.files.finish(folder.model, ground.progress)
     losses = judged(ground, winner, contest)
     rise = losses[WINNER].loss_increase
     return FitResult(
@@ -82,7 +83,7 @@ def carry_out(
         frontier=tuple(frontier),
         losses=losses,
         costs=told_costs(ground.costs),
-        checks=checks_of(ground, folder.model, packed.file_bytes, rise, tasks),
+        checks=checks_of(ground, folder.model, size, rise, tasks),
         dropped=tuple(ground.pace.dropped),
         packed=packed,
         seconds=time.perf_counter() - begun,

@@ -1,17 +1,26 @@
 """How many bytes the files of a target have, and which levels it can store.
 
-cpu, any     packed folders: all levels, with zeros by a bitmask; embeddings are int8
-llama.cpp    one GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0; nothing is gained from
-zeros; embeddings are Q8_0
+| target    | files                                                                         |
+|-----------|-------------------------------------------------------------------------------|
+| cpu, any  | a packed folder: all levels, zeros by a bitmask; embeddings are int8          |
+| llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0; embeddings as Q8_0 |
+
+A GGUF file stores zeros like other weights, so levels with zeros are not offered for it. No type
+keeps the numbers of int3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from secateur.models.checkpoint import CheckpointReader
+from secateur.exporting import ExportSource
+from secateur.models.checkpoint import CheckpointReader, shard_files
+from secateur.models.folder_checks import read_config
+from secateur.progress import Progress
+from secateur.runtime.dense_view import open_checkpoint
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.fit.bounds import other_bytes, size_of
 from secateur.workflows.fit.kinds import KINDS, LevelKind
@@ -49,6 +58,15 @@ class TargetFiles(Protocol):
         """
         ...
 
+    def finish(self, folder: Path, progress: Progress) -> int:
+        """Write what the target needs into a packed folder; the bytes of its weight files.
+
+        Args:
+            folder: the packed model.
+            progress: receives every tensor.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class PackedFolder:
@@ -63,6 +81,10 @@ class PackedFolder:
     def linear(self, shape: tuple[int, int], kind: LevelKind, packed: float | None) -> float:
         """What the formats say, of the weights where they are known."""
         return float(size_of(shape, kind)) if packed is None else packed
+
+    def finish(self, folder: Path, progress: Progress) -> int:
+        """Nothing is missing."""
+        return sum(file.stat().st_size for file in shard_files(folder))
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,17 @@ class GGUFFolder:
 
         return float(bytes_of_matrix(shape, kind.values))
 
+    def finish(self, folder: Path, progress: Progress) -> int:
+        """Export every matrix in the type nearest to how it is stored."""
+        from secateur.exporting.gguf import GGUF
+
+        config, reader = read_config(folder), open_checkpoint(folder)
+        source = ExportSource(GGUF_NAME, folder, config, reader)
+        return GGUF().write(source, "stored", folder, progress).file_bytes
+
+
+GGUF_NAME = "model"
+"""The file is `model-stored.gguf`."""
 
 PACKED_FOLDER, GGUF_FILE = PackedFolder(), GGUFFolder()
 

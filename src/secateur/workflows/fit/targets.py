@@ -1,8 +1,11 @@
 """What a fit can do for each engine that may run its result; anything else is refused before work.
 
-cpu            all levels: our formats and kernels store them and are timed on this machine
-any            all levels, but no bound on time or memory: these belong to an engine
-llama.cpp, vllm, transformers, h100    refused, with what does the work instead
+| target                   | what a fit does                                                   |
+|--------------------------|-------------------------------------------------------------------|
+| cpu                      | all levels: our formats and kernels, timed on this machine        |
+| any                      | all levels, no bound on time or memory: these belong to an engine |
+| llama.cpp                | what a GGUF file holds; bounds on size and loss                   |
+| vllm, transformers, h100 | refused, with what does the work instead                          |
 """
 
 from __future__ import annotations
@@ -46,9 +49,10 @@ def check_target(recipe: FitRecipe) -> None:
         why, remedy = INSTEAD[recipe.target]
         raise RecipeError(f"no fit for {recipe.target}: {why}", where="--for", remedy=remedy)
     bounded = [name for name in OF_AN_ENGINE if getattr(recipe, name) is not None]
-    if recipe.target == "any" and bounded:
+    if recipe.target != "cpu" and bounded:
         raise RecipeError(
-            f"{bounded[0]} belongs to an engine, and the target is any",
+            f"{bounded[0]} needs times and memory of an engine, and only those of cpu are measured "
+            f"here; the target is {recipe.target}",
             where="--for",
-            remedy="give --for cpu, which is measured on this machine",
+            remedy="give --for cpu, or bounds on size and loss",
         )
