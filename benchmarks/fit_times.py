@@ -72,9 +72,11 @@ def pruned(weight: Tensor, sparsity: float) -> Tensor:
     return weight.scatter(1, smallest, 0.0)
 
 
-def packed(mix: Mix, linears: Mapping[str, str], source: Path, work: Path) -> Path:
-    """Pack a candidate; only one is on the disk."""
-    dense, output = work / "dense", work / "packed"
+def packed(name: str, mix: Mix, linears: Mapping[str, str], source: Path, work: Path) -> Path:
+    """Pack a candidate, unless that was done."""
+    dense, output = work / "dense", work / name.replace(" ", "-").replace("%", "percent")
+    if output.exists():
+        return output
     shutil.rmtree(dense, ignore_errors=True)
     shutil.copytree(source, dense)
     for file in dense.glob("*.safetensors"):
@@ -82,7 +84,7 @@ def packed(mix: Mix, linears: Mapping[str, str], source: Path, work: Path) -> Pa
         zeros = {n: pruned(w, mix[n].sparsity) for n, w in tensors.items() if n in mix}
         save_file({**tensors, **zeros}, file, metadata={"format": "pt"})
     secateur.compress(
-        dense, output=output, values="bfloat16", embeddings="int8", overwrite=True,
+        dense, output=output, values="bfloat16", embeddings="int8",
         overrides={linears[n]: NAMES[way.values] for n, way in mix.items() if way.values != "bf16"},
     )  # fmt: skip
     return output
@@ -139,6 +141,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--mixes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pack", action="store_true", help="only pack the candidates")
     args = parser.parse_args()
     print(heading())
     source = resolve("smollm2-135m").folder
@@ -146,16 +149,18 @@ def main() -> None:
     matrices = find_matrices(reader, "int8", False)
     linears = {name: m.linear for name, m in matrices.items() if m.prunable}
     shapes = {name: tuple(reader.entries[name].shape) for name in linears}
-    config = build_skeleton(source).config
-    times = time_matrices(config, list(shapes.values()), WAYS, Silent())
+    candidates = mixes(list(linears), args.mixes)
+    folders = {n: packed(n, mix, linears, source, args.work) for n, mix in candidates.items()}
+    if args.pack:
+        return
+    times = time_matrices(build_skeleton(source).config, list(shapes.values()), WAYS, Silent())
     print(f"rest {1e3 * times.rest:.2f} ms, int8 {1e3 * times.base:.2f} ms, {times.measured}")
     for (shape, way), one in times.matrices.items():
         print(f"{shape} {way}: {1e6 * one.seconds:.1f} us")
     done = {row["candidate"] for row in known_rows("fit_times")}
-    for name, mix in mixes(list(linears), args.mixes).items():
+    for name, mix in candidates.items():
         if name not in done:
-            folder = packed(mix, linears, source, args.work)
-            row = row_of(name, mix, shapes, times, folder, args.rounds)
+            row = row_of(name, mix, shapes, times, folders[name], args.rounds)
             add("fit_times", {"protocol": __doc__}, row)
             print(row, flush=True)
     print(table(known_rows("fit_times")))

@@ -100,11 +100,12 @@ def test_the_recipe_makes_the_same_model_again(place: Path) -> None:
 def test_the_search_also_begins_near_single_levels() -> None:
     search = FitSearch.__new__(FitSearch)
     search.names, search.levels = ["a", "b", "c"], [None, None, None]  # type: ignore[list-item]
-    search.menu = Menu(((8.0, 4.0, 2.0),) * 3, ((0.0, 0.1, 0.9), (0.0, 0.5, 0.9), (0.0, 0.1, 0.2)))
+    rises = ((0.0, 0.1, 0.9), (0.0, 0.5, 0.9), (0.0, 0.1, 0.2))
+    search.menu = Menu((((8.0,), (4.0,), (2.0,)),) * 3, rises)
     # 12 is all of the middle one; within 10 one linear has to go on, the one that loses the least
-    assert (1, 1, 2) in search.between(10.0)
-    assert all(search.menu.total(x) <= 10.0 for x in search.between(10.0))
-    assert search.between(100.0) == []
+    assert (1, 1, 2) in search.between((10.0,))
+    assert all(search.menu.total(x) <= (10.0,) for x in search.between((10.0,)))
+    assert search.between((100.0,)) == []
 
 
 def test_the_packed_model_loads_and_generates(place: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import secateur
+from gguf_models import byte_level, save
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -38,7 +39,7 @@ def bytes_with(place: Path, level: int) -> int:
 
 
 def test_a_fit_for_llama_cpp_writes_the_file_that_it_counted(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "dense", num_hidden_layers=2, hidden_size=64, intermediate_size=128)
+    save(tmp_path / "dense", byte_level(), "llama", intermediate_size=64)
     save_windows(tiny_windows(12, 24), tmp_path / "windows.safetensors")
     most = (bytes_with(tmp_path, 1) + bytes_with(tmp_path, 2)) // 2
     options = {
