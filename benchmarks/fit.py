@@ -48,6 +48,7 @@ def recipe_of(args: argparse.Namespace) -> FitRecipe:
         FitRecipe,
         {
             "model": "smollm2-135m", "max_size": "1GiB", "generations": args.generations,
+            "structure": args.structure,
             "calibration": {"source": str(args.calibration), "windows": 64, "sequence_length": 512},
         },
     )  # fmt: skip
@@ -118,7 +119,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", type=float, nargs="+", default=[60, 75, 90, 120, 150])
-    parser.add_argument("--generations", type=int, default=10)
+    parser.add_argument("--generations", type=int, default=4)
+    parser.add_argument("--structure", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     print(heading())
     with torch.no_grad():

@@ -26,7 +26,7 @@ from secateur.workflows.fit import costs as costs_module
 from secateur.workflows.fit import verify
 from secateur.workflows.fit.costs import MEMORY, SECONDS, SIZE, CostKind, Costs, way_of
 from secateur.workflows.fit.feasible import check_feasible
-from secateur.workflows.fit.kinds import KINDS
+from secateur.workflows.fit.kinds import FINER, KINDS
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -38,7 +38,7 @@ needs_kernels = pytest.mark.skipif(kernel_info().tier == "none", reason="there a
 
 def imaginary_times(shapes: Mapping[str, tuple[int, int]]) -> MatrixTimes:
     """A nanosecond for a byte, and three times as long where there is a bitmask."""
-    ways = {way_of(kind) for kind in KINDS} | {BASE}
+    ways = {way_of(kind) for kind in (*KINDS, *FINER)} | {BASE}
     found = {}
     for shape in set(shapes.values()):
         for way in ways:

@@ -19,7 +19,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.recipes.fit import bytes_of
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.fit.kinds import KINDS
+from secateur.workflows.fit.kinds import FINER, KINDS
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -59,7 +59,7 @@ def test_the_bound_holds_and_the_size_was_predicted(place: Path) -> None:
 
 def test_every_linear_is_stored_as_the_result_says(place: Path) -> None:
     packed = PackedCheckpoint(place / "small")
-    kinds = {kind.name: kind for kind in KINDS}
+    kinds = {kind.name: kind for kind in (*KINDS, *FINER)}
     for name, chosen in told(place / "small")["kind_of"].items():
         layout, kind = packed.layouts.get(name), kinds[chosen]
         values = "bfloat16" if layout is None else layout.values

@@ -65,7 +65,7 @@ def after_a_fit(folder: Path) -> list[Block]:
             "the recipe": folder / "secateur" / "recipe.yaml",
         },
         {
-            "talk to it": f"secateur generate {place} --prompt 'Hello!'",
+            "talk to it": f"secateur chat {place}",
             "serve it": f"secateur serve {place}",
             "publish it": f"secateur push {place} OWNER/NAME",
             "give it to another engine": f"secateur export {place} --to gguf --output DIR",

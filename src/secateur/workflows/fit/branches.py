@@ -13,14 +13,13 @@ It is made only if that is less than what the best model without a cut has.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.choose.budgeted import Menu
-from secateur.engine.choose.fitting import FitSearch
+from secateur.engine.choose.budgeted import Cost, Menu
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -42,6 +41,9 @@ from secateur.workflows.structure.checkpoint import STEPS, structure_recipe
 from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 
 __all__ = ["BRANCHES", "Branch", "branched"]
+
+Inherited = Mapping[str, tuple[tuple[Cost, ...], tuple[float, ...]]]
+"""Costs and rises on every level of the linears of the uncut model, by name."""
 
 WORTH = 0.1
 """Nats per token. Where the best model without a cut is this near, no cut is tried: in every model
@@ -72,13 +74,19 @@ BRANCHES = (
 
 
 def branched(
-    ground: Ground, search: FitSearch, best: Finalist, costs: Costs, measure: Yardstick
+    ground: Ground,
+    names: Sequence[str],
+    menu: Menu,
+    best: Finalist,
+    costs: Costs,
+    measure: Yardstick,
 ) -> tuple[list[Finalist], list[FitBranch]]:
     """Cut the model in several ways, and make what may beat the best model without a cut.
 
     Args:
         ground: of the fit.
-        search: of the uncut model, after the survey.
+        names: of the linears of the uncut model.
+        menu: of the uncut model, with finer sparsities (`finer`).
         best: the best model without a cut.
         costs: the bounds.
         measure: measures on the windows that choose.
@@ -91,6 +99,7 @@ def branched(
     if best.told.divergence <= WORTH:
         return found, told
     plans: list[CutPlan] = []
+    inherited = dict(zip(names, zip(menu.cost, menu.rise, strict=True), strict=True))
     for branch in BRANCHES:
         cut = cut_model(ground, branch, plans)
         if isinstance(cut, str):
@@ -100,7 +109,7 @@ def branched(
         alone = measure.divergence(cut)
         finalist, outcome = None, f"worse alone than the {leader:.3f} of the best"
         if alone < leader:
-            finalist, outcome = grown(ground, search, branch, cut, alone, leader, costs, measure)
+            finalist, outcome = grown(ground, inherited, branch, cut, alone, leader, costs, measure)
         if finalist is not None:
             found.append(finalist)
         told.append(FitBranch(branch.name, packed_bytes(ground, cut), alone, outcome))
@@ -145,7 +154,7 @@ def cut_model(ground: Ground, branch: Branch, plans: list[CutPlan]) -> Path | st
 
 def grown(
     ground: Ground,
-    search: FitSearch,
+    inherited: Inherited,
     branch: Branch,
     cut: Path,
     alone: float,
@@ -157,7 +166,7 @@ def grown(
 
     Args:
         ground: of the fit.
-        search: of the uncut model, after the survey.
+        inherited: costs and rises of the linears of the uncut model.
         branch: the cut.
         cut: the model of the branch.
         alone: its divergence.
@@ -171,14 +180,14 @@ def grown(
         own = costs.of_another(costs_of(ground.recipe, reader, matrices, ground.progress))
     except ArchitectureError as error:
         return None, error.what
-    menu, names = inherited_menu(ground, search, reader, matrices, own)
+    menu, names = inherited_menu(ground, inherited, reader, matrices, own)
     candidate = menu.best(own.aim)
     if candidate is None:
         return None, "no level fits"
     expected = alone + menu.predicted(candidate)
     if expected >= leader:
         return None, f"expected {expected:.3f}, and the best has {leader:.3f}"
-    kinds = {name: own.levels[level] for name, level in zip(names, candidate, strict=True)}
+    kinds = {name: own.every[level] for name, level in zip(names, candidate, strict=True)}
     sparse, folder = made(
         ground.recipe, cut, matrices, kinds, ground.fitted, cut.parent / "mix",
         Labelled(ground.progress, branch.name),
@@ -195,27 +204,25 @@ def grown(
 
 def inherited_menu(
     ground: Ground,
-    search: FitSearch,
+    inherited: Inherited,
     reader: CheckpointReader,
     matrices: Mapping[str, PackableMatrix],
     costs: Costs,
 ) -> tuple[Menu, list[str]]:
     """The menu of a branch, taken over from the uncut model; and the names of its linears."""
-    place_of = {name: place for place, name in enumerate(search.names)}
     cost, rise, names = [], [], []
     for uncut, stored, linear in origins(ground, reader, matrices):
-        place = place_of[uncut]
-        home = ground.stored[uncut]
+        home, (known, rises) = ground.stored[uncut], inherited[uncut]
         before = as_seen(ground.reader, home, ground.matrices[home])
         now = as_seen(reader, stored, matrices[stored])
         of_weights = prod(now) / prod(before)
         sizes = [
-            known[0] * size_of(now, kind) / size_of(before, kind)
-            for known, kind in zip(search.menu.cost[place], costs.levels, strict=True)
+            cost_before[0] * size_of(now, kind) / size_of(before, kind)
+            for cost_before, kind in zip(known, costs.every, strict=True)
         ]
-        levels = zip(costs.levels, sizes, strict=True)
-        cost.append(tuple(costs.of(linear, kind, size) for kind, size in levels))
-        rise.append(tuple(of_weights * one for one in search.menu.rise[place]))
+        kinds = zip(costs.every, sizes, strict=True)
+        cost.append(tuple(costs.of(linear, kind, size) for kind, size in kinds))
+        rise.append(tuple(of_weights * one for one in rises))
         names.append(linear)
     return Menu(tuple(cost), tuple(rise)), names
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.engine.choose.budgeted import fits
+from secateur.engine.choose.budgeted import Menu, fits
 from secateur.engine.choose.fitting import FRONTIER, SURVEY_TOKENS, FitSearch, Point
 from secateur.engine.choose.tournament import cut_windows
 from secateur.errors import VerificationError
@@ -26,6 +26,7 @@ from secateur.sparsity.evolution import Evolution
 from secateur.workflows.fit.branches import BRANCHES, branched
 from secateur.workflows.fit.costs import Costs
 from secateur.workflows.fit.finalists import SINGLE, Finalist, finalists, mixes, single
+from secateur.workflows.fit.finer import finer_menu
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.kinds import probe_of
 from secateur.workflows.fit.levels import made_levels
@@ -126,7 +127,8 @@ def contested(
     """
     whole = cut_windows(ground.searched, ground.searched.numel())
     measure = Yardstick(ground, whole, "searched")
-    found = refined(ground, search, [*singles, *frontier], costs, measure)
+    menu = finer_menu(ground, search)
+    found = refined(ground, search, menu, [*singles, *frontier], costs, measure)
     alone = single(ground, search, singles, costs.budget)
     most = costs.kinds[0].limit
     contest = [one for one in (alone, *found) if one is not None and one.told.file_bytes <= most]
@@ -134,13 +136,14 @@ def contested(
     if not ground.recipe.structure or not contest or not ground.pace.allows("cuts", cuts):
         return contest, []
     best = min(contest, key=lambda one: one.told.divergence)
-    grown, branches = branched(ground, search, best, costs, measure)
+    grown, branches = branched(ground, search.names, menu, best, costs, measure)
     return [*contest, *grown], branches
 
 
 def refined(
     ground: Ground,
     search: FitSearch,
+    menu: Menu,
     points: Sequence[Point],
     costs: Costs,
     measure: Yardstick,
@@ -160,7 +163,8 @@ def refined(
         return ground.pace.allows("generations of the search", times.generation + times.rest)
 
     winner = search.refined(starts, inside, lambda n: evolution_of(ground.recipe, n), go_on)
-    return finalists(ground, search, mixes(search, winner, inside), measure, times.rest)
+    chosen = mixes(search, menu, winner, inside)
+    return finalists(ground, search, menu, chosen, measure, times.rest)
 
 
 def judged(ground: Ground, winner: Finalist, contest: Sequence[Finalist]) -> dict[str, FitLoss]:

@@ -23,7 +23,7 @@ from secateur.progress import Progress
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.fit.bounds import other_bytes, size_of
-from secateur.workflows.fit.kinds import KINDS, LevelKind
+from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
 
 __all__ = ["FILES", "GGUF_FILE", "PACKED_FOLDER", "TargetFiles"]
 
@@ -34,6 +34,11 @@ class TargetFiles(Protocol):
     @property
     def levels(self) -> tuple[LevelKind, ...]:
         """The levels that it stores; the first is the model itself."""
+        ...
+
+    @property
+    def finer(self) -> tuple[LevelKind, ...]:
+        """Kinds for mixes that are made whole, besides the levels."""
         ...
 
     def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
@@ -73,6 +78,7 @@ class PackedFolder:
     """Files of ours."""
 
     levels: tuple[LevelKind, ...] = KINDS
+    finer: tuple[LevelKind, ...] = FINER
 
     def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
         """Int8 embeddings, norms in bfloat16, headers."""
@@ -92,6 +98,7 @@ class GGUFFolder:
     """A packed folder with a GGUF file beside, which is what counts."""
 
     levels: tuple[LevelKind, ...] = KINDS[:3]
+    finer: tuple[LevelKind, ...] = ()
 
     def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
         """Q8_0 embeddings, norms in float32, the vocabulary, headers; exact."""

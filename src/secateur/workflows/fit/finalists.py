@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from secateur.engine.choose.budgeted import Cost, fits
+from secateur.engine.choose.budgeted import Cost, Menu, fits
 from secateur.engine.choose.fitting import FitSearch, Point
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled
@@ -54,18 +54,19 @@ class Finalist:
         return not self.cut and not any(kind.sparsity for kind in self.kinds.values())
 
 
-def mixes(search: FitSearch, winner: Point, budget: Cost) -> dict[str, Candidate]:
+def mixes(search: FitSearch, menu: Menu, winner: Point, budget: Cost) -> dict[str, Candidate]:
     """The mixes to make, by what chose them; no mix twice.
 
     Args:
         search: after the survey.
+        menu: with finer sparsities (`finer`).
         winner: of the search.
         budget: of the search.
     """
     wanted = {
         SEARCHED: winner.candidate,
         QUANTIZED: search.menu.best(budget, search.allowed("quantize")),
-        SURVEYED: search.menu.best(budget),
+        SURVEYED: menu.best(budget),
     }
     found: dict[str, Candidate] = {}
     for name, candidate in wanted.items():
@@ -77,6 +78,7 @@ def mixes(search: FitSearch, winner: Point, budget: Cost) -> dict[str, Candidate
 def finalists(
     ground: Ground,
     search: FitSearch,
+    menu: Menu,
     chosen: Mapping[str, Candidate],
     measure: Yardstick,
     seconds: float,
@@ -86,6 +88,7 @@ def finalists(
     Args:
         ground: of the fit.
         search: after the survey.
+        menu: with finer sparsities (`finer`).
         chosen: the mixes, by what chose them.
         measure: measures on the windows that choose.
         seconds: that one is expected to take, packed and judged.
@@ -94,16 +97,15 @@ def finalists(
     for name, candidate in chosen.items():
         if not ground.pace.allows(f"making {name}", seconds):
             continue
-        kinds = {
-            n: ground.costs.levels[level] for n, level in zip(search.names, candidate, strict=True)
-        }
+        every = ground.costs.every
+        kinds = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
         sparse, folder = solved(ground, kinds, name)
         sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
         told = FitFinalist(
             name=name,
             file_bytes=ground.costs.file_bytes(kinds, sizes),
-            predicted=search.menu.predicted(candidate),
-            mixed=search.measured(candidate),
+            predicted=menu.predicted(candidate),
+            mixed=search.measured(candidate) if max(candidate) < len(search.levels) else None,
             divergence=measure.divergence(folder),
         )
         found.append(Finalist(ground.reader.folder, sparse, folder, kinds, told))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "LevelKind", "probe_of"]
+__all__ = ["FINER", "KINDS", "LevelKind", "probe_of"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,14 @@ KINDS = (
     *(LevelKind(values, 0.7) for values in ("bfloat16", "int4")),
 )
 """The levels; the first is the model itself."""
+
+FINER = tuple(
+    LevelKind(values, sparsity)
+    for values in ("int4", "int3")
+    for sparsity in (0.3, 0.4, 0.45, 0.55, 0.6, 0.65, 0.7)
+    if LevelKind(values, sparsity) not in KINDS
+)
+"""Kinds without a level of their own, for mixes that are made whole (`finer`)."""
 
 
 def probe_of(levels: Sequence[LevelKind]) -> int:
