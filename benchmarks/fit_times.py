@@ -155,8 +155,8 @@ def main() -> None:
         return
     times = time_matrices(build_skeleton(source).config, list(shapes.values()), WAYS, Silent())
     print(f"rest {1e3 * times.rest:.2f} ms, int8 {1e3 * times.base:.2f} ms, {times.measured}")
-    for (shape, way), one in times.matrices.items():
-        print(f"{shape} {way}: {1e6 * one.seconds:.1f} us")
+    for (shape, way), share in times.shares.items():
+        print(f"{shape} {way}: {1e6 * share * times.layers[way]:.1f} us")
     done = {row["candidate"] for row in known_rows("fit_times")}
     for name, mix in candidates.items():
         if name not in done:
