@@ -67,6 +67,8 @@ def mixes(names: list[str], count: int) -> dict[str, Mix]:
 
 def pruned(weight: Tensor, sparsity: float) -> Tensor:
     """Zeros at the smallest weights of each row."""
+    if not sparsity:
+        return weight
     count = round(sparsity * weight.shape[1])
     smallest = weight.abs().float().argsort(1)[:, :count]
     return weight.scatter(1, smallest, 0.0)
