@@ -114,25 +114,24 @@ def time_matrices(
     table, dates = read_table(file), []
     progress.start("timing matrices", len(every) * (1 + len(counts)))
 
-    def known(name: str, measure: Callable[[], list[float]]) -> list[float]:
+    def known(name: str, measure: Callable[..., Any], *what: Any) -> Any:
         if name not in table:
-            entry = {"seconds": measure(), "measured": date.today().isoformat()}
-            add_entry(file, name, entry)
-            table[name] = entry
+            table[name] = {"seconds": measure(*what), "measured": date.today().isoformat()}
+            add_entry(file, name, table[name])
         dates.append(table[name]["measured"])
         progress.step(note=name)
-        found: list[float] = table[name]["seconds"]
-        return found
+        return table[name]["seconds"]
 
-    layers, shares, rest = {}, {}, 0.0
+    layers: dict[Way, float] = {}
+    shares: dict[tuple[Shape, Way], float] = {}
+    rest = 0.0
     for way in every:
-        ends, inside = known(loop_entry(config, way), lambda w=way: [*(loop or looped)(config, w)])
-        layers[way], rest = inside, ends if way == BASE else rest
+        ends, layers[way] = known(loop_entry(config, way), loop or looped, config, way)
+        rest = ends if way == BASE else rest
         alone = {}
         for shape in counts:
             count = how_many(counts, shape, way)
-            measure = lambda s=shape, w=way, n=count: [(timer or timed)(s, w, n)]  # noqa: E731
-            (alone[shape],) = known(matrix_entry(shape, way), measure)
+            alone[shape] = known(matrix_entry(shape, way), timer or timed, shape, way, count)
         whole = sum(alone[shape] * count for shape, count in counts.items())
         shares |= {(shape, way): alone[shape] / whole for shape in counts}
     progress.finish()
