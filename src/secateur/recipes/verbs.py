@@ -175,7 +175,7 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "fit",
-            "Find and make the best compressed model within a size or a loss.",
+            "Find and make the best compressed model within a size, memory, speed or loss.",
             "secateur.recipes.fit:FitRecipe",
             "secateur.workflows.fit.run:fit",
             more="The exit code is 3 if the made model breaks a bound.",
