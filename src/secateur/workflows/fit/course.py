@@ -23,7 +23,6 @@ from secateur.workflows.fit.finalists import (
     SINGLE,
     Finalist,
     finalists,
-    mixes,
     single,
 )
 from secateur.workflows.fit.finer import finer_menu
@@ -51,8 +50,8 @@ def carry_out(ground: Ground, folder: RunFolder, rest: int, begun: float) -> Fit
     """
     recipe = ground.recipe
     search = new_search(ground)
-    singles = search.singles()
     search.survey(PROBE)
+    singles = search.singles()
     budgets = search.budgets()
     frontier = search.frontier(budgets, "all") + search.frontier(budgets, "quantize")
     budget = budget_of(ground, search, rest)
@@ -104,8 +103,7 @@ def contested(
     found: list[Finalist] = []
     if starts:
         winner = search.refined(starts, inside, lambda n: evolution_of(ground.recipe, n))
-        chosen = mixes(search, menu, winner, inside)
-        found = finalists(ground, search, menu, chosen, rest, measure)
+        found = finalists(ground, search, menu, winner, inside, rest, measure)
     alone = single(ground, search, singles, rest, budget)
     most = rest + budget
     contest = [one for one in (alone, *found) if one is not None and one.told.file_bytes <= most]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -20,12 +21,17 @@ from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import Kinds, made
 from secateur.workflows.fit.yardstick import Yardstick
 
-__all__ = ["SINGLE", "Finalist", "finalists", "mixes", "single"]
+__all__ = ["SINGLE", "Finalist", "finalists", "single"]
 
 SEARCHED = "the search's choice"
 SURVEYED = "the survey's choice"
 QUANTIZED = "only rounded, mixed"
 SINGLE = "the best single technique"
+
+SLACK = 1.1
+"""The search's choice is made only if its levels put together have at most so many times the
+divergence of the best mix that was made: making a choice of the search gains less than that of the
+survey, which pays no attention to how levels fit together."""
 
 
 @dataclass(frozen=True)
@@ -54,60 +60,67 @@ class Finalist:
         return not self.cut and not any(kind.sparsity for kind in self.kinds.values())
 
 
-def mixes(search: FitSearch, menu: Menu, winner: Point, budget: float) -> dict[str, Candidate]:
-    """The mixes to make, by what chose them; no mix twice.
+def finalists(
+    ground: Ground,
+    search: FitSearch,
+    menu: Menu,
+    winner: Point,
+    budget: float,
+    rest: int,
+    measure: Yardstick,
+) -> list[Finalist]:
+    """Make and measure mixes, no mix twice: prune, then round, each linear in its own way.
+
+    The search's choice is made last, and only if it may win (`SLACK`).
 
     Args:
+        ground: of the fit.
         search: after the survey.
         menu: with finer sparsities (`finer`).
         winner: of the search.
-        budget: of the search.
+        budget: bytes of all linears.
+        rest: bytes of everything that is no linear.
+        measure: measures on the windows that choose.
     """
     wanted = {
         QUANTIZED: search.menu.best(budget, search.allowed("quantize")),
         SURVEYED: menu.best(budget),
         SEARCHED: winner.candidate,
     }
-    found: dict[str, Candidate] = {}
+    found: list[Finalist] = []
+    made_already: list[Candidate] = []
     for name, candidate in wanted.items():
-        if candidate is not None and len(set(candidate)) > 1 and candidate not in found.values():
-            found[name] = candidate
+        best = min((one.told.divergence for one in found), default=inf)
+        late = name == SEARCHED and winner.divergence > SLACK * best
+        if candidate is None or len(set(candidate)) == 1 or candidate in made_already or late:
+            continue
+        made_already.append(candidate)
+        found.append(finalist(ground, search, menu, name, candidate, rest, measure))
     return found
 
 
-def finalists(
+def finalist(
     ground: Ground,
     search: FitSearch,
     menu: Menu,
-    chosen: Mapping[str, Candidate],
+    name: str,
+    candidate: Candidate,
     rest: int,
     measure: Yardstick,
-) -> list[Finalist]:
-    """Make and measure mixes: prune, then round, with the sparsity and the values of each linear.
-
-    Args:
-        ground: of the fit.
-        search: after the survey.
-        menu: with finer sparsities (`finer`).
-        chosen: the mixes, by what chose them.
-        rest: bytes of everything that is no linear.
-        measure: measures on the windows that choose.
-    """
-    found = []
-    for name, candidate in chosen.items():
-        every = (*KINDS, *FINER)
-        kinds = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
-        sparse, folder = solved(ground, kinds, name)
-        sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
-        told = FitFinalist(
-            name=name,
-            file_bytes=rest + sum(sizes.values()),
-            predicted=menu.predicted(candidate),
-            mixed=search.measured(candidate) if max(candidate) < len(KINDS) else None,
-            divergence=measure.divergence(folder),
-        )
-        found.append(Finalist(ground.reader.folder, sparse, folder, kinds, told))
-    return found
+) -> Finalist:
+    """Make and measure the mix that `name` chose; the other arguments are those of `finalists`."""
+    every = (*KINDS, *FINER)
+    kinds = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
+    sparse, folder = solved(ground, kinds, name)
+    sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
+    told = FitFinalist(
+        name=name,
+        file_bytes=rest + sum(sizes.values()),
+        predicted=menu.predicted(candidate),
+        mixed=search.measured(candidate) if max(candidate) < len(KINDS) else None,
+        divergence=measure.divergence(folder),
+    )
+    return Finalist(ground.reader.folder, sparse, folder, kinds, told)
 
 
 def single(
