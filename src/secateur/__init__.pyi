@@ -505,7 +505,7 @@ def fit(
         effort: The preset that makes the pruned levels. [balanced]
         structure: Also try models with fewer layers or FFN neurons, where zeros and rounding lose
             much. [on]
-        generations: Generations of the search; 0 takes the first candidate. [4]
+        generations: Generations of the search; 0 takes the first candidate. [10]
         offspring: Candidates of a generation. [8]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. [c4]

@@ -61,7 +61,7 @@ class HowToSearch(Section):
         "lose much.",
     )
     generations: int = Field(
-        4, ge=0, description="Generations of the search; 0 takes the first candidate."
+        10, ge=0, description="Generations of the search; 0 takes the first candidate."
     )
     offspring: int = Field(8, ge=1, description="Candidates of a generation.")
 

@@ -28,10 +28,10 @@ SURVEYED = "the survey's choice"
 QUANTIZED = "only rounded, mixed"
 SINGLE = "the best single technique"
 
-SLACK = 1.1
+SLACK = 1.25
 """The search's choice is made only if its levels put together have at most so many times the
-divergence of the best mix that was made: making a choice of the search gains less than that of the
-survey, which pays no attention to how levels fit together."""
+divergence of the best mix that was made. The search chooses levels that fit together, so making its
+choice gains less than making that of the survey: 14 % against 34 % on SmolLM2 at 60 MiB."""
 
 
 @dataclass(frozen=True)
