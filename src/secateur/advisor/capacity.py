@@ -129,9 +129,13 @@ class TooMuch:
 
     Attributes:
         reason: with numbers.
+        bound: what it breaks: `memory`, `token_ms` or `first_token_ms`.
+        least: what it needs, in bytes or milliseconds.
     """
 
     reason: str
+    bound: str
+    least: float
 
 
 def capacity_of(
@@ -151,7 +155,9 @@ def capacity_of(
     if not choices:
         return TooMuch(
             f"needs {least.total / GIB:.1f} GiB, {device.most} x {device.memory_bytes / GIB:.1f} "
-            "GiB are there"
+            "GiB are there",
+            "memory",
+            least.total,
         )
     ways = [shared(shape, option, device, load, devices) for devices in choices]
     found = [one for one in ways if isinstance(one, Capacity)]
@@ -207,10 +213,9 @@ def most_requests(busy: float, load: Load) -> float:
 
 def missed(p99: Estimate, first: Estimate, load: Load) -> TooMuch:
     """Which bound is broken, by the fewest devices that can hold the model."""
+    slow, first_ms = p99.typical * 1e3, first.typical * 1e3
     if not within(p99.typical, load.token_ms):
-        return TooMuch(
-            f"{p99.typical * 1e3:.0f} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
-        )
-    return TooMuch(
-        f"{first.typical * 1e3:.0f} ms to the first token, {load.first_token_ms:g} allowed"
-    )
+        reason = f"{slow:.0f} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
+        return TooMuch(reason, "token_ms", slow)
+    reason = f"{first_ms:.0f} ms to the first token, {load.first_token_ms:g} allowed"
+    return TooMuch(reason, "first_token_ms", first_ms)

@@ -16,11 +16,24 @@ from secateur.advisor.estimate import Estimate
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
-__all__ = ["API", "THIS_MACHINE", "Facts", "Hardware", "KnownShape", "PublishedLoss", "read_facts"]
+__all__ = [
+    "API",
+    "GIVEN",
+    "THIS_MACHINE",
+    "Facts",
+    "Hardware",
+    "KnownShape",
+    "PublishedLoss",
+    "read_facts",
+]
 
 
 THIS_MACHINE = "this-machine"
 """The device whose memory and times are measured."""
+
+
+GIVEN = "given by the user"
+"""The source of a price that is not from our facts."""
 
 
 class Entry(BaseModel):
@@ -53,7 +66,7 @@ class Hardware(Entry):
     tflops: dict[str, float] = {}
     semi_structured: bool = False
     usd_per_hour: Range
-    price_source: str = "given by the user"
+    price_source: str = GIVEN
 
     @model_validator(mode="after")
     def check(self) -> Hardware:

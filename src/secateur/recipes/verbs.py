@@ -166,7 +166,7 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "fit",
-            "Find and make the best compressed model within a size or a loss.",
+            "Find and make the best compressed model within a size, memory, speed or loss.",
             "secateur.recipes.fit:FitRecipe",
             "secateur.workflows.fit.run:fit",
             more="The exit code is 3 if the made model breaks a bound.",
@@ -177,7 +177,8 @@ VERBS: dict[str, Verb] = {
             "no weights.",
             "secateur.recipes.advise:AdviseRecipe",
             "secateur.workflows.advise:advise",
-            more="Every number says whether it was measured here, published, or estimated.",
+            more="Every number says whether it was measured here, published, or estimated. The "
+            "exit code is 3 if nothing serves the load within the bounds.",
         ),
         Verb(
             "sweep",

@@ -9,12 +9,12 @@ import psutil
 
 from secateur.advisor.advice import Need
 from secateur.advisor.capacity import Load
-from secateur.advisor.facts import THIS_MACHINE, Facts, Hardware, read_facts
+from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
 from secateur.advisor.options import options_for
 from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.shape import ModelShape, known_shape
 from secateur.advisor.speed import TokenTimes
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.token_times import Way, time_tokens
 from secateur.models.architecture import describe, linears_of
 from secateur.models.hub import download_model
@@ -24,6 +24,7 @@ from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.advise import AdviseRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.registry import did_you_mean
 from secateur.reporting.report.records import Records, ReportedAdvice
 from secateur.reporting.results.advise import AdviseResult
 from secateur.runs.output import check_writable
@@ -63,7 +64,7 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
     hardware = facts.device(recipe.hardware)
     if recipe.usd_per_hour is not None:
         price = (recipe.usd_per_hour,) * 3
-        told = {"usd_per_hour": price, "price_source": "given by the user"}
+        told = {"usd_per_hour": price, "price_source": GIVEN}
         hardware = hardware.model_copy(update=told)
     shape, config = shape_of(recipe, facts, progress)
     times, basis = None, f"roofline of the data sheet; {facts.efficiency[hardware.kind].source}"
@@ -135,6 +136,12 @@ def shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[Mo
     name = recipe.model
     if name in facts.shapes and kind_of_name(name) is None:
         return known_shape(name, facts.shapes[name]), None
+    if kind_of_name(name) is None:
+        raise SourceError(
+            f"{name!r} is no folder, no hub id (org/name), no sample and no well-known shape",
+            where="MODEL",
+            remedy=f"check the path; or a shape: {did_you_mean(name, [*facts.shapes])}",
+        )
     trusted = recipe.trust_remote_code
     hub = hub_name(name)
     if kind_of_name(name) == "hub" and hub is not None:

@@ -11,8 +11,9 @@ from typing import Any
 from secateur.advisor.advice import Advice, Considered
 from secateur.advisor.capacity import Capacity, Load
 from secateur.advisor.estimate import ESTIMATED, MEASURED, PUBLISHED, Estimate
-from secateur.advisor.facts import Facts
+from secateur.advisor.facts import GIVEN, Facts
 from secateur.advisor.memory import GIB
+from secateur.advisor.nearest import nearest
 from secateur.advisor.question import AdviceQuestion
 from secateur.errors import CheckpointError
 from secateur.reporting.results.result import Result
@@ -55,6 +56,13 @@ class AdviseResult(Result):
         """Requests, tokens and latencies of the service."""
         return self.question.need.load
 
+    @property
+    def nearest(self) -> tuple[str, ...]:
+        """Looser bounds that can be kept; empty if these can."""
+        if self.advice.chosen is not None:
+            return ()
+        return tuple(nearest(self.advice.considered, self.question.need))
+
     def to_json(self) -> dict[str, Any]:
         """All options with their numbers, and where each kind of number is from."""
         advice = self.advice
@@ -68,6 +76,7 @@ class AdviseResult(Result):
             "gpu_hours": self.question.need.gpu_hours,
             "verdict": advice.verdict,
             "chosen": advice.chosen.option.name if advice.chosen else None,
+            "nearest": list(self.nearest),
             "commands": list(advice.chosen.option.commands(self.model)) if advice.chosen else [],
             "paid_back_months": advice.paid_back_months,
             "measure_first": [row.option.name for row in advice.cheaper],
@@ -76,7 +85,7 @@ class AdviseResult(Result):
             "basis": {
                 "times": self.speed_basis,
                 "memory": f"{ESTIMATED}: secateur/advisor/memory.py",
-                "prices": f"{PUBLISHED}: {advice.device.price_source}",
+                "prices": self.price_origin(),
                 "facts_date": self.facts.date.isoformat(),
             },
             "question": self.question.to_json(),
@@ -135,6 +144,7 @@ class AdviseResult(Result):
         ][:SHOWN]
         columns = ("option", "accuracy", "memory", "devices", "ms/token", "USD/month", "USD/M")
         blocks: list[Block] = [Line(advice.verdict, "bold")]
+        blocks += [Line(f"nearest: {line}") for line in self.nearest]
         if rows:
             blocks.append(Table.of(title + rate, columns, rows, styles=styles))
         blocks += [Line("yellow: measure the loss first. ms/token at the batch that costs least; "
@@ -195,6 +205,11 @@ class AdviseResult(Result):
         columns = ("hosted model", "USD/month", "serving is cheaper from, requests/day")
         return [Table.of("", columns, rows)]
 
+    def price_origin(self) -> str:
+        """Where the price of the device is from."""
+        source = self.advice.device.price_source
+        return source if source == GIVEN else f"{PUBLISHED}; {source}"
+
     def origins(self) -> list[Line]:
         """Where each kind of number is from."""
         device, chosen = self.advice.device, self.advice.chosen
@@ -204,7 +219,7 @@ class AdviseResult(Result):
             f"times: {times}; {self.speed_basis}",
             f"memory: {ESTIMATED}; formula in docs/advise.md",
             f"price of {device.usd_per_hour[1]:g} USD an hour ({device.usd_per_hour[0]:g} to "
-            f"{device.usd_per_hour[2]:g}): {PUBLISHED}; {device.price_source}",
+            f"{device.usd_per_hour[2]:g}): {self.price_origin()}",
             *(f"accuracy: {PUBLISHED}; {source}" for source in sources),
             f"facts of {self.facts.date}; replace any with --facts FILE",
         ]

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from secateur.engine.choose.budgeted import Menu
+from secateur.engine.choose.budgeted import Cost, Menu, fits
 from secateur.engine.choose.fitting import FitSearch, Point
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled
 from secateur.reporting.results.fit import FitFinalist
 from secateur.sparsity.evolution import Candidate
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
+from secateur.workflows.fit.kinds import LevelKind
 from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import Kinds, made
 from secateur.workflows.fit.yardstick import Yardstick
 
-__all__ = ["SINGLE", "Finalist", "finalists", "single"]
+__all__ = ["SINGLE", "Finalist", "finalists", "mixes", "single"]
 
 SEARCHED = "the search's choice"
 SURVEYED = "the survey's choice"
 QUANTIZED = "only rounded, mixed"
 SINGLE = "the best single technique"
-
-SLACK = 1.25
-"""The search's choice is made only if its levels put together have at most so many times the
-divergence of the best mix that was made. The search chooses levels that fit together, so making its
-choice gains less than making that of the survey: 14 % against 34 % on SmolLM2 at 60 MiB."""
 
 
 @dataclass(frozen=True)
@@ -60,81 +54,77 @@ class Finalist:
         return not self.cut and not any(kind.sparsity for kind in self.kinds.values())
 
 
+def mixes(search: FitSearch, menu: Menu, winner: Point, budget: Cost) -> dict[str, Candidate]:
+    """The mixes to make, by what chose them; no mix twice.
+
+    Args:
+        search: after the survey.
+        menu: with finer sparsities (`finer`).
+        winner: of the search.
+        budget: of the search.
+    """
+    wanted = {
+        SEARCHED: winner.candidate,
+        QUANTIZED: search.menu.best(budget, search.allowed("quantize")),
+        SURVEYED: menu.best(budget),
+    }
+    found: dict[str, Candidate] = {}
+    for name, candidate in wanted.items():
+        if candidate is not None and len(set(candidate)) > 1 and candidate not in found.values():
+            found[name] = candidate
+    return found
+
+
 def finalists(
     ground: Ground,
     search: FitSearch,
     menu: Menu,
-    winner: Point,
-    budget: float,
-    rest: int,
+    chosen: Mapping[str, Candidate],
     measure: Yardstick,
+    seconds: float,
 ) -> list[Finalist]:
-    """Make and measure mixes, no mix twice: prune, then round, each linear in its own way.
-
-    The search's choice is made last, and only if it may win (`SLACK`).
+    """Make and measure mixes: prune, then round, with the sparsity and the values of each linear.
 
     Args:
         ground: of the fit.
         search: after the survey.
         menu: with finer sparsities (`finer`).
-        winner: of the search.
-        budget: bytes of all linears.
-        rest: bytes of everything that is no linear.
+        chosen: the mixes, by what chose them.
         measure: measures on the windows that choose.
+        seconds: that one is expected to take, packed and judged.
     """
-    wanted = {
-        QUANTIZED: search.menu.best(budget, search.allowed("quantize")),
-        SURVEYED: menu.best(budget),
-        SEARCHED: winner.candidate,
-    }
-    found: list[Finalist] = []
-    made_already: list[Candidate] = []
-    for name, candidate in wanted.items():
-        best = min((one.told.divergence for one in found), default=inf)
-        late = name == SEARCHED and winner.divergence > SLACK * best
-        if candidate is None or len(set(candidate)) == 1 or candidate in made_already or late:
+    found = []
+    for name, candidate in chosen.items():
+        if not ground.pace.allows(f"making {name}", seconds):
             continue
-        made_already.append(candidate)
-        found.append(finalist(ground, search, menu, name, candidate, rest, measure))
+        every = ground.costs.every
+        kinds = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
+        sparse, folder = solved(ground, kinds, name)
+        sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
+        told = FitFinalist(
+            name=name,
+            file_bytes=ground.costs.file_bytes(kinds, sizes),
+            predicted=menu.predicted(candidate),
+            mixed=search.measured(candidate) if max(candidate) < len(search.levels) else None,
+            divergence=measure.divergence(folder),
+        )
+        found.append(Finalist(ground.reader.folder, sparse, folder, kinds, told))
     return found
 
 
-def finalist(
-    ground: Ground,
-    search: FitSearch,
-    menu: Menu,
-    name: str,
-    candidate: Candidate,
-    rest: int,
-    measure: Yardstick,
-) -> Finalist:
-    """Make and measure the mix that `name` chose; the other arguments are those of `finalists`."""
-    every = (*KINDS, *FINER)
-    kinds = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
-    sparse, folder = solved(ground, kinds, name)
-    sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
-    told = FitFinalist(
-        name=name,
-        file_bytes=rest + sum(sizes.values()),
-        predicted=menu.predicted(candidate),
-        mixed=search.measured(candidate) if max(candidate) < len(KINDS) else None,
-        divergence=measure.divergence(folder),
-    )
-    return Finalist(ground.reader.folder, sparse, folder, kinds, told)
-
-
 def single(
-    ground: Ground, search: FitSearch, points: Sequence[Point], rest: int, budget: float
+    ground: Ground, search: FitSearch, points: Sequence[Point], budget: Cost
 ) -> Finalist | None:
     """The best single level within a budget of the linears; it is made already."""
-    fitting = [point for point in points if point.cost <= budget]
+    fitting = [point for point in points if fits(point.cost, budget)]
     best = min(fitting, key=lambda point: point.divergence, default=None)
     if best is None:
         return None
-    size, found = rest + round(best.cost), best.divergence
+    size, found = round(ground.costs.rest[0] + best.cost[0]), best.divergence
     told = FitFinalist(SINGLE, size, best.predicted, found, found)
-    kind = KINDS[best.candidate[0]]
-    bare = KINDS.index(LevelKind("bfloat16", kind.sparsity))
+    levels = ground.costs.levels
+    kind = levels[best.candidate[0]]
+    bare = levels.index(LevelKind("bfloat16", kind.sparsity))
     sparse, folder = (search.levels[n].level.reader.folder for n in (bare, best.candidate[0]))
     kinds = dict.fromkeys(search.names, kind)
     return Finalist(ground.reader.folder, sparse, folder, kinds, told)

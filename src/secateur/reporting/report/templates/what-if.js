@@ -25,7 +25,8 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
   const ranged = ([low, typical, high], form) => low === high
     ? form(typical) : `${form(typical)} (${form(low)} to ${form(high)})`;
   const percent = (x) => `${Number((100 * x).toFixed(1))} %`;
-  const kept = ([low, high]) => low === high ? percent(low) : `${percent(low)} to ${percent(high)}`;
+  const kept = ([low, high]) =>
+    low === high ? percent(low) : `${percent(low).replace(" %", "")} to ${percent(high)}`;
   const gib = (bytes) => `${(bytes / told.constants.gib).toFixed(1)} GiB`;
 
   // sliders: positions are even steps, of the value or of its logarithm
@@ -215,7 +216,7 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
     const months = plan?.cost && answer.base.cost
       ? advisor.breakEven(plan.making, answer.base.cost, plan.cost) : null;
     slot("recipe").replaceChildren(...lines.map((line) => make("code", line, "command")));
-    slot("making").textContent = !lines.length ? "" : "To make it: about "
+    slot("making").textContent = !plan?.making.gpu_hours[1] ? "" : "To make it: about "
       + `${ranged(plan.making.gpu_hours, number)} GPU hours, ${ranged(plan.making.usd, usd)}`
       + (months === null ? "." : `; paid back after ${number(months, 2)} months.`);
     slot("drawing").replaceChildren(...drawing(answer, plan, device, now.load));
