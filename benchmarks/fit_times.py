@@ -67,6 +67,8 @@ def mixes(names: list[str], count: int) -> dict[str, Mix]:
 
 def pruned(weight: Tensor, sparsity: float) -> Tensor:
     """Zeros at the smallest weights of each row."""
+    if not sparsity:
+        return weight
     count = round(sparsity * weight.shape[1])
     smallest = weight.abs().float().argsort(1)[:, :count]
     return weight.scatter(1, smallest, 0.0)
@@ -155,8 +157,8 @@ def main() -> None:
         return
     times = time_matrices(build_skeleton(source).config, list(shapes.values()), WAYS, Silent())
     print(f"rest {1e3 * times.rest:.2f} ms, int8 {1e3 * times.base:.2f} ms, {times.measured}")
-    for (shape, way), one in times.matrices.items():
-        print(f"{shape} {way}: {1e6 * one.seconds:.1f} us")
+    for (shape, way), share in times.shares.items():
+        print(f"{shape} {way}: {1e6 * share * times.layers[way]:.1f} us")
     done = {row["candidate"] for row in known_rows("fit_times")}
     for name, mix in candidates.items():
         if name not in done:

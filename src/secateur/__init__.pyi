@@ -107,8 +107,8 @@ def advise(
     Args:
         model: hub id, folder, named sample, or a well-known shape such as `llama-3.1-8b`.
         progress: receives the steps when this machine is timed.
-        hardware: What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, this-machine, or a
-            name from --facts. [this-machine]
+        hardware: What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu,
+            raspberry-pi-5, this-machine, or a name from --facts. [this-machine]
         requests_per_day: Requests on an average day. [1000]
         tokens_per_request: Tokens of prompt and answer together. [500]
         new_tokens: Tokens of the answer alone. [half of them]

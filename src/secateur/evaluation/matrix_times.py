@@ -1,27 +1,29 @@
-"""A table of matrices that were timed once on this machine, and the time of a token from it.
+"""A table of times that were measured once on this machine, and the time of a token from it.
 
-    token = rest + Σ over linears of t(shape, way)      rest = loop(int8) − Σ t(shape, int8)
+    token           = ends + Σ over linears of t(shape, way)
+    t(shape, way)   = layers(way) · k(shape, way) / Σ over linears of k(shape, way)
 
-t is the time of our kernel for one matrix and one token. The matrix is one of as many as a model of
-these sizes has, all of them different, so that it comes from where a model's weights come from.
-loop(int8) is a token of the decode loop in which all linears are dense int8 (`token_times`). So
-the rest is attention, norms, embedding and head, and what calls cost. Each time is the lowest of
-several, because other work on the machine can only lengthen one: for every matrix of all passes,
-and then the mean over matrices.
+layers(way) is the time of all decoder layers in our decode loop when every linear is stored this
+way, with random weights (`token_times`); attention and norms are in it. k is the time of a product
+by the kernel alone, on one of as many different matrices as a model of these sizes has, so it says
+how the time of the layers is divided among shapes. A model with all linears on one way so takes
+what the loop took. ends is the time of embedding, last norm and head in int8. Every time is the
+lowest of several, because other work on the machine can only lengthen one.
 
 The table is a file in the cache. A machine is a processor, its threads, the tier of the kernels and
-the version of secateur; every time has its date.
+the version of secateur; every time has its date. Sparsities in between are interpolated.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 
 from secateur.evaluation.random_matrices import another, random_matrix
-from secateur.evaluation.token_times import LAYER_BYTES, Way, WayTimer, key_of
+from secateur.evaluation.token_times import LAYER_BYTES, Way, WayTimer
 from secateur.models.samples import cache_folder
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
@@ -37,9 +39,12 @@ from secateur.runs.environment import environment
 from secateur.runtime.kernels.dispatch import by_kernel
 from secateur.runtime.kernels.library import kernel_info
 
-__all__ = ["BASE", "MatrixTimes", "TimedMatrix", "time_matrices"]
+__all__ = ["BASE", "MatrixTimes", "time_matrices"]
 
 Shape = tuple[int, int]
+
+Loop = tuple[float, float]
+"""Seconds of a token outside the decoder layers, and in all of them."""
 
 BASE = Way("int8", 0.0)
 """How linears are stored in the loop that is timed. Speed-ups are relative to it."""
@@ -48,45 +53,35 @@ LEAST_MATRICES, PASSES, TURNS = 2, 12, 6
 
 
 @dataclass(frozen=True)
-class TimedMatrix:
-    """A matrix on this machine.
-
-    Attributes:
-        seconds: of its product with one token.
-        measured: the date.
-    """
-
-    seconds: float
-    measured: str
-
-
-@dataclass(frozen=True)
 class MatrixTimes:
     """Times of the linears of a model.
 
     Attributes:
-        matrices: of each shape [out, in] and way.
-        base: seconds of a token with all linears on `BASE`.
-        base_matrices: of them, the linears.
+        layers: seconds of all decoder layers with every linear on a way.
+        shares: of this time, the part of one linear, for each shape [out, in] and way.
+        rest: seconds of a token outside the decoder layers.
+        measured: the earliest date of a time.
     """
 
-    matrices: Mapping[tuple[Shape, Way], TimedMatrix]
-    base: float
-    base_matrices: float
+    layers: Mapping[Way, float]
+    shares: Mapping[tuple[Shape, Way], float]
+    rest: float
+    measured: str
 
     @property
-    def rest(self) -> float:
-        """Seconds of a token outside the linears."""
-        return self.base - self.base_matrices
-
-    @property
-    def measured(self) -> str:
-        """The earliest date of a time."""
-        return min(timed.measured for timed in self.matrices.values())
+    def base(self) -> float:
+        """Seconds of a token with all linears on `BASE`."""
+        return self.rest + self.layers[BASE]
 
     def seconds(self, shape: Shape, way: Way) -> float:
-        """Of a linear, for one token."""
-        return self.matrices[shape, way].seconds
+        """Of a linear, for one token; by the nearest two sparsities if its own was not timed."""
+        if way in self.layers:
+            return self.layers[way] * self.shares[shape, way]
+        timed = [one for one in self.layers if one.values == way.values and one.sparsity]
+        low, high = sorted(timed, key=lambda one: abs(one.sparsity - way.sparsity))[:2]
+        at_low, at_high = self.seconds(shape, low), self.seconds(shape, high)
+        steps = (way.sparsity - low.sparsity) / (high.sparsity - low.sparsity)
+        return at_low + steps * (at_high - at_low)
 
 
 @torch.inference_mode()
@@ -98,7 +93,7 @@ def time_matrices(
     *,
     file: Path | None = None,
     timer: Callable[[Shape, Way, int], float] | None = None,
-    loop: Callable[[Any, Way], float] | None = None,
+    loop: Callable[[Any, Way], Loop] | None = None,
 ) -> MatrixTimes:
     """Read the table, and time what it does not have yet.
 
@@ -106,41 +101,49 @@ def time_matrices(
         config: of transformers, of a decoder of Llama's shape.
         shapes: [out, in] of every linear of the model, one entry for each linear.
         ways: to store them.
-        progress: receives every matrix.
+        progress: receives every time.
         file: the table; None for the file in the cache.
         timer: seconds of a matrix, one of so many; the kernels if not given.
-        loop: seconds of a token with all linears stored one way; the decode loop if not given.
+        loop: seconds outside the layers and in them; the decode loop if not given.
 
     Raises:
         ArchitectureError: our loop cannot decode such a model; says why.
     """
     file = file or cache_folder() / "matrix-times.json"
-    counts = Counter(shapes)
-    wanted = {entry_of(s, w): (s, w) for s in counts for w in dict.fromkeys([BASE, *ways])}
-    table = read_table(file)
-    loop_entry = f"token {key_of(config, BASE)}"
-    missing = [name for name in (loop_entry, *wanted) if name not in table]
-    progress.start("timing matrices", len(missing))
-    for name in missing:
-        if name == loop_entry:
-            found = (loop or looped)(config, BASE)
-        else:
-            shape, way = wanted[name]
-            found = (timer or timed)(shape, way, how_many(counts, shape, way))
-        add_entry(file, name, TimedMatrix(found, date.today().isoformat()))
+    counts, every = Counter(shapes), list(dict.fromkeys([BASE, *ways]))
+    table, dates = read_table(file), []
+    progress.start("timing matrices", len(every) * (1 + len(counts)))
+
+    def known(name: str, measure: Callable[..., Any], *what: Any) -> Any:
+        if name not in table:
+            table[name] = {"seconds": measure(*what), "measured": date.today().isoformat()}
+            add_entry(file, name, table[name])
+        dates.append(table[name]["measured"])
         progress.step(note=name)
+        return table[name]["seconds"]
+
+    layers: dict[Way, float] = {}
+    shares: dict[tuple[Shape, Way], float] = {}
+    rest = 0.0
+    for way in every:
+        ends, layers[way] = known(loop_entry(config, way), loop or looped, config, way)
+        rest = ends if way == BASE else rest
+        alone = {}
+        for shape in counts:
+            count = how_many(counts, shape, way)
+            alone[shape] = known(matrix_entry(shape, way), timer or timed, shape, way, count)
+        whole = sum(alone[shape] * count for shape, count in counts.items())
+        shares |= {(shape, way): alone[shape] / whole for shape in counts}
     progress.finish()
-    known = {name: TimedMatrix(**entry) for name, entry in read_table(file).items()}
-    matrices = {key: known[name] for name, key in wanted.items()}
-    whole = sum(matrices[shape, BASE].seconds * count for shape, count in counts.items())
-    return MatrixTimes(matrices, known[loop_entry].seconds, whole)
+    return MatrixTimes(layers, shares, rest, min(dates))
 
 
-def looped(config: Any, way: Way) -> float:
-    """Seconds of a token in the decode loop, the lowest of all steps."""
+def looped(config: Any, way: Way) -> Loop:
+    """Seconds of a token outside the decoder layers and in them, the lowest of all steps."""
     timer = WayTimer(config, way, pick=min)
     turns = [timer.turn() for _ in range(TURNS)]
-    return min(turn.ends for turn in turns) + min(turn.layers for turn in turns)
+    ends = min(turn.ends for turn in turns)
+    return ends, min(turn.ends + turn.layers for turn in turns) - ends
 
 
 def timed(shape: Shape, way: Way, count: int) -> float:
@@ -170,10 +173,22 @@ def machine() -> str:
     return f"{here['cpu']}, {kernels.threads} threads, {kernels.tier}, secateur {here['secateur']}"
 
 
-def entry_of(shape: Shape, way: Way) -> str:
+def loop_entry(config: Any, way: Way) -> str:
+    """The name of a loop in the table."""
+    numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
+    digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{config.model_type} of sizes {digest}, {in_words(way)}: ends, layers"
+
+
+def matrix_entry(shape: Shape, way: Way) -> str:
     """The name of a matrix in the table."""
+    return f"{shape[0]} x {shape[1]}, {in_words(way)}"
+
+
+def in_words(way: Way) -> str:
+    """Values and layout."""
     layout = f"bitmask with {way.sparsity:.0%} zeros" if way.sparsity else "dense"
-    return f"{shape[0]} x {shape[1]}, {way.values}, {layout}, one token"
+    return f"{way.values}, {layout}, one token"
 
 
 def read_table(file: Path) -> dict[str, Any]:
@@ -183,9 +198,9 @@ def read_table(file: Path) -> dict[str, Any]:
     return of_machine
 
 
-def add_entry(file: Path, name: str, entry: TimedMatrix) -> None:
+def add_entry(file: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Write a time beside those that other processes may have written meanwhile."""
     known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    known.setdefault(machine(), {})[name] = asdict(entry)
+    known.setdefault(machine(), {})[name] = dict(entry)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, known)

@@ -16,7 +16,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.choose.budgeted import fits
 from secateur.errors import RecipeError
-from secateur.evaluation.matrix_times import BASE, MatrixTimes, TimedMatrix
+from secateur.evaluation.matrix_times import BASE, MatrixTimes
 from secateur.evaluation.speed import Speed
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.reading import build_recipe
@@ -39,13 +39,10 @@ needs_kernels = pytest.mark.skipif(kernel_info().tier == "none", reason="there a
 def imaginary_times(shapes: Mapping[str, tuple[int, int]]) -> MatrixTimes:
     """A nanosecond for a byte, and three times as long where there is a bitmask."""
     ways = {way_of(kind) for kind in (*KINDS, *FINER)} | {BASE}
-    found = {}
-    for shape in set(shapes.values()):
-        for way in ways:
-            seconds = 1e-9 * math.prod(shape) * way.bits / 8 * (3 if way.sparsity else 1)
-            found[shape, way] = TimedMatrix(seconds, "2026-11-27")
-    linears = sum(found[shape, BASE].seconds for shape in shapes.values())
-    return MatrixTimes(found, linears + 1e-5, linears)
+    whole = sum(map(math.prod, shapes.values()))
+    layers = {way: 1e-9 * whole * way.bits / 8 * (3 if way.sparsity else 1) for way in ways}
+    shares = {(s, way): math.prod(s) / whole for s in set(shapes.values()) for way in ways}
+    return MatrixTimes(layers, shares, 1e-5, "2026-11-27")
 
 
 def costs_within(size: float, memory: float, speedup: float) -> Costs:

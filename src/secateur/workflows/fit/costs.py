@@ -34,7 +34,7 @@ from secateur.workflows.advise import counted
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.fit.bounds import as_seen
 from secateur.workflows.fit.files import FILES, PACKED_FOLDER, TargetFiles
-from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
+from secateur.workflows.fit.kinds import KINDS, LevelKind
 
 __all__ = ["MEMORY", "SECONDS", "SIZE", "CostKind", "Costs", "costs_of"]
 
@@ -231,7 +231,7 @@ def timed_linears(
     config: Any, shapes: Mapping[str, tuple[int, int]], progress: Progress
 ) -> MatrixTimes:
     """The times of all linears on all levels, from the table of this machine."""
-    ways = [way_of(kind) for kind in (*KINDS, *FINER)]
+    ways = [way_of(kind) for kind in KINDS]
     return time_matrices(config, list(shapes.values()), ways, progress)
 
 
