@@ -137,6 +137,7 @@ def test_without_ray_the_message_says_how_to_get_it(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray warns of its own options
 def test_a_local_ray_makes_the_model_of_one_process(place: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'secateur[ray]'")
     shared = {**OPTIONS, "calibration": place / "text.txt"}
