@@ -1,16 +1,20 @@
 """What `secateur advise` predicts for this machine, beside what `secateur bench` measures.
 
-    python benchmarks/advice.py [--work DIR] [--rounds 5]
+    python benchmarks/advice.py [--work DIR] [--rounds 7] [--models 1.1b 360m smollm2]
 
 Three shapes with random weights (`int4_models.py` writes them): TinyLlama's 1.1 B, SmolLM2's 360M
-and 135M. Each is stored in four ways. First the models are timed as `advise` does it, without their
-weights; then the real packed folders decode in turns, a prompt of 64 tokens and 32 new ones,
-medians over rounds. Memory is the growth of the process when the model is loaded.
+and 135M. Each is stored in four ways. In every round each way is first predicted as `advise` does
+it, with random matrices in this process; right after it the real packed folder decodes in a process
+of its own: a prompt of 64 tokens and 32 new ones. So other work on the machine affects both alike.
+Numbers are medians over rounds, and the error of the speed is the median of the errors of rounds.
+Memory is the growth of the process when the model is loaded and has generated two tokens.
+A finished model is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,11 +25,11 @@ from hardware import heading, keep, markdown
 from int4_models import NEW_TOKENS, PROMPT_TOKENS, SHAPES, STORED, make
 from secateur.advisor.memory import memory_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
-from secateur.evaluation.speed import take_turns
-from secateur.evaluation.token_times import Way, time_tokens
+from secateur.evaluation.speed import Process
+from secateur.evaluation.token_times import Way, WayTimer
 from secateur.models.skeleton import build_skeleton
-from secateur.progress import Silent
 from secateur.workflows.advise import counted
+from stored import known_rows
 
 ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}
 
@@ -36,28 +40,35 @@ def rows_of(model: str, work: Path, rounds: int) -> list[dict[str, Any]]:
     folder = contenders[0][1]
     shape = counted(model, build_skeleton(folder, alone=True))
     config = AutoConfig.from_pretrained(folder)
-    ways, stored = {}, {}
-    for name, how in STORED.items():
-        zeros, sparsity = ZEROS_OF[how["format"]]
-        stored[name] = CompressionWay(STRUCTURES["whole"], ZEROS[zeros], VALUES[how["values"]])
-        ways[name] = Way(how["values"], sparsity)
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "times.json"
-        timed = time_tokens(config, list(ways.values()), Silent(), file=file)
     prompt = [300 + i for i in range(PROMPT_TOKENS)]
-    found = take_turns(contenders, prompt=prompt, new_tokens=NEW_TOKENS, rounds=rounds)
     rows = []
-    for name, speed in zip(STORED, found, strict=True):
-        told = timed[ways[name]]
-        context = PROMPT_TOKENS + NEW_TOKENS
+    for (name, how), (contender, place) in zip(STORED.items(), contenders, strict=True):
+        zeros, sparsity = ZEROS_OF[how["format"]]
+        way = Way(how["values"], sparsity)
+        option = CompressionWay(STRUCTURES["whole"], ZEROS[zeros], VALUES[how["values"]])
+        timer = WayTimer(config, way)
+        process = Process(contender, place)
+        try:
+            process.load(prompt, NEW_TOKENS)
+            pairs = [(timer.turn(), process.ask("round")) for _ in range(rounds)]
+        finally:
+            process.end()
+        told = [1e3 * (forecast.ends + forecast.layers) for forecast, _ in pairs]
+        found = [1e3 * measured["each_token"] for _, measured in pairs]
+        memory = memory_of(shape, option, "cpu", 1, PROMPT_TOKENS + NEW_TOKENS)
         rows.append(
             {
                 "model": model,
                 "stored": name,
-                "predicted_ms": 1e3 * (told.ends + told.layers),
-                "measured_ms": 1e3 / speed.tokens_per_second,
-                "predicted_bytes": memory_of(shape, stored[name], "cpu", 1, context).total,
-                "measured_bytes": speed.resident_bytes,
+                "predicted_ms": statistics.median(told),
+                "measured_ms": statistics.median(found),
+                "time_error": statistics.median(
+                    a / b - 1 for a, b in zip(told, found, strict=True)
+                ),
+                "predicted_ms_each": told,
+                "measured_ms_each": found,
+                "predicted_bytes": memory.total,
+                "measured_bytes": process.ready["resident_bytes"],
             }
         )
     return rows
@@ -67,7 +78,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """As it stands in the documentation."""
     lines = []
     for row in rows:
-        time = row["predicted_ms"] / row["measured_ms"] - 1
+        time = row["time_error"]
         memory = row["predicted_bytes"] / row["measured_bytes"] - 1
         lines.append(
             [
@@ -85,15 +96,17 @@ def main() -> None:
     """Make the models, predict, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder for the models, kept")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
     args = parser.parse_args()
     print(heading())
-    rows = []
+    protocol = {"protocol": __doc__, "rounds": args.rounds}
+    rows = known_rows("advice", protocol, heading())
     with tempfile.TemporaryDirectory() as scratch:
         for model in args.models:
-            rows += rows_of(model, (args.work or Path(scratch)) / model, args.rounds)
-    keep("advice", {"protocol": __doc__, "rounds": args.rounds}, rows)
+            if all(row["model"] != model for row in rows):
+                rows += rows_of(model, (args.work or Path(scratch)) / model, args.rounds)
+                keep("advice", protocol, rows)
     print(table(rows))
 
 

@@ -95,8 +95,9 @@ def advise(
     peak: float | None = None,
     utilisation: float | None = None,
     usd_per_hour: float | None = None,
-    facts: Path | None = None,
+    facts: str | Path | None = None,
     trust_remote_code: bool | None = None,
+    html: str | Path | None = None,
 ) -> AdviseResult:
     """Say what would make a model cheaper to serve, and what that would cost.
 
@@ -120,6 +121,7 @@ def advise(
         usd_per_hour: What you pay for one device. [from the facts]
         facts: YAML with your own hardware, prices, losses or shapes. [the built-in ones]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        html: Also write a page with the advice and sliders to vary the load. [none]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -160,6 +162,7 @@ def compress(
     format: str | None = None,
     values: str | None = None,
     group_size: int | None = None,
+    overrides: Mapping[str, str] | None = None,
     max_loss_increase: float | None = None,
     embeddings: Literal["auto", "int8"] | None = None,
     archive: bool | None = None,
@@ -194,6 +197,7 @@ def compress(
             int8, int4, int3. [auto]
         group_size: How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or
             128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
+        overrides: Own values for some linears, by name; the last match counts. [none]
         max_loss_increase: Let --values auto choose for each matrix: int4, int8 or the type of the
             source. The result is the smallest one found whose loss rises by at most so many nats
             per token, measured on calibration text (needs --calibration). [none]
@@ -467,6 +471,7 @@ def fit(
     max_size: str | None = None,
     max_loss_increase: float | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
+    structure: bool | None = None,
     generations: int | None = None,
     offspring: int | None = None,
     calibration: str | Path | None = None,
@@ -498,6 +503,8 @@ def fit(
         max_loss_increase: Most that the loss of the next token may rise, in nats. Without a size,
             the result is the smallest one found within it. [any]
         effort: The preset that makes the pruned levels. [balanced]
+        structure: Also try models with fewer layers or FFN neurons, where zeros and rounding lose
+            much. [on]
         generations: Generations of the search; 0 takes the first candidate. [10]
         offspring: Candidates of a generation. [8]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
@@ -576,6 +583,7 @@ def plan(
     solver: str | None = None,
     refine: str | None = None,
     method_parameters: Mapping[str, int | float] | None = None,
+    method_overrides: Mapping[str, dict[str, int | float]] | None = None,
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     asymmetric_damping: float | None = None,
@@ -624,6 +632,8 @@ def plan(
         solver: Solver that adjusts the kept weights, to compose your own method. [none]
         refine: Improve the mask before solving: swaps. [none]
         method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
+        method_overrides: Own method parameters for some linears, such as {'*.down_proj': {bits:
+            8}}. [none]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]
@@ -688,6 +698,7 @@ def prune(
     solver: str | None = None,
     refine: str | None = None,
     method_parameters: Mapping[str, int | float] | None = None,
+    method_overrides: Mapping[str, dict[str, int | float]] | None = None,
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     asymmetric_damping: float | None = None,
@@ -743,6 +754,8 @@ def prune(
         solver: Solver that adjusts the kept weights, to compose your own method. [none]
         refine: Improve the mask before solving: swaps. [none]
         method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
+        method_overrides: Own method parameters for some linears, such as {'*.down_proj': {bits:
+            8}}. [none]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]

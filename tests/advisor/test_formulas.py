@@ -36,6 +36,8 @@ def test_known_shapes_have_the_published_parameters(facts: Facts) -> None:
         "llama-3.1-8b": 8_030_261_248,
         "llama-3.1-70b": 70_553_706_496,
         "llama-3.1-405b": 405_853_388_800,
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.2-3b": 3_212_749_824,
         "mistral-7b": 7_241_732_096,
         "qwen3-8b": 8_190_726_144,
     }  # Qwen3's norms of queries and keys, 9,216 weights, are not in a known shape
@@ -147,12 +149,44 @@ def test_capacity_and_cost_by_hand(facts: Facts, llama: ModelShape) -> None:
     assert api.requests_per_day == pytest.approx(48 / request)
 
 
+class Reading:
+    """A step takes a second on one device, however many sequences; sharing divides it."""
+
+    def __init__(self, devices: int) -> None:
+        self.seconds = 1.0 / devices
+
+    def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
+        return Estimate.exact(self.seconds)
+
+    def prompt(self, model: ModelShape, option: CompressionWay, tokens: int) -> Estimate:
+        return Estimate.exact(0.0)
+
+
+def test_a_copy_is_shared_by_as_many_devices_as_makes_the_sum_least(llama: ModelShape) -> None:
+    """Two devices hold the model and one sequence; four hold many, and need fewer devices."""
+    room = -(-memory_of(llama, option(), "cuda", 1, 300).total // 2)
+    device = ServingDevice("cuda", room, Reading)
+    found = capacity_of(llama, option(), device, Load(86_400, 100, 200, 1.0, 1.0))
+    assert isinstance(found, Capacity)
+    most = {n: most_batch(llama, n * room, 300) for n in (2, 4, 8, 16)}
+    assert most[2] == 1
+    # a request a second, of 200 steps that take 1/n s and are shared by the batch
+    sums = {n: n * math.ceil(200 / n / most[n]) for n in most}
+    assert found.devices.typical == min(sums.values()) < sums[2]
+    assert found.batch == most[found.shared_by]
+
+
+def most_batch(model: ModelShape, room: int, context: int) -> int:
+    batches = (2**n for n in range(10))
+    return max(b for b in batches if memory_of(model, option(), "cuda", b, context).total <= room)
+
+
 def test_bounds_that_cannot_be_kept_are_explained(llama: ModelShape) -> None:
     load = Load(1000, 100, 50, token_ms=5.0)
     device = ServingDevice("cpu", 2**40, lambda n: Fixed())
     slow = capacity_of(llama, option(), device, load)
     assert isinstance(slow, TooMuch)
-    assert "110 ms between two tokens" in slow.reason
+    assert "10 ms between two tokens (99 of 100), 5 allowed" in slow.reason
     first = capacity_of(llama, option(), device, Load(1000, 100, 50, first_token_ms=50.0))
     assert isinstance(first, TooMuch)
     assert "100 ms to the first token, 50 allowed" in first.reason

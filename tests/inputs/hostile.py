@@ -46,6 +46,7 @@ MEMORY, SECONDS, BATCH = 3 * 2**30, 60.0, 40
 GOOD = ("read", "refused")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
+BY_FOLDER = ("os.remove", "os.rmdir", "os.mkdir")
 NEVER = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect")
 
 
@@ -105,14 +106,21 @@ class Watch:
         if not self.on:
             return
         writes = event == "open" and isinstance(args[2], int) and args[2] & WRITING
-        if event in NEVER or ((writes or event in CHANGES) and not self.inside(args[0])):
+        folder = args[-1] if event in BY_FOLDER else -1
+        if event in NEVER or ((writes or event in CHANGES) and not self.inside(args[0], folder)):
             self.seen = self.seen or f"{event} {args[0]!r}"[:200]
 
-    def inside(self, path: object) -> bool:
+    def inside(self, path: object, folder: object = -1) -> bool:
         """Whether a path lies in one of the rooms; a number is a file that is open already.
 
         /proc/self holds no files: writing there resets the peak of the memory.
+
+        Args:
+            path: a path or a number.
+            folder: the number of the open folder that the path begins in; -1 for none.
         """
+        if isinstance(folder, int) and folder >= 0:
+            path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path))  # type: ignore[arg-type]
         if isinstance(path, int) or path == os.devnull or str(path).startswith("/proc/self/"):
             return True
         told = os.path.realpath(os.fsdecode(path))  # type: ignore[arg-type]

@@ -66,5 +66,3 @@ def test_some_damaged_files_of_every_kind(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_damaged_files_for_minutes(tmp_path: Path) -> None:
     assert_good(attack(tmp_path, 10_000, SECONDS, first=10_000))
-
-

@@ -161,6 +161,11 @@ class CompressionWay:
         return " + ".join(parts) or "as it is"
 
     @property
+    def stored(self) -> str:
+        """How its linears are stored, whatever is cut: zeros and values."""
+        return f"{self.zeros.name} {self.values.name}"
+
+    @property
     def changed(self) -> int:
         """How many of the three parts differ from the model itself."""
         own = ("whole", "dense", "bf16")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from secateur.recipes.memory import RemoteCode
-from secateur.recipes.section import HOW, WHAT_TO_MEASURE, Flag, Recipe, Section
+from secateur.recipes.section import HOW, OUTPUT, WHAT_TO_MEASURE, Flag, Recipe, Section
 
 __all__ = ["AdviseRecipe"]
 
@@ -58,13 +57,19 @@ class Bounds(Section):
     usd_per_hour: Annotated[float | None, Flag(default="from the facts")] = Field(
         None, ge=0, description="What you pay for one device."
     )
-    facts: Annotated[Path | None, Flag(value="FILE", default="the built-in ones")] = Field(
+    facts: Annotated[str | None, Flag(value="FILE", default="the built-in ones")] = Field(
         None, description="YAML with your own hardware, prices, losses or shapes."
     )
 
 
 class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
     """One advice."""
+
+    group: ClassVar[str] = OUTPUT
+
+    html: Annotated[str | None, Flag(value="FILE", default="none")] = Field(
+        None, description="Also write a page with the advice and sliders to vary the load."
+    )
 
     @model_validator(mode="after")
     def check_tokens(self) -> AdviseRecipe:

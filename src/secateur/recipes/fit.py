@@ -55,6 +55,11 @@ class HowToSearch(Section):
     effort: Literal["fast", "balanced", "best"] = Field(
         "balanced", description="The preset that makes the pruned levels."
     )
+    structure: bool = Field(
+        True,
+        description="Also try models with fewer layers or FFN neurons, where zeros and rounding "
+        "lose much.",
+    )
     generations: int = Field(
         10, ge=0, description="Generations of the search; 0 takes the first candidate."
     )

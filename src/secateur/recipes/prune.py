@@ -67,6 +67,12 @@ class HowToPrune(Section):
     method_parameters: Annotated[dict[str, int | float], Flag(value="NAME=NUMBER")] = Field(
         default_factory=dict, description="Parameters of the score, the solver and the refinement."
     )
+    method_overrides: Annotated[
+        dict[str, dict[str, int | float]], Flag(hidden=True, value="GLOB={NAME: NUMBER}")
+    ] = Field(
+        default_factory=dict,
+        description="Own method parameters for some linears, such as {'*.down_proj': {bits: 8}}.",
+    )
     scope: Annotated[
         Literal["row", "layer", "global"] | None, Flag(default="as in the method's paper")
     ] = Field(None, description="The set of weights that compete: row, layer or global.")

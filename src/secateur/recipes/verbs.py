@@ -177,7 +177,8 @@ VERBS: dict[str, Verb] = {
             "no weights.",
             "secateur.recipes.advise:AdviseRecipe",
             "secateur.workflows.advise:advise",
-            more="Every number says whether it was measured here, published, or estimated.",
+            more="Every number says whether it was measured here, published, or estimated. The "
+            "exit code is 3 if nothing serves the load within the bounds.",
         ),
         Verb(
             "sweep",

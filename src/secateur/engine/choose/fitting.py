@@ -2,8 +2,10 @@
 
 1. Every level is measured alone: all linears on it. These are the single techniques.
 2. The linears of one decoder layer at a time go to the probe level. The layer's divergence, divided
-   by the squared output errors of its linears, says what an error costs there:
-   rise(linear, level) = slope(layer) · error(linear, level)²
+   by the output errors of its linears, says what an error costs there:
+   rise(linear, level) = slope(layer) · error(linear, level) · correction(level)
+   Errors are squared and relative: ‖(W − Ŵ)X‖² / ‖WX‖². The correction of a level makes the rises
+   of all linears on it add up to what was measured in step 1.
 3. For some budgets, the best candidate by these rises (`budgeted.Menu`) is measured: the frontier.
 4. From the best one for the wanted budget, an evolutionary search measures its mutants.
 
@@ -137,17 +139,29 @@ class FitSearch:
         for places in layers:
             tried = tuple(probe if place in places else 0 for place in range(len(self.names)))
             (found,) = self.tournament([tried], min(SURVEY_TOKENS, self.tokens), 0)
-            whole = sum(self.error(place, probe) ** 2 for place in places)
+            whole = sum(self.error(place, probe) for place in places)
             slope = max(found, 0.0) / max(whole, LEAST_ERROR)
             for place in places:
                 count = range(len(self.levels))
-                rises[place] = tuple(slope * self.error(place, n) ** 2 for n in count)
+                rises[place] = tuple(slope * self.error(place, n) for n in count)
             self.progress.step()
         self.progress.finish()
-        self.menu = Menu(self.costs, tuple(rises))
+        self.menu = Menu(self.costs, self.corrected(rises))
+
+    def corrected(self, rises: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+        """Rises scaled so that those of each level add up to what the level alone measured."""
+        corrections = []
+        for level in range(len(self.levels)):
+            total = sum(rise[level] for rise in rises)
+            (found,) = self.tournament([(level,) * len(self.names)], self.tokens, 0)
+            corrections.append(max(found, 0.0) / total if total > 0 else 0.0)
+        return tuple(
+            tuple(one * correction for one, correction in zip(rise, corrections, strict=True))
+            for rise in rises
+        )
 
     def error(self, place: int, level: int) -> float:
-        """The relative error of a linear's outputs on a level."""
+        """The squared relative error of a linear's outputs on a level."""
         return self.levels[level].level.error_of.get(self.names[place], 0.0)
 
     def allowed(self, families: str) -> list[int]:
@@ -200,6 +214,12 @@ class FitSearch:
         self.progress.finish()
         assert best is not None
         return self.point(best.candidate, best.fitness, "all")
+
+    @torch.no_grad()
+    def measured(self, candidate: Candidate) -> float:
+        """The divergence of a candidate on all windows."""
+        (found,) = self.tournament([candidate], self.tokens, 0)
+        return found
 
     def point(self, candidate: Candidate, found: float, families: str, name: str = "") -> Point:
         """A measured candidate."""

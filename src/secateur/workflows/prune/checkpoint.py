@@ -188,7 +188,7 @@ def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
         **recipe,
         "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
         "starts": dict(prepared.selection.starts),
-        "patterns": {glob: pattern.name for glob, pattern in prepared.patterns.items()},
+        "methods": {glob: repr(method) for glob, method in prepared.methods.items()},
         "source_files": file_digests(prepared.reader.files, progress),
     }
 

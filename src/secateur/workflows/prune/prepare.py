@@ -31,18 +31,15 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.memory import Memory
 from secateur.recipes.prune import PruneRecipe
-from secateur.sparsity.allocation import Allocation, allocations
-from secateur.sparsity.allocation.global_threshold import GlobalThreshold
-from secateur.sparsity.methods import Method, compose
-from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.allocation import Allocation
+from secateur.sparsity.methods import Method
+from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 
 __all__ = [
     "Prepared",
-    "allocation_of",
     "calibration_windows",
     "choose_device",
     "choose_plan",
-    "method_of",
     "prepare",
     "settings_of",
     "shared_inputs",
@@ -70,8 +67,8 @@ class Prepared:
     """Number of calibration windows that the dense model must still generate."""
     stored: bool = False
     """Whether the windows come from a stopped run."""
-    patterns: Mapping[str, Pattern] = field(default_factory=dict)
-    """Patterns that replace the method's pattern for some linears, by glob."""
+    methods: Mapping[str, Method] = field(default_factory=dict)
+    """Methods that replace `method` for some linears, by glob."""
     costs: Mapping[str, int] = field(default_factory=dict)
     """The cost of one unit of a linear in an allocation's budget, by name."""
 
@@ -110,71 +107,6 @@ def choose_device(name: str) -> torch.device:
             remedy="use --device cpu, or install a CUDA build of torch",
         )
     return device
-
-
-def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
-    """Return the method and the sparsity of a recipe.
-
-    Raises:
-        RecipeError, PatternError: a name is unknown, or the parts do not fit together.
-    """
-    method = compose(
-        recipe.method,
-        recipe.pattern,
-        scope=recipe.scope,
-        score=recipe.score,
-        solver=recipe.solver,
-        refine=recipe.refine,
-        **recipe.method_parameters,
-    )
-    solver, trains = method.solver, recipe.reconstruction.passes or recipe.distillation.epochs
-    if solver.rounds and not solver.grid and trains:
-        raise RecipeError(
-            "tuning and distillation would move int8 weights off their grid",
-            remedy="leave out --tune-passes and --distill-epochs, or round afterwards: "
-            "secateur compress DIR --values int8 --calibration TEXT",
-        )
-    implied = method.pattern.sparsity
-    sparsity = implied if recipe.sparsity is None else recipe.sparsity
-    if sparsity is None:
-        raise RecipeError(
-            f"the pattern {recipe.pattern!r} needs a sparsity",
-            remedy="add --sparsity, for example --sparsity 0.5",
-        )
-    for glob, own in {"": sparsity, **recipe.overrides}.items():
-        if not 0 <= own < 1:
-            raise RecipeError(
-                f"sparsity {own:g} is not a fraction of zeros in [0, 1)",
-                where=f"override {glob!r}" if glob else "--sparsity",
-                remedy="0.5 prunes half of the weights",
-            )
-    return method, sparsity
-
-
-def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
-    """Return the allocation of a recipe. The global scope is an allocation without floors and caps.
-
-    Raises:
-        RecipeError: the name is unknown, or the pattern leaves nothing to allocate.
-    """
-    allocation = allocations[recipe.allocation]()
-    pattern = method.pattern
-    if allocation.reach > 0 and pattern.sparsity is not None:
-        raise RecipeError(
-            f"the pattern {pattern.name} has one sparsity for every linear, so there is nothing "
-            f"for the allocation {recipe.allocation!r} to decide",
-            remedy="use the pattern 'unstructured' or blocks, or leave the allocation out",
-        )
-    if pattern.scope != "global":
-        return allocation
-    if allocation.reach > 0:
-        raise RecipeError(
-            "with the scope 'global' one threshold decides how much each linear loses, so there "
-            f"is nothing for the allocation {recipe.allocation!r} to decide",
-            remedy="leave one of the two out; the allocation 'global' is the threshold with a "
-            "floor and a cap for each linear",
-        )
-    return GlobalThreshold(reach=1.0)
 
 
 def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Settings:
@@ -233,6 +165,7 @@ def prepare(
     """
     progress = progress or Silent()
     method, sparsity = method_of(recipe)
+    methods = own_methods(recipe)
     allocation = allocation_of(recipe, method)
     device = choose_device(recipe.device)
     source = resolve(
@@ -277,6 +210,7 @@ def prepare(
         calibration,
         unwritten,
         stored,
+        methods,
     )
 
 
@@ -364,7 +298,7 @@ def tasks_for(prepared: Prepared) -> dict[str, LinearTask]:
         prepared.method,
         prepared.sparsity,
         () if windows is None else layouts(prepared.target, windows.shape[1]),
-        patterns=prepared.patterns,
+        methods=prepared.methods,
         costs=prepared.costs,
     )
 
