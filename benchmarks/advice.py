@@ -8,7 +8,7 @@ it, with random matrices in this process; right after it the real packed folder 
 of its own: a prompt of 64 tokens and 32 new ones. So other work on the machine affects both alike.
 Numbers are medians over rounds, and the error of the speed is the median of the errors of rounds.
 Memory is the growth of the process when the model is loaded and has generated two tokens.
-A finished model is not measured again.
+What is finished is not measured again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,44 +35,37 @@ from stored import known_rows
 ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}
 
 
-def rows_of(model: str, work: Path, rounds: int) -> list[dict[str, Any]]:
-    """Predictions and measurements of one shape."""
-    contenders = [pair for pair in make(SHAPES[model], work) if pair[0] == "packed"]
-    folder = contenders[0][1]
+def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
+    """Predictions and measurements of one shape that is stored in one way."""
+    folders = dict(zip(STORED, make(SHAPES[model], work), strict=False))
+    contender, folder = folders[name]
+    how = STORED[name]
+    zeros, sparsity = ZEROS_OF[how["format"]]
+    option = CompressionWay(STRUCTURES["whole"], ZEROS[zeros], VALUES[how["values"]])
     shape = counted(model, build_skeleton(folder, alone=True))
-    config = AutoConfig.from_pretrained(folder)
-    prompt = [300 + i for i in range(PROMPT_TOKENS)]
-    rows = []
-    for (name, how), (contender, place) in zip(STORED.items(), contenders, strict=True):
-        zeros, sparsity = ZEROS_OF[how["format"]]
-        way = Way(how["values"], sparsity)
-        option = CompressionWay(STRUCTURES["whole"], ZEROS[zeros], VALUES[how["values"]])
-        timer = WayTimer(config, way)
-        process = Process(contender, place)
-        try:
-            process.load(prompt, NEW_TOKENS)
-            pairs = [(timer.turn(), process.ask("round")) for _ in range(rounds)]
-        finally:
-            process.end()
-        told = [1e3 * (forecast.ends + forecast.layers) for forecast, _ in pairs]
-        found = [1e3 * measured["each_token"] for _, measured in pairs]
-        memory = memory_of(shape, option, "cpu", 1, PROMPT_TOKENS + NEW_TOKENS)
-        rows.append(
-            {
-                "model": model,
-                "stored": name,
-                "predicted_ms": statistics.median(told),
-                "measured_ms": statistics.median(found),
-                "time_error": statistics.median(
-                    a / b - 1 for a, b in zip(told, found, strict=True)
-                ),
-                "predicted_ms_each": told,
-                "measured_ms_each": found,
-                "predicted_bytes": memory.total,
-                "measured_bytes": process.ready["resident_bytes"],
-            }
-        )
-    return rows
+    timer = WayTimer(AutoConfig.from_pretrained(folder), Way(how["values"], sparsity))
+    process = Process(contender, folder)
+    try:
+        process.load([300 + i for i in range(PROMPT_TOKENS)], NEW_TOKENS)
+        if "failure" in process.ready:
+            raise RuntimeError(f"{model}, {name}: {process.ready['failure']}")
+        pairs = [(timer.turn(), process.ask("round")) for _ in range(rounds)]
+    finally:
+        process.end()
+    told = [1e3 * (forecast.ends + forecast.layers) for forecast, _ in pairs]
+    found = [1e3 * round["each_token"] for _, round in pairs]
+    memory = memory_of(shape, option, "cpu", 1, PROMPT_TOKENS + NEW_TOKENS)
+    return {
+        "model": model,
+        "stored": name,
+        "predicted_ms": statistics.median(told),
+        "measured_ms": statistics.median(found),
+        "time_error": statistics.median(a / b - 1 for a, b in zip(told, found, strict=True)),
+        "predicted_ms_each": told,
+        "measured_ms_each": found,
+        "predicted_bytes": memory.total,
+        "measured_bytes": process.ready["resident_bytes"],
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -98,15 +92,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the models, kept")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--name", default="advice", help="of the file with the rows")
     args = parser.parse_args()
     print(heading())
     protocol = {"protocol": __doc__, "rounds": args.rounds}
-    rows = known_rows("advice", protocol, heading())
+    rows = known_rows(args.name, protocol, heading())
     with tempfile.TemporaryDirectory() as scratch:
-        for model in args.models:
-            if all(row["model"] != model for row in rows):
-                rows += rows_of(model, (args.work or Path(scratch)) / model, args.rounds)
-                keep("advice", protocol, rows)
+        for model, name in product(args.models, STORED):
+            if any((row["model"], row["stored"]) == (model, name) for row in rows):
+                continue
+            rows.append(measured(model, name, (args.work or Path(scratch)) / model, args.rounds))
+            keep(args.name, protocol, rows)
     print(table(rows))
 
 

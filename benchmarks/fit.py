@@ -30,10 +30,11 @@ from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.workflows.compress.packable import find_matrices
-from secateur.workflows.fit.bounds import other_bytes
+from secateur.workflows.fit.costs import costs_of
 from secateur.workflows.fit.course import contested, new_search
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import PROBE
+from secateur.workflows.fit.kinds import probe_of
+from secateur.workflows.fit.pace import Pace
 from secateur.workflows.fit.yardstick import Yardstick
 from secateur.workflows.prune.prepare import calibration_windows
 from stored import known_rows
@@ -46,7 +47,7 @@ def recipe_of(args: argparse.Namespace) -> FitRecipe:
     return build_recipe(
         FitRecipe,
         {
-            "model": "smollm2-135m", "max_size": "100MiB", "generations": args.generations,
+            "model": "smollm2-135m", "max_size": "1GiB", "generations": args.generations,
             "structure": args.structure,
             "calibration": {"source": str(args.calibration), "windows": 64, "sequence_length": 512},
         },
@@ -58,12 +59,14 @@ def rows(args: argparse.Namespace) -> None:
     recipe, source = recipe_of(args), resolve("smollm2-135m")
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, "int8", False)
-    rest = other_bytes(reader, matrices)
+    costs = costs_of(recipe, reader, matrices, Silent())
+    (rest,) = costs.rest
+    pace = Pace(None, args.work / "pace.json", 0.0)
     args.work.mkdir(parents=True, exist_ok=True)
-    ground = Ground.prepared(recipe, source, reader, matrices, args.work, Silent())
+    ground = Ground.prepared(recipe, source, reader, matrices, costs, pace, args.work, Silent())
     search = new_search(ground)
     singles = search.singles()
-    search.survey(PROBE)
+    search.survey(probe_of(costs.levels))
     options = CalibrationWindows(windows=16, sequence_length=512)
     wiki, _ = calibration_windows(str(args.text), options, source.folder, ground.target)
     texts = {"c4": ground.judged, "wiki": wiki}
@@ -79,12 +82,13 @@ def rows(args: argparse.Namespace) -> None:
 
     for point, level in zip(singles, search.levels, strict=True):
         folder = level.level.reader.folder
-        kept(0, point.name, folder, point.cost, divergence=point.divergence)
+        kept(0, point.name, folder, point.cost[0], divergence=point.divergence)
     for size in args.sizes:
         if known(size, "winner"):
             continue
         began = time.perf_counter()
-        contest, branches = contested(ground, search, singles, (), rest, size * MIB - rest)
+        within = costs.narrowed(size * MIB - rest)
+        contest, branches = contested(ground, search, singles, (), within)
         best = min(contest, key=lambda one: one.told.divergence)
         for one in [*contest, replace(best, told=replace(best.told, name="winner"))]:
             told = {n: getattr(one.told, n) for n in ("predicted", "mixed", "divergence")}

@@ -269,14 +269,14 @@ def point(method: str, pattern: str, sparsity: float, excess: float) -> dict[str
     }  # fmt: skip
 
 
-def write_fit(folder: Path, *, zeros: int = 3) -> Path:
+def write_fit(folder: Path, *, zeros: int = 3, kept: bool = True) -> Path:
     """A finished fit of ten matrices, of which the winner prunes some."""
     levels = ["bfloat16", "int8", "int4", "50% zeros, bfloat16", "50% zeros, int4"]
     families = ["prune", "quantize", "quantize", "prune", "both"]
     costs, rises = [160.0, 82.0, 42.0, 90.0, 32.0], [1e-6, 2e-4, 0.08, 0.4, 0.5]
 
     def found(name: str, cost: float, divergence: float, families: str) -> dict[str, Any]:
-        told = {"candidate": [0] * 10, "cost": cost * 2**20, "divergence": divergence}
+        told = {"candidate": [0] * 10, "cost": [cost * 2**20], "divergence": divergence}
         return {**told, "predicted": divergence, "families": families, "name": name}
 
     def made(name: str, size: float, divergence: float) -> dict[str, Any]:
@@ -286,9 +286,11 @@ def write_fit(folder: Path, *, zeros: int = 3) -> Path:
     mixed = [(32.0, 0.5), (40.0, 0.09), (60.0, 0.01), (80.0, 1e-3)]
     told = {
         "output": str(folder),
-        "max_bytes": 70 * 2**20,
-        "max_loss_increase": None,
-        "rest": 28 * 2**20,
+        "costs": [{"name": "size", "rest": 28 * 2**20, "limit": 70 * 2**20}],
+        "checks": [
+            {"option": "max_size", "wanted": 70 * 2**20, "measured": 67 * 2**20, "kept": kept}
+        ],
+        "dropped": [],
         "kind_of": {f"layers.{i}.up_proj": levels[4 if i < zeros else 2] for i in range(10)},
         "winner": made("the survey's choice", 67.0, 0.08),
         "finalists": [

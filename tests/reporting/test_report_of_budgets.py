@@ -63,9 +63,7 @@ def test_what_pruning_brought(tmp_path: Path) -> None:
 
 
 def test_a_broken_bound_is_said(tmp_path: Path) -> None:
-    folder = write_fit(tmp_path / "small")
-    file = folder / "secateur" / "fit.json"
-    file.write_text(file.read_text().replace('"max_bytes": 73400320', '"max_bytes": 100'))
+    folder = write_fit(tmp_path / "small", kept=False)
     assert "bound broken" in page_of(tmp_path, folder).text
 
 

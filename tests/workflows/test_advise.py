@@ -10,8 +10,13 @@ import transformers
 
 import secateur
 from commands import runner
+from secateur.advisor.facts import read_facts
+from secateur.advisor.options import options_for
+from secateur.advisor.shape import known_shape
 from secateur.errors import RecipeError, SecateurError, SourceError
 from secateur.models.skeleton import build_skeleton
+from secateur.recipes.options import options_of, run_options_of
+from secateur.recipes.verbs import VERBS, imported
 from secateur.workflows.advise import counted
 from tiny import save_tiny
 
@@ -52,7 +57,9 @@ def test_the_command_advises_on_a_known_shape(
     words = ("llama-3.1-8b", "--hardware", "a100-80gb", "--requests-per-day", "1e6")
     told = json.loads(run("advise", *words, "--quality-loss", "0.03", "--json").out)
     assert told["verdict"].startswith("Only quantize: int8")
-    assert told["commands"] == ["secateur compress llama-3.1-8b --values int8 --calibration TEXT"]
+    assert told["commands"] == [
+        "secateur compress llama-3.1-8b --values int8 --calibration TEXT --output SMALL"
+    ]
     chosen = next(row for row in told["options"] if row["option"] == "int8")
     assert chosen["cost_usd"]["month"]["low"] < chosen["cost_usd"]["month"]["high"]
     assert "2411.02355" in chosen["accuracy_sources"][0]
@@ -74,6 +81,32 @@ def test_the_command_advises_on_a_known_shape(
 def test_nonsense_is_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         secateur.advise("llama-2-7b", **options)  # type: ignore[arg-type]
+
+
+def test_every_command_that_is_advised_can_be_given() -> None:
+    """Verbs and flags exist, nothing required is missing, and each step reads the one before."""
+    facts = read_facts()
+    shape = known_shape("qwen3-30b-a3b", facts.shapes["qwen3-30b-a3b"])  # with experts
+    seen = set()
+    for device in facts.hardware.values():
+        for option in options_for(shape, device):
+            source = "org/model"
+            for line in option.commands("org/model"):
+                assert f" {source} " in line
+                source = line.partition("--output ")[2] or source
+                if line.startswith("secateur "):
+                    verb, given = VERBS[line.split()[1]], line.split()[3:]
+                    of = [
+                        *options_of(imported(verb.recipe)),
+                        *run_options_of(imported(verb.recipe)),
+                    ]
+                    flags = {"--" + one.name.replace("_", "-"): one for one in of}
+                    used = {word for word in given if word.startswith("--")}
+                    assert used <= flags.keys(), line
+                    required = {name for name, one in flags.items() if one.required}
+                    assert required - {"--model"} <= used, line
+                    seen.add(line.split()[1])
+    assert seen == {"structure", "distill", "prune", "compress"}
 
 
 def test_a_name_that_is_nothing_names_a_near_shape() -> None:

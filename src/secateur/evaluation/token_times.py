@@ -38,7 +38,7 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.slots import FAMILIES, why_not
 
-__all__ = ["TimedWay", "Way", "WayTimer", "time_tokens"]
+__all__ = ["LAYER_BYTES", "TimedWay", "Way", "WayTimer", "time_tokens"]
 
 LAYER_BYTES = 768 * 2**20
 """Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
@@ -155,13 +155,18 @@ class WayTimer:
         config: of transformers, of a decoder of Llama's shape.
         way: to store its linears.
         clock: returns seconds.
+        pick: one of the times of several tokens.
 
     Raises:
         ArchitectureError: our loop cannot decode such a model; says why.
     """
 
     def __init__(
-        self, config: Any, way: Way, clock: Callable[[], float] = time.perf_counter
+        self,
+        config: Any,
+        way: Way,
+        clock: Callable[[], float] = time.perf_counter,
+        pick: Callable[[list[float]], float] = statistics.median,
     ) -> None:
         if config.model_type not in FAMILIES:
             raise cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
@@ -170,11 +175,8 @@ class WayTimer:
         if reason is not None:
             raise cannot(config, reason)
         settle(model, torch.bfloat16)
-        self.clock, self.layers, self.count = (
-            clock,
-            config.num_hidden_layers,
-            len(model.model.layers),
-        )
+        self.clock, self.pick = clock, pick
+        self.layers, self.count = config.num_hidden_layers, len(model.model.layers)
         self.decoder = Decoder(model, PROMPT_TOKENS + 2 * STEPS)
         self.ids = torch.arange(PROMPT_TOKENS) % config.vocab_size
 
@@ -184,8 +186,8 @@ class WayTimer:
         began = self.clock()
         self.decoder.prefill(self.ids)
         prompt = self.clock() - began
-        whole = statistics.median(steps(self.decoder, self.count, self.clock))
-        ends = statistics.median(steps(self.decoder, 0, self.clock))
+        whole = self.pick(steps(self.decoder, self.count, self.clock))
+        ends = self.pick(steps(self.decoder, 0, self.clock))
         times = self.layers / self.count
         layers = max((whole - ends) * times, 0.0)
         return TimedWay(ends, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())

@@ -23,8 +23,8 @@ class WhatToServe(Section):
     )
     hardware: str = Field(
         "this-machine",
-        description="What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, this-machine, "
-        "or a name from --facts.",
+        description="What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu, "
+        "raspberry-pi-5, this-machine, or a name from --facts.",
     )
     requests_per_day: float = Field(1000.0, gt=0, description="Requests on an average day.")
     tokens_per_request: int = Field(500, ge=2, description="Tokens of prompt and answer together.")

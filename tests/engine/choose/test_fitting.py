@@ -35,7 +35,7 @@ def imaginary(measure: Any) -> FitSearch:
     for level in range(3):
         errors = {name: ERRORS[place][level] for place, name in enumerate(search.names) if level}
         levels.append(FitLevel(str(level), "quantize", Level(None, {}, errors)))  # type: ignore[arg-type]
-    search.levels, search.costs = levels, ((3.0, 2.0, 1.0),) * 3
+    search.levels, search.costs = levels, (((3.0,), (2.0,), (1.0,)),) * 3
     search.variants = SimpleNamespace(places=[[0, 1], [2]])  # type: ignore[assignment]
     search.tournament = lambda candidates, *_: list(map(measure, candidates))  # type: ignore[assignment]
     search.menu = Menu(search.costs, ((0.0,) * 3,) * 3)

@@ -53,7 +53,7 @@ def test_the_bound_holds_and_the_size_was_predicted(place: Path) -> None:
         for name, entry in PackedCheckpoint(place / "small").entries.items()
         if "layers." in name and "norm" not in name and not name.endswith("bias")
     )
-    assert found["winner"]["file_bytes"] == found["rest"] + linears
+    assert found["winner"]["file_bytes"] == found["costs"][0]["rest"] + linears
     assert size <= found["winner"]["file_bytes"]
 
 
@@ -74,8 +74,8 @@ def test_every_linear_is_stored_as_the_result_says(place: Path) -> None:
 
 def test_the_winner_is_the_best_that_was_made_and_no_worse_than_any_single(place: Path) -> None:
     found = told(place / "small")
-    budget = bytes_of("75KiB") - found["rest"]
-    singles = [p["divergence"] for p in found["singles"] if p["cost"] <= budget]
+    budget = bytes_of("75KiB") - found["costs"][0]["rest"]
+    singles = [p["divergence"] for p in found["singles"] if p["cost"][0] <= budget]
     assert singles
     assert found["winner"]["divergence"] <= min(singles)
     assert found["winner"]["divergence"] == min(x["divergence"] for x in found["finalists"])
@@ -100,11 +100,12 @@ def test_the_recipe_makes_the_same_model_again(place: Path) -> None:
 def test_the_search_also_begins_near_single_levels() -> None:
     search = FitSearch.__new__(FitSearch)
     search.names, search.levels = ["a", "b", "c"], [None, None, None]  # type: ignore[list-item]
-    search.menu = Menu(((8.0, 4.0, 2.0),) * 3, ((0.0, 0.1, 0.9), (0.0, 0.5, 0.9), (0.0, 0.1, 0.2)))
+    rises = ((0.0, 0.1, 0.9), (0.0, 0.5, 0.9), (0.0, 0.1, 0.2))
+    search.menu = Menu((((8.0,), (4.0,), (2.0,)),) * 3, rises)
     # 12 is all of the middle one; within 10 one linear has to go on, the one that loses the least
-    assert (1, 1, 2) in search.between(10.0)
-    assert all(search.menu.total(x) <= 10.0 for x in search.between(10.0))
-    assert search.between(100.0) == []
+    assert (1, 1, 2) in search.between((10.0,))
+    assert all(search.menu.total(x) <= (10.0,) for x in search.between((10.0,)))
+    assert search.between((100.0,)) == []
 
 
 def test_the_packed_model_loads_and_generates(place: Path) -> None:
@@ -118,9 +119,9 @@ def test_the_smallest_model_within_a_loss(place: Path) -> None:
         place / "dense", output=place / "within", max_loss_increase=0.01,
         calibration=place / "windows.safetensors", **OPTIONS,
     )  # fmt: skip
-    largest = max(point.cost for point in found.singles)
-    assert found.winner.file_bytes < found.rest + largest
-    assert found.max_bytes is None
+    largest = max(point.cost[0] for point in found.singles)
+    assert found.winner.file_bytes < found.costs[0].rest + largest
+    assert [one.option for one in found.checks] == ["max_loss_increase"]
 
 
 @pytest.mark.parametrize(

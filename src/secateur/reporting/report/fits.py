@@ -13,6 +13,15 @@ from secateur.reporting.wording import duration, megabytes, percent, signed
 
 __all__ = ["FitView", "fit_view", "pruning_brought"]
 
+BOUNDS = {
+    "max_size": "at most {}",
+    "max_memory": "at most {} of memory",
+    "max_loss_increase": "loss at most {} higher",
+    "decode_speedup": "at least {} times as fast as dense int8",
+    "min_accuracy_kept": "at least {} of the accuracy",
+}
+"""Bounds in words."""
+
 LEAST_GAIN = 0.005
 """A difference in nats per token that is no more than this counts as none."""
 
@@ -49,11 +58,7 @@ def fit_view(fit: ReportedFit) -> FitView:
 
 def made_by(result: FitResult) -> str:
     """The bounds, how many candidates were measured, and how long it took."""
-    bounds = []
-    if result.max_bytes is not None:
-        bounds.append(f"at most {result.max_bytes / 2**20:.1f} MiB")
-    if result.max_loss_increase is not None:
-        bounds.append(f"loss at most {result.max_loss_increase:g} nats higher")
+    bounds = [BOUNDS[one.option].format(one.in_words(one.wanted)) for one in result.checks]
     measured = len(result.singles) + len(result.frontier)
     made = len(result.finalists)
     return (

@@ -89,8 +89,8 @@ def of_sweep(sweep: ReportedSweep) -> Part:
 def of_fit(fit: ReportedFit) -> Part:
     """The bounds of a fit, its levels, and how the winner is stored."""
     result = fit.result
-    bounds: dict[str, Any] = {"folder": fit.folder, "most bytes": result.max_bytes}
-    bounds["most loss"] = result.max_loss_increase
+    bounds: dict[str, Any] = {"folder": fit.folder}
+    bounds |= {one.flag: one.in_words(one.wanted) for one in result.checks}
     stored = {name: f"{one.matrices} matrices" for name, one in result.packed.formats.items()}
     tables = [
         ("Bounds", facts(bounds)),

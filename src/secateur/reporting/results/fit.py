@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,16 @@ from secateur.reporting.results.next_steps import after_a_fit
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table, mib
 
-__all__ = ["ONLY_ROUNDED", "WINNER", "FitBranch", "FitFinalist", "FitLoss", "FitResult"]
+__all__ = [
+    "ONLY_ROUNDED",
+    "WINNER",
+    "FitBranch",
+    "FitCheck",
+    "FitCost",
+    "FitFinalist",
+    "FitLoss",
+    "FitResult",
+]
 
 WINNER = "winner"
 ONLY_ROUNDED = "the best that is only rounded"
@@ -26,6 +36,66 @@ ONLY_ROUNDED = "the best that is only rounded"
 
 FAMILIES = {"quantize": "rounded", "prune": "pruned", "both": "pruned and rounded"}
 """The families of levels, in words."""
+
+
+@dataclass(frozen=True)
+class FitCost:
+    """A kind of cost that the search counted.
+
+    Attributes:
+        name: size, memory or seconds.
+        rest: of everything that is no linear: bytes, or seconds of a token.
+        limit: the most of the whole model; None for no bound.
+    """
+
+    name: str
+    rest: float
+    limit: float | None
+
+
+@dataclass(frozen=True)
+class FitCheck:
+    """A bound beside what was measured on the packed winner.
+
+    Attributes:
+        option: that bounds it, such as `max_size`.
+        wanted: the bound: bytes, nats per token, or a factor.
+        measured: in the same unit.
+        kept: whether the bound holds. A speed-up may be 5 % lower: that is the error of measuring.
+        failure: why nothing could be measured; None if it was.
+    """
+
+    option: str
+    wanted: float
+    measured: float
+    kept: bool
+    failure: str | None = None
+
+    def in_words(self, value: float, *, nearest: bool = False) -> str:
+        """A value in its unit; the nearest one that can be kept is rounded to that side."""
+        if self.option in ("max_size", "max_memory"):
+            mebibytes = value / 2**20
+            return f"{math.ceil(10 * mebibytes) / 10:.1f}MiB" if nearest else f"{mebibytes:.1f} MiB"
+        digits, unit = (4, " nats") if self.option == "max_loss_increase" else (3, "")
+        side = math.ceil if self.option == "max_loss_increase" else math.floor
+        shown = side(value * 10**digits) / 10**digits if nearest else value
+        return f"{shown:.{digits}f}" + ("" if nearest else unit)
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line."""
+        return "--" + self.option.replace("_", "-")
+
+    @property
+    def said(self) -> str:
+        """The sentence for a bound that is broken."""
+        if self.failure is not None:
+            return f"{self.flag} could not be measured: {self.failure}"
+        return (
+            f"{self.flag} is broken: {self.in_words(self.measured)} was measured, "
+            f"{self.in_words(self.wanted)} was given; the nearest that this model keeps is "
+            f"{self.in_words(self.measured, nearest=True)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,8 +154,6 @@ class FitResult(Result):
 
     Attributes:
         output: folder of the packed winner.
-        max_bytes: the bound on the weight files; None for none.
-        max_loss_increase: the bound; None for none.
         kind_of: how each linear is stored, by its name.
         winner: the best finalist.
         finalists: the candidates that were made whole and keep the bound.
@@ -93,14 +161,14 @@ class FitResult(Result):
         singles: every level alone.
         frontier: the best candidates for some budgets, of all levels and of rounding alone.
         losses: of the winner and its rivals, on the judged windows.
-        rest: predicted bytes of everything that is no linear, at most.
+        costs: the kinds of cost, size first.
+        checks: every bound beside what was measured.
+        dropped: what was left out to keep the time.
         packed: sizes of what was written.
         seconds: wall time.
     """
 
     output: Path
-    max_bytes: int | None
-    max_loss_increase: float | None
     kind_of: Mapping[str, str]
     winner: FitFinalist
     finalists: tuple[FitFinalist, ...]
@@ -108,16 +176,18 @@ class FitResult(Result):
     singles: tuple[Point, ...]
     frontier: tuple[Point, ...]
     losses: Mapping[str, FitLoss]
-    rest: int
+    costs: tuple[FitCost, ...]
+    checks: tuple[FitCheck, ...]
+    dropped: tuple[str, ...]
     packed: CompressResult
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """All numbers."""
-        told = ("max_bytes", "max_loss_increase", "rest", "seconds")
         return {
             "output": str(self.output),
-            **{name: getattr(self, name) for name in told},
+            "seconds": self.seconds,
+            "dropped": list(self.dropped),
             "kind_of": dict(self.kind_of),
             "winner": asdict(self.winner),
             "finalists": [asdict(one) for one in self.finalists],
@@ -125,6 +195,8 @@ class FitResult(Result):
             "singles": [asdict(point) for point in self.singles],
             "frontier": [asdict(point) for point in self.frontier],
             "losses": {name: asdict(loss) for name, loss in self.losses.items()},
+            "costs": [asdict(one) for one in self.costs],
+            "checks": [asdict(one) for one in self.checks],
             "packed": self.packed.to_json(),
         }
 
@@ -149,7 +221,8 @@ class FitResult(Result):
         """The result that `to_json` told."""
 
         def point(stored: dict[str, Any]) -> Point:
-            return Point(**{**stored, "candidate": tuple(stored["candidate"])})
+            sequences = {name: tuple(stored[name]) for name in ("candidate", "cost")}
+            return Point(**{**stored, **sequences})
 
         return cls(
             **{
@@ -161,6 +234,9 @@ class FitResult(Result):
                 "singles": tuple(map(point, told["singles"])),
                 "frontier": tuple(map(point, told["frontier"])),
                 "losses": {name: FitLoss(**loss) for name, loss in told["losses"].items()},
+                "costs": tuple(FitCost(**one) for one in told["costs"]),
+                "checks": tuple(FitCheck(**one) for one in told["checks"]),
+                "dropped": tuple(told["dropped"]),
                 "packed": CompressResult.from_json(told["packed"]),
             }
         )
@@ -196,10 +272,14 @@ class FitResult(Result):
             note="Lower is better, and so is further left. Divergence on the windows that choose.",
         )
 
+    def size(self, point: Point) -> float:
+        """Bytes of the weight files of a candidate, at most."""
+        return self.costs[0].rest + point.cost[0]
+
     def marks(self, points: Sequence[Point]) -> tuple[Mark, ...]:
         """Marks of levels and of levels put together."""
         return tuple(
-            mark(p.name, p.name or f"a mix ({p.families})", self.rest + p.cost, p.divergence)
+            mark(p.name, p.name or f"a mix ({p.families})", self.size(p), p.divergence)
             for p in points
         )
 
@@ -212,20 +292,14 @@ class FitResult(Result):
     @property
     def broken(self) -> list[str]:
         """Bounds that the measured result does not keep."""
-        found = []
-        if self.max_bytes is not None and self.packed.file_bytes > self.max_bytes:
-            found.append(
-                f"the weight files have {self.packed.file_bytes:,} bytes, {self.max_bytes:,} were "
-                "allowed"
-            )
-        winner = self.losses[WINNER].loss_increase
-        if self.max_loss_increase is not None and winner > self.max_loss_increase:
-            found.append(
-                f"the loss rises by {winner:.4f} nats on text that did not choose, "
-                f"{self.max_loss_increase:g} were allowed; this is the least that was found for "
-                f"{mib(self.packed.file_bytes)}"
-            )
-        return found
+        return [one.said for one in self.checks if not one.kept]
+
+    def bounds(self) -> list[tuple[str, str, str]]:
+        """Every bound, and what was measured."""
+        return [
+            (one.flag, one.in_words(one.wanted), one.failure or one.in_words(one.measured))
+            for one in self.checks
+        ]
 
     @property
     def brought(self) -> str:
@@ -282,7 +356,7 @@ class FitResult(Result):
         ]
         points = sorted((*self.singles, *self.frontier), key=lambda p: p.cost)
         rows = [
-            (p.name or f"mixed ({p.families})", mib(self.rest + p.cost), f"{p.divergence:.4f}")
+            (p.name or f"mixed ({p.families})", mib(round(self.size(p))), f"{p.divergence:.4f}")
             for p in points
         ]
         blocks: list[Block] = [
@@ -293,9 +367,15 @@ class FitResult(Result):
                 made,
             ),
             Table.of("on text that neither made nor chose them", ("", "size", "loss"), rivals),
+            Table.of("bounds", ("", "given", "measured"), self.bounds()),
             Line(self.brought),
             *self.tried(),
             Table.of("levels, each made alone", ("", "size", "divergence, nats per token"), rows),
+            *(
+                [Line(f"Left out to keep the time: {', '.join(self.dropped)}.")]
+                if self.dropped
+                else []
+            ),
             *(Line(fault, "bold red") for fault in self.broken),
         ]
         return blocks + after_a_fit(self.output)

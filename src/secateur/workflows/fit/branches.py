@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.choose.budgeted import Menu
+from secateur.engine.choose.budgeted import Cost, Menu
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -30,10 +30,10 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.results.fit import FitBranch, FitFinalist
 from secateur.runs.folder import NOTES
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
-from secateur.workflows.fit.bounds import MARGIN, as_seen, other_bytes, size_of
+from secateur.workflows.fit.bounds import as_seen, other_bytes, size_of
+from secateur.workflows.fit.costs import Costs, costs_of
 from secateur.workflows.fit.finalists import Finalist
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import FINER, KINDS
 from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import made, shared, trust
 from secateur.workflows.fit.yardstick import Yardstick
@@ -42,7 +42,7 @@ from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 
 __all__ = ["BRANCHES", "Branch", "branched"]
 
-Inherited = Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
+Inherited = Mapping[str, tuple[tuple[Cost, ...], tuple[float, ...]]]
 """Costs and rises on every level of the linears of the uncut model, by name."""
 
 WORTH = 0.1
@@ -78,7 +78,7 @@ def branched(
     names: Sequence[str],
     menu: Menu,
     best: Finalist,
-    budget: float,
+    costs: Costs,
     measure: Yardstick,
 ) -> tuple[list[Finalist], list[FitBranch]]:
     """Cut the model in several ways, and make what may beat the best model without a cut.
@@ -88,7 +88,7 @@ def branched(
         names: of the linears of the uncut model.
         menu: of the uncut model, with finer sparsities (`finer`).
         best: the best model without a cut.
-        budget: bytes of the weight files.
+        costs: the bounds.
         measure: measures on the windows that choose.
 
     Returns:
@@ -109,9 +109,7 @@ def branched(
         alone = measure.divergence(cut)
         finalist, outcome = None, f"worse alone than the {leader:.3f} of the best"
         if alone < leader:
-            finalist, outcome = grown(
-                ground, inherited, branch, cut, alone, leader, budget, measure
-            )
+            finalist, outcome = grown(ground, inherited, branch, cut, alone, leader, costs, measure)
         if finalist is not None:
             found.append(finalist)
         told.append(FitBranch(branch.name, packed_bytes(ground, cut), alone, outcome))
@@ -161,7 +159,7 @@ def grown(
     cut: Path,
     alone: float,
     leader: float,
-    budget: float,
+    costs: Costs,
     measure: Yardstick,
 ) -> tuple[Finalist | None, str]:
     """The best expected candidate of a branch, made if it may win; and what became of it.
@@ -173,28 +171,31 @@ def grown(
         cut: the model of the branch.
         alone: its divergence.
         leader: the divergence to beat.
-        budget: bytes of the weight files.
+        costs: the bounds.
         measure: measures on the windows that choose.
     """
     reader = CheckpointReader(cut)
     matrices = find_matrices(reader, "int8", ground.recipe.trust_remote_code)
-    rest = other_bytes(reader, matrices)
-    menu, names = inherited_menu(ground, inherited, reader, matrices)
-    candidate = menu.best((budget - rest) * (1 - MARGIN))
+    try:
+        own = costs.of_another(costs_of(ground.recipe, reader, matrices, ground.progress))
+    except ArchitectureError as error:
+        return None, error.what
+    menu, names = inherited_menu(ground, inherited, reader, matrices, own)
+    candidate = menu.best(own.aim)
     if candidate is None:
         return None, "no level fits"
     expected = alone + menu.predicted(candidate)
     if expected >= leader:
         return None, f"expected {expected:.3f}, and the best has {leader:.3f}"
-    every = (*KINDS, *FINER)
-    kinds = {name: every[level] for name, level in zip(names, candidate, strict=True)}
+    kinds = {name: own.every[level] for name, level in zip(names, candidate, strict=True)}
     sparse, folder = made(
         ground.recipe, cut, matrices, kinds, ground.fitted, cut.parent / "mix",
         Labelled(ground.progress, branch.name),
     )  # fmt: skip
-    size = rest + sum(linear_bytes(CheckpointReader(folder), matrices, kinds).values())
-    if size > budget:
-        return None, f"made, and {size - budget:,.0f} bytes too large"
+    sizes = linear_bytes(CheckpointReader(folder), matrices, kinds)
+    size, most = own.file_bytes(kinds, sizes), own.kinds[0].limit
+    if size > most:
+        return None, f"made, and {size - most:,.0f} bytes too large"
     told = FitFinalist(branch.name, size, expected, None, measure.divergence(folder))
     options = structure_options(ground.recipe, branch, str(ground.fitted))
     step = {"structure": options}
@@ -206,16 +207,21 @@ def inherited_menu(
     inherited: Inherited,
     reader: CheckpointReader,
     matrices: Mapping[str, PackableMatrix],
+    costs: Costs,
 ) -> tuple[Menu, list[str]]:
     """The menu of a branch, taken over from the uncut model; and the names of its linears."""
     cost, rise, names = [], [], []
     for uncut, stored, linear in origins(ground, reader, matrices):
-        home, (costs, rises) = ground.stored[uncut], inherited[uncut]
+        home, (known, rises) = ground.stored[uncut], inherited[uncut]
         before = as_seen(ground.reader, home, ground.matrices[home])
         now = as_seen(reader, stored, matrices[stored])
-        shares = [size_of(now, kind) / size_of(before, kind) for kind in (*KINDS, *FINER)]
         of_weights = prod(now) / prod(before)
-        cost.append(tuple(x * share for x, share in zip(costs, shares, strict=True)))
+        sizes = [
+            cost_before[0] * size_of(now, kind) / size_of(before, kind)
+            for cost_before, kind in zip(known, costs.every, strict=True)
+        ]
+        kinds = zip(costs.every, sizes, strict=True)
+        cost.append(tuple(costs.of(linear, kind, size) for kind, size in kinds))
         rise.append(tuple(of_weights * one for one in rises))
         names.append(linear)
     return Menu(tuple(cost), tuple(rise)), names

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from secateur.engine.choose.budgeted import Menu
+from secateur.engine.choose.budgeted import Cost, Menu, fits
 from secateur.engine.choose.fitting import FitSearch, Point
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled
 from secateur.reporting.results.fit import FitFinalist
 from secateur.sparsity.evolution import Candidate
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
+from secateur.workflows.fit.kinds import LevelKind
 from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import Kinds, made
 from secateur.workflows.fit.yardstick import Yardstick
@@ -54,7 +54,7 @@ class Finalist:
         return not self.cut and not any(kind.sparsity for kind in self.kinds.values())
 
 
-def mixes(search: FitSearch, menu: Menu, winner: Point, budget: float) -> dict[str, Candidate]:
+def mixes(search: FitSearch, menu: Menu, winner: Point, budget: Cost) -> dict[str, Candidate]:
     """The mixes to make, by what chose them; no mix twice.
 
     Args:
@@ -64,9 +64,9 @@ def mixes(search: FitSearch, menu: Menu, winner: Point, budget: float) -> dict[s
         budget: of the search.
     """
     wanted = {
+        SEARCHED: winner.candidate,
         QUANTIZED: search.menu.best(budget, search.allowed("quantize")),
         SURVEYED: menu.best(budget),
-        SEARCHED: winner.candidate,
     }
     found: dict[str, Candidate] = {}
     for name, candidate in wanted.items():
@@ -80,8 +80,8 @@ def finalists(
     search: FitSearch,
     menu: Menu,
     chosen: Mapping[str, Candidate],
-    rest: int,
     measure: Yardstick,
+    seconds: float,
 ) -> list[Finalist]:
     """Make and measure mixes: prune, then round, with the sparsity and the values of each linear.
 
@@ -90,20 +90,22 @@ def finalists(
         search: after the survey.
         menu: with finer sparsities (`finer`).
         chosen: the mixes, by what chose them.
-        rest: bytes of everything that is no linear.
         measure: measures on the windows that choose.
+        seconds: that one is expected to take, packed and judged.
     """
     found = []
     for name, candidate in chosen.items():
-        every = (*KINDS, *FINER)
+        if not ground.pace.allows(f"making {name}", seconds):
+            continue
+        every = ground.costs.every
         kinds = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
         sparse, folder = solved(ground, kinds, name)
         sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
         told = FitFinalist(
             name=name,
-            file_bytes=rest + sum(sizes.values()),
+            file_bytes=ground.costs.file_bytes(kinds, sizes),
             predicted=menu.predicted(candidate),
-            mixed=search.measured(candidate) if max(candidate) < len(KINDS) else None,
+            mixed=search.measured(candidate) if max(candidate) < len(search.levels) else None,
             divergence=measure.divergence(folder),
         )
         found.append(Finalist(ground.reader.folder, sparse, folder, kinds, told))
@@ -111,17 +113,18 @@ def finalists(
 
 
 def single(
-    ground: Ground, search: FitSearch, points: Sequence[Point], rest: int, budget: float
+    ground: Ground, search: FitSearch, points: Sequence[Point], budget: Cost
 ) -> Finalist | None:
     """The best single level within a budget of the linears; it is made already."""
-    fitting = [point for point in points if point.cost <= budget]
+    fitting = [point for point in points if fits(point.cost, budget)]
     best = min(fitting, key=lambda point: point.divergence, default=None)
     if best is None:
         return None
-    size, found = rest + round(best.cost), best.divergence
+    size, found = round(ground.costs.rest[0] + best.cost[0]), best.divergence
     told = FitFinalist(SINGLE, size, best.predicted, found, found)
-    kind = KINDS[best.candidate[0]]
-    bare = KINDS.index(LevelKind("bfloat16", kind.sparsity))
+    levels = ground.costs.levels
+    kind = levels[best.candidate[0]]
+    bare = levels.index(LevelKind("bfloat16", kind.sparsity))
     sparse, folder = (search.levels[n].level.reader.folder for n in (bare, best.candidate[0]))
     kinds = dict.fromkeys(search.names, kind)
     return Finalist(ground.reader.folder, sparse, folder, kinds, told)

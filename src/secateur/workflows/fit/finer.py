@@ -14,9 +14,9 @@ from math import exp, log
 
 from secateur.engine.choose.budgeted import Menu
 from secateur.engine.choose.fitting import FitSearch
-from secateur.workflows.fit.bounds import as_seen, size_of
+from secateur.workflows.fit.bounds import size_of
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
+from secateur.workflows.fit.kinds import KINDS, LevelKind
 
 __all__ = ["finer_menu"]
 
@@ -26,7 +26,7 @@ HALF, MOST = (KINDS.index(LevelKind("bfloat16", s)) for s in (0.5, 0.7))
 
 
 def finer_menu(ground: Ground, search: FitSearch) -> Menu:
-    """The menu of the levels and, after them, of `FINER`.
+    """The menu of the levels and, after them, of the finer kinds that the target stores.
 
     Args:
         ground: of the fit.
@@ -34,11 +34,13 @@ def finer_menu(ground: Ground, search: FitSearch) -> Menu:
     """
     cost, rise = [], []
     for place, name in enumerate(search.names):
-        stored = ground.stored[name]
-        shape = as_seen(ground.reader, stored, ground.matrices[stored])
-        bytes_of, rises = search.menu.cost[place], search.menu.rise[place]
-        cost.append((*bytes_of, *(finer_bytes(kind, shape, bytes_of) for kind in FINER)))
-        rise.append((*rises, *(finer_rise(kind, rises) for kind in FINER)))
+        costs, rises = search.menu.cost[place], search.menu.rise[place]
+        bytes_of = tuple(level[0] for level in costs)
+        shape, finer = ground.costs.shapes[name], ground.costs.files.finer
+        sizes = [finer_bytes(kind, shape, bytes_of) for kind in finer]
+        more = [ground.costs.of(name, kind, x) for kind, x in zip(finer, sizes, strict=True)]
+        cost.append((*costs, *more))
+        rise.append((*rises, *(finer_rise(kind, rises) for kind in finer)))
     return Menu(tuple(cost), tuple(rise))
 
 

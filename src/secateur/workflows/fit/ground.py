@@ -16,6 +16,8 @@ from secateur.progress import Progress
 from secateur.recipes.fit import FitRecipe
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.compress.window_parts import save_parts
+from secateur.workflows.fit.costs import Costs
+from secateur.workflows.fit.pace import Pace
 from secateur.workflows.prune.prepare import choose_device
 
 __all__ = ["Ground"]
@@ -34,6 +36,8 @@ class Ground:
         reader: reads it.
         target: its layers, one at a time.
         matrices: that can be packed, by stored name.
+        costs: what the model pays with, and how much of it.
+        pace: the time that is left.
         work: folder for levels, windows and measured values.
         fitted: file of the windows that make levels.
         searched: windows that choose [windows, length].
@@ -46,6 +50,8 @@ class Ground:
     reader: CheckpointReader
     target: CheckpointTarget
     matrices: Mapping[str, PackableMatrix]
+    costs: Costs
+    pace: Pace
     work: Path
     fitted: Path
     searched: Tensor
@@ -59,6 +65,8 @@ class Ground:
         source: LocalCheckpoint,
         reader: CheckpointReader,
         matrices: Mapping[str, PackableMatrix],
+        costs: Costs,
+        pace: Pace,
         work: Path,
         progress: Progress,
     ) -> Ground:
@@ -76,7 +84,19 @@ class Ground:
             "make levels, choose among them and judge", progress, trust_remote_code=trust,
         )  # fmt: skip
         windows = load_windows(files[1]), load_windows(files[2])
-        return cls(recipe, source, reader, target, matrices, work, files[0], *windows, progress)
+        return cls(
+            recipe,
+            source,
+            reader,
+            target,
+            matrices,
+            costs,
+            pace,
+            work,
+            files[0],
+            *windows,
+            progress,
+        )
 
     @property
     def stored(self) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["FINER", "KINDS", "PROBE", "LevelKind"]
+__all__ = ["FINER", "KINDS", "LevelKind", "probe_of"]
 
 
 @dataclass(frozen=True)
@@ -49,5 +50,8 @@ FINER = tuple(
 )
 """Kinds without a level of their own, for mixes that are made whole (`finer`)."""
 
-PROBE = KINDS.index(LevelKind("int4", 0.5))
-"""The level at which the layers are surveyed."""
+
+def probe_of(levels: Sequence[LevelKind]) -> int:
+    """The level at which the layers are surveyed: the middle of what they may lose."""
+    wanted = (LevelKind("int4", 0.5), LevelKind("int4", 0.0))
+    return next(levels.index(kind) for kind in wanted if kind in levels)

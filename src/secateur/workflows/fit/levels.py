@@ -19,7 +19,6 @@ from secateur.workflows.compress.mixed_values import refuse_renamed
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.compress.rounding import output_errors
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import KINDS
 from secateur.workflows.fit.making import Kinds, pruned, rounded
 
 __all__ = ["linear_bytes", "made_levels"]
@@ -28,20 +27,22 @@ __all__ = ["linear_bytes", "made_levels"]
 def made_levels(ground: Ground) -> Iterator[FitLevel]:
     """Make every level, or reuse what an earlier run has made."""
     dense = ground.reader.folder
-    for kind in KINDS:
+    for kind in ground.costs.levels:
         kinds = dict.fromkeys(ground.stored, kind)
         sparse = ground.work / f"pruned-{kind.sparsity:g}"
         progress = Labelled(ground.progress, f"{kind.sparsity:.0%} zeros")
-        sparse = pruned(ground.recipe, dense, kinds, ground.fitted, sparse, progress)
-        folder = rounded(
-            ground.recipe,
-            sparse,
-            ground.matrices,
-            kinds,
-            ground.fitted,
-            ground.work / f"{kind.values}-{kind.sparsity:g}",
-            Labelled(ground.progress, kind.name),
-        )
+        with ground.pace.phase("prune"):
+            sparse = pruned(ground.recipe, dense, kinds, ground.fitted, sparse, progress)
+        with ground.pace.phase("round"):
+            folder = rounded(
+                ground.recipe,
+                sparse,
+                ground.matrices,
+                kinds,
+                ground.fitted,
+                ground.work / f"{kind.values}-{kind.sparsity:g}",
+                Labelled(ground.progress, kind.name),
+            )
         reader = CheckpointReader(folder)
         refuse_renamed(ground.stored.values(), reader)
         errors = errors_of(sorted({sparse, folder} - {dense}))

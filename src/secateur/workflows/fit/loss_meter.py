@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.engine.choose.budgeted import Cost
 from secateur.engine.choose.fitting import FitLevel, FitSearch
 from secateur.engine.choose.tournament import Lockstep, Tournament, fingerprint
 from secateur.engine.choose.values import StoredVariants
@@ -72,22 +74,27 @@ class LossMeter:
         return self.loss(candidate) - self.loss((0,) * self.linears)
 
 
-def smallest_within(search: FitSearch, meter: LossMeter, bound: float, progress: Progress) -> float:
-    """The smallest cost found, by bisection, whose loss rises by no more than a bound.
+def smallest_within(
+    search: FitSearch, meter: LossMeter, bound: float, aim: Cost, progress: Progress
+) -> float:
+    """The smallest size found, by bisection, whose loss rises by no more than a bound.
 
     Args:
         search: after the survey; its predictions choose a candidate for each cost.
         meter: on the windows that choose.
         bound: in nats per token.
-        progress: receives every measured cost.
+        aim: the other budgets, and the largest size.
+        progress: receives every measured size.
+
+    Returns:
+        Bytes of all linears.
     """
-    low, high = search.menu.least, search.menu.total((0,) * len(search.names))
+    low, high = search.menu.least[0], min(aim[0], search.menu.most[0])
     progress.start("finding the smallest size", BISECTIONS)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        candidate = search.menu.best(middle)
-        assert candidate is not None
-        rise = meter.rise(candidate)
+        candidate = search.menu.best((middle, *aim[1:]))
+        rise = math.inf if candidate is None else meter.rise(candidate)
         low, high = (low, middle) if rise <= bound else (middle, high)
         progress.step(note=f"{middle / 2**20:.1f} MiB of linears: {rise:+.4f}")
     progress.finish()

@@ -18,10 +18,14 @@ from secateur.runs.atomic import write_json
 from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.workflows.compress.packable import find_matrices
-from secateur.workflows.fit.bounds import check_feasible, least_bytes, other_bytes
+from secateur.workflows.fit.accuracy import prepared_tasks
+from secateur.workflows.fit.costs import costs_of
 from secateur.workflows.fit.course import carry_out
+from secateur.workflows.fit.feasible import check_feasible
+from secateur.workflows.fit.files import FILES
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import KINDS
+from secateur.workflows.fit.pace import Pace
+from secateur.workflows.fit.targets import check_target
 
 __all__ = ["fit", "fit_recipe"]
 
@@ -68,6 +72,8 @@ def fit_recipe(
         overwrite: replace an existing output folder.
     """
     begun = time.perf_counter()
+    check_target(recipe)
+    tasks = prepared_tasks(recipe)
     folder = RunFolder(recipe.output, "fit", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, recipe.calibration.source)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
@@ -75,16 +81,18 @@ def fit_recipe(
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, "int8", recipe.trust_remote_code)
-    rest = other_bytes(reader, matrices)
-    stored = sum(file.stat().st_size for file in reader.files)
-    check_feasible(recipe, rest + least_bytes(reader, matrices), stored)
+    costs = costs_of(recipe, reader, matrices, progress)
+    check_feasible(recipe, costs, sum(file.stat().st_size for file in reader.files))
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         folder.begin(identity(recipe, reader, progress))
         if folder.finished:
             return FitResult.read(folder.notes / FIT)
-        ground = Ground.prepared(recipe, source, reader, matrices, folder.work, progress)
-        result = carry_out(ground, folder, rest, begun)
+        pace = Pace(recipe.minutes, folder.work / "pace.json", begun)
+        ground = Ground.prepared(
+            recipe, source, reader, matrices, costs, pace, folder.work, progress
+        )
+        result = carry_out(ground, folder, tasks, begun)
         write_json(folder.notes / FIT, result.to_json())
         save_plots([result.chart()], folder.notes / "frontier")
         folder.finish()
@@ -94,8 +102,8 @@ def fit_recipe(
 def identity(recipe: FitRecipe, reader: CheckpointReader, progress: Progress) -> dict[str, Any]:
     """Everything that the result depends on."""
     return {
-        **recipe.model_dump(mode="json", exclude={"output", "memory"}),
+        **recipe.model_dump(mode="json", exclude={"output", "memory", "minutes"}),
         "micro_batch_tokens": recipe.memory.micro_batch_tokens,
-        "levels": [kind.name for kind in KINDS],
+        "levels": [kind.name for kind in FILES[recipe.target].levels],
         "source_files": file_digests(reader.files, progress),
     }

@@ -70,8 +70,10 @@ const advisor = (() => {
   };
   const commands = (one, model) => {
     const lines = [];
-    for (const part of [one.structure, one.zeros, one.values]) {
-      if (part.command) lines.push(part.command.replace("{}", () => lines.length ? "THAT" : model));
+    let source = model;
+    for (const command of [one.structure, one.zeros, one.values].flatMap((part) => part.commands)) {
+      lines.push(command.replace("{source}", () => source).replace("{model}", () => model));
+      source = command.split("--output ")[1] ?? source;
     }
     return lines;
   };
@@ -191,7 +193,7 @@ const advisor = (() => {
     const { facts, model } = told.question, c = told.constants;
     const device = facts.hardware[c.pruning_device];
     const passes = [one.structure, one.zeros, one.values]
-      .filter((part) => part.command.startsWith("secateur")).length;
+      .filter((part) => part.commands.join("").startsWith("secateur")).length;
     const seconds = facts.pruning_seconds_of_7b[c.pruning_method] * parameters(model) / 7e9 * passes;
     let hours = exact(seconds / 3600);
     if (one.structure.tokens) {
