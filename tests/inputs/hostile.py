@@ -16,6 +16,7 @@ writing outside the folder and the cache, unpickling, starting a process, or ope
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import random
 import resource
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -155,7 +157,9 @@ def run_one(reader: Reader, sound: Path, room: Path, seed: int, watch: Watch) ->
 
 def child(reader: Reader, sound: Path, room: Path, seeds: range, pipe: int) -> None:
     """Run some cases, telling the beginning and the end of each."""
+    faulthandler.disable()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     with open("/proc/self/statm", encoding="ascii") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))

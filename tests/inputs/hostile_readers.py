@@ -29,6 +29,7 @@ from secateur.importing.adapter import MergedReader
 from secateur.importing.masks import MaskedReader
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
+from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import encoded, load_tokenizer
 from secateur.recipes.prune import PruneRecipe
@@ -168,7 +169,9 @@ def make_adapter(place: Path) -> None:
     save_tiny(place / "model", **FEW)
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    peft.get_peft_model(model, config).save_pretrained(place / "adapter")
+    with quiet_transformers():
+        adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(place / "adapter")
 
 
 def read_adapter(room: Path) -> None:
