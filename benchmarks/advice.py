@@ -92,16 +92,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the models, kept")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--name", default="advice", help="of the file with the rows")
     args = parser.parse_args()
     print(heading())
     protocol = {"protocol": __doc__, "rounds": args.rounds}
-    rows = known_rows("advice", protocol, heading())
+    rows = known_rows(args.name, protocol, heading())
     with tempfile.TemporaryDirectory() as scratch:
         for model, name in product(args.models, STORED):
             if any((row["model"], row["stored"]) == (model, name) for row in rows):
                 continue
             rows.append(measured(model, name, (args.work or Path(scratch)) / model, args.rounds))
-            keep("advice", protocol, rows)
+            keep(args.name, protocol, rows)
     print(table(rows))
 
 

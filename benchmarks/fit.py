@@ -65,8 +65,8 @@ def rows(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     ground = Ground.prepared(recipe, source, reader, matrices, costs, pace, args.work, Silent())
     search = new_search(ground)
-    singles = search.singles()
     search.survey(probe_of(costs.levels))
+    singles = search.singles()
     options = CalibrationWindows(windows=16, sequence_length=512)
     wiki, _ = calibration_windows(str(args.text), options, source.folder, ground.target)
     texts = {"c4": ground.judged, "wiki": wiki}

@@ -13,6 +13,7 @@ from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.reporting.results.advise import AdviseResult
 from secateur.reporting.results.chain import ChainResult
+from secateur.reporting.results.cluster_plan import ClusterPlanResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.export import ExportResult
@@ -637,15 +638,19 @@ def plan(
     memory_budget_gib: float | None = None,
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    gpu: str | None = None,
+    network: str | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
     compress_group_size: int | None = None,
     compress_embeddings: Literal["auto", "int8"] | None = None,
-) -> PlanResult:
+) -> PlanResult | ClusterPlanResult:
     """Report what pruning `model` would need, without pruning it.
 
     Args:
-        model: hub id, folder, GGUF file or named sample.
+        model: hub id, folder, GGUF file or named sample; with `gpus` a well-known shape.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
         sparsity: Fraction of weights that become zero, 0 to 1. [the pattern's own]
         pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
@@ -698,6 +703,11 @@ def plan(
         activations: Where to store hidden states between layers; auto uses memory if they fit.
             [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        gpus: Plan on paper for machines with so many GPUs. The model is then a well-known shape
+            such as llama-3.1-70b. [plan for this machine]
+        nodes: How many such machines. [1]
+        gpu: What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090. [h100-80gb]
+        network: Bits a second of the network of one machine, such as 400Gb. [400Gb]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
@@ -751,6 +761,8 @@ def prune(
     memory_budget_gib: float | None = None,
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
+    ray: str | None = None,
+    ray_processes: int | None = None,
     output: str | Path | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
@@ -818,6 +830,10 @@ def prune(
         activations: Where to store hidden states between layers; auto uses memory if they fit.
             [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        ray: Prune in several processes of a Ray cluster: its address, `auto`, or `local` for
+            processes on this machine. [no cluster]
+        ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
+            none]
         output: Folder for the new model. It must not exist. [required]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]

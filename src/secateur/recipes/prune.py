@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from secateur.recipes.calibration import Calibration
+from secateur.recipes.cluster import Cluster
 from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import presets
 from secateur.recipes.recovery import Distill, Reconstruct
@@ -156,4 +157,5 @@ class PruneRecipe(
     distillation: Distill = Field(default_factory=lambda: Distill())
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     memory: Memory = Field(default_factory=lambda: Memory())
+    cluster: Cluster = Field(default_factory=lambda: Cluster())
     compress: Compress = Field(default_factory=lambda: Compress())

@@ -62,6 +62,7 @@ def carry_out(
     with ground.pace.phase("singles"):
         singles = search.singles()
     frontier, costs = surveyed(ground, search)
+    singles = search.singles()  # with the survey's predictions; nothing is measured again
     contest, branches = contested(ground, search, singles, frontier, costs)
     if not contest:
         raise VerificationError(

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
-from secateur.engine.memory_budget import fitting_plan
-from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.settings import Settings
@@ -27,9 +25,9 @@ from secateur.models.folder_checks import refuse_quantized
 from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
 from secateur.recipes.calibration import CalibrationWindows
-from secateur.recipes.memory import Memory
 from secateur.recipes.prune import PruneRecipe
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
@@ -39,7 +37,6 @@ __all__ = [
     "Prepared",
     "calibration_windows",
     "choose_device",
-    "choose_plan",
     "prepare",
     "settings_of",
     "shared_inputs",
@@ -109,7 +106,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Settings:
+def settings_of(
+    recipe: PruneRecipe, activations: str, work: Path | None, ranks: Ranks = ALONE
+) -> Settings:
     """Return the settings for the work of a recipe.
 
     Raises:
@@ -131,6 +130,7 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
         work=work,
         on_collapse=recipe.on_collapse,
         reconstruction=reconstruction_of(recipe),
+        ranks=ranks,
     )
 
 
@@ -313,31 +313,3 @@ def shared_inputs(prepared: Prepared, tasks: Mapping[str, LinearTask]) -> list[t
         for index, layout in enumerate(layouts(target, windows.shape[1]))
         for group in layout.groups
     ]
-
-
-def choose_plan(
-    prepared: Prepared, tasks: Mapping[str, LinearTask], memory: Memory
-) -> tuple[Plan, str]:
-    """Plan the run, with hidden states on disk if memory cannot hold them.
-
-    Returns:
-        The plan, and `memory` or `disk`.
-
-    Raises:
-        MemoryBudgetError: the run exceeds the budget even with hidden states on disk.
-    """
-    return fitting_plan(
-        lambda activations: plan_run(
-            prepared.target,
-            tasks,
-            prepared.planned_windows,
-            settings_of(prepared.recipe, activations, None),
-            prepared.recipe.distillation.epochs,
-            prepared.allocation,
-            prepared.output_bytes,
-            prepared.unwritten,
-        ),
-        prepared.target.device,
-        budget_gib=memory.budget_gib,
-        activations=memory.activations,
-    )
