@@ -108,6 +108,15 @@ def test_times_of_another_machine_are_kept_and_not_used(
     assert set(json.loads(file.read_text())) == {"one", "another"}
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+def test_a_damaged_table_is_measured_again(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "t.json"
+    file.write_text(content)
+    times = time_matrices(config(), SHAPES, [], Silent(), file=file, timer=scripted, loop=looped)
+    assert times.base == pytest.approx(13e-3)
+    assert machine() in json.loads(file.read_text())
+
+
 @pytest.mark.parametrize("way", [BASE, SPARSE, INT4, Way("bf16", 0.7)])
 def test_as_many_matrices_are_timed_as_a_model_has_bytes(way: Way) -> None:
     counts = {(64, 64): 4, (128, 64): 4, (64, 128): 2}

@@ -215,7 +215,12 @@ def missed(p99: Estimate, first: Estimate, load: Load) -> TooMuch:
     """Which bound is broken, by the fewest devices that can hold the model."""
     slow, first_ms = p99.typical * 1e3, first.typical * 1e3
     if not within(p99.typical, load.token_ms):
-        reason = f"{slow:.0f} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
+        reason = f"{shown(slow)} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
         return TooMuch(reason, "token_ms", slow)
-    reason = f"{first_ms:.0f} ms to the first token, {load.first_token_ms:g} allowed"
+    reason = f"{shown(first_ms)} ms to the first token, {load.first_token_ms:g} allowed"
     return TooMuch(reason, "first_token_ms", first_ms)
+
+
+def shown(milliseconds: float) -> str:
+    """A time that is not rounded to the bound that it breaks."""
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

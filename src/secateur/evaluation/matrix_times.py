@@ -193,14 +193,22 @@ def in_words(way: Way) -> str:
 
 def read_table(file: Path) -> dict[str, Any]:
     """The times on this machine."""
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    of_machine: dict[str, Any] = known.get(machine(), {})
-    return of_machine
+    found: dict[str, Any] = all_tables(file).get(machine(), {})
+    return found
 
 
 def add_entry(file: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Write a time beside those that other processes may have written meanwhile."""
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    known = all_tables(file)
     known.setdefault(machine(), {})[name] = dict(entry)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, known)
+
+
+def all_tables(file: Path) -> dict[str, Any]:
+    """The tables of all machines; none if the file is damaged: it can be measured again."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -15,7 +15,7 @@ import pytest
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.choose.budgeted import fits
-from secateur.errors import RecipeError
+from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.matrix_times import BASE, MatrixTimes
 from secateur.evaluation.speed import Speed
 from secateur.recipes.fit import FitRecipe
@@ -246,6 +246,15 @@ def test_the_nearest_bound_is_on_the_side_that_is_kept(
     check = FitCheck(option, wanted, measured, kept=False)
     assert check.said.endswith(f"the nearest that this model keeps is {nearest}")
     assert check.said.startswith("--" + option.replace("_", "-"))
+
+
+@needs_kernels
+def test_a_speedup_of_a_model_that_our_loop_does_not_decode_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "dense", "gpt2")
+    with pytest.raises(ArchitectureError, match="its type is not one of llama") as caught:
+        secateur.fit(tmp_path / "dense", output=tmp_path / "no", decode_speedup=1.1)
+    assert caught.value.where == "--decode-speedup"
+    assert not (tmp_path / "no.partial").exists()
 
 
 def test_without_time_levels_alone_take_part(place: Path, tmp_path: Path) -> None:

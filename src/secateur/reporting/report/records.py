@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.errors import SourceError
+from secateur.errors import CheckpointError, SourceError
 from secateur.reporting.results.advise import AdviseResult
 from secateur.reporting.results.fit import FitResult
 from secateur.reporting.results.sweep import SweepResult
@@ -180,13 +180,25 @@ def read_run(place: Path, name: str) -> ReportedRun:
         name,
         place,
         read_record(Manifest, notes / "manifest.json"),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        recipe=read_text(recipe) if recipe.is_file() else "",
         layers=read_layers(notes / "layers.jsonl"),
         evaluation=read_evaluation(judged) if judged.is_file() else None,
         diagnosis=read_if_there(DiagnosisRecord, notes / "diagnosis.json"),
         bench=read_if_there(Bench, notes / "bench.json"),
         compression=read_if_there(Compression, notes / "compression.json"),
     )
+
+
+def read_text(file: Path) -> str:
+    """Read the text of a file of a run."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the file cannot be read: {error}",
+            where=str(file),
+            remedy="restore the file, or make the run again",
+        ) from None
 
 
 def read_if_there(record: type[AnyRecord], file: Path) -> AnyRecord | None:
@@ -198,6 +210,6 @@ def read_layers(file: Path) -> tuple[Layer, ...]:
     """Read the records of the layers."""
     if not file.is_file():
         return ()
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_text(file).splitlines()
     layers = [parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
     return tuple(sorted(layers, key=lambda layer: layer.layer))

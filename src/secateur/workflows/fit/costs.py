@@ -21,6 +21,7 @@ from typing import Any
 
 from secateur.advisor.memory import memory_with
 from secateur.engine.choose.budgeted import Cost, Menu
+from secateur.errors import ArchitectureError
 from secateur.evaluation.matrix_times import MatrixTimes, time_matrices
 from secateur.evaluation.token_times import Way
 from secateur.models.checkpoint import CheckpointReader
@@ -230,9 +231,18 @@ def limit_of(size: str | None) -> float:
 def timed_linears(
     config: Any, shapes: Mapping[str, tuple[int, int]], progress: Progress
 ) -> MatrixTimes:
-    """The times of all linears on all levels, from the table of this machine."""
+    """The times of all linears on all levels, from the table of this machine.
+
+    Raises:
+        ArchitectureError: our loop cannot decode the model.
+    """
     ways = [way_of(kind) for kind in KINDS]
-    return time_matrices(config, list(shapes.values()), ways, progress)
+    try:
+        return time_matrices(config, list(shapes.values()), ways, progress)
+    except ArchitectureError as error:
+        raise ArchitectureError(
+            error.what, where="--decode-speedup", remedy="leave it out: other bounds are kept too"
+        ) from error
 
 
 def way_of(kind: LevelKind) -> Way:

@@ -51,22 +51,32 @@ def checks_of(
     if recipe.max_memory is not None or recipe.decode_speedup is not None:
         found += checks_of_running(ground, made)
     if recipe.min_accuracy_kept is not None:
-        dense = accuracy(ground.reader.folder, tasks, recipe, ground.progress, "dense")
-        kept = accuracy(made, tasks, recipe, ground.progress, "winner") / dense
-        least = recipe.min_accuracy_kept
-        found.append(FitCheck("min_accuracy_kept", least, kept, kept >= least))
+        found.append(check_of_accuracy(ground, made, recipe.min_accuracy_kept, tasks))
     return tuple(found)
+
+
+def check_of_accuracy(
+    ground: Ground, made: Path, least: float, tasks: Sequence[PreparedTask]
+) -> FitCheck:
+    """The accuracy that is kept."""
+    recipe, progress = ground.recipe, ground.progress
+    dense = accuracy(ground.reader.folder, tasks, recipe, progress, "dense")
+    if not dense:
+        failure = "the dense model answers none of the questions right"
+        return FitCheck("min_accuracy_kept", least, 0.0, kept=False, failure=failure)
+    kept = accuracy(made, tasks, recipe, progress, "winner") / dense
+    return FitCheck("min_accuracy_kept", least, kept, kept >= least)
 
 
 def checks_of_running(ground: Ground, made: Path) -> list[FitCheck]:
     """The bounds on speed and memory."""
     recipe, found = ground.recipe, []
-    ours, dense = raced(ground, made)
-    failure = ours.failure or dense.failure
+    ours, *others = raced(ground, made)
+    failure = next((one.failure for one in (ours, *others) if one.failure), None)
     if recipe.decode_speedup is not None:
         wanted, speedup = recipe.decode_speedup, 0.0
         if failure is None:
-            speedup = ours.tokens_per_second / dense.tokens_per_second
+            speedup = ours.tokens_per_second / others[0].tokens_per_second
         kept = speedup >= wanted * (1 - TIMING_ERROR)
         found.append(FitCheck("decode_speedup", wanted, speedup, kept, failure))
     if recipe.max_memory is not None:
@@ -81,9 +91,21 @@ def checks_of_running(ground: Ground, made: Path) -> list[FitCheck]:
 
 
 def raced(ground: Ground, made: Path) -> list[Speed]:
-    """The packed winner and the source as dense int8, timed in turns."""
+    """The packed winner, and for a speed-up the source as dense int8, timed in turns.
+
+    A model that our loop does not decode runs in transformers.
+    """
+    found = in_turns(ground, "packed", made)
+    return in_turns(ground, "packed in transformers", made) if found[0].failure else found
+
+
+def in_turns(ground: Ground, contender: str, made: Path) -> list[Speed]:
+    """A contender on the packed winner, and dense int8 where a speed-up is bounded."""
+    contenders = [(contender, made)]
+    if ground.recipe.decode_speedup is not None:
+        contenders.append(("dense int8", ground.reader.folder))
     return take_turns(
-        [("packed", made), ("dense int8", ground.reader.folder)],
+        contenders,
         prompt=ground.judged.flatten()[:PROMPT_TOKENS].tolist(),
         new_tokens=NEW_TOKENS,
         rounds=ROUNDS,

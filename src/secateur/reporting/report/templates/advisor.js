@@ -170,7 +170,9 @@ const advisor = (() => {
       const [seconds, words, bound] = within(p99(1)[1], load.token_ms)
         ? [first, "to the first token", load.first_token_ms]
         : [p99(1), "between two tokens (99 of 100)", load.token_ms];
-      return { tooMuch: `${(seconds[1] * 1e3).toFixed(0)} ms ${words}, ${bound} allowed` };
+      const least = seconds[1] * 1e3;
+      const shown = least >= 100 ? least.toFixed(0) : Number(least.toPrecision(3));
+      return { tooMuch: `${shown} ms ${words}, ${bound} allowed` };
     }
     const busyOf = (b) => add(first, scale(steps.get(b), load.new_tokens / b));
     const batch = quick.reduce((best, b) => busyOf(b)[1] < busyOf(best)[1] ? b : best);
