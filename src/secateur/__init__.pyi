@@ -450,11 +450,10 @@ def export(
         model: folder, compressed or not; hub id, GGUF file or named sample.
         progress: receives every tensor.
         to: The target: gguf, compressed-tensors, onnx, openvino, semi-structured. [gguf]
-        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (each matrix
-            in the type that is nearest to how the folder stores it), and with secateur[llamacpp]
-            q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8, w4a16, w8a16. onnx:
-            fp32, int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16, f16. q5_k_m, q4_k_m,
-            q3_k_m and q2_k lose exact zeros. [the first that the target names]
+        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as the folder
+            has them), and with secateur[llamacpp] q6_k, q3_k, and q5_k_m, q4_k_m, q3_k_m, q2_k,
+            which lose exact zeros. compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32, int8, int4.
+            openvino: q8_0, f16, q4_0. semi-structured: bf16, f16. [the first that the target names]
         keep_zeros: Refuse a type that loses exact zeros. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
