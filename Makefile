@@ -38,6 +38,8 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/house_rules.py
+	$(BIN)/python tools/guide_tables.py --check
+	$(BIN)/python tools/choosing_page.py --check
 
 bench: $(READY)
 	$(BIN)/python benchmarks/baselines.py

@@ -1,17 +1,22 @@
 """What `secateur advise` predicts for this machine, beside what `secateur bench` measures.
 
-    python benchmarks/advice.py [--work DIR] [--rounds 5]
+    python benchmarks/advice.py [--work DIR] [--rounds 7] [--models 1.1b 360m smollm2]
 
 Three shapes with random weights (`int4_models.py` writes them): TinyLlama's 1.1 B, SmolLM2's 360M
-and 135M. Each is stored in four ways. First the models are timed as `advise` does it, without their
-weights; then the real packed folders decode in turns, a prompt of 64 tokens and 32 new ones,
-medians over rounds. Memory is the growth of the process when the model is loaded.
+and 135M. Each is stored in four ways. In every round each way is first predicted as `advise` does
+it, with random matrices in this process; right after it the real packed folder decodes in a process
+of its own: a prompt of 64 tokens and 32 new ones. So other work on the machine affects both alike.
+Numbers are medians over rounds, and the error of the speed is the median of the errors of rounds.
+Memory is the growth of the process when the model is loaded and has generated two tokens.
+What is finished is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,53 +26,53 @@ from hardware import heading, keep, markdown
 from int4_models import NEW_TOKENS, PROMPT_TOKENS, SHAPES, STORED, make
 from secateur.advisor.memory import memory_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
-from secateur.evaluation.speed import take_turns
-from secateur.evaluation.token_times import Way, time_tokens
+from secateur.evaluation.speed import Process
+from secateur.evaluation.token_times import Way, WayTimer
 from secateur.models.skeleton import build_skeleton
-from secateur.progress import Silent
 from secateur.workflows.advise import counted
+from stored import known_rows
 
 ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}
 
 
-def rows_of(model: str, work: Path, rounds: int) -> list[dict[str, Any]]:
-    """Predictions and measurements of one shape."""
-    contenders = [pair for pair in make(SHAPES[model], work) if pair[0] == "packed"]
-    folder = contenders[0][1]
+def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
+    """Predictions and measurements of one shape that is stored in one way."""
+    folders = dict(zip(STORED, make(SHAPES[model], work), strict=False))
+    contender, folder = folders[name]
+    how = STORED[name]
+    zeros, sparsity = ZEROS_OF[how["format"]]
+    option = CompressionWay(STRUCTURES["whole"], ZEROS[zeros], VALUES[how["values"]])
     shape = counted(model, build_skeleton(folder, alone=True))
-    config = AutoConfig.from_pretrained(folder)
-    ways, stored = {}, {}
-    for name, how in STORED.items():
-        zeros, sparsity = ZEROS_OF[how["format"]]
-        stored[name] = CompressionWay(STRUCTURES["whole"], ZEROS[zeros], VALUES[how["values"]])
-        ways[name] = Way(how["values"], sparsity)
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "times.json"
-        timed = time_tokens(config, list(ways.values()), Silent(), file=file)
-    prompt = [300 + i for i in range(PROMPT_TOKENS)]
-    found = take_turns(contenders, prompt=prompt, new_tokens=NEW_TOKENS, rounds=rounds)
-    rows = []
-    for name, speed in zip(STORED, found, strict=True):
-        told = timed[ways[name]]
-        context = PROMPT_TOKENS + NEW_TOKENS
-        rows.append(
-            {
-                "model": model,
-                "stored": name,
-                "predicted_ms": 1e3 * (told.ends + told.layers),
-                "measured_ms": 1e3 / speed.tokens_per_second,
-                "predicted_bytes": memory_of(shape, stored[name], "cpu", 1, context).total,
-                "measured_bytes": speed.resident_bytes,
-            }
-        )
-    return rows
+    timer = WayTimer(AutoConfig.from_pretrained(folder), Way(how["values"], sparsity))
+    process = Process(contender, folder)
+    try:
+        process.load([300 + i for i in range(PROMPT_TOKENS)], NEW_TOKENS)
+        if "failure" in process.ready:
+            raise RuntimeError(f"{model}, {name}: {process.ready['failure']}")
+        pairs = [(timer.turn(), process.ask("round")) for _ in range(rounds)]
+    finally:
+        process.end()
+    told = [1e3 * (forecast.ends + forecast.layers) for forecast, _ in pairs]
+    found = [1e3 * round["each_token"] for _, round in pairs]
+    memory = memory_of(shape, option, "cpu", 1, PROMPT_TOKENS + NEW_TOKENS)
+    return {
+        "model": model,
+        "stored": name,
+        "predicted_ms": statistics.median(told),
+        "measured_ms": statistics.median(found),
+        "time_error": statistics.median(a / b - 1 for a, b in zip(told, found, strict=True)),
+        "predicted_ms_each": told,
+        "measured_ms_each": found,
+        "predicted_bytes": memory.total,
+        "measured_bytes": process.ready["resident_bytes"],
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """As it stands in the documentation."""
     lines = []
     for row in rows:
-        time = row["predicted_ms"] / row["measured_ms"] - 1
+        time = row["time_error"]
         memory = row["predicted_bytes"] / row["measured_bytes"] - 1
         lines.append(
             [
@@ -85,15 +90,19 @@ def main() -> None:
     """Make the models, predict, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder for the models, kept")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--name", default="advice", help="of the file with the rows")
     args = parser.parse_args()
     print(heading())
-    rows = []
+    protocol = {"protocol": __doc__, "rounds": args.rounds}
+    rows = known_rows(args.name, protocol, heading())
     with tempfile.TemporaryDirectory() as scratch:
-        for model in args.models:
-            rows += rows_of(model, (args.work or Path(scratch)) / model, args.rounds)
-    keep("advice", {"protocol": __doc__, "rounds": args.rounds}, rows)
+        for model, name in product(args.models, STORED):
+            if any((row["model"], row["stored"]) == (model, name) for row in rows):
+                continue
+            rows.append(measured(model, name, (args.work or Path(scratch)) / model, args.rounds))
+            keep(args.name, protocol, rows)
     print(table(rows))
 
 

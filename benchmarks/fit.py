@@ -3,19 +3,22 @@
     python benchmarks/fit.py --calibration c4.jsonl --text wiki.txt --work DIR [--sizes 60 75]
 
 The levels are made once, with 43 windows of 512 tokens of the calibration text; 10 windows choose,
-10 judge, and the first 16 windows of the text judge too (`wiki`). For each size the candidates are:
-the winner; the best mix of levels that are only rounded; the best single level that fits, whatever
-it is; and the best single level that is only rounded. Loss in nats above the dense model's. The
-source is a 4-bit file (Q4_1), so its dense weights have only 16 values in a group of 32.
-Every finished row is kept at once. Times are not compared.
+10 judge (`c4`), and the first 16 windows of the text judge too (`wiki`). Size 0 has every level
+alone. For each other size the candidates are the finalists of `secateur fit`: what the survey
+chooses, what the search finds, the best mix of levels that are only rounded, each made as a real
+model; and the best single level. `winner` is the one with the least divergence on the windows that
+choose. Loss in nats above the dense model's; divergences on the windows that choose: predicted by
+the survey, of the levels put together (`mixed`), and of the model that was made. The source is a
+4-bit file (Q4_1), so its dense weights have only 16 values in a group of 32. Every finished row is
+kept at once. Times are not compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,7 +30,12 @@ from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.workflows.compress.packable import find_matrices
-from secateur.workflows.fit.run import FitRun, other_bytes, single_within
+from secateur.workflows.fit.costs import costs_of
+from secateur.workflows.fit.course import contested, new_search
+from secateur.workflows.fit.ground import Ground
+from secateur.workflows.fit.kinds import probe_of
+from secateur.workflows.fit.pace import Pace
+from secateur.workflows.fit.yardstick import Yardstick
 from secateur.workflows.prune.prepare import calibration_windows
 from stored import known_rows
 
@@ -39,7 +47,8 @@ def recipe_of(args: argparse.Namespace) -> FitRecipe:
     return build_recipe(
         FitRecipe,
         {
-            "model": "smollm2-135m", "max_size": "100MiB", "generations": args.generations,
+            "model": "smollm2-135m", "max_size": "1GiB", "generations": args.generations,
+            "structure": args.structure,
             "calibration": {"source": str(args.calibration), "windows": 64, "sequence_length": 512},
         },
     )  # fmt: skip
@@ -50,49 +59,41 @@ def rows(args: argparse.Namespace) -> None:
     recipe, source = recipe_of(args), resolve("smollm2-135m")
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, "int8", False)
-    rest = other_bytes(reader, matrices)
+    costs = costs_of(recipe, reader, matrices, Silent())
+    (rest,) = costs.rest
+    pace = Pace(None, args.work / "pace.json", 0.0)
     args.work.mkdir(parents=True, exist_ok=True)
-    run = FitRun(recipe, source, reader, matrices, args.work, Silent())
-    search = run.search()
+    ground = Ground.prepared(recipe, source, reader, matrices, costs, pace, args.work, Silent())
+    search = new_search(ground)
+    search.survey(probe_of(costs.levels))
     singles = search.singles()
-    search.survey(run.probe)
     options = CalibrationWindows(windows=16, sequence_length=512)
-    wiki, _ = calibration_windows(str(args.text), options, source.folder, run.target)
-    texts = {"c4": run.losses(search, run.judged, "c4.jsonl"),
-             "wiki": run.losses(search, wiki, "wiki.jsonl")}  # fmt: skip
-    tokens = {"c4": run.judged.numel(), "wiki": wiki.numel()}
-    dense = {name: measure([(0,) * len(search.names)], tokens[name], 0)[0]
-             for name, measure in texts.items()}  # fmt: skip
+    wiki, _ = calibration_windows(str(args.text), options, source.folder, ground.target)
+    texts = {"c4": ground.judged, "wiki": wiki}
+    measures = {name: Yardstick(ground, text, name) for name, text in texts.items()}
 
-    def kept(size: float, contender: str, candidate: Any) -> None:
-        if candidate is None:
+    def kept(size: float, contender: str, folder: Path, cost: float, **told: float) -> None:
+        if known(size, contender):
             return
-        loss = {name: measure([candidate], tokens[name], 0)[0] - dense[name]
-                for name, measure in texts.items()}  # fmt: skip
-        predicted = search.menu.predicted(candidate)
-        cost = (rest + search.menu.total(candidate)) / MIB
-        row = {"size": size, "contender": contender, "mib": cost, "predicted": predicted, **loss}
+        loss = {name: measure.rise(folder) for name, measure in measures.items()}
+        row = {"size": size, "contender": contender, "mib": (rest + cost) / MIB, **told, **loss}
         add("fit", {"judged": "see benchmarks/fit.py"}, row)
         print(row, flush=True)
 
-    for point in singles:
-        if not known(0, point.name):
-            kept(0, point.name, point.candidate)
+    for point, level in zip(singles, search.levels, strict=True):
+        folder = level.level.reader.folder
+        kept(0, point.name, folder, point.cost[0], divergence=point.divergence)
     for size in args.sizes:
         if known(size, "winner"):
             continue
-        began, budget = time.perf_counter(), size * MIB - rest
-        quantized = search.menu.best(budget, search.allowed("quantize"))
-        best = search.menu.best(budget)
-        starts = [p.candidate for p in singles if p.cost <= budget]
-        starts += [x for x in (best, quantized) if x is not None] + search.between(budget)
-        winner = search.refined(starts, budget, run.evolution)
-        only = [p for p in singles if p.families == "quantize" or p.candidate[0] == 0]
-        kept(size, "single, rounded", single_within(only, budget))
-        kept(size, "single", single_within(singles, budget))
-        kept(size, "mixed, rounded", quantized)
-        kept(size, "mixed, by the survey", best)
-        kept(size, "winner", winner.candidate)
+        began = time.perf_counter()
+        within = costs.narrowed(size * MIB - rest)
+        contest, branches = contested(ground, search, singles, (), within)
+        best = min(contest, key=lambda one: one.told.divergence)
+        for one in [*contest, replace(best, told=replace(best.told, name="winner"))]:
+            told = {n: getattr(one.told, n) for n in ("predicted", "mixed", "divergence")}
+            kept(size, one.told.name, one.folder, one.told.file_bytes - rest, **told)
+        print(branches)
         print(f"{size} MiB: {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -118,7 +119,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", type=float, nargs="+", default=[60, 75, 90, 120, 150])
-    parser.add_argument("--generations", type=int, default=10)
+    parser.add_argument("--generations", type=int, default=4)
+    parser.add_argument("--structure", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     print(heading())
     with torch.no_grad():

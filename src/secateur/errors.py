@@ -10,6 +10,7 @@
     ├── NumericalError           exit 1  NaN, Inf or a matrix that cannot be factorised
     ├── KernelError              exit 1  a kernel is missing or of another version
     ├── MemoryBudgetError        exit 1  the plan does not fit the memory or disk that is there
+    ├── RankError                exit *  another process of the run failed; its own exit code
     └── VerificationError        exit 3  the result is not what was asked for
 
 `secateur.cli.faults` has two more: Ctrl-C (exit 130), and a fault in secateur itself (exit 1).
@@ -26,6 +27,7 @@ __all__ = [
     "MemoryBudgetError",
     "NumericalError",
     "PatternError",
+    "RankError",
     "RecipeError",
     "SecateurError",
     "ShapeError",
@@ -95,6 +97,10 @@ class KernelError(SecateurError):
 
 class MemoryBudgetError(SecateurError):
     """The plan does not fit the memory or disk that is there."""
+
+
+class RankError(SecateurError):
+    """Another process of the run has failed, and this one cannot go on without it."""
 
 
 class VerificationError(SecateurError):

@@ -11,7 +11,9 @@ from secateur.advisor.capacity import Load, ServingDevice
 from secateur.advisor.estimate import Estimate
 from secateur.advisor.facts import read_facts
 from secateur.advisor.memory import weight_bytes
+from secateur.advisor.nearest import nearest
 from secateur.advisor.options import CompressionWay
+from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.shape import ModelShape, known_shape
 from secateur.errors import RecipeError
 
@@ -81,6 +83,46 @@ def test_nothing_serves_a_load_whose_latency_is_impossible() -> None:
     assert all(row.refused for row in found.considered)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "flag", "field"),
+    [
+        ({"token_ms": 0.5}, "--latency-p99-ms ", "token_ms"),
+        ({"first_token_ms": 1.0}, "--first-token-ms ", "first_token_ms"),
+        ({"new_tokens": 4096, "quality_loss": 0.001}, "--quality-loss ", "quality_loss"),
+    ],
+)
+def test_the_nearest_bound_that_is_named_can_be_kept(
+    bounds: dict[str, float], flag: str, field: str
+) -> None:
+    facts = read_facts()
+    model = known_shape("llama-3.1-8b", facts.shapes["llama-3.1-8b"])
+    room = 12 * 2**30  # bfloat16 does not fit
+    need = Need(Load(1000, 100, 100), 0.03)
+    device = facts.hardware["laptop-cpu"]
+    question = AdviceQuestion(model, device, room, facts, need).with_need(**bounds)
+    found = question.answer()
+    assert found.chosen is None
+    line = next(one for one in nearest(found.considered, question.need) if flag in one)
+    value = float(line.split(flag)[1])
+    again = question.with_need(**{field: value}).answer()
+    assert again.chosen is not None
+    assert line.startswith(again.chosen.option.name)
+
+
+def test_hours_and_memory_are_named_too() -> None:
+    facts = read_facts()
+    model = known_shape("llama-3.1-70b", facts.shapes["llama-3.1-70b"])
+    load = Load(1000, 100, 100)
+    small = AdviceQuestion(model, facts.hardware["laptop-cpu"], 2**30, facts, Need(load, 0.03))
+    (line,) = nearest(small.answer().considered, small.need)
+    assert line == "int4 needs the least memory: 35.1 GiB"
+    short = AdviceQuestion(
+        model, facts.hardware["laptop-cpu"], 40 * 2**30, facts, Need(load, None, 1.0)
+    )
+    lines = [*nearest(short.answer().considered, short.need)]
+    assert "int4 takes --gpu-hours 9" in lines
+
+
 def test_a_users_facts_replace_single_entries(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("hardware:\n  h100-80gb: {usd_per_hour: [9, 9, 9]}\napis: {}\n")
@@ -94,7 +136,13 @@ def test_a_users_facts_replace_single_entries(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("hardware: {h100-80gb: {usd_per_hour: [3, 2, 1]}}", "usd_per_hour is"),
-        ("hardware: {mine: {name: x, kind: cuda, usd_per_hour: [1, 1, 1]}}", "a GPU needs"),
+        (
+            "hardware: {mine: {name: x, kind: cuda, usd_per_hour: [1, 1, 1]}}",
+            "^mine needs memory_gib",
+        ),
+        ("hardware: {mine: {name: x, kind: cpu, usd_per_hour: [1, 1, 1]}}", "mine needs memory"),
+        ("hardware: {h200: {memory_gib: -3}}", "larger than 0"),
+        ("efficiency: {cuda: {compute: [0.9, 0.5, 2]}}", "compute is"),
         ("hardware: {mine: {name: x, kind: tpu, usd_per_hour: [1, 1, 1]}}", "cuda or cpu"),
         ("speed: 3", "speed: Extra inputs"),
         ("- 1", "no table of names"),

@@ -8,12 +8,19 @@ import pytest
 
 from secateur.advisor.capacity import Capacity, Load, ServingDevice, TooMuch, capacity_of
 from secateur.advisor.estimate import Estimate
-from secateur.advisor.facts import Facts, KnownShape, read_facts
+from secateur.advisor.facts import API, Facts, KnownShape, read_facts
 from secateur.advisor.memory import kv_bytes_per_token, memory_of, weight_bytes
-from secateur.advisor.money import api_cost, break_even_months, cost_of, making_of
+from secateur.advisor.money import (
+    Making,
+    ServingCost,
+    api_cost,
+    break_even_months,
+    cost_of,
+    making_of,
+)
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay, options_for
 from secateur.advisor.shape import ModelShape, known_shape
-from secateur.advisor.speed import Roofline, weights_read
+from secateur.advisor.speed import Measured, Roofline, TokenTimes, weights_read
 
 
 def option(structure: str = "whole", zeros: str = "dense", values: str = "bf16") -> CompressionWay:
@@ -36,6 +43,8 @@ def test_known_shapes_have_the_published_parameters(facts: Facts) -> None:
         "llama-3.1-8b": 8_030_261_248,
         "llama-3.1-70b": 70_553_706_496,
         "llama-3.1-405b": 405_853_388_800,
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.2-3b": 3_212_749_824,
         "mistral-7b": 7_241_732_096,
         "qwen3-8b": 8_190_726_144,
     }  # Qwen3's norms of queries and keys, 9,216 weights, are not in a known shape
@@ -147,12 +156,44 @@ def test_capacity_and_cost_by_hand(facts: Facts, llama: ModelShape) -> None:
     assert api.requests_per_day == pytest.approx(48 / request)
 
 
+class Reading:
+    """A step takes a second on one device, however many sequences; sharing divides it."""
+
+    def __init__(self, devices: int) -> None:
+        self.seconds = 1.0 / devices
+
+    def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
+        return Estimate.exact(self.seconds)
+
+    def prompt(self, model: ModelShape, option: CompressionWay, tokens: int) -> Estimate:
+        return Estimate.exact(0.0)
+
+
+def test_a_copy_is_shared_by_as_many_devices_as_makes_the_sum_least(llama: ModelShape) -> None:
+    """Two devices hold the model and one sequence; four hold many, and need fewer devices."""
+    room = -(-memory_of(llama, option(), "cuda", 1, 300).total // 2)
+    device = ServingDevice("cuda", room, Reading)
+    found = capacity_of(llama, option(), device, Load(86_400, 100, 200, 1.0, 1.0))
+    assert isinstance(found, Capacity)
+    most = {n: most_batch(llama, n * room, 300) for n in (2, 4, 8, 16)}
+    assert most[2] == 1
+    # a request a second, of 200 steps that take 1/n s and are shared by the batch
+    sums = {n: n * math.ceil(200 / n / most[n]) for n in most}
+    assert found.devices.typical == min(sums.values()) < sums[2]
+    assert found.batch == most[found.shared_by]
+
+
+def most_batch(model: ModelShape, room: int, context: int) -> int:
+    batches = (2**n for n in range(10))
+    return max(b for b in batches if memory_of(model, option(), "cuda", b, context).total <= room)
+
+
 def test_bounds_that_cannot_be_kept_are_explained(llama: ModelShape) -> None:
     load = Load(1000, 100, 50, token_ms=5.0)
     device = ServingDevice("cpu", 2**40, lambda n: Fixed())
     slow = capacity_of(llama, option(), device, load)
     assert isinstance(slow, TooMuch)
-    assert "110 ms between two tokens" in slow.reason
+    assert "10 ms between two tokens (99 of 100), 5 allowed" in slow.reason
     first = capacity_of(llama, option(), device, Load(1000, 100, 50, first_token_ms=50.0))
     assert isinstance(first, TooMuch)
     assert "100 ms to the first token, 50 allowed" in first.reason
@@ -172,6 +213,44 @@ def test_the_making_of_a_model_by_hand(facts: Facts, llama: ModelShape) -> None:
     assert taught.gpu_hours.typical == pytest.approx(hours + pruned.gpu_hours.typical)
     cost = cost_of(capacity_stub(), Load(1000, 10, 10), Estimate.exact(1.0))
     assert break_even_months(pruned, cost, cost) is None
+
+
+def test_the_months_that_pay_a_model_back(facts: Facts, llama: ModelShape) -> None:
+    """100 USD once, and 50 instead of 70 USD each month."""
+    hours = Estimate(50.0, 100.0, 200.0)
+    making = Making(hours, hours, "by hand")
+    before, after = (
+        ServingCost(Estimate.exact(month), Estimate.exact(12 * month), Estimate.exact(1.0))
+        for month in (70.0, 50.0)
+    )
+    assert break_even_months(making, before, after) == 5.0
+    assert break_even_months(making, after, before) is None
+
+
+def test_an_api_that_is_cheaper_than_a_busy_copy_stays_so(facts: Facts) -> None:
+    """A copy that needs a second a request serves 0.7 / 2 · 86400 = 30,240 a day for 48 USD."""
+    load = Load(1000, 100, 50)
+    free = API(input=0.0, output=0.0, source="")
+    cheap = API(input=0.0, output=48 / 30_240 / 50 * 1e6 * 0.99, source="")
+    dear = API(input=0.0, output=48 / 30_240 / 50 * 1e6 * 1.01, source="")
+    price = Estimate.exact(2.0)
+    assert api_cost("free", free, capacity_stub(), load, price).requests_per_day is None
+    assert api_cost("cheap", cheap, capacity_stub(), load, price).requests_per_day is None
+    least = api_cost("dear", dear, capacity_stub(), load, price).requests_per_day
+    assert least == pytest.approx(30_240 / 1.01)
+
+
+def test_measured_times_of_a_cut_model(llama: ModelShape) -> None:
+    """Layers take as much less time as they have fewer weights; what is outside does not."""
+    speed = Measured(llama, {"dense int8": TokenTimes(ends=0.002, layers=0.010, prompt=0.004)})
+    eight = option(values="int8")
+    assert speed.step(llama, eight, 1, 100).typical == pytest.approx(0.012)
+    assert speed.step(llama, eight, 3, 100).typical == pytest.approx(0.036)
+    half = llama.scaled(linears=0.5)
+    found = speed.step(half, eight, 1, 100)
+    assert found.typical == pytest.approx(0.002 + 0.005)
+    assert (found.low, found.high) == pytest.approx((0.85 * 0.007, 1.15 * 0.007))
+    assert speed.prompt(half, eight, 10).typical == pytest.approx(10 * 0.002)
 
 
 def capacity_stub() -> Capacity:

@@ -94,7 +94,7 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
         return float(calls)
 
     time_tokens(config(layers=5), [way], Silent(), file=file, clock=counted)
-    assert calls == 2 * TURNS * (1 + 2 * STEPS)
+    assert calls == 2 * (TURNS + 1) * (1 + 2 * STEPS)
 
 
 def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:

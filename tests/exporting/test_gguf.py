@@ -104,6 +104,32 @@ def test_an_int4_model_becomes_q4_0_without_any_change(tokenizer, tmp_path: Path
             assert np.array_equal(values, expect)
 
 
+def test_every_matrix_has_the_type_nearest_to_how_it_is_stored(tokenizer, tmp_path: Path) -> None:
+    source = save(tmp_path / "model", tokenizer, "llama", intermediate_size=64)
+    packed = secateur.compress(
+        source, output=tmp_path / "packed", values="bfloat16", embeddings="int8", group_size=None,
+        overrides={"model.layers.*.mlp.*": "int4", "model.layers.*.self_attn.v_proj": "int8"},
+    )  # fmt: skip
+    found = secateur.export(packed.output, output=tmp_path / "out", type="stored")
+    (name,) = found.files
+    dense = secateur.load(packed.output, expand=True, dtype=torch.float32)
+    tensors = {x.name: x for x in gguf.GGUFReader(str(tmp_path / "out" / name)).tensors}
+    types = gguf.GGMLQuantizationType
+    for theirs, ours, type, error in (
+        ("ffn_up", "mlp.up_proj", types.Q4_0, 0.0),
+        ("attn_output", "self_attn.o_proj", types.BF16, 0.0),
+        ("attn_v", "self_attn.v_proj", types.Q8_0, 0.01),
+    ):
+        tensor = tensors[f"blk.0.{theirs}.weight"]
+        assert tensor.tensor_type == type
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        expected = dense.state_dict()[f"model.layers.0.{ours}.weight"]
+        assert float((values - expected).norm() / expected.norm()) <= error
+    assert tensors["token_embd.weight"].tensor_type == types.Q8_0
+    assert tensors["output_norm.weight"].tensor_type == types.F32
+    assert_alike(tmp_path / "out" / name, dense, tokenizer)
+
+
 def test_blocks_of_q4_0_by_hand() -> None:
     weight = torch.zeros(1, 32)
     weight[0, 0], weight[0, 1], weight[0, 16] = 3.5, -0.5, 1.0

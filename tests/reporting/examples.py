@@ -267,3 +267,72 @@ def point(method: str, pattern: str, sparsity: float, excess: float) -> dict[str
         "excess": {"boolq-held-out": excess}, "zeros": sparsity, "seconds": 100.0,
         "peak_resident_bytes": 885149696, "notes": f"points/{method}-{sparsity}", "folder": None,
     }  # fmt: skip
+
+
+def write_fit(folder: Path, *, zeros: int = 3, kept: bool = True) -> Path:
+    """A finished fit of ten matrices, of which the winner prunes some."""
+    levels = ["bfloat16", "int8", "int4", "50% zeros, bfloat16", "50% zeros, int4"]
+    families = ["prune", "quantize", "quantize", "prune", "both"]
+    costs, rises = [160.0, 82.0, 42.0, 90.0, 32.0], [1e-6, 2e-4, 0.08, 0.4, 0.5]
+
+    def found(name: str, cost: float, divergence: float, families: str) -> dict[str, Any]:
+        told = {"candidate": [0] * 10, "cost": [cost * 2**20], "divergence": divergence}
+        return {**told, "predicted": divergence, "families": families, "name": name}
+
+    def made(name: str, size: float, divergence: float) -> dict[str, Any]:
+        told = {"file_bytes": round(size * 2**20), "predicted": divergence, "mixed": None}
+        return {**told, "name": name, "divergence": divergence}
+
+    mixed = [(32.0, 0.5), (40.0, 0.09), (60.0, 0.01), (80.0, 1e-3)]
+    told = {
+        "output": str(folder),
+        "costs": [{"name": "size", "rest": 28 * 2**20, "limit": 70 * 2**20}],
+        "checks": [
+            {"option": "max_size", "wanted": 70 * 2**20, "measured": 67 * 2**20, "kept": kept}
+        ],
+        "dropped": [],
+        "kind_of": {f"layers.{i}.up_proj": levels[4 if i < zeros else 2] for i in range(10)},
+        "winner": made("the survey's choice", 67.0, 0.08),
+        "finalists": [
+            made("the survey's choice", 67.0, 0.08),
+            made("the best single technique", 60.0, 0.5),
+        ],
+        "branches": [
+            {"name": "fewer layers", "file_bytes": 150 * 2**20, "divergence": 0.4, "outcome": "no"},
+            {"name": "fewer neurons", "file_bytes": None, "divergence": None, "outcome": "none"},
+        ],
+        "singles": [
+            found(name, cost, rise, family)
+            for name, cost, rise, family in zip(levels, costs, rises, families, strict=True)
+        ],
+        "frontier": [
+            *(found("", cost, rise, "all") for cost, rise in mixed),
+            *(found("", cost + 3, 1.2 * rise, "quantize") for cost, rise in mixed),
+        ],
+        "losses": {
+            "winner": {"file_bytes": 67 * 2**20, "loss_increase": 0.09},
+            "the best single technique": {"file_bytes": 60 * 2**20, "loss_increase": 0.5},
+            "the best that is only rounded": (
+                {"file_bytes": 70 * 2**20, "loss_increase": 0.12}
+                if zeros
+                else {"file_bytes": 67 * 2**20, "loss_increase": 0.09}
+            ),
+        },
+        "packed": {
+            "output": str(folder), "archive": False, "source_bytes": 538090408,
+            "bfloat16_bytes": 188 * 2**20, "file_bytes": 67 * 2**20, "ratio": 67 / 188,
+            "sparsity": 0.15, "negative_zeros": 0, "rounding": {}, "value_error": 0.01,
+            "linears": TOTALS, "embeddings": TOTALS, "seconds": 60.0,
+            "formats": {"bitmask int4 g64": TOTALS, "dense int4 g64": TOTALS},
+        },
+        "seconds": 1260.0,
+    }  # fmt: skip
+    (folder / "secateur").mkdir(parents=True)
+    (folder / "secateur" / "fit.json").write_text(json.dumps(told), encoding="utf-8")
+    return folder
+
+
+TOTALS = {
+    "matrices": 5, "weights": 1000, "nonzeros": 850, "bytes": 500, "bits_per_weight": 4.0,
+    "ratio": 0.25,
+}  # fmt: skip

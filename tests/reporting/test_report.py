@@ -350,8 +350,8 @@ def test_folders_that_are_no_runs(secateur, tmp_path: Path) -> None:
     (tmp_path / "half" / "secateur").mkdir(parents=True)
     for name, told in (
         ("nowhere", "there is no such folder"),
-        ("empty", "neither a run folder nor a sweep"),
-        ("half", "neither a run folder nor a sweep"),
+        ("empty", "neither a run, nor a fit, nor a sweep"),
+        ("half", "neither a run, nor a fit, nor a sweep"),
     ):
         done = secateur("report", tmp_path / name, "-o", tmp_path / "report.html")
         assert done.code == 2

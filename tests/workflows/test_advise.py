@@ -10,8 +10,13 @@ import transformers
 
 import secateur
 from commands import runner
-from secateur.errors import RecipeError, SecateurError
+from secateur.advisor.facts import read_facts
+from secateur.advisor.options import options_for
+from secateur.advisor.shape import known_shape
+from secateur.errors import RecipeError, SecateurError, SourceError
 from secateur.models.skeleton import build_skeleton
+from secateur.recipes.options import options_of, run_options_of
+from secateur.recipes.verbs import VERBS, imported
 from secateur.workflows.advise import counted
 from tiny import save_tiny
 
@@ -52,7 +57,9 @@ def test_the_command_advises_on_a_known_shape(
     words = ("llama-3.1-8b", "--hardware", "a100-80gb", "--requests-per-day", "1e6")
     told = json.loads(run("advise", *words, "--quality-loss", "0.03", "--json").out)
     assert told["verdict"].startswith("Only quantize: int8")
-    assert told["commands"] == ["secateur compress llama-3.1-8b --values int8 --calibration TEXT"]
+    assert told["commands"] == [
+        "secateur compress llama-3.1-8b --values int8 --calibration TEXT --output SMALL"
+    ]
     chosen = next(row for row in told["options"] if row["option"] == "int8")
     assert chosen["cost_usd"]["month"]["low"] < chosen["cost_usd"]["month"]["high"]
     assert "2411.02355" in chosen["accuracy_sources"][0]
@@ -74,6 +81,74 @@ def test_the_command_advises_on_a_known_shape(
 def test_nonsense_is_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         secateur.advise("llama-2-7b", **options)  # type: ignore[arg-type]
+
+
+def test_every_command_that_is_advised_can_be_given() -> None:
+    """Verbs and flags exist, nothing required is missing, and each step reads the one before."""
+    facts = read_facts()
+    shape = known_shape("qwen3-30b-a3b", facts.shapes["qwen3-30b-a3b"])  # with experts
+    seen = set()
+    for device in facts.hardware.values():
+        for option in options_for(shape, device):
+            source = "org/model"
+            for line in option.commands("org/model"):
+                assert f" {source} " in line
+                source = line.partition("--output ")[2] or source
+                if line.startswith("secateur "):
+                    verb, given = VERBS[line.split()[1]], line.split()[3:]
+                    of = [
+                        *options_of(imported(verb.recipe)),
+                        *run_options_of(imported(verb.recipe)),
+                    ]
+                    flags = {"--" + one.name.replace("_", "-"): one for one in of}
+                    used = {word for word in given if word.startswith("--")}
+                    assert used <= flags.keys(), line
+                    required = {name for name, one in flags.items() if one.required}
+                    assert required - {"--model"} <= used, line
+                    seen.add(line.split()[1])
+    assert seen == {"structure", "distill", "prune", "compress"}
+
+
+def test_a_name_that_is_nothing_names_a_near_shape() -> None:
+    with pytest.raises(SourceError, match="no well-known shape") as caught:
+        secateur.advise("llama-2-7c", hardware="h200")
+    assert "'llama-2-7b'" in str(caught.value)
+
+
+def test_an_impossible_latency_has_exit_code_3_and_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runner(monkeypatch, capsys)
+    words = (
+        "llama-2-7b",
+        "--hardware",
+        "h200",
+        "--latency-p99-ms",
+        "0.1",
+        "--quality-loss",
+        "0.03",
+    )
+    ran = run("advise", *words)
+    assert ran.code == 3
+    assert "Nothing is sure to serve this load within the bounds." in ran.out
+    assert "nearest: int4 has 1.3 ms between two tokens: --latency-p99-ms 1.3" in ran.out
+
+
+def test_files_of_facts_and_prices_can_be_given_as_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At bbf4874, --facts refused every file: "Input should be an instance of Path"."""
+    facts = tmp_path / "mine.yaml"
+    facts.write_text(
+        "hardware:\n  mine: {name: My GPU, kind: cuda, memory_gib: 40, bandwidth_gb_s: 1000,\n"
+        "    tflops: {bf16: 100}, usd_per_hour: [1, 1, 1]}\n"
+    )
+    run = runner(monkeypatch, capsys)
+    given = ("--hardware", "mine", "--facts", str(facts))
+    assert "My GPU" in run("advise", "llama-2-7b", *given).out
+    priced = json.loads(run("advise", "llama-2-7b", *given, "--usd-per-hour", "2", "--json").out)
+    assert priced["basis"]["prices"] == "given by the user"
+    assert priced["options"][0]["cost_usd"]["month"]["typical"] == 2 * 730
 
 
 def test_a_configuration_that_asks_for_the_impossible_is_refused(tmp_path: Path) -> None:

@@ -162,10 +162,10 @@ def consider(
     return Considered(option, kept, found, cost, making, refused, kept[0] >= floor)
 
 
-def order(row: Considered) -> tuple[bool, float, int]:
-    """Cheapest first, then the least changed; those that are out last."""
+def order(row: Considered) -> tuple[bool, float, int, float]:
+    """Cheapest first, then the least changed, then what surely keeps more; those out last."""
     month = row.cost.month.typical if row.cost else float("inf")
-    return bool(row.refused), month, row.option.changed
+    return bool(row.refused), month, row.option.changed, -row.kept[0]
 
 
 def choose(safe: Sequence[Considered], base: Considered) -> Considered | None:

@@ -1,11 +1,13 @@
 """How many devices a load needs: the batch that fits and is quick enough, then the replicas.
 
-    p99(b)      = step(b) + prompt(min(P, chunk))     a step that also reads a chunk of a prompt
+    p99(b)      = step(b) + prompt(min(P, chunk))     a step that also reads a chunk of a prompt;
+                  step(1) where b = 1: nobody else's prompt is read meanwhile
     busy(b)     = prompt(P) + N · step(b) / b           device seconds of a request, P in, N out
     replicas    = ceil(requests per second at the peak · busy / utilisation)
 
 The batch is the power of two with the least busy(b) whose memory fits and whose p99 keeps
-the bound.
+the bound. As many devices share a copy of the model as makes the sum of devices least: more of
+them leave more memory for a larger batch.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 from secateur.advisor.speed import TimeModel
 
-__all__ = ["Capacity", "Load", "ServingDevice", "TooMuch", "capacity_of"]
+__all__ = ["Capacity", "Load", "ServingDevice", "TooMuch", "capacity_of", "most_requests"]
 
 BATCHES = tuple(2**n for n in range(10))
 SHARED_BY = (1, 2, 4, 8, 16)
@@ -127,9 +129,13 @@ class TooMuch:
 
     Attributes:
         reason: with numbers.
+        bound: what it breaks: `memory`, `token_ms` or `first_token_ms`.
+        least: what it needs, in bytes or milliseconds.
     """
 
     reason: str
+    bound: str
+    least: float
 
 
 def capacity_of(
@@ -144,37 +150,50 @@ def capacity_of(
         load: requests, tokens and latencies.
     """
     shape = option.shape(model)
-
-    def memory(batch: int) -> ServingMemory:
-        return memory_of(shape, option, device.kind, batch, load.context)
-
-    least = memory(1)
+    least = memory_of(shape, option, device.kind, 1, load.context)
     choices = [n for n in SHARED_BY if n <= device.most and least.total <= n * device.memory_bytes]
     if not choices:
         return TooMuch(
             f"needs {least.total / GIB:.1f} GiB, {device.most} x {device.memory_bytes / GIB:.1f} "
-            "GiB are there"
+            "GiB are there",
+            "memory",
+            least.total,
         )
-    slow = None
-    for shared_by in choices:
-        speed = device.speed(shared_by)
-        first = speed.prompt(shape, option, load.prompt_tokens)
-        chunk = speed.prompt(shape, option, min(load.prompt_tokens, CHUNK_TOKENS))
-        fits = [b for b in BATCHES if b <= device.most_batch]
-        fits = [b for b in fits if memory(b).total <= shared_by * device.memory_bytes]
-        steps = {b: speed.step(shape, option, b, load.context) for b in fits}
-        quick = [b for b in fits if within((steps[b] + chunk).typical, load.token_ms)]
-        if quick and within(first.typical, load.first_token_ms):
-            busy = {b: first + steps[b] * (load.new_tokens / b) for b in quick}
-            batch = min(quick, key=lambda b: busy[b].typical)
-            needed = busy[batch].map(lambda s: copies(s, load))
-            return Capacity(
-                shared_by, batch, memory(batch), steps[batch], steps[batch] + chunk, steps[1],
-                first, busy[batch], round(needed.typical), (round(needed.low), round(needed.high)),
-            )  # fmt: skip
-        slow = slow or missed(steps[1] + chunk, first, load)
-    assert slow is not None
-    return slow
+    ways = [shared(shape, option, device, load, devices) for devices in choices]
+    found = [one for one in ways if isinstance(one, Capacity)]
+    return min(found, key=lambda one: one.devices.typical) if found else ways[0]
+
+
+def shared(
+    shape: ModelShape, option: CompressionWay, device: ServingDevice, load: Load, devices: int
+) -> Capacity | TooMuch:
+    """What an option needs when so many devices share a copy, whose memory is large enough.
+
+    Args:
+        shape: already cut.
+        option: the way.
+        device: what it runs on.
+        load: requests, tokens and latencies.
+        devices: that share a copy.
+    """
+    speed = device.speed(devices)
+    memory = {b: memory_of(shape, option, device.kind, b, load.context) for b in BATCHES}
+    room = devices * device.memory_bytes
+    fits = [b for b in BATCHES if b <= device.most_batch and memory[b].total <= room]
+    first = speed.prompt(shape, option, load.prompt_tokens)
+    chunk = speed.prompt(shape, option, min(load.prompt_tokens, CHUNK_TOKENS))
+    steps = {b: speed.step(shape, option, b, load.context) for b in fits}
+    p99 = {b: steps[b] + chunk if b > 1 else steps[b] for b in fits}
+    quick = [b for b in fits if within(p99[b].typical, load.token_ms)]
+    if not quick or not within(first.typical, load.first_token_ms):
+        return missed(p99[1], first, load)
+    busy = {b: first + steps[b] * (load.new_tokens / b) for b in quick}
+    batch = min(quick, key=lambda b: busy[b].typical)
+    needed = busy[batch].map(lambda seconds: copies(seconds, load))
+    return Capacity(
+        devices, batch, memory[batch], steps[batch], p99[batch], steps[1], first,
+        busy[batch], round(needed.typical), (round(needed.low), round(needed.high)),
+    )  # fmt: skip
 
 
 def within(seconds: float, bound_ms: float | None) -> bool:
@@ -187,12 +206,21 @@ def copies(busy: float, load: Load) -> float:
     return max(1, math.ceil(load.requests_per_second * busy / load.utilisation))
 
 
+def most_requests(busy: float, load: Load) -> float:
+    """Requests per day that one copy can serve: utilisation / busy / peak · 86400."""
+    return load.utilisation / busy / load.peak * DAY_SECONDS
+
+
 def missed(p99: Estimate, first: Estimate, load: Load) -> TooMuch:
     """Which bound is broken, by the fewest devices that can hold the model."""
+    slow, first_ms = p99.typical * 1e3, first.typical * 1e3
     if not within(p99.typical, load.token_ms):
-        return TooMuch(
-            f"{p99.typical * 1e3:.0f} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
-        )
-    return TooMuch(
-        f"{first.typical * 1e3:.0f} ms to the first token, {load.first_token_ms:g} allowed"
-    )
+        reason = f"{shown(slow)} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
+        return TooMuch(reason, "token_ms", slow)
+    reason = f"{shown(first_ms)} ms to the first token, {load.first_token_ms:g} allowed"
+    return TooMuch(reason, "first_token_ms", first_ms)
+
+
+def shown(milliseconds: float) -> str:
+    """A time that is not rounded to the bound that it breaks."""
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

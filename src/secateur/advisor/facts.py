@@ -16,7 +16,24 @@ from secateur.advisor.estimate import Estimate
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
-__all__ = ["API", "Facts", "Hardware", "KnownShape", "PublishedLoss", "read_facts"]
+__all__ = [
+    "API",
+    "GIVEN",
+    "THIS_MACHINE",
+    "Facts",
+    "Hardware",
+    "KnownShape",
+    "PublishedLoss",
+    "read_facts",
+]
+
+
+THIS_MACHINE = "this-machine"
+"""The device whose memory and times are measured."""
+
+
+GIVEN = "given by the user"
+"""The source of a price that is not from our facts."""
 
 
 class Entry(BaseModel):
@@ -49,19 +66,24 @@ class Hardware(Entry):
     tflops: dict[str, float] = {}
     semi_structured: bool = False
     usd_per_hour: Range
-    price_source: str = "given by the user"
+    price_source: str = GIVEN
 
     @model_validator(mode="after")
     def check(self) -> Hardware:
-        """Prices rise from low to high; a GPU says its memory, bandwidth and peak."""
+        """Prices rise from low to high; nothing is negative."""
         if sorted(self.usd_per_hour) != list(self.usd_per_hour) or self.usd_per_hour[0] < 0:
             raise ValueError("usd_per_hour is [low, typical, high]")
         if self.kind not in ("cuda", "cpu"):
             raise ValueError("kind is cuda or cpu")
-        known = self.memory_gib and self.bandwidth_gb_s and self.tflops.get("bf16")
-        if self.kind == "cuda" and not known:
-            raise ValueError("a GPU needs memory_gib, bandwidth_gb_s and tflops.bf16")
+        sizes = (self.memory_gib, self.bandwidth_gb_s, *self.tflops.values())
+        if any(size is not None and size <= 0 for size in sizes):
+            raise ValueError("memory_gib, bandwidth_gb_s and tflops are larger than 0")
         return self
+
+    @property
+    def on_paper(self) -> bool:
+        """Whether its data sheet says enough for the roofline."""
+        return bool(self.memory_gib and self.bandwidth_gb_s and self.tflops.get("bf16"))
 
 
 class Efficiency(Entry):
@@ -71,6 +93,15 @@ class Efficiency(Entry):
     compute: Range
     layer_microseconds: Range
     source: str
+
+    @model_validator(mode="after")
+    def check(self) -> Efficiency:
+        """A fraction is above 0 and at most 1, and rises from low to high."""
+        for name in ("bandwidth", "compute"):
+            low, typical, high = getattr(self, name)
+            if not 0 < low <= typical <= high <= 1:
+                raise ValueError(f"{name} is [low, typical, high], above 0 and at most 1")
+        return self
 
 
 class PublishedLoss(Entry):
@@ -109,7 +140,7 @@ class Facts(Entry):
     Attributes:
         date: when the entries were collected.
         hardware: devices, by name.
-        efficiency: of CUDA devices.
+        efficiency: by kind of device.
         training_compute: the fraction of the peak that training reaches: low, typical, high.
         compressions: published losses, by option.
         pruning_seconds_of_7b: time to prune a model of seven billion parameters, by method.
@@ -125,6 +156,16 @@ class Facts(Entry):
     pruning_seconds_of_7b: dict[str, float]
     apis: dict[str, API]
     shapes: dict[str, KnownShape]
+
+    @model_validator(mode="after")
+    def check(self) -> Facts:
+        """Every device but this machine, which is timed, has a data sheet."""
+        for name, device in self.hardware.items():
+            if name != THIS_MACHINE and not device.on_paper:
+                raise ValueError(f"{name} needs memory_gib, bandwidth_gb_s and tflops.bf16")
+            if device.kind not in self.efficiency:
+                raise ValueError(f"efficiency has no {device.kind}, which {name} is")
+        return self
 
     def device(self, name: str) -> Hardware:
         """A device by name.
@@ -189,8 +230,10 @@ def read_facts(override: Path | None = None) -> Facts:
         return Facts.model_validate(merged(own_facts(), given))
     except ValidationError as error:
         first = error.errors()[0]
+        place = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
+        said = first["msg"].removeprefix("Value error, ")
         raise RecipeError(
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            f"{place}: {said}" if place else said,
             where=str(override or "facts.yaml"),
             remedy="see `secateur/advisor/facts.yaml` for the form",
         ) from None

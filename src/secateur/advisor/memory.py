@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 
-__all__ = ["GIB", "ServingMemory", "kv_bytes_per_token", "memory_of", "weight_bytes"]
+__all__ = [
+    "GIB",
+    "ServingMemory",
+    "kv_bytes_per_token",
+    "memory_of",
+    "memory_with",
+    "weight_bytes",
+]
 
 GIB = 2**30
 
@@ -78,7 +85,13 @@ def memory_of(
         batch: sequences.
         context: tokens of each, prompt and answer together.
     """
-    weights = weight_bytes(model, option)
+    return memory_with(weight_bytes(model, option), model, kind, batch, context)
+
+
+def memory_with(
+    weights: int, model: ModelShape, kind: str, batch: int, context: int
+) -> ServingMemory:
+    """`memory_of` with known bytes of weights."""
     cache = batch * context * kv_bytes_per_token(model)
     widest = max(model.attention_width, model.hidden)
     chunk = min(CHUNK_TOKENS, batch * context)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secateur.advisor.capacity import Capacity, Load
+from secateur.advisor.capacity import Capacity, Load, most_requests
 from secateur.advisor.estimate import Estimate
-from secateur.advisor.facts import API, Facts
+from secateur.advisor.facts import API, Facts, Hardware
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 
@@ -24,6 +24,7 @@ __all__ = [
     "api_cost",
     "break_even_months",
     "cost_of",
+    "learning_hours",
     "making_of",
 ]
 
@@ -92,19 +93,31 @@ def making_of(model: ModelShape, option: CompressionWay, facts: Facts) -> Making
     """What it costs to make an option: pruning or cutting, rounding, distillation."""
     device = facts.hardware[PRUNING_DEVICE]
     parts = (option.structure, option.zeros, option.values)
-    passes = sum(part.command.startswith("secateur") for part in parts)  # FP8 needs no calibration
+    passes = sum("".join(part.commands).startswith("secateur") for part in parts)  # FP8 needs none
     seconds = facts.pruning_seconds_of_7b[PRUNING_METHOD] * model.parameters / 7e9 * passes
     hours = Estimate.exact(seconds / 3600)
     formula = f"{passes} x {PRUNING_METHOD} on one {device.name}, published time, by parameters"
     if option.structure.tokens:
         student = option.shape(model)
         operations = 6 * student.per_token + 2 * model.per_token
-        work = operations * option.structure.tokens
-        reached = Estimate(*facts.training_compute)
-        hours = hours + reached.map(lambda e: work / (device.tflops["bf16"] * 1e12 * e) / 3600)
+        hours = hours + learning_hours(operations, option.structure.tokens, device, facts)
         formula += f"; distillation on {option.structure.tokens / 1e9:g} billion tokens"
     usd = hours.times(facts.price(device))
     return Making(hours, usd, formula if passes else "nothing to make")
+
+
+def learning_hours(operations: float, tokens: float, device: Hardware, facts: Facts) -> Estimate:
+    """Hours of one GPU to train: operations per token · tokens / (peak · e) / 3600.
+
+    Args:
+        operations: of a token; 6 for each weight that learns, 2 for each that only predicts.
+        tokens: in all.
+        device: its peak in bfloat16.
+        facts: the fraction of the peak that training reaches.
+    """
+    work = operations * tokens
+    reached = Estimate(*facts.training_compute)
+    return reached.map(lambda e: work / (device.tflops["bf16"] * 1e12 * e) / 3600)
 
 
 def api_cost(name: str, api: API, found: Capacity, load: Load, price: Estimate) -> APICost:
@@ -115,7 +128,7 @@ def api_cost(name: str, api: API, found: Capacity, load: Load, price: Estimate) 
     """
     request = (load.prompt_tokens * api.input + load.new_tokens * api.output) / 1e6
     copy = found.shared_by * price.typical * 24
-    most = load.utilisation / found.busy.typical / load.peak * 86400
+    most = most_requests(found.busy.typical, load)
     least = copy / request if request else float("inf")
     return APICost(
         name,

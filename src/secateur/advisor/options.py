@@ -36,7 +36,7 @@ class Values:
         value_bits: of a weight, without scales.
         product: the type of its products, a key of `Hardware.tflops`. int4 is expanded to bfloat16.
         loss: the key of its published loss.
-        command: what makes it.
+        commands: what makes it; {model} is the model, {source} what the step before wrote.
     """
 
     name: str
@@ -44,18 +44,19 @@ class Values:
     value_bits: int
     product: str
     loss: str
-    command: str
+    commands: tuple[str, ...]
 
 
 VALUES = {
     one.name: one
     for one in (
-        Values("bf16", 16, 16, "bf16", "none", ""),
-        Values("fp8", 8, 8, "fp8", "fp8", "quantize to FP8 (W8A8) with llm-compressor or vLLM"),
+        Values("bf16", 16, 16, "bf16", "none", ()),
+        Values("fp8", 8, 8, "fp8", "fp8",
+               ("quantize {source} to FP8 (W8A8) with llm-compressor or vLLM",)),
         Values("int8", 8, 8, "int8", "int8",
-               "secateur compress {} --values int8 --calibration TEXT"),
+               ("secateur compress {source} --values int8 --calibration TEXT --output SMALL",)),
         Values("int4", 4.125, 4, "bf16", "int4",
-               "secateur compress {} --values int4 --calibration TEXT"),
+               ("secateur compress {source} --values int4 --calibration TEXT --output SMALL",)),
     )
 }  # fmt: skip
 """int4 counts a scale of 8 bits for 64 weights, or of 16 bits for 128."""
@@ -71,7 +72,7 @@ class Zeros:
         index_bits: bits of a weight that say where the zeros are.
         decode: decoding is faster by this much than the bytes say; None where bytes decide.
         loss: the key of its published loss.
-        command: what makes them.
+        commands: what makes them, likewise.
     """
 
     name: str
@@ -79,16 +80,17 @@ class Zeros:
     index_bits: float
     decode: Estimate | None
     loss: str
-    command: str
+    commands: tuple[str, ...]
 
 
 ZEROS = {
     one.name: one
     for one in (
-        Zeros("dense", 0.0, 0.0, None, "none", ""),
+        Zeros("dense", 0.0, 0.0, None, "none", ()),
         Zeros("2:4", 0.5, 1.0, Estimate(1.0, 1.15, 1.24), "2:4",
-              "secateur prune {} --pattern 2:4 --effort best"),
-        Zeros("50%", 0.5, 1.0, None, "50%", "secateur prune {} --sparsity 0.5 --effort best"),
+              ("secateur prune {source} --pattern 2:4 --effort best --output SPARSE",)),
+        Zeros("50%", 0.5, 1.0, None, "50%",
+              ("secateur prune {source} --sparsity 0.5 --effort best --output SPARSE",)),
     )
 }  # fmt: skip
 """2:4: Wanda measured 1.24 times end to end for a 7B model; TensorRT-LLM names 1.1 to 1.2."""
@@ -104,7 +106,7 @@ class CutAway:
         layers: the fraction of layers that stays.
         experts: the fraction of experts that stays.
         loss: the key of its published loss.
-        command: what makes it.
+        commands: what makes it; {model} is the model, {source} what the step before wrote.
         tokens: tokens of distillation that its published loss needs.
     """
 
@@ -113,23 +115,25 @@ class CutAway:
     layers: float
     experts: float
     loss: str
-    command: str
+    commands: tuple[str, ...]
     tokens: float = 0.0
 
 
 STRUCTURES = {
     one.name: one
     for one in (
-        CutAway("whole", 1, 1, 1, "none", ""),
+        CutAway("whole", 1, 1, 1, "none", ()),
         CutAway("layers-25%", 1, 0.75, 1, "layers-25%",
-                  "secateur structure {} --drop-layers N --effort best"),
+                ("secateur structure {source} --keep-layers 0.75 --effort best --output CUT",)),
         CutAway("width-25%", 0.75, 1, 1, "width-25%",
-                  "secateur structure {} --parameters 0.75 --effort best"),
+                ("secateur structure {source} --keep-parameters 0.75 --effort best --output CUT",)),
         CutAway("width-50%-distilled", 0.5, 1, 1, "width-50%-distilled",
-                  "secateur structure {} --parameters 0.5, then secateur distill", 90e9),
+                ("secateur structure {source} --keep-parameters 0.5 --output CUT",
+                 "secateur distill CUT --teacher {model} --text TEXT --output TAUGHT"), 90e9),
         CutAway("experts-25%", 1, 1, 0.75, "experts-25%",
-                  "secateur structure {} --experts 0.75"),
-        CutAway("experts-50%", 1, 1, 0.5, "experts-50%", "secateur structure {} --experts 0.5"),
+                ("secateur structure {source} --experts 0.75 --output CUT",)),
+        CutAway("experts-50%", 1, 1, 0.5, "experts-50%",
+                ("secateur structure {source} --experts 0.5 --output CUT",)),
     )
 }  # fmt: skip
 
@@ -159,6 +163,11 @@ class CompressionWay:
         if self.values.name != "bf16":
             parts.append(self.values.name)
         return " + ".join(parts) or "as it is"
+
+    @property
+    def stored(self) -> str:
+        """How its linears are stored, whatever is cut: zeros and values."""
+        return f"{self.zeros.name} {self.values.name}"
 
     @property
     def changed(self) -> int:
@@ -201,9 +210,9 @@ class CompressionWay:
         """The commands that make it, in order."""
         lines, source = [], model
         for part in (self.structure, self.zeros, self.values):
-            if part.command:
-                lines.append(part.command.format(source))
-                source = "THAT"
+            for command in part.commands:
+                lines.append(command.format(source=source, model=model))
+                source = command.partition("--output ")[2] or source
         return tuple(lines)
 
 

@@ -128,22 +128,22 @@ class Measured:
 
     Attributes:
         model: the sizes that were timed.
-        times: of each way to store it, by the names of its zeros and values.
+        times: of each way to store it, by `CompressionWay.stored`.
         spread: how far off a prediction may be, as a fraction.
     """
 
     model: ModelShape
-    times: Mapping[tuple[str, str], TokenTimes]
+    times: Mapping[str, TokenTimes]
     spread: float = 0.15
 
     def step(self, model: ModelShape, option: CompressionWay, batch: int, context: int) -> Estimate:
         """Sequences decode one after the other; a cut model's layers take as much less time."""
-        found = self.times[option.zeros.name, option.values.name]
+        found = self.times[option.stored]
         return self.around(batch * (found.ends + found.layers * self.share(model)))
 
     def prompt(self, model: ModelShape, option: CompressionWay, tokens: int) -> Estimate:
         """Every token takes the same time."""
-        found = self.times[option.zeros.name, option.values.name]
+        found = self.times[option.stored]
         return self.around(tokens * found.prompt * self.share(model))
 
     def share(self, model: ModelShape) -> float:

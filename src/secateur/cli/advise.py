@@ -22,4 +22,4 @@ def run(recipe: AdviseRecipe) -> AdviseResult:
         return advise_recipe(recipe, progress)
 
 
-advise = command("advise", run)
+advise = command("advise", run, exit_code=lambda result: 0 if result.advice.chosen else 3)

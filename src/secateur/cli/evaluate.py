@@ -13,13 +13,19 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
-def run(recipe: EvaluateRecipe) -> EvaluateResult:
-    """Evaluate with a progress bar."""
+def run(recipe: EvaluateRecipe) -> EvaluateResult | None:
+    """Evaluate with a progress bar. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
+    from secateur.parallel.processes import joined
+    from secateur.progress import Silent
     from secateur.workflows.judge.evaluate import run_evaluation
 
-    with show_progress() as progress:
-        return run_evaluation(recipe, progress)
+    with joined(recipe.device) as ranks:
+        if not ranks.first:
+            run_evaluation(recipe, Silent(), ranks=ranks)
+            return None
+        with show_progress() as progress:
+            return run_evaluation(recipe, progress, ranks=ranks)
 
 
 def check(recipe: EvaluateRecipe) -> None:

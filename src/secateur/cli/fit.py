@@ -22,4 +22,11 @@ def run(recipe: FitRecipe, **call: Any) -> FitResult:
         return fit_recipe(recipe, progress, **call)
 
 
-fit = command("fit", run, exit_code=lambda result: 3 if result.broken else 0)
+def check(recipe: FitRecipe) -> None:
+    """Refuse a target that a fit cannot serve before the model is looked up."""
+    from secateur.workflows.fit.targets import check_target
+
+    check_target(recipe)
+
+
+fit = command("fit", run, exit_code=lambda result: 3 if result.broken else 0, check=check)

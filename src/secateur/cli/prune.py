@@ -13,13 +13,22 @@ if TYPE_CHECKING:
 __all__ = ["prune"]
 
 
-def run(recipe: PruneRecipe, **call: Any) -> PruneResult:
-    """Prune with a progress bar."""
+def run(recipe: PruneRecipe, **call: Any) -> PruneResult | None:
+    """Prune with a progress bar. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
+    from secateur.parallel.processes import joined
+    from secateur.workflows.prune.on_ray import prune_on_ray
+    from secateur.workflows.prune.order import follow
     from secateur.workflows.prune_and_pack import prune_recipe
 
-    with show_progress() as progress:
-        return prune_recipe(recipe, progress, **call)
+    if recipe.cluster.ray is not None:
+        return prune_on_ray(recipe, call, show_progress)
+    with joined(recipe.device) as ranks:
+        if not ranks.first:
+            follow(recipe, ranks)
+            return None
+        with show_progress() as progress:
+            return prune_recipe(recipe, progress, ranks=ranks, **call)
 
 
 prune = command("prune", run)

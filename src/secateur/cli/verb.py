@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from secateur.errors import RecipeError
+from secateur.parallel.launched import Launched
 from secateur.recipes.flags import recipe_from_flags, takes_several
 from secateur.recipes.options import Option, options_of, run_options_of
 from secateur.recipes.section import GROUPS, OUTPUT, Flag
@@ -76,6 +79,7 @@ def command(
     def carry_out(*words: str, **flags: Any) -> None:
         from secateur.models.hub import refuse_out_of_reach
 
+        refuse_several(verb)
         bound = signature.bind(*words, **flags)
         bound.apply_defaults()
         given = dict(bound.arguments)
@@ -98,6 +102,23 @@ def command(
     function.__doc__ = VERBS[verb].about
     function.__name__ = verb
     return carry_out
+
+
+def refuse_several(verb: str) -> None:
+    """Refuse a verb that several processes would carry out several times.
+
+    Raises:
+        RecipeError: torchrun has started several processes, and the verb is for one.
+    """
+    count = Launched.read(os.environ).count
+    if count > 1:  # torch would print the stack of every connection that closes
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if count > 1 and not VERBS[verb].together:
+        able = ", ".join(name for name, each in VERBS.items() if each.together)
+        raise RecipeError(
+            f"`secateur {verb}` does not work with several processes yet, and there are {count}",
+            remedy=f"start it without torchrun; {able} can share their work",
+        )
 
 
 def parameter(option: Option, *, is_switch: bool) -> inspect.Parameter:

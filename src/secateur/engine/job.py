@@ -57,7 +57,8 @@ class Job:
         if names:
             assert passage is not None
             assert self.settings.work is not None
-            gather_gradients(passage.ends, names, self.settings.work, progress)
+            ranks = self.settings.ranks
+            gather_gradients(passage.ends, names, self.settings.work, progress, ranks)
         survey = Survey(self.target, self.tasks, passage, self.settings, progress)
         tasks = allocate(survey, self.allocation, self.sparsity)
         run = Run(self.target, tasks, passage, self.settings, ledger, progress)
@@ -70,4 +71,6 @@ class Job:
             return None
         how = self.settings
         in_memory = how.activations == "memory"
-        return Passage(self.target, self.windows, how.micro_batch_tokens, in_memory, how.work)
+        return Passage(
+            self.target, self.windows, how.micro_batch_tokens, in_memory, how.work, how.ranks
+        )

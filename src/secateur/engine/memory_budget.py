@@ -50,16 +50,18 @@ def _short(place: str, needed: int, budget: float) -> str | None:
     return f"{needed / 2**30:.2f} GiB{place}, the budget is {budget / 2**30:.2f} GiB"
 
 
-def memory_budget(gib: float | None, device: torch.device) -> Budget:
+def memory_budget(gib: float | None, device: torch.device, sharing: int = 1) -> Budget:
     """Return the memory that a run may use at its peak.
 
     Args:
         gib: memory of the computing device: of a GPU, or else of this process. None takes four
             fifths of the free memory. The host of a GPU always uses four fifths.
         device: the computing device.
+        sharing: number of processes that share the host. Each has a GPU of its own.
     """
     asked = gib * 2**30 if gib else None
-    process = FREE_SHARE * (psutil.virtual_memory().available + resident_bytes())
+    free = psutil.virtual_memory().available / sharing
+    process = FREE_SHARE * (free + resident_bytes())
     if device.type != "cuda":
         return Budget(asked or process, None)
     return Budget(asked or FREE_SHARE * torch.cuda.mem_get_info(device)[0], process)
@@ -71,6 +73,7 @@ def fitting_plan(
     *,
     budget_gib: float | None,
     activations: str,
+    sharing: int = 1,
 ) -> tuple[Plan, str]:
     """Return the first of two plans that fits in memory, and the storage of its hidden states.
 
@@ -79,11 +82,12 @@ def fitting_plan(
         device: the computing device.
         budget_gib: memory budget; see `memory_budget`.
         activations: `memory` or `disk` allows only that storage, `auto` both.
+        sharing: number of processes that share the host.
 
     Raises:
         MemoryBudgetError: no plan fits the budget.
     """
-    budget = memory_budget(budget_gib, device)
+    budget = memory_budget(budget_gib, device, sharing)
     tried = []
     for place in ("memory", "disk") if activations == "auto" else (activations,):
         plan = planned(place)

@@ -34,10 +34,12 @@ from secateur.evaluation.perplexity import (
     evaluating,
     given,
     last_states,
+    own_batches,
     place_of,
     summary,
 )
 from secateur.evaluation.uncertainty import mean_of, standard_error
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.types import Windows
 
 __all__ = ["DivergenceResult", "divergence"]
@@ -78,6 +80,7 @@ def divergence(
     start_tokens: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> DivergenceResult:
     """Compare a model with its reference on windows of text.
 
@@ -88,6 +91,7 @@ def divergence(
         start_tokens: number of start tokens in each window; none of them is predicted.
         batch_size: windows in one forward; by default about 2048 tokens.
         progress: called after each forward with the number of windows done and in total.
+        ranks: the processes that share the windows; all get the result.
 
     Raises:
         NumericalError: a loss or a divergence is not a number, or infinite.
@@ -104,13 +108,16 @@ def divergence(
     with torch.inference_mode(), evaluating(model), evaluating(reference):
         probe = windows[:1, :PROBE_TOKENS]
         both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)]
-        for batch in windows.split(batch_size):
-            rows.append(compared(both, batch, first))
-            done += len(batch)
+        for part in own_batches(count, batch_size, ranks):
+            rows.append(compared(both, windows[part], first))
+            done += part.stop - part.start
             if progress is not None:
-                progress(done, count)
+                progress(min(count, done * ranks.count), count)
+    gathered = ranks.gather(torch.cat(rows, dim=1).tolist())
     seconds = time.perf_counter() - started
-    kl, agreement, own, dense = torch.cat(rows, dim=1).tolist()
+    kl, agreement, own, dense = (
+        [x for part in parts for x in part] for parts in zip(*gathered, strict=True)
+    )
     results = [summary(losses, length, first, seconds) for losses in (own, dense)]
     if not all(map(math.isfinite, kl)):
         raise NumericalError(

@@ -32,9 +32,18 @@ from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.architecture import refuse_non_decoders
 from secateur.models.positions import positions_of
 from secateur.models.tokenizer import Tokenizer
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.parallel.shares import micro_batches, rows_of
 from secateur.types import Windows
 
-__all__ = ["PerplexityResult", "evaluation_windows", "perplexity", "protocol", "summary"]
+__all__ = [
+    "PerplexityResult",
+    "evaluation_windows",
+    "own_batches",
+    "perplexity",
+    "protocol",
+    "summary",
+]
 
 TOKENS_PER_FORWARD = 2048
 LOGITS_BYTES = 64 * 2**20
@@ -145,6 +154,7 @@ def perplexity(
     start_tokens: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> PerplexityResult:
     """Measure the perplexity of a causal language model on windows.
 
@@ -159,6 +169,7 @@ def perplexity(
         start_tokens: number of start tokens in each window; none of them is predicted.
         batch_size: windows in one forward; by default about 2048 tokens.
         progress: called after each forward with the number of windows done and in total.
+        ranks: the processes that share the windows; all get the result.
 
     Raises:
         ArchitectureError: the model is an encoder, or part of an encoder-decoder.
@@ -175,11 +186,21 @@ def perplexity(
     started = time.perf_counter()
     with torch.inference_mode(), evaluating(model):
         parts = body_and_head(model, windows[:1, :PROBE_TOKENS].to(device))
-        for batch in windows.split(batch_size):
-            losses += window_losses(model, parts, batch.to(device), first).tolist()
+        for rows in own_batches(count, batch_size, ranks):
+            losses += window_losses(model, parts, windows[rows].to(device), first).tolist()
             if progress is not None:
-                progress(len(losses), count)
+                progress(min(count, len(losses) * ranks.count), count)
+    losses = [loss for part in ranks.gather(losses) for loss in part]
     return summary(losses, length, first, time.perf_counter() - started)
+
+
+def own_batches(windows: int, batch_size: int, ranks: Ranks) -> list[slice]:
+    """The batches of windows that this process measures.
+
+    Raises:
+        RecipeError: there are fewer windows than processes.
+    """
+    return rows_of(ranks.rank, micro_batches(windows, batch_size, ranks.count), ranks.count)
 
 
 def summary(losses: Sequence[float], length: int, first: int, seconds: float) -> PerplexityResult:

@@ -38,7 +38,7 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.slots import FAMILIES, why_not
 
-__all__ = ["TimedWay", "Way", "time_tokens"]
+__all__ = ["LAYER_BYTES", "TimedWay", "Way", "WayTimer", "time_tokens"]
 
 LAYER_BYTES = 768 * 2**20
 """Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
@@ -136,29 +136,61 @@ def key_of(config: Any, way: Way) -> str:
 
 
 def time_way(config: Any, way: Way, clock: Callable[[], float]) -> TimedWay:
-    """Time one way."""
-    layers = config.num_hidden_layers
-    if config.model_type not in FAMILIES:
-        raise cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
-    model = random_model(config, way)
-    count = len(model.model.layers)
-    reason = why_not(model, PROMPT_TOKENS + CONTEXT_TOKENS)
-    if reason is not None:
-        raise cannot(config, reason)
-    settle(model, torch.bfloat16)
-    decoder = Decoder(model, PROMPT_TOKENS + (2 * TURNS + 1) * STEPS)
-    ids = torch.arange(PROMPT_TOKENS) % config.vocab_size
-    prompts, whole, ends = [], [], []
-    for _ in range(TURNS):
-        began = clock()
-        decoder.prefill(ids)
-        prompts.append(clock() - began)
-        whole += steps(decoder, count, clock)
-        ends += steps(decoder, 0, clock)
-    outside = statistics.median(ends)
-    inside = (statistics.median(whole) - outside) * layers / count
-    prompt = statistics.median(prompts[1:]) * layers / count / PROMPT_TOKENS
-    return TimedWay(outside, max(inside, 0.0), prompt, date.today().isoformat())
+    """Time one way: the median of some turns."""
+    timer = WayTimer(config, way, clock)
+    timer.turn()  # the first prompt also touches all memory
+    turns = [timer.turn() for _ in range(TURNS)]
+    return TimedWay(
+        statistics.median(turn.ends for turn in turns),
+        statistics.median(turn.layers for turn in turns),
+        statistics.median(turn.prompt for turn in turns),
+        turns[0].measured,
+    )
+
+
+class WayTimer:
+    """A random model that is stored in one way, ready to be timed.
+
+    Args:
+        config: of transformers, of a decoder of Llama's shape.
+        way: to store its linears.
+        clock: returns seconds.
+        pick: one of the times of several tokens.
+
+    Raises:
+        ArchitectureError: our loop cannot decode such a model; says why.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        way: Way,
+        clock: Callable[[], float] = time.perf_counter,
+        pick: Callable[[list[float]], float] = statistics.median,
+    ) -> None:
+        if config.model_type not in FAMILIES:
+            raise cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
+        model = random_model(config, way)
+        reason = why_not(model, PROMPT_TOKENS + CONTEXT_TOKENS)
+        if reason is not None:
+            raise cannot(config, reason)
+        settle(model, torch.bfloat16)
+        self.clock, self.pick = clock, pick
+        self.layers, self.count = config.num_hidden_layers, len(model.model.layers)
+        self.decoder = Decoder(model, PROMPT_TOKENS + 2 * STEPS)
+        self.ids = torch.arange(PROMPT_TOKENS) % config.vocab_size
+
+    @torch.inference_mode()
+    def turn(self) -> TimedWay:
+        """Read a prompt and decode some tokens, with all layers and with none."""
+        began = self.clock()
+        self.decoder.prefill(self.ids)
+        prompt = self.clock() - began
+        whole = self.pick(steps(self.decoder, self.count, self.clock))
+        ends = self.pick(steps(self.decoder, 0, self.clock))
+        times = self.layers / self.count
+        layers = max((whole - ends) * times, 0.0)
+        return TimedWay(ends, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())
 
 
 def cannot(config: Any, reason: str) -> ArchitectureError:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from secateur.recipes.memory import RemoteCode
-from secateur.recipes.section import HOW, WHAT_TO_MEASURE, Flag, Recipe, Section
+from secateur.recipes.section import HOW, OUTPUT, WHAT_TO_MEASURE, Flag, Recipe, Section
 
 __all__ = ["AdviseRecipe"]
 
@@ -24,8 +23,8 @@ class WhatToServe(Section):
     )
     hardware: str = Field(
         "this-machine",
-        description="What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, this-machine, "
-        "or a name from --facts.",
+        description="What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu, "
+        "raspberry-pi-5, this-machine, or a name from --facts.",
     )
     requests_per_day: float = Field(1000.0, gt=0, description="Requests on an average day.")
     tokens_per_request: int = Field(500, ge=2, description="Tokens of prompt and answer together.")
@@ -58,13 +57,19 @@ class Bounds(Section):
     usd_per_hour: Annotated[float | None, Flag(default="from the facts")] = Field(
         None, ge=0, description="What you pay for one device."
     )
-    facts: Annotated[Path | None, Flag(value="FILE", default="the built-in ones")] = Field(
+    facts: Annotated[str | None, Flag(value="FILE", default="the built-in ones")] = Field(
         None, description="YAML with your own hardware, prices, losses or shapes."
     )
 
 
 class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
     """One advice."""
+
+    group: ClassVar[str] = OUTPUT
+
+    html: Annotated[str | None, Flag(value="FILE", default="none")] = Field(
+        None, description="Also write a page with the advice and sliders to vary the load."
+    )
 
     @model_validator(mode="after")
     def check_tokens(self) -> AdviseRecipe:

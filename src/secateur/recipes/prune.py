@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from secateur.recipes.calibration import Calibration
+from secateur.recipes.cluster import Cluster
 from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import presets
 from secateur.recipes.recovery import Distill, Reconstruct
@@ -66,6 +67,12 @@ class HowToPrune(Section):
     refine: str | None = Field(None, description="Improve the mask before solving: swaps.")
     method_parameters: Annotated[dict[str, int | float], Flag(value="NAME=NUMBER")] = Field(
         default_factory=dict, description="Parameters of the score, the solver and the refinement."
+    )
+    method_overrides: Annotated[
+        dict[str, dict[str, int | float]], Flag(hidden=True, value="GLOB={NAME: NUMBER}")
+    ] = Field(
+        default_factory=dict,
+        description="Own method parameters for some linears, such as {'*.down_proj': {bits: 8}}.",
     )
     scope: Annotated[
         Literal["row", "layer", "global"] | None, Flag(default="as in the method's paper")
@@ -150,4 +157,5 @@ class PruneRecipe(
     distillation: Distill = Field(default_factory=lambda: Distill())
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     memory: Memory = Field(default_factory=lambda: Memory())
+    cluster: Cluster = Field(default_factory=lambda: Cluster())
     compress: Compress = Field(default_factory=lambda: Compress())

@@ -17,7 +17,9 @@ class WhatToReport(Section):
     group: ClassVar[str] = WHAT_TO_MEASURE
 
     runs: Annotated[Texts, Flag(value="DIR")] = Field(
-        min_length=1, description="Run folders, compressed or not, and folders of sweeps."
+        min_length=1,
+        description="Run folders, compressed or not; folders of sweeps and fits; files that "
+        "`secateur advise --json` wrote.",
     )
 
 

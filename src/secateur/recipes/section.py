@@ -83,7 +83,7 @@ class Flag:
 
     Attributes:
         name: the keyword in Python; with dashes, the flag. None: the name of the field.
-        short: a flag of one letter, such as `-o`.
+        short: a second flag, such as `-o`.
         off: the flag that switches a bool off. None: `--no-NAME`.
         default: the default in words. None: the default of the field.
         value: the word for the value in the help, such as DIR. Python may pass a path for DIR,

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
-__all__ = ["VERBS", "WRITING", "Verb", "imported"]
+__all__ = ["ON_RAY", "VERBS", "WRITING", "Verb", "imported"]
 
 WRITING = frozenset({"output", "overwrite", "resume", "restart"})
 """The options of a verb that writes a folder."""
+
+ON_RAY = frozenset({"ray", "ray_processes"})
+"""The options of a verb that Ray can start in several processes."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Verb:
         function: the place of the function; empty if the verb exists only on the command line.
         more: further sentences for the help of the verb.
         without: options of the recipe that do not concern this verb.
+        together: whether several processes, started by torchrun, can share its work.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Verb:
     function: str = ""
     more: str = ""
     without: frozenset[str] = frozenset()
+    together: bool = False
 
     @property
     def python(self) -> str:
@@ -58,6 +63,7 @@ VERBS: dict[str, Verb] = {
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
             "secateur.workflows.prune_and_pack:prune",
+            together=True,
         ),
         Verb(
             "structure",
@@ -76,21 +82,23 @@ VERBS: dict[str, Verb] = {
             "plan",
             "Show the memory, disk and work that pruning would need. Reads no weights and writes "
             "nothing.",
-            "secateur.recipes.prune:PruneRecipe",
+            "secateur.recipes.plan:PlanRecipe",
             "secateur.workflows.prune.checkpoint:plan",
-            without=WRITING,
+            without=WRITING | ON_RAY,
         ),
         Verb(
             "retrain",
             "Train a pruned model on text. Zeros stay zero at every step.",
             "secateur.recipes.train:RetrainRecipe",
             "secateur.workflows.train.checkpoint:retrain",
+            together=True,
         ),
         Verb(
             "distill",
             "Let a pruned or cut model learn from a larger one. Zeros stay zero.",
             "secateur.recipes.train:DistillRecipe",
             "secateur.workflows.train.checkpoint:distill",
+            together=True,
         ),
         Verb(
             "evaluate",
@@ -100,6 +108,7 @@ VERBS: dict[str, Verb] = {
             more="Every number comes with the id of its protocol. Numbers with different ids "
             "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
             "beside those of other protocols.",
+            together=True,
         ),
         Verb(
             "inspect",
@@ -166,7 +175,7 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "fit",
-            "Find and make the best compressed model within a size or a loss.",
+            "Find and make the best compressed model within a size, memory, speed or loss.",
             "secateur.recipes.fit:FitRecipe",
             "secateur.workflows.fit.run:fit",
             more="The exit code is 3 if the made model breaks a bound.",
@@ -177,7 +186,8 @@ VERBS: dict[str, Verb] = {
             "no weights.",
             "secateur.recipes.advise:AdviseRecipe",
             "secateur.workflows.advise:advise",
-            more="Every number says whether it was measured here, published, or estimated.",
+            more="Every number says whether it was measured here, published, or estimated. The "
+            "exit code is 3 if nothing serves the load within the bounds.",
         ),
         Verb(
             "sweep",

@@ -191,8 +191,10 @@ def tick_text(value: float, percent: bool = False) -> str:
 def place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:
     """Place the label of a mark where it covers nothing else, above the mark if possible."""
     half = LETTER * len(mark.label) / 2
-    best, least = (x, y - 9), math.inf
-    for at_x, at_y in ((x, y - 9), (x, y + 17), (x + half + 7, y + 4), (x - half - 7, y + 4)):
+    inner = min(max(x, LEFT + half + 1), WIDTH - half - 1)  # a long label stays in the picture
+    best, least = (inner, y - 9), math.inf
+    beside = ((x + half + 7, y + 4), (x - half - 7, y + 4))
+    for at_x, at_y in ((inner, y - 9), (inner, y + 17), *beside, (inner, y - 22), (inner, y + 30)):
         box = (at_x - half, at_y - LINE + 2, at_x + half, at_y + 2)
         inside = box[0] > LEFT and box[2] < WIDTH and box[1] > 0 and box[3] < HEIGHT - BOTTOM
         covered = sum(overlap(box, other) for other in taken) + (0 if inside else 100)

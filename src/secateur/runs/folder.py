@@ -32,7 +32,7 @@ from secateur.runs.output import (
     is_full,
 )
 
-__all__ = ["NOTES", "RunFolder"]
+__all__ = ["NOTES", "STATE", "RunFolder"]
 
 NOTES = "secateur"
 """The folder within a model's folder with recipe, manifest and records of its runs."""
@@ -286,6 +286,10 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(error, self.partial) from error
         self.state = state
+
+    def state_text(self) -> str:
+        """The content of `run.json`, by which another process recognises the folder."""
+        return (self.partial / STATE).read_text(encoding="utf-8")
 
     def put_back(self) -> None:
         """Restore the name of an old output, if a kill came between two renames."""

@@ -9,7 +9,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.models.header import parse_json
 from secateur.runtime.sampling import Sampling
 
-__all__ = ["FILE", "sampling_in", "sampling_with"]
+__all__ = ["FILE", "generation_config", "sampling_in", "sampling_with"]
 
 FILE = "generation_config.json"
 
@@ -17,6 +17,23 @@ DRAWING = ("temperature", "top_k", "top_p", "min_p")
 """They count where `do_sample` is true, as in transformers."""
 
 ALWAYS = ("repetition_penalty",)
+
+
+def generation_config(folder: Path) -> Any:
+    """Transformers' own object for the file; None without a file.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its checks raise many kinds of errors
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise unreadable(folder / FILE, said[0]) from None
 
 
 def sampling_in(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.whole import load_whole
 from secateur.runtime.dense_view import computed_dtype
+from secateur.runtime.generation_config import generation_config
 from secateur.runtime.install import install
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint, is_packed
@@ -66,10 +67,9 @@ def load(
     model.config.dtype = dtype
     settle_saving(model)
     with quiet_transformers():
-        from transformers import GenerationConfig
-
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        settings = generation_config(folder)
+    if settings is not None:
+        model.generation_config = settings
     return model.eval()
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import psutil
 
-from secateur.advisor.advice import Need, advise_on
-from secateur.advisor.capacity import Load, ServingDevice
-from secateur.advisor.facts import Facts, Hardware, read_facts
+from secateur.advisor.advice import Need
+from secateur.advisor.capacity import Load
+from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
 from secateur.advisor.options import options_for
+from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.shape import ModelShape, known_shape
-from secateur.advisor.speed import Measured, Roofline, TimeModel, TokenTimes
-from secateur.errors import RecipeError
+from secateur.advisor.speed import TokenTimes
+from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.token_times import Way, time_tokens
 from secateur.models.architecture import describe, linears_of
 from secateur.models.hub import download_model
@@ -23,15 +24,16 @@ from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.advise import AdviseRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.registry import did_you_mean
+from secateur.reporting.report.records import Records, ReportedAdvice
 from secateur.reporting.results.advise import AdviseResult
+from secateur.runs.output import check_writable
+from secateur.workflows.report import write_page
 
 __all__ = ["advise", "advise_recipe"]
 
-THIS_MACHINE = "this-machine"
 FREE_SHARE = 0.8
 """The fraction of this machine's memory that a model may take."""
-
-SPARSITY_OF = {"dense": 0.0, "50%": 0.5}
 
 
 @takes_options_of(AdviseRecipe)
@@ -55,52 +57,54 @@ def advise(model: str | Path, *, progress: Progress | None = None, **options: An
 
 def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
     """Carry out a recipe."""
-    facts = read_facts(recipe.facts)
+    page = None if recipe.html is None else Path(recipe.html)
+    if page is not None:
+        check_writable(page, file=True)
+    facts = read_facts(None if recipe.facts is None else Path(recipe.facts))
     hardware = facts.device(recipe.hardware)
     if recipe.usd_per_hour is not None:
         price = (recipe.usd_per_hour,) * 3
-        told = {"usd_per_hour": price, "price_source": "given by the user"}
+        told = {"usd_per_hour": price, "price_source": GIVEN}
         hardware = hardware.model_copy(update=told)
     shape, config = shape_of(recipe, facts, progress)
-    speed_of, basis = speeds(recipe, facts, hardware, shape, config, progress)
+    times, basis = None, f"roofline of the data sheet; {facts.efficiency[hardware.kind].source}"
+    if recipe.hardware == THIS_MACHINE:
+        times, basis = times_here(recipe, facts, hardware, shape, config, progress)
     memory = hardware.memory_gib
     total = psutil.virtual_memory().total * FREE_SHARE if memory is None else memory * 2**30
-    alone = hardware.kind == "cpu"
-    device = ServingDevice(
-        hardware.kind, round(total), speed_of, **({"most": 1, "most_batch": 1} if alone else {})
-    )
-    answer = recipe.answer_tokens()
+    new_tokens = recipe.answer_tokens()
     load = Load(
         recipe.requests_per_day,
-        recipe.tokens_per_request - answer,
-        answer,
+        recipe.tokens_per_request - new_tokens,
+        new_tokens,
         recipe.peak,
         recipe.utilisation,
         recipe.latency_p99_ms,
         recipe.first_token_ms,
     )
     need = Need(load, recipe.quality_loss, recipe.gpu_hours)
-    advice = advise_on(shape, hardware, device, facts, need)
-    measured = recipe.hardware == THIS_MACHINE
-    return AdviseResult(recipe.model, recipe.hardware, facts, load, need, advice, basis, measured)
+    question = AdviceQuestion(shape, hardware, round(total), facts, need, times)
+    answer = question.answer()
+    result = AdviseResult(recipe.model, recipe.hardware, question, answer, basis, page)
+    if page is not None:
+        advice = ReportedAdvice(f"{recipe.model} on {hardware.name}", result)
+        write_page(Records(advices=(advice,)), page)
+    return result
 
 
-def speeds(
+def times_here(
     recipe: AdviseRecipe,
     facts: Facts,
     hardware: Hardware,
     shape: ModelShape,
     config: Any,
     progress: Progress,
-) -> tuple[Any, str]:
-    """The speed of a number of devices, and how it was found."""
-    if recipe.hardware != THIS_MACHINE:
-        efficiency = facts.efficiency["cuda"]
+) -> tuple[dict[str, TokenTimes], str]:
+    """Times of every way to store the model on this machine, and how they were found.
 
-        def roofline(devices: int) -> TimeModel:
-            return Roofline(hardware, efficiency, devices)
-
-        return roofline, f"roofline of the data sheet; {efficiency.source}"
+    Raises:
+        RecipeError: there is no configuration to time.
+    """
     if config is None:
         raise RecipeError(
             f"{recipe.model} is a well-known shape, and this machine can be timed only with the "
@@ -109,16 +113,17 @@ def speeds(
             remedy=f"name a folder with config.json, or other hardware: "
             f"{', '.join(n for n in facts.hardware if n != THIS_MACHINE)}",
         )
-    names = {(o.zeros.name, o.values.name) for o in options_for(shape, hardware)}
-    ways = {name: Way(name[1], SPARSITY_OF[name[0]]) for name in sorted(names)}
+    ways = {
+        option.stored: Way(option.values.name, option.zeros.sparsity)
+        for option in options_for(shape, hardware)
+    }
     timed = time_tokens(config, list(ways.values()), progress)
     times = {
-        name: TokenTimes(timed[way].ends, timed[way].layers, timed[way].prompt)
-        for name, way in ways.items()
+        stored: TokenTimes(timed[way].ends, timed[way].layers, timed[way].prompt)
+        for stored, way in ways.items()
     }
-    measured = Measured(shape, times)
-    dates = sorted({timed[way].measured for way in ways.values()})
-    return (lambda devices: measured), f"decoded on this machine with random weights, {dates[0]}"
+    dates = sorted({one.measured for one in timed.values()})
+    return times, f"decoded on this machine with random weights, {dates[0]}"
 
 
 def shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[ModelShape, Any]:
@@ -131,6 +136,12 @@ def shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[Mo
     name = recipe.model
     if name in facts.shapes and kind_of_name(name) is None:
         return known_shape(name, facts.shapes[name]), None
+    if kind_of_name(name) is None:
+        raise SourceError(
+            f"{name!r} is no folder, no hub id (org/name), no sample and no well-known shape",
+            where="MODEL",
+            remedy=f"check the path; or a shape: {did_you_mean(name, [*facts.shapes])}",
+        )
     trusted = recipe.trust_remote_code
     hub = hub_name(name)
     if kind_of_name(name) == "hub" and hub is not None:

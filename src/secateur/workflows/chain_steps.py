@@ -25,7 +25,8 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.pack import compress_recipe
 from secateur.workflows.prune.checkpoint import run_recipe
-from secateur.workflows.prune.prepare import allocation_of, choose_device, method_of, settings_of
+from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
+from secateur.workflows.prune.prepare import choose_device, settings_of
 from secateur.workflows.structure.checkpoint import structure_recipe
 from secateur.workflows.structure.cut_plan import check_together
 from secateur.workflows.train.checkpoint import run_training
@@ -84,6 +85,7 @@ class PlannedStep:
 def check_prune(recipe: PruneRecipe) -> None:
     """Check the parts of a pruning recipe, and that they fit together."""
     method, _ = method_of(recipe)
+    own_methods(recipe)
     allocation_of(recipe, method)
     choose_device(recipe.device)
     settings_of(recipe, "memory", None)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.errors import RecipeError
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.composed import with_method
@@ -25,6 +26,8 @@ from secateur.workflows.chain import run_chain
 from secateur.workflows.compress.pack import COMPRESSION
 from secateur.workflows.prune.checkpoint import report_of, run_recipe
 from secateur.workflows.prune.loaded_model import prune_module
+from secateur.workflows.prune.on_ray import prune_on_ray
+from secateur.workflows.prune.order import refuse_several
 
 __all__ = ["prune", "prune_recipe"]
 
@@ -77,6 +80,8 @@ def prune(
         )
     own = {"model": model, "calibration": calibration}
     recipe, call = recipe_of(PruneRecipe, own, options)
+    if recipe.cluster.ray is not None:
+        return prune_on_ray(recipe, call)
     return prune_recipe(recipe, progress or Silent(), **call)
 
 
@@ -87,6 +92,7 @@ def prune_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Carry out a recipe. With `compress`, it runs as a chain of two steps.
 
@@ -96,7 +102,9 @@ def prune_recipe(
         resume: resume a stopped run, or start if there is none.
         restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
+        ranks: the processes that share the work; this one is the first.
     """
+    refuse_several(recipe, ranks.count)
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
     idle = sorted(recipe.compress.model_fields_set - {"values"})
     if recipe.compress.values is None and idle:
@@ -105,7 +113,7 @@ def prune_recipe(
             remedy="add --compress VALUES, or leave it out",
         )
     if recipe.compress.values is None:
-        return run_recipe(recipe, progress, **call)
+        return run_recipe(recipe, progress, **call, ranks=ranks)
     output = run_chain(chain_of(recipe), progress, **call).output
     name_recipe(recipe, output)
     record = json.loads((output / NOTES / COMPRESSION).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A report over runs and sweeps: the page, its charts as files, and the model card."""
+"""A report over runs, sweeps, fits and advice: the page, charts as files, the model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from secateur.reporting.report.records import Records, ReportedRun, read_records
 from secateur.reporting.results.report import ReportResult
 from secateur.runs.output import check_writable
 
-__all__ = ["report"]
+__all__ = ["report", "write_page"]
 
 
 def report(
@@ -31,13 +31,13 @@ def report(
     """Write one page with all measurements of pruned models, side by side.
 
     Args:
-        runs: run folders, compressed or not, and folders of sweeps.
+        runs: run folders, compressed or not; folders of sweeps and fits; JSON files of advice.
         output: the HTML file.
         plots: also write every chart as PNG and SVG into the folder `<output>-plots`.
         card: also write the model card of the only run, with all its measurements, to this file.
 
     Raises:
-        SecateurError: a folder is not a run or a sweep, a file in it is damaged, or `card` is given
+        SecateurError: a place is none of these, a file in it is damaged, or `card` is given
             without exactly one run.
     """
     page = Path(output)
@@ -49,13 +49,18 @@ def report(
             f"a model card is about one run; {len(records.runs)} are named",
             remedy="name one run folder, or leave --card out",
         )
-    page.parent.mkdir(parents=True, exist_ok=True)
-    today = datetime.date.today().isoformat()
-    page.write_text(render(records, version=version("secateur"), date=today), encoding="utf-8")
+    write_page(records, page)
     written = save_all_plots(records, page.with_name(f"{page.stem}-plots")) if plots else []
     if card is not None:
         Path(card).write_text(card_text(records.runs[0]), encoding="utf-8")
     return ReportResult(page, written, Path(card) if card is not None else None)
+
+
+def write_page(records: Records, page: Path) -> None:
+    """Write the page about some records."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    today = datetime.date.today().isoformat()
+    page.write_text(render(records, version=version("secateur"), date=today), encoding="utf-8")
 
 
 def save_all_plots(records: Records, folder: Path) -> list[Path]:

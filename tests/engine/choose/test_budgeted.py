@@ -1,7 +1,8 @@
-"""A level for each unit within a budget, against trying everything."""
+"""A level for each unit within budgets, against trying everything."""
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from random import Random
 
@@ -9,18 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.engine.choose.budgeted import Menu
+from secateur.engine.choose.budgeted import Cost, Menu, fits, hull
 
 
-def menu_of(seed: int, units: int, levels: int) -> Menu:
+def menu_of(seed: int, units: int, levels: int, kinds: int = 1) -> Menu:
     """Random costs and rises; the first level is the dearest and loses nothing."""
     random = Random(seed)
     costs, rises = [], []
     for _ in range(units):
-        cost = sorted((float(random.randint(1, 40)) for _ in range(levels)), reverse=True)
-        rise = [0.0] + [random.random() for _ in range(levels - 1)]
-        costs.append(tuple(cost))
-        rises.append(tuple(rise))
+        each = [
+            sorted((float(random.randint(1, 40)) for _ in range(levels)), reverse=True)
+            for _ in range(kinds)
+        ]
+        rest = [[one[level] for one in each] for level in range(1, levels)]
+        for row in rest:
+            random.shuffle(row)
+        costs.append((tuple(one[0] for one in each), *map(tuple, rest)))
+        rises.append((0.0, *(random.random() for _ in range(levels - 1))))
     return Menu(tuple(costs), tuple(rises))
 
 
@@ -29,66 +35,111 @@ def everything(menu: Menu) -> list[tuple[int, ...]]:
     return list(product(*(range(len(cost)) for cost in menu.cost)))
 
 
+def between(menu: Menu, shares: list[float]) -> Cost:
+    """A budget between the least and the most of every kind."""
+    bounds = zip(menu.least, menu.most, shares, strict=True)
+    return tuple(least + share * (most - least) for least, most, share in bounds)
+
+
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(2, 4), st.floats(0, 1))
 def test_the_budget_holds_and_the_answer_is_near_the_best(
     seed: int, units: int, levels: int, share: float
 ) -> None:
     menu = menu_of(seed, units, levels)
-    most = menu.total((0,) * units)
-    budget = menu.least + share * (most - menu.least)
+    budget = between(menu, [share])
     found = menu.best(budget)
     assert found is not None
-    assert menu.total(found) <= budget
-    best = min(menu.predicted(c) for c in everything(menu) if menu.total(c) <= budget)
+    assert fits(menu.total(found), budget)
+    best = min(menu.predicted(c) for c in everything(menu) if fits(menu.total(c), budget))
     # the greedy answer misses the best one by less than the largest step of one unit
     step = max(max(rise) for rise in menu.rise)
     assert menu.predicted(found) <= best + step + 1e-9
+
+
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 5),
+    st.integers(2, 4),
+    st.lists(st.floats(0.2, 1), min_size=2, max_size=3),
+)
+def test_several_budgets_hold_and_the_answer_is_near_the_best(
+    seed: int, units: int, levels: int, shares: list[float]
+) -> None:
+    menu = menu_of(seed, units, levels, len(shares))
+    budget = between(menu, shares)
+    found = menu.best(budget)
+    fitting = [c for c in everything(menu) if fits(menu.total(c), budget)]
+    if found is None:
+        # with few units a mix of prices may have no answer between two steps
+        tighter = between(menu, [share - 1 / units for share in shares])
+        assert not any(fits(menu.total(c), tighter) for c in fitting)
+        return
+    assert found in fitting
+    best = min(map(menu.predicted, fitting))
+    step = max(max(rise) for rise in menu.rise)
+    assert menu.predicted(found) <= best + len(shares) * step + 1e-9
+
+
+def test_a_second_budget_changes_the_answer() -> None:
+    # level 1 saves bytes, level 2 saves seconds, level 3 both and loses the most
+    unit = ((8.0, 8.0), (4.0, 8.0), (8.0, 4.0), (4.0, 4.0))
+    menu = Menu((unit,) * 3, ((0.0, 0.1, 0.1, 0.5),) * 3)
+    assert menu.best((12.0, math.inf)) == (1, 1, 1)
+    assert menu.best((math.inf, 12.0)) == (2, 2, 2)
+    assert menu.best((12.0, 12.0)) == (3, 3, 3)
+    assert menu.best((12.0, 11.0)) is None
+    both = menu.best((20.0, 20.0))
+    assert both is not None
+    assert menu.predicted(both) == pytest.approx(0.2)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(2, 5))
 def test_hulls_hold_the_best_level_for_every_price(seed: int, units: int, levels: int) -> None:
     menu = menu_of(seed, units, levels)
     for unit in range(units):
-        hull = menu.hull(unit, range(levels))
-        costs, rises = menu.cost[unit], menu.rise[unit]
+        costs, rises = [cost for (cost,) in menu.cost[unit]], menu.rise[unit]
+        found = hull(costs, rises, range(levels))
         for price in (0.0, 0.001, 0.01, 0.03, 0.1, 1.0, 10.0):
             least = min(rises[n] + price * costs[n] for n in range(levels))
-            assert min(rises[n] + price * costs[n] for n in hull) == pytest.approx(least)
-        assert [costs[n] for n in hull] == sorted((costs[n] for n in hull), reverse=True)
+            assert min(rises[n] + price * costs[n] for n in found) == pytest.approx(least)
+        assert [costs[n] for n in found] == sorted((costs[n] for n in found), reverse=True)
 
 
 def test_an_impossible_budget_has_no_answer() -> None:
     menu = menu_of(0, 4, 3)
-    assert menu.best(menu.least - 0.5) is None
-    assert menu.best(menu.least) is not None
-    assert menu.best(float("inf")) == tuple(
+    (least,) = menu.least
+    assert menu.best((least - 0.5,)) is None
+    assert menu.best((least,)) is not None
+    assert menu.best((math.inf,)) == tuple(
         min(range(3), key=lambda n: rise[n]) for rise in menu.rise
     )
 
 
 def test_only_allowed_levels_are_taken() -> None:
     menu = menu_of(3, 6, 4)
-    found = menu.best(float("inf"), [2, 3])
+    found = menu.best((math.inf,), [2, 3])
     assert found is not None
     assert set(found) <= {2, 3}
 
 
-@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(2, 4))
-def test_mutants_stay_within_the_budget(seed: int, units: int, levels: int) -> None:
-    menu = menu_of(seed, units, levels)
-    budget = (menu.least + menu.total((0,) * units)) / 2
+@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(2, 4), st.integers(1, 3))
+def test_mutants_stay_within_the_budget(seed: int, units: int, levels: int, kinds: int) -> None:
+    menu = menu_of(seed, units, levels, kinds)
+    budget = between(menu, [0.6] * kinds)
     start = menu.best(budget)
-    assert start is not None
+    if start is None:
+        return
     mutate, random = menu.mutation(budget), Random(seed)
     for _ in range(20):
         mutant = mutate(start, random)
-        assert menu.total(mutant) <= budget
+        assert fits(menu.total(mutant), budget)
         assert len(mutant) == units
 
 
-def test_mutations_reach_other_candidates() -> None:
-    menu = menu_of(1, 8, 4)
-    budget = (menu.least + menu.total((0,) * 8)) / 2
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_mutations_reach_other_candidates(kinds: int) -> None:
+    menu = menu_of(1, 8, 4, kinds)
+    budget = between(menu, [0.6] * kinds)
     start = menu.best(budget)
     assert start is not None
     mutate, random = menu.mutation(budget), Random(0)

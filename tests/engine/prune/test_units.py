@@ -26,7 +26,6 @@ from secateur.sparsity.allocation.owl import OWL
 from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.allocation.uniform import Uniform
 from secateur.sparsity.methods import compose
-from secateur.sparsity.patterns import parse_pattern
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.surgery import VariedSizesWarning, cut_from_zeros, cut_model
@@ -77,8 +76,10 @@ def unit_survey(model, work: Path, solver="osscar", score="obs", multiple=1, sha
         compose(None, "unstructured", score=score, solver=solver),
         0.0,
         passage.layouts,
-        patterns={
-            f"*.{name}": parse_pattern(f"*x{unit_width(sizes, kind)}/{each[kind]}")
+        methods={
+            f"*.{name}": compose(
+                None, f"*x{unit_width(sizes, kind)}/{each[kind]}", score=score, solver=solver
+            )
             for kind, name in readers.items()
         },
         costs={

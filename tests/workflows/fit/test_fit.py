@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -17,7 +19,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.recipes.fit import bytes_of
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.fit.levels import KINDS
+from secateur.workflows.fit.kinds import FINER, KINDS
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -37,8 +39,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def told(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "secateur" / "fit.json").read_text())
+def told(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "secateur" / "fit.json").read_text())
     return found
 
 
@@ -51,14 +53,15 @@ def test_the_bound_holds_and_the_size_was_predicted(place: Path) -> None:
         for name, entry in PackedCheckpoint(place / "small").entries.items()
         if "layers." in name and "norm" not in name and not name.endswith("bias")
     )
-    assert found["winner"]["cost"] == linears  # type: ignore[index]
-    assert size <= found["rest"] + linears  # type: ignore[operator]
+    assert found["winner"]["file_bytes"] == found["costs"][0]["rest"] + linears
+    assert size <= found["winner"]["file_bytes"]
 
 
-def test_every_linear_has_the_values_of_its_level(place: Path) -> None:
+def test_every_linear_is_stored_as_the_result_says(place: Path) -> None:
     packed = PackedCheckpoint(place / "small")
-    for name, level in told(place / "small")["level_of"].items():  # type: ignore[attr-defined]
-        layout, kind = packed.layouts.get(name), KINDS[level]
+    kinds = {kind.name: kind for kind in (*KINDS, *FINER)}
+    for name, chosen in told(place / "small")["kind_of"].items():
+        layout, kind = packed.layouts.get(name), kinds[chosen]
         values = "bfloat16" if layout is None else layout.values
         assert values == kind.values, name
         weight = open_checkpoint(place / "small").read(f"{name}.weight")
@@ -69,24 +72,42 @@ def test_every_linear_has_the_values_of_its_level(place: Path) -> None:
             assert torch.equal(weight, dense.bfloat16().to(weight.dtype))
 
 
-def test_the_winner_is_no_worse_than_what_it_began_with(place: Path) -> None:
+def test_the_winner_is_the_best_that_was_made_and_no_worse_than_any_single(place: Path) -> None:
     found = told(place / "small")
-    budget = bytes_of("75KiB") - found["rest"]  # type: ignore[operator]
-    points = [*found["singles"], *found["frontier"]]  # type: ignore[misc]
-    fitting = [p["divergence"] for p in points if p["cost"] <= budget]
-    assert fitting
-    assert found["winner"]["divergence"] <= min(fitting)  # type: ignore[index]
-    assert found["winner"]["cost"] <= budget  # type: ignore[index]
+    budget = bytes_of("75KiB") - found["costs"][0]["rest"]
+    singles = [p["divergence"] for p in found["singles"] if p["cost"][0] <= budget]
+    assert singles
+    assert found["winner"]["divergence"] <= min(singles)
+    for single in found["singles"][1:]:  # the survey is corrected by them
+        assert single["predicted"] == pytest.approx(max(single["divergence"], 0.0), rel=1e-6)
+    assert found["winner"]["divergence"] == min(x["divergence"] for x in found["finalists"])
+    assert all(one["file_bytes"] <= bytes_of("75KiB") for one in found["finalists"])
+    assert "the best single technique" in {one["name"] for one in found["finalists"]}
+
+
+def test_the_recipe_makes_the_same_model_again(place: Path) -> None:
+    recipe = place / "small" / "secateur" / "recipe.yaml"
+    options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    options["output"] = place / "again"
+    secateur.chain(options.pop("model"), **options)
+    for told_in in (place / "small" / "README.md", *recipe.parent.glob("*.json")):
+        assert ".partial" not in told_in.read_text(encoding="utf-8"), told_in.name
+    files = sorted(file.name for file in (place / "small").glob("*.safetensors"))
+    assert files
+    for file in files:
+        first, second = (place / folder / file for folder in ("small", "again"))
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_the_search_also_begins_near_single_levels() -> None:
     search = FitSearch.__new__(FitSearch)
     search.names, search.levels = ["a", "b", "c"], [None, None, None]  # type: ignore[list-item]
-    search.menu = Menu(((8.0, 4.0, 2.0),) * 3, ((0.0, 0.1, 0.9), (0.0, 0.5, 0.9), (0.0, 0.1, 0.2)))
+    rises = ((0.0, 0.1, 0.9), (0.0, 0.5, 0.9), (0.0, 0.1, 0.2))
+    search.menu = Menu((((8.0,), (4.0,), (2.0,)),) * 3, rises)
     # 12 is all of the middle one; within 10 one linear has to go on, the one that loses the least
-    assert (1, 1, 2) in search.between(10.0)
-    assert all(search.menu.total(x) <= 10.0 for x in search.between(10.0))
-    assert search.between(100.0) == []
+    assert (1, 1, 2) in search.between((10.0,))
+    assert all(search.menu.total(x) <= (10.0,) for x in search.between((10.0,)))
+    assert search.between((100.0,)) == []
 
 
 def test_the_packed_model_loads_and_generates(place: Path) -> None:
@@ -100,15 +121,16 @@ def test_the_smallest_model_within_a_loss(place: Path) -> None:
         place / "dense", output=place / "within", max_loss_increase=0.01,
         calibration=place / "windows.safetensors", **OPTIONS,
     )  # fmt: skip
-    largest = max(point.cost for point in found.singles)
-    assert found.winner.cost < largest
-    assert found.max_bytes is None
+    largest = max(point.cost[0] for point in found.singles)
+    assert found.winner.file_bytes < found.costs[0].rest + largest
+    assert [one.option for one in found.checks] == ["max_loss_increase"]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"max_size": "1KiB"}, "no level fits into 1KiB"),
+        ({"max_size": "9GB"}, "fits into 9GB as it is"),
         ({"max_size": "big"}, "no size"),
         ({}, "give a bound"),
         ({"max_loss_increase": 0.0}, "greater than 0"),

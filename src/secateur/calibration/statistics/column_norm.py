@@ -22,6 +22,9 @@ _CHUNK = 2**15
 class ColumnNorm:
     """‖X_j‖₂ = sqrt(Σ_t x_tj²), float32 [in].
 
+    Tokens are squared and summed in float32, a chunk at a time, and the sums of chunks in float64.
+    So the order of the chunks, and how many processes have gathered them, does not change it.
+
     If the gram is gathered anyway, this is the square root of its diagonal.
 
     Args:
@@ -41,10 +44,10 @@ class ColumnNorm:
     reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(shape[1], device=device)
+        self.total = torch.zeros(shape[1], dtype=torch.float64, device=device)
 
     def update(self, x: Inputs) -> None:
-        """Add the inputs of more tokens, [tokens, in]; squared and summed in float32."""
+        """Add the inputs of more tokens, [tokens, in]."""
         tokens = max(1, _CHUNK // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
         for chunk in x.detach().split(tokens):
             inputs = chunk.float()
@@ -61,9 +64,9 @@ class ColumnNorm:
             NumericalError: an input was infinite or NaN.
         """
         check_finite(self.total)
-        return self.total.sqrt()
+        return self.total.sqrt().float()
 
     @staticmethod
     def nbytes(shape: tuple[int, int]) -> int:
-        """A sum of squares, float32."""
-        return 4 * shape[1]
+        """A sum of squares, float64."""
+        return 8 * shape[1]

@@ -22,7 +22,7 @@ from secateur.engine.prune.tasks import Tasks, with_sparsities
 from secateur.precision import full_float32
 from secateur.runs.atomic import write_json
 from secateur.sparsity.allocation import Allocation
-from secateur.sparsity.allocation.budget import settle
+from secateur.sparsity.allocation.budget import Granularity, settle
 from secateur.sparsity.allocation.search import LevelSearch
 
 __all__ = ["allocate", "settled_allocation"]
@@ -47,26 +47,39 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
     grains = grains_of(survey.tasks, allocation)
     if allocation.reach == 0 or not grains:
         return survey.tasks
-    settled = settled_allocation(survey.work)
-    if not settled.exists():
+    settled, ranks = settled_allocation(survey.work), survey.settings.ranks
+    if not ranks.once(settled.exists):
         files = survey.execute(allocation, grains)
-        found: dict[str, Any] = {}
-        if allocation.judged_tokens:
-            levels = search_levels(survey, cast(LevelSearch, allocation), grains, files)
-            wished = levels.sparsity_of
-            found = {
-                "divergence": levels.divergence,
-                "uniform_divergence": levels.uniform_divergence,
-            }
-        else:
-            wished = allocation.wish(partial(stored, files), grains, sparsity)
-        shares = {
-            name: plain(survey.tasks[name], share) for name, share in settle(wished, grains).items()
+        ranks.once(lambda: settle_into(settled, survey, allocation, grains, files, sparsity))
+    found = ranks.once(lambda: json.loads(settled.read_text()))
+    return with_sparsities(survey.tasks, found["sparsity_of"])
+
+
+def settle_into(
+    settled: Path,
+    survey: Survey,
+    allocation: Allocation,
+    grains: dict[str, Granularity],
+    files: list[Path],
+    sparsity: float,
+) -> None:
+    """Write the sparsity of every linear into a file, from what the survey has stored."""
+    found: dict[str, Any] = {}
+    if allocation.judged_tokens:
+        levels = search_levels(survey, cast(LevelSearch, allocation), grains, files)
+        wished = levels.sparsity_of
+        found = {
+            "divergence": levels.divergence,
+            "uniform_divergence": levels.uniform_divergence,
         }
-        write_json(settled, {"sparsity_of": shares, **found})
-        for file in files:
-            file.unlink()
-    return with_sparsities(survey.tasks, json.loads(settled.read_text())["sparsity_of"])
+    else:
+        wished = allocation.wish(partial(stored, files), grains, sparsity)
+    shares = {
+        name: plain(survey.tasks[name], share) for name, share in settle(wished, grains).items()
+    }
+    write_json(settled, {"sparsity_of": shares, **found})
+    for file in files:
+        file.unlink()
 
 
 def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -1,27 +1,48 @@
-"""Chooses a level for each unit within a budget. The integer problem alone, without a model.
+"""Chooses a level for each unit within budgets. The integer problem alone, without a model.
 
-    minimise Σ rise[i][level_i]    subject to    Σ cost[i][level_i] ≤ budget
+    minimise Σ rise[i][level_i]    subject to    Σ cost[i][level_i][k] ≤ budget[k]    for every k
 
-The levels of a unit that can be best for some price of a byte lie on the lower convex hull of
-(cost, rise). From the level with the least rise, the unit whose next level on the hull adds the
-least rise for what it saves goes on, until the budget holds (the greedy solution of the Lagrangian;
-Shoham and Gersho, IEEE Trans. ASSP 36(9), 1988). What is left of the budget is spent on the units
-that gain the most.
+A cost has several kinds, such as bytes and seconds. A mix of weights μ makes one price of them:
+
+    price[i][level] = Σ μ[k] · cost[i][level][k] / range[k]        Σ μ[k] = 1
+
+The levels of a unit that can be best for some multiple of this price lie on the lower convex hull
+of (price, rise). From the level with the least rise, the unit whose next level on the hull adds the
+least rise for what it saves goes on, until all budgets hold (the greedy solution of the Lagrangian;
+Shoham and Gersho, IEEE Trans. ASSP 36(9), 1988). What is left of the budgets is spent on the units
+that gain the most. With several budgets this is done for a grid of mixes, and the best answer is
+taken. With one budget there is one mix.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from random import Random
 
 from secateur.sparsity.evolution import Candidate, Mutation
 
-__all__ = ["Menu"]
+__all__ = ["Cost", "Menu", "fits"]
+
+Cost = tuple[float, ...]
+"""A number for each kind of cost. As a budget: the most of each kind, infinite for no bound."""
 
 TRIES = 16
-"""Units that a mutation tries to improve with what is left of the budget."""
+"""Units that a mutation tries to improve with what is left of the budgets."""
+
+GRID = {1: 1, 2: 8}
+"""Steps from 0 to 1 of a weight in the grid of mixes, by the number of budgets; 4 for more."""
+
+SLACK = 1e-9
+"""What rounding may add to a sum of costs, as a fraction of the budget."""
+
+
+def fits(cost: Cost, budget: Cost) -> bool:
+    """Whether a cost is within a budget, in every kind."""
+    return all(x <= most + abs(most) * SLACK for x, most in zip(cost, budget, strict=True))
 
 
 @dataclass(frozen=True)
@@ -29,129 +50,172 @@ class Menu:
     """The levels of every unit.
 
     Attributes:
-        cost: of each unit on each level, in bytes or in nanoseconds.
+        cost: of each unit on each level.
         rise: how much each unit adds to the loss on each level, in nats.
     """
 
-    cost: tuple[tuple[float, ...], ...]
+    cost: tuple[tuple[Cost, ...], ...]
     rise: tuple[tuple[float, ...], ...]
 
-    def total(self, candidate: Candidate) -> float:
+    def total(self, candidate: Candidate) -> Cost:
         """The cost of a candidate."""
-        return sum(cost[level] for cost, level in zip(self.cost, candidate, strict=True))
+        chosen = [cost[level] for cost, level in zip(self.cost, candidate, strict=True)]
+        return tuple(map(sum, zip(*chosen, strict=True)))
 
     def predicted(self, candidate: Candidate) -> float:
         """The rise of the loss that its units add up to."""
         return sum(rise[level] for rise, level in zip(self.rise, candidate, strict=True))
 
     @property
-    def least(self) -> float:
-        """The smallest cost that is possible."""
-        return sum(map(min, self.cost))
+    def least(self) -> Cost:
+        """The smallest cost that is possible, of each kind alone."""
+        return tuple(sum(map(min, unit)) for unit in self.by_kind)
 
-    def best(self, budget: float, allowed: Sequence[int] | None = None) -> Candidate | None:
+    @property
+    def most(self) -> Cost:
+        """The largest cost that is possible, of each kind alone."""
+        return tuple(sum(map(max, unit)) for unit in self.by_kind)
+
+    @property
+    def by_kind(self) -> list[list[list[float]]]:
+        """Costs of each kind, unit and level."""
+        kinds = range(len(self.cost[0][0]))
+        return [[[level[kind] for level in unit] for unit in self.cost] for kind in kinds]
+
+    def best(self, budget: Cost, allowed: Sequence[int] | None = None) -> Candidate | None:
         """The candidate with the smallest predicted rise that was found; None if none fits.
 
         Args:
-            budget: the largest cost.
+            budget: the largest cost of each kind.
             allowed: the levels to use; None for all.
         """
         levels = list(allowed) if allowed is not None else list(range(len(self.cost[0])))
-        hulls = [self.hull(unit, levels) for unit in range(len(self.cost))]
-        place = [0] * len(hulls)
-        chosen = [hull[0] for hull in hulls]
+        found = [self.descended(price, budget, levels) for price in self.prices(budget)]
+        fitting = [candidate for candidate in found if candidate is not None]
+        return min(fitting, key=self.predicted, default=None)
+
+    def prices(self, budget: Cost) -> list[list[list[float]]]:
+        """The price of every unit on every level, for each mix of the kinds with a budget."""
+        bounded = [kind for kind, most in enumerate(budget) if math.isfinite(most)] or [0]
+        steps = GRID.get(len(bounded), 4)
+        ranges = [high - low or 1.0 for high, low in zip(self.most, self.least, strict=True)]
+        grid = product(range(steps + 1), repeat=len(bounded))
+        mixes = [dict(zip(bounded, mix, strict=True)) for mix in grid if sum(mix) == steps]
+
+        def price(level: Cost, mix: dict[int, int]) -> float:
+            return sum(part / steps * level[kind] / ranges[kind] for kind, part in mix.items())
+
+        return [[[price(level, mix) for level in unit] for unit in self.cost] for mix in mixes]
+
+    def descended(
+        self, price: Sequence[Sequence[float]], budget: Cost, levels: Sequence[int]
+    ) -> Candidate | None:
+        """The greedy candidate for one price; None if it does not come within the budget."""
+        hulls = [hull(p, rise, levels) for p, rise in zip(price, self.rise, strict=True)]
+        chosen = [steps[0] for steps in hulls]
         total = self.total(tuple(chosen))
-        heap = [self.step(unit, hulls[unit], 0) for unit in range(len(hulls))]
-        queue = [entry for entry in heap if entry is not None]
+        place = [0] * len(hulls)
+        queue = [(self.slope(unit, price, hulls, 0), unit) for unit in range(len(hulls))]
         heapq.heapify(queue)
-        while total > budget and queue:
-            _, unit = heapq.heappop(queue)
+        while not fits(total, budget) and queue[0][0] < math.inf:
+            unit = queue[0][1]
             place[unit] += 1
             level = hulls[unit][place[unit]]
-            total += self.cost[unit][level] - self.cost[unit][chosen[unit]]
+            total = self.exchanged(total, unit, chosen[unit], level)
             chosen[unit] = level
-            entry = self.step(unit, hulls[unit], place[unit])
-            if entry is not None:
-                heapq.heappush(queue, entry)
-        if total > budget:
+            heapq.heapreplace(queue, (self.slope(unit, price, hulls, place[unit]), unit))
+        if not fits(total, budget):
             return None
-        self.spend(chosen, budget - total, range(len(chosen)), levels)
+        self.spend(chosen, budget, range(len(chosen)), levels)
         return tuple(chosen)
 
-    def hull(self, unit: int, levels: Sequence[int]) -> list[int]:
-        """Levels on the lower convex hull, from the least rise to the least cost."""
-        cost, rise = self.cost[unit], self.rise[unit]
-        ordered = sorted(levels, key=lambda level: (cost[level], rise[level]))
-        found: list[int] = []
-        for level in ordered:
-            if found and rise[level] >= rise[found[-1]]:
-                continue  # dearer and no better
-            while len(found) > 1:
-                before, last = found[-2], found[-1]
-                slope = (rise[last] - rise[before]) * (cost[level] - cost[before])
-                if slope < (rise[level] - rise[before]) * (cost[last] - cost[before]):
-                    break
-                found.pop()
-            found.append(level)
-        return found[::-1]
+    def slope(
+        self,
+        unit: int,
+        price: Sequence[Sequence[float]],
+        hulls: Sequence[Sequence[int]],
+        place: int,
+    ) -> float:
+        """The rise for what the next level of a unit saves; infinite if there is none."""
+        if place + 1 >= len(hulls[unit]):
+            return math.inf
+        here, then = hulls[unit][place], hulls[unit][place + 1]
+        saved = price[unit][here] - price[unit][then]
+        return (self.rise[unit][then] - self.rise[unit][here]) / saved
 
-    def step(self, unit: int, hull: Sequence[int], place: int) -> tuple[float, int] | None:
-        """The rise for each saved byte of the next level of a unit, and the unit."""
-        if place + 1 >= len(hull):
-            return None
-        here, then = hull[place], hull[place + 1]
-        saved = self.cost[unit][here] - self.cost[unit][then]
-        return (self.rise[unit][then] - self.rise[unit][here]) / saved, unit
+    def exchanged(self, total: Cost, unit: int, here: int, then: int) -> Cost:
+        """A total after a unit went from one level to another."""
+        old, new = self.cost[unit][here], self.cost[unit][then]
+        return tuple(t - x + y for t, x, y in zip(total, old, new, strict=True))
 
     def spend(
-        self, chosen: list[int], left: float, units: Sequence[int], levels: Sequence[int]
+        self, chosen: list[int], budget: Cost, units: Sequence[int], levels: Sequence[int]
     ) -> None:
         """Improve units, in place, while something is left of the budget; most gain first."""
+        total = self.total(tuple(chosen))
         while True:
             gain, best = 0.0, (-1, -1)
             for unit in units:
                 here = chosen[unit]
                 for level in levels:
-                    more = self.cost[unit][level] - self.cost[unit][here]
                     less = self.rise[unit][here] - self.rise[unit][level]
-                    if more <= left and less > gain:
+                    if less > gain and fits(self.exchanged(total, unit, here, level), budget):
                         gain, best = less, (unit, level)
             if best[0] < 0:
                 return
             unit, level = best
-            left -= self.cost[unit][level] - self.cost[unit][chosen[unit]]
+            total = self.exchanged(total, unit, chosen[unit], level)
             chosen[unit] = level
 
-    def mutation(self, budget: float) -> Mutation:
+    def mutation(self, budget: Cost) -> Mutation:
         """A mutation that stays within a budget.
 
         One to three units get another level. If the cost is too large then, other units step down
-        their hulls; what is left of the budget goes to a few random units.
+        the hulls of a random mix; what is left of the budget goes to a few random units.
         """
         levels = range(len(self.cost[0]))
-        hulls = [self.hull(unit, levels) for unit in range(len(self.cost))]
+        priced = [
+            (price, [hull(p, rise, levels) for p, rise in zip(price, self.rise, strict=True)])
+            for price in self.prices(budget)
+        ]
 
         def mutate(candidate: Candidate, random: Random) -> Candidate:
             chosen = list(candidate)
+            price, hulls = random.choice(priced)
             changed = random.sample(range(len(chosen)), min(random.randint(1, 3), len(chosen)))
             for unit in changed:
                 chosen[unit] = random.choice([x for x in hulls[unit] if x != chosen[unit]] or [0])
             others = [unit for unit in range(len(chosen)) if unit not in changed]
             random.shuffle(others)
+            total = self.total(tuple(chosen))
             for unit in others:
-                if self.total(tuple(chosen)) <= budget:
+                if fits(total, budget):
                     break
-                cheaper = [x for x in hulls[unit] if self.saves(unit, x, chosen[unit])]
-                chosen[unit] = cheaper[0] if cheaper else chosen[unit]
-            left = budget - self.total(tuple(chosen))
-            if left < 0:
+                here = chosen[unit]
+                cheaper = [x for x in hulls[unit] if price[unit][x] < price[unit][here]]
+                chosen[unit] = cheaper[0] if cheaper else here
+                total = self.exchanged(total, unit, here, chosen[unit])
+            if not fits(total, budget):
                 return candidate
             few = random.sample(range(len(chosen)), min(TRIES, len(chosen)))
-            self.spend(chosen, left, [u for u in few if u not in changed], levels)
+            self.spend(chosen, budget, [u for u in few if u not in changed], levels)
             return tuple(chosen)
 
         return mutate
 
-    def saves(self, unit: int, level: int, here: int) -> bool:
-        """Whether a level of a unit costs less than another."""
-        return self.cost[unit][level] < self.cost[unit][here]
+
+def hull(price: Sequence[float], rise: Sequence[float], levels: Sequence[int]) -> list[int]:
+    """Levels on the lower convex hull of a unit, from the least rise to the lowest price."""
+    ordered = sorted(levels, key=lambda level: (price[level], rise[level]))
+    found: list[int] = []
+    for level in ordered:
+        if found and rise[level] >= rise[found[-1]]:
+            continue  # dearer and no better
+        while len(found) > 1:
+            before, last = found[-2], found[-1]
+            slope = (rise[last] - rise[before]) * (price[level] - price[before])
+            if slope < (rise[level] - rise[before]) * (price[last] - price[before]):
+                break
+            found.pop()
+        found.append(level)
+    return found[::-1]

@@ -2,8 +2,10 @@
 
 1. Every level is measured alone: all linears on it. These are the single techniques.
 2. The linears of one decoder layer at a time go to the probe level. The layer's divergence, divided
-   by the squared output errors of its linears, says what an error costs there:
-   rise(linear, level) = slope(layer) · error(linear, level)²
+   by the output errors of its linears, says what an error costs there:
+   rise(linear, level) = slope(layer) · error(linear, level) · correction(level)
+   Errors are squared and relative: ‖(W − Ŵ)X‖² / ‖WX‖². The correction of a level makes the rises
+   of all linears on it add up to what was measured in step 1.
 3. For some budgets, the best candidate by these rises (`budgeted.Menu`) is measured: the frontier.
 4. From the best one for the wanted budget, an evolutionary search measures its mutants.
 
@@ -12,6 +14,7 @@ Divergence is the mean KL(dense ‖ candidate) of the next-token probabilities, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.engine.choose.budgeted import Menu
+from secateur.engine.choose.budgeted import Cost, Menu, fits
 from secateur.engine.choose.tournament import Lockstep, Tournament, cut_windows, fingerprint
 from secateur.engine.choose.values import Level, StoredVariants
 from secateur.engine.stream.ends import ModelEnds
@@ -27,7 +30,7 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate, Evolution
 
-__all__ = ["FitLevel", "FitSearch", "Point"]
+__all__ = ["FRONTIER", "SURVEY_TOKENS", "FitLevel", "FitSearch", "Point"]
 
 SURVEY_TOKENS = 2048
 FRONTIER = 8
@@ -57,7 +60,7 @@ class Point:
 
     Attributes:
         candidate: the level of each linear.
-        cost: of the linears, in the units of the budget.
+        cost: of the linears, of each kind.
         divergence: from the dense model, in nats per token.
         predicted: what the survey predicted.
         families: the families of the levels it may use: `quantize`, `prune` or `all`.
@@ -65,7 +68,7 @@ class Point:
     """
 
     candidate: Candidate
-    cost: float
+    cost: Cost
     divergence: float
     predicted: float
     families: str
@@ -88,7 +91,7 @@ class FitSearch:
         self,
         target: CheckpointTarget,
         levels: Sequence[FitLevel],
-        costs: Mapping[str, Sequence[float]],
+        costs: Mapping[str, Sequence[Cost]],
         windows: Tensor,
         file: Path | None,
         progress: Progress,
@@ -137,17 +140,34 @@ class FitSearch:
         for places in layers:
             tried = tuple(probe if place in places else 0 for place in range(len(self.names)))
             (found,) = self.tournament([tried], min(SURVEY_TOKENS, self.tokens), 0)
-            whole = sum(self.error(place, probe) ** 2 for place in places)
+            whole = sum(self.error(place, probe) for place in places)
             slope = max(found, 0.0) / max(whole, LEAST_ERROR)
             for place in places:
                 count = range(len(self.levels))
-                rises[place] = tuple(slope * self.error(place, n) ** 2 for n in count)
+                rises[place] = tuple(slope * self.error(place, n) for n in count)
             self.progress.step()
         self.progress.finish()
-        self.menu = Menu(self.costs, tuple(rises))
+        self.menu = Menu(self.costs, self.corrected(rises))
+
+    def corrected(self, rises: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+        """Rises scaled so that those of each level add up to what the level alone measured."""
+        corrections = []
+        for level in range(len(self.levels)):
+            total = sum(rise[level] for rise in rises)
+            (found,) = self.tournament([(level,) * len(self.names)], self.tokens, 0)
+            corrections.append(max(found, 0.0) / total if total > 0 else 0.0)
+        return tuple(
+            tuple(one * correction for one, correction in zip(rise, corrections, strict=True))
+            for rise in rises
+        )
+
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether rises are known."""
+        return any(map(any, self.menu.rise))
 
     def error(self, place: int, level: int) -> float:
-        """The relative error of a linear's outputs on a level."""
+        """The squared relative error of a linear's outputs on a level."""
         return self.levels[level].level.error_of.get(self.names[place], 0.0)
 
     def allowed(self, families: str) -> list[int]:
@@ -155,14 +175,16 @@ class FitSearch:
         wanted = {"all": ("quantize", "prune", "both")}.get(families, (families,))
         return [n for n, one in enumerate(self.levels) if n == 0 or one.family in wanted]
 
-    def budgets(self) -> list[float]:
-        """Budgets of the frontier."""
-        least, most = self.menu.least, max(self.menu.total((n,) * len(self.names))
-                                           for n in range(1, len(self.levels)))  # fmt: skip
-        return [least + (most - least) * n / (FRONTIER - 1) for n in range(FRONTIER)]
+    def budgets(self, axis: int) -> list[Cost]:
+        """Budgets of the frontier, in one kind of cost; the other kinds have none."""
+        totals = [self.menu.total((n,) * len(self.names))[axis] for n in range(1, len(self.levels))]
+        least, most = self.menu.least[axis], max(totals)
+        values = [least + (most - least) * n / (FRONTIER - 1) for n in range(FRONTIER)]
+        free = [math.inf] * len(self.menu.least)
+        return [(*free[:axis], value, *free[axis + 1 :]) for value in values]
 
     @torch.no_grad()
-    def frontier(self, budgets: Sequence[float], families: str) -> list[Point]:
+    def frontier(self, budgets: Sequence[Cost], families: str) -> list[Point]:
         """The best predicted candidate for each budget that can be kept, measured."""
         self.progress.start(f"measuring the frontier ({families})", len(budgets))
         points, seen = [], set()
@@ -176,30 +198,50 @@ class FitSearch:
         self.progress.finish()
         return points
 
-    def between(self, budget: float) -> list[Candidate]:
+    def between(self, budget: Cost) -> list[Candidate]:
         """Mixes of two levels each, one too large for a budget and one that fits.
 
         They stay near a single level, so they do not depend on the survey as much as others.
         """
         count = range(len(self.levels))
         totals = [self.menu.total((n,) * len(self.names)) for n in count]
-        pairs = [(a, b) for a in count for b in count if totals[b] <= budget < totals[a]]
+        inside = [fits(total, budget) for total in totals]
+        pairs = [(a, b) for a in count for b in count if inside[b] and not inside[a]]
         found = (self.menu.best(budget, pair) for pair in pairs)
         return list(dict.fromkeys(candidate for candidate in found if candidate is not None))
 
     @torch.no_grad()
     def refined(
-        self, starts: Sequence[Candidate], budget: float, evolution: Callable[[int], Evolution]
+        self,
+        starts: Sequence[Candidate],
+        budget: Cost,
+        evolution: Callable[[int], Evolution],
+        go_on: Callable[[], bool] = lambda: True,
     ) -> Point:
-        """The best candidate within a budget: the starts, and mutants of the best of them."""
+        """The best candidate within a budget: the starts, and mutants of the best of them.
+
+        Args:
+            starts: candidates within the budget.
+            budget: of each kind of cost.
+            evolution: returns the parameters for so many tokens.
+            go_on: whether there is time for another generation.
+        """
         search = evolution(self.tokens)
         self.progress.start("searching", search.generations + 1)
         best = None
         for best in search.climb(starts, self.menu.mutation(budget), self.tournament):
             self.progress.step(note=f"divergence {best.fitness:.4f}")
+            if best.generation < search.generations and not go_on():
+                break
         self.progress.finish()
         assert best is not None
         return self.point(best.candidate, best.fitness, "all")
+
+    @torch.no_grad()
+    def measured(self, candidate: Candidate) -> float:
+        """The divergence of a candidate on all windows."""
+        (found,) = self.tournament([candidate], self.tokens, 0)
+        return found
 
     def point(self, candidate: Candidate, found: float, families: str, name: str = "") -> Point:
         """A measured candidate."""

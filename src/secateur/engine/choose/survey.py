@@ -78,6 +78,11 @@ def needed_statistics(tasks: Tasks, allocation: Allocation) -> frozenset[str]:
     return of_inputs(names)
 
 
+def first_missing(files: Sequence[Path]) -> int:
+    """The number of the first file that does not exist; their number if all do."""
+    return next((i for i, file in enumerate(files) if not file.exists()), len(files))
+
+
 class Survey:
     """One pass through the whole dense model, layer by layer, for an allocation.
 
@@ -112,7 +117,7 @@ class Survey:
         count = len(self.target.layers)
         files = [self.work / f"survey-{i:04d}.safetensors" for i in range(count)]
         names = needed_statistics(self.tasks, allocation)
-        start = next((i for i, file in enumerate(files) if not file.exists()), count)
+        start = self.settings.ranks.once(lambda: first_missing(files))
         if start == count:
             return files
         passage = self.passage if names else None
@@ -143,11 +148,16 @@ class Survey:
         linears = linears_of(layer, self.target.architecture.layer_name(index))
         check_finite(list(linears.values()))
         shared = self.gathered(index, layer, linears, names) if names else {}
-        if not file.exists():
+
+        def keep() -> None:
+            if file.exists():
+                return
             view = self.view(index, linears, shared, grains)
             refuse_unreached(view.unreached)
             kept = allocation.look(view)
             write_tensors(file, {k: v.cpu().contiguous() for k, v in kept.items()})
+
+        self.settings.ranks.once(keep)
 
     def gathered(
         self, index: int, layer: nn.Module, linears: Mapping[str, Linear], names: frozenset[str]
@@ -163,6 +173,8 @@ class Survey:
         gathered = [GroupStatistics(names, group[0], self.target.device) for group in groups]
         forwards = [partial(lane.pass_one, layer, batch, stores=not last) for batch in lane.batches]
         by_layer(groups, forwards, lambda group, x: gathered[group].update(x))
+        for statistics in gathered:
+            statistics.merge(self.settings.ranks)
         return {
             linear.name: statistics
             for group, statistics in zip(groups, gathered, strict=True)

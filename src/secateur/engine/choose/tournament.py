@@ -12,8 +12,8 @@ a stopped search quickly repeats them from the file and continues where it stopp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
@@ -83,36 +83,59 @@ class Lockstep:
         objective: `divergence`: mean KL(dense ‖ candidate) of the next-token probabilities;
             `loss`: mean cross-entropy of the next tokens; both in nats per token.
         progress: receives the layers, in steps of size 0.
+        reference: of the dense model, on the same windows, if `ends` are those of another model.
     """
 
     def __init__(
-        self, ends: ModelEnds, variants: Variants, objective: str, progress: Progress
+        self,
+        ends: ModelEnds,
+        variants: Variants,
+        objective: str,
+        progress: Progress,
+        reference: Lockstep | None = None,
     ) -> None:
         self.ends, self.variants, self.objective = ends, variants, objective
         self.progress = progress
+        self.reference = reference or self
         self.dense: list[Tensor] = []
 
     @torch.no_grad()
     def fitness(self, candidates: Sequence[Versions], rows: Sequence[int]) -> list[float]:
         """The mean loss or divergence of each candidate over some windows."""
-        if self.objective == "divergence" and not self.dense:
-            dense = (self.variants.dense,) * len(self.ends.target.layers)
-            for part in self.ends.parts(range(len(self.ends.windows)), 2):
-                self.dense += self.last_hidden([dense], part)[dense]
+        if self.objective == "divergence":
+            self.reference.pass_dense()
         sums = dict.fromkeys(candidates, 0.0)
         for part in self.ends.parts(rows, 2 * len(sums)):
             hidden = self.last_hidden(list(sums), part)
-            with self.ends.outside():
+            with self.outside():
                 for place, row in enumerate(part):
                     measure = self.measure(row)
                     for candidate, states in hidden.items():
                         sums[candidate] += measure(self.logits(row, states[place]))
         return [sums[candidate] / len(rows) for candidate in candidates]
 
+    def pass_dense(self) -> None:
+        """Pass the dense model through the layers, unless it has been."""
+        if self.dense:
+            return
+        dense = (self.variants.dense,) * len(self.ends.target.layers)
+        for part in self.ends.parts(range(len(self.ends.windows)), 2):
+            self.dense += self.last_hidden([dense], part)[dense]
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """A context in which everything outside the layers has its weights, for `measure`."""
+        with ExitStack() as stack:
+            if self.objective == "divergence" and self.reference is not self:
+                stack.enter_context(self.reference.ends.outside())
+            stack.enter_context(self.ends.outside())
+            yield
+
     def measure(self, row: int) -> Callable[[Tensor], float]:
         """A function from a candidate's logits for one window to its mean over tokens."""
         if self.objective == "divergence":
-            dense = DenseLogits.of(self.logits(row, self.dense[row]))
+            reference = self.reference
+            dense = DenseLogits.of(reference.logits(row, reference.dense[row]))
             return lambda logits: dense.divergence(logits) / len(logits)
         following = self.ends.windows[row, 1:].to(self.ends.target.device)
         return lambda logits: float(cross_entropy(logits[:-1].float(), following))

@@ -55,7 +55,8 @@ class Level:
     Attributes:
         reader: the checkpoint whose linears have these values.
         bytes_of: the size of each linear when stored, by its name.
-        error_of: the error of each linear's outputs, relative to the outputs; empty for level 0.
+        error_of: the squared relative error of each linear's outputs, ‖(W − Ŵ)X‖² / ‖WX‖²; empty
+            for level 0.
     """
 
     reader: CheckpointReader

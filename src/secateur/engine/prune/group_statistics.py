@@ -11,6 +11,7 @@ from secateur.calibration.cross_gram import CrossGram
 from secateur.calibration.statistics import of_inputs, statistics
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear
+from secateur.parallel.ranks import Ranks
 from secateur.sparsity.dense_target import dense_target
 
 __all__ = ["GroupStatistics"]
@@ -52,6 +53,17 @@ class GroupStatistics:
         if self.cross is not None:
             assert target is not None
             self.cross.update(target.reshape(len(flat), -1), flat)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Add up the statistics that the processes have gathered, each from its own windows.
+
+        Each sum passes alone, so no process holds more than one copy of one sum besides its own.
+        """
+        self.tokens = sum(ranks.gather(self.tokens))
+        for statistic in self.running.values():
+            ranks.total(statistic.total)
+        if self.cross is not None:
+            ranks.total(self.cross.total)
 
     def value(self) -> dict[str, Tensor]:
         """The statistics so far.

@@ -22,7 +22,7 @@ from secateur.engine.prune.reconstruction import TunedWeight, output_error, reco
 from secateur.engine.prune.routing import is_reached
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.straight_through import RoundedWeight
-from secateur.engine.prune.surgery import prune_group
+from secateur.engine.prune.surgery import exchanged, prune_group
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.prune.tuning import draw_steps
 from secateur.engine.stream.activations import Activations
@@ -31,6 +31,7 @@ from secateur.engine.stream.forwards import by_layer
 from secateur.engine.stream.lane import Lane
 from secateur.engine.stream.passage import Passage
 from secateur.models.architecture import Architecture, Groups, Linear, linears_of
+from secateur.parallel.shares import owners
 from secateur.precision import exact_matmuls
 
 __all__ = ["LayerContext", "LayerPass"]
@@ -154,8 +155,7 @@ class LayerPass:
         lane = self.lane
         forwards = [partial(lane.pass_one, self.layer, b, stores=False) for b in lane.batches]
         by_layer(self.groups, forwards, self.gather_alone)
-        for group in range(len(self.groups)):
-            self.prune_one(group)
+        self.prune_groups(range(len(self.groups)))
         if self.outputs_needed:
             lane.pass_through(self.layer)
 
@@ -178,7 +178,9 @@ class LayerPass:
         )
         if dense is not None:
             self.targets = AsymmetricTargets(pruned, dense, writers)
-        in_step(pruned, dense, self.gather, self.prune_one, dense_outputs=True)
+        in_step(
+            pruned, dense, self.gather, lambda group: self.prune_groups([group]), dense_outputs=True
+        )
         if dense is not None:
             self.passage.advance_dense(context.index + 1)
 
@@ -206,22 +208,50 @@ class LayerPass:
         with exact_matmuls(self.passage.target.device):
             self.seen(group).update(x)
 
-    def prune_one(self, group: int) -> None:
-        """Prune a group whose input is known from all micro-batches."""
+    def prune_groups(self, groups: Sequence[int]) -> None:
+        """Prune groups whose inputs are known from all micro-batches of all processes.
+
+        Several processes solve different linears, and then exchange them.
+        """
+        ranks, found = self.context.settings.ranks, list[LinearRecord]()
+        work = [(group, x) for group in groups for x in self.merged(group)]
+        owned = owners([x.shape[0] * x.shape[1] ** 2 for _, x in work], ranks.count)
+        for group in groups:
+            own = {
+                x.name: owner == ranks.rank
+                for (of, x), owner in zip(work, owned, strict=True)
+                if of == group
+            }
+            found += self.solved(group, own)
+        if ranks.count > 1:
+            found = exchanged([x for _, x in work], owned, found, ranks)
+        self.records += found
+
+    def merged(self, group: int) -> list[Linear]:
+        """Complete the statistics of a group. Return its linears to prune."""
+        self.seen(group).merge(self.context.settings.ranks)
+        linears = [x for x in self.groups[group] if self.context.tasks[x.name].changes]
+        return self.reached(linears, self.seen(group).tokens)
+
+    def solved(self, group: int, own: Mapping[str, bool]) -> list[LinearRecord]:
+        """Prune the linears of a group that this process owns, and release its statistics."""
         context, seen = self.context, self.seen(group)
         del self.gathered[group]
-        linears = [x for x in self.groups[group] if context.tasks[x.name].changes]
-        linears = self.reached(linears, seen.tokens)
-        if not linears:
-            return
+        linears = [x for x in self.groups[group] if own.get(x.name)]
+        if not (linears or (own and self.remasks)):
+            return []
         shared = seen.value()
         writer = self.targets is not None and self.targets.writes(group)
         fitted = self.shadowed(seen.fitted(writer, context.settings.asymmetric_damping), shared)
         seen.running.clear()
+        if self.remasks:
+            for linear in self.groups[group]:
+                if own.get(linear.name) is False:
+                    fitted(linear)  # keeps what tuning needs, though another process solves it
         found = prune_group(linears, shared, context.own, context.tasks, fitted)
         if context.architecture.of_expert(self.groups[group][0].name):
             found = [replace(record, tokens=seen.tokens) for record in found]
-        self.records.extend(found)
+        return found
 
     # -- reconstruction -------------------------------------------------------------------------
 
@@ -229,9 +259,7 @@ class LayerPass:
         self, fitted: Callable[[Linear], Tensor], shared: Mapping[str, Tensor]
     ) -> Callable[[Linear], Tensor]:
         """Keep the dense weights and their inputs' norms, if masks may change later."""
-        if not (self.tunes and self.context.settings.reconstruction.remask):
-            return fitted
-        if any(task.method.solver.grid for task in self.context.tasks.values()):
+        if not self.remasks:
             return fitted
 
         def keep(linear: Linear) -> Tensor:
@@ -245,6 +273,13 @@ class LayerPass:
             return weight
 
         return keep
+
+    @property
+    def remasks(self) -> bool:
+        """Whether tuning may change the masks: not those of matrices on a grid."""
+        context = self.context
+        on_grid = any(task.method.solver.grid for task in context.tasks.values())
+        return self.tunes and context.settings.reconstruction.remask and not on_grid
 
     def tuned_weights(self) -> list[TunedWeight]:
         """The pruned matrices of the layer, ready to be tuned."""
@@ -263,27 +298,33 @@ class LayerPass:
     def tune(self) -> dict[str, float]:
         """Tune a pruned layer and propagate it. Return its output error before and after."""
         passage, index = self.passage, self.context.index
-        streams = (passage.read, passage.read_dense)
-
-        def example(windows: Sequence[int]) -> tuple[Tensor, Tensor]:
-            rows = [slice(w, w + 1) for w in windows]
-            return tuple(torch.cat([read(r) for r in rows]) for read in streams)  # type: ignore[return-value]
-
-        size = passage.batches()[0].stop
-        how = self.context.settings.reconstruction
+        how, ranks = self.context.settings.reconstruction, self.context.settings.ranks
         before = self.measured_error(stores=False)
         reconstruct(
             self.layer,
             self.tuned_weights(),
-            draw_steps(len(passage.windows), size, how.passes, seed=index),
-            example,
+            draw_steps(len(passage.windows), passage.windows_at_once, how.passes, seed=index),
+            self.examples,
             lambda size: passage.ends.calls(size)[index],
             how,
             tell=self.context.step,
             rounded=self.rounded_weights(),
+            ranks=ranks,
         )
+        for parameter in self.layer.parameters():
+            ranks.share(parameter, 0)  # so no rounding of theirs can separate the processes
         after = self.measured_error(stores=not self.context.last)
         return {"error_before": before, "error_after": after}
+
+    def examples(self, windows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets of some windows: together, or one by one those of this process."""
+        passage, own = self.passage, self.passage.own
+        mine = [slice(w, w + 1) for w in windows if own.start <= w < own.stop]
+        pairs = [(passage.read(row), passage.read_dense(row)) for row in mine]
+        if self.context.settings.ranks.count > 1:
+            return pairs
+        inputs, targets = zip(*pairs, strict=True)
+        return [(torch.cat(inputs), torch.cat(targets))]
 
     def measured_error(self, *, stores: bool) -> float:
         """The mean output error of the layer over all windows. It can also pass on the outputs."""
@@ -293,4 +334,4 @@ class LayerPass:
             total += float(output_error(out, passage.read_dense(batch))) * len(out)
             if stores:
                 passage.write(batch, out)
-        return total / len(passage.windows)
+        return sum(self.context.settings.ranks.gather(total)) / len(passage.windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +34,11 @@ class LinearRecord:
     lost: float | None
     seconds: float
     tokens: int | None = None
+
+    @classmethod
+    def of_json(cls, entry: Mapping[str, Any]) -> LinearRecord:
+        """The record in the plain data that `to_json` has made."""
+        return cls(**{**entry, "shape": tuple(entry["shape"])})
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain data."""

@@ -21,6 +21,7 @@ from secateur.engine.prune.tuning import half_cosine, in_float32
 from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
 from secateur.sparsity.patterns import Pattern
 
@@ -147,40 +148,49 @@ def reconstruct(
     layer: nn.Module,
     pruned: Sequence[TunedWeight],
     steps: Sequence[Sequence[int]],
-    example: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
+    examples: Callable[[Sequence[int]], Sequence[tuple[Tensor, Tensor]]],
     call: Callable[[int], LayerCall],
     how: Reconstruction,
     tell: Callable[[], None],
     rounded: Sequence[RoundedWeight] = (),
+    ranks: Ranks = ALONE,
 ) -> None:
     """Tune a pruned decoder layer in place.
+
+    Several processes take the same steps. Each computes the gradient of its own windows of a step.
+    The gradients are summed, so all processes have the same weights after every step.
 
     Args:
         layer: the layer with its pruned weights; tuned in float32 for any dtype.
         pruned: its pruned matrices.
         steps: the calibration windows of each step.
-        example: returns inputs and target of some windows, each [windows, sequence_length, hidden].
+        examples: returns inputs and targets of the windows of a step, each [windows,
+            sequence_length, hidden]. A process returns its own windows, one by one.
         call: how the layer is called for a number of windows.
         how: sets the learning rate.
         tell: called after every step.
         rounded: the matrices on a grid.
+        ranks: the processes.
     """
     on_grid = RoundedWeights(rounded)
     named = {n: p for n, p in layer.named_parameters() if p.is_floating_point()}
     parameters = list(named.values())
     device = parameters[0].device
-    calls = {size: call(size).to(device, torch.float32) for size in {len(x) for x in steps}}
+    sizes = {len(x) for x in steps} if ranks.count == 1 else {1}
+    calls = {size: call(size).to(device, torch.float32) for size in sizes}
     with in_float32(layer, named.keys()), on_grid.in_forwards():
         for tuned in pruned:
             tuned.begin()
         optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, fused=True)
         for step, windows in enumerate(steps):
-            inputs, target = example(windows)
             for group in optimizer.param_groups:
                 group["lr"] = how.rate(step, len(steps))
-            with torch.enable_grad(), fast_matmuls(device):
-                output = call_layer(layer, inputs.float(), calls[len(windows)])
-                output_error(output, target).backward()
+            for inputs, target in examples(windows):
+                with torch.enable_grad(), fast_matmuls(device):
+                    output = call_layer(layer, inputs.float(), calls[len(inputs)])
+                    error = output_error(output, target) * (len(inputs) / len(windows))
+                    error.backward()
+            sum_gradients(parameters, ranks)
             choosing = step < _CHOOSING * len(steps)
             for tuned in pruned:
                 tuned.before_step(choosing=choosing)
@@ -190,3 +200,13 @@ def reconstruct(
                 tuned.after_step(choose=choosing and step % _CHOOSE_EVERY == _CHOOSE_EVERY - 1)
             tell()
         on_grid.settle()
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Add up the gradients of all processes. One without windows in this step has none."""
+    if ranks.count == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        ranks.total(parameter.grad)

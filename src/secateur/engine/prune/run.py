@@ -121,7 +121,7 @@ class Run:
             self.passage.close()
         self.progress.finish()
         found = coverage(self.ledger.layers, self.target.architecture)
-        if found is not None:
+        if found is not None and self.settings.ranks.first:
             found.tell()
 
     def prune_layer(self, index: int, layer: nn.Module, started: float) -> None:
@@ -189,10 +189,12 @@ class Run:
         """Record a layer in the ledger when all its files are safe on disk."""
         if self.passage is not None and index + 1 < len(self.target.layers):
             self.passage.advance(index + 1)
+        self.settings.ranks.wait()  # all have stored their inputs of the next layer
         seconds = time.perf_counter() - started
         lost = collapsed([record for record in records if not self.takes_all(record)])
         entries = [record.to_json() for record in records]
         self.ledger.finish_layer(index, entries, seconds, tuned, lost, unseen)
+        self.settings.ranks.wait()  # the ledger of the first process has its line
         if self.passage is not None:
             self.passage.forget(index)
         # The last layer's forwards end early, because nothing reads their outputs.
@@ -213,7 +215,8 @@ class Run:
         """
         if self.settings.on_collapse == "stop":
             raise collapse_error(layer, lost)
-        log.warning("%s has collapsed: %s", layer, in_words(lost))
+        if self.settings.ranks.first:
+            log.warning("%s has collapsed: %s", layer, in_words(lost))
 
     def context(self, index: int) -> LayerContext:
         """Return the inputs for the work on one layer."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
-__all__ = ["Selection"]
+Value = TypeVar("Value")
+
+__all__ = ["Selection", "last_match"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,18 @@ class Selection:
             own = last_match(self.starts, name)
         return sparsity if own is None else own
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], others: Iterable[str] = ()) -> None:
         """Refuse globs that match nothing, because they are spelling mistakes.
+
+        Args:
+            names: of all linears.
+            others: further globs to check.
 
         Raises:
             RecipeError: there are such globs; the message lists all of them.
         """
         names = list(names)
-        globs = [*self.include, *self.exclude, *self.overrides, *self.starts]
+        globs = [*self.include, *self.exclude, *self.overrides, *self.starts, *others]
         idle = [g for g in globs if not any(fnmatchcase(n, g) for n in names)]
         if idle:
             raise RecipeError(
@@ -68,7 +75,7 @@ class Selection:
             )
 
 
-def last_match(values: Mapping[str, float], name: str) -> float | None:
+def last_match(values: Mapping[str, Value], name: str) -> Value | None:
     """The value of the last glob that matches a name, if any does."""
     own = [value for glob, value in values.items() if fnmatchcase(name, glob)]
     return own[-1] if own else None

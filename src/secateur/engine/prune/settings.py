@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from secateur.engine.prune.reconstruction import Reconstruction
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
 
 __all__ = ["NO_RECONSTRUCTION", "Settings"]
@@ -34,6 +35,7 @@ class Settings:
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
         on_collapse: `stop` or `warn` when a layer has collapsed (`engine.prune.collapse`).
         reconstruction: how a pruned layer is tuned; with 0 passes it is not tuned.
+        ranks: the processes that share the work.
     """
 
     sequential: str = "group"
@@ -45,6 +47,7 @@ class Settings:
     work: Path | None = None
     on_collapse: str = "warn"
     reconstruction: Reconstruction = NO_RECONSTRUCTION
+    ranks: Ranks = ALONE
 
     @property
     def tunes(self) -> bool:

@@ -15,11 +15,12 @@ from secateur.engine.stream.targets import Target
 from secateur.engine.stream.walk import walk_layers
 from secateur.errors import NumericalError, VerificationError
 from secateur.models.architecture import Linear, linears_of
+from secateur.parallel.ranks import Ranks
 from secateur.progress import Progress
 from secateur.sparsity.solvers import Solution
 from secateur.types import STORED
 
-__all__ = ["all_zero", "check_finite", "prune_group", "refuse_unusable"]
+__all__ = ["all_zero", "check_finite", "exchanged", "prune_group", "refuse_unusable"]
 
 
 def check_finite(linears: Sequence[Linear]) -> None:
@@ -99,6 +100,28 @@ def prune_group(
             linear.shift(solution.shift)
         records.append(verified(linear, task, solution, lost, started))
     return records
+
+
+def exchanged(
+    linears: Sequence[Linear],
+    owned: Sequence[int],
+    found: Sequence[LinearRecord],
+    ranks: Ranks,
+) -> list[LinearRecord]:
+    """Give every process the pruned linears of the others. Return the records of all.
+
+    Args:
+        linears: the linears that the processes have pruned.
+        owned: the process that has pruned each.
+        found: the records of this process.
+        ranks: the processes.
+    """
+    told = ranks.gather([record.to_json() for record in found])
+    by_name = {entry["name"]: entry for entries in told for entry in entries}
+    for linear, owner in zip(linears, owned, strict=True):
+        for parameter in linear.module.parameters(recurse=False):
+            ranks.share(parameter, owner)
+    return [LinearRecord.of_json(by_name[linear.name]) for linear in linears]
 
 
 def verified(

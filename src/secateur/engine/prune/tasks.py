@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
 from secateur.calibration.statistics import of_gradients, of_inputs
-from secateur.engine.prune.selection import Selection
+from secateur.engine.prune.selection import Selection, last_match
 from secateur.engine.stream.kinds import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
 from secateur.errors import PatternError
 from secateur.models.architecture import linears_of
 from secateur.sparsity.methods import Method
-from secateur.sparsity.patterns import Pattern
 
 __all__ = [
     "LinearTask",
@@ -82,7 +80,7 @@ def tasks_of(
     sparsity: float,
     layouts: Sequence[LayerLayout] = (),
     *,
-    patterns: Mapping[str, Pattern] = NOTHING,
+    methods: Mapping[str, Method] = NOTHING,
     costs: Mapping[str, int] = NOTHING,
 ) -> dict[str, LinearTask]:
     """The task of every linear of a model.
@@ -94,7 +92,7 @@ def tasks_of(
         sparsity: sparsity of every linear without its own sparsity.
         layouts: layouts of the decoder layers, if calibration passes through them. Linears whose
             inputs no hook sees stay unchanged.
-        patterns: patterns in place of the method's, by glob of linears. The first match counts.
+        methods: methods in place of `method`, by glob of linears. The last match counts.
         costs: see `LinearTask.cost`, by name.
 
     Raises:
@@ -109,11 +107,11 @@ def tasks_of(
         for index, layer in enumerate(target.layers)
         for linear in linears_of(layer, layer_name(index)).values()
     }
-    selection.check(shapes)
+    selection.check(shapes, methods)
     unseen = {f"{layer_name(i)}.{n}" for i, layout in enumerate(layouts) for n in layout.unseen}
     found = {}
     for name, shape in shapes.items():
-        own, asked = with_pattern(method, name, patterns), selection.asked(name, sparsity)
+        own, asked = last_match(methods, name) or method, selection.asked(name, sparsity)
         left = UNSEEN if name in unseen else LEFT_OUT if asked == 0 else None
         task = LinearTask(
             name,
@@ -129,14 +127,6 @@ def tasks_of(
         found[name] = task
     warn_of_work(found)
     return found
-
-
-def with_pattern(method: Method, name: str, patterns: Mapping[str, Pattern]) -> Method:
-    """The method, with the pattern of a linear."""
-    for glob, pattern in patterns.items():
-        if fnmatchcase(name, glob):
-            return replace(method, pattern=pattern)
-    return method
 
 
 def check(task: LinearTask) -> None:

@@ -26,6 +26,8 @@ from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.walk import walk_layers
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear, linears_of
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.parallel.shares import micro_batches, rows_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.atomic import write_tensors
@@ -41,22 +43,30 @@ class GradientPass:
         names: names of the statistics.
         work: folder for `gradients-0000.safetensors` and so on; existing files are kept.
         progress: receives every step.
+        ranks: the processes that share the windows.
     """
 
     def __init__(
-        self, ends: ModelEnds, names: frozenset[str], work: Path, progress: Progress
+        self,
+        ends: ModelEnds,
+        names: frozenset[str],
+        work: Path,
+        progress: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.ends, self.target, self.windows = ends, ends.target, ends.windows
-        self.names = names
+        self.names, self.ranks = names, ranks
         self.work, self.progress = work / "gradient-pass", progress
         self.results = work
         self.work.mkdir(exist_ok=True)
         (hidden,) = ends.embedded([0])
         shape = (*self.windows.shape, hidden.shape[-1])
-        self.inputs = Activations(shape, hidden.dtype, self.work, in_memory=False)
+        self.each = rows_of(ranks.rank, micro_batches(shape[0], 1, ranks.count), ranks.count)
+        own = slice(self.each[0].start, self.each[-1].stop)
+        self.inputs = Activations(shape, hidden.dtype, self.work, False, own)
         upstream = self.work / "upstream"
         upstream.mkdir(exist_ok=True)
-        self.upstream = Activations(shape, hidden.dtype, upstream, in_memory=False)
+        self.upstream = Activations(shape, hidden.dtype, upstream, False, own)
 
     def result(self, index: int) -> Path:
         """The file of one layer."""
@@ -65,29 +75,32 @@ class GradientPass:
     def execute(self) -> None:
         """Run forward, loss and backward. Steps that a killed run finished are skipped."""
         count = len(self.target.layers)
-        samples = self.windows.shape[0]
-        self.progress.start("gradients", samples * (2 * count + 1))
-        if not self.result(count - 1).exists() and not self.upstream.has(count):
+        self.progress.start("gradients", len(self.each) * (2 * count + 1))
+        finished = set(self.ranks.once(lambda: self.finished(count)))
+        if count - 1 not in finished and not all(self.ranks.gather(self.upstream.has(count))):
             self.forward(count)
             self.loss(count)
         for index in reversed(range(count)):
-            if not self.result(index).exists():
+            if index not in finished:
                 self.backward(index)
             self.inputs.forget(index + 1)
         self.progress.finish()
 
+    def finished(self, count: int) -> list[int]:
+        """The layers whose files an earlier run has written."""
+        return [index for index in range(count) if self.result(index).exists()]
+
     @torch.no_grad()
     def forward(self, count: int) -> None:
         """Keep the inputs of every layer."""
-        each = [slice(row, row + 1) for row in range(len(self.windows))]
         if not self.inputs.has(0):
-            for rows, hidden in zip(each, self.ends.embed(each), strict=True):
+            for rows, hidden in zip(self.each, self.ends.embed(self.each), strict=True):
                 self.inputs.write(rows, hidden)
             self.inputs.advance(0)
         missing = [index for index in range(count) if not self.inputs.has(index + 1)]
         for index, layer in walk_layers(self.target, missing):
             self.inputs.layer = index
-            for rows in each:
+            for rows in self.each:
                 hidden = self.inputs.read(rows).to(self.target.device)
                 self.inputs.write(rows, call_layer(layer, hidden, self.ends.calls()[index]))
                 self.progress.step(note=f"forward, layer {index}")
@@ -97,8 +110,8 @@ class GradientPass:
         """Pass the last hidden states through the head. Return the gradient of the last layer."""
         self.inputs.layer = count
         with self.ends.outside(), torch.enable_grad():
-            for row, ids in enumerate(self.windows):
-                rows = slice(row, row + 1)
+            for rows in self.each:
+                row, ids = rows.start, self.windows[rows.start]
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
                 logits = self.ends.head(row, hidden)
                 loss = cross_entropy(logits[:-1].float(), ids[1:].to(self.target.device))
@@ -115,7 +128,6 @@ class GradientPass:
     def backward(self, index: int) -> None:
         """Gradients of one layer's linears, and of its inputs."""
         self.inputs.layer, self.upstream.layer = index, index + 1
-        samples = self.windows.shape[0]
         with self.target.layer(index) as layer, torch.enable_grad():
             linears = list(linears_of(layer, self.target.architecture.layer_name(index)).values())
             leaves = [linear.module.get_parameter("weight") for linear in linears]
@@ -126,8 +138,7 @@ class GradientPass:
                 {name: statistics[name](x.shape, x.weight.device) for name in sorted(self.names)}
                 for x in linears
             ]
-            for row in range(samples):
-                rows = slice(row, row + 1)
+            for rows in self.each:
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
                 out = call_layer(layer, hidden, self.ends.calls()[index])
                 upstream = self.upstream.read(rows).to(self.target.device)
@@ -139,19 +150,27 @@ class GradientPass:
                 self.progress.step(note=f"backward, layer {index}")
             for leaf, before in zip(leaves, wanted_before, strict=True):
                 leaf.requires_grad_(before)
+        for own in running:
+            for statistic in own.values():
+                self.ranks.total(statistic.total)
         gathered = {
             f"{linear.name}/{name}": statistic.value().cpu().contiguous()
             for linear, own in zip(linears, running, strict=True)
             for name, statistic in own.items()
         }
         self.upstream.advance(index)
-        write_tensors(self.result(index), gathered)
+        self.ranks.wait()  # all have stored what the layer below needs
+        self.ranks.once(lambda: write_tensors(self.result(index), gathered))
         self.upstream.forget(index + 1)
 
 
 @full_float32()
 def gather_gradients(
-    ends: ModelEnds, names: frozenset[str], work: Path, progress: Progress
+    ends: ModelEnds,
+    names: frozenset[str],
+    work: Path,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Gather statistics of every linear's gradients into files of the work folder.
 
@@ -160,11 +179,12 @@ def gather_gradients(
         names: names of the statistics.
         work: the folder; files of a stopped run are kept.
         progress: receives every step.
+        ranks: the processes that share the windows.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
-    GradientPass(ends, names, work, progress).execute()
+    GradientPass(ends, names, work, progress, ranks).execute()
 
 
 def stored_gradients(

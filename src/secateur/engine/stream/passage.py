@@ -19,6 +19,8 @@ from secateur.engine.stream.kinds import LayerLayout, layouts
 from secateur.engine.stream.residency import Parking
 from secateur.engine.stream.targets import Target
 from secateur.engine.stream.walk import walk_layers
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.parallel.shares import micro_batches, rows_of
 
 __all__ = ["Passage"]
 
@@ -32,6 +34,7 @@ class Passage:
         micro_batch_tokens: tokens that pass through a layer at once.
         in_memory: whether hidden states are in memory.
         work: folder that keeps them (as well); None for a run in memory only.
+        ranks: the processes that share the windows. Each has the hidden states of its own.
     """
 
     def __init__(
@@ -41,9 +44,11 @@ class Passage:
         micro_batch_tokens: int,
         in_memory: bool,
         work: Path | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.target, self.windows, self.work = target, windows, work
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
+        self.ranks = ranks
         self.ends = ModelEnds(target, windows)
         self.hidden: Activations | None = None
         self.dense: Activations | None = None
@@ -57,11 +62,23 @@ class Passage:
         """
         return layouts(self.target, self.windows.shape[1])
 
-    def batches(self) -> list[slice]:
-        """The micro-batches, as ranges of calibration windows."""
+    @property
+    def windows_at_once(self) -> int:
+        """The most windows in a micro-batch; one process has so many in all but the last."""
         samples, length = self.windows.shape
-        size = max(1, self.micro_batch_tokens // length)
-        return [slice(i, min(i + size, samples)) for i in range(0, samples, size)]
+        return min(samples, max(1, self.micro_batch_tokens // length))
+
+    def batches(self) -> list[slice]:
+        """The micro-batches of this process, as ranges of calibration windows."""
+        count = self.ranks.count
+        cut = micro_batches(len(self.windows), self.windows_at_once, count)
+        return rows_of(self.ranks.rank, cut, count)
+
+    @property
+    def own(self) -> slice:
+        """The windows of this process."""
+        batches = self.batches()
+        return slice(batches[0].start, batches[-1].stop)
 
     def call(self, index: int, batch: slice) -> LayerCall:
         """How a layer is called for a micro-batch."""
@@ -84,7 +101,7 @@ class Passage:
             return None
         permanent = [*layer.parameters(), *layer.buffers(), *self.shared_tensors(index)]
         folder = None if self.in_memory else stream.folder
-        return Parking(permanent, folder, self.target.device)
+        return Parking(permanent, folder, self.target.device, self.own.start)
 
     def open(self, start: int, *, dense: bool) -> int:
         """Make the inputs of layer `start` ready, or else those of layer 0.
@@ -98,8 +115,13 @@ class Passage:
         """
         for size in {batch.stop - batch.start for batch in self.batches()}:
             self.ends.calls(size)  # recorded before any layer has its weights
+        if self.ranks.count > 1:
+            self.ends.calls()  # tuning takes the windows of a process one by one
         streams = self.open_streams(dense)
-        if start and all(stream.has(start) for stream in streams):
+        stored = start > 0 and all(stream.has(start) for stream in streams)
+        start = start if all(self.ranks.gather(stored)) else 0
+        self.ranks.once(lambda: self.forget_all_but(start))
+        if start:
             for stream in streams:
                 stream.resume(start)
             return start
@@ -115,13 +137,13 @@ class Passage:
         """Empty streams, in memory or on disk."""
         (hidden,) = self.ends.embedded([0])
         shape = (*self.windows.shape, hidden.shape[-1])
-        self.hidden = Activations(shape, hidden.dtype, self.work, self.in_memory)
+        self.hidden = Activations(shape, hidden.dtype, self.work, self.in_memory, self.own)
         if not dense:
             return [self.hidden]
         folder = self.work / "dense" if self.work else None
         if folder:
             folder.mkdir(exist_ok=True)
-        self.dense = Activations(shape, hidden.dtype, folder, self.in_memory)
+        self.dense = Activations(shape, hidden.dtype, folder, self.in_memory, self.own)
         return [self.hidden, self.dense]
 
     def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
@@ -143,6 +165,7 @@ class Passage:
             yield number, layer
             if number + 1 < count:
                 self.advance(number + 1)
+            self.ranks.wait()  # all have stored the next inputs before one forgets these
             self.forget(number)
 
     def read(self, rows: slice) -> Tensor:
@@ -180,6 +203,12 @@ class Passage:
         for stream in (self.hidden, self.dense):
             if stream is not None:
                 stream.forget(layer)
+
+    def forget_all_but(self, layer: int) -> None:
+        """Delete what stopped runs have stored, except the inputs of a layer."""
+        for stream in (self.hidden, self.dense):
+            if stream is not None:
+                stream.forget_all_but(layer)
 
     def close(self) -> None:
         """Release the hidden states."""

@@ -75,13 +75,18 @@ class Parking:
         folder: takes the tensors; None to move them to host memory (for forwards on a GPU).
         device: where forwards run. Only tensors on this device are moved: a forward on a GPU also
             reads host tensors that all forwards share, such as the hidden states of all windows.
+        first: number of the first forward among those of all processes that park in the folder.
     """
 
     def __init__(
-        self, permanent: Iterable[Tensor], folder: Path | None, device: torch.device
+        self,
+        permanent: Iterable[Tensor],
+        folder: Path | None,
+        device: torch.device,
+        first: int = 0,
     ) -> None:
         self.live = LiveTensors(permanent)
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.first = folder, device, first
         self.alive: dict[int, dict[int, StorageWeakRef]] = {}
         self.parked: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
         self.saved: dict[int, list[Tensor]] = {}
@@ -126,7 +131,7 @@ class Parking:
     def file(self, forward: int) -> Path:
         """The file of one parked forward."""
         assert self.folder is not None
-        return self.folder / f"parked-{forward:05d}.bin"
+        return self.folder / f"parked-{self.first + forward:05d}.bin"
 
 
 def content(storage: torch.UntypedStorage) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,7 +11,7 @@ import gguf
 
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.gguf.architectures import model_of
-from secateur.exporting.gguf.blocks import TYPES
+from secateur.exporting.gguf.blocks import STORED, TYPES, nearest_types
 from secateur.exporting.gguf.quantizer import LOSSY, MIXES, load_quantizer
 from secateur.exporting.gguf.tokenizer import read_vocabulary
 from secateur.exporting.gguf.writing import GGUFFile
@@ -23,13 +24,14 @@ __all__ = ["GGUF"]
 class GGUF:
     """One `.gguf` file with weights, configuration, tokenizer and chat template.
 
-    Matrices have the chosen type. Norms and biases are float32. The embedding and the head are at
-    least Q8_0. A row that is no multiple of 32 weights long cannot have blocks and is float16.
-    Types of 256 weights to a block are made by llama.cpp's own quantizer from a float32 file.
+    Matrices have the chosen type; with `stored`, each has the one nearest to how the source stores
+    it. Norms and biases are float32. The embedding and the head are at least Q8_0. A row that is no
+    multiple of 32 weights long cannot have blocks and is float16. Types of 256 weights to a block
+    are made by llama.cpp's own quantizer from a float32 file.
     """
 
     name: ClassVar[str] = "gguf"
-    types: ClassVar[tuple[str, ...]] = (*TYPES, *MIXES)
+    types: ClassVar[tuple[str, ...]] = (*TYPES, STORED, *MIXES)
     lossy: ClassVar[frozenset[str]] = LOSSY
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
@@ -37,8 +39,11 @@ class GGUF:
         quantizer = load_quantizer() if type in MIXES else None
         model = model_of(source)
         vocabulary = read_vocabulary(source.folder, model.decoder.vocabulary)
-        kind = TYPES.get(type, gguf.GGMLQuantizationType.F32)
-        whole = GGUFFile(source, model, vocabulary, kind)
+        kind, own = TYPES.get(type, gguf.GGMLQuantizationType.F32), {}
+        if type == STORED:
+            own = nearest_types(source.reader)
+            kind = Counter(own.values()).most_common(1)[0][0]
+        whole = GGUFFile(source, model, vocabulary, kind, own)
         file = output / f"{source.name}-{type}.gguf"
         if quantizer is None:
             return whole.write(file, progress)

@@ -14,9 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.models.checkpoint import CheckpointReader
 from secateur.quantization.groups import GROUPS, GroupGrid
+from secateur.runtime.dense_view import DenseView
 
-__all__ = ["BLOCK", "TYPES", "bytes_per_row", "dequantized", "stored_blocks"]
+__all__ = [
+    "BLOCK",
+    "NEAREST",
+    "STORED",
+    "TYPES",
+    "bytes_per_row",
+    "dequantized",
+    "nearest_types",
+    "stored_blocks",
+]
 
 BLOCK = 32
 """Weights of a row in one block of Q8_0, Q5_0 and Q4_0."""
@@ -28,6 +39,21 @@ TYPES = MappingProxyType(
 )
 """The types of matrices. Each keeps exact zeros."""
 
+STORED = "stored"
+"""The name of the type that gives every matrix what is nearest to how the source stores it."""
+
+NEAREST = MappingProxyType(
+    {
+        "float32": Q.F32,
+        "float16": Q.F16,
+        "bfloat16": Q.BF16,
+        "int8": Q.Q8_0,
+        "int4": Q.Q4_0,
+        "int3": Q.Q4_0,
+    }
+)
+"""The type for stored values: exact for floats and, where it is on a grid of groups, for int4."""
+
 FLOAT16_NORMAL = float(np.finfo(np.float16).smallest_normal)
 
 
@@ -35,6 +61,20 @@ def bytes_per_row(columns: int, type: Q) -> int:
     """The bytes of a row of so many weights."""
     block, size = gguf.GGML_QUANT_SIZES[type]
     return columns // block * size
+
+
+def nearest_types(reader: CheckpointReader) -> dict[str, Q]:
+    """The type of every tensor of a checkpoint that keeps its numbers best at its size.
+
+    Args:
+        reader: of a folder, compressed or not.
+    """
+    found = {}
+    for name, entry in reader.entries.items():
+        layout = reader.layout_of(name) if isinstance(reader, DenseView) else None
+        values = str(entry.dtype).removeprefix("torch.") if layout is None else layout["values"]
+        found[name] = NEAREST.get(values, Q.F32)
+    return found
 
 
 def stored_blocks(weight: Tensor, type: Q) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -14,7 +15,7 @@ from secateur.exporting.gguf.blocks import BLOCK, bytes_per_row, dequantized, st
 from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary
 from secateur.progress import Progress
 
-__all__ = ["ENDS", "GGUFFile"]
+__all__ = ["ENDS", "GGUFFile", "padded_bytes", "stored_type_of_row"]
 
 Q = gguf.GGMLQuantizationType
 
@@ -27,6 +28,8 @@ FILE_TYPES = {
     Q.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 NUMPY = {Q.F32: np.float32, Q.F16: np.float16}
+LARGEST_BLOCK = 256
+
 ENDS = ("token_embd.weight", "output.weight")
 """Embedding and head. With fewer than 8 bits they become Q8_0, because every token reads them."""
 
@@ -43,25 +46,26 @@ class GGUFFile:
         model: its description.
         vocabulary: its tokenizer.
         kind: the type of matrices.
+        own: other types of single matrices, by their names in the source.
     """
 
     source: ExportSource
     model: LlamaCppModel
     vocabulary: LlamaCppVocabulary
     kind: Q
+    own: Mapping[str, Q] = field(default_factory=dict)
 
     def write(self, file: Path, progress: Progress) -> Exported:
         """Write the file."""
         extra = dict(self.model.extra_tensors())
-        plan = list(self.model.tensors(self.source))
-        plan += [Planned(name, (), tuple(x.shape)) for name, x in extra.items()]
+        plan = self.plan()
         writer = self.opened(file, plan)
         made = Exported(notes=[*self.notes(plan), *self.vocabulary.notes])
         progress.start("writing", len(plan))
         for one in plan:
             kept = one.sources or None
             weight = self.model.read(self.source.reader, one) if kept else extra[one.name]
-            kind = stored_type(one, self.kind)
+            kind = self.type_of(one)
             stored = stored_blocks(weight, kind)
             writer.write_tensor_data(stored)
             made.count_tensor(kind.name)
@@ -73,6 +77,23 @@ class GGUFFile:
         made.file_bytes = file.stat().st_size
         return made
 
+    def plan(self) -> list[Planned]:
+        """Every tensor of the file."""
+        extra = dict(self.model.extra_tensors())
+        made = [Planned(name, (), tuple(x.shape)) for name, x in extra.items()]
+        return [*self.model.tensors(self.source), *made]
+
+    def nbytes(self, scratch: Path) -> int:
+        """Bytes of the file that `write` would write.
+
+        Args:
+            scratch: a file for its header, which is written.
+        """
+        plan = self.plan()
+        self.opened(scratch, plan).close()
+        weights = sum(padded_bytes(tensor_bytes(one, self.type_of(one))) for one in plan)
+        return padded_bytes(scratch.stat().st_size) + weights
+
     def opened(self, file: Path, plan: list[Planned]) -> gguf.GGUFWriter:
         """The file with everything but the weights."""
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[self.model.decoder.arch])
@@ -83,16 +104,25 @@ class GGUFFile:
         self.model.add_fields(writer)
         self.vocabulary.add_fields(writer)
         for one in plan:
-            add_info(writer, one, stored_type(one, self.kind))
+            add_info(writer, one, self.type_of(one))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         return writer
 
+    def wanted(self, one: Planned) -> Q:
+        """The type that a matrix would have without conditions; the largest one of a stack."""
+        kinds = [self.own.get(name, self.kind) for name in one.sources] or [self.kind]
+        return max(kinds, key=lambda kind: bytes_per_row(LARGEST_BLOCK, kind))
+
+    def type_of(self, one: Planned) -> Q:
+        """The type of a tensor."""
+        return stored_type(one, self.wanted(one))
+
     def notes(self, plan: list[Planned]) -> list[str]:
         """What a user must know about the file."""
         notes = []
-        odd = [one.name for one in plan if stored_type(one, self.kind) == Q.F16 != self.kind]
+        odd = [one.name for one in plan if self.type_of(one) == Q.F16 != self.wanted(one)]
         if odd:
             notes.append(
                 f"{len(odd)} matrices have rows that are no multiple of {BLOCK} weights long and "
@@ -118,14 +148,29 @@ def stored_type(one: Planned, wanted: Q) -> Q:
         return Q.F32
     if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
         wanted = Q.Q8_0
+    return stored_type_of_row(one.shape[-1], wanted)
+
+
+def stored_type_of_row(columns: int, wanted: Q) -> Q:
+    """The type of a matrix with so many columns: float16 where a row has no whole blocks."""
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
-    return wanted if one.shape[-1] % block == 0 else Q.F16
+    return wanted if columns % block == 0 else Q.F16
+
+
+def tensor_bytes(one: Planned, kind: Q) -> int:
+    """Bytes of a tensor in a type."""
+    return bytes_per_row(one.shape[-1], kind) * int(np.prod(one.shape[:-1], dtype=np.int64))
+
+
+def padded_bytes(count: int) -> int:
+    """Bytes with the padding that aligns what follows."""
+    return gguf.GGUFWriter.ggml_pad(count, gguf.GGUF_DEFAULT_ALIGNMENT)
 
 
 def add_info(writer: gguf.GGUFWriter, one: Planned, kind: Q) -> None:
     """Announce a tensor."""
     rows, size = one.shape[:-1], bytes_per_row(one.shape[-1], kind)
-    nbytes = size * int(np.prod(rows, dtype=np.int64))
+    nbytes = tensor_bytes(one, kind)
     if kind in NUMPY:
         writer.add_tensor_info(one.name, one.shape, np.dtype(NUMPY[kind]), nbytes)
     else:

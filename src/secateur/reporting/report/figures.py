@@ -36,6 +36,7 @@ def all_figures(records: Records) -> list[Chart]:
         *([sizes] if sizes else []),
         *speed_charts(records.runs),
         *memory_charts(records.runs),
+        *(fit.result.chart() for fit in records.fits),
     ]
 
 

@@ -26,10 +26,12 @@ from secateur.reporting.report.figures import (
     size_chart,
     speed_charts,
 )
+from secateur.reporting.report.fits import fit_view
 from secateur.reporting.report.headline import Claim, claims
-from secateur.reporting.report.provenance import Part, of_run, of_sweep
+from secateur.reporting.report.provenance import Part, of_advice, of_fit, of_run, of_sweep
 from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import Records, ReportedRun, ReportedSweep
+from secateur.reporting.report.what_if import advice_view
 from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, counted, percent
 from secateur.runs.evaluation import GenerationRecord
@@ -84,16 +86,16 @@ def render(records: Records, *, version: str, date: str) -> str:
     """Write the report as HTML.
 
     Args:
-        records: the runs and sweeps to show.
+        records: what to show.
         version: version of secateur.
         date: date of today.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    style, script = (
-        (TEMPLATES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
-    )
+    style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
+    parts = ["page.js", *(["advisor.js", "what-if.js"] if records.advices else [])]
+    script = "\n".join((TEMPLATES / part).read_text(encoding="utf-8") for part in parts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -122,6 +124,8 @@ def content(records: Records) -> dict[str, Any]:
         "lead": lead(records),
         "sections": sections(records),
         "views": [view_of(run) for run in runs],
+        "fits": [fit_view(fit) for fit in records.fits],
+        "advices": [advice_view(advice) for advice in records.advices],
         "sweeps": [sweep_view(sweep) for sweep in records.sweeps],
         "alike": alike(runs),
         "quality": quality_rows(runs),
@@ -147,6 +151,8 @@ def title(records: Records) -> str:
     """The title of the page."""
     models = [run.manifest.source.name for run in records.runs]
     models += [sweep.result.sweep.model for sweep in records.sweeps]
+    models += [fit.name for fit in records.fits]
+    models += [advice.result.model for advice in records.advices]
     names = list(dict.fromkeys(bare_name(name) for name in models))
     subject = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
     if len(records.runs) == 1:
@@ -156,7 +162,11 @@ def title(records: Records) -> str:
         return f"{subject}, pruned to {percent(manifest.result.decoder_sparsity)}"
     if records.runs:
         return f"{subject}: {len(records.runs)} pruned models compared"
-    return f"{subject}: quality against sparsity"
+    if records.sweeps:
+        return f"{subject}: quality against sparsity"
+    if records.fits:
+        return f"{subject}: fitted to a budget"
+    return f"{subject}: does it pay?"
 
 
 def lead(records: Records) -> str:
@@ -168,6 +178,10 @@ def lead(records: Records) -> str:
         parts.append(f"a sweep of {counted(len(sweep.result.points), 'point')}")
     counts = f"{' and '.join(parts)}. " if parts else ""
     said = f"{counts}Only what was measured is claimed; where something was not, it says how to."
+    if records.advices and not (records.runs or records.sweeps or records.fits):
+        said = (
+            "Nothing was run. Numbers are published, estimated by formulas, or times measured here."
+        )
     return said[0].upper() + said[1:]
 
 
@@ -176,6 +190,9 @@ def sections(records: Records) -> list[tuple[str, str]]:
     ours = bool(records.runs)
     found = [
         ("headline", "Headline", True),
+        ("advice", "Advice", bool(records.advices)),
+        ("what-if", "What if", bool(records.advices)),
+        ("fit", "Fit", bool(records.fits)),
         ("quality", "Quality", ours),
         ("sparsity", "Sparsity", bool(records.sweeps) or bool(curves(records))),
         ("layers", "Layers", ours),
@@ -266,8 +283,10 @@ def written(runs: Sequence[ReportedRun]) -> Iterator[tuple[ReportedRun, Generati
 
 
 def provenance(records: Records) -> list[Part]:
-    """The provenance of all runs and sweeps."""
+    """The provenance of everything on the page."""
     return [
         *(of_run(run) for run in records.runs),
         *(of_sweep(sweep) for sweep in records.sweeps),
+        *(of_fit(fit) for fit in records.fits),
+        *(of_advice(advice) for advice in records.advices),
     ]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.reporting.report.records import ReportedRun, ReportedSweep
+from secateur.reporting.report.records import (
+    ReportedAdvice,
+    ReportedFit,
+    ReportedRun,
+    ReportedSweep,
+)
 from secateur.reporting.wording import percent
 
-__all__ = ["Part", "of_run", "of_sweep"]
+__all__ = ["Part", "of_advice", "of_fit", "of_run", "of_sweep"]
 
 Facts = list[tuple[str, str]]
 
@@ -79,6 +84,55 @@ def of_sweep(sweep: ReportedSweep) -> Part:
         ("Made with", facts(result.sweep.environment)),
     ]
     return Part(sweep.name, tables)
+
+
+def of_fit(fit: ReportedFit) -> Part:
+    """The bounds of a fit, its levels, and how the winner is stored."""
+    result = fit.result
+    bounds: dict[str, Any] = {"folder": fit.folder}
+    bounds |= {one.flag: one.in_words(one.wanted) for one in result.checks}
+    stored = {name: f"{one.matrices} matrices" for name, one in result.packed.formats.items()}
+    tables = [
+        ("Bounds", facts(bounds)),
+        (
+            "Levels",
+            facts({"levels": [one.name for one in result.singles], "seconds": result.seconds}),
+        ),
+        ("Stored as", facts(stored)),
+    ]
+    return Part(fit.name, [table for table in tables if table[1]])
+
+
+def of_advice(advice: ReportedAdvice) -> Part:
+    """What an advice counts with: the model, the device, prices and losses with their sources."""
+    result = advice.result
+    question, known = result.question, result.facts
+    model = {name: value for name, value in asdict(question.model).items() if value}
+    device = question.hardware.model_dump(mode="json")
+    losses = {name: f"keeps {loss.kept[0]:.1%} to {loss.kept[1]:.1%}; {loss.source}"
+              for name, loss in known.compressions.items()}  # fmt: skip
+    prices = {name: f"{api.input:g} and {api.output:g} USD a million; {api.source}"
+              for name, api in known.apis.items()}  # fmt: skip
+    pruning = {name: f"{seconds:g} s" for name, seconds in known.pruning_seconds_of_7b.items()}
+    return Part(
+        advice.name,
+        [
+            ("Model", facts(model)),
+            ("Device", facts({**device, "times": result.speed_basis})),
+            (
+                "Facts",
+                facts(
+                    {
+                        "collected": known.date,
+                        **known.efficiency[question.hardware.kind].model_dump(),
+                    }
+                ),
+            ),
+            ("Accuracy kept, published", facts(losses)),
+            ("Hosted models: prompt and answer", facts(prices)),
+            ("Pruning 7 B on one A100", facts(pruning)),
+        ],
+    )
 
 
 def differing(values: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:

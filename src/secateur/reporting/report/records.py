@@ -1,4 +1,4 @@
-"""Read run folders and sweep folders for the report."""
+"""Read what a report is about: folders of runs, sweeps and fits, and files of advice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.errors import SourceError
+from secateur.errors import CheckpointError, SourceError
+from secateur.reporting.results.advise import AdviseResult
+from secateur.reporting.results.fit import FitResult
 from secateur.reporting.results.sweep import SweepResult
 from secateur.runs.evaluation import FILE_NAME, EvaluationRecord, read_evaluation
 from secateur.runs.records import (
@@ -21,7 +23,16 @@ from secateur.runs.records import (
     read_record,
 )
 
-__all__ = ["Records", "ReportedRun", "ReportedSweep", "read_records"]
+__all__ = [
+    "Records",
+    "ReportedAdvice",
+    "ReportedFit",
+    "ReportedRun",
+    "ReportedSweep",
+    "read_records",
+]
+
+FIT = Path("secateur") / "fit.json"
 
 
 @dataclass(frozen=True)
@@ -65,33 +76,70 @@ class ReportedSweep:
 
 
 @dataclass(frozen=True)
-class Records:
-    """The runs and sweeps of a report."""
+class ReportedFit:
+    """A fit.
 
-    runs: tuple[ReportedRun, ...]
-    sweeps: tuple[ReportedSweep, ...]
+    Attributes:
+        name: its name on the page.
+        folder: of the packed winner.
+        result: all its measurements.
+    """
+
+    name: str
+    folder: Path
+    result: FitResult
+
+
+@dataclass(frozen=True)
+class ReportedAdvice:
+    """An advice.
+
+    Attributes:
+        name: its name on the page.
+        result: the advice with its question.
+    """
+
+    name: str
+    result: AdviseResult
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a report is about."""
+
+    runs: tuple[ReportedRun, ...] = ()
+    sweeps: tuple[ReportedSweep, ...] = ()
+    fits: tuple[ReportedFit, ...] = ()
+    advices: tuple[ReportedAdvice, ...] = ()
 
 
 def read_records(places: Sequence[Path]) -> Records:
-    """Read run folders and sweep folders, in the given order.
+    """Read folders of runs, sweeps and fits, and files of advice, in the given order.
 
     Raises:
-        SourceError: a path is not such a folder; the error says what is missing.
+        SourceError: a path is none of these; the error says what is missing.
         CheckpointError: a file is damaged or of another release; the error names it.
     """
     if not places:
         raise SourceError(
-            "there is nothing to report", remedy="name run folders, or folders of sweeps"
-        )
+            "there is nothing to report", remedy="name folders of runs, sweeps or fits, or the "
+            "JSON of an advice"
+        )  # fmt: skip
     runs: list[ReportedRun] = []
     sweeps: list[ReportedSweep] = []
+    fits: list[ReportedFit] = []
+    advices: list[ReportedAdvice] = []
     for place, name in zip(places, names_of(places), strict=True):
         if (place / "sweep.json").is_file():
             sweep = read_record(Sweep, place / "sweep.json")
             sweeps.append(ReportedSweep(name, SweepResult(sweep, place)))
+        elif (place / FIT).is_file():
+            fits.append(ReportedFit(name, place, FitResult.read(place / FIT)))
+        elif place.is_file():
+            advices.append(ReportedAdvice(name, AdviseResult.read(place)))
         else:
             runs.append(read_run(place, name))
-    return Records(tuple(runs), tuple(sweeps))
+    return Records(tuple(runs), tuple(sweeps), tuple(fits), tuple(advices))
 
 
 def names_of(places: Sequence[Path]) -> list[str]:
@@ -115,28 +163,42 @@ def read_run(place: Path, name: str) -> ReportedRun:
     """
     if not place.is_dir():
         raise SourceError(
-            "there is no such folder", where=str(place), remedy="name a run folder or a sweep"
+            "there is no such folder or file",
+            where=str(place),
+            remedy="name a folder of a run, a sweep or a fit, or the JSON of an advice",
         )
     notes = place / "secateur"
     if not (notes / "manifest.json").is_file():
         raise SourceError(
-            "this is neither a run folder nor a sweep: it has no secateur/manifest.json and no "
-            "sweep.json",
+            "this is neither a run, nor a fit, nor a sweep: it has no secateur/manifest.json, no "
+            "secateur/fit.json and no sweep.json",
             where=str(place),
-            remedy="name a folder that `secateur prune`, `compress` or `sweep` wrote",
+            remedy="name a folder that `secateur prune`, `compress`, `fit` or `sweep` wrote",
         )
     recipe, judged = notes / "recipe.yaml", notes / FILE_NAME
     return ReportedRun(
         name,
         place,
         read_record(Manifest, notes / "manifest.json"),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        recipe=read_text(recipe) if recipe.is_file() else "",
         layers=read_layers(notes / "layers.jsonl"),
         evaluation=read_evaluation(judged) if judged.is_file() else None,
         diagnosis=read_if_there(DiagnosisRecord, notes / "diagnosis.json"),
         bench=read_if_there(Bench, notes / "bench.json"),
         compression=read_if_there(Compression, notes / "compression.json"),
     )
+
+
+def read_text(file: Path) -> str:
+    """Read the text of a file of a run."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the file cannot be read: {error}",
+            where=str(file),
+            remedy="restore the file, or make the run again",
+        ) from None
 
 
 def read_if_there(record: type[AnyRecord], file: Path) -> AnyRecord | None:
@@ -148,6 +210,6 @@ def read_layers(file: Path) -> tuple[Layer, ...]:
     """Read the records of the layers."""
     if not file.is_file():
         return ()
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_text(file).splitlines()
     layers = [parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
     return tuple(sorted(layers, key=lambda layer: layer.layer))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from secateur.advisor.advice import Advice, Considered, Need
+from secateur.advisor.advice import Advice, Considered
 from secateur.advisor.capacity import Capacity, Load
 from secateur.advisor.estimate import ESTIMATED, MEASURED, PUBLISHED, Estimate
-from secateur.advisor.facts import Facts
+from secateur.advisor.facts import GIVEN, Facts
 from secateur.advisor.memory import GIB
+from secateur.advisor.nearest import nearest
+from secateur.advisor.question import AdviceQuestion
+from secateur.errors import CheckpointError
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 
 __all__ = ["AdviseResult"]
 
+SCHEMA = "secateur.advice/1"
 SHOWN = 8
 """Options in the table; --json has all."""
 
@@ -27,35 +33,50 @@ class AdviseResult(Result):
     Attributes:
         model: what the user named.
         hardware: its name in the facts.
-        facts: what was counted with.
-        load: requests, tokens and latencies of the service.
-        need: the bounds.
+        question: everything that the advice depends on.
         advice: the options and the decision.
         speed_basis: how times were found.
-        measured: whether times were measured on this machine.
+        page: the HTML file; None if none was written.
     """
 
     model: str
     hardware: str
-    facts: Facts
-    load: Load
-    need: Need
+    question: AdviceQuestion
     advice: Advice
     speed_basis: str
-    measured: bool
+    page: Path | None = None
+
+    @property
+    def facts(self) -> Facts:
+        """What was counted with."""
+        return self.question.facts
+
+    @property
+    def load(self) -> Load:
+        """Requests, tokens and latencies of the service."""
+        return self.question.need.load
+
+    @property
+    def nearest(self) -> tuple[str, ...]:
+        """Looser bounds that can be kept; empty if these can."""
+        if self.advice.chosen is not None:
+            return ()
+        return tuple(nearest(self.advice.considered, self.question.need))
 
     def to_json(self) -> dict[str, Any]:
         """All options with their numbers, and where each kind of number is from."""
         advice = self.advice
         return {
+            "schema": SCHEMA,
             "model": self.model,
             "parameters": advice.model.parameters,
             "hardware": self.hardware,
             "load": asdict(self.load),
-            "quality_loss": self.need.quality_loss,
-            "gpu_hours": self.need.gpu_hours,
+            "quality_loss": self.question.need.quality_loss,
+            "gpu_hours": self.question.need.gpu_hours,
             "verdict": advice.verdict,
             "chosen": advice.chosen.option.name if advice.chosen else None,
+            "nearest": list(self.nearest),
             "commands": list(advice.chosen.option.commands(self.model)) if advice.chosen else [],
             "paid_back_months": advice.paid_back_months,
             "measure_first": [row.option.name for row in advice.cheaper],
@@ -64,10 +85,33 @@ class AdviseResult(Result):
             "basis": {
                 "times": self.speed_basis,
                 "memory": f"{ESTIMATED}: secateur/advisor/memory.py",
-                "prices": f"{PUBLISHED}: {advice.device.price_source}",
+                "prices": self.price_origin(),
                 "facts_date": self.facts.date.isoformat(),
             },
+            "question": self.question.to_json(),
+            "page": self.page and str(self.page),
         }
+
+    @classmethod
+    def read(cls, file: Path) -> AdviseResult:
+        """The result in a file that `secateur advise --json` wrote. The advice is computed again.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another release.
+        """
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            if told["schema"] != SCHEMA:
+                raise ValueError(f"the schema is {told['schema']!r}, not {SCHEMA!r}")
+            question = AdviceQuestion.from_json(told["question"])
+            basis = told["basis"]["times"]
+            return cls(told["model"], told["hardware"], question, question.answer(), basis)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"no advice of this release: {type(error).__name__}: {error}",
+                where=str(file),
+                remedy="write it again with `secateur advise MODEL --json`",
+            ) from error
 
     def row_json(self, row: Considered) -> dict[str, Any]:
         """The numbers of one option."""
@@ -100,6 +144,7 @@ class AdviseResult(Result):
         ][:SHOWN]
         columns = ("option", "accuracy", "memory", "devices", "ms/token", "USD/month", "USD/M")
         blocks: list[Block] = [Line(advice.verdict, "bold")]
+        blocks += [Line(f"nearest: {line}") for line in self.nearest]
         if rows:
             blocks.append(Table.of(title + rate, columns, rows, styles=styles))
         blocks += [Line("yellow: measure the loss first. ms/token at the batch that costs least; "
@@ -107,7 +152,8 @@ class AdviseResult(Result):
         blocks += self.refused()
         blocks += self.recipe()
         blocks += self.hosted()
-        return [*blocks, *self.origins()]
+        blocks += self.origins()
+        return blocks if self.page is None else [*blocks, Line(f"page: {self.page}")]
 
     def row(self, row: Considered) -> tuple[str, ...]:
         """The cells of an option."""
@@ -117,7 +163,7 @@ class AdviseResult(Result):
         low, high = row.kept
         return (
             row.option.name,
-            f"{low:.0%}" if low == high else f"{low:.1%}-{high:.1%}",
+            f"{low:.0%}" if low == high else f"{100 * low:.3g}-{100 * high:.3g}%",
             f"{found.memory.total / GIB:.2f} GiB",
             f"{found.devices.typical:.0f}",
             f"{found.step.typical * 1e3:.1f}",
@@ -125,7 +171,7 @@ class AdviseResult(Result):
             f"{cost.million_tokens.typical:.3g}",
         )
 
-    def refused(self) -> list[Block]:
+    def refused(self) -> list[Line]:
         """Why options are out, one line each for the plain ones."""
         plain = [row for row in self.advice.considered if row.refused and row.option.changed <= 1]
         return [Line(f"{row.option.name}: {row.refused}", "dim") for row in plain]
@@ -159,16 +205,21 @@ class AdviseResult(Result):
         columns = ("hosted model", "USD/month", "serving is cheaper from, requests/day")
         return [Table.of("", columns, rows)]
 
-    def origins(self) -> list[Block]:
+    def price_origin(self) -> str:
+        """Where the price of the device is from."""
+        source = self.advice.device.price_source
+        return source if source == GIVEN else f"{PUBLISHED}; {source}"
+
+    def origins(self) -> list[Line]:
         """Where each kind of number is from."""
         device, chosen = self.advice.device, self.advice.chosen
         sources = chosen.option.sources(self.facts) if chosen else ()
-        times = MEASURED if self.measured else ESTIMATED
+        times = ESTIMATED if self.question.times is None else MEASURED
         lines = [
             f"times: {times}; {self.speed_basis}",
             f"memory: {ESTIMATED}; formula in docs/advise.md",
             f"price of {device.usd_per_hour[1]:g} USD an hour ({device.usd_per_hour[0]:g} to "
-            f"{device.usd_per_hour[2]:g}): {PUBLISHED}; {device.price_source}",
+            f"{device.usd_per_hour[2]:g}): {self.price_origin()}",
             *(f"accuracy: {PUBLISHED}; {source}" for source in sources),
             f"facts of {self.facts.date}; replace any with --facts FILE",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,13 +11,91 @@ from pathlib import Path
 from typing import Any
 
 from secateur.engine.choose.fitting import Point
+from secateur.errors import CheckpointError
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.compress import CompressResult
-from secateur.reporting.results.next_steps import after_a_packed_folder
+from secateur.reporting.results.next_steps import after_a_fit
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table, mib
 
-__all__ = ["FitLoss", "FitResult"]
+__all__ = [
+    "ONLY_ROUNDED",
+    "WINNER",
+    "FitBranch",
+    "FitCheck",
+    "FitCost",
+    "FitFinalist",
+    "FitLoss",
+    "FitResult",
+]
+
+WINNER = "winner"
+ONLY_ROUNDED = "the best that is only rounded"
+"""Names in `FitResult.losses`."""
+
+
+FAMILIES = {"quantize": "rounded", "prune": "pruned", "both": "pruned and rounded"}
+"""The families of levels, in words."""
+
+
+@dataclass(frozen=True)
+class FitCost:
+    """A kind of cost that the search counted.
+
+    Attributes:
+        name: size, memory or seconds.
+        rest: of everything that is no linear: bytes, or seconds of a token.
+        limit: the most of the whole model; None for no bound.
+    """
+
+    name: str
+    rest: float
+    limit: float | None
+
+
+@dataclass(frozen=True)
+class FitCheck:
+    """A bound beside what was measured on the packed winner.
+
+    Attributes:
+        option: that bounds it, such as `max_size`.
+        wanted: the bound: bytes, nats per token, or a factor.
+        measured: in the same unit.
+        kept: whether the bound holds. A speed-up may be 5 % lower: that is the error of measuring.
+        failure: why nothing could be measured; None if it was.
+    """
+
+    option: str
+    wanted: float
+    measured: float
+    kept: bool
+    failure: str | None = None
+
+    def in_words(self, value: float, *, nearest: bool = False) -> str:
+        """A value in its unit; the nearest one that can be kept is rounded to that side."""
+        if self.option in ("max_size", "max_memory"):
+            mebibytes = value / 2**20
+            return f"{math.ceil(10 * mebibytes) / 10:.1f}MiB" if nearest else f"{mebibytes:.1f} MiB"
+        digits, unit = (4, " nats") if self.option == "max_loss_increase" else (3, "")
+        side = math.ceil if self.option == "max_loss_increase" else math.floor
+        shown = side(value * 10**digits) / 10**digits if nearest else value
+        return f"{shown:.{digits}f}" + ("" if nearest else unit)
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line."""
+        return "--" + self.option.replace("_", "-")
+
+    @property
+    def said(self) -> str:
+        """The sentence for a bound that is broken."""
+        if self.failure is not None:
+            return f"{self.flag} could not be measured: {self.failure}"
+        return (
+            f"{self.flag} is broken: {self.in_words(self.measured)} was measured, "
+            f"{self.in_words(self.wanted)} was given; the nearest that this model keeps is "
+            f"{self.in_words(self.measured, nearest=True)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -24,12 +103,49 @@ class FitLoss:
     """A candidate on text that neither made nor chose it.
 
     Attributes:
-        cost: bytes of its linears.
+        file_bytes: of its weight files, at most.
         loss_increase: above the dense model, in nats per token.
     """
 
-    cost: float
+    file_bytes: int
     loss_increase: float
+
+
+@dataclass(frozen=True)
+class FitFinalist:
+    """A candidate that was made as a real model.
+
+    Attributes:
+        name: what chose it, or the cut.
+        file_bytes: of its weight files, at most.
+        predicted: its divergence, as the survey predicted it.
+        mixed: the divergence of its levels, each made alone and put together; None for a cut.
+        divergence: its own, in nats per token.
+    """
+
+    name: str
+    file_bytes: int
+    predicted: float
+    mixed: float | None
+    divergence: float
+
+
+@dataclass(frozen=True)
+class FitBranch:
+    """What became of a cut that was tried.
+
+    Attributes:
+        name: the cut.
+        file_bytes: of the cut model with bfloat16 linears and int8 embeddings; None if it was not
+            made.
+        divergence: of the cut model from the dense one, in nats per token; None likewise.
+        outcome: what became of it, in words.
+    """
+
+    name: str
+    file_bytes: int | None
+    divergence: float | None
+    outcome: str
 
 
 @dataclass(frozen=True)
@@ -38,132 +154,234 @@ class FitResult(Result):
 
     Attributes:
         output: folder of the packed winner.
-        max_bytes: the bound on the weight files; None for none.
-        max_loss_increase: the bound; None for none.
-        levels: names of the levels.
-        level_of: the level of each linear, by its name.
-        winner: the candidate.
+        kind_of: how each linear is stored, by its name.
+        winner: the best finalist.
+        finalists: the candidates that were made whole and keep the bound.
+        branches: the cuts that were tried.
         singles: every level alone.
         frontier: the best candidates for some budgets, of all levels and of rounding alone.
         losses: of the winner and its rivals, on the judged windows.
-        rest: predicted bytes of everything that is no linear, at most.
+        costs: the kinds of cost, size first.
+        checks: every bound beside what was measured.
+        dropped: what was left out to keep the time.
         packed: sizes of what was written.
         seconds: wall time.
     """
 
     output: Path
-    max_bytes: int | None
-    max_loss_increase: float | None
-    levels: tuple[str, ...]
-    level_of: Mapping[str, int]
-    winner: Point
+    kind_of: Mapping[str, str]
+    winner: FitFinalist
+    finalists: tuple[FitFinalist, ...]
+    branches: tuple[FitBranch, ...]
     singles: tuple[Point, ...]
     frontier: tuple[Point, ...]
     losses: Mapping[str, FitLoss]
-    rest: int
+    costs: tuple[FitCost, ...]
+    checks: tuple[FitCheck, ...]
+    dropped: tuple[str, ...]
     packed: CompressResult
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """All numbers."""
-        told = {name: getattr(self, name) for name in ("max_bytes", "max_loss_increase", "rest")}
         return {
             "output": str(self.output),
-            **told,
-            "levels": list(self.levels),
-            "level_of": dict(self.level_of),
+            "seconds": self.seconds,
+            "dropped": list(self.dropped),
+            "kind_of": dict(self.kind_of),
             "winner": asdict(self.winner),
+            "finalists": [asdict(one) for one in self.finalists],
+            "branches": [asdict(one) for one in self.branches],
             "singles": [asdict(point) for point in self.singles],
             "frontier": [asdict(point) for point in self.frontier],
             "losses": {name: asdict(loss) for name, loss in self.losses.items()},
+            "costs": [asdict(one) for one in self.costs],
+            "checks": [asdict(one) for one in self.checks],
             "packed": self.packed.to_json(),
-            "seconds": self.seconds,
         }
 
     @classmethod
     def read(cls, file: Path) -> FitResult:
-        """The result of a finished run."""
-        told = json.loads(file.read_text(encoding="utf-8"))
+        """The result of a finished run.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another release.
+        """
+        try:
+            return cls.of(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"no fit of this release: {type(error).__name__}: {error}",
+                where=str(file),
+                remedy="fit the model again",
+            ) from error
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> FitResult:
+        """The result that `to_json` told."""
 
         def point(stored: dict[str, Any]) -> Point:
-            return Point(**{**stored, "candidate": tuple(stored["candidate"])})
+            sequences = {name: tuple(stored[name]) for name in ("candidate", "cost")}
+            return Point(**{**stored, **sequences})
 
         return cls(
             **{
                 **told,
                 "output": Path(told["output"]),
-                "levels": tuple(told["levels"]),
-                "winner": point(told["winner"]),
+                "winner": FitFinalist(**told["winner"]),
+                "finalists": tuple(FitFinalist(**one) for one in told["finalists"]),
+                "branches": tuple(FitBranch(**one) for one in told["branches"]),
                 "singles": tuple(map(point, told["singles"])),
                 "frontier": tuple(map(point, told["frontier"])),
                 "losses": {name: FitLoss(**loss) for name, loss in told["losses"].items()},
+                "costs": tuple(FitCost(**one) for one in told["costs"]),
+                "checks": tuple(FitCheck(**one) for one in told["checks"]),
+                "dropped": tuple(told["dropped"]),
                 "packed": CompressResult.from_json(told["packed"]),
             }
         )
 
     def chart(self) -> LineChart:
-        """Size against divergence: the frontiers, the single levels, and the winner."""
-
-        def marks(points: Sequence[Point]) -> tuple[Mark, ...]:
-            return tuple(Mark((self.rest + p.cost) / 2**20, p.divergence, p.name) for p in points)
-
+        """Size against divergence: frontiers, single levels by family, cuts, what was made."""
+        cuts = [one for one in self.branches if one.divergence is not None]
         mixed = [p for p in self.frontier if p.families == "all"]
         rounded = [p for p in self.frontier if p.families == "quantize"]
+        single = {
+            family: [p for p in self.singles if p.families == family]
+            for family in dict.fromkeys(p.families for p in self.singles)
+        }
+        made = [one for one in self.finalists if one != self.winner]
+        series = (
+            Series("mixed levels", self.marks(mixed)),
+            Series("mixed, only rounded", self.marks(rounded)),
+            *(
+                Series(f"every linear alike, {FAMILIES[family]}", self.marks(points), joined=False)
+                for family, points in single.items()
+            ),
+            Series("cut, bfloat16", self.made(cuts), joined=False),
+            Series("made whole", self.made(made), joined=False),
+            Series("the winner", self.made([self.winner]), joined=False),
+        )
         return LineChart(
             "frontier",
             "Size against divergence from the dense model",
             "weight files, MiB",
             "nats per token",
-            (
-                Series("mixed levels", marks(mixed)),
-                Series("mixed, only rounded", marks(rounded)),
-                Series("single levels", marks(self.singles), joined=False),
-                Series("the winner", marks([self.winner]), joined=False),
-            ),
-            log_y=all(p.divergence > 0 for p in (*mixed, *rounded)),
+            tuple(one for one in series if one.marks),
+            log_y=all(mark.y > 0 for one in series for mark in one.marks),
+            note="Lower is better, and so is further left. Divergence on the windows that choose.",
+        )
+
+    def size(self, point: Point) -> float:
+        """Bytes of the weight files of a candidate, at most."""
+        return self.costs[0].rest + point.cost[0]
+
+    def marks(self, points: Sequence[Point]) -> tuple[Mark, ...]:
+        """Marks of levels and of levels put together."""
+        return tuple(
+            mark(p.name, p.name or f"a mix ({p.families})", self.size(p), p.divergence)
+            for p in points
+        )
+
+    def made(self, models: Sequence[FitFinalist | FitBranch]) -> tuple[Mark, ...]:
+        """Marks of models that were made whole."""
+        return tuple(
+            mark(one.name, one.name, one.file_bytes or 0, one.divergence or 0.0) for one in models
         )
 
     @property
     def broken(self) -> list[str]:
         """Bounds that the measured result does not keep."""
-        found = []
-        if self.max_bytes is not None and self.packed.file_bytes > self.max_bytes:
-            found.append(
-                f"the weight files have {self.packed.file_bytes:,} bytes, {self.max_bytes:,} were "
-                "allowed"
+        return [one.said for one in self.checks if not one.kept]
+
+    def bounds(self) -> list[tuple[str, str, str]]:
+        """Every bound, and what was measured."""
+        return [
+            (one.flag, one.in_words(one.wanted), one.failure or one.in_words(one.measured))
+            for one in self.checks
+        ]
+
+    @property
+    def brought(self) -> str:
+        """What zeros and cuts brought over rounding alone, within the same bound."""
+        won, rival = self.losses[WINNER], self.losses.get(ONLY_ROUNDED)
+        if rival is None:
+            return "Rounding alone does not reach the bound: zeros or cuts are needed."
+        if won == rival:
+            return "Rounding alone is best here: zeros and cuts brought nothing."
+        saved = rival.loss_increase - won.loss_increase
+        return (
+            f"Zeros and cuts brought {saved:+.4f} nats per token of less loss than the best that "
+            f"is only rounded ({won.loss_increase:.4f} against {rival.loss_increase:.4f})."
+        )
+
+    def tried(self) -> list[Block]:
+        """The cuts that were tried."""
+        rows = [
+            (
+                one.name,
+                "" if one.file_bytes is None else mib(one.file_bytes),
+                "" if one.divergence is None else f"{one.divergence:.4f}",
+                one.outcome,
             )
-        winner = self.losses["winner"].loss_increase
-        if self.max_loss_increase is not None and winner > self.max_loss_increase:
-            found.append(
-                f"the loss rises by {winner:.4f} nats on text that did not choose, "
-                f"{self.max_loss_increase:g} were allowed"
-            )
-        return found
+            for one in self.branches
+        ]
+        columns = ("", "size, bfloat16", "divergence", "then pruned and rounded")
+        return [Table.of("cuts", columns, rows)] if rows else []
 
     def blocks(self) -> Sequence[Block]:
         """The winner, its rivals, the frontier, and the next commands."""
-        kinds = Counter(self.levels[level] for level in self.level_of.values())
+        kinds = Counter(self.kind_of.values())
         facts = [
             ("weight files", mib(self.packed.file_bytes)),
-            ("predicted at most", mib(self.rest + self.winner.cost)),
+            ("predicted at most", mib(self.winner.file_bytes)),
             ("loss", f"{self.losses['winner'].loss_increase:+.4f} nats per token"),
             ("linears", ", ".join(f"{n} {name}" for name, n in kinds.most_common())),
             ("time", f"{self.seconds:.0f} s"),
             ("output", str(self.output)),
         ]
         rivals = [
-            (name, mib(self.rest + loss.cost), f"{loss.loss_increase:+.4f}")
+            (name, mib(loss.file_bytes), f"{loss.loss_increase:+.4f}")
             for name, loss in self.losses.items()
+        ]
+        made = [
+            (
+                one.name,
+                mib(one.file_bytes),
+                f"{one.predicted:.4f}",
+                "" if one.mixed is None else f"{one.mixed:.4f}",
+                f"{one.divergence:.4f}",
+            )
+            for one in sorted(self.finalists, key=lambda one: one.divergence)
         ]
         points = sorted((*self.singles, *self.frontier), key=lambda p: p.cost)
         rows = [
-            (p.name or f"mixed ({p.families})", mib(self.rest + p.cost), f"{p.divergence:.4f}")
+            (p.name or f"mixed ({p.families})", mib(round(self.size(p))), f"{p.divergence:.4f}")
             for p in points
         ]
         blocks: list[Block] = [
             Table.facts("the winner", facts),
+            Table.of(
+                "made whole, divergence in nats per token",
+                ("", "size", "predicted", "levels put together", "made"),
+                made,
+            ),
             Table.of("on text that neither made nor chose them", ("", "size", "loss"), rivals),
-            Table.of("the frontier", ("", "size", "divergence, nats per token"), rows),
+            Table.of("bounds", ("", "given", "measured"), self.bounds()),
+            Line(self.brought),
+            *self.tried(),
+            Table.of("levels, each made alone", ("", "size", "divergence, nats per token"), rows),
+            *(
+                [Line(f"Left out to keep the time: {', '.join(self.dropped)}.")]
+                if self.dropped
+                else []
+            ),
             *(Line(fault, "bold red") for fault in self.broken),
         ]
-        return blocks + after_a_packed_folder(self.output, None)
+        return blocks + after_a_fit(self.output)
+
+
+def mark(label: str, name: str, size: float, divergence: float) -> Mark:
+    """A mark of a model."""
+    told = f"{name}: {mib(size)}, {divergence:.4g} nats per token"
+    return Mark(size / 2**20, divergence, label, told)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from secateur.reporting.tables import Block, next_steps
 
-__all__ = ["after_a_dense_folder", "after_a_packed_folder", "after_a_sweep"]
+__all__ = ["after_a_dense_folder", "after_a_fit", "after_a_packed_folder", "after_a_sweep"]
 
 
 def after_a_dense_folder(folder: Path, dense: str | None) -> list[Block]:
@@ -46,6 +46,30 @@ def after_a_packed_folder(folder: Path, dense: str | None) -> list[Block]:
             "let it write": f"secateur generate {place} --prompt 'The capital of France is'",
             "measure speed and memory": f"secateur bench {place}",
             "measure what it lost": f"secateur evaluate {place}{beside}",
+        },
+    )
+
+
+def after_a_fit(folder: Path) -> list[Block]:
+    """The next steps after a fit.
+
+    Args:
+        folder: folder of the packed winner.
+    """
+    place = shlex.quote(str(folder))
+    return next_steps(
+        {
+            "the packed model": folder,
+            "every candidate": folder / "secateur" / "fit.json",
+            "the plot": folder / "secateur" / "frontier.png",
+            "the recipe": folder / "secateur" / "recipe.yaml",
+        },
+        {
+            "talk to it": f"secateur chat {place}",
+            "serve it": f"secateur serve {place}",
+            "publish it": f"secateur push {place} OWNER/NAME",
+            "give it to another engine": f"secateur export {place} --to gguf --output DIR",
+            "make it again": f"secateur chain {place}/secateur/recipe.yaml",
         },
     )
 

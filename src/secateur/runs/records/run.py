@@ -40,6 +40,7 @@ class Cost(Record):
     peak_is_of_this_run_alone: bool = False
     peak_cuda_bytes: int | None = None
     resumed: bool = False
+    processes: int = 1
     training_seconds: float | None = None
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.engine.prune.selection import last_match
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.folder_checks import read_config, refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
@@ -38,7 +39,12 @@ from secateur.workflows.checkpoint_files import carry_over
 from secateur.workflows.compress.mixed_values import choose_values
 from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
-from secateur.workflows.compress.rounding import round_checkpoint, rounding_recipe, told_of
+from secateur.workflows.compress.rounding import (
+    own_values,
+    round_checkpoint,
+    rounding_recipe,
+    told_of,
+)
 from secateur.workflows.compress.storage_plan import (
     StoragePlan,
     cast_others,
@@ -124,10 +130,19 @@ def compress_recipe(
             rounded = round_checkpoint(run, progress)
             reader, rounding = CheckpointReader(rounded), told_of(rounded)
             matrices = find_matrices(reader, recipe.embeddings, trust)
+        if recipe.overrides:
+            values_of = stored_values(recipe, matrices)
         chosen = ChosenValues(reader, matrices, values_of, rounding)
         report = pack_into(folder, recipe, source, chosen, progress, begun)
         folder.finish()
     return report
+
+
+def stored_values(recipe: CompressRecipe, matrices: Mapping[str, PackableMatrix]) -> dict[str, str]:
+    """The values of linears that have their own, by stored name."""
+    names = {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
+    own = own_values(recipe, names)
+    return {names[n]: values for n, values in own.items() if last_match(recipe.overrides, n)}
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,30 @@ result is a checkpoint of the same dtype with weights on grids.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from secateur.engine.prune.selection import last_match
 from secateur.errors import RecipeError
 from secateur.progress import Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.registry import did_you_mean
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.workflows.prune.checkpoint import run_recipe
 
-__all__ = ["check_calibration", "output_errors", "round_checkpoint", "rounding_recipe", "told_of"]
+__all__ = [
+    "check_calibration",
+    "output_errors",
+    "own_values",
+    "round_checkpoint",
+    "rounding_recipe",
+    "told_of",
+]
 
 
 BITS = {"int8": 8, "int4": 4, "int3": 3}
@@ -33,10 +44,10 @@ def check_calibration(recipe: CompressRecipe) -> None:
     Raises:
         RecipeError: the values are not rounded, or an option needs text and there is none.
     """
-    text, values = recipe.calibration.source, recipe.values
-    if text is not None and values not in BITS:
+    text, values = recipe.calibration.source, [recipe.values, *recipe.overrides.values()]
+    if text is not None and not BITS.keys() & values:
         raise RecipeError(
-            f"calibration text helps to round to integers, but the values are {values!r}",
+            f"calibration text helps to round to integers, but the values are {recipe.values!r}",
             remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
         )
     given = sorted(
@@ -54,10 +65,17 @@ def check_calibration(recipe: CompressRecipe) -> None:
 def rounding_recipe(
     recipe: CompressRecipe, folder: Path, sparsity_of: Mapping[str, float], output: Path
 ) -> PruneRecipe:
-    """The recipe of a run that rounds to a grid and keeps the zeros of the source."""
-    how = {"bits": BITS[recipe.values]}
-    if recipe.values != "int8":
-        how["group"] = recipe.group_size or DEFAULT_GROUP
+    """The recipe of a run that rounds to grids and keeps the zeros of the source.
+
+    Args:
+        recipe: gives the values of every linear, the text and the device.
+        folder: the source.
+        sparsity_of: the fraction of zeros of every linear, by its name.
+        output: of the run.
+    """
+    own = own_values(recipe, sparsity_of)
+    how = {n: parameters(recipe, v) for n, v in own.items() if v in BITS}
+    common = parameters(recipe, Counter(v for v in own.values() if v in BITS).most_common(1)[0][0])
     return build_recipe(
         PruneRecipe,
         {
@@ -65,11 +83,12 @@ def rounding_recipe(
             "output": str(output),
             "score": "kept",
             "solver": "obs",
-            "method_parameters": how,
+            "method_parameters": common,
+            "method_overrides": {name: one for name, one in how.items() if one != common},
             "scope": "layer",
             "sparsity": 0.0,
-            "include": tuple(sparsity_of),
-            "overrides": dict(sparsity_of),
+            "include": tuple(how),
+            "overrides": {name: sparsity_of[name] for name in how},
             "asymmetric": True,
             "fast_matmuls": True,
             "calibration": recipe.calibration.model_dump(exclude_unset=True),
@@ -78,6 +97,27 @@ def rounding_recipe(
             "trust_remote_code": recipe.trust_remote_code,
         },
     )
+
+
+def own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]:
+    """The values of every linear, by its name.
+
+    Raises:
+        RecipeError: an override matches no linear.
+    """
+    names = list(linears)
+    idle = [g for g in recipe.overrides if not any(fnmatchcase(n, g) for n in names)]
+    if idle:
+        raise RecipeError(
+            f"no linear matches {idle[0]!r}", where="overrides", remedy=did_you_mean(idle[0], names)
+        )
+    return {name: last_match(recipe.overrides, name) or recipe.values for name in names}
+
+
+def parameters(recipe: CompressRecipe, values: str) -> dict[str, int]:
+    """The parameters of the solver that rounds to these values."""
+    group = {} if values == "int8" else {"group": recipe.group_size or DEFAULT_GROUP}
+    return {"bits": BITS[values], **group}
 
 
 def round_checkpoint(recipe: PruneRecipe, progress: Progress) -> Path:
@@ -104,7 +144,7 @@ def told_of(rounded: Path) -> dict[str, Any]:
 
 
 def output_errors(rounded: Path) -> dict[str, float]:
-    """The error of the outputs of every linear, from the notes of a rounding run."""
+    """The squared relative error of the outputs of every linear, from the notes of a run."""
     lines = (rounded / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     linears = [linear for line in lines for linear in json.loads(line)["linears"]]
     return {linear["name"]: linear["error"] for linear in linears}

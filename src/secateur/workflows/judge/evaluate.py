@@ -21,6 +21,7 @@ from secateur.evaluation.perplexity import PerplexityResult, perplexity, place_o
 from secateur.evaluation.protocol import protocol_id
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
 from secateur.recipes.evaluate import EvaluateRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -114,8 +115,12 @@ def run_evaluation(
     dense: nn.Module | None = None,
     tokenizer: Any = None,
     prompts: Sequence[str] = PROMPTS,
+    ranks: Ranks = ALONE,
 ) -> EvaluateResult:
     """Carry out a recipe.
+
+    Several processes each load the model, and measure different windows. The first one stores the
+    results.
 
     Args:
         recipe: recipe of the evaluation.
@@ -124,7 +129,12 @@ def run_evaluation(
         dense: a loaded dense model, likewise.
         tokenizer: tokenizer of the loaded models.
         prompts: the texts that the model continues.
+        ranks: the processes that share the windows.
+
+    Raises:
+        RecipeError: several processes, and something other than texts is to be measured.
     """
+    refuse_several(recipe, ranks.count)
     names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
     kept = None if model is not None else stored_results(recipe.model)
     # read the rows of tasks first, so a missing task is an error before a model is loaded
@@ -143,7 +153,7 @@ def run_evaluation(
     texts, apart = [], list[DivergenceRecord]()
     for text in names:
         found, moved = text_records(
-            ours, reference, shared, text, recipe.sequence_length, recipe.windows, progress
+            ours, reference, shared, text, recipe.sequence_length, recipe.windows, progress, ranks
         )
         texts.append(found)
         apart = apart or moved
@@ -157,11 +167,30 @@ def run_evaluation(
         tasks=task_records(ours, reference, shared, prepared, progress),
         generation=generated,
     )
+    ranks.once(lambda: store(record, kept, recipe.output))
+    return EvaluateResult(record)
+
+
+def refuse_several(recipe: EvaluateRecipe, count: int) -> None:
+    """Refuse what several processes cannot measure yet.
+
+    Raises:
+        RecipeError: names the option.
+    """
+    for option, given in (("--tasks", recipe.tasks), ("--generation", recipe.generation)):
+        if count > 1 and given:
+            raise RecipeError(
+                f"{option} does not work with several processes yet, and there are {count}",
+                remedy="leave it out, or start without torchrun",
+            )
+
+
+def store(record: EvaluationRecord, kept: Path | None, output: str | None) -> None:
+    """Write the results to the files that keep them."""
     if kept is not None:
         record.add_to(kept)
-    if recipe.output is not None:
-        record.save(Path(recipe.output))
-    return EvaluateResult(record)
+    if output is not None:
+        record.save(Path(output))
 
 
 def stored_results(model: str) -> Path | None:
@@ -206,6 +235,7 @@ def text_records(
     sequence_length: int | None,
     first: int | None,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> tuple[PerplexityRecord, list[DivergenceRecord]]:
     """Measure perplexity on a text; with a dense model also its perplexity and the divergence.
 
@@ -220,7 +250,7 @@ def text_records(
     if dense is None:
         with window_progress(progress, "perplexity", len(windows)) as report:
             result = perplexity(
-                ours.model, windows, start_tokens=started(protocol), progress=report
+                ours.model, windows, start_tokens=started(protocol), progress=report, ranks=ranks
             )
         return perplexity_record(text, result, None, protocol, shared), []
     length = windows.shape[1]
@@ -232,7 +262,12 @@ def text_records(
         )
     with window_progress(progress, "divergence", len(windows)) as report:
         moved = divergence(
-            ours.model, dense.model, windows, start_tokens=started(protocol), progress=report
+            ours.model,
+            dense.model,
+            windows,
+            start_tokens=started(protocol),
+            progress=report,
+            ranks=ranks,
         )
     return (
         perplexity_record(text, moved.model, moved.reference, protocol, shared),

@@ -20,13 +20,16 @@ from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.models.inventory import Left
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.plan import PlanRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
-from secateur.recipes.verbs import WRITING
+from secateur.recipes.verbs import ON_RAY, WRITING
 from secateur.reporting.model_card import model_card
+from secateur.reporting.results.cluster_plan import ClusterPlanResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_json, write_text
@@ -38,10 +41,12 @@ from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.sparsity.methods import Method
+from secateur.workflows.prune.chosen_plan import choose_plan
+from secateur.workflows.prune.cluster_plan import plan_on_paper
 from secateur.workflows.prune.distillation import distill_checkpoint
+from secateur.workflows.prune.order import WorkOrder, digest_of, give, refuse_cluster
 from secateur.workflows.prune.prepare import (
     Prepared,
-    choose_plan,
     fingerprint,
     prepare,
     settings_of,
@@ -55,16 +60,18 @@ WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 
 __all__ = ["plan", "plan_recipe", "report_of", "run_prepared", "run_recipe"]
 
-NO_PART = {"output", "compress", "memory", "on_collapse"}
+NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
 """Fields of a recipe that do not affect the pruned weights."""
 
 
-@takes_options_of(PruneRecipe, without=WRITING)
-def plan(model: str | Path, *, method: str | Method | None = None, **options: Any) -> PlanResult:
+@takes_options_of(PlanRecipe, without=WRITING | ON_RAY)
+def plan(
+    model: str | Path, *, method: str | Method | None = None, **options: Any
+) -> PlanResult | ClusterPlanResult:
     """Report what pruning `model` would need, without pruning it.
 
     Args:
-        model: hub id, folder, GGUF file or named sample.
+        model: hub id, folder, GGUF file or named sample; with `gpus` a well-known shape.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
         **options: the other options of the recipe.
 
@@ -72,11 +79,13 @@ def plan(model: str | Path, *, method: str | Method | None = None, **options: An
         SecateurError: as `prune` would.
     """
     own = {"model": model}
-    return plan_recipe(recipe_of(PruneRecipe, own, with_method(method, options))[0])
+    return plan_recipe(recipe_of(PlanRecipe, own, with_method(method, options))[0])
 
 
-def plan_recipe(recipe: PruneRecipe) -> PlanResult:
-    """Return the plan of a recipe, and where its hidden states would be stored."""
+def plan_recipe(recipe: PlanRecipe) -> PlanResult | ClusterPlanResult:
+    """Return the plan of a recipe, for this machine or on paper for others."""
+    if recipe.machines.gpus is not None:
+        return plan_on_paper(recipe)
     prepared = prepare(recipe, only_plan=True)
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
@@ -99,6 +108,7 @@ def run_recipe(
     resume: bool = False,
     restart: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Prune a checkpoint into a new folder.
 
@@ -108,7 +118,9 @@ def run_recipe(
         resume: resume a stopped run, or start if there is none.
         restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
+        ranks: the processes that share the work; this one is the first (`order.py`).
     """
+    refuse_cluster(recipe)
     meter = Meter.start()
     folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, recipe.calibration.source)
@@ -116,23 +128,28 @@ def run_recipe(
     prepared = prepare(
         recipe, folder.model, kept / WINDOWS if folder.state else None, progress=progress
     )
-    return run_prepared(prepared, folder, progress, meter)
+    return run_prepared(prepared, folder, progress, meter, ranks)
 
 
 def run_prepared(
-    prepared: Prepared, folder: RunFolder, progress: Progress, meter: Meter
+    prepared: Prepared,
+    folder: RunFolder,
+    progress: Progress,
+    meter: Meter,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
-    """Carry out a prepared recipe in a folder that no other process uses."""
+    """Carry out a prepared recipe in a folder that no other run uses."""
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
     tasks = tasks_for(prepared)
-    chosen, activations = choose_plan(prepared, tasks, recipe.memory)
+    chosen, activations = choose_plan(prepared, tasks, recipe.memory, ranks)
     check_free(chosen.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
     with folder:
         folder.begin(identity(prepared, progress))
         if folder.finished:
+            give(None, ranks)
             return report_of(folder.output)
         if not folder.resumed:
             refuse_unusable(prepared.target, progress)
@@ -141,13 +158,15 @@ def run_prepared(
             prepared.target,
             tasks,
             prepared.windows,
-            settings_of(recipe, activations, folder.work),
+            settings_of(recipe, activations, folder.work, ranks),
             prepared.allocation,
             prepared.sparsity,
         )
+        finished = begin(prepared, ledger, progress)
+        give(order_of(prepared, folder, activations, finished, ledger), ranks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
-            done = job.carry_out(ledger, progress, begin(prepared, ledger, progress))
+            done = job.carry_out(ledger, progress, finished)
             distilled = None
             if recipe.distillation.epochs:
                 distilled = distill_checkpoint(prepared, done, folder, progress)
@@ -163,6 +182,7 @@ def run_prepared(
         manifest = make_manifest(prepared, chosen, activations, audit, meter, folder)
         manifest["distillation"] = distilled
         found = coverage(ledger.layers, prepared.target.architecture)
+        manifest["cost"]["processes"] = ranks.count
         manifest["experts"] = found and found.to_json()
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
@@ -188,7 +208,7 @@ def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
         **recipe,
         "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
         "starts": dict(prepared.selection.starts),
-        "patterns": {glob: pattern.name for glob, pattern in prepared.patterns.items()},
+        "methods": {glob: repr(method) for glob, method in prepared.methods.items()},
         "source_files": file_digests(prepared.reader.files, progress),
     }
 
@@ -219,6 +239,21 @@ def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
     prepared.target.output.create(progress)
     ledger.begin()
     return 0
+
+
+def order_of(
+    prepared: Prepared, folder: RunFolder, activations: str, done: int, ledger: Ledger
+) -> WorkOrder:
+    """What the other processes of the run must know."""
+    return WorkOrder(
+        partial=str(folder.partial),
+        state=folder.state_text(),
+        windows=None if prepared.windows is None else str(folder.work / WINDOWS),
+        activations=activations,
+        done=done,
+        entries=ledger.entries,
+        source=digest_of(prepared.reader),
+    )
 
 
 def make_manifest(

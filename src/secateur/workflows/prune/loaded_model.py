@@ -32,14 +32,9 @@ from secateur.recipes.keywords import recipe_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
+from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 from secateur.workflows.prune.distillation import distill_module, distills
-from secateur.workflows.prune.prepare import (
-    allocation_of,
-    method_of,
-    settings_of,
-    window_plan,
-    windows_needed,
-)
+from secateur.workflows.prune.prepare import settings_of, window_plan, windows_needed
 from secateur.workflows.prune.self_generated_text import own_windows
 
 __all__ = ["prune_module"]
@@ -84,7 +79,9 @@ def prune_module(
             settings = settings_of(recipe, "memory", work)
             refuse_unknown(target)
             found = () if windows is None else layouts(target, windows.shape[1])
-            tasks = tasks_of(target, selection, method, sparsity, found)
+            tasks = tasks_of(
+                target, selection, method, sparsity, found, methods=own_methods(recipe)
+            )
             teacher = copy.deepcopy(model) if distills(recipe, target, tasks) else None
             job = Job(target, tasks, windows, settings, allocation, sparsity)
             done = job.carry_out(ledger, progress)

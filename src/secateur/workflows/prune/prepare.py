@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
-from secateur.engine.memory_budget import fitting_plan
-from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.settings import Settings
@@ -27,22 +25,18 @@ from secateur.models.folder_checks import refuse_quantized
 from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
 from secateur.recipes.calibration import CalibrationWindows
-from secateur.recipes.memory import Memory
 from secateur.recipes.prune import PruneRecipe
-from secateur.sparsity.allocation import Allocation, allocations
-from secateur.sparsity.allocation.global_threshold import GlobalThreshold
-from secateur.sparsity.methods import Method, compose
-from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.allocation import Allocation
+from secateur.sparsity.methods import Method
+from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 
 __all__ = [
     "Prepared",
-    "allocation_of",
     "calibration_windows",
     "choose_device",
-    "choose_plan",
-    "method_of",
     "prepare",
     "settings_of",
     "shared_inputs",
@@ -70,8 +64,8 @@ class Prepared:
     """Number of calibration windows that the dense model must still generate."""
     stored: bool = False
     """Whether the windows come from a stopped run."""
-    patterns: Mapping[str, Pattern] = field(default_factory=dict)
-    """Patterns that replace the method's pattern for some linears, by glob."""
+    methods: Mapping[str, Method] = field(default_factory=dict)
+    """Methods that replace `method` for some linears, by glob."""
     costs: Mapping[str, int] = field(default_factory=dict)
     """The cost of one unit of a linear in an allocation's budget, by name."""
 
@@ -112,72 +106,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
-    """Return the method and the sparsity of a recipe.
-
-    Raises:
-        RecipeError, PatternError: a name is unknown, or the parts do not fit together.
-    """
-    method = compose(
-        recipe.method,
-        recipe.pattern,
-        scope=recipe.scope,
-        score=recipe.score,
-        solver=recipe.solver,
-        refine=recipe.refine,
-        **recipe.method_parameters,
-    )
-    solver, trains = method.solver, recipe.reconstruction.passes or recipe.distillation.epochs
-    if solver.rounds and not solver.grid and trains:
-        raise RecipeError(
-            "tuning and distillation would move int8 weights off their grid",
-            remedy="leave out --tune-passes and --distill-epochs, or round afterwards: "
-            "secateur compress DIR --values int8 --calibration TEXT",
-        )
-    implied = method.pattern.sparsity
-    sparsity = implied if recipe.sparsity is None else recipe.sparsity
-    if sparsity is None:
-        raise RecipeError(
-            f"the pattern {recipe.pattern!r} needs a sparsity",
-            remedy="add --sparsity, for example --sparsity 0.5",
-        )
-    for glob, own in {"": sparsity, **recipe.overrides}.items():
-        if not 0 <= own < 1:
-            raise RecipeError(
-                f"sparsity {own:g} is not a fraction of zeros in [0, 1)",
-                where=f"override {glob!r}" if glob else "--sparsity",
-                remedy="0.5 prunes half of the weights",
-            )
-    return method, sparsity
-
-
-def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
-    """Return the allocation of a recipe. The global scope is an allocation without floors and caps.
-
-    Raises:
-        RecipeError: the name is unknown, or the pattern leaves nothing to allocate.
-    """
-    allocation = allocations[recipe.allocation]()
-    pattern = method.pattern
-    if allocation.reach > 0 and pattern.sparsity is not None:
-        raise RecipeError(
-            f"the pattern {pattern.name} has one sparsity for every linear, so there is nothing "
-            f"for the allocation {recipe.allocation!r} to decide",
-            remedy="use the pattern 'unstructured' or blocks, or leave the allocation out",
-        )
-    if pattern.scope != "global":
-        return allocation
-    if allocation.reach > 0:
-        raise RecipeError(
-            "with the scope 'global' one threshold decides how much each linear loses, so there "
-            f"is nothing for the allocation {recipe.allocation!r} to decide",
-            remedy="leave one of the two out; the allocation 'global' is the threshold with a "
-            "floor and a cap for each linear",
-        )
-    return GlobalThreshold(reach=1.0)
-
-
-def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Settings:
+def settings_of(
+    recipe: PruneRecipe, activations: str, work: Path | None, ranks: Ranks = ALONE
+) -> Settings:
     """Return the settings for the work of a recipe.
 
     Raises:
@@ -199,6 +130,7 @@ def settings_of(recipe: PruneRecipe, activations: str, work: Path | None) -> Set
         work=work,
         on_collapse=recipe.on_collapse,
         reconstruction=reconstruction_of(recipe),
+        ranks=ranks,
     )
 
 
@@ -233,6 +165,7 @@ def prepare(
     """
     progress = progress or Silent()
     method, sparsity = method_of(recipe)
+    methods = own_methods(recipe)
     allocation = allocation_of(recipe, method)
     device = choose_device(recipe.device)
     source = resolve(
@@ -277,6 +210,7 @@ def prepare(
         calibration,
         unwritten,
         stored,
+        methods,
     )
 
 
@@ -364,7 +298,7 @@ def tasks_for(prepared: Prepared) -> dict[str, LinearTask]:
         prepared.method,
         prepared.sparsity,
         () if windows is None else layouts(prepared.target, windows.shape[1]),
-        patterns=prepared.patterns,
+        methods=prepared.methods,
         costs=prepared.costs,
     )
 
@@ -379,31 +313,3 @@ def shared_inputs(prepared: Prepared, tasks: Mapping[str, LinearTask]) -> list[t
         for index, layout in enumerate(layouts(target, windows.shape[1]))
         for group in layout.groups
     ]
-
-
-def choose_plan(
-    prepared: Prepared, tasks: Mapping[str, LinearTask], memory: Memory
-) -> tuple[Plan, str]:
-    """Plan the run, with hidden states on disk if memory cannot hold them.
-
-    Returns:
-        The plan, and `memory` or `disk`.
-
-    Raises:
-        MemoryBudgetError: the run exceeds the budget even with hidden states on disk.
-    """
-    return fitting_plan(
-        lambda activations: plan_run(
-            prepared.target,
-            tasks,
-            prepared.planned_windows,
-            settings_of(prepared.recipe, activations, None),
-            prepared.recipe.distillation.epochs,
-            prepared.allocation,
-            prepared.output_bytes,
-            prepared.unwritten,
-        ),
-        prepared.target.device,
-        budget_gib=memory.budget_gib,
-        activations=memory.activations,
-    )

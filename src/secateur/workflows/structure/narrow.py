@@ -125,7 +125,10 @@ class Narrowing:
             prepared = replace(
                 prepared,
                 selection=selection,
-                patterns=found.patterns,
+                methods={
+                    glob: replace(prepared.method, pattern=pattern)
+                    for glob, pattern in found.patterns.items()
+                },
                 costs=found.costs,
             )
             run_prepared(prepared, folder, self.progress, Meter.start())

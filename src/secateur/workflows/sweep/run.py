@@ -53,13 +53,8 @@ from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 from secateur.workflows.judge.perplexity import window_progress
 from secateur.workflows.prune.checkpoint import run_recipe
-from secateur.workflows.prune.prepare import (
-    allocation_of,
-    choose_device,
-    method_of,
-    prepare,
-    windows_needed,
-)
+from secateur.workflows.prune.composition import allocation_of, method_of
+from secateur.workflows.prune.prepare import choose_device, prepare, windows_needed
 from secateur.workflows.sweep.plan import SweepPlan, point_name
 
 __all__ = ["sweep"]

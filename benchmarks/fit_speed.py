@@ -1,0 +1,136 @@
+"""A budget of time on SmolLM2-135M: what the search of `secateur fit` chooses, measured again.
+
+    python benchmarks/fit_speed.py --calibration c4.jsonl --levels DIR --work DIR [--speedups 1.5 2]
+
+The levels are those of `benchmarks/fit.py` (its `--work`): made with 43 windows of 512 tokens of
+the calibration text. For each speed-up over dense int8, the mix with the least predicted loss
+within this budget is packed from the levels, and timed beside dense int8 by the processes of
+`secateur bench`, three times. Speed does not depend on the weights, so the mix is not made whole.
+Rows hold the prediction of the table and the measurements. A speed-up that no level reaches has no
+mix: its row holds what the refusal says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hardware import add, heading
+from secateur.engine.choose.fitting import FitSearch
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.sources import resolve
+from secateur.progress import Silent
+from secateur.recipes.compress import CompressRecipe
+from secateur.recipes.fit import FitRecipe
+from secateur.recipes.reading import build_recipe
+from secateur.reporting.results.compress import CompressResult
+from secateur.runs.folder import RunFolder
+from secateur.sparsity.evolution import Candidate
+from secateur.workflows.compress.mixed_values import MixedReader
+from secateur.workflows.compress.pack import ChosenValues, pack_into
+from secateur.workflows.compress.packable import find_matrices
+from secateur.workflows.fit.costs import costs_of
+from secateur.workflows.fit.course import new_search
+from secateur.workflows.fit.feasible import check_feasible
+from secateur.workflows.fit.ground import Ground
+from secateur.workflows.fit.kinds import probe_of
+from secateur.workflows.fit.pace import Pace
+from secateur.workflows.fit.verify import raced
+from stored import known_rows
+
+MEASUREMENTS = 3
+
+
+def recipe_of(args: argparse.Namespace, speedup: float, output: Path) -> FitRecipe:
+    """The recipe of one fit."""
+    return build_recipe(
+        FitRecipe,
+        {
+            "model": "smollm2-135m", "output": str(output), "decode_speedup": speedup,
+            "structure": False,
+            "calibration": {"source": str(args.calibration), "windows": 64, "sequence_length": 512},
+        },
+    )  # fmt: skip
+
+
+def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
+    """Search, pack and measure."""
+    output = args.work / f"speedup-{speedup:g}"
+    recipe, source = recipe_of(args, speedup, output), resolve("smollm2-135m")
+    reader = CheckpointReader(source.folder)
+    matrices = find_matrices(reader, "int8", False)
+    costs = costs_of(recipe, reader, matrices, Silent())
+    assert costs.times is not None
+    row: dict[str, Any] = {"asked": speedup, "table": costs.times.measured}
+    try:
+        check_feasible(recipe, costs, 10**9)
+    except RecipeError as error:
+        return {**row, "refused": f"{error.what}; {error.remedy}"}
+    pace = Pace(None, args.work / "pace.json", time.perf_counter())
+    ground = Ground.prepared(recipe, source, reader, matrices, costs, pace, args.work, Silent())
+    search = new_search(ground)
+    search.survey(probe_of(costs.levels))
+    candidate = search.menu.best(costs.aim)
+    assert candidate is not None
+    folder = RunFolder(str(output), "compress", overwrite=True, restart=True)
+    with folder:
+        folder.begin({})
+        packed = packed_mix(ground, search, candidate, folder)
+        measured = []
+        for _ in range(MEASUREMENTS):
+            ours, dense = raced(ground, folder.model)
+            measured.append(ours.tokens_per_second / dense.tokens_per_second)
+        folder.finish()
+    kinds = [costs.levels[level].name for level in candidate]
+    return {
+        **row,
+        "predicted": costs.times.base / (costs.rest[-1] + search.menu.total(candidate)[-1]),
+        "measured": measured,
+        "mib": packed.file_bytes / 2**20,
+        "predicted_divergence": search.menu.predicted(candidate),
+        "linears": {name: kinds.count(name) for name in dict.fromkeys(kinds)},
+    }
+
+
+def packed_mix(
+    ground: Ground, search: FitSearch, candidate: Candidate, folder: RunFolder
+) -> CompressResult:
+    """Pack a mix of levels."""
+    levels = dict(zip(search.names, candidate, strict=True))
+    stored = ground.stored
+    readers = {stored[n]: search.levels[level].level.reader for n, level in levels.items() if level}
+    values = {stored[n]: ground.costs.levels[level].values for n, level in levels.items()}
+    ends = {"model": ground.recipe.model, "output": ground.recipe.output}
+    recipe = build_recipe(CompressRecipe, {**ends, "values": "bfloat16", "embeddings": "int8"})
+    mixed = MixedReader(ground.reader.folder, readers)
+    chosen = ChosenValues(mixed, dict(ground.matrices), values, {})
+    return pack_into(folder, recipe, ground.source, chosen, Silent(), time.perf_counter())
+
+
+def main() -> None:
+    """Fill the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--levels", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0])
+    args = parser.parse_args()
+    print(heading())
+    if not args.work.exists():
+        shutil.copytree(args.levels, args.work)
+    with torch.no_grad():
+        for speedup in args.speedups:
+            if speedup not in [row["asked"] for row in known_rows("fit_speed")]:
+                row = row_of(args, speedup)
+                add("fit_speed", {"protocol": __doc__}, row)
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""A table of times that were measured once on this machine, and the time of a token from it.
+
+    token           = ends + Σ over linears of t(shape, way)
+    t(shape, way)   = layers(way) · k(shape, way) / Σ over linears of k(shape, way)
+
+layers(way) is the time of all decoder layers in our decode loop when every linear is stored this
+way, with random weights (`token_times`); attention and norms are in it. k is the time of a product
+by the kernel alone, on one of as many different matrices as a model of these sizes has, so it says
+how the time of the layers is divided among shapes. A model with all linears on one way so takes
+what the loop took. ends is the time of embedding, last norm and head in int8. Every time is the
+lowest of several, because other work on the machine can only lengthen one.
+
+The table is a file in the cache. A machine is a processor, its threads, the tier of the kernels and
+the version of secateur; every time has its date. Sparsities in between are interpolated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.evaluation.random_matrices import another, random_matrix
+from secateur.evaluation.token_times import LAYER_BYTES, Way, WayTimer
+from secateur.models.samples import cache_folder
+from secateur.progress import Progress
+from secateur.runs.atomic import write_json
+from secateur.runs.environment import environment
+from secateur.runtime.kernels.dispatch import by_kernel
+from secateur.runtime.kernels.library import kernel_info
+
+__all__ = ["BASE", "MatrixTimes", "time_matrices"]
+
+Shape = tuple[int, int]
+
+Loop = tuple[float, float]
+"""Seconds of a token outside the decoder layers, and in all of them."""
+
+BASE = Way("int8", 0.0)
+"""How linears are stored in the loop that is timed. Speed-ups are relative to it."""
+
+LEAST_MATRICES, PASSES, TURNS = 2, 12, 6
+
+
+@dataclass(frozen=True)
+class MatrixTimes:
+    """Times of the linears of a model.
+
+    Attributes:
+        layers: seconds of all decoder layers with every linear on a way.
+        shares: of this time, the part of one linear, for each shape [out, in] and way.
+        rest: seconds of a token outside the decoder layers.
+        measured: the earliest date of a time.
+    """
+
+    layers: Mapping[Way, float]
+    shares: Mapping[tuple[Shape, Way], float]
+    rest: float
+    measured: str
+
+    @property
+    def base(self) -> float:
+        """Seconds of a token with all linears on `BASE`."""
+        return self.rest + self.layers[BASE]
+
+    def seconds(self, shape: Shape, way: Way) -> float:
+        """Of a linear, for one token; by the nearest two sparsities if its own was not timed."""
+        if way in self.layers:
+            return self.layers[way] * self.shares[shape, way]
+        timed = [one for one in self.layers if one.values == way.values and one.sparsity]
+        low, high = sorted(timed, key=lambda one: abs(one.sparsity - way.sparsity))[:2]
+        at_low, at_high = self.seconds(shape, low), self.seconds(shape, high)
+        steps = (way.sparsity - low.sparsity) / (high.sparsity - low.sparsity)
+        return at_low + steps * (at_high - at_low)
+
+
+@torch.inference_mode()
+def time_matrices(
+    config: Any,
+    shapes: Sequence[Shape],
+    ways: Sequence[Way],
+    progress: Progress,
+    *,
+    file: Path | None = None,
+    timer: Callable[[Shape, Way, int], float] | None = None,
+    loop: Callable[[Any, Way], Loop] | None = None,
+) -> MatrixTimes:
+    """Read the table, and time what it does not have yet.
+
+    Args:
+        config: of transformers, of a decoder of Llama's shape.
+        shapes: [out, in] of every linear of the model, one entry for each linear.
+        ways: to store them.
+        progress: receives every time.
+        file: the table; None for the file in the cache.
+        timer: seconds of a matrix, one of so many; the kernels if not given.
+        loop: seconds outside the layers and in them; the decode loop if not given.
+
+    Raises:
+        ArchitectureError: our loop cannot decode such a model; says why.
+    """
+    file = file or cache_folder() / "matrix-times.json"
+    counts, every = Counter(shapes), list(dict.fromkeys([BASE, *ways]))
+    table, dates = read_table(file), []
+    progress.start("timing matrices", len(every) * (1 + len(counts)))
+
+    def known(name: str, measure: Callable[..., Any], *what: Any) -> Any:
+        if name not in table:
+            table[name] = {"seconds": measure(*what), "measured": date.today().isoformat()}
+            add_entry(file, name, table[name])
+        dates.append(table[name]["measured"])
+        progress.step(note=name)
+        return table[name]["seconds"]
+
+    layers: dict[Way, float] = {}
+    shares: dict[tuple[Shape, Way], float] = {}
+    rest = 0.0
+    for way in every:
+        ends, layers[way] = known(loop_entry(config, way), loop or looped, config, way)
+        rest = ends if way == BASE else rest
+        alone = {}
+        for shape in counts:
+            count = how_many(counts, shape, way)
+            alone[shape] = known(matrix_entry(shape, way), timer or timed, shape, way, count)
+        whole = sum(alone[shape] * count for shape, count in counts.items())
+        shares |= {(shape, way): alone[shape] / whole for shape in counts}
+    progress.finish()
+    return MatrixTimes(layers, shares, rest, min(dates))
+
+
+def looped(config: Any, way: Way) -> Loop:
+    """Seconds of a token outside the decoder layers and in them, the lowest of all steps."""
+    timer = WayTimer(config, way, pick=min)
+    turns = [timer.turn() for _ in range(TURNS)]
+    ends = min(turn.ends for turn in turns)
+    return ends, min(turn.ends + turn.layers for turn in turns) - ends
+
+
+def timed(shape: Shape, way: Way, count: int) -> float:
+    """Seconds of one product with a matrix, one of so many different ones."""
+    first = random_matrix(*shape, way.values, way.sparsity)
+    matrices = [first, *(another(first) for _ in range(count - 1))]
+    x = torch.randn(1, shape[1]).to(torch.bfloat16)
+    least = [math.inf] * count
+    for _ in range(PASSES):
+        for number, matrix in enumerate(matrices):
+            began = time.perf_counter()
+            by_kernel(matrix, x)
+            least[number] = min(least[number], time.perf_counter() - began)
+    return statistics.mean(least)
+
+
+def how_many(counts: Mapping[Shape, int], shape: Shape, way: Way) -> int:
+    """Matrices of a shape that have as many bytes as the model's linears together."""
+    whole = sum(rows * columns * count for (rows, columns), count in counts.items()) * way.bits / 8
+    each = shape[0] * shape[1] * way.bits / 8
+    return max(LEAST_MATRICES, round(min(whole, LAYER_BYTES) / each))
+
+
+def machine() -> str:
+    """What a time depends on besides the matrix."""
+    here, kernels = environment(torch.device("cpu")), kernel_info()
+    return f"{here['cpu']}, {kernels.threads} threads, {kernels.tier}, secateur {here['secateur']}"
+
+
+def loop_entry(config: Any, way: Way) -> str:
+    """The name of a loop in the table."""
+    numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
+    digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{config.model_type} of sizes {digest}, {in_words(way)}: ends, layers"
+
+
+def matrix_entry(shape: Shape, way: Way) -> str:
+    """The name of a matrix in the table."""
+    return f"{shape[0]} x {shape[1]}, {in_words(way)}"
+
+
+def in_words(way: Way) -> str:
+    """Values and layout."""
+    layout = f"bitmask with {way.sparsity:.0%} zeros" if way.sparsity else "dense"
+    return f"{way.values}, {layout}, one token"
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """The times on this machine."""
+    found: dict[str, Any] = all_tables(file).get(machine(), {})
+    return found
+
+
+def add_entry(file: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Write a time beside those that other processes may have written meanwhile."""
+    known = all_tables(file)
+    known.setdefault(machine(), {})[name] = dict(entry)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, known)
+
+
+def all_tables(file: Path) -> dict[str, Any]:
+    """The tables of all machines; none if the file is damaged: it can be measured again."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -1,0 +1,291 @@
+"use strict";
+// The formulas of secateur.advisor, line by line; tests compare every number with Python's.
+// A number with a range is [low, typical, high]. Constants and tables come from Python (`told`).
+const advisor = (() => {
+  const map = (range, f) => {
+    const ends = [f(range[0]), f(range[2])];
+    return [Math.min(...ends), f(range[1]), Math.max(...ends)];
+  };
+  const add = (a, b) => a.map((x, i) => x + b[i]);
+  const scale = (a, factor) => a.map((x) => x * factor);
+  const times = (a, b) => a.map((x, i) => x * b[i]);
+  const larger = (a, b) => a.map((x, i) => Math.max(x, b[i]));
+  const exact = (x) => [x, x, x];
+  const round = (x) => {  // halves to the even neighbour, as Python does
+    const low = Math.floor(x), rest = x - low;
+    return rest < 0.5 || (rest === 0.5 && low % 2 === 0) ? low : low + 1;
+  };
+
+  // shape.py
+  const ends = (m) => m.tied ? m.embedding : m.embedding + m.head;
+  const parameters = (m) => m.linears + ends(m) + m.other;
+  const perToken = (m) => m.active + m.head;
+  const scaled = (m, { linears, layers, experts }) => ({
+    ...m,
+    layers: Math.max(1, round(m.layers * layers)),
+    linears: round(
+      (m.linears - m.expert_weights + round(m.expert_weights * experts)) * linears * layers),
+    active: round(m.active * linears * layers),
+    other: round(m.other * layers),
+    attention_width: round(m.attention_width * linears),
+    kv_width: round(m.kv_width * linears * layers),
+    experts: round(m.experts * experts),
+    expert_weights: round(m.expert_weights * experts * linears * layers),
+  });
+
+  // options.py
+  const option = (structure, zeros, values, facts) => {
+    const parts = [structure, zeros, values], names = [];
+    if (structure.name !== "whole") names.push(structure.name);
+    if (zeros.name !== "dense") names.push(`${zeros.name} zeros`);
+    if (values.name !== "bf16") names.push(values.name);
+    const published = parts.map((part) => facts.compressions[part.loss]);
+    return {
+      structure, zeros, values,
+      name: names.join(" + ") || "as it is",
+      changed: names.length,
+      stored: `${zeros.name} ${values.name}`,
+      bits: values.value_bits * (1 - zeros.sparsity) + zeros.index_bits
+        + (values.bits - values.value_bits),
+      headBits: values.name === "bf16" ? 16 : 8,
+      kept: [0, 1].map((end) => published.reduce((all, one) => all * one.kept[end], 1)),
+      sources: published.filter((_, i) => parts[i].loss !== "none").map((one) => one.source),
+    };
+  };
+  const optionsFor = (told, device) => {
+    const gpu = device.kind === "cuda", found = [], { structures, zeros, values } = told.parts;
+    const kinds = gpu ? (device.semi_structured ? ["dense", "2:4"] : ["dense"]) : ["dense", "50%"];
+    for (const structure of structures) {
+      if (structure.experts < 1 && !told.question.model.experts) continue;
+      for (const kind of kinds) {
+        for (const value of values) {
+          if (value.name === "fp8" && !("fp8" in device.tflops)) continue;
+          if (kind === "2:4" && value.name !== "bf16") continue;
+          const zero = zeros.find((one) => one.name === kind);
+          found.push(option(structure, zero, value, told.question.facts));
+        }
+      }
+    }
+    return found;
+  };
+  const commands = (one, model) => {
+    const lines = [];
+    let source = model;
+    for (const command of [one.structure, one.zeros, one.values].flatMap((part) => part.commands)) {
+      lines.push(command.replace("{source}", () => source).replace("{model}", () => model));
+      source = command.split("--output ")[1] ?? source;
+    }
+    return lines;
+  };
+
+  // memory.py
+  const memoryOf = (told, m, one, kind, batch, context) => {
+    const c = told.constants;
+    const weights = round(m.linears * one.bits / 8 + ends(m) * one.headBits / 8 + m.other * 2);
+    const cache = batch * context * 4 * m.kv_width;
+    const widest = Math.max(m.attention_width, m.hidden);
+    const chunk = Math.min(c.chunk_tokens, batch * context);
+    const working = chunk * (4 * m.hidden + 2 * widest) * 2 + batch * m.vocabulary * 4;
+    const overhead = round((weights + cache + working) * c.fragmentation[kind])
+      + c.runtime_bytes[kind];
+    return { weights, cache, working, overhead, total: weights + cache + working + overhead };
+  };
+
+  // speed.py
+  const weightsRead = (m, batch) => {
+    if (!m.experts) return m.linears;
+    const dense = m.linears - m.expert_weights;
+    const share = (m.active - dense) / m.expert_weights;
+    return dense + m.expert_weights * (1 - (1 - share) ** batch);
+  };
+  const roofline = (told, device, devices) => {
+    const efficiency = told.question.facts.efficiency[device.kind];
+    const together = devices * (devices > 1 ? told.constants.parallel_efficiency : 1);
+    const computing = (one, operations) => {
+      const peak = device.tflops[one.values.product] ?? device.tflops.bf16;
+      return map(efficiency.compute, (e) => operations / (peak * 1e12 * together * e));
+    };
+    const step = (m, one, batch, context) => {
+      const gain = one.zeros.decode;
+      const linears = weightsRead(m, batch) * (gain ? one.values.bits : one.bits) / 8;
+      const rest = m.head * one.headBits / 8 + batch * context * 4 * m.kv_width;
+      const slower = gain ? map(gain, (factor) => 1 / factor) : exact(1);
+      const bandwidth = device.bandwidth_gb_s * 1e9 * together;
+      const reached = map(efficiency.bandwidth, (e) => 1 / (bandwidth * e));
+      const reading = times(add(scale(slower, linears), exact(rest)), reached);
+      const attention = 4 * context * m.layers * m.attention_width;
+      const operations = batch * (2 * perToken(m) + attention);
+      const overhead = scale(efficiency.layer_microseconds, 1e-6 * m.layers);
+      return add(larger(reading, computing(one, operations)), overhead);
+    };
+    const prompt = (m, one, tokens) => {
+      const attention = 2 * tokens * tokens * m.layers * m.attention_width;
+      return larger(computing(one, 2 * tokens * perToken(m) + attention), step(m, one, 1, 0));
+    };
+    return { step, prompt };
+  };
+  const measured = (told) => {
+    const { model, times: found } = told.question, spread = told.constants.measured_spread;
+    const around = (seconds) => [seconds * (1 - spread), seconds, seconds * (1 + spread)];
+    const share = (m) => m.active / model.active;
+    return {
+      step: (m, one, batch) =>
+        around(batch * (found[one.stored].ends + found[one.stored].layers * share(m))),
+      prompt: (m, one, tokens) => around(tokens * found[one.stored].prompt * share(m)),
+    };
+  };
+
+  // capacity.py
+  const requestsPerSecond = (load) => load.requests_per_day / 86400 * load.peak;
+  const within = (seconds, bound) => bound === null || seconds * 1e3 <= bound;
+  const copies = (busy, load) =>
+    Math.max(1, Math.ceil(requestsPerSecond(load) * busy / load.utilisation));
+  const mostRequests = (busy, load) => load.utilisation / busy / load.peak * 86400;
+  const capacityOf = (told, one, device, load) => {
+    const m = scaled(told.question.model, one.structure), { gib, shared_by } = told.constants;
+    const least = memoryOf(
+      told, m, one, device.kind, 1, load.prompt_tokens + load.new_tokens).total;
+    const choices = shared_by.filter((n) => n <= device.most && least <= n * device.memory_bytes);
+    if (!choices.length) {
+      return { tooMuch: `needs ${(least / gib).toFixed(1)} GiB, ${device.most} x `
+        + `${(device.memory_bytes / gib).toFixed(1)} GiB are there` };
+    }
+    const ways = choices.map((devices) => shared(told, m, one, device, load, devices));
+    const found = ways.filter((way) => !way.tooMuch);
+    return found.length
+      ? found.reduce((best, way) => way.devices[1] < best.devices[1] ? way : best) : ways[0];
+  };
+  const shared = (told, m, one, device, load, devices) => {
+    const speed = device.speed(devices), { batches, chunk_tokens } = told.constants;
+    const context = load.prompt_tokens + load.new_tokens;
+    const memory = (batch) => memoryOf(told, m, one, device.kind, batch, context);
+    const fits = batches.filter(
+      (b) => b <= device.most_batch && memory(b).total <= devices * device.memory_bytes);
+    const first = speed.prompt(m, one, load.prompt_tokens);
+    const chunk = speed.prompt(m, one, Math.min(load.prompt_tokens, chunk_tokens));
+    const steps = new Map(fits.map((b) => [b, speed.step(m, one, b, context)]));
+    const p99 = (b) => b > 1 ? add(steps.get(b), chunk) : steps.get(b);
+    const quick = fits.filter((b) => within(p99(b)[1], load.token_ms));
+    if (!quick.length || !within(first[1], load.first_token_ms)) {
+      const [seconds, words, bound] = within(p99(1)[1], load.token_ms)
+        ? [first, "to the first token", load.first_token_ms]
+        : [p99(1), "between two tokens (99 of 100)", load.token_ms];
+      const least = seconds[1] * 1e3;
+      const shown = least >= 100 ? least.toFixed(0) : Number(least.toPrecision(3));
+      return { tooMuch: `${shown} ms ${words}, ${bound} allowed` };
+    }
+    const busyOf = (b) => add(first, scale(steps.get(b), load.new_tokens / b));
+    const batch = quick.reduce((best, b) => busyOf(b)[1] < busyOf(best)[1] ? b : best);
+    const busy = busyOf(batch), needed = map(busy, (seconds) => copies(seconds, load));
+    return {
+      shared_by: devices, batch, memory: memory(batch), step: steps.get(batch),
+      p99: p99(batch), alone: steps.get(1), first_token: first, busy,
+      replicas: needed[1], devices: scale(needed, devices),
+    };
+  };
+
+  // money.py
+  const costOf = (told, found, load, price) => {
+    const c = told.constants, hour = times(found.devices, price);
+    const tokens = load.requests_per_day * c.month_days * (load.prompt_tokens + load.new_tokens);
+    const month = scale(hour, c.month_hours);
+    return { month, year: scale(hour, c.year_hours), million_tokens: scale(month, 1e6 / tokens) };
+  };
+  const makingOf = (told, one) => {
+    const { facts, model } = told.question, c = told.constants;
+    const device = facts.hardware[c.pruning_device];
+    const passes = [one.structure, one.zeros, one.values]
+      .filter((part) => part.commands.join("").startsWith("secateur")).length;
+    const seconds = facts.pruning_seconds_of_7b[c.pruning_method] * parameters(model) / 7e9 * passes;
+    let hours = exact(seconds / 3600);
+    if (one.structure.tokens) {
+      const student = scaled(model, one.structure);
+      const work = (6 * perToken(student) + 2 * perToken(model)) * one.structure.tokens;
+      hours = add(hours, map(facts.training_compute,
+        (e) => work / (device.tflops.bf16 * 1e12 * e) / 3600));
+    }
+    return { gpu_hours: hours, usd: times(hours, device.usd_per_hour) };
+  };
+  const apiCost = (told, name, api, found, load, price) => {
+    const request = (load.prompt_tokens * api.input + load.new_tokens * api.output) / 1e6;
+    const least = request ? found.shared_by * price[1] * 24 / request : Infinity;
+    return {
+      name,
+      month: request * load.requests_per_day * told.constants.month_days,
+      requests_per_day: least <= mostRequests(found.busy[1], load) ? least : null,
+    };
+  };
+  const breakEven = (making, before, after) => {
+    const saved = before.month[1] - after.month[1];
+    return saved > 0 ? making.usd[1] / saved : null;
+  };
+
+  // advice.py
+  const percent = (x) => `${(100 * x).toFixed(1)}%`;
+  const consider = (told, one, device, need, price) => {
+    const found = capacityOf(told, one, device, need.load);
+    const making = makingOf(told, one);
+    const cost = found.tooMuch ? null : costOf(told, found, need.load, price);
+    const floor = need.quality_loss === null ? 0 : 1 - need.quality_loss;
+    let refused = found.tooMuch ?? "";
+    if (!refused && one.kept[1] < floor) {
+      refused = `keeps ${percent(one.kept[0])} to ${percent(one.kept[1])} of the accuracy, `
+        + `${percent(floor)} asked`;
+    } else if (!refused && need.gpu_hours !== null && making.gpu_hours[1] > need.gpu_hours) {
+      refused = `takes ${Math.round(making.gpu_hours[1]).toLocaleString("en")} GPU hours to make, `
+        + `${need.gpu_hours} allowed`;
+    }
+    return { option: one, found, making, cost, refused, safe: one.kept[0] >= floor };
+  };
+  const verdictOn = (chosen, cheaper) => {
+    const hint = cheaper.length ? ` ${cheaper[0].option.name} would be cheaper, and its published `
+      + "loss may keep the bound: measure it." : "";
+    if (!chosen) return `Nothing is sure to serve this load within the bounds.${hint}`;
+    const one = chosen.option;
+    if (!one.changed) {
+      return `Leave the model as it is: nothing that surely keeps the bounds is cheaper.${hint}`;
+    }
+    const only = one.structure.name === "whole" && one.zeros.name === "dense";
+    let verb = only ? "Only quantize" : one.structure.tokens ? "Distill" : "Prune";
+    if (!only && one.values.name !== "bf16") verb += " and quantize";
+    return `${verb}: ${one.name}.${hint}`;
+  };
+  // device: an entry of facts.hardware with memory_bytes, most, most_batch and speed(devices)
+  const adviseOn = (told, device, need, price) => {
+    const month = (row) => row.cost ? row.cost.month[1] : Infinity;
+    const rows = optionsFor(told, device).map((one) => consider(told, one, device, need, price));
+    const less = (a, b) => a === b ? 0 : a < b ? -1 : 1;  // Infinity − Infinity is no number
+    rows.sort((a, b) => less(!!a.refused, !!b.refused) || less(month(a), month(b))
+      || less(a.option.changed, b.option.changed) || less(-a.option.kept[0], -b.option.kept[0]));
+    const base = rows.find((row) => !row.option.changed);
+    const safe = rows.filter((row) => !row.refused && row.safe);
+    let chosen = safe[0] ?? null;
+    if (safe.includes(base) && month(chosen) > (1 - told.constants.least_saving) * month(base)) {
+      chosen = base;
+    }
+    const dearest = chosen ? month(chosen) : Infinity;
+    const cheaper = rows.filter((row) => !row.refused && !row.safe && month(row) < dearest);
+    return {
+      rows, base, chosen, cheaper, verdict: verdictOn(chosen, cheaper),
+      paid_back_months: chosen?.cost && base.cost ? breakEven(chosen.making, base.cost, chosen.cost) : null,
+    };
+  };
+  const deviceOf = (told, name) => {
+    const own = name === told.hardware, { question, constants } = told;
+    const hardware = own ? question.hardware : question.facts.hardware[name];
+    const alone = hardware.kind === "cpu", here = own && question.times !== null;
+    return {
+      ...hardware,
+      memory_bytes: own ? question.memory_bytes : round(hardware.memory_gib * constants.gib),
+      most: alone ? 1 : constants.shared_by.at(-1),
+      most_batch: alone ? 1 : constants.batches.at(-1),
+      speed: here ? () => measured(told) : (devices) => roofline(told, hardware, devices),
+    };
+  };
+  const apisOf = (told, row, load, price) => row?.cost
+    ? Object.entries(told.question.facts.apis)
+      .map(([name, api]) => apiCost(told, name, api, row.found, load, price))
+    : [];
+
+  return { adviseOn, apisOf, breakEven, capacityOf, commands, consider, deviceOf, mostRequests, optionsFor };
+})();

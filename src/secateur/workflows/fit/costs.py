@@ -1,0 +1,269 @@
+"""What a fit pays with: bytes of files, bytes of memory, and seconds of a token.
+
+Each kind of cost is a rest, which the model has whatever happens to its linears, and a cost of each
+linear on each level:
+
+| kind    | rest                                           | a linear                            |
+|---------|------------------------------------------------|-------------------------------------|
+| size    | headers, embeddings, norms                     | bytes of the target's files         |
+| memory  | embeddings, norms, KV cache, working memory    | bytes that the kernels read         |
+| seconds | attention, norms, embedding, head              | from the table of timed matrices    |
+
+A size is always counted; memory and seconds are where they have a bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from secateur.advisor.memory import memory_with
+from secateur.engine.choose.budgeted import Cost, Menu
+from secateur.errors import ArchitectureError
+from secateur.evaluation.matrix_times import MatrixTimes, time_matrices
+from secateur.evaluation.token_times import Way
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.skeleton import build_skeleton
+from secateur.progress import Progress
+from secateur.recipes.fit import FitRecipe, bytes_of
+from secateur.runtime.choice import DEFAULT_GROUP
+from secateur.runtime.formats import GRID_BITS
+from secateur.runtime.kernels.memory import matrix_bytes
+from secateur.workflows.advise import counted
+from secateur.workflows.compress.packable import PackableMatrix
+from secateur.workflows.fit.bounds import as_seen
+from secateur.workflows.fit.files import FILES, PACKED_FOLDER, TargetFiles
+from secateur.workflows.fit.kinds import KINDS, LevelKind
+
+__all__ = ["MEMORY", "SECONDS", "SIZE", "CostKind", "Costs", "costs_of"]
+
+SIZE, MEMORY, SECONDS = "size", "memory", "seconds"
+
+SHORT = {"bfloat16": "bf16", "int3": "int4"}
+"""What values are called where they are timed; int3 is int4 in memory."""
+
+MARGINS = {SIZE: 0.003, MEMORY: 0.01, SECONDS: 0.04}
+"""Of a budget, kept free. A mix that is made has a few zeros more or fewer than its levels; time is
+predicted from a table."""
+
+
+@dataclass(frozen=True)
+class CostKind:
+    """One kind of cost.
+
+    Attributes:
+        name: size, memory or seconds.
+        rest: of everything that is no linear.
+        limit: the most that the whole model may cost; infinite for no bound.
+    """
+
+    name: str
+    rest: float
+    limit: float
+
+    @property
+    def budget(self) -> float:
+        """What is left for the linears."""
+        return self.limit - self.rest
+
+    @property
+    def aim(self) -> float:
+        """The budget without its margin."""
+        return self.budget * (1 - MARGINS[self.name])
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The kinds of cost of a model.
+
+    Attributes:
+        kinds: size, then those that are bounded.
+        shapes: [out, in] of every linear, by its name.
+        times: of the linears, if seconds are bounded.
+        files: of the target.
+    """
+
+    kinds: tuple[CostKind, ...]
+    shapes: Mapping[str, tuple[int, int]]
+    times: MatrixTimes | None
+    files: TargetFiles = PACKED_FOLDER
+
+    @property
+    def budget(self) -> Cost:
+        """What all linears together may cost."""
+        return tuple(kind.budget for kind in self.kinds)
+
+    @property
+    def aim(self) -> Cost:
+        """What the search may spend on them."""
+        return tuple(kind.aim for kind in self.kinds)
+
+    @property
+    def axis(self) -> int:
+        """The kind that frontiers are drawn along: size, unless only seconds are bounded."""
+        bounded = [place for place, kind in enumerate(self.kinds) if math.isfinite(kind.limit)]
+        return bounded[-1] if bounded and self.kinds[bounded[-1]].name == SECONDS else 0
+
+    def place(self, name: str) -> int | None:
+        """The place of a kind; None if it is not counted."""
+        return next((n for n, kind in enumerate(self.kinds) if kind.name == name), None)
+
+    def of_another(self, other: Costs) -> Costs:
+        """The costs of a cut of the model, with the limits of this one."""
+        pairs = zip(other.kinds, self.kinds, strict=True)
+        return replace(other, kinds=tuple(replace(a, limit=b.limit) for a, b in pairs))
+
+    def narrowed(self, size: float) -> Costs:
+        """The same with at most so many bytes for the linears."""
+        first, *others = self.kinds
+        return replace(
+            self, kinds=(replace(first, limit=min(first.limit, first.rest + size)), *others)
+        )
+
+    @property
+    def levels(self) -> tuple[LevelKind, ...]:
+        """The levels of every linear; the first is the model itself."""
+        return self.files.levels
+
+    @property
+    def every(self) -> tuple[LevelKind, ...]:
+        """The levels, and the kinds that a mix may have besides them."""
+        return (*self.files.levels, *self.files.finer)
+
+    @property
+    def rest(self) -> Cost:
+        """What everything that is no linear costs."""
+        return tuple(kind.rest for kind in self.kinds)
+
+    def of(self, name: str, kind: LevelKind, size: float | None = None) -> Cost:
+        """The cost of a linear.
+
+        Args:
+            name: of the linear.
+            kind: how it is stored.
+            size: its bytes in a packed folder, if its weights are known.
+        """
+        shape = self.shapes[name]
+        found = {
+            SIZE: lambda: self.files.linear(shape, kind, size),
+            MEMORY: lambda: float(held_bytes(shape, kind)),
+            SECONDS: lambda: self.seconds(shape, kind),
+        }
+        return tuple(found[one.name]() for one in self.kinds)
+
+    def file_bytes(self, kinds: Mapping[str, LevelKind], sizes: Mapping[str, int]) -> int:
+        """Bytes of the files of a whole model.
+
+        Args:
+            kinds: how every linear is stored.
+            sizes: the bytes of every linear in a packed folder.
+        """
+        linears = [self.of(name, kind, float(sizes[name]))[0] for name, kind in kinds.items()]
+        return round(self.rest[0] + sum(linears))
+
+    def seconds(self, shape: tuple[int, int], kind: LevelKind) -> float:
+        """Of a linear, for one token."""
+        assert self.times is not None
+        return self.times.seconds(shape, way_of(kind))
+
+    def least(self, place: int, *, alone: bool = False) -> float | None:
+        """The smallest cost of one kind that a whole model can have, within the other bounds.
+
+        Args:
+            place: of the kind.
+            alone: without the other bounds.
+
+        Returns:
+            None if no model keeps the other bounds.
+        """
+        every = [[self.of(name, kind) for kind in self.levels] for name in self.shapes]
+        others = tuple(math.inf if alone or n == place else most for n, most in enumerate(self.aim))
+        wanted = tuple(tuple(level[place] for level in levels) for levels in every)
+        menu = Menu(tuple(map(tuple, every)), wanted)
+        candidate = menu.best(others)
+        found = None if candidate is None else menu.predicted(candidate)
+        kind = self.kinds[place]
+        return None if found is None else kind.rest + found / (1 - MARGINS[kind.name])
+
+
+def costs_of(
+    recipe: FitRecipe,
+    reader: CheckpointReader,
+    matrices: Mapping[str, PackableMatrix],
+    progress: Progress,
+) -> Costs:
+    """The kinds of cost that a recipe bounds, for a model or a cut of it.
+
+    Args:
+        recipe: the recipe.
+        reader: the model, dense.
+        matrices: that can be packed, by stored name.
+        progress: receives the matrices that are timed.
+
+    Raises:
+        ArchitectureError: the speed is bounded, and our loop cannot decode the model.
+    """
+    shapes = {m.linear: as_seen(reader, n, m) for n, m in matrices.items() if m.prunable}
+    files = FILES[recipe.target]
+    size = files.rest(reader, matrices)
+    kinds = [CostKind(SIZE, size, limit_of(recipe.max_size))]
+    times = None
+    if recipe.max_memory is not None or recipe.decode_speedup is not None:
+        model = build_skeleton(reader.folder, trust_remote_code=recipe.trust_remote_code)
+    if recipe.max_memory is not None:
+        shape = counted("", model)
+        held = memory_with(other_held(reader, matrices), shape, "cpu", 1, recipe.context_tokens)
+        kinds.append(CostKind(MEMORY, held.total, limit_of(recipe.max_memory)))
+    if recipe.decode_speedup is not None:
+        times = timed_linears(model.config, shapes, progress)
+        kinds.append(CostKind(SECONDS, times.rest, times.base / recipe.decode_speedup))
+    return Costs(tuple(kinds), shapes, times, files)
+
+
+def limit_of(size: str | None) -> float:
+    """A bound in bytes; infinite for none."""
+    found = None if size is None else bytes_of(size)
+    return math.inf if found is None else float(found)
+
+
+def timed_linears(
+    config: Any, shapes: Mapping[str, tuple[int, int]], progress: Progress
+) -> MatrixTimes:
+    """The times of all linears on all levels, from the table of this machine.
+
+    Raises:
+        ArchitectureError: our loop cannot decode the model.
+    """
+    ways = [way_of(kind) for kind in KINDS]
+    try:
+        return time_matrices(config, list(shapes.values()), ways, progress)
+    except ArchitectureError as error:
+        raise ArchitectureError(
+            error.what, where="--decode-speedup", remedy="leave it out: other bounds are kept too"
+        ) from error
+
+
+def way_of(kind: LevelKind) -> Way:
+    """How linears of a level are timed."""
+    return Way(SHORT.get(kind.values, kind.values), kind.sparsity)
+
+
+def held_bytes(shape: tuple[int, int], kind: LevelKind) -> int:
+    """Bytes of a linear in memory."""
+    group = DEFAULT_GROUP if kind.values in GRID_BITS else None
+    return matrix_bytes(shape, kind.values, kind.sparsity, group)
+
+
+def other_held(reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+    """Bytes in memory of the weights that are no linears: int8 embeddings, norms in bfloat16."""
+    total = 0
+    for name, entry in reader.entries.items():
+        matrix = matrices.get(name)
+        count = entry.size_bytes // entry.dtype.itemsize
+        if matrix is None:
+            total += 2 * count
+        elif not matrix.prunable:
+            total += count + 4 * entry.shape[0]
+    return total

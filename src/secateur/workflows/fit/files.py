@@ -1,0 +1,139 @@
+"""How many bytes the files of a target have, and which levels it can store.
+
+| target    | files                                                                         |
+|-----------|-------------------------------------------------------------------------------|
+| cpu, any  | a packed folder: all levels, zeros by a bitmask; embeddings are int8          |
+| llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0; embeddings as Q8_0 |
+
+A GGUF file stores zeros like other weights, so levels with zeros are not offered for it. No type
+keeps the numbers of int3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from secateur.exporting import ExportSource
+from secateur.models.checkpoint import CheckpointReader, shard_files
+from secateur.models.folder_checks import read_config
+from secateur.progress import Progress
+from secateur.runtime.dense_view import open_checkpoint
+from secateur.workflows.compress.packable import PackableMatrix
+from secateur.workflows.fit.bounds import other_bytes, size_of
+from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
+
+__all__ = ["FILES", "GGUF_FILE", "PACKED_FOLDER", "TargetFiles"]
+
+
+class TargetFiles(Protocol):
+    """The files of a target."""
+
+    @property
+    def levels(self) -> tuple[LevelKind, ...]:
+        """The levels that it stores; the first is the model itself."""
+        ...
+
+    @property
+    def finer(self) -> tuple[LevelKind, ...]:
+        """Kinds for mixes that are made whole, besides the levels."""
+        ...
+
+    def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+        """Bytes of everything that is no linear, at most.
+
+        Args:
+            reader: the model, dense.
+            matrices: that can be packed, by stored name.
+
+        Raises:
+            ArchitectureError: the target does not know this model.
+        """
+        ...
+
+    def linear(self, shape: tuple[int, int], kind: LevelKind, packed: float | None) -> float:
+        """Bytes of a linear [out, in].
+
+        Args:
+            shape: of the linear.
+            kind: how it is stored.
+            packed: its bytes in a packed folder, if its weights are known.
+        """
+        ...
+
+    def finish(self, folder: Path, progress: Progress) -> int:
+        """Write what the target needs into a packed folder; the bytes of its weight files.
+
+        Args:
+            folder: the packed model.
+            progress: receives every tensor.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PackedFolder:
+    """Files of ours."""
+
+    levels: tuple[LevelKind, ...] = KINDS
+    finer: tuple[LevelKind, ...] = FINER
+
+    def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+        """Int8 embeddings, norms in bfloat16, headers."""
+        return other_bytes(reader, matrices)
+
+    def linear(self, shape: tuple[int, int], kind: LevelKind, packed: float | None) -> float:
+        """What the formats say, of the weights where they are known."""
+        return float(size_of(shape, kind)) if packed is None else packed
+
+    def finish(self, folder: Path, progress: Progress) -> int:
+        """Nothing is missing."""
+        return sum(file.stat().st_size for file in shard_files(folder))
+
+
+@dataclass(frozen=True)
+class GGUFFolder:
+    """A packed folder with a GGUF file beside, which is what counts."""
+
+    levels: tuple[LevelKind, ...] = KINDS[:3]
+    finer: tuple[LevelKind, ...] = ()
+
+    def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+        """Q8_0 embeddings, norms in float32, the vocabulary, headers; exact."""
+        from secateur.exporting.gguf.planning import bytes_as_stored
+
+        linears = {name for name, matrix in matrices.items() if matrix.prunable}
+        values = {name: "bfloat16" if name in linears else "int8" for name in matrices}
+        whole = bytes_as_stored(reader, values)
+        shapes = [reader.entries[name].shape for name in linears]
+        bare = self.levels[0]
+        return whole - round(sum(self.linear((out, into), bare, None) for out, into in shapes))
+
+    def linear(self, shape: tuple[int, int], kind: LevelKind, packed: float | None) -> float:
+        """Rows of blocks."""
+        from secateur.exporting.gguf.planning import bytes_of_matrix
+
+        return float(bytes_of_matrix(shape, kind.values))
+
+    def finish(self, folder: Path, progress: Progress) -> int:
+        """Export every matrix in the type nearest to how it is stored."""
+        from secateur.exporting.gguf import GGUF
+
+        config, reader = read_config(folder), open_checkpoint(folder)
+        source = ExportSource(GGUF_NAME, folder, config, reader)
+        return GGUF().write(source, "stored", folder, progress).file_bytes
+
+
+GGUF_NAME = "model"
+"""The file is `model-stored.gguf`."""
+
+PACKED_FOLDER, GGUF_FILE = PackedFolder(), GGUFFolder()
+
+FILES: Mapping[str, TargetFiles] = {
+    "cpu": PACKED_FOLDER,
+    "any": PACKED_FOLDER,
+    "llama.cpp": GGUF_FILE,
+}
+"""The files of the targets that a fit can serve."""

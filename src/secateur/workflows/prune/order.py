@@ -1,0 +1,164 @@
+"""What the first process of a run tells the others, and what they do.
+
+The first process does everything that one process does: it reads the recipe, checks it, opens the
+run folder, and writes the result. When all is ready, it gives an order. Until then the others have
+done nothing, so whatever the first one refuses is refused before any work. They open the same
+source, take the calibration windows from the work folder, and prune layer by layer together with
+the first process. They write only their own hidden states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.engine.job import Job
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.parallel.ranks import Ranks
+from secateur.progress import Silent
+from secateur.recipes.prune import PruneRecipe
+from secateur.runs.folder import STATE
+from secateur.runs.ledger import Ledger
+from secateur.workflows.prune.prepare import prepare, settings_of, tasks_for
+
+__all__ = ["WorkOrder", "digest_of", "follow", "give", "refuse_cluster", "refuse_several"]
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """Everything that the other processes cannot find out by themselves.
+
+    Attributes:
+        partial: the folder of the run while it works, as the first process sees it.
+        state: the content of its `run.json`.
+        windows: file of the calibration windows; None if nothing needs them.
+        activations: `memory` or `disk`.
+        done: number of layers that an earlier run has finished.
+        entries: the ledger so far.
+        source: digest of the names, shapes and dtypes of the source's tensors.
+    """
+
+    partial: str
+    state: str
+    windows: str | None
+    activations: str
+    done: int
+    entries: list[dict[str, Any]]
+    source: str
+
+
+def give(order: WorkOrder | None, ranks: Ranks) -> dict[str, Any] | None:
+    """Pass the order of the first process on to the others; None if there is nothing to do."""
+    return ranks.once(lambda: None if order is None else asdict(order))
+
+
+def follow(recipe: PruneRecipe, ranks: Ranks) -> None:
+    """Do the share of one process, which is not the first.
+
+    Args:
+        recipe: the recipe; the first process has the same.
+        ranks: the processes.
+
+    Raises:
+        RecipeError: this process sees other files than the first one.
+    """
+    told = give(None, ranks)
+    if told is None:  # an earlier run has finished everything
+        return
+    order = WorkOrder(**told)
+    refuse_other_files(order, ranks.rank)
+    windows = Path(order.windows) if order.windows else None
+    prepared = prepare(recipe, stored_windows=windows)
+    if digest_of(prepared.reader) != order.source:
+        raise RecipeError(
+            f"process {ranks.rank} on {socket.gethostname()} reads another model than the first "
+            "process: names, shapes or dtypes of the tensors differ",
+            where=str(prepared.source.folder),
+            remedy="give all machines the same files",
+        )
+    ledger = Ledger()
+    ledger.entries = list(order.entries)
+    job = Job(
+        prepared.target,
+        tasks_for(prepared),
+        prepared.windows,
+        settings_of(recipe, order.activations, Path(order.partial) / "work", ranks),
+        prepared.allocation,
+        prepared.sparsity,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.calibration.seed)
+        job.carry_out(ledger, Silent(), order.done)
+
+
+def digest_of(reader: CheckpointReader) -> str:
+    """A digest of the names, shapes and dtypes of a checkpoint's tensors."""
+    told = sorted((n, str(e.dtype), tuple(e.shape)) for n, e in reader.entries.items())
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def refuse_other_files(order: WorkOrder, rank: int) -> None:
+    """Refuse a process that does not see the folder of the run.
+
+    Raises:
+        RecipeError: the folder is missing here, or is another one.
+    """
+    state = Path(order.partial) / STATE
+    try:
+        same = state.read_text(encoding="utf-8") == order.state
+    except OSError:
+        same = False
+    if not same:
+        raise RecipeError(
+            f"process {rank} on {socket.gethostname()} does not see the folder of the run",
+            where=order.partial,
+            remedy="put --output on a file system that all machines share",
+        )
+
+
+def refuse_several(recipe: PruneRecipe, count: int) -> None:
+    """Refuse what several processes cannot do yet.
+
+    Raises:
+        RecipeError: names the option.
+    """
+    if count == 1:
+        return
+    refused = {
+        "--compress": (
+            recipe.compress.values is not None,
+            "leave it out, and run `secateur compress` on the result",
+        ),
+        "--distill-epochs": (
+            recipe.distillation.epochs > 0,
+            "use --distill-epochs 0, and then `torchrun … -m secateur distill` on the result, "
+            "which divides both models among the processes",
+        ),
+    }
+    for option, (given, remedy) in refused.items():
+        if given:
+            raise RecipeError(
+                f"{option} does not work with several processes yet, and there are {count}",
+                remedy=remedy,
+            )
+
+
+def refuse_cluster(recipe: PruneRecipe) -> None:
+    """Refuse a cluster for a pruning that is a part of other work, or is on a cluster already.
+
+    Raises:
+        RecipeError: the recipe names a cluster.
+    """
+    if recipe.cluster.ray is not None:
+        raise RecipeError(
+            "only `secateur prune` starts processes on a Ray cluster, and torchrun starts them "
+            "without one",
+            where=f"--ray {recipe.cluster.ray}",
+            remedy="leave out --ray",
+        )

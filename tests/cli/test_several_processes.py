@@ -1,0 +1,40 @@
+"""What the command line does when torchrun has started several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from commands import Outcome
+from secateur.recipes.verbs import VERBS
+
+TOGETHER = {"prune", "retrain", "distill", "evaluate"}
+WORDS = {"chat": ["DIR"], "methods": [], "demo": [], "push": ["DIR", "owner/name"]}
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables of torchrun."""
+    for name, value in {
+        "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in TOGETHER])
+def test_a_verb_for_one_process_is_refused(secateur: Callable[..., Outcome], verb: str) -> None:
+    told = secateur(verb, *WORDS.get(verb, ["DIR"]))
+    assert told.code == 2
+    assert f"`secateur {verb}` does not work with several processes yet" in told.err
+    assert "prune, retrain, distill, evaluate" in told.err
+
+
+def test_a_missing_variable_is_named(
+    secateur: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK")
+    told = secateur("prune", "DIR", "--output", "OUT")
+    assert told.code == 2
+    assert "RANK is not set" in told.err

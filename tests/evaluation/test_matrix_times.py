@@ -1,0 +1,144 @@
+"""The time of a token is added up from a table of measured times, and the table is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from secateur.errors import ArchitectureError
+from secateur.evaluation import matrix_times
+from secateur.evaluation.matrix_times import BASE, how_many, machine, time_matrices
+from secateur.evaluation.random_matrices import random_matrix
+from secateur.evaluation.token_times import Way
+from secateur.progress import Silent
+from secateur.runtime.kernels.library import kernel_info
+
+pytestmark = pytest.mark.skipif(kernel_info().tier == "none", reason="there are no kernels here")
+
+INT4 = Way("int4", 0.0)
+SPARSE, SPARSER = Way("int8", 0.5), Way("int8", 0.7)
+SHAPES = [(64, 64)] * 4 + [(128, 64)] * 4 + [(64, 128)] * 2
+
+
+def config(**more: object) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, **more,
+    )  # fmt: skip
+
+
+def scripted(shape: tuple[int, int], way: Way, count: int) -> float:
+    """A millisecond for 4096 weights, and half of it more for what a call costs."""
+    return 1e-3 * (shape[0] * shape[1] / 4096 + 0.5)
+
+
+def looped(config: object, way: Way) -> tuple[float, float]:
+    """Five milliseconds outside the layers; in them, one for each bit of a weight."""
+    return 5e-3, 1e-3 * way.bits
+
+
+def test_a_model_of_one_way_takes_what_the_loop_took(tmp_path: Path) -> None:
+    ways = [INT4, SPARSE, SPARSER]
+    times = time_matrices(
+        config(), SHAPES, ways, Silent(), file=tmp_path / "t.json", timer=scripted, loop=looped
+    )
+    for way in (BASE, *ways):
+        token = times.rest + sum(times.seconds(shape, way) for shape in SHAPES)
+        assert token == pytest.approx(5e-3 + 1e-3 * way.bits)
+    assert times.base == pytest.approx(13e-3)
+    # a matrix of twice the weights takes 2.5 to 1.5 of it
+    ratio = times.seconds((128, 64), INT4) / times.seconds((64, 64), INT4)
+    assert ratio == pytest.approx(2.5 / 1.5)
+
+
+def test_sparsities_in_between_and_beyond_are_interpolated(tmp_path: Path) -> None:
+    times = time_matrices(
+        config(), SHAPES, [INT4, SPARSE, SPARSER], Silent(), file=tmp_path / "t.json",
+        timer=scripted, loop=looped,
+    )  # fmt: skip
+    for sparsity in (0.3, 0.6, 0.65):
+        token = times.rest + sum(times.seconds(s, Way("int8", sparsity)) for s in SHAPES)
+        assert token == pytest.approx(5e-3 + 1e-3 * Way("int8", sparsity).bits)
+
+
+def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
+    file = tmp_path / "sub" / "t.json"
+    asked: list[tuple[object, ...]] = []
+
+    def timer(shape: tuple[int, int], way: Way, count: int) -> float:
+        asked.append((shape, way))
+        return scripted(shape, way, count)
+
+    def loop(config: object, way: Way) -> tuple[float, float]:
+        asked.append((way,))
+        return looped(config, way)
+
+    def run(ways: list[Way]) -> None:
+        time_matrices(config(), SHAPES, ways, Silent(), file=file, timer=timer, loop=loop)
+
+    run([INT4])
+    assert len(asked) == len(set(asked)) == 8  # three shapes and a loop, for int4 and the base
+    run([INT4])
+    assert len(asked) == 8
+    run([INT4, SPARSE])
+    assert asked[8:] == [(SPARSE,), *((shape, SPARSE) for shape in dict.fromkeys(SHAPES))]
+    told = json.loads(file.read_text())
+    (here,) = told
+    assert here == machine()
+    assert kernel_info().tier in here
+    assert f"{kernel_info().threads} threads" in here
+    assert all(len(entry["measured"]) == len("2026-01-01") for entry in told[here].values())
+
+
+def test_times_of_another_machine_are_kept_and_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "t.json"
+    for name, second in (("one", 1.0), ("another", 2.0)):
+        monkeypatch.setattr(matrix_times, "machine", lambda name=name: name)
+        times = time_matrices(
+            config(), SHAPES, [], Silent(), file=file, timer=scripted,
+            loop=lambda c, w, second=second: (second, second),
+        )  # fmt: skip
+        assert times.base == 2 * second
+    assert set(json.loads(file.read_text())) == {"one", "another"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+def test_a_damaged_table_is_measured_again(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "t.json"
+    file.write_text(content)
+    times = time_matrices(config(), SHAPES, [], Silent(), file=file, timer=scripted, loop=looped)
+    assert times.base == pytest.approx(13e-3)
+    assert machine() in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("way", [BASE, SPARSE, INT4, Way("bf16", 0.7)])
+def test_as_many_matrices_are_timed_as_a_model_has_bytes(way: Way) -> None:
+    counts = {(64, 64): 4, (128, 64): 4, (64, 128): 2}
+    for shape in counts:
+        made = how_many(counts, shape, way) * random_matrix(*shape, way.values, way.sparsity).nbytes
+        whole = sum(
+            n * random_matrix(*s, way.values, way.sparsity).nbytes for s, n in counts.items()
+        )
+        assert made == pytest.approx(whole, rel=0.35)  # small ones have scales and offsets too
+
+
+def test_real_kernels_and_loops_are_timed(tmp_path: Path) -> None:
+    times = time_matrices(config(), SHAPES, [INT4], Silent(), file=tmp_path / "t.json")
+    assert all(seconds > 0 for seconds in times.layers.values())
+    assert all(0 < share < 1 for share in times.shares.values())
+    assert 0 < times.rest < times.base
+
+
+def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArchitectureError, match="its type is not one of llama"):
+        time_matrices(
+            transformers.GPT2Config(), SHAPES, [], Silent(), file=tmp_path / "t.json",
+            timer=scripted,
+        )  # fmt: skip
+    assert torch.is_inference_mode_enabled() is False

@@ -1,0 +1,68 @@
+"""Damaged files of every kind are read or refused: no crash, no raw error, nothing outside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from inputs.hostile import Tally, Watch, attack, batch
+from inputs.hostile_readers import READERS, Reader
+from tiny import save_tiny
+
+SECONDS = float(os.environ.get("SECATEUR_FUZZ_SECONDS", "300"))
+
+
+def writes_beside(room: Path) -> None:
+    (room.parent / "beside").write_text("x")
+
+
+def ends_the_process(room: Path) -> None:
+    os.kill(os.getpid(), 11)
+
+
+def takes_memory(room: Path) -> None:
+    bytearray(2**40)
+
+
+def made(read) -> Reader:
+    return Reader("planted", lambda p: save_tiny(p, num_hidden_layers=1), ("config.json",), read)
+
+
+@pytest.mark.parametrize(
+    ("read", "outcome", "told"),
+    [
+        (writes_beside, "outside", "open"),
+        (ends_the_process, "crash", "SIGSEGV"),
+        (takes_memory, "raw", "MemoryError"),
+    ],
+)
+def test_planted_faults_are_found(read, outcome: str, told: str, tmp_path: Path) -> None:
+    reader = made(read)
+    reader.make(tmp_path / "sound")
+    (case,) = batch(reader, tmp_path / "sound", tmp_path / "room", range(1))
+    assert (case.outcome, case.reader) == (outcome, "planted")
+    assert told in case.told
+
+
+def test_a_watch_knows_its_rooms(tmp_path: Path) -> None:
+    watch = Watch(tmp_path / "room")
+    assert watch.inside(str(tmp_path / "room" / "x"))
+    assert not watch.inside(str(tmp_path / "room-2"))
+    assert not watch.inside(str(tmp_path / "room" / ".." / "x"))
+
+
+def assert_good(tally: Tally) -> None:
+    assert not tally.bad, "\n".join(map(str, tally.bad[:20]))
+    refused = {name for (name, outcome) in tally.counts if outcome == "refused"}
+    assert refused == {reader.name for reader in READERS}
+
+
+def test_some_damaged_files_of_every_kind(tmp_path: Path) -> None:
+    assert_good(attack(tmp_path, 8 * len(READERS), first=1000))
+
+
+@pytest.mark.slow
+def test_damaged_files_for_minutes(tmp_path: Path) -> None:
+    assert_good(attack(tmp_path, 10_000, SECONDS, first=10_000))

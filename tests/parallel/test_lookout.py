@@ -1,0 +1,80 @@
+"""Faults reach all processes, and a silent process is found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch.distributed as dist
+
+from secateur.errors import NumericalError
+from secateur.parallel.faults import Fault
+from secateur.parallel.lookout import LEFT, SILENCE_SECONDS, Lookout
+
+
+@contextmanager
+def lookouts(count: int, **seconds: float) -> Iterator[tuple[list[Lookout], list[int]]]:
+    """The lookouts of so many processes, all within this one, and the exit codes they give."""
+    store, ended = dist.TCPStore("localhost", 0, is_master=True), list[int]()
+    made = [Lookout(store.clone(), rank, count, ended.append, **seconds) for rank in range(count)]
+    for lookout in made:
+        lookout.start()
+    try:
+        yield made, ended
+    finally:
+        for lookout in made:
+            lookout.stop()
+
+
+def test_the_first_fault_counts_and_all_hear_it() -> None:
+    with lookouts(3) as (made, ended):
+        error = NumericalError("3 weights are NaN", where="layers.1", remedy="get it again")
+        fault = made[2].report(error)
+        assert fault == made[0].wait(10) == made[1].wait(10)
+        assert (fault.rank, fault.what, fault.where) == (2, "3 weights are NaN", "layers.1")
+        assert made[0].report(ValueError("later")) == fault
+        told = fault.error()
+        assert "process 2" in told.what
+        assert "3 weights are NaN" in told.what
+        assert (told.exit_code, ended) == (1, [])
+
+
+def test_a_silent_process_is_named_and_one_that_left_is_not() -> None:
+    store, now = dist.TCPStore("localhost", 0, is_master=True), [0.0]
+    lookout = Lookout(store, 0, 3, clock=lambda: now[0])
+    for rank in (1, 2):
+        store.set(f"host/{rank}", f"machine{rank}")
+        store.set(f"beat/{rank}", "1")
+    lookout.look_at_others()
+    store.set("beat/1", LEFT)
+    now[0] = SILENCE_SECONDS - 1
+    lookout.look_at_others()
+    assert lookout.fault is None
+    store.set("beat/2", "2")
+    lookout.look_at_others()
+    now[0] = 2 * SILENCE_SECONDS - 2
+    lookout.look_at_others()
+    assert lookout.fault is None
+    now[0] += 2
+    lookout.look_at_others()
+    assert lookout.fault is not None
+    assert (lookout.fault.rank, lookout.fault.host) == (2, "machine2")
+    assert "no sign of life for 16 s" in lookout.fault.what
+
+
+def test_a_process_that_does_not_end_by_itself_is_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    with lookouts(2, grace_seconds=0.5) as (made, ended):
+        made[1].report(KeyboardInterrupt())
+        until = time.monotonic() + 10
+        while len(ended) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert ended == [130, 130]
+    assert "process 1 of the run" in capsys.readouterr().err
+
+
+def test_a_fault_survives_the_store() -> None:
+    fault = Fault.of(TypeError("no such thing\nsecond line"), 5)
+    assert fault.what == "TypeError: no such thing"
+    assert Fault.read(fault.write()) == fault

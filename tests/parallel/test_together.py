@@ -1,0 +1,191 @@
+"""Several processes make the model that one makes, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from together import Started, fail_in_a_layer, prune_alone, prune_together, run_together
+from torch import Tensor
+
+import secateur
+from slow import slow_but
+from tiny import save_tiny
+from trained import source_text
+
+SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
+OPTIONS: dict[str, Any] = {
+    "sparsity": 0.5,
+    "memory": {"micro_batch_tokens": 32},
+}
+
+CASES: dict[str, dict[str, Any]] = {
+    "wanda": {"method": "wanda", "allocation": "owl"},
+    "sparsegpt": {"method": "sparsegpt", "memory": {"micro_batch_tokens": 64}},
+    "asymmetric": {"method": "sparsegpt", "asymmetric": True},
+    "experts": {"method": "wanda", "model": "experts", "sequential": "layer"},
+}
+
+MORE: dict[str, dict[str, Any]] = {
+    "all-groups": {"method": "sparsegpt", "sequential": "layer"},
+    "tuned": {"method": "wanda", "reconstruction": {"passes": 1}},
+    "gradients": {"method": "taylor"},
+    "on-disk": {"method": "wanda", "memory": {"micro_batch_tokens": 32, "activations": "disk"}},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models and a text."""
+    place = tmp_path_factory.mktemp("together")
+    save_tiny(place / "dense", **SIZES)
+    save_tiny(place / "experts", "mixtral")
+    (place / "text.txt").write_text(source_text()[:20_000])
+    return place
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes import what this file imports."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
+def recipe(place: Path, output: Path, case: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with absolute paths."""
+    text = {"source": str(place / "text.txt"), "windows": 11, "sequence_length": 32}
+    values = {"model": "dense", **OPTIONS, "calibration": text, **case}
+    return {**values, "model": str(place / values["model"]), "output": str(output)}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder."""
+    return load_file(folder / "model.safetensors")
+
+
+def moved_zeros(one: Path, other: Path) -> int:
+    """The number of weights that are zero in only one of two models."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    return sum(int(((ours[n] == 0) != (theirs[n] == 0)).sum()) for n in ours)
+
+
+def apart(one: Path, other: Path) -> float:
+    """The largest difference of a weight in two models."""
+    ours, theirs = weights(one), weights(other)
+    return max(float((ours[n] - theirs[n]).abs().max()) for n in ours)
+
+
+def recorded(folder: Path) -> list[str]:
+    """The linears in the ledger of a run."""
+    lines = (folder / "secateur" / "layers.jsonl").read_text().splitlines()
+    return [record["name"] for line in lines for record in json.loads(line)["linears"]]
+
+
+@pytest.mark.parametrize(
+    "cases", [CASES, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "more"]
+)
+def test_two_processes_make_the_model_of_one(
+    place: Path, tmp_path: Path, cases: Mapping[str, Mapping[str, Any]]
+) -> None:
+    recipes = [recipe(place, tmp_path / "two" / name, case) for name, case in cases.items()]
+    run_together(2, prune_together, tmp_path, recipes, {})
+    for name, case in cases.items():
+        prune_alone(recipe(place, tmp_path / "one" / name, case))
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        assert moved_zeros(one, two) == 0, name
+        assert apart(one, two) < 1e-4, name
+        source = place / case.get("model", "dense")
+        assert moved_zeros(two, source) > 10_000, name
+        assert recorded(one) == recorded(two), name
+        if case["method"] == "wanda" and "reconstruction" not in case:
+            assert apart(one, two) == 0, name  # sums are float64 between chunks
+    assert not list((tmp_path / "two").glob("*.partial"))
+
+
+def errors(told: str) -> list[str]:
+    """The errors that a process has printed; usually only the first one prints any."""
+    return [line for line in told.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize("victim", slow_but([1], [0, 1]))
+def test_an_error_of_one_process_ends_all_with_its_reason(
+    place: Path, tmp_path: Path, victim: int
+) -> None:
+    values = recipe(place, tmp_path / "model", {"method": "wanda"})
+    started = Started(2, fail_in_a_layer, tmp_path, values, victim, 1, False)
+    assert started.join(60) == [1, 1]
+    assert "the weights are NaN" in started.told(0)
+    assert ("process 1 of the run, on" in started.told(0)) == (victim == 1)
+    assert all("the weights are NaN" in line for line in errors(started.told(1)))
+    prune_alone(values, resume=True)
+    prune_alone({**values, "output": str(tmp_path / "one")})
+    assert apart(tmp_path / "model", tmp_path / "one") == 0
+
+
+def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
+    place: Path, tmp_path: Path
+) -> None:
+    values = recipe(place, tmp_path / "model", {"method": "wanda"})
+    started = Started(3, fail_in_a_layer, tmp_path, values, 2, 2, True)
+    started.all[2].join(120)  # it kills itself
+    assert started.join(30) == [1, 1, -signal.SIGKILL]
+    assert "process 2 of the run" in started.told(0)
+    assert "it was killed, or it hangs" in started.told(0)
+    stored = sorted(x.name for x in (tmp_path / "model.partial" / "work").glob("inputs-*"))
+    assert stored == [f"inputs-0002.{rows}.bin" for rows in ("0-3", "3-7", "7-11")]
+    run_together(2, prune_together, tmp_path, [values], {"resume": True})
+    prune_alone({**values, "output": str(tmp_path / "one")})
+    assert apart(tmp_path / "model", tmp_path / "one") == 0
+
+
+def refused(place: Path, tmp_path: Path, case: Mapping[str, Any], processes: int) -> str:
+    """What the first process says to a recipe that several cannot carry out."""
+    started = Started(
+        processes, prune_together, tmp_path, [recipe(place, tmp_path / "x", case)], {}
+    )
+    assert started.join(60) == [2] * processes
+    assert not (tmp_path / "x.partial").exists()
+    return started.told(0)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        pytest.param(
+            {"method": "wanda", "compress": {"values": "int8"}},
+            "--compress does not work",
+            marks=pytest.mark.slow,
+        ),
+        ({"method": "wanda", "distillation": {"epochs": 1}}, "-m secateur distill"),
+        ({"method": "wanda", "calibration": {"windows": 1}}, "only 1 calibration windows"),
+    ],
+)
+def test_what_several_cannot_do_is_refused_before_any_work(
+    place: Path, tmp_path: Path, case: dict[str, Any], said: str
+) -> None:
+    text = recipe(place, tmp_path, {})["calibration"]
+    case = {**case, "calibration": {**text, **case.get("calibration", {})}}
+    assert said in refused(place, tmp_path, case, 2)
+
+
+@pytest.mark.slow
+def test_four_processes_make_the_model_of_one(place: Path, tmp_path: Path) -> None:
+    recipes = [recipe(place, tmp_path / "four" / name, case) for name, case in CASES.items()]
+    run_together(4, prune_together, tmp_path, recipes, {})
+    for name, case in CASES.items():
+        prune_alone(recipe(place, tmp_path / "one" / name, case))
+        one, four = tmp_path / "one" / name, tmp_path / "four" / name
+        assert moved_zeros(one, four) == 0, name
+        judged = [
+            secateur.evaluate(x, text=place / "text.txt", sequence_length=32, windows=40)
+            for x in (one, four)
+        ]
+        assert judged[0].perplexity == pytest.approx(judged[1].perplexity, rel=1e-3)

@@ -1,0 +1,188 @@
+"""Real processes for tests, forked from one that has imported everything, so they are cheap."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "Started",
+    "fail_in_a_layer",
+    "prune_alone",
+    "prune_together",
+    "run_together",
+]
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["together", "secateur.workflows.prune_and_pack"])
+
+
+def free_port() -> int:
+    """A port that nobody uses."""
+    with socket.socket() as own:
+        own.bind(("localhost", 0))
+        return int(own.getsockname()[1])
+
+
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    return {
+        "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def enter(variables: Mapping[str, str], work: Callable[..., None], log: str, words: Any) -> None:
+    """Begin a process: its variables, its stderr, then its work."""
+    os.environ.update(variables)
+    with open(log, "w") as stream:
+        os.dup2(stream.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        work(*words)
+    except Exception as error:
+        os.write(2, f"error: {error}\n".encode())
+        os._exit(getattr(error, "exit_code", 70))
+
+
+class Started:
+    """Processes at work.
+
+    Args:
+        count: their number.
+        work: what each does; a function of a module.
+        place: folder for what they print.
+        words: arguments of `work`.
+    """
+
+    def __init__(self, count: int, work: Callable[..., None], place: Path, *words: Any) -> None:
+        port = free_port()
+        self.logs = [place / f"stderr-{rank}.txt" for rank in range(count)]
+        self.all = [
+            CONTEXT.Process(
+                target=enter, args=(environment(rank, count, port), work, str(log), words)
+            )
+            for rank, log in enumerate(self.logs)
+        ]
+        for process in self.all:
+            process.start()
+
+    def join(self, seconds: float = 120) -> list[int | None]:
+        """Wait for all. Return their exit codes; None for one that has not ended by then."""
+        for process in self.all:
+            process.join(seconds)
+        codes = [process.exitcode for process in self.all]
+        for process in self.all:
+            process.kill()
+        return codes
+
+    def told(self, rank: int) -> str:
+        """What a process has printed to stderr."""
+        return self.logs[rank].read_text()
+
+
+def run_together(count: int, work: Callable[..., None], place: Path, *words: Any) -> None:
+    """Run processes, which must all succeed."""
+    started = Started(count, work, place, *words)
+    codes = started.join()
+    assert codes == [0] * count, (codes, [started.told(rank) for rank in range(count)])
+
+
+def prune_alone(values: Mapping[str, Any], **call: bool) -> Any:
+    """Prune in one process."""
+    from secateur.progress import Silent
+    from secateur.recipes.prune import PruneRecipe
+    from secateur.recipes.reading import build_recipe
+    from secateur.workflows.prune_and_pack import prune_recipe
+
+    return prune_recipe(build_recipe(PruneRecipe, values), Silent(), **call)
+
+
+def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -> None:
+    """What each process does: its share of several prunings, one after the other."""
+    from secateur.parallel.processes import joined
+    from secateur.progress import Silent
+    from secateur.recipes.prune import PruneRecipe
+    from secateur.recipes.reading import build_recipe
+    from secateur.workflows.prune.order import follow
+    from secateur.workflows.prune_and_pack import prune_recipe
+
+    with joined("cpu") as ranks:
+        for values in recipes:
+            recipe = build_recipe(PruneRecipe, values)
+            if ranks.first:
+                prune_recipe(recipe, Silent(), ranks=ranks, **call)
+            else:
+                follow(recipe, ranks)
+            ranks.wait()
+
+
+def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: bool) -> None:
+    """What each process does, when one fails or is killed as it begins a layer."""
+    from secateur.engine.prune.run import Run
+    from secateur.errors import NumericalError
+
+    whole = Run.prune_layer
+
+    def prune_layer(self: Run, index: int, *rest: Any) -> None:
+        if index == layer and self.settings.ranks.rank == victim:
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise NumericalError("the weights are NaN", where="layer one", remedy="get them again")
+        whole(self, index, *rest)
+
+    Run.prune_layer = prune_layer  # type: ignore[method-assign]
+    prune_together([recipe], {})
+
+
+def sum_statistics(place: str) -> None:
+    """What each process does: it gathers every statistic from its own rows, and all are summed."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from secateur.calibration.statistics import statistics
+    from secateur.parallel.processes import joined
+
+    rows = load_file(f"{place}/rows.safetensors")
+    with joined("cpu") as ranks:
+        found = {}
+        for name in statistics.names():
+            kind = statistics[name]
+            own = kind((24, 40))
+            share = rows[kind.reads].tensor_split(ranks.count)[ranks.rank]
+            for part in share if kind.reads == "gradients" else share.split(7):
+                own.update(part)
+            ranks.total(own.total)
+            found[name] = own.value().clone()
+        ranks.once(lambda: save_file(found, f"{place}/sums.safetensors"))
+        turned = torch.full((3, 4), float(ranks.rank), dtype=torch.bfloat16).t()
+        ranks.share(turned, 1)
+        assert turned.eq(1).all()
+        ranks.total(turned)
+        assert turned.eq(ranks.count).all()
+        assert ranks.gather({"rank": ranks.rank, "text": "é" * ranks.rank}) == [
+            {"rank": rank, "text": "é" * rank} for rank in range(ranks.count)
+        ]
+        assert ranks.once(lambda: None) is None
+
+
+def judge_together(model: str, dense: str, text: str, output: str) -> None:
+    """What each process does: its share of an evaluation."""
+    from secateur.parallel.processes import joined
+    from secateur.progress import Silent
+    from secateur.recipes.evaluate import EvaluateRecipe
+    from secateur.recipes.reading import build_recipe
+    from secateur.workflows.judge.evaluate import run_evaluation
+
+    values = {"model": model, "dense": dense, "text": [text], "sequence_length": 32}
+    recipe = build_recipe(EvaluateRecipe, {**values, "windows": 13, "output": output})
+    with joined("cpu") as ranks:
+        run_evaluation(recipe, Silent(), ranks=ranks)

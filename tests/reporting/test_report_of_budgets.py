@@ -1,0 +1,141 @@
+"""The report of fits and of advice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import secateur as library
+from reporting.examples import write_fit, write_full_run
+from reporting.test_report import Page
+from secateur.errors import CheckpointError, RecipeError
+from secateur.reporting.report.fits import pruning_brought
+from secateur.reporting.results.fit import FitResult
+from secateur.workflows.report import report
+
+
+def page_of(tmp_path: Path, *places: Path, **options: Any) -> Page:
+    """The report of some places, taken apart."""
+    file = report(places, tmp_path / "report.html", **options).page
+    return Page(file.read_text(encoding="utf-8"))
+
+
+def write_advice(file: Path, **options: Any) -> Path:
+    """An advice as `secateur advise --json` writes it."""
+    given = {"hardware": "a100-80gb", "requests_per_day": 1e6, "quality_loss": 0.03, **options}
+    found = library.advise(given.pop("model", "llama-3.1-8b"), **given)
+    file.write_text(json.dumps(found.to_json()), encoding="utf-8")
+    return file
+
+
+def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_fit(tmp_path / "small"), write_full_run(tmp_path / "run"))
+    for told in (
+        "fit: at most 70.0 MiB; 13 candidates on the frontier, 2 finalists; 21 min 00 s",
+        "67.0 MiB instead of 188.0 MiB",
+        "−0.030 nats",
+        "Rounding alone, at 70.0 MiB: +0.120 nats. The winner loses 0.030 less, 25\u00a0% of it.",
+        "3 of 10 matrices of the winner have zeros.",
+        "every linear alike, pruned and rounded",
+        "mixed, only rounded",
+    ):
+        assert told in page.text, told
+    # two frontiers of four, five single levels, a cut, the winner and another finalist
+    assert page.figures["frontier"] == 16
+    assert {"fit", "quality", "provenance"} <= set(page.ids)
+
+
+def test_what_pruning_brought(tmp_path: Path) -> None:
+    folder = write_fit(tmp_path / "small", zeros=0)
+    result = FitResult.read(folder / "secateur" / "fit.json")
+    assert pruning_brought(result).value == "nothing"
+    losses = {"winner": result.losses["winner"]}
+    file = folder / "secateur" / "fit.json"
+    told = json.loads(file.read_text())
+    told["losses"] = {"winner": told["losses"]["winner"]}
+    file.write_text(json.dumps(told))
+    alone = FitResult.read(file)
+    assert alone.losses == losses
+    assert pruning_brought(alone).told.startswith("No rounding alone fits into this budget.")
+
+
+def test_a_broken_bound_is_said(tmp_path: Path) -> None:
+    folder = write_fit(tmp_path / "small", kept=False)
+    assert "bound broken" in page_of(tmp_path, folder).text
+
+
+def test_the_plots_of_a_fit(tmp_path: Path) -> None:
+    written = report([write_fit(tmp_path / "small")], tmp_path / "r.html", plots=True)
+    assert {file.name for file in written.plots} == {"frontier.png", "frontier.svg"}
+
+
+def test_an_advice_is_computed_again_from_its_file(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_advice(tmp_path / "advice.json"))
+    for told in (
+        "Only quantize: int8.",
+        "llama-3.1-8b: does it pay?",
+        "secateur compress llama-3.1-8b --values int8 --calibration TEXT",
+        "1,000,000 requests a day of 250 + 250 tokens",
+        "gpt-4o-mini",
+        "estimated; roofline of the data sheet",
+        "Kurtic et al., ACL 2025",
+        "hosted model",
+    ):
+        assert told in page.text, told
+    assert {"advice", "what-if"} <= set(page.ids)
+    assert len(page.scripts) == 1
+
+
+def test_advise_writes_the_page_itself(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "advice.html"
+    found = library.advise("llama-2-7b", hardware="h200", html=file)
+    assert found.page == file
+    assert f"page: {file}" in str(found)
+    assert "What if" in Page(file.read_text(encoding="utf-8")).text
+
+
+def test_names_of_an_advice_are_text(tmp_path: Path) -> None:
+    evil = "</div><script>alert(1)</script>\"'&"
+    mine = {"layers": 4, "hidden": 64, "ffn": 128, "heads": 4, "kv_heads": 2, "head": 16}
+    facts = tmp_path / "facts.json"  # JSON is YAML
+    hosted = {"input": 1, "output": 1, "source": evil}
+    shapes = {evil: {**mine, "vocabulary": 100}}
+    facts.write_text(json.dumps({"shapes": shapes, "apis": {evil: hosted}}))
+    file = write_advice(tmp_path / "advice.json", model=evil, facts=facts, requests_per_day=1e9)
+    page = page_of(tmp_path, file)
+    assert len(page.scripts) == 1
+    assert evil in page.text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError: 'schema'"),
+        ('{"schema": "secateur.advice/9"}', "the schema is 'secateur.advice/9'"),
+        ('{"schema": "secateur.advice/1"}', "KeyError: 'question'"),
+    ],
+)
+def test_a_file_that_is_no_advice_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "advice.json"
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        report([file], tmp_path / "r.html")
+    assert str(file) in str(caught.value)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_damaged_fit_is_refused(tmp_path: Path) -> None:
+    folder = write_fit(tmp_path / "small")
+    (folder / "secateur" / "fit.json").write_text('{"output": "x"}')
+    with pytest.raises(CheckpointError, match="no fit of this release: KeyError"):
+        report([folder], tmp_path / "r.html")
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_work(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        library.advise("llama-2-7b", hardware="h200", html=tmp_path)

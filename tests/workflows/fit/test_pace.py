@@ -1,0 +1,47 @@
+"""What does not fit into the minutes is dropped, by the pace that was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from secateur.workflows.fit.pace import Pace
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_phases_are_measured_and_kept(tmp_path: Path) -> None:
+    clock = Clock()
+    pace = Pace(1.0, tmp_path / "pace.json", 100.0, clock)
+    for seconds in (20.0, 5.0):
+        with pace.phase("level"):
+            clock.now += seconds
+    assert pace.expected("level") == 20.0
+    assert pace.expected("level", "level", "unknown") == 40.0
+    assert pace.left == 35.0
+    again = Pace(1.0, tmp_path / "pace.json", clock.now, clock)
+    assert again.expected("level") == 20.0
+    assert again.left == 60.0
+
+
+def test_what_does_not_fit_is_named_once(tmp_path: Path) -> None:
+    clock = Clock()
+    pace = Pace(1.0, tmp_path / "pace.json", 100.0, clock)
+    assert pace.allows("the frontier", 60.0)
+    assert not pace.allows("the frontier", 61.0)
+    clock.now += 59.0
+    assert not pace.allows("cuts", 2.0)
+    assert not pace.allows("cuts", 2.0)
+    assert pace.dropped == ["the frontier", "cuts"]
+
+
+def test_without_minutes_everything_fits(tmp_path: Path) -> None:
+    pace = Pace(None, tmp_path / "pace.json", 0.0, Clock())
+    assert pace.allows("anything", 1e12)
+    assert pace.dropped == []
