@@ -12,8 +12,10 @@ engine in a process of its own, in the environment of PYTHON. A row says how man
 are equal, how many of the 240 tokens agree up to the first difference of their text, the bytes of
 the files, and how many zeros they keep. The texts are compared with those of the same weights: for
 quantized GGUF with those that transformers reads from the file. ONNX int8 and int4 are compared
-with the source, because transformers cannot read them. `time` measures tokens/s of one sequence
-after its first token, for the dense and the 50 % model.
+with the source, because transformers cannot read them. Engines that round activations, too, are
+secateur, onnxruntime and llama.cpp with int8 and int4 weights, and vLLM with `w8a8`. vLLM computes
+in float32, `w4a16` in float16 and `w8a8` in bfloat16: its kernels take no others. `time` measures
+tokens/s of one sequence after its first token, for the dense and the 50 % model.
 
 Rows are kept at once and skipped when they are there.
 """
@@ -47,14 +49,21 @@ PROMPTS = (
     "Photosynthesis is the process by which",
     "A triangle has",
 )
-TIMED_MODELS = ("dense", "half")
+MODELS = ("dense", "half", "2-4", "depth", "width")
+TIMED_MODELS = MODELS[:2]
 EXPORTS = {
-    "llama.cpp": ("gguf", ("f32", "q8_0", "q4_0")),
-    "openvino": ("gguf", ("f16", "q8_0", "q4_0")),
-    "onnxruntime": ("onnx", ("fp32", "int8", "int4")),
-    "secateur": ("compress", ("auto", "int8")),
-    "vllm": ("dense", ("float32",)),
+    "secateur": dict.fromkeys(("float32", "bfloat16", "int8"), "compress"),
+    "llama.cpp": dict.fromkeys(("f32", "q8_0", "q4_0"), "gguf"),
+    "openvino": dict.fromkeys(("f16", "q8_0", "q4_0"), "gguf"),
+    "onnxruntime": dict.fromkeys(("fp32", "int8", "int4"), "onnx"),
+    "vllm": {
+        "float32": "dense",
+        "int8": "compress",
+        "w4a16": "compressed-tensors",
+        "w8a8": "compressed-tensors",
+    },
 }
+"""What every engine reads: types, and the verb or the target of the export that makes them."""
 PROTOCOL = {
     "model": SAMPLE,
     "prompts": len(PROMPTS),
@@ -67,7 +76,7 @@ PROTOCOL = {
 
 def make_models(work: Path) -> dict[str, Path]:
     """The five models, made once."""
-    made = {name: work / name for name in ("dense", "half", "2-4", "depth", "width")}
+    made = {name: work / name for name in MODELS}
     wanted: dict[str, Any] = {
         "half": (secateur.prune, {"method": "wanda", "sparsity": 0.5}),
         "2-4": (secateur.prune, {"method": "wanda", "pattern": "2:4"}),
@@ -89,7 +98,7 @@ def make_models(work: Path) -> dict[str, Path]:
 
 def exported(work: Path, model: str, engine: str, type: str) -> dict[str, Any]:
     """An export, made once: its path, bytes and zeros."""
-    target, _ = EXPORTS[engine]
+    target = EXPORTS[engine][type]
     output = work / f"{model}-{target}-{type}"
     note = output.with_suffix(".json")
     if target == "dense":
@@ -97,7 +106,7 @@ def exported(work: Path, model: str, engine: str, type: str) -> dict[str, Any]:
         return {"path": str(work / model), "bytes": size, "zeros_kept": "100 %"}
     if not note.exists():
         if target == "compress":
-            secateur.compress(work / model, output=output, values=type, embeddings="keep")
+            secateur.compress(work / model, output=output, values=type, embeddings="auto")
             size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
             found = {"path": str(output), "bytes": size, "zeros_kept": "100 %"}
         else:
@@ -125,7 +134,8 @@ def answer(python: str, script: str, asked: dict[str, Any]) -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         said = done.stderr.strip().splitlines() or ["nothing"]
-        return {"fault": said[-1][:200]}
+        errors = [line for line in said if "Error" in line] or said
+        return {"fault": errors[-1][:200]}
     return dict(json.loads(lines[-1]))
 
 
@@ -147,9 +157,15 @@ def expected(work: Path, path: str) -> list[list[int]]:
     return list(json.loads(note.read_text(encoding="utf-8")))
 
 
-def reference_of(work: Path, model: str, engine: str, found: dict[str, Any]) -> str:
+def reference_of(work: Path, model: str, engine: str, type: str, found: dict[str, Any]) -> str:
     """The folder or file whose weights an engine computes with."""
-    own = Path(found["path"]).name.removesuffix(".gguf").endswith(("q8_0", "q4_0", "compress-int8"))
+    target = EXPORTS[engine][type]
+    if target == "compressed-tensors":
+        plain = work / f"{model}-imported-{type}"
+        if not plain.exists():
+            secateur.import_model(found["path"], output=plain)
+        return str(plain)
+    own = target == "compress" or type in ("f16", "q8_0", "q4_0")
     return found["path"] if own else str(work / model)
 
 
@@ -166,9 +182,9 @@ def cells() -> list[tuple[str, str, str]]:
     """(model, engine, type), the cells of the table."""
     return [
         (model, engine, type)
-        for engine, (_, types) in EXPORTS.items()
+        for engine, types in EXPORTS.items()
         for type in types
-        for model in ("dense", "half", "2-4", "depth", "width")
+        for model in MODELS
     ]
 
 
@@ -180,7 +196,7 @@ def prepare(work: Path, only: list[str]) -> None:
         if engine in only:
             begun = time.perf_counter()
             found = exported(work, model, engine, type)
-            expected(work, reference_of(work, model, engine, found))
+            expected(work, reference_of(work, model, engine, type, found))
             print(model, engine, type, f"{time.perf_counter() - begun:.0f} s", flush=True)
 
 
@@ -190,8 +206,8 @@ def measure(work: Path, pythons: dict[str, str], timed: bool, seconds: float) ->
     key = ("model", "engine", "type", "timed")
     done = {tuple(row[k] for k in key) for row in known_rows(NAME, PROTOCOL)}
     for model, engine, type in cells():
-        note = work / f"{model}-{EXPORTS[engine][0]}-{type}.json"
-        ready = note.exists() or EXPORTS[engine][0] == "dense"
+        target = EXPORTS[engine][type]
+        ready = target == "dense" or (work / f"{model}-{target}-{type}.json").exists()
         skipped = (model, engine, type, timed) in done or (timed and model not in TIMED_MODELS)
         if engine not in pythons or skipped or not ready:
             continue
@@ -199,8 +215,12 @@ def measure(work: Path, pythons: dict[str, str], timed: bool, seconds: float) ->
             return
         found = exported(work, model, engine, type)
         script = "engines_vllm.py" if engine == "vllm" else "engines_worker.py"
-        asked = {"engine": engine, "model": found["path"], "threads": THREADS}
+        asked = {"engine": engine, "model": found["path"], "threads": THREADS if timed else 1}
         asked |= {"prompts": prompts[:1] if timed else prompts, "timed": TIMED if timed else 0}
+        if target == "compressed-tensors":
+            asked["dtype"] = "float16" if type == "w4a16" else "bfloat16"
+        elif engine == "vllm" and target == "compress":
+            asked["load_format"] = "secateur"
         got = answer(pythons[engine], script, {**asked, "tokens": 1 if timed else TOKENS})
         row = dict(zip(key, (model, engine, type, timed), strict=True))
         if "fault" in got:
@@ -208,7 +228,7 @@ def measure(work: Path, pythons: dict[str, str], timed: bool, seconds: float) ->
         elif timed:
             row["tokens_per_second"] = got["tokens_per_second"]
         else:
-            ours = expected(work, reference_of(work, model, engine, found))
+            ours = expected(work, reference_of(work, model, engine, type, found))
             row |= compared(got["tokens"], ours) | {"versions": got["versions"]}
         row |= {} if timed else {"bytes": found["bytes"], "zeros_kept": found["zeros_kept"]}
         add(NAME, PROTOCOL, row)
@@ -216,23 +236,33 @@ def measure(work: Path, pythons: dict[str, str], timed: bool, seconds: float) ->
 
 
 def show() -> None:
-    """Print the table."""
-    rows, lines = known_rows(NAME), []
-    speeds = {(r["model"], r["engine"], r["type"]): r for r in rows if r["timed"]}
-    for row in rows:
-        if row["timed"]:
-            continue
-        texts, tokens = "does not load", ""
-        if "fault" not in row:
-            texts = f"{row['equal_texts']} of 10"
-            tokens = f"{row['equal_tokens']} of {10 * TOKENS}"
-        speed = speeds.get((row["model"], row["engine"], row["type"]), {}).get("tokens_per_second")
-        cell = f"{speed:.0f}" if speed else ""
-        size = f"{row['bytes'] / 2**20:.0f}"
-        own = [row["engine"], row["type"], row["model"]]
-        lines.append([*own, texts, tokens, cell, size, row["zeros_kept"]])
-    columns = ["engine", "type", "model", "equal texts", "equal tokens", "tokens/s", "MiB", "zeros"]
-    print(markdown(columns, lines))
+    """Print the table: a row for each engine and type, a column for each model."""
+    rows = known_rows(NAME)
+    texts = {(r["engine"], r["type"], r["model"]): r for r in rows if not r["timed"]}
+    speeds = {(r["engine"], r["type"], r["model"]): r for r in rows if r["timed"]}
+    lines = []
+    for engine, types in EXPORTS.items():
+        for type in types:
+            found = [texts.get((engine, type, model)) for model in MODELS]
+            pace = [
+                speeds.get((engine, type, m), {}).get("tokens_per_second") for m in TIMED_MODELS
+            ]
+            size = [f"{r['bytes'] / 2**20:.0f}" if r else "" for r in found]
+            own = [engine, type, *map(alike, found), size[0], size[1]]
+            lines.append([*own, *(f"{one:.0f}" if one else "" for one in pace)])
+    columns = ["engine", "type", *(f"{name}: equal" for name in MODELS)]
+    columns += [f"{name}: MiB" for name in TIMED_MODELS]
+    print(markdown([*columns, *(f"{name}: tokens/s" for name in TIMED_MODELS)], lines))
+
+
+def alike(row: dict[str, Any] | None) -> str:
+    """Equal texts of ten, and the tokens up to the first differences where they are not all."""
+    if row is None:
+        return ""
+    if "fault" in row:
+        return "does not load"
+    rest = f" ({row['equal_tokens']})" if row["equal_texts"] < len(PROMPTS) else ""
+    return f"{row['equal_texts']}{rest}"
 
 
 def main() -> None:

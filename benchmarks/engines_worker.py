@@ -26,6 +26,9 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
+UNUSED = 3
+"""A token of SmolLM2 that no text has."""
+
 Stream = Callable[[list[int], int], Iterator[int]]
 """Greedy tokens after a prompt, one at a time; never ends by itself before their number."""
 
@@ -108,12 +111,15 @@ def llama_cpp_stream(asked: dict[str, Any]) -> Stream:
 def onnxruntime_stream(asked: dict[str, Any]) -> Stream:
     import onnxruntime_genai
 
-    model = onnxruntime_genai.Model(asked["model"])
+    # no token ends a text: a least length would forbid the end token instead
+    config = onnxruntime_genai.Config(asked["model"])
+    config.overlay(json.dumps({"model": {"eos_token_id": UNUSED}}))
+    model = onnxruntime_genai.Model(config)
 
     def stream(prompt: list[int], count: int) -> Iterator[int]:
         options = onnxruntime_genai.GeneratorParams(model)
         whole = len(prompt) + count
-        options.set_search_options(max_length=whole, min_length=whole, do_sample=False)
+        options.set_search_options(max_length=whole, do_sample=False)
         generator = onnxruntime_genai.Generator(model, options)
         generator.append_tokens(prompt)
         for _ in range(count):
