@@ -36,9 +36,9 @@ def scripted(shape: tuple[int, int], way: Way, count: int) -> float:
     return 1e-3 * (shape[0] * shape[1] / 4096 + 0.5)
 
 
-def looped(config: object, way: Way) -> tuple[float, float]:
+def looped(config: object, way: Way) -> tuple[float, float, float]:
     """Five milliseconds outside the layers; in them, one for each bit of a weight."""
-    return 5e-3, 1e-3 * way.bits
+    return 5e-3, 1e-3 * way.bits, 8e-3
 
 
 def test_a_model_of_one_way_takes_what_the_loop_took(tmp_path: Path) -> None:
@@ -53,6 +53,20 @@ def test_a_model_of_one_way_takes_what_the_loop_took(tmp_path: Path) -> None:
     # a matrix of twice the weights takes 2.5 to 1.5 of it
     ratio = times.seconds((128, 64), INT4) / times.seconds((64, 64), INT4)
     assert ratio == pytest.approx(2.5 / 1.5)
+
+
+def test_a_slow_minute_does_not_count(tmp_path: Path) -> None:
+    """A way that was timed while all took three times as long."""
+
+    def busy(config: object, way: Way) -> tuple[float, float, float]:
+        slower = 1.0 if way == BASE else 3.0
+        return 5e-3 * slower, 1e-3 * way.bits * slower, 8e-3 * slower
+
+    times = time_matrices(
+        config(), SHAPES, [INT4], Silent(), file=tmp_path / "t.json", timer=scripted, loop=busy
+    )
+    assert times.layers[INT4] == pytest.approx(4e-3)
+    assert times.base == pytest.approx(13e-3)
 
 
 def test_sparsities_in_between_and_beyond_are_interpolated(tmp_path: Path) -> None:
@@ -73,7 +87,7 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
         asked.append((shape, way))
         return scripted(shape, way, count)
 
-    def loop(config: object, way: Way) -> tuple[float, float]:
+    def loop(config: object, way: Way) -> tuple[float, float, float]:
         asked.append((way,))
         return looped(config, way)
 
@@ -102,7 +116,7 @@ def test_times_of_another_machine_are_kept_and_not_used(
         monkeypatch.setattr(matrix_times, "machine", lambda name=name: name)
         times = time_matrices(
             config(), SHAPES, [], Silent(), file=file, timer=scripted,
-            loop=lambda c, w, second=second: (second, second),
+            loop=lambda c, w, second=second: (second, second, second),
         )  # fmt: skip
         assert times.base == 2 * second
     assert set(json.loads(file.read_text())) == {"one", "another"}

@@ -6,9 +6,13 @@
 layers(way) is the time of all decoder layers in our decode loop when every linear is stored this
 way, with random weights (`token_times`); attention and norms are in it. k is the time of a product
 by the kernel alone, on one of as many different matrices as a model of these sizes has, so it says
-how the time of the layers is divided among shapes. A model with all linears on one way so takes
-what the loop took. ends is the time of embedding, last norm and head in int8. Every time is the
-lowest of several, because other work on the machine can only lengthen one.
+how the time of the layers is divided among shapes; it is the lowest of several. A model with all
+linears on one way so takes what the loop took. ends is the time of embedding, last norm and head
+in int8.
+
+A shared machine is faster in one minute and slower in the next, and a model that lies in the cache
+gains from a quiet moment more than one that does not. So a way takes turns with `BASE`, both take
+the median of their tokens, and the ratio is kept: the median over the turns.
 
 The table is a file in the cache. A machine is a processor, its threads, the tier of the kernels and
 the version of secateur; every time has its date. Sparsities in between are interpolated.
@@ -43,13 +47,14 @@ __all__ = ["BASE", "MatrixTimes", "time_matrices"]
 
 Shape = tuple[int, int]
 
-Loop = tuple[float, float]
-"""Seconds of a token outside the decoder layers, and in all of them."""
+Loop = tuple[float, float, float]
+"""Seconds of a token outside the decoder layers, in all of them, and in those of `BASE` that were
+timed in the same turns."""
 
 BASE = Way("int8", 0.0)
 """How linears are stored in the loop that is timed. Speed-ups are relative to it."""
 
-LEAST_MATRICES, PASSES, TURNS = 2, 12, 6
+LEAST_MATRICES, PASSES, TURNS = 2, 12, 7
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def time_matrices(
         progress: receives every time.
         file: the table; None for the file in the cache.
         timer: seconds of a matrix, one of so many; the kernels if not given.
-        loop: seconds outside the layers and in them; the decode loop if not given.
+        loop: seconds of a token (`Loop`); those of the decode loop if not given.
 
     Raises:
         ArchitectureError: our loop cannot decode such a model; says why.
@@ -126,8 +131,9 @@ def time_matrices(
     shares: dict[tuple[Shape, Way], float] = {}
     rest = 0.0
     for way in every:
-        ends, layers[way] = known(loop_entry(config, way), loop or looped, config, way)
+        ends, own, beside = known(loop_entry(config, way), loop or looped, config, way)
         rest = ends if way == BASE else rest
+        layers[way] = own * layers.get(BASE, beside) / beside
         alone = {}
         for shape in counts:
             count = how_many(counts, shape, way)
@@ -139,11 +145,16 @@ def time_matrices(
 
 
 def looped(config: Any, way: Way) -> Loop:
-    """Seconds of a token outside the decoder layers and in them, the lowest of all steps."""
-    timer = WayTimer(config, way, pick=min)
-    turns = [timer.turn() for _ in range(TURNS)]
-    ends = min(turn.ends for turn in turns)
-    return ends, min(turn.ends + turn.layers for turn in turns) - ends
+    """The decode loop's times of a way, in turns with `BASE`."""
+    base = WayTimer(config, BASE)
+    timer = base if way == BASE else WayTimer(config, way)
+    for one in (base, timer):
+        one.turn()  # the first prompt also touches all memory
+    turns = [(timer.turn(), base.turn()) for _ in range(TURNS)]
+    ends = statistics.median(own.ends for own, _ in turns)
+    beside = statistics.median(other.layers for _, other in turns)
+    ratio = statistics.median(own.layers / max(other.layers, 1e-9) for own, other in turns)
+    return ends, beside if way == BASE else ratio * beside, beside
 
 
 def timed(shape: Shape, way: Way, count: int) -> float:
@@ -177,7 +188,7 @@ def loop_entry(config: Any, way: Way) -> str:
     """The name of a loop in the table."""
     numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{config.model_type} of sizes {digest}, {in_words(way)}: ends, layers"
+    return f"{config.model_type} of sizes {digest}, {in_words(way)}: ends, layers, base"
 
 
 def matrix_entry(shape: Shape, way: Way) -> str:

@@ -155,7 +155,6 @@ class WayTimer:
         config: of transformers, of a decoder of Llama's shape.
         way: to store its linears.
         clock: returns seconds.
-        pick: one of the times of several tokens.
 
     Raises:
         ArchitectureError: our loop cannot decode such a model; says why.
@@ -166,7 +165,6 @@ class WayTimer:
         config: Any,
         way: Way,
         clock: Callable[[], float] = time.perf_counter,
-        pick: Callable[[list[float]], float] = statistics.median,
     ) -> None:
         if config.model_type not in FAMILIES:
             raise cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
@@ -175,7 +173,7 @@ class WayTimer:
         if reason is not None:
             raise cannot(config, reason)
         settle(model, torch.bfloat16)
-        self.clock, self.pick = clock, pick
+        self.clock = clock
         self.layers, self.count = config.num_hidden_layers, len(model.model.layers)
         self.decoder = Decoder(model, PROMPT_TOKENS + 2 * STEPS)
         self.ids = torch.arange(PROMPT_TOKENS) % config.vocab_size
@@ -186,8 +184,8 @@ class WayTimer:
         began = self.clock()
         self.decoder.prefill(self.ids)
         prompt = self.clock() - began
-        whole = self.pick(steps(self.decoder, self.count, self.clock))
-        ends = self.pick(steps(self.decoder, 0, self.clock))
+        whole = statistics.median(steps(self.decoder, self.count, self.clock))
+        ends = statistics.median(steps(self.decoder, 0, self.clock))
         times = self.layers / self.count
         layers = max((whole - ends) * times, 0.0)
         return TimedWay(ends, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())
