@@ -178,7 +178,10 @@ def fault_text(kind: type[BaseModel], fault: Any) -> str:
         return f"{path}: {unknown_name('key', name, keys_of(kind, section))}"
     if fault["type"] == "missing":
         return f"{path}: missing"
-    return f"{path}: {fault['msg']} (got {repr(fault['input'])[:100]})"
+    told = str(fault["msg"]).removeprefix("Value error, ")
+    if isinstance(fault["input"], Mapping):  # options that contradict each other
+        return f"{path}: {told}" if path else told
+    return f"{path}: {told} (got {repr(fault['input'])[:100]})"
 
 
 def keys_of(kind: type[BaseModel], section: type[BaseModel]) -> list[str]:
