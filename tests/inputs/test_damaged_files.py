@@ -59,6 +59,14 @@ def assert_good(tally: Tally) -> None:
     assert refused == {reader.name for reader in READERS}
 
 
+@pytest.mark.parametrize(
+    ("name", "seed"), [("tokenizer", 10025), ("tokenizer", 10173), ("compressed-tensors", 10160)]
+)
+def test_what_was_found_once_is_refused(name: str, seed: int, tmp_path: Path) -> None:
+    tally = attack(tmp_path, 1, first=seed, names=(name,))
+    assert tally.counts == {(name, "refused"): 1}
+
+
 def test_some_damaged_files_of_every_kind(tmp_path: Path) -> None:
     assert_good(attack(tmp_path, 8 * len(READERS), first=1000))
 

@@ -8,6 +8,7 @@ byte ranges must cover the data exactly, and each shape must need exactly the by
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -39,6 +40,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
 MAX_SIDE = 2**40
 REMEDY = "copy or download the file again"
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""The escape of half of a character: one of a pair, or a fault."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def parse_json(text: bytes | str) -> Any:
     """JSON in which no object names a key twice.
 
     Raises:
-        ValueError: not JSON, a key twice, or nested too deeply.
+        ValueError: not JSON, a key twice, nested too deeply, or half of a character in a text.
     """
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -76,9 +79,13 @@ def parse_json(text: bytes | str) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=without_repeats)
+        found = json.loads(text, object_pairs_hook=without_repeats)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    if SURROGATE.search(raw):
+        json.dumps(found, ensure_ascii=False).encode()  # halves of a pair are written apart
+    return found
 
 
 def read_header(file: Path) -> Header:

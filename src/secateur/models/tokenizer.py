@@ -132,8 +132,20 @@ def text_tokens(tokenizer: Tokenizer, texts: list[str], start: tuple[int, ...]) 
 
 
 def encoded(tokenizer: Tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
-    """The token ids of each text, whole and without a warning."""
+    """The token ids of each text, whole and without a warning.
+
+    Raises:
+        CheckpointError: the tokenizer was loaded, but its files contradict each other.
+    """
     if not texts:
         return []
-    found = tokenizer(texts, truncation=False, verbose=False, **options)["input_ids"]
+    try:
+        found = tokenizer(texts, truncation=False, verbose=False, **options)["input_ids"]
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"the tokenizer cannot encode a text: {said[0]}",
+            where=str(tokenizer.name_or_path),
+            remedy="copy the tokenizer's files of the original model to the folder",
+        ) from error
     return [list(ids) for ids in found]
