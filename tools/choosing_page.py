@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from guide_scenarios import table
+from written_files import table, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = Path("docs/choosing.md"), Path("benchmarks/results")
@@ -43,11 +42,7 @@ WAYS = (
 
 def main() -> None:
     """Write the page, or check it."""
-    place, text = ROOT / PAGE, page()
-    if "--check" not in sys.argv[1:]:
-        place.write_text(text, encoding="utf-8")
-    elif not place.is_file() or place.read_text(encoding="utf-8") != text:
-        sys.exit(f"out of date: {PAGE}; run python tools/choosing_page.py")
+    write_or_check(ROOT, {PAGE: page()}, "choosing_page.py")
 
 
 def page() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from secateur.advisor.advice import Need
 from secateur.advisor.capacity import Capacity, Load
@@ -13,6 +13,7 @@ from secateur.advisor.money import MONTH_HOURS
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.shape import ModelShape, known_shape
+from written_files import table
 
 FACTS = read_facts()
 
@@ -33,15 +34,6 @@ def asked(model: str, hardware: str, load: Load, loss: float | None) -> AdviceQu
 CHATBOT = asked("llama-3.1-8b", "a100-80gb", Load(1e6, 400, 100, token_ms=50.0), 0.03)
 EDGE = asked("llama-3.2-3b", "raspberry-pi-5", Load(200, 64, 64, token_ms=250.0), 0.03)
 BATCH = asked("llama-3.1-70b", "h100-80gb", Load(1e6, 1500, 150, peak=1.0, utilisation=0.95), 0.03)
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
-    """A table in Markdown, and an empty line."""
-    yield "| " + " | ".join(columns) + " |"
-    yield "|" + "---|" * len(columns)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
-    yield ""
 
 
 def ranged(value: Estimate, form: str = ",.0f") -> str:

@@ -9,11 +9,10 @@ Every number of the page is computed here from `secateur/advisor/facts.yaml` and
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from guide_scenarios import FACTS, asked, billions, ranged, scenarios, shape, table
+from guide_scenarios import FACTS, asked, billions, ranged, scenarios, shape
 from secateur.advisor.capacity import Capacity, Load
 from secateur.advisor.estimate import Estimate
 from secateur.advisor.memory import GIB, weight_bytes
@@ -21,6 +20,7 @@ from secateur.advisor.money import MONTH_DAYS, learning_hours, making_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.speed import Roofline
+from written_files import table, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path("docs/guide-tables.md")
@@ -39,11 +39,7 @@ def way(structure: str = "whole", zeros: str = "dense", values: str = "bf16") ->
 
 def main() -> None:
     """Write the page, or check it."""
-    place, text = ROOT / PAGE, page()
-    if "--check" not in sys.argv[1:]:
-        place.write_text(text, encoding="utf-8")
-    elif not place.is_file() or place.read_text(encoding="utf-8") != text:
-        sys.exit(f"out of date: {PAGE}; run python tools/guide_tables.py")
+    write_or_check(ROOT, {PAGE: page()}, "guide_tables.py")
 
 
 def page() -> str:

@@ -25,6 +25,7 @@ from secateur.recipes.keywords import python_type, type_text
 from secateur.recipes.options import Option, options_of, run_options_of
 from secateur.recipes.section import GROUPS
 from secateur.recipes.verbs import VERBS, Verb, imported
+from written_files import write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB, PAGE = Path("src/secateur/__init__.pyi"), Path("docs/options.md")
@@ -157,15 +158,7 @@ def row(option: Option, *, called: bool) -> str:
 
 def main() -> None:
     """Write both files, or check them."""
-    stale = []
-    for file, text in ((STUB, stub()), (PAGE, page())):
-        place = ROOT / file
-        if "--check" not in sys.argv[1:]:
-            place.write_text(text, encoding="utf-8")
-        elif not place.is_file() or place.read_text(encoding="utf-8") != text:
-            stale.append(str(file))
-    if stale:
-        sys.exit(f"out of date: {', '.join(stale)}; run python tools/option_files.py")
+    write_or_check(ROOT, {STUB: stub(), PAGE: page()}, "option_files.py")
 
 
 if __name__ == "__main__":

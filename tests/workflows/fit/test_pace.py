@@ -8,7 +8,7 @@ from secateur.workflows.fit.pace import Pace
 
 
 class Clock:
-    """A clock that moves when it is told to."""
+    """A clock that only a test moves."""
 
     now = 100.0
 
