@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import transformers
 from secateur.errors import ArchitectureError
 from secateur.evaluation import token_times
 from secateur.evaluation.random_matrices import another, random_matrix
-from secateur.evaluation.token_times import STEPS, TURNS, Way, random_model, time_tokens
+from secateur.evaluation.token_times import STEPS, TURNS, Way, kept_times, random_model, time_tokens
 from secateur.progress import Silent
 from secateur.runtime.kernels.library import kernel_info
 
@@ -106,3 +107,11 @@ def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:
         time_tokens(
             config(hidden_act="gelu"), [Way("bf16", 0.0)], Silent(), file=tmp_path / "t.json"
         )
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+def test_a_damaged_file_is_measured_again(tmp_path: Path, content: str) -> None:
+    file, way = tmp_path / "t.json", Way("bf16", 0.0)
+    file.write_text(content)
+    found = time_tokens(config(), [way], Silent(), file=file)
+    assert list(kept_times(file).values()) == [asdict(found[way])]

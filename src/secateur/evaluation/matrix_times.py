@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from secateur.evaluation.random_matrices import another, random_matrix
-from secateur.evaluation.token_times import LAYER_BYTES, Way, WayTimer
+from secateur.evaluation.token_times import LAYER_BYTES, Way, WayTimer, kept_times
 from secateur.models.samples import cache_folder
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
@@ -204,22 +204,13 @@ def in_words(way: Way) -> str:
 
 def read_table(file: Path) -> dict[str, Any]:
     """The times on this machine."""
-    found: dict[str, Any] = all_tables(file).get(machine(), {})
+    found: dict[str, Any] = kept_times(file).get(machine(), {})
     return found
 
 
 def add_entry(file: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Write a time beside those that other processes may have written meanwhile."""
-    known = all_tables(file)
+    known = kept_times(file)
     known.setdefault(machine(), {})[name] = dict(entry)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, known)
-
-
-def all_tables(file: Path) -> dict[str, Any]:
-    """The tables of all machines; none if the file is damaged: it can be measured again."""
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}

@@ -38,7 +38,7 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.slots import FAMILIES, why_not
 
-__all__ = ["LAYER_BYTES", "TimedWay", "Way", "WayTimer", "time_tokens"]
+__all__ = ["LAYER_BYTES", "TimedWay", "Way", "WayTimer", "kept_times", "time_tokens"]
 
 LAYER_BYTES = 768 * 2**20
 """Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
@@ -105,14 +105,14 @@ def time_tokens(
         ArchitectureError: our loop cannot decode such a model; says why.
     """
     file = file or cache_folder() / "token-times.json"
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    known = kept_times(file)
     found: dict[Way, TimedWay] = {}
     progress.start("timing tokens", len(ways))
     for way in ways:
         key = key_of(config, way)
         if key not in known:
             timed = time_way(config, way, clock)
-            known = json.loads(file.read_text()) if file.exists() else {}
+            known = kept_times(file)
             known[key] = asdict(timed)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, known)
@@ -120,6 +120,15 @@ def time_tokens(
         progress.step(note=f"{way.values}, {way.sparsity:.0%} zeros")
     progress.finish()
     return found
+
+
+def kept_times(file: Path) -> dict[str, Any]:
+    """The times in a file; none if it is missing or damaged: they can be measured again."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def key_of(config: Any, way: Way) -> str:
