@@ -641,6 +641,7 @@ def plan(
     nodes: int | None = None,
     gpu: str | None = None,
     network: str | None = None,
+    keep_format: bool | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
     compress_group_size: int | None = None,
@@ -707,6 +708,9 @@ def plan(
         nodes: How many such machines. [1]
         gpu: What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090. [h100-80gb]
         network: Bits a second of the network of one machine, such as 400Gb. [400Gb]
+        keep_format: Write a source in FP8, MXFP4 or integers back in its own format, with the
+            scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method
+            changes are rounded. [off]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
@@ -763,6 +767,7 @@ def prune(
     ray: str | None = None,
     ray_processes: int | None = None,
     output: str | Path | None = None,
+    keep_format: bool | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
     compress_group_size: int | None = None,
@@ -834,6 +839,9 @@ def prune(
         ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
             none]
         output: Folder for the new model. It must not exist. [required]
+        keep_format: Write a source in FP8, MXFP4 or integers back in its own format, with the
+            scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method
+            changes are rounded. [off]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:

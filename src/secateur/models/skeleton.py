@@ -29,6 +29,7 @@ __all__ = [
     "model_names",
     "quiet_transformers",
     "refuse_missing",
+    "renamed",
     "skeleton_of",
     "stored_buffers",
     "stored_names",
@@ -180,6 +181,21 @@ def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Pat
             remedy="the files are incomplete, or of another model than config.json says: copy or "
             "download them again",
         )
+
+
+def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The model's name for stored tensors that hold all experts of a layer, or anything else.
+
+    Args:
+        model: with its experts as transformers stores them.
+        names: of stored tensors.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    known, prefix = dict(model.state_dict()), model.base_model_prefix
+    return {name: rename_source_key(name, renamings, [], prefix, known)[0] for name in names}
 
 
 def stored_buffers(model: Any) -> dict[str, torch.Tensor]:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear, describe
+from secateur.models.at_rest import AssembledReader, without_description
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
+from secateur.models.opening import open_weights
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
 from secateur.progress import Progress, Silent
@@ -25,6 +27,7 @@ from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Design, design
 from secateur.structured.edits import Edit
 from secateur.structured.stored import stored_edits
+from secateur.structured.stored_bytes import part_edits, renumbered_description
 
 __all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model"]
 
@@ -97,17 +100,35 @@ def cut_checkpoint(
             where=str(output_folder),
             remedy="choose another --output",
         )
-    reader = CheckpointReader(folder)
+    reader = open_weights(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut, pad=pad)
     stored = stored_names(model, reader)
     edits = stored_edits(made, stored, folder)
     warn_if_varied(made)
     result = account(made)
+    kept = part_edits(made, edits, reader) if isinstance(reader, AssembledReader) else None
     output_folder.mkdir(parents=True, exist_ok=True)
     write_beside(folder, output_folder, made)
+    if isinstance(reader, AssembledReader):
+        describe_form(made, reader, output_folder / "config.json", kept is not None)
+        reader, edits = (reader, edits) if kept is None else (reader.stored, kept)
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
+
+
+def describe_form(made: Design, reader: AssembledReader, file: Path, kept: bool) -> None:
+    """Let the configuration of a cut model say how its weights are stored.
+
+    Args:
+        made: the design.
+        reader: the source.
+        file: the configuration of the cut model.
+        kept: whether the weights are stored as in the source; otherwise they are plain numbers.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    told = renumbered_description(made, config, reader) if kept else without_description(config)
+    file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def warn_if_varied(made: Design) -> None:

@@ -94,6 +94,7 @@ class Manifest(Record):
 
     manifest_version: int = MANIFEST_VERSION
     source: Source
+    formats: dict[str, str] | None = None
     family: str = ""
     method: dict[str, Any]
     allocation: dict[str, Any]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, shard_files, shard_name
+from secateur.models.checkpoint import shard_files
+from secateur.models.copies import write_dense
 from secateur.models.folder_checks import read_config
-from secateur.models.shard_writer import ShardWriter
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.compress import DecompressRecipe
@@ -26,9 +25,7 @@ from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.checkpoint_files import carry_over
 
-__all__ = ["decompress", "write_dense"]
-
-METADATA = {"format": "pt"}
+__all__ = ["decompress"]
 
 
 @takes_options_of(DecompressRecipe)
@@ -106,26 +103,3 @@ def is_exact(layout: Layout, computed: torch.dtype) -> bool:
     values have few enough bits for any dtype, but float16 lacks the exponents.
     """
     return not layout.integers or (layout.grid is not None and computed != torch.float16)
-
-
-def write_dense(view: CheckpointReader, folder: Path, progress: Progress) -> None:
-    """Write every tensor, and an index if there are several files."""
-    progress.start("writing tensors", len(view.entries))
-    weight_map: dict[str, str] = {}
-    for number, file in enumerate(view.files, start=1):
-        dense = shard_name("model", number, len(view.files))
-        mine = {name: e for name, e in view.entries.items() if e.file == file}
-        known = {name: (entry.dtype, entry.shape) for name, entry in mine.items()}
-        with ShardWriter(folder / dense, known, [], METADATA) as writer:
-            for name in mine:
-                writer.write(name, view.read(name))
-                progress.step(note=name)
-            writer.close(METADATA)
-        weight_map |= dict.fromkeys(mine, dense)
-    progress.finish()
-    if len(view.files) > 1:
-        index = {
-            "metadata": {"total_size": view.total_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -23,7 +23,8 @@ from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
-from secateur.models.folder_checks import refuse_quantized
+from secateur.models.copies import copy_of
+from secateur.models.opening import form_of, formats_of, open_weights, refuse_quantized
 from secateur.models.positions import positions_of
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
@@ -124,7 +125,9 @@ def structure_recipe(
         progress=progress,
     )
     folder.keep_apart(source.folder)
-    refuse_quantized(source.folder)
+    open_weights(source.folder)  # refuses what is not read
+    if recipe.learned is not None:
+        refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
     check_learned(recipe)
     aim = aim_of(recipe, skeleton)
@@ -161,13 +164,15 @@ def cut_into(
     for step in steps_of(recipe, aim, skeleton):
         made, notes = step.carry_out(context, made)
         steps.append(notes)
-    PatchedCopy(CheckpointReader(made), folder.model).create(progress)
+    stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
+    copy_of(stored, folder.model).create(progress)
     (folder.model / NOTES).unlink(missing_ok=True)
     distilled = distill(recipe, source, folder, windows, device, progress)
-    found = verified(skeleton, folder.model, steps, recipe)
+    found = verified(skeleton, source.folder, folder.model, steps, recipe)
     if found.varied:
         log.warning(VARIED)
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
+    manifest["formats"] = formats_of(source.folder, folder.model)
     manifest["structure"]["latency"] = latency
     manifest["cost"]["resumed"] = folder.resumed
     write_json(folder.notes / STEPS, [declared(StepEntry, step) for step in steps])
@@ -283,7 +288,7 @@ def distill(
 
 
 def verified(
-    skeleton: Any, whole: Path, steps: list[dict[str, Any]], recipe: StructureRecipe
+    skeleton: Any, source: Path, whole: Path, steps: list[dict[str, Any]], recipe: StructureRecipe
 ) -> Accounting:
     """Count the parameters of the written model, and compare them with the notes of the steps.
 
@@ -292,6 +297,9 @@ def verified(
     """
     made = build_skeleton(whole, trust_remote_code=recipe.trust_remote_code)
     before, after = accounting(skeleton, Cut()).before, accounting(made, Cut()).before
+    if form_of(source) is not None:
+        before = replace(before, file_bytes=CheckpointReader(source).total_bytes)
+        after = replace(after, file_bytes=CheckpointReader(whole).total_bytes)
     promised = steps[-1]["after"]["decoder"]
     if after.decoder != promised:
         raise VerificationError(
