@@ -32,6 +32,6 @@ class CrossGram:
             sums += columns.t() @ inputs
 
     def value(self) -> Float[Tensor, "rows in"]:
-        """M, float32. It takes the place of the sums, so it ends them."""
+        """M, float32. It takes the place of the sums."""
         self.total = self.total.float()
         return self.total

@@ -68,7 +68,7 @@ class Gram:
         self.total += other.total.to(self.total.device)
 
     def value(self) -> GramMatrix:
-        """XᵀX, float32 [in, in], exactly symmetric. It takes the place of the sums, so it ends them.
+        """XᵀX, float32 [in, in], exactly symmetric. It takes the place of the sums.
 
         Raises:
             NumericalError: an input was infinite or NaN.
