@@ -225,7 +225,7 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
     Raises:
         ArchitectureError: names a setting that a layer would lose.
     """
-    before, after = (made.architecture.layers(model) for model in (made.uncut, skeleton))
+    before, after = (list(made.architecture.layers(model)) for model in (made.uncut, skeleton))
     if len(before) == len(after):
         return
     there = parameters_of(made.uncut)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from secateur.models.architecture import families
-from secateur.models.couplings import GATED_FFN, SPLIT_ATTENTION
+from secateur.models.couplings import GATED_FFN, LLAMA_COUPLINGS, SPLIT_ATTENTION
 from secateur.models.families.gemma import GEMMA
 
 VAULTGEMMA = families.register("vaultgemma")(
@@ -11,7 +11,7 @@ VAULTGEMMA = families.register("vaultgemma")(
         GEMMA,
         model_types=("vaultgemma",),
         couplings=replace(
-            GEMMA.couplings,
+            LLAMA_COUPLINGS,
             layer={
                 **SPLIT_ATTENTION,
                 **GATED_FFN,
@@ -19,6 +19,8 @@ VAULTGEMMA = families.register("vaultgemma")(
                 "pre_feedforward_layernorm": ("hidden",),
             },
             ffn_norms=("pre_feedforward_layernorm",),
+            norm_offset=1.0,
+            scaled_embedding=True,
         ),
     )
 )
