@@ -133,6 +133,17 @@ def from_microscaled(blocks: Tensor, scales: Tensor) -> Tensor:
     return made
 
 
+def in_words(integers: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Integers [rows, columns] in int32 words of 8 along the columns, in an order of each 8."""
+    rows, columns = integers.shape
+    words = torch.zeros(rows, columns // 8, dtype=torch.int64)
+    for r in range(rows):
+        for c in range(columns // 8):
+            for nibble, place in enumerate(order):
+                words[r, c] |= int(integers[r, 8 * c + place]) << (4 * nibble)
+    return words.where(words < 2**31, words - 2**32).to(torch.int32)
+
+
 def everywhere(reader: Any, oracle: Callable[[str], Tensor]) -> None:
     """Every made tensor of a reader has the values of an oracle, bit for bit."""
     assert reader.made

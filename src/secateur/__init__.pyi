@@ -996,6 +996,8 @@ def structure(
     kv_groups: int | float | None = None,
     query_heads: int | float | None = None,
     ffn: int | float | None = None,
+    vocabulary: str | Path | None = None,
+    vocabulary_size: int | None = None,
     keep_parameters: float | None = None,
     file_mib: float | None = None,
     decode_latency: float | None = None,
@@ -1048,6 +1050,10 @@ def structure(
         query_heads: Query heads to keep in each KV group: a number or a fraction. The KV cache
             keeps its size. [all]
         ffn: FFN neurons to keep in each layer: a number or a fraction. [all]
+        vocabulary: Remove the tokens that this text never needs from tokenizer, embedding and head:
+            JSONL or text file, folder of texts, hub data set or named text. [all tokens stay]
+        vocabulary_size: Keep at most this number of tokens, the most frequent ones of the text;
+            without --vocabulary, of the calibration text. [all that the text has]
         keep_parameters: Fraction of the decoder's parameters to keep. KV groups and FFN neurons are
             cut until it is reached. [all]
         file_mib: Largest size of the weight files, in MiB. KV groups and FFN neurons are cut until

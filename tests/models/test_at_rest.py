@@ -22,6 +22,7 @@ from at_rest import (
     from_float8,
     from_microscaled,
     in_float8,
+    in_words,
     raw,
     stored_tensors,
     to_float8,
@@ -143,6 +144,58 @@ def test_microscaled_float4_is_what_an_oracle_and_transformers_make_of_it(tmp_pa
     everywhere(reader, lambda _: from_microscaled(blocks, scales))
     everywhere(reader, lambda _: convert_moe_packed_tensors(blocks, scales))
     assert reader.entries["e.down_proj"].shape == (2, 64, 3)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2", "any order", "awq"])
+def test_integers_in_groups_are_what_an_oracle_makes_of_them(layout: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs, outputs, groups = 16, 24, 4
+    codes, zeros = (torch.randint(1, 15, (n, outputs)) for n in (inputs, groups))
+    scales = torch.rand(groups, outputs).half()
+    order = torch.arange(inputs) // (inputs // groups)
+    parts: dict[str, torch.Tensor] = {"a__scales": scales}
+    if layout == "awq":
+        told: dict[str, Any] = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+        parts["a__qweight"] = in_words(codes, (0, 2, 4, 6, 1, 3, 5, 7))
+        parts["a__qzeros"] = in_words(zeros, (0, 2, 4, 6, 1, 3, 5, 7))
+    else:
+        told = {"quant_method": "gptq", "bits": 4}
+        if layout == "gptq_v2":
+            told["checkpoint_format"] = layout
+        if layout == "any order":
+            order = order[torch.randperm(inputs)]
+        lower = 0 if layout == "gptq_v2" else 1
+        parts["a__qweight"] = in_words(codes.t(), tuple(range(8))).t().contiguous()
+        parts["a__qzeros"] = in_words(zeros - lower, tuple(range(8)))
+        parts["a__g_idx"] = order.to(torch.int32)
+    expected = torch.empty(outputs, inputs, dtype=torch.bfloat16)
+    for o in range(outputs):
+        for i in range(inputs):
+            g = int(order[i])
+            expected[o, i] = int(codes[i, o] - zeros[g, o]) * float(scales[g, o])
+    everywhere(reader_of(one_matrix(tmp_path / "m", told, **parts)), lambda _: expected)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 3}, "3 bits"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "gemv"),
+    ],
+)
+def test_other_layouts_of_integers_are_refused(
+    told: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ArchitectureError, match=said):
+        open_weights(one_matrix(tmp_path / "m", told, a__weight=torch.zeros(2, 2)))
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
+def test_a_form_that_no_matrix_has_is_refused(method: str, tmp_path: Path) -> None:
+    told = {"quant_method": method, "bits": 4}
+    with pytest.raises(CheckpointError, match="no matrix is stored so"):
+        open_weights(one_matrix(tmp_path / "m", told, a__weight=torch.zeros(2, 2)))
 
 
 @pytest.mark.parametrize("form", ["fp8", "mxfp4"])

@@ -14,7 +14,7 @@ from secateur.models.skeleton import build_skeleton, quiet_transformers, refuse_
 __all__ = ["load_whole"]
 
 
-EXPANDED = ("fp8", "mxfp4")
+EXPANDED = ("awq", "fp8", "gptq", "mxfp4")
 """Forms that our reader expands. compressed-tensors may round activations too: its own library does
 that while the model runs."""
 

@@ -29,7 +29,7 @@ from secateur.structured.edits import Edit
 from secateur.structured.stored import stored_edits
 from secateur.structured.stored_bytes import part_edits, renumbered_description
 
-__all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model"]
+__all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model", "write_tensors"]
 
 METADATA = {"format": "pt"}
 

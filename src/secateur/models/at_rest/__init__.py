@@ -30,6 +30,7 @@ __all__ = [
     "StoredForm",
     "damaged",
     "described_by",
+    "refuse_empty",
     "stored_forms",
     "view_in",
     "without_description",
@@ -231,6 +232,16 @@ class StoredForm(Protocol):
 def damaged(what: str, where: object) -> CheckpointError:
     """An error about a file that contradicts itself."""
     return CheckpointError(what, where=str(where), remedy="copy or download the file again")
+
+
+def refuse_empty(made: Mapping[str, Assembly], form: str, source: SourceFolder) -> None:
+    """Refuse a folder whose configuration names a form in which no matrix is stored.
+
+    Raises:
+        CheckpointError: says so.
+    """
+    if not made:
+        raise damaged(f"config.json says {form}, and no matrix is stored so", source.folder)
 
 
 def described_by(config: Mapping[str, Any]) -> dict[str, Any]:

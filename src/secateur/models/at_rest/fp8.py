@@ -30,6 +30,7 @@ from secateur.models.at_rest import (
     SourceFolder,
     damaged,
     described_by,
+    refuse_empty,
     stored_forms,
     without_description,
 )
@@ -83,6 +84,7 @@ class BlockFloat8:
                 )
             if entry.dtype == FLOAT8:
                 made[name] = assembly(name, entry, scale, entries[scale], block, source.dtype)
+        refuse_empty(made, self.name, source)
         dropped = tuple(n for n in entries if n.rpartition(".")[2] in OF_ACTIVATIONS)
         notes: tuple[str, ...] = ()
         if told.get("activation_scheme"):

@@ -29,6 +29,7 @@ from secateur.models.at_rest import (
     SourceFolder,
     damaged,
     described_by,
+    refuse_empty,
     stored_forms,
     without_description,
 )
@@ -68,6 +69,7 @@ class MicroscaledFloat4:
             if stem != name:
                 scales = entries[stem + SCALES]
                 made[stem] = assembly(stem, entries[name], scales, source.dtype)
+        refuse_empty(made, self.name, source)
         return AssembledReader(source.reader, made, without_description(source.config))
 
 

@@ -210,8 +210,14 @@ class StepEntry(Record):
     """An entry of `steps.json`.
 
     Attributes:
-        step: depth, experts, hidden, refit, queries, width or learned.
+        step: vocabulary, depth, experts, hidden, refit, queries, width or learned.
         by: how the units were selected; None where `score` and `solver` say it.
+        text: of a vocabulary step: where tokens were counted.
+        tokens_before: of a vocabulary step: rows of the embedding.
+        tokens_after: of a vocabulary step: tokens that stay.
+        documents: of a vocabulary step: documents of the text.
+        same_documents: of a vocabulary step: those whose tokens all stay.
+        covered: of a vocabulary step: share of the text's tokens that stay.
         score: of a width step.
         solver: of a width step.
         allocation: of a width step.
@@ -232,6 +238,12 @@ class StepEntry(Record):
 
     step: str
     by: str | None = None
+    text: str | None = None
+    tokens_before: int | None = None
+    tokens_after: int | None = None
+    documents: int | None = None
+    same_documents: int | None = None
+    covered: float | None = None
     score: str | None = None
     solver: str | None = None
     allocation: Any = None

@@ -54,6 +54,7 @@ from secateur.workflows.structure.learned import check_learned
 from secateur.workflows.structure.narrow import check_width
 from secateur.workflows.structure.stages import steps_of
 from secateur.workflows.structure.step_context import NOTES, StepContext
+from secateur.workflows.structure.vocabulary import check_vocabulary, trimmed_source
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ def structure_recipe(
     check_learned(recipe)
     aim = aim_of(recipe, skeleton)
     check_width(recipe, aim, skeleton)
+    check_vocabulary(recipe, source, skeleton)
     with folder:
         folder.begin(identity(recipe, source, progress))
         if not folder.finished:
@@ -153,21 +155,25 @@ def cut_into(
 ) -> None:
     """Run all steps that no earlier run finished, and write the result."""
     device, latency = choose_device(recipe.device), None
-    windows, calibration = calibration_of(recipe, source, skeleton.config, folder, progress)
+    base, steps = trimmed_source(recipe, source, folder.work, progress)
+    trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
+    if steps:
+        aim = aim_of(recipe, trimmed)
+    windows, calibration = calibration_of(recipe, base, trimmed.config, folder, aim, progress)
     if recipe.decode_latency is not None:
-        latency = found_latency(recipe, aim, skeleton, device, timer, progress, folder.work / FILE)
+        latency = found_latency(recipe, aim, trimmed, device, timer, progress, folder.work / FILE)
         aim = replace(aim, joint=latency["joint"])
-    made, steps = source.folder, []
+    made = base.folder
     context = StepContext(
-        recipe, aim, source.folder, windows, folder.work / WINDOWS, device, folder.work, progress
+        recipe, aim, base.folder, windows, folder.work / WINDOWS, device, folder.work, progress
     )
-    for step in steps_of(recipe, aim, skeleton):
+    for step in steps_of(recipe, aim, trimmed):
         made, notes = step.carry_out(context, made)
         steps.append(notes)
     stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
     copy_of(stored, folder.model).create(progress)
     (folder.model / NOTES).unlink(missing_ok=True)
-    distilled = distill(recipe, source, folder, windows, device, progress)
+    distilled = distill(recipe, base, folder, windows, device, progress)
     found = verified(skeleton, source.folder, folder.model, steps, recipe)
     if found.varied:
         log.warning(VARIED)
@@ -176,7 +182,8 @@ def cut_into(
     manifest["structure"]["latency"] = latency
     manifest["cost"]["resumed"] = folder.resumed
     write_json(folder.notes / STEPS, [declared(StepEntry, step) for step in steps])
-    shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
+    if calibration:
+        shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
     write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
@@ -216,13 +223,17 @@ def calibration_of(
     source: LocalCheckpoint,
     config: Any,
     folder: RunFolder,
+    aim: CutPlan,
     progress: Progress,
 ) -> Read:
     """Return the windows of the text and the windows that the uncut model generates.
 
+    Without a step that reads them there are none, and no record.
     A resumed run reads the stored windows. The record of their source is written last, so a record
     means that the windows are complete.
     """
+    if not (aim.cuts or recipe.decode_latency or recipe.distillation.epochs):
+        return torch.empty((0, 0), dtype=torch.int64), {}
     file, record = folder.work / WINDOWS, folder.work / CALIBRATION
     if record.exists():
         return load_windows(file), json.loads(record.read_text(encoding="utf-8"))
@@ -345,7 +356,7 @@ def manifest_of(
             "varied": found.varied,
         },
         "distillation": distilled,
-        "calibration": dict(calibration),
+        "calibration": dict(calibration) or None,
         "environment": environment(device),
         "cost": {**meter.read(), "resumed": False},
         "result": {
@@ -359,9 +370,11 @@ def manifest_of(
 
 def summary(step: Mapping[str, Any]) -> dict[str, Any]:
     """The notes of a step without its lists of indices, which `steps.json` keeps."""
+    tokens = {k: step[k] for k in ("tokens_before", "tokens_after", "covered") if k in step}
     return {
         "step": step["step"],
         "by": step.get("by", step.get("solver")),
         "decoder_before": step["before"]["decoder"],
         "decoder_after": step["after"]["decoder"],
+        **tokens,
     }
