@@ -19,7 +19,6 @@ can still be encoded. A tokenizer without bytes keeps all single characters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -195,33 +194,24 @@ def byte_letters() -> set[str]:
     return {chr(byte) for byte in shown} | {chr(256 + n) for n in range(256 - len(shown))}
 
 
-@dataclass(frozen=True)
 class ScoredPieces:
     """The pieces of a Unigram model.
 
-    Attributes:
+    Args:
         model: of `tokenizer.json`.
     """
 
-    model: Mapping[str, Any]
-
-    @property
-    def scores(self) -> list[tuple[str, float]]:
-        """Every piece with its score, by id."""
-        return [(piece, score) for piece, score in self.model["vocab"]]
-
-    @property
-    def ids(self) -> dict[str, int]:  # type: ignore[override]
-        """The id of each piece."""
-        return {piece: number for number, (piece, _) in enumerate(self.scores)}
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.model = model
+        self.scores = [(str(piece), float(score)) for piece, score in model["vocab"]]
+        self.ids = {piece: number for number, (piece, _) in enumerate(self.scores)}
 
     def always(self) -> set[str]:
         """The bytes, the unknown piece and one of the lowest score; without bytes, characters."""
-        scores = self.scores
-        found = {min(scores, key=lambda entry: entry[1])[0]}
+        found = {min(self.scores, key=lambda entry: entry[1])[0]}
         if self.model.get("unk_id") is not None:
-            found.add(scores[self.model["unk_id"]][0])
-        names = {piece for piece, _ in scores}
+            found.add(self.scores[self.model["unk_id"]][0])
+        names = self.ids.keys()
         if self.model.get("byte_fallback") and names >= BYTES:
             return found | BYTES
         return found | {piece for piece in names if len(piece) == 1}
