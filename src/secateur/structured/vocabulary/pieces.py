@@ -131,15 +131,14 @@ class MergedPieces:
 
     def __init__(self, model: Mapping[str, Any], byte_level: bool) -> None:
         self.model, self.byte_level = model, byte_level
-        self.ids: dict[str, int] = dict(model["vocab"])
+        self.ids: Mapping[str, int] = dict(model["vocab"])
         self.merges = [pair_of(merge) for merge in model["merges"]]
         self.ranks = {pair: rank for rank, pair in reversed([*enumerate(self.merges)])}
         self.ways: dict[str, set[str]] = {}
 
     def always(self) -> set[str]:
         """The bytes and the unknown token; without bytes, all single characters."""
-        unknown = self.model.get("unk_token")
-        found = {unknown} & self.ids.keys()
+        found = {str(self.model.get("unk_token"))} & self.ids.keys()
         if self.byte_level:
             return found | (byte_letters() & self.ids.keys())
         if self.model.get("byte_fallback") and self.ids.keys() >= BYTES:
@@ -204,7 +203,7 @@ class ScoredPieces:
     def __init__(self, model: Mapping[str, Any]) -> None:
         self.model = model
         self.scores = [(str(piece), float(score)) for piece, score in model["vocab"]]
-        self.ids = {piece: number for number, (piece, _) in enumerate(self.scores)}
+        self.ids: Mapping[str, int] = {piece: n for n, (piece, _) in enumerate(self.scores)}
 
     def always(self) -> set[str]:
         """The bytes, the unknown piece and one of the lowest score; without bytes, characters."""
