@@ -3,9 +3,9 @@
     python tools/guide_claims.py          # write the page
     python tools/guide_claims.py --check  # fail if it is out of date
 
-`guide_claims.yaml` has the texts. A number that was measured here is not in it: the text says where it
-stands in `benchmarks/results`, and this script looks it up. So a number of ours that no benchmark
-has cannot be written.
+`guide_claims.yaml` has the texts. A number that was measured here is not in it: the text says where
+it stands in `benchmarks/results`, and this script looks it up. So a number of ours that no
+benchmark has cannot be written.
 """
 
 from __future__ import annotations
