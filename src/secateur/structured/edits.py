@@ -284,6 +284,8 @@ def along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
         sizes: of the uncut model.
         kept: query heads.
     """
+    if axis == "heads":
+        return kept
     if axis != "triples":
         return spread(kept, sizes.head_dim) if axis == "queries" else None
     each, size = sizes.heads_per_group, sizes.head_dim
@@ -300,6 +302,7 @@ def unit_widths(sizes: Sizes) -> dict[str, int]:
     size = sizes.head_dim
     return {
         "queries": sizes.heads_per_group * size,
+        "heads": sizes.heads_per_group,
         "keys": size,
         "triples": (sizes.heads_per_group + 2) * size,
     }
