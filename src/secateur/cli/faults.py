@@ -71,9 +71,9 @@ def as_told(error: BaseException) -> SecateurError:
     if isinstance(error, OSError) and error.errno is not None:
         return told_of_system(error)
     if is_shortage(error):
-        said = (str(error).strip() or "no memory").splitlines()[0]
+        first = (str(error).strip() or "no memory").splitlines()[0]
         return MemoryBudgetError(
-            f"memory has ended: {said[:200]}",
+            f"memory has ended: {first[:200]}",
             remedy=f"close other programs, or lower the sizes of the run; "
             f"{how_to_continue(sys.argv[1:])}",
         )
