@@ -2,11 +2,11 @@
 
     python benchmarks/vocabulary.py --count c4.jsonl --text wiki.txt --work DIR [--sizes 16384]
 
-Protocol: SmolLM2-135M in float32. Tokens are counted in the file `--count`; the first row keeps
-all of them, the others the given number of the most frequent ones. The judged text is cut into
-non-overlapping windows of 64 tokens of the uncut tokenizer. Perplexity, before and after, is that
-of the first 200 windows whose tokens all stayed. Both tokenizers encode
-the text of each of these windows anew. A round trip is `decode(encode(text)) == text`, on 10,000 random strings of all of
+Protocol: SmolLM2-135M in float32. Tokens are counted in the file `--count`; the first row keeps all
+of them, the others the given number of the most frequent ones. The judged text is cut into non-
+overlapping windows of 64 tokens of the uncut tokenizer. Perplexity, before and after, is that of
+the first 200 windows whose tokens all stayed. Both tokenizers encode the text of each of these
+windows anew. A round trip is `decode(encode(text)) == text`, on 10,000 random strings of all of
 Unicode. The removed tokens take their probability with them, so the loss can only fall.
 """
 
