@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*DOCS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "llms.txt"))]
 COMMAND = re.compile(r"\bsecateur ([a-z]+)\b([^`\n#]*)")
 OPTION = re.compile(r"--[a-z0-9]+(?:-[a-z0-9]+)*")
 
