@@ -7,7 +7,7 @@ heads their size, the result is plain. Otherwise it is a varied model (`models/v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import Architecture, describe
 from secateur.models.couplings import Couplings
-from secateur.models.skeleton import quiet_transformers, skeleton_of, stored_buffers
+from secateur.models.skeleton import quiet_transformers, skeleton_of
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,
     Cut,
@@ -28,7 +28,7 @@ from secateur.structured.cut import (
     head_size,
     sizes_of,
 )
-from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, parameters_of
+from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
 
 __all__ = ["Design", "design", "kept_count"]
 
@@ -81,7 +81,6 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     """
     model = with_fused_experts(model)
     architecture, sizes = describe(model), sizes_of(model)
-    refuse_buffers(model, architecture)
     if any((cut.hidden, cut.groups, cut.queries, cut.neurons, cut.experts)):
         couplings_of(architecture)
     cut.check(sizes)
@@ -112,22 +111,6 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     return replace(made, skeleton=built_varied(model, made, hidden))
 
 
-def refuse_buffers(model: Any, architecture: Architecture) -> None:
-    """Refuse decoder layers that store values other than parameters: a cut would lose them.
-
-    Raises:
-        ArchitectureError: names the first one.
-    """
-    prefix = architecture.layers_path + "."
-    found = [name for name in stored_buffers(model) if name.startswith(prefix)]
-    if found:
-        raise ArchitectureError(
-            f"{len(found)} buffers of the decoder layers are stored, and a cut would not keep them",
-            where=found[0],
-            remedy="this family cannot be cut yet",
-        )
-
-
 def with_fused_experts(model: Any) -> Any:
     """The model; if its experts are opened (`models/experts.py`), a skeleton of it instead."""
     experts = describe(model).experts
@@ -144,13 +127,15 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
         ArchitectureError: the index of a layer has a meaning in this model.
     """
     config = model.config
-    needed = getattr(config, "num_experts_per_tok", None) or 0
+    experts = describe(model).experts
+    needed = (experts.per_token(config) if experts else None) or 0
     for layer, kept in cut.experts.items():
         if len(kept) < needed:
             raise RecipeError(
                 f"layer {layer}: the cut keeps {len(kept)} experts, but each token needs {needed}",
                 remedy=f"keep {needed} experts or more in each layer",
             )
+        refuse_uneven_groups(config, kept, sizes, layer)
     if pad and hasattr(config, "secateur_cut"):
         raise RecipeError(
             "this model cannot be padded: it was cut to different sizes before",
@@ -160,6 +145,30 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
         raise ArchitectureError(
             "attention is scaled by the index of its layer, so layers cannot be cut",
             remedy="cut heads, neurons or hidden channels",
+        )
+
+
+def refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer: int) -> None:
+    """Refuse a cut that leaves the groups of experts uneven, or too small for the router.
+
+    A router that picks groups first (`n_group`) divides the experts into groups of one size, in
+    their order, and rates a group by its two best experts.
+
+    Raises:
+        RecipeError: the groups are uneven, or too small.
+    """
+    groups, count = sizes.expert_groups, sizes.experts[layer]
+    if groups == 1 or not count:
+        return
+    own = [sum(e * groups // count == group for e in kept) for group in range(groups)]
+    chosen = config.num_experts_per_tok
+    open_groups = getattr(config, "topk_group", None) or groups
+    least = max(2, -(-chosen // open_groups))
+    if len(set(own)) > 1 or own[0] < least:
+        raise RecipeError(
+            f"layer {layer}: the cut keeps {own} experts of the {groups} groups between which the "
+            "router chooses",
+            remedy=f"keep the same number in every group, {least} or more",
         )
 
 
@@ -202,7 +211,7 @@ def built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like:
 
 def fits(skeleton: Any, made: Design) -> bool:
     """Whether parameters and heads of a skeleton match the design."""
-    shapes = {name: tuple(p.shape) for name, p in parameters_of(skeleton).items()}
+    shapes = {name: tuple(p.shape) for name, p in tensors_of(skeleton).items()}
     if shapes != {name: edit.shape for name, edit in made.edits.items()}:
         return False
     couplings = made.architecture.couplings
@@ -255,14 +264,13 @@ def size_changes(
     config, names = model.config, model.config.attribute_map
     channels = made.sizes.hidden if hidden is None else len(hidden)
     heads = sizes["groups"] * made.heads_per_group
-    changes: dict[str, Any] = {
-        names.get("hidden_size", "hidden_size"): channels,
-        names.get("num_attention_heads", "num_attention_heads"): heads,
-    }
-    if hasattr(config, "num_key_value_heads"):
-        changes["num_key_value_heads"] = sizes["groups"]
-    if hasattr(config, "head_dim") or heads * made.sizes.head_dim != channels:
-        changes["head_dim"] = made.sizes.head_dim
+    changes: dict[str, Any] = {names.get("hidden_size", "hidden_size"): channels}
+    if heads:  # 0 where the family does not declare its heads
+        changes[names.get("num_attention_heads", "num_attention_heads")] = heads
+        if hasattr(config, "num_key_value_heads"):
+            changes["num_key_value_heads"] = sizes["groups"]
+        if hasattr(config, "head_dim") or heads * made.sizes.head_dim != channels:
+            changes["head_dim"] = made.sizes.head_dim
     if sizes["neurons"]:
         changes[couplings.neurons_key] = sizes["neurons"]
     if made.architecture.experts is not None:

@@ -17,7 +17,13 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import Linear, describe
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
 from secateur.models.shard_writer import ShardWriter
-from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
+from secateur.models.skeleton import (
+    assign,
+    build_skeleton,
+    quiet_transformers,
+    stored_buffers,
+    stored_names,
+)
 from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 from secateur.structured.accounting import Accounting, account
@@ -50,9 +56,13 @@ def cut_model(model: Any, cut: Cut, *, pad: bool = False) -> Any:
     made = design(model, cut, pad=pad)
     warn_if_varied(made)
     result = made.skeleton
-    there = dict(model.named_parameters())
+    there, buffers = dict(model.named_parameters()), stored_buffers(model)
     with torch.no_grad():
         for name, edit in made.edits.items():
+            if edit.source in buffers:
+                owner, _, leaf = name.rpartition(".")
+                setattr(result.get_submodule(owner), leaf, edit(buffers[edit.source]).clone())
+                continue
             source = there[edit.source]
             assign(result, name, edit(source.detach()))
             result.get_parameter(name).requires_grad_(source.requires_grad)
@@ -100,8 +110,7 @@ def cut_checkpoint(
     reader = CheckpointReader(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut, pad=pad)
-    stored = stored_names(model, reader)
-    edits = stored_edits(made, stored, folder)
+    edits = stored_edits(made, stored_names(model, reader, split=False), folder)
     warn_if_varied(made)
     result = account(made)
     output_folder.mkdir(parents=True, exist_ok=True)

@@ -106,6 +106,7 @@ class Manifest(Record):
     structure: Structure | None = None
     distillation: dict[str, float] | None = None
     experts: dict[str, Any] | None = None
+    reach: dict[str, Any] = Field(default_factory=dict)
     collapsed: tuple[str, ...] = ()
     left: tuple[LeftEntry, ...] = ()
 

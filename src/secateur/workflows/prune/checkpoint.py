@@ -17,7 +17,7 @@ from secateur.engine.job import Job
 from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
-from secateur.engine.prune.routing import coverage
+from secateur.engine.prune.routing import coverage, reach
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.models.inventory import Left
 from secateur.parallel.ranks import ALONE, Ranks
@@ -184,6 +184,8 @@ def run_prepared(
         found = coverage(ledger.layers, prepared.target.architecture)
         manifest["cost"]["processes"] = ranks.count
         manifest["experts"] = found and found.to_json()
+        changed = (name for name, task in done.items() if task.changes)
+        manifest["reach"] = reach(ledger.layers, changed).to_json()
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
