@@ -2,6 +2,7 @@
 # make test      the default tests
 # make test-all  the default tests, then the slow ones
 # make check     lint, types, import rules and house rules
+# make audit     list all packages (SBOM), fail if one has a known fault; needs a network
 # make bench     the measurements behind the README's table (needs an hour)
 # Each sets up .venv by itself. PYTHON names the interpreter to set it up with.
 
@@ -14,7 +15,7 @@ PYTEST_OPTIONS ?=
 WORKERS ?= logical
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all check bench setup clean
+.PHONY: demo test test-all check audit bench setup clean
 
 setup: $(READY)
 
@@ -40,6 +41,10 @@ check: $(READY)
 	$(BIN)/python tools/house_rules.py
 	$(BIN)/python tools/guide_tables.py --check
 	$(BIN)/python tools/choosing_page.py --check
+	$(BIN)/python tools/audit.py
+
+audit: $(READY)
+	$(BIN)/python tools/audit.py --strict
 
 bench: $(READY)
 	$(BIN)/python benchmarks/baselines.py

@@ -1,15 +1,17 @@
-"""Kill -9 a run of SmolLM2-135M at ten random moments, resume it, compare the weights.
+"""Kill -9 every verb at random moments, run it again, compare all that it writes.
 
-    python benchmarks/kill.py [--times 10] [--method sparsegpt]
+    python benchmarks/kill.py [--times 50] [--seed 0] [--cases prune fit]
 
-Every run is a process of its own; the moment is drawn uniformly from the time an uninterrupted run
-takes. The weights must be those of the uninterrupted run, byte for byte.
+The cases are those of `tests/runs/cases.py`: every verb that writes a folder, on tiny models. Each
+run is a process of its own. The moment is drawn uniformly from the time that an uninterrupted run
+takes between its first line of work and its end. Then the same verb runs again, with `resume` where
+it has one. The folder must be that of the uninterrupted run: weights and configuration byte for
+byte, and the same names of notes.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import signal
@@ -17,74 +19,117 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import cycle
 from pathlib import Path
 
-from hardware import heading, keep
+from hardware import heading, keep, markdown
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path[:0] = [str(TESTS / "runs"), str(TESTS)]
+
+from cases import CASES, make_sources  # noqa: E402
+from contents import contents  # noqa: E402
+
+CHILD = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = json.loads(sys.argv[1])
+from cases import CASES
+from secateur.progress import Silent
+case, sources, output = CASES[sys.argv[2]], Path(sys.argv[3]), Path(sys.argv[4])
+more = case.retry(False) if sys.argv[5] == "again" else {}
+print("begun", flush=True)
+case.call(sources, output, Silent(), **more)
+"""
 
 
-def command(output: Path, args: argparse.Namespace, *more: str) -> list[str]:
-    """The command line of one run."""
-    return [
-        sys.executable, "-m", "secateur", "prune", args.model, "--output", str(output),
-        "--method", args.method, "--sparsity", "0.5", "--calibration", args.calibration,
-        "--windows", str(args.samples), "--sequence-length", "512", "--json", *more,
-    ]  # fmt: skip
+def started(name: str, sources: Path, output: Path, how: str) -> subprocess.Popen[str]:
+    """A process that has just begun the work of a verb."""
+    words = [json.dumps(sys.path[:2]), name, str(sources), str(output), how]
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
-def digest(folder: Path) -> str:
-    """Of all weight files."""
-    total = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        total.update(file.read_bytes())
-        file.unlink()
-    return total.hexdigest()
+def finished(process: subprocess.Popen[str]) -> None:
+    """Wait for the end of a process that must succeed."""
+    _, told = process.communicate()
+    if process.returncode:
+        raise SystemExit(told)
+
+
+def whole_runs(names: list[str], sources: Path, place: Path) -> dict[str, tuple[float, dict]]:
+    """Seconds and contents of an uninterrupted run of every case."""
+    found = {}
+    for name in names:
+        output = place / "whole" / name.replace(" ", "-") / "out"
+        output.parent.mkdir(parents=True)
+        begun = time.perf_counter()
+        finished(started(name, sources, output, "first"))
+        found[name] = (time.perf_counter() - begun, contents(output))
+        print(f"{name}: {found[name][0]:.1f} s", flush=True)
+    return found
+
+
+def killed(name: str, seconds: float, sources: Path, place: Path) -> tuple[bool, dict[str, str]]:
+    """Kill a run after some seconds, and finish it; whether it was killed, and what it wrote."""
+    output = place / "out"
+    place.mkdir(parents=True)
+    process = started(name, sources, output, "first")
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if process.returncode not in (0, -signal.SIGKILL):
+        raise SystemExit(f"{name} failed by itself")
+    if process.returncode:
+        finished(started(name, sources, output, "again"))
+    return process.returncode != 0, contents(output)
 
 
 def main() -> None:
-    """Kill and resume."""
+    """Kill and run again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--method", default="sparsegpt")
-    parser.add_argument("--calibration", default="boolq-calibration")
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--times", type=int, default=50)
+    parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(heading())
     rows, rng = [], random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        started = time.perf_counter()
-        subprocess.run(command(folder / "whole", args), check=True, capture_output=True)
-        whole_seconds = time.perf_counter() - started
-        expected = digest(folder / "whole")
-        for number in range(args.times):
-            output = folder / f"run-{number}"
-            moment = rng.uniform(0, whole_seconds)
-            process = subprocess.Popen(
-                command(output, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            partial = output.with_name(output.name + ".partial")
-            ledger = partial / "model" / "secateur" / "layers.jsonl"
-            done = len(ledger.read_text().splitlines()) if ledger.exists() else None
-            if not output.exists():
-                subprocess.run(command(output, args, "--resume"), check=True, capture_output=True)
+        place = Path(scratch)
+        make_sources(place / "sources")
+        whole = whole_runs(args.cases, place / "sources", place)
+        turns = cycle(args.cases)
+        while sum(row["killed"] for row in rows) < args.times:
+            name = next(turns)
+            seconds, expected = whole[name]
+            moment = rng.uniform(0, seconds)
+            cut, found = killed(name, moment, place / "sources", place / f"run-{len(rows)}")
             rows.append(
                 {
-                    "killed_after_seconds": moment,
-                    "layers_finished": done,
-                    "identical": digest(output) == expected,
+                    "case": name,
+                    "share_of_run": moment / seconds,
+                    "killed": cut,
+                    "identical": found == expected,
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    protocol = dict(vars(args).items()) | {"whole_seconds": whole_seconds}
-    print(f"written to {keep('kill', protocol, rows)}")
+    print(f"written to {keep('kill', vars(args), rows)}")
+    told = [[name, *counts(name, rows)] for name in args.cases]
+    print(markdown(["case", "killed", "then identical"], told))
     sys.exit(0 if all(row["identical"] for row in rows) else 3)
+
+
+def counts(name: str, rows: list[dict]) -> list[str]:
+    """How many runs of a case were killed, and how many of them ended as the uninterrupted one."""
+    cut = [row for row in rows if row["case"] == name and row["killed"]]
+    return [str(len(cut)), str(sum(row["identical"] for row in cut))]
 
 
 if __name__ == "__main__":

@@ -50,8 +50,53 @@ CONFIGS: dict[str, Any] = {
     "gpt_neox": lambda: t.GPTNeoXConfig(**WITHOUT_GQA),
     "olmo2": lambda: t.Olmo2Config(**SIZES),
     # Not declared anywhere: the generic description has to find its way.
-    "generic": lambda: t.StableLmConfig(**SIZES),
+    "generic": lambda: t.OlmoConfig(**SIZES),
 }  # fmt: skip
+
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+WINDOWS: dict[str, Any] = {"sliding_window": 8, "layer_types": SLIDING}
+OLD_NAMES: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+FEW_TOKENS: dict[str, Any] = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2}
+
+DENSE: dict[str, Any] = {
+    "apertus": lambda: t.ApertusConfig(**SIZES),
+    "arcee": lambda: t.ArceeConfig(**SIZES),
+    "bloom": lambda: t.BloomConfig(**FEW_TOKENS, hidden_size=32, n_layer=3, n_head=4),
+    "cohere": lambda: t.CohereConfig(**SIZES),
+    "cohere2": lambda: t.Cohere2Config(**SIZES, **WINDOWS),
+    "ernie4_5": lambda: t.Ernie4_5Config(**SIZES, head_dim=8),
+    "cwm": lambda: t.CwmConfig(**SIZES, head_dim=8, **WINDOWS),
+    "exaone": lambda: t.ExaoneConfig(**SIZES),
+    "exaone4": lambda: t.Exaone4Config(**SIZES, **WINDOWS),
+    "falcon": lambda: t.FalconConfig(**WITHOUT_GQA, ffn_hidden_size=48),
+    "falcon new": lambda: t.FalconConfig(
+        **WITHOUT_GQA, ffn_hidden_size=48, num_kv_heads=2, new_decoder_architecture=True
+    ),
+    "gemma": lambda: t.GemmaConfig(**SIZES, head_dim=8),
+    "glm": lambda: t.GlmConfig(**SIZES, head_dim=8),
+    "glm4": lambda: t.Glm4Config(**SIZES, head_dim=8),
+    "gptj": lambda: t.GPTJConfig(**FEW_TOKENS, **OLD_NAMES, rotary_dim=8),
+    "granite": lambda: t.GraniteConfig(
+        **SIZES, embedding_multiplier=2.0, attention_multiplier=0.5, residual_multiplier=0.8,
+        logits_scaling=2.0,
+    ),
+    "granite_swa": lambda: t.GraniteSWAConfig(**SIZES, **WINDOWS),
+    "helium": lambda: t.HeliumConfig(**SIZES, head_dim=8),
+    "hunyuan": lambda: t.HunYuanDenseV1Config(**SIZES, head_dim=8),
+    "internlm3": lambda: t.InternLM3Config(**SIZES, head_dim=8),
+    "jais2": lambda: t.Jais2Config(**SIZES),
+    "ministral3": lambda: t.Ministral3Config(**SIZES, head_dim=8),
+    "nemotron": lambda: t.NemotronConfig(**SIZES, head_dim=8),
+    "olmo3": lambda: t.Olmo3Config(**SIZES, **WINDOWS),
+    "phi": lambda: t.PhiConfig(**SIZES),
+    "seed_oss": lambda: t.SeedOssConfig(**SIZES, head_dim=8),
+    "smollm3": lambda: t.SmolLM3Config(**SIZES, no_rope_layers=[1, 1, 0]),
+    "stablelm": lambda: t.StableLmConfig(**SIZES),
+    "stablelm parallel": lambda: t.StableLmConfig(**SIZES, use_parallel_residual=True),
+    "starcoder2": lambda: t.Starcoder2Config(**SIZES, sliding_window=8),
+    "vaultgemma": lambda: t.VaultGemmaConfig(**SIZES, **LOCAL),
+}  # fmt: skip
+"""Families with a declaration, whose layers are all of one kind."""
 
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": 5, "moe_intermediate_size": 24}
 LOCAL_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 5}
@@ -68,7 +113,6 @@ LINEAR_ATTENTION: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "shared_expert_intermediate_size": 40,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
-SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 MIXTURES: dict[str, Any] = {
     "mixtral": lambda: t.MixtralConfig(**SIZES, **LOCAL_EXPERTS),
@@ -130,7 +174,7 @@ PLAIN_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 def config_of(family: str) -> Any:
     """The configuration of a tiny model."""
-    return (CONFIGS | MIXTURES)[family]()
+    return (CONFIGS | DENSE | MIXTURES)[family]()
 
 
 def tiny_model(family: str, seed: int = 0) -> nn.Module:

@@ -17,7 +17,17 @@ LAYOUTS: dict[str, tuple[str, str, str, str, str]] = {
     "gpt2": ("transformer.h", "attn", "attn.c_proj", "mlp", "mlp.c_proj"),
     "opt": ("model.decoder.layers", "self_attn", "self_attn.out_proj", "fc2", "fc2"),
     "gpt_neox": ("gpt_neox.layers", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h"),
+    "starcoder2": ("model.layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.c_proj"),
+    "phi": ("model.layers", "self_attn", "self_attn.dense", "mlp", "mlp.fc2"),
+    "gptj": ("transformer.h", "attn", "attn.out_proj", "mlp", "mlp.fc_out"),
+    **dict.fromkeys(
+        ("bloom", "falcon", "falcon new"),
+        ("transformer.h", "self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h"),
+    ),
 }
+OVER_ALL_HEADS = ("olmo2", "olmo3")
+"""Families whose norms of queries and keys run over all heads."""
+
 COMMON = ("model.layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
 
 
@@ -51,14 +61,14 @@ def switch_off(
         elif kept is not None:
             wide = [g * per_group * size + c for g in kept for c in range(per_group * size)]
             keep_inputs(layer.get_submodule(out), wide)
-            if family == "olmo2":  # its norms run over all heads that are left
+            if family in OVER_ALL_HEADS:  # that are left
                 narrow = [g * size + c for g in kept for c in range(size)]
                 narrow_norm(layer.get_submodule("self_attn.q_norm"), wide)
                 narrow_norm(layer.get_submodule("self_attn.k_norm"), narrow)
         if (kept := (queries or {}).get(i)) is not None:
             wide = [h * size + c for h in kept for c in range(size)]
             keep_inputs(layer.get_submodule(out), wide)
-            if family == "olmo2":
+            if family in OVER_ALL_HEADS:
                 narrow_norm(layer.get_submodule("self_attn.q_norm"), wide)
         kept = (neurons or {}).get(i)
         if kept == ():
@@ -77,7 +87,7 @@ def switch_off(
 def narrow_stream(model: nn.Module, size: int, kept: list[int]) -> None:
     """Only these channels of the residual stream carry anything; LayerNorms see no others."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__:
             module.register_forward_hook(lambda m, args, result: norm_of(m, args[0], kept))
         elif name.endswith("project_in") or (
             isinstance(module, nn.Embedding) and module.embedding_dim == size
@@ -85,10 +95,14 @@ def narrow_stream(model: nn.Module, size: int, kept: list[int]) -> None:
             keep_outputs(module, kept)
 
 
-def norm_of(module: nn.LayerNorm, x: torch.Tensor, kept: list[int]) -> torch.Tensor:
+def norm_of(module: Any, x: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    """A LayerNorm over these entries alone; Nemotron's adds one to its weight, Cohere's is bare."""
+    weight = module.weight + 1 if type(module).__name__.endswith("1P") else module.weight
+    bias = getattr(module, "bias", None)
+    eps = getattr(module, "eps", None) or module.variance_epsilon
     result = torch.zeros_like(x)
     result[..., kept] = layer_norm(
-        x[..., kept], (len(kept),), module.weight[kept], module.bias[kept], module.eps
+        x[..., kept], (len(kept),), weight[kept], None if bias is None else bias[kept], eps
     )
     return result
 

@@ -101,12 +101,11 @@ def test_two_processes_make_the_model_of_one(
         prune_alone(recipe(place, tmp_path / "one" / name, case))
         one, two = tmp_path / "one" / name, tmp_path / "two" / name
         assert moved_zeros(one, two) == 0, name
-        assert apart(one, two) < 1e-4, name
+        # Gradients are summed in float32, and tuning computes a step with one window only once.
+        assert apart(one, two) <= (1e-4 if name in ("tuned", "gradients") else 0), name
         source = place / case.get("model", "dense")
         assert moved_zeros(two, source) > 10_000, name
         assert recorded(one) == recorded(two), name
-        if case["method"] == "wanda" and "reconstruction" not in case:
-            assert apart(one, two) == 0, name  # sums are float64 between chunks
     assert not list((tmp_path / "two").glob("*.partial"))
 
 

@@ -45,6 +45,9 @@ them has several query heads in a KV group."""
 WANT_WHOLE_HEADS = {"llama", "gemma2", "gemma3"}
 """Families whose configurations refuse a hidden size that is no multiple of the heads."""
 
+ONE_EPSILON = {"olmo2", "olmo3", "exaone4", "hunyuan"}
+"""Families whose norms of queries and keys are small in an untrained model."""
+
 
 def odd(count: int) -> tuple[int, ...]:
     """Every second unit."""
@@ -67,11 +70,11 @@ def is_plain(family: str, name: str) -> bool:
 def model_of(family: str) -> Any:
     """The tiny model of a family, where a cut can be exact.
 
-    OLMo 2 norms its queries over all heads, with the ε that its other norms have. Values of an
-    untrained model are small beside it, and one ε cannot follow both dimensions.
+    Some norm their queries with the ε that their other norms have. Values of an untrained model
+    are small beside it, and one ε cannot follow both dimensions.
     """
     model: Any = tiny_model(family)
-    if family == "olmo2":
+    if family in ONE_EPSILON:
         model.config.rms_norm_eps = 1e-12
         for module in model.modules():
             if hasattr(module, "variance_epsilon"):

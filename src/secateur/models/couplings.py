@@ -12,7 +12,7 @@ An axis has the name of the units along it:
 | `hidden`    | channels of the residual stream                                                 |
 | `embedding` | the same, unless the embedding is narrower and projected                        |
 | `queries`   | query heads, those of a KV group together: groups × heads per group × head size |
-| `heads`     | query heads, one entry each: groups × heads per group                           |
+| `heads`     | one value for each query head                                                   |
 | `keys`      | key or value heads: groups × head size                                          |
 | `triples`   | query, key and value of one head after another: heads × 3 × head size           |
 | `neurons`   | FFN neurons                                                                     |
@@ -26,14 +26,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from secateur.models.expert_layout import Experts
 
 __all__ = [
     "EMBEDDING_AND_HEAD",
+    "FUSED_GATED_FFN",
     "GATED_FFN",
     "HEAD_NORMS",
     "LLAMA_COUPLINGS",
+    "PLAIN_FFN",
     "SHARED_EXPERTS",
     "SPLIT_ATTENTION",
     "TWO_NORMS",
@@ -59,12 +62,15 @@ class Couplings:
         ffn: the modules that make up the FFN sub-block, one or several.
         attention_norms: norms that serve the attention sub-block alone and go with it.
         ffn_norms: norms that serve the FFN sub-block alone and go with it.
-        neurons_key: what the configuration calls the number of FFN neurons.
+        neurons_key: what the configuration calls the number of FFN neurons; empty if it does not
+            say it.
         attributes: attributes of modules that hold a size, by module and attribute, as a quantity:
             `heads`, `groups`, `queries` (heads × head size), `neurons`, `experts` or `hidden`.
             An attribute `config.x` is a value the module reads from the model's configuration.
         norm_offset: what a norm adds to its stored weight (1 for Gemma, which stores w - 1).
         scaled_embedding: embeddings are multiplied by the square root of the hidden size.
+        with_neurons: entries of the configuration that another number of neurons needs besides.
+        fixed: kinds of units that cannot be cut (`groups`, `neurons`, `hidden`), and why.
     """
 
     layer: Axes
@@ -77,6 +83,8 @@ class Couplings:
     attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     norm_offset: float = 0.0
     scaled_embedding: bool = False
+    with_neurons: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     def consumer(self, axis: str) -> str | None:
         """The linear of a layer whose input columns are the units along `axis`."""
@@ -98,6 +106,15 @@ GATED_FFN: Axes = {
     "mlp.down_proj": ("hidden", "neurons"),
 }
 """A gated feed-forward of three linears."""
+
+PLAIN_FFN: Axes = {"mlp.up_proj": ("neurons", "hidden"), "mlp.down_proj": ("hidden", "neurons")}
+"""A feed-forward of two linears."""
+
+FUSED_GATED_FFN: Axes = {
+    "mlp.gate_up_proj": ("neurons+neurons", "hidden"),
+    "mlp.down_proj": ("hidden", "neurons"),
+}
+"""A gated feed-forward with gate and up in one linear."""
 
 SHARED_EXPERTS: Axes = {
     "mlp.shared_experts.gate_proj": ("-", "hidden"),

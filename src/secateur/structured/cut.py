@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.architecture import Architecture, Linear, describe, hidden_size
+from secateur.models.architecture import (
+    Architecture,
+    Linear,
+    describe,
+    hidden_size,
+    text_config,
+)
 from secateur.models.couplings import Couplings
 
 __all__ = [
@@ -85,6 +91,11 @@ class Cut:
     neurons: Mapping[int, Kept] = field(default_factory=dict)
     experts: Mapping[int, Kept] = field(default_factory=dict)
     hidden: Kept | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of units within layers that it cuts."""
+        return tuple(kind for kind in ("hidden", *UNITS) if getattr(self, kind))
 
     def to_json(self) -> dict[str, Any]:
         """The cut as JSON: keys are text, tuples are lists."""
@@ -207,11 +218,11 @@ def sizes_of(model: Any) -> Sizes:
     If the family declares no couplings, only layers can be cut and everything else is 0.
     """
     architecture = describe(model)
-    config, layers = model.config, architecture.layers(model)
+    config, layers = text_config(model.config), architecture.layers(model)
     couplings, none = architecture.couplings, (0,) * len(layers)
     if couplings is None:
         return Sizes(hidden_size(model), 0, 1, none, none, none)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1
     per_group = heads // (getattr(config, "num_key_value_heads", None) or heads)
     attention = (find(layer, couplings.attention) for layer in layers)
     named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in attention)
@@ -257,11 +268,16 @@ def unit_width(sizes: Sizes, kind: str) -> int:
     return widths.get(kind, 1)
 
 
-def couplings_of(architecture: Architecture) -> Couplings:
+def couplings_of(architecture: Architecture, kinds: Iterable[str] = ()) -> Couplings:
     """The parameters that must be cut together.
 
+    Args:
+        architecture: of the model.
+        kinds: of units to cut.
+
     Raises:
-        ArchitectureError: the family does not declare them.
+        ArchitectureError: the family does not declare them, or says that units of one of the kinds
+            cannot be cut.
     """
     if architecture.couplings is None:
         raise ArchitectureError(
@@ -270,6 +286,14 @@ def couplings_of(architecture: Architecture) -> Couplings:
             remedy="cut layers, or declare the couplings of its family: see CONTRIBUTING.md, 'Add "
             "a model family'",
         )
+    for kind in kinds:
+        why = architecture.couplings.fixed.get("groups" if kind == "queries" else kind)
+        if why is not None:
+            what = UNITS.get(kind, "hidden channels")
+            raise ArchitectureError(
+                f"{what} of this family ({architecture.family}) cannot be cut: {why}",
+                remedy="cut other units: see docs/families.md",
+            )
     return architecture.couplings
 
 
@@ -313,5 +337,5 @@ def find(layer: nn.Module, name: str) -> nn.Module | None:
     """A module by its name, or None."""
     try:
         return layer.get_submodule(name)
-    except AttributeError:
+    except AttributeError:  # there is none, or None in its place
         return None

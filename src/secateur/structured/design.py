@@ -29,6 +29,7 @@ from secateur.structured.cut import (
     sizes_of,
 )
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
+from secateur.structured.layer_settings import differing_layer, kept_settings
 
 __all__ = ["Design", "design", "kept_count"]
 
@@ -81,8 +82,8 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     """
     model = with_fused_experts(model)
     architecture, sizes = describe(model), sizes_of(model)
-    if any((cut.hidden, cut.groups, cut.queries, cut.neurons, cut.experts)):
-        couplings_of(architecture)
+    if cut.kinds:
+        couplings_of(architecture, cut.kinds)
     cut.check(sizes)
     check_configuration(model, cut, sizes, pad)
     hidden = None if cut.hidden is None else torch.tensor(cut.hidden, dtype=torch.long)
@@ -210,15 +211,41 @@ def built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like:
 
 
 def fits(skeleton: Any, made: Design) -> bool:
-    """Whether parameters and heads of a skeleton match the design."""
+    """Whether parameters and heads of a skeleton match the design.
+
+    Raises:
+        ArchitectureError: they do, but a layer would have another setting than before.
+    """
     shapes = {name: tuple(p.shape) for name, p in tensors_of(skeleton).items()}
     if shapes != {name: edit.shape for name, edit in made.edits.items()}:
         return False
     couplings = made.architecture.couplings
-    if couplings is None:
-        return True
-    sizes = {head_size(layer, couplings) for layer in made.architecture.layers(skeleton)}
-    return sizes - {None} <= {made.sizes.head_dim}
+    if couplings is not None:
+        sizes = {head_size(layer, couplings) for layer in made.architecture.layers(skeleton)}
+        if not sizes - {None} <= {made.sizes.head_dim}:
+            return False
+    refuse_other_settings(skeleton, made)
+    return True
+
+
+def refuse_other_settings(skeleton: Any, made: Design) -> None:
+    """Refuse removed layers where the class computes what a layer is from its index.
+
+    Raises:
+        ArchitectureError: names a setting that a layer would lose.
+    """
+    before, after = (list(made.architecture.layers(model)) for model in (made.uncut, skeleton))
+    if len(before) == len(after):
+        return
+    there = tensors_of(made.uncut)
+    resized = any(edit.shape != tuple(there[edit.source].shape) for edit in made.edits.values())
+    kept = [layer.index for layer in made.layers]
+    differing = differing_layer(before, after, kept, resized=resized)
+    if differing is not None:
+        raise ArchitectureError(
+            f"these layers of {type(made.uncut).__name__} cannot be removed: {differing}",
+            remedy="remove other layers, or cut units within layers",
+        )
 
 
 def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
@@ -227,9 +254,8 @@ def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
     count = len(made.architecture.layers(model))
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     changes: dict[str, Any] = {key: len(kept)}
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == count and "layer_type" in name:
-            changes[name] = [value[i] for i in kept]
+    if count != len(kept):
+        changes |= kept_settings(config.to_dict(), kept, count)
     if getattr(config, "decoder_sparse_step", None) is not None and count != len(kept):
         dense = [new for new, i in enumerate(kept) if not made.sizes.experts[i]]
         changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
@@ -242,9 +268,8 @@ def uniform_sizes(made: Design) -> dict[str, int] | None:
     """The sizes of all layers; None if they differ."""
     found = {}
     for name in ("groups", "neurons", "experts"):
-        counts = {kept_count(made, layer, name) for layer in made.layers}
-        if name != "groups" and any(made.sizes.experts):
-            counts -= {0}  # layers with experts have no neurons, and vice versa
+        uncut = getattr(made.sizes, name)  # 0 in layers of another kind
+        counts = {kept_count(made, x, name) for x in made.layers if uncut[x.index]}
         if len(counts) > 1:
             return None
         found[name] = counts.pop() if counts else 0
@@ -265,14 +290,14 @@ def size_changes(
     channels = made.sizes.hidden if hidden is None else len(hidden)
     heads = sizes["groups"] * made.heads_per_group
     changes: dict[str, Any] = {names.get("hidden_size", "hidden_size"): channels}
-    if heads:  # 0 where the family does not declare its heads
+    if heads:
         changes[names.get("num_attention_heads", "num_attention_heads")] = heads
         if hasattr(config, "num_key_value_heads"):
             changes["num_key_value_heads"] = sizes["groups"]
         if hasattr(config, "head_dim") or heads * made.sizes.head_dim != channels:
             changes["head_dim"] = made.sizes.head_dim
-    if sizes["neurons"]:
-        changes[couplings.neurons_key] = sizes["neurons"]
+    if sizes["neurons"] and couplings.neurons_key:
+        changes |= {couplings.neurons_key: sizes["neurons"], **couplings.with_neurons}
     if made.architecture.experts is not None:
         count = made.architecture.experts.count
         changes[names.get(count, count)] = sizes["experts"]
@@ -343,7 +368,8 @@ def difference(base: Any, made: Design, hidden: Any) -> dict[str, Any]:
         name = made.architecture.layer_name(new)
         for gone in gone_of(couplings, layer) + already_gone(made, couplings, layer):
             kinds = {couplings.attention: "attention"} | dict.fromkeys(couplings.ffn, "ffn")
-            absent[f"{name}.{gone}"] = kinds.get(gone, "norm")
+            if find(base, f"{name}.{gone}") is not None:
+                absent[f"{name}.{gone}"] = kinds.get(gone, "norm")
         for path in dict.fromkeys((*couplings.attributes, couplings.attention)):
             module = find(base, f"{name}.{path}")
             if module is None or f"{name}.{path}" in absent:
@@ -371,7 +397,11 @@ def already_gone(made: Design, couplings: Couplings, layer: LayerCut) -> tuple[s
     sizes, i = made.sizes, layer.index
     groups = None if sizes.groups[i] else empty
     neurons = None if sizes.neurons[i] or sizes.experts[i] else empty
-    return gone_of(couplings, LayerCut(i, groups, None, neurons, None))
+    gone = gone_of(couplings, LayerCut(i, groups, None, neurons, None))
+    uncut = made.architecture.layers(made.uncut)[i]  # stand-ins have no parameters
+    there = (find(uncut, name) for name in gone)
+    without = (module is not None and not list(module.parameters()) for module in there)
+    return tuple(name for name, empty in zip(gone, without, strict=True) if empty)
 
 
 def quantity(made: Design, layer: LayerCut, name: str, hidden: Any) -> int:

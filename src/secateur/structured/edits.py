@@ -290,9 +290,10 @@ def along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
         sizes: of the uncut model.
         kept: query heads.
     """
+    if axis == "heads":
+        return kept
     if axis != "triples":
-        widths = {"heads": 1, "queries": sizes.head_dim}
-        return spread(kept, widths[axis]) if axis in widths else None
+        return spread(kept, sizes.head_dim) if axis == "queries" else None
     each, size = sizes.heads_per_group, sizes.head_dim
     parts = []
     for group in range(int(kept[-1]) // each + 1):  # its query heads, and its key and value
@@ -306,8 +307,8 @@ def unit_widths(sizes: Sizes) -> dict[str, int]:
     """How many consecutive entries a KV group has along each axis of heads."""
     size = sizes.head_dim
     return {
-        "heads": sizes.heads_per_group,
         "queries": sizes.heads_per_group * size,
+        "heads": sizes.heads_per_group,
         "keys": size,
         "triples": (sizes.heads_per_group + 2) * size,
     }

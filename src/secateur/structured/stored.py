@@ -84,9 +84,8 @@ def numbered_anew(
     prefix = made.architecture.layers_path + "."
     if not source.startswith(prefix):
         return stored
-    leaf = made.architecture.layers_path.rpartition(".")[2]
     old, new = (name.removeprefix(prefix).partition(".")[0] for name in (source, target))
-    stored = re.sub(rf"(^|\.){leaf}\.{old}\.", rf"\g<1>{leaf}.{new}.", stored, count=1)
+    stored = re.sub(rf"(^|\.){old}\.", rf"\g<1>{new}.", stored, count=1)
     if expert is not None:
         stored = re.sub(rf"\.experts\.{expert[0]}\.", f".experts.{expert[1]}.", stored, count=1)
     return stored

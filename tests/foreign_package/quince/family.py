@@ -1,4 +1,4 @@
-"""StableLM, which Secateur itself does not declare."""
+"""OLMo 1, which Secateur itself does not declare."""
 
 from secateur.models.architecture import (
     PRE_NORM_WRITERS,
@@ -9,7 +9,7 @@ from secateur.models.architecture import (
 
 QUINCE = families.register("quince")(
     Family(
-        model_types=("stablelm",),
+        model_types=("olmo",),
         layers="model.layers",
         groups=SPLIT_ATTENTION_GATED_FFN,
         writers=PRE_NORM_WRITERS,

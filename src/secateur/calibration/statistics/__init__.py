@@ -48,7 +48,7 @@ class Statistic(Protocol):
         ...
 
     def value(self) -> Tensor:
-        """The statistic over everything so far, float32."""
+        """The statistic over everything so far, float32; afterwards nothing is added any more."""
         ...
 
     @staticmethod

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from secateur.calibration.statistics import check_finite, statistics
 from secateur.types import Gram as GramMatrix
@@ -13,19 +14,30 @@ from secateur.types import Inputs
 
 __all__ = ["Gram"]
 
-# From this size on, only the upper triangle of blocks is computed: 1.2 to 1.9 times as fast for
-# 1024 to 3072 inputs. Below, the smaller matmuls cost what the saved half would bring.
-_TRIANGLE_FROM = 1024
-_BLOCK = 512
+# Rows of a panel. 512 is 1.2 to 1.9 times as fast as whole matrices for 1024 to 3072 inputs; for
+# fewer inputs, 256 costs no time and saves memory.
+_WIDE_FROM = 1024
+_WIDE, _NARROW = 512, 256
 
 
 @statistics.register("gram")
 class Gram:
     """G = XᵀX = Σ_t x_t x_tᵀ, float32 [in, in].
 
+    The inputs of one update are multiplied and summed in float32, the products of updates in
+    float64. A float64 holds the sum of float32 products to the last digit unless they differ by
+    more than 2²⁹ / updates in size. So the order of the updates, and how many processes have made
+    them, does not change the value.
+
+    Only the upper triangle is summed, in panels of some rows from their first diagonal entry to the
+    right. It is half of the matrix in twice the bytes of a number.
+
     Args:
         shape: (out, in) of the weight.
         device: where the sums are kept and computed.
+
+    Attributes:
+        total: the panels, one after the other, float64.
 
     Example:
         >>> import torch
@@ -40,42 +52,56 @@ class Gram:
     reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(shape[1], shape[1], device=device)
+        self.size = shape[1]
+        numbers = self.nbytes(shape) // 8
+        self.total = torch.zeros(numbers, dtype=torch.float64, device=device)
+        self.whole: Tensor | None = None
 
     def update(self, x: Inputs) -> None:
-        """Add the inputs of more tokens, [tokens, in]; multiplied and summed in float32."""
+        """Add the inputs of more tokens, [tokens, in]."""
         inputs = x.detach().float()
-        for rows in self._row_blocks():
-            self.total[rows, rows.start :].addmm_(inputs[:, rows].t(), inputs[:, rows.start :])
+        for rows, panel in self._panels():
+            panel += inputs[:, rows].t() @ inputs[:, rows.start :]
 
     def merge(self, other: Gram) -> None:
         """Add what `other` has seen."""
         self.total += other.total.to(self.total.device)
 
     def value(self) -> GramMatrix:
-        """XᵀX, float32 [in, in], exactly symmetric.
-
-        This is the running sum itself, not a copy, which would double the memory; a later update
-        changes it.
+        """XᵀX, float32 [in, in], exactly symmetric. It takes the place of the sums.
 
         Raises:
             NumericalError: an input was infinite or NaN.
         """
-        check_finite(self.total.diagonal())
-        for rows in self._row_blocks():
-            square = self.total[rows, rows]
-            square.copy_(square.triu() + square.triu(1).t())
-            self.total[rows.stop :, rows] = self.total[rows, rows.stop :].t()
-        return self.total
+        if self.whole is None:
+            whole = torch.empty(self.size, self.size, device=self.total.device)
+            for rows, panel in self._panels():
+                whole[rows, rows.start :] = panel
+            check_finite(whole.diagonal())
+            for rows, _ in self._panels():
+                square = whole[rows, rows]
+                square.copy_(square.triu() + square.triu(1).t())
+                whole[rows.stop :, rows] = whole[rows, rows.stop :].t()
+            self.whole, self.total = whole, self.total.new_empty(0)
+        return self.whole
 
     @staticmethod
     def nbytes(shape: tuple[int, int]) -> int:
-        """Float32 [in, in]."""
-        return 4 * shape[1] ** 2
+        """Float64 panels of the upper triangle: a little more than float32 [in, in]."""
+        size = shape[1]
+        return 8 * sum((rows.stop - rows.start) * (size - rows.start) for rows in _rows(size))
 
-    def _row_blocks(self) -> Iterator[slice]:
-        """Rows that are multiplied at once, each from its own diagonal block to the right."""
-        size = len(self.total)
-        width = _BLOCK if size >= _TRIANGLE_FROM else max(size, 1)
-        for start in range(0, size, width):
-            yield slice(start, min(start + width, size))
+    def _panels(self) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of each panel, and its view of the sums, [rows, in - first row]."""
+        begin = 0
+        for rows in _rows(self.size):
+            height, width = rows.stop - rows.start, self.size - rows.start
+            yield rows, self.total[begin : begin + height * width].view(height, width)
+            begin += height * width
+
+
+def _rows(size: int) -> Iterator[slice]:
+    """Rows that are multiplied at once, each from its own diagonal block to the right."""
+    height = _WIDE if size >= _WIDE_FROM else _NARROW
+    for start in range(0, size, height):
+        yield slice(start, min(start + height, size))

@@ -10,7 +10,7 @@ from secateur.models.couplings import LLAMA_COUPLINGS
 
 MISTRAL = families.register("mistral")(
     Family(
-        model_types=("mistral", "ministral"),
+        model_types=("mistral", "ministral", "ministral3"),
         layers="model.layers",
         groups=SPLIT_ATTENTION_GATED_FFN,
         writers=PRE_NORM_WRITERS,

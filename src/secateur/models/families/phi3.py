@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from secateur.models.architecture import PRE_NORM_WRITERS, Family, families
-from secateur.models.couplings import LLAMA_COUPLINGS, TWO_NORMS
+from secateur.models.couplings import FUSED_GATED_FFN, LLAMA_COUPLINGS, TWO_NORMS
 
 PHI3 = families.register("phi3")(
     Family(
@@ -22,8 +22,7 @@ PHI3 = families.register("phi3")(
                 **TWO_NORMS,
                 "self_attn.qkv_proj": ("queries+keys+keys", "hidden"),
                 "self_attn.o_proj": ("hidden", "queries"),
-                "mlp.gate_up_proj": ("neurons+neurons", "hidden"),
-                "mlp.down_proj": ("hidden", "neurons"),
+                **FUSED_GATED_FFN,
             },
             attributes={
                 "self_attn": {

@@ -22,6 +22,16 @@ UNITS = (*TARGETS, "kv_groups", "ffn", "kv_cache", "query_heads", "hidden_size",
 """Options that cut within layers. They need a family that declares its units."""
 
 
+KINDS = {
+    "kv_groups": "groups",
+    "kv_cache": "groups",
+    "query_heads": "queries",
+    "ffn": "neurons",
+    "hidden_size": "hidden",
+}
+"""The kind of units that an option cuts."""
+
+
 @dataclass(frozen=True)
 class CutPlan:
     """The plan of a cut, in units of the model.
@@ -110,7 +120,7 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
     """
     check_together(recipe)
     if any(getattr(recipe, name) is not None for name in UNITS):
-        couplings_of(describe(model))
+        couplings_of(describe(model), [k for n, k in KINDS.items() if getattr(recipe, n)])
     sizes = sizes_of(model)
     layers = sizes.layers
     drop = 0
@@ -316,7 +326,7 @@ def with_target(aim: CutPlan, target: float, model: Any) -> CutPlan:
     """
     found = accounting(model, representative(aim))
     whole, rest = found.before.decoder, found.after
-    width = rest.attention + rest.ffn
+    width = rest.ffn + (rest.attention if any(aim.sizes.groups) else 0)
     joint = (rest.decoder - target * whole) / width if width else 0.0
     if not 0 < joint < 1:
         raise RecipeError(
