@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -119,3 +119,19 @@ def test_structure_chooses_experts_by_reap(family: str, tmp_path: Path) -> None:
     smaller = loaded(tmp_path / "out")
     assert {n for n in sizes_of(smaller).experts if n} == {4}
     logits(smaller)
+
+
+def test_layers_for_further_tokens_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers does not build them, and their experts would have the uncut number."""
+    model: Any = tiny_model("glm4_moe")
+    model.config.num_nextn_predict_layers = 1
+    source = saved(model, tmp_path / "source")
+    extra = {"model.layers.3.eh_proj.weight": torch.ones(32, 64)}
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    cut_checkpoint(source, Cut(experts=kept_of(model)), tmp_path / "out")
+    assert "1 stored tensors are no part of the causal language model" in caplog.text
+    assert "model.layers.3.eh_proj.weight" in caplog.text
+    assert loaded(tmp_path / "out").config.num_nextn_predict_layers == 0

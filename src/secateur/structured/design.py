@@ -7,7 +7,7 @@ heads their size, the result is plain. Otherwise it is a varied model (`models/v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
@@ -29,6 +29,7 @@ from secateur.structured.cut import (
     sizes_of,
 )
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
+from secateur.structured.expert_groups import refuse_uneven_groups
 from secateur.structured.layer_settings import differing_layer, kept_settings
 
 __all__ = ["Design", "design", "kept_count"]
@@ -146,30 +147,6 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
         raise ArchitectureError(
             "attention is scaled by the index of its layer, so layers cannot be cut",
             remedy="cut heads, neurons or hidden channels",
-        )
-
-
-def refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer: int) -> None:
-    """Refuse a cut that leaves the groups of experts uneven, or too small for the router.
-
-    A router that picks groups first (`n_group`) divides the experts into groups of one size, in
-    their order, and rates a group by its two best experts.
-
-    Raises:
-        RecipeError: the groups are uneven, or too small.
-    """
-    groups, count = sizes.expert_groups, sizes.experts[layer]
-    if groups == 1 or not count:
-        return
-    own = [sum(e * groups // count == group for e in kept) for group in range(groups)]
-    chosen = config.num_experts_per_tok
-    open_groups = getattr(config, "topk_group", None) or groups
-    least = max(2, -(-chosen // open_groups))
-    if len(set(own)) > 1 or own[0] < least:
-        raise RecipeError(
-            f"layer {layer}: the cut keeps {own} experts of the {groups} groups between which the "
-            "router chooses",
-            remedy=f"keep the same number in every group, {least} or more",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,10 @@ from secateur.structured.stored import stored_edits
 __all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model"]
 
 METADATA = {"format": "pt"}
+MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+"""How configurations call the number of layers that predict further tokens."""
+
+log = logging.getLogger(__name__)
 
 
 class VariedSizesWarning(UserWarning):
@@ -110,13 +115,35 @@ def cut_checkpoint(
     reader = CheckpointReader(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut, pad=pad)
-    edits = stored_edits(made, stored_names(model, reader, split=False), folder)
+    stored = stored_names(model, reader, split=False)
+    edits = stored_edits(made, stored, folder)
     warn_if_varied(made)
+    leave_out_unbuilt(made, sorted(reader.entries.keys() - set(stored.values())))
     result = account(made)
     output_folder.mkdir(parents=True, exist_ok=True)
     write_beside(folder, output_folder, made)
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
+
+
+def leave_out_unbuilt(made: Design, names: Sequence[str]) -> None:
+    """Name stored tensors that the class does not build, such as layers for further tokens.
+
+    The cut cannot follow them, and engines that use them need the uncut sizes. So the result lacks
+    them, and its configuration says so.
+    """
+    if not names:
+        return
+    log.warning(
+        "%d stored tensors are no part of the causal language model (%s, …): the cut model is "
+        "written without them",
+        len(names),
+        names[0],
+    )
+    config = made.skeleton.config
+    for key in MTP_LAYERS:
+        if getattr(config, key, None):
+            setattr(config, key, 0)
 
 
 def warn_if_varied(made: Design) -> None:

@@ -61,4 +61,4 @@ def merge_experts(
                 w * experts[e].get_parameter(name).double()
                 for w, e in zip(share.tolist(), members, strict=True)
             )
-            parameter.copy_(sum(parts))  # type: ignore[arg-type]
+            parameter.copy_(sum(parts))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.mix import texts_of
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocate import settled_allocation
@@ -123,7 +124,7 @@ def run_recipe(
     refuse_cluster(recipe)
     meter = Meter.start()
     folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
-    folder.keep_apart(recipe.model, recipe.calibration.source)
+    folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source))
     kept = folder.notes if folder.finished else folder.work
     prepared = prepare(
         recipe, folder.model, kept / WINDOWS if folder.state else None, progress=progress
