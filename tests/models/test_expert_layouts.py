@@ -24,6 +24,7 @@ from secateur.models.open_experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.stored_experts import stored_in_table
 from slow import slow_but
+from tiny import tiny_tokenizer
 from zoo import MIXTURES, tiny_model, tiny_windows
 
 FORMS = ("mixtral", "gpt_oss", "llama4", "nemotron_h", "minimax_m3")
@@ -277,3 +278,21 @@ def test_experts_stored_in_another_form_are_refused(tmp_path: Path) -> None:
 def test_every_declared_mixture_is_in_the_zoo() -> None:
     declared = {name for name in families if families[name].experts is not None}
     assert declared <= {describe(tiny_model(name)).family for name in MIXTURES}
+
+
+@pytest.mark.parametrize("family", slow_but(("gpt_oss",), MIXTURES))
+def test_compressed_and_back_as_plain_transformers_loads_it(family: str, tmp_path: Path) -> None:
+    """A compressed folder has experts one by one; where transformers cannot fuse them, we do."""
+    source = saved(tiny_model(family), tmp_path / "source")
+    tiny_tokenizer().save_pretrained(source)
+    secateur.prune(source, output=tmp_path / "p", method="magnitude", sparsity=0.5)
+    secateur.compress(tmp_path / "p", output=tmp_path / "c", values="keep")
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    with quiet_transformers():
+        dense, found = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("p", "d")
+        )
+    for name, parameter in found.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name)), name
+    packed = secateur.load(tmp_path / "c", dtype=torch.float32)
+    torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-3, atol=1e-3)

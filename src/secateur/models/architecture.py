@@ -184,8 +184,8 @@ def is_router(layer: nn.Module, name: str) -> bool:
 
     It is called `gate` or `router`, or has a class with such a name, and stands beside `experts`.
     """
-    owner, parts = layer, name.split(".")
-    for part in parts:
+    owner = layer
+    for part in filter(None, name.split(".")):
         beside = hasattr(owner, "experts") and part in ("gate", "router")
         owner = getattr(owner, part)
         if beside or "router" in type(owner).__name__.lower():

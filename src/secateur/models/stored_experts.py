@@ -8,13 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.models.architecture import experts_of
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.expert_layout import PROJECTIONS, Experts
+from secateur.models.expert_layout import PROJECTIONS, ExpertLayout, Experts
+from secateur.models.header import TensorEntry
 
-__all__ = ["expert_renamings", "split_stored", "stored_experts_of", "stored_in_table"]
+__all__ = [
+    "FusedExperts",
+    "expert_renamings",
+    "loads_one_by_one",
+    "split_stored",
+    "stored_experts_of",
+    "stored_in_table",
+]
 
 
 def stored_experts_of(model: Any) -> Experts | None:
@@ -57,6 +66,76 @@ def stored_in_table(model: Any) -> tuple[str, str, str]:
             if len(converter.target_patterns) == 1 and len(made) == len(sources):
                 found |= {m: s.split(".")[-2] for m, s in zip(made, sources, strict=True)}
     return tuple(found.values())  # type: ignore[return-value]
+
+
+def loads_one_by_one(model: Any) -> bool:
+    """Whether transformers fuses experts that a checkpoint of this class stores one by one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return any(
+        isinstance(converter, WeightConverter)
+        and any(re.search(r"experts\.\*\.", pattern) for pattern in converter.source_patterns)
+        for converter in get_model_conversion_mapping(model)
+    )
+
+
+class FusedExperts(CheckpointReader):
+    """A reader that shows experts that are stored one by one as the fused tensors of their class.
+
+    Args:
+        reader: stores experts one by one.
+        names: the model's name for each stored tensor.
+        layout: the form of the class.
+        shapes: of the fused parameters, by name.
+
+    Raises:
+        CheckpointError: a matrix of an expert is not stored.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        names: Mapping[str, str],
+        layout: ExpertLayout,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.reader, self.layout = reader, layout
+        self.folder, self.files = reader.folder, reader.files
+        stored = {name: key for key, name in names.items()}
+        self.parts: dict[str, dict[str, str]] = {}
+        self.entries = dict(reader.entries)
+        for fused, shape in shapes.items():
+            owner, _, leaf = fused.rpartition(".")
+            views = self.views(leaf, torch.empty(shape, device="meta"))
+            parts = {part: stored.get(f"{owner}.{part}", "") for part in views}
+            if not all(parts.values()):
+                raise CheckpointError(
+                    f"the checkpoint does not contain all experts of {owner}",
+                    where=str(reader.folder),
+                    remedy="the files are incomplete: copy or download them again",
+                )
+            first = reader.entries[next(iter(parts.values()))]
+            for part in parts.values():
+                del self.entries[part]
+            size = torch.Size(shape).numel() * first.dtype.itemsize
+            self.entries[fused] = TensorEntry(first.file, 0, size, first.dtype, shape)
+            self.parts[fused] = parts
+
+    def views(self, leaf: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The matrices of experts within a fused tensor, by names such as `3.up_proj.weight`."""
+        apart = enumerate(self.layout.apart(leaf, tensor))
+        return {f"{e}.{part}": view for e, own in apart for part, view in own.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        if name not in self.parts:
+            return self.reader.read(name)
+        entry = self.entries[name]
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for part, view in self.views(name.rpartition(".")[2], whole).items():
+            view.copy_(self.reader.read(self.parts[name][part]))
+        return whole
 
 
 def split_stored(reader: CheckpointReader, experts: Experts, names: Mapping[str, str]) -> None:

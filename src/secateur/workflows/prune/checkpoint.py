@@ -171,6 +171,7 @@ def run_prepared(
             distilled = None
             if recipe.distillation.epochs:
                 distilled = distill_checkpoint(prepared, done, folder, progress)
+        reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
             folder.model,
@@ -185,8 +186,7 @@ def run_prepared(
         found = coverage(ledger.layers, prepared.target.architecture)
         manifest["cost"]["processes"] = ranks.count
         manifest["experts"] = found and found.to_json()
-        changed = (name for name, task in done.items() if task.changes)
-        manifest["reach"] = reach(ledger.layers, changed).to_json()
+        manifest["reach"] = reached.to_json()
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)
