@@ -30,6 +30,7 @@ __all__ = [
     "families",
     "family_of",
     "hidden_size",
+    "is_router",
     "linears_of",
     "refuse_non_decoders",
     "text_config",
