@@ -106,6 +106,11 @@ def python_page(root: Path) -> str:
     homes = homes_of(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
     declared = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
     lines = [
+        "---",
+        "search:",
+        "  boost: 0.3",
+        "---",
+        "",
         "# Python",
         "",
         "This page lists the public names of `secateur`, from its docstrings. Every verb of the "
