@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from secateur.models.at_rest import DESCRIPTIONS, AssembledReader
-from secateur.models.skeleton import renamed
 from secateur.structured.design import Design
 from secateur.structured.edits import Edit
 
@@ -67,58 +66,30 @@ def part_edits(
 
     Returns:
         None if the cut changes a matrix that is made of parts, so that it has to be expanded.
+        Whole experts can be taken from parts that hold all of a layer.
     """
     found: dict[str, Edit] = {}
     entries = reader.stored.entries
-    shown = {part for parts in reader.splits.values() for part in parts}
     for target, edit in edits.items():
-        if edit.source in shown:
-            continue
-        if edit.source not in reader.made:
+        assembly = reader.made.get(edit.source)
+        if assembly is None:
             found[target] = edit
             continue
-        if edit.scale != 1 or any(kept is not None for kept in edit.kept):
+        first, *others = edit.kept
+        if edit.scale != 1 or any(kept is not None for kept in others):
             return None
-        for part in reader.made[edit.source].parts.values():
-            name = renumbered(made, part)
+        if first is not None and not assembly.stacked:
+            return None
+        for part in assembly.parts.values():
+            name, shape = renumbered(made, part), entries[part].shape
             assert name is not None
-            found[name] = Edit(part, (None,) * len(entries[part].shape), entries[part].shape)
-    whole = fused_edits(made, reader)
-    if whole is None:
-        return None
-    found |= whole
+            kept = tuple(first if axis == 0 else None for axis in range(len(shape)))
+            length = shape[:1] if first is None else (len(first),)
+            found[name] = Edit(part, kept, (*length, *shape[1:]))
     for name in reader.dropped:  # scales of activations: another program may use them
         new = renumbered(made, name)
         if new is not None:
             found[new] = Edit(name, (None,) * len(entries[name].shape), entries[name].shape)
-    return found
-
-
-def fused_edits(made: Design, reader: AssembledReader) -> dict[str, Edit] | None:
-    """Edits of tensors that hold all experts of a layer, and of their parts.
-
-    Returns:
-        None if more is cut than whole experts, or an expert is not apart in the stored parts.
-    """
-    by_source = {edit.source: edit for edit in made.edits.values()}
-    names = renamed(made.uncut, reader.splits)
-    found: dict[str, Edit] = {}
-    for stored in reader.splits:
-        target, edit = renumbered(made, stored), by_source.get(names[stored])
-        if target is None or edit is None:
-            continue
-        first, *others = edit.kept
-        if any(kept is not None for kept in others):
-            return None
-        assembly = reader.made.get(stored)
-        if assembly is not None and not assembly.stacked and first is not None:
-            return None
-        for part in [stored] if assembly is None else assembly.parts.values():
-            name, shape = renumbered(made, part), reader.stored.entries[part].shape
-            assert name is not None
-            length = shape[0] if first is None else len(first)
-            kept = (first, *(None,) * (len(shape) - 1))
-            found[name] = Edit(part, kept, (length, *shape[1:]))
     return found
 
 

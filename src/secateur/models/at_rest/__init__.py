@@ -98,7 +98,7 @@ class AssembledReader(CheckpointReader):
     Attributes:
         entries: the dense tensors; the offsets of made ones mean nothing.
         rounded: made tensors that were read, and whether their dtype cannot hold the exact values.
-        splits: the tensors that are shown as several ones, with these.
+        splits: the tensors that are shown as several ones, with views of each.
 
     Raises:
         CheckpointError: a dense tensor is stored and made at once.
@@ -117,7 +117,7 @@ class AssembledReader(CheckpointReader):
         self.dropped, self.notes = dropped, notes
         self.folder, self.files = stored.folder, stored.files
         self.rounded: dict[str, bool] = {}
-        self.splits: dict[str, Mapping[str, Any]] = {}
+        self.splits: dict[str, Mapping[str, Tensor]] = {}
         self.owner: dict[str, str] = {}
         self.recent: dict[str, Tensor] = {}
         used = {part for assembly in made.values() for part in assembly.parts.values()}
@@ -162,12 +162,12 @@ class AssembledReader(CheckpointReader):
         self.rounded[name] = not torch.equal(value.to(exact.dtype), exact)
         return value.contiguous()
 
-    def split(self, name: str, parts: Mapping[str, Any]) -> None:
+    def split(self, name: str, views: Mapping[str, Tensor]) -> None:
         """From now on, show a tensor as several; see `CheckpointReader.split`."""
-        super().split(name, parts)
-        self.splits[name] = parts
+        super().split(name, views)
+        self.splits[name] = views
         if name in self.made:
-            self.owner |= dict.fromkeys(parts, name)
+            self.owner |= dict.fromkeys(views, name)
 
     def unsplit(self) -> AssembledReader:
         """A reader of the same source that shows no tensor as several."""

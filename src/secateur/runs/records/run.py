@@ -107,6 +107,7 @@ class Manifest(Record):
     structure: Structure | None = None
     distillation: dict[str, float] | None = None
     experts: dict[str, Any] | None = None
+    reach: dict[str, Any] = Field(default_factory=dict)
     collapsed: tuple[str, ...] = ()
     left: tuple[LeftEntry, ...] = ()
 
@@ -218,6 +219,7 @@ class StepEntry(Record):
         documents: of a vocabulary step: documents of the text.
         same_documents: of a vocabulary step: those whose tokens all stay.
         covered: of a vocabulary step: share of the text's tokens that stay.
+        scope: of a step of experts: where they compete.
         score: of a width step.
         solver: of a width step.
         allocation: of a width step.
@@ -237,6 +239,7 @@ class StepEntry(Record):
     """
 
     step: str
+    scope: str | None = None
     by: str | None = None
     text: str | None = None
     tokens_before: int | None = None

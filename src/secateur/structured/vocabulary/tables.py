@@ -17,7 +17,7 @@ from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
 from secateur.models.folder_checks import read_config
 from secateur.models.opening import open_weights
-from secateur.models.skeleton import build_skeleton, renamed
+from secateur.models.skeleton import build_skeleton, model_names
 from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 from secateur.structured.edits import Edit
@@ -139,7 +139,7 @@ def row_edits(
     Copies of the tables that the model does not know, such as those of layers that predict several
     tokens, are recognised by their names and rows.
     """
-    names, known = renamed(model, reader.entries), set(model.state_dict())
+    names, known = model_names(model, reader, split=False), set(model.state_dict())
     leaves = {name.rpartition(".")[0].rpartition(".")[2] for name in tables.names} | {"head"}
     edits, found = {}, 0
     for stored, entry in reader.entries.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.calibration.documents import read_documents
+from secateur.calibration.mix import texts_of
 from secateur.errors import CheckpointError, RecipeError, VerificationError
 from secateur.models.header import parse_json
 from secateur.models.skeleton import build_skeleton
@@ -49,13 +50,13 @@ def check_vocabulary(recipe: StructureRecipe, source: LocalCheckpoint, skeleton:
         return
     read_pieces(source.folder)
     rows = token_tables(skeleton).rows
-    if text_of(recipe).endswith(".safetensors"):
+    if any(text.endswith(".safetensors") for text in texts_of(text_of(recipe))):
         raise RecipeError(
             "tokens are counted in a text, and this is a file of windows",
             where=text_of(recipe),
             remedy="name a text with --vocabulary",
         )
-    if recipe.calibration.source.endswith(".safetensors"):
+    if any(text.endswith(".safetensors") for text in texts_of(recipe.calibration.source)):
         raise RecipeError(
             "windows of token ids would have other ids after the vocabulary is trimmed",
             where=recipe.calibration.source,
@@ -112,7 +113,8 @@ def trimmed(
 ) -> dict[str, Any]:
     """Write the model with the smaller vocabulary, and return the notes of the step."""
     trust = recipe.trust_remote_code
-    documents = read_documents(text_of(recipe), field=recipe.calibration.field)
+    field = recipe.calibration.field
+    documents = [d for text in texts_of(text_of(recipe)) for d in read_documents(text, field=field)]
     tokenizer, pieces = load_tokenizer(folder, trust_remote_code=trust), read_pieces(folder)
     skeleton = build_skeleton(folder, trust_remote_code=trust)
     rows = token_tables(skeleton).rows
