@@ -25,7 +25,6 @@ from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import describe
 from secateur.models.copies import copy_of
 from secateur.models.open_experts import OpenExperts
-from secateur.models.opening import open_weights
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut
@@ -155,10 +154,9 @@ def merged(
     made = context.work / "merged"
     shutil.rmtree(made, ignore_errors=True)
     with whole_folder(made) as partial:
-        copy = copy_of(open_weights(folder), partial)
-        copy.create(context.progress)
         target = context.target(folder)
-        target.output = PatchedCopy(target.reader, partial)
+        target.output = copy_of(target.reader, partial)
+        target.output.create(context.progress)
         experts = target.architecture.experts
         assert experts is not None
         for index, layer in walk_layers(target, sorted(kept)):
