@@ -26,6 +26,7 @@ from at_rest import (
 from secateur.models.opening import open_weights
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_checkpoint
+from tiny import tiny_tokenizer
 
 MIXTURE: dict[str, Any] = {"moe_intermediate_size": 32, "decoder_sparse_step": 1}
 KEPT = {0: (0, 2, 4), 2: (1, 2, 3)}
@@ -171,6 +172,7 @@ def gpt_oss(folder: Path) -> Path:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = to_microscaled(tensors.pop(name))
@@ -198,3 +200,43 @@ def test_layers_of_a_model_in_microscaled_float4(tmp_path: Path) -> None:
     assert len(config["layer_types"]) == 2
     read = open_weights(tmp_path / "c").read(f"model.layers.1.{name}")
     assert torch.equal(read, whole.get_parameter(f"model.layers.2.{name}"))
+
+
+def test_experts_of_a_model_in_microscaled_float4(tmp_path: Path) -> None:
+    folder = gpt_oss(tmp_path / "m")
+    kept = {0: (0, 3), 1: (1, 2), 2: (0, 2)}
+    cut_checkpoint(folder, Cut(experts=kept), tmp_path / "c")
+    before, after = stored_tensors(folder), stored_tensors(tmp_path / "c")
+    for name, tensor in after.items():
+        old = before[name]
+        if ".experts." in name or ".router." in name:
+            old = old[list(kept[int(name.split(".")[2])])]
+        assert same_bytes(tensor, old), name
+    assert described(tmp_path / "c") == described(folder)
+    cut = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    assert cut.config.num_local_experts == 2
+    assert cut(torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_experts_in_microscaled_float4_are_pruned(tmp_path: Path) -> None:
+    folder, text = gpt_oss(tmp_path / "m"), text_file(tmp_path)
+    secateur.import_model(folder, output=tmp_path / "dense")
+    options: dict[str, Any] = {
+        "method": "wanda", "sparsity": 0.5, "windows": 3, "sequence_length": 24,
+        "calibration": text,
+    }  # fmt: skip
+    secateur.prune(tmp_path / "dense", output=tmp_path / "d", **options)
+    secateur.prune(folder, output=tmp_path / "p", **options)
+    kept = secateur.prune(folder, output=tmp_path / "k", keep_format=True, **options)
+    assert kept.manifest["formats"] == {"source": "mxfp4", "result": "mxfp4"}
+    theirs = stored_tensors(tmp_path / "d")
+    ours, again = open_weights(tmp_path / "p"), open_weights(tmp_path / "k")
+    for name, tensor in theirs.items():
+        assert torch.equal(ours.read(name), tensor), name
+        assert torch.equal(again.read(name), tensor), name
+    experts = theirs["model.layers.1.mlp.experts.down_proj"]
+    assert (experts == 0).float().mean() > 0.45
+    before, after = stored_tensors(folder), stored_tensors(tmp_path / "k")
+    scales = [name for name in before if name.endswith("_scales")]
+    assert all(same_bytes(before[name], after[name]) for name in scales)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "k")
