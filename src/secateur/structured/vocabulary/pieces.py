@@ -138,7 +138,8 @@ class MergedPieces:
 
     def always(self) -> set[str]:
         """The bytes and the unknown token; without bytes, all single characters."""
-        found = {str(self.model.get("unk_token"))} & self.ids.keys()
+        unknown = self.model.get("unk_token")
+        found = {str(unknown)} & self.ids.keys() if unknown is not None else set()
         if self.byte_level:
             return found | (byte_letters() & self.ids.keys())
         if self.model.get("byte_fallback") and self.ids.keys() >= BYTES:
