@@ -20,7 +20,6 @@ from secateur.recipes.verbs import VERBS, imported
 from secateur.workflows.advise import counted
 from tiny import save_tiny
 
-
 MIXTURES = ("mixtral", "qwen3_moe", "gemma4", "deepseek_v3", "llama4")
 
 
