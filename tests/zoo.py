@@ -99,17 +99,77 @@ DENSE: dict[str, Any] = {
 """Families with a declaration, whose layers are all of one kind."""
 
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": 5, "moe_intermediate_size": 24}
+LOCAL_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 5}
+GROUPED_EXPERTS: dict[str, Any] = {
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_routed_experts": 6, "n_group": 2,
+    "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+LATENT_ATTENTION: dict[str, Any] = {
+    **SIZES, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+LINEAR_ATTENTION: dict[str, Any] = {
+    "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "shared_expert_intermediate_size": 40,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
 
 MIXTURES: dict[str, Any] = {
-    "mixtral": lambda: t.MixtralConfig(**SIZES, num_experts_per_tok=2, num_local_experts=5),
+    "mixtral": lambda: t.MixtralConfig(**SIZES, **LOCAL_EXPERTS),
     "qwen2_moe": lambda: t.Qwen2MoeConfig(
         **SIZES, **EXPERTS, shared_expert_intermediate_size=40, mlp_only_layers=[1],
     ),
     "qwen3_moe": lambda: t.Qwen3MoeConfig(
         **SIZES, **EXPERTS, head_dim=8, norm_topk_prob=True, decoder_sparse_step=2,
     ),
+    "olmoe": lambda: t.OlmoeConfig(**SIZES, num_experts=5, num_experts_per_tok=2),
+    "qwen3_next": lambda: t.Qwen3NextConfig(**SIZES, **EXPERTS, **LINEAR_ATTENTION),
+    "qwen3_5_moe": lambda: t.Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, **LINEAR_ATTENTION),
+    "gpt_oss": lambda: t.GptOssConfig(
+        **SIZES, **LOCAL_EXPERTS, head_dim=8, sliding_window=8, layer_types=SLIDING,
+    ),
+    "llama4": lambda: t.Llama4TextConfig(
+        **SIZES, num_experts_per_tok=1, num_local_experts=5, head_dim=8, intermediate_size_mlp=40,
+        interleave_moe_layer_step=2,
+    ),
+    "glm4_moe": lambda: t.Glm4MoeConfig(**SIZES, **GROUPED_EXPERTS, head_dim=8),
+    "glm4_moe_lite": lambda: t.Glm4MoeLiteConfig(**LATENT_ATTENTION, **GROUPED_EXPERTS),
+    "deepseek_v2": lambda: t.DeepseekV2Config(
+        **LATENT_ATTENTION, **GROUPED_EXPERTS, topk_method="group_limited_greedy",
+    ),
+    "deepseek_v3": lambda: t.DeepseekV3Config(**LATENT_ATTENTION, **GROUPED_EXPERTS),
+    "minimax_m2": lambda: t.MiniMaxM2Config(**SIZES, **LOCAL_EXPERTS, head_dim=8),
+    "minimax_m3": lambda: t.AutoConfig.for_model(
+        "minimax_m3_vl_text", **SIZES, **LOCAL_EXPERTS, head_dim=8, shared_intermediate_size=40,
+    ),
+    "phimoe": lambda: t.PhimoeConfig(**SIZES, **LOCAL_EXPERTS),
+    "granitemoe": lambda: t.GraniteMoeConfig(**SIZES, **LOCAL_EXPERTS),
+    "nemotron_h": lambda: t.NemotronHConfig(
+        **SIZES, layers_block_type=["mamba", "attention", "moe"], ssm_state_size=8,
+        mamba_num_heads=8, mamba_head_dim=8, n_groups=1, chunk_size=8, head_dim=8, expand=2,
+        n_routed_experts=6, n_group=2, topk_group=1, num_experts_per_tok=2,
+        moe_intermediate_size=24, moe_shared_expert_intermediate_size=40, moe_latent_size=16,
+    ),
+    "lfm2_moe": lambda: t.Lfm2MoeConfig(
+        **SIZES, **EXPERTS, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"],
+    ),
+    "gemma4": lambda: t.Gemma4TextConfig(
+        **SIZES, head_dim=8, sliding_window=8, layer_types=SLIDING, global_head_dim=8,
+        hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=True,
+        num_experts=5, top_k_experts=2, moe_intermediate_size=24,
+    ),
+    "ernie4_5_moe": lambda: t.Ernie4_5_MoeConfig(
+        **SIZES, moe_num_experts=5, moe_k=2, moe_intermediate_size=24, moe_layer_start_index=1,
+        moe_num_shared_experts=1, head_dim=8,
+    ),
+    "hunyuan_v1_moe": lambda: t.AutoConfig.for_model(
+        "hunyuan_v1_moe", **SIZES, num_experts=5, moe_topk=2, head_dim=8,
+    ),
 }  # fmt: skip
 """Families whose feed-forward is a mixture of experts, some of them with dense layers between."""
+
+PLAIN_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Those with plain attention, `mlp.experts`, SwiGLU and a router by softmax."""
 
 
 def config_of(family: str) -> Any:
@@ -127,6 +187,9 @@ def tiny_model(family: str, seed: int = 0) -> nn.Module:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "embed" not in name and "wte" not in name:
                 parameter.mul_(4.0)
+        for name, buffer in model.named_buffers():
+            if "bias" in name:  # of a router, for each expert
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model
 
 

@@ -36,7 +36,7 @@ class PageFaults(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Look at what an element loads."""
-        if tag in ("p", "pre", "code", "script", "style"):
+        if tag in ("p", "pre", "code", "script", "style", "strong", "em"):
             self.within.append(tag)
         value = dict(attrs).get(LOADED.get(tag, "")) or ""
         if REMOTE.match(value):

@@ -18,7 +18,7 @@ from torch import nn
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import Architecture, describe
 from secateur.models.couplings import Couplings
-from secateur.models.skeleton import quiet_transformers, skeleton_of, stored_buffers
+from secateur.models.skeleton import quiet_transformers, skeleton_of
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,
     Cut,
@@ -28,7 +28,8 @@ from secateur.structured.cut import (
     head_size,
     sizes_of,
 )
-from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, parameters_of
+from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
+from secateur.structured.expert_groups import refuse_uneven_groups
 from secateur.structured.layer_settings import differing_layer, kept_settings
 
 __all__ = ["Design", "design", "kept_count"]
@@ -82,7 +83,6 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     """
     model = with_fused_experts(model)
     architecture, sizes = describe(model), sizes_of(model)
-    refuse_buffers(model, architecture)
     if cut.kinds:
         couplings_of(architecture, cut.kinds)
     cut.check(sizes)
@@ -113,22 +113,6 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     return replace(made, skeleton=built_varied(model, made, hidden))
 
 
-def refuse_buffers(model: Any, architecture: Architecture) -> None:
-    """Refuse decoder layers that store values other than parameters: a cut would lose them.
-
-    Raises:
-        ArchitectureError: names the first one.
-    """
-    prefix = architecture.layers_path + "."
-    found = [name for name in stored_buffers(model) if name.startswith(prefix)]
-    if found:
-        raise ArchitectureError(
-            f"{len(found)} buffers of the decoder layers are stored, and a cut would not keep them",
-            where=found[0],
-            remedy="this family cannot be cut yet",
-        )
-
-
 def with_fused_experts(model: Any) -> Any:
     """The model; if its experts are opened (`models/experts.py`), a skeleton of it instead."""
     experts = describe(model).experts
@@ -145,13 +129,15 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
         ArchitectureError: the index of a layer has a meaning in this model.
     """
     config = model.config
-    needed = getattr(config, "num_experts_per_tok", None) or 0
+    experts = describe(model).experts
+    needed = (experts.per_token(config) if experts else None) or 0
     for layer, kept in cut.experts.items():
         if len(kept) < needed:
             raise RecipeError(
                 f"layer {layer}: the cut keeps {len(kept)} experts, but each token needs {needed}",
                 remedy=f"keep {needed} experts or more in each layer",
             )
+        refuse_uneven_groups(config, kept, sizes, layer)
     if pad and hasattr(config, "secateur_cut"):
         raise RecipeError(
             "this model cannot be padded: it was cut to different sizes before",
@@ -207,7 +193,7 @@ def fits(skeleton: Any, made: Design) -> bool:
     Raises:
         ArchitectureError: they do, but a layer would have another setting than before.
     """
-    shapes = {name: tuple(p.shape) for name, p in parameters_of(skeleton).items()}
+    shapes = {name: tuple(p.shape) for name, p in tensors_of(skeleton).items()}
     if shapes != {name: edit.shape for name, edit in made.edits.items()}:
         return False
     couplings = made.architecture.couplings
@@ -228,7 +214,7 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
     before, after = (list(made.architecture.layers(model)) for model in (made.uncut, skeleton))
     if len(before) == len(after):
         return
-    there = parameters_of(made.uncut)
+    there = tensors_of(made.uncut)
     resized = any(edit.shape != tuple(there[edit.source].shape) for edit in made.edits.values())
     kept = [layer.index for layer in made.layers]
     differing = differing_layer(before, after, kept, resized=resized)
