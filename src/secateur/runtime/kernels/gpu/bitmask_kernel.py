@@ -30,7 +30,7 @@ def count_of(byte):
 
 @triton.jit
 def value_at(values, place, kept, CODES: tl.constexpr):
-    """Stored values where they are kept, else 0; codes of 4 bits lie two in a byte, low one first."""
+    """Stored values where they are kept, else 0. Of two codes in a byte, the low one is first."""
     if CODES:
         byte = tl.load(values + (place >> 1), mask=kept, other=0).to(tl.int32)
         code = (byte >> ((place & 1) * 4).to(tl.int32)) & 15
@@ -170,9 +170,7 @@ def bitmask_expand(
     """W itself, [rows, columns] of the dtype of `out`; program (i, k) writes tile k of its rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < rows
-    byte, bits, place = tile_of(
-        mask, starts, row, here, tl.program_id(1), tiles, LANES
-    )
+    byte, bits, place = tile_of(mask, starts, row, here, tl.program_id(1), tiles, LANES)
     scale = tl.full((ROWS, LANES), 1.0, tl.float32)
     if GROUP:
         scale = group_scales(code, exponent, row, byte, here, groups, GROUP)

@@ -110,6 +110,11 @@ class GpuMatrix:
         )
 
     @property
+    def nonzeros(self) -> int:
+        """Kept weights; up to one more where codes of 4 bits fill a byte."""
+        return self.values.numel() * (2 if self.scales is not None else 1)
+
+    @property
     def nbytes(self) -> int:
         """Its memory in bytes."""
         parts = [self.mask, self.starts, self.values, self.scale]
