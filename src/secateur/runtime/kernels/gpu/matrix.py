@@ -86,7 +86,7 @@ class GpuMatrix:
         if (scales is None) != (group == 0):
             raise ShapeError(f"groups of {group} columns with{'out' if not scales else ''} scales")
         if (values.dtype == torch.int8) != (scale is not None or scales is not None):
-            raise ShapeError(f"{values.dtype} values with{'' if scale is None else ' a'} scale")
+            raise ShapeError(f"{values.dtype} values with{'out' if scale is None else ''} a scale")
         tiles = -(-columns // COLUMNS)
         packed = torch.zeros(rows, tiles * LANES, dtype=torch.uint8)
         bits = mask.new_zeros(rows, tiles * COLUMNS)
