@@ -73,7 +73,8 @@ def load(
             install_on_gpu(model, packed, dtype, device)
         else:
             install(model, packed, dtype, expand=expand)
-            model.to(device)
+            if expand:
+                model.to(device)
     model.config.dtype = dtype
     settle_saving(model)
     with quiet_transformers():
