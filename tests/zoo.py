@@ -98,6 +98,96 @@ DENSE: dict[str, Any] = {
 }  # fmt: skip
 """Families with a declaration, whose layers are all of one kind."""
 
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
+    "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 8,
+}  # fmt: skip
+LINEAR_ATTENTION: dict[str, Any] = {
+    "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    **LOCAL, "layer_types": SLIDING, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+}  # fmt: skip
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {**LOCAL, "layer_types": SLIDING},
+    "gemma4_text": GEMMA4,
+    "gemma4_text small": {
+        **GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+    },
+    "gemma3n_text": {
+        **LOCAL, "layer_types": SLIDING, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 0, "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 3,
+    },
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
+                    "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
+    "qwen2_5_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "qwen3_5_text": LINEAR_ATTENTION,
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False,
+    },
+    "recurrent_gemma": {
+        "num_hidden_layers": 4, "lru_width": 32, "attention_window_size": 8, "head_dim": 8,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
+    "mamba2": {"state_size": 8, "expand": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1,
+               "chunk_size": 8},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid dense": {
+        **MAMBA, "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0,
+        "num_experts_per_tok": 0, "shared_intermediate_size": 40,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp", "mamba"], "num_hidden_layers": 4,
+        "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1,
+        "chunk_size": 8, "head_dim": 8, "expand": 2,
+    },
+}  # fmt: skip
+"""What decoders with layers of several kinds, or decoders inside others, need besides the sizes."""
+
+
+def with_vision(text: str, vision: str, **more: Any) -> dict[str, Any]:
+    """The parts of a model that sees: a text configuration and a vision configuration."""
+    return {
+        "text_config": {**SIZES, **SETTINGS.get(text, {}), "model_type": text},
+        "vision_config": {**VISION, "model_type": vision},
+        **more,
+    }
+
+
+SEEING: dict[str, dict[str, Any]] = {
+    "gemma3 vision": with_vision(
+        "gemma3_text", "siglip_vision_model", mm_tokens_per_image=4, image_token_index=90,
+        boi_token_index=91, eoi_token_index=92,
+    ),
+    "gemma4 vision": with_vision("gemma4_text", "gemma4_vision", image_token_id=90),
+    "gemma3n vision": with_vision("gemma3n_text", "gemma3n_vision"),
+    "qwen3_5 vision": with_vision("qwen3_5_text", "qwen3_5", image_token_id=90),
+    "llava": with_vision("llama", "clip_vision_model", image_token_index=90),
+    "mistral3": with_vision("mistral", "pixtral", image_token_index=90),
+    "qwen2_5_vl": with_vision("qwen2_5_vl_text", "qwen2_5_vl", image_token_id=90),
+    "qwen3_vl": with_vision("qwen3_vl_text", "qwen3_vl", image_token_id=90),
+    "smolvlm": with_vision("llama", "smolvlm_vision", image_token_id=90),
+    "llama4 vision": with_vision("llama4_text", "llama4_vision_model", image_token_index=90),
+}  # fmt: skip
+"""Models that see: a decoder inside, and a tower for pictures."""
+
+HYBRIDS = ("qwen3_5_text", "lfm2", "recurrent_gemma", "mamba", "mamba2", "falcon_h1", "bamba",
+           "granitemoehybrid dense", "nemotron_h", "gemma4_text", "gemma4_text small")  # fmt: skip
+"""Decoders whose layers are of several kinds, or have more than attention and feed-forward."""
+
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": 5, "moe_intermediate_size": 24}
 
 MIXTURES: dict[str, Any] = {
@@ -114,13 +204,24 @@ MIXTURES: dict[str, Any] = {
 
 def config_of(family: str) -> Any:
     """The configuration of a tiny model."""
+    if family in SEEING:
+        return t.AutoConfig.for_model(family.split()[0], **SEEING[family])
+    if family in SETTINGS:
+        return t.AutoConfig.for_model(family.split()[0], **{**SIZES, **SETTINGS[family]})
     return (CONFIGS | DENSE | MIXTURES)[family]()
+
+
+def class_of(config: Any) -> Any:
+    """The Auto class that builds all of a model, and not only the decoder of one that sees."""
+    sees = hasattr(config, "vision_config")
+    return t.AutoModelForImageTextToText if sees else t.AutoModelForCausalLM
 
 
 def tiny_model(family: str, seed: int = 0) -> nn.Module:
     """A randomly initialised model; norms and biases are not left at their neutral values."""
     torch.manual_seed(seed)
-    model = t.AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32).eval()
+    config = config_of(family)
+    model = class_of(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from secateur.models.classes import auto_class
 from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.skeleton import quiet_transformers, refuse_missing
 
@@ -32,13 +33,14 @@ def load_whole(
         CheckpointError: the configuration does not fit the weights, or some are missing.
         ArchitectureError: transformers cannot build the model, or it needs its own code.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_sizes(folder)
     with quiet_transformers(), transformers_errors(folder):
         loaded: Any
         report: dict[str, Any]
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        loaded, report = auto_class(config).from_pretrained(
             folder,
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,

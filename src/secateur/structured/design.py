@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.architecture import Architecture, describe
+from secateur.errors import ArchitectureError
+from secateur.models.architecture import Architecture, describe, text_config
+from secateur.models.classes import text_part
 from secateur.models.couplings import Couplings
-from secateur.models.skeleton import quiet_transformers, skeleton_of, stored_buffers
+from secateur.models.skeleton import quiet_transformers, skeleton_of
+from secateur.structured.checks import check_configuration, refuse_buffers
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,
     Cut,
@@ -29,7 +31,7 @@ from secateur.structured.cut import (
     sizes_of,
 )
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, parameters_of
-from secateur.structured.layer_settings import differing_layer, kept_settings
+from secateur.structured.layer_settings import differing_layer, has_attention, kept_settings
 
 __all__ = ["Design", "design", "kept_count"]
 
@@ -86,7 +88,7 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     if cut.kinds:
         couplings_of(architecture, cut.kinds)
     cut.check(sizes)
-    check_configuration(model, cut, sizes, pad)
+    check_configuration(model, cut, pad)
     hidden = None if cut.hidden is None else torch.tensor(cut.hidden, dtype=torch.long)
     if hidden is not None and len(hidden) == sizes.hidden:
         hidden = None
@@ -113,55 +115,12 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     return replace(made, skeleton=built_varied(model, made, hidden))
 
 
-def refuse_buffers(model: Any, architecture: Architecture) -> None:
-    """Refuse decoder layers that store values other than parameters: a cut would lose them.
-
-    Raises:
-        ArchitectureError: names the first one.
-    """
-    prefix = architecture.layers_path + "."
-    found = [name for name in stored_buffers(model) if name.startswith(prefix)]
-    if found:
-        raise ArchitectureError(
-            f"{len(found)} buffers of the decoder layers are stored, and a cut would not keep them",
-            where=found[0],
-            remedy="this family cannot be cut yet",
-        )
-
-
 def with_fused_experts(model: Any) -> Any:
     """The model; if its experts are opened (`models/experts.py`), a skeleton of it instead."""
     experts = describe(model).experts
     if experts is None or not experts.opened_in(describe(model).layers(model)):
         return model
     return skeleton_of(type(model), model.config, model.dtype)
-
-
-def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
-    """Refuse a cut that the configuration makes impossible.
-
-    Raises:
-        RecipeError: fewer experts than each token needs; padding where there is nothing to pad.
-        ArchitectureError: the index of a layer has a meaning in this model.
-    """
-    config = model.config
-    needed = getattr(config, "num_experts_per_tok", None) or 0
-    for layer, kept in cut.experts.items():
-        if len(kept) < needed:
-            raise RecipeError(
-                f"layer {layer}: the cut keeps {len(kept)} experts, but each token needs {needed}",
-                remedy=f"keep {needed} experts or more in each layer",
-            )
-    if pad and hasattr(config, "secateur_cut"):
-        raise RecipeError(
-            "this model cannot be padded: it was cut to different sizes before",
-            remedy="cut its source model, with padding",
-        )
-    if cut.layers is not None and getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise ArchitectureError(
-            "attention is scaled by the index of its layer, so layers cannot be cut",
-            remedy="cut heads, neurons or hidden channels",
-        )
 
 
 def base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -187,10 +146,16 @@ def built_plain(model: Any, made: Design, hidden: Any) -> Any:
         changes |= size_changes(model, made, couplings, sizes, hidden)
     config_class, model_class, entries = base_classes(model)
     try:
-        skeleton = built(model_class, config_class, entries | changes, model)
+        skeleton = built(model_class, config_class, changed(model, entries, changes), model)
     except Exception:  # each class refuses sizes in its own way
         return None
     return skeleton if fits(skeleton, made) else None
+
+
+def changed(model: Any, entries: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration with changes to the part that describes the decoder."""
+    part = text_part(model.config)
+    return entries | (changes if part is None else {part: {**entries[part], **changes}})
 
 
 def built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like: Any) -> Any:
@@ -231,6 +196,12 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
     there = parameters_of(made.uncut)
     resized = any(edit.shape != tuple(there[edit.source].shape) for edit in made.edits.values())
     kept = [layer.index for layer in made.layers]
+    if has_attention(made.uncut.config) and not has_attention(skeleton.config):
+        raise ArchitectureError(
+            f"no layer with attention would stay of {len(kept)}, and transformers counts the "
+            "tokens of its cache in such layers",
+            remedy="keep one of them",
+        )
     differing = differing_layer(before, after, kept, resized=resized)
     if differing is not None:
         raise ArchitectureError(
@@ -241,7 +212,7 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
 
 def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
     """The changed entries of the configuration, for fewer layers or a narrower stream."""
-    config, kept = model.config, [layer.index for layer in made.layers]
+    config, kept = text_config(model.config), [layer.index for layer in made.layers]
     count = len(made.architecture.layers(model))
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     changes: dict[str, Any] = {key: len(kept)}
@@ -277,7 +248,8 @@ def size_changes(
     model: Any, made: Design, couplings: Couplings, sizes: Mapping[str, int], hidden: Any
 ) -> dict[str, Any]:
     """The entries of the configuration for sizes that all layers share."""
-    config, names = model.config, model.config.attribute_map
+    config = text_config(model.config)
+    names = config.attribute_map
     channels = made.sizes.hidden if hidden is None else len(hidden)
     heads = sizes["groups"] * made.heads_per_group
     changes: dict[str, Any] = {names.get("hidden_size", "hidden_size"): channels}
@@ -321,8 +293,20 @@ def built_varied(model: Any, made: Design, hidden: Any) -> Any:
     """The skeleton of a varied model.
 
     Raises:
-        ArchitectureError: its parameters do not match the design.
+        ArchitectureError: its parameters do not match the design, or it is inside another model.
     """
+    if text_part(model.config) is not None:
+        raise ArchitectureError(
+            f"no class of transformers has these sizes, and {type(model).__name__} has a decoder "
+            "inside, for which Secateur writes no class of its own",
+            remedy="cut every layer alike, or fill up smaller layers (--pad)",
+        )
+    alike = couplings_of(made.architecture).alike
+    if alike:
+        raise ArchitectureError(
+            f"all layers of this family ({made.architecture.family}) must be cut alike: {alike}",
+            remedy="cut every layer alike, or fill up smaller layers (--pad)",
+        )
     from secateur.models.varied import FILE_NAME, MODEL_TYPE, varied_classes
 
     config_class, model_class, entries = base_classes(model)
