@@ -1,8 +1,9 @@
 # make demo      prune a real model and look at the result
 # make test      the default tests
 # make test-all  the default tests, then the slow ones
-# make check     lint, types, import rules and house rules
+# make check     lint, types, import rules, house rules, and the site of the documentation
 # make audit     list all packages (SBOM), fail if one has a known fault; needs a network
+# make docs      build the documentation as a site in build/site
 # make bench     the measurements behind the README's table (needs an hour)
 # Each sets up .venv by itself. PYTHON names the interpreter to set it up with.
 
@@ -15,13 +16,13 @@ PYTEST_OPTIONS ?=
 WORKERS ?= logical
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all check audit bench setup clean
+.PHONY: demo test test-all check audit docs bench setup clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml $(wildcard src/secateur/runtime/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs]'
 	touch $(READY)
 
 demo: $(READY)
@@ -41,10 +42,15 @@ check: $(READY)
 	$(BIN)/python tools/house_rules.py
 	$(BIN)/python tools/guide_tables.py --check
 	$(BIN)/python tools/choosing_page.py --check
+	$(BIN)/python tools/guide_claims.py --check
+	$(BIN)/python tools/build_site.py
 	$(BIN)/python tools/audit.py
 
 audit: $(READY)
 	$(BIN)/python tools/audit.py --strict
+
+docs: $(READY)
+	$(BIN)/python tools/build_site.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/baselines.py

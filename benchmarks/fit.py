@@ -4,11 +4,12 @@
 
 The levels are made once, with 43 windows of 512 tokens of the calibration text; 10 windows choose,
 10 judge (`c4`), and the first 16 windows of the text judge too (`wiki`). Size 0 has every level
-alone. For each other size the candidates are the finalists of `secateur fit`: what the survey
-chooses, what the search finds, the best mix of levels that are only rounded, each made as a real
-model; and the best single level. `winner` is the one with the least divergence on the windows that
-choose. Loss in nats above the dense model's; divergences on the windows that choose: predicted by
-the survey, of the levels put together (`mixed`), and of the model that was made. The source is a
+alone, and types of llama.cpp's quantizer, which are larger where rows are no multiple of 256
+weights, as here. For each other size the candidates are the finalists of `secateur fit`: what the
+survey chooses, what the search finds, the best mix of levels that are only rounded, each made as a
+real model; and the best single level. `winner` is the one with the least divergence on the windows
+that choose. Loss in nats above the dense model's; divergences on the windows that choose: predicted
+by the survey, of the levels put together (`mixed`), and of the model that was made. The source is a
 4-bit file (Q4_1), so its dense weights have only 16 values in a group of 32. Every finished row is
 kept at once. Times are not compared.
 """
@@ -16,6 +17,7 @@ kept at once. Times are not compared.
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 
 from hardware import add, heading, markdown
+from secateur import export
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
@@ -40,6 +43,8 @@ from secateur.workflows.prune.prepare import calibration_windows
 from stored import known_rows
 
 MIB = 2**20
+K_TYPES = ("q8_0", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+"""By llama.cpp's own quantizer, without an importance matrix."""
 
 
 def recipe_of(args: argparse.Namespace) -> FitRecipe:
@@ -83,6 +88,11 @@ def rows(args: argparse.Namespace) -> None:
     for point, level in zip(singles, search.levels, strict=True):
         folder = level.level.reader.folder
         kept(0, point.name, folder, point.cost[0], divergence=point.divergence)
+    for kind in args.llama_cpp:
+        if not known(0, f"llama.cpp {kind}"):
+            folder, size = by_llama_cpp(source.folder, kind, args.work)
+            kept(0, f"llama.cpp {kind}", folder, size - rest)
+            shutil.rmtree(folder)
     for size in args.sizes:
         if known(size, "winner"):
             continue
@@ -95,6 +105,17 @@ def rows(args: argparse.Namespace) -> None:
             kept(size, one.told.name, one.folder, one.told.file_bytes - rest, **told)
         print(branches)
         print(f"{size} MiB: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def by_llama_cpp(source: Path, kind: str, work: Path) -> tuple[Path, int]:
+    """A model that llama.cpp's quantizer has rounded, as a folder of float32 weights; its bytes."""
+    made, folder = work / "gguf", work / f"llama.cpp-{kind}"
+    export(source, to="gguf", type=kind, output=made, overwrite=True)
+    (file,) = made.glob("*.gguf")
+    shutil.copytree(resolve(str(file), dtype="float32").folder, folder, dirs_exist_ok=True)
+    size = file.stat().st_size
+    shutil.rmtree(made)
+    return folder, size
 
 
 def known(size: float, contender: str) -> bool:
@@ -119,6 +140,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", type=float, nargs="+", default=[60, 75, 90, 120, 150])
+    parser.add_argument("--llama-cpp", nargs="*", default=list(K_TYPES), help="types to add")
     parser.add_argument("--generations", type=int, default=4)
     parser.add_argument("--structure", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()

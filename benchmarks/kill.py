@@ -87,7 +87,7 @@ def killed(name: str, seconds: float, sources: Path, place: Path) -> tuple[bool,
     process.communicate()
     if process.returncode not in (0, -signal.SIGKILL):
         raise SystemExit(f"{name} failed by itself")
-    if process.returncode:
+    if not output.exists():  # it is there if the kill came after the last step
         finished(started(name, sources, output, "again"))
     return process.returncode != 0, contents(output)
 

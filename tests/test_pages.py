@@ -58,6 +58,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_every_paper_is_on_the_reading_list():
+    paper = re.compile(r"arxiv\.org/abs/([0-9]+\.[0-9]+)")
+    listed = paper.findall(written(ROOT / "docs" / "reading-list.md"))
+    linked = {number for page in PAGES for number in paper.findall(written(page))}
+    assert sorted(listed) == sorted(linked)
+
+
 @pytest.mark.parametrize("page", DOCS, ids=named)
 def test_a_page_opens_with_a_sentence(page):
     """What the reader gets from it comes first: no code, no table, no list."""

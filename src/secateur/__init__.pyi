@@ -829,7 +829,7 @@ def prune(
         activations: Where to store hidden states between layers; auto uses memory if they fit.
             [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
-        ray: Prune in several processes of a Ray cluster: its address, `auto`, or `local` for
+        ray: Work in several processes of a Ray cluster: its address, `auto`, or `local` for
             processes on this machine. [no cluster]
         ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
             none]

@@ -96,7 +96,7 @@ class KernelError(SecateurError):
 
 
 class MemoryBudgetError(SecateurError):
-    """The plan does not fit the memory or disk that is there."""
+    """The plan does not fit the memory or disk that is there, or memory has ended during a run."""
 
 
 class RankError(SecateurError):

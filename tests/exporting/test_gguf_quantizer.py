@@ -48,11 +48,14 @@ def test_some_types_keep_all_zeros(type: str, pruned: Path, tmp_path: Path) -> N
     assert any(text for _, text in texts(tmp_path / "out" / file))
 
 
-def test_other_types_say_how_many_they_lost(pruned: Path, tmp_path: Path) -> None:
+def test_other_types_say_how_many_they_lost(
+    pruned: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     found = secateur.export(pruned, output=tmp_path / "out", type="q4_k_m").exported
     lost = found.zeros - found.zeros_kept
     assert lost > found.zeros / 2
     assert found.notes[0] == f"{lost:,} of {found.zeros:,} zeros were lost in gguf q4_k_m"
+    assert "llama_model" not in "".join(capfd.readouterr())  # llama.cpp's own log
 
 
 @pytest.mark.parametrize("type", ["q5_k_m", "q4_k_m", "q3_k_m", "q2_k"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import NumericalError, RankError, RecipeError
-from secateur.parallel.ray_launcher import cause_of, launch
+from secateur.parallel.ray_launcher import cause_of, each, launch
 from tiny import save_tiny
 from trained import source_text
 
@@ -53,7 +55,10 @@ class FakeRay:
             is_initialized=lambda: False,
             shutdown=lambda: self.told.update(shutdown=True),
             nodes=lambda: [{"Alive": True}] * self.machines + [{"Alive": False}],
-            cluster_resources=lambda: {"GPU": self.gpus},
+            cluster_resources=lambda: {"GPU": self.gpus, "CPU": 12},
+            remote=self.remote,
+            wait=lambda running, num_returns: (running[-1:], running[:-1]),  # the last ends first
+            get=lambda task: task(),
         )
         train.__dict__.update(
             torch=trainers,
@@ -64,6 +69,11 @@ class FakeRay:
             TorchConfig=lambda **how: self.told.update(torch=how), TorchTrainer=self.trainer
         )
         return {"ray": ray, "ray.train": train, "ray.train.torch": trainers}
+
+    def remote(self, **how: Any) -> Any:
+        """A decorator of tasks, which run when their results are fetched."""
+        self.told.update(task=how)
+        return lambda work: SimpleNamespace(remote=lambda *given: partial(work, *given))
 
     def trainer(self, loop: Callable[[Any], None], train_loop_config: Any, **how: Any) -> Any:
         """A trainer that runs its loop once."""
@@ -134,6 +144,75 @@ def test_without_ray_the_message_says_how_to_get_it(
             **OPTIONS,
         )  # fmt: skip
     assert "secateur[ray]" in (caught.value.remedy or "")
+
+
+def halved(number: int) -> int:
+    """Work that fails for odd numbers, and breaks for zero."""
+    if number == 0:
+        raise OSError("the machine is gone")
+    if number % 2:
+        raise NumericalError(f"{number} is odd")
+    return number // 2
+
+
+def test_tasks_end_in_any_order_and_an_error_of_one_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeRay(machines=2)
+    installed(monkeypatch, fake)
+    found = {n: str(x) for n, x in each("auto", None, False, halved, [2, 3, 4, 6])}
+    assert found == {3: "3 is odd", 4: "2", 6: "3", 2: "1"}
+    assert next(iter(found)) == 3  # two are under way, and the fake ends the later one first
+    assert fake.told["task"] == {"num_cpus": 6, "num_gpus": 0, "max_retries": 0}
+    assert fake.told["shutdown"]
+    with pytest.raises(RankError, match="the machine is gone"):
+        list(each("local", 2, False, halved, [2, 0]))
+
+
+SWEEP = secateur.SweepPlan(
+    "dense",
+    methods=("magnitude", "wanda"),
+    sparsities=(0.25, 0.5),
+    calibration="text.txt",
+    windows=4,
+    sequence_length=16,
+    text=("text.txt",),
+    text_sequence_length=16,
+    text_windows=4,
+)
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    """The points of a sweep, without the times they took."""
+    points: list[dict[str, Any]] = json.loads((folder / "sweep.json").read_text())["points"]
+    return [
+        {k: point[k] for k in ("method", "sparsity", "perplexity", "zeros")} for point in points
+    ]
+
+
+def test_a_sweep_in_tasks_measures_what_one_process_measures(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, FakeRay())
+    monkeypatch.chdir(place)
+    secateur.sweep(SWEEP, "one")
+    found = secateur.sweep(SWEEP, "two", ray="local", ray_processes=3)
+    assert len(found.points) == 4
+    assert measured(place / "one") == measured(place / "two")
+    again = secateur.sweep(replace(SWEEP, methods=("magnitude", "wanda", "ria")), "two", ray="auto")
+    assert [point.method for point in again.points].count("ria") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray warns of its own options
+def test_a_local_ray_takes_the_points_of_a_sweep(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'secateur[ray]'")
+    monkeypatch.chdir(place)
+    secateur.sweep(SWEEP, "one")
+    secateur.sweep(SWEEP, "two", ray="local", ray_processes=2)
+    assert measured(place / "one") == measured(place / "two")
 
 
 @pytest.mark.slow

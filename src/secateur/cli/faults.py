@@ -1,7 +1,8 @@
 """Handle exceptions that no verb has turned into a `SecateurError`.
 
-An `OSError` is a problem of this machine: a disk, a permission, a name. Any other exception is a
-fault in secateur. Its traceback goes into a file, and the message names the file.
+An `OSError` is a problem of this machine: a disk, a permission, a name. So is the end of memory.
+Any other exception is a fault in secateur. Its traceback goes into a file, and the message names
+the file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from secateur.errors import SecateurError
+from secateur.engine.memory_shortage import is_shortage
+from secateur.errors import MemoryBudgetError, SecateurError
 from secateur.models.samples import cache_folder
 
 __all__ = ["InternalError", "UserInterruptError", "as_told"]
@@ -68,6 +70,13 @@ def as_told(error: BaseException) -> SecateurError:
         return UserInterruptError("interrupted", remedy=how_to_continue(sys.argv[1:]))
     if isinstance(error, OSError) and error.errno is not None:
         return told_of_system(error)
+    if is_shortage(error):
+        first = (str(error).strip() or "no memory").splitlines()[0]
+        return MemoryBudgetError(
+            f"memory has ended: {first[:200]}",
+            remedy=f"close other programs, or lower the sizes of the run; "
+            f"{how_to_continue(sys.argv[1:])}",
+        )
     file = write_log(error)
     said = [type(error).__name__, *str(error).strip().splitlines()]
     return InternalError(

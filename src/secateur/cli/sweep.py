@@ -21,10 +21,16 @@ def run(recipe: SweepRecipe) -> Any:
 
     if recipe.output is None:
         raise RecipeError("no output folder", remedy="add --output DIR")
-    options = {key: value for key, value in recipe if key not in ("output", "keep_models")}
+    apart = ("output", "keep_models", "cluster")
+    options = {key: value for key, value in recipe if key not in apart}
     with show_progress() as progress:
         return run_sweep(
-            SweepPlan(**options), recipe.output, keep_models=recipe.keep_models, progress=progress
+            SweepPlan(**options),
+            recipe.output,
+            keep_models=recipe.keep_models,
+            ray=recipe.cluster.ray,
+            ray_processes=recipe.cluster.processes,
+            progress=progress,
         )
 
 

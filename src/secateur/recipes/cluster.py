@@ -18,7 +18,7 @@ class Cluster(Section):
 
     ray: Annotated[str | None, Flag(value="ADDRESS", default="no cluster")] = Field(
         None,
-        description="Prune in several processes of a Ray cluster: its address, `auto`, or `local` "
+        description="Work in several processes of a Ray cluster: its address, `auto`, or `local` "
         "for processes on this machine.",
     )
     processes: Annotated[

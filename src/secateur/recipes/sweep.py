@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 from pydantic import Strict as Strictness
 
 from secateur.recipes.calibration import TEXT
+from secateur.recipes.cluster import Cluster
 from secateur.recipes.memory import Device
 from secateur.recipes.section import (
     CALIBRATION,
@@ -90,3 +91,5 @@ class SweepOutput(Section):
 
 class SweepRecipe(Device, SweepTexts, SweepCalibration, Points, SweepOutput, Recipe):
     """One sweep."""
+
+    cluster: Cluster = Field(default_factory=Cluster)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -172,6 +173,45 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "tasks").mkdir()
     (place / "tasks" / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
+
+
+@needs_kernels
+@pytest.mark.parametrize("then", [1.31, 1.1])
+def test_a_winner_that_is_slower_than_predicted_tightens_the_search(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: float
+) -> None:
+    told: list[float] = [1.2, then, then]
+
+    def raced(ground: Any, made: Path) -> list[Speed]:
+        found = told.pop(0) if len(told) > 1 else told[0]
+        return [Speed("packed", (1.0,), (1.0,)), Speed("dense int8", (found,), (1.0,))]
+
+    monkeypatch.setattr(costs_module, "timed_linears", lambda c, s, p: imaginary_times(s))
+    monkeypatch.setattr(verify, "raced", raced)
+    options = {**OPTIONS, "calibration": place / "windows.safetensors", "decode_speedup": 1.3}
+    found = secateur.fit(place / "dense", output=tmp_path / "fast", **options)
+    (check,) = found.checks
+    assert check.measured == pytest.approx(then)
+    assert check.kept == (then > 1.3)
+    first, *more = found.corrections
+    assert first.measured == pytest.approx(1.2)
+    assert first.predicted >= 1.3
+    assert len(more) == (then < 1.3)
+    fastest = imaginary_speedup(place / "dense", dict.fromkeys(found.kind_of, "int4"))
+    assert first.aimed == pytest.approx(min(1.3 * first.predicted / 1.2, 0.96 * fastest), rel=0.03)
+    assert imaginary_speedup(place / "dense", found.kind_of) >= first.aimed * 0.999
+    again = json.loads((tmp_path / "fast" / "secateur" / "fit.json").read_text())["corrections"]
+    assert len(again) == len(found.corrections)
+
+
+def imaginary_speedup(folder: Path, kinds: Mapping[str, str]) -> float:
+    """Of a model over dense int8, by the imaginary table."""
+    stored = load_file(folder / "model.safetensors")
+    shapes: dict[str, Any] = {name: tuple(stored[f"{name}.weight"].shape) for name in kinds}
+    times = imaginary_times(shapes)
+    by_name = {kind.name: kind for kind in (*KINDS, *FINER)}
+    taken = sum(times.seconds(shapes[n], way_of(by_name[kind])) for n, kind in kinds.items())
+    return times.base / (times.rest + taken)
 
 
 @needs_kernels

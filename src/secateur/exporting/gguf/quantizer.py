@@ -8,6 +8,8 @@ are no multiple of 256 weights long get a type with blocks of 32.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -77,11 +79,12 @@ class Quantizer:
         options.nthread = 0  # as many as there are processors
         options.ftype = int(MIXES[type])
         alive = self.keep_zeros(options, before) if type == "q3_k" else None
-        status = self.library.llama_model_quantize(
-            str(exact).encode(),
-            str(file).encode(),
-            self.ffi.new("llama_model_quantize_params *", options),
-        )
+        with self.silence():
+            status = self.library.llama_model_quantize(
+                str(exact).encode(),
+                str(file).encode(),
+                self.ffi.new("llama_model_quantize_params *", options),
+            )
         del alive
         if status != 0:
             raise VerificationError(
@@ -93,6 +96,18 @@ class Quantizer:
         made.notes += notes
         made.file_bytes = file.stat().st_size
         return made
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Drop llama.cpp's log, two lines for every tensor, inside the context."""
+        before = self.ffi.new("ggml_log_callback *"), self.ffi.new("void **")
+        self.library.llama_log_get(*before)
+        drop = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", ignored)
+        self.library.llama_log_set(drop, self.ffi.NULL)
+        try:
+            yield
+        finally:
+            self.library.llama_log_set(before[0][0], before[1][0])
 
     def keep_zeros(self, options: Any, tensors: dict[str, gguf.ReaderTensor]) -> list[Any]:
         """Give every matrix a type that keeps zeros, instead of those of the mix.
@@ -109,6 +124,10 @@ class Quantizer:
             row.pattern, row.type = pattern, int(kind)
         options.tt_overrides = table
         return [*alive, table]
+
+
+def ignored(level: int, text: Any, user_data: Any) -> None:
+    """A line of llama.cpp's log."""
 
 
 def keeping(name: str, columns: int) -> Q:

@@ -23,6 +23,7 @@ __all__ = [
     "WINNER",
     "FitBranch",
     "FitCheck",
+    "FitCorrection",
     "FitCost",
     "FitFinalist",
     "FitLoss",
@@ -149,6 +150,21 @@ class FitBranch:
 
 
 @dataclass(frozen=True)
+class FitCorrection:
+    """A winner that was slower than predicted, so that the search ran again. Speed-ups are factors.
+
+    Attributes:
+        predicted: its speed-up by the table of timed matrices.
+        measured: its speed-up when it was timed.
+        aimed: the speed-up by the table that the next search had to reach.
+    """
+
+    predicted: float
+    measured: float
+    aimed: float
+
+
+@dataclass(frozen=True)
 class FitResult(Result):
     """The winner of a fit, and what it won against.
 
@@ -163,6 +179,7 @@ class FitResult(Result):
         losses: of the winner and its rivals, on the judged windows.
         costs: the kinds of cost, size first.
         checks: every bound beside what was measured.
+        corrections: winners that were slower than predicted.
         dropped: what was left out to keep the time.
         packed: sizes of what was written.
         seconds: wall time.
@@ -178,6 +195,7 @@ class FitResult(Result):
     losses: Mapping[str, FitLoss]
     costs: tuple[FitCost, ...]
     checks: tuple[FitCheck, ...]
+    corrections: tuple[FitCorrection, ...]
     dropped: tuple[str, ...]
     packed: CompressResult
     seconds: float
@@ -197,6 +215,7 @@ class FitResult(Result):
             "losses": {name: asdict(loss) for name, loss in self.losses.items()},
             "costs": [asdict(one) for one in self.costs],
             "checks": [asdict(one) for one in self.checks],
+            "corrections": [asdict(one) for one in self.corrections],
             "packed": self.packed.to_json(),
         }
 
@@ -236,6 +255,7 @@ class FitResult(Result):
                 "losses": {name: FitLoss(**loss) for name, loss in told["losses"].items()},
                 "costs": tuple(FitCost(**one) for one in told["costs"]),
                 "checks": tuple(FitCheck(**one) for one in told["checks"]),
+                "corrections": tuple(FitCorrection(**one) for one in told["corrections"]),
                 "dropped": tuple(told["dropped"]),
                 "packed": CompressResult.from_json(told["packed"]),
             }
@@ -368,6 +388,13 @@ class FitResult(Result):
             ),
             Table.of("on text that neither made nor chose them", ("", "size", "loss"), rivals),
             Table.of("bounds", ("", "given", "measured"), self.bounds()),
+            *(
+                Line(
+                    f"A winner had {one.measured:.2f} where {one.predicted:.2f} was predicted, so "
+                    f"the search ran again for {one.aimed:.2f}."
+                )
+                for one in self.corrections
+            ),
             Line(self.brought),
             *self.tried(),
             Table.of("levels, each made alone", ("", "size", "divergence, nats per token"), rows),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from secateur.engine.choose.budgeted import Menu, fits
 from secateur.engine.choose.fitting import FRONTIER, SURVEY_TOKENS, FitSearch, Point
@@ -13,10 +13,12 @@ from secateur.engine.choose.tournament import cut_windows
 from secateur.errors import VerificationError
 from secateur.evaluation.tasks import PreparedTask
 from secateur.recipes.fit import FitRecipe
+from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.fit import (
     ONLY_ROUNDED,
     WINNER,
     FitBranch,
+    FitCorrection,
     FitCost,
     FitLoss,
     FitResult,
@@ -24,6 +26,7 @@ from secateur.reporting.results.fit import (
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.evolution import Evolution
 from secateur.workflows.fit.branches import BRANCHES, branched
+from secateur.workflows.fit.correction import MOST, corrected
 from secateur.workflows.fit.costs import Costs
 from secateur.workflows.fit.finalists import SINGLE, Finalist, finalists, mixes, single
 from secateur.workflows.fit.finer import finer_menu
@@ -70,8 +73,10 @@ def carry_out(
             where=str(folder.output),
             remedy="give a little more of each bound",
         )
-    winner = min(contest, key=lambda one: one.told.divergence)
-    packed = pack_winner(folder, ground, winner, begun)
+    contest, packed, corrections = corrected_contest(
+        ground, folder, search, (singles, frontier), contest, costs, begun
+    )
+    winner = best_of(contest)
     size = ground.costs.files.finish(folder.model, ground.progress)
     losses = judged(ground, winner, contest)
     rise = losses[WINNER].loss_increase
@@ -86,10 +91,56 @@ def carry_out(
         losses=losses,
         costs=told_costs(ground.costs),
         checks=checks_of(ground, folder.model, size, rise, tasks),
+        corrections=tuple(corrections),
         dropped=tuple(ground.pace.dropped),
         packed=packed,
         seconds=time.perf_counter() - begun,
     )
+
+
+def corrected_contest(
+    ground: Ground,
+    folder: RunFolder,
+    search: FitSearch,
+    measured: tuple[Sequence[Point], Sequence[Point]],
+    contest: list[Finalist],
+    costs: Costs,
+    begun: float,
+) -> tuple[list[Finalist], CompressResult, list[FitCorrection]]:
+    """Pack the best finalist, and search again while it decodes more slowly than its bound.
+
+    Args:
+        ground: of the fit.
+        folder: of the run, opened.
+        search: after the survey.
+        measured: every level alone, and the frontier.
+        contest: the finalists of the first search.
+        costs: its bounds.
+        begun: when the run began.
+
+    Returns:
+        The finalists of the last search, the report of its packed winner, and every correction.
+    """
+    packed = pack_winner(folder, ground, best_of(contest), begun)
+    uncut = replace(ground, recipe=ground.recipe.model_copy(update={"structure": False}))
+    corrections: list[FitCorrection] = []
+    while len(corrections) < MOST:
+        winner = best_of(contest)
+        tighter = corrected(ground, costs, winner, folder.model, len(corrections))
+        again: list[Finalist] = []
+        if tighter is not None:
+            again, _ = contested(uncut, search, *measured, tighter[0])
+        if tighter is None or not again:
+            break
+        contest, costs = again, tighter[0]
+        corrections.append(tighter[1])
+        packed = pack_winner(folder, ground, best_of(contest), begun)
+    return contest, packed, corrections
+
+
+def best_of(contest: Sequence[Finalist]) -> Finalist:
+    """The finalist that diverges least from the dense model."""
+    return min(contest, key=lambda one: one.told.divergence)
 
 
 def surveyed(ground: Ground, search: FitSearch) -> tuple[list[Point], Costs]:
@@ -136,7 +187,7 @@ def contested(
     cuts = Expected.of(ground, search).cuts
     if not ground.recipe.structure or not contest or not ground.pace.allows("cuts", cuts):
         return contest, []
-    best = min(contest, key=lambda one: one.told.divergence)
+    best = best_of(contest)
     grown, branches = branched(ground, search.names, menu, best, costs, measure)
     return [*contest, *grown], branches
 

@@ -20,7 +20,7 @@ from secateur.workflows.advise import counted
 from secateur.workflows.fit.accuracy import accuracy
 from secateur.workflows.fit.ground import Ground
 
-__all__ = ["TIMING_ERROR", "checks_of"]
+__all__ = ["TIMING_ERROR", "checks_of", "speedup_of"]
 
 TIMING_ERROR = 0.05
 """How far a speed-up may be off when it is measured again; a bound is kept up to here."""
@@ -88,6 +88,14 @@ def checks_of_running(ground: Ground, made: Path) -> list[FitCheck]:
         kept = failure is None and held <= most
         found.append(FitCheck("max_memory", most, held, kept, failure))
     return found
+
+
+def speedup_of(ground: Ground, made: Path) -> float | None:
+    """How many times as fast as dense int8 a packed winner decodes; None if it cannot be timed."""
+    ours, dense = raced(ground, made)
+    if ours.failure or dense.failure:
+        return None
+    return ours.tokens_per_second / dense.tokens_per_second
 
 
 def raced(ground: Ground, made: Path) -> list[Speed]:

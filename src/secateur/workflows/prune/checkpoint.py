@@ -14,6 +14,7 @@ from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocate import settled_allocation
 from secateur.engine.job import Job
+from secateur.engine.memory_shortage import explained
 from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
@@ -164,7 +165,7 @@ def run_prepared(
         )
         finished = begin(prepared, ledger, progress)
         give(order_of(prepared, folder, activations, finished, ledger), ranks)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), explained(chosen):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, finished)
             distilled = None

@@ -2,7 +2,8 @@
 
 The points share the calibration windows, the tokenised texts, and the evaluation of the dense
 model. They do not share statistics: the inputs of a layer depend on the pruning of the layers
-before it, so every point gathers its own.
+before it, so every point gathers its own. Points know nothing of each other, so a Ray cluster can
+take some at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from secateur.models.folder_checks import read_config
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
+from secateur.parallel.ray_launcher import each
 from secateur.progress import Labelled, Progress, Silent
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
@@ -59,12 +62,17 @@ from secateur.workflows.sweep.plan import SweepPlan, point_name
 
 __all__ = ["sweep"]
 
+Outcome = tuple[PointKey, SweepPoint | SecateurError]
+"""A point, and what was measured or why it failed."""
+
 
 def sweep(
     plan: SweepPlan,
     output: str | Path,
     *,
     keep_models: bool = False,
+    ray: str | None = None,
+    ray_processes: int | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Prune and evaluate a model at every point of a plan, or resume a stopped sweep.
@@ -76,6 +84,8 @@ def sweep(
         plan: the plan of the sweep.
         output: folder of the sweep.
         keep_models: keep the weights of every point.
+        ray: address of a Ray cluster whose processes take the points, or `local`.
+        ray_processes: how many points at a time.
         progress: receives every step.
 
     Raises:
@@ -90,17 +100,14 @@ def sweep(
         work.begin()
         work.judge_dense()
         done = {point.key: point for point in work.record.points}
-        for place, key in enumerate(work.grid, start=1):
-            if key in done:
-                work.drop_weights(done[key])
-                continue
-            told = Labelled(work.progress, f"{place}/{len(work.grid)} {point_name(key)}")
-            try:
-                work.enter(key, told)
-            except SecateurError as error:
-                named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
-                failure = {**named, "what": error.what, "where": error.where}
-                work.save(failures=(*work.record.failures, failure))
+        for point in done.values():
+            work.drop_weights(point)
+        left = [key for key in work.grid if key not in done]
+        outcomes = work.in_turn(left)
+        if ray is not None:
+            outcomes = work.on_ray(left, ray, ray_processes)
+        for key, found in outcomes:
+            work.note(key, found)
         result = SweepResult(work.record, folder)
         write_views(result)
     return result
@@ -292,17 +299,48 @@ class Work:
         dense = {text: math.exp(loss) for text, loss in losses.items()}
         self.save(dense=SweepDense(perplexity=dense), protocol=protocol)
 
-    def enter(self, key: PointKey, progress: Progress) -> None:
-        """Prune or resume a point, evaluate and record it, and delete its weights unless kept."""
+    def in_turn(self, keys: list[PointKey]) -> Iterator[Outcome]:
+        """Measure points one after the other."""
+        for key in keys:
+            place = f"{1 + self.grid.index(key)}/{len(self.grid)} {point_name(key)}"
+            try:
+                yield key, self.measure(key, Labelled(self.progress, place))
+            except SecateurError as error:
+                yield key, error
+
+    def on_ray(
+        self, keys: list[PointKey], address: str, processes: int | None
+    ) -> Iterator[Outcome]:
+        """Measure points in processes of a Ray cluster, in the order in which they end."""
+        work = partial(measured_alone, self.plan, self.folder.absolute(), self.keep)
+        on_gpu = self.device.type == "cuda"
+        self.progress.start("points", len(keys))
+        for key, found in each(address, processes, on_gpu, work, keys):
+            self.progress.step(note=point_name(key))
+            yield key, found
+        self.progress.finish()
+
+    def note(self, key: PointKey, found: SweepPoint | SecateurError) -> None:
+        """Record a measured point and delete its weights unless kept, or record its failure."""
+        if isinstance(found, SweepPoint):
+            self.save(points=(*self.record.points, found))
+            self.drop_weights(found)
+            return
+        named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
+        failure = {**named, "what": found.what, "where": found.where}
+        self.save(failures=(*self.record.failures, failure))
+
+    def measure(self, key: PointKey, progress: Progress) -> SweepPoint:
+        """Prune or resume a point, and evaluate it."""
         place = self.place(key)
-        partial = place.with_name(place.name + ".partial")
-        if partial.exists() or not place.exists():  # else it is pruned but not evaluated
+        begun = place.with_name(place.name + ".partial")
+        if begun.exists() or not place.exists():  # else it is pruned but not evaluated
             run_recipe(self.recipe(key), progress, resume=True)
         manifest = read_record(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
         dense = self.record.dense.perplexity
         notes = str(place.relative_to(self.folder))
-        point = SweepPoint(
+        return SweepPoint(
             **dict(zip(("method", "pattern", "sparsity"), key, strict=True)),
             perplexity={text: math.exp(loss) for text, loss in losses.items()},
             excess={text: loss - math.log(dense[text]) for text, loss in losses.items()},
@@ -312,8 +350,6 @@ class Work:
             notes=notes,
             folder=notes if self.keep else None,
         )
-        self.save(points=(*self.record.points, point))
-        self.drop_weights(point)
 
     def drop_weights(self, point: SweepPoint) -> None:
         """Keep only the notes of a finished point, unless its weights must stay."""
@@ -326,6 +362,11 @@ class Work:
             elif entry.is_file():
                 entry.unlink()
         (place / NOTES / "windows.safetensors").unlink(missing_ok=True)
+
+
+def measured_alone(plan: SweepPlan, folder: Path, keep: bool, key: PointKey) -> SweepPoint:
+    """Measure a point in a process of its own. The process that began the sweep records it."""
+    return Work(plan, folder, keep, Silent()).measure(key, Silent())
 
 
 def texts_of(

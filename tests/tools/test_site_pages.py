@@ -1,0 +1,65 @@
+"""The pages of the site link to nothing that the site lacks, and a fault of a page is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import build_site
+import secateur
+import site_pages
+
+ROOT = build_site.ROOT
+
+
+def test_links_out_of_the_docs_lead_to_copies() -> None:
+    page = Path("docs/methods/wanda.md")
+    text = "[a](ria.md#x) [b](../../ARCHITECTURE.md#options) [c](../../LICENSE) [d](https://e.org)"
+    told, files = site_pages.relinked(text, page, ROOT)
+    assert told == (
+        "[a](ria.md#x) [b](../project/ARCHITECTURE.md#options) [c](../files/LICENSE) "
+        "[d](https://e.org)"
+    )
+    assert files == {Path("files/LICENSE"): Path("LICENSE")}
+
+
+def test_code_is_not_relinked() -> None:
+    text = "```\n[a](nowhere.md)\n```\n"
+    assert site_pages.relinked(text, Path("docs/fit.md"), ROOT) == (text, {})
+
+
+def test_a_link_to_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"docs/fit\.md: gone\.md is no file"):
+        site_pages.relinked("[a](gone.md)", Path("docs/fit.md"), ROOT)
+
+
+def test_every_public_name_has_an_entry_with_text() -> None:
+    page = site_pages.python_page(ROOT)
+    for name in secateur.HOMES:
+        entry = page.partition(f"## secateur.{name}\n")[2].partition("\n## ")[0]
+        assert len(entry) > 30, name
+    assert "    sparsity: float | None = None," in page
+    assert "- `seconds`: no round begins after this many seconds" in page
+
+
+@pytest.mark.parametrize(
+    ("html", "fault"),
+    [
+        ('<script src="https://a.org/b.js"></script>', "loads https://a.org/b.js"),
+        ('<link href="//a.org/b.css">', "loads //a.org/b.css"),
+        ("<p>so:\n- one\n- two</p>", "no empty line before the list or table '- one'"),
+        ("<p>so:\n| a | b |</p>", "no empty line before the list or table '| a | b |'"),
+    ],
+)
+def test_faults_of_a_page_are_found(html: str, fault: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    assert list(build_site.faults(tmp_path)) == [f"page.html: {fault}"]
+
+
+def test_a_good_page_has_no_faults(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(
+        '<a href="https://a.org">a</a><script src="b.js"></script><pre>- x</pre><p>a - b</p>',
+        encoding="utf-8",
+    )
+    assert list(build_site.faults(tmp_path)) == []
