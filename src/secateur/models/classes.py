@@ -20,7 +20,7 @@ def auto_class(config: Any) -> Any:
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForImageTextToText._model_mapping or own_code:
         return AutoModelForCausalLM
-    seeing = AutoModelForImageTextToText._model_mapping[type(config)].__name__
+    seeing = str(getattr(AutoModelForImageTextToText._model_mapping[type(config)], "__name__", ""))
     saved = getattr(config, "architectures", None) or [seeing]
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if saved[0] == seeing or not known else AutoModelForCausalLM

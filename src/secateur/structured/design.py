@@ -155,7 +155,7 @@ def built_plain(model: Any, made: Design, hidden: Any) -> Any:
 def changed(model: Any, entries: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a configuration with changes to the part that describes the decoder."""
     part = text_part(model.config)
-    return entries | (changes if part is None else {part: {**entries[part], **changes}})
+    return {**entries, **(changes if part is None else {part: {**entries[part], **changes}})}
 
 
 def built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like: Any) -> Any:
