@@ -149,7 +149,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **MAMBA, "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0,
         "num_experts_per_tok": 0, "shared_intermediate_size": 40,
     },
-    "nemotron_h": {
+    "nemotron_h dense": {
         "layers_block_type": ["mamba", "attention", "mlp", "mamba"], "num_hidden_layers": 4,
         "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1,
         "chunk_size": 8, "head_dim": 8, "expand": 2,
@@ -184,22 +184,103 @@ SEEING: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Models that see: a decoder inside, and a tower for pictures."""
 
-HYBRIDS = ("qwen3_5_text", "lfm2", "recurrent_gemma", "mamba", "mamba2", "falcon_h1", "bamba",
-           "granitemoehybrid dense", "nemotron_h", "gemma4_text", "gemma4_text small")  # fmt: skip
+HYBRIDS = (
+    "qwen3_5_text", "lfm2", "recurrent_gemma", "mamba", "mamba2", "falcon_h1", "bamba",
+    "granitemoehybrid dense", "nemotron_h dense", "gemma4_text", "gemma4_text small",
+)  # fmt: skip
 """Decoders whose layers are of several kinds, or have more than attention and feed-forward."""
 
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": 5, "moe_intermediate_size": 24}
+LOCAL_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 5}
+GROUPED_EXPERTS: dict[str, Any] = {
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_routed_experts": 6, "n_group": 2,
+    "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+LATENT_ATTENTION: dict[str, Any] = {
+    **SIZES, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+SPARSE_LINEAR: dict[str, Any] = {**LINEAR_ATTENTION, "shared_expert_intermediate_size": 40}
 
 MIXTURES: dict[str, Any] = {
-    "mixtral": lambda: t.MixtralConfig(**SIZES, num_experts_per_tok=2, num_local_experts=5),
+    "mixtral": lambda: t.MixtralConfig(**SIZES, **LOCAL_EXPERTS),
     "qwen2_moe": lambda: t.Qwen2MoeConfig(
         **SIZES, **EXPERTS, shared_expert_intermediate_size=40, mlp_only_layers=[1],
     ),
     "qwen3_moe": lambda: t.Qwen3MoeConfig(
         **SIZES, **EXPERTS, head_dim=8, norm_topk_prob=True, decoder_sparse_step=2,
     ),
+    "olmoe": lambda: t.OlmoeConfig(**SIZES, num_experts=5, num_experts_per_tok=2),
+    "qwen3_next": lambda: t.Qwen3NextConfig(**SIZES, **EXPERTS, **SPARSE_LINEAR),
+    "qwen3_5_moe": lambda: t.Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, **SPARSE_LINEAR),
+    "gpt_oss": lambda: t.GptOssConfig(
+        **SIZES, **LOCAL_EXPERTS, head_dim=8, sliding_window=8, layer_types=SLIDING,
+    ),
+    "llama4": lambda: t.Llama4TextConfig(
+        **SIZES, num_experts_per_tok=1, num_local_experts=5, head_dim=8, intermediate_size_mlp=40,
+        interleave_moe_layer_step=2,
+    ),
+    "glm4_moe": lambda: t.Glm4MoeConfig(**SIZES, **GROUPED_EXPERTS, head_dim=8),
+    "glm4_moe_lite": lambda: t.Glm4MoeLiteConfig(**LATENT_ATTENTION, **GROUPED_EXPERTS),
+    "deepseek_v2": lambda: t.DeepseekV2Config(
+        **LATENT_ATTENTION, **GROUPED_EXPERTS, topk_method="group_limited_greedy",
+    ),
+    "deepseek_v3": lambda: t.DeepseekV3Config(**LATENT_ATTENTION, **GROUPED_EXPERTS),
+    "minimax_m2": lambda: t.MiniMaxM2Config(**SIZES, **LOCAL_EXPERTS, head_dim=8),
+    "minimax_m3": lambda: t.AutoConfig.for_model(
+        "minimax_m3_vl_text", **SIZES, **LOCAL_EXPERTS, head_dim=8, shared_intermediate_size=40,
+    ),
+    "phimoe": lambda: t.PhimoeConfig(**SIZES, **LOCAL_EXPERTS),
+    "granitemoe": lambda: t.GraniteMoeConfig(**SIZES, **LOCAL_EXPERTS),
+    "nemotron_h": lambda: t.NemotronHConfig(
+        **SIZES, layers_block_type=["mamba", "attention", "moe"], ssm_state_size=8,
+        mamba_num_heads=8, mamba_head_dim=8, n_groups=1, chunk_size=8, head_dim=8, expand=2,
+        n_routed_experts=6, n_group=2, topk_group=1, num_experts_per_tok=2,
+        moe_intermediate_size=24, moe_shared_expert_intermediate_size=40, moe_latent_size=16,
+    ),
+    "lfm2_moe": lambda: t.Lfm2MoeConfig(
+        **SIZES, **EXPERTS, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"],
+    ),
+    "gemma4": lambda: t.Gemma4TextConfig(
+        **SIZES, head_dim=8, sliding_window=8, layer_types=SLIDING, global_head_dim=8,
+        hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=True,
+        num_experts=5, top_k_experts=2, moe_intermediate_size=24,
+    ),
+    "ernie4_5_moe": lambda: t.Ernie4_5_MoeConfig(
+        **SIZES, moe_num_experts=5, moe_k=2, moe_intermediate_size=24, moe_layer_start_index=1,
+        moe_num_shared_experts=1, head_dim=8,
+    ),
+    "hunyuan_v1_moe": lambda: t.AutoConfig.for_model(
+        "hunyuan_v1_moe", **SIZES, num_experts=5, moe_topk=2, head_dim=8,
+    ),
 }  # fmt: skip
 """Families whose feed-forward is a mixture of experts, some of them with dense layers between."""
+
+WITH_BUFFERS = ("apertus",)
+"""Families whose layers store more than parameters; no test cuts them."""
+
+CUT_HYBRIDS = (
+    "qwen3_5_text", "lfm2", "bamba", "falcon_h1", "granitemoehybrid dense", "nemotron_h dense",
+)  # fmt: skip
+"""Hybrids of which a test cuts whatever their declaration does not fix."""
+
+CUT_SEEING = ("gemma3 vision", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+"""Models that see, of whose decoder a test cuts layers, KV groups and FFN neurons."""
+
+TIED_INSIDE = ("qwen2_5_vl",)
+"""Of these not KV groups, because the class ties the number of heads to the hidden size."""
+
+REFUSED = {
+    "gemma3n vision": "values that depend on the tokens",
+    "gemma4_text small": "values that depend on the tokens",
+}
+"""What cannot be pruned by a method that needs inputs, and what is said then."""
+
+ZOO = (*CONFIGS, *DENSE, *HYBRIDS, *SEEING, *MIXTURES)
+"""Everything that tests/workflows/prune/test_zoo.py prunes, saves and loads."""
+
+PLAIN_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Those with plain attention, `mlp.experts`, SwiGLU and a router by softmax."""
 
 
 def config_of(family: str) -> Any:
@@ -228,6 +309,9 @@ def tiny_model(family: str, seed: int = 0) -> nn.Module:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "embed" not in name and "wte" not in name:
                 parameter.mul_(4.0)
+        for name, buffer in model.named_buffers():
+            if "bias" in name:  # of a router, for each expert
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model
 
 

@@ -535,7 +535,8 @@ def fit(
         minutes: Time to keep. Generations are dropped first, then cuts, finalists and the frontier;
             what was dropped is said. Levels are always made. [no limit]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
-            text, or safetensors file of windows. [c4]
+            text, or safetensors file of windows. Or several with weights:
+            code.jsonl=2,math.jsonl=1. [c4]
         field: The field of a JSONL line that holds the text. [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
@@ -677,7 +678,8 @@ def plan(
             linear to its own outputs on the same inputs. [the preset's]
         fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
-            text, or safetensors file of windows. [c4]
+            text, or safetensors file of windows. Or several with weights:
+            code.jsonl=2,math.jsonl=1. [c4]
         field: The field of a JSONL line that holds the text. [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
@@ -1002,6 +1004,8 @@ def structure(
     method_parameters: Mapping[str, int | float] | None = None,
     allocation: str | None = None,
     learned: int | Mapping[str, Any] | None = None,
+    experts_by: Literal["reap", "frequency", "random", "merge"] | None = None,
+    experts_scope: Literal["layer", "global"] | None = None,
     depth_by: Literal["influence", "angular", "greedy", "search"] | None = None,
     depth_units: Literal["layers", "blocks"] | None = None,
     asymmetric: bool | None = None,
@@ -1060,6 +1064,10 @@ def structure(
         allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity, global
             or search. [uniform]
         learned: Learn which units stay by training, in this many steps. [not learned]
+        experts_by: How to select experts: by REAP or by how often they are chosen, or at random;
+            merge averages the others into the most similar expert that stays. [reap]
+        experts_scope: Where experts compete: within their layer, or in the whole model, so that
+            layers keep different numbers. [layer]
         depth_by: How to select layers: by block influence, angular distance, greedy removal, or
             search. [influence]
         depth_units: Remove whole decoder layers, or their attention and FFN blocks separately.
@@ -1068,7 +1076,8 @@ def structure(
             linear to its own outputs on the same inputs. [the preset's]
         fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
-            text, or safetensors file of windows. [c4]
+            text, or safetensors file of windows. Or several with weights:
+            code.jsonl=2,math.jsonl=1. [c4]
         field: The field of a JSONL line that holds the text. [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]

@@ -18,7 +18,7 @@ from secateur.progress import Silent
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
 from secateur.structured.edits import parameters_of
-from zoo import CONFIGS, MIXTURES, config_of
+from zoo import CONFIGS, PLAIN_MIXTURES, config_of
 
 CPU = torch.device("cpu")
 
@@ -118,7 +118,7 @@ def test_sizes_are_timed_in_turns_and_told_apart(clock: WeightClock) -> None:
     assert all(p.is_meta for model in models for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", [*MIXTURES])
+@pytest.mark.parametrize("family", [*PLAIN_MIXTURES])
 def test_mixtures_take_a_step(family: str, clock: WeightClock) -> None:
     found = time_steps([skeleton(family)], CPU, Silent(), clock=clock)
     assert found.seconds[0] > 0

@@ -19,7 +19,7 @@ from secateur.exporting.compressed_tensors import pack_int32
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.whole import load_whole
 from tiny import save_tiny
-from zoo import MIXTURES, tiny_windows
+from zoo import PLAIN_MIXTURES, tiny_windows
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 """Every row is a multiple of 64 weights long."""
@@ -199,7 +199,7 @@ def test_files_stay_as_many_as_they_are(tmp_path: Path) -> None:
         assert {n for n, file in index["weight_map"].items() if file == name} == set(inside)
 
 
-@pytest.mark.parametrize("family", sorted(MIXTURES))
+@pytest.mark.parametrize("family", sorted(PLAIN_MIXTURES))
 def test_experts_are_stored_one_by_one_and_routers_stay(family, tmp_path: Path) -> None:
     sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
     save_tiny(tmp_path / "m", family, intermediate_size=64, **sizes)

@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[str, str, str, str, str]] = {
         "shared_mlp",
         "shared_mlp.output_linear",
     ),
-    "nemotron_h": ("model.layers", "mixer", "mixer.o_proj", "mixer", "mixer.down_proj"),
+    "nemotron_h dense": ("model.layers", "mixer", "mixer.o_proj", "mixer", "mixer.down_proj"),
     "smolvlm": ("model.text_model.layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"),
     **dict.fromkeys(
         ("bloom", "falcon", "falcon new"),

@@ -19,7 +19,7 @@ from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint, cut_model
 from tiny import save_tiny
-from zoo import MIXTURES, tiny_model, tiny_windows
+from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
 
 CUTS: dict[str, Any] = {
     "experts": lambda sparse: Cut(experts=dict.fromkeys(sparse, (0, 2, 4))),
@@ -56,7 +56,7 @@ def without_experts(model: Any, kept: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CUTS)
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", PLAIN_MIXTURES)
 def test_cut_mixtures_equal_masked_ones(family: str, name: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", family, shards=2)
     with quiet_transformers():
@@ -91,7 +91,7 @@ def test_cut_mixtures_equal_masked_ones(family: str, name: str, tmp_path: Path) 
             assert close(result, model(windows, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", PLAIN_MIXTURES)
 def test_hidden_channels_of_mixtures(family: str) -> None:
     model: Any = tiny_model(family)
     kept = list(odd(32))

@@ -22,9 +22,8 @@ from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from slow import slow_but
-from zoo import tiny_model, tiny_windows
+from zoo import CUT_HYBRIDS, tiny_model, tiny_windows
 
-DECLARED = ("qwen3_5_text", "lfm2", "bamba", "falcon_h1", "granitemoehybrid dense", "nemotron_h")
 HEADS = ("lfm2", "bamba", "falcon_h1", "granitemoehybrid dense")
 """Those whose KV groups can be cut."""
 
@@ -37,10 +36,11 @@ CUTS: dict[str, Callable[[Sizes], Cut]] = {
 }  # fmt: skip
 ALIKE = ("falcon_h1", "one layer's neurons")
 CASES = [
-    (f, c) for f in DECLARED for c in CUTS if (c != "groups" or f in HEADS) and (f, c) != ALIKE
+    (f, c) for f in CUT_HYBRIDS for c in CUTS if (c != "groups" or f in HEADS) and (f, c) != ALIKE
 ]
 FEW = [
-    ("qwen3_5_text", "neurons"), ("lfm2", "neurons"), ("bamba", "groups"), ("nemotron_h", "layers"),
+    ("qwen3_5_text", "neurons"), ("lfm2", "neurons"), ("bamba", "groups"),
+    ("nemotron_h dense", "layers"),
     ("falcon_h1", "last layers"), ("granitemoehybrid dense", "one layer's neurons"),
 ]  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     assert close(logits(smaller, windows), logits(model, windows))
 
 
-@pytest.mark.parametrize("family", DECLARED)
+@pytest.mark.parametrize("family", CUT_HYBRIDS)
 def test_declared_groups_are_those_that_a_forward_shows(family: str) -> None:
     target = ModelTarget(tiny_model(family))
     declared = [declared_layout(target, layer) for layer in target.layers]
@@ -122,6 +122,6 @@ def test_a_hybrid_keeps_a_layer_with_attention() -> None:
 def test_entries_with_indices_of_layers_follow() -> None:
     smaller = cut_quietly(tiny_model("bamba"), Cut(layers=(1, 2)))
     assert smaller.config.attn_layer_indices == [0]
-    smaller = cut_quietly(tiny_model("nemotron_h"), Cut(layers=(1, 2)))
+    smaller = cut_quietly(tiny_model("nemotron_h dense"), Cut(layers=(1, 2)))
     assert smaller.config.layers_block_type == ["full_attention", "mlp"]
     assert smaller.config.num_hidden_layers == 2

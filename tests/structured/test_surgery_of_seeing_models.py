@@ -20,15 +20,14 @@ from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from slow import slow_but
-from zoo import tiny_model, tiny_windows
+from zoo import CUT_SEEING, TIED_INSIDE, tiny_model, tiny_windows
 
-DECLARED = ("gemma3 vision", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
 NAMES = ("layers", "last layers", "neurons", "groups")
 CASES = [
     (family, name)
-    for family in DECLARED
+    for family in CUT_SEEING
     for name in NAMES
-    if (family, name) != ("qwen2_5_vl", "groups")  # its class ties heads to the hidden size
+    if name != "groups" or family not in TIED_INSIDE
 ]
 FEW = [("gemma3 vision", "layers"), ("mistral3", "groups"), ("qwen2_5_vl", "neurons")]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from secateur.calibration.cutting import WindowCutter
 from secateur.calibration.documents import read_documents
+from secateur.calibration.mix import parts_of, shares
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.tokenizer import Tokenizer, start_tokens
 from secateur.registry import did_you_mean
@@ -178,11 +180,12 @@ def load_calibration(
     split: str | None = None,
     config: str | None = None,
 ) -> tuple[Windows, dict[str, Any]]:
-    """Calibration windows from a text source or a file of ready windows, with a record of both.
+    """Calibration windows from texts or a file of ready windows, with a record of both.
 
     Args:
-        source: a source of `read_documents`, or a `.safetensors` file of windows. All windows of
-            such a file are used unchanged: the file decides their number and length.
+        source: a source of `read_documents`, several with weights (`mix.parts_of`), or a
+            `.safetensors` file of windows. All windows of such a file are used unchanged: the file
+            decides their number and length.
         tokenizer: of the model that will read the windows; may be None for ready windows.
         plan: how windows are cut from a text.
         vocab_size: of the model; token ids must be below it.
@@ -202,7 +205,20 @@ def load_calibration(
         RecipeError: the source is a text and there is no tokenizer, or the windows are longer than
             the model's context.
     """
+    parts = parts_of(source)
+    if len(parts) > 1:
+        load = partial(
+            load_calibration,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            positions=positions,
+            field=field,
+            split=split,
+            config=config,
+        )
+        return mixed(parts, plan, load)
     record: dict[str, Any] = {"source": source}
+    source = parts[0][0]
     if source.endswith(".safetensors"):
         file = Path(source).expanduser()
         windows = load_windows(file, vocab_size=vocab_size, positions=positions)
@@ -221,14 +237,57 @@ def load_calibration(
         start = start_tokens(tokenizer)
         record |= {"documents": len(documents), "seed": plan.seed, "packing": plan.packing}
     record |= {START: list(start)} if start else {}
-    record |= {
+    return windows, record | size_of(windows) | {"vocabulary": vocab_size}
+
+
+def mixed(
+    parts: Sequence[tuple[str, float]], plan: WindowPlan, load: Callable[..., Any]
+) -> tuple[Windows, dict[str, Any]]:
+    """Calibration windows of several texts, in an order that the seed draws.
+
+    Args:
+        parts: texts and their weights.
+        plan: of all windows together.
+        load: `load_calibration` with everything but the source and the plan.
+
+    Raises:
+        RecipeError: a text would have no window, or is a file of ready windows.
+    """
+    counts = shares(plan.windows, tuple(weight for _, weight in parts))
+    for (name, _), count in zip(parts, counts, strict=True):
+        if not count or name.endswith(".safetensors"):
+            raise RecipeError(
+                f"{name} would have none of the {plan.windows} windows"
+                if not count
+                else f"{name} has ready windows, which cannot be mixed with texts",
+                where="calibration",
+                remedy="ask for more windows, or leave this text out",
+            )
+    found = [
+        load(name, plan=replace(plan, windows=count))
+        for (name, _), count in zip(parts, counts, strict=True)
+    ]
+    order = list(range(plan.windows))
+    random.Random(plan.seed).shuffle(order)
+    windows = torch.cat([each for each, _ in found])[order]
+    records = [record for _, record in found]
+    record = records[0] | {
+        "source": ",".join(f"{name}={weight:g}" for name, weight in parts),
+        "texts": [{"source": r["source"], "samples": r["samples"]} for r in records],
+        "documents": sum(r["documents"] for r in records),
+        **size_of(windows),
+    }
+    return windows, record
+
+
+def size_of(windows: Windows) -> dict[str, Any]:
+    """The numbers and the digest of windows, for their record."""
+    return {
         "samples": windows.shape[0],
         "sequence_length": windows.shape[1],
         "tokens": windows.numel(),
-        "vocabulary": vocab_size,
         "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
     }
-    return windows, record
 
 
 def load_windows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 
 from secateur.diagnostics.claims import Claims
@@ -120,7 +121,8 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
 def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
     """Linears that are dense although others are pruned, and whether the recipe says so."""
     known = [x.sparsity for x in weights.linears if x.known]
-    usual = statistics.median(known) if known else 0.0
+    others = [x.sparsity for x in weights.linears if x.known and not of_expert(x)]
+    usual = statistics.median(others or known) if known else 0.0
     if usual < PRUNED:
         return []
     dense = [
@@ -134,8 +136,11 @@ def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
     dense = [x for x in dense if x.known]
     left = [x for x in dense if claims.kept_dense(x.name)]
     odd = [x for x in dense if x not in left]
+    experts = [x for x in odd if of_expert(x) and not claims.linears]
+    odd = [x for x in odd if x not in experts]
     return [
         *dense_of_unknown_layout(unknown, usual),
+        *dense_without_records(experts, usual),
         *dense_experts(unseen),
         *dense_as_asked(left),
         *dense_unasked(odd, weights, claims, usual),
@@ -151,6 +156,23 @@ def dense_of_unknown_layout(linears: list[LinearHealth], usual: float) -> list[F
         f"{usual:.1%} zeros: their layout is not known, so nothing prunes them"
     )
     remedy = "do not call the whole model sparse: `secateur inspect` counts the stored zeros"
+    return [Finding("dense-linear", "warning", first_names(linears), evidence, remedy)]
+
+
+def of_expert(linear: LinearHealth) -> bool:
+    """Whether a matrix belongs to an expert of a mixture; most matrices may do."""
+    return re.search(r"\bexperts\.\d+\.", linear.name) is not None
+
+
+def dense_without_records(linears: list[LinearHealth], usual: float) -> list[Finding]:
+    """Dense matrices of experts, as tools leave them that do not see fused experts."""
+    if not linears:
+        return []
+    evidence = (
+        f"{len(linears)} matrices of experts are dense, the other linears have {usual:.1%} zeros, "
+        "and no record says why"
+    )
+    remedy = "prune again with secateur, which opens fused experts, if they should be sparse"
     return [Finding("dense-linear", "warning", first_names(linears), evidence, remedy)]
 
 

@@ -29,6 +29,7 @@ from secateur.engine.stream.residency import LiveTensors
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.inventory import Left
+from secateur.models.open_experts import OpenExperts
 from secateur.runs.meter import resident_bytes
 from secateur.sparsity.allocation import Allocation
 from secateur.types import float32_bytes
@@ -255,12 +256,14 @@ def plan_run(
 def working_weights(target: Target) -> int:
     """Number of weights in the decoder's matrices that one token uses, without unused experts."""
     architecture, config = target.architecture, text_config(target.model.config)
-    total = 0.0
+    experts, total = architecture.experts, 0.0
+    chosen = experts.per_token(config) if experts else None
     for index, layer in enumerate(target.layers):
+        counts = [len(m) for m in layer.modules() if isinstance(m, OpenExperts)]
         for linear in linears_of(layer, architecture.layer_name(index)).values():
             share = 1.0
-            if architecture.experts is not None and architecture.of_expert(linear.name):
-                share = config.num_experts_per_tok / getattr(config, architecture.experts.count)
+            if chosen is not None and counts and architecture.of_expert(linear.name):
+                share = min(1.0, chosen / counts[0])
             total += share * linear.shape[0] * linear.shape[1]
     return round(total)
 

@@ -17,65 +17,26 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
 from secateur.models.couplings import Couplings
+from secateur.models.expert_layout import Experts, flagged_layout
+from secateur.models.open_experts import OpenExperts
 from secateur.registry import Registry
 
 __all__ = [
-    "PROJECTIONS",
     "Architecture",
-    "Experts",
     "Family",
     "Linear",
     "describe",
+    "experts_of",
     "families",
     "family_of",
     "hidden_size",
+    "is_router",
     "linears_of",
     "refuse_non_decoders",
     "text_config",
 ]
 
 Groups = tuple[tuple[str, ...], ...]
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-"""The linears of an opened expert."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Where the experts of a family are, and what they are called.
-
-    Attributes:
-        module: path of the experts within a decoder layer; a layer without it is dense.
-        router: path of the module within a decoder layer whose `weight` [experts, hidden] routes.
-        stored: names of gate, up and down below each expert where a checkpoint stores them alone.
-        count: the name that the configuration has for the number of experts of a layer.
-    """
-
-    module: str = "mlp.experts"
-    router: str = "mlp.gate"
-    stored: tuple[str, str, str] = PROJECTIONS
-    count: str = "num_experts"
-
-    def groups(self, experts: int) -> Groups:
-        """The linears of so many experts by shared input, as in `Family.groups`."""
-        gate, up, down = PROJECTIONS
-        return tuple(
-            group
-            for e in range(experts)
-            for group in (
-                (f"{self.module}.{e}.{gate}", f"{self.module}.{e}.{up}"),
-                (f"{self.module}.{e}.{down}",),
-            )
-        )
-
-    def opened_in(self, layers: nn.Module) -> int:
-        """The most experts that a decoder layer has as modules; 0 where they are fused."""
-        found = [m for n, m in layers.named_modules() if n.endswith("." + self.module)]
-        return max((len(m) for m in found if isinstance(m, nn.ModuleList)), default=0)
-
-    def holds(self, name: str) -> bool:
-        """Whether a linear, under any of its names, belongs to an expert."""
-        return re.search(rf"(^|\.){re.escape(self.module)}\.\d+\.", name) is not None
 
 
 @dataclass(frozen=True)
@@ -206,15 +167,31 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
     """All prunable matrices of a decoder layer, by their name within the layer.
 
     A linear with a single output is a gate (of Qwen's shared expert) and is left out, because no
-    other output could share its loss.
+    other output could share its loss. So are the linears of routers.
     """
     from transformers.pytorch_utils import Conv1D
 
     return {
         name: Linear(f"{layer_name}.{name}", module)
         for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and getattr(module, "out_features", 2) > 1
+        if isinstance(module, (nn.Linear, Conv1D))
+        and getattr(module, "out_features", 2) > 1
+        and not is_router(layer, name)
     }
+
+
+def is_router(layer: nn.Module, name: str) -> bool:
+    """Whether a module of a decoder layer sends tokens to experts, or is a part of what does.
+
+    It is called `gate` or `router`, or has a class with such a name, and stands beside `experts`.
+    """
+    owner = layer
+    for part in filter(None, name.split(".")):
+        beside = hasattr(owner, "experts") and part in ("gate", "router")
+        owner = getattr(owner, part)
+        if beside or "router" in type(owner).__name__.lower():
+            return True
+    return False
 
 
 def family_of(model: Any) -> Family | None:
@@ -248,6 +225,22 @@ def decoder_inside(model: Any) -> str | None:
     return next(path for path, module in model.named_modules() if module is decoder)
 
 
+def experts_of(model: Any) -> Experts | None:
+    """Where the experts of a model are; None for a dense model.
+
+    The family declares it. Without a family the modules show it, whether opened or fused.
+    """
+    family = family_of(model)
+    if family is not None:
+        return family.experts
+    for path, module in model.named_modules():
+        opened = isinstance(module, OpenExperts)
+        layout = module.layout if opened else flagged_layout(module)
+        if layout is not None:
+            return Experts(re.split(r"\.\d+\.", path)[-1], layout=layout)
+    return None
+
+
 def describe(model: Any) -> Architecture:
     """Describe a causal language model.
 
@@ -274,7 +267,7 @@ def describe(model: Any) -> Architecture:
         )
     path = candidates[0][0]
     refuse_non_decoders(model, model.get_submodule(path))
-    return Architecture("generic", path, None)
+    return Architecture("generic", path, None, experts=experts_of(model))
 
 
 def refuse_non_decoders(model: Any, layers: nn.Module) -> None:

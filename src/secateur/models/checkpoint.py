@@ -18,7 +18,6 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import FileIO
-from math import prod
 from pathlib import Path
 
 import torch
@@ -169,32 +168,37 @@ class CheckpointReader:
         """One tensor, in memory of its own."""
         return read_entry(self.entries[name])
 
-    def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
-        """From now on, show a tensor as several tensors, which it contains one after the other.
+    def split(self, name: str, views: Mapping[str, Tensor]) -> None:
+        """From now on, show a tensor as several tensors, each a view of it.
 
         Args:
             name: of the tensor; the reader no longer shows it.
-            parts: names and shapes of the tensors that it consists of, in the order of its bytes.
+            views: by name, views of a tensor on the meta device that has the shape of the stored
+                one. Together they hold each of its values once.
 
         Raises:
-            CheckpointError: a name is taken, or the parts do not add up to the tensor.
+            CheckpointError: a name is taken, or the views do not add up to the tensor.
         """
         entry = self.entries[name]
-        sizes = [prod(shape) * entry.dtype.itemsize for shape in parts.values()]
-        taken = sorted(parts.keys() & self.entries.keys())
-        if taken or sum(sizes) != entry.size_bytes:
+        taken = sorted(views.keys() & self.entries.keys())
+        if taken or sum(view.nbytes for view in views.values()) != entry.size_bytes:
             raise CheckpointError(
                 f"{name} is stored, and so is {taken[0]}"
                 if taken
-                else f"{name} of shape {entry.shape} is not made of {len(parts)} equal parts",
+                else f"{name} of shape {entry.shape} is not made of {len(views)} equal parts",
                 where=str(entry.file),
                 remedy="the checkpoint stores a tensor twice, or is damaged: download it again",
             )
         del self.entries[name]
-        offset = entry.offset
-        for (part, shape), size in zip(parts.items(), sizes, strict=True):
-            self.entries[part] = TensorEntry(entry.file, offset, size, entry.dtype, shape)
-            offset += size
+        for part, view in views.items():
+            self.entries[part] = TensorEntry(
+                entry.file,
+                entry.offset + int(view.storage_offset()) * entry.dtype.itemsize,
+                view.nbytes,
+                entry.dtype,
+                tuple(view.shape),
+                None if view.is_contiguous() else view.stride(),
+            )
 
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors as views of the file: only pages that are read take memory."""
@@ -210,11 +214,26 @@ class CheckpointReader:
 
 def read_entry(entry: TensorEntry) -> Tensor:
     """The tensor at a place in a file, in memory of its own."""
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
     with entry.file.open("rb", buffering=0) as stream:
-        stream.seek(entry.offset)
-        read_all(stream, tensor)
-    return tensor
+        _, tensor = read_span(stream, entry)
+    return tensor if entry.strides is None else tensor.contiguous()
+
+
+def read_span(stream: FileIO, entry: TensorEntry) -> tuple[Tensor, Tensor]:
+    """All values from the first to the last one of a tensor in a file, and the tensor among them.
+
+    Of a view that is not contiguous, values of other tensors lie between its own: of an expert's
+    gate those of its up, so the span is at most twice as large.
+    """
+    if entry.strides is None:
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+    else:
+        last = sum((n - 1) * step for n, step in zip(entry.shape, entry.strides, strict=True))
+        whole = torch.empty(last + 1 if 0 not in entry.shape else 0, dtype=entry.dtype)
+    stream.seek(entry.offset)
+    read_all(stream, whole)
+    tensor = whole if entry.strides is None else whole.as_strided(entry.shape, entry.strides)
+    return whole, tensor
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -329,8 +348,13 @@ class PatchedCopy:
         file = self.folder / entry.file.name
         try:
             with file.open("r+b", buffering=0) as stream:
+                values = tensor.detach().to("cpu", entry.dtype)
+                if entry.strides is not None:
+                    whole, own = read_span(stream, entry)
+                    own.copy_(values)
+                    values = whole
                 stream.seek(entry.offset)
-                write_all(stream, tensor.detach().to("cpu", entry.dtype).contiguous())
+                write_all(stream, values.contiguous())
         except OSError as error:
             raise cannot_write(error, file) from error
         self._dirty.add(file)

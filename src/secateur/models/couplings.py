@@ -29,19 +29,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from secateur.models.expert_layout import Experts
+
 __all__ = [
     "EMBEDDING_AND_HEAD",
-    "FUSED_EXPERTS",
     "FUSED_GATED_FFN",
     "GATED_FFN",
     "HEAD_NORMS",
     "LLAMA_COUPLINGS",
     "PLAIN_FFN",
-    "SIZES_OF_EXPERTS",
+    "SHARED_EXPERTS",
     "SPLIT_ATTENTION",
     "TWO_NORMS",
     "Axes",
     "Couplings",
+    "expert_axes",
+    "sizes_of_experts",
 ]
 
 Axes = Mapping[str, tuple[str, ...]]
@@ -129,18 +132,46 @@ FUSED_GATED_FFN: Axes = {
 }
 """A gated feed-forward with gate and up in one linear."""
 
-FUSED_EXPERTS: Axes = {
-    "mlp.gate": ("experts", "hidden"),
-    "mlp.experts.gate_up_proj": ("experts", "-", "hidden"),
-    "mlp.experts.down_proj": ("experts", "hidden", "-"),
+SHARED_EXPERTS: Axes = {
+    "mlp.shared_experts.gate_proj": ("-", "hidden"),
+    "mlp.shared_experts.up_proj": ("-", "hidden"),
+    "mlp.shared_experts.down_proj": ("hidden", "-"),
 }
-"""A router and experts as transformers holds them, all of a layer in two tensors."""
+"""The experts that every token passes, as DeepSeek made them common."""
 
-SIZES_OF_EXPERTS: Mapping[str, Mapping[str, str]] = {
-    "mlp.experts": {"num_experts": "experts"},
-    "mlp.gate": {"num_experts": "experts", "hidden_dim": "hidden"},
-}
-"""The attributes in which router and experts keep their sizes."""
+
+def expert_axes(experts: Experts, *, stream: str = "hidden") -> Axes:
+    """The axes of a router and of experts as transformers holds them, all of a layer together.
+
+    Of a router they are those of its `weight`; its bias and its correction have the first.
+
+    Args:
+        experts: of the family.
+        stream: the axis of what experts read and write; `-` where it is a latent space.
+    """
+    first, down = experts.layout.weights
+    into, out = ("-", stream), (stream, "-")
+    if experts.layout.transposed:
+        into, out = out, into
+    return {
+        experts.router: ("experts", "hidden"),
+        f"{experts.module}.{first}": ("experts", *into),
+        f"{experts.module}.{down}": ("experts", *out),
+        f"{experts.module}.{first}_bias": ("experts", "-"),
+        f"{experts.module}.{down}_bias": ("experts", stream),
+    }
+
+
+def sizes_of_experts(experts: Experts, *of_router: str) -> Mapping[str, Mapping[str, str]]:
+    """The attributes in which router and experts keep their sizes.
+
+    Args:
+        experts: of the family.
+        of_router: attributes of the router that hold the hidden size.
+    """
+    router = {"num_experts": "experts", **dict.fromkeys(of_router, "hidden")}
+    return {experts.module: {"num_experts": "experts"}, experts.router: router}
+
 
 EMBEDDING_AND_HEAD: Axes = {
     "model.embed_tokens": ("-", "hidden"),

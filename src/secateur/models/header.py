@@ -46,13 +46,24 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The place of one tensor: its file, first byte, size in bytes, dtype and shape."""
+    """The place of one tensor in a file.
+
+    Attributes:
+        file: it is in this file.
+        offset: its first byte.
+        size_bytes: of its values.
+        dtype: of its values.
+        shape: its sizes.
+        strides: elements between neighbours along each axis, for a tensor that is a view of a
+            stored one; None where its values follow each other.
+    """
 
     file: Path
     offset: int
     size_bytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

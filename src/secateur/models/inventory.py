@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from secateur.errors import CheckpointError
-from secateur.models.architecture import Architecture, Linear, linears_of
+from secateur.models.architecture import Architecture, Linear, is_router, linears_of
 from secateur.models.experts import of_unknown_experts
 from secateur.models.sharing import shared_parameters
 
@@ -229,8 +229,8 @@ def reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool
         return "norm"
     if name.endswith("bias"):
         return "bias"
-    router = architecture.experts.router if architecture.experts else None
-    if "router" in sort.lower() or (router and path.endswith(f".{router}")):
+    number, _, inner = path.removeprefix(f"{architecture.layers_path}.").partition(".")
+    if is_router(architecture.layers(model)[int(number)], inner):
         return "router"
     parameter = model.get_parameter(name)
     if of_unknown_experts(path, module, parameter):

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from secateur.errors import ArchitectureError, CheckpointError
-from secateur.models.architecture import family_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.classes import auto_class
 from secateur.models.configuration import check_sizes, transformers_errors
-from secateur.models.experts import expert_renamings, open_experts, split_stored
+from secateur.models.experts import open_experts
+from secateur.models.stored_experts import expert_renamings, split_stored, stored_experts_of
 
 __all__ = [
     "build_skeleton",
@@ -110,46 +110,63 @@ def build_skeleton(
     return model.eval()
 
 
-def model_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
+def model_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> dict[str, str]:
     """The model's name for each stored tensor.
 
     Checkpoints may omit or add the base model's prefix, or use older names; transformers' own table
-    of renamings decides. After this call the reader shows experts that are stored fused as single
-    tensors.
+    of renamings decides.
+
+    Args:
+        model: loaded, or a skeleton.
+        reader: the checkpoint.
+        split: from now on the reader shows experts that are stored fused as single tensors.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    family = family_of(model)
-    if family is not None and family.experts is not None:
-        split_stored(reader, family.experts)
-        own = expert_renamings(family.experts)
-        renamings += [WeightRenaming(pattern, name) for pattern, name in own.items()]
     known, prefix = dict(model.state_dict()), model.base_model_prefix
-    return {
-        stored: rename_source_key(stored, renamings, [], prefix, known)[0]
-        for stored in reader.entries
-    }
+
+    def names() -> dict[str, str]:
+        return {
+            stored: rename_source_key(stored, renamings, [], prefix, known)[0]
+            for stored in reader.entries
+        }
+
+    experts = stored_experts_of(model)
+    if experts is not None:
+        if split:
+            split_stored(reader, experts, names())
+        own = expert_renamings(experts)
+        renamings += [WeightRenaming(pattern, name) for pattern, name in own.items()]
+    return names()
 
 
-def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
-    """Map each parameter of the model to the name it is stored under (see `model_names`).
+def stored_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> dict[str, str]:
+    """Map each parameter and stored buffer of the model to the name it is stored under.
+
+    Args:
+        model: loaded, or a skeleton.
+        reader: the checkpoint.
+        split: as in `model_names`; otherwise the mapping also has the names of fused experts.
 
     Raises:
         CheckpointError: a parameter is stored with another shape.
     """
-    parameters, mapping = dict(model.named_parameters()), {}
-    for stored, name in model_names(model, reader).items():
-        if name in parameters:
-            mapping[name] = stored
-            expected, found = tuple(parameters[name].shape), reader.entries[stored].shape
-            if expected != found:
-                raise CheckpointError(
-                    f"{stored}: shape {found} is stored, config.json asks for {expected}",
-                    where=str(reader.entries[stored].file),
-                    remedy="the configuration and the weights are of different models",
-                )
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    shapes |= {n: tuple(b.shape) for n, b in stored_buffers(model).items()}
+    mapping = {}
+    for stored, name in model_names(model, reader, split=split).items():
+        found = reader.entries[stored].shape
+        if name not in shapes and (split or "experts" not in name):
+            continue
+        mapping[name] = stored
+        if shapes.get(name, found) != found:
+            raise CheckpointError(
+                f"{stored}: shape {found} is stored, config.json asks for {shapes[name]}",
+                where=str(reader.entries[stored].file),
+                remedy="the configuration and the weights are of different models",
+            )
     return mapping
 
 

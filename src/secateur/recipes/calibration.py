@@ -21,7 +21,8 @@ class CalibrationText(Section):
     group: ClassVar[str] = CALIBRATION
 
     source: Annotated[str, Flag("calibration", value="TEXT")] = Field(
-        "c4", description=f"Calibration text: {TEXT}"
+        "c4",
+        description=f"Calibration text: {TEXT} Or several with weights: code.jsonl=2,math.jsonl=1.",
     )
 
 

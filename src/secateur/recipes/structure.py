@@ -171,6 +171,16 @@ class HowToCut(Section):
     learned: Annotated[LearnedOptions | None, Flag(value="STEPS", default="not learned")] = Field(
         None, description="Learn which units stay by training, in this many steps."
     )
+    experts_by: Literal["reap", "frequency", "random", "merge"] = Field(
+        "reap",
+        description="How to select experts: by REAP or by how often they are chosen, or at random; "
+        "merge averages the others into the most similar expert that stays.",
+    )
+    experts_scope: Literal["layer", "global"] = Field(
+        "layer",
+        description="Where experts compete: within their layer, or in the whole model, so that "
+        "layers keep different numbers.",
+    )
     depth: Depth = Field(default_factory=lambda: Depth())
 
 

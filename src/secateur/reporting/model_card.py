@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.reporting.front_matter import front_matter, shown_place
+from secateur.reporting.tables import by_layer
 
 __all__ = ["model_card"]
 
@@ -85,7 +86,7 @@ def model_card(
         hardware=f"{environment['cpu']}, {environment['threads']} threads",
         peak=f"{manifest['cost']['peak_resident_bytes'] / 2**30:.2f}",
         recipe=recipe_yaml.rstrip(),
-        left=not_pruned(manifest.get("left", [])),
+        left=not_pruned(manifest.get("left", [])) + without_tokens(manifest.get("experts")),
         evidence=f"{evidence}\n\n" if evidence else "",
     )
 
@@ -96,6 +97,14 @@ def not_pruned(left: Sequence[Mapping[str, Any]]) -> str:
         return "No matrix was left out."
     lines = [f"- `{x['names']}`: {x['reason']}, {x['weights']:,} weights" for x in left]
     return "These matrices were not pruned:\n\n" + "\n".join(lines)
+
+
+def without_tokens(experts: Mapping[str, Any] | None) -> str:
+    """A sentence about experts that calibration did not reach; empty if it reached all."""
+    silent = by_layer((experts or {}).get("silent", {}))
+    return f"\n\nNo calibration token reached these experts, so they are dense: {silent}." * bool(
+        silent
+    )
 
 
 def describe_calibration(calibration: Mapping[str, Any] | None) -> str:

@@ -157,3 +157,10 @@ def mib(size: float) -> str:
 def not_pruned(left: Sequence[Left]) -> str:
     """Matrices that are not pruned, one line per kind."""
     return "\n".join(one.line() for one in left) or "nothing"
+
+
+def by_layer(silent: Mapping[str, Sequence[int]]) -> str:
+    """Numbers of experts by the number of their layer, as one line; empty for none."""
+    return "; ".join(
+        f"layer {layer}: {', '.join(map(str, numbers))}" for layer, numbers in silent.items()
+    )

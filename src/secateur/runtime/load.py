@@ -9,7 +9,7 @@ import torch
 
 from secateur.allocator import reused_pages
 from secateur.errors import CheckpointError
-from secateur.models.experts import OpenExperts
+from secateur.models.open_experts import OpenExperts
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.whole import load_whole
 from secateur.runtime.dense_view import computed_dtype

@@ -97,7 +97,7 @@ def account(made: Design) -> Accounting:
     model = made.uncut
     kept = [kept_count(made, layer, "groups") for layer in made.layers]
     there = parameters_of(model)
-    sources = {name: there[edit.source] for name, edit in made.edits.items()}
+    sources = {n: there[edit.source] for n, edit in made.edits.items() if edit.source in there}
     before = [(n, p, p.numel() * p.itemsize, p.numel()) for n, p in there.items()]
     after = [
         (n, p, p.numel() * sources[n].itemsize, p.numel())

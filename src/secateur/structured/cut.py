@@ -47,6 +47,7 @@ class Sizes:
         groups: KV groups; 0 where there is no attention.
         neurons: FFN neurons; 0 where there is no FFN, or a mixture of experts.
         experts: experts; 0 where the FFN is dense.
+        expert_groups: the groups into which a router divides them, in their order.
     """
 
     hidden: int
@@ -55,6 +56,7 @@ class Sizes:
     groups: tuple[int, ...]
     neurons: tuple[int, ...]
     experts: tuple[int, ...]
+    expert_groups: int = 1
 
     @property
     def layers(self) -> int:
@@ -237,6 +239,7 @@ def sizes_of(model: Any) -> Sizes:
         groups=tuple(columns(x, couplings.consumer("queries")) // width for x in layers),
         neurons=tuple(columns(x, couplings.consumer("neurons")) for x in layers),
         experts=tuple(experts_of(layer, couplings) for layer in layers),
+        expert_groups=architecture.experts.divided(config) if architecture.experts else 1,
     )
 
 

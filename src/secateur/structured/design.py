@@ -20,7 +20,7 @@ from secateur.models.architecture import Architecture, describe, text_config
 from secateur.models.classes import text_part
 from secateur.models.couplings import Couplings
 from secateur.models.skeleton import quiet_transformers, skeleton_of
-from secateur.structured.checks import check_configuration, refuse_buffers
+from secateur.structured.checks import check_configuration
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,
     Cut,
@@ -30,7 +30,7 @@ from secateur.structured.cut import (
     head_size,
     sizes_of,
 )
-from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, parameters_of
+from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
 from secateur.structured.layer_settings import differing_layer, has_attention, kept_settings
 
 __all__ = ["Design", "design", "kept_count"]
@@ -84,11 +84,10 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     """
     model = with_fused_experts(model)
     architecture, sizes = describe(model), sizes_of(model)
-    refuse_buffers(model, architecture)
     if cut.kinds:
         couplings_of(architecture, cut.kinds)
     cut.check(sizes)
-    check_configuration(model, cut, pad)
+    check_configuration(model, cut, sizes, pad)
     hidden = None if cut.hidden is None else torch.tensor(cut.hidden, dtype=torch.long)
     if hidden is not None and len(hidden) == sizes.hidden:
         hidden = None
@@ -172,7 +171,7 @@ def fits(skeleton: Any, made: Design) -> bool:
     Raises:
         ArchitectureError: they do, but a layer would have another setting than before.
     """
-    shapes = {name: tuple(p.shape) for name, p in parameters_of(skeleton).items()}
+    shapes = {name: tuple(p.shape) for name, p in tensors_of(skeleton).items()}
     if shapes != {name: edit.shape for name, edit in made.edits.items()}:
         return False
     couplings = made.architecture.couplings
@@ -193,7 +192,7 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
     before, after = (list(made.architecture.layers(model)) for model in (made.uncut, skeleton))
     if len(before) == len(after):
         return
-    there = parameters_of(made.uncut)
+    there = tensors_of(made.uncut)
     resized = any(edit.shape != tuple(there[edit.source].shape) for edit in made.edits.values())
     kept = [layer.index for layer in made.layers]
     if has_attention(made.uncut.config) and not has_attention(skeleton.config):

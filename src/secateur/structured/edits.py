@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Architecture
 from secateur.models.couplings import Axes, Couplings
+from secateur.models.skeleton import stored_buffers
 from secateur.structured.cut import UNITS, Cut, Sizes
 
-__all__ = ["Edit", "Editor", "LayerCut", "gone_of", "layer_cuts", "parameters_of"]
+__all__ = ["Edit", "Editor", "LayerCut", "gone_of", "layer_cuts", "parameters_of", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Editor:
             ArchitectureError: a parameter that may have to be cut is not declared.
         """
         prefix = self.architecture.layers_path + "."
-        there = parameters_of(self.model)
+        there = tensors_of(self.model)
         projected = any(name.endswith("project_in.weight") for name in there)
         embedding = "-" if projected else "hidden"
         outside = {
@@ -174,7 +175,7 @@ class Editor:
         """
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
-        parameter = module.get_parameter(leaf)
+        parameter: Tensor = getattr(module, leaf)
         axes = declared.get(inner) or declared.get(inner.rpartition(".")[0])
         if axes is None:
             cut = (self.stream, layer.groups, layer.queries, layer.neurons)
@@ -205,6 +206,11 @@ def parameters_of(model: Any) -> dict[str, Tensor]:
     """Parameters by name; those that share a tensor count once. In a skeleton none do."""
     tied = getattr(model, "all_tied_weights_keys", {})
     return {n: p for n, p in model.named_parameters() if not (p.is_meta and n in tied)}
+
+
+def tensors_of(model: Any) -> dict[str, Tensor]:
+    """Parameters by name, as `parameters_of`, and buffers that checkpoints store."""
+    return parameters_of(model) | stored_buffers(model)
 
 
 def gone_of(couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:

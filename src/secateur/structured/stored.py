@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from secateur.errors import CheckpointError
 from secateur.structured.design import Design
 from secateur.structured.edits import Edit
@@ -24,7 +26,7 @@ def stored_edits(made: Design, stored: Mapping[str, str], folder: Path) -> dict[
 
     Args:
         made: the design.
-        stored: from `stored_names`, of the model with its experts opened.
+        stored: from `stored_names` with `split=False`, of the model with its experts opened.
         folder: the checkpoint.
 
     Raises:
@@ -32,7 +34,8 @@ def stored_edits(made: Design, stored: Mapping[str, str], folder: Path) -> dict[
     """
     found: dict[str, Edit] = {}
     for name, edit in made.edits.items():
-        for part in experts_apart(made, edit):
+        whole = edit.source in stored  # experts may be stored fused, as transformers holds them
+        for part in [(None, edit)] if whole else experts_apart(made, edit):
             if part[1].source not in stored:
                 raise CheckpointError(
                     f"the checkpoint does not contain {part[1].source}",
@@ -52,14 +55,18 @@ def experts_apart(made: Design, edit: Edit) -> Iterator[tuple[tuple[int, int] | 
     if experts is None or not owner.endswith(f".{experts.module}"):
         yield None, edit
         return
-    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-    _, rows, columns = edit.kept
-    shape = (edit.shape[1] // len(parts), edit.shape[2])
-    count = made.uncut.get_parameter(edit.source).shape[0]
-    kept = range(count) if edit.kept[0] is None else edit.kept[0].tolist()
+    if leaf not in experts.layout.names:
+        yield None, edit
+        return
+    whole = made.uncut.get_parameter(edit.source)
+    axes = edit.kept[1:]
+    if experts.layout.transposed and not leaf.endswith("_bias"):
+        axes = axes[::-1]
+    kept = range(len(whole)) if edit.kept[0] is None else edit.kept[0].tolist()
+    apart = experts.layout.apart(leaf, torch.empty(edit.shape, device="meta"))
     for new, old in enumerate(kept):
-        for part in parts:
-            yield (old, new), Edit(f"{owner}.{old}.{part}.weight", (rows, columns), shape)
+        for part, view in apart[new].items():
+            yield (old, new), Edit(f"{owner}.{old}.{part}", axes, tuple(view.shape))
 
 
 def numbered_anew(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,13 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import Linear, describe
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
 from secateur.models.shard_writer import ShardWriter
-from secateur.models.skeleton import assign, build_skeleton, quiet_transformers, stored_names
+from secateur.models.skeleton import (
+    assign,
+    build_skeleton,
+    quiet_transformers,
+    stored_buffers,
+    stored_names,
+)
 from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 from secateur.structured.accounting import Accounting, account
@@ -29,6 +36,10 @@ from secateur.structured.stored import stored_edits
 __all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model"]
 
 METADATA = {"format": "pt"}
+MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+"""How configurations call the number of layers that predict further tokens."""
+
+log = logging.getLogger(__name__)
 
 
 class VariedSizesWarning(UserWarning):
@@ -50,9 +61,13 @@ def cut_model(model: Any, cut: Cut, *, pad: bool = False) -> Any:
     made = design(model, cut, pad=pad)
     warn_if_varied(made)
     result = made.skeleton
-    there = dict(model.named_parameters())
+    there, buffers = dict(model.named_parameters()), stored_buffers(model)
     with torch.no_grad():
         for name, edit in made.edits.items():
+            if edit.source in buffers:
+                owner, _, leaf = name.rpartition(".")
+                setattr(result.get_submodule(owner), leaf, edit(buffers[edit.source]).clone())
+                continue
             source = there[edit.source]
             assign(result, name, edit(source.detach()))
             result.get_parameter(name).requires_grad_(source.requires_grad)
@@ -100,14 +115,35 @@ def cut_checkpoint(
     reader = CheckpointReader(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut, pad=pad)
-    stored = stored_names(model, reader)
+    stored = stored_names(model, reader, split=False)
     edits = stored_edits(made, stored, folder)
     warn_if_varied(made)
+    leave_out_unbuilt(made, sorted(reader.entries.keys() - set(stored.values())))
     result = account(made)
     output_folder.mkdir(parents=True, exist_ok=True)
     write_beside(folder, output_folder, made)
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
+
+
+def leave_out_unbuilt(made: Design, names: Sequence[str]) -> None:
+    """Name stored tensors that the class does not build, such as layers for further tokens.
+
+    The cut cannot follow them, and engines that use them need the uncut sizes. So the result lacks
+    them, and its configuration says so.
+    """
+    if not names:
+        return
+    log.warning(
+        "%d stored tensors are no part of the causal language model (%s, …): the cut model is "
+        "written without them",
+        len(names),
+        names[0],
+    )
+    config = made.skeleton.config
+    for key in MTP_LAYERS:
+        if getattr(config, key, None):
+            setattr(config, key, 0)
 
 
 def warn_if_varied(made: Design) -> None:

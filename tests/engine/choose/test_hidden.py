@@ -15,10 +15,10 @@ from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import describe
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
-from zoo import CONFIGS, MIXTURES, tiny_model, tiny_windows
+from zoo import CONFIGS, PLAIN_MIXTURES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows()
-DECLARED = [family for family in (*CONFIGS, *MIXTURES) if family != "generic"]
+DECLARED = [family for family in (*CONFIGS, *PLAIN_MIXTURES) if family != "generic"]
 
 
 def scores_of(model, work: Path) -> torch.Tensor:

@@ -21,7 +21,7 @@ from secateur.runs.ledger import Ledger
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_model
 from slow import FEW_FAMILIES, few_families, slow_but
-from zoo import CONFIGS, MIXTURES, tiny_model, tiny_windows
+from zoo import CONFIGS, PLAIN_MIXTURES, tiny_model, tiny_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore::secateur.structured.surgery.VariedSizesWarning")
 
@@ -112,7 +112,7 @@ def test_hidden_states_on_disk_give_the_same_weights(family: str, tmp_path: Path
     assert not [*tmp_path.rglob("inputs-*")]
 
 
-@pytest.mark.parametrize("family", few_families([*CONFIGS, *MIXTURES]))
+@pytest.mark.parametrize("family", few_families([*CONFIGS, *PLAIN_MIXTURES]))
 def test_which_families_can_be_refitted(family: str) -> None:
     architecture = describe(tiny_model(family))
     assert can_refit(architecture, channels=False) == bool(architecture.writers)

@@ -33,7 +33,7 @@ HYBRIDS = {
     "falcon_h1": "model.layers",
     "bamba": "model.layers",
     "granitemoehybrid dense": "model.layers",
-    "nemotron_h": "model.layers",
+    "nemotron_h dense": "model.layers",
     "gemma4_text": "model.layers",
 }
 """Where their layers are."""

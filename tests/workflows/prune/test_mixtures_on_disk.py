@@ -19,12 +19,12 @@ from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.prune.run import Run
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.experts import OpenExperts
+from secateur.models.open_experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.packed import PackedCheckpoint
 from slow import few_families
 from tiny import split_shards, tiny_tokenizer
-from zoo import MIXTURES, tiny_model, tiny_windows
+from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
 
 IDS = tiny_windows(2, 9, seed=5)
 
@@ -72,7 +72,7 @@ def logits(model: nn.Module) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("family", few_families(MIXTURES))
+@pytest.mark.parametrize("family", few_families(PLAIN_MIXTURES))
 @pytest.mark.parametrize("fused", [False, True])
 def test_pruned_on_disk_as_in_memory(
     family: str, fused: bool, tmp_path: Path, windows: Path
@@ -149,19 +149,31 @@ def test_unseen_experts_are_named_and_a_stopped_run_knows_them(
     for report in (whole, again):
         assert len(report.manifest["experts"]["unseen"]) == 9
         assert report.manifest["experts"]["unseen"][0].startswith("model.layers.0.mlp.experts.4.")
+        assert report.manifest["experts"]["silent"] == {"0": [4], "1": [4], "2": [4]}
+        assert report.manifest["experts"]["experts"] == 15
+        reach = report.manifest["reach"]
+        assert (reach["matrices"], reach["pruned"]) == (3 * (4 + 15), 3 * (4 + 12))
+        assert reach["fewest_tokens"] == report.manifest["experts"]["fewest_tokens"]
+        assert (reach["fewest_tokens"] is None) == (method == "taylor")
     for name, tensor in stored(tmp_path / "whole").items():
         assert torch.equal(tensor, stored(tmp_path / "out")[name]), name
     audit = audit_checkpoint(tmp_path / "out")
     left = {x.name for x in audit.linears if not x.zeros}
     assert left == set(again.manifest["experts"]["unseen"])
     assert audit.sparsity == again.sparsity < 0.5
+    named = "layer 0: 4; layer 1: 4; layer 2: 4"
+    assert named in str(again.blocks())
+    shown = secateur.inspect(tmp_path / "out")
+    assert named in str(shown.blocks())
+    assert shown.to_json()["silent_experts"] == {"0": [4], "1": [4], "2": [4]}
+    assert f"so they are dense: {named}." in (tmp_path / "out" / "README.md").read_text()
     diagnosis = secateur.diagnose(tmp_path / "out")
     (unseen,) = (x for x in diagnosis.findings if x.id == "expert-unseen")
     assert unseen.evidence.startswith("9 linears of experts are dense")
     assert not [x for x in diagnosis.findings if x.id == "dense-linear"]
 
 
-@pytest.mark.parametrize("family", few_families(MIXTURES))
+@pytest.mark.parametrize("family", few_families(PLAIN_MIXTURES))
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("values", ["keep", "int8"])
 def test_compressed_and_back(
@@ -221,7 +233,7 @@ def test_a_matrix_that_is_kept_dense_is_loaded_too(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(plain(tmp_path / "c")), expected)
 
 
-@pytest.mark.parametrize("family", few_families(MIXTURES))
+@pytest.mark.parametrize("family", few_families(PLAIN_MIXTURES))
 def test_no_false_alarm(family: str, tmp_path: Path, windows: Path) -> None:
     source = save_mixture(tmp_path / "source", family)
     secateur.prune(
@@ -286,4 +298,6 @@ def test_parts_that_do_not_fill_a_tensor_are_refused(tmp_path: Path) -> None:
     source = save_mixture(tmp_path / "source", "mixtral", fused=True)
     reader = CheckpointReader(source)
     with pytest.raises(CheckpointError, match="not made of 1 equal parts"):
-        reader.split("model.layers.0.mlp.experts.down_proj", {"a": (32, 48)})
+        reader.split(
+            "model.layers.0.mlp.experts.down_proj", {"a": torch.empty(5, 32, 48, device="meta")[0]}
+        )

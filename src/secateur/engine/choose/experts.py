@@ -6,7 +6,7 @@ sums for each expert. `kept_experts` uses them to choose the experts of a `Cut`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.experts import OpenExperts
+from secateur.models.open_experts import OpenExperts
 from secateur.progress import Progress
 
-__all__ = ["SCORES", "ExpertUse", "expert_use", "kept_experts"]
+__all__ = ["SCOPES", "SCORES", "ExpertChoice", "ExpertUse", "expert_use", "kept_experts"]
 
-SCORES = ("reap", "frequency")
+SCORES = ("reap", "frequency", "random")
+SCOPES = ("layer", "global")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ExpertUse:
 
         reap       S_j = 1/|T_j| · Σ_{t in T_j} g_j(t) · ‖f_j(t)‖₂
         frequency  |T_j|
+        random     a number drawn for each expert, a baseline
 
     T_j are the tokens routed to expert j, f_j(t) is the expert's output for a token, and g_j(t) is
     the weight by which the model multiplies it. An expert without tokens has the score 0.
@@ -48,8 +50,12 @@ class ExpertUse:
     tokens: Tensor
     outputs: Tensor
 
-    def score(self, name: str) -> Tensor:
+    def score(self, name: str, seed: int = 0) -> Tensor:
         """Float64 [experts], higher = keep.
+
+        Args:
+            name: one of `SCORES`.
+            seed: of `random`.
 
         Raises:
             RecipeError: there is no such score.
@@ -60,6 +66,9 @@ class ExpertUse:
             )
         if name == "frequency":
             return self.tokens.double()
+        if name == "random":
+            generator = torch.Generator().manual_seed(seed)
+            return torch.rand(len(self.tokens), generator=generator, dtype=torch.float64)
         return self.outputs / self.tokens.clamp_min(1)
 
     def to_json(self) -> dict[str, Any]:
@@ -81,26 +90,24 @@ class Listener:
         self.experts, count = experts, len(experts)
         self.tokens = torch.zeros(count, dtype=torch.int64)
         self.outputs = torch.zeros(count, dtype=torch.float64)
-        self.routing: tuple[Tensor, Tensor]
+        self.given: Mapping[str, Tensor]
         self.handles = [experts.register_forward_pre_hook(self.note, with_kwargs=True)]
         self.handles += [
             expert.register_forward_hook(self.hook(j)) for j, expert in enumerate(experts)
         ]
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Remember the routing of this forward."""
+        """Remember the arguments of this forward, which hold the routing."""
         names = ("hidden_states", "top_k_index", "top_k_weights")
-        given = dict(zip(names, args, strict=False)) | dict(kwargs)
-        self.routing = given["top_k_index"], given["top_k_weights"]
+        self.given = dict(zip(names, args, strict=False)) | dict(kwargs)
 
     def hook(self, expert: int) -> Any:
         """The hook of one expert."""
 
         def after(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            index, weights = self.routing
-            token, place = self.experts.routed(index, expert)
-            added = weights[token, place].double() * out.double().norm(dim=-1)
-            self.tokens[expert] += len(token)
+            weights = self.experts.weights(self.given, expert)
+            added = weights.double() * out.double().norm(dim=-1)
+            self.tokens[expert] += len(out)
             self.outputs[expert] += float(added.sum())
 
         return after
@@ -147,39 +154,95 @@ def expert_use(
     if not found:
         raise ArchitectureError(
             f"no decoder layer of {type(target.model).__name__} has experts that can be told apart",
-            remedy="mixtral, qwen2_moe and qwen3_moe have; a loaded model needs opened_experts",
+            remedy="the model is dense; or a loaded model needs opened_experts",
         )
     return found
 
 
+@dataclass(frozen=True)
+class ExpertChoice:
+    """How to choose the experts to keep.
+
+    Attributes:
+        top_k: number of experts that the router chooses for each token; no layer keeps fewer.
+        score: one of `SCORES`.
+        groups: number of groups into which the router divides the experts, in their order. Each
+            keeps the same number.
+        scope: `layer`, where each layer keeps the same number; or `global`, where scores compete
+            in the whole model, as multiples of the mean of their layer.
+        seed: of the score `random`.
+    """
+
+    top_k: int
+    score: str = "reap"
+    groups: int = 1
+    scope: str = "layer"
+    seed: int = 0
+
+
 def kept_experts(
-    use: Mapping[int, ExpertUse], keep: int, top_k: int, score: str = "reap"
+    use: Mapping[int, ExpertUse], keep: int, how: ExpertChoice
 ) -> dict[int, tuple[int, ...]]:
-    """Return the experts with the highest scores in each layer. Ties go to the first expert.
+    """Return the experts with the highest scores. Ties go to the first expert.
 
     Args:
         use: the result of `expert_use`.
-        keep: number of experts to keep in each layer.
-        top_k: number of experts that the router chooses for each token.
-        score: `reap` or `frequency`.
+        keep: number of experts to keep in each layer; with the scope `global` on average.
+        how: the rule.
 
     Returns:
         Ascending numbers of experts by layer, as in `Cut.experts`.
 
     Raises:
-        RecipeError: `keep` exceeds the number of experts, or is below the router's choice.
+        RecipeError: `keep` exceeds the number of experts, is below the router's choice, or leaves
+            uneven groups.
     """
     fewest = min(len(layer.tokens) for layer in use.values())
-    if not top_k <= keep <= fewest:
+    if not how.top_k <= keep <= fewest:
         raise RecipeError(
-            f"{keep} experts cannot be kept: the router sends each token to {top_k}, and a layer "
-            f"has {fewest}",
-            remedy=f"keep from {top_k} to {fewest}",
+            f"{keep} experts cannot be kept: the router sends each token to {how.top_k}, and a "
+            f"layer has {fewest}",
+            remedy=f"keep from {how.top_k} to {fewest}",
         )
-    return {layer: tuple(sorted(first(heard.score(score), keep))) for layer, heard in use.items()}
+    if keep % how.groups:
+        raise RecipeError(
+            f"{keep} experts cannot be kept: the router chooses between {how.groups} groups of "
+            "them, which stay equally large",
+            remedy=f"keep a multiple of {how.groups}",
+        )
+    scores = {layer: heard.score(how.score, how.seed + layer) for layer, heard in use.items()}
+    counts = dict.fromkeys(scores, keep)
+    if how.scope == "global":
+        counts = global_counts(scores, keep, how)
+    return {layer: best(score, counts[layer], how.groups) for layer, score in scores.items()}
 
 
-def first(score: Tensor, count: int) -> Sequence[int]:
-    """The indices of the highest scores."""
-    places: list[int] = torch.argsort(score, descending=True, stable=True)[:count].tolist()
-    return places
+def global_counts(scores: Mapping[int, Tensor], keep: int, how: ExpertChoice) -> dict[int, int]:
+    """How many experts each layer keeps if all compete.
+
+    Raises:
+        RecipeError: the router divides the experts into groups.
+    """
+    if how.groups > 1:
+        raise RecipeError(
+            f"the router chooses between {how.groups} groups of experts, which stay equally large, "
+            "so layers cannot keep different numbers",
+            remedy="use --experts-scope layer",
+        )
+    ranked = []
+    for layer, score in scores.items():
+        order = score.sort(descending=True).values / score.mean().clamp_min(1e-300)
+        ranked += [(-float(value), layer) for value in order[how.top_k :]]
+    free = keep * len(scores) - how.top_k * len(scores)
+    counts = dict.fromkeys(scores, how.top_k)
+    for _, layer in sorted(ranked)[:free]:
+        counts[layer] += 1
+    return counts
+
+
+def best(score: Tensor, keep: int, groups: int) -> tuple[int, ...]:
+    """The indices of the highest scores, as many of each group, ascending."""
+    size = len(score) // groups
+    order = [torch.argsort(own, descending=True, stable=True) for own in score.split(size)]
+    first = [own[: keep // groups] + size * group for group, own in enumerate(order)]
+    return tuple(sorted(torch.cat(first).tolist()))

@@ -249,9 +249,7 @@ class LayerPass:
                 if own.get(linear.name) is False:
                     fitted(linear)  # keeps what tuning needs, though another process solves it
         found = prune_group(linears, shared, context.own, context.tasks, fitted)
-        if context.architecture.of_expert(self.groups[group][0].name):
-            found = [replace(record, tokens=seen.tokens) for record in found]
-        return found
+        return [replace(record, tokens=seen.tokens) for record in found]
 
     # -- reconstruction -------------------------------------------------------------------------
 

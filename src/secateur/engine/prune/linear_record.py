@@ -22,7 +22,7 @@ class LinearRecord:
         error: relative squared error of its output on the calibration inputs, if known.
         lost: an estimate of that error if the solver measures none (`engine.prune.collapse`).
         seconds: time for scoring, masking and solving.
-        tokens: number of inputs of an expert's linear; None for other linears, which read all.
+        tokens: number of calibration tokens that it received; None if its inputs did not matter.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Reports how well calibration reaches the experts. Some experts receive few tokens, some none.
+"""Counts what calibration reaches. Some experts receive few tokens, some none.
 
 Without tokens, an expert cannot be scored or compensated. If no token reaches an expert's linear,
 it stays unchanged, whatever its task, and the ledger names it. If few tokens reach it, it is
@@ -8,16 +8,24 @@ pruned, and its record gives their number.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, VerificationError
 from secateur.models.architecture import Architecture, Linear
 
-__all__ = ["Coverage", "coverage", "is_reached", "refuse_unreached"]
+__all__ = [
+    "Coverage",
+    "Reach",
+    "coverage",
+    "is_reached",
+    "reach",
+    "refuse_unreached",
+    "silent_experts",
+]
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +72,16 @@ class Coverage:
         few: number of them that received fewer tokens than they have inputs.
         fewest_tokens: the smallest number of tokens of one of them; None if inputs did not matter.
         unseen: linears that stayed unchanged because no token reached them.
+        experts: number of experts of which linears were to be pruned.
+        silent: experts that no token reached: their numbers, by the number of the layer.
     """
 
     linears: int = 0
     few: int = 0
     fewest_tokens: int | None = None
     unseen: list[str] = field(default_factory=list)
+    experts: int = 0
+    silent: dict[str, list[int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The form for the manifest."""
@@ -107,9 +119,75 @@ def coverage(layers: Sequence[Mapping[str, Any]], architecture: Architecture) ->
         return None
     records = [r for x in layers for r in x["linears"] if architecture.of_expert(r["name"])]
     seen = [(r["tokens"], r["shape"][1]) for r in records if r.get("tokens") is not None]
+    unseen = [name for x in layers for name in x.get("unseen", ())]
+    heard = {number_of(r["name"]) for r in records if r.get("tokens") != 0}
+    silent = silent_experts(name for name in unseen if number_of(name) not in heard)
     return Coverage(
         len(records),
         sum(tokens < inputs for tokens, inputs in seen),
         min((tokens for tokens, _ in seen), default=None),
-        [name for x in layers for name in x.get("unseen", ())],
+        unseen,
+        len({number_of(r["name"]) for r in records} | {number_of(name) for name in unseen}),
+        silent,
     )
+
+
+def silent_experts(unseen: Iterable[str]) -> dict[str, list[int]]:
+    """The numbers of experts, by the number of the layer, from the names of their linears."""
+    found: dict[str, list[int]] = {}
+    for layer, expert in sorted({number_of(name) for name in unseen}):
+        found.setdefault(str(layer), []).append(expert)
+    return found
+
+
+def number_of(name: str) -> tuple[int, int]:
+    """The numbers of the layer and of the expert in the name of an expert's linear."""
+    layer, expert, *_ = (*(int(x) for x in name.split(".") if x.isdecimal()), -1, -1)
+    return layer, expert
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a run reached of the matrices that it was to prune.
+
+    Attributes:
+        matrices: number of matrices to prune.
+        pruned: number of them that were pruned; the others are in `Coverage.unseen`.
+        fewest_tokens: the smallest number of calibration tokens of a pruned matrix; None if inputs
+            did not matter.
+    """
+
+    matrices: int
+    pruned: int
+    fewest_tokens: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The form for the manifest."""
+        return asdict(self)
+
+
+def reach(layers: Sequence[Mapping[str, Any]], changed: Iterable[str]) -> Reach:
+    """Count what a run reached, and refuse a matrix that it passed over.
+
+    Args:
+        layers: the ledger's lines of its layers.
+        changed: names of the linears that were to be pruned.
+
+    Raises:
+        VerificationError: a linear has no record, or it was pruned without calibration tokens
+            where others had some.
+    """
+    records = {r["name"]: r.get("tokens") for x in layers for r in x["linears"]}
+    unseen = {name for x in layers for name in x.get("unseen", ())}
+    counted = [tokens for tokens in records.values() if tokens is not None]
+    lost = sorted(set(changed) - records.keys() - unseen)
+    if counted:
+        lost += sorted(name for name, tokens in records.items() if not tokens)
+    if lost:
+        raise VerificationError(
+            f"{len(lost)} matrices were to be pruned, but calibration passed over them",
+            where=lost[0],
+            remedy="please report this with the model's name: its layers run in a way that is not "
+            "known; --exclude leaves such matrices out",
+        )
+    return Reach(len(records) + len(unseen), len(records), min(counted, default=None))

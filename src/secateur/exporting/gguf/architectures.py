@@ -22,10 +22,11 @@ from secateur.exporting.gguf.rope import (
     rope_differences,
     rope_tensors,
 )
-from secateur.models.architecture import PROJECTIONS, Experts, families
+from secateur.models.architecture import families
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
-from secateur.models.experts import split_stored
+from secateur.models.expert_layout import PROJECTIONS, Experts
+from secateur.models.stored_experts import split_stored
 
 __all__ = ["LlamaCppModel", "Planned", "model_of"]
 
@@ -174,7 +175,7 @@ def model_of(source: ExportSource) -> LlamaCppModel:
         raise differs(source.folder, f"models of type {kind!r} are not described for it here")
     experts = experts_of(source)
     if experts is not None:
-        split_stored(source.reader, experts)
+        split_stored(source.reader, experts, {name: name for name in source.reader.entries})
     decoder = decoder_of(source, family, configuration(source, kind))
     if decoder.varied:
         if family.varied is None:

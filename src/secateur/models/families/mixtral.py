@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
-from secateur.models.architecture import SPLIT_ATTENTION_GROUPS, Experts, Family, families
-from secateur.models.couplings import FUSED_EXPERTS, LLAMA_COUPLINGS, SIZES_OF_EXPERTS
+from secateur.models.architecture import SPLIT_ATTENTION_GROUPS, Family, families
+from secateur.models.couplings import LLAMA_COUPLINGS, expert_axes, sizes_of_experts
+from secateur.models.expert_layout import Experts
+
+EXPERTS = Experts(stored=("w1", "w3", "w2"), count="num_local_experts")
 
 MIXTRAL = families.register("mixtral")(
     Family(
@@ -13,9 +16,9 @@ MIXTRAL = families.register("mixtral")(
         writers=("self_attn.o_proj",),
         couplings=replace(
             LLAMA_COUPLINGS,
-            layer={**LLAMA_COUPLINGS.layer, **FUSED_EXPERTS},
-            attributes=SIZES_OF_EXPERTS,
+            layer={**LLAMA_COUPLINGS.layer, **expert_axes(EXPERTS)},
+            attributes=sizes_of_experts(EXPERTS, "hidden_dim"),
         ),
-        experts=Experts(stored=("w1", "w3", "w2"), count="num_local_experts"),
+        experts=EXPERTS,
     )
 )

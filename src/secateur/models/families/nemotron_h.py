@@ -1,7 +1,15 @@
-"""Nemotron-H without experts: each layer is Mamba-2, attention or a feed-forward alone."""
+"""Nemotron-H: Mamba, attention and experts without a gate, which may read a latent space."""
 
 from secateur.models.architecture import Family, families
-from secateur.models.couplings import Couplings
+from secateur.models.couplings import Couplings, expert_axes, sizes_of_experts
+from secateur.models.expert_layout import ExpertLayout, Experts
+
+EXPERTS = Experts(
+    module="mixer.experts",
+    router="mixer.gate",
+    count="n_routed_experts",
+    layout=ExpertLayout(gated=False),
+)
 
 NEMOTRON_H = families.register("nemotron_h")(
     Family(
@@ -32,6 +40,7 @@ NEMOTRON_H = families.register("nemotron_h")(
                 "mixer.up_proj": ("neurons", "hidden"),
                 "mixer.down_proj": ("hidden", "neurons"),
                 "norm": ("hidden",),
+                **expert_axes(EXPERTS, stream="-"),
             },
             outside={
                 "model.embeddings": ("-", "hidden"),
@@ -41,10 +50,12 @@ NEMOTRON_H = families.register("nemotron_h")(
             attention="",  # no layer has it besides something else
             ffn=("mixer",),
             ffn_norms=("norm",),
+            attributes=sizes_of_experts(EXPERTS),
             fixed={
                 "groups": "a layer with attention has nothing else, so the layer can be removed",
                 "hidden": "the states of its Mamba layers are a multiple of the hidden size",
             },
         ),
+        experts=EXPERTS,
     )
 )

@@ -5,11 +5,11 @@ from dataclasses import replace
 from secateur.models.architecture import (
     PRE_NORM_WRITERS,
     SPLIT_ATTENTION_GATED_FFN,
-    Experts,
     Family,
     families,
 )
-from secateur.models.couplings import FUSED_EXPERTS, LLAMA_COUPLINGS, SIZES_OF_EXPERTS
+from secateur.models.couplings import LLAMA_COUPLINGS, expert_axes, sizes_of_experts
+from secateur.models.expert_layout import Experts
 
 SHARED_EXPERT = {
     "mlp.shared_expert.gate_proj": ("-", "hidden"),
@@ -30,8 +30,8 @@ QWEN2_MOE = families.register("qwen2_moe")(
         writers=PRE_NORM_WRITERS,
         couplings=replace(
             LLAMA_COUPLINGS,
-            layer={**LLAMA_COUPLINGS.layer, **FUSED_EXPERTS, **SHARED_EXPERT},
-            attributes=SIZES_OF_EXPERTS,
+            layer={**LLAMA_COUPLINGS.layer, **expert_axes(Experts()), **SHARED_EXPERT},
+            attributes=sizes_of_experts(Experts(), "hidden_dim"),
         ),
         experts=Experts(),
     )

@@ -5,11 +5,11 @@ from dataclasses import replace
 from secateur.models.architecture import (
     PRE_NORM_WRITERS,
     SPLIT_ATTENTION_GATED_FFN,
-    Experts,
     Family,
     families,
 )
-from secateur.models.couplings import FUSED_EXPERTS, HEAD_NORMS, LLAMA_COUPLINGS, SIZES_OF_EXPERTS
+from secateur.models.couplings import HEAD_NORMS, LLAMA_COUPLINGS, expert_axes, sizes_of_experts
+from secateur.models.expert_layout import Experts
 
 QWEN3_MOE = families.register("qwen3_moe")(
     Family(
@@ -19,8 +19,8 @@ QWEN3_MOE = families.register("qwen3_moe")(
         writers=PRE_NORM_WRITERS,
         couplings=replace(
             LLAMA_COUPLINGS,
-            layer={**LLAMA_COUPLINGS.layer, **FUSED_EXPERTS, **HEAD_NORMS},
-            attributes=SIZES_OF_EXPERTS,
+            layer={**LLAMA_COUPLINGS.layer, **expert_axes(Experts()), **HEAD_NORMS},
+            attributes=sizes_of_experts(Experts(), "hidden_dim"),
         ),
         experts=Experts(),
     )

@@ -12,7 +12,9 @@ from secateur.reporting.report.records import (
     ReportedRun,
     ReportedSweep,
 )
+from secateur.reporting.tables import by_layer
 from secateur.reporting.wording import percent
+from secateur.runs.records.run import Manifest
 
 __all__ = ["Part", "of_advice", "of_fit", "of_run", "of_sweep"]
 
@@ -51,6 +53,7 @@ def of_run(run: ReportedRun) -> Part:
         ("Calibration", facts(m.calibration or {"text": "none needed"})),
         ("Result", facts(result)),
         ("Not pruned", [(x.names, f"{x.reason}, {x.weights:,} weights") for x in m.left]),
+        ("Reached by calibration", facts(reached(m))),
         ("Cost", facts(cost)),
         ("Pruned with", facts(m.environment)),
     ]
@@ -61,6 +64,16 @@ def of_run(run: ReportedRun) -> Part:
         formats = ", ".join(run.compression.formats)
         tables.append(("Stored as", facts({"formats": formats})))
     return Part(run.name, [table for table in tables if table[1]], run.recipe)
+
+
+def reached(manifest: Manifest) -> dict[str, Any]:
+    """How many matrices calibration reached, and the experts that no token reached."""
+    reach, silent = manifest.reach, (manifest.experts or {}).get("silent", {})
+    found = {}
+    if reach.get("fewest_tokens") is not None:
+        found["matrices"] = f"{reach['pruned']:,} of {reach['matrices']:,}"
+        found["fewest tokens of one"] = f"{reach['fewest_tokens']:,}"
+    return found | ({"experts without tokens": by_layer(silent)} if silent else {})
 
 
 def judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.diagnostics.audit import Audit, LinearCount
 from secateur.reporting.results.compress import stored_as
 from secateur.reporting.results.layers import layer_of
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, mib, not_pruned
+from secateur.reporting.tables import Block, Table, by_layer, mib, not_pruned
 
 __all__ = ["InspectResult"]
 
@@ -23,15 +23,18 @@ class InspectResult(Result):
         model: the name from the user.
         audit: the counts.
         layer: the decoder layer whose linears are listed; None lists all layers.
+        silent: experts that got no calibration token when the model was pruned, by layer.
     """
 
     model: str
     audit: Audit
     layer: int | None = None
+    silent: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All counts."""
-        return {"model": self.model, **self.audit.to_json()}
+        silent = {layer: list(numbers) for layer, numbers in self.silent.items()}
+        return {"model": self.model, **self.audit.to_json(), "silent_experts": silent}
 
     def blocks(self) -> Sequence[Block]:
         """The whole model, then all layers or the linears of one layer."""
@@ -46,6 +49,8 @@ class InspectResult(Result):
             ("zeros in all parameters", f"{audit.model_sparsity:.4%}"),
             ("cannot be pruned", not_pruned(audit.left)),
         ]
+        if self.silent:
+            rows.append(("experts without calibration tokens", by_layer(self.silent)))
         if audit.compressed:
             rows.insert(4, ("compressed", audit.compressed))
         whole = Table.facts(self.model, rows)

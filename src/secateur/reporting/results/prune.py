@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from secateur.models.inventory import Left
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
+from secateur.reporting.tables import Block, Table, by_layer, gib, mib, not_pruned
 
 __all__ = ["PruneResult"]
 
@@ -64,9 +64,25 @@ class PruneResult(Result):
             ("planned memory", gib(self.manifest["plan"]["host_peak_bytes"])),
             ("weight files", mib(result["file_bytes"])),
         ]
+        rows += reach_rows(self.manifest)
         if self.manifest["collapsed"]:
             rows.append(("collapsed", ", ".join(self.manifest["collapsed"])))
         pruned = Table.facts("pruned", [*rows, ("output", str(self.output))])
         if self.compression is not None:
             return [pruned, *self.compression.blocks()]
         return [pruned, *after_a_dense_folder(self.output, self.manifest["source"]["name"])]
+
+
+def reach_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How far calibration reached, and the experts that it did not reach."""
+    reach, rows = manifest.get("reach") or {}, []
+    if reach.get("fewest_tokens") is not None:
+        rows.append(
+            (
+                "calibrated",
+                f"{reach['pruned']:,} of {reach['matrices']:,} matrices, with "
+                f"{reach['fewest_tokens']:,} tokens or more",
+            )
+        )
+    silent = by_layer((manifest.get("experts") or {}).get("silent", {}))
+    return [*rows, ("experts without tokens", f"left dense: {silent}")] if silent else rows

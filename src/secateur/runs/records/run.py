@@ -106,6 +106,7 @@ class Manifest(Record):
     structure: Structure | None = None
     distillation: dict[str, float] | None = None
     experts: dict[str, Any] | None = None
+    reach: dict[str, Any] = Field(default_factory=dict)
     collapsed: tuple[str, ...] = ()
     left: tuple[LeftEntry, ...] = ()
 
@@ -211,6 +212,7 @@ class StepEntry(Record):
     Attributes:
         step: depth, experts, hidden, refit, queries, width or learned.
         by: how the units were selected; None where `score` and `solver` say it.
+        scope: of a step of experts: where they compete.
         score: of a width step.
         solver: of a width step.
         allocation: of a width step.
@@ -230,6 +232,7 @@ class StepEntry(Record):
     """
 
     step: str
+    scope: str | None = None
     by: str | None = None
     score: str | None = None
     solver: str | None = None

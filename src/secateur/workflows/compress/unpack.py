@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from secateur.models.architecture import experts_of
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, shard_files, shard_name
 from secateur.models.folder_checks import read_config
+from secateur.models.open_experts import OpenExperts
 from secateur.models.shard_writer import ShardWriter
+from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
 from secateur.models.sources import resolve
+from secateur.models.stored_experts import FusedExperts, loads_one_by_one
 from secateur.progress import Progress, Silent
 from secateur.recipes.compress import DecompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -79,7 +83,7 @@ def decompress_recipe(
     with folder:
         made = folder.fresh_model()
         check_free(view.total_bytes, made)
-        write_dense(view, made, progress or Silent())
+        write_dense(as_transformers_loads(view), made, progress or Silent())
         carry_over(source.folder, made, config, same_weights=not rounded)
         if not any(folder.notes.iterdir()):
             folder.notes.rmdir()
@@ -106,6 +110,24 @@ def is_exact(layout: Layout, computed: torch.dtype) -> bool:
     values have few enough bits for any dtype, but float16 lacks the exponents.
     """
     return not layout.integers or (layout.grid is not None and computed != torch.float16)
+
+
+def as_transformers_loads(view: DenseView) -> CheckpointReader:
+    """The tensors of a view, with fused experts where transformers cannot fuse them itself.
+
+    A compressed folder stores experts one by one.
+    """
+    if not any(".experts." in name for name in view.entries):
+        return view
+    opened = build_skeleton(view.folder)
+    experts = experts_of(opened)
+    if experts is None or loads_one_by_one(opened):
+        return view
+    paths = (path for path, m in opened.named_modules() if isinstance(m, OpenExperts))
+    whole = skeleton_of(type(opened), opened.config, opened.dtype)
+    names = [f"{path}.{leaf}" for path in paths for leaf in experts.layout.names]
+    shapes = {name: tuple(whole.get_parameter(name).shape) for name in names}
+    return FusedExperts(view, model_names(opened, view), experts.layout, shapes)
 
 
 def write_dense(view: CheckpointReader, folder: Path, progress: Progress) -> None:

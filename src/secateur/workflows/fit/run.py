@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration.mix import texts_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.folder_checks import refuse_quantized
 from secateur.models.sources import resolve
@@ -75,7 +76,7 @@ def fit_recipe(
     check_target(recipe)
     tasks = prepared_tasks(recipe)
     folder = RunFolder(recipe.output, "fit", resume=resume, restart=restart, overwrite=overwrite)
-    folder.keep_apart(recipe.model, recipe.calibration.source)
+    folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source))
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)

@@ -62,13 +62,15 @@ def inspect_checkpoint(
 ) -> InspectResult:
     """Report a checkpoint. This reads every tensor."""
     from secateur.diagnostics.audit import audit_checkpoint
+    from secateur.diagnostics.claims import read_claims
+    from secateur.engine.prune.routing import silent_experts
     from secateur.models.sources import resolve
     from secateur.reporting.results.inspect import InspectResult
 
     source = resolve(model, trust_remote_code=trust_remote_code, progress=progress)
     audit = audit_checkpoint(source.folder, trust_remote_code=trust_remote_code, progress=progress)
     check_layer(layer, audit.num_hidden_layers)
-    return InspectResult(model, audit, layer)
+    return InspectResult(model, audit, layer, silent_experts(read_claims(source.folder).unseen))
 
 
 def check_layer(layer: int | None, layers: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.mix import texts_of
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocate import settled_allocation
@@ -18,7 +19,7 @@ from secateur.engine.memory_shortage import explained
 from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
-from secateur.engine.prune.routing import coverage
+from secateur.engine.prune.routing import coverage, reach
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.models.inventory import Left
 from secateur.parallel.ranks import ALONE, Ranks
@@ -124,7 +125,7 @@ def run_recipe(
     refuse_cluster(recipe)
     meter = Meter.start()
     folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
-    folder.keep_apart(recipe.model, recipe.calibration.source)
+    folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source))
     kept = folder.notes if folder.finished else folder.work
     prepared = prepare(
         recipe, folder.model, kept / WINDOWS if folder.state else None, progress=progress
@@ -171,6 +172,7 @@ def run_prepared(
             distilled = None
             if recipe.distillation.epochs:
                 distilled = distill_checkpoint(prepared, done, folder, progress)
+        reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
             folder.model,
@@ -185,6 +187,7 @@ def run_prepared(
         found = coverage(ledger.layers, prepared.target.architecture)
         manifest["cost"]["processes"] = ranks.count
         manifest["experts"] = found and found.to_json()
+        manifest["reach"] = reached.to_json()
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
         write_notes(manifest, prepared, folder)

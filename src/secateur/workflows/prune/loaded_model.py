@@ -16,6 +16,7 @@ from secateur.calibration.statistics import of_gradients
 from secateur.calibration.windows import check_fit, load_calibration
 from secateur.engine.job import Job
 from secateur.engine.prune.leaving import left_by
+from secateur.engine.prune.routing import reach
 from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.engine.prune.tasks import tasks_of
@@ -88,6 +89,7 @@ def prune_module(
             if teacher is not None:
                 assert windows is not None
                 distill_module(model, teacher, target, done, windows, recipe, progress)
+            reach(ledger.layers, (name for name, task in done.items() if task.changes))
             matrices = target.matrices()
             left = left_by(done, matrices)
             sparsity = decoder_sparsity(model, matrices)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from secateur.calibration.continuation import PREFIX
+from secateur.calibration.mix import texts_of
 from secateur.calibration.windows import load_calibration, load_windows, save_windows
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
@@ -116,7 +117,7 @@ def structure_recipe(
         recipe.output, "structure", resume=resume, restart=restart, overwrite=overwrite
     )
     domains = recipe.learned.domains if recipe.learned is not None else ()
-    folder.keep_apart(recipe.model, recipe.calibration.source, *domains)
+    folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source), *domains)
     source = resolve(
         recipe.model,
         dtype=recipe.dtype,

@@ -132,7 +132,7 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
     if recipe.experts is not None:
         if not any(sizes.experts):
             raise RecipeError("the model has no experts", remedy="leave --experts out")
-        experts = fewer(recipe.experts, max(sizes.experts), "experts of a layer")
+        experts = experts_of(recipe.experts, sizes)
     queries = queries_of(recipe, sizes)
     heads = neurons = 0.0
     ends = ends_of(recipe, layers - drop)
@@ -168,6 +168,28 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
             remedy="give a smaller number, or a fraction below 1 such as 0.75",
         )
     return aim
+
+
+def experts_of(wanted: int | float, sizes: Sizes) -> int | None:
+    """How many experts each layer keeps; as many of each group between which a router chooses.
+
+    Args:
+        wanted: a number, or a fraction; a fraction is rounded to even groups.
+        sizes: of the model.
+
+    Raises:
+        RecipeError: the groups would be uneven.
+    """
+    kept, groups = fewer(wanted, max(sizes.experts), "experts of a layer"), sizes.expert_groups
+    if kept is None or kept % groups == 0:
+        return kept
+    if isinstance(wanted, int):
+        raise RecipeError(
+            f"{kept} experts cannot be kept: the router chooses between {groups} groups of them, "
+            "which stay equally large",
+            remedy=f"keep a multiple of {groups}",
+        )
+    return kept - kept % groups
 
 
 def check_together(recipe: StructureRecipe) -> None:
@@ -320,8 +342,9 @@ def representative(aim: CutPlan) -> Cut:
     layers = range(aim.sizes.layers - aim.drop_layers)
     experts = {}
     if aim.keep_experts is not None:
+        each = aim.sizes.expert_groups  # which keep the same number
         experts = {
-            i: tuple(range(min(n, aim.keep_experts)))
+            i: tuple(e for e in range(n) if e * each % n < aim.keep_experts)
             for i, n in enumerate(aim.sizes.experts)
             if n and i in layers
         }

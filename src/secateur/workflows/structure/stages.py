@@ -11,16 +11,20 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.engine.choose.depth import DepthSettings, Dropped, choose_depth
-from secateur.engine.choose.experts import expert_use, kept_experts
+from secateur.engine.choose.experts import ExpertChoice, ExpertUse, expert_use, kept_experts
 from secateur.engine.choose.hidden import hidden_scores
+from secateur.engine.choose.merged_experts import merge_experts
 from secateur.engine.prune.settings import Settings
+from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import describe
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.open_experts import OpenExperts
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut
@@ -119,13 +123,52 @@ def without(dropped: Dropped, layers: int) -> Cut:
 
 
 def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose the experts to keep: the ones with the largest weighted outputs."""
-    target = context.target(folder)
+    """Choose the experts to keep, and merge the others into them if the recipe says so."""
+    target, recipe = context.target(folder), context.recipe
     assert context.aim.keep_experts is not None
-    tokens = context.recipe.memory.micro_batch_tokens
+    tokens = recipe.memory.micro_batch_tokens
     use = expert_use(target, context.windows, tokens, context.progress)
-    top_k: int = target.model.config.num_experts_per_tok
-    return Cut(experts=kept_experts(use, context.aim.keep_experts, top_k)), {"by": "reap"}, folder
+    config, experts = target.model.config, target.architecture.experts
+    assert experts is not None
+    how = ExpertChoice(
+        experts.per_token(config) or 1,
+        "frequency" if recipe.experts_by == "merge" else recipe.experts_by,
+        experts.divided(config),
+        recipe.experts_scope,
+        recipe.calibration.seed,
+    )
+    kept = kept_experts(use, context.aim.keep_experts, how)
+    if recipe.experts_by == "merge":
+        folder = merged(context, folder, kept, use)
+    notes = {"by": recipe.experts_by, "scope": recipe.experts_scope}
+    return Cut(experts=kept), notes, folder
+
+
+def merged(
+    context: StepContext,
+    folder: Path,
+    kept: Mapping[int, tuple[int, ...]],
+    use: Mapping[int, ExpertUse],
+) -> Path:
+    """Write a copy of a model in which the experts that stay have taken up the others."""
+    made = context.work / "merged"
+    shutil.rmtree(made, ignore_errors=True)
+    with whole_folder(made) as partial:
+        copy = PatchedCopy(CheckpointReader(folder), partial)
+        copy.create(context.progress)
+        target = context.target(folder)
+        target.output = PatchedCopy(target.reader, partial)
+        experts = target.architecture.experts
+        assert experts is not None
+        for index, layer in walk_layers(target, sorted(kept)):
+            router = layer.get_submodule(experts.router).get_parameter("weight")
+            module = layer.get_submodule(experts.module)
+            assert isinstance(module, OpenExperts)
+            merge_experts(module, router, kept[index], use[index].tokens)
+            prefix = f"{target.architecture.layer_name(index)}.{experts.module}"
+            names = (f"{e}.{n}" for e in kept[index] for n, _ in module[e].named_parameters())
+            target.commit(index, [f"{prefix}.{name}" for name in names])
+    return made
 
 
 def choose_hidden(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:

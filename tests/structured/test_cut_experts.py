@@ -1,0 +1,137 @@
+"""Experts removed from every family that has them: router, corrections and groups follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.calibration.windows import save_windows
+from secateur.errors import RecipeError
+from secateur.models.architecture import describe
+from secateur.models.skeleton import quiet_transformers
+from secateur.structured.cut import Cut, sizes_of
+from secateur.structured.surgery import cut_checkpoint, cut_model
+from slow import slow_but
+from zoo import MIXTURES, tiny_model, tiny_windows
+
+FORMS = ("gpt_oss", "llama4", "deepseek_v3", "nemotron_h", "granitemoe")
+IDS = tiny_windows(2, 9, seed=5)
+
+
+def kept_of(model: Any) -> dict[int, tuple[int, ...]]:
+    """Some experts of every layer that has any, as many of each group."""
+    counts = enumerate(sizes_of(model).experts)
+    return {i: (0, 2, 3, 5) if n == 6 else (0, 2, 4) for i, n in counts if n}
+
+
+def saved(model: Any, folder: Path) -> Path:
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path) -> Any:
+    with quiet_transformers():
+        model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    return model.eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(IDS, use_cache=False).logits
+    return out
+
+
+@pytest.mark.parametrize("family", slow_but(FORMS, MIXTURES))
+def test_experts_are_removed_with_their_rows(family: str, tmp_path: Path) -> None:
+    """What plain transformers loads holds the kept experts, rows and corrections, in order."""
+    model: Any = tiny_model(family)
+    kept = kept_of(model)
+    source = saved(model, tmp_path / "source")
+    told = cut_checkpoint(source, Cut(experts=kept), tmp_path / "out")
+    assert not told.varied
+    smaller = loaded(tmp_path / "out")
+    assert torch.equal(logits(smaller), logits(cut_model(model, Cut(experts=kept))))
+    experts: Any = describe(model).experts
+    assert getattr(smaller.config, experts.count) == len(next(iter(kept.values())))
+    before = dict(model.named_parameters()) | dict(model.named_buffers())
+    after = dict(smaller.named_parameters()) | dict(smaller.named_buffers())
+    assert after.keys() == before.keys()
+    changed = set()
+    for name, now in after.items():
+        was = before[name]
+        if was.shape != now.shape:
+            axis = next(
+                i for i, (a, b) in enumerate(zip(was.shape, now.shape, strict=True)) if a != b
+            )
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            was = was.index_select(axis, torch.tensor(kept[layer]))
+            changed.add(name.rpartition(".")[2])
+        assert torch.equal(now, was), name
+    corrections = {
+        n.rpartition(".")[2] for n, x in before.items() if x.shape in ((5,), (6,), (1, 5))
+    }
+    assert changed >= {"down_proj", "weight"} | corrections
+    tensors = {n.rpartition(".experts.")[2] for n in load_file(source / "model.safetensors")}
+    left = {n.rpartition(".experts.")[2] for n in load_file(tmp_path / "out" / "model.safetensors")}
+    assert left <= tensors  # fused where the source is fused, one by one where it is not
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_tokens_that_chose_kept_experts_go_on_as_before(family: str) -> None:
+    """Corrections that no other expert overcomes: masked and cut models compute the same."""
+    model: Any = tiny_model(family)
+    kept = kept_of(model)
+    for index, numbers in kept.items():
+        layer = describe(model).layers(model)[index]
+        correction = layer.mlp.gate.e_score_correction_bias
+        gone = [e for e in range(6) if e not in numbers]
+        correction[gone] = -10.0
+    expected = logits(model)
+    torch.testing.assert_close(logits(cut_model(model, Cut(experts=kept))), expected)
+
+
+def test_groups_of_experts_stay_even() -> None:
+    model = tiny_model("deepseek_v3")
+    uneven = {(0, 1, 2, 3, 4): "3, 2", (0, 1, 2): "3, 0", (0, 3): "1, 1"}
+    for kept, found in uneven.items():
+        with pytest.raises(RecipeError, match=rf"keeps \[{found}\] experts of the 2 groups"):
+            cut_model(model, Cut(experts={1: kept, 2: kept}))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4", "llama4"])
+def test_structure_chooses_experts_by_reap(family: str, tmp_path: Path) -> None:
+    """As many of each group; Llama 4 weighs inputs, so outputs count as they are."""
+    source = saved(tiny_model(family), tmp_path / "source")
+    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
+    secateur.structure(
+        source, output=tmp_path / "out", experts=4, calibration=tmp_path / "windows.safetensors"
+    )
+    smaller = loaded(tmp_path / "out")
+    assert {n for n in sizes_of(smaller).experts if n} == {4}
+    logits(smaller)
+
+
+def test_layers_for_further_tokens_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers does not build them, and their experts would have the uncut number."""
+    model: Any = tiny_model("glm4_moe")
+    model.config.num_nextn_predict_layers = 1
+    source = saved(model, tmp_path / "source")
+    extra = {"model.layers.3.eh_proj.weight": torch.ones(32, 64)}
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    cut_checkpoint(source, Cut(experts=kept_of(model)), tmp_path / "out")
+    assert "1 stored tensors are no part of the causal language model" in caplog.text
+    assert "model.layers.3.eh_proj.weight" in caplog.text
+    assert loaded(tmp_path / "out").config.num_nextn_predict_layers == 0
