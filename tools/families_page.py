@@ -140,11 +140,12 @@ def reasons() -> Iterator[str]:
     words = {"groups": "KV groups", "hidden": "hidden channels", "neurons": "FFN neurons"}
     yield "## What cannot be cut, and why"
     yield ""
+    declared = {name: families[name].couplings for name in sorted(families)}
     lines = [
         (f"`{name}`", words[kind], why)
-        for name in sorted(families)
-        if families[name].couplings is not None
-        for kind, why in families[name].couplings.fixed.items()
+        for name, couplings in declared.items()
+        if couplings is not None
+        for kind, why in couplings.fixed.items()
     ]
     yield from table(("family", "units", "reason"), lines)
     yield "## What is refused"

@@ -222,6 +222,8 @@ def decoder_inside(model: Any) -> str | None:
     if config is None or text_config(config) is config:
         return None
     decoder = model.get_decoder()
+    if hasattr(decoder, "get_decoder"):  # a causal language model of its own, in Llama 4
+        decoder = decoder.get_decoder()
     return next(path for path, module in model.named_modules() if module is decoder)
 
 
