@@ -44,6 +44,7 @@ check: $(READY)
 	$(BIN)/python tools/choosing_page.py --check
 	$(BIN)/python tools/families_page.py --check
 	$(BIN)/python tools/guide_claims.py --check
+	$(BIN)/python tools/explaining_pictures.py --check
 	$(BIN)/python tools/build_site.py
 	$(BIN)/python tools/audit.py
 

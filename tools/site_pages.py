@@ -15,12 +15,13 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["collect", "python_page", "relinked"]
+__all__ = ["assistants_page", "collect", "python_page", "relinked"]
 
 DOCS = Path("docs")
 PROJECT = tuple(
     Path(name) for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 )
+ASSISTANTS = Path("llms.txt")
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"(^[ ]*```.*?^[ ]*```[ ]*$)", re.MULTILINE | re.DOTALL)
 SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:")
@@ -46,6 +47,7 @@ def collect(root: Path, pages: Path) -> None:
         (pages / place).write_text(text, encoding="utf-8")
         for file, source in files.items():
             shutil.copyfile(root / source, pages / file)
+    (pages / ASSISTANTS).write_text(assistants_page(root), encoding="utf-8")
     (pages / "python.md").write_text(python_page(root), encoding="utf-8")
 
 
@@ -87,6 +89,16 @@ def relinked(text: str, page: Path, root: Path) -> tuple[str, dict[Path, Path]]:
     return "".join(parts), files
 
 
+def assistants_page(root: Path) -> str:
+    """`llms.txt` for the root of the site: its links lead to built pages."""
+
+    def built(match: re.Match[str]) -> str:
+        place = placed(Path(match[2])).with_suffix(".html")
+        return f"{match[1]}{str(place).replace('README', 'index')}{match[4]}"
+
+    return LINK.sub(built, (root / ASSISTANTS).read_text(encoding="utf-8"))
+
+
 def python_page(root: Path) -> str:
     """The reference of the public names, from the stub and the docstrings; imports nothing."""
     package = root / "src" / "secateur"
@@ -94,6 +106,11 @@ def python_page(root: Path) -> str:
     homes = homes_of(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
     declared = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
     lines = [
+        "---",
+        "search:",
+        "  boost: 0.3",
+        "---",
+        "",
         "# Python",
         "",
         "This page lists the public names of `secateur`, from its docstrings. Every verb of the "

@@ -43,6 +43,14 @@ def test_every_public_name_has_an_entry_with_text() -> None:
     assert "- `seconds`: no round begins after this many seconds" in page
 
 
+def test_assistants_are_led_to_built_pages() -> None:
+    text = site_pages.assistants_page(ROOT)
+    assert "(index.html)" in text
+    assert "(howto/lora.html)" in text
+    assert "(project/ARCHITECTURE.html)" in text
+    assert ".md)" not in text
+
+
 @pytest.mark.parametrize(
     ("html", "fault"),
     [

@@ -216,15 +216,20 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def decoder_inside(model: Any) -> str | None:
-    """The path of the decoder of a model that also sees or hears; None for a plain decoder."""
+def decoder_inside(model: Any, base: str) -> str | None:
+    """The path of the decoder of a model that also sees or hears; None for a plain decoder.
+
+    Args:
+        model: any model.
+        base: the name of the decoder in a causal language model of its family.
+    """
     config = getattr(model, "config", None)
     if config is None or text_config(config) is config:
         return None
     decoder = model.get_decoder()
-    if hasattr(decoder, "get_decoder"):  # a causal language model of its own, in Llama 4
-        decoder = decoder.get_decoder()
-    return next(path for path, module in model.named_modules() if module is decoder)
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    inner = getattr(decoder, base, None)  # Llama 4 has a causal language model inside
+    return f"{path}.{base}" if isinstance(inner, nn.Module) else path
 
 
 def experts_of(model: Any) -> Experts | None:
@@ -254,7 +259,8 @@ def describe(model: Any) -> Architecture:
     if family is not None:
         groups, experts, layers = family.groups, family.experts, family.layers
         name, couplings = next(n for n in families if families[n] is family), family.couplings
-        inside, base = decoder_inside(model), layers.partition(".")[0]
+        base = layers.partition(".")[0]
+        inside = decoder_inside(model, base)
         if inside is not None:
             layers = inside + layers.removeprefix(base)
             couplings = couplings and couplings.inside(inside, base)

@@ -126,20 +126,19 @@ def model_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> 
 
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     known, prefix = dict(model.state_dict()), model.base_model_prefix
-
-    def names() -> dict[str, str]:
-        return {
-            stored: rename_source_key(stored, renamings, [], prefix, known)[0]
-            for stored in reader.entries
-        }
-
     experts = stored_experts_of(model)
     if experts is not None:
-        if split:
-            split_stored(reader, experts, names())
         own = expert_renamings(experts)
         renamings += [WeightRenaming(pattern, name) for pattern, name in own.items()]
-    return names()
+
+    def name_of(stored: str) -> str:
+        name: str = rename_source_key(stored, renamings, [], prefix, known)[0]
+        return name
+
+    names = {stored: name_of(stored) for stored in reader.entries}
+    if experts is not None and split:
+        split_stored(reader, experts, names)
+    return {stored: names.get(stored) or name_of(stored) for stored in reader.entries}
 
 
 def stored_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> dict[str, str]:

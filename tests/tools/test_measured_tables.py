@@ -1,0 +1,70 @@
+"""Tables that were written by hand say what `benchmarks/results` says."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PRESETS = ROOT / "docs" / "methods" / "presets.md"
+NAMES = {
+    "Wanda, published code": "wanda",
+    "SparseGPT, published code": "sparsegpt",
+    "ALPS, published code": "alps",
+    "fast": "fast",
+    "balanced": "balanced",
+    "best": "best",
+    "`--effort fast`, then int8": "fast",
+    "`--effort balanced` (default), then int8": "balanced",
+    "`--effort best`, then int8": "best",
+}
+
+
+def mean(row: str, column: str, text: str) -> float:
+    """The perplexity of the mean loss of the rows of a benchmark."""
+    rows = json.loads((ROOT / "benchmarks/results/presets.json").read_text())["rows"]
+    found = [r["perplexity"][text] for r in rows if (r["row"], r["column"]) == (row, column)]
+    return statistics.geometric_mean(found)
+
+
+def tables(page: Path) -> Iterator[list[list[str]]]:
+    """The cells of each table of a page."""
+    for table in re.findall(r"(?:^\|.*\|\n)+", page.read_text(encoding="utf-8"), re.M):
+        yield [
+            [cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.split("\n")
+        ]
+
+
+def written(page: Path, column: str) -> Iterator[tuple[str, str, str]]:
+    """Method, text and cell, of the table whose first head is this column."""
+    for head, _, *lines in tables(page):
+        if head[0] == column and head[1] == "WikiText-2":
+            for line in lines:
+                if line[0] in NAMES:
+                    yield line[0], "wikitext2", line[1]
+                    yield line[0], "c4", line[2]
+            return
+
+
+@pytest.mark.parametrize("column", ["50 %", "60 %", "70 %", "2:4", "4:8"])
+def test_presets(column: str) -> None:
+    cells = list(written(PRESETS, column))
+    assert len(cells) == 12
+    for name, text, cell in cells:
+        assert cell.split()[0] == f"{mean(NAMES[name], column, text):.2f}", (name, text)
+
+
+def test_the_readme() -> None:
+    told = {
+        line[0]: line[3] for table in tables(ROOT / "README.md") for line in table if len(line) > 5
+    }
+    assert told["dense, bfloat16, torch"] == f"{mean('dense', '', 'wikitext2'):.2f}"
+    compared = {name: NAMES[name] for name in NAMES if name in told}
+    assert len(compared) == 6
+    for name, row in compared.items():
+        assert told[name] == f"{mean(row, '50 %', 'wikitext2'):.2f}", name
