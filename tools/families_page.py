@@ -45,8 +45,8 @@ def page() -> Iterator[str]:
     yield "# What works with which model"
     yield ""
     yield (
-        f"{len(zoo.ZOO)} tiny models are built from the configurations of transformers, and every "
-        "yes on this page is a test of one. `python tools/families_page.py` writes the page from "
+        f"Tests build {len(zoo.ZOO)} tiny models from the configurations of transformers. Every "
+        "yes on this page is such a test. `python tools/families_page.py` writes the page from "
         "`tests/zoo.py` and the declarations in `src/secateur/models/families`."
     )
     yield ""
