@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 
 setup: $(READY)
 
-$(READY): pyproject.toml $(wildcard src/secateur/runtime/kernels/csrc/*)
+$(READY): pyproject.toml setup.py $(wildcard src/secateur/runtime/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs]'
 	touch $(READY)
@@ -44,6 +44,7 @@ check: $(READY)
 	$(BIN)/python tools/choosing_page.py --check
 	$(BIN)/python tools/families_page.py --check
 	$(BIN)/python tools/guide_claims.py --check
+	$(BIN)/python tools/bibliography.py --check
 	$(BIN)/python tools/explaining_pictures.py --check
 	$(BIN)/python tools/build_site.py
 	$(BIN)/python tools/audit.py

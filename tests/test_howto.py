@@ -26,7 +26,9 @@ from slow import slow_but
 from tiny import save_tiny
 from trained import source_text
 
-PAGES = Path(__file__).parents[1] / "docs" / "howto"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = DOCS / "howto"
+COMING = "../directory/coming-from"
 IN_PROCESS = (
     "fit-memory",
     "speed-up-cpu",
@@ -93,7 +95,12 @@ def shortened(words: list[str]) -> list[str]:
     options = SHORT.get(verb, {})
     if verb == "compress" and "--calibration" not in words:
         options = {}
-    return words + [word for name, text in options.items() for word in (name, text)]
+    for name, text in options.items():
+        if name in words:
+            words[words.index(name) + 1] = text
+        else:
+            words += [name, text]
+    return words
 
 
 def promised(page: str) -> list[str]:
@@ -130,7 +137,9 @@ def is_filled(path: Path) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft's own call
-@pytest.mark.parametrize("page", slow_but({"fit-memory", "cut-and-heal", "lora"}, IN_PROCESS))
+@pytest.mark.parametrize(
+    "page", slow_but({"fit-memory", "cut-and-heal", "lora"}, (*IN_PROCESS, COMING))
+)
 def test_a_page_does_what_it_says(
     page: str, folder: Path, secateur: Callable[..., Outcome]
 ) -> None:

@@ -87,7 +87,7 @@ def row(name: str) -> tuple[str, ...]:
     return (
         f"`{name}`",
         family_name(family),
-        NO if name in zoo.REFUSED else YES,
+        NO if name in (*zoo.REFUSED, *zoo.NOT_RUN) else YES,
         *(YES if kind in can else NO for kind in ("layers", "groups", "neurons", "hidden")),
         YES if model_type in LLAMA_CPP_FAMILIES else NO,
         YES if name in zoo.MIXTURES else NO,

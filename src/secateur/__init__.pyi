@@ -642,6 +642,7 @@ def plan(
     nodes: int | None = None,
     gpu: str | None = None,
     network: str | None = None,
+    keep_format: bool | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
     compress_group_size: int | None = None,
@@ -709,6 +710,9 @@ def plan(
         nodes: How many such machines. [1]
         gpu: What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090. [h100-80gb]
         network: Bits a second of the network of one machine, such as 400Gb. [400Gb]
+        keep_format: Write a source in FP8, MXFP4 or integers back in its own format, with the
+            scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method
+            changes are rounded. [off]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
@@ -765,6 +769,7 @@ def prune(
     ray: str | None = None,
     ray_processes: int | None = None,
     output: str | Path | None = None,
+    keep_format: bool | None = None,
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
     compress_group_size: int | None = None,
@@ -836,6 +841,9 @@ def prune(
         ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
             none]
         output: Folder for the new model. It must not exist. [required]
+        keep_format: Write a source in FP8, MXFP4 or integers back in its own format, with the
+            scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method
+            changes are rounded. [off]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
@@ -990,6 +998,8 @@ def structure(
     kv_groups: int | float | None = None,
     query_heads: int | float | None = None,
     ffn: int | float | None = None,
+    vocabulary: str | Path | None = None,
+    vocabulary_size: int | None = None,
     keep_parameters: float | None = None,
     file_mib: float | None = None,
     decode_latency: float | None = None,
@@ -1044,6 +1054,10 @@ def structure(
         query_heads: Query heads to keep in each KV group: a number or a fraction. The KV cache
             keeps its size. [all]
         ffn: FFN neurons to keep in each layer: a number or a fraction. [all]
+        vocabulary: Remove the tokens that this text never needs from tokenizer, embedding and head:
+            JSONL or text file, folder of texts, hub data set or named text. [all tokens stay]
+        vocabulary_size: Keep at most this number of tokens, the most frequent ones of the text;
+            without --vocabulary, of the calibration text. [all that the text has]
         keep_parameters: Fraction of the decoder's parameters to keep. KV groups and FFN neurons are
             cut until it is reached. [all]
         file_mib: Largest size of the weight files, in MiB. KV groups and FFN neurons are cut until

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import ArchitectureError, CheckpointError, SecateurError
-from secateur.importing import ImportSource, import_formats
+from secateur.importing import import_formats
+from secateur.models.at_rest import SourceFolder
 from secateur.models.checkpoint import CheckpointReader
 
 CASES = (*ZEROS, *SCHEMES)
@@ -36,7 +37,7 @@ def read(place: Path, parts: Parts, config: dict[str, Any]) -> Any:
     (place / "config.json").write_text(json.dumps({"quantization_config": config}))
     named = {f"layer.{name}": x.contiguous() for name, x in parts.items()}
     save_file(named, place / "model.safetensors")
-    source = ImportSource(
+    source = SourceFolder(
         place, {"quantization_config": config}, CheckpointReader(place), torch.bfloat16
     )
     kinds = [kind for kind in import_formats if import_formats[kind].recognises(source)]

@@ -24,9 +24,10 @@ from runtime.packed_models import packed_model
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.evaluation.task_data import local_rows
-from secateur.importing import ImportSource, import_formats
+from secateur.importing import import_formats
 from secateur.importing.adapter import MergedReader
 from secateur.importing.masks import MaskedReader
+from secateur.models.at_rest import SourceFolder
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
 from secateur.models.skeleton import quiet_transformers
@@ -145,7 +146,7 @@ def make_sparse_bitmask(place: Path) -> None:
 def read_parts(room: Path) -> None:
     """Read the assembled tensors, though the folder is no whole model."""
     reader = CheckpointReader(room)
-    source = ImportSource(room, read_configuration(room), reader, torch.bfloat16)
+    source = SourceFolder(room, read_configuration(room), reader, torch.bfloat16)
     for kind in import_formats:
         if import_formats[kind].recognises(source):
             read_everything(import_formats[kind].open(source))

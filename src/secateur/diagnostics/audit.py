@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secateur.errors import VerificationError
 from secateur.models.architecture import describe
+from secateur.models.at_rest import AssembledReader
 from secateur.models.inventory import (
     Left,
     inventory,
@@ -161,7 +162,8 @@ def audit_checkpoint(
     progress.finish()
     packed = reader.packed if isinstance(reader, DenseView) else None
     dtypes: dict[str, int] = {}
-    for entry in (packed or reader).entries.values():
+    files = reader.stored if isinstance(reader, AssembledReader) else packed or reader
+    for entry in files.entries.values():
         dtype = str(entry.dtype).removeprefix("torch.")
         dtypes[dtype] = dtypes.get(dtype, 0) + entry.size_bytes
     return Audit(

@@ -30,12 +30,13 @@ from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.folder import copy_the_rest
 from secateur.exporting.linears import DecoderLinears, decoder_linears, first_of
 from secateur.models.checkpoint import INDEX_NAME, shard_name
+from secateur.models.opening import computed_dtype
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.varied import MODEL_TYPE
 from secateur.progress import Progress
 from secateur.quantization.groups import GROUPS, GroupGrid
 from secateur.quantization.int8 import quantize_rows
-from secateur.runtime.dense_view import DenseView, computed_dtype
+from secateur.runtime.dense_view import DenseView
 
 __all__ = ["CompressedTensors", "pack_int32"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.importing import damaged
 from secateur.importing.torch_prune import as_mask
+from secateur.models.at_rest import damaged
 from secateur.models.checkpoint import CheckpointReader, read_entry
 from secateur.models.header import TensorEntry, read_header
 from secateur.models.names import CONVERT, PICKLES

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.errors import CheckpointError
-from secateur.importing import AssembledReader, ImportSource, import_formats
+from secateur.importing import import_formats
 from secateur.importing.torch_prune import pairs_of
+from secateur.models.at_rest import AssembledReader, SourceFolder
 
 __all__ = ["PlainFolder"]
 
@@ -30,11 +31,11 @@ class PlainFolder:
 
     name: ClassVar[str] = "plain"
 
-    def recognises(self, source: ImportSource) -> bool:
+    def recognises(self, source: SourceFolder) -> bool:
         """Whether the configuration names no quantization, and no tensor is a part of another."""
         return "quantization_config" not in source.config and not pairs_of(source.reader.entries)
 
-    def open(self, source: ImportSource) -> AssembledReader:
+    def open(self, source: SourceFolder) -> AssembledReader:
         """Return the tensors as they are.
 
         Raises:

@@ -9,14 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.importing import (
-    AssembledReader,
-    Assembly,
-    ImportSource,
-    Parts,
-    damaged,
-    import_formats,
-)
+from secateur.importing import import_formats
+from secateur.models.at_rest import AssembledReader, Assembly, Parts, SourceFolder, damaged
 
 __all__ = ["MaskedPair", "TorchPrune", "as_mask", "pairs_of"]
 
@@ -49,11 +43,11 @@ class TorchPrune:
 
     name: ClassVar[str] = "torch-prune"
 
-    def recognises(self, source: ImportSource) -> bool:
+    def recognises(self, source: SourceFolder) -> bool:
         """Whether a tensor is one of a pair."""
         return bool(pairs_of(source.reader.entries))
 
-    def open(self, source: ImportSource) -> AssembledReader:
+    def open(self, source: SourceFolder) -> AssembledReader:
         """Return the masked weights.
 
         Raises:

@@ -10,7 +10,7 @@ from secateur.models.checkpoint import read_header, shard_files
 from secateur.models.configuration import read_configuration
 from secateur.models.header import parse_json
 
-__all__ = ["check_folder", "read_config", "refuse_quantized"]
+__all__ = ["check_folder", "read_config"]
 
 
 def check_folder(folder: Path) -> None:
@@ -52,26 +52,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a checked folder."""
     config: dict[str, Any] = parse_json((folder / "config.json").read_bytes())
     return config
-
-
-def refuse_quantized(folder: Path) -> None:
-    """Refuse a checkpoint whose weights are not plain numbers.
-
-    Raises:
-        CheckpointError: it is quantized, or compressed already.
-    """
-    told = read_config(folder).get("quantization_config")
-    if told is None:
-        return
-    method = told.get("quant_method") if isinstance(told, dict) else told
-    if method == "secateur":
-        raise CheckpointError(
-            "the checkpoint is compressed already",
-            where=str(folder),
-            remedy="run `secateur decompress DIR --output DENSE` and name that",
-        )
-    raise CheckpointError(
-        f"the checkpoint is quantized ({method})",
-        where=str(folder),
-        remedy="name the checkpoint in float32, bfloat16 or float16 it was made from",
-    )

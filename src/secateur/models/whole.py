@@ -9,9 +9,15 @@ import torch
 
 from secateur.models.classes import auto_class
 from secateur.models.configuration import check_sizes, transformers_errors
-from secateur.models.skeleton import quiet_transformers, refuse_missing
+from secateur.models.opening import computed_dtype, form_of, open_weights
+from secateur.models.skeleton import build_skeleton, quiet_transformers, refuse_missing
 
 __all__ = ["load_whole"]
+
+
+EXPANDED = ("awq", "fp8", "gptq", "mxfp4")
+"""Forms that our reader expands. compressed-tensors may round activations too: its own library does
+that while the model runs."""
 
 
 def load_whole(
@@ -36,16 +42,19 @@ def load_whole(
     from transformers import AutoConfig
 
     check_sizes(folder)
+    loaded: Any
+    report: dict[str, Any]
     with quiet_transformers(), transformers_errors(folder):
-        loaded: Any
-        report: dict[str, Any]
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        loaded, report = auto_class(config).from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        if form_of(folder) in EXPANDED:
+            loaded, report = load_expanded(folder, dtype, trust_remote_code)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            loaded, report = auto_class(config).from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     # transformers draws missing ones at random, and says so only in its log
     refuse_missing(sorted(report["missing_keys"]), {}, folder)
     loaded = loaded.to(device).eval()
@@ -54,3 +63,26 @@ def load_whole(
         with torch.no_grad():
             loaded(torch.zeros(1, 1, dtype=torch.long, device=device))
     return loaded
+
+
+def load_expanded(
+    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    """A model whose weights are stored in fewer bits, with what our reader makes of them."""
+    from transformers import GenerationConfig
+
+    reader = open_weights(folder)
+    skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
+    for part in (skeleton.config, getattr(skeleton.config, "text_config", None)):
+        if part is not None and hasattr(part, "quantization_config"):
+            del part.quantization_config
+    loaded, report = type(skeleton).from_pretrained(
+        None,
+        config=skeleton.config,
+        state_dict={name: reader.read(name) for name in reader.entries},
+        dtype=dtype or computed_dtype(folder),
+        output_loading_info=True,
+    )
+    if (folder / "generation_config.json").is_file():
+        loaded.generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded, report

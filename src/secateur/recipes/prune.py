@@ -138,6 +138,19 @@ class Compress(Section):
         return {"values": value} if isinstance(value, str) else value
 
 
+class StoredFormat(Section):
+    """How weights are written that the source stores in fewer bits."""
+
+    group: ClassVar[str] = OUTPUT
+
+    keep_format: bool = Field(
+        False,
+        description="Write a source in FP8, MXFP4 or integers back in its own format, with the "
+        "scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method "
+        "changes are rounded.",
+    )
+
+
 class PruneRecipe(
     # pydantic lists the fields of the last base first
     Device,
@@ -145,6 +158,7 @@ class PruneRecipe(
     Fitting,
     HowToPrune,
     WhatToPrune,
+    StoredFormat,
     OutputFolder,
     Recipe,
 ):

@@ -111,6 +111,19 @@ class WhatToCut(Section):
     ffn: Annotated[Kept | None, Counted] = Field(
         None, ge=0, description="FFN neurons to keep in each layer: a number or a fraction."
     )
+    vocabulary: Annotated[str | None, Flag(value="TEXT", default="all tokens stay")] = Field(
+        None,
+        description="Remove the tokens that this text never needs from tokenizer, embedding and "
+        "head: JSONL or text file, folder of texts, hub data set or named text.",
+    )
+    vocabulary_size: Annotated[int | None, Flag(value="N", default="all that the text has")] = (
+        Field(
+            None,
+            gt=0,
+            description="Keep at most this number of tokens, the most frequent ones of the text; "
+            "without --vocabulary, of the calibration text.",
+        )
+    )
     keep_parameters: Annotated[float | None, Flag(value="FRACTION", default="all")] = Field(
         None,
         gt=0,

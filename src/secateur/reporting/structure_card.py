@@ -22,7 +22,7 @@ Made by secateur {version}: {steps}.
 | KV cache of a token | {cache_before:,} bytes | {cache_after:,} bytes |
 | weight files | {file_before:.1f} MiB | {file_after:.1f} MiB |
 {latency}
-Units were chosen, and what reads them was refitted, on {calibration}. {distilled}
+{chosen}{distilled}
 
 ## Use
 
@@ -88,11 +88,19 @@ def structure_card(
         file_before=before["file_bytes"] / 2**20,
         file_after=after["file_bytes"] / 2**20,
         latency=latency_row(told["latency"]),
-        calibration=describe_calibration(manifest["calibration"]),
+        chosen=chosen_on(manifest["calibration"]),
         distilled=distilled if manifest["distillation"] else "Nothing was trained.",
         use=(VARIED if told["varied"] else PLAIN).format(place=place),
         recipe=recipe_yaml.rstrip(),
     )
+
+
+def chosen_on(calibration: Mapping[str, Any] | None) -> str:
+    """The sentence about the text of the calibration; empty if no step read one."""
+    if calibration is None:
+        return ""
+    told = describe_calibration(calibration)
+    return f"Units were chosen, and what reads them was refitted, on {told}. "
 
 
 def latency_row(told: Mapping[str, Any] | None) -> str:

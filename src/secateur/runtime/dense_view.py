@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.header import TensorEntry, parse_json
+from secateur.models.header import TensorEntry
+from secateur.models.opening import computed_dtype, open_weights
 from secateur.quantization.groups import Scales
-from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
+from secateur.runtime.formats import Layout, PartSpec, formats
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 __all__ = ["DenseView", "StoredIntegers", "open_checkpoint"]
@@ -117,18 +118,10 @@ def entry_of(file: Path, spec: PartSpec) -> TensorEntry:
     return TensorEntry(file, 0, spec.nbytes, spec.dtype, spec.shape)
 
 
-def computed_dtype(folder: Path) -> torch.dtype:
-    """The dtype in the configuration; bfloat16 if it names no supported one."""
-    config = parse_json((folder / "config.json").read_bytes())
-    named = str(config.get("dtype", config.get("torch_dtype")))
-    known = VALUES.get(named, torch.bfloat16)
-    return known if known.is_floating_point else torch.bfloat16
-
-
 def open_checkpoint(folder: Path) -> CheckpointReader:
-    """A reader of dense tensors for a folder, compressed or not.
+    """A reader of dense tensors for a folder, compressed or stored in any form, or plain.
 
     Raises:
-        CheckpointError: a file is damaged or missing.
+        CheckpointError: a file is damaged or missing, or the form is not read.
     """
-    return DenseView(PackedCheckpoint(folder)) if is_packed(folder) else CheckpointReader(folder)
+    return DenseView(PackedCheckpoint(folder)) if is_packed(folder) else open_weights(folder)

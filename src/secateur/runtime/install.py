@@ -111,6 +111,7 @@ def install(
     if head_at and tied:
         tie_head(model, embedding_at, head_at, shared.get(embedding_at))
     settle(model, dtype)
+    keep_dtype(model, dtype)
     for module in model.modules():
         if isinstance(module, OpenExperts):
             module.call_idle = False
@@ -164,6 +165,17 @@ def tie_head(model: Any, embedding_at: str, head_at: str, matrix: KernelMatrix |
     model.config.tie_word_embeddings = False
     model._tied_weights_keys = None
     model.all_tied_weights_keys = {}
+
+
+def keep_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Give a model without parameters an empty one, because transformers reads its dtype off them.
+
+    OLMo's norms have no weights, so a packed OLMo may have no parameter at all.
+    """
+    if not any(p.is_floating_point() for p in model.parameters()):
+        empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]
+        model.register_parameter("no_weights", empty)
 
 
 def settle(model: Any, dtype: torch.dtype) -> None:

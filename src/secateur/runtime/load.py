@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from secateur.allocator import reused_pages
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, KernelError
 from secateur.models.open_experts import OpenExperts
+from secateur.models.opening import computed_dtype
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.whole import load_whole
-from secateur.runtime.dense_view import computed_dtype
 from secateur.runtime.generation_config import generation_config
 from secateur.runtime.install import install
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
+from secateur.runtime.on_gpu import install_on_gpu
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 __all__ = ["load"]
@@ -26,18 +28,21 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     expand: bool = False,
+    device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a checkpoint, compressed or not, on the CPU and in eval mode.
+    """Load a checkpoint, compressed or not, in eval mode.
 
     Every file is verified first. Kernels multiply packed matrices without expanding them. Without
-    kernels (`secateur.kernel_info()`) the matrices are expanded here.
+    kernels (`secateur.kernel_info()`) the matrices are expanded here. On a GPU, pruned linears stay
+    in the bitmask format where that is faster (Triton is needed); others are dense.
 
     Args:
         folder: written by `secateur compress` or transformers.
         dtype: of the computation; None for the one in `config.json`. float32 with bfloat16 values
             is exact, and needs no more memory for packed matrices.
         expand: fill plain dense linears instead, to train or to compare.
+        device: the CPU or a GPU.
         trust_remote_code: whether model code that comes with the checkpoint may run.
 
     Returns:
@@ -47,8 +52,9 @@ def load(
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
+        KernelError: there is no such GPU, or no Triton.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
     if not (folder / "config.json").exists():
         raise CheckpointError(
             "there is no config.json",
@@ -56,14 +62,19 @@ def load(
             remedy="name a folder that `secateur compress` or transformers has written",
         )
     if not is_packed(folder):
-        return load_whole(
-            folder, torch.device("cpu"), dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        return load_whole(folder, device, dtype=dtype, trust_remote_code=trust_remote_code)
     packed = PackedCheckpoint(folder)
     dtype = dtype or computed_dtype(folder)
     model = build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    if device.type == "cuda" and not expand:
+        refuse_gpu(device)
     with reused_pages():  # release the memory of measuring and unpacking
-        install(model, packed, dtype, expand=expand)
+        if device.type == "cuda" and not expand:
+            install_on_gpu(model, packed, dtype, device)
+        else:
+            install(model, packed, dtype, expand=expand)
+            if expand:
+                model.to(device)
     model.config.dtype = dtype
     settle_saving(model)
     with quiet_transformers():
@@ -71,6 +82,22 @@ def load(
     if settings is not None:
         model.generation_config = settings
     return model.eval()
+
+
+def refuse_gpu(device: torch.device) -> None:
+    """Refuse a GPU that cannot run the kernels.
+
+    Raises:
+        KernelError: there is none, or Triton is missing.
+    """
+    has_triton = find_spec("triton") is not None
+    if torch.cuda.is_available() and has_triton:
+        return
+    what = "Triton is not installed" if torch.cuda.is_available() else f"there is no {device} here"
+    raise KernelError(
+        what,
+        remedy="pip install triton, or pass expand=True for a dense model, or load it on the CPU",
+    )
 
 
 def settle_saving(model: Any) -> None:
@@ -82,7 +109,8 @@ def settle_saving(model: Any) -> None:
     from secateur.runtime.quantizer import PackedConfig, PackedQuantizer
 
     unwritable = (PackedLinear, PackedEmbedding, OpenExperts)
-    if any(isinstance(module, unwritable) for module in model.modules()):
+    on_gpu = "GpuLinear"  # by its name: importing it needs Triton
+    if any(isinstance(x, unwritable) or type(x).__name__ == on_gpu for x in model.modules()):
         model.hf_quantizer = PackedQuantizer(PackedConfig())
     else:
         del model.config.quantization_config

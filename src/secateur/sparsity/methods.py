@@ -168,13 +168,16 @@ class Method:
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """The most memory that solving one linear [out, in] takes, besides weight and statistics.
 
-        The prepared data stays in memory while a mask is chosen, so both count.
+        The prepared data stays in memory while a mask is chosen, so both count. A solver that reads
+        no statistics prepares nothing, so the larger of both counts.
         """
         if self.solver_selects:
             return self.solver.working_bytes(shape) + self.pattern.working_bytes(shape)
         choosing = self.score.working_bytes(shape) + self.pattern.working_bytes(shape)
         if self.refinement is not None:
             choosing = max(choosing, self.refinement.working_bytes(shape))
+        if not self.solver.requires:
+            return max(self.solver.working_bytes(shape), choosing)
         return self.solver.working_bytes(shape) + choosing
 
     def solve(

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear, describe
+from secateur.models.at_rest import AssembledReader, without_description
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
+from secateur.models.opening import open_weights
 from secateur.models.shard_writer import ShardWriter
 from secateur.models.skeleton import (
     assign,
@@ -32,8 +34,9 @@ from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Design, design
 from secateur.structured.edits import Edit
 from secateur.structured.stored import stored_edits
+from secateur.structured.stored_bytes import part_edits, renumbered_description
 
-__all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model"]
+__all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model", "write_tensors"]
 
 METADATA = {"format": "pt"}
 MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -112,7 +115,7 @@ def cut_checkpoint(
             where=str(output_folder),
             remedy="choose another --output",
         )
-    reader = CheckpointReader(folder)
+    reader = open_weights(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut, pad=pad)
     stored = stored_names(model, reader, split=False)
@@ -120,10 +123,28 @@ def cut_checkpoint(
     warn_if_varied(made)
     leave_out_unbuilt(made, sorted(reader.entries.keys() - set(stored.values())))
     result = account(made)
+    kept = part_edits(made, edits, reader) if isinstance(reader, AssembledReader) else None
     output_folder.mkdir(parents=True, exist_ok=True)
     write_beside(folder, output_folder, made)
+    if isinstance(reader, AssembledReader):
+        describe_form(made, reader, output_folder / "config.json", kept is not None)
+        reader, edits = (reader, edits) if kept is None else (reader.stored, kept)
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
+
+
+def describe_form(made: Design, reader: AssembledReader, file: Path, kept: bool) -> None:
+    """Let the configuration of a cut model say how its weights are stored.
+
+    Args:
+        made: the design.
+        reader: the source.
+        file: the configuration of the cut model.
+        kept: whether the weights are stored as in the source; otherwise they are plain numbers.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    told = renumbered_description(made, config, reader) if kept else without_description(config)
+    file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def leave_out_unbuilt(made: Design, names: Sequence[str]) -> None:

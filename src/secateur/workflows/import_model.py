@@ -11,12 +11,15 @@ import torch
 
 from secateur.diagnostics.audit import Audit, audit_checkpoint
 from secateur.errors import RecipeError, SourceError
-from secateur.importing import AssembledReader, ImportSource, import_formats
+from secateur.importing import import_formats
 from secateur.importing.adapter import WEIGHTS, MergedReader
 from secateur.importing.masks import MaskedReader
 from secateur.importing.refused import refuse_by_name
+from secateur.models.at_rest import AssembledReader, SourceFolder
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.folder_checks import read_config, refuse_quantized
+from secateur.models.copies import write_dense
+from secateur.models.folder_checks import read_config
+from secateur.models.opening import computed_dtype, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.stored import StoredModel
@@ -33,9 +36,7 @@ from secateur.runs.identity import file_digests
 from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Import, Manifest, declared
-from secateur.runtime.dense_view import computed_dtype
 from secateur.workflows.checkpoint_files import carry_over
-from secateur.workflows.compress.unpack import write_dense
 
 __all__ = ["import_model", "import_recipe"]
 
@@ -138,7 +139,7 @@ def open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
         CheckpointError: files are damaged, or contradict each other.
     """
     config = read_config(source.folder)
-    found = ImportSource(
+    found = SourceFolder(
         source.folder, config, CheckpointReader(source.folder), computed_dtype(source.folder)
     )
     kinds = [kind for kind in import_formats if import_formats[kind].recognises(found)]

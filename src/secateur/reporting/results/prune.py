@@ -22,7 +22,7 @@ class PruneResult(Result):
 
     Attributes:
         sparsity: fraction of zeros in the matrices of the decoder layers.
-        layers: the records of the linears, one list for each layer.
+        layers: a record for each decoder layer, as in `layers.jsonl`; `linears` has its matrices.
         manifest: versions, hardware, choices, cost and result; empty for a loaded model.
         output: the output folder; None for a loaded model.
         left: matrices that were not pruned, and the reasons.

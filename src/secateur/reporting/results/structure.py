@@ -53,6 +53,7 @@ class StructureResult(Result):
             line("decoder layers", "decoder"),
             line("attention", "attention"),
             line("feed-forward", "ffn"),
+            line("embeddings and head", "embeddings"),
             line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
         ]
         if before["experts"]:
@@ -71,7 +72,7 @@ class StructureResult(Result):
     def steps(self) -> Table:
         """The part of the decoder that each step kept; then cost and output folder."""
         cut, cost = self.manifest["structure"], self.manifest["cost"]
-        steps = [(f"{x['step']}, by {x['by']}", f"{step_share(x):.1%} left") for x in cut["steps"]]
+        steps = [(f"{x['step']}, by {x['by']}", left_of(x)) for x in cut["steps"]]
         rows = [
             (
                 "loads with",
@@ -87,6 +88,13 @@ class StructureResult(Result):
 def share(before: int, after: int) -> float:
     """The kept share of a number."""
     return after / before if before else 1.0
+
+
+def left_of(step: Mapping[str, Any]) -> str:
+    """What a step left, in words."""
+    if "tokens_after" in step:
+        return f"{step['tokens_after']:,} of {step['tokens_before']:,} tokens"
+    return f"{step_share(step):.1%} left"
 
 
 def step_share(step: Mapping[str, Any]) -> float:

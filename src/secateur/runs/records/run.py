@@ -94,6 +94,7 @@ class Manifest(Record):
 
     manifest_version: int = MANIFEST_VERSION
     source: Source
+    formats: dict[str, str] | None = None
     family: str = ""
     method: dict[str, Any]
     allocation: dict[str, Any]
@@ -210,8 +211,14 @@ class StepEntry(Record):
     """An entry of `steps.json`.
 
     Attributes:
-        step: depth, experts, hidden, refit, queries, width or learned.
+        step: vocabulary, depth, experts, hidden, refit, queries, width or learned.
         by: how the units were selected; None where `score` and `solver` say it.
+        text: of a vocabulary step: where tokens were counted.
+        tokens_before: of a vocabulary step: rows of the embedding.
+        tokens_after: of a vocabulary step: tokens that stay.
+        documents: of a vocabulary step: documents of the text.
+        same_documents: of a vocabulary step: those whose tokens all stay.
+        covered: of a vocabulary step: share of the text's tokens that stay.
         scope: of a step of experts: where they compete.
         score: of a width step.
         solver: of a width step.
@@ -234,6 +241,12 @@ class StepEntry(Record):
     step: str
     scope: str | None = None
     by: str | None = None
+    text: str | None = None
+    tokens_before: int | None = None
+    tokens_after: int | None = None
+    documents: int | None = None
+    same_documents: int | None = None
+    covered: float | None = None
     score: str | None = None
     solver: str | None = None
     allocation: Any = None

@@ -69,7 +69,7 @@ class KernelMatrix:
         self.offsets: Tensor | None = None
         self.nonzeros = self.rows * self.columns
         if (self.dtype == torch.int8) != (scale is not None):
-            raise ShapeError(f"{self.dtype} values with{'' if scale is None else ' a'} scale")
+            raise ShapeError(f"{self.dtype} values with{'out' if scale is None else ''} a scale")
         if bitmask is None and self.columns % WORD == 0:
             self.values = values.contiguous().view(-1)
         elif bitmask is None:

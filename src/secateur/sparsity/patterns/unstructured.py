@@ -101,5 +101,9 @@ class Unstructured:
         return within(keep_largest(competing, count).reshape(score.shape), allowed)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Half a float32 copy of the scores in torch, one and a half in numpy."""
-        return 2 * float32_bytes(shape)
+        """Two float32 copies of the scores; half of one with scope `row`, in chunks.
+
+        A whole layer takes half a copy in torch, one and a half in numpy.
+        """
+        copies = float32_bytes(shape)
+        return copies // 2 if self.scope == "row" else 2 * copies

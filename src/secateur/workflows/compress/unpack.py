@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 
 from secateur.models.architecture import experts_of
-from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, shard_files, shard_name
+from secateur.models.checkpoint import CheckpointReader, shard_files
+from secateur.models.copies import write_dense
 from secateur.models.folder_checks import read_config
 from secateur.models.open_experts import OpenExperts
-from secateur.models.shard_writer import ShardWriter
 from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
 from secateur.models.sources import resolve
 from secateur.models.stored_experts import FusedExperts, loads_one_by_one
@@ -30,9 +29,7 @@ from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.checkpoint_files import carry_over
 
-__all__ = ["decompress", "write_dense"]
-
-METADATA = {"format": "pt"}
+__all__ = ["decompress"]
 
 
 @takes_options_of(DecompressRecipe)
@@ -128,26 +125,3 @@ def as_transformers_loads(view: DenseView) -> CheckpointReader:
     names = [f"{path}.{leaf}" for path in paths for leaf in experts.layout.names]
     shapes = {name: tuple(whole.get_parameter(name).shape) for name in names}
     return FusedExperts(view, model_names(opened, view), experts.layout, shapes)
-
-
-def write_dense(view: CheckpointReader, folder: Path, progress: Progress) -> None:
-    """Write every tensor, and an index if there are several files."""
-    progress.start("writing tensors", len(view.entries))
-    weight_map: dict[str, str] = {}
-    for number, file in enumerate(view.files, start=1):
-        dense = shard_name("model", number, len(view.files))
-        mine = {name: e for name, e in view.entries.items() if e.file == file}
-        known = {name: (entry.dtype, entry.shape) for name, entry in mine.items()}
-        with ShardWriter(folder / dense, known, [], METADATA) as writer:
-            for name in mine:
-                writer.write(name, view.read(name))
-                progress.step(note=name)
-            writer.close(METADATA)
-        weight_map |= dict.fromkeys(mine, dense)
-    progress.finish()
-    if len(view.files) > 1:
-        index = {
-            "metadata": {"total_size": view.total_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")

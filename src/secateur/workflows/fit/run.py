@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.calibration.mix import texts_of
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.folder_checks import refuse_quantized
+from secateur.models.opening import refuse_quantized
 from secateur.models.sources import resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.fit import FitRecipe

@@ -22,6 +22,7 @@ from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage, reach
 from secateur.engine.prune.surgery import refuse_unusable
 from secateur.models.inventory import Left
+from secateur.models.opening import formats_of
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.composed import with_method
@@ -268,6 +269,7 @@ def make_manifest(
     return {
         "manifest_version": MANIFEST_VERSION,
         "source": prepared.source.record(),
+        "formats": formats_of(prepared.source.folder, folder.model),
         "family": audit.family,
         "method": {
             "name": method.name,

@@ -20,8 +20,10 @@ from secateur.engine.stream.kinds import layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import RecipeError
 from secateur.models.architecture import text_config
-from secateur.models.checkpoint import CheckpointReader, PatchedCopy, copied_files
-from secateur.models.folder_checks import refuse_quantized
+from secateur.models.at_rest import AssembledReader
+from secateur.models.checkpoint import CheckpointReader, copied_files
+from secateur.models.copies import copy_of, weight_bytes_of
+from secateur.models.opening import open_weights
 from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -80,8 +82,8 @@ class Prepared:
     @property
     def output_bytes(self) -> int:
         """Size of the result's files."""
-        files = [*self.reader.files, *copied_files(self.reader.folder)]
-        return sum(file.stat().st_size for file in files)
+        weights = weight_bytes_of(self.reader, keep_format=self.recipe.keep_format)
+        return weights + sum(f.stat().st_size for f in copied_files(self.reader.folder))
 
 
 def choose_device(name: str) -> torch.device:
@@ -174,11 +176,11 @@ def prepare(
         trust_remote_code=recipe.trust_remote_code,
         progress=progress,
     )
-    refuse_quantized(source.folder)
-    reader = CheckpointReader(source.folder)
+    reader = open_weights(source.folder)
+    refuse_dense_format(recipe, reader)
     target = CheckpointTarget(
         reader,
-        PatchedCopy(reader, output) if output else None,
+        copy_of(reader, output, keep_format=recipe.keep_format) if output else None,
         device,
         trust_remote_code=recipe.trust_remote_code,
     )
@@ -212,6 +214,28 @@ def prepare(
         stored,
         methods,
     )
+
+
+def refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
+    """Refuse to keep the format of a source that stores plain numbers, or to train in one.
+
+    Raises:
+        RecipeError: says which.
+    """
+    if not recipe.keep_format:
+        return
+    if not isinstance(reader, AssembledReader):
+        raise RecipeError(
+            "the source stores plain numbers, and the result always has their dtypes",
+            where="--keep-format",
+            remedy="leave --keep-format out",
+        )
+    if recipe.distillation.epochs:
+        raise RecipeError(
+            "distillation changes all weights, which the format of the source would round again",
+            where="--keep-format",
+            remedy="leave --keep-format out, or do not distill",
+        )
 
 
 def windows_of(

@@ -24,7 +24,8 @@ from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.architecture import text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
-from secateur.models.folder_checks import refuse_quantized
+from secateur.models.copies import copy_of
+from secateur.models.opening import form_of, formats_of, open_weights, refuse_quantized
 from secateur.models.positions import positions_of
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
@@ -54,6 +55,7 @@ from secateur.workflows.structure.learned import check_learned
 from secateur.workflows.structure.narrow import check_width
 from secateur.workflows.structure.stages import steps_of
 from secateur.workflows.structure.step_context import NOTES, StepContext
+from secateur.workflows.structure.vocabulary import check_vocabulary, trimmed_source
 
 log = logging.getLogger(__name__)
 
@@ -125,11 +127,14 @@ def structure_recipe(
         progress=progress,
     )
     folder.keep_apart(source.folder)
-    refuse_quantized(source.folder)
+    open_weights(source.folder)  # refuses what is not read
+    if recipe.learned is not None:
+        refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
     check_learned(recipe)
     aim = aim_of(recipe, skeleton)
     check_width(recipe, aim, skeleton)
+    check_vocabulary(recipe, source, skeleton)
     with folder:
         folder.begin(identity(recipe, source, progress))
         if not folder.finished:
@@ -151,28 +156,35 @@ def cut_into(
 ) -> None:
     """Run all steps that no earlier run finished, and write the result."""
     device, latency = choose_device(recipe.device), None
-    windows, calibration = calibration_of(recipe, source, skeleton.config, folder, progress)
+    base, steps = trimmed_source(recipe, source, folder.work, progress)
+    trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
+    if steps:
+        aim = aim_of(recipe, trimmed)
+    windows, calibration = calibration_of(recipe, base, trimmed.config, folder, aim, progress)
     if recipe.decode_latency is not None:
-        latency = found_latency(recipe, aim, skeleton, device, timer, progress, folder.work / FILE)
+        latency = found_latency(recipe, aim, trimmed, device, timer, progress, folder.work / FILE)
         aim = replace(aim, joint=latency["joint"])
-    made, steps = source.folder, []
+    made = base.folder
     context = StepContext(
-        recipe, aim, source.folder, windows, folder.work / WINDOWS, device, folder.work, progress
+        recipe, aim, base.folder, windows, folder.work / WINDOWS, device, folder.work, progress
     )
-    for step in steps_of(recipe, aim, skeleton):
+    for step in steps_of(recipe, aim, trimmed):
         made, notes = step.carry_out(context, made)
         steps.append(notes)
-    PatchedCopy(CheckpointReader(made), folder.model).create(progress)
+    stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
+    copy_of(stored, folder.model).create(progress)
     (folder.model / NOTES).unlink(missing_ok=True)
-    distilled = distill(recipe, source, folder, windows, device, progress)
-    found = verified(skeleton, folder.model, steps, recipe)
+    distilled = distill(recipe, base, folder, windows, device, progress)
+    found = verified(skeleton, source.folder, folder.model, steps, recipe)
     if found.varied:
         log.warning(VARIED)
     manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
+    manifest["formats"] = formats_of(source.folder, folder.model)
     manifest["structure"]["latency"] = latency
     manifest["cost"]["resumed"] = folder.resumed
     write_json(folder.notes / STEPS, [declared(StepEntry, step) for step in steps])
-    shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
+    if calibration:
+        shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
     write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
@@ -212,13 +224,17 @@ def calibration_of(
     source: LocalCheckpoint,
     config: Any,
     folder: RunFolder,
+    aim: CutPlan,
     progress: Progress,
 ) -> Read:
     """Return the windows of the text and the windows that the uncut model generates.
 
+    Without a step that reads them there are none, and no record.
     A resumed run reads the stored windows. The record of their source is written last, so a record
     means that the windows are complete.
     """
+    if not (aim.cuts or recipe.decode_latency or recipe.distillation.epochs):
+        return torch.empty((0, 0), dtype=torch.int64), {}
     file, record = folder.work / WINDOWS, folder.work / CALIBRATION
     if record.exists():
         return load_windows(file), json.loads(record.read_text(encoding="utf-8"))
@@ -284,7 +300,7 @@ def distill(
 
 
 def verified(
-    skeleton: Any, whole: Path, steps: list[dict[str, Any]], recipe: StructureRecipe
+    skeleton: Any, source: Path, whole: Path, steps: list[dict[str, Any]], recipe: StructureRecipe
 ) -> Accounting:
     """Count the parameters of the written model, and compare them with the notes of the steps.
 
@@ -293,6 +309,9 @@ def verified(
     """
     made = build_skeleton(whole, trust_remote_code=recipe.trust_remote_code)
     before, after = accounting(skeleton, Cut()).before, accounting(made, Cut()).before
+    if form_of(source) is not None:
+        before = replace(before, file_bytes=CheckpointReader(source).total_bytes)
+        after = replace(after, file_bytes=CheckpointReader(whole).total_bytes)
     promised = steps[-1]["after"]["decoder"]
     if after.decoder != promised:
         raise VerificationError(
@@ -338,7 +357,7 @@ def manifest_of(
             "varied": found.varied,
         },
         "distillation": distilled,
-        "calibration": dict(calibration),
+        "calibration": dict(calibration) or None,
         "environment": environment(device),
         "cost": {**meter.read(), "resumed": False},
         "result": {
@@ -352,9 +371,11 @@ def manifest_of(
 
 def summary(step: Mapping[str, Any]) -> dict[str, Any]:
     """The notes of a step without its lists of indices, which `steps.json` keeps."""
+    tokens = {k: step[k] for k in ("tokens_before", "tokens_after", "covered") if k in step}
     return {
         "step": step["step"],
         "by": step.get("by", step.get("solver")),
         "decoder_before": step["before"]["decoder"],
         "decoder_after": step["after"]["decoder"],
+        **tokens,
     }

@@ -162,7 +162,8 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
     target = decoder_target(recipe, model)
     if target is not None:
         aim = with_target(aim, target, model)
-    if not aim.cuts and recipe.decode_latency is None:
+    tokens = recipe.vocabulary is not None or recipe.vocabulary_size is not None
+    if not aim.cuts and recipe.decode_latency is None and not tokens:
         raise RecipeError(
             "the recipe cuts nothing: the model already has these sizes",
             remedy="give a smaller number, or a fraction below 1 such as 0.75",
@@ -203,10 +204,13 @@ def check_together(recipe: StructureRecipe) -> None:
     steps = ("keep_layers", "experts", "hidden_size", "query_heads")
     others = [n for n in steps if getattr(recipe, n) is not None]
     if not targets + widths + others:
+        if recipe.vocabulary is not None or recipe.vocabulary_size is not None:
+            return
         raise RecipeError(
             "the recipe cuts nothing",
             remedy="say what to keep: --keep-layers 24, --ffn 0.75, --kv-groups 0.67, "
-            "--hidden-size 0.9, --experts 0.5, or --keep-parameters 0.75 of the decoder's",
+            "--hidden-size 0.9, --experts 0.5, --vocabulary TEXT, or --keep-parameters 0.75 of the "
+            "decoder's",
         )
     narrowed = targets or widths or recipe.query_heads is not None
     if not narrowed and (recipe.whole_first or recipe.whole_last):

@@ -15,7 +15,8 @@ from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import tasks_of
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import Architecture
-from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.copies import copy_of
+from secateur.models.opening import open_weights
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import write_json
 from secateur.runs.ledger import Ledger
@@ -47,7 +48,7 @@ class RefitStep:
         made = context.work / self.name
         if not made.exists():
             partial = context.work / f"{self.name}.partial"
-            copy = PatchedCopy(CheckpointReader(folder), partial)
+            copy = copy_of(open_weights(folder), partial)
             written = context.scratch(self.name) / "layers.jsonl"
             ledger, done = Ledger(written), 0
             if ledger.begun:

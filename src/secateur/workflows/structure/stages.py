@@ -23,7 +23,7 @@ from secateur.engine.choose.merged_experts import merge_experts
 from secateur.engine.prune.settings import Settings
 from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import describe
-from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.copies import copy_of
 from secateur.models.open_experts import OpenExperts
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
@@ -154,10 +154,9 @@ def merged(
     made = context.work / "merged"
     shutil.rmtree(made, ignore_errors=True)
     with whole_folder(made) as partial:
-        copy = PatchedCopy(CheckpointReader(folder), partial)
-        copy.create(context.progress)
         target = context.target(folder)
-        target.output = PatchedCopy(target.reader, partial)
+        target.output = copy_of(target.reader, partial)
+        target.output.create(context.progress)
         experts = target.architecture.experts
         assert experts is not None
         for index, layer in walk_layers(target, sorted(kept)):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.checkpoint import PatchedCopy
+from secateur.models.opening import open_weights
 from secateur.progress import Progress
 from secateur.recipes.structure import StructureRecipe
 from secateur.workflows.structure.cut_plan import CutPlan
@@ -47,7 +48,7 @@ class StepContext:
     def target(self, folder: Path, output: PatchedCopy | None = None) -> CheckpointTarget:
         """Open a model folder to read, or with a copy that receives new weights."""
         trust = self.recipe.trust_remote_code
-        reader = CheckpointReader(folder)
+        reader = open_weights(folder)
         return CheckpointTarget(reader, output, self.device, trust_remote_code=trust)
 
     def scratch(self, name: str) -> Path:

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from secateur.errors import ArchitectureError, CheckpointError
-from secateur.importing import (
+from secateur.models.at_rest import (
     AssembledReader,
     Assembly,
-    ImportSource,
+    SourceFolder,
     damaged,
-    import_formats,
+    described_by,
+    stored_forms,
+    without_description,
 )
-from secateur.importing.compressed_tensors import bitmask, marlin, quantized
+from secateur.models.at_rest.compressed_tensors import bitmask, marlin, quantized
 
 __all__ = ["CompressedTensorsFolder"]
 
@@ -39,20 +41,20 @@ class CompressedTensorsFolder:
 
     name: ClassVar[str] = "compressed-tensors"
 
-    def recognises(self, source: ImportSource) -> bool:
+    def recognises(self, source: SourceFolder) -> bool:
         """Whether the configuration names compressed-tensors."""
-        return told_by(source.config).get("quant_method") in METHODS or (
+        return described_by(source.config).get("quant_method") in METHODS or (
             "compression_config" in source.config or "sparsity_config" in source.config
         )
 
-    def open(self, source: ImportSource) -> AssembledReader:
+    def open(self, source: SourceFolder) -> AssembledReader:
         """Return a reader that decompresses each matrix when it is read.
 
         Raises:
             CheckpointError: parts are missing, or contradict each other.
             ArchitectureError: the weights are rotated, or in 4-bit floating point.
         """
-        told, stored = told_by(source.config), source.reader.entries
+        told, stored = described_by(source.config), source.reader.entries
         refuse_unknown(told, stored)
         widths = frozenset(widths_of(told))
         made: dict[str, Assembly] = {}
@@ -62,17 +64,10 @@ class CompressedTensorsFolder:
             except CheckpointError as error:
                 raise CheckpointError(error.what, where=name, remedy=error.remedy) from None
         dropped = tuple(n for n in stored if n.rpartition(".")[2] in OF_ACTIVATIONS)
-        said = "the source also rounds activations; the imported model does not"
+        said = "the source also rounds activations; the result does not"
         notes = (said,) if rounds_activations(told) else ()
-        keys = ("quantization_config", "compression_config", "sparsity_config")
-        config = {key: value for key, value in source.config.items() if key not in keys}
+        config = without_description(source.config)
         return AssembledReader(source.reader, made, config, dropped=dropped, notes=notes)
-
-
-def told_by(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of the compression; empty if it says nothing."""
-    found = config.get("quantization_config") or config.get("compression_config") or {}
-    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def refuse_unknown(told: Mapping[str, Any], stored: Iterable[str]) -> None:
@@ -81,7 +76,7 @@ def refuse_unknown(told: Mapping[str, Any], stored: Iterable[str]) -> None:
     Raises:
         ArchitectureError: names it.
     """
-    remedy = "import the model before this step, or decompress it with the tool that made it"
+    remedy = "name the model before this step, or decompress it with the tool that made it"
     if told.get("transform_config"):
         raise ArchitectureError(
             "the model rotates its activations while it runs (transform_config)", remedy=remedy
@@ -89,7 +84,7 @@ def refuse_unknown(told: Mapping[str, Any], stored: Iterable[str]) -> None:
     for name in stored:
         why = NOT_READ.get(name.rpartition(".")[2])
         if why is not None:
-            raise ArchitectureError(f"{why} is not imported", where=name, remedy=remedy)
+            raise ArchitectureError(f"{why} is not read", where=name, remedy=remedy)
 
 
 def groups_of(told: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -135,7 +130,7 @@ def grouped(stored: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def assembled(source: ImportSource, parts: Mapping[str, str], widths: frozenset[int]) -> Assembly:
+def assembled(source: SourceFolder, parts: Mapping[str, str], widths: frozenset[int]) -> Assembly:
     """The dense tensor of some parts.
 
     Raises:
@@ -159,4 +154,4 @@ def assembled(source: ImportSource, parts: Mapping[str, str], widths: frozenset[
     return bitmask.sparse_assembly(source.reader, sparse)
 
 
-import_formats.register(CompressedTensorsFolder.name)(CompressedTensorsFolder())
+stored_forms.register(CompressedTensorsFolder.name)(CompressedTensorsFolder())

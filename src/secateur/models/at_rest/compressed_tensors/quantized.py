@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.importing import Assembly, Parts, damaged
-from secateur.importing.compressed_tensors.bitmask import sparse_assembly
+from secateur.models.at_rest import Assembly, Parts, damaged
+from secateur.models.at_rest.compressed_tensors.bitmask import sparse_assembly
 from secateur.models.checkpoint import CheckpointReader
 
 __all__ = ["PARTS", "STORED", "quantized_assembly"]
@@ -147,7 +147,7 @@ def words(packed: Tensor, bits: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from secateur.importing.compressed_tensors.quantized import words
+        >>> from secateur.models.at_rest.compressed_tensors.quantized import words
         >>> words(torch.tensor([[0x21]], dtype=torch.int32), 4)[0, :3].tolist()
         [1, 2, 0]
     """

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from secateur.importing import Assembly, Parts, damaged
+from secateur.models.at_rest import Assembly, Parts, damaged
 from secateur.models.checkpoint import CheckpointReader
 
 __all__ = ["PARTS", "marlin_assembly"]

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from secateur.importing import Assembly, Parts, damaged
+from secateur.models.at_rest import Assembly, Parts, damaged
 from secateur.models.checkpoint import CheckpointReader
 
 __all__ = ["PARTS", "bits_of", "sparse_assembly"]
@@ -85,7 +85,7 @@ def bits_of(packed: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from secateur.importing.compressed_tensors.bitmask import bits_of
+        >>> from secateur.models.at_rest.compressed_tensors.bitmask import bits_of
         >>> bits_of(torch.tensor([5], dtype=torch.uint8)).int().tolist()
         [1, 0, 1, 0, 0, 0, 0, 0]
     """

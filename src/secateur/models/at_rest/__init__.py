@@ -1,0 +1,270 @@
+"""Formats at rest: how a checkpoint stores its matrices, and what they mean.
+
+A form is one way to store matrices in fewer bits. It shows a folder as dense tensors, each of them
+made from its stored parts when it is read. So every verb reads every form with one reader. One
+file for each form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.models.checkpoint import CheckpointReader, read_entry
+from secateur.models.header import TensorEntry
+from secateur.registry import Registry
+
+__all__ = [
+    "DESCRIPTIONS",
+    "AssembledReader",
+    "Assembly",
+    "Parts",
+    "SourceFolder",
+    "StoredForm",
+    "damaged",
+    "described_by",
+    "refuse_empty",
+    "stored_forms",
+    "view_in",
+    "without_description",
+]
+
+Parts = Mapping[str, Tensor]
+"""Stored tensors, by what each of them is for a matrix."""
+
+DESCRIPTIONS = ("quantization_config", "compression_config", "sparsity_config")
+"""The keys of `config.json` that say how weights are stored."""
+
+
+@dataclass(frozen=True)
+class SourceFolder:
+    """A folder whose weights may be stored in some form.
+
+    Attributes:
+        folder: has `config.json` and safetensors.
+        config: its `config.json`.
+        reader: reads its tensors as they are stored.
+        dtype: the dtype of the model's weights, as `config.json` names it.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    reader: CheckpointReader
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A dense tensor, and how it is made from stored parts.
+
+    Attributes:
+        parts: the name of each stored part, by what it is.
+        shape: of the dense tensor.
+        dtype: of the dense tensor.
+        stored_as: the format, in a word or two.
+        make: returns the dense tensor, in `dtype` or in a wider one with the exact values.
+        back: takes new values [shape] and the stored parts; returns the parts for these values,
+            with the scales that are stored. Zeros stay zeros. None: the form cannot do this.
+        stacked: whether the first axis of every part is the first axis of the dense tensor, so
+            that some of its entries can be kept without a change of their bytes.
+    """
+
+    parts: Mapping[str, str]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored_as: str
+    make: Callable[[Parts], Tensor]
+    back: Callable[[Tensor, Parts], dict[str, Tensor]] | None = None
+    stacked: bool = False
+
+
+class AssembledReader(CheckpointReader):
+    """Reads the dense tensors of a source, each made from its parts when it is read.
+
+    Args:
+        stored: the tensors as they are stored.
+        made: the dense tensors that have parts, by name.
+        config: the configuration of the dense model.
+        dropped: stored tensors that are no part of the model, such as scales of activations.
+        notes: what a user must know, one sentence each.
+
+    Attributes:
+        entries: the dense tensors; the offsets of made ones mean nothing.
+        rounded: made tensors that were read, and whether their dtype cannot hold the exact values.
+        splits: the tensors that are shown as several ones, with views of each.
+
+    Raises:
+        CheckpointError: a dense tensor is stored and made at once.
+    """
+
+    def __init__(
+        self,
+        stored: CheckpointReader,
+        made: Mapping[str, Assembly],
+        config: Mapping[str, Any],
+        *,
+        dropped: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.stored, self.made, self.config = stored, made, dict(config)
+        self.dropped, self.notes = dropped, notes
+        self.folder, self.files = stored.folder, stored.files
+        self.rounded: dict[str, bool] = {}
+        self.splits: dict[str, Mapping[str, Tensor]] = {}
+        self.owner: dict[str, str] = {}
+        self.recent: dict[str, Tensor] = {}
+        used = {part for assembly in made.values() for part in assembly.parts.values()}
+        gone = used | set(dropped)
+        self.entries = {n: entry for n, entry in stored.entries.items() if n not in gone}
+        for name, assembly in made.items():
+            if name in self.entries:
+                raise damaged(f"{name} is stored, and so are parts of it", self.folder)
+            first = stored.entries[next(iter(assembly.parts.values()))]
+            size = torch.Size(assembly.shape).numel() * assembly.dtype.itemsize
+            self.entries[name] = TensorEntry(
+                first.file, 0, size, assembly.dtype, tuple(assembly.shape)
+            )
+
+    def read(self, name: str) -> Tensor:
+        """One dense tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: its parts contradict each other.
+        """
+        if name in self.owner:
+            return self.part_of(self.owner[name], name)
+        return self.whole(name) if name in self.made else read_entry(self.entries[name])
+
+    def whole(self, name: str) -> Tensor:
+        """A made tensor, also if it is shown as several.
+
+        Raises:
+            CheckpointError: its parts contradict each other.
+        """
+        assembly = self.made[name]
+        parts = {role: self.stored.read(part) for role, part in assembly.parts.items()}
+        try:
+            exact = assembly.make(parts)
+        except CheckpointError as error:
+            raise CheckpointError(error.what, where=name, remedy=error.remedy) from None
+        if tuple(exact.shape) != assembly.shape:
+            raise damaged(f"the parts make {list(exact.shape)}, not {list(assembly.shape)}", name)
+        value = exact.to(assembly.dtype)
+        if not value.isfinite().all():
+            raise damaged(f"the parts make numbers that are not finite in {assembly.dtype}", name)
+        self.rounded[name] = not torch.equal(value.to(exact.dtype), exact)
+        return value.contiguous()
+
+    def split(self, name: str, views: Mapping[str, Tensor]) -> None:
+        """From now on, show a tensor as several; see `CheckpointReader.split`."""
+        super().split(name, views)
+        self.splits[name] = views
+        if name in self.made:
+            self.owner |= dict.fromkeys(views, name)
+
+    def unsplit(self) -> AssembledReader:
+        """A reader of the same source that shows no tensor as several."""
+        return AssembledReader(
+            self.stored, self.made, self.config, dropped=self.dropped, notes=self.notes
+        )
+
+    def part_of(self, owner: str, name: str) -> Tensor:
+        """One of the tensors that a made tensor is shown as.
+
+        The two made tensors that were read last are kept, since the experts of a layer are stored
+        in two, and each expert needs both.
+        """
+        if owner not in self.recent:
+            for old in list(self.recent)[:-1]:
+                del self.recent[old]
+            self.recent[owner] = self.whole(owner)
+        own = view_in(self.recent[owner], self.entries[name])
+        return own.clone(memory_format=torch.contiguous_format)
+
+    def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors one after the other; made ones are read, since they cannot be mapped."""
+        plain = [name for name in names if name in self.stored.entries]
+        yield from self.stored.mapped(plain)
+        for name in names:
+            if name not in self.stored.entries:
+                yield name, self.read(name)
+
+
+def view_in(whole: Tensor, entry: TensorEntry) -> Tensor:
+    """A tensor that is a part of another one, as a view.
+
+    Args:
+        whole: contiguous.
+        entry: of the part; its offset counts from the first byte of the whole.
+    """
+    start = entry.offset // entry.dtype.itemsize
+    if entry.strides is not None:
+        return whole.view(-1).as_strided(entry.shape, entry.strides, start)
+    return whole.view(-1)[start : start + prod(entry.shape)].view(entry.shape)
+
+
+class StoredForm(Protocol):
+    """The contract of a form."""
+
+    name: ClassVar[str]
+
+    def recognises(self, source: SourceFolder) -> bool:
+        """Whether this is the form of the source; reads names, dtypes and the configuration."""
+        ...
+
+    def open(self, source: SourceFolder) -> AssembledReader:
+        """Return a reader of the dense tensors.
+
+        Raises:
+            CheckpointError: parts are missing, or contradict each other.
+            ArchitectureError: the source needs what a plain model cannot express.
+        """
+        ...
+
+
+def damaged(what: str, where: object) -> CheckpointError:
+    """An error about a file that contradicts itself."""
+    return CheckpointError(what, where=str(where), remedy="copy or download the file again")
+
+
+def refuse_empty(made: Mapping[str, Assembly], form: str, source: SourceFolder) -> None:
+    """Refuse a folder whose configuration names a form in which no matrix is stored.
+
+    Raises:
+        CheckpointError: says so.
+    """
+    if not made:
+        raise damaged(f"config.json says {form}, and no matrix is stored so", source.folder)
+
+
+def described_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the form of its weights; empty if it says nothing.
+
+    Models that see and read have it beside the text model's configuration, or within it.
+    """
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in DESCRIPTIONS[:2]:
+            found = part.get(key)
+            if isinstance(found, Mapping) and found:
+                return dict(found)
+    return {}
+
+
+def without_description(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the dense model."""
+    kept = {key: value for key, value in config.items() if key not in DESCRIPTIONS}
+    text = kept.get("text_config")
+    if isinstance(text, Mapping):
+        kept["text_config"] = {k: v for k, v in text.items() if k not in DESCRIPTIONS}
+    return kept
+
+
+stored_forms: Registry[StoredForm] = Registry("form at rest", __name__, "stored_forms")

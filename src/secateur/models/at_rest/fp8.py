@@ -1,0 +1,221 @@
+"""Float8 with one scale for each block of a matrix: DeepSeek V3, Qwen3-FP8, MiniMax-M2, Mistral.
+
+weight            float8_e4m3fn [out, in]; experts of a layer together: [experts, out, in]
+weight_scale_inv  float32, bfloat16 or float8_e8m0fnu [⌈out / 128⌉, ⌈in / 128⌉]; or one number.
+                  In uint8, e means 2^(e − 127). It is the scale itself, in spite of its name
+
+W[i, j] = weight[i, j] · weight_scale_inv[⌊i / 128⌋, ⌊j / 128⌋]
+
+The product is computed in float32 and rounded to the model's dtype, as in `weight_dequant` of
+DeepSeek V3 (github.com/deepseek-ai/DeepSeek-V3, inference/kernel.py) and in transformers'
+`Fp8Dequantize`. The last block of rows or columns may be shorter. `weight_block_size` of the
+configuration gives the size of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import ArchitectureError
+from secateur.models.at_rest import (
+    AssembledReader,
+    Assembly,
+    Parts,
+    SourceFolder,
+    damaged,
+    described_by,
+    refuse_empty,
+    stored_forms,
+    without_description,
+)
+from secateur.models.header import TensorEntry
+
+__all__ = ["BlockFloat8", "spread_blocks"]
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of float8_e4m3fn."""
+SCALES = ("{}_scale_inv", "{owner}.scale", "{owner}.qscale_weight")
+"""The names of the scales of a tensor: of most, of DeepSeek V4, of Mistral Large."""
+OF_ACTIVATIONS = (
+    "activation_scale", "input_scale", "qscale_act", "k_scale", "v_scale", "q_scale",
+    "gate_up_proj_activation_scale", "down_proj_activation_scale",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BlockFloat8:
+    """`quant_method: fp8`."""
+
+    name: ClassVar[str] = "fp8"
+
+    def recognises(self, source: SourceFolder) -> bool:
+        """Whether the configuration names fp8."""
+        return described_by(source.config).get("quant_method") == self.name
+
+    def open(self, source: SourceFolder) -> AssembledReader:
+        """Return a reader that multiplies each matrix with its scales when it is read.
+
+        Raises:
+            CheckpointError: a matrix has no scale, or one that does not fit.
+            ArchitectureError: the matrices are in 4-bit floating point.
+        """
+        told, entries = described_by(source.config), source.reader.entries
+        block = block_of(told, source)
+        made = {}
+        for name, entry in entries.items():
+            scale = scale_of(name, entries)
+            if entry.dtype == FLOAT8 and scale is None:
+                raise damaged(f"{name} is float8, and there is no scale of it", entry.file)
+            if scale is None or scale == name:
+                continue
+            if entry.dtype in (torch.int8, torch.uint8):
+                raise ArchitectureError(
+                    "the matrix is in 4-bit floating point, two numbers in a byte, which is not "
+                    "read beside float8",
+                    where=name,
+                    remedy="name the model in bfloat16, or one whose matrices are all in float8",
+                )
+            if entry.dtype == FLOAT8:
+                made[name] = assembly(name, entry, scale, entries[scale], block, source.dtype)
+        refuse_empty(made, self.name, source)
+        dropped = tuple(n for n in entries if n.rpartition(".")[2] in OF_ACTIVATIONS)
+        notes: tuple[str, ...] = ()
+        if told.get("activation_scheme"):
+            notes = ("the source rounds activations to float8 as well; the result does not",)
+        config = without_description(source.config)
+        return AssembledReader(source.reader, made, config, dropped=dropped, notes=notes)
+
+
+def block_of(told: Mapping[str, Any], source: SourceFolder) -> tuple[int, int] | None:
+    """The rows and columns of a block; None for one scale for each matrix.
+
+    Raises:
+        CheckpointError: the configuration names no two sizes.
+    """
+    found = told.get("weight_block_size", (128, 128))
+    if found is None:
+        return None
+    if not isinstance(found, (list, tuple)) or len(found) != 2:
+        raise damaged(f"weight_block_size is {str(found)[:40]}", source.folder / "config.json")
+    if any(type(size) is not int or size < 1 for size in found):
+        raise damaged(f"weight_block_size is {str(found)[:40]}", source.folder / "config.json")
+    return found[0], found[1]
+
+
+def scale_of(name: str, entries: Mapping[str, TensorEntry]) -> str | None:
+    """The name of the scales of a tensor, if there are any."""
+    owner = name.removesuffix(".weight")
+    patterns = SCALES if owner != name else SCALES[:1]
+    names = (pattern.format(name, owner=owner) for pattern in patterns)
+    return next((found for found in names if found in entries), None)
+
+
+def assembly(
+    name: str,
+    entry: TensorEntry,
+    scale_name: str,
+    scale: TensorEntry,
+    block: tuple[int, int] | None,
+    dtype: torch.dtype,
+) -> Assembly:
+    """The matrix, or the stacked matrices, that a tensor and its scales make.
+
+    Raises:
+        CheckpointError: the scales have another shape than the blocks.
+    """
+    if len(entry.shape) not in (2, 3):
+        raise damaged(f"a tensor of shape {list(entry.shape)} has scales", name)
+    exponents = scale.dtype == torch.uint8
+    if not scale.dtype.is_floating_point and not exponents:
+        raise damaged(f"the scales are {scale.dtype}", scale_name)
+    sizes = fitting_blocks(entry.shape, scale.shape, block)
+    if sizes is None:
+        raise damaged(
+            f"the scales are {list(scale.shape)}; {list(entry.shape)} in blocks of "
+            f"{list(block) if block else 'any size'} needs others",
+            scale_name,
+        )
+    return Assembly(
+        {"weight": name, "scale": scale_name},
+        entry.shape,
+        dtype,
+        "float8 in blocks" if block else "float8",
+        partial(multiplied, block=sizes),
+        partial(rounded_back, block=sizes, dtype=dtype),
+        stacked=len(entry.shape) == 3 and len(scale.shape) == 3,
+    )
+
+
+def fitting_blocks(
+    shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """The size of a block for which these scales belong to a tensor; None if there is none.
+
+    Args:
+        shape: of the tensor, [..., out, in].
+        scales: the shape of its scales.
+        block: the size that the configuration gives.
+    """
+    rows, columns = shape[-2:]
+    if torch.Size(scales).numel() == 1:
+        return rows, columns
+    if len(scales) != len(shape) or scales[:-2] != shape[:-2] or 0 in scales:
+        return None
+    if block is not None and scales[-2:] == (-(-rows // block[0]), -(-columns // block[1])):
+        return block
+    if rows % scales[-2] or columns % scales[-1]:
+        return None
+    return rows // scales[-2], columns // scales[-1]
+
+
+def spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
+    """Scales [..., blocks, blocks] as they multiply a matrix [..., out, in]: float32.
+
+    Example:
+        >>> import torch
+        >>> from secateur.models.at_rest.fp8 import spread_blocks
+        >>> spread_blocks(torch.tensor([[1.0, 2.0]]), (2, 3), (2, 2)).tolist()
+        [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]
+    """
+    wide = powers_of_two(scale) if scale.dtype == torch.uint8 else scale.to(torch.float32)
+    if wide.numel() == 1:
+        return wide.reshape((1,) * len(shape))
+    for axis, size in ((-2, block[0]), (-1, block[1])):
+        wide = wide.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
+    return wide
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2^(e − 127) for bytes e, float32."""
+    return torch.ldexp(torch.ones(exponents.shape), exponents.to(torch.int32) - 127)
+
+
+def multiplied(parts: Parts, block: tuple[int, int]) -> Tensor:
+    """The dense tensor, float32."""
+    weight = parts["weight"]
+    return weight.to(torch.float32) * spread_blocks(parts["scale"], tuple(weight.shape), block)
+
+
+def rounded_back(
+    values: Tensor, parts: Parts, block: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The parts for new values: the scales stay, and so does every number that did not change.
+
+    A number is rounded to the nearest one of its block's grid, from −448 to 448 times the scale.
+    """
+    scale = spread_blocks(parts["scale"], tuple(values.shape), block)
+    wanted = torch.where(values == 0, 0.0, values.to(torch.float32) / scale)
+    codes = wanted.clamp(-LARGEST, LARGEST).to(FLOAT8).view(torch.uint8)
+    same = multiplied(parts, block).to(dtype) == values
+    codes = torch.where(same & (values != 0), parts["weight"].view(torch.uint8), codes)
+    return {"weight": codes.view(FLOAT8), "scale": parts["scale"]}
+
+
+stored_forms.register(BlockFloat8.name)(BlockFloat8())

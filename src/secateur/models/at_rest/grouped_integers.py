@@ -1,0 +1,198 @@
+"""Integers with a scale and a zero for each group of inputs: GPTQ and AWQ.
+
+GPTQ (AutoGPTQ and GPTQModel), F = 32 / bits integers in each word, the lowest first:
+
+    qweight  int32 [in / F, out]; word i / F of a column holds the integers of inputs i, i + 1, …
+    qzeros   int32 [groups, out / F]
+    scales   float16 or bfloat16 [groups, out]
+    g_idx    int32 [in], the group of each input; none: in order
+
+    W[o, i] = (q[i, o] − z[g, o] − 1) · scales[g, o]     g = g_idx[i]; without the 1 in `gptq_v2`
+
+AWQ (AutoAWQ, version gemm), 8 integers of 4 bits in each word, in the order 0 2 4 6 1 3 5 7:
+
+    qweight  int32 [in, out / 8]
+    qzeros   int32 [groups, out / 8]
+    scales   float16 [groups, out]
+
+    W[o, i] = (q[i, o] − z[g, o]) · scales[g, o]         g = ⌊i / group size⌋
+
+The layouts are those of `QuantLinear` in github.com/AutoGPTQ/AutoGPTQ and of `packing_utils.py` in
+github.com/casper-hansen/AutoAWQ. The product is exact in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import ArchitectureError
+from secateur.models.at_rest import (
+    AssembledReader,
+    Assembly,
+    Parts,
+    SourceFolder,
+    damaged,
+    described_by,
+    refuse_empty,
+    stored_forms,
+    without_description,
+)
+
+__all__ = ["ActivationAware", "PostTraining"]
+
+ROLES = ("qweight", "qzeros", "scales", "g_idx")
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The output that each 4-bit integer of a word belongs to, the lowest bits first."""
+
+
+@dataclass(frozen=True)
+class PostTraining:
+    """`quant_method: gptq`, with integers of 2, 4 or 8 bits."""
+
+    name: ClassVar[str] = "gptq"
+
+    def recognises(self, source: SourceFolder) -> bool:
+        """Whether the configuration names gptq."""
+        return described_by(source.config).get("quant_method") == self.name
+
+    def open(self, source: SourceFolder) -> AssembledReader:
+        """Return a reader that makes each matrix when it is read.
+
+        Raises:
+            CheckpointError: parts are missing, or do not fit each other.
+            ArchitectureError: the integers are packed for one kernel, or have another width.
+        """
+        told = described_by(source.config)
+        bits, layout = told.get("bits"), told.get("checkpoint_format", "gptq")
+        if bits not in (2, 4, 8) or layout not in ("gptq", "gptq_v2"):
+            raise ArchitectureError(
+                f"GPTQ of {bits} bits in the layout {layout} is not read",
+                where=str(source.folder),
+                remedy="2, 4 and 8 bits in the layouts gptq and gptq_v2 are; name the model in "
+                "float16 or bfloat16",
+            )
+        shift = 1 if layout == "gptq" else 0
+        return reader_of(source, lambda parts: along_inputs(parts, bits, shift), bits, rows=True)
+
+
+@dataclass(frozen=True)
+class ActivationAware:
+    """`quant_method: awq`, version gemm."""
+
+    name: ClassVar[str] = "awq"
+
+    def recognises(self, source: SourceFolder) -> bool:
+        """Whether the configuration names awq."""
+        return described_by(source.config).get("quant_method") == self.name
+
+    def open(self, source: SourceFolder) -> AssembledReader:
+        """Return a reader that makes each matrix when it is read.
+
+        Raises:
+            CheckpointError: parts are missing, or do not fit each other.
+            ArchitectureError: the integers are packed for another kernel, or have another width.
+        """
+        told = described_by(source.config)
+        bits = told.get("bits", told.get("w_bit"))
+        version = str(told.get("version", "gemm")).lower()
+        if bits != 4 or version != "gemm":
+            raise ArchitectureError(
+                f"AWQ of {bits} bits in version {version} is not read",
+                where=str(source.folder),
+                remedy="4 bits in version gemm are; name the model in float16 or bfloat16",
+            )
+        return reader_of(source, along_outputs, 4, rows=False)
+
+
+def reader_of(source: SourceFolder, make: Any, bits: int, *, rows: bool) -> AssembledReader:
+    """The reader of a folder.
+
+    Args:
+        source: the folder.
+        make: makes a matrix of its parts.
+        bits: of an integer.
+        rows: whether words hold consecutive inputs; otherwise consecutive outputs.
+
+    Raises:
+        CheckpointError: parts are missing, or do not fit each other.
+    """
+    entries = source.reader.entries
+    found: dict[str, dict[str, str]] = {}
+    for name in entries:
+        owner, _, role = name.rpartition(".")
+        if role in ROLES and f"{owner}.qweight" in entries:
+            found.setdefault(owner, {})[role] = name
+    made = {}
+    for owner, parts in found.items():
+        missing = {"qzeros", "scales"} - parts.keys()
+        if missing:
+            raise damaged(f"there is no {min(missing)} beside it", parts["qweight"])
+        shapes = {role: entries[name].shape for role, name in parts.items()}
+        shape = shape_of(shapes, 32 // bits, rows=rows)
+        if shape is None or any(entries[parts[x]].dtype != torch.int32 for x in ROLES[:2]):
+            raise damaged(
+                "the parts do not fit each other: "
+                + ", ".join(f"{role} {list(size)}" for role, size in sorted(shapes.items())),
+                parts["qweight"],
+            )
+        name = f"{owner}.weight"
+        made[name] = Assembly(parts, shape, source.dtype, f"int{bits} in groups", make)
+    refuse_empty(made, f"int{bits} in groups", source)
+    return AssembledReader(source.reader, made, without_description(source.config))
+
+
+def shape_of(
+    shapes: Mapping[str, tuple[int, ...]], factor: int, *, rows: bool
+) -> tuple[int, int] | None:
+    """The shape [out, in] of a matrix; None if its parts do not fit each other."""
+    if any(len(shapes[role]) != 2 for role in ROLES[:3]):
+        return None
+    groups, outputs = shapes["scales"]
+    high, wide = shapes["qweight"]
+    inputs = high * factor if rows else high
+    fits = wide == outputs if rows else wide * factor == outputs
+    ordered = shapes.get("g_idx", (inputs,)) == (inputs,)
+    grouped = groups > 0 and (inputs % groups == 0 or "g_idx" in shapes)
+    whole = fits and ordered and grouped and shapes["qzeros"] == (groups, outputs // factor)
+    return (outputs, inputs) if whole and outputs % factor == 0 else None
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """The unsigned integers of words along a new last axis, the lowest bits first."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+
+
+def along_inputs(parts: Parts, bits: int, shift: int) -> Tensor:
+    """A matrix [out, in] of GPTQ, float64."""
+    integers = unpacked(parts["qweight"], bits).transpose(1, 2).flatten(0, 1)
+    zeros = unpacked(parts["qzeros"], bits).flatten(1) + shift
+    groups, inputs = len(zeros), len(integers)
+    order = parts.get("g_idx")
+    if order is None:
+        order = torch.arange(inputs) // (inputs // groups)
+    if int(order.min()) < 0 or int(order.max()) >= groups:
+        raise damaged(f"an input names a group that is not one of {groups}", "g_idx")
+    order = order.to(torch.int64)
+    scales = parts["scales"].to(torch.float64)
+    return ((integers - zeros[order]).to(torch.float64) * scales[order]).t()
+
+
+def along_outputs(parts: Parts) -> Tensor:
+    """A matrix [out, in] of AWQ, float64."""
+    place = torch.tensor(AWQ_ORDER).argsort()
+    integers, zeros = (
+        unpacked(parts[role], 4)[..., place].flatten(1) for role in ("qweight", "qzeros")
+    )
+    size = len(integers) // len(zeros)
+    spread = (integers - zeros.repeat_interleave(size, 0)).to(torch.float64)
+    return (spread * parts["scales"].to(torch.float64).repeat_interleave(size, 0)).t()
+
+
+stored_forms.register(PostTraining.name)(PostTraining())
+stored_forms.register(ActivationAware.name)(ActivationAware())

@@ -1,0 +1,129 @@
+"""Experts in 4-bit floating point with a scale for each 32 numbers: gpt-oss.
+
+P_blocks  uint8 [experts, out, groups, 16]; a byte holds two numbers, the first in its low four bits
+P_scales  uint8 [experts, out, groups]; e means 2^(e − 127)
+
+A number of four bits is a sign (the highest), two bits of exponent and one of mantissa, e2m1:
+0, 0.5, 1, 1.5, 2, 3, 4, 6. With the numbers of a row in order, g = ⌊i / 32⌋ is the group of i:
+
+P[expert, i, o] = e2m1(number i of row o) · 2^(P_scales[expert, o, g] − 127)
+
+So P is [experts, in, out], as transformers' GptOssExperts stores it. Every such number has few
+enough bits for bfloat16. The format is MXFP4 of the OCP Microscaling specification 1.0; the order
+of the bytes is that of `convert_moe_packed_tensors` in transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.models.at_rest import (
+    AssembledReader,
+    Assembly,
+    Parts,
+    SourceFolder,
+    damaged,
+    described_by,
+    refuse_empty,
+    stored_forms,
+    without_description,
+)
+from secateur.models.header import TensorEntry
+
+__all__ = ["NUMBERS", "MicroscaledFloat4"]
+
+NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The number of each code from 0 to 15."""
+GROUP = 32
+BLOCKS, SCALES = "_blocks", "_scales"
+
+
+@dataclass(frozen=True)
+class MicroscaledFloat4:
+    """`quant_method: mxfp4`."""
+
+    name: ClassVar[str] = "mxfp4"
+
+    def recognises(self, source: SourceFolder) -> bool:
+        """Whether the configuration names mxfp4."""
+        return described_by(source.config).get("quant_method") == self.name
+
+    def open(self, source: SourceFolder) -> AssembledReader:
+        """Return a reader that expands the experts of a layer when they are read.
+
+        Raises:
+            CheckpointError: blocks or scales are missing, or do not fit each other.
+        """
+        entries, made = source.reader.entries, {}
+        for name in entries:
+            for end, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+                stem = name.removesuffix(end)
+                if stem != name and stem + other not in entries:
+                    raise damaged(f"there is {name}, but no {stem + other}", source.folder)
+            stem = name.removesuffix(BLOCKS)
+            if stem != name:
+                scales = entries[stem + SCALES]
+                made[stem] = assembly(stem, entries[name], scales, source.dtype)
+        refuse_empty(made, self.name, source)
+        return AssembledReader(source.reader, made, without_description(source.config))
+
+
+def assembly(stem: str, blocks: TensorEntry, scales: TensorEntry, dtype: torch.dtype) -> Assembly:
+    """The experts that blocks and scales make.
+
+    Raises:
+        CheckpointError: they do not fit each other.
+    """
+    if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
+        raise damaged(f"blocks of {blocks.dtype}, scales of {scales.dtype}", stem)
+    if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, GROUP // 2):
+        raise damaged(f"blocks {list(blocks.shape)} beside scales {list(scales.shape)}", stem)
+    experts, out, groups, _ = blocks.shape
+    return Assembly(
+        {"blocks": stem + BLOCKS, "scales": stem + SCALES},
+        (experts, groups * GROUP, out),
+        dtype,
+        "mxfp4",
+        expanded,
+        partial(rounded_back, dtype=dtype),
+        stacked=True,
+    )
+
+
+def expanded(parts: Parts) -> Tensor:
+    """The experts [experts, in, out], float32."""
+    blocks, scales = parts["blocks"], parts["scales"]
+    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    values = torch.ldexp(
+        torch.tensor(NUMBERS)[codes.to(torch.int32)],
+        (scales.to(torch.int32) - 127).unsqueeze(-1),
+    )
+    return values.flatten(-2).transpose(1, 2)
+
+
+def rounded_back(values: Tensor, parts: Parts, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parts for new values: the scales stay, and so does every number that did not change.
+
+    A number is rounded to the nearest one of its group's grid. Of two that are equally near, the
+    smaller one is taken.
+    """
+    scales = parts["scales"]
+    rows = values.transpose(1, 2).unflatten(-1, (-1, GROUP)).to(torch.float32)
+    wanted = torch.ldexp(rows, (127 - scales.to(torch.int32)).unsqueeze(-1))
+    grid = torch.tensor(NUMBERS[:8])
+    codes = torch.bucketize(wanted.abs().contiguous(), (grid[1:] + grid[:-1]) / 2).to(torch.uint8)
+    codes += 8 * ((wanted < 0) & (codes > 0)).to(torch.uint8)
+    stored = parts["blocks"]
+    before = torch.stack([stored & 15, stored >> 4], -1).flatten(-2)
+    same = expanded(parts).to(dtype) == values
+    kept = same.transpose(1, 2).unflatten(-1, (-1, GROUP)) & (rows != 0)
+    pairs = torch.where(kept, before, codes).unflatten(-1, (-1, 2))
+    return {"blocks": pairs[..., 0] | (pairs[..., 1] << 4), "scales": scales}
+
+
+stored_forms.register(MicroscaledFloat4.name)(MicroscaledFloat4())

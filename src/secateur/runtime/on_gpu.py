@@ -1,0 +1,89 @@
+"""Loads a compressed checkpoint on a GPU; its pruned linears stay in the bitmask format there.
+
+Other matrices are dense in the dtype of the computation. Every kind of matrix is measured once, and
+is dense too where torch's dense product is faster for one token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.models.skeleton import assign, fill_buffers, refuse_missing, stored_names
+from secateur.quantization.groups import Scales
+from secateur.runtime.dense_view import DenseView
+from secateur.runtime.formats import Layout, formats
+from secateur.runtime.packed import PackedCheckpoint
+
+__all__ = ["install_on_gpu"]
+
+
+def install_on_gpu(
+    model: Any, packed: PackedCheckpoint, dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """Fill a skeleton from a compressed checkpoint, and move it to a device.
+
+    Args:
+        model: a transformers model with parameters on meta, its experts opened.
+        packed: the checkpoint.
+        dtype: what the model computes in.
+        device: a GPU; the CPU only with Triton's interpreter.
+
+    Returns:
+        The paths of the linears that stay packed.
+
+    Raises:
+        CheckpointError: a file is damaged, or does not fit the configuration.
+    """
+    from secateur.runtime.kernels.gpu.linear import GpuChoice, GpuLinear, measured
+
+    view = DenseView(packed, dtype)
+    names = stored_names(model, view)
+    head = tied_head(model, names)
+    refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
+    choices: dict[tuple[object, ...], GpuChoice] = {}
+    found: list[str] = []
+    for parameter, stored in names.items():
+        path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
+        layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
+        module = model.get_submodule(path)
+        if layout is not None and layout.format != "dense" and isinstance(module, nn.Linear):
+            matrix = gpu_matrix(packed, owner, layout, device)
+            share = round(10 * matrix.nonzeros / (matrix.shape[0] * matrix.shape[1]))
+            kind = (matrix.shape, matrix.values.dtype, matrix.group, share)
+            if kind not in choices:
+                choices[kind] = measured(matrix, dtype)
+            if choices[kind].gain >= 1:
+                linear = GpuLinear(matrix, module.bias, choices[kind].kernel_up_to)
+                parent, _, leaf = path.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, linear)
+                found.append(path)
+                continue
+        assign(model, parameter, view.read(stored).to(dtype))
+    fill_buffers(model, view)
+    if head:
+        model.tie_weights()
+    model.to(device)
+    return found
+
+
+def tied_head(model: Any, names: Any) -> str:
+    """The parameter of a head that shares the embedding's weight; empty if there is none."""
+    head = model.get_output_embeddings()
+    path = next((name for name, module in model.named_modules() if module is head), "")
+    tied = path and model.config.tie_word_embeddings and f"{path}.weight" not in names
+    return f"{path}.weight" if tied else ""
+
+
+def gpu_matrix(packed: PackedCheckpoint, owner: str, layout: Layout, device: torch.device) -> Any:
+    """A stored matrix in the form of the GPU's kernels."""
+    from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+
+    parts = packed.parts(owner)
+    mask, values = formats[layout.format].kept(parts, layout)
+    if layout.grid is None:
+        return GpuMatrix.of(mask, values, scale=parts.get("weight_scale"), device=device)
+    scales = Scales(parts["weight_exponent"], parts["weight_scale"])
+    return GpuMatrix.of(mask, values, scales=scales, group=layout.grid.group, device=device)

@@ -1,0 +1,232 @@
+"""How a tokenizer makes its tokens, and what it needs for those that stay.
+
+BPE (Sennrich et al. 2016, arXiv:1508.07909) begins with the letters of a word, or its bytes, and
+merges the pair of lowest rank until there is none. While it makes a token t within a word, pairs
+across the border of t are never merged, for else t would not be one of the tokens in the end. So
+the merges within t are those that BPE does on t alone. Let K be closed: with every token it has all
+tokens that BPE makes on the way to it. Keep the merges whose two parts and whose result are in K,
+in their order. Then a word whose tokens are in K is cut into the same tokens as before: every merge
+that was done is still there, and there is no merge that was not there before.
+
+Unigram (Kudo 2018, arXiv:1804.10959) takes the most probable way to cut a text into pieces. If its
+pieces stay, it is still there and still the most probable. An unknown character costs the lowest
+score of all pieces and 10 more, so a piece of the lowest score stays too.
+
+Bytes always stay: as 256 letters of a byte-level tokenizer, or as <0x00> to <0xFF>. So every text
+can still be encoded. A tokenizer without bytes keeps all single characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, Protocol
+
+from secateur.errors import ArchitectureError, CheckpointError
+
+__all__ = ["MergedPieces", "Pieces", "ScoredPieces", "pieces_of"]
+
+BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+"""The tokens of single bytes in tokenizers that begin with characters."""
+
+
+class Pieces(Protocol):
+    """The tokens that a tokenizer makes from text, without those that were added to it."""
+
+    ids: Mapping[str, int]
+
+    def always(self) -> set[str]:
+        """The tokens that have to stay, so that every text can be encoded."""
+        ...
+
+    def way_to(self, token: str) -> set[str]:
+        """A token and all those that are made on the way to it."""
+        ...
+
+    def trimmed(self, kept: Mapping[str, int]) -> dict[str, Any]:
+        """The model of `tokenizer.json` with only these tokens, under their new ids."""
+        ...
+
+
+def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
+    """The pieces of a tokenizer.
+
+    Args:
+        tokenizer: the content of `tokenizer.json`.
+        where: the file, for messages.
+
+    Raises:
+        ArchitectureError: tokens of this kind of tokenizer cannot be removed.
+        CheckpointError: the file is damaged.
+    """
+    model = tokenizer.get("model")
+    if not isinstance(model, Mapping):
+        raise damaged_tokenizer("it has no model", where)
+    kind = model.get("type")
+    if kind is None:  # files of early releases do not say it
+        kind = "BPE" if "merges" in model else "Unigram" if "unk_id" in model else "unknown"
+    try:
+        if kind == "BPE":
+            refuse_affixes(model, where)
+            return MergedPieces(model, is_byte_level(tokenizer))
+        if kind == "Unigram":
+            return ScoredPieces(model)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged_tokenizer(f"{type(error).__name__}: {error}", where) from error
+    raise ArchitectureError(
+        f"tokens of a {kind} tokenizer cannot be removed yet",
+        where=where,
+        remedy="byte-level BPE, BPE with byte fallback and Unigram are known; leave the vocabulary "
+        "as it is",
+    )
+
+
+def refuse_affixes(model: Mapping[str, Any], where: str) -> None:
+    """Refuse BPE that marks the inside or the end of words in its tokens.
+
+    Raises:
+        ArchitectureError: it does.
+    """
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise ArchitectureError(
+                f"tokens of a BPE tokenizer with {name} {model[name]!r} cannot be removed yet",
+                where=where,
+                remedy="leave the vocabulary as it is",
+            )
+
+
+def damaged_tokenizer(what: str, where: str) -> CheckpointError:
+    """An error about a tokenizer that contradicts itself."""
+    return CheckpointError(
+        f"the tokenizer cannot be read: {what}",
+        where=where,
+        remedy="copy or download the tokenizer's files again",
+    )
+
+
+def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer turns bytes into letters before it merges them."""
+
+    def kinds(part: Any) -> Iterator[str]:
+        if isinstance(part, Mapping):
+            yield str(part.get("type"))
+            for inner in part.values():
+                yield from kinds(inner)
+        elif isinstance(part, list):
+            for inner in part:
+                yield from kinds(inner)
+
+    parts = (tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer"))
+    return any(kind == "ByteLevel" for part in parts for kind in kinds(part))
+
+
+class MergedPieces:
+    """The tokens of BPE.
+
+    Args:
+        model: of `tokenizer.json`.
+        byte_level: whether its letters are bytes.
+    """
+
+    def __init__(self, model: Mapping[str, Any], byte_level: bool) -> None:
+        self.model, self.byte_level = model, byte_level
+        self.ids: Mapping[str, int] = dict(model["vocab"])
+        self.merges = [pair_of(merge) for merge in model["merges"]]
+        self.ranks = {pair: rank for rank, pair in reversed([*enumerate(self.merges)])}
+        self.ways: dict[str, set[str]] = {}
+
+    def always(self) -> set[str]:
+        """The bytes and the unknown token; without bytes, all single characters."""
+        unknown = self.model.get("unk_token")
+        found = {str(unknown)} & self.ids.keys() if unknown is not None else set()
+        if self.byte_level:
+            return found | (byte_letters() & self.ids.keys())
+        if self.model.get("byte_fallback") and self.ids.keys() >= BYTES:
+            return found | BYTES
+        return found | {token for token in self.ids if len(token) == 1}
+
+    def way_to(self, token: str) -> set[str]:
+        """What BPE makes of the token's letters; a token that it never reaches stays alone.
+
+        Such a token is found whole in the vocabulary (`ignore_merges`).
+        """
+        if token not in self.ways:
+            parts, made = list(token), set(token)
+            while len(parts) > 1:
+                ranked = [
+                    (self.ranks[pair], place)
+                    for place, pair in enumerate(pairwise(parts))
+                    if pair in self.ranks
+                ]
+                if not ranked:
+                    break
+                place = min(ranked)[1]
+                parts[place : place + 2] = ["".join(parts[place : place + 2])]
+                made.add(parts[place])
+            reached = len(parts) == 1 and made <= self.ids.keys()
+            self.ways[token] = made | {token} if reached else {token}
+        return self.ways[token]
+
+    def trimmed(self, kept: Mapping[str, int]) -> dict[str, Any]:
+        """Tokens in the order of their ids, and the merges between them in theirs."""
+        vocab = dict(sorted(kept.items(), key=lambda entry: entry[1]))
+        merges = [
+            [first, second]
+            for first, second in self.merges
+            if first in kept and second in kept and first + second in kept
+        ]
+        return {**self.model, "vocab": vocab, "merges": merges}
+
+
+def pair_of(merge: Any) -> tuple[str, str]:
+    """The two parts of a merge, as a list or as a text with a space between them."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second
+
+
+def byte_letters() -> set[str]:
+    """The 256 letters that stand for bytes: printable characters for themselves, others from 256.
+
+    As in GPT-2's `bytes_to_unicode`.
+    """
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    return {chr(byte) for byte in shown} | {chr(256 + n) for n in range(256 - len(shown))}
+
+
+class ScoredPieces:
+    """The pieces of a Unigram model.
+
+    Args:
+        model: of `tokenizer.json`.
+    """
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.model = model
+        self.scores = [(str(piece), float(score)) for piece, score in model["vocab"]]
+        self.ids: Mapping[str, int] = {piece: n for n, (piece, _) in enumerate(self.scores)}
+
+    def always(self) -> set[str]:
+        """The bytes, the unknown piece and one of the lowest score; without bytes, characters."""
+        found = {min(self.scores, key=lambda entry: entry[1])[0]}
+        if self.model.get("unk_id") is not None:
+            found.add(self.scores[self.model["unk_id"]][0])
+        names = self.ids.keys()
+        if self.model.get("byte_fallback") and names >= BYTES:
+            return found | BYTES
+        return found | {piece for piece in names if len(piece) == 1}
+
+    def way_to(self, token: str) -> set[str]:
+        """The token alone."""
+        return {token}
+
+    def trimmed(self, kept: Mapping[str, int]) -> dict[str, Any]:
+        """Pieces in the order of their ids."""
+        order = sorted(kept, key=lambda piece: kept[piece])
+        scores, unknown = dict(self.scores), self.model.get("unk_id")
+        name = None if unknown is None else self.scores[unknown][0]
+        return {
+            **self.model,
+            "vocab": [[piece, scores[piece]] for piece in order],
+            "unk_id": None if name is None else order.index(name),
+        }

@@ -1,0 +1,149 @@
+"""The GPU's kernels in Triton's interpreter; `test_interpreted.py` starts a process for them.
+
+The interpreter computes with tensors of the CPU, so no GPU runs here. What is checked: numbers of
+every kind of values, of odd shapes and of 1 to 16 tokens; and which way a model takes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
+from secateur.errors import ShapeError
+from secateur.models.skeleton import build_skeleton
+from secateur.quantization.groups import GroupGrid
+from secateur.runtime.on_gpu import install_on_gpu
+from secateur.runtime.packed import PackedCheckpoint
+from tiny import save_tiny
+
+SHAPES = [(5, 8), (37, 300)]
+TOKENS = [1, 3, 16]
+
+
+def drawn(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Weights, and a mask with an empty row, a full one and others."""
+    draw = torch.Generator().manual_seed(shape[0])
+    mask = torch.rand(shape, generator=draw) < 0.5
+    mask[0], mask[-1] = False, True
+    return torch.randn(shape, generator=draw), mask
+
+
+def example(kind: str, shape: tuple[int, int]) -> tuple[Any, Tensor]:
+    """A matrix for the GPU, and the same one dense in float64."""
+    from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+
+    weight, mask = drawn(shape)
+    if kind == "int8":
+        codes, scale = (40 * weight).clamp(-127, 127).to(torch.int8), torch.rand(shape[0]) + 0.1
+        made = GpuMatrix.of(mask, codes[mask], scale=scale, device="cpu")
+        return made, codes.double() * mask * scale.double()[:, None]
+    if kind.startswith("int4"):
+        grid = GroupGrid(4, int(kind[5:]))
+        codes, scales = grid.quantize(weight)
+        made = GpuMatrix.of(mask, codes[mask], scales=scales, group=grid.group, device="cpu")
+        return made, grid.dequantize(codes, scales).double() * mask
+    stored = weight.to(getattr(torch, kind))
+    return GpuMatrix.of(mask, stored[mask], device="cpu"), stored.double() * mask
+
+
+KINDS = ["float32", "bfloat16", "float16", "int8", "int4-32", "int4-128"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_those_of_the_dense_matrix(kind: str, shape: tuple[int, int]) -> None:
+    matrix, dense = example(kind, shape)
+    assert torch.equal(matrix.dense(torch.float32).double(), dense.float().double())
+    for tokens in TOKENS:
+        draw = torch.Generator().manual_seed(tokens)
+        for dtype, error in ((torch.float32, 2e-6), (torch.bfloat16, 2**-8)):
+            x = torch.randn(tokens, shape[1], generator=draw).to(dtype)
+            y = matrix.multiply(x)
+            assert (y.dtype, y.shape) == (dtype, (tokens, shape[0]))
+            expected = x.double() @ dense.t()
+            size = x.double().abs() @ dense.abs().t()
+            assert ((y.double() - expected).abs() <= error * size + 1e-12).all()
+            assert not y[:, 0].any()  # the empty row
+
+
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_tiles_can_be_divided_among_programs(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur.runtime.kernels.gpu import matrix as module
+
+    monkeypatch.setattr(module, "PROGRAMS", programs)
+    matrix, dense = example("bfloat16", (20, 1100))  # five tiles
+    x = torch.randn(2, 1100)
+    expected = (x.double() @ dense.t()).float()
+    torch.testing.assert_close(matrix.multiply(x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_it_is_as_small_as_the_format_and_a_table() -> None:
+    matrix, _ = example("bfloat16", (64, 2048))
+    count = matrix.nonzeros
+    assert matrix.nbytes == 64 * 2048 // 8 + 2 * count + 64 * 8 * 8  # mask, values, starts
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    with pytest.raises(ShapeError, match="keeps 16 weights, but there are 3"):
+        GpuMatrix.of(mask, torch.ones(3), device="cpu")
+    with pytest.raises(ShapeError, match="int8 values without a scale"):
+        GpuMatrix.of(mask, torch.ones(16, dtype=torch.int8), device="cpu")
+    matrix = GpuMatrix.of(mask, torch.ones(16), device="cpu")
+    for shape in ((0, 8), (17, 8), (1, 9)):
+        with pytest.raises(ShapeError, match="for 1 to 16 rows of 8"):
+            matrix.multiply(torch.ones(shape))
+
+
+@pytest.mark.parametrize("kernel_wins", [True, False])
+def test_the_way_that_is_measured_faster_is_taken(kernel_wins: bool) -> None:
+    from secateur.runtime.kernels.gpu.linear import measured
+
+    matrix, _ = example("float32", (5, 8))
+    tried: list[int] = []
+
+    def clock(calls: Any) -> list[float]:
+        tried.append(len(calls[0]()))
+        kernel = 1.0 if kernel_wins else 3.0
+        return [kernel * len(tried), 5.0, 2.0]  # expanding wins from the sixth on
+
+    found = measured(matrix, torch.float32, clock)
+    assert found.gain == pytest.approx(2.0 if kernel_wins else 2 / 3)
+    assert found.kernel_up_to == (16 if kernel_wins else 1)
+    assert tried == ([1, 2, 4, 8, 16] if kernel_wins else [1, 2])
+
+
+@pytest.mark.parametrize("values", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("gain", [2.0, 0.5])
+def test_a_model_answers_as_its_dense_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str, gain: float
+) -> None:
+    from secateur.runtime.kernels.gpu import linear
+    from secateur.runtime.kernels.gpu.linear import GpuChoice, GpuLinear
+
+    save_tiny(tmp_path / "dense", num_hidden_layers=1)
+    secateur.prune(tmp_path / "dense", output=tmp_path / "p", method="magnitude", sparsity=0.5)
+    secateur.compress(tmp_path / "p", output=tmp_path / "small", values=values)
+    monkeypatch.setattr(linear, "measured", lambda matrix, dtype: GpuChoice(4, gain))
+    model = build_skeleton(tmp_path / "small", dtype=torch.float32)
+    packed = PackedCheckpoint(tmp_path / "small")
+    found = install_on_gpu(model, packed, torch.float32, torch.device("cpu"))
+    linears = [name for name, x in model.named_modules() if isinstance(x, GpuLinear)]
+    assert sorted(found) == sorted(linears)
+    assert len(linears) == (7 if gain > 1 else 0)
+    assert not [n for n, p in model.named_parameters() if p.device.type == "meta"]
+    plain = secateur.load(tmp_path / "small", dtype=torch.float32, expand=True)
+    assert all(isinstance(plain.get_submodule(name), nn.Linear) for name in linears)
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])  # more tokens than the kernel takes
+    for tokens in (ids, ids[:, :2]):
+        ours, theirs = model.eval()(tokens).logits, plain(tokens).logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

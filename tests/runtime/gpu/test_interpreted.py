@@ -1,0 +1,44 @@
+"""Runs the GPU's kernels in Triton's interpreter, in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is imported, and torch may have imported it already.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from secateur.errors import KernelError
+from tiny import save_tiny
+
+HERE = Path(__file__).parent
+
+
+def test_every_kernel_computes_right_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'secateur[gpu]'")
+    root = HERE.parents[2]
+    words = ["-q", "-o", "python_files=parts_*.py", "-p", "no:cacheprovider", "--rootdir", root]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, HERE / "parts_interpreted.py"],
+        capture_output=True, text=True, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout.splitlines()[-1]
+    assert " skipped" not in done.stdout.splitlines()[-1]
+
+
+def test_without_a_gpu_the_error_says_what_to_do(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "dense", num_hidden_layers=1)
+    secateur.prune(tmp_path / "dense", output=tmp_path / "p", method="magnitude", sparsity=0.5)
+    secateur.compress(tmp_path / "p", output=tmp_path / "small")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(KernelError, match="there is no cuda here") as told:
+        secateur.load(tmp_path / "small", device="cuda")
+    assert "expand=True" in str(told.value.remedy)

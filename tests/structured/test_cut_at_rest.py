@@ -1,0 +1,242 @@
+"""Cuts of checkpoints in a form at rest: what stays keeps its bytes, or is written dense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+import secateur
+from at_rest import (
+    describe_as,
+    described,
+    from_float8,
+    in_float8,
+    raw,
+    save_in,
+    stored_tensors,
+    to_microscaled,
+)
+from secateur.models.opening import open_weights
+from secateur.structured.cut import Cut
+from secateur.structured.surgery import cut_checkpoint
+from tiny import tiny_tokenizer
+
+MIXTURE: dict[str, Any] = {"moe_intermediate_size": 32, "decoder_sparse_step": 1}
+KEPT = {0: (0, 2, 4), 2: (1, 2, 3)}
+LAYERS = (0, 2)
+
+
+def text_file(place: Path) -> Path:
+    """A text to calibrate on."""
+    file = place / "text.txt"
+    file.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return file
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and torch.equal(raw(one), raw(other))
+
+
+def test_layers_and_experts_leave_the_bytes_of_the_others(tmp_path: Path) -> None:
+    folder = in_float8(tmp_path / "m", "qwen3_moe", shards=2, **MIXTURE)
+    cut_checkpoint(folder, Cut(layers=LAYERS, experts=KEPT), tmp_path / "c")
+    before, after = stored_tensors(folder), stored_tensors(tmp_path / "c")
+    checked = 0
+    for name, tensor in after.items():
+        old = name
+        for new_layer, layer in reversed([*enumerate(LAYERS)]):
+            for new, expert in enumerate(KEPT[layer]):
+                start = f"model.layers.{new_layer}.mlp.experts.{new}."
+                if name.startswith(start):
+                    old = f"model.layers.{layer}.mlp.experts.{expert}." + name[len(start) :]
+            start = f"model.layers.{new_layer}."
+            if name.startswith(start) and old == name:
+                old = f"model.layers.{layer}." + name[len(start) :]
+        if name.endswith("mlp.gate.weight"):  # the rows of the router
+            layer = int(old.split(".")[2])
+            assert same_bytes(tensor, before[old][list(KEPT[layer])])
+            continue
+        assert same_bytes(tensor, before[old]), name
+        checked += tensor.dtype == torch.float8_e4m3fn
+    assert checked == 2 * (4 + 3 * 3)
+    told = described(tmp_path / "c")
+    assert told["quant_method"] == "fp8"
+    gates = [f"model.layers.{n}.mlp.gate" for n in range(2)]
+    assert told["modules_to_not_convert"] == ["lm_head", *gates]
+
+
+def test_the_cut_model_is_that_of_the_dense_one(tmp_path: Path) -> None:
+    folder = in_float8(tmp_path / "m", "qwen3_moe", **MIXTURE)
+    cut_checkpoint(folder, Cut(layers=LAYERS, experts=KEPT), tmp_path / "c")
+    secateur.import_model(folder, output=tmp_path / "dense")
+    cut_checkpoint(tmp_path / "dense", Cut(layers=LAYERS, experts=KEPT), tmp_path / "d")
+    ours, theirs = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in "cd"
+    )
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name))
+    tokens = torch.arange(6)[None]
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+def test_the_verb_keeps_the_form(tmp_path: Path) -> None:
+    folder = in_float8(tmp_path / "m", "qwen3_moe", **MIXTURE)
+    made = secateur.structure(
+        folder, output=tmp_path / "s", calibration=text_file(tmp_path), windows=3,
+        sequence_length=24, keep_layers=2, experts=3, effort="fast",
+    )  # fmt: skip
+    before, after = stored_tensors(folder), stored_tensors(tmp_path / "s")
+    stored = [raw(t) for t in before.values() if t.dtype == torch.float8_e4m3fn]
+    codes = [raw(t) for t in after.values() if t.dtype == torch.float8_e4m3fn]
+    assert len(codes) == 2 * (4 + 3 * 3)
+    assert all(any(torch.equal(one, other) for other in stored) for one in codes)
+    sizes = sum(t.nbytes for t in after.values())
+    assert made.manifest["result"]["file_bytes"] == sizes
+    assert made.manifest["formats"] == {"source": "fp8", "result": "fp8"}
+
+
+@pytest.mark.parametrize("cut", [{"hidden_size": 24}, {"ffn": 32}])
+def test_what_changes_a_matrix_is_written_dense(cut: dict[str, int], tmp_path: Path) -> None:
+    folder = in_float8(tmp_path / "m", "qwen3")
+    made = secateur.structure(
+        folder, output=tmp_path / "s", calibration=text_file(tmp_path), windows=3,
+        sequence_length=24, keep_layers=2, **cut,
+    )  # fmt: skip
+    assert described(tmp_path / "s") == {}
+    assert made.manifest["formats"] == {"source": "fp8", "result": "bfloat16"}
+    assert {t.dtype for t in stored_tensors(tmp_path / "s").values()} == {torch.bfloat16}
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "s")
+
+
+def test_a_cut_model_is_distilled_in_the_dense_dtype(tmp_path: Path) -> None:
+    folder = in_float8(tmp_path / "m", "qwen3")
+    secateur.structure(
+        folder, output=tmp_path / "s", calibration=text_file(tmp_path), windows=3,
+        sequence_length=24, keep_layers=2, distill_epochs=1,
+    )  # fmt: skip
+    assert described(tmp_path / "s") == {}
+    before = stored_tensors(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    dense = from_float8(before[name], before[f"{name}_scale_inv"], (16, 16))
+    after = stored_tensors(tmp_path / "s")[name]
+    assert after.dtype == torch.bfloat16
+    assert not torch.equal(after, dense)
+    assert torch.allclose(after.float(), dense.float(), atol=0.05)
+
+
+def test_lists_of_modules_get_the_new_numbers(tmp_path: Path) -> None:
+    folder = in_float8(tmp_path / "m", "qwen3")
+    told = described(folder)
+    names = [
+        "lm_head", "model.layers.1.mlp.up_proj", "model.layers.2.mlp", "re:.*norm$",
+        r"re:.*layers\.[12]\.mlp\.down_proj", "model.layers.*.self_attn",
+    ]  # fmt: skip
+    describe_as(folder, {**told, "modules_to_not_convert": names})
+    cut_checkpoint(folder, Cut(layers=(0, 2)), tmp_path / "c")
+    assert described(tmp_path / "c")["modules_to_not_convert"] == [
+        "lm_head", "model.layers.1.mlp", "re:.*norm$", "model.layers.1.mlp.down_proj",
+        "model.layers.*.self_attn",
+    ]  # fmt: skip
+
+
+def test_scales_of_activations_stay_with_their_matrices(tmp_path: Path) -> None:
+    folder = in_float8(tmp_path / "m", "qwen3")
+    tensors = load_file(folder / "model.safetensors")
+    for number in range(3):
+        name = f"model.layers.{number}.mlp.up_proj.activation_scale"
+        tensors[name] = torch.tensor(float(number))
+    save_in(folder, tensors, 1)
+    cut_checkpoint(folder, Cut(layers=(0, 2)), tmp_path / "c")
+    after = stored_tensors(tmp_path / "c")
+    found = [float(after[f"model.layers.{n}.mlp.up_proj.activation_scale"]) for n in (0, 1)]
+    assert found == [0.0, 2.0]
+
+
+def gpt_oss(folder: Path) -> Path:
+    """A tiny gpt-oss whose experts are in 4-bit floating point."""
+    config = transformers.GptOssConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=64, sliding_window=8, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = to_microscaled(tensors.pop(name))
+    save_in(folder, tensors, 1)
+    spared = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    describe_as(folder, {"quant_method": "mxfp4", "modules_to_not_convert": spared})
+    return folder
+
+
+def test_layers_of_a_model_in_microscaled_float4(tmp_path: Path) -> None:
+    folder = gpt_oss(tmp_path / "m")
+    cut_checkpoint(folder, Cut(layers=(0, 2)), tmp_path / "c")
+    before, after = stored_tensors(folder), stored_tensors(tmp_path / "c")
+    assert sum(name.endswith("_blocks") for name in after) == 4
+    for name, tensor in after.items():
+        assert same_bytes(tensor, before[name.replace("layers.1.", "layers.2.")]), name
+    assert described(tmp_path / "c") == described(folder)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    cut = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    name = "mlp.experts.gate_up_proj"
+    assert torch.equal(
+        cut.get_parameter(f"model.layers.1.{name}"), whole.get_parameter(f"model.layers.2.{name}")
+    )
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert len(config["layer_types"]) == 2
+    read = open_weights(tmp_path / "c").read(f"model.layers.1.{name}")
+    assert torch.equal(read, whole.get_parameter(f"model.layers.2.{name}"))
+
+
+def test_experts_of_a_model_in_microscaled_float4(tmp_path: Path) -> None:
+    folder = gpt_oss(tmp_path / "m")
+    kept = {0: (0, 3), 1: (1, 2), 2: (0, 2)}
+    cut_checkpoint(folder, Cut(experts=kept), tmp_path / "c")
+    before, after = stored_tensors(folder), stored_tensors(tmp_path / "c")
+    for name, tensor in after.items():
+        old = before[name]
+        if ".experts." in name or ".router." in name:
+            old = old[list(kept[int(name.split(".")[2])])]
+        assert same_bytes(tensor, old), name
+    assert described(tmp_path / "c") == described(folder)
+    cut = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    assert cut.config.num_local_experts == 2
+    assert cut(torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_experts_in_microscaled_float4_are_pruned(tmp_path: Path) -> None:
+    folder, text = gpt_oss(tmp_path / "m"), text_file(tmp_path)
+    secateur.import_model(folder, output=tmp_path / "dense")
+    options: dict[str, Any] = {
+        "method": "wanda", "sparsity": 0.5, "windows": 3, "sequence_length": 24,
+        "calibration": text,
+    }  # fmt: skip
+    secateur.prune(tmp_path / "dense", output=tmp_path / "d", **options)
+    secateur.prune(folder, output=tmp_path / "p", **options)
+    kept = secateur.prune(folder, output=tmp_path / "k", keep_format=True, **options)
+    assert kept.manifest["formats"] == {"source": "mxfp4", "result": "mxfp4"}
+    theirs = stored_tensors(tmp_path / "d")
+    ours, again = open_weights(tmp_path / "p"), open_weights(tmp_path / "k")
+    for name, tensor in theirs.items():
+        assert torch.equal(ours.read(name), tensor), name
+        assert torch.equal(again.read(name), tensor), name
+    experts = theirs["model.layers.1.mlp.experts.down_proj"]
+    assert (experts == 0).float().mean() > 0.45
+    before, after = stored_tensors(folder), stored_tensors(tmp_path / "k")
+    scales = [name for name in before if name.endswith("_scales")]
+    assert all(same_bytes(before[name], after[name]) for name in scales)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "k")

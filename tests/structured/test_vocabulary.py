@@ -1,0 +1,260 @@
+"""Vocabulary trimming: the same pieces, the same logits, and every text can still be encoded."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import secateur
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError
+from secateur.structured.vocabulary.pieces import pieces_of
+from tiny import save_tiny
+from tokenizers_of_kinds import documents, random_texts, save_tokenizer
+from weight_files import digest
+
+KINDS = ("byte-level", "llama 3", "characters", "unigram")
+HALF = documents()[:4]
+"""The text that tokens are counted in."""
+
+
+def model_with(folder: Path, kind: str, family: str = "llama", **sizes: Any) -> Path:
+    """A tiny model with a real tokenizer."""
+    tokenizer = save_tokenizer(folder, kind)
+    rows = len(tokenizer) + 3  # some that no token uses, as in Qwen
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+           for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<unk>"))}  # fmt: skip
+    save_tiny(folder, family, tokenizer=False, vocab_size=rows, **ids, **sizes)
+    return folder
+
+
+def text_of(place: Path, texts: list[str]) -> Path:
+    """A JSONL file of texts."""
+    file = place / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": t}) for t in texts), encoding="utf-8")
+    return file
+
+
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer, by plain transformers."""
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(folder),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
+
+
+def trim(source: Path, output: Path, **options: Any) -> Any:
+    """Trim the vocabulary by the first texts."""
+    text = text_of(output.parent, HALF)
+    return secateur.structure(source, output=output, vocabulary=text, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_become_the_same_pieces_with_the_same_logits(kind: str, tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", kind, tie_word_embeddings=kind != "unigram")
+    made = trim(source, tmp_path / "out")
+    model, tokenizer = loaded(source)
+    small, cut = loaded(tmp_path / "out")
+    step = made.manifest["structure"]["steps"][0]
+    rows = small.get_input_embeddings().num_embeddings
+    assert (step["tokens_before"], step["tokens_after"]) == (model.config.vocab_size, rows)
+    assert rows < 0.97 * model.config.vocab_size
+    assert rows == small.config.vocab_size == len(cut)
+    for text in HALF:
+        assert tokenizer.tokenize(text) == cut.tokenize(text)
+    old = [tokenizer.convert_tokens_to_ids(cut.convert_ids_to_tokens(n)) for n in range(rows)]
+    assert old == sorted(set(old))
+    before, after = (t(HALF[0], return_tensors="pt").input_ids[:, :60] for t in (tokenizer, cut))
+    assert torch.equal(model(before).logits[..., old], small(after).logits)
+    for name in ("bos", "eos", "unk"):
+        assert getattr(cut, f"{name}_token") == getattr(tokenizer, f"{name}_token")
+    for config in (small.config, small.generation_config):
+        assert config.bos_token_id == cut.bos_token_id
+        assert config.eos_token_id == cut.eos_token_id
+    assert small.config.pad_token_id == cut.convert_tokens_to_ids("<unk>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_text_can_still_be_encoded(kind: str, tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", kind)
+    trim(source, tmp_path / "out")
+    _, tokenizer = loaded(source)
+    _, cut = loaded(tmp_path / "out")
+    texts = [*documents(), *random_texts(10_000 if kind == "byte-level" else 500)]
+    options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    ids = cut(texts, add_special_tokens=False)["input_ids"]
+    assert cut.batch_decode(ids, **options) == tokenizer.batch_decode(
+        tokenizer(texts, add_special_tokens=False)["input_ids"], **options
+    )
+    if kind in ("byte-level", "llama 3"):
+        assert cut.batch_decode(ids, **options) == texts
+    assert max(max(row) for row in ids) < len(cut)
+
+
+def test_a_size_keeps_the_most_frequent_tokens(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "byte-level")
+    made = trim(source, tmp_path / "out", vocabulary_size=420)
+    _, tokenizer = loaded(source)
+    small, cut = loaded(tmp_path / "out")
+    assert small.config.vocab_size == 420 == len(cut)
+    counts = Counter(token for text in HALF for token in tokenizer.tokenize(text))
+    whole, stayed = set(cut.get_vocab()), 0
+    for token, _ in counts.most_common():
+        if token not in whole:
+            break
+        stayed += 1
+    assert stayed > 60
+    covered = sum(n for token, n in counts.items() if token in whole) / sum(counts.values())
+    assert made.manifest["structure"]["steps"][0]["covered"] == pytest.approx(covered)
+    same = [t for t in HALF if set(tokenizer.tokenize(t)) <= whole]
+    notes = json.loads((tmp_path / "out" / "secateur" / "steps.json").read_text())
+    assert notes[0]["same_documents"] == len(same)
+    words = "parser add_argument"
+    assert cut.decode(cut(words).input_ids) == words
+
+
+def test_too_small_a_size_is_refused(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "byte-level")
+    with pytest.raises(RecipeError, match="259 tokens have to stay") as caught:
+        trim(source, tmp_path / "out", vocabulary_size=200)
+    assert "at least 259" in str(caught.value)
+    with pytest.raises(RecipeError, match="keeps 5000"):
+        trim(source, tmp_path / "out2", vocabulary_size=5000)
+
+
+def merged(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """BPE from the paper: apply the first merge of the list that is possible, again and again."""
+    parts = list(word)
+    while True:
+        for pair in merges:
+            places = [n for n in range(len(parts) - 1) if (parts[n], parts[n + 1]) == pair]
+            if places:
+                parts[places[0] : places[0] + 2] = ["".join(pair)]
+                break
+        else:
+            return parts
+
+
+def test_merges_stay_closed_and_in_order(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "byte-level")
+    trim(source, tmp_path / "out")
+    before, after = (
+        json.loads((folder / "tokenizer.json").read_text())["model"]
+        for folder in (source, tmp_path / "out")
+    )
+    old, new = ([tuple(pair) for pair in model["merges"]] for model in (before, after))
+    assert new == [pair for pair in old if {*pair, "".join(pair)} <= after["vocab"].keys()]
+    assert len(new) < len(old)
+    pieces = pieces_of(json.loads((source / "tokenizer.json").read_text()), "here")
+    for token in after["vocab"]:
+        if merged(token, old) == [token]:
+            assert merged(token, new) == [token]
+            assert pieces.way_to(token) <= after["vocab"].keys()
+
+
+def test_added_tokens_stay_if_something_mentions_them(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "llama 3")
+    trim(source, tmp_path / "out")
+    _, cut = loaded(tmp_path / "out")
+    assert "<tool>" in cut.get_vocab()
+    assert "<unused0>" not in cut.get_vocab()
+    assert cut("x").input_ids[0] == cut.bos_token_id
+    assert [*cut.get_added_vocab().values()] == [*range(len(cut) - 4, len(cut))]
+
+
+def test_other_cuts_see_the_smaller_model(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "byte-level")
+    options: dict[str, Any] = {
+        "keep_layers": 2, "ffn": 32, "windows": 3, "sequence_length": 24, "effort": "fast",
+        "calibration": text_of(tmp_path, HALF), "distill_epochs": 1,
+    }  # fmt: skip
+    made = trim(source, tmp_path / "out", **options)
+    small, cut = loaded(tmp_path / "out")
+    told = made.manifest["structure"]
+    assert [step["step"] for step in told["steps"]] == ["vocabulary", "depth", "width"]
+    assert told["after"]["parameters"] == sum(p.numel() for p in small.parameters())
+    assert told["before"]["embeddings"] > told["after"]["embeddings"]
+    assert small.config.vocab_size == len(cut)
+    assert small(cut("x", return_tensors="pt").input_ids).logits.isfinite().all()
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody pressed a key."""
+
+
+class StopsIn:
+    """A progress that stops the run in one of its stages."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.now = label, ""
+
+    def start(self, label: str, steps: int) -> None:
+        """Note what begins."""
+        self.now = label
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        """Stop in the stage."""
+        if self.now == self.label:
+            raise Stopped
+
+    def finish(self) -> None:
+        """Ignore."""
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "byte-level")
+    options: dict[str, Any] = {
+        "keep_layers": 2, "windows": 3, "sequence_length": 24, "effort": "fast",
+        "calibration": text_of(tmp_path, HALF),
+    }  # fmt: skip
+    trim(source, tmp_path / "whole", **options)
+    for number, label in enumerate(("counting tokens", "cutting", "checking tokens", "copying")):
+        output = tmp_path / f"out-{number}"
+        with pytest.raises(Stopped):
+            trim(source, output, progress=StopsIn(label), **options)
+        assert not output.exists()
+        trim(source, output, resume=True, **options)
+        assert digest(output) == digest(tmp_path / "whole")
+        for name in ("tokenizer.json", "config.json"):
+            assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_cannot_be_trimmed_is_refused(tmp_path: Path) -> None:
+    words = save_tiny(tmp_path / "words", "llama")
+    with pytest.raises(ArchitectureError, match="WordLevel"):
+        trim(words, tmp_path / "out")
+    (words / "tokenizer.json").unlink()
+    with pytest.raises(ArchitectureError, match=r"no.*|has none"):
+        trim(words, tmp_path / "out")
+    source = model_with(tmp_path / "m", "byte-level")
+    with pytest.raises(RecipeError, match="windows"):
+        secateur.structure(source, output=tmp_path / "out", vocabulary="x.safetensors")
+    with pytest.raises(RecipeError, match="windows of token ids"):
+        trim(source, tmp_path / "out", keep_layers=2, calibration="x.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        None,
+        {"type": "BPE", "vocab": {"a": 0}},
+        {"type": "BPE", "vocab": {"a": 0}, "merges": [["a"]]},
+        {"type": "Unigram", "vocab": {"a": 1}, "unk_id": 0},
+        {"type": "BPE", "vocab": [1], "merges": []},
+    ],
+)
+def test_damaged_tokenizers_are_refused(model: Any) -> None:
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
+        pieces_of({"model": model}, "here").always()
+
+
+def test_affixes_are_refused_by_name() -> None:
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": [], "end_of_word_suffix": "</w>"}
+    with pytest.raises(ArchitectureError, match="end_of_word_suffix"):
+        pieces_of({"model": model}, "here")
