@@ -98,6 +98,98 @@ DENSE: dict[str, Any] = {
 }  # fmt: skip
 """Families with a declaration, whose layers are all of one kind."""
 
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
+    "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 8,
+}  # fmt: skip
+LINEAR_ATTENTION: dict[str, Any] = {
+    "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    **LOCAL, "layer_types": SLIDING, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+}  # fmt: skip
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {**LOCAL, "layer_types": SLIDING},
+    "gemma4_text": GEMMA4,
+    "gemma4_text small": {
+        **GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+    },
+    "gemma3n_text": {
+        **LOCAL, "layer_types": SLIDING, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 0, "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 3,
+    },
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
+                    "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
+    "qwen2_5_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "qwen3_5_text": LINEAR_ATTENTION,
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False,
+    },
+    "recurrent_gemma": {
+        "num_hidden_layers": 4, "lru_width": 32, "attention_window_size": 8, "head_dim": 8,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
+    "mamba2": {"state_size": 8, "expand": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1,
+               "chunk_size": 8},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid dense": {
+        **MAMBA, "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0,
+        "num_experts_per_tok": 0, "shared_intermediate_size": 40,
+    },
+    "nemotron_h dense": {
+        "layers_block_type": ["mamba", "attention", "mlp", "mamba"], "num_hidden_layers": 4,
+        "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1,
+        "chunk_size": 8, "head_dim": 8, "expand": 2,
+    },
+}  # fmt: skip
+"""What decoders with layers of several kinds, or decoders inside others, need besides the sizes."""
+
+
+def with_vision(text: str, vision: str, **more: Any) -> dict[str, Any]:
+    """The parts of a model that sees: a text configuration and a vision configuration."""
+    return {
+        "text_config": {**SIZES, **SETTINGS.get(text, {}), "model_type": text},
+        "vision_config": {**VISION, "model_type": vision},
+        **more,
+    }
+
+
+SEEING: dict[str, dict[str, Any]] = {
+    "gemma3 vision": with_vision(
+        "gemma3_text", "siglip_vision_model", mm_tokens_per_image=4, image_token_index=90,
+        boi_token_index=91, eoi_token_index=92,
+    ),
+    "gemma4 vision": with_vision("gemma4_text", "gemma4_vision", image_token_id=90),
+    "gemma3n vision": with_vision("gemma3n_text", "gemma3n_vision"),
+    "qwen3_5 vision": with_vision("qwen3_5_text", "qwen3_5", image_token_id=90),
+    "llava": with_vision("llama", "clip_vision_model", image_token_index=90),
+    "mistral3": with_vision("mistral", "pixtral", image_token_index=90),
+    "qwen2_5_vl": with_vision("qwen2_5_vl_text", "qwen2_5_vl", image_token_id=90),
+    "qwen3_vl": with_vision("qwen3_vl_text", "qwen3_vl", image_token_id=90),
+    "smolvlm": with_vision("llama", "smolvlm_vision", image_token_id=90),
+    "llama4 vision": with_vision("llama4_text", "llama4_vision_model", image_token_index=90),
+}  # fmt: skip
+"""Models that see: a decoder inside, and a tower for pictures."""
+
+HYBRIDS = (
+    "qwen3_5_text", "lfm2", "recurrent_gemma", "mamba", "mamba2", "falcon_h1", "bamba",
+    "granitemoehybrid dense", "nemotron_h dense", "gemma4_text", "gemma4_text small",
+)  # fmt: skip
+"""Decoders whose layers are of several kinds, or have more than attention and feed-forward."""
+
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": 5, "moe_intermediate_size": 24}
 LOCAL_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 5}
 GROUPED_EXPERTS: dict[str, Any] = {
@@ -108,11 +200,7 @@ LATENT_ATTENTION: dict[str, Any] = {
     **SIZES, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 8, "num_key_value_heads": 4,
 }  # fmt: skip
-LINEAR_ATTENTION: dict[str, Any] = {
-    "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "shared_expert_intermediate_size": 40,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}  # fmt: skip
+SPARSE_LINEAR: dict[str, Any] = {**LINEAR_ATTENTION, "shared_expert_intermediate_size": 40}
 
 MIXTURES: dict[str, Any] = {
     "mixtral": lambda: t.MixtralConfig(**SIZES, **LOCAL_EXPERTS),
@@ -123,8 +211,8 @@ MIXTURES: dict[str, Any] = {
         **SIZES, **EXPERTS, head_dim=8, norm_topk_prob=True, decoder_sparse_step=2,
     ),
     "olmoe": lambda: t.OlmoeConfig(**SIZES, num_experts=5, num_experts_per_tok=2),
-    "qwen3_next": lambda: t.Qwen3NextConfig(**SIZES, **EXPERTS, **LINEAR_ATTENTION),
-    "qwen3_5_moe": lambda: t.Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, **LINEAR_ATTENTION),
+    "qwen3_next": lambda: t.Qwen3NextConfig(**SIZES, **EXPERTS, **SPARSE_LINEAR),
+    "qwen3_5_moe": lambda: t.Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, **SPARSE_LINEAR),
     "gpt_oss": lambda: t.GptOssConfig(
         **SIZES, **LOCAL_EXPERTS, head_dim=8, sliding_window=8, layer_types=SLIDING,
     ),
@@ -168,19 +256,56 @@ MIXTURES: dict[str, Any] = {
 }  # fmt: skip
 """Families whose feed-forward is a mixture of experts, some of them with dense layers between."""
 
+WITH_BUFFERS = ("apertus",)
+"""Families whose layers store more than parameters; no test cuts them."""
+
+CUT_HYBRIDS = (
+    "qwen3_5_text", "lfm2", "bamba", "falcon_h1", "granitemoehybrid dense", "nemotron_h dense",
+)  # fmt: skip
+"""Hybrids of which a test cuts whatever their declaration does not fix."""
+
+CUT_SEEING = ("gemma3 vision", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+"""Models that see, of whose decoder a test cuts layers, KV groups and FFN neurons."""
+
+TIED_INSIDE = ("qwen2_5_vl",)
+"""Of these not KV groups, because the class ties the number of heads to the hidden size."""
+
+REFUSED = {
+    "gemma3n vision": "values that depend on the tokens",
+    "gemma4_text small": "values that depend on the tokens",
+}
+"""What cannot be pruned by a method that needs inputs, and what is said then."""
+
+NOT_RUN = ("llama4 vision",)
+"""What is pruned, saved and loaded, but transformers 5.24 cannot run it without a picture."""
+
+ZOO = (*CONFIGS, *DENSE, *HYBRIDS, *SEEING, *MIXTURES)
+"""Everything that tests/workflows/prune/test_zoo.py prunes, saves and loads."""
+
 PLAIN_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 """Those with plain attention, `mlp.experts`, SwiGLU and a router by softmax."""
 
 
 def config_of(family: str) -> Any:
     """The configuration of a tiny model."""
+    if family in SEEING:
+        return t.AutoConfig.for_model(family.split()[0], **SEEING[family])
+    if family in SETTINGS:
+        return t.AutoConfig.for_model(family.split()[0], **{**SIZES, **SETTINGS[family]})
     return (CONFIGS | DENSE | MIXTURES)[family]()
+
+
+def class_of(config: Any) -> Any:
+    """The Auto class that builds all of a model, and not only the decoder of one that sees."""
+    sees = hasattr(config, "vision_config")
+    return t.AutoModelForImageTextToText if sees else t.AutoModelForCausalLM
 
 
 def tiny_model(family: str, seed: int = 0) -> nn.Module:
     """A randomly initialised model; norms and biases are not left at their neutral values."""
     torch.manual_seed(seed)
-    model = t.AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32).eval()
+    config = config_of(family)
+    model = class_of(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -21,6 +21,24 @@ LAYOUTS: dict[str, tuple[str, str, str, str, str]] = {
     "phi": ("model.layers", "self_attn", "self_attn.dense", "mlp", "mlp.fc2"),
     "gptj": ("transformer.h", "attn", "attn.out_proj", "mlp", "mlp.fc_out"),
     **dict.fromkeys(
+        ("llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "gemma3 vision"),
+        ("model.language_model.layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"),
+    ),
+    **dict.fromkeys(
+        ("bamba", "falcon_h1"),
+        ("model.layers", "self_attn", "self_attn.o_proj", "feed_forward", "feed_forward.down_proj"),
+    ),
+    "lfm2": ("model.layers", "self_attn", "self_attn.out_proj", "feed_forward", "feed_forward.w2"),
+    "granitemoehybrid dense": (
+        "model.layers",
+        "self_attn",
+        "self_attn.o_proj",
+        "shared_mlp",
+        "shared_mlp.output_linear",
+    ),
+    "nemotron_h dense": ("model.layers", "mixer", "mixer.o_proj", "mixer", "mixer.down_proj"),
+    "smolvlm": ("model.text_model.layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"),
+    **dict.fromkeys(
         ("bloom", "falcon", "falcon new"),
         ("transformer.h", "self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h"),
     ),
@@ -43,16 +61,13 @@ def switch_off(
 ) -> None:
     """Put hooks on a model, so that only the units named do anything."""
     path, attention, out, ffn, down = LAYOUTS.get(family, COMMON)
-    config: Any = model.config
+    config: Any = getattr(model.config, "text_config", model.config)
     heads = config.num_attention_heads
     per_group = heads // (getattr(config, "num_key_value_heads", None) or heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     for i, layer in enumerate(model.get_submodule(path)):
         if layers is not None and i not in layers:
-            layer.register_forward_hook(
-                lambda m, args, kwargs, result: args[0] if args else kwargs["hidden_states"],
-                with_kwargs=True,
-            )
+            layer.register_forward_hook(unchanged, with_kwargs=True)
         kept = (groups or {}).get(i)
         if kept == ():
             layer.get_submodule(attention).register_forward_hook(
@@ -82,6 +97,12 @@ def switch_off(
             keep_outputs(layer.get_submodule(down), list(hidden))
     if hidden is not None:
         narrow_stream(model, config.hidden_size, list(hidden))
+
+
+def unchanged(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+    """The layer's input in the form of its output."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *result[1:]) if isinstance(result, tuple) else hidden
 
 
 def narrow_stream(model: nn.Module, size: int, kept: list[int]) -> None:

@@ -19,12 +19,9 @@ from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from slow import slow_but
-from zoo import DENSE, tiny_windows
+from zoo import DENSE, WITH_BUFFERS, tiny_windows
 
-BUFFERS = {"apertus"}
-"""Their layers store more than parameters."""
-
-CASES = [(family, name) for family in DENSE if family not in BUFFERS for name in CUTS]
+CASES = [(family, name) for family in DENSE if family not in WITH_BUFFERS for name in CUTS]
 FEW = [
     *((family, "neurons, differing") for family in ("bloom", "falcon new")),
     *((family, "everything") for family in ("cohere", "exaone", "glm4", "granite_swa")),

@@ -20,15 +20,17 @@ from secateur.recipes.verbs import VERBS, imported
 from secateur.workflows.advise import counted
 from tiny import save_tiny
 
+MIXTURES = ("mixtral", "qwen3_moe", "gemma4", "deepseek_v3", "llama4")
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "mixtral", "qwen3_moe"])
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", *MIXTURES])
 def test_every_weight_is_counted_once(family: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / family, family)
     shape = counted(family, build_skeleton(folder))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.active <= shape.linears
-    assert (shape.experts > 0) == (family in ("mixtral", "qwen3_moe"))
+    assert (shape.experts > 0) == (family in MIXTURES)
     assert (shape.active < shape.linears) == (shape.experts > 0)
 
 

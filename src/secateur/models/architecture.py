@@ -197,9 +197,12 @@ def is_router(layer: nn.Module, name: str) -> bool:
 def family_of(model: Any) -> Family | None:
     """The declared family of a model; None if there is none."""
     config = getattr(model, "config", None)
-    model_type = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
-    found = (families[name] for name in families)
-    return next((family for family in found if model_type in family.model_types), None)
+    for part in (config, text_config(config)):  # a decoder may be a part of the model
+        model_type = getattr(part, "base_model_type", None) or getattr(part, "model_type", None)
+        for name in families:
+            if model_type in families[name].model_types:
+                return families[name]
+    return None
 
 
 def hidden_size(model: Any) -> int:
@@ -211,6 +214,22 @@ def hidden_size(model: Any) -> int:
 def text_config(config: Any) -> Any:
     """The text part of a configuration; all of it where it has no parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def decoder_inside(model: Any, base: str) -> str | None:
+    """The path of the decoder of a model that also sees or hears; None for a plain decoder.
+
+    Args:
+        model: any model.
+        base: the name of the decoder in a causal language model of its family.
+    """
+    config = getattr(model, "config", None)
+    if config is None or text_config(config) is config:
+        return None
+    decoder = model.get_decoder()
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    inner = getattr(decoder, base, None)  # Llama 4 has a causal language model inside
+    return f"{path}.{base}" if isinstance(inner, nn.Module) else path
 
 
 def experts_of(model: Any) -> Experts | None:
@@ -238,11 +257,16 @@ def describe(model: Any) -> Architecture:
     """
     family = family_of(model)
     if family is not None:
-        groups, experts = family.groups, family.experts
+        groups, experts, layers = family.groups, family.experts, family.layers
+        name, couplings = next(n for n in families if families[n] is family), family.couplings
+        base = layers.partition(".")[0]
+        inside = decoder_inside(model, base)
+        if inside is not None:
+            layers = inside + layers.removeprefix(base)
+            couplings = couplings and couplings.inside(inside, base)
         if experts is not None:
-            groups += experts.groups(experts.opened_in(model.get_submodule(family.layers)))
-        name = next(name for name in families if families[name] is family)
-        return Architecture(name, family.layers, groups, family.writers, experts, family.couplings)
+            groups += experts.groups(experts.opened_in(model.get_submodule(layers)))
+        return Architecture(name, layers, groups, family.writers, experts, couplings)
     candidates = sorted(candidate_layers(model), key=lambda c: c[1], reverse=True)
     if not candidates:
         raise ArchitectureError(
@@ -266,7 +290,8 @@ def refuse_non_decoders(model: Any, layers: nn.Module) -> None:
     config = getattr(model, "config", None)
     remedy = "Secateur works on causal decoders, which predict the next token from those before it"
     # The configuration of a decoder taken out of an encoder-decoder says False; its class knows.
-    flags = (getattr(each, "is_encoder_decoder", False) for each in (config, type(config)))
+    parts = (config, type(config), text_config(config))
+    flags = (getattr(each, "is_encoder_decoder", False) for each in parts)
     if any(flags):
         raise ArchitectureError(
             f"{type(model).__name__} is part of an encoder-decoder, not a causal decoder: its "

@@ -196,6 +196,7 @@ def transformers_errors(folder: Path) -> Iterator[None]:
         raise ArchitectureError(
             f"transformers cannot build this model: {said[0][:300]}",
             where=str(folder / "config.json"),
-            remedy="only decoders that AutoModelForCausalLM knows can be pruned; for code that "
-            "comes with a checkpoint you trust, pass --trust-remote-code",
+            remedy="only decoders that AutoModelForCausalLM knows can be pruned, also inside "
+            "models of AutoModelForImageTextToText; for code that comes with a checkpoint you "
+            "trust, pass --trust-remote-code",
         ) from error

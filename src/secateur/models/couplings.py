@@ -16,6 +16,7 @@ An axis has the name of the units along it:
 | `keys`      | key or value heads: groups × head size                                          |
 | `triples`   | query, key and value of one head after another: heads × 3 × head size           |
 | `neurons`   | FFN neurons                                                                     |
+| `state`     | channels of a state space or a convolution, which are not cut                   |
 | `experts`   | experts of a mixture                                                            |
 | `-`         | nothing that can be cut (the vocabulary, one head's own channels)               |
 
@@ -25,7 +26,7 @@ Names joined by `+` are segments one after the other: `queries+keys+keys` of a f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from secateur.models.expert_layout import Experts
@@ -70,6 +71,7 @@ class Couplings:
         norm_offset: what a norm adds to its stored weight (1 for Gemma, which stores w - 1).
         scaled_embedding: embeddings are multiplied by the square root of the hidden size.
         with_neurons: entries of the configuration that another number of neurons needs besides.
+        alike: why all layers must keep the same sizes; empty where they may differ.
         fixed: kinds of units that cannot be cut (`groups`, `neurons`, `hidden`), and why.
     """
 
@@ -84,7 +86,21 @@ class Couplings:
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     with_neurons: Mapping[str, Any] = field(default_factory=dict)
+    alike: str = ""
     fixed: Mapping[str, str] = field(default_factory=dict)
+
+    def inside(self, path: str, base: str) -> Couplings:
+        """The couplings of the same decoder inside a larger model.
+
+        Args:
+            path: of the decoder in that model.
+            base: its name where it is the whole model.
+        """
+        outside = {
+            path + name.removeprefix(base) if name.startswith(f"{base}.") else name: axes
+            for name, axes in self.outside.items()
+        }
+        return replace(self, outside=outside)
 
     def consumer(self, axis: str) -> str | None:
         """The linear of a layer whose input columns are the units along `axis`."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.classes import auto_class
 from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.experts import open_experts
 from secateur.models.stored_experts import expert_renamings, split_stored, stored_experts_of
@@ -95,13 +96,13 @@ def build_skeleton(
         ArchitectureError: transformers has no causal language model of this type, or the checkpoint
             needs code of its own and `trust_remote_code` is False.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_sizes(folder, alone=alone)
     with quiet_transformers(), transformers_errors(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with without_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
             )
     if opened:

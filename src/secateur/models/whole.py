@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from secateur.models.classes import auto_class
 from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.opening import computed_dtype, form_of, open_weights
 from secateur.models.skeleton import build_skeleton, quiet_transformers, refuse_missing
@@ -38,7 +39,7 @@ def load_whole(
         CheckpointError: the configuration does not fit the weights, or some are missing.
         ArchitectureError: transformers cannot build the model, or it needs its own code.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_sizes(folder)
     loaded: Any
@@ -47,7 +48,8 @@ def load_whole(
         if form_of(folder) in EXPANDED:
             loaded, report = load_expanded(folder, dtype, trust_remote_code)
         else:
-            loaded, report = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            loaded, report = auto_class(config).from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 trust_remote_code=trust_remote_code,

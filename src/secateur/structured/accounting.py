@@ -159,9 +159,11 @@ def kind_of(
         return "embeddings" if parameter.ndim == 2 or couplings is None else "other"
     if couplings is None:
         return "other"
+    axes = couplings.layer.get(inner) or couplings.layer.get(inner.rpartition(".")[0], ())
+    if "state" in axes:
+        return "other"
     if inner.startswith(f"{couplings.attention}."):
         return "attention"
-    axes = couplings.layer.get(inner) or couplings.layer.get(inner.rpartition(".")[0], ())
     if "experts" in axes:
         return "experts"
     return "ffn" if inner.startswith(tuple(f"{x}." for x in couplings.ffn)) else "other"

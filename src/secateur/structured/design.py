@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.architecture import Architecture, describe
+from secateur.errors import ArchitectureError
+from secateur.models.architecture import Architecture, describe, text_config
+from secateur.models.classes import text_part
 from secateur.models.couplings import Couplings
 from secateur.models.skeleton import quiet_transformers, skeleton_of
+from secateur.structured.checks import check_configuration
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,
     Cut,
@@ -29,8 +31,7 @@ from secateur.structured.cut import (
     sizes_of,
 )
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
-from secateur.structured.expert_groups import refuse_uneven_groups
-from secateur.structured.layer_settings import differing_layer, kept_settings
+from secateur.structured.layer_settings import differing_layer, has_attention, kept_settings
 
 __all__ = ["Design", "design", "kept_count"]
 
@@ -121,35 +122,6 @@ def with_fused_experts(model: Any) -> Any:
     return skeleton_of(type(model), model.config, model.dtype)
 
 
-def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
-    """Refuse a cut that the configuration makes impossible.
-
-    Raises:
-        RecipeError: fewer experts than each token needs; padding where there is nothing to pad.
-        ArchitectureError: the index of a layer has a meaning in this model.
-    """
-    config = model.config
-    experts = describe(model).experts
-    needed = (experts.per_token(config) if experts else None) or 0
-    for layer, kept in cut.experts.items():
-        if len(kept) < needed:
-            raise RecipeError(
-                f"layer {layer}: the cut keeps {len(kept)} experts, but each token needs {needed}",
-                remedy=f"keep {needed} experts or more in each layer",
-            )
-        refuse_uneven_groups(config, kept, sizes, layer)
-    if pad and hasattr(config, "secateur_cut"):
-        raise RecipeError(
-            "this model cannot be padded: it was cut to different sizes before",
-            remedy="cut its source model, with padding",
-        )
-    if cut.layers is not None and getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise ArchitectureError(
-            "attention is scaled by the index of its layer, so layers cannot be cut",
-            remedy="cut heads, neurons or hidden channels",
-        )
-
-
 def base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Configuration class, model class and configuration of the base class in transformers."""
     entries = model.config.to_dict()
@@ -173,10 +145,16 @@ def built_plain(model: Any, made: Design, hidden: Any) -> Any:
         changes |= size_changes(model, made, couplings, sizes, hidden)
     config_class, model_class, entries = base_classes(model)
     try:
-        skeleton = built(model_class, config_class, entries | changes, model)
+        skeleton = built(model_class, config_class, changed(model, entries, changes), model)
     except Exception:  # each class refuses sizes in its own way
         return None
     return skeleton if fits(skeleton, made) else None
+
+
+def changed(model: Any, entries: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration with changes to the part that describes the decoder."""
+    part = text_part(model.config)
+    return {**entries, **(changes if part is None else {part: {**entries[part], **changes}})}
 
 
 def built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like: Any) -> Any:
@@ -217,6 +195,12 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
     there = tensors_of(made.uncut)
     resized = any(edit.shape != tuple(there[edit.source].shape) for edit in made.edits.values())
     kept = [layer.index for layer in made.layers]
+    if has_attention(made.uncut.config) and not has_attention(skeleton.config):
+        raise ArchitectureError(
+            f"no layer with attention would stay of {len(kept)}, and transformers counts the "
+            "tokens of its cache in such layers",
+            remedy="keep one of them",
+        )
     differing = differing_layer(before, after, kept, resized=resized)
     if differing is not None:
         raise ArchitectureError(
@@ -227,7 +211,7 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
 
 def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
     """The changed entries of the configuration, for fewer layers or a narrower stream."""
-    config, kept = model.config, [layer.index for layer in made.layers]
+    config, kept = text_config(model.config), [layer.index for layer in made.layers]
     count = len(made.architecture.layers(model))
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     changes: dict[str, Any] = {key: len(kept)}
@@ -263,7 +247,8 @@ def size_changes(
     model: Any, made: Design, couplings: Couplings, sizes: Mapping[str, int], hidden: Any
 ) -> dict[str, Any]:
     """The entries of the configuration for sizes that all layers share."""
-    config, names = model.config, model.config.attribute_map
+    config = text_config(model.config)
+    names = config.attribute_map
     channels = made.sizes.hidden if hidden is None else len(hidden)
     heads = sizes["groups"] * made.heads_per_group
     changes: dict[str, Any] = {names.get("hidden_size", "hidden_size"): channels}
@@ -307,8 +292,20 @@ def built_varied(model: Any, made: Design, hidden: Any) -> Any:
     """The skeleton of a varied model.
 
     Raises:
-        ArchitectureError: its parameters do not match the design.
+        ArchitectureError: its parameters do not match the design, or it is inside another model.
     """
+    if text_part(model.config) is not None:
+        raise ArchitectureError(
+            f"no class of transformers has these sizes, and {type(model).__name__} has a decoder "
+            "inside, for which Secateur writes no class of its own",
+            remedy="cut every layer alike, or fill up smaller layers (--pad)",
+        )
+    alike = couplings_of(made.architecture).alike
+    if alike:
+        raise ArchitectureError(
+            f"all layers of this family ({made.architecture.family}) must be cut alike: {alike}",
+            remedy="cut every layer alike, or fill up smaller layers (--pad)",
+        )
     from secateur.models.varied import FILE_NAME, MODEL_TYPE, varied_classes
 
     config_class, model_class, entries = base_classes(model)

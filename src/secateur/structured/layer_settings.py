@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["differing_layer", "kept_settings"]
+from secateur.models.architecture import text_config
+
+__all__ = ["differing_layer", "has_attention", "kept_settings"]
 
 INDICES = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers", "dense_layers")
 """Entries with the indices of some layers."""
@@ -69,7 +71,16 @@ def is_per_layer(name: str, value: Any, count: int) -> bool:
     """Whether an entry has a value, or a letter, for each layer."""
     if not isinstance(value, list | tuple | str) or len(value) != count:
         return False
+    if name.startswith("mtp"):  # of layers that predict further tokens
+        return False
     return any(part in name for part in PER_LAYER)
+
+
+def has_attention(config: Any) -> bool:
+    """Whether a configuration that names the kinds of its layers names one with attention."""
+    text = text_config(config)
+    kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or ()
+    return any(str(kind).endswith("attention") and "linear" not in str(kind) for kind in kinds)
 
 
 def differing_layer(

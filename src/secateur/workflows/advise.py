@@ -160,13 +160,14 @@ def counted(name: str, model: Any) -> ModelShape:
     layers = architecture.layers(model)
     config = model.config.get_text_config(decoder=True)
     linears = active = in_experts = 0
-    experts = int(getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0) or 0)
-    taken = int(getattr(config, "num_experts_per_tok", 0) or 0)
+    mixture = architecture.experts
+    experts = mixture.opened_in(layers) if mixture else 0
+    taken = (mixture.per_token(config) if mixture else None) or experts
     for index, layer in enumerate(layers):
-        for linear_name, linear in linears_of(layer, architecture.layer_name(index)).items():
+        for linear in linears_of(layer, architecture.layer_name(index)).values():
             weights = linear.module.weight.numel()  # type: ignore[operator]
             linears += weights
-            if experts and ".experts." in linear_name:
+            if experts and architecture.of_expert(linear.name):
                 in_experts += weights
                 active += round(weights * taken / experts)
             else:

@@ -33,7 +33,7 @@ HYBRIDS = {
     "falcon_h1": "model.layers",
     "bamba": "model.layers",
     "granitemoehybrid dense": "model.layers",
-    "nemotron_h": "model.layers",
+    "nemotron_h dense": "model.layers",
     "gemma4_text": "model.layers",
 }
 """Where their layers are."""
@@ -190,15 +190,15 @@ def test_layers_that_are_handed_values_of_tokens_are_refused(name: str) -> None:
 
 def test_a_layer_that_does_not_run_by_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """For example because it reads keys of an earlier layer behind the model's back."""
-    model = tiny_architecture("lfm2")
+    model = tiny_architecture("recurrent_gemma")
 
     def forward(*args: object, **kwargs: object) -> None:
         raise KeyError("keys of layer 0")
 
-    monkeypatch.setattr(model.model.layers[1], "forward", forward)
+    monkeypatch.setattr(model.model.layers[2], "forward", forward)
     with pytest.raises(ArchitectureError, match=r"does not run by itself .KeyError: 'keys of") as e:
         secateur.prune(model, method="wanda", sparsity=0.5, calibration=tiny_windows())
-    assert e.value.where == "model.layers.1"
+    assert e.value.where == "model.layers.2"
 
 
 def test_stored_buffers_are_read(tmp_path: Path) -> None:

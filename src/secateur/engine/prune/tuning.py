@@ -65,7 +65,11 @@ def in_float32(module: nn.Module, tuned: Collection[str]) -> Iterator[None]:
 
 
 def to_float32(module: nn.Module) -> None:
-    """Convert floating parameters of a module to float32, in place."""
+    """Convert floating parameters of a module to contiguous float32, in place.
+
+    torch's fused Adam reads and writes the memory of a parameter as if it were contiguous. The
+    weights of experts that are stored transposed or interleaved are not.
+    """
     for p in module.parameters():
-        if p.is_floating_point() and p.dtype != torch.float32:
-            p.data = p.data.float()
+        if p.is_floating_point() and not (p.dtype == torch.float32 and p.is_contiguous()):
+            p.data = p.data.float().contiguous()

@@ -5,4 +5,6 @@ from dataclasses import replace
 from secateur.models.architecture import families
 from secateur.models.families.llama import LLAMA
 
-GRANITE = families.register("granite")(replace(LLAMA, model_types=("granite",)))
+GRANITE = families.register("granite")(
+    replace(LLAMA, model_types=("granite",), writers=())  # a factor comes between
+)

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): Llama's layout with normalised queries and keys."""
+"""Qwen3 (dense), also inside Qwen3-VL: Llama's layout with normalised queries and keys."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from secateur.models.couplings import HEAD_NORMS, LLAMA_COUPLINGS
 
 QWEN3 = families.register("qwen3")(
     Family(
-        model_types=("qwen3",),
+        model_types=("qwen3", "qwen3_vl_text"),
         layers="model.layers",
         groups=SPLIT_ATTENTION_GATED_FFN,
         writers=PRE_NORM_WRITERS,

@@ -1,0 +1,72 @@
+"""The decoder inside a model that sees is cut; the rest stays byte for byte."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from cuts import CUTS, close
+from safetensors.torch import load_file
+from test_surgery import cut_quietly, logits
+
+from oracles.masking import switch_off
+from secateur.errors import ArchitectureError
+from secateur.models.skeleton import quiet_transformers
+from secateur.structured.accounting import accounting
+from secateur.structured.cut import Cut, sizes_of
+from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
+from slow import slow_but
+from zoo import CUT_SEEING, TIED_INSIDE, tiny_model, tiny_windows
+
+NAMES = ("layers", "last layers", "neurons", "groups")
+CASES = [
+    (family, name)
+    for family in CUT_SEEING
+    for name in NAMES
+    if name != "groups" or family not in TIED_INSIDE
+]
+FEW = [("gemma3 vision", "layers"), ("mistral3", "groups"), ("qwen2_5_vl", "neurons")]
+
+
+@pytest.mark.parametrize(("family", "name"), slow_but(FEW, CASES))
+def test_cut_equals_masked_and_the_rest_stays(family: str, name: str, tmp_path: Path) -> None:
+    model: Any = tiny_model(family)
+    cut, windows = CUTS[name](sizes_of(model)), tiny_windows(2)
+    smaller = cut_quietly(model, cut)
+    with quiet_transformers():
+        model.save_pretrained(tmp_path / "source")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", VariedSizesWarning)
+        told = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
+    assert told == accounting(model, cut)
+    with quiet_transformers():
+        loaded, found = transformers.AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "out", output_loading_info=True
+        )
+    assert type(loaded) is type(model)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    before, after = (
+        load_file(tmp_path / which / "model.safetensors") for which in ("source", "out")
+    )
+    beside = [n for n in before if "vision" in n or "visual" in n or "connector" in n]
+    assert len(beside) > 4
+    assert all(torch.equal(before[n], after[n]) for n in beside)
+    units = {kind: getattr(cut, kind) for kind in ("layers", "groups", "neurons")}
+    assert torch.equal(logits(loaded.eval(), windows), logits(smaller, windows))
+    switch_off(model, family, **units)
+    assert close(logits(smaller, windows), logits(model, windows))
+
+
+def test_what_a_model_that_sees_cannot_lose() -> None:
+    model = tiny_model("qwen3_vl")
+    with pytest.raises(ArchitectureError, match="has a decoder inside") as caught:
+        cut_quietly(model, Cut(neurons={0: (1, 2)}))
+    assert "--pad" in str(caught.value)
+    assert type(cut_quietly(model, Cut(neurons={0: (1, 2)}), pad=True)) is type(model)
+    with pytest.raises(ArchitectureError, match="dimensions of this parameter are not declared"):
+        cut_quietly(model, Cut(hidden=tuple(range(16))))

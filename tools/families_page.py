@@ -1,0 +1,160 @@
+"""Write docs/families.md: what works with which model. It is made from declarations and the zoo.
+
+python tools/families_page.py          # write the page
+python tools/families_page.py --check  # fail if it is out of date
+
+A yes stands for a test: every model of `tests/zoo.py` is pruned, saved and loaded by
+`tests/workflows/prune/test_zoo.py`, and cut by the tests in `tests/structured`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from written_files import table, write_or_check
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = Path("docs/families.md")
+sys.path.insert(0, str(ROOT / "tests"))
+
+YES, NO = "yes", ""
+
+KINDS = (
+    ("Decoders", ("CONFIGS", "DENSE"), "Attention and a feed-forward in every layer."),
+    ("Hybrids", ("HYBRIDS",), "Layers of several kinds. Their linears are pruned. Convolutions, "
+     "states (`A_log`, `D`, `dt_bias`) and norms stay, and the manifest names what stays."),
+    ("Models that see", ("SEEING",), "The decoder inside is pruned with text. Everything else "
+     "stays byte for byte. Pairs of pictures and text are not used for calibration."),
+    ("Mixtures of experts", ("MIXTURES",), "Every expert is pruned like a linear. See "
+     "[experts](methods/experts.md)."),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Write the page, or check it."""
+    write_or_check(ROOT, {PAGE: "\n".join(page()) + "\n"}, "families_page.py")
+
+
+def page() -> Iterator[str]:
+    """The lines of the page."""
+    import zoo
+
+    yield "# What works with which model"
+    yield ""
+    yield (
+        f"Tests build {len(zoo.ZOO)} tiny models from the configurations of transformers. Every "
+        "yes on this page is such a test. `python tools/families_page.py` writes the page from "
+        "`tests/zoo.py` and the declarations in `src/secateur/models/families`."
+    )
+    yield ""
+    yield "- **50 %, 2:4**: pruned by Wanda (mixtures by magnitude) with zeros counted by hand,"
+    yield "  saved, loaded by plain transformers; it generates the same with and without a cache."
+    yield "- **layers, KV groups, FFN, hidden, experts**: the cut model computes what the uncut one"
+    yield "  computes with the same units switched off, and transformers loads it. An empty place"
+    yield "  says that no test shows it."
+    yield "- **GGUF**: `secateur export --to gguf` writes it."
+    yield ""
+    yield "A model that is not on this page is treated by the generic description: `prune` works"
+    yield "on every decoder whose layers are made of linears, `structure` removes whole layers, and"
+    yield "what cannot be done is refused with the reason."
+    yield ""
+    for title, names, said in KINDS:
+        yield f"## {title}"
+        yield ""
+        yield said
+        yield ""
+        rows = [row(name) for kind in names for name in getattr(zoo, kind)]
+        yield from table(columns(title), sorted(row[: len(columns(title))] for row in rows))
+    yield from reasons()
+
+
+def columns(title: str) -> tuple[str, ...]:
+    """The columns of the table of one kind; mixtures have experts besides."""
+    found = ("model", "family", "50 %, 2:4", "layers", "KV groups", "FFN", "hidden", "GGUF")
+    return (*found, "experts") if title.startswith("Mixtures") else found
+
+
+def row(name: str) -> tuple[str, ...]:
+    """What works with a model of the zoo."""
+    import zoo
+    from secateur.exporting.gguf.families import LLAMA_CPP_FAMILIES
+
+    family, model_type = declared(name)
+    can = cuts(name, family)
+    return (
+        f"`{name}`",
+        family_name(family),
+        NO if name in (*zoo.REFUSED, *zoo.NOT_RUN) else YES,
+        *(YES if kind in can else NO for kind in ("layers", "groups", "neurons", "hidden")),
+        YES if model_type in LLAMA_CPP_FAMILIES else NO,
+        YES if name in zoo.MIXTURES else NO,
+    )
+
+
+def declared(name: str) -> tuple[Any, str]:
+    """The family of a model of the zoo, and its type in transformers."""
+    import zoo
+    from secateur.models.architecture import families, text_config
+
+    config = zoo.config_of(name)
+    for part in (config, text_config(config)):
+        for each in families:
+            if part.model_type in families[each].model_types:
+                return families[each], config.model_type
+    return None, config.model_type
+
+
+def family_name(family: Any) -> str:
+    """The name of a family; generic without one."""
+    from secateur.models.architecture import families
+
+    return next((name for name in families if families[name] is family), "generic")
+
+
+def cuts(name: str, family: Any) -> Iterable[str]:
+    """The kinds of units that a test cuts out of a model."""
+    import zoo
+
+    if family is None or family.couplings is None:
+        return {"layers"} if name == "generic" else set()
+    couplings = family.couplings
+    can = {"layers", "groups", "neurons", "hidden"} - set(couplings.fixed)
+    can -= {"groups"} if couplings.consumer("queries") is None else set()
+    can -= {"neurons"} if couplings.consumer("neurons") is None else set()
+    if name in zoo.CUT_SEEING:
+        return can - {"hidden"} - ({"groups"} if name in zoo.TIED_INSIDE else set())
+    if name in zoo.MIXTURES:
+        return can - {"neurons"} if name in zoo.PLAIN_MIXTURES else set()
+    known = (*zoo.CONFIGS, *zoo.DENSE, *zoo.CUT_HYBRIDS)
+    return can if name in known and name not in zoo.WITH_BUFFERS else set()
+
+
+def reasons() -> Iterator[str]:
+    """Why some units cannot be cut, and what is refused altogether."""
+    import zoo
+    from secateur.models.architecture import families
+
+    words = {"groups": "KV groups", "hidden": "hidden channels", "neurons": "FFN neurons"}
+    yield "## What cannot be cut, and why"
+    yield ""
+    declared = {name: families[name].couplings for name in sorted(families)}
+    lines = [
+        (f"`{name}`", words[kind], why)
+        for name, couplings in declared.items()
+        if couplings is not None
+        for kind, why in couplings.fixed.items()
+    ]
+    yield from table(("family", "units", "reason"), lines)
+    yield "## What is refused"
+    yield ""
+    yield from table(
+        ("model", "a method that needs inputs says"),
+        ((f"`{name}`", f"{said} …") for name, said in sorted(zoo.REFUSED.items())),
+    )
+
+
+if __name__ == "__main__":
+    main()
