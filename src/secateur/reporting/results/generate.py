@@ -44,13 +44,13 @@ class GenerateResult(Result):
 
     @property
     def account(self) -> str:
-        """The number of tokens, the speed, the decode loop, and a line more if there is no answer."""
+        """Number of tokens, speed and decode loop; a line more if there is no answer."""
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens/s"
         told = f"{self.tokens} tokens{rate} ({self.loop})"
         if self.tokens == 0 and self.chat:
             told += (
                 "\nThe model ends its answer at once, as a pruned one does that has forgotten the "
-                "chat format: --no-chat continues the prompt as it is; retrain or calibrate on chats"
+                "chat format. --no-chat continues the prompt as it is; or retrain on chats"
             )
         return told
 
