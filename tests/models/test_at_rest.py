@@ -338,7 +338,19 @@ def test_keeping_the_format_is_refused_where_it_means_nothing(tmp_path: Path) ->
             distill_epochs=1,
             **PRUNED,
         )
+    with pytest.raises(RecipeError, match="both say how the weights are stored"):
+        secateur.prune(
+            folder,
+            output=tmp_path / "x",
+            calibration=text,
+            keep_format=True,
+            compress="int8",
+            **PRUNED,
+        )
     assert not (tmp_path / "x").exists()
+    model = load_whole(folder, torch.device("cpu"))
+    with pytest.raises(RecipeError, match="is for checkpoints"):
+        secateur.prune(model, calibration=torch.ones(2, 8, dtype=torch.int64), keep_format=True)
 
 
 def test_inspect_and_evaluate_read_it(tmp_path: Path) -> None:

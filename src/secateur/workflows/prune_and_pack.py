@@ -70,6 +70,11 @@ def prune(
                 "a loaded model is pruned in place; `output` is for checkpoints",
                 remedy="call model.save_pretrained(output) afterwards",
             )
+        if options.get("keep_format"):
+            raise RecipeError(
+                "a loaded model has plain numbers; `keep_format` is for checkpoints",
+                remedy="name the folder of the model",
+            )
         return prune_module(model, calibration, tokenizer, progress or Silent(), options)
     if options.get("output") is None:
         raise RecipeError("`output` is missing: the folder for the pruned model")
@@ -111,6 +116,11 @@ def prune_recipe(
         raise RecipeError(
             f"compress.{idle[0]} is about compression, and the result is not compressed",
             remedy="add --compress VALUES, or leave it out",
+        )
+    if recipe.compress.values is not None and recipe.keep_format:
+        raise RecipeError(
+            "--keep-format and --compress both say how the weights are stored",
+            remedy="give one of them",
         )
     if recipe.compress.values is None:
         return run_recipe(recipe, progress, **call, ranks=ranks)
