@@ -168,8 +168,6 @@ def test_the_first_layer_of_a_kind_is_verified_before_the_next(
     ("whisper", "WhisperForCausalLM is part of an encoder-decoder"),
     ("bart", "is part of an encoder-decoder"),
     ("zamba2", "12 parameters of decoder layers are shared with other layers"),
-    ("deepseek_v3", r"experts \(DeepseekV3Experts\) are fused"),
-    ("gpt_oss", r"experts \(GptOssExperts\) are fused"),
 ])  # fmt: skip
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_what_is_not_known_is_refused_by_name(name: str, told: str, method: str) -> None:
@@ -223,7 +221,7 @@ def test_stored_buffers_are_read(tmp_path: Path) -> None:
     secateur.compress(tmp_path / "out", output=tmp_path / "small", values="keep")
     packed = secateur.load(tmp_path / "small")
     assert packed.model.layers[1].layer_scalar == 1.5
-    with pytest.raises(ArchitectureError, match="3 buffers of the decoder layers are stored"):
+    with pytest.raises(ArchitectureError, match=r"removed: self_attn\.store_full"):
         secateur.structure(
             tmp_path / "source", output=tmp_path / "cut", keep_layers=2,
             calibration=tmp_path / "windows.safetensors",

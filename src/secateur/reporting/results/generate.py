@@ -44,9 +44,15 @@ class GenerateResult(Result):
 
     @property
     def account(self) -> str:
-        """A line with the number of tokens, the speed and the decode loop."""
+        """Number of tokens, speed and decode loop; a line more if there is no answer."""
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens/s"
-        return f"{self.tokens} tokens{rate} ({self.loop})"
+        told = f"{self.tokens} tokens{rate} ({self.loop})"
+        if self.tokens == 0 and self.chat:
+            told += (
+                "\nThe model ends its answer at once, as a pruned one does that has forgotten the "
+                "chat format. --no-chat continues the prompt as it is; or retrain on chats"
+            )
+        return told
 
     def blocks(self) -> Sequence[Block]:
         """The text, after its prompt unless it answers a message; then the account."""
