@@ -106,8 +106,8 @@ def test_parts_of_a_foreign_package_work_from_the_command_line(
     assert "quince-positions" in parts["formats"]
     assert seen["family"] == "quince"
 
-    # 64 MiB of the solver: it prepares nothing, so the 40 of score and pattern are over by then. 128
-    # of the allocation at one layer; the built-in parts need less than one for so small a model.
+    # 64 MiB of the solver, which prepares nothing, so the 40 of score and pattern are over by then;
+    # 128 of the allocation at one layer. The built-in parts need less than one here.
     assert 0 <= plan["solve_bytes"] - (64 + 128) * MIB < MIB
     assert 0 <= plan["disk_bytes"] - plain["disk_bytes"] - 256 * MIB < MIB
     assert plan["peak_bytes"] - plain["peak_bytes"] > 180 * MIB
