@@ -36,14 +36,14 @@ from secateur.sparsity.evolution import Candidate
 from secateur.workflows.compress.mixed_values import MixedReader
 from secateur.workflows.compress.pack import ChosenValues, pack_into
 from secateur.workflows.compress.packable import find_matrices
-from secateur.workflows.fit.correction import MOST
+from secateur.workflows.fit.correction import MOST, is_faster, misses
 from secateur.workflows.fit.costs import SECONDS, Costs, costs_of
 from secateur.workflows.fit.course import new_search
 from secateur.workflows.fit.feasible import check_feasible
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.kinds import probe_of
 from secateur.workflows.fit.pace import Pace
-from secateur.workflows.fit.verify import TIMING_ERROR, speedup_of
+from secateur.workflows.fit.verify import speedup_of
 from stored import known_rows
 
 MEASUREMENTS = 3
@@ -86,13 +86,16 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
             found = search.menu.best(aimed_at(costs, aimed).aim)
             if found is None or found == candidate:
                 break
-            candidate = found
-            packed = packed_mix(ground, search, candidate, folder)
-            predicted = costs.times.base / (costs.rest[-1] + search.menu.total(candidate)[-1])
+            packed = packed_mix(ground, search, found, folder)
+            predicted = costs.times.base / (costs.rest[-1] + search.menu.total(found)[-1])
             measured = speedup_of(ground, folder.model)
             assert measured is not None
             rounds.append({"aimed": aimed, "predicted": predicted, "measured": measured})
-            if measured >= speedup * (1 - TIMING_ERROR):
+            if candidate is not None and not is_faster(measured, rounds[-2]["measured"]):
+                packed = packed_mix(ground, search, candidate, folder)
+                break
+            candidate = found
+            if not misses(ground, measured):
                 break
             aimed = speedup * predicted / measured
         again = [speedup_of(ground, folder.model) for _ in range(MEASUREMENTS)]

@@ -176,7 +176,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_kernels
-@pytest.mark.parametrize("then", [1.31, 1.1])
+@pytest.mark.parametrize("then", [1.31, 1.22])
 def test_a_winner_that_is_slower_than_predicted_tightens_the_search(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: float
 ) -> None:
@@ -196,10 +196,15 @@ def test_a_winner_that_is_slower_than_predicted_tightens_the_search(
     first, *more = found.corrections
     assert first.measured == pytest.approx(1.2)
     assert first.predicted >= 1.3
-    assert len(more) == (then < 1.3)
+    assert first.reached == pytest.approx(then)
+    assert not more
     fastest = imaginary_speedup(place / "dense", dict.fromkeys(found.kind_of, "int4"))
     assert first.aimed == pytest.approx(min(1.3 * first.predicted / 1.2, 0.96 * fastest), rel=0.03)
-    assert imaginary_speedup(place / "dense", found.kind_of) >= first.aimed * 0.999
+    # 1.22 is not faster than 1.2 by more than timing errs, so the first winner stays: it lost less
+    reached = imaginary_speedup(place / "dense", found.kind_of)
+    assert (
+        reached >= first.aimed * 0.999 if then > 1.3 else reached == pytest.approx(first.predicted)
+    )
     again = json.loads((tmp_path / "fast" / "secateur" / "fit.json").read_text())["corrections"]
     assert len(again) == len(found.corrections)
 

@@ -157,11 +157,13 @@ class FitCorrection:
         predicted: its speed-up by the table of timed matrices.
         measured: its speed-up when it was timed.
         aimed: the speed-up by the table that the next search had to reach.
+        reached: the speed-up of its winner when it was timed; None if it could not be.
     """
 
     predicted: float
     measured: float
     aimed: float
+    reached: float | None
 
 
 @dataclass(frozen=True)
@@ -391,7 +393,7 @@ class FitResult(Result):
             *(
                 Line(
                     f"A winner had {one.measured:.2f} where {one.predicted:.2f} was predicted, so "
-                    f"the search ran again for {one.aimed:.2f}."
+                    f"the search ran again for {one.aimed:.2f} and reached {one.reached or 0:.2f}."
                 )
                 for one in self.corrections
             ),

@@ -6,7 +6,8 @@ speed-up, the search runs once more with a bound that is tighter by the same fac
 
     seconds' = seconds · measured speed-up / predicted speed-up
 
-What was measured is kept, so a resumed run goes the same way.
+The new winner stays only if it is faster by more than the error of timing; it has lost more. What
+was measured is kept, so a resumed run goes the same way.
 """
 
 from __future__ import annotations
@@ -15,57 +16,31 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from secateur.reporting.results.fit import FitCorrection
 from secateur.runs.atomic import write_json
 from secateur.workflows.fit.costs import SECONDS, Costs
 from secateur.workflows.fit.finalists import Finalist
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.verify import TIMING_ERROR, speedup_of
 
-__all__ = ["MOST", "corrected"]
+__all__ = ["MOST", "is_faster", "misses", "predicted_speedup", "tightened", "timed"]
 
 MOST = 2
 """Number of searches after the first one, at most."""
 
 
-def corrected(
-    ground: Ground, costs: Costs, winner: Finalist, made: Path, number: int
-) -> tuple[Costs, FitCorrection] | None:
-    """Bounds that make up for what the table of times promised and the winner does not keep.
+def timed(ground: Ground, made: Path, number: int) -> float | None:
+    """The speed-up of a packed winner, from the file of an earlier run or timed now.
 
     Args:
         ground: of the fit.
-        costs: the bounds of the last search.
-        winner: of that search.
-        made: its packed folder.
-        number: of the correction, from 0.
+        made: its folder.
+        number: of the winner, from 0.
 
     Returns:
-        The bounds of the next search, and why; None if the speed-up is kept or not bounded, if it
-        cannot be measured, or if nothing faster is possible.
+        None if it is not bounded, or cannot be measured.
     """
-    wanted, place = ground.recipe.decode_speedup, costs.place(SECONDS)
-    if wanted is None or place is None:
+    if ground.recipe.decode_speedup is None:
         return None
-    measured = kept_speedup(ground, made, number)
-    if measured is None or measured >= wanted * (1 - TIMING_ERROR):
-        return None
-    seconds = costs.kinds[place]
-    predicted = predicted_speedup(costs, winner) if not winner.cut else wanted
-    assert costs.times is not None
-    limit = min(seconds.limit, costs.times.base / wanted * measured / predicted)
-    least = costs.least(place)
-    if least is None or least > seconds.limit * (1 - TIMING_ERROR / 5):
-        return None  # the last search had no room either
-    limit = max(limit, least)
-    kinds = [*costs.kinds]
-    kinds[place] = replace(seconds, limit=limit)
-    told = FitCorrection(predicted, measured, costs.times.base / limit)
-    return replace(costs, kinds=tuple(kinds)), told
-
-
-def kept_speedup(ground: Ground, made: Path, number: int) -> float | None:
-    """The measured speed-up, from the file of an earlier run or timed now."""
     file = ground.work / f"speedup-{number}.json"
     if not file.exists():
         write_json(file, {"speedup": speedup_of(ground, made)})
@@ -73,8 +48,45 @@ def kept_speedup(ground: Ground, made: Path, number: int) -> float | None:
     return found
 
 
-def predicted_speedup(costs: Costs, winner: Finalist) -> float:
-    """What the table of times says of a winner that is not cut."""
+def misses(ground: Ground, speedup: float) -> bool:
+    """Whether a measured speed-up is less than the bound, by more than the error of timing."""
+    wanted = ground.recipe.decode_speedup
+    return wanted is not None and speedup < wanted * (1 - TIMING_ERROR)
+
+
+def is_faster(speedup: float | None, before: float) -> bool:
+    """Whether a speed-up is more than another one, by more than the error of timing."""
+    return speedup is not None and speedup > before * (1 + TIMING_ERROR)
+
+
+def predicted_speedup(ground: Ground, costs: Costs, winner: Finalist) -> float:
+    """What the table of times says of a winner; of a cut one, the bound."""
     assert costs.times is not None
+    if winner.cut:
+        return float(ground.recipe.decode_speedup or 1.0)
     linears = sum(costs.seconds(costs.shapes[name], kind) for name, kind in winner.kinds.items())
     return costs.times.base / (costs.times.rest + linears)
+
+
+def tightened(ground: Ground, costs: Costs, ratio: float) -> Costs | None:
+    """Bounds that make up for what the table promises too much.
+
+    Args:
+        ground: of the fit.
+        costs: the bounds of the last search.
+        ratio: measured by predicted speed-up of its winner.
+
+    Returns:
+        None if the last search had no room left either.
+    """
+    wanted, place = ground.recipe.decode_speedup, costs.place(SECONDS)
+    assert wanted is not None
+    assert place is not None
+    assert costs.times is not None
+    seconds, least = costs.kinds[place], costs.least(place)
+    if least is None or least > seconds.limit * (1 - TIMING_ERROR / 5):
+        return None
+    limit = max(min(seconds.limit, costs.times.base / wanted * ratio), least)
+    kinds = [*costs.kinds]
+    kinds[place] = replace(seconds, limit=limit)
+    return replace(costs, kinds=tuple(kinds))

@@ -110,6 +110,14 @@ class Costs:
         """The place of a kind; None if it is not counted."""
         return next((n for n, kind in enumerate(self.kinds) if kind.name == name), None)
 
+    @property
+    def speedup(self) -> float:
+        """The bound on seconds, as a speed-up over dense int8; 0 without one."""
+        place = self.place(SECONDS)
+        if place is None or self.times is None:
+            return 0.0
+        return self.times.base / self.kinds[place].limit
+
     def of_another(self, other: Costs) -> Costs:
         """The costs of a cut of the model, with the limits of this one."""
         pairs = zip(other.kinds, self.kinds, strict=True)

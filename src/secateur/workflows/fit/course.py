@@ -26,7 +26,14 @@ from secateur.reporting.results.fit import (
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.evolution import Evolution
 from secateur.workflows.fit.branches import BRANCHES, branched
-from secateur.workflows.fit.correction import MOST, corrected
+from secateur.workflows.fit.correction import (
+    MOST,
+    is_faster,
+    misses,
+    predicted_speedup,
+    tightened,
+    timed,
+)
 from secateur.workflows.fit.costs import Costs
 from secateur.workflows.fit.finalists import SINGLE, Finalist, finalists, mixes, single
 from secateur.workflows.fit.finer import finer_menu
@@ -124,17 +131,20 @@ def corrected_contest(
     packed = pack_winner(folder, ground, best_of(contest), begun)
     uncut = replace(ground, recipe=ground.recipe.model_copy(update={"structure": False}))
     corrections: list[FitCorrection] = []
-    while len(corrections) < MOST:
-        winner = best_of(contest)
-        tighter = corrected(ground, costs, winner, folder.model, len(corrections))
-        again: list[Finalist] = []
-        if tighter is not None:
-            again, _ = contested(uncut, search, *measured, tighter[0])
+    speed = timed(ground, folder.model, 0)
+    while speed is not None and misses(ground, speed) and len(corrections) < MOST:
+        predicted = predicted_speedup(ground, costs, best_of(contest))
+        tighter = tightened(ground, costs, speed / predicted)
+        again = contested(uncut, search, *measured, tighter)[0] if tighter else []
         if tighter is None or not again:
             break
-        contest, costs = again, tighter[0]
-        corrections.append(tighter[1])
-        packed = pack_winner(folder, ground, best_of(contest), begun)
+        packed_again = pack_winner(folder, ground, best_of(again), begun)
+        reached = timed(ground, folder.model, len(corrections) + 1)
+        corrections.append(FitCorrection(predicted, speed, tighter.speedup, reached))
+        if not is_faster(reached, speed):  # it has lost more, and for nothing
+            packed = pack_winner(folder, ground, best_of(contest), begun)
+            break
+        contest, costs, packed, speed = again, tighter, packed_again, reached
     return contest, packed, corrections
 
 
