@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +117,7 @@ def aimed_at(costs: Costs, speedup: float) -> Costs:
     place = costs.place(SECONDS)
     assert place is not None
     least = costs.least(place) or 0.0
-    kinds = [*costs.kinds]
-    kinds[place] = replace(kinds[place], limit=max(costs.times.base / speedup, least))
-    return replace(costs, kinds=tuple(kinds))
+    return costs.limited(place, max(costs.times.base / speedup, least))
 
 
 def packed_mix(

@@ -114,7 +114,7 @@ def found(words: str) -> tuple[str, str]:
 
 
 def meets(told: Any, wanted: str) -> bool:
-    """Whether the value of a row is the one that is wanted; of numbers, three digits count."""
+    """Whether a row has the wanted value. Numbers are compared to three digits."""
     if isinstance(told, float):
         return abs(told - float(wanted)) < 1e-3
     return str(told) == wanted

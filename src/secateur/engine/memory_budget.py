@@ -12,7 +12,10 @@ from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError
 from secateur.runs.meter import resident_bytes
 
-__all__ = ["Budget", "fitting_plan", "memory_budget"]
+__all__ = ["SOLVE_LESS", "Budget", "fitting_plan", "memory_budget"]
+
+SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
+"""The remedy where a solver needs too much."""
 
 FREE_SHARE = 0.8
 """The default fraction of free memory that a run may use."""
@@ -108,7 +111,5 @@ def fitting_plan(
         needed += (
             f", {plan.solve_bytes / 2**30:.2f} GiB of that to solve a {out} x {columns} linear"
         )
-        remedy = (
-            "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
-        )
+        remedy = SOLVE_LESS
     raise MemoryBudgetError(needed, remedy=f"{remedy}, or raise --memory-budget-gib")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from secateur.engine.memory_budget import SOLVE_LESS
 from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError
 
@@ -54,7 +55,7 @@ def largest_term(plan: Plan) -> Term:
         Term(
             f"solving a {out} x {columns} linear",
             plan.solve_bytes,
-            "prune without a gram (--method wanda), or leave the largest linears out (--exclude)",
+            SOLVE_LESS,
         ),
         Term("tuning a layer", plan.tuning_bytes, "use --tune-passes 0"),
         Term("generating windows", plan.writing_bytes, "use --generated-windows 0"),

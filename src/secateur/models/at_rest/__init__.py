@@ -245,7 +245,7 @@ def refuse_empty(made: Mapping[str, Assembly], form: str, source: SourceFolder) 
 
 
 def described_by(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of the form of its weights; empty if it says nothing.
+    """The description of the form of the weights in a configuration; empty without one.
 
     Models that see and read have it beside the text model's configuration, or within it.
     """

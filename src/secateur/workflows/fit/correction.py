@@ -13,7 +13,6 @@ was measured is kept, so a resumed run goes the same way.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from secateur.runs.atomic import write_json
@@ -60,7 +59,7 @@ def is_faster(speedup: float | None, before: float) -> bool:
 
 
 def predicted_speedup(ground: Ground, costs: Costs, winner: Finalist) -> float:
-    """What the table of times says of a winner; of a cut one, the bound."""
+    """The speed-up that the table of times predicts for a winner; the bound for a cut one."""
     assert costs.times is not None
     if winner.cut:
         return float(ground.recipe.decode_speedup or 1.0)
@@ -86,7 +85,4 @@ def tightened(ground: Ground, costs: Costs, ratio: float) -> Costs | None:
     seconds, least = costs.kinds[place], costs.least(place)
     if least is None or least > seconds.limit * (1 - TIMING_ERROR / 5):
         return None
-    limit = max(min(seconds.limit, costs.times.base / wanted * ratio), least)
-    kinds = [*costs.kinds]
-    kinds[place] = replace(seconds, limit=limit)
-    return replace(costs, kinds=tuple(kinds))
+    return costs.limited(place, max(min(seconds.limit, costs.times.base / wanted * ratio), least))

@@ -125,10 +125,14 @@ class Costs:
 
     def narrowed(self, size: float) -> Costs:
         """The same with at most so many bytes for the linears."""
-        first, *others = self.kinds
-        return replace(
-            self, kinds=(replace(first, limit=min(first.limit, first.rest + size)), *others)
-        )
+        first = self.kinds[0]
+        return self.limited(0, min(first.limit, first.rest + size))
+
+    def limited(self, place: int, limit: float) -> Costs:
+        """The same with another limit of one kind."""
+        kinds = [*self.kinds]
+        kinds[place] = replace(kinds[place], limit=limit)
+        return replace(self, kinds=tuple(kinds))
 
     @property
     def levels(self) -> tuple[LevelKind, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.errors import ShapeError
 from secateur.quantization.groups import Scales
-from secateur.runtime.formats.bits import BITS_OF_A_BYTE, pack_numbers
+from secateur.runtime.formats.bits import pack_bits, pack_numbers
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS, bitmask_expand, bitmask_product
 
 __all__ = ["GpuMatrix"]
@@ -88,20 +88,16 @@ class GpuMatrix:
         if (values.dtype == torch.int8) != (scale is not None or scales is not None):
             raise ShapeError(f"{values.dtype} values with{'out' if scale is None else ''} a scale")
         tiles = -(-columns // COLUMNS)
-        packed = torch.zeros(rows, tiles * LANES, dtype=torch.uint8)
         bits = mask.new_zeros(rows, tiles * COLUMNS)
         bits[:, :columns] = mask
-        weights = 2 ** torch.arange(8, dtype=torch.uint8)
-        packed = (bits.view(rows, -1, 8) * weights).sum(2, dtype=torch.uint8)
-        counts = torch.from_numpy(BITS_OF_A_BYTE)[packed.int()].view(rows * tiles, LANES)
-        ends = counts.sum(1, dtype=torch.int64).cumsum(0)
+        ends = bits.view(rows * tiles, COLUMNS).sum(1).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]]).view(rows, tiles)
         if scales is not None:
             values = pack_numbers(values, 4)
             scales = Scales(scales.exponent.to(device), scales.code.contiguous().to(device))
         return cls(
             (rows, columns),
-            packed.to(device),
+            pack_bits(bits).to(device),
             starts.to(device),
             values.to(device),
             None if scale is None else scale.float().to(device),
