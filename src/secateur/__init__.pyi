@@ -632,6 +632,7 @@ def plan(
     distill_epochs: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
+    distill_block_layers: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
@@ -697,6 +698,9 @@ def plan(
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
+        distill_block_layers: Distill overlapping blocks of this many decoder layers, one after the
+            other, with one block in memory. 0: the whole model at once. [0 if both models fit, else
+            4]
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
@@ -760,6 +764,7 @@ def prune(
     distill_epochs: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
+    distill_block_layers: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
@@ -828,6 +833,9 @@ def prune(
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
+        distill_block_layers: Distill overlapping blocks of this many decoder layers, one after the
+            other, with one block in memory. 0: the whole model at once. [0 if both models fit, else
+            4]
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
