@@ -355,7 +355,8 @@ def forward_bytes(
     hidden, calls = calls_of(target, windows[:size])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     own = hidden.numel() * hidden.dtype.itemsize
-    stored = own * windows.numel() // batch_tokens
+    values = max(call.values().nbytes if call.varying else 0 for call in calls)
+    stored = (own + values) * windows.numel() // batch_tokens
     groups = {id(x): layout.groups for x, layout in zip(target.layers, found, strict=True)}
     rehearsals = [rehearse(x, groups[id(x)], hidden, call) for x, call, _ in kinds(target, calls)]
     forward = max(r.running_bytes for r in rehearsals)
@@ -371,8 +372,8 @@ def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
     """The first layer's inputs for one micro-batch, and how each layer is called for it."""
     ids = windows.to(target.device)
     with target.outside():
-        hidden = first_inputs(target.model, target.layers, ids)
-        return hidden, layer_calls(target.model, target.layers, [ids])
+        calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
+        return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
 
 
 def kinds(target: Target, calls: list[LayerCall]) -> list[tuple[nn.Module, LayerCall, int]]:
