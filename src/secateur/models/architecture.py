@@ -168,8 +168,8 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
     """All prunable matrices of a decoder layer, by their name within the layer.
 
     A linear with a single output is a gate (of Qwen's shared expert) and is left out, because no
-    other output could share its loss. So are the linears of routers, and the coefficients with which
-    AltUp mixes a few hidden states of each token.
+    other output could share its loss. So are the linears of routers, and the coefficients with
+    which AltUp mixes the hidden states of a token.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -200,8 +200,8 @@ def is_router(layer: nn.Module, name: str) -> bool:
 def mixes_states(layer: nn.Module, name: str) -> bool:
     """Whether a module of a decoder layer belongs to AltUp (Gemma 3n).
 
-    Its matrices have a row or a column for each of the few hidden states of a token, so a zero there
-    would cut a whole state off.
+    Its matrices have a row or a column for each of the few hidden states of a token, so a zero
+    there would cut a whole state off.
     """
     owner = layer
     for part in filter(None, name.split(".")):

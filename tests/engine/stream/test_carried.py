@@ -1,4 +1,4 @@
-"""Models that carry more than hidden states: per-layer embeddings, AltUp, shared keys and values."""
+"""Models that carry more than hidden states: embeddings of layers, AltUp, shared keys."""
 
 from __future__ import annotations
 
@@ -121,5 +121,5 @@ def test_values_that_are_not_one_for_each_token_are_refused() -> None:
             return super().project_per_layer_inputs(*args).sum(1, keepdim=True)
 
     model.model.__class__ = Odd
-    with pytest.raises(ArchitectureError, match="depend on the tokens .* not one for each token"):
+    with pytest.raises(ArchitectureError, match=r"depend on the tokens .* not one for each token"):
         secateur.prune(model, method="wanda", sparsity=0.5, calibration=WINDOWS)

@@ -129,8 +129,8 @@ def call_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Te
         out = layer(hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
     hidden, shared = call.carried.unpack(hidden)
-    call = call.sharing(shared)
-    out = layer(hidden, *call.args, **call.kwargs)
+    own = call.sharing(shared)
+    out = layer(hidden, *own.args, **own.kwargs)
     return call.carried.pack(out[0] if isinstance(out, tuple) else out, shared)
 
 
