@@ -145,7 +145,7 @@ def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
     assert "process 2 of the run" in started.told(0)
     assert "it was killed, or it hangs" in started.told(0)
     stored = sorted(x.name for x in (tmp_path / "model.partial" / "work").glob("inputs-*"))
-    assert stored == [f"inputs-0002.{rows}.bin" for rows in ("0-3", "3-7", "7-11")]
+    assert stored == [f"inputs-0002.{rows}.bin" for rows in ("0-4", "4-8", "8-11")]
     run_together(2, prune_together, tmp_path, [values], {"resume": True})
     prune_alone({**values, "output": str(tmp_path / "one")})
     assert apart(tmp_path / "model", tmp_path / "one") == 0

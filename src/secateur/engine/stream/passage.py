@@ -81,9 +81,9 @@ class Passage:
 
     @property
     def own(self) -> slice:
-        """The windows of this process."""
+        """The windows of this process; an empty range if it has none."""
         batches = self.batches()
-        return slice(batches[0].start, batches[-1].stop)
+        return slice(batches[0].start, batches[-1].stop) if batches else slice(0, 0)
 
     def call(self, index: int, batch: slice) -> LayerCall:
         """How a layer is called for a micro-batch."""
