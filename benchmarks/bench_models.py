@@ -14,7 +14,7 @@ pruning: norms, biases, positions, what comes between a linear and the residual 
 All have 6 layers of 192 channels and 4096 tokens (a byte-level BPE that is trained here). Without
 `--text` they read the standard library of the Python that runs this. Documents are cut into pieces
 of about 2000 characters; of ten pieces, eight train, one calibrates and one judges. AdamW, bfloat16
-products where they are faster, 16 windows of 256 tokens a step, one thread. The seeds are fixed.
+products where they are faster, 8 windows of 256 tokens a step, one thread. The seeds are fixed.
 
 Every 50 steps the state is kept in FOLDER, so that a stopped training goes on. A model that is
 finished is not trained again. The folder stays out of git.
@@ -42,7 +42,7 @@ from secateur.calibration.documents import read_documents
 from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_matmuls
 
-VOCABULARY, LENGTH, BATCH, POSITIONS = 4096, 256, 16, 512
+VOCABULARY, LENGTH, BATCH, POSITIONS = 4096, 256, 8, 512
 SAVE_EVERY = 50
 PIECE = 2000
 START, END = "<s>", "</s>"
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", nargs="*", default=[], help="files; else Python's own sources")
     parser.add_argument("--only", nargs="*", default=[*configurations()])
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rate", type=float, default=3e-3, help="the highest learning rate")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -116,16 +116,26 @@ GEMMA4: dict[str, Any] = {
     "num_kv_shared_layers": 0,
 }  # fmt: skip
 
+BY_TOKEN: dict[str, Any] = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
+LATE_LAYERS: dict[str, Any] = {
+    "num_hidden_layers": 5, "num_kv_shared_layers": 2,
+    "layer_types": [*SLIDING, "sliding_attention", "full_attention"],
+}  # fmt: skip
+"""The last two layers read keys and values of earlier ones."""
+GEMMA3N: dict[str, Any] = {
+    **LOCAL, **BY_TOKEN, "layer_types": SLIDING, "num_kv_shared_layers": 0, "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0] * 3,
+}  # fmt: skip
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**LOCAL, "layer_types": SLIDING},
     "gemma4_text": GEMMA4,
-    "gemma4_text small": {
-        **GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
-    },
-    "gemma3n_text": {
-        **LOCAL, "layer_types": SLIDING, "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 0, "laurel_rank": 4,
-        "activation_sparsity_pattern": [0.0] * 3,
+    "gemma4_text small": {**GEMMA4, **BY_TOKEN},
+    "gemma4_text shared": {**GEMMA4, **BY_TOKEN, **LATE_LAYERS},
+    "gemma3n_text": GEMMA3N,
+    "gemma3n_text shared": {
+        **GEMMA3N, **LATE_LAYERS, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0],
+        "intermediate_size": [48, 48, 40, 32, 32],
     },
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
                     "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
@@ -161,7 +171,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def with_vision(text: str, vision: str, **more: Any) -> dict[str, Any]:
     """The parts of a model that sees: a text configuration and a vision configuration."""
     return {
-        "text_config": {**SIZES, **SETTINGS.get(text, {}), "model_type": text},
+        "text_config": {**SIZES, **SETTINGS.get(text, {}), "model_type": text.split()[0]},
         "vision_config": {**VISION, "model_type": vision},
         **more,
     }
@@ -173,6 +183,9 @@ SEEING: dict[str, dict[str, Any]] = {
         boi_token_index=91, eoi_token_index=92,
     ),
     "gemma4 vision": with_vision("gemma4_text", "gemma4_vision", image_token_id=90),
+    "gemma4 vision small": with_vision(
+        "gemma4_text shared", "gemma4_vision", image_token_id=90,
+    ),
     "gemma3n vision": with_vision("gemma3n_text", "gemma3n_vision"),
     "qwen3_5 vision": with_vision("qwen3_5_text", "qwen3_5", image_token_id=90),
     "llava": with_vision("llama", "clip_vision_model", image_token_index=90),
@@ -187,6 +200,7 @@ SEEING: dict[str, dict[str, Any]] = {
 HYBRIDS = (
     "qwen3_5_text", "lfm2", "recurrent_gemma", "mamba", "mamba2", "falcon_h1", "bamba",
     "granitemoehybrid dense", "nemotron_h dense", "gemma4_text", "gemma4_text small",
+    "gemma4_text shared", "gemma3n_text", "gemma3n_text shared",
 )  # fmt: skip
 """Decoders whose layers are of several kinds, or have more than attention and feed-forward."""
 
@@ -270,10 +284,7 @@ CUT_SEEING = ("gemma3 vision", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "s
 TIED_INSIDE = ("qwen2_5_vl",)
 """Of these not KV groups, because the class ties the number of heads to the hidden size."""
 
-REFUSED = {
-    "gemma3n vision": "values that depend on the tokens",
-    "gemma4_text small": "values that depend on the tokens",
-}
+REFUSED: dict[str, str] = {}
 """What cannot be pruned by a method that needs inputs, and what is said then."""
 
 NOT_RUN = ("llama4 vision",)

@@ -110,8 +110,8 @@ def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
     """The first layer's inputs for one micro-batch, and how each layer is called for it."""
     ids = windows.to(target.device)
     with target.outside():
-        hidden = first_inputs(target.model, target.layers, ids)
-        return hidden, layer_calls(target.model, target.layers, [ids])
+        calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
+        return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
 
 
 def kinds(target: Target, calls: list[LayerCall]) -> list[tuple[nn.Module, LayerCall, int]]:

@@ -329,7 +329,8 @@ def forward_bytes(
     hidden, calls = calls_of(target, windows[:size])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     own = hidden.numel() * hidden.dtype.itemsize
-    stored = own * windows.numel() // batch_tokens
+    values = max(call.values().nbytes if call.varying else 0 for call in calls)
+    stored = (own + values) * windows.numel() // batch_tokens
     groups = {id(x): layout.groups for x, layout in zip(target.layers, found, strict=True)}
     rehearsals = [rehearse(x, groups[id(x)], hidden, call) for x, call, _ in kinds(target, calls)]
     forward = max(r.running_bytes for r in rehearsals)

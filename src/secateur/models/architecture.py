@@ -32,6 +32,7 @@ __all__ = [
     "hidden_size",
     "is_router",
     "linears_of",
+    "mixes_states",
     "refuse_non_decoders",
     "text_config",
 ]
@@ -167,7 +168,8 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
     """All prunable matrices of a decoder layer, by their name within the layer.
 
     A linear with a single output is a gate (of Qwen's shared expert) and is left out, because no
-    other output could share its loss. So are the linears of routers.
+    other output could share its loss. So are the linears of routers, and the coefficients with
+    which AltUp mixes the hidden states of a token.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -177,6 +179,7 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
         if isinstance(module, (nn.Linear, Conv1D))
         and getattr(module, "out_features", 2) > 1
         and not is_router(layer, name)
+        and not mixes_states(layer, name)
     }
 
 
@@ -190,6 +193,20 @@ def is_router(layer: nn.Module, name: str) -> bool:
         beside = hasattr(owner, "experts") and part in ("gate", "router")
         owner = getattr(owner, part)
         if beside or "router" in type(owner).__name__.lower():
+            return True
+    return False
+
+
+def mixes_states(layer: nn.Module, name: str) -> bool:
+    """Whether a module of a decoder layer belongs to AltUp (Gemma 3n).
+
+    Its matrices have a row or a column for each of the few hidden states of a token, so a zero
+    there would cut a whole state off.
+    """
+    owner = layer
+    for part in filter(None, name.split(".")):
+        owner = getattr(owner, part)
+        if "altup" in type(owner).__name__.lower():
             return True
     return False
 

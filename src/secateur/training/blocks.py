@@ -11,15 +11,16 @@ Only the layers of the block are in memory; at the end of the model also its nor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.engine.prune.reconstruction import output_error
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.ends import ModelEnds
 from secateur.models.architecture import Architecture
 from secateur.training.batches import Batch
@@ -51,19 +52,27 @@ class Block:
     """Consecutive decoder layers, and what enters the first one in the pruned model.
 
     Args:
-        layers: the layers with their weights, in float32, and how the model calls each of them.
+        layers: the layers by number, with their weights in float32.
+        ends: for each layer, the ends of a model that know how it is called.
         inputs: the stored hidden states of all windows.
     """
 
-    layers: Sequence[tuple[nn.Module, LayerCall]]
+    layers: Mapping[int, nn.Module]
+    ends: Mapping[int, ModelEnds]
     inputs: Activations
 
     def outputs(self, batch: Batch) -> Tensor:
-        """Return what leaves the last layer, float32 [1, length, hidden]."""
+        """Return what leaves the last layer, float32 [1, length, width]; see `Carried`."""
         hidden = window_of(self.inputs, batch).float()
-        for layer, call in self.layers:
-            hidden = call_layer(layer, hidden, call)
+        for number, layer in self.layers.items():
+            call = self.ends[number].call(number, batch.numbers)
+            hidden = call_layer(layer, hidden, call.to(hidden.device, torch.float32))
         return hidden
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states without what layers share."""
+        last = max(self.layers)
+        return self.ends[last].calls()[last].states(hidden)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,10 @@ class HiddenError:
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         """See `Objective`."""
-        return output_error(self.block.outputs(batch), window_of(self.targets, batch))
+        states = self.block.states
+        return output_error(
+            states(self.block.outputs(batch)), states(window_of(self.targets, batch))
+        )
 
 
 @dataclass(frozen=True)

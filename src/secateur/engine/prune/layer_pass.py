@@ -26,6 +26,7 @@ from secateur.engine.prune.surgery import exchanged, prune_group
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.prune.tuning import draw_steps
 from secateur.engine.stream.activations import Activations
+from secateur.engine.stream.calls import LayerCall
 from secateur.engine.stream.dense_twin import HaltedLayer, dense_copy, in_step
 from secateur.engine.stream.forwards import by_layer
 from secateur.engine.stream.lane import Lane
@@ -303,7 +304,6 @@ class LayerPass:
             self.tuned_weights(),
             draw_steps(len(passage.windows), passage.windows_at_once, how.passes, seed=index),
             self.examples,
-            lambda size: passage.ends.calls(size)[index],
             how,
             tell=self.context.step,
             rounded=self.rounded_weights(),
@@ -314,22 +314,25 @@ class LayerPass:
         after = self.measured_error(stores=not self.context.last)
         return {"error_before": before, "error_after": after}
 
-    def examples(self, windows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and targets of some windows: together, or one by one those of this process."""
-        passage, own = self.passage, self.passage.own
-        mine = [slice(w, w + 1) for w in windows if own.start <= w < own.stop]
-        pairs = [(passage.read(row), passage.read_dense(row)) for row in mine]
+    def examples(self, windows: Sequence[int]) -> list[tuple[Tensor, Tensor, LayerCall]]:
+        """Inputs, targets and call of some windows: together, or one by one this process's."""
+        passage, own, index = self.passage, self.passage.own, self.context.index
+        mine = [w for w in windows if own.start <= w < own.stop]
+        rows = [slice(w, w + 1) for w in mine]
+        pairs = [(passage.read(row), passage.read_dense(row)) for row in rows]
         if self.context.settings.ranks.count > 1:
-            return pairs
+            calls = [passage.ends.call(index, [w]) for w in mine]
+            return [(*pair, call) for pair, call in zip(pairs, calls, strict=True)]
         inputs, targets = zip(*pairs, strict=True)
-        return [(torch.cat(inputs), torch.cat(targets))]
+        return [(torch.cat(inputs), torch.cat(targets), passage.ends.call(index, mine))]
 
     def measured_error(self, *, stores: bool) -> float:
         """The mean output error of the layer over all windows. It can also pass on the outputs."""
         total, passage = 0.0, self.passage
         for batch in passage.batches():
-            out = self.lane.outputs(self.layer, batch)
-            total += float(output_error(out, passage.read_dense(batch))) * len(out)
+            out, call = self.lane.outputs(self.layer, batch), self.lane.call(batch)
+            target = call.states(passage.read_dense(batch))
+            total += float(output_error(call.states(out), target)) * len(out)
             if stores:
                 passage.write(batch, out)
         return sum(self.context.settings.ranks.gather(total)) / len(passage.windows)

@@ -107,7 +107,8 @@ class BlockDistillation:
         self.student = CheckpointTarget(
             open_weights(pruned), None, self.device, dtype=torch.float32, trust_remote_code=trust
         )
-        self.ends = ModelEnds(self.dense, self.windows)
+        work.mkdir(parents=True, exist_ok=True)
+        self.ends = ModelEnds(self.dense, self.windows, work)
         self.count = len(self.dense.layers)
         self.learning = pruned_layers(self.dense, tasks)
         self.spans = spans(self.learning[0], self.count, layers)
@@ -169,14 +170,14 @@ class BlockDistillation:
             for row, hidden in zip(rows, self.ends.embed(rows), strict=True):
                 states.write(row, hidden)
             states.advance(start := 0)
-        calls = self.ends.calls()
         self.progress.start("dense hidden states", len(self.windows) * (self.count - start))
         for index, layer in walk_layers(self.dense, range(start, self.count)):
             states.layer = index
             for row in self.rows():
                 hidden = states.read(row).to(self.device)
+                call = self.ends.call(index, [row.start])
                 with fast_matmuls(self.device):
-                    states.write(row, call_layer(layer, hidden, calls[index]))
+                    states.write(row, call_layer(layer, hidden, call))
                 self.progress.step(note=f"layer {index}")
             states.advance(index + 1)
             if index not in borders:
@@ -225,14 +226,13 @@ class BlockDistillation:
         """Train a block, or go on with it. Its weights are in `FINAL` of its folder."""
         span = self.spans[number]
         numbers = range(span.start, span.stop)
-        calls = [call.to(self.device, torch.float32) for call in self.ends.calls()]
         with ExitStack() as stack:
             layers = {i: stack.enter_context(self.student.layer(i)) for i in numbers}
             whole = module_of(self.student.architecture, layers)
             pupil = Pupil.of(whole, self.student, self.tasks, set(numbers) & set(self.learning))
             if number:
                 self.take_over(whole, number - 1)
-            block = Block([(layers[i], calls[i]) for i in numbers], inputs)
+            block = Block(layers, {i: self.ends_of(i, number) for i in numbers}, inputs)
             objective = self.objective(block, span, stack)
             log = pupil.learn(
                 objective,
@@ -244,6 +244,18 @@ class BlockDistillation:
                 label=f"distilling layers {span.start} to {span.stop - 1}",
             )
         return summary(log)
+
+    def ends_of(self, layer: int, number: int) -> ModelEnds:
+        """Return the ends that know how a layer of a block is called.
+
+        They keep values of the tokens for one layer at a time. So a layer that needs such values
+        has ends of its own.
+        """
+        if not self.ends.calls()[layer].varying:
+            return self.ends
+        folder = self.saved(number) / f"layer-{layer}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return ModelEnds(self.dense, self.windows, folder)
 
     def objective(self, block: Block, span: Span, stack: ExitStack) -> Objective:
         """Return the loss of a block. The end of the model has its weights until `stack` ends."""
@@ -273,11 +285,11 @@ class BlockDistillation:
     @torch.no_grad()
     def pass_on(self, inputs: Activations, finished: Sequence[int]) -> None:
         """Pass the windows through finished layers, as the pruned model has them on disk."""
-        calls, outputs = self.ends.calls(), self.states("pruned")
+        outputs = self.states("pruned")
         for index, layer in walk_layers(self.student, finished):
-            call = calls[index].to(self.device, torch.float32)
             for row in self.rows():
                 hidden = inputs.read(row).to(self.device, torch.float32)
+                call = self.ends.call(index, [row.start]).to(self.device, torch.float32)
                 with fast_matmuls(self.device):
                     outputs.write(row, call_layer(layer, hidden, call))
             outputs.advance(index + 1)

@@ -13,7 +13,7 @@ from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.tasks import LinearTask
 from secateur.errors import MemoryBudgetError
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.shares import micro_batches
+from secateur.parallel.shares import micro_batches, rows_of
 from secateur.recipes.memory import Memory
 from secateur.workflows.prune.prepare import Prepared, settings_of
 
@@ -70,8 +70,10 @@ def choose_plan(
 
     every = own = prepared.planned_windows
     if every is not None and ranks.count > 1:
-        batches = micro_batches(len(every), memory.micro_batch_tokens, ranks.count)
-        own = every[: max(batch.stop - batch.start for batch in batches)]
+        at_once = max(1, memory.micro_batch_tokens // every.shape[1])
+        batches = micro_batches(len(every), at_once, ranks.count)
+        most = rows_of(0, batches, ranks.count)  # no process has more than the first
+        own = every[: most[-1].stop]
 
     def fitting(block_layers: int) -> tuple[Plan, str]:
         return fitting_plan(
