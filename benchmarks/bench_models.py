@@ -11,7 +11,8 @@ pruning: norms, biases, positions, what comes between a linear and the residual 
 * `qwen`: biases of queries, keys and values, four query heads for two of keys and values.
 * `experts`: eight experts in each layer, two for each token.
 
-All have 6 layers of 192 channels and 4096 tokens (a byte-level BPE that is trained here). Without
+Models of the size `usual` have 6 layers of 192 channels and 4096 tokens (a byte-level BPE that is
+trained here); those of the size `quick` have 4 layers of 128 channels and 2048 tokens. Without
 `--text` they read the standard library of the Python that runs this. Documents are cut into pieces
 of about 2000 characters; of ten pieces, eight train, one calibrates and one judges. AdamW, bfloat16
 products where they are faster, 8 windows of 256 tokens a step, one thread. The seeds are fixed.
@@ -42,35 +43,43 @@ from secateur.calibration.documents import read_documents
 from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_matmuls
 
-VOCABULARY, LENGTH, BATCH, POSITIONS = 4096, 256, 8, 512
+LENGTH, BATCH, POSITIONS = 256, 8, 512
 SAVE_EVERY = 50
 PIECE = 2000
 START, END = "<s>", "</s>"
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 512,
-    "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": POSITIONS, "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
-LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
+MODELS = ("gemma", "gpt2", "qwen", "experts")
+SIZES: dict[str, dict[str, int]] = {
+    "usual": {"vocabulary": 4096, "width": 192, "layers": 6, "steps": 500},
+    "quick": {"vocabulary": 2048, "width": 128, "layers": 4, "steps": 400},
+}
 
 
-def configurations() -> dict[str, Any]:
-    """The four models."""
-    return {
-        "gemma": transformers.Gemma3TextConfig(
-            **SIZES, head_dim=48, query_pre_attn_scalar=48, sliding_window=64, layer_types=2 * LOCAL
-        ),
-        "gpt2": transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=192, n_layer=6, n_head=4, n_positions=POSITIONS,
-            bos_token_id=1, eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        ),
-        "qwen": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
-        "experts": transformers.Qwen3MoeConfig(
-            **SIZES, head_dim=48, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192,
-            norm_topk_prob=True, tie_word_embeddings=True, output_router_logits=False,
-        ),
+def configuration(name: str, vocabulary: int, width: int, layers: int) -> Any:
+    """One of the four models."""
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 8 * width // 3,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": POSITIONS, "bos_token_id": 0, "eos_token_id": 1,
+        "tie_word_embeddings": True,
     }  # fmt: skip
+    head = width // 4
+    if name == "gemma":
+        kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(layers)]
+        return transformers.Gemma3TextConfig(
+            **sizes, head_dim=head, query_pre_attn_scalar=head, sliding_window=64, layer_types=kinds
+        )
+    if name == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=4, n_positions=POSITIONS,
+            bos_token_id=1, eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+    if name == "qwen":
+        return transformers.Qwen2Config(**sizes)
+    return transformers.Qwen3MoeConfig(
+        **sizes, head_dim=head, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=width,
+        norm_topk_prob=True,
+    )  # fmt: skip
 
 
 def pieces(sources: list[str]) -> Iterator[str]:
@@ -102,13 +111,13 @@ def write_texts(folder: Path, sources: list[str]) -> None:
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def make_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE of `VOCABULARY` tokens."""
+def make_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[START, END], show_progress=False,
+        vocab_size=vocabulary, special_tokens=[START, END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     inner.train_from_iterator(texts, trainer)
@@ -116,12 +125,12 @@ def make_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def own_tokenizer(
-    folder: Path, texts: list[str], *, start: bool
+    folder: Path, texts: list[str], vocabulary: int, *, start: bool
 ) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer of a model; the gemma's puts a start token in front."""
     file = folder / "tokenizer.json"
     if not file.exists():
-        make_tokenizer(texts).save(str(file))
+        make_tokenizer(texts, vocabulary).save(str(file))
     inner = Tokenizer.from_file(str(file))
     if start:
         inner.post_processor = processors.TemplateProcessing(
@@ -154,12 +163,10 @@ def windows_of(stream: Tensor, step: int, start: bool) -> Tensor:
     return windows
 
 
-def train(name: str, folder: Path, stream: Tensor, steps: int, peak: float) -> Any:
+def train(config: Any, name: str, folder: Path, stream: Tensor, steps: int, peak: float) -> Any:
     """Train a model, or go on with a training that stopped."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        configurations()[name], dtype=torch.float32
-    ).train()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
@@ -201,7 +208,7 @@ def judged_loss(model: Any, stream: Tensor, start: bool, windows: int = 64) -> f
 
 def unigram(stream: Tensor, judged: Tensor) -> float:
     """Nats per token of a model that knows only how frequent each token is."""
-    counts = torch.bincount(stream, minlength=VOCABULARY).double() + 1
+    counts = torch.bincount(stream, minlength=int(judged.max()) + 1).double() + 1
     return float(-(counts / counts.sum()).log()[judged].mean())
 
 
@@ -210,8 +217,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", nargs="*", default=[], help="files; else Python's own sources")
-    parser.add_argument("--only", nargs="*", default=[*configurations()])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--only", nargs="*", default=[*MODELS], choices=MODELS)
+    parser.add_argument("--size", default="usual", choices=[*SIZES])
     parser.add_argument("--rate", type=float, default=3e-3, help="the highest learning rate")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -219,14 +226,18 @@ def main() -> None:
     if not (args.folder / "judged.jsonl").exists():
         write_texts(args.folder, args.text)
     print(heading())
+    size = dict(SIZES[args.size])
+    steps = size.pop("steps")
     texts = {x: read_documents(str(args.folder / f"{x}.jsonl")) for x in ("train", "judged")}
     for name in args.only:
         made, start = args.folder / name, name == "gemma"
         if made.exists():
             continue
-        tokenizer = own_tokenizer(args.folder, list(texts["train"]), start=start)
+        vocabulary, known = size["vocabulary"], list(texts["train"])
+        tokenizer = own_tokenizer(args.folder, known, vocabulary, start=start)
         stream, judged = (stream_of(tokenizer, list(texts[x])) for x in ("train", "judged"))
-        model = train(name, args.folder, stream, args.steps, args.rate)
+        config = configuration(name, **size)
+        model = train(config, name, args.folder, stream, steps, args.rate)
         loss, floor = judged_loss(model, judged, start), unigram(stream, judged)
         print(f"{name}: {loss:.3f} nats on text it has not seen, unigrams {floor:.3f}", flush=True)
         partial = args.folder / f"{name}.partial"
@@ -234,7 +245,7 @@ def main() -> None:
         with quiet_transformers():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        facts = {"loss": loss, "unigrams": floor, "steps": args.steps, "tokens": len(stream)}
+        facts = {"loss": loss, "unigrams": floor, "steps": steps, "tokens": len(stream)}
         (partial / "trained.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
         partial.rename(made)
         (args.folder / f"{name}.pt").unlink(missing_ok=True)

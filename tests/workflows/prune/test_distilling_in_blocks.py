@@ -23,7 +23,7 @@ from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.training.masks import Masks
 from secateur.workflows.prune import block_distillation
-from slow import few_families
+from slow import few_families, slow
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
 
@@ -142,6 +142,19 @@ def test_one_block_with_all_layers_is_the_whole_model(
     for name, value in found[0].items():
         assert torch.equal(found[1][name] == 0, value == 0), name
         assert (found[1][name] - value).norm() <= 0.05 * value.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", slow("gemma4_text small")])
+def test_layers_with_values_of_each_token_learn_too(
+    tmp_path: Path, file: Path, family: str
+) -> None:
+    folder = save_tiny(tmp_path / "model", family)
+    options = {**OPTIONS, "calibration": str(file)}
+    report = secateur.prune(folder, output=tmp_path / "out", **options, distill_block_layers=2)
+    told = report.manifest["distillation"]
+    assert told["hidden_after"] < told["hidden_before"]
+    assert told["loss_after"] < told["loss_before"]
+    assert not list((tmp_path / "out").rglob("*values*"))
 
 
 def test_a_layer_that_stays_dense_is_not_trained(tmp_path: Path, file: Path) -> None:
