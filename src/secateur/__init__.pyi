@@ -615,6 +615,7 @@ def plan(
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     asymmetric_damping: float | None = None,
+    choose_damping: bool | None = None,
     sequential: Literal["group", "layer"] | None = None,
     on_collapse: Literal["stop", "warn"] | None = None,
     asymmetric: bool | None = None,
@@ -672,6 +673,8 @@ def plan(
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]
         asymmetric_damping: How strongly the asymmetric fit stays near the dense weights. [0.2]
+        choose_damping: Choose that damping for each linear, by the error on a quarter of the
+            calibration tokens, which the fit does not see. [off]
         sequential: group: each group of linears sees inputs from the pruned groups before it.
             layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
             [group]
@@ -748,6 +751,7 @@ def prune(
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     asymmetric_damping: float | None = None,
+    choose_damping: bool | None = None,
     sequential: Literal["group", "layer"] | None = None,
     on_collapse: Literal["stop", "warn"] | None = None,
     asymmetric: bool | None = None,
@@ -810,6 +814,8 @@ def prune(
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]
         asymmetric_damping: How strongly the asymmetric fit stays near the dense weights. [0.2]
+        choose_damping: Choose that damping for each linear, by the error on a quarter of the
+            calibration tokens, which the fit does not see. [off]
         sequential: group: each group of linears sees inputs from the pruned groups before it.
             layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
             [group]

@@ -203,7 +203,9 @@ def plan_run(
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
     stored *= 1 + settings.dense_needed
-    solving, largest = solve_bytes(tasks, asymmetric=settings.asymmetric)
+    solving, largest = solve_bytes(
+        tasks, asymmetric=settings.asymmetric, held_out=settings.choose_damping
+    )
     if settings.sequential == "layer":
         names = input_statistics(tasks, asymmetric=settings.asymmetric)
         solving += statistics_bytes(target, found, names)

@@ -85,6 +85,11 @@ class HowToPrune(Section):
     asymmetric_damping: float = Field(
         0.2, ge=0, description="How strongly the asymmetric fit stays near the dense weights."
     )
+    choose_damping: bool = Field(
+        False,
+        description="Choose that damping for each linear, by the error on a quarter of the "
+        "calibration tokens, which the fit does not see.",
+    )
     sequential: Literal["group", "layer"] = Field(
         "group",
         description="group: each group of linears sees inputs from the pruned groups before it. "
