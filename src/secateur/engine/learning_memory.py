@@ -55,12 +55,17 @@ def rehearse_training(
     return live.peak_bytes
 
 
-def tuning_bytes(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
-    """The memory that tuning a layer needs besides the layer, for one micro-batch."""
-    weights = 4 * sum(p.numel() for p in layer.parameters())
-    plain = next(layer.parameters()).dtype == torch.float32
-    # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
-    return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
+def tuning_bytes(target: Target, windows: Tensor) -> int:
+    """The memory that tuning a layer needs besides the layer, for one micro-batch of windows."""
+    hidden, calls = calls_of(target, windows)
+
+    def of(layer: nn.Module, call: LayerCall) -> int:
+        weights = 4 * sum(p.numel() for p in layer.parameters())
+        plain = next(layer.parameters()).dtype == torch.float32
+        # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
+        return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
+
+    return max(of(layer, call) for layer, call, _ in kinds(target, calls))
 
 
 def distilling_bytes(target: Target, window: Tensor) -> int:

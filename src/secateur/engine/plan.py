@@ -195,20 +195,14 @@ def plan_run(
         stored, forward, waiting = forward_bytes(target, found, windows, settings, waits_for)
         if settings.tunes:
             size = max(1, settings.micro_batch_tokens // windows.shape[1])
-            hidden, calls = calls_of(target, windows[:size])
-            tuning = max(tuning_bytes(x, hidden, c) for x, c, _ in kinds(target, calls))
+            tuning = tuning_bytes(target, windows[:size])
         if epochs:
             distilling = learning_bytes(target, tasks, windows[:1], block_layers)
     gradients = gradient_bytes(tasks)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
     stored *= 1 + settings.dense_needed
-    solving, largest = solve_bytes(
-        tasks, asymmetric=settings.asymmetric, held_out=settings.choose_damping
-    )
-    if settings.sequential == "layer":
-        names = input_statistics(tasks, asymmetric=settings.asymmetric)
-        solving += statistics_bytes(target, found, names)
+    solving, largest = solving_bytes(target, tasks, found, settings)
     solving += gradients // len(layers)
     return Plan(
         process_bytes=resident_bytes(),
@@ -237,6 +231,18 @@ def plan_run(
         on_gpu=target.device.type == "cuda",
         block_layers=block_layers if epochs else 0,
     )
+
+
+def solving_bytes(
+    target: Target, tasks: Tasks, found: Sequence[LayerLayout], settings: Settings
+) -> tuple[int, tuple[int, int]]:
+    """The memory for the linear that needs most, and its shape."""
+    asymmetric = settings.asymmetric
+    solving, largest = solve_bytes(tasks, asymmetric=asymmetric, held_out=settings.choose_damping)
+    if settings.sequential == "layer":
+        names = input_statistics(tasks, asymmetric=asymmetric)
+        solving += statistics_bytes(target, found, names)
+    return solving, largest
 
 
 def learning_bytes(target: Target, tasks: Tasks, window: Tensor, block_layers: int) -> int:

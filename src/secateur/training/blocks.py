@@ -27,7 +27,7 @@ from secateur.training.batches import Batch
 from secateur.training.objectives import Objective
 from secateur.training.teachers import ModelTeacher, TeacherOutput
 
-__all__ = ["Block", "HiddenError", "LossAfterBlock", "StreamedTeacher", "module_of"]
+__all__ = ["HiddenError", "LayerBlock", "LossAfterBlock", "StreamedTeacher", "module_of"]
 
 
 def module_of(architecture: Architecture, layers: dict[int, nn.Module]) -> nn.Module:
@@ -48,7 +48,7 @@ def module_of(architecture: Architecture, layers: dict[int, nn.Module]) -> nn.Mo
 
 
 @dataclass(frozen=True)
-class Block:
+class LayerBlock:
     """Consecutive decoder layers, and what enters the first one in the pruned model.
 
     Args:
@@ -84,7 +84,7 @@ class HiddenError:
         targets: y, the stored hidden states of the dense model.
     """
 
-    block: Block
+    block: LayerBlock
     targets: Activations
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
@@ -105,7 +105,7 @@ class LossAfterBlock:
         objective: the loss.
     """
 
-    block: Block
+    block: LayerBlock
     ends: ModelEnds
     objective: Objective
 

@@ -33,7 +33,13 @@ from secateur.models.opening import open_weights
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
-from secateur.training.blocks import Block, HiddenError, LossAfterBlock, StreamedTeacher, module_of
+from secateur.training.blocks import (
+    HiddenError,
+    LayerBlock,
+    LossAfterBlock,
+    StreamedTeacher,
+    module_of,
+)
 from secateur.training.objectives import Distil, Objective
 from secateur.training.teachers import TOP_K, WrittenTeacher, write_teacher
 from secateur.workflows.prune.learning import FINAL, Pupil, pruned_layers, summary, write_layers
@@ -232,7 +238,7 @@ class BlockDistillation:
             pupil = Pupil.of(whole, self.student, self.tasks, set(numbers) & set(self.learning))
             if number:
                 self.take_over(whole, number - 1)
-            block = Block(layers, {i: self.ends_of(i, number) for i in numbers}, inputs)
+            block = LayerBlock(layers, {i: self.ends_of(i, number) for i in numbers}, inputs)
             objective = self.objective(block, span, stack)
             log = pupil.learn(
                 objective,
@@ -257,7 +263,7 @@ class BlockDistillation:
         folder.mkdir(parents=True, exist_ok=True)
         return ModelEnds(self.dense, self.windows, folder)
 
-    def objective(self, block: Block, span: Span, stack: ExitStack) -> Objective:
+    def objective(self, block: LayerBlock, span: Span, stack: ExitStack) -> Objective:
         """Return the loss of a block. The end of the model has its weights until `stack` ends."""
         if span.stop < self.count:
             return HiddenError(block, self.states("dense", span.stop))

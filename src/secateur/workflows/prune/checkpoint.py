@@ -172,11 +172,7 @@ def run_prepared(
         with torch.random.fork_rng(devices=[]), explained(chosen):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, finished)
-            distilled = None
-            if recipe.distillation.epochs:
-                distilled = distill_checkpoint(
-                    prepared, done, folder, chosen.block_layers, progress
-                )
+            distilled = distill_checkpoint(prepared, done, folder, chosen.block_layers, progress)
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
