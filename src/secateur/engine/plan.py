@@ -109,6 +109,7 @@ class Plan:
         loading_bytes: the whole model in host memory before it moves to a GPU, if it is loaded.
         disk_bytes: the result, and the state for a resumed run.
         flops: floating-point operations of the forwards.
+        passed_tokens: tokens that pass through all layers, in all forwards together.
         left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
         on_gpu: whether a GPU computes with its own memory.
         seconds: the minimum and maximum time of the run on this machine, if predicted.
@@ -128,6 +129,7 @@ class Plan:
     loading_bytes: int
     disk_bytes: int
     flops: int
+    passed_tokens: int
     num_hidden_layers: int
     prunable_weights: int
     calibration_tokens: int
@@ -204,6 +206,7 @@ def plan_run(
     stored *= 1 + settings.dense_needed
     solving, largest = solving_bytes(target, tasks, found, settings)
     solving += gradients // len(layers)
+    passed = allocation.tokens(tokens) + tokens * passes(settings, epochs, block_layers)
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
@@ -222,9 +225,8 @@ def plan_run(
         + (gradients + len(layers) * stored if gradients else 0)
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
         + bool(epochs) * learning_disk(prunable, len(layers), stored, block_layers),
-        flops=2
-        * working_weights(target)
-        * (allocation.tokens(tokens) + tokens * passes(settings, epochs, block_layers)),
+        flops=2 * working_weights(target) * passed,
+        passed_tokens=passed,
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
