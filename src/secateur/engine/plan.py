@@ -130,6 +130,7 @@ class Plan:
         loading_bytes: the whole model in host memory before it moves to a GPU, if it is loaded.
         disk_bytes: the result, and the state for a resumed run.
         flops: floating-point operations of the forwards.
+        passed_tokens: tokens that pass through all layers, in all forwards together.
         left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
         on_gpu: whether a GPU computes with its own memory.
         seconds: the minimum and maximum time of the run on this machine, if predicted.
@@ -148,6 +149,7 @@ class Plan:
     loading_bytes: int
     disk_bytes: int
     flops: int
+    passed_tokens: int
     num_hidden_layers: int
     prunable_weights: int
     calibration_tokens: int
@@ -225,6 +227,7 @@ def plan_run(
         names = input_statistics(tasks, asymmetric=settings.asymmetric)
         solving += statistics_bytes(target, found, names)
     solving += gradients // len(layers)
+    passed = allocation.tokens(tokens) + tokens * passes(settings, epochs)
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
@@ -243,9 +246,8 @@ def plan_run(
         + (gradients + len(layers) * stored if gradients else 0)
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
         + 12 * prunable * bool(epochs),
-        flops=2
-        * working_weights(target)
-        * (allocation.tokens(tokens) + tokens * passes(settings, epochs)),
+        flops=2 * working_weights(target) * passed,
+        passed_tokens=passed,
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,

@@ -17,6 +17,7 @@ from secateur.engine.choose.allocate import settled_allocation
 from secateur.engine.job import Job
 from secateur.engine.memory_shortage import explained
 from secateur.engine.plan import Plan
+from secateur.engine.plan_forward import layer_times
 from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage, reach
@@ -93,12 +94,14 @@ def plan_recipe(recipe: PlanRecipe) -> PlanResult | ClusterPlanResult:
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
     left = left_by(tasks, prepared.target.matrices())
+    settings = settings_of(recipe, activations, None)
     seconds = foretell_seconds(
         tasks,
         shared_inputs(prepared, tasks),
-        flops=chosen.flops,
+        layer_times(prepared.target, prepared.planned_windows, settings),
+        passed=chosen.passed_tokens,
         tokens=chosen.calibration_tokens,
-        settings=settings_of(recipe, activations, None),
+        settings=settings,
         device=prepared.target.device,
     )
     return PlanResult(dataclasses.replace(chosen, left=left, seconds=seconds), activations)
