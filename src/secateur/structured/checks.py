@@ -52,11 +52,12 @@ def refuse_uneven_heads(model: Any, cut: Cut) -> None:
     architecture = describe(model)
     if not (cut.groups or cut.queries) or architecture.couplings is None:
         return
-    attention = (find(x, architecture.couplings.attention) for x in architecture.layers(model))
-    found = {getattr(module, QUERIES_OF_A_GROUP, None) for module in attention} - {None}
+    attention = [find(x, architecture.couplings.attention) for x in architecture.layers(model)]
+    named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in attention)
+    found = sorted({int(number) for number in named if number})
     if len(found) > 1:
         raise ArchitectureError(
-            f"heads cannot be cut, because layers have {' or '.join(map(str, sorted(found)))} "
+            f"heads cannot be cut, because layers have {' or '.join(map(str, found))} "
             "query heads in a KV group",
             remedy="cut FFN neurons, experts or layers",
         )

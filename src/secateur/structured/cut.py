@@ -311,9 +311,9 @@ def head_size(layer: nn.Module, couplings: Couplings) -> int | None:
 
 def latent_of(layer: nn.Module, couplings: Couplings) -> int:
     """Values that latent attention caches for a token; 0 without it."""
-    module = find(layer, couplings.attention)
-    rank: int = getattr(module, "kv_lora_rank", None) or 0
-    return rank + module.qk_rope_head_dim if rank and module is not None else 0
+    module: Any = find(layer, couplings.attention)
+    rank = int(getattr(module, "kv_lora_rank", None) or 0)
+    return rank + int(module.qk_rope_head_dim) if rank else 0
 
 
 def columns(layer: nn.Module, name: str | None) -> int:
