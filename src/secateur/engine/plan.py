@@ -34,7 +34,7 @@ from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.engine.stream.kinds import LayerLayout, layouts, on_meta, refuse_unknown
 from secateur.engine.stream.residency import LiveTensors
 from secateur.engine.stream.targets import Target
-from secateur.models.architecture import Groups, linears_of, text_config
+from secateur.models.architecture import Groups, linears_of, setting, text_config
 from secateur.models.inventory import Left
 from secateur.models.open_experts import OpenExperts
 from secateur.runs.meter import resident_bytes
@@ -287,9 +287,9 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     if windows is None or not unwritten:
         return 0
     config = text_config(target.model.config)
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    features = 2 * len(target.layers) * (getattr(config, "num_key_value_heads", None) or heads)
+    heads = setting(config, "num_attention_heads")
+    size = setting(config, "head_dim") or config.hidden_size // heads
+    features = 2 * len(target.layers) * (setting(config, "num_key_value_heads") or heads)
     rows = min(unwritten, AT_ONCE)
     weights = sum(p.numel() for p in target.model.parameters())
     stored = (weights + features * size * rows * windows.shape[1]) * target.dtype.itemsize

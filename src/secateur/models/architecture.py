@@ -34,6 +34,7 @@ __all__ = [
     "linears_of",
     "mixes_states",
     "refuse_non_decoders",
+    "setting",
     "text_config",
 ]
 
@@ -231,6 +232,15 @@ def hidden_size(model: Any) -> int:
 def text_config(config: Any) -> Any:
     """The text part of a configuration; all of it where it has no parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def setting(config: Any, name: str, default: Any = None) -> Any:
+    """An entry of a configuration. Where layers differ in it, the one that most layers have.
+
+    transformers raises an error that is no AttributeError when such an entry is read.
+    """
+    read = getattr(config, "_getattr_without_heterogeneous_validation", None)
+    return getattr(config, name, default) if read is None else read(name, default)
 
 
 def decoder_inside(model: Any, base: str) -> str | None:

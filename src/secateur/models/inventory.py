@@ -27,6 +27,7 @@ __all__ = [
     "StoredMatrix",
     "inventory",
     "inventory_of",
+    "part_beside",
     "stored_linears",
     "stored_shapes",
     "summary",

@@ -180,11 +180,34 @@ class LayerPass:
         )
         if dense is not None:
             self.targets = AsymmetricTargets(pruned, dense, writers)
-        in_step(
-            pruned, dense, self.gather, lambda group: self.prune_groups([group]), dense_outputs=True
-        )
+        if self.passage.batches():
+            in_step(pruned, dense, self.gather, self.prune_next, dense_outputs=True)
+        else:
+            self.follow([pruned, *([dense] if dense else [])])
         if dense is not None:
             self.passage.advance_dense(context.index + 1)
+
+    def follow(self, halted: Sequence[HaltedLayer]) -> None:
+        """Prune all groups of a process that has no micro-batches, in the order of the first one.
+
+        Args:
+            halted: the layers, which are closed at the end.
+        """
+        try:
+            for _ in self.groups:
+                self.prune_next(-1)
+        finally:
+            for layer in halted:
+                layer.close()
+
+    def prune_next(self, group: int) -> None:
+        """Prune a group that all micro-batches of this process have reached.
+
+        Only a forward shows which group comes next, so a process without any asks the first one.
+        """
+        if self.passage.some_idle:
+            group = self.context.settings.ranks.gather(group)[0]
+        self.prune_groups([group])
 
     def seen(self, group: int) -> GroupStatistics:
         """The statistics of a group, created when its first input arrives.
