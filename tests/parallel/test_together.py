@@ -115,6 +115,26 @@ def test_two_processes_make_the_model_of_one(
     assert not list((tmp_path / "two").glob("*.partial"))
 
 
+@pytest.mark.slow
+def test_three_processes_with_two_micro_batches_make_the_model_of_one(
+    place: Path, tmp_path: Path
+) -> None:
+    every = {name: dict(case) for name, case in (CASES | MORE).items()}
+    for case in every.values():
+        activations = case.get("memory", {}).get("activations", "memory")
+        case["memory"] = {"micro_batch_tokens": 256, "activations": activations}
+    recipes = [recipe(place, tmp_path / "three" / name, case) for name, case in every.items()]
+    run_together(3, prune_together, tmp_path, recipes, {})
+    for name, case in every.items():
+        prune_alone(recipe(place, tmp_path / "one" / name, case))
+        one, three = tmp_path / "one" / name, tmp_path / "three" / name
+        # Tuning sums the gradients of eight windows, which are divided among processes.
+        assert moved_zeros(one, three) <= (100 if name == "tuned" else 0), name
+        if name != "tuned":
+            assert apart(one, three) <= (1e-4 if name == "gradients" else 0), name
+        assert moved_zeros(three, place / case.get("model", "dense")) > 10_000, name
+
+
 def errors(told: str) -> list[str]:
     """The errors that a process has printed; usually only the first one prints any."""
     return [line for line in told.splitlines() if line.startswith("error:")]

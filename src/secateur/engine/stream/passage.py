@@ -80,6 +80,11 @@ class Passage:
         return rows_of(self.ranks.rank, cut, count)
 
     @property
+    def some_idle(self) -> bool:
+        """Whether there are fewer micro-batches than processes."""
+        return -(-len(self.windows) // self.windows_at_once) < self.ranks.count
+
+    @property
     def own(self) -> slice:
         """The windows of this process; an empty range if it has none."""
         batches = self.batches()
