@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from secateur.engine.plan import calls_of
+from secateur.engine.learning_memory import calls_of
 from secateur.engine.prune.settings import Settings
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.kinds import kind_of

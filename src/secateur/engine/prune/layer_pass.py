@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.engine.prune.asymmetric import AsymmetricTargets
 from secateur.engine.prune.group_statistics import GroupStatistics
+from secateur.engine.prune.held_out import chosen_dampings
 from secateur.engine.prune.linear_record import LinearRecord
 from secateur.engine.prune.reconstruction import TunedWeight, output_error, reconstruct
 from secateur.engine.prune.routing import is_reached
@@ -217,7 +218,13 @@ class LayerPass:
             size = self.targets.size(group) if self.targets else 0
             linear, device = self.groups[group][0], self.passage.target.device
             names = self.context.statistics
-            self.gathered[group] = GroupStatistics(names, linear, device, target_size=size)
+            self.gathered[group] = GroupStatistics(
+                names,
+                linear,
+                device,
+                target_size=size,
+                held_out=self.context.settings.choose_damping,
+            )
         return self.gathered[group]
 
     def gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
@@ -259,14 +266,15 @@ class LayerPass:
 
     def solved(self, group: int, own: Mapping[str, bool]) -> list[LinearRecord]:
         """Prune the linears of a group that this process owns, and release its statistics."""
-        context, seen = self.context, self.seen(group)
-        del self.gathered[group]
+        context, seen = self.context, self.gathered.pop(group)
         linears = [x for x in self.groups[group] if own.get(x.name)]
         if not (linears or (own and self.remasks)):
             return []
+        of = self.dampings(seen, group, linears)
         shared = seen.value()
         writer = self.targets is not None and self.targets.writes(group)
-        fitted = self.shadowed(seen.fitted(writer, context.settings.asymmetric_damping), shared)
+        weights = {damping: seen.fitted(writer, damping) for damping in set(of.values())}
+        fitted = self.shadowed(lambda x: weights[of[x.name]](x), shared)
         seen.running.clear()
         if self.remasks:
             for linear in self.groups[group]:
@@ -274,6 +282,29 @@ class LayerPass:
                     fitted(linear)  # keeps what tuning needs, though another process solves it
         found = prune_group(linears, shared, context.own, context.tasks, fitted)
         return [replace(record, tokens=seen.tokens) for record in found]
+
+    def dampings(
+        self, seen: GroupStatistics, group: int, linears: Sequence[Linear]
+    ) -> dict[str, float]:
+        """The damping of each linear of a group; held-out tokens choose it, if there are any.
+
+        Args:
+            seen: the statistics of the group, complete afterwards.
+            group: the group.
+            linears: its linears that this process solves.
+        """
+        context = self.context
+        every = self.groups[group]
+        found = dict.fromkeys((x.name for x in every), context.settings.asymmetric_damping)
+        if seen.held is not None:
+            solved = (
+                [x for x in every if context.tasks[x.name].changes] if self.remasks else linears
+            )
+            if solved:
+                writer = self.targets is not None and self.targets.writes(group)
+                found |= chosen_dampings(seen, solved, context.tasks, context.own, writer)
+            seen.take_in()
+        return found
 
     # -- reconstruction -------------------------------------------------------------------------
 

@@ -37,16 +37,18 @@ class Injector(StandIn):
     Args:
         layer: the layer.
         call: how the model calls it.
-        hidden: the hidden states to return.
+        hidden: the hidden states to return; None for the layer's own input.
     """
 
-    def __init__(self, layer: nn.Module, call: LayerCall, hidden: Tensor) -> None:
+    def __init__(self, layer: nn.Module, call: LayerCall, hidden: Tensor | None) -> None:
         super().__init__(layer, call.in_tuple)
         self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the given hidden states."""
-        return self.answer(self.hidden)
+        if self.hidden is not None:
+            return self.answer(self.hidden)
+        return self.answer(args[0] if args else kwargs["hidden_states"])
 
 
 class ModelEnds:
@@ -171,12 +173,25 @@ class ModelEnds:
         Returns:
             [sequence_length, vocabulary], in the dtype of the model.
         """
-        model, layers = self.target.model, self.target.layers
         ids = self.windows[row : row + 1].to(self.target.device)
+        with self.returning(hidden):
+            logits: Tensor = self.target.model(input_ids=ids, use_cache=False).logits
+        return logits[0]
+
+    @contextmanager
+    def returning(self, hidden: Tensor | None) -> Iterator[None]:
+        """A context in which every decoder layer returns these hidden states.
+
+        So the model computes what follows its last layer. Use it only within `outside()`.
+
+        Args:
+            hidden: [windows, sequence_length, hidden_size]; None lets the layers return their own
+                inputs.
+        """
+        layers, calls = self.target.layers, self.calls()
         injectors: list[nn.Module] = [
-            Injector(layer, call, call.unpacked(hidden))
-            for layer, call in zip(layers, self.calls(), strict=True)
+            Injector(layer, call, None if hidden is None else call.unpacked(hidden))
+            for layer, call in zip(layers, calls, strict=True)
         ]
         with replaced_layers(layers, injectors):
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits[0]
+            yield

@@ -61,6 +61,7 @@ from secateur.workflows.prune.self_generated_text import with_own_windows
 
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
+WAY = "distillation.json"
 
 __all__ = ["plan", "plan_recipe", "report_of", "run_prepared", "run_recipe"]
 
@@ -148,7 +149,7 @@ def run_prepared(
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
     tasks = tasks_for(prepared)
-    chosen, activations = choose_plan(prepared, tasks, recipe.memory, ranks)
+    chosen, activations = choose_plan(prepared, tasks, recipe.memory, ranks, way_of(folder))
     check_free(chosen.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
@@ -160,6 +161,7 @@ def run_prepared(
         if not folder.resumed:
             refuse_unusable(prepared.target, progress)
         prepared = with_kept_windows(prepared, folder, progress)
+        write_json(folder.work / WAY, {"block_layers": chosen.block_layers})
         job = Job(
             prepared.target,
             tasks,
@@ -173,9 +175,7 @@ def run_prepared(
         with torch.random.fork_rng(devices=[]), explained(chosen):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, finished)
-            distilled = None
-            if recipe.distillation.epochs:
-                distilled = distill_checkpoint(prepared, done, folder, progress)
+            distilled = distill_checkpoint(prepared, done, folder, chosen.block_layers, progress)
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
@@ -197,6 +197,15 @@ def run_prepared(
         write_notes(manifest, prepared, folder)
         folder.finish()
     return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
+
+
+def way_of(folder: RunFolder) -> int | None:
+    """How many layers a stopped run distills together, whatever fits now; None for a new run."""
+    told = folder.work / WAY
+    if not (folder.state and told.exists()):
+        return None
+    layers: int = json.loads(told.read_text(encoding="utf-8"))["block_layers"]
+    return layers
 
 
 def report_of(output: Path) -> PruneResult:
