@@ -72,7 +72,8 @@ def pruned(args: argparse.Namespace, folder: Path, row: str, own: dict[str, Any]
         text = {"calibration": args.calibration, "windows": args.windows, "packing": "random-crop",
                 "sequence_length": args.length, "generated_windows": args.own_windows}  # fmt: skip
     pattern = {"pattern": args.pattern} if args.pattern else {"sparsity": args.sparsity}
-    method = {"method": args.method} if args.method else {}
+    method: dict[str, Any] = {"method": args.method} if args.method else {}
+    method |= {"distill_learning_rate": args.rate} if args.rate else {}
     options = {"effort": "best", **text, **pattern, **method, **own}
     out = folder / row.replace(" ", "-")
     told = subprocess.run(
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern")
     parser.add_argument("--method", help="in place of the preset's, for a quick look at the memory")
+    parser.add_argument("--rate", type=float, help="highest learning rate; else the preset's")
     parser.add_argument("--own-windows", type=int, help="that the model generates; as --windows")
     parser.add_argument("--blocks", type=int, nargs="*", default=[4])
     parser.add_argument("--folder", type=Path, help="an existing folder that keeps the models")
@@ -130,7 +132,7 @@ def main() -> None:
     print(heading())
     protocol = {k: v for k, v in vars(args).items() if k in ("windows", "length", "judged")}
     protocol |= {"judged_length": args.judged_length, "of": args.pattern or args.sparsity}
-    protocol |= {"own_windows": args.own_windows, "method": args.method or "of the preset"}
+    protocol |= {"own_windows": args.own_windows, "method": args.method, "rate": args.rate}
     if not known_rows(args.name):
         add(args.name, protocol, {"row": "dense", "loss": judge(args, args.model)})
     with tempfile.TemporaryDirectory() as scratch:
