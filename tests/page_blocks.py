@@ -20,7 +20,7 @@ PAGES = [
 ]
 LANGUAGES = {"bash", "python", "toml", "yaml", "json", "text"}
 BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```(?P<language>.*)\n(?P<text>.*?)^```$",
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 OTHERS = {
