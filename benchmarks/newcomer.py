@@ -11,11 +11,13 @@ index of pip or from its cache; the sample model too, unless it is there.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from hardware import keep
 REPOSITORY = Path(__file__).parents[1]
 QUESTION = "What is the capital of France?\n"
 MARK = "@newcomer"
+CPU = re.compile(r"\d+m[\d.]+s \d+m[\d.]+s")
+"""A line of the shell's `times`."""
 
 
 def commands(page: Path) -> list[str]:
@@ -40,12 +44,12 @@ def script(lines: list[str]) -> str:
     said = ["exec 2>&1"]
     for number, line in enumerate(lines):
         fed = f"printf {shlex.quote(QUESTION)} | " if line.startswith("secateur chat") else ""
-        said += [f"echo {MARK} {number}", f"{fed}{line}", f"echo {MARK} {number} $?"]
+        said += [f"echo {MARK} {number}", f"{fed}{line}", f"echo {MARK} {number} $?", "times"]
     return "\n".join(said) + "\n"
 
 
 def walk(lines: list[str], folder: Path, log: Path) -> list[dict[str, Any]]:
-    """Type the lines in a folder; the seconds of each.
+    """Type the lines in a folder; the seconds of each, and those of all processors.
 
     Raises:
         SystemExit: a command failed.
@@ -59,10 +63,13 @@ def walk(lines: list[str], folder: Path, log: Path) -> list[dict[str, Any]]:
     )
     assert shell.stdout is not None
     rows: list[dict[str, Any]] = []
-    began = 0.0
+    began, cpu = 0.0, list[float]()
     with log.open("a", encoding="utf-8") as told:
         for line in shell.stdout:
             words = line.split()
+            if CPU.fullmatch(line.strip()):
+                cpu.append(sum(map(in_seconds, words)))
+                continue
             if words[:1] != [MARK]:
                 told.write(line)
                 continue
@@ -78,7 +85,16 @@ def walk(lines: list[str], folder: Path, log: Path) -> list[dict[str, Any]]:
             if words[2] != "0":
                 sys.exit(f"{command} failed with {words[2]}: see {log}")
             rows.append({"command": command, "seconds": round(seconds, 1)})
+    used = [0.0, *cpu[1::2]]  # of the shell and of its children, in turn; all commands together
+    for row, (before, after) in zip(rows, pairwise(used), strict=True):
+        row["processor_seconds"] = round(after - before, 1)
     return rows
+
+
+def in_seconds(told: str) -> float:
+    """The seconds of a time such as 1m2.345s."""
+    minutes, _, seconds = told.removesuffix("s").partition("m")
+    return 60 * float(minutes) + float(seconds)
 
 
 def main() -> None:
@@ -112,7 +128,13 @@ def main() -> None:
     rows += [{"part": "start", **row} for row in walk(lines, folder, log)]
     for row in rows:
         row["command"] = row["command"].replace(here, "REPOSITORY")
-    keep("newcomer", {"packages": "from pip's cache and index", "chat": QUESTION.strip()}, rows)
+    protocol = {
+        "packages": "from pip's cache and index",
+        "chat": QUESTION.strip(),
+        "load": "mean number of running processes at the end, others included: "
+        f"{os.getloadavg()[2]:.1f} in 15 minutes",
+    }
+    keep("newcomer", protocol, rows)
 
 
 if __name__ == "__main__":

@@ -171,8 +171,8 @@ def speeds() -> Iterable[str]:
         f"{layer:g} µs each: {read + cache:.2f} / {bandwidth * e / 1e3:.2f} + "
         f"{SEVEN.layers * layer / 1e3:.2f} = {base.typical * 1e3:.1f} ms. No kernel of a common "
         "engine skips single zeros on a GPU, so they change nothing. 2:4 zeros are bounded by 2x "
-        "in hardware; published for whole models are 1.0 (TensorRT-LLM issues 1731 and 1802) to 1.24 "
-        "(Wanda paper). With many sequences keys and values dominate, and every gain shrinks."
+        "in hardware; published for whole models are 1.0 (TensorRT-LLM issues 1731 and 1802) to "
+        "1.24 (Wanda paper). With many sequences keys and values dominate, and every gain shrinks."
     )
     yield ""
 
