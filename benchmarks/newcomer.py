@@ -1,6 +1,6 @@
 """Walk a newcomer's path with a clock: clone, `make setup`, `make demo`, then docs/start.md.
 
-    python benchmarks/newcomer.py FOLDER [--repository DIR] [--python python3]
+    python benchmarks/newcomer.py FOLDER [--parts make start] [--repository DIR] [--python python3]
 
 FOLDER must not exist; it holds the clone, the commands' files and `walk.log` with all that was
 printed. The commands of docs/start.md are those of its `bash` blocks, typed one after the other
@@ -21,7 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hardware import keep
+from hardware import heading, keep
+from stored import known_rows
 
 REPOSITORY = Path(__file__).parents[1]
 QUESTION = "What is the capital of France?\n"
@@ -103,36 +104,35 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--python", default="python3")
+    parser.add_argument("--parts", nargs="+", default=["make", "start"], choices=["make", "start"])
     chosen = parser.parse_args()
-    folder = chosen.folder.resolve()
+    folder, python = chosen.folder.resolve(), shlex.quote(chosen.python)
     folder.mkdir(parents=True)
-    log = folder / "walk.log"
-    here = shlex.quote(str(chosen.repository.resolve()))
-    rows = [
-        {"part": "make", **row}
-        for row in walk(
-            [
-                f"git clone --quiet {here} made",
-                "cd made",
-                f"make setup PYTHON={shlex.quote(chosen.python)}",
-                "make demo",
-            ],
-            folder,
-            log,
-        )
-    ]
-    lines = [
-        line.replace("REPOSITORY", here).replace("python3 ", f"{chosen.python} ")
-        for line in commands(folder / "made" / "docs" / "start.md")
-    ]
-    rows += [{"part": "start", **row} for row in walk(lines, folder, log)]
+    repository = chosen.repository.resolve()
+    here = shlex.quote(str(repository))
+    typed = {
+        "make": [
+            f"git clone --quiet {here} made",
+            "cd made",
+            f"make setup PYTHON={python}",
+            "make demo",
+        ],
+        "start": [
+            line.replace("REPOSITORY", here).replace("python3 ", f"{python} ")
+            for line in commands(repository / "docs" / "start.md")
+        ],
+    }
+    rows = [row for row in known_rows("newcomer") if row["part"] not in chosen.parts]
+    for part in chosen.parts:
+        walked = walk(typed[part], folder, folder / "walk.log")
+        told = {"part": part, "measured": heading(), "running": round(os.getloadavg()[2], 1)}
+        rows += [{**told, **row} for row in walked]
     for row in rows:
         row["command"] = row["command"].replace(here, "REPOSITORY")
     protocol = {
         "packages": "from pip's cache and index",
         "chat": QUESTION.strip(),
-        "load": "mean number of running processes at the end, others included: "
-        f"{os.getloadavg()[2]:.1f} in 15 minutes",
+        "running": "processes that wanted a processor in its last 15 minutes, on average",
     }
     keep("newcomer", protocol, rows)
 
