@@ -94,6 +94,8 @@ SMALLER = {
     "--distill-epochs 2": "1",
     "--tune-passes 6": "1",
     "iterative.rewind_step=50": "iterative.rewind_step=1",
+    '"windows": 64, "sequence_length": 512': '"windows": 4, "sequence_length": 32',
+    'max_size="75MiB"': 'max_size="400KiB"',
 }
 """Sizes and counts of real models, and those of tiny ones."""
 
@@ -168,6 +170,8 @@ def test_a_page_does_what_it_says(
             text = block.text
             for name, stand_in in NAMED.items():
                 text = text.replace(f'"{name}"', f'"{stand_in}"')
+            for size, smaller in SMALLER.items():
+                text = text.replace(size, smaller)
             exec(compile(text, file, "exec"), names)
             continue
         for words in map(shortened, commands(block)):
