@@ -32,15 +32,16 @@ QUIET: dict[str, Any] = {"progress": Silent()}
 SHORT: dict[str, Any] = {"calibration": "TEXT.txt", "windows": 4, "sequence_length": 32, **QUIET}
 
 
-def write_model(experts: bool) -> None:
-    """`MODEL`: a tiny mixture or a tiny Llama with a tokenizer."""
+def write_model(family: str) -> None:
+    """`MODEL`: a tiny model of a family with a tokenizer."""
     tokenizer = byte_level()
-    sizes = {"hidden_size": 64, "vocab_size": len(tokenizer), "tie_word_embeddings": False}
-    if experts:
-        sizes |= {"intermediate_size": 32}
-    else:
-        sizes |= {"intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 16}
-    save_tiny(Path("MODEL"), "mixtral" if experts else "llama", tokenizer=False, **sizes)
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "tie_word_embeddings": False}
+    if family == "mixtral":
+        sizes |= {"hidden_size": 64, "intermediate_size": 32}
+    elif family == "llama":
+        sizes |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+        sizes |= {"head_dim": 16}
+    save_tiny(Path("MODEL"), family, tokenizer=False, **sizes)
     with quiet_transformers():
         tokenizer.save_pretrained("MODEL")
 

@@ -39,7 +39,12 @@ BY_DEFAULT = {
     "docs/howto/prune-experts",
     "docs/howto/serve",
 }
-EXPERTS = {"docs/howto/prune-experts", "docs/methods/experts"}
+FAMILIES = {
+    "docs/howto/prune-experts": "mixtral",
+    "docs/methods/experts": "mixtral",
+    "docs/methods/fluctuation": "gpt2",
+}
+"""The family of `MODEL`, where it is no Llama."""
 DATA = {"docs/run-folder": PruneRecipe, "docs/structure/chain": ChainRecipe}
 """The recipes of the YAML blocks of a page."""
 
@@ -95,7 +100,8 @@ SMALLER = {
     "--tune-passes 6": "1",
     "iterative.rewind_step=50": "iterative.rewind_step=1",
     '"windows": 64, "sequence_length": 512': '"windows": 4, "sequence_length": 32',
-    'max_size="75MiB"': 'max_size="400KiB"',
+    "TrainingPlan(steps=200": "TrainingPlan(steps=2",
+    "TrainingPlan(steps=500": "TrainingPlan(steps=2",
 }
 """Sizes and counts of real models, and those of tiny ones."""
 
@@ -110,6 +116,8 @@ def shortened(words: list[str]) -> list[str]:
         place = words.index("--minutes")
         words = words[:place] + words[place + 2 :]
     options = SHORT.get(verb, {})
+    if "--learned" in words:
+        options = options | {"--windows": "32"}
     if verb in ("compress", "diagnose") and {"--calibration", "--dense"} & set(words):
         options = {name: text for name, text in CALIBRATED.items() if name != "--calibration"}
     if verb == "evaluate" and {"--generation", "--tasks"} & set(words) and "--text" not in words:
@@ -136,7 +144,7 @@ def promised(page: Path) -> list[str]:
 def folder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page is walked: a tiny model and texts."""
     monkeypatch.chdir(tmp_path)
-    page_givens.write_model(page in EXPERTS)
+    page_givens.write_model(FAMILIES.get(page, "llama"))
     page_givens.write_texts()
     return tmp_path
 
@@ -148,8 +156,8 @@ def is_filled(path: Path) -> bool:
 def prepare(words: list[str]) -> None:
     """Make what a command reads, and let nothing be where it writes."""
     output = words[words.index("--output") + 1] if "--output" in words else ""
-    if output and output not in ("PRUNED", "DIR") and Path(output).is_dir():
-        shutil.rmtree(output)
+    if output:
+        shutil.rmtree(output, ignore_errors=True)
     for word in words:
         if word != output:
             page_givens.made(word)
@@ -172,6 +180,8 @@ def test_a_page_does_what_it_says(
                 text = text.replace(f'"{name}"', f'"{stand_in}"')
             for size, smaller in SMALLER.items():
                 text = text.replace(size, smaller)
+            for output in re.findall(r'output="(\w+)"', text):
+                shutil.rmtree(output, ignore_errors=True)
             exec(compile(text, file, "exec"), names)
             continue
         for words in map(shortened, commands(block)):
