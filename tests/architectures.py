@@ -94,7 +94,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What each needs besides the sizes of `zoo`; a word after the name tells variants apart."""
 
-EXTRA |= SETTINGS
+EXTRA |= {name: more for name, more in SETTINGS.items() if name != "qwen2_5_vl_text"}
+"""That one is a decoder inside only: transformers has no causal language model of it."""
 
 
 def names() -> list[str]:

@@ -116,16 +116,30 @@ GEMMA4: dict[str, Any] = {
     "num_kv_shared_layers": 0,
 }  # fmt: skip
 
+BY_TOKEN: dict[str, Any] = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
+LATE_LAYERS: dict[str, Any] = {
+    "num_hidden_layers": 5, "num_kv_shared_layers": 2,
+    "layer_types": [*SLIDING, "sliding_attention", "full_attention"],
+}  # fmt: skip
+"""The last two layers read keys and values of earlier ones."""
+GEMMA3N: dict[str, Any] = {
+    **LOCAL, **BY_TOKEN, "layer_types": SLIDING, "num_kv_shared_layers": 0, "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0] * 3,
+}  # fmt: skip
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**LOCAL, "layer_types": SLIDING},
     "gemma4_text": GEMMA4,
-    "gemma4_text small": {
-        **GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+    "gemma4_text small": {**GEMMA4, **BY_TOKEN},
+    "gemma4_text shared": {**GEMMA4, **BY_TOKEN, **LATE_LAYERS},
+    "gemma3n_text": GEMMA3N,
+    "gemma3n_text shared": {
+        **GEMMA3N, **LATE_LAYERS, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0],
+        "intermediate_size": [48, 48, 40, 32, 32],
     },
-    "gemma3n_text": {
-        **LOCAL, "layer_types": SLIDING, "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 0, "laurel_rank": 4,
-        "activation_sparsity_pattern": [0.0] * 3,
+    "step3p5": {
+        **WINDOWS, "head_dim": 8, "mlp_layer_types": ["dense"] * 3, "gating": "per-head",
+        "query_pre_attn_scalar": 8,
     },
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
                     "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
@@ -161,7 +175,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def with_vision(text: str, vision: str, **more: Any) -> dict[str, Any]:
     """The parts of a model that sees: a text configuration and a vision configuration."""
     return {
-        "text_config": {**SIZES, **SETTINGS.get(text, {}), "model_type": text},
+        "text_config": {**SIZES, **SETTINGS.get(text, {}), "model_type": text.split()[0]},
         "vision_config": {**VISION, "model_type": vision},
         **more,
     }
@@ -173,6 +187,10 @@ SEEING: dict[str, dict[str, Any]] = {
         boi_token_index=91, eoi_token_index=92,
     ),
     "gemma4 vision": with_vision("gemma4_text", "gemma4_vision", image_token_id=90),
+    "gemma4 vision small": with_vision(
+        "gemma4_text shared", "gemma4_vision", image_token_id=90,
+    ),
+    "step3p7 vision": with_vision("step3p5", "step3p5_vision", image_token_id=90),
     "gemma3n vision": with_vision("gemma3n_text", "gemma3n_vision"),
     "qwen3_5 vision": with_vision("qwen3_5_text", "qwen3_5", image_token_id=90),
     "llava": with_vision("llama", "clip_vision_model", image_token_index=90),
@@ -187,6 +205,7 @@ SEEING: dict[str, dict[str, Any]] = {
 HYBRIDS = (
     "qwen3_5_text", "lfm2", "recurrent_gemma", "mamba", "mamba2", "falcon_h1", "bamba",
     "granitemoehybrid dense", "nemotron_h dense", "gemma4_text", "gemma4_text small",
+    "gemma4_text shared", "gemma3n_text", "gemma3n_text shared",
 )  # fmt: skip
 """Decoders whose layers are of several kinds, or have more than attention and feed-forward."""
 
@@ -197,8 +216,8 @@ GROUPED_EXPERTS: dict[str, Any] = {
     "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
 LATENT_ATTENTION: dict[str, Any] = {
-    **SIZES, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 8, "num_key_value_heads": 4,
+    **SIZES, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "num_key_value_heads": 4,
 }  # fmt: skip
 SPARSE_LINEAR: dict[str, Any] = {**LINEAR_ATTENTION, "shared_expert_intermediate_size": 40}
 
@@ -226,6 +245,9 @@ MIXTURES: dict[str, Any] = {
         **LATENT_ATTENTION, **GROUPED_EXPERTS, topk_method="group_limited_greedy",
     ),
     "deepseek_v3": lambda: t.DeepseekV3Config(**LATENT_ATTENTION, **GROUPED_EXPERTS),
+    "dots1": lambda: t.Dots1Config(
+        **SIZES, **GROUPED_EXPERTS, head_dim=8, layer_types=["full_attention"] * 3,
+    ),
     "minimax_m2": lambda: t.MiniMaxM2Config(**SIZES, **LOCAL_EXPERTS, head_dim=8),
     "minimax_m3": lambda: t.AutoConfig.for_model(
         "minimax_m3_vl_text", **SIZES, **LOCAL_EXPERTS, head_dim=8, shared_intermediate_size=40,
@@ -264,16 +286,27 @@ CUT_HYBRIDS = (
 )  # fmt: skip
 """Hybrids of which a test cuts whatever their declaration does not fix."""
 
-CUT_SEEING = ("gemma3 vision", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+CUT_BY_TOKEN = (
+    "gemma4_text", "gemma4_text small", "gemma4_text shared", "gemma3n_text",
+    "gemma3n_text shared",
+)  # fmt: skip
+"""Models with per-layer embeddings, and their relative without: layers and FFN neurons are cut."""
+
+CUT_SEEING = (
+    "step3p7 vision",
+    "gemma3 vision",
+    "llava",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "smolvlm",
+)
 """Models that see, of whose decoder a test cuts layers, KV groups and FFN neurons."""
 
 TIED_INSIDE = ("qwen2_5_vl",)
 """Of these not KV groups, because the class ties the number of heads to the hidden size."""
 
-REFUSED = {
-    "gemma3n vision": "values that depend on the tokens",
-    "gemma4_text small": "values that depend on the tokens",
-}
+REFUSED: dict[str, str] = {}
 """What cannot be pruned by a method that needs inputs, and what is said then."""
 
 NOT_RUN = ("llama4 vision",)
@@ -281,6 +314,23 @@ NOT_RUN = ("llama4 vision",)
 
 ZOO = (*CONFIGS, *DENSE, *HYBRIDS, *SEEING, *MIXTURES)
 """Everything that tests/workflows/prune/test_zoo.py prunes, saves and loads."""
+
+CUT_MIXTURES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3",
+         "dots1", "ernie4_5_moe", "llama4"),
+        ("layers", "groups", "neurons", "hidden"),
+    ),
+    **dict.fromkeys(
+        ("mixtral", "olmoe", "qwen3_next", "qwen3_5_moe", "gpt_oss", "minimax_m2", "phimoe",
+         "granitemoe", "hunyuan_v1_moe"),
+        ("layers", "groups", "hidden"),
+    ),
+    "lfm2_moe": ("layers", "groups", "neurons"),
+    "gemma4": ("layers", "neurons"),
+    **dict.fromkeys(("minimax_m3", "nemotron_h"), ("layers",)),
+}  # fmt: skip
+"""What a test cuts of mixtures besides experts; neurons are those of layers without experts."""
 
 PLAIN_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 """Those with plain attention, `mlp.experts`, SwiGLU and a router by softmax."""

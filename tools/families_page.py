@@ -127,7 +127,9 @@ def cuts(name: str, family: Any) -> Iterable[str]:
     if name in zoo.CUT_SEEING:
         return can - {"hidden"} - ({"groups"} if name in zoo.TIED_INSIDE else set())
     if name in zoo.MIXTURES:
-        return can - {"neurons"} if name in zoo.PLAIN_MIXTURES else set()
+        return zoo.CUT_MIXTURES[name]
+    if name in zoo.CUT_BY_TOKEN:
+        return {"layers", "neurons"}
     known = (*zoo.CONFIGS, *zoo.DENSE, *zoo.CUT_HYBRIDS)
     return can if name in known and name not in zoo.WITH_BUFFERS else set()
 

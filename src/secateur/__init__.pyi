@@ -615,6 +615,7 @@ def plan(
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     asymmetric_damping: float | None = None,
+    choose_damping: bool | None = None,
     sequential: Literal["group", "layer"] | None = None,
     on_collapse: Literal["stop", "warn"] | None = None,
     asymmetric: bool | None = None,
@@ -632,6 +633,7 @@ def plan(
     distill_epochs: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
+    distill_block_layers: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
@@ -671,6 +673,8 @@ def plan(
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]
         asymmetric_damping: How strongly the asymmetric fit stays near the dense weights. [0.2]
+        choose_damping: Choose that damping for each linear, by the error on a quarter of the
+            calibration tokens, which the fit does not see. [off]
         sequential: group: each group of linears sees inputs from the pruned groups before it.
             layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
             [group]
@@ -697,6 +701,9 @@ def plan(
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
+        distill_block_layers: Distill overlapping blocks of this many decoder layers, one after the
+            other, with one block in memory. 0: the whole model at once. [0 if both models fit, else
+            4]
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
@@ -744,6 +751,7 @@ def prune(
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     asymmetric_damping: float | None = None,
+    choose_damping: bool | None = None,
     sequential: Literal["group", "layer"] | None = None,
     on_collapse: Literal["stop", "warn"] | None = None,
     asymmetric: bool | None = None,
@@ -760,6 +768,7 @@ def prune(
     distill_epochs: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
+    distill_block_layers: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
@@ -805,6 +814,8 @@ def prune(
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]
         asymmetric_damping: How strongly the asymmetric fit stays near the dense weights. [0.2]
+        choose_damping: Choose that damping for each linear, by the error on a quarter of the
+            calibration tokens, which the fit does not see. [off]
         sequential: group: each group of linears sees inputs from the pruned groups before it.
             layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
             [group]
@@ -828,6 +839,9 @@ def prune(
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
+        distill_block_layers: Distill overlapping blocks of this many decoder layers, one after the
+            other, with one block in memory. 0: the whole model at once. [0 if both models fit, else
+            4]
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]

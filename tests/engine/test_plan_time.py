@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
 import secateur
+from secateur.engine import plan_forward
 from secateur.engine.plan_time import PieceTimes, fraction_of, piece_times, run_seconds
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import LinearTask
+from secateur.engine.stream.targets import ModelTarget
 from secateur.sparsity.methods import compose, methods
 from tiny import save_tiny
+from zoo import tiny_model, tiny_windows
 
 CPU = torch.device("cpu")
 
@@ -41,6 +45,20 @@ def test_every_method_can_be_timed(method: str) -> None:
 
 
 INPUTS = {"column_norm", "gram", "column_mean", "column_variance"}
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("lfm2", 2)])
+def test_every_layer_counts_as_one_of_its_kind(
+    family: str, kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = count()  # one second between any two looks at it
+    monkeypatch.setattr(plan_forward.time, "perf_counter", lambda: float(next(clock)))
+    target = ModelTarget(tiny_model(family))
+    found = plan_forward.layer_times(target, tiny_windows(4, 8), Settings(micro_batch_tokens=16))
+    layers = len(target.layers)
+    assert found == plan_forward.LayerTimes(forward=layers * 1.0 / 16, reading=layers * 1.0)
+    assert next(clock) == 2 * kinds + 2 * 2 * kinds  # reading, and two calls
+    assert plan_forward.layer_times(target, None, Settings()).forward == 0
 
 
 def test_large_matrices_are_timed_at_a_fraction_that_divides_them() -> None:

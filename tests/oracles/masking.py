@@ -28,7 +28,24 @@ LAYOUTS: dict[str, tuple[str, str, str, str, str]] = {
         ("bamba", "falcon_h1"),
         ("model.layers", "self_attn", "self_attn.o_proj", "feed_forward", "feed_forward.down_proj"),
     ),
-    "lfm2": ("model.layers", "self_attn", "self_attn.out_proj", "feed_forward", "feed_forward.w2"),
+    "llama4": (
+        "model.layers",
+        "self_attn",
+        "self_attn.o_proj",
+        "feed_forward",
+        "feed_forward.down_proj",
+    ),
+    "step3p7 vision": (
+        "model.language_model.layers",
+        "self_attn",
+        "self_attn.o_proj",
+        "mlp",
+        "mlp.down_proj",
+    ),
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe"),
+        ("model.layers", "self_attn", "self_attn.out_proj", "feed_forward", "feed_forward.w2"),
+    ),
     "granitemoehybrid dense": (
         "model.layers",
         "self_attn",
@@ -43,7 +60,7 @@ LAYOUTS: dict[str, tuple[str, str, str, str, str]] = {
         ("transformer.h", "self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h"),
     ),
 }
-OVER_ALL_HEADS = ("olmo2", "olmo3")
+OVER_ALL_HEADS = ("olmo2", "olmo3", "olmoe", "minimax_m2")
 """Families whose norms of queries and keys run over all heads."""
 
 COMMON = ("model.layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
@@ -64,7 +81,8 @@ def switch_off(
     config: Any = getattr(model.config, "text_config", model.config)
     heads = config.num_attention_heads
     per_group = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = (getattr(config, name, None) for name in ("v_head_dim", "head_dim"))
+    size = next(filter(None, sizes), config.hidden_size // heads)
     for i, layer in enumerate(model.get_submodule(path)):
         if layers is not None and i not in layers:
             layer.register_forward_hook(unchanged, with_kwargs=True)
@@ -153,3 +171,25 @@ def only(x: torch.Tensor, kept: list[int]) -> torch.Tensor:
     result = torch.zeros_like(x)
     result[..., kept] = x[..., kept]
     return result
+
+
+WRITERS = ("o_proj", "out_proj", "down_proj", "dense", "c_proj", "w2", "output_linear")
+"""The last names of what writes to the residual stream; of experts it is one tensor for all."""
+
+
+@torch.no_grad()
+def narrow_weights(model: nn.Module, size: int, kept: list[int]) -> None:
+    """Only these channels of the residual stream carry anything: nothing writes to the others.
+
+    For models whose norms are RMSNorms, and whose writers are those in `WRITERS`.
+    """
+    gone = [channel for channel in range(size) if channel not in kept]
+    for name, parameter in model.named_parameters():
+        parts = name.removesuffix(".weight").removesuffix(".bias").split(".")
+        leaf = parts[-1].removesuffix("_bias")
+        if "embed_tokens" in name:
+            parameter[:, gone] = 0
+        elif leaf in WRITERS:
+            fused = 1 if parameter.ndim == 3 and parameter.shape[1] == size else 2
+            axis = {1: 0, 2: int("experts" in parts), 3: fused}[parameter.ndim]
+            parameter.index_fill_(axis, torch.tensor(gone), 0)

@@ -11,7 +11,7 @@ from secateur.parallel.shares import micro_batches, owners, rows_of
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 9))
-def test_every_window_has_one_process_and_no_process_is_idle(
+def test_every_window_has_one_process_and_the_last_are_idle_first(
     windows: int, largest: int, ranks: int
 ) -> None:
     if windows < ranks:
@@ -24,10 +24,11 @@ def test_every_window_has_one_process_and_no_process_is_idle(
     assert read == list(range(windows))
     assert all(0 < batch.stop - batch.start <= largest for batch in cut)
     numbers = [len(share) for share in shares]
-    assert min(numbers) > 0
+    assert numbers[0] == max(numbers)
     assert max(numbers) - min(numbers) <= 1
-    if len(cut) > ranks:
-        assert cut == micro_batches(windows, largest)
+    assert cut == micro_batches(windows, largest)
+    if len(cut) < ranks:
+        assert numbers[len(cut) :] == [0] * (ranks - len(cut))
 
 
 def test_one_process_cuts_as_before() -> None:

@@ -47,7 +47,7 @@ import secateur
 from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
 from secateur.workflows.fit import branches
-from secateur.workflows.prune import distillation as distilling
+from secateur.workflows.prune import learning
 
 OUTPUT = "out"
 Counts = Mapping[tuple[bool, bool], int]
@@ -126,8 +126,8 @@ class Bench:
 
         def work(steps: Steps) -> None:
             if self.case.saves:
-                assert hasattr(distilling, "SAVE_MINUTES")
-                distilling.SAVE_MINUTES = 0.0
+                assert hasattr(learning, "SAVE_MINUTES")
+                learning.SAVE_MINUTES = 0.0
             self.case.call(self.sources, self.output, steps, **options)
 
         return self.shim.attempt(work, self.here, point)

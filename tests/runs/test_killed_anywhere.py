@@ -34,6 +34,7 @@ SHARES = {
             "prune",
             "prune best",
             "prune best saved",
+            "prune best in blocks",
             "prune disk",
             "prune search",
             "structure",

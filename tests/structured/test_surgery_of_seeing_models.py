@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from slow import slow_but
-from zoo import CUT_SEEING, TIED_INSIDE, tiny_model, tiny_windows
+from zoo import CUT_SEEING, TIED_INSIDE, class_of, config_of, tiny_model, tiny_windows
 
 NAMES = ("layers", "last layers", "neurons", "groups")
 CASES = [
@@ -60,6 +61,40 @@ def test_cut_equals_masked_and_the_rest_stays(family: str, name: str, tmp_path: 
     assert torch.equal(logits(loaded.eval(), windows), logits(smaller, windows))
     switch_off(model, family, **units)
     assert close(logits(smaller, windows), logits(model, windows))
+
+
+def test_heads_of_each_layer_are_a_table_where_the_class_reads_one(tmp_path: Path) -> None:
+    """transformers' `per_layer_config`, which Step 3.7 reads for its heads."""
+    model: Any = tiny_model("step3p7 vision")
+    with quiet_transformers():
+        model.save_pretrained(tmp_path / "source")
+    cut, windows = Cut(groups={0: (1,), 1: (0,)}), tiny_windows(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", VariedSizesWarning)
+        told = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
+    assert not told.varied
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["num_key_value_heads"] == 2
+    half = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    assert text["per_layer_config"] == {"0": half, "1": half}
+    with quiet_transformers():
+        loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert type(loaded) is type(model)
+    switch_off(model, "step3p7 vision", groups=cut.groups)
+    assert close(logits(loaded.eval(), windows), logits(model, windows))
+    again = Cut(layers=(1, 2), groups={2: (0,)})
+    twice = cut_quietly(loaded, again)  # a table is read, and its layers are numbered anew
+    assert twice.config.text_config.to_dict()["per_layer_config"] == {}
+    assert [x.self_attn.num_heads for x in twice.model.language_model.layers] == [2, 2]
+
+
+def test_layers_with_other_numbers_of_heads_in_a_group_keep_them() -> None:
+    config = config_of("step3p7 vision")
+    entries = config.to_dict()
+    entries["text_config"] |= {"per_layer_config": {"0": {"num_attention_heads": 6}}}
+    model = class_of(config).from_config(type(config).from_dict(entries))
+    with pytest.raises(ArchitectureError, match="layers have 2 or 3 query heads in a KV group"):
+        cut_quietly(model, Cut(groups={0: (1,)}))
 
 
 def test_what_a_model_that_sees_cannot_lose() -> None:

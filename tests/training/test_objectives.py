@@ -21,6 +21,7 @@ from secateur.training.objectives import Distil, NextToken
 from secateur.training.teachers import ModelTeacher, WrittenTeacher, write_teacher
 from zoo import CONFIGS
 
+CPU = torch.device("cpu")
 IDS = torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(0))
 BATCH = Batch(IDS, (0, 1))
 
@@ -125,7 +126,9 @@ def test_a_written_teacher_is_the_divergence_with_the_rest_as_one_outcome(
 ) -> None:
     monkeypatch.setattr(teachers, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
     student, dense = model_of(), model_of(seed=1)
-    write_teacher(dense, IDS, tmp_path / "t.safetensors", k=k, temperature=2.0)
+    write_teacher(
+        ModelTeacher(dense), IDS, tmp_path / "t.safetensors", k=k, device=CPU, temperature=2.0
+    )
     written = WrittenTeacher(tmp_path / "t.safetensors")
     objective = Distil.between(student, written, kind=kind, temperature=2.0)
     wanted = logits_of(dense).detach().flatten(0, 1)
@@ -184,8 +187,8 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=told):
             Distil.between(student, teacher, **options)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="most likely"):
-        write_teacher(student, IDS, tmp_path / "t.safetensors", k=96)
-    write_teacher(student, IDS, tmp_path / "t.safetensors", k=4)
+        write_teacher(ModelTeacher(student), IDS, tmp_path / "t.safetensors", k=96, device=CPU)
+    write_teacher(ModelTeacher(student), IDS, tmp_path / "t.safetensors", k=4, device=CPU)
     written = WrittenTeacher(tmp_path / "t.safetensors")
     with pytest.raises(RecipeError, match="temperature"):
         written(BATCH, 2.0, ())

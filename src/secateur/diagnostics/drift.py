@@ -102,7 +102,8 @@ def layer_drifts(
             x, dense_x = ours.read(batch), theirs.read(batch)
             y, dense_y = call_layer(layer, x, own), call_layer(dense_layer, dense_x, other)
             alone = call_layer(layer, dense_x, own)
-            for name, values in compared(y, dense_y, alone, dense_x).items():
+            states = [own.states(each) for each in (y, dense_y, alone, dense_x)]
+            for name, values in compared(*states).items():
                 measured.setdefault(name, []).append(values)
             ours.write(batch, y)
             theirs.write(batch, dense_y)

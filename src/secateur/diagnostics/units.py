@@ -17,6 +17,7 @@ from torch import Tensor
 from secateur.diagnostics.claims import Claims
 from secateur.diagnostics.findings import Finding, Severity, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
+from secateur.models.architecture import setting
 
 __all__ = ["DeadUnits", "check_units", "dead_units", "head_size"]
 
@@ -77,8 +78,8 @@ class DeadUnits:
 def head_size(config: Any) -> int:
     """The size of a head."""
     config = config.get_text_config()
-    size = getattr(config, "head_dim", None)
-    return int(size or config.hidden_size // config.num_attention_heads)
+    size = setting(config, "head_dim")
+    return int(size or config.hidden_size // setting(config, "num_attention_heads"))
 
 
 def dead_units(linears: Mapping[str, LinearHealth], size: int) -> DeadUnits:

@@ -105,7 +105,7 @@ def fitting_plan(
     needed = f"the run needs more memory than there is; {'; '.join(tried)}"
     remedy = "lower --micro-batch-tokens, --windows or --sequence-length"
     if whole and whole > room:
-        remedy = "leave out what needs the whole model (--distill-epochs 0 --generated-windows 0)"
+        remedy = f"leave out what needs the whole model ({too_large(plan, room)})"
     elif plan.solve_bytes > max(room, budget.computing / 2):
         out, columns = plan.solve_shape
         needed += (
@@ -113,3 +113,12 @@ def fitting_plan(
         )
         remedy = SOLVE_LESS
     raise MemoryBudgetError(needed, remedy=f"{remedy}, or raise --memory-budget-gib")
+
+
+def too_large(plan: Plan, room: float) -> str:
+    """The options that leave out what needs more than this memory."""
+    options = {
+        "--distill-epochs 0": plan.distilling_bytes,
+        "--generated-windows 0": plan.writing_bytes,
+    }
+    return " ".join(option for option, size in options.items() if size > room)

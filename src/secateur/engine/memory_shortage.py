@@ -59,9 +59,16 @@ def largest_term(plan: Plan) -> Term:
         ),
         Term("tuning a layer", plan.tuning_bytes, "use --tune-passes 0"),
         Term("generating windows", plan.writing_bytes, "use --generated-windows 0"),
-        Term("distillation", plan.distilling_bytes, "use --distill-epochs 0"),
+        Term("distillation", plan.distilling_bytes, less_distillation(plan)),
     ]
     return max(terms, key=lambda term: term.nbytes)
+
+
+def less_distillation(plan: Plan) -> str:
+    """The option that makes a distillation smaller."""
+    if plan.block_layers == 1:
+        return "use --distill-epochs 0"
+    return f"use --distill-block-layers {plan.block_layers // 2 or 4}"
 
 
 @contextmanager

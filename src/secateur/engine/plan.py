@@ -8,7 +8,6 @@ counted. Scores, solvers, statistics and allocations declare their own needs
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,20 +18,27 @@ from torch import Tensor, nn
 from secateur.calibration.continuation import AT_ONCE
 from secateur.calibration.statistics import of_inputs
 from secateur.engine.choose.tournament import WINDOW_TOKENS
+from secateur.engine.learning_memory import (
+    block_bytes,
+    calls_of,
+    distilling_bytes,
+    kinds,
+    on_grid_bytes,
+    tuning_bytes,
+)
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.solve_memory import gradient_bytes, solve_bytes, statistics_bytes
 from secateur.engine.prune.tasks import Tasks, input_statistics
-from secateur.engine.stream.attention import AttentionOfPlan, WrittenOut, writes_out
-from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
-from secateur.engine.stream.kinds import LayerLayout, kind_of, layouts, on_meta, refuse_unknown
+from secateur.engine.stream.attention import AttentionOfPlan
+from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.engine.stream.kinds import LayerLayout, layouts, on_meta, refuse_unknown
 from secateur.engine.stream.residency import LiveTensors
 from secateur.engine.stream.targets import Target
-from secateur.models.architecture import Groups, linears_of, text_config
+from secateur.models.architecture import Groups, linears_of, setting, text_config
 from secateur.models.inventory import Left
 from secateur.models.open_experts import OpenExperts
 from secateur.runs.meter import resident_bytes
 from secateur.sparsity.allocation import Allocation
-from secateur.types import float32_bytes
 
 __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
 
@@ -82,34 +88,6 @@ def rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) 
     return Rehearsal(live.peak_bytes, max(halted))
 
 
-def rehearse_training(
-    layer: nn.Module, hidden: Tensor, call: LayerCall, *, written_out: bool = False
-) -> int:
-    """The memory that a layer's forward keeps alive in float32, with everything for its backward.
-
-    Args:
-        layer: a decoder layer with its parameters on the meta device.
-        hidden: the input of a micro-batch, for its shape.
-        call: how the layer is called for it.
-        written_out: whether attention keeps its probabilities.
-    """
-    meta, parameters = torch.device("meta"), list(layer.parameters())
-    call = call.to(meta, torch.float32)
-    live = LiveTensors([*parameters, *layer.buffers(), *call.tensors()], find_peak=True)
-    dtype = parameters[0].dtype
-    with on_meta(layer):
-        layer.to(torch.float32).requires_grad_(True)
-        try:
-            attention = WrittenOut() if written_out else AttentionOfPlan()
-            with torch.enable_grad(), live, attention:
-                x = torch.empty(hidden.shape, dtype=torch.float32, device=meta)
-                out = call_layer(layer, x, call)
-                del out
-        finally:
-            layer.to(dtype).requires_grad_(False)
-    return live.peak_bytes
-
-
 @dataclass(frozen=True)
 class Plan:
     """The needs of a run. All sizes in bytes.
@@ -126,13 +104,16 @@ class Plan:
         writing_bytes: the whole model with keys and values while it generates windows, before the
             run.
         tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
-        distilling_bytes: both whole models, gradients, moments, one window's forward and logits.
+        distilling_bytes: both whole models, gradients, moments, one window's forward and logits;
+            or a block of layers with all of that, and the ends of the model.
         loading_bytes: the whole model in host memory before it moves to a GPU, if it is loaded.
         disk_bytes: the result, and the state for a resumed run.
         flops: floating-point operations of the forwards.
+        passed_tokens: tokens that pass through all layers, in all forwards together.
         left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
         on_gpu: whether a GPU computes with its own memory.
         seconds: the minimum and maximum time of the run on this machine, if predicted.
+        block_layers: number of decoder layers that are distilled together; 0 for the whole model.
     """
 
     process_bytes: int
@@ -148,12 +129,14 @@ class Plan:
     loading_bytes: int
     disk_bytes: int
     flops: int
+    passed_tokens: int
     num_hidden_layers: int
     prunable_weights: int
     calibration_tokens: int
     left: list[Left] = field(default_factory=list)
     on_gpu: bool = False
     seconds: tuple[float, float] | None = None
+    block_layers: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -188,6 +171,7 @@ def plan_run(
     allocation: Allocation,
     output_bytes: int,
     unwritten: int = 0,
+    block_layers: int = 0,
 ) -> Plan:
     """Plan a run over a checkpoint whose layers are still empty.
 
@@ -200,6 +184,7 @@ def plan_run(
         allocation: sets the sparsity of each linear.
         output_bytes: size of the written files.
         unwritten: number of windows that the model must generate.
+        block_layers: number of decoder layers that are distilled together; 0 for the whole model.
     """
     refuse_unknown(target)
     layers = target.layers
@@ -212,19 +197,16 @@ def plan_run(
         stored, forward, waiting = forward_bytes(target, found, windows, settings, waits_for)
         if settings.tunes:
             size = max(1, settings.micro_batch_tokens // windows.shape[1])
-            hidden, calls = calls_of(target, windows[:size])
-            tuning = max(tuning_bytes(x, hidden, c) for x, c, _ in kinds(target, calls))
+            tuning = tuning_bytes(target, windows[:size])
         if epochs:
-            distilling = distilling_bytes(target, windows[:1]) + on_grid_bytes(tasks)
+            distilling = learning_bytes(target, tasks, windows[:1], block_layers)
     gradients = gradient_bytes(tasks)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
     stored *= 1 + settings.dense_needed
-    solving, largest = solve_bytes(tasks, asymmetric=settings.asymmetric)
-    if settings.sequential == "layer":
-        names = input_statistics(tasks, asymmetric=settings.asymmetric)
-        solving += statistics_bytes(target, found, names)
+    solving, largest = solving_bytes(target, tasks, found, settings)
     solving += gradients // len(layers)
+    passed = allocation.tokens(tokens) + tokens * passes(settings, epochs, block_layers)
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
@@ -237,20 +219,49 @@ def plan_run(
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         distilling_bytes=distilling,
-        loading_bytes=whole if unwritten or epochs else 0,
+        loading_bytes=whole if unwritten or (epochs and not block_layers) else 0,
         disk_bytes=output_bytes
         + 2 * stored
         + (gradients + len(layers) * stored if gradients else 0)
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
-        + 12 * prunable * bool(epochs),
-        flops=2
-        * working_weights(target)
-        * (allocation.tokens(tokens) + tokens * passes(settings, epochs)),
+        + bool(epochs) * learning_disk(prunable, len(layers), stored, block_layers),
+        flops=2 * working_weights(target) * passed,
+        passed_tokens=passed,
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
         calibration_tokens=tokens,
         on_gpu=target.device.type == "cuda",
+        block_layers=block_layers if epochs else 0,
     )
+
+
+def solving_bytes(
+    target: Target, tasks: Tasks, found: Sequence[LayerLayout], settings: Settings
+) -> tuple[int, tuple[int, int]]:
+    """The memory for the linear that needs most, and its shape."""
+    asymmetric = settings.asymmetric
+    solving, largest = solve_bytes(tasks, asymmetric=asymmetric, held_out=settings.choose_damping)
+    if settings.sequential == "layer":
+        names = input_statistics(tasks, asymmetric=asymmetric)
+        solving += statistics_bytes(target, found, names)
+    return solving, largest
+
+
+def learning_bytes(target: Target, tasks: Tasks, window: Tensor, block_layers: int) -> int:
+    """The memory of the distillation: of two whole models, or of a block of layers."""
+    if block_layers:
+        return block_bytes(target, window, block_layers) + on_grid_bytes(tasks)
+    return distilling_bytes(target, window) + on_grid_bytes(tasks)
+
+
+def learning_disk(prunable: int, layers: int, stored: int, block_layers: int) -> int:
+    """The files of a distillation: weights and moments, or those of two blocks and the dense
+    model's hidden states at every border.
+    """
+    if not block_layers:
+        return 12 * prunable
+    borders = -(-2 * layers // block_layers) + 3
+    return 12 * prunable * min(2 * block_layers, layers) // layers + borders * stored
 
 
 def working_weights(target: Target) -> int:
@@ -276,49 +287,22 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     if windows is None or not unwritten:
         return 0
     config = text_config(target.model.config)
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    features = 2 * len(target.layers) * (getattr(config, "num_key_value_heads", None) or heads)
+    heads = setting(config, "num_attention_heads")
+    size = setting(config, "head_dim") or config.hidden_size // heads
+    features = 2 * len(target.layers) * (setting(config, "num_key_value_heads") or heads)
     rows = min(unwritten, AT_ONCE)
     weights = sum(p.numel() for p in target.model.parameters())
     stored = (weights + features * size * rows * windows.shape[1]) * target.dtype.itemsize
     return stored + rows * int(config.vocab_size) * (target.dtype.itemsize + 8)
 
 
-def tuning_bytes(layer: nn.Module, hidden: Tensor, call: LayerCall) -> int:
-    """The memory that tuning a layer needs besides the layer, for one micro-batch."""
-    weights = 4 * sum(p.numel() for p in layer.parameters())
-    plain = next(layer.parameters()).dtype == torch.float32
-    # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
-    return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
-
-
-def distilling_bytes(target: Target, window: Tensor) -> int:
-    """Two whole models, one in float32 with gradients and moments, and one window's forward."""
-    hidden, calls = calls_of(target, window)
-    tokens = window.numel()
-    weights = sum(p.numel() for p in target.model.parameters())
-    trained = sum(p.numel() for p in target.layers.parameters())
-    # logits of both models, and the gradient of one
-    logits = 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
-    written_out = writes_out(target.device, window.shape[1])
-    forward = sum(
-        count * rehearse_training(layer, hidden, call, written_out=written_out)
-        for layer, call, count in kinds(target, calls)
-    )
-    return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
-
-
-def on_grid_bytes(tasks: Tasks) -> int:
-    """The rounded copies of matrices that learn on a grid, which the backward reads."""
-    return sum(float32_bytes(x.shape) for x in tasks.values() if x.rounded and x.method.solver.grid)
-
-
-def passes(settings: Settings, epochs: int) -> int:
+def passes(settings: Settings, epochs: int, block_layers: int = 0) -> int:
     """Forwards of all calibration tokens; a forward with its backward counts as three."""
     plain = 1 if settings.sequential == "group" else 2
     tuned = 2 + 3 * settings.reconstruction.passes if settings.tunes else 0
-    return plain + settings.dense_needed + tuned + 4 * epochs
+    # in blocks, which overlap by half, the dense model and the pruned one pass once
+    learned = 2 + 6 * epochs if block_layers else 4 * epochs
+    return plain + settings.dense_needed + tuned + bool(epochs) * learned
 
 
 def waits(tasks: Tasks, settings: Settings) -> int:
@@ -355,7 +339,8 @@ def forward_bytes(
     hidden, calls = calls_of(target, windows[:size])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     own = hidden.numel() * hidden.dtype.itemsize
-    stored = own * windows.numel() // batch_tokens
+    values = max(call.values().nbytes if call.varying else 0 for call in calls)
+    stored = (own + values) * windows.numel() // batch_tokens
     groups = {id(x): layout.groups for x, layout in zip(target.layers, found, strict=True)}
     rehearsals = [rehearse(x, groups[id(x)], hidden, call) for x, call, _ in kinds(target, calls)]
     forward = max(r.running_bytes for r in rehearsals)
@@ -365,19 +350,3 @@ def forward_bytes(
     if waiting > 1:  # the terms that the writers of both models added to the residual stream
         held += waiting * stored
     return stored, forward, held
-
-
-def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
-    """The first layer's inputs for one micro-batch, and how each layer is called for it."""
-    ids = windows.to(target.device)
-    with target.outside():
-        hidden = first_inputs(target.model, target.layers, ids)
-        return hidden, layer_calls(target.model, target.layers, [ids])
-
-
-def kinds(target: Target, calls: list[LayerCall]) -> list[tuple[nn.Module, LayerCall, int]]:
-    """One layer of each kind, how it is called, and the number of layers of that kind."""
-    pairs = list(zip(target.layers, calls, strict=True))
-    of = [kind_of(*pair) for pair in pairs]
-    first = dict(zip(reversed(of), reversed(pairs), strict=True))
-    return [(*first[kind], count) for kind, count in Counter(of).items()]

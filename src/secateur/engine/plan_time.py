@@ -1,23 +1,24 @@
 """Predicts the time of a run on this machine from timed pieces of its work.
 
-Two pieces are timed: one product of a micro-batch with the largest matrix, and a method's work on
-one matrix of each shape. Matrices wider than `WIDEST` are timed at a fraction of their size.
+    seconds = forward · tokens · passes + reading · READS + Σ (gather + prepare + solve)
+
+A micro-batch passes through one decoder layer of each kind (`plan_forward.py`), and a method works
+on one matrix of each shape. Matrices wider than `WIDEST` are timed at a fraction of their size.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from secateur.calibration.statistics import of_gradients, of_inputs, statistics
+from secateur.engine.plan_forward import LayerTimes
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import LinearTask, Tasks
 from secateur.errors import NumericalError, PatternError
-from secateur.precision import fast_matmuls
 from secateur.sparsity.methods import Method
 from secateur.types import STORED
 
@@ -26,9 +27,10 @@ __all__ = ["PieceTimes", "foretell_seconds", "run_seconds"]
 WIDEST = 1024
 """Maximum rows or columns of timed matrices."""
 PROBE_SECONDS = 0.1
-SLOWER = 2.5
-"""Allowance for attention, norms, files, and shared caches."""
-QUICKER = 0.8
+READS = 3
+"""How often a run reads or writes all weights: to prune, to write, and to count zeros."""
+QUICKER, SLOWER = 0.85, 1.5
+"""The range round the predicted time; a run also waits for memory and for other programs."""
 
 Shape = tuple[int, int]
 
@@ -51,8 +53,9 @@ class PieceTimes:
 def foretell_seconds(
     tasks: Tasks,
     groups: Iterable[tuple[str, ...]],
+    times: LayerTimes,
     *,
-    flops: float,
+    passed: float,
     tokens: int,
     settings: Settings,
     device: torch.device,
@@ -62,14 +65,12 @@ def foretell_seconds(
     Args:
         tasks: the task of each linear.
         groups: full names of linears that share an input.
-        flops: floating-point operations of all forwards.
+        times: of the decoder layers.
+        passed: tokens that pass through all layers, in all forwards together.
         tokens: number of calibration tokens.
         settings: how the work is done.
         device: the computing device.
     """
-    shapes = [task.shape for task in tasks.values()] or [(1, 1)]
-    widest = max(shapes, key=lambda shape: shape[0] * shape[1])
-    rate = product_rate(widest, settings, device)
     known: dict[tuple[int, Shape], PieceTimes] = {}
 
     def times_of(task: LinearTask) -> PieceTimes:
@@ -78,7 +79,8 @@ def foretell_seconds(
             known[key] = piece_times(task.method, task.shape, task.sparsity, settings, device)
         return known[key]
 
-    seconds = run_seconds(tasks, groups, flops / rate, tokens, times_of)
+    before = times.forward * passed + times.reading * READS
+    seconds = run_seconds(tasks, groups, before, tokens, times_of)
     return QUICKER * seconds, SLOWER * seconds
 
 
@@ -94,7 +96,7 @@ def run_seconds(
     Args:
         tasks: the task of each linear, by full name.
         groups: full names of linears that share an input.
-        forwards: seconds of all forwards.
+        forwards: seconds of all forwards, and of files.
         tokens: number of calibration tokens.
         times_of: returns the times of a task.
     """
@@ -106,17 +108,6 @@ def run_seconds(
             total += tokens * first.gathering + first.preparing
             total += sum(times_of(task).solving for task in changed)
     return total
-
-
-def product_rate(shape: Shape, settings: Settings, device: torch.device) -> float:
-    """Floating-point operations a second of a micro-batch times a matrix of this shape."""
-    rows, columns = (min(size, 4 * WIDEST) for size in shape)
-    tokens = min(settings.micro_batch_tokens, 2048)
-    x = torch.randn(tokens, columns, device=device)
-    weight = torch.randn(rows, columns, device=device)
-    with fast_matmuls(device) if settings.fast_matmuls else nullcontext():
-        seconds = timed(lambda: x @ weight.t(), device)
-    return 2 * tokens * rows * columns / seconds
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

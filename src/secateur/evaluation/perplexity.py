@@ -195,11 +195,12 @@ def perplexity(
 
 
 def own_batches(windows: int, batch_size: int, ranks: Ranks) -> list[slice]:
-    """The batches of windows that this process measures.
+    """The batches of windows that this process measures; small enough that every process has some.
 
     Raises:
         RecipeError: there are fewer windows than processes.
     """
+    batch_size = min(batch_size, max(1, windows // ranks.count))
     return rows_of(ranks.rank, micro_batches(windows, batch_size, ranks.count), ranks.count)
 
 

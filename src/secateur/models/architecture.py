@@ -32,7 +32,9 @@ __all__ = [
     "hidden_size",
     "is_router",
     "linears_of",
+    "mixes_states",
     "refuse_non_decoders",
+    "setting",
     "text_config",
 ]
 
@@ -167,7 +169,8 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
     """All prunable matrices of a decoder layer, by their name within the layer.
 
     A linear with a single output is a gate (of Qwen's shared expert) and is left out, because no
-    other output could share its loss. So are the linears of routers.
+    other output could share its loss. So are the linears of routers, and the coefficients with
+    which AltUp mixes the hidden states of a token.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -177,6 +180,7 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
         if isinstance(module, (nn.Linear, Conv1D))
         and getattr(module, "out_features", 2) > 1
         and not is_router(layer, name)
+        and not mixes_states(layer, name)
     }
 
 
@@ -190,6 +194,20 @@ def is_router(layer: nn.Module, name: str) -> bool:
         beside = hasattr(owner, "experts") and part in ("gate", "router")
         owner = getattr(owner, part)
         if beside or "router" in type(owner).__name__.lower():
+            return True
+    return False
+
+
+def mixes_states(layer: nn.Module, name: str) -> bool:
+    """Whether a module of a decoder layer belongs to AltUp (Gemma 3n).
+
+    Its matrices have a row or a column for each of the few hidden states of a token, so a zero
+    there would cut a whole state off.
+    """
+    owner = layer
+    for part in filter(None, name.split(".")):
+        owner = getattr(owner, part)
+        if "altup" in type(owner).__name__.lower():
             return True
     return False
 
@@ -214,6 +232,15 @@ def hidden_size(model: Any) -> int:
 def text_config(config: Any) -> Any:
     """The text part of a configuration; all of it where it has no parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def setting(config: Any, name: str, default: Any = None) -> Any:
+    """An entry of a configuration. Where layers differ in it, the one that most layers have.
+
+    transformers raises an error that is no AttributeError when such an entry is read.
+    """
+    read = getattr(config, "_getattr_without_heterogeneous_validation", None)
+    return getattr(config, name, default) if read is None else read(name, default)
 
 
 def decoder_inside(model: Any, base: str) -> str | None:

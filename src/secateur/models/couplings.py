@@ -15,9 +15,12 @@ An axis has the name of the units along it:
 | `heads`     | one value for each query head                                                   |
 | `keys`      | key or value heads: groups × head size                                          |
 | `triples`   | query, key and value of one head after another: heads × 3 × head size           |
+| `pairs`     | query and gate of one head after another: heads × 2 × head size                 |
+| `parts`     | what latent attention computes for each head, of any size: heads × size         |
 | `neurons`   | FFN neurons                                                                     |
 | `state`     | channels of a state space or a convolution, which are not cut                   |
 | `experts`   | experts of a mixture                                                            |
+| `layers`    | what a parameter outside the layers holds for each layer: layers × size         |
 | `-`         | nothing that can be cut (the vocabulary, one head's own channels)               |
 
 Names joined by `+` are segments one after the other: `queries+keys+keys` of a fused projection.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from secateur.errors import CheckpointError
-from secateur.models.architecture import Architecture, Linear, is_router, linears_of
+from secateur.models.architecture import Architecture, Linear, is_router, linears_of, mixes_states
 from secateur.models.experts import of_unknown_experts
 from secateur.models.sharing import shared_parameters
 
@@ -27,6 +27,7 @@ __all__ = [
     "StoredMatrix",
     "inventory",
     "inventory_of",
+    "part_beside",
     "stored_linears",
     "stored_shapes",
     "summary",
@@ -230,8 +231,11 @@ def reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool
     if name.endswith("bias"):
         return "bias"
     number, _, inner = path.removeprefix(f"{architecture.layers_path}.").partition(".")
-    if is_router(architecture.layers(model)[int(number)], inner):
+    layer = architecture.layers(model)[int(number)]
+    if is_router(layer, inner):
         return "router"
+    if mixes_states(layer, inner):
+        return "coefficients of AltUp"
     parameter = model.get_parameter(name)
     if of_unknown_experts(path, module, parameter):
         return EXPERTS

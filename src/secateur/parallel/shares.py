@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from secateur.errors import RecipeError
 
@@ -11,15 +10,15 @@ __all__ = ["micro_batches", "owners", "rows_of"]
 
 
 def micro_batches(windows: int, largest: int, ranks: int = 1) -> list[slice]:
-    """Cut calibration windows into micro-batches, at least one for each process.
+    """Cut calibration windows into the micro-batches of a single process, for any number of them.
 
-    They are those of a single process wherever these are enough, so that the forwards round in the
-    same way.
+    So the forwards round in the same way. With fewer micro-batches than processes some processes
+    have no windows; they still solve linears.
 
     Args:
         windows: number of windows.
         largest: most windows in a micro-batch.
-        ranks: number of processes.
+        ranks: number of processes, to refuse too many.
 
     Returns:
         Ranges of windows.
@@ -31,31 +30,33 @@ def micro_batches(windows: int, largest: int, ranks: int = 1) -> list[slice]:
         >>> from secateur.parallel.shares import micro_batches
         >>> micro_batches(5, 2)
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-        >>> micro_batches(5, 2, ranks=3) == micro_batches(5, 2)
-        True
-        >>> micro_batches(5, 8, ranks=2)
-        [slice(0, 2, None), slice(2, 5, None)]
     """
     if windows < ranks:
         raise RecipeError(
             f"{ranks} processes have only {windows} calibration windows",
             remedy=f"use at most {windows} processes, or more --windows",
         )
-    if -(-windows // largest) >= ranks:
-        return [slice(i, min(i + largest, windows)) for i in range(0, windows, largest)]
-    cuts = [windows * i // ranks for i in range(ranks + 1)]
-    return [slice(a, b) for a, b in pairwise(cuts)]
+    return [slice(i, min(i + largest, windows)) for i in range(0, windows, largest)]
 
 
 def rows_of(rank: int, batches: Sequence[slice], ranks: int) -> list[slice]:
     """The micro-batches of one process: consecutive ones, so its windows are one range.
 
+    If there are fewer than processes, the last processes have none.
+
     Args:
         rank: number of the process.
         batches: all micro-batches, from `micro_batches`.
         ranks: number of processes.
+
+    Example:
+        >>> from secateur.parallel.shares import micro_batches, rows_of
+        >>> [rows_of(rank, micro_batches(5, 2), 4) for rank in (0, 3)]
+        [[slice(0, 2, None)], []]
     """
-    return list(batches[len(batches) * rank // ranks : len(batches) * (rank + 1) // ranks])
+    each, more = divmod(len(batches), ranks)
+    first, end = (each * number + min(number, more) for number in (rank, rank + 1))
+    return list(batches[first:end])
 
 
 def owners(costs: Sequence[float], ranks: int) -> list[int]:

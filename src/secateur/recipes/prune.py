@@ -11,7 +11,7 @@ from secateur.recipes.calibration import Calibration
 from secateur.recipes.cluster import Cluster
 from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import presets
-from secateur.recipes.recovery import Distill, Reconstruct
+from secateur.recipes.recovery import DistillInBlocks, Reconstruct
 from secateur.recipes.run import OutputFolder, Resuming
 from secateur.recipes.section import OUTPUT, WHAT_TO_PRUNE, Flag, Recipe, Section, Texts
 
@@ -84,6 +84,11 @@ class HowToPrune(Section):
     )
     asymmetric_damping: float = Field(
         0.2, ge=0, description="How strongly the asymmetric fit stays near the dense weights."
+    )
+    choose_damping: bool = Field(
+        False,
+        description="Choose that damping for each linear, by the error on a quarter of the "
+        "calibration tokens, which the fit does not see.",
     )
     sequential: Literal["group", "layer"] = Field(
         "group",
@@ -168,7 +173,7 @@ class PruneRecipe(
     run: ClassVar[type[Section] | None] = Resuming
 
     reconstruction: Reconstruct = Field(default_factory=lambda: Reconstruct())
-    distillation: Distill = Field(default_factory=lambda: Distill())
+    distillation: DistillInBlocks = Field(default_factory=lambda: DistillInBlocks())
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     memory: Memory = Field(default_factory=lambda: Memory())
     cluster: Cluster = Field(default_factory=lambda: Cluster())

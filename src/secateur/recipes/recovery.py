@@ -8,7 +8,7 @@ from pydantic import Field
 
 from secateur.recipes.section import RECOVERY, Flag, Section
 
-__all__ = ["Distill", "Reconstruct"]
+__all__ = ["Distill", "DistillInBlocks", "Reconstruct"]
 
 
 class Reconstruct(Section):
@@ -50,4 +50,17 @@ class Distill(Section):
         le=1,
         description="Share of the next-token loss, 0 to 1; the rest is the divergence from the "
         "dense model.",
+    )
+
+
+class DistillInBlocks(Distill):
+    """How the pruned model learns from the dense model, as a whole or block by block."""
+
+    block_layers: Annotated[
+        int | None, Flag("distill_block_layers", default="0 if both models fit, else 4")
+    ] = Field(
+        None,
+        ge=0,
+        description="Distill overlapping blocks of this many decoder layers, one after the other, "
+        "with one block in memory. 0: the whole model at once.",
     )

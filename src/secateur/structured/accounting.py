@@ -139,7 +139,8 @@ def counts(
 
 def cache_bytes(sizes: Sizes, groups: int, itemsize: int) -> int:
     """Bytes that one token takes in the key-value cache of one layer."""
-    return 2 * groups * sizes.head_dim * itemsize if groups else UNCUT_BYTES
+    values = sizes.latent or 2 * groups * sizes.head_dim
+    return values * itemsize if groups else UNCUT_BYTES
 
 
 def kind_of(

@@ -14,6 +14,7 @@ from secateur.models.architecture import (
     Linear,
     describe,
     hidden_size,
+    setting,
     text_config,
 )
 from secateur.models.couplings import Couplings
@@ -48,6 +49,8 @@ class Sizes:
         neurons: FFN neurons; 0 where there is no FFN, or a mixture of experts.
         experts: experts; 0 where the FFN is dense.
         expert_groups: the groups into which a router divides them, in their order.
+        latent: values that a layer with latent attention caches for a token, however many heads it
+            has; 0 where keys and values are cached.
     """
 
     hidden: int
@@ -57,6 +60,7 @@ class Sizes:
     neurons: tuple[int, ...]
     experts: tuple[int, ...]
     expert_groups: int = 1
+    latent: int = 0
 
     @property
     def layers(self) -> int:
@@ -222,14 +226,14 @@ def sizes_of(model: Any) -> Sizes:
     couplings, none = architecture.couplings, (0,) * len(layers)
     if couplings is None:
         return Sizes(hidden_size(model), 0, 1, none, none, none)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    per_group = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    heads = setting(config, "num_attention_heads") or 1
+    per_group = heads // (setting(config, "num_key_value_heads") or heads)
     attention = (find(layer, couplings.attention) for layer in layers)
     named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in attention)
     per_group = next((each for each in named if each), per_group)
     head_dim = next(
         (size for layer in layers if (size := head_size(layer, couplings))),
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        setting(config, "head_dim") or config.hidden_size // heads,
     )
     width = per_group * head_dim
     return Sizes(
@@ -240,6 +244,7 @@ def sizes_of(model: Any) -> Sizes:
         neurons=tuple(columns(x, couplings.consumer("neurons")) for x in layers),
         experts=tuple(experts_of(layer, couplings) for layer in layers),
         expert_groups=architecture.experts.divided(config) if architecture.experts else 1,
+        latent=next(filter(None, (latent_of(layer, couplings) for layer in layers)), 0),
     )
 
 
@@ -298,10 +303,17 @@ def couplings_of(architecture: Architecture, kinds: Iterable[str] = ()) -> Coupl
 
 
 def head_size(layer: nn.Module, couplings: Couplings) -> int | None:
-    """Channels of one head, from the attention module; None without the sub-block."""
+    """Channels of one head's output, from the attention module; None without the sub-block."""
     module = find(layer, couplings.attention)
-    found: int | None = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-    return found
+    names = ("v_head_dim", "head_dim", "head_size")  # the first is of latent attention
+    return next((size for name in names if (size := getattr(module, name, None))), None)
+
+
+def latent_of(layer: nn.Module, couplings: Couplings) -> int:
+    """Values that latent attention caches for a token; 0 without it."""
+    module: Any = find(layer, couplings.attention)
+    rank = int(getattr(module, "kv_lora_rank", None) or 0)
+    return rank + int(module.qk_rope_head_dim) if rank else 0
 
 
 def columns(layer: nn.Module, name: str | None) -> int:

@@ -8,7 +8,7 @@ heads their size, the result is plain. Otherwise it is a varied model (`models/v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -16,58 +16,33 @@ import torch
 from torch import nn
 
 from secateur.errors import ArchitectureError
-from secateur.models.architecture import Architecture, describe, text_config
+from secateur.models.architecture import describe, text_config
 from secateur.models.classes import text_part
 from secateur.models.couplings import Couplings
 from secateur.models.skeleton import quiet_transformers, skeleton_of
 from secateur.structured.checks import check_configuration
+from secateur.structured.configured import (
+    Design,
+    differ,
+    kept_count,
+    layer_changes,
+    layer_sizes,
+    own_sizes,
+    size_changes,
+    uniform,
+)
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,
     Cut,
-    Sizes,
     couplings_of,
     find,
     head_size,
     sizes_of,
 )
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
-from secateur.structured.layer_settings import differing_layer, has_attention, kept_settings
+from secateur.structured.layer_settings import differing_layer, has_attention
 
 __all__ = ["Design", "design", "kept_count"]
-
-
-@dataclass(frozen=True)
-class Design:
-    """A smaller model, before any of its tensors is made.
-
-    Attributes:
-        uncut: the uncut model, with experts as transformers stores them.
-        architecture: of the uncut model.
-        sizes: of the uncut model.
-        layers: for each kept layer, the units it keeps.
-        skeleton: the cut model, parameters on the meta device.
-        edits: of each parameter, by its name in the cut model.
-    """
-
-    uncut: Any
-    architecture: Architecture
-    sizes: Sizes
-    layers: list[LayerCut]
-    skeleton: Any
-    edits: Mapping[str, Edit]
-
-    @property
-    def varied(self) -> bool:
-        """Whether the result needs its own code to load."""
-        return hasattr(self.skeleton.config, "secateur_cut")
-
-    @property
-    def heads_per_group(self) -> int:
-        """Remaining query heads of each KV group."""
-        for layer in self.layers:
-            if layer.queries is not None:
-                return len(layer.queries) // self.sizes.groups[layer.index]
-        return self.sizes.heads_per_group
 
 
 def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
@@ -136,19 +111,28 @@ def base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 def built_plain(model: Any, made: Design, hidden: Any) -> Any:
     """The skeleton of a plain model with the new sizes; None if no class has them."""
-    couplings = made.architecture.couplings
+    couplings, config = made.architecture.couplings, text_config(model.config)
     changes = layer_changes(model, made, hidden)
+    forms = [changes]
     if couplings is not None:
-        sizes = uniform_sizes(made)
-        if sizes is None or any(gone_of(couplings, layer) for layer in made.layers):
+        if any(gone_of(couplings, layer) for layer in made.layers):
             return None
-        changes |= size_changes(model, made, couplings, sizes, hidden)
+        sizes = layer_sizes(made)
+        forms = [
+            changes | size_changes(model, made, couplings, one, hidden) for one in uniform(sizes)
+        ]
+        if getattr(config, "is_heterogeneous", False) or any(map(differ, sizes.values())):
+            known = changes.get("per_layer_config")
+            forms.insert(0, forms[0] | own_sizes(made, couplings, sizes, known))
     config_class, model_class, entries = base_classes(model)
-    try:
-        skeleton = built(model_class, config_class, changed(model, entries, changes), model)
-    except Exception:  # each class refuses sizes in its own way
-        return None
-    return skeleton if fits(skeleton, made) else None
+    for form in forms:
+        try:
+            skeleton = built(model_class, config_class, changed(model, entries, form), model)
+        except Exception:  # each class refuses sizes in its own way
+            continue
+        if fits(skeleton, made):
+            return skeleton
+    return None
 
 
 def changed(model: Any, entries: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,65 +191,6 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
             f"these layers of {type(made.uncut).__name__} cannot be removed: {differing}",
             remedy="remove other layers, or cut units within layers",
         )
-
-
-def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
-    """The changed entries of the configuration, for fewer layers or a narrower stream."""
-    config, kept = text_config(model.config), [layer.index for layer in made.layers]
-    count = len(made.architecture.layers(model))
-    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    changes: dict[str, Any] = {key: len(kept)}
-    if count != len(kept):
-        changes |= kept_settings(config.to_dict(), kept, count)
-    if getattr(config, "decoder_sparse_step", None) is not None and count != len(kept):
-        dense = [new for new, i in enumerate(kept) if not made.sizes.experts[i]]
-        changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-    if hidden is not None and getattr(config, "rms_norm_eps", None) is not None:
-        changes["rms_norm_eps"] = config.rms_norm_eps * made.sizes.hidden / len(hidden)
-    return changes
-
-
-def uniform_sizes(made: Design) -> dict[str, int] | None:
-    """The sizes of all layers; None if they differ."""
-    found = {}
-    for name in ("groups", "neurons", "experts"):
-        uncut = getattr(made.sizes, name)  # 0 in layers of another kind
-        counts = {kept_count(made, x, name) for x in made.layers if uncut[x.index]}
-        if len(counts) > 1:
-            return None
-        found[name] = counts.pop() if counts else 0
-    return found
-
-
-def kept_count(made: Design, layer: LayerCut, name: str) -> int:
-    """How many units of a kind a layer keeps."""
-    kept = getattr(layer, name)
-    return getattr(made.sizes, name)[layer.index] if kept is None else len(kept)
-
-
-def size_changes(
-    model: Any, made: Design, couplings: Couplings, sizes: Mapping[str, int], hidden: Any
-) -> dict[str, Any]:
-    """The entries of the configuration for sizes that all layers share."""
-    config = text_config(model.config)
-    names = config.attribute_map
-    channels = made.sizes.hidden if hidden is None else len(hidden)
-    heads = sizes["groups"] * made.heads_per_group
-    changes: dict[str, Any] = {names.get("hidden_size", "hidden_size"): channels}
-    if heads:
-        changes[names.get("num_attention_heads", "num_attention_heads")] = heads
-        if hasattr(config, "num_key_value_heads"):
-            changes["num_key_value_heads"] = sizes["groups"]
-        if hasattr(config, "head_dim") or heads * made.sizes.head_dim != channels:
-            changes["head_dim"] = made.sizes.head_dim
-    if sizes["neurons"] and couplings.neurons_key:
-        changes |= {couplings.neurons_key: sizes["neurons"], **couplings.with_neurons}
-    if made.architecture.experts is not None:
-        count = made.architecture.experts.count
-        changes[names.get(count, count)] = sizes["experts"]
-    if getattr(config, "word_embed_proj_dim", None) == made.sizes.hidden:
-        changes["word_embed_proj_dim"] = channels
-    return changes
 
 
 def for_scaled_embedding(model: Any, made: Design, hidden: Any) -> dict[str, Edit]:

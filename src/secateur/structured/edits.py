@@ -85,6 +85,10 @@ class LayerCut:
     experts: Tensor | None
 
 
+UNCUT = LayerCut(-1, None, None, None, None)
+"""For parameters outside the layers."""
+
+
 def layer_cuts(cut: Cut, sizes: Sizes, padding: str | None = None) -> list[LayerCut]:
     """The kept units of each kept layer, in order.
 
@@ -152,8 +156,9 @@ class Editor:
             name: tuple(embedding if axis == "embedding" else axis for axis in axes)
             for name, axes in self.couplings.outside.items()
         }
+        kept = [layer.index for layer in layers]
         found = {
-            name: self.edit(name, name, outside, LayerCut(-1, None, None, None, None))
+            name: self.of_layers(self.edit(name, name, outside, UNCUT), outside, kept)
             for name in there
             if not name.startswith(prefix)
         }
@@ -166,6 +171,17 @@ class Editor:
                     edit = self.edit(name, inner, self.couplings.layer, layer)
                     found[f"{prefix}{new}.{inner}"] = edit
         return found
+
+    def of_layers(self, edit: Edit, declared: Axes, kept: list[int]) -> Edit:
+        """The edit without the entries of removed layers, of a parameter outside the layers."""
+        axes = declared.get(edit.source.rpartition(".")[0], ())
+        if "layers" not in axes or len(kept) == self.sizes.layers:
+            return edit
+        axis = axes.index("layers")
+        entries = spread(torch.tensor(kept), edit.shape[axis] // self.sizes.layers)
+        indices, shape = list(edit.kept), list(edit.shape)
+        indices[axis], shape[axis] = entries, len(entries)
+        return replace(edit, kept=tuple(indices), shape=tuple(shape))
 
     def edit(self, name: str, inner: str, declared: Axes, layer: LayerCut) -> Edit:
         """The edit of one parameter.
@@ -190,7 +206,12 @@ class Editor:
             axes = axes[:1]
         elif parameter.ndim == 2 and type(module).__name__ == "Conv1D":  # which stores [in, out]
             axes = axes[::-1]
-        kept = tuple(kept_along(axis, self.sizes, layer, self.stream) for axis in axes)
+        kept = tuple(
+            along_parts(size, self.sizes, layer)
+            if axis == "parts"
+            else kept_along(axis, self.sizes, layer, self.stream)
+            for axis, size in zip(axes, parameter.shape, strict=True)
+        )
         sides = zip(parameter.shape, kept, strict=True)
         shape = tuple(n if k is None else len(k) for n, k in sides)
         edit = Edit(name, kept, shape)
@@ -282,6 +303,18 @@ def kept_along(axis: str, sizes: Sizes, layer: LayerCut, stream: Tensor | None) 
     return by_name.get(axis)
 
 
+def along_parts(size: int, sizes: Sizes, layer: LayerCut) -> Tensor | None:
+    """Kept indices along an axis of latent attention, whose heads are all groups; None = all.
+
+    Args:
+        size: entries along the axis.
+        sizes: of the uncut model.
+        layer: the kept units of the layer.
+    """
+    kept = layer.groups if layer.queries is None else layer.queries
+    return None if kept is None else spread(kept, size // sizes.groups[layer.index])
+
+
 def along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
     """Kept indices along an axis of heads, if query heads are removed; None = all.
 
@@ -292,6 +325,8 @@ def along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
     """
     if axis == "heads":
         return kept
+    if axis == "pairs":
+        return spread(kept, 2 * sizes.head_dim)
     if axis != "triples":
         return spread(kept, sizes.head_dim) if axis == "queries" else None
     each, size = sizes.heads_per_group, sizes.head_dim
@@ -309,6 +344,7 @@ def unit_widths(sizes: Sizes) -> dict[str, int]:
     return {
         "queries": sizes.heads_per_group * size,
         "heads": sizes.heads_per_group,
+        "pairs": 2 * sizes.heads_per_group * size,
         "keys": size,
         "triples": (sizes.heads_per_group + 2) * size,
     }

@@ -58,6 +58,8 @@ def kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) -
             found[name] = sum(i < value for i in kept)
         elif name in LAST and whole:
             found[name] = sum(i >= count - value for i in kept)
+        elif name == "per_layer_config" and isinstance(value, Mapping):
+            found[name] = {new: value[key] for key, new in renumbered(value, new_index)}
         elif name in CYCLES and isinstance(value, list | tuple) and value:
             found[name] = [value[i % len(value)] for i in kept]
         elif is_per_layer(name, value, count):
@@ -65,6 +67,13 @@ def kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) -
             if isinstance(value, str):
                 found[name] = "".join(value[i] for i in kept)
     return found
+
+
+def renumbered(value: Mapping[str, Any], new_index: Mapping[int, int]) -> Iterator[tuple[str, int]]:
+    """The keys of a table with an entry for some layers, and the new number of each kept layer."""
+    for key in value:
+        if int(key) in new_index:
+            yield key, new_index[int(key)]
 
 
 def is_per_layer(name: str, value: Any, count: int) -> bool:
@@ -94,9 +103,12 @@ def differing_layer(
         kept: the index of each of them in the uncut model.
         resized: whether other units are cut too, so that numbers may differ.
     """
+    shared = any(getattr(m, "is_kv_shared_layer", False) for x in before for m in x.modules())
     for new, old in enumerate(kept):
         ours = dict(settings(after[new], numbers=not resized))
         for name, value in settings(before[old], numbers=not resized):
+            if name.endswith("store_full_length_kv") and not shared:
+                continue
             if name in ours and ours[name] != value:
                 return f"{name} of layer {old} is {value!r}, and would be {ours[name]!r}"
     return None

@@ -10,42 +10,78 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from secateur.errors import CheckpointError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.inventory import part_beside
+from secateur.models.skeleton import model_names
 from secateur.structured.design import Design
 from secateur.structured.edits import Edit
 
 __all__ = ["stored_edits"]
 
 
-def stored_edits(made: Design, stored: Mapping[str, str], folder: Path) -> dict[str, Edit]:
+def stored_edits(
+    made: Design, stored: Mapping[str, str], reader: CheckpointReader
+) -> dict[str, Edit]:
     """Edits of stored tensors, by the stored names of the results.
+
+    A tower for pictures may be stored in another form, such as queries, keys and values in one
+    matrix. Its tensors are copied.
 
     Args:
         made: the design.
         stored: from `stored_names` with `split=False`, of the model with its experts opened.
-        folder: the checkpoint.
+        reader: the checkpoint.
 
     Raises:
         CheckpointError: a parameter is not stored.
     """
     found: dict[str, Edit] = {}
+    beside = copied_parts(made, stored, reader)
     for name, edit in made.edits.items():
         whole = edit.source in stored  # experts may be stored fused, as transformers holds them
+        if not whole and part_of(made, edit.source) in beside:
+            continue
         for part in [(None, edit)] if whole else experts_apart(made, edit):
             if part[1].source not in stored:
                 raise CheckpointError(
                     f"the checkpoint does not contain {part[1].source}",
-                    where=str(folder),
+                    where=str(reader.folder),
                     remedy="the file is incomplete, or of another model than config.json says",
                 )
             source = stored[part[1].source]
             target = numbered_anew(made, source, edit.source, name, part[0])
             found[target] = replace(part[1], source=source)
+    for names in beside.values():
+        for name in names:
+            shape = reader.entries[name].shape
+            found[name] = Edit(name, (None,) * len(shape), shape)
     return found
+
+
+def copied_parts(
+    made: Design, stored: Mapping[str, str], reader: CheckpointReader
+) -> dict[str, list[str]]:
+    """Tensors of parts beside the decoder that are stored in another form, by part."""
+    found: dict[str, list[str]] = {}
+    there = set(stored.values())
+    if reader.entries.keys() <= there:
+        return found
+    for name, own in model_names(made.uncut, reader, split=False).items():
+        part = part_of(made, own)
+        if name not in there and part:
+            found.setdefault(part, []).append(name)
+    built = {part_of(made, edit.source) for edit in made.edits.values()}
+    return {part: names for part, names in found.items() if part in built}
+
+
+def part_of(made: Design, name: str) -> str:
+    """The part of a model beside its decoder that a parameter belongs to; empty within it."""
+    decoder = made.architecture.layers_path.rpartition(".")[0]
+    return "" if name.startswith(f"{decoder}.") else part_beside(name, decoder)
 
 
 def experts_apart(made: Design, edit: Edit) -> Iterator[tuple[tuple[int, int] | None, Edit]]:

@@ -119,9 +119,10 @@ def cut_checkpoint(
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut, pad=pad)
     stored = stored_names(model, reader, split=False)
-    edits = stored_edits(made, stored, folder)
+    edits = stored_edits(made, stored, reader)
     warn_if_varied(made)
-    leave_out_unbuilt(made, sorted(reader.entries.keys() - set(stored.values())))
+    used = {*stored.values(), *(edit.source for edit in edits.values())}
+    leave_out_unbuilt(made, sorted(reader.entries.keys() - used))
     result = account(made)
     kept = part_edits(made, edits, reader) if isinstance(reader, AssembledReader) else None
     output_folder.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ class Loop:
         self.validation = validation
         self.next_token = NextToken.of(model) if validation is not None else None
         self.tokens_of_step = batches.size * batches.windows.shape[1]
-        self.peak = plan.peak(hidden_size(model), self.tokens_of_step)
+        self.peak = plan.learning_rate or plan.peak(hidden_size(model), self.tokens_of_step)
         self.saved = Saved(saved, self.processes, identity or {})
         self.board_folder = board if self.processes.main else None
         self.board: TensorBoardLog | None = None

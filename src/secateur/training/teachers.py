@@ -28,6 +28,7 @@ from secateur.training.heads import head_alone, last_hidden, through_head
 from secateur.training.hidden import Watch
 
 __all__ = [
+    "TOP_K",
     "ModelTeacher",
     "Teacher",
     "TeacherOutput",
@@ -38,6 +39,8 @@ __all__ = [
 
 Expected = Callable[[slice, Tensor], Tensor]
 AT_ONCE_BYTES = 64 * 2**20
+TOP_K = 64
+"""Default number of most likely tokens to store from a teacher."""
 METADATA = "teacher"
 
 
@@ -172,11 +175,12 @@ PARTS = ("log_p", "rest", "tokens")
 
 
 def write_teacher(
-    model: Any,
+    teacher: Teacher,
     windows: Tensor,
     file: Path,
     *,
     k: int,
+    device: torch.device,
     temperature: float = 1.0,
     name: str = "",
     on_window: Callable[[], None] = lambda: None,
@@ -185,10 +189,11 @@ def write_teacher(
     """Write a model's predictions for every token of windows, with one window in memory.
 
     Args:
-        model: the teacher.
+        teacher: the teacher.
         windows: token ids [windows, length].
         file: the result. It is complete, or it does not exist.
         k: number of most likely tokens to keep, 6 bytes for each; log p is in float16.
+        device: where the teacher computes.
         temperature: temperature of the distillation.
         name: name of the teacher, for the record.
         on_window: called after every window.
@@ -197,7 +202,6 @@ def write_teacher(
     Raises:
         RecipeError: k is not between 1 and the vocabulary size − 1.
     """
-    teacher = ModelTeacher(model)
     if not 0 < k < teacher.vocabulary:
         raise RecipeError(
             f"the {k} most likely of {teacher.vocabulary} tokens", remedy="64 is usual"
@@ -217,7 +221,6 @@ def write_teacher(
     }
     metadata = {METADATA: json.dumps(record)}
     unfinished = file.with_suffix(".unfinished")
-    device = next(model.parameters()).device
     with ShardWriter(unfinished, known, [], metadata) if writes else nullcontext() as writer:
         for n, window in enumerate(windows):
             expected = teacher(Batch(window[None].to(device), (n,)), temperature, ()).expected

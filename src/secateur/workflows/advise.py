@@ -16,7 +16,7 @@ from secateur.advisor.shape import ModelShape, known_shape
 from secateur.advisor.speed import TokenTimes
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.token_times import Way, time_tokens
-from secateur.models.architecture import describe, linears_of
+from secateur.models.architecture import describe, linears_of, setting
 from secateur.models.hub import download_model
 from secateur.models.names import hub_name, kind_of_name
 from secateur.models.skeleton import build_skeleton
@@ -177,9 +177,9 @@ def counted(name: str, model: Any) -> ModelShape:
     head = model.get_output_embeddings().weight
     tied = bool(getattr(config, "tie_word_embeddings", False)) or embedding is head
     ends = embedding.numel() + (0 if embedding is head else head.numel())
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads = setting(config, "num_attention_heads")
+    size = setting(config, "head_dim") or config.hidden_size // heads
+    kv_heads = setting(config, "num_key_value_heads") or heads
     return ModelShape(
         name,
         len(layers),

@@ -110,7 +110,7 @@ def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_told() 
 
     def learnt() -> dict[str, float]:
         how = Distill(epochs=3)
-        return learn(student, teacher, names, None, tiny_windows(8), how, 0, Silent())
+        return learn(student, teacher, names, tiny_windows(8), how, 0, Silent())
 
     told = learnt()
     assert told["loss_after"] < told["loss_before"]
@@ -191,7 +191,7 @@ GRID = {
 def test_stopped_and_gone_on_with_gives_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int], how: dict
 ) -> None:
-    monkeypatch.setattr("secateur.workflows.prune.distillation.SAVE_MINUTES", 0.0)
+    monkeypatch.setattr("secateur.workflows.prune.learning.SAVE_MINUTES", 0.0)
     folder = save_tiny(tmp_path / "model")
     file = tmp_path / "windows.safetensors"
     save_windows(tiny_windows(5, 24), file)

@@ -16,6 +16,9 @@ from secateur.sparsity.dense_target import dense_target
 
 __all__ = ["GroupStatistics"]
 
+HELD_SHARE = 4
+"""One token in so many is kept apart."""
+
 
 class GroupStatistics:
     """Running statistics of the input that a group of linears shares.
@@ -25,9 +28,11 @@ class GroupStatistics:
         linear: the first linear of the group.
         device: device of the sums.
         target_size: size of the group's target for one token; 0 for no target.
+        held_out: keep a quarter of the tokens of each micro-batch apart, until `take_in`.
 
     Attributes:
         tokens: number of inputs so far.
+        held: the statistics of the tokens that are kept apart.
     """
 
     def __init__(
@@ -37,16 +42,25 @@ class GroupStatistics:
         device: torch.device,
         *,
         target_size: int = 0,
+        held_out: bool = False,
     ) -> None:
         self.name, self.tokens = linear.name, 0
         self.running = {
             name: statistics[name](linear.shape, device) for name in sorted(of_inputs(names))
         }
         self.cross = CrossGram(target_size, linear.shape[1], device) if target_size else None
+        self.held: GroupStatistics | None = None
+        if held_out and target_size:
+            self.held = GroupStatistics(names, linear, device, target_size=target_size)
 
     def update(self, x: Tensor, target: Tensor | None = None) -> None:
         """Add the inputs of one micro-batch, with any leading shape, and their targets."""
         flat = x.reshape(-1, x.shape[-1])
+        if self.held is not None:
+            assert target is not None
+            target, rest = target.reshape(len(flat), -1), len(flat) - len(flat) // HELD_SHARE
+            self.held.update(flat[rest:], target[rest:])
+            flat, target = flat[:rest], target[:rest]
         self.tokens += len(flat)
         for statistic in self.running.values():
             statistic.update(flat)
@@ -64,6 +78,19 @@ class GroupStatistics:
             ranks.total(statistic.total)
         if self.cross is not None:
             ranks.total(self.cross.total)
+        if self.held is not None:
+            self.held.merge(ranks)
+
+    def take_in(self) -> None:
+        """Add the statistics of the tokens that were kept apart."""
+        held, self.held = self.held, None
+        assert held is not None
+        assert held.cross is not None
+        assert self.cross is not None
+        self.tokens += held.tokens
+        for name, statistic in self.running.items():
+            statistic.merge(held.running[name])
+        self.cross.total += held.cross.total
 
     def value(self) -> dict[str, Tensor]:
         """The statistics so far.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.engine.prune.asymmetric import AsymmetricTargets
 from secateur.engine.prune.group_statistics import GroupStatistics
+from secateur.engine.prune.held_out import chosen_dampings
 from secateur.engine.prune.linear_record import LinearRecord
 from secateur.engine.prune.reconstruction import TunedWeight, output_error, reconstruct
 from secateur.engine.prune.routing import is_reached
@@ -26,6 +27,7 @@ from secateur.engine.prune.surgery import exchanged, prune_group
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.prune.tuning import draw_steps
 from secateur.engine.stream.activations import Activations
+from secateur.engine.stream.calls import LayerCall
 from secateur.engine.stream.dense_twin import HaltedLayer, dense_copy, in_step
 from secateur.engine.stream.forwards import by_layer
 from secateur.engine.stream.lane import Lane
@@ -178,11 +180,34 @@ class LayerPass:
         )
         if dense is not None:
             self.targets = AsymmetricTargets(pruned, dense, writers)
-        in_step(
-            pruned, dense, self.gather, lambda group: self.prune_groups([group]), dense_outputs=True
-        )
+        if self.passage.batches():
+            in_step(pruned, dense, self.gather, self.prune_next, dense_outputs=True)
+        else:
+            self.follow([pruned, *([dense] if dense else [])])
         if dense is not None:
             self.passage.advance_dense(context.index + 1)
+
+    def follow(self, halted: Sequence[HaltedLayer]) -> None:
+        """Prune all groups of a process that has no micro-batches, in the order of the first one.
+
+        Args:
+            halted: the layers, which are closed at the end.
+        """
+        try:
+            for _ in self.groups:
+                self.prune_next(-1)
+        finally:
+            for layer in halted:
+                layer.close()
+
+    def prune_next(self, group: int) -> None:
+        """Prune a group that all micro-batches of this process have reached.
+
+        Only a forward shows which group comes next, so a process without any asks the first one.
+        """
+        if self.passage.some_idle:
+            group = self.context.settings.ranks.gather(group)[0]
+        self.prune_groups([group])
 
     def seen(self, group: int) -> GroupStatistics:
         """The statistics of a group, created when its first input arrives.
@@ -193,7 +218,13 @@ class LayerPass:
             size = self.targets.size(group) if self.targets else 0
             linear, device = self.groups[group][0], self.passage.target.device
             names = self.context.statistics
-            self.gathered[group] = GroupStatistics(names, linear, device, target_size=size)
+            self.gathered[group] = GroupStatistics(
+                names,
+                linear,
+                device,
+                target_size=size,
+                held_out=self.context.settings.choose_damping,
+            )
         return self.gathered[group]
 
     def gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
@@ -235,14 +266,15 @@ class LayerPass:
 
     def solved(self, group: int, own: Mapping[str, bool]) -> list[LinearRecord]:
         """Prune the linears of a group that this process owns, and release its statistics."""
-        context, seen = self.context, self.seen(group)
-        del self.gathered[group]
+        context, seen = self.context, self.gathered.pop(group)
         linears = [x for x in self.groups[group] if own.get(x.name)]
         if not (linears or (own and self.remasks)):
             return []
+        of = self.dampings(seen, group, linears)
         shared = seen.value()
         writer = self.targets is not None and self.targets.writes(group)
-        fitted = self.shadowed(seen.fitted(writer, context.settings.asymmetric_damping), shared)
+        weights = {damping: seen.fitted(writer, damping) for damping in set(of.values())}
+        fitted = self.shadowed(lambda x: weights[of[x.name]](x), shared)
         seen.running.clear()
         if self.remasks:
             for linear in self.groups[group]:
@@ -250,6 +282,29 @@ class LayerPass:
                     fitted(linear)  # keeps what tuning needs, though another process solves it
         found = prune_group(linears, shared, context.own, context.tasks, fitted)
         return [replace(record, tokens=seen.tokens) for record in found]
+
+    def dampings(
+        self, seen: GroupStatistics, group: int, linears: Sequence[Linear]
+    ) -> dict[str, float]:
+        """The damping of each linear of a group; held-out tokens choose it, if there are any.
+
+        Args:
+            seen: the statistics of the group, complete afterwards.
+            group: the group.
+            linears: its linears that this process solves.
+        """
+        context = self.context
+        every = self.groups[group]
+        found = dict.fromkeys((x.name for x in every), context.settings.asymmetric_damping)
+        if seen.held is not None:
+            solved = (
+                [x for x in every if context.tasks[x.name].changes] if self.remasks else linears
+            )
+            if solved:
+                writer = self.targets is not None and self.targets.writes(group)
+                found |= chosen_dampings(seen, solved, context.tasks, context.own, writer)
+            seen.take_in()
+        return found
 
     # -- reconstruction -------------------------------------------------------------------------
 
@@ -303,7 +358,6 @@ class LayerPass:
             self.tuned_weights(),
             draw_steps(len(passage.windows), passage.windows_at_once, how.passes, seed=index),
             self.examples,
-            lambda size: passage.ends.calls(size)[index],
             how,
             tell=self.context.step,
             rounded=self.rounded_weights(),
@@ -314,22 +368,25 @@ class LayerPass:
         after = self.measured_error(stores=not self.context.last)
         return {"error_before": before, "error_after": after}
 
-    def examples(self, windows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and targets of some windows: together, or one by one those of this process."""
-        passage, own = self.passage, self.passage.own
-        mine = [slice(w, w + 1) for w in windows if own.start <= w < own.stop]
-        pairs = [(passage.read(row), passage.read_dense(row)) for row in mine]
+    def examples(self, windows: Sequence[int]) -> list[tuple[Tensor, Tensor, LayerCall]]:
+        """Inputs, targets and call of some windows: together, or one by one this process's."""
+        passage, own, index = self.passage, self.passage.own, self.context.index
+        mine = [w for w in windows if own.start <= w < own.stop]
+        rows = [slice(w, w + 1) for w in mine]
+        pairs = [(passage.read(row), passage.read_dense(row)) for row in rows]
         if self.context.settings.ranks.count > 1:
-            return pairs
+            calls = [passage.ends.call(index, [w]) for w in mine]
+            return [(*pair, call) for pair, call in zip(pairs, calls, strict=True)]
         inputs, targets = zip(*pairs, strict=True)
-        return [(torch.cat(inputs), torch.cat(targets))]
+        return [(torch.cat(inputs), torch.cat(targets), passage.ends.call(index, mine))]
 
     def measured_error(self, *, stores: bool) -> float:
         """The mean output error of the layer over all windows. It can also pass on the outputs."""
         total, passage = 0.0, self.passage
         for batch in passage.batches():
-            out = self.lane.outputs(self.layer, batch)
-            total += float(output_error(out, passage.read_dense(batch))) * len(out)
+            out, call = self.lane.outputs(self.layer, batch), self.lane.call(batch)
+            target = call.states(passage.read_dense(batch))
+            total += float(output_error(call.states(out), target)) * len(out)
             if stores:
                 passage.write(batch, out)
         return sum(self.context.settings.ranks.gather(total)) / len(passage.windows)

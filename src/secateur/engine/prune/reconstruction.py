@@ -148,8 +148,7 @@ def reconstruct(
     layer: nn.Module,
     pruned: Sequence[TunedWeight],
     steps: Sequence[Sequence[int]],
-    examples: Callable[[Sequence[int]], Sequence[tuple[Tensor, Tensor]]],
-    call: Callable[[int], LayerCall],
+    examples: Callable[[Sequence[int]], Sequence[tuple[Tensor, Tensor, LayerCall]]],
     how: Reconstruction,
     tell: Callable[[], None],
     rounded: Sequence[RoundedWeight] = (),
@@ -165,8 +164,8 @@ def reconstruct(
         pruned: its pruned matrices.
         steps: the calibration windows of each step.
         examples: returns inputs and targets of the windows of a step, each [windows,
-            sequence_length, hidden]. A process returns its own windows, one by one.
-        call: how the layer is called for a number of windows.
+            sequence_length, hidden], and how the layer is called for them. A process returns its
+            own windows, one by one.
         how: sets the learning rate.
         tell: called after every step.
         rounded: the matrices on a grid.
@@ -176,8 +175,6 @@ def reconstruct(
     named = {n: p for n, p in layer.named_parameters() if p.is_floating_point()}
     parameters = list(named.values())
     device = parameters[0].device
-    sizes = {len(x) for x in steps} if ranks.count == 1 else {1}
-    calls = {size: call(size).to(device, torch.float32) for size in sizes}
     with in_float32(layer, named.keys()), on_grid.in_forwards():
         for tuned in pruned:
             tuned.begin()
@@ -185,10 +182,11 @@ def reconstruct(
         for step, windows in enumerate(steps):
             for group in optimizer.param_groups:
                 group["lr"] = how.rate(step, len(steps))
-            for inputs, target in examples(windows):
+            for inputs, target, call in examples(windows):
                 with torch.enable_grad(), fast_matmuls(device):
-                    output = call_layer(layer, inputs.float(), calls[len(inputs)])
-                    error = output_error(output, target) * (len(inputs) / len(windows))
+                    output = call_layer(layer, inputs.float(), call.to(device, torch.float32))
+                    error = output_error(call.states(output), call.states(target))
+                    error = error * (len(inputs) / len(windows))
                     error.backward()
             sum_gradients(parameters, ranks)
             choosing = step < _CHOOSING * len(steps)

@@ -29,6 +29,7 @@ class Settings:
             group.
         asymmetric_damping: strength of the pull towards the dense weights, as a fraction of the
             mean diagonal of the gram.
+        choose_damping: choose that strength for each linear on held-out tokens.
         fast_matmuls: run calibration forwards in bfloat16 if the processor is faster at it.
         micro_batch_tokens: tokens that pass through a layer at once.
         activations: `memory` or `disk`: the storage of hidden states.
@@ -41,6 +42,7 @@ class Settings:
     sequential: str = "group"
     asymmetric: bool = False
     asymmetric_damping: float = 0.2
+    choose_damping: bool = False
     fast_matmuls: bool = False
     micro_batch_tokens: int = 2048
     activations: str = "memory"

@@ -28,29 +28,39 @@ HELD_TARGETS = 2
 """Number of these matrices that stay while the linears of a group are solved."""
 
 
-def solve_bytes(tasks: Tasks, *, asymmetric: bool) -> tuple[int, tuple[int, int]]:
+def solve_bytes(
+    tasks: Tasks, *, asymmetric: bool, held_out: bool = False
+) -> tuple[int, tuple[int, int]]:
     """Return the maximum memory for solving one linear, with its statistics, and its shape.
 
     Args:
         tasks: tasks of the run. Tasks that change nothing need no memory.
         asymmetric: whether linears are fitted to the dense model.
+        held_out: whether held-out tokens choose the damping.
     """
     needs = {
-        (linear_bytes(task, asymmetric=asymmetric), task.shape)
+        (linear_bytes(task, asymmetric=asymmetric, held_out=held_out), task.shape)
         for task in tasks.values()
         if task.changes
     }
     return max(needs, default=(0, (0, 0)))
 
 
-def linear_bytes(task: LinearTask, *, asymmetric: bool) -> int:
-    """The memory for solving one linear, with the statistics of its inputs."""
+def linear_bytes(task: LinearTask, *, asymmetric: bool, held_out: bool = False) -> int:
+    """The memory for solving one linear, with the statistics of its inputs.
+
+    With held-out tokens there are statistics of both parts, and copies of them while they are used.
+    """
     names = input_statistics({task.name: task}, asymmetric=asymmetric)
     held = sum(statistics[name].nbytes(task.shape) for name in names)
     working = task.method.working_bytes(task.shape)
     if asymmetric:
         square = float32_bytes((task.shape[1], task.shape[1]))
         working = max(TARGET_SQUARES * square, working + HELD_TARGETS * square)
+    if held_out:
+        held *= 4
+        working += HELD_TARGETS * float32_bytes((task.shape[1], task.shape[1]))
+        working += float32_bytes(task.shape)
     return held + working
 
 

@@ -120,7 +120,7 @@ class Activations:
     def advance(self, layer: int) -> None:
         """Make the newly stored outputs the inputs of `layer`, and sync them to disk."""
         self.layer = layer
-        if self.folder is None:
+        if self.folder is None or self.own.start == self.own.stop:
             return
         file = self.unfinished()
         try:

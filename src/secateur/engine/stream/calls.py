@@ -2,20 +2,25 @@
 
 A recorder replaces every layer for one forward of the whole model, which stops at the last layer.
 So masks, rotary tables and all other arguments of a layer are known for any family and any release
-of transformers.
+of transformers. Most arguments are the same for all windows. Those that depend on the tokens, such
+as the per-layer embeddings of Gemma 3n, are marked (`LayerCall.varying`), and each window gets its
+own (`token_values.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from secateur.engine.stream.carried import Carried, States, carried_of
 from secateur.errors import ArchitectureError
 
 __all__ = [
@@ -27,6 +32,7 @@ __all__ = [
     "in_short",
     "layer_calls",
     "replaced_layers",
+    "token_values",
 ]
 
 
@@ -46,32 +52,86 @@ class LayerCall:
         args: positional arguments after the hidden states.
         kwargs: named arguments.
         in_tuple: whether the model expects the layer's output in a tuple.
+        carried: how hidden states are packed with what layers share; None if they are plain.
+        varying: arguments that depend on the tokens, each by its place among all arguments, with
+            its shape after [batch, sequence].
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     in_tuple: bool = False
+    carried: Carried | None = None
+    varying: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
         """The same call with its tensors on another device, floating ones in another dtype."""
 
-        def moved(x: Any) -> Any:
+        def moved(place: int, x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
             return x.to(device, dtype if x.is_floating_point() else None)
 
-        args, kwargs = tree_map(moved, (self.args, self.kwargs))
-        return LayerCall(args, kwargs, self.in_tuple)
+        return self.changed(moved)
+
+    def changed(self, change: Callable[[int, Any], Any]) -> LayerCall:
+        """The same call with other arguments: `change` gets the place and value of each."""
+        leaves, form = tree_flatten((self.args, self.kwargs))
+        args, kwargs = tree_unflatten([change(i, x) for i, x in enumerate(leaves)], form)
+        return replace(self, args=args, kwargs=kwargs)
+
+    def leaves(self) -> list[Any]:
+        """All arguments, by place."""
+        return tree_flatten((self.args, self.kwargs))[0]
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments."""
-        return [x for x in tree_flatten((self.args, self.kwargs))[0] if isinstance(x, Tensor)]
+        return [x for x in self.leaves() if isinstance(x, Tensor)]
+
+    def values(self) -> Tensor:
+        """The arguments that depend on the tokens, side by side: [batch, sequence, columns]."""
+        leaves = self.leaves()
+        return torch.cat([leaves[place].flatten(2) for place, _ in self.varying], -1)
+
+    def filled(self, values: Tensor | None) -> LayerCall:
+        """The call with other arguments that depend on the tokens; None leaves them out."""
+        sizes = [prod(shape) for _, shape in self.varying]
+        parts = [None] * len(sizes) if values is None else values.split(sizes, -1)
+        new = {
+            place: part if part is None else part.unflatten(-1, shape)
+            for (place, shape), part in zip(self.varying, parts, strict=True)
+        }
+        return self.changed(lambda place, x: new.get(place, x))
+
+    def shares(self) -> bool:
+        """Whether the layer gets a dictionary in which layers share tensors."""
+        return any(isinstance(x, MutableMapping) for x in self.leaves())
+
+    def sharing(self, shared: MutableMapping[str, States]) -> LayerCall:
+        """The call with this dictionary for what layers share."""
+        return self.changed(lambda _, x: shared if isinstance(x, MutableMapping) else x)
+
+    def packed(self, hidden: Tensor) -> Tensor:
+        """Inputs of the first layer as they travel: [batch, sequence, width]."""
+        return hidden if self.carried is None else self.carried.pack(hidden, {})
+
+    def unpacked(self, hidden: Tensor) -> Tensor:
+        """The hidden states as the model hands them to its layers."""
+        return hidden if self.carried is None else self.carried.unpack(hidden)[0]
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The hidden states [batch, sequence, width] without what layers share."""
+        return hidden if self.carried is None else self.carried.states(hidden)
 
 
 def call_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
-    """Run one decoder layer: hidden states in, hidden states out."""
-    out = layer(hidden, *call.args, **call.kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    """Run one decoder layer: hidden states in, hidden states out, packed if `call.carried`."""
+    if call.carried is None:
+        out = layer(hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+    hidden, shared = call.carried.unpack(hidden)
+    own = call.sharing(shared)
+    out = layer(hidden, *own.args, **own.kwargs)
+    return call.carried.pack(out[0] if isinstance(out, tuple) else out, shared)
 
 
 class StandIn(nn.Module):
@@ -183,29 +243,120 @@ def in_short(fault: Exception) -> str:
 
 
 def first_inputs(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> Tensor:
-    """Return the first decoder layer's input for token ids: [batch, sequence, hidden]."""
+    """Return the first decoder layer's input for token ids: [batch, sequence, hidden].
+
+    It is not packed: see `LayerCall.packed`.
+    """
     hidden = record(model, layers, input_ids)[0].hidden
     assert hidden is not None
     return hidden
 
 
+def token_values(
+    model: Any, layers: nn.ModuleList, ids: Tensor, index: int, of: LayerCall
+) -> Tensor:
+    """The arguments of a layer that depend on the tokens: [batch, sequence, columns].
+
+    Args:
+        model: the model, with the weights of everything outside its layers.
+        layers: its decoder layers.
+        ids: token ids.
+        index: the number of the layer.
+        of: its call, which says what depends on the tokens.
+    """
+    call = record(model, layers, ids)[index].call
+    assert call is not None
+    return replace(call, varying=of.varying).values()
+
+
 def layer_calls(model: Any, layers: nn.ModuleList, batches: list[Tensor]) -> list[LayerCall]:
-    """How each layer is called, for each of several batches of equal shape.
+    """How each layer is called, for several batches of equal shape.
 
     Returns:
-        One call per layer, the same for all batches of this shape.
+        One call per layer. Arguments that depend on the tokens are those of the first batch.
 
     Raises:
-        ArchitectureError: the calls depend on the tokens, so they cannot be shared.
+        ArchitectureError: arguments depend on the tokens, but not one by one.
     """
-    recorded = [[r.call for r in record(model, layers, batch)] for batch in batches]
+    recorded = [record(model, layers, batch) for batch in batches]
+    calls = [call_of(recorder) for recorder in recorded[0]]
     for other in recorded[1:]:
-        for index, (one, two) in enumerate(zip(recorded[0], other, strict=True)):
-            pairs = zip(one.tensors(), two.tensors(), strict=True)  # type: ignore[union-attr]
-            if not all(torch.equal(a, b) for a, b in pairs):
+        for index, recorder in enumerate(other):
+            found = varying(calls[index], call_of(recorder), batches[0].shape)
+            if found is None:
                 raise ArchitectureError(
                     f"decoder layer {index} of {type(model).__name__} is handed values that depend "
-                    "on the tokens besides its hidden states",
+                    "on the tokens besides its hidden states, and are not one for each token",
                     remedy="this family cannot be pruned layer by layer yet",
                 )
-    return recorded[0]  # type: ignore[return-value]
+            known = dict(calls[index].varying) | found
+            calls[index] = replace(calls[index], varying=tuple(sorted(known.items())))
+    hidden = recorded[0][0].hidden
+    assert hidden is not None
+    shared = shared_states(layers, hidden, calls)
+    carried = carried_of(hidden, batches[0].shape, shared, type(model).__name__)
+    return [replace(call, carried=carried) for call in calls]
+
+
+def call_of(recorder: Recorder) -> LayerCall:
+    """The call that was recorded."""
+    assert recorder.call is not None
+    return recorder.call
+
+
+def varying(
+    one: LayerCall, two: LayerCall, tokens: torch.Size
+) -> dict[int, tuple[int, ...]] | None:
+    """The arguments that differ between two batches, with their shapes after [batch, sequence].
+
+    None if one of them has another form.
+    """
+    found = {}
+    for place, (a, b) in enumerate(zip(one.leaves(), two.leaves(), strict=True)):
+        if isinstance(a, Tensor) and not torch.equal(a, b):
+            if a.ndim < 3 or a.shape[:2] != tokens or not a.is_floating_point():
+                return None
+            found[place] = tuple(a.shape[2:])
+    return found
+
+
+class Watched(dict[str, States]):
+    """A dictionary for what layers share, which notes what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> States:
+        """What a layer has shared under this name."""
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def shared_states(
+    layers: nn.ModuleList, hidden: Tensor, calls: list[LayerCall]
+) -> Mapping[str, States]:
+    """What layers compute and later layers read, found by running those that get a dictionary.
+
+    They run on the meta device, so the tensors have shapes but no values.
+
+    Raises:
+        ArchitectureError: such a layer does not run by itself.
+    """
+    shared, meta = Watched(), torch.device("meta")
+    for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
+        if not call.shares():
+            continue
+        own = (*layer.named_parameters(), *layer.named_buffers())
+        empty = {name: tensor.to(meta) for name, tensor in own}
+        there = call.to(meta).sharing(shared)
+        try:
+            with torch.no_grad():
+                functional_call(layer, empty, (hidden.to(meta), *there.args), there.kwargs)
+        except Exception as fault:
+            raise ArchitectureError(
+                f"decoder layer {index}, a {type(layer).__name__} that may share keys and values "
+                f"with other layers, does not run by itself ({in_short(fault)})",
+                remedy="this family cannot be pruned layer by layer yet",
+            ) from fault
+    return {key: shared[key] for key in shared if key in shared.read}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from secateur.engine.stream.calls import (
     replaced_layers,
 )
 from secateur.engine.stream.targets import Target
+from secateur.engine.stream.token_values import TokenValues
+from secateur.errors import ArchitectureError
 from secateur.precision import fast_matmuls
 
 __all__ = ["STATES_BYTES", "ModelEnds"]
@@ -34,16 +37,18 @@ class Injector(StandIn):
     Args:
         layer: the layer.
         call: how the model calls it.
-        hidden: the hidden states to return.
+        hidden: the hidden states to return; None for the layer's own input.
     """
 
-    def __init__(self, layer: nn.Module, call: LayerCall, hidden: Tensor) -> None:
+    def __init__(self, layer: nn.Module, call: LayerCall, hidden: Tensor | None) -> None:
         super().__init__(layer, call.in_tuple)
         self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the given hidden states."""
-        return self.answer(self.hidden)
+        if self.hidden is not None:
+            return self.answer(self.hidden)
+        return self.answer(args[0] if args else kwargs["hidden_states"])
 
 
 class ModelEnds:
@@ -52,37 +57,64 @@ class ModelEnds:
     Args:
         target: the model.
         windows: token ids [samples, sequence_length].
+        folder: keeps what depends on the tokens besides hidden states; None for memory.
+        own: the windows of this process; None for all.
     """
 
-    def __init__(self, target: Target, windows: Tensor) -> None:
+    def __init__(
+        self,
+        target: Target,
+        windows: Tensor,
+        folder: Path | None = None,
+        own: slice | None = None,
+    ) -> None:
         self.target, self.windows = target, windows
         self.recorded: dict[int, list[LayerCall]] = {}
+        self.token_values = TokenValues(target, windows, folder, own)
 
     def calls(self, size: int = 1) -> list[LayerCall]:
         """How the model calls each layer for a batch of `size` windows.
 
-        Raises:
-            ArchitectureError: the calls depend on the tokens, so windows cannot share them.
+        Arguments that depend on the tokens are left out; `call` has them.
         """
         if size not in self.recorded:
             total, device = len(self.windows), self.target.device
-            ends = slice(0, size), slice(total - size, total)
             with self.target.outside():
-                ids = [self.windows[rows].to(device) for rows in ends]
+                # Turned around, so that a single window also shows what depends on its tokens.
+                last = self.windows[total - size :].flip(1)
+                ids = [x.to(device) for x in (self.windows[:size], last)]
                 calls = layer_calls(self.target.model, self.target.layers, ids)
-            self.recorded[size] = [call.to(device) for call in calls]
+            self.recorded[size] = [call.to(device).filled(None) for call in calls]
         return self.recorded[size]
+
+    def call(self, number: int, rows: Sequence[int]) -> LayerCall:
+        """How the model calls a layer for some windows.
+
+        Args:
+            number: number of the layer.
+            rows: numbers of the windows.
+        """
+        call = self.calls(len(rows))[number]
+        return call.filled(self.token_values.read(number, call, rows)) if call.varying else call
+
+    def shared_tensors(self, number: int, sizes: set[int]) -> list[Tensor]:
+        """Arguments of a layer that no forward owns, for batches of these sizes."""
+        calls = [self.calls(size)[number] for size in sizes]
+        held = [self.token_values.held(number, call) for call in calls if call.varying]
+        return [*(x for x in held if x is not None), *(x for c in calls for x in c.tensors())]
 
     def embed(self, batches: Sequence[slice]) -> Iterator[Tensor]:
         """Yield the inputs of the first layer, one batch of windows at a time.
 
         Yields:
-            Hidden states [windows, sequence_length, hidden_size].
+            Hidden states [windows, sequence_length, hidden_size], packed where the model carries
+            more than these from layer to layer (`carried.py`).
         """
         model, layers, device = self.target.model, self.target.layers, self.target.device
+        calls = next(iter(self.recorded.values()), None) or self.calls()
         with self.target.outside():
             for rows in batches:
-                yield first_inputs(model, layers, self.windows[rows].to(device))
+                yield calls[0].packed(first_inputs(model, layers, self.windows[rows].to(device)))
 
     def embedded(self, rows: Sequence[int]) -> list[Tensor]:
         """The inputs of the first layer for some windows, one tensor for each."""
@@ -107,9 +139,20 @@ class ModelEnds:
             number: number of the layer.
             layer: the layer, or a function with the same arguments.
             hidden: [1, sequence_length, hidden_size].
+
+        Raises:
+            ArchitectureError: the layer needs values that depend on the tokens.
         """
+        call = self.calls()[number]
+        if call.varying:
+            raise ArchitectureError(
+                f"the layers of {type(self.target.model).__name__} read values of each token "
+                "besides hidden states (per-layer embeddings), and searches pass only these",
+                where=self.target.architecture.layer_name(number),
+                remedy="choose an allocation that does not search, such as uniform",
+            )
         with fast_matmuls(self.target.device):
-            return call_layer(layer, hidden, self.calls()[number])
+            return call_layer(layer, hidden, call)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -130,11 +173,25 @@ class ModelEnds:
         Returns:
             [sequence_length, vocabulary], in the dtype of the model.
         """
-        model, layers = self.target.model, self.target.layers
         ids = self.windows[row : row + 1].to(self.target.device)
+        with self.returning(hidden):
+            logits: Tensor = self.target.model(input_ids=ids, use_cache=False).logits
+        return logits[0]
+
+    @contextmanager
+    def returning(self, hidden: Tensor | None) -> Iterator[None]:
+        """A context in which every decoder layer returns these hidden states.
+
+        So the model computes what follows its last layer. Use it only within `outside()`.
+
+        Args:
+            hidden: [windows, sequence_length, hidden_size]; None lets the layers return their own
+                inputs.
+        """
+        layers, calls = self.target.layers, self.calls()
         injectors: list[nn.Module] = [
-            Injector(layer, call, hidden) for layer, call in zip(layers, self.calls(), strict=True)
+            Injector(layer, call, None if hidden is None else call.unpacked(hidden))
+            for layer, call in zip(layers, calls, strict=True)
         ]
         with replaced_layers(layers, injectors):
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits[0]
+            yield

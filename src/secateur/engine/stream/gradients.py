@@ -54,15 +54,17 @@ class GradientPass:
         progress: Progress,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.ends, self.target, self.windows = ends, ends.target, ends.windows
+        self.target, self.windows = ends.target, ends.windows
         self.names, self.ranks = names, ranks
         self.work, self.progress = work / "gradient-pass", progress
         self.results = work
         self.work.mkdir(exist_ok=True)
-        (hidden,) = ends.embedded([0])
-        shape = (*self.windows.shape, hidden.shape[-1])
-        self.each = rows_of(ranks.rank, micro_batches(shape[0], 1, ranks.count), ranks.count)
+        each = micro_batches(len(self.windows), 1, ranks.count)
+        self.each = rows_of(ranks.rank, each, ranks.count)
         own = slice(self.each[0].start, self.each[-1].stop)
+        self.ends = ModelEnds(self.target, self.windows, self.work, own)
+        (hidden,) = self.ends.embedded([0])
+        shape = (*self.windows.shape, hidden.shape[-1])
         self.inputs = Activations(shape, hidden.dtype, self.work, False, own)
         upstream = self.work / "upstream"
         upstream.mkdir(exist_ok=True)
@@ -102,7 +104,8 @@ class GradientPass:
             self.inputs.layer = index
             for rows in self.each:
                 hidden = self.inputs.read(rows).to(self.target.device)
-                self.inputs.write(rows, call_layer(layer, hidden, self.ends.calls()[index]))
+                call = self.ends.call(index, [rows.start])
+                self.inputs.write(rows, call_layer(layer, hidden, call))
                 self.progress.step(note=f"forward, layer {index}")
             self.inputs.advance(index + 1)
 
@@ -140,7 +143,7 @@ class GradientPass:
             ]
             for rows in self.each:
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
-                out = call_layer(layer, hidden, self.ends.calls()[index])
+                out = call_layer(layer, hidden, self.ends.call(index, [rows.start]))
                 upstream = self.upstream.read(rows).to(self.target.device)
                 found = torch.autograd.grad(out, [hidden, *leaves], upstream)
                 self.upstream.write(rows, found[0])

@@ -128,13 +128,13 @@ def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
     """An input of the first layer, [1, length, hidden], and how each layer is called.
 
     Raises:
-        ArchitectureError: calls depend on the tokens, or hidden states have another form.
+        ArchitectureError: calls or hidden states have a form that cannot pass layer by layer.
     """
     vocabulary = int(target.model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(length, device=target.device)[None] % vocabulary
     with target.outside():
         calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
-        hidden = first_inputs(target.model, target.layers, ids)
+        hidden = calls[0].packed(first_inputs(target.model, target.layers, ids))
     if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
         raise ArchitectureError(
             f"{type(target.model).__name__} gives its layers hidden states of shape "

@@ -49,9 +49,14 @@ class Passage:
         self.target, self.windows, self.work = target, windows, work
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
         self.ranks = ranks
-        self.ends = ModelEnds(target, windows)
         self.hidden: Activations | None = None
         self.dense: Activations | None = None
+
+    @cached_property
+    def ends(self) -> ModelEnds:
+        """What is before and behind the layers, and how these are called."""
+        folder = None if self.in_memory else self.work
+        return ModelEnds(self.target, self.windows, folder, self.own)
 
     @cached_property
     def layouts(self) -> list[LayerLayout]:
@@ -75,19 +80,24 @@ class Passage:
         return rows_of(self.ranks.rank, cut, count)
 
     @property
+    def some_idle(self) -> bool:
+        """Whether there are fewer micro-batches than processes."""
+        return -(-len(self.windows) // self.windows_at_once) < self.ranks.count
+
+    @property
     def own(self) -> slice:
-        """The windows of this process."""
+        """The windows of this process; an empty range if it has none."""
         batches = self.batches()
-        return slice(batches[0].start, batches[-1].stop)
+        return slice(batches[0].start, batches[-1].stop) if batches else slice(0, 0)
 
     def call(self, index: int, batch: slice) -> LayerCall:
         """How a layer is called for a micro-batch."""
-        return self.ends.calls(batch.stop - batch.start)[index]
+        return self.ends.call(index, range(batch.start, batch.stop))
 
     def shared_tensors(self, index: int) -> list[Tensor]:
-        """A layer's arguments besides its hidden states, for all sizes of micro-batch."""
+        """A layer's arguments that no forward owns, for all sizes of micro-batch."""
         sizes = {batch.stop - batch.start for batch in self.batches()}
-        return [tensor for size in sizes for tensor in self.ends.calls(size)[index].tensors()]
+        return self.ends.shared_tensors(index, sizes)
 
     def parking(self, index: int, layer: nn.Module, stream: Activations) -> Parking | None:
         """Return the parking of a layer's halted forwards; None if they stay in memory.

@@ -1,4 +1,4 @@
-"""GLM-4.5 and later: a router with a correction, a shared expert, dense first layers."""
+"""GLM-4.5 and later, dots.1: a router with a correction, a shared expert, dense first layers."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ EXPERTS = Experts(count="n_routed_experts")
 
 GLM4_MOE = families.register("glm4_moe")(
     Family(
-        model_types=("glm4_moe",),
+        model_types=("glm4_moe", "dots1"),
         layers="model.layers",
         groups=(
             *SPLIT_ATTENTION_GATED_FFN,  # the first layers are dense

@@ -18,11 +18,10 @@ DELTANET_AXES = {
     "linear_attn.norm": ("state",),
     "linear_attn.A_log": ("state",),
     "linear_attn.dt_bias": ("state",),
-    # Queries and their gates lie head by head in one matrix.
-    "self_attn.q_proj": ("-", "hidden"),
-    "self_attn.k_proj": ("-", "hidden"),
-    "self_attn.v_proj": ("-", "hidden"),
-    "self_attn.o_proj": ("hidden", "-"),
+    "self_attn.q_proj": ("pairs", "hidden"),
+    "self_attn.k_proj": ("keys", "hidden"),
+    "self_attn.v_proj": ("keys", "hidden"),
+    "self_attn.o_proj": ("hidden", "queries"),
     "self_attn.q_norm": ("-",),
     "self_attn.k_norm": ("-",),
 }
@@ -44,7 +43,6 @@ QWEN3_5 = families.register("qwen3_5")(
             attention_norms=("input_layernorm",),
             ffn_norms=("post_attention_layernorm",),
             norm_offset=1.0,
-            fixed={"groups": "most layers have gated DeltaNet, which has no KV groups"},
         ),
     )
 )

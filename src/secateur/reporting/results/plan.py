@@ -65,9 +65,11 @@ class PlanResult(Result):
         ]
         if out:
             rows.append(("  the linear that takes most", f"{out} x {columns}"))
+        layers = plan.block_layers
+        learning = f"a block of {layers} layers" if layers else "the whole model"
         optional = {
             "memory: the whole model, generating windows": plan.writing_bytes,
-            "memory: the whole model, distilled": plan.distilling_bytes,
+            f"memory: {learning}, distilled": plan.distilling_bytes,
         }
         rows += [(name, mib(size)) for name, size in optional.items() if size]
         rows.append(

@@ -17,6 +17,7 @@ from secateur.engine.choose.allocate import settled_allocation
 from secateur.engine.job import Job
 from secateur.engine.memory_shortage import explained
 from secateur.engine.plan import Plan
+from secateur.engine.plan_forward import layer_times
 from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage, reach
@@ -60,6 +61,7 @@ from secateur.workflows.prune.self_generated_text import with_own_windows
 
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
+WAY = "distillation.json"
 
 __all__ = ["plan", "plan_recipe", "report_of", "run_prepared", "run_recipe"]
 
@@ -93,12 +95,14 @@ def plan_recipe(recipe: PlanRecipe) -> PlanResult | ClusterPlanResult:
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
     left = left_by(tasks, prepared.target.matrices())
+    settings = settings_of(recipe, activations, None)
     seconds = foretell_seconds(
         tasks,
         shared_inputs(prepared, tasks),
-        flops=chosen.flops,
+        layer_times(prepared.target, prepared.planned_windows, settings),
+        passed=chosen.passed_tokens,
         tokens=chosen.calibration_tokens,
-        settings=settings_of(recipe, activations, None),
+        settings=settings,
         device=prepared.target.device,
     )
     return PlanResult(dataclasses.replace(chosen, left=left, seconds=seconds), activations)
@@ -145,7 +149,7 @@ def run_prepared(
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
     tasks = tasks_for(prepared)
-    chosen, activations = choose_plan(prepared, tasks, recipe.memory, ranks)
+    chosen, activations = choose_plan(prepared, tasks, recipe.memory, ranks, way_of(folder))
     check_free(chosen.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
@@ -157,6 +161,7 @@ def run_prepared(
         if not folder.resumed:
             refuse_unusable(prepared.target, progress)
         prepared = with_kept_windows(prepared, folder, progress)
+        write_json(folder.work / WAY, {"block_layers": chosen.block_layers})
         job = Job(
             prepared.target,
             tasks,
@@ -170,9 +175,7 @@ def run_prepared(
         with torch.random.fork_rng(devices=[]), explained(chosen):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, finished)
-            distilled = None
-            if recipe.distillation.epochs:
-                distilled = distill_checkpoint(prepared, done, folder, progress)
+            distilled = distill_checkpoint(prepared, done, folder, chosen.block_layers, progress)
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
@@ -194,6 +197,15 @@ def run_prepared(
         write_notes(manifest, prepared, folder)
         folder.finish()
     return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
+
+
+def way_of(folder: RunFolder) -> int | None:
+    """How many layers a stopped run distills together, whatever fits now; None for a new run."""
+    told = folder.work / WAY
+    if not (folder.state and told.exists()):
+        return None
+    layers: int = json.loads(told.read_text(encoding="utf-8"))["block_layers"]
+    return layers
 
 
 def report_of(output: Path) -> PruneResult:

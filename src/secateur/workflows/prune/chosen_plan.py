@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
-from secateur.engine.memory_budget import fitting_plan
+from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.tasks import LinearTask
+from secateur.errors import MemoryBudgetError
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.shares import micro_batches
+from secateur.parallel.shares import micro_batches, rows_of
 from secateur.recipes.memory import Memory
 from secateur.workflows.prune.prepare import Prepared, settings_of
 
 __all__ = ["choose_plan"]
+
+log = logging.getLogger(__name__)
+
+BLOCK_LAYERS = 4
+"""Decoder layers of a block, where the whole model does not fit."""
 
 
 def choose_plan(
@@ -23,8 +30,19 @@ def choose_plan(
     tasks: Mapping[str, LinearTask],
     memory: Memory,
     ranks: Ranks = ALONE,
+    block_layers: int | None = None,
 ) -> tuple[Plan, str]:
     """Plan the run, with hidden states on disk if memory cannot hold them.
+
+    A distillation takes the whole model if that fits, else blocks of `BLOCK_LAYERS` layers. The
+    log says when it takes blocks, and why.
+
+    Args:
+        prepared: the run.
+        tasks: the task of each linear.
+        memory: the budget.
+        ranks: the processes that share the work.
+        block_layers: how many layers a block has; 0 for the whole model, None to choose.
 
     With several processes this is the plan of one of them, except that the disk holds the hidden
     states of all.
@@ -37,7 +55,7 @@ def choose_plan(
         RecipeError: there are fewer calibration windows than processes.
     """
 
-    def planned(windows: Tensor | None, activations: str) -> Plan:
+    def planned(windows: Tensor | None, activations: str, block_layers: int) -> Plan:
         return plan_run(
             prepared.target,
             tasks,
@@ -47,19 +65,45 @@ def choose_plan(
             prepared.allocation,
             prepared.output_bytes,
             prepared.unwritten,
+            block_layers,
         )
 
     every = own = prepared.planned_windows
     if every is not None and ranks.count > 1:
-        batches = micro_batches(len(every), memory.micro_batch_tokens, ranks.count)
-        own = every[: max(batch.stop - batch.start for batch in batches)]
-    plan, activations = fitting_plan(
-        lambda activations: planned(own, activations),
-        prepared.target.device,
-        budget_gib=memory.budget_gib,
-        activations=memory.activations,
-        sharing=ranks.here,
-    )
+        at_once = max(1, memory.micro_batch_tokens // every.shape[1])
+        batches = micro_batches(len(every), at_once, ranks.count)
+        most = rows_of(0, batches, ranks.count)  # no process has more than the first
+        own = every[: most[-1].stop]
+
+    def fitting(block_layers: int) -> tuple[Plan, str]:
+        return fitting_plan(
+            lambda activations: planned(own, activations, block_layers),
+            prepared.target.device,
+            budget_gib=memory.budget_gib,
+            activations=memory.activations,
+            sharing=ranks.here,
+        )
+
+    distillation = prepared.recipe.distillation
+    if block_layers is None:
+        block_layers = distillation.block_layers
+    try:
+        plan, activations = fitting(block_layers or 0)
+    except MemoryBudgetError:
+        if block_layers is not None or not distillation.epochs:
+            raise
+        plan, activations = fitting(BLOCK_LAYERS)
+        whole = planned(own, activations, 0)
+        budget = memory_budget(memory.budget_gib, prepared.target.device, ranks.here).computing
+        log.warning(
+            "distilling in blocks of %d decoder layers, with a peak of %.2f GiB: with both whole "
+            "models the peak is %.2f GiB, the budget %.2f GiB",
+            BLOCK_LAYERS,
+            plan.peak_bytes / 2**30,
+            whole.peak_bytes / 2**30,
+            budget / 2**30,
+        )
     if own is not every:
-        plan = replace(plan, disk_bytes=planned(every, activations).disk_bytes)
+        disk = planned(every, activations, plan.block_layers).disk_bytes
+        plan = replace(plan, disk_bytes=disk)
     return plan, activations

@@ -2,7 +2,8 @@
 
 Layer-wise methods only bring the hidden states near the dense model's. The next-token predictions
 matter more. So this step trains all decoder layers together on the calibration windows, with one
-window a step (`training/`), to match the next-token distributions of the dense model.
+window a step (`training/`), to match the next-token distributions of the dense model. Where both
+models do not fit into memory, it trains blocks of layers instead (`block_distillation.py`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from secateur.engine.prune.straight_through import RoundedWeight, RoundedWeights
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.targets import Target
-from secateur.engine.stream.walk import walk_layers
-from secateur.models.architecture import Linear, hidden_size
+from secateur.models.architecture import hidden_size
 from secateur.models.experts import open_experts
-from secateur.models.skeleton import quiet_transformers
 from secateur.models.whole import load_whole
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
@@ -28,31 +24,38 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.recovery import Distill
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import RunFolder
-from secateur.training.batches import Batches
-from secateur.training.loop import Loop
-from secateur.training.masks import Masks
 from secateur.training.objectives import Distil
 from secateur.training.teachers import ModelTeacher
-from secateur.training.training_plan import RATE_TIMES_WIDTH, TrainingPlan
 from secateur.types import Windows
+from secateur.workflows.prune.block_distillation import BlockDistillation
+from secateur.workflows.prune.learning import FINAL, Pupil, pruned_layers, summary, write_layers
 from secateur.workflows.prune.prepare import Prepared
 
-__all__ = ["FINAL", "distill_checkpoint", "distill_module", "distills", "learn", "once"]
+__all__ = ["distill_checkpoint", "distill_module", "distills", "learn", "once"]
 
-FINAL, LEARNED = "final.safetensors", "learned.json"
-"""The files of a distillation: the weights, then the losses."""
-
-WARM_UP = 1 / 16
-SAVE_MINUTES = 5.0
+LEARNED = "learned.json"
+"""The file with the losses of a finished distillation."""
 
 
 def distill_checkpoint(
-    prepared: Prepared, tasks: Tasks, folder: RunFolder, progress: Progress
+    prepared: Prepared,
+    tasks: Tasks,
+    folder: RunFolder,
+    block_layers: int,
+    progress: Progress,
 ) -> dict[str, float] | None:
-    """Load both models, distill, and write the layers. Return None without distillation.
+    """Distill, and write the layers. Return None without distillation.
 
-    All trained weights are in a complete file before the first layer is overwritten. So a resumed
-    run either trains the pruned model again or writes the trained weights. It never mixes the two.
+    The whole way loads both models. All trained weights are in a complete file before the first
+    layer is overwritten. So a resumed run either trains the pruned model again or writes the
+    trained weights. It never mixes the two.
+
+    Args:
+        prepared: the run.
+        tasks: the task of each linear.
+        folder: the folder of the run, with the pruned model.
+        block_layers: number of decoder layers of a block; 0 for the whole model.
+        progress: receives every step.
     """
     recipe, device = prepared.recipe, prepared.target.device
     if not distills(recipe, prepared.target, tasks):
@@ -69,8 +72,12 @@ def distill_checkpoint(
         target, windows = prepared.target, prepared.windows
         return distill_module(student, teacher, target, tasks, windows, recipe, progress, saved)
 
+    if block_layers:
+        blocks = BlockDistillation(prepared, tasks, folder.model, saved, block_layers, progress)
+        return once(saved, blocks.learn)
     losses = once(saved, learn_whole)
-    write_layers(saved, prepared.target, tasks)
+    target = prepared.target
+    write_layers(saved / FINAL, target, pruned_layers(target, tasks))
     return losses
 
 
@@ -94,50 +101,32 @@ def distill_module(
     saved: Path | None = None,
 ) -> dict[str, float]:
     """Train a pruned model on the dense one. Return its loss before and after."""
-    pruned = [f"{name}.weight" for name, task in tasks.items() if task.sparsity > 0]
-    grids = {name: task.method.solver.grid for name, task in tasks.items() if task.rounded}
-    rounded = RoundedWeights(
-        RoundedWeight(Linear(name, student.get_submodule(name)), grid)
-        for name, grid in grids.items()
-        if grid
-    )
-    trained = [
-        name
-        for index in pruned_layers(target, tasks)
-        for name in parameter_names(target, index)
-        if student.get_parameter(name).is_floating_point()
-    ]
-    masks = Masks({name: student.get_parameter(name).detach() != 0 for name in pruned})
+    pupil = Pupil.of(student, target, tasks, pruned_layers(target, tasks))
     how, seed = recipe.distillation, recipe.calibration.seed
-    with rounded.in_forwards():
-        return learn(student, teacher, trained, masks, windows, how, seed, progress, saved, rounded)
+    return taught(pupil, teacher, windows, how, seed, progress, saved)
 
 
 def learn(
     student: Any,
     teacher: Any,
     trained: Sequence[str],
-    masks: Masks | None,
     windows: Windows,
     how: Distill,
     seed: int,
     progress: Progress,
     saved: Path | None = None,
-    rounded: RoundedWeights | None = None,
 ) -> dict[str, float]:
-    """Train a smaller model, in place, to predict what the dense model predicts.
+    """Train a smaller model without masks, in place, to predict what the dense model predicts.
 
     Args:
-        student: the pruned or cut causal language model, in eval mode.
+        student: the cut causal language model, in eval mode.
         teacher: the dense model, on the same device. It gets no more gradients.
         trained: names of the student's trained parameters.
-        masks: masks to hold; None for none.
         windows: calibration tokens [samples, sequence_length].
         how: epochs over the windows, the learning rate, and the share of the next-token loss.
         seed: seed of the order of the windows.
         progress: receives every step.
         saved: folder for the state of a resumed training; None saves nothing.
-        rounded: the student's matrices that stay on their grids; None for none.
 
     Returns:
         The mean loss over the first and over the last eighth of the steps. It is the divergence
@@ -146,60 +135,24 @@ def learn(
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
-    plan = TrainingPlan(
-        steps=how.epochs * len(windows),
-        learning_rate=how.peak_learning_rate or RATE_TIMES_WIDTH / hidden_size(student),
-        warm_up=WARM_UP,
-        optimizer="Adam",
-        validations=0,
-        save_minutes=SAVE_MINUTES,
-        diverged=0.0,
-    )
-    with quiet_transformers():
-        loop = Loop(
-            student,
-            Batches(windows, 1, seed),
-            Distil.between(student, ModelTeacher(teacher), next_token=how.next_token),
-            masks,
-            plan,
-            saved=saved,
-            hooks=[rounded] if rounded and rounded.weights else [],
-            progress=progress,
-            trained=frozenset(trained),
-            label="distilling",
-        )
-        losses = [line["loss"] for line in loop.run().log]
-    eighth = -(-len(losses) // 8)
-    return {
-        "loss_before": sum(losses[:eighth]) / eighth,
-        "loss_after": sum(losses[-eighth:]) / eighth,
-    }
+    pupil = Pupil(student, frozenset(trained), hidden_size(student))
+    return taught(pupil, teacher, windows, how, seed, progress, saved)
+
+
+def taught(
+    pupil: Pupil,
+    teacher: Any,
+    windows: Windows,
+    how: Distill,
+    seed: int,
+    progress: Progress,
+    saved: Path | None,
+) -> dict[str, float]:
+    """Train a whole model on the dense one. Return its loss before and after."""
+    objective = Distil.between(pupil.model, ModelTeacher(teacher), next_token=how.next_token)
+    return summary(pupil.learn(objective, windows, how, seed, progress, saved))
 
 
 def distills(recipe: PruneRecipe, target: Target, tasks: Tasks) -> bool:
     """Whether the recipe distills, and pruned or rounded weights leave something to repair."""
     return recipe.distillation.epochs > 0 and bool(pruned_layers(target, tasks))
-
-
-def pruned_layers(target: Target, tasks: Tasks) -> list[int]:
-    """The decoder layers with pruned or rounded weights. The others stay unchanged."""
-    names = [name for name, task in tasks.items() if task.changes]
-    starts = [target.architecture.layer_name(i) + "." for i in range(len(target.layers))]
-    return [i for i, start in enumerate(starts) if any(name.startswith(start) for name in names)]
-
-
-def parameter_names(target: Target, index: int) -> list[str]:
-    """The full names of the parameters of one decoder layer."""
-    prefix = target.architecture.layer_name(index)
-    return [f"{prefix}.{name}" for name, _ in target.layers[index].named_parameters()]
-
-
-def write_layers(saved: Path, target: Target, tasks: Tasks) -> None:
-    """Overwrite the layers of the checkpoint with the trained ones."""
-    with safe_open(saved / FINAL, "pt") as learned:
-        there = set(learned.keys())
-        for index, _ in walk_layers(target, pruned_layers(target, tasks)):
-            names = [name for name in parameter_names(target, index) if name in there]
-            for name in names:
-                target.model.get_parameter(name).data.copy_(learned.get_tensor(name))
-            target.commit(index, names)

@@ -22,6 +22,7 @@ from secateur.engine.prune.surgery import refuse_unusable
 from secateur.engine.prune.tasks import tasks_of
 from secateur.engine.stream.kinds import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
+from secateur.errors import RecipeError
 from secateur.models.architecture import text_config
 from secateur.models.experts import opened_experts
 from secateur.models.inventory import StoredMatrix
@@ -51,6 +52,12 @@ def prune_module(
     """Prune a loaded model in place."""
     named = None if isinstance(calibration, Tensor) else calibration
     recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", "calibration": named}, options)
+    if recipe.distillation.block_layers:
+        raise RecipeError(
+            "a loaded model is in memory as a whole, so it is not distilled in blocks",
+            where=f"distill_block_layers={recipe.distillation.block_layers}",
+            remedy="name the folder of a checkpoint, or leave distill_block_layers out",
+        )
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
     windows = None

@@ -126,6 +126,7 @@ def settings_of(
         sequential=recipe.sequential,
         asymmetric=recipe.asymmetric,
         asymmetric_damping=recipe.asymmetric_damping,
+        choose_damping=recipe.asymmetric and recipe.choose_damping,
         fast_matmuls=recipe.fast_matmuls,
         micro_batch_tokens=recipe.memory.micro_batch_tokens,
         activations=activations,

@@ -46,7 +46,8 @@ from secateur.runs.meter import Meter
 from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
-from secateur.workflows.prune.distillation import FINAL, learn, once
+from secateur.workflows.prune.distillation import learn, once
+from secateur.workflows.prune.learning import FINAL
 from secateur.workflows.prune.prepare import choose_device, window_plan
 from secateur.workflows.prune.self_generated_text import with_written
 from secateur.workflows.structure.cut_plan import CutPlan, aim_of
@@ -287,7 +288,7 @@ def distill(
             if id(p) not in outside and p.is_floating_point() and p.numel()
         ]
         seed = recipe.calibration.seed
-        return learn(student, teacher, trained, None, windows, how, seed, progress, saved)
+        return learn(student, teacher, trained, windows, how, seed, progress, saved)
 
     losses = once(saved, learn_whole)
     stored = stored_names(build_skeleton(folder.model, trust_remote_code=trust), reader)

@@ -19,6 +19,7 @@ from secateur.training.objectives import Distil, NextToken, Objective
 from secateur.training.process_group import ProcessGroup
 from secateur.training.sharing import load
 from secateur.training.teachers import (
+    TOP_K,
     ModelTeacher,
     WrittenTeacher,
     windows_digest,
@@ -29,9 +30,6 @@ from secateur.workflows.train.adapters import rates_of
 from secateur.workflows.train.text import TrainingText
 
 __all__ = ["objective_of", "plan_of", "teacher_of"]
-
-TOP_K = 64
-"""Default number of most likely tokens to store from a teacher."""
 
 
 def plan_of(recipe: RetrainRecipe, text: TrainingText, model: Any) -> TrainingPlan:
@@ -120,10 +118,11 @@ def objective_of(
     progress.start("teacher", len(text.windows))
     with quiet_transformers():
         write_teacher(
-            teacher,
+            ModelTeacher(teacher),
             text.windows,
             file,
             k=recipe.top_k or TOP_K,
+            device=processes.device,
             temperature=recipe.temperature,
             name=place.name,
             on_window=progress.step,

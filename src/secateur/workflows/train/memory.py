@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.learning_memory import calls_of, rehearse_training
 from secateur.engine.memory_budget import memory_budget
-from secateur.engine.plan import calls_of, rehearse_training
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError
 from secateur.models.architecture import describe, hidden_size
@@ -38,9 +38,9 @@ from secateur.training.heads import BLOCK_BYTES
 from secateur.training.masks import matrices, moments
 from secateur.training.process_group import ProcessGroup
 from secateur.training.selecting import prunable
+from secateur.training.teachers import TOP_K
 from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.train.adapters import adapters
-from secateur.workflows.train.distillation_setup import TOP_K
 from secateur.workflows.train.text import TrainingText
 
 __all__ = ["TrainingMemory", "check_memory", "disk_bytes", "foretell"]

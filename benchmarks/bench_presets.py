@@ -1,0 +1,176 @@
+"""Presets on the bench of small models: none may lose to the published method that it improves.
+
+    python benchmarks/bench_models.py FOLDER --text c4.jsonl wiki.txt     (once)
+    python benchmarks/bench_presets.py FOLDER --text WikiText-2=wiki.valid.raw
+
+Protocol: the four models of `bench_models.py`; 64 windows of 256 tokens of FOLDER/calibration.jsonl
+(`concatenate`, the seed's); loss on the first 64 windows of 256 tokens of FOLDER/judged.jsonl and
+of each other text, none of which was trained on. Excess is nats above the dense model. SparseGPT
+and ALPS run in the papers' order (`--sequential layer`), with the parameters of their papers.
+Float32, one thread, no times.
+
+Every finished row is kept in `results/bench-presets.json` at once and skipped when it is there.
+**The guard:** the script fails if `balanced` is worse than ALPS on any model, column and text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import secateur
+from hardware import add, heading, markdown
+from stored import known_rows
+
+NAME = "bench-presets"
+MODELS = ("gemma", "gpt2", "qwen", "experts")
+COLUMNS: dict[str, dict[str, Any]] = {
+    "50 %": {"sparsity": 0.5},
+    "70 %": {"sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+}
+ROWS: dict[str, dict[str, Any]] = {
+    "SparseGPT": {"method": "sparsegpt", "sequential": "layer"},
+    "ALPS": {"method": "alps", "sequential": "layer"},
+    "balanced": {"effort": "balanced"},
+    "best": {"effort": "best"},
+    "balanced, damping chosen": {"effort": "balanced", "choose_damping": True},
+    "balanced, damping 0.05": {"effort": "balanced", "asymmetric_damping": 0.05},
+    "balanced, damping 0.8": {"effort": "balanced", "asymmetric_damping": 0.8},
+    "balanced, symmetric": {"effort": "balanced", "asymmetric": False},
+    "best, not distilled": {"effort": "best", "distill_epochs": 0},
+    "best, blocks of 2": {"effort": "best", "distill_block_layers": 2},
+    "best, blocks of 4": {"effort": "best", "distill_block_layers": 4},
+    "best, a third of the rate": {"effort": "best", "distill_learning_rate": 0.25 / 192 / 3},
+}
+MAIN = ("SparseGPT", "ALPS", "balanced", "best")
+LENGTH, WINDOWS = 256, 64
+
+Rows = list[dict[str, Any]]
+
+
+def judge(folder: Path, model: Path, texts: dict[str, str]) -> dict[str, float]:
+    """Nats per token on each text."""
+    files = {"held out": str(folder / "judged.jsonl"), **texts}
+    judged = {}
+    for name, file in files.items():
+        found = secateur.evaluate(model, text=file, sequence_length=LENGTH, windows=WINDOWS)
+        judged[name] = math.log(found.perplexity)
+    return judged
+
+
+def loss_of(
+    folder: Path, model: str, row: str, column: str, seed: int, texts: dict[str, str]
+) -> dict[str, float]:
+    """Prune a model, and judge it."""
+    if row == "dense":
+        return judge(folder, folder / model, texts)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "pruned"
+        secateur.prune(
+            folder / model,
+            output=out,
+            calibration=str(folder / "calibration.jsonl"),
+            sequence_length=LENGTH,
+            seed=seed,
+            **{"windows": WINDOWS, **COLUMNS[column], **ROWS[row]},
+        )
+        found = judge(folder, out, texts)
+        shutil.rmtree(out)
+    return found
+
+
+def excess(rows: Rows, model: str, row: str, column: str) -> dict[str, float]:
+    """Nats above the dense model by text, the mean of all seeds; empty if it was not measured."""
+    of_model = [x for x in rows if x["model"] == model]
+    dense = next((x["loss"] for x in of_model if x["row"] == "dense"), {})
+    found = [x["loss"] for x in of_model if (x["row"], x["column"]) == (row, column)]
+    if not found or not dense:
+        return {}
+    return {text: sum(x[text] for x in found) / len(found) - dense[text] for text in dense}
+
+
+def ratio(rows: Rows, model: str, row: str, column: str) -> float | None:
+    """Excess as a fraction of that of ALPS, the mean of all texts."""
+    own, rival = excess(rows, model, row, column), excess(rows, model, "ALPS", column)
+    if not own or not rival:
+        return None
+    return sum(own[text] / rival[text] for text in own) / len(own)
+
+
+def table(rows: Rows) -> str:
+    """Excess on each text, and in brackets the ratio to ALPS."""
+    names = [x for x in ROWS if any(r["row"] == x for r in rows)]
+    cells = [(m, c) for m in MODELS for c in COLUMNS if excess(rows, m, "ALPS", c)]
+    lines = []
+    for model, column in cells:
+        line = [f"{model}, {column}"]
+        for name in names:
+            found, share = excess(rows, model, name, column), ratio(rows, model, name, column)
+            shown = ", ".join(f"{x:.3f}" for x in found.values())
+            line.append(f"{shown} ({share:.2f})" if share is not None else shown)
+        lines.append(line)
+    means = ["mean ratio"]
+    for name in names:
+        shares = [ratio(rows, m, name, c) for m, c in cells]
+        known = [x for x in shares if x is not None]
+        means.append(f"{sum(known) / len(known):.2f}" if known else "")
+    return markdown(["", *names], [*lines, means])
+
+
+def losers(rows: Rows) -> list[str]:
+    """Where `balanced` is worse than ALPS."""
+    found = []
+    for model in MODELS:
+        for column in COLUMNS:
+            own, rival = (excess(rows, model, x, column) for x in ("balanced", "ALPS"))
+            found += [
+                f"{model}, {column}, {text}: balanced {own[text]:.3f}, ALPS {rival[text]:.3f}"
+                for text in own.keys() & rival.keys()
+                if own[text] > rival[text]
+            ]
+    return found
+
+
+def main() -> None:
+    """Fill the table, as far as asked, and hold the guard."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of bench_models.py")
+    parser.add_argument("--text", nargs="*", default=[], help="NAME=FILE, to judge as well")
+    parser.add_argument("--models", nargs="*", default=[*MODELS], choices=MODELS)
+    parser.add_argument("--columns", nargs="*", default=[*COLUMNS], choices=[*COLUMNS])
+    parser.add_argument("--rows", nargs="*", default=[*MAIN], choices=[*ROWS])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--name", default=NAME, help="of the file of results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(heading())
+    texts = dict(text.split("=", 1) for text in args.text)
+    protocol = {"windows": WINDOWS, "sequence_length": LENGTH, "loss": "nats per token"}
+    cells = [(m, r, c) for m in args.models for c in args.columns for r in args.rows]
+    wanted = [(m, "dense", "", 0) for m in args.models]
+    wanted += [(*cell, seed) for seed in args.seeds for cell in cells]
+    for model, row, column, seed in wanted:
+        known = {(r["model"], r["row"], r["column"], r["seed"]) for r in known_rows(args.name)}
+        if (model, row, column, seed) in known:
+            continue
+        loss = loss_of(args.folder, model, row, column, seed, texts)
+        found = {"model": model, "row": row, "column": column, "seed": seed, "loss": loss}
+        add(args.name, protocol, found)
+        print(found, flush=True)
+    rows = known_rows(args.name)
+    print(table(rows))
+    lost = losers(rows)
+    if lost:
+        sys.exit("balanced is worse than ALPS in the papers' order:\n" + "\n".join(lost))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""How a pruned model, or some of its layers, learns: shared by both ways to distill."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from secateur.engine.prune.straight_through import RoundedWeight, RoundedWeights
+from secateur.engine.prune.tasks import Tasks
+from secateur.engine.stream.targets import Target
+from secateur.engine.stream.walk import walk_layers
+from secateur.models.architecture import Linear, hidden_size
+from secateur.models.skeleton import quiet_transformers
+from secateur.progress import Progress
+from secateur.recipes.recovery import Distill
+from secateur.training.batches import Batches
+from secateur.training.loop import Loop
+from secateur.training.masks import Masks
+from secateur.training.objectives import Objective
+from secateur.training.training_plan import RATE_TIMES_WIDTH, TrainingPlan
+from secateur.types import Windows
+
+__all__ = ["FINAL", "Pupil", "parameter_names", "pruned_layers", "summary", "write_layers"]
+
+FINAL = "final.safetensors"
+"""The file with the weights of a finished training."""
+
+WARM_UP = 1 / 16
+SAVE_MINUTES = 5.0
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A module that learns, with what it must hold.
+
+    Args:
+        model: the pruned or cut model in eval mode, or a module with some of its layers.
+        trained: names of the trained parameters.
+        width: the model's hidden size.
+        masks: masks to hold; None for none.
+        rounded: the matrices that stay on their grids.
+    """
+
+    model: Any
+    trained: frozenset[str]
+    width: int
+    masks: Masks | None = None
+    rounded: RoundedWeights = field(default_factory=lambda: RoundedWeights(()))
+
+    @classmethod
+    def of(cls, model: Any, target: Target, tasks: Tasks, layers: Collection[int]) -> Pupil:
+        """Make the pupil for some pruned layers of a model.
+
+        Args:
+            model: a module in which the parameters have their names in the model.
+            target: the model, for names and sizes; it may be empty.
+            tasks: the task of each linear.
+            layers: numbers of the layers that learn.
+        """
+        starts = tuple(f"{target.architecture.layer_name(index)}." for index in layers)
+        own = {name: task for name, task in tasks.items() if name.startswith(starts)}
+        trained = [
+            name
+            for index in layers
+            for name in parameter_names(target, index)
+            if model.get_parameter(name).is_floating_point()
+        ]
+        pruned = [f"{name}.weight" for name, task in own.items() if task.sparsity > 0]
+        grids = {name: task.method.solver.grid for name, task in own.items() if task.rounded}
+        return cls(
+            model,
+            frozenset(trained),
+            hidden_size(target.model),
+            Masks({name: model.get_parameter(name).detach() != 0 for name in pruned}),
+            RoundedWeights(
+                RoundedWeight(Linear(name, model.get_submodule(name)), grid)
+                for name, grid in grids.items()
+                if grid
+            ),
+        )
+
+    def learn(
+        self,
+        objective: Objective,
+        windows: Windows,
+        how: Distill,
+        seed: int,
+        progress: Progress,
+        saved: Path | None = None,
+        label: str = "distilling",
+    ) -> list[float]:
+        """Train in place, one window a step.
+
+        Args:
+            objective: the loss.
+            windows: calibration tokens [samples, sequence_length].
+            how: epochs over the windows, and the learning rate.
+            seed: seed of the order of the windows.
+            progress: receives every step.
+            saved: folder for the state of a resumed training, and for `FINAL`; None saves nothing.
+            label: the title of the progress bar.
+
+        Returns:
+            The loss of every step.
+
+        Raises:
+            NumericalError: the loss is NaN or infinite.
+        """
+        plan = TrainingPlan(
+            steps=how.epochs * len(windows),
+            learning_rate=how.peak_learning_rate or RATE_TIMES_WIDTH / self.width,
+            warm_up=WARM_UP,
+            optimizer="Adam",
+            validations=0,
+            save_minutes=SAVE_MINUTES,
+            diverged=0.0,
+        )
+        with quiet_transformers(), self.rounded.in_forwards():
+            loop = Loop(
+                self.model,
+                Batches(windows, 1, seed),
+                objective,
+                self.masks,
+                plan,
+                saved=saved,
+                hooks=[self.rounded] if self.rounded.weights else [],
+                progress=progress,
+                trained=self.trained,
+                label=label,
+            )
+            return [line["loss"] for line in loop.run().log]
+
+
+def summary(losses: Sequence[float]) -> dict[str, float]:
+    """The mean loss over the first and over the last eighth of the steps."""
+    eighth = -(-len(losses) // 8)
+    return {
+        "loss_before": sum(losses[:eighth]) / eighth,
+        "loss_after": sum(losses[-eighth:]) / eighth,
+    }
+
+
+def pruned_layers(target: Target, tasks: Tasks) -> list[int]:
+    """The decoder layers with pruned or rounded weights. The others stay unchanged."""
+    names = [name for name, task in tasks.items() if task.changes]
+    starts = [target.architecture.layer_name(i) + "." for i in range(len(target.layers))]
+    return [i for i, start in enumerate(starts) if any(name.startswith(start) for name in names)]
+
+
+def parameter_names(target: Target, index: int) -> list[str]:
+    """The full names of the parameters of one decoder layer."""
+    prefix = target.architecture.layer_name(index)
+    return [f"{prefix}.{name}" for name, _ in target.layers[index].named_parameters()]
+
+
+def write_layers(file: Path, target: Target, layers: Sequence[int]) -> None:
+    """Overwrite layers of the checkpoint with trained ones from a file."""
+    with safe_open(file, "pt") as learned:
+        there = set(learned.keys())
+        for index, _ in walk_layers(target, layers):
+            names = [name for name in parameter_names(target, index) if name in there]
+            for name in names:
+                target.model.get_parameter(name).data.copy_(learned.get_tensor(name))
+            target.commit(index, names)

@@ -1,0 +1,125 @@
+"""Models that carry more than hidden states: embeddings of layers, AltUp, shared keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import secateur
+from secateur.engine.stream.calls import call_layer
+from secateur.engine.stream.carried import Carried, Shared
+from secateur.engine.stream.passage import Passage
+from secateur.engine.stream.targets import ModelTarget
+from secateur.errors import ArchitectureError
+from secateur.models.skeleton import quiet_transformers
+from slow import slow_but
+from zoo import matrices, tiny_model, tiny_windows, weight_of
+
+NAMES = ("gemma4_text small", "gemma4_text shared", "gemma3n_text", "gemma3n_text shared")
+WINDOWS = tiny_windows(5, 12)
+
+
+def logits_of(model: nn.Module, folder: Path | None) -> Tensor:
+    """The logits of all windows, layer by layer, two windows at a time."""
+    passage = Passage(ModelTarget(model), WINDOWS, 24, folder is None, folder)
+    passage.open(0, dense=False)
+    for number, layer in passage.walk():
+        for batch in passage.batches():
+            out = call_layer(layer, passage.read(batch), passage.call(number, batch))
+            passage.write(batch, out)
+    passage.advance(len(passage.target.layers))
+    rows = range(len(WINDOWS))
+    return torch.stack([passage.ends.head(r, passage.read(slice(r, r + 1))) for r in rows])
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_layer_by_layer_is_the_model(name: str, place: str, tmp_path: Path) -> None:
+    model: Any = tiny_model(name)
+    found = logits_of(model, tmp_path if place == "disk" else None)
+    expected = model(input_ids=WINDOWS, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    # Values of a token are those of one layer only.
+    values = [x for x in tmp_path.rglob("*") if x.is_file() and "token-values" in str(x)]
+    assert [x.stat().st_size for x in values] == [WINDOWS.numel() * 8 * 4] * (place == "disk")
+
+
+def test_what_is_carried_is_packed_without_loss() -> None:
+    carried = Carried(6, 3, (Shared("full", ((2, 4), (2, 5))), Shared("sliding", ((1, 4),))))
+    hidden = torch.randn(3, 2, 7, 6)
+    full = torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 5)
+    packed = carried.pack(hidden, {"full": full})
+    assert packed.shape == (2, 7, 3 * 6 + 2 * 4 + 2 * 5 + 4)
+    found, shared = carried.unpack(packed)
+    assert torch.equal(found, hidden)
+    assert all(torch.equal(a, b) for a, b in zip(shared["full"], full, strict=True))
+    assert shared["sliding"][0].shape == (2, 1, 7, 4)
+    assert not shared["sliding"][0].any()
+
+
+@pytest.mark.parametrize("name", slow_but(["gemma3n_text shared"], NAMES))
+def test_gradients_equal_autograd(name: str) -> None:
+    """The loss also depends on a layer through the keys and values that later layers read."""
+    ours, plain = tiny_model(name), tiny_model(name)
+    secateur.prune(ours, method="taylor", sparsity=0.4, calibration=WINDOWS)
+    total = torch.zeros(())
+    for ids in WINDOWS:
+        logits: Tensor = plain(input_ids=ids[None], use_cache=False).logits
+        total = total + cross_entropy(logits[0, :-1].float(), ids[1:])
+    (total / len(WINDOWS)).backward()
+    pruned = matrices(ours)
+    within = {n: m for n, m in matrices(plain).items() if ".layers." in n and "altup" not in n}
+    for matrix, module in within.items():
+        score = (weight_of(module) * module.weight.grad).abs()
+        zeros = weight_of(pruned[matrix]) == 0
+        assert int(zeros.sum()) == round(0.4 * score.numel()), matrix
+        least = score.flatten().sort().values[: zeros.sum()].sum()
+        assert torch.allclose(score[zeros].sum(), least, rtol=1e-3), matrix
+
+
+@pytest.mark.parametrize("name", slow_but(["gemma3n_text shared"], NAMES))
+def test_runs_on_disk_with_the_dense_model_beside_are_those_in_memory(
+    name: str, tmp_path: Path
+) -> None:
+    with quiet_transformers():
+        tiny_model(name).save_pretrained(tmp_path / "dense")
+    save_file({"input_ids": WINDOWS}, tmp_path / "windows.safetensors")
+    made = {}
+    for place in ("memory", "disk"):
+        report = secateur.prune(
+            tmp_path / "dense", method="sparsegpt", pattern="2:4", asymmetric=True, tune_passes=1,
+            calibration=str(tmp_path / "windows.safetensors"), micro_batch_tokens=24,
+            activations=place, output=tmp_path / place,
+        )  # fmt: skip
+        for layer in report.layers:
+            told = layer["reconstruction"]
+            assert told["error_after"] < told["error_before"]
+        made[place] = load_file(tmp_path / place / "model.safetensors")
+    assert all(torch.equal(x, made["disk"][n]) for n, x in made["memory"].items())
+
+
+def test_a_search_is_refused_by_name() -> None:
+    with pytest.raises(ArchitectureError, match=r"per-layer embeddings.*searches"):
+        secateur.prune(
+            tiny_model("gemma3n_text"), method="wanda", sparsity=0.5, allocation="search",
+            calibration=WINDOWS,
+        )  # fmt: skip
+
+
+def test_values_that_are_not_one_for_each_token_are_refused() -> None:
+    model: Any = tiny_model("gemma4_text small")
+
+    class Odd(type(model.model)):  # type: ignore[misc]
+        def project_per_layer_inputs(self, *args: Any) -> Tensor:
+            return super().project_per_layer_inputs(*args).sum(1, keepdim=True)
+
+    model.model.__class__ = Odd
+    with pytest.raises(ArchitectureError, match=r"depend on the tokens .* not one for each token"):
+        secateur.prune(model, method="wanda", sparsity=0.5, calibration=WINDOWS)
