@@ -23,6 +23,7 @@ from secateur.training.batches import Batches
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.lora import attach
 from secateur.training.objectives import NextToken
+from secateur.training.rounds import KeepEarly
 from secateur.training.training_plan import TrainingPlan
 from tiny import save_tiny
 from trained import source_text
@@ -32,14 +33,14 @@ QUIET: dict[str, Any] = {"progress": Silent()}
 SHORT: dict[str, Any] = {"calibration": "TEXT.txt", "windows": 4, "sequence_length": 32, **QUIET}
 
 
-def write_model(family: str) -> None:
-    """`MODEL`: a tiny model of a family with a tokenizer."""
+def write_model(family: str, layers: int) -> None:
+    """`MODEL`: a tiny model of a family with a tokenizer; a Llama has so many layers."""
     tokenizer = byte_level()
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "tie_word_embeddings": False}
     if family == "mixtral":
         sizes |= {"hidden_size": 64, "intermediate_size": 32}
     elif family == "llama":
-        sizes |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+        sizes |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
         sizes |= {"head_dim": 16}
     save_tiny(Path("MODEL"), family, tokenizer=False, **sizes)
     with quiet_transformers():
@@ -87,15 +88,15 @@ def write_adapter(output: str) -> None:
 
 
 def sweep_to(output: str) -> None:
-    secateur.sweep("MODEL", output=output, methods=["magnitude"], text="HELD-OUT.txt", **SHORT)
-
-
-def fit_to(output: str) -> None:
-    secateur.fit("MODEL", output=output, max_size="400KiB", generations=1, offspring=2, **SHORT)
+    text = {"calibration": "TEXT.txt", "windows": 4, "sequence_length": 32}
+    judged = {"text": ("HELD-OUT.txt",), "text_sequence_length": 32, "text_windows": 4}
+    plan = secateur.SweepPlan("MODEL", ("magnitude",), (0.5,), **text, **judged)
+    secateur.sweep(plan, output, **QUIET)
 
 
 def write_advice(output: str) -> None:
-    secateur.advise("llama-3.1-8b", hardware="h100-80gb", output=output)
+    advice = secateur.advise("llama-3.1-8b", hardware="h100-80gb")
+    Path(output).write_text(json.dumps(advice.to_json()), encoding="utf-8")
 
 
 def write_facts(output: str) -> None:
@@ -117,7 +118,6 @@ MAKERS: dict[str, Callable[[str], None]] = {
     "MASKS.safetensors": write_masks,
     "ADAPTER": write_adapter,
     "SWEEP": sweep_to,
-    "FITTED": fit_to,
     "advice.json": write_advice,
     "mine.yaml": write_facts,
     "log.jsonl": write_log,
@@ -138,6 +138,7 @@ def names() -> dict[str, Any]:
             transformers.AutoModelForCausalLM.from_pretrained("MODEL", dtype=torch.float32)
             for _ in range(3)
         )
+    KeepEarly(60, Path("MODEL/early.safetensors")).on_step(60, 100, model, None)
     windows = torch.arange(8 * 16).view(8, 16).remainder(23) + 4
     weight = model.model.layers[0].self_attn.q_proj.weight.detach()
     inputs = torch.randn(96, weight.shape[1], generator=torch.Generator().manual_seed(0))

@@ -85,7 +85,7 @@ SHORT = {
 }
 """The options that every command of a verb has here."""
 SMALLER = {
-    "--keep-layers 24": "3",
+    "--keep-layers 24": "0.5",
     "--ffn 1024": "64",
     "--hidden-size 512": "48",
     "--file-mib 400": "0.65",
@@ -100,6 +100,7 @@ SMALLER = {
     "--tune-passes 6": "1",
     "iterative.rewind_step=50": "iterative.rewind_step=1",
     '"windows": 64, "sequence_length": 512': '"windows": 4, "sequence_length": 32',
+    "use, 6, ExpertChoice": "use, 3, ExpertChoice",
     "TrainingPlan(steps=200": "TrainingPlan(steps=2",
     "TrainingPlan(steps=500": "TrainingPlan(steps=2",
 }
@@ -144,7 +145,8 @@ def promised(page: Path) -> list[str]:
 def folder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page is walked: a tiny model and texts."""
     monkeypatch.chdir(tmp_path)
-    page_givens.write_model(FAMILIES.get(page, "llama"))
+    layers = 2 if page.startswith("docs/methods/") else 4
+    page_givens.write_model(FAMILIES.get(page, "llama"), layers)
     page_givens.write_texts()
     return tmp_path
 
