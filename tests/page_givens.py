@@ -33,8 +33,8 @@ QUIET: dict[str, Any] = {"progress": Silent()}
 SHORT: dict[str, Any] = {"calibration": "TEXT.txt", "windows": 4, "sequence_length": 32, **QUIET}
 
 
-def write_model(family: str, layers: int) -> None:
-    """`MODEL`: a tiny model of a family with a tokenizer; a Llama has so many layers."""
+def write_model(place: str, family: str, layers: int) -> None:
+    """A tiny model of a family with a tokenizer for chats; a Llama has so many layers."""
     tokenizer = byte_level()
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "tie_word_embeddings": False}
     if family == "mixtral":
@@ -42,9 +42,10 @@ def write_model(family: str, layers: int) -> None:
     elif family == "llama":
         sizes |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
         sizes |= {"head_dim": 16}
-    save_tiny(Path("MODEL"), family, tokenizer=False, **sizes)
+    save_tiny(Path(place), family, tokenizer=False, **sizes)
+    tokenizer.chat_template = "{% for one in messages %}{{ one.content }}\n{% endfor %}"
     with quiet_transformers():
-        tokenizer.save_pretrained("MODEL")
+        tokenizer.save_pretrained(place)
 
 
 def write_texts() -> None:
@@ -113,6 +114,7 @@ def write_log(output: str) -> None:
 MAKERS: dict[str, Callable[[str], None]] = {
     **dict.fromkeys(("PRUNED", "DIR", "SOURCE", "OLD"), prune_to),
     **dict.fromkeys(("DENSE", "REF"), copy_to),
+    "MIXTURE": lambda output: write_model(output, "mixtral", 0),
     "SMALL": compress_to,
     "CUT": cut_to,
     "MASKS.safetensors": write_masks,
@@ -131,12 +133,13 @@ def made(place: str) -> None:
         MAKERS[first](first)
 
 
-def names() -> dict[str, Any]:
-    """What Python blocks take as given."""
+def names(source: str) -> dict[str, Any]:
+    """What Python blocks take as given; their model is that of a folder."""
+    made("PRUNED")
     with quiet_transformers():
         model, dense, pruned = (
-            transformers.AutoModelForCausalLM.from_pretrained("MODEL", dtype=torch.float32)
-            for _ in range(3)
+            transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+            for place in (source, "MODEL", "PRUNED")
         )
     KeepEarly(60, Path("MODEL/early.safetensors")).on_step(60, 100, model, None)
     windows = torch.arange(8 * 16).view(8, 16).remainder(23) + 4
@@ -155,6 +158,7 @@ def names() -> dict[str, Any]:
         "weight": weight,
         "mask": held,
         "gram": inputs.T @ inputs,
+        "windows": windows,
         "batches": Batches(windows, 2, seed=0),
         "held_out": windows[:2],
         "objective": NextToken.of(model),

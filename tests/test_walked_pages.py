@@ -87,6 +87,7 @@ SHORT = {
 SMALLER = {
     "--keep-layers 24": "0.5",
     "--ffn 1024": "64",
+    "--query-heads 2": "1",
     "--hidden-size 512": "48",
     "--file-mib 400": "0.65",
     "--vocabulary-size 16384": "300",
@@ -146,7 +147,7 @@ def folder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page is walked: a tiny model and texts."""
     monkeypatch.chdir(tmp_path)
     layers = 2 if page.startswith("docs/methods/") else 4
-    page_givens.write_model(FAMILIES.get(page, "llama"), layers)
+    page_givens.write_model("MODEL", FAMILIES.get(page, "llama"), layers)
     page_givens.write_texts()
     return tmp_path
 
@@ -166,6 +167,7 @@ def prepare(words: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft's own call
+@pytest.mark.filterwarnings("ignore::secateur.structured.surgery.VariedSizesWarning")
 @pytest.mark.parametrize("page", slow_but(BY_DEFAULT, WALKED))
 def test_a_page_does_what_it_says(
     page: str,
@@ -174,7 +176,9 @@ def test_a_page_does_what_it_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = ROOT / f"{page}.md"
-    names = page_givens.names() if any(b.language == "python" for b in run_blocks(file)) else {}
+    names = {}
+    if any(block.language == "python" for block in run_blocks(file)):
+        names = page_givens.names("PRUNED" if page == "docs/trainers" else "MODEL")
     for block in run_blocks(file):
         if block.language == "python":
             text = block.text
