@@ -70,9 +70,10 @@ def pruned(args: argparse.Namespace, folder: Path, row: str, own: dict[str, Any]
     text: dict[str, Any] = {"calibration": str(windows), "generated_windows": 0}
     if row == FIRST:
         text = {"calibration": args.calibration, "windows": args.windows, "packing": "random-crop",
-                "sequence_length": args.length, "generated_windows": args.windows}  # fmt: skip
+                "sequence_length": args.length, "generated_windows": args.own_windows}  # fmt: skip
     pattern = {"pattern": args.pattern} if args.pattern else {"sparsity": args.sparsity}
-    options = {"effort": "best", **text, **pattern, **own}
+    method = {"method": args.method} if args.method else {}
+    options = {"effort": "best", **text, **pattern, **method, **own}
     out = folder / row.replace(" ", "-")
     told = subprocess.run(
         [sys.executable, "-c", PRUNE, args.model, str(out), json.dumps(options)],
@@ -118,13 +119,18 @@ def main() -> None:
     parser.add_argument("--judged-length", type=int, default=1024)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern")
+    parser.add_argument("--method", help="in place of the preset's, for a quick look at the memory")
+    parser.add_argument("--own-windows", type=int, help="that the model generates; as --windows")
     parser.add_argument("--blocks", type=int, nargs="*", default=[4])
     parser.add_argument("--folder", type=Path, help="an existing folder that keeps the models")
     parser.add_argument("--name", default=NAME, help="of the file of results")
     args = parser.parse_args()
+    if args.own_windows is None:
+        args.own_windows = args.windows
     print(heading())
     protocol = {k: v for k, v in vars(args).items() if k in ("windows", "length", "judged")}
     protocol |= {"judged_length": args.judged_length, "of": args.pattern or args.sparsity}
+    protocol |= {"own_windows": args.own_windows, "method": args.method or "of the preset"}
     if not known_rows(args.name):
         add(args.name, protocol, {"row": "dense", "loss": judge(args, args.model)})
     with tempfile.TemporaryDirectory() as scratch:

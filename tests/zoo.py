@@ -306,11 +306,12 @@ CUT_SEEING = (
 TIED_INSIDE = ("qwen2_5_vl",)
 """Of these not KV groups, because the class ties the number of heads to the hidden size."""
 
-REFUSED: dict[str, str] = {}
-"""What cannot be pruned by a method that needs inputs, and what is said then."""
-
 NOT_RUN = ("llama4 vision",)
 """What is pruned, saved and loaded, but transformers 5.24 cannot run it without a picture."""
+
+NOT_LOADED = {"step3p7 vision": r"does not contain model\.vision_model"}
+"""What `secateur.load` does not load from a compressed folder, and what it says: transformers
+stores a part beside the decoder in another form than it computes with."""
 
 ZOO = (*CONFIGS, *DENSE, *HYBRIDS, *SEEING, *MIXTURES)
 """Everything that tests/workflows/prune/test_zoo.py prunes, saves and loads."""

@@ -4,7 +4,8 @@ python tools/families_page.py          # write the page
 python tools/families_page.py --check  # fail if it is out of date
 
 A yes stands for a test: every model of `tests/zoo.py` is pruned, saved and loaded by
-`tests/workflows/prune/test_zoo.py`, and cut by the tests in `tests/structured`.
+`tests/workflows/prune/test_zoo.py`, cut by the tests in `tests/structured`, and packed by
+`tests/runtime/test_load_every_model.py`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ def page() -> Iterator[str]:
     yield "- **layers, KV groups, FFN, hidden, experts**: the cut model computes what the uncut one"
     yield "  computes with the same units switched off, and transformers loads it. An empty place"
     yield "  says that no test shows it."
+    yield "- **packing**: `secateur compress` packs it, and what `secateur.load` loads computes the"
+    yield "  same."
+    yield "- **fast decoding**: one call of Secateur's kernels computes each token. The others are"
+    yield "  decoded by transformers, whose linears may be packed."
     yield "- **GGUF**: `secateur export --to gguf` writes it."
+    yield ""
+    yield "Tests of `gemma3n vision` run where `timm` is installed."
     yield ""
     yield "A model that is not on this page is treated by the generic description: `prune` works"
     yield "on every decoder whose layers are made of linears, `structure` removes whole layers, and"
@@ -73,7 +80,8 @@ def page() -> Iterator[str]:
 
 def columns(title: str) -> tuple[str, ...]:
     """The columns of the table of one kind; mixtures have experts besides."""
-    found = ("model", "family", "50 %, 2:4", "layers", "KV groups", "FFN", "hidden", "GGUF")
+    cut = ("layers", "KV groups", "FFN", "hidden")
+    found = ("model", "family", "50 %, 2:4", *cut, "packing", "fast decoding", "GGUF")
     return (*found, "experts") if title.startswith("Mixtures") else found
 
 
@@ -81,14 +89,17 @@ def row(name: str) -> tuple[str, ...]:
     """What works with a model of the zoo."""
     import zoo
     from secateur.exporting.gguf.families import LLAMA_CPP_FAMILIES
+    from secateur.runtime.slots import FAMILIES
 
     family, model_type = declared(name)
     can = cuts(name, family)
     return (
         f"`{name}`",
         family_name(family),
-        NO if name in (*zoo.REFUSED, *zoo.NOT_RUN) else YES,
+        NO if name in zoo.NOT_RUN else YES,
         *(YES if kind in can else NO for kind in ("layers", "groups", "neurons", "hidden")),
+        NO if name in (*zoo.NOT_LOADED, *zoo.NOT_RUN) else YES,
+        YES if model_type in FAMILIES else NO,
         YES if model_type in LLAMA_CPP_FAMILIES else NO,
         YES if name in zoo.MIXTURES else NO,
     )
@@ -152,9 +163,15 @@ def reasons() -> Iterator[str]:
     yield from table(("family", "units", "reason"), lines)
     yield "## What is refused"
     yield ""
+    yield (
+        f"`prune` refuses no model above. {', '.join(f'`{name}`' for name in zoo.NOT_RUN)} is "
+        "pruned and saved, but transformers cannot run it without a picture, so no test shows "
+        "more. `secateur.load` refuses:"
+    )
+    yield ""
     yield from table(
-        ("model", "a method that needs inputs says"),
-        ((f"`{name}`", f"{said} …") for name, said in sorted(zoo.REFUSED.items())),
+        ("model", "reason"),
+        ((f"`{name}`", said.replace("\\", "")) for name, said in sorted(zoo.NOT_LOADED.items())),
     )
 
 

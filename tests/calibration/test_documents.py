@@ -58,6 +58,7 @@ def test_a_folder_in_the_order_of_its_paths(tmp_path):
         ('{"text": 5}\n', "'text' is a int, not text"),
         ('["a"]\n', "a JSON list, not an object"),
         ("{}\n", "the line has: no field"),
+        ('{"text": "a cat", "image": "cat.png"}\n', r"(?s)has a picture \(image\).*jsonl:1"),
         ("\n\n", "contains no text"),
         ('{"text": " "}\n', "contains no text"),
     ],

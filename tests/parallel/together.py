@@ -13,6 +13,8 @@ from typing import Any
 
 __all__ = [
     "Started",
+    "cut_alone",
+    "cut_together",
     "fail_in_a_layer",
     "prune_alone",
     "prune_together",
@@ -121,6 +123,35 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
             recipe = build_recipe(PruneRecipe, values)
             if ranks.first:
                 prune_recipe(recipe, Silent(), ranks=ranks, **call)
+            else:
+                follow(recipe, ranks)
+            ranks.wait()
+
+
+def cut_alone(values: Mapping[str, Any], **call: bool) -> Any:
+    """Cut structure in one process."""
+    from secateur.progress import Silent
+    from secateur.recipes.reading import build_recipe
+    from secateur.recipes.structure import StructureRecipe
+    from secateur.workflows.structure.checkpoint import structure_recipe
+
+    return structure_recipe(build_recipe(StructureRecipe, values), Silent(), **call)
+
+
+def cut_together(recipes: list[Mapping[str, Any]]) -> None:
+    """What each process does: its share of several cuts, one after the other."""
+    from secateur.parallel.processes import joined
+    from secateur.progress import Silent
+    from secateur.recipes.reading import build_recipe
+    from secateur.recipes.structure import StructureRecipe
+    from secateur.workflows.structure.checkpoint import structure_recipe
+    from secateur.workflows.structure.shared_survey import follow
+
+    with joined("cpu") as ranks:
+        for values in recipes:
+            recipe = build_recipe(StructureRecipe, values)
+            if ranks.first:
+                structure_recipe(recipe, Silent(), ranks=ranks)
             else:
                 follow(recipe, ranks)
             ranks.wait()

@@ -35,6 +35,7 @@ __all__ = ["KNOWN_DATASETS", "JoinedText", "read_documents", "read_text"]
 TEXT_SUFFIXES = (".txt", ".md", ".raw")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 HUB_DATASET = re.compile(r"hub:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+PICTURES = ("image", "images", "image_path")
 BLANK_LINE = "\n\n"
 
 
@@ -215,6 +216,15 @@ def line_document(line: str, where: str, field: str) -> str:
             f"the field {field!r} {fault}; the line has: {', '.join(row) or 'no field'}",
             where=where,
             remedy="name the field with the text",
+        )
+    pictures = [name for name in PICTURES if row.get(name)]
+    if pictures:
+        raise SourceError(
+            f"the line has a picture ({pictures[0]}): pairs of pictures and text are not used, "
+            "because what a picture adds to the hidden states is not the same for every window",
+            where=where,
+            remedy=f"use text alone: remove the field {pictures[0]!r}; parts of the model for "
+            "pictures stay as they are",
         )
     text = cast(str, row[field])
     try:

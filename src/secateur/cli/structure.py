@@ -13,13 +13,19 @@ if TYPE_CHECKING:
 __all__ = ["structure"]
 
 
-def run(recipe: StructureRecipe, **call: Any) -> StructureResult:
-    """Cut with a progress bar."""
+def run(recipe: StructureRecipe, **call: Any) -> StructureResult | None:
+    """Cut with a progress bar. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
+    from secateur.parallel.processes import joined
     from secateur.workflows.structure.checkpoint import structure_recipe
+    from secateur.workflows.structure.shared_survey import follow
 
-    with show_progress() as progress:
-        return structure_recipe(recipe, progress, **call)
+    with joined(recipe.device) as ranks:
+        if not ranks.first:
+            follow(recipe, ranks)
+            return None
+        with show_progress() as progress:
+            return structure_recipe(recipe, progress, ranks=ranks, **call)
 
 
 structure = command("structure", run)

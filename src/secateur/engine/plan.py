@@ -9,7 +9,7 @@ counted. Scores, solvers, statistics and allocations declare their own needs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,12 @@ from secateur.engine.learning_memory import (
     tuning_bytes,
 )
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.solve_memory import gradient_bytes, solve_bytes, statistics_bytes
+from secateur.engine.prune.solve_memory import (
+    SolveMemory,
+    gradient_bytes,
+    solve_bytes,
+    statistics_bytes,
+)
 from secateur.engine.prune.tasks import Tasks, input_statistics
 from secateur.engine.stream.attention import AttentionOfPlan
 from secateur.engine.stream.calls import LayerCall, call_layer
@@ -101,6 +106,8 @@ class Plan:
         solve_bytes: statistics, scores and solver of the linear that needs most; or of a whole
             layer with its stored values, while an allocation reads the dense model.
         solve_shape: (out, in) of the linear that needs most memory to solve.
+        fallback_bytes: the part of `solve_bytes` that is needed only where float32 cannot factorise
+            a gram.
         writing_bytes: the whole model with keys and values while it generates windows, before the
             run.
         tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
@@ -123,6 +130,7 @@ class Plan:
     waiting_bytes: int
     solve_bytes: int
     solve_shape: tuple[int, int]
+    fallback_bytes: int
     writing_bytes: int
     tuning_bytes: int
     distilling_bytes: int
@@ -204,8 +212,7 @@ def plan_run(
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
     stored *= 1 + settings.dense_needed
-    solving, largest = solving_bytes(target, tasks, found, settings)
-    solving += gradients // len(layers)
+    solving = solving_bytes(target, tasks, found, settings)
     passed = allocation.tokens(tokens) + tokens * passes(settings, epochs, block_layers)
     return Plan(
         process_bytes=resident_bytes(),
@@ -213,9 +220,11 @@ def plan_run(
         activation_bytes=stored if settings.activations == "memory" else 0,
         forward_bytes=forward,
         waiting_bytes=waiting,
-        solve_bytes=solving
+        solve_bytes=solving.most
+        + gradients // len(layers)
         + survey_bytes(target, found, allocation, prunable // len(layers), windows),
-        solve_shape=largest,
+        solve_shape=solving.shape,
+        fallback_bytes=solving.most - solving.usual,
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         distilling_bytes=distilling,
@@ -237,14 +246,15 @@ def plan_run(
 
 def solving_bytes(
     target: Target, tasks: Tasks, found: Sequence[LayerLayout], settings: Settings
-) -> tuple[int, tuple[int, int]]:
-    """The memory for the linear that needs most, and its shape."""
+) -> SolveMemory:
+    """The memory for the linear that needs most, with the statistics that are there meanwhile."""
     asymmetric = settings.asymmetric
-    solving, largest = solve_bytes(tasks, asymmetric=asymmetric, held_out=settings.choose_damping)
+    solve = solve_bytes(tasks, asymmetric=asymmetric, held_out=settings.choose_damping)
     if settings.sequential == "layer":
         names = input_statistics(tasks, asymmetric=asymmetric)
-        solving += statistics_bytes(target, found, names)
-    return solving, largest
+        held = statistics_bytes(target, found, names)
+        solve = replace(solve, most=solve.most + held, usual=solve.usual + held)
+    return solve
 
 
 def learning_bytes(target: Target, tasks: Tasks, window: Tensor, block_layers: int) -> int:

@@ -71,6 +71,7 @@ VERBS: dict[str, Verb] = {
             "engine.",
             "secateur.recipes.structure:StructureRecipe",
             "secateur.workflows.structure.checkpoint:structure",
+            together=True,
         ),
         Verb(
             "chain",

@@ -19,13 +19,16 @@ from secateur.runtime.formats.kept import decode_values
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import PackedEmbedding, PackedLinear
+from secateur.runtime.linear import PackedEmbedding, PackedLinear, ReadLinear
 from secateur.runtime.packed import PackedCheckpoint
 
 __all__ = ["install", "matrix_of"]
 
 WORTH_IT = 0.9
 """A packed matrix stays packed unless a dense one is faster by more than this."""
+
+READ = ".dt_proj"
+"""The ends of paths of linears that Mamba 1 never calls: it multiplies by their weight."""
 
 
 def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
@@ -100,7 +103,9 @@ def install(
             continue
         parts = packed.parts(owner)
         rows_alone = layout.format == "dense" and layout.grid is None  # as an embedding reads them
-        if kernels and (path != embedding_at or rows_alone):
+        if path.endswith(READ):
+            matrix = KernelMatrix(view.read(stored).to(dtype))
+        elif kernels and (path != embedding_at or rows_alone):
             matrix = matrix_of(parts, layout)
         else:
             matrix = KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
@@ -139,7 +144,7 @@ def packed_module(
             "embedding can stay packed",
             remedy="use `secateur decompress` and load the result",
         )
-    return PackedLinear(matrix, old.bias)
+    return (ReadLinear if path.endswith(READ) else PackedLinear)(matrix, old.bias)
 
 
 def path_of(model: Any, sought: nn.Module | None) -> str:

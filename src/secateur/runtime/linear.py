@@ -14,7 +14,7 @@ from secateur.runtime.kernels.dispatch import by_kernel, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
 
-__all__ = ["PackedEmbedding", "PackedLinear"]
+__all__ = ["PackedEmbedding", "PackedLinear", "ReadLinear"]
 
 _numbers = itertools.count(1)
 _linears: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
@@ -142,6 +142,24 @@ class PackedEmbedding(nn.Module):
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, without values, for model code that reads them."""
         return stand_in(self.matrix)
+
+
+class ReadLinear(PackedLinear):
+    """A linear whose weight the code of its model also reads, so that it is held dense.
+
+    Args:
+        matrix: W [out, in], dense.
+        bias: b [out], or None.
+    """
+
+    def __init__(self, matrix: KernelMatrix, bias: Tensor | None) -> None:
+        super().__init__(matrix, bias)
+        self.values = matrix.tile(0, matrix.rows).clone()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with its values."""
+        return self.values
 
 
 def stand_in(matrix: KernelMatrix) -> Tensor:

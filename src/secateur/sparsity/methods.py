@@ -165,6 +165,14 @@ class Method:
                 remedy="ask for whole columns, such as '*x1'",
             )
 
+    def fallback_bytes(self, shape: tuple[int, int]) -> int:
+        """The part of `working_bytes` that a solver takes only where float32 is not enough.
+
+        0 if the solver has no method of this name.
+        """
+        fallback = getattr(self.solver, "fallback_bytes", None)
+        return fallback(shape) if fallback is not None else 0
+
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """The most memory that solving one linear [out, in] takes, besides weight and statistics.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 import secateur
+from secateur.engine.choose.depth_influence import influences
+from secateur.engine.choose.depth_space import WHOLE, DepthUnit
+from secateur.engine.prune.layer_pass import LayerPass
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.carried import Carried, Shared
+from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import ModelTarget
+from secateur.engine.stream.walk import walk_layers
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
+from secateur.progress import Silent
 from slow import slow_but
 from zoo import matrices, tiny_model, tiny_windows, weight_of
 
@@ -105,12 +113,78 @@ def test_runs_on_disk_with_the_dense_model_beside_are_those_in_memory(
     assert all(torch.equal(x, made["disk"][n]) for n, x in made["memory"].items())
 
 
-def test_a_search_is_refused_by_name() -> None:
-    with pytest.raises(ArchitectureError, match=r"per-layer embeddings.*searches"):
-        secateur.prune(
-            tiny_model("gemma3n_text"), method="wanda", sparsity=0.5, allocation="search",
-            calibration=WINDOWS,
-        )  # fmt: skip
+def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers share is on disk with the hidden states; the rest is computed anew."""
+    with quiet_transformers():
+        tiny_model("gemma3n_text shared").save_pretrained(tmp_path / "dense")
+    save_file({"input_ids": WINDOWS}, tmp_path / "windows.safetensors")
+    options: dict[str, Any] = {
+        "method": "wanda", "sparsity": 0.5, "activations": "disk",
+        "calibration": str(tmp_path / "windows.safetensors"),
+    }  # fmt: skip
+    whole = secateur.prune(tmp_path / "dense", output=tmp_path / "whole", **options)
+    prune = LayerPass.prune
+
+    def stops(self: LayerPass) -> Any:
+        if self.context.index == 3:
+            raise KeyboardInterrupt
+        return prune(self)
+
+    monkeypatch.setattr(LayerPass, "prune", stops)
+    with pytest.raises(KeyboardInterrupt):
+        secateur.prune(tmp_path / "dense", output=tmp_path / "out", **options)
+    monkeypatch.undo()
+    again = secateur.prune(tmp_path / "dense", output=tmp_path / "out", resume=True, **options)
+    assert again.manifest["cost"]["resumed"]
+    assert again.sparsity == whole.sparsity
+    made, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
+    assert all(torch.equal(made[n], x) for n, x in expected.items())
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches multiply in bfloat16 where that is fast; here they do not."""
+    monkeypatch.setattr("secateur.engine.stream.ends.fast_matmuls", lambda device: nullcontext())
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_search_passes_windows_one_by_one(name: str) -> None:
+    """It does not say which window it passes, so what depends on the tokens travels along."""
+    model: Any = tiny_model(name)
+    ends = ModelEnds(ModelTarget(model), WINDOWS)
+    rows = [3, 1]
+    states = ends.embedded(rows)
+    for number, layer in walk_layers(ends.target):
+        states = [ends.run(number, layer, x) for x in states]
+    found = torch.stack([ends.head(row, x) for row, x in zip(rows, states, strict=True)])
+    expected = model(input_ids=WINDOWS[rows], use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert ends.states(states[0]).shape[-1] == (128 if "gemma3n" in name else 32)
+
+
+@pytest.mark.slow
+def test_an_allocation_that_searches() -> None:
+    model: Any = tiny_model("gemma3n_text shared")
+    report = secateur.prune(
+        model, method="wanda", sparsity=0.5, calibration=WINDOWS, allocation="search"
+    )
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.usefixtures("exact")
+def test_influences_are_of_hidden_states_alone() -> None:
+    """Keys and values that travel with them do not count."""
+    model: Any = tiny_model("gemma4_text shared")
+    ends = ModelEnds(ModelTarget(model), WINDOWS)
+    units = [DepthUnit(i, WHOLE, 1, 1) for i in range(5)]
+    found = influences(ends, units, Silent())
+    with torch.no_grad():
+        out = model.model(input_ids=WINDOWS, use_cache=False, output_hidden_states=True)
+    states = out.hidden_states[:5]  # the last one is normed
+    expected = [1 - cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(states)]
+    assert found[:4] == pytest.approx([float(x) for x in expected], abs=1e-4)
 
 
 def test_values_that_are_not_one_for_each_token_are_refused() -> None:

@@ -49,7 +49,7 @@ def influences(ends: ModelEnds, units: Sequence[DepthUnit], progress: Progress) 
                 around = {WHOLE: (before, after), ATTENTION: (before, between),
                           FFN: (between, after)}  # fmt: skip
                 for unit in by_layer[number]:
-                    sums[unit] += _mean(cosines(*around[unit.parts]))
+                    sums[unit] += _mean(cosines(*map(ends.states, around[unit.parts])))
                 states[place] = after
                 progress.step(note=f"layer {number}")
     progress.finish()
@@ -80,7 +80,8 @@ def angular_distances(ends: ModelEnds, length: int, progress: Progress) -> list[
                 progress.step(note=f"layer {number}")
             if len(inputs) == length:
                 for before, after in zip(inputs[0], states, strict=True):
-                    angles = cosines(before, after).clamp(-1, 1).arccos() / math.pi
+                    cosine = cosines(ends.states(before), ends.states(after))
+                    angles = cosine.clamp(-1, 1).arccos() / math.pi
                     sums[number + 1 - length] += _mean(angles)
             inputs.append(states)
     progress.finish()

@@ -18,6 +18,7 @@ from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.open_experts import OpenExperts
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 
 __all__ = ["SCOPES", "SCORES", "ExpertChoice", "ExpertUse", "expert_use", "kept_experts"]
@@ -121,7 +122,11 @@ class Listener:
 
 @torch.no_grad()
 def expert_use(
-    target: Target, windows: Tensor, micro_batch_tokens: int, progress: Progress
+    target: Target,
+    windows: Tensor,
+    micro_batch_tokens: int,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> dict[int, ExpertUse]:
     """Pass calibration through the dense model, and measure how much it uses its experts.
 
@@ -130,6 +135,7 @@ def expert_use(
         windows: token ids [samples, sequence_length].
         micro_batch_tokens: tokens that pass through a layer at once.
         progress: receives every layer.
+        ranks: the processes that share the windows; all get the sums over all windows.
 
     Returns:
         The use of experts, by number of the layer, for layers with experts.
@@ -137,7 +143,7 @@ def expert_use(
     Raises:
         ArchitectureError: no layer has experts.
     """
-    passage = Passage(target, windows, micro_batch_tokens, True, None)
+    passage = Passage(target, windows, micro_batch_tokens, True, None, ranks)
     passage.open(0, dense=False)
     found: dict[int, ExpertUse] = {}
     progress.start("experts", len(target.layers))
@@ -147,7 +153,10 @@ def expert_use(
             out = call_layer(layer, passage.read(batch), passage.call(number, batch))
             passage.write(batch, out)
         for listener in listeners:
-            found[number] = listener.close()
+            use = listener.close()
+            ranks.total(use.tokens)
+            ranks.total(use.outputs)
+            found[number] = use
         progress.step(note=f"layer {number}")
     passage.close()
     progress.finish()

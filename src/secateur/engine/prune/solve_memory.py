@@ -7,6 +7,7 @@ grams that float32 can factorise and on grams that need float64.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from secateur.calibration.statistics import statistics
 from secateur.engine.prune.tasks import (
@@ -20,7 +21,7 @@ from secateur.engine.stream.targets import Target
 from secateur.models.architecture import linears_of
 from secateur.types import float32_bytes
 
-__all__ = ["gradient_bytes", "linear_bytes", "solve_bytes", "statistics_bytes"]
+__all__ = ["SolveMemory", "gradient_bytes", "linear_bytes", "solve_bytes", "statistics_bytes"]
 
 TARGET_SQUARES = 6
 """Maximum number of float32 matrices [in, in] in `dense_target`, besides the gram."""
@@ -28,10 +29,23 @@ HELD_TARGETS = 2
 """Number of these matrices that stay while the linears of a group are solved."""
 
 
-def solve_bytes(
-    tasks: Tasks, *, asymmetric: bool, held_out: bool = False
-) -> tuple[int, tuple[int, int]]:
-    """Return the maximum memory for solving one linear, with its statistics, and its shape.
+@dataclass(frozen=True)
+class SolveMemory:
+    """The memory for solving one linear, with its statistics: of the linear that takes most.
+
+    Attributes:
+        most: bytes at worst.
+        usual: bytes where float32 is enough for every factorisation.
+        shape: (out, in) of the linear that takes `most`.
+    """
+
+    most: int = 0
+    usual: int = 0
+    shape: tuple[int, int] = (0, 0)
+
+
+def solve_bytes(tasks: Tasks, *, asymmetric: bool, held_out: bool = False) -> SolveMemory:
+    """Return the maximum memory for solving one linear.
 
     Args:
         tasks: tasks of the run. Tasks that change nothing need no memory.
@@ -39,11 +53,15 @@ def solve_bytes(
         held_out: whether held-out tokens choose the damping.
     """
     needs = {
-        (linear_bytes(task, asymmetric=asymmetric, held_out=held_out), task.shape)
+        (linear_bytes(task, asymmetric=asymmetric, held_out=held_out), task.shape, task.method)
         for task in tasks.values()
         if task.changes
     }
-    return max(needs, default=(0, (0, 0)))
+    if not needs:
+        return SolveMemory()
+    most, shape, _ = max(needs, key=lambda need: need[:2])
+    usual = max(size - method.fallback_bytes(own) for size, own, method in needs)
+    return SolveMemory(most, usual, shape)
 
 
 def linear_bytes(task: LinearTask, *, asymmetric: bool, held_out: bool = False) -> int:

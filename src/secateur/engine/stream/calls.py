@@ -9,7 +9,7 @@ own (`token_values.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -33,6 +33,7 @@ __all__ = [
     "layer_calls",
     "replaced_layers",
     "token_values",
+    "token_values_of_all",
 ]
 
 
@@ -86,6 +87,11 @@ class LayerCall:
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments."""
         return [x for x in self.leaves() if isinstance(x, Tensor)]
+
+    @property
+    def columns(self) -> int:
+        """How many values of the arguments depend on one token."""
+        return sum(prod(shape) for _, shape in self.varying)
 
     def values(self) -> Tensor:
         """The arguments that depend on the tokens, side by side: [batch, sequence, columns]."""
@@ -267,6 +273,15 @@ def token_values(
     call = record(model, layers, ids)[index].call
     assert call is not None
     return replace(call, varying=of.varying).values()
+
+
+def token_values_of_all(
+    model: Any, layers: nn.ModuleList, ids: Tensor, calls: Sequence[LayerCall]
+) -> Tensor:
+    """`token_values` of all layers side by side, from one forward."""
+    recorded = zip(record(model, layers, ids), calls, strict=True)
+    found = [replace(call_of(one), varying=call.varying) for one, call in recorded]
+    return torch.cat([call.values() for call in found if call.varying], -1)
 
 
 def layer_calls(model: Any, layers: nn.ModuleList, batches: list[Tensor]) -> list[LayerCall]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.engine.stream.calls import (
@@ -19,10 +20,10 @@ from secateur.engine.stream.calls import (
     first_inputs,
     layer_calls,
     replaced_layers,
+    token_values_of_all,
 )
 from secateur.engine.stream.targets import Target
 from secateur.engine.stream.token_values import TokenValues
-from secateur.errors import ArchitectureError
 from secateur.precision import fast_matmuls
 
 __all__ = ["STATES_BYTES", "ModelEnds"]
@@ -70,6 +71,7 @@ class ModelEnds:
     ) -> None:
         self.target, self.windows = target, windows
         self.recorded: dict[int, list[LayerCall]] = {}
+        self.width: int | None = None  # of hidden states as they travel
         self.token_values = TokenValues(target, windows, folder, own)
 
     def calls(self, size: int = 1) -> list[LayerCall]:
@@ -114,11 +116,26 @@ class ModelEnds:
         calls = next(iter(self.recorded.values()), None) or self.calls()
         with self.target.outside():
             for rows in batches:
-                yield calls[0].packed(first_inputs(model, layers, self.windows[rows].to(device)))
+                found = calls[0].packed(first_inputs(model, layers, self.windows[rows].to(device)))
+                self.width = found.shape[-1]
+                yield found
 
     def embedded(self, rows: Sequence[int]) -> list[Tensor]:
-        """The inputs of the first layer for some windows, one tensor for each."""
-        return list(self.embed([slice(row, row + 1) for row in rows]))
+        """The inputs of the first layer for some windows, one tensor for each, for `run`.
+
+        What depends on the tokens in any layer is put beside the hidden states, because `run` is
+        not told which window it passes.
+        """
+        found = list(self.embed([slice(row, row + 1) for row in rows]))
+        calls = self.calls()
+        if not any(call.varying for call in calls):
+            return found
+        model, layers, device = self.target.model, self.target.layers, self.target.device
+        with self.target.outside():
+            return [
+                torch.cat([x, token_values_of_all(model, layers, ids[None].to(device), calls)], -1)
+                for x, ids in zip(found, self.windows[list(rows)], strict=True)
+            ]
 
     def parts(self, rows: Sequence[int], copies: int) -> Iterator[list[int]]:
         """Split windows into parts whose hidden states fit into `STATES_BYTES`.
@@ -139,20 +156,26 @@ class ModelEnds:
             number: number of the layer.
             layer: the layer, or a function with the same arguments.
             hidden: [1, sequence_length, hidden_size].
-
-        Raises:
-            ArchitectureError: the layer needs values that depend on the tokens.
         """
         call = self.calls()[number]
+        hidden, values = self.apart(hidden)
         if call.varying:
-            raise ArchitectureError(
-                f"the layers of {type(self.target.model).__name__} read values of each token "
-                "besides hidden states (per-layer embeddings), and searches pass only these",
-                where=self.target.architecture.layer_name(number),
-                remedy="choose an allocation that does not search, such as uniform",
-            )
+            assert values is not None
+            start = sum(before.columns for before in self.calls()[:number])
+            call = call.filled(values[..., start : start + call.columns])
         with fast_matmuls(self.target.device):
-            return call_layer(layer, hidden, call)
+            out = call_layer(layer, hidden, call)
+        return out if values is None else torch.cat([out, values], -1)
+
+    def apart(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The hidden states, and what depends on the tokens if `embedded` has put it beside."""
+        if self.width is None or hidden.shape[-1] == self.width:
+            return hidden, None
+        return hidden[..., : self.width], hidden[..., self.width :]
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The hidden states alone: [1, sequence_length, width]."""
+        return self.calls()[0].states(self.apart(hidden)[0])
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -190,7 +213,7 @@ class ModelEnds:
         """
         layers, calls = self.target.layers, self.calls()
         injectors: list[nn.Module] = [
-            Injector(layer, call, None if hidden is None else call.unpacked(hidden))
+            Injector(layer, call, None if hidden is None else call.unpacked(self.apart(hidden)[0]))
             for layer, call in zip(layers, calls, strict=True)
         ]
         with replaced_layers(layers, injectors):

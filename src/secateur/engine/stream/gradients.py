@@ -63,7 +63,7 @@ class GradientPass:
         self.each = rows_of(ranks.rank, each, ranks.count)
         own = slice(self.each[0].start, self.each[-1].stop)
         self.ends = ModelEnds(self.target, self.windows, self.work, own)
-        (hidden,) = self.ends.embedded([0])
+        (hidden,) = self.ends.embed([slice(0, 1)])
         shape = (*self.windows.shape, hidden.shape[-1])
         self.inputs = Activations(shape, hidden.dtype, self.work, False, own)
         upstream = self.work / "upstream"

@@ -145,7 +145,7 @@ class Passage:
 
     def open_streams(self, dense: bool) -> list[Activations]:
         """Empty streams, in memory or on disk."""
-        (hidden,) = self.ends.embedded([0])
+        (hidden,) = self.ends.embed([slice(0, 1)])
         shape = (*self.windows.shape, hidden.shape[-1])
         self.hidden = Activations(shape, hidden.dtype, self.work, self.in_memory, self.own)
         if not dense:

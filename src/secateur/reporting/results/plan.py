@@ -75,6 +75,9 @@ class PlanResult(Result):
         rows.append(
             ("peak memory of the GPU" if plan.on_gpu else "peak memory", gib(plan.peak_bytes))
         )
+        if plan.fallback_bytes:
+            usual = plan.peak_bytes - plan.fallback_bytes
+            rows.append(("  if float32 can factorise every gram, as usual", gib(usual)))
         if plan.on_gpu:
             rows.append(("peak memory of the host", gib(plan.host_peak_bytes)))
         return [Table.of("plan", ("", ""), rows)]

@@ -183,9 +183,18 @@ class OBS(RoundingSolver):
         )
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Six float32 copies of the weight, ten in groups; and the squares of the factorisation."""
-        copies = 10 if self.grid else 6
-        return copies * float32_bytes(shape) + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
+        """The factorisation; or its result and copies of the weight, in float32."""
+        return self._peak(shape, FACTOR_SQUARES)
+
+    def fallback_bytes(self, shape: tuple[int, int]) -> int:
+        """The part of `working_bytes` that only a factorisation in float64 takes."""
+        return self._peak(shape, FACTOR_SQUARES) - self._peak(shape, FACTOR_SQUARES // 2)
+
+    def _peak(self, shape: tuple[int, int], squares: int) -> int:
+        """The peak where the factorisation takes so many matrices [in, in]."""
+        square = float32_bytes((shape[1], shape[1]))
+        copies = 9 if self.grid else 3
+        return max(squares * square, square + copies * float32_bytes(shape))
 
     def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
         """0: linears share all factorisations."""

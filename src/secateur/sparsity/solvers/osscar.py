@@ -133,7 +133,7 @@ class OSSCAR:
         return (
             7 * float32_bytes(shape)
             + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
-            + systems_bytes(*shape)
+            + systems_bytes(1, shape[1])  # all rows share one
         )
 
     def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:

@@ -118,7 +118,7 @@ class BlockDistillation:
         self.count = len(self.dense.layers)
         self.learning = pruned_layers(self.dense, tasks)
         self.spans = spans(self.learning[0], self.count, layers)
-        (self.example,) = self.ends.embedded([0])
+        (self.example,) = self.ends.embed([slice(0, 1)])
 
     def states(self, of: str, layer: int = 0) -> Activations:
         """Return the hidden states on disk of the `dense` or the `pruned` model at a layer."""

@@ -13,7 +13,7 @@ import hashlib
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,7 +27,15 @@ from secateur.runs.folder import STATE
 from secateur.runs.ledger import Ledger
 from secateur.workflows.prune.prepare import prepare, settings_of, tasks_for
 
-__all__ = ["WorkOrder", "digest_of", "follow", "give", "refuse_cluster", "refuse_several"]
+__all__ = [
+    "WorkOrder",
+    "digest_of",
+    "follow",
+    "give",
+    "refuse_another_model",
+    "refuse_cluster",
+    "refuse_several",
+]
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,7 @@ def follow(recipe: PruneRecipe, ranks: Ranks) -> None:
     windows = Path(order.windows) if order.windows else None
     prepared = prepare(recipe, stored_windows=windows)
     if digest_of(prepared.reader) != order.source:
-        raise RecipeError(
-            f"process {ranks.rank} on {socket.gethostname()} reads another model than the first "
-            "process: names, shapes or dtypes of the tensors differ",
-            where=str(prepared.source.folder),
-            remedy="give all machines the same files",
-        )
+        refuse_another_model(ranks.rank, prepared.source.folder)
     ledger = Ledger()
     ledger.entries = list(order.entries)
     job = Job(
@@ -101,6 +104,20 @@ def digest_of(reader: CheckpointReader) -> str:
     """A digest of the names, shapes and dtypes of a checkpoint's tensors."""
     told = sorted((n, str(e.dtype), tuple(e.shape)) for n, e in reader.entries.items())
     return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def refuse_another_model(rank: int, folder: Path) -> NoReturn:
+    """Refuse a process that reads another model than the first one.
+
+    Raises:
+        RecipeError: always.
+    """
+    raise RecipeError(
+        f"process {rank} on {socket.gethostname()} reads another model than the first process: "
+        "names, shapes or dtypes of the tensors differ",
+        where=str(folder),
+        remedy="give all machines the same files",
+    )
 
 
 def refuse_other_files(order: WorkOrder, rank: int) -> None:

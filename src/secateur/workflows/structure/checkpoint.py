@@ -31,6 +31,7 @@ from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_dtype
 from secateur.progress import Progress, Silent
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -54,6 +55,7 @@ from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 from secateur.workflows.structure.latency import FILE, found_latency
 from secateur.workflows.structure.learned import check_learned
 from secateur.workflows.structure.narrow import check_width
+from secateur.workflows.structure.shared_survey import give, refuse_several
 from secateur.workflows.structure.stages import steps_of
 from secateur.workflows.structure.step_context import NOTES, StepContext
 from secateur.workflows.structure.vocabulary import check_vocabulary, trimmed_source
@@ -101,6 +103,7 @@ def structure_recipe(
     restart: bool = False,
     overwrite: bool = False,
     timer: StepTimer = time_steps,
+    ranks: Ranks = ALONE,
 ) -> StructureResult:
     """Carry out a recipe into a new folder.
 
@@ -111,10 +114,12 @@ def structure_recipe(
         restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
         timer: measures the time of a token, if the recipe has a target in time.
+        ranks: the processes that share the survey of experts; this one is the first.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
+    refuse_several(recipe, ranks.count)
     meter = Meter.start()
     folder = RunFolder(
         recipe.output, "structure", resume=resume, restart=restart, overwrite=overwrite
@@ -140,7 +145,8 @@ def structure_recipe(
         folder.begin(identity(recipe, source, progress))
         if not folder.finished:
             folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
-            cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter)
+            cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter, ranks)
+    give(None, ranks)
     manifest = json.loads((folder.notes / MANIFEST).read_text(encoding="utf-8"))
     return StructureResult(manifest, folder.output)
 
@@ -154,6 +160,7 @@ def cut_into(
     timer: StepTimer,
     progress: Progress,
     meter: Meter,
+    ranks: Ranks,
 ) -> None:
     """Run all steps that no earlier run finished, and write the result."""
     device, latency = choose_device(recipe.device), None
@@ -167,7 +174,15 @@ def cut_into(
         aim = replace(aim, joint=latency["joint"])
     made = base.folder
     context = StepContext(
-        recipe, aim, base.folder, windows, folder.work / WINDOWS, device, folder.work, progress
+        recipe,
+        aim,
+        base.folder,
+        windows,
+        folder.work / WINDOWS,
+        device,
+        folder.work,
+        progress,
+        ranks,
     )
     for step in steps_of(recipe, aim, trimmed):
         made, notes = step.carry_out(context, made)

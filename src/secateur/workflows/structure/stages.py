@@ -29,10 +29,12 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
+from secateur.workflows.prune.order import digest_of
 from secateur.workflows.structure.cut_plan import CutPlan
 from secateur.workflows.structure.learned import choose_learned
 from secateur.workflows.structure.narrow import Narrowing
 from secateur.workflows.structure.refit import RefitStep, refits
+from secateur.workflows.structure.shared_survey import SurveyOrder, give
 from secateur.workflows.structure.step_context import NOTES, StepContext
 
 __all__ = ["Step", "steps_of"]
@@ -127,7 +129,8 @@ def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
     target, recipe = context.target(folder), context.recipe
     assert context.aim.keep_experts is not None
     tokens = recipe.memory.micro_batch_tokens
-    use = expert_use(target, context.windows, tokens, context.progress)
+    give(SurveyOrder(str(context.windows_file), digest_of(target.reader)), context.ranks)
+    use = expert_use(target, context.windows, tokens, context.progress, context.ranks)
     config, experts = target.model.config, target.architecture.experts
     assert experts is not None
     how = ExpertChoice(

@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import open_weights
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.structure import StructureRecipe
 from secateur.workflows.structure.cut_plan import CutPlan
@@ -34,6 +35,7 @@ class StepContext:
         device: the device for the work on layers.
         work: the folder that holds a folder for each step.
         progress: receives every step.
+        ranks: the processes that share surveys; this one is the first.
     """
 
     recipe: StructureRecipe
@@ -44,6 +46,7 @@ class StepContext:
     device: torch.device
     work: Path
     progress: Progress
+    ranks: Ranks = ALONE
 
     def target(self, folder: Path, output: PatchedCopy | None = None) -> CheckpointTarget:
         """Open a model folder to read, or with a copy that receives new weights."""

@@ -1,0 +1,94 @@
+"""Every model of the zoo, compressed and loaded: it computes what the dense one computes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import secateur
+from secateur.errors import SecateurError
+from secateur.models.skeleton import quiet_transformers
+from secateur.runtime.decode import Decoder
+from secateur.runtime.kernels import library as lib
+from secateur.runtime.linear import PackedLinear
+from secateur.runtime.slots import FAMILIES, why_not
+from slow import slow_but
+from zoo import NOT_LOADED, NOT_RUN, ZOO, class_of, config_of, matrices, tiny_model, tiny_windows
+
+IDS = tiny_windows(2, 9)
+DECODER = re.compile(r"^(?!.*(?:vision|visual|audio)).*\b(?:layers|h)\.\d+\.")
+"""The names of what is in decoder layers."""
+
+FEW = ("llama", "mamba", "gemma3n_text shared", "gemma3 vision", "deepseek_v3", "gpt_oss")
+TYPES = [name for name in ZOO if config_of(name).model_type in FAMILIES]
+"""Models of the types that one call for each token decodes."""
+
+
+@torch.no_grad()
+def half_zero(name: str) -> Any:
+    """A tiny model with zeros in half of the places of its decoder's matrices."""
+    try:
+        model: Any = tiny_model(name)
+    except ImportError as missing:
+        pytest.skip(f"{name}: {str(missing).strip().splitlines()[0]}")
+    found = {path: module.weight for path, module in matrices(model).items()}
+    found |= {n: p for n, p in model.named_parameters() if p.ndim == 3 and ".experts." in n}
+    for path, weight in found.items():
+        if DECODER.match(path):
+            weight[torch.rand(weight.shape) < 0.5] = 0
+    return model
+
+
+def saved(model: nn.Module, folder: Path) -> Path:
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", slow_but(FEW, ZOO))
+def test_packed_models_compute_what_dense_ones_compute(name: str, tmp_path: Path) -> None:
+    model = half_zero(name)
+    secateur.compress(saved(model, tmp_path / "dense"), output=tmp_path / "packed", values="keep")
+    if name in NOT_LOADED:
+        with pytest.raises(SecateurError, match=NOT_LOADED[name]):
+            secateur.load(tmp_path / "packed")
+        return
+    packed: Any = secateur.load(tmp_path / "packed")
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) >= 6
+    if name in NOT_RUN:
+        return
+    with torch.no_grad():
+        expected = model(input_ids=IDS, use_cache=False).logits
+        found = packed(input_ids=IDS, use_cache=False).logits
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.skipif(lib.kernel_info().tier == "none", reason="no kernels here")
+@pytest.mark.parametrize("name", TYPES)
+def test_one_call_for_each_token_computes_what_the_model_computes(name: str) -> None:
+    config = config_of(name)
+    config.head_dim = 16  # the kernels' heads are a multiple of 16 wide
+    torch.manual_seed(0)
+    model = class_of(config).from_config(config, dtype=torch.float32).eval()
+    assert why_not(model, 8) is None
+    decoder, ids = Decoder(model, 8), IDS[0, :7]
+    decoder.prefill(ids[:5])
+    steps = [decoder.step(int(token)) for token in ids[5:]]
+    with torch.no_grad():
+        expected = model(input_ids=ids[None], use_cache=False).logits[0, 5:]
+    assert float((torch.stack(steps) - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", slow_but(FEW[1:], [x for x in ZOO if x not in TYPES]))
+def test_other_models_say_why_they_are_decoded_by_transformers(name: str) -> None:
+    try:
+        told = why_not(tiny_model(name))
+    except ImportError as missing:
+        pytest.skip(f"{name}: {str(missing).strip().splitlines()[0]}")
+    assert told is not None
+    assert "its type is" in told
