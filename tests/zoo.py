@@ -254,6 +254,10 @@ MIXTURES: dict[str, Any] = {
     ),
     "phimoe": lambda: t.PhimoeConfig(**SIZES, **LOCAL_EXPERTS),
     "granitemoe": lambda: t.GraniteMoeConfig(**SIZES, **LOCAL_EXPERTS),
+    "granitemoehybrid": lambda: t.GraniteMoeHybridConfig(
+        **SIZES, **MAMBA, **LOCAL_EXPERTS, layer_types=["mamba", "attention", "mamba"],
+        shared_intermediate_size=40,
+    ),
     "nemotron_h": lambda: t.NemotronHConfig(
         **SIZES, layers_block_type=["mamba", "attention", "moe"], ssm_state_size=8,
         mamba_num_heads=8, mamba_head_dim=8, n_groups=1, chunk_size=8, head_dim=8, expand=2,
@@ -329,6 +333,7 @@ CUT_MIXTURES: dict[str, tuple[str, ...]] = {
     ),
     "lfm2_moe": ("layers", "groups", "neurons"),
     "gemma4": ("layers", "neurons"),
+    "granitemoehybrid": ("layers", "groups", "neurons"),
     **dict.fromkeys(("minimax_m3", "nemotron_h"), ("layers",)),
 }  # fmt: skip
 """What a test cuts of mixtures besides experts; neurons are those of layers without experts."""

@@ -46,12 +46,15 @@ LAYOUTS: dict[str, tuple[str, str, str, str, str]] = {
         ("lfm2", "lfm2_moe"),
         ("model.layers", "self_attn", "self_attn.out_proj", "feed_forward", "feed_forward.w2"),
     ),
-    "granitemoehybrid dense": (
-        "model.layers",
-        "self_attn",
-        "self_attn.o_proj",
-        "shared_mlp",
-        "shared_mlp.output_linear",
+    **dict.fromkeys(
+        ("granitemoehybrid dense", "granitemoehybrid"),
+        (
+            "model.layers",
+            "self_attn",
+            "self_attn.o_proj",
+            "shared_mlp",
+            "shared_mlp.output_linear",
+        ),
     ),
     "nemotron_h dense": ("model.layers", "mixer", "mixer.o_proj", "mixer", "mixer.down_proj"),
     "smolvlm": ("model.text_model.layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"),

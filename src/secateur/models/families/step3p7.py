@@ -1,18 +1,9 @@
-"""Step 3.7: a gate for each query head, experts behind dense layers, a clamp in some layers."""
+"""Step 3.7: a gate for each query head. Its experts are stored in a form that is not known."""
 
 from dataclasses import replace
 
 from secateur.models.architecture import Family, families
-from secateur.models.couplings import (
-    HEAD_NORMS,
-    LLAMA_COUPLINGS,
-    SHARED_EXPERTS,
-    expert_axes,
-    sizes_of_experts,
-)
-from secateur.models.expert_layout import Experts
-
-EXPERTS = Experts(count="n_routed_experts")
+from secateur.models.couplings import HEAD_NORMS, LLAMA_COUPLINGS
 
 STEP3P7 = families.register("step3p7")(
     Family(
@@ -25,11 +16,8 @@ STEP3P7 = families.register("step3p7")(
                 **LLAMA_COUPLINGS.layer,
                 **HEAD_NORMS,
                 "self_attn.g_proj": ("heads", "hidden"),
-                **expert_axes(EXPERTS),
-                **SHARED_EXPERTS,
             },
-            attributes={"self_attn": {"num_heads": "heads"}, **sizes_of_experts(EXPERTS)},
+            attributes={"self_attn": {"num_heads": "heads"}},
         ),
-        experts=EXPERTS,
     )
 )
