@@ -21,6 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py $(wildcard src/secateur/runtime/kernels/csrc/*)
+	@echo "Installing into $(VENV): pip takes torch, transformers and others. This takes minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs]'
 	touch $(READY)

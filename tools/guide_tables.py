@@ -171,8 +171,8 @@ def speeds() -> Iterable[str]:
         f"{layer:g} µs each: {read + cache:.2f} / {bandwidth * e / 1e3:.2f} + "
         f"{SEVEN.layers * layer / 1e3:.2f} = {base.typical * 1e3:.1f} ms. No kernel of a common "
         "engine skips single zeros on a GPU, so they change nothing. 2:4 zeros are bounded by 2x "
-        "in hardware; end to end 1.0 to 1.24 was measured. With many sequences keys and values "
-        "dominate, and every gain shrinks."
+        "in hardware; published for whole models are 1.0 (TensorRT-LLM issues 1731 and 1802) to "
+        "1.24 (Wanda paper). With many sequences keys and values dominate, and every gain shrinks."
     )
     yield ""
 
@@ -292,6 +292,11 @@ def against() -> Iterable[str]:
     yield ""
     columns = ("way", "accuracy kept", "weights", "faster", "GPU hours to make")
     yield from table(columns, rows)
+    yield "Where the accuracies come from:"
+    yield ""
+    for name in ("int8", "int4", "2:4", "50%", "width-25%", "layers-25%", "width-50%-distilled"):
+        yield f"- **{name}**: {FACTS.compressions[name].source}"
+    yield ""
     yield (
         "So on a GPU: quantize first. It costs minutes and a per cent, and gains more than 2:4 "
         "zeros or a quarter less width, which lose more. Prune further only if quantizing is not "

@@ -120,6 +120,13 @@ def test_bench_for_people(secateur, tmp_path: Path) -> None:
     assert "measuring" not in done.out
 
 
+def test_contenders_with_one_reason_share_a_line() -> None:
+    failed = [Speed(name, failure="its type is gpt2") for name in ("dense bf16", "dense int8")]
+    result = BenchResult("model", False, failed, 1, 2, {"prompt_tokens": 4})
+    assert result.failures == {"its type is gpt2": ["dense bf16", "dense int8"]}
+
+
+@pytest.mark.slow
 def test_bench_where_nothing_can_run(secateur, tmp_path: Path) -> None:
     words = ("bench", save_tiny(tmp_path / "m", "gpt2"), *SHORT)
     done = secateur(*words, "--contenders", "dense bf16,dense int8")

@@ -10,6 +10,7 @@ from oracles import patterns as oracles
 from secateur.errors import NumericalError, PatternError, ShapeError
 from secateur.sparsity.patterns import patterns
 from secateur.sparsity.scores import scores
+from slow import every_pair
 
 
 def test_every_kind_has_examples():
@@ -28,9 +29,10 @@ def check_mask(pattern, text, scope, score, sparsity):
     assert torch.equal(mask, pattern.mask(score, sparsity))
 
 
-@pytest.mark.parametrize(("text", "scope"), ALL)
-@pytest.mark.parametrize("name", list(scores))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("text", "scope", "name", "dtype"),
+    every_pair(ALL, scores, [torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_masks_of_every_score(text, scope, name, dtype, example):
     pattern = parsed(text, scope)
     case = example(fitting_shape(text), dtype=dtype, dead=2)

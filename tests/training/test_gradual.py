@@ -136,6 +136,7 @@ def test_renewing_changes_masks_in_place():
     assert not model.get_parameter(name)[0].any()
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_pruned_with_little_loss(trained):
     text, held_out = source_ids(), source_ids(held_out=True)
     at_once, gradually = copy.deepcopy(trained.model), copy.deepcopy(trained.model)

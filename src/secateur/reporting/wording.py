@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bare_name", "counted", "duration", "megabytes", "percent", "signed", "time_range"]
+__all__ = [
+    "bare_name",
+    "counted",
+    "duration",
+    "megabytes",
+    "percent",
+    "signed",
+    "time_range",
+    "without_blank_lines",
+]
 
 
 def bare_name(name: str) -> str:
@@ -61,3 +70,14 @@ def time_range(least: float, most: float) -> str:
     if unit == "s" and low >= 10:  # an estimate is not accurate to single seconds
         low, high = 10 * round(low / 10), 10 * round(high / 10)
     return f"{low:.0f} to {max(high, 1):.0f} {unit}"
+
+
+def without_blank_lines(text: str) -> str:
+    """A model's text for a terminal: pruned models write many empty lines.
+
+    Example:
+        >>> from secateur.reporting.wording import without_blank_lines
+        >>> without_blank_lines("Paris.\\n\\n \\nIt is")
+        'Paris.\\nIt is'
+    """
+    return "\n".join(line for line in text.splitlines() if line.strip())

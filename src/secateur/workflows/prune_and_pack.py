@@ -111,7 +111,8 @@ def prune_recipe(
     """
     refuse_several(recipe, ranks.count)
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
-    idle = sorted(recipe.compress.model_fields_set - {"values"})
+    fields = type(recipe.compress).model_fields
+    idle = [n for n, x in fields.items() if getattr(recipe.compress, n) not in (None, x.default)]
     if recipe.compress.values is None and idle:
         raise RecipeError(
             f"compress.{idle[0]} is about compression, and the result is not compressed",

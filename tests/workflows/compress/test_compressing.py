@@ -30,7 +30,7 @@ from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.runs.folder import RunFolder
 from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
-from slow import few_families
+from slow import every_pair, few_families
 from tiny import save_tiny
 from zoo import CONFIGS
 
@@ -101,10 +101,15 @@ def test_every_family_comes_back_bit_for_bit(tmp_path: Path, family: str) -> Non
     assert secateur.inspect(str(tmp_path / "c")).audit.sparsity == report.sparsity
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("archive", [False, True])
-@pytest.mark.parametrize("format", ["auto", "bitmask", "n-of-m", "dense"])
+@pytest.mark.parametrize(
+    ("dtype", "shards", "archive", "format"),
+    every_pair(
+        [torch.bfloat16, torch.float16, torch.float32],
+        [1, 3],
+        [False, True],
+        ["auto", "bitmask", "n-of-m", "dense"],
+    ),
+)
 def test_formats_shards_and_archives_come_back(
     tmp_path: Path, dtype: torch.dtype, shards: int, archive: bool, format: str
 ) -> None:
@@ -198,9 +203,10 @@ def test_int8_comes_back_as_what_it_stands_for(tmp_path: Path, family: str, arch
         assert torch.equal(after[name], tensor), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(("values", "group"), [("int4", None), ("int4", 32), ("int3", 128)])
-@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize(
+    ("family", "values", "group", "archive"),
+    every_pair(["llama", "gpt2"], [("int4", None), ("int4", 32), ("int3", 128)], [False, True]),
+)
 def test_grids_come_back_as_what_they_stand_for_and_are_found_again(
     tmp_path: Path, family: str, values: str, group: int | None, archive: bool
 ) -> None:
@@ -242,9 +248,10 @@ def output_error(found: Path, expected: Path, windows: torch.Tensor) -> float:
         return float((one(windows).logits - wanted).square().sum() / wanted.square().sum())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize(("values", "largest_error"), [("int8", 1e-3), ("int4", 0.02)])
+@pytest.mark.parametrize(
+    ("family", "dense", "values", "largest_error"),
+    every_pair(["llama", "gpt2", "opt", "phi3"], [False, True], [("int8", 1e-3), ("int4", 0.02)]),
+)
 def test_calibration_makes_integers_closer_and_keeps_zeros(
     tmp_path: Path, family: str, dense: bool, values: str, largest_error: float
 ) -> None:

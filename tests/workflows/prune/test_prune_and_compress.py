@@ -54,6 +54,17 @@ def test_one_call_gives_what_two_calls_give(place: Path, stored: dict[str, Any])
     assert report.compression.formats == packed.formats
 
 
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_the_recipe_of_a_run_makes_the_same_model_again(
+    place: Path, request: pytest.FixtureRequest, values: str | None
+) -> None:
+    secateur.prune("m", output="first", compress=values, **OPTIONS)
+    command = request.getfixturevalue("secateur")
+    done = command("prune", place / "first" / "secateur" / "recipe.yaml", "--output", "again")
+    assert done.code == 0, done.err
+    assert weights(place / "again") == weights(place / "first")
+
+
 def test_notes_and_card_are_about_the_whole_command(place: Path) -> None:
     secateur.prune("m", output="both", compress="int8", compress_embeddings="int8", **OPTIONS)
     recipe = (place / "both" / "secateur" / "recipe.yaml").read_text()

@@ -13,6 +13,7 @@ from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table, gib, mib, next_steps
+from secateur.reporting.wording import without_blank_lines
 
 __all__ = ["DemoResult"]
 
@@ -47,12 +48,16 @@ class DemoResult(Result):
     def blocks(self) -> Sequence[Block]:
         """Size, speed, quality and texts next to the dense model's, and where the files are."""
         first = self.judged.generation[0].samples[0]
+        dense, pruned = (
+            without_blank_lines(first.prompt + (text or ""))
+            for text in (first.reference_text, first.text)
+        )
         return [
             Table.of(self.model, ("", "dense", "pruned, int8"), self.rows()),
             Line(""),
-            Line(f"dense writes:  {first.prompt}{first.reference_text or ''}"),
+            Line(f"dense writes:  {dense}"),
             Line(""),
-            Line(f"pruned writes: {first.prompt}{first.text}"),
+            Line(f"pruned writes: {pruned}"),
             *self.places(),
         ]
 
@@ -79,7 +84,11 @@ class DemoResult(Result):
         assert folder is not None
         place = shlex.quote(str(folder))
         return next_steps(
-            {"the packed model": folder, "its card": folder / "README.md", "the report": self.page},
+            {
+                "the packed model": folder,
+                "its card": folder / "README.md",
+                "the report": self.page.resolve(),
+            },
             {
                 "let it write": f"secateur generate {place} --prompt 'The capital of France is'",
                 "time it in more ways": f"secateur bench {place}",

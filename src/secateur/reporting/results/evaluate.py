@@ -9,6 +9,7 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
+from secateur.reporting.wording import without_blank_lines
 from secateur.runs.evaluation import (
     DivergenceRecord,
     EvaluationRecord,
@@ -201,7 +202,7 @@ def generation_blocks(found: GenerationRecord) -> list[Block]:
     for one in found.samples:
         share = f"{one.repetition:.0%}" + (" degenerate" if one.degenerate else "")
         dense = [one.reference_text or ""] if found.reference else []
-        rows.append([one.prompt, one.text, *dense, share])
+        rows.append([one.prompt, *map(without_blank_lines, [one.text, *dense]), share])
     summary = f"repeated 4-grams: {found.repetition:.0%}, degenerate texts: {found.degenerate}"
     if found.reference_repetition is not None:
         summary += f"; dense: {found.reference_repetition:.0%}, {found.reference_degenerate}"

@@ -6,9 +6,9 @@
  */
 #if defined(__x86_64__)
 #include <immintrin.h>
-#include <pthread.h>
 
 #include "internal.h"
+#include "older_glibc.h"
 
 #define PAIR_BLOCK 16
 #define LANES 8

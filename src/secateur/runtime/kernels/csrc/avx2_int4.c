@@ -2,9 +2,9 @@
  * of its sums of two products (at most 2 · 15 · 127 each) fit in 16 bits. */
 #if defined(__x86_64__)
 #include <immintrin.h>
-#include <pthread.h>
 
 #include "blocks.h"
+#include "older_glibc.h"
 
 static uint8_t places[256][8] __attribute__((aligned(64))); /* 0x80: zero */
 static pthread_once_t once = PTHREAD_ONCE_INIT;

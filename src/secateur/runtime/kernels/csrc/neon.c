@@ -1,9 +1,9 @@
 /* Kernels for NEON with dot products (Armv8.2 and later: Cortex-A76, Neoverse, Apple M1). */
 #if defined(__aarch64__)
 #include <arm_neon.h>
-#include <pthread.h>
 
 #include "internal.h"
+#include "older_glibc.h"
 
 #define PAIR_BLOCK 2 /* pairs are in their natural order */
 #define LANES 8

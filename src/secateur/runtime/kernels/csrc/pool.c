@@ -9,13 +9,13 @@
  * each worker is therefore bound to one that the caller is not on.
  */
 #define _GNU_SOURCE
-#include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
 
 #include "internal.h"
+#include "older_glibc.h"
 
 #define MOST_THREADS 256
 #define SPINS_IDLE 4000

@@ -1,0 +1,45 @@
+"""`secateur demo` on a tiny model: what it writes, and what a newcomer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from commands import Outcome
+from gguf_models import byte_level
+from secateur.models.skeleton import quiet_transformers
+from tiny import save_tiny
+from trained import source_text
+
+
+@pytest.mark.slow
+def test_the_demo_prunes_packs_times_judges_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secateur: Callable[..., Outcome]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_level()
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "hidden_size": 64}
+    model = save_tiny(tmp_path / "model", tokenizer=False, **sizes)
+    with quiet_transformers():
+        tokenizer.save_pretrained(model)
+    (tmp_path / "text.txt").write_text(source_text()[:40_000], encoding="utf-8")
+    (tmp_path / "other.txt").write_text(source_text(held_out=True)[:20_000], encoding="utf-8")
+    demo = import_module("secateur.cli.demo")
+    monkeypatch.setattr(demo, "MODEL", str(model))
+    monkeypatch.setattr(demo, "CALIBRATION", str(tmp_path / "text.txt"))
+    monkeypatch.setattr(demo, "JUDGING", str(tmp_path / "other.txt"))
+    ended = secateur("demo", "--windows", "4", "--judged-windows", "2")
+    assert ended.code == 0, ended.err
+    folder = tmp_path / "demo-run"
+    assert (folder / "secateur.safetensors").is_file()
+    assert (folder / "README.md").is_file()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "perplexity" in page
+    for words in ("tokens per second", "zeros in decoder matrices", "50.0%", "dense writes:"):
+        assert words in ended.out
+    for place in (folder, folder / "README.md", folder / "report.html"):
+        assert f"{place}\n" in ended.out
+    assert "\n\n\n" not in ended.out

@@ -1,0 +1,286 @@
+"""The code blocks of the documentation run, in their order, on tiny models.
+
+A page is walked in one folder. `MODEL` is a tiny model, `TEXT` a file, and the runs are made short.
+What a page takes as given (`PRUNED`, a mask, a trainer's data) is made by `page_givens.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+import page_givens
+import secateur as package
+from commands import Outcome
+from page_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, commands, name_of, run_blocks
+from secateur.recipes.chain import ChainRecipe
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe
+from slow import slow_but
+
+HOW_TO = [name_of(page) for page in PAGES if page.parent.name == "howto"]
+AS_PROGRAMS = ("CONTRIBUTING", "docs/howto/several-machines", "docs/howto/add-a-method")
+WALKED = [name_of(page) for page in PAGES if run_blocks(page) and name_of(page) not in AS_PROGRAMS]
+BY_DEFAULT = {
+    "docs/start",
+    "docs/howto/gpu-2-4",
+    "docs/howto/prune-experts",
+    "docs/howto/serve",
+}
+FAMILIES = {
+    "docs/howto/prune-experts": "mixtral",
+    "docs/methods/experts": "mixtral",
+    "docs/methods/fluctuation": "gpt2",
+}
+"""The family of `MODEL`, where it is no Llama."""
+DATA = {"docs/run-folder": PruneRecipe, "docs/structure/chain": ChainRecipe}
+"""The recipes of the YAML blocks of a page."""
+
+NAMED = {
+    "TEXT": "TEXT.txt",
+    "c4": "text.jsonl",
+    "wikitext2": "HELD-OUT.txt",
+    "boolq-calibration": "TEXT.txt",
+    "boolq-held-out": "HELD-OUT.txt",
+    "smollm2-135m": "MODEL",
+}
+"""What stands for the texts and the model that are not on every machine."""
+CALIBRATED = {"--calibration": "TEXT.txt", "--windows": "4", "--sequence-length": "32"}
+JUDGED = {"--text": "HELD-OUT.txt", "--windows": "4", "--sequence-length": "32"}
+TRAINED = {
+    "--steps": "2",
+    "--windows": "24",
+    "--sequence-length": "32",
+    "--validation-windows": "2",
+}
+SHORT = {
+    "prune": CALIBRATED,
+    "structure": CALIBRATED,
+    "fit": CALIBRATED | {"--generations": "1", "--offspring": "2"},
+    "sweep": CALIBRATED | JUDGED,
+    "distill": TRAINED,
+    "retrain": TRAINED,
+    "evaluate": JUDGED,
+    "generate": {"--max-new-tokens": "8"},
+    "chat": {"--max-new-tokens": "8"},
+    "bench": {
+        "--contenders": "packed",
+        "--rounds": "2",
+        "--prompt-tokens": "4",
+        "--new-tokens": "2",
+        "--seconds": "1",
+    },
+}
+"""The options that every command of a verb has here."""
+SMALLER = {
+    "--keep-layers 24": "0.5",
+    "--ffn 1024": "64",
+    "--query-heads 2": "1",
+    "--hidden-size 512": "48",
+    "--file-mib 400": "0.65",
+    "--vocabulary-size 16384": "300",
+    "--max-size 75MiB": "400KiB",
+    "--max-size 60MiB": "400KiB",
+    "--generated-windows 128": "4",
+    "--generated-windows 192": "4",
+    "--learned 1000": "4",
+    "--windows 4096": "8",
+    "--distill-epochs 2": "1",
+    "--tune-passes 6": "1",
+    "iterative.rewind_step=50": "iterative.rewind_step=1",
+    '"windows": 64, "sequence_length": 512': '"windows": 4, "sequence_length": 32',
+    "use, 6, ExpertChoice": "use, 3, ExpertChoice",
+    "rewind_step=60": "rewind_step=1",
+    "TrainingPlan(steps=200": "TrainingPlan(steps=2",
+    "TrainingPlan(steps=500": "TrainingPlan(steps=2",
+}
+"""Sizes and counts of real models, and those of tiny ones."""
+
+
+def shortened(words: list[str]) -> list[str]:
+    """A command for a tiny model, with few and short windows, and few steps instead of minutes."""
+    words = [NAMED.get(word, SMALLER.get(word, word)) for word in words]
+    for place, pair in enumerate(pairwise(words), 1):
+        words[place] = SMALLER.get(" ".join(pair), words[place])
+    verb = words[words.index("secateur") + 1]
+    if "--minutes" in words and verb != "fit":
+        place = words.index("--minutes")
+        words = words[:place] + words[place + 2 :]
+    options = SHORT.get(verb, {})
+    if "--learned" in words:
+        options = options | {"--windows": "32"}
+    if verb in ("compress", "diagnose") and {"--calibration", "--dense"} & set(words):
+        options = {name: text for name, text in CALIBRATED.items() if name != "--calibration"}
+    if verb == "evaluate" and {"--generation", "--tasks"} & set(words) and "--text" not in words:
+        options = {}
+    for name, text in options.items():
+        if name not in words:
+            words += [name, text]
+        elif name not in ("--text", "--calibration"):
+            words[words.index(name) + 1] = text
+    return words
+
+
+def promised(page: Path) -> list[str]:
+    """The files that a page says are there at its end."""
+    rows = page.read_text(encoding="utf-8").partition("## What lies where")[2]
+    return [
+        path
+        for row in re.findall(r"^\| (`.*?) \|", rows, re.M)
+        for path in re.findall(r"`([^`]+)`", row)
+    ]
+
+
+@pytest.fixture
+def folder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a page is walked: a tiny model and texts."""
+    monkeypatch.chdir(tmp_path)
+    layers = 2 if page.startswith("docs/methods/") else 4
+    page_givens.write_model("MODEL", FAMILIES.get(page, "llama"), layers)
+    page_givens.write_texts()
+    return tmp_path
+
+
+def is_filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def prepare(words: list[str]) -> None:
+    """Make what a command reads, and let nothing be where it writes."""
+    output = words[words.index("--output") + 1] if "--output" in words else ""
+    if output:
+        shutil.rmtree(output, ignore_errors=True)
+    for word in words:
+        if word != output:
+            page_givens.made(word)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft's own call
+@pytest.mark.filterwarnings("ignore::secateur.structured.surgery.VariedSizesWarning")
+@pytest.mark.parametrize("page", slow_but(BY_DEFAULT, WALKED))
+def test_a_page_does_what_it_says(
+    page: str,
+    folder: Path,
+    secateur: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = ROOT / f"{page}.md"
+    names = {}
+    if any(block.language == "python" for block in run_blocks(file)):
+        names = page_givens.names("PRUNED" if page == "docs/trainers" else "MODEL")
+    for block in run_blocks(file):
+        if block.language == "python":
+            text = block.text
+            for name, stand_in in NAMED.items():
+                text = text.replace(f'"{name}"', f'"{stand_in}"')
+            for size, smaller in SMALLER.items():
+                text = text.replace(size, smaller)
+            for output in re.findall(r'output="(\w+)"', text):
+                shutil.rmtree(output, ignore_errors=True)
+            exec(compile(text, file, "exec"), names)
+            continue
+        for words in map(shortened, commands(block)):
+            assert words[0] == "secateur"
+            prepare(words)
+            monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of France?\n"))
+            ended = secateur(*words[1:])
+            assert ended.code == 0, f"{shlex.join(words)}\n{ended.out}\n{ended.err}"
+    assert [path for path in promised(file) if not is_filled(folder / path)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", AS_PROGRAMS)
+def test_a_page_does_what_it_says_in_programs_of_their_own(page: str, folder: Path) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(package.__file__).parents[1]), str(folder)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    file = ROOT / f"{page}.md"
+    for number, block in enumerate(blocks(file)):
+        if block.reason or block.language not in ("python", "toml", "bash"):
+            continue
+        if block.language == "bash":
+            started = [as_program(shortened(words)) for words in commands(block)]
+        else:
+            started = [as_file(block, folder, number)] if block.language == "python" else []
+            if block.language == "toml":
+                as_file(block, folder, number)
+                install(folder, block.text)
+        for words in started:
+            ended = subprocess.run(
+                [sys.executable, *words],
+                env=environment,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+            )
+            assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stdout}\n{ended.stderr}"
+    assert [path for path in promised(file) if not is_filled(folder / path)] == []
+
+
+def as_program(words: list[str]) -> list[str]:
+    """A command as arguments of Python."""
+    launcher = {"secateur": ["-m"], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
+    return [*launcher, *(words if words[0] == "secateur" else words[1:])]
+
+
+def as_file(block: Block, folder: Path, number: int) -> list[str]:
+    """Write a block to the file that its first line names; Python runs it."""
+    named = block.text.partition("\n")[0]
+    place = named.removeprefix("# ") if named.startswith("# ") else f"block{number}.py"
+    file = folder / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(block.text, encoding="utf-8")
+    return [place]
+
+
+def install(folder: Path, project: str) -> None:
+    """What `pip install .` leaves: the entry points beside the package."""
+    points = project.partition('[project.entry-points."')[2].partition("\n\n")[0]
+    group, _, entries = points.partition('"]\n')
+    target = folder / "energy-1.0.dist-info"
+    target.mkdir()
+    (target / "METADATA").write_text("Metadata-Version: 2.1\nName: energy\nVersion: 1.0\n")
+    (target / "entry_points.txt").write_text(f"[{group}]\n" + entries.replace('"', "") + "\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_names_its_language_and_is_run_or_says_why_not(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in LANGUAGES, block
+        if block.language == "bash" and not block.reason:
+            programs = {words[0] for words in commands(block)}
+            assert programs <= {"secateur", "torchrun"}, block
+        if block.language == "text":
+            assert not re.search(r"^ *(secateur|pip|torchrun) ", block.text, re.M), block
+    marks = re.findall(r"^<!-- not run:", page.read_text(encoding="utf-8"), re.M)
+    assert len(marks) == sum(bool(block.reason) for block in blocks(page))
+
+
+def test_every_how_to_says_what_lies_where() -> None:
+    assert len(HOW_TO) == 9
+    assert set(HOW_TO) <= {*WALKED, *AS_PROGRAMS}
+    for page in HOW_TO:
+        assert promised(ROOT / f"{page}.md"), page
+
+
+def test_blocks_of_data_are_read() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "json":
+                json.loads(block.text if block.text.startswith("{") else f"{{{block.text}}}")
+            if block.language == "yaml":
+                told = yaml.safe_load(block.text)
+                build_recipe(DATA[name_of(page)], told)
