@@ -31,7 +31,7 @@ from secateur.exporting.folder import copy_the_rest
 from secateur.exporting.linears import DecoderLinears, decoder_linears, first_of
 from secateur.models.checkpoint import INDEX_NAME, shard_name
 from secateur.models.opening import computed_dtype
-from secateur.models.shard_writer import ShardWriter
+from secateur.models.shard_writer import PLAIN, ShardWriter
 from secateur.models.varied import MODEL_TYPE
 from secateur.progress import Progress
 from secateur.quantization.groups import GROUPS, GroupGrid
@@ -42,8 +42,6 @@ __all__ = ["CompressedTensors", "pack_int32"]
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of tensors, by name."""
-
-METADATA = {"format": "pt"}
 
 SAMPLE = 64
 """Rows of a matrix, at least, that show whether it is on a grid."""
@@ -175,7 +173,7 @@ class CompressedTensors:
             names = [n for n, entry in source.reader.entries.items() if entry.file == file]
             known = planned(source, linears, scheme, names)
             weight_map |= dict.fromkeys(known, shard.name)
-            with ShardWriter(shard, known, [], METADATA) as writer:
+            with ShardWriter(shard, known, [], PLAIN) as writer:
                 for name in names:
                     tensor = source.reader.read(name)
                     if name in linears.shapes:
@@ -188,7 +186,7 @@ class CompressedTensors:
                         writer.write(name, tensor)
                         made.count_tensor(str(tensor.dtype).removeprefix("torch."))
                     progress.step(note=name)
-                writer.close(METADATA)
+                writer.close(PLAIN)
             made.file_bytes += shard.stat().st_size
         progress.finish()
         if len(files) > 1:

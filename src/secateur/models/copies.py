@@ -22,14 +22,11 @@ from secateur.models.checkpoint import (
     read_entry,
     shard_name,
 )
-from secateur.models.shard_writer import ShardWriter
+from secateur.models.shard_writer import PLAIN, ShardWriter
 from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 
 __all__ = ["ExpandedCopy", "StoredCopy", "copy_of", "weight_bytes_of", "write_dense"]
-
-METADATA = {"format": "pt"}
-"""The metadata of the files that transformers writes."""
 
 OF_A_FORM = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 LEFT_OUT = ("config.json", *INDEX_NAMES, *OF_A_FORM)
@@ -199,11 +196,11 @@ def write_dense(view: CheckpointReader, folder: Path, progress: Progress) -> Non
         dense = shard_name("model", number, len(view.files))
         mine = {name: e for name, e in view.entries.items() if e.file == file}
         known = {name: (entry.dtype, entry.shape) for name, entry in mine.items()}
-        with ShardWriter(folder / dense, known, [], METADATA) as writer:
+        with ShardWriter(folder / dense, known, [], PLAIN) as writer:
             for name in mine:
                 writer.write(name, view.read(name))
                 progress.step(note=name)
-            writer.close(METADATA)
+            writer.close(PLAIN)
         weight_map |= dict.fromkeys(mine, dense)
     progress.finish()
     if len(view.files) > 1:

@@ -19,7 +19,7 @@ from secateur.models.architecture import Linear, describe
 from secateur.models.at_rest import AssembledReader, without_description
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
 from secateur.models.opening import open_weights
-from secateur.models.shard_writer import ShardWriter
+from secateur.models.shard_writer import PLAIN, ShardWriter
 from secateur.models.skeleton import (
     assign,
     build_skeleton,
@@ -38,7 +38,6 @@ from secateur.structured.stored_bytes import part_edits, renumbered_description
 
 __all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model", "write_tensors"]
 
-METADATA = {"format": "pt"}
 MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 """How configurations call the number of layers that predict further tokens."""
 
@@ -213,13 +212,13 @@ def write_tensors(
         if not mine:
             continue
         known = {n: (reader.entries[e.source].dtype, e.shape) for n, e in mine.items()}
-        with ShardWriter(output / file.name, known, [], METADATA) as writer:
+        with ShardWriter(output / file.name, known, [], PLAIN) as writer:
             for name, edit in mine.items():
                 tensor = edit(reader.read(edit.source)).contiguous()
                 writer.write(name, tensor)
                 total += tensor.nbytes
                 progress.step(note=name)
-            writer.close(METADATA)
+            writer.close(PLAIN)
         weight_map |= dict.fromkeys(mine, file.name)
     if len(reader.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
