@@ -1,6 +1,7 @@
 """Predicts the time of a run on this machine from timed pieces of its work.
 
-    seconds = forward · tokens · passes + reading · READS + Σ (gather + prepare + solve)
+    seconds = ready + reading + forward · tokens · passes + Σ (gather + prepare + solve)
+              + FILE_SECONDS · bytes
 
 A micro-batch passes through one decoder layer of each kind (`plan_forward.py`), and a method works
 on one matrix of each shape. Matrices wider than `WIDEST` are timed at a fraction of their size.
@@ -27,8 +28,8 @@ __all__ = ["PieceTimes", "foretell_seconds", "run_seconds"]
 WIDEST = 1024
 """Maximum rows or columns of timed matrices."""
 PROBE_SECONDS = 0.1
-READS = 3
-"""How often a run reads or writes all weights: to prune, to write, and to count zeros."""
+FILE_SECONDS = 1.5e-8
+"""Seconds to copy, digest and audit a stored byte; measured on one machine with a local disk."""
 QUICKER, SLOWER = 0.85, 1.5
 """The range round the predicted time; a run also waits for memory and for other programs."""
 
@@ -55,8 +56,10 @@ def foretell_seconds(
     groups: Iterable[tuple[str, ...]],
     times: LayerTimes,
     *,
+    ready: float,
     passed: float,
     tokens: int,
+    output_bytes: int,
     settings: Settings,
     device: torch.device,
 ) -> tuple[float, float]:
@@ -66,8 +69,10 @@ def foretell_seconds(
         tasks: the task of each linear.
         groups: full names of linears that share an input.
         times: of the decoder layers.
+        ready: seconds until the first layer: reading the text, building the skeleton.
         passed: tokens that pass through all layers, in all forwards together.
         tokens: number of calibration tokens.
+        output_bytes: of the written files.
         settings: how the work is done.
         device: the computing device.
     """
@@ -79,7 +84,7 @@ def foretell_seconds(
             known[key] = piece_times(task.method, task.shape, task.sparsity, settings, device)
         return known[key]
 
-    before = times.forward * passed + times.reading * READS
+    before = ready + times.reading + times.forward * passed + FILE_SECONDS * output_bytes
     seconds = run_seconds(tasks, groups, before, tokens, times_of)
     return QUICKER * seconds, SLOWER * seconds
 
@@ -96,7 +101,7 @@ def run_seconds(
     Args:
         tasks: the task of each linear, by full name.
         groups: full names of linears that share an input.
-        forwards: seconds of all forwards, and of files.
+        forwards: seconds of all forwards, and of what is not solving.
         tokens: number of calibration tokens.
         times_of: returns the times of a task.
     """

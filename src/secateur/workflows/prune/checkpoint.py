@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def plan_recipe(recipe: PlanRecipe) -> PlanResult | ClusterPlanResult:
     """Return the plan of a recipe, for this machine or on paper for others."""
     if recipe.machines.gpus is not None:
         return plan_on_paper(recipe)
+    began = time.perf_counter()
     prepared = prepare(recipe, only_plan=True)
+    ready = time.perf_counter() - began
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
     left = left_by(tasks, prepared.target.matrices())
@@ -100,7 +103,9 @@ def plan_recipe(recipe: PlanRecipe) -> PlanResult | ClusterPlanResult:
         tasks,
         shared_inputs(prepared, tasks),
         layer_times(prepared.target, prepared.planned_windows, settings),
+        ready=ready,
         passed=chosen.passed_tokens,
+        output_bytes=prepared.output_bytes,
         tokens=chosen.calibration_tokens,
         settings=settings,
         device=prepared.target.device,
