@@ -28,7 +28,7 @@ __all__ = ["PieceTimes", "foretell_seconds", "run_seconds"]
 WIDEST = 1024
 """Maximum rows or columns of timed matrices."""
 PROBE_SECONDS = 0.1
-FILE_SECONDS = 1.5e-8
+FILE_SECONDS = 1e-8
 """Seconds to copy, digest and audit a stored byte; measured on one machine with a local disk."""
 QUICKER, SLOWER = 0.85, 1.5
 """The range round the predicted time; a run also waits for memory and for other programs."""
