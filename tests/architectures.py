@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers as t
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zoo import LINEAR_ATTENTION, LOCAL, MAMBA, SEEING, SETTINGS, SIZES, SLIDING, class_of
 from zoo import config_of as zoo_config
@@ -94,8 +95,12 @@ EXTRA: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What each needs besides the sizes of `zoo`; a word after the name tells variants apart."""
 
-EXTRA |= {name: more for name, more in SETTINGS.items() if name != "qwen2_5_vl_text"}
-"""That one is a decoder inside only: transformers has no causal language model of it."""
+EXTRA |= {
+    name: more
+    for name, more in SETTINGS.items()
+    if name.split()[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+}
+"""The others are decoders inside only: transformers has no causal language model of them."""
 
 
 def names() -> list[str]:
