@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -219,8 +220,12 @@ def test_stored_buffers_are_read(tmp_path: Path) -> None:
     secateur.compress(tmp_path / "out", output=tmp_path / "small", values="keep")
     packed = secateur.load(tmp_path / "small")
     assert packed.model.layers[1].layer_scalar == 1.5
-    with pytest.raises(ArchitectureError, match=r"removed: self_attn\.store_full"):
-        secateur.structure(
-            tmp_path / "source", output=tmp_path / "cut", keep_layers=2,
-            calibration=tmp_path / "windows.safetensors",
-        )  # fmt: skip
+    told = secateur.structure(
+        tmp_path / "source", output=tmp_path / "cut", keep_layers=2,
+        calibration=tmp_path / "windows.safetensors",
+    )  # fmt: skip
+    steps = json.loads((tmp_path / "cut" / "secateur" / "steps.json").read_text())
+    kept = steps[0]["cut"]["layers"]
+    cut = load_file(tmp_path / "cut" / "model.safetensors")
+    assert told.manifest["structure"]["removed"] > 0
+    assert [cut[f"model.layers.{i}.layer_scalar"] for i in range(2)] == [0.5 + i for i in kept]
