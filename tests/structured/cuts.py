@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from secateur.models.skeleton import quiet_transformers
 from secateur.structured.cut import Cut, Sizes
-from zoo import tiny_model
+from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
+from zoo import class_of, tiny_model
 
 CUTS: dict[str, Callable[[Sizes], Cut]] = {
     "layers": lambda s: Cut(layers=(0, 2)),
@@ -86,3 +90,31 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Equal to float32 rounding, which norms of small values enlarge."""
     scale = float(expected.abs().max())
     return float((found - expected).abs().max()) <= 1e-4 * scale
+
+
+def cut_on_disk(
+    model: Any, cut: Cut, folder: Path, varied: Literal["ignore", "error"] = "ignore"
+) -> tuple[Any, Any]:
+    """Cut a stored model, and load the result, which has every tensor and no other.
+
+    Args:
+        model: is stored first.
+        cut: what is kept.
+        folder: receives `source` and `out`.
+        varied: what becomes of a warning that no plain class has these sizes.
+
+    Returns:
+        The account of the cut, and the loaded model.
+    """
+    with quiet_transformers():
+        model.save_pretrained(folder / "source")
+    with warnings.catch_warnings():
+        warnings.simplefilter(varied, VariedSizesWarning)
+        told = cut_checkpoint(folder / "source", cut, folder / "out")
+    with quiet_transformers():
+        loaded, found = class_of(model.config).from_pretrained(
+            folder / "out", output_loading_info=True
+        )
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    return told, loaded

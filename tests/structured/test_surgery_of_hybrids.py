@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from cuts import close, odd
+from cuts import close, cut_on_disk, odd
 from test_surgery import cut_quietly, greedy, logits
 
 from oracles.masking import switch_off
 from secateur.engine.stream.kinds import declared_layout, layouts
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError
-from secateur.models.skeleton import quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, sizes_of
-from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from slow import slow_but
 from zoo import CUT_HYBRIDS, tiny_model, tiny_windows
 
@@ -50,19 +46,9 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     model: Any = tiny_model(family)
     cut, windows = CUTS[name](sizes_of(model)), tiny_windows(2)
     smaller = cut_quietly(model, cut)
-    with quiet_transformers():
-        model.save_pretrained(tmp_path / "source")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VariedSizesWarning)
-        told = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
+    told, loaded = cut_on_disk(model, cut, tmp_path)
     assert told == accounting(model, cut)
     assert told.after.parameters == sum(p.numel() for p in smaller.parameters())
-    with quiet_transformers():
-        loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "out", output_loading_info=True
-        )
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
     assert close(logits(loaded.eval(), windows), logits(smaller, windows))
     with_cache, without = (greedy(loaded, windows[:, :9], 6, use) for use in (True, False))
     assert torch.equal(with_cache.sequences, without.sequences)

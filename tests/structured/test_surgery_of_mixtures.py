@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from cuts import close, odd
+from cuts import close, cut_on_disk, odd
 from test_surgery import cut_quietly, greedy, logits
 
 from oracles.masking import narrow_stream, narrow_weights, switch_off
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
-from secateur.models.skeleton import quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, sizes_of
-from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from slow import slow_but
 from zoo import CUT_MIXTURES, tiny_model, tiny_windows
 
@@ -79,19 +75,9 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     if family in DELTANETS:
         model = with_all_experts(model)
     smaller = cut_quietly(model, cut)
-    with quiet_transformers():
-        model.save_pretrained(tmp_path / "source")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VariedSizesWarning)
-        told = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
+    told, loaded = cut_on_disk(model, cut, tmp_path)
     assert told.removed == accounting(model, cut).removed
     assert told.after.parameters == sum(p.numel() for p in smaller.parameters())
-    with quiet_transformers():
-        loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "out", output_loading_info=True
-        )
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
     if cut.hidden is None:  # the stored ε of some norms is their class's own
         assert close(logits(loaded.eval(), windows), logits(smaller, windows))
         with_cache, without = (greedy(loaded, windows[:, :9], 6, use) for use in (True, False))

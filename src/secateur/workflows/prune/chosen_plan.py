@@ -68,12 +68,8 @@ def choose_plan(
             block_layers,
         )
 
-    every = own = prepared.planned_windows
-    if every is not None and ranks.count > 1:
-        at_once = max(1, memory.micro_batch_tokens // every.shape[1])
-        batches = micro_batches(len(every), at_once, ranks.count)
-        most = rows_of(0, batches, ranks.count)  # no process has more than the first
-        own = every[: most[-1].stop]
+    every = prepared.planned_windows
+    own = every if ranks.count == 1 else largest_share(every, memory, ranks)
 
     def fitting(block_layers: int) -> tuple[Plan, str]:
         return fitting_plan(
@@ -93,17 +89,36 @@ def choose_plan(
         if block_layers is not None or not distillation.epochs:
             raise
         plan, activations = fitting(BLOCK_LAYERS)
-        whole = planned(own, activations, 0)
         budget = memory_budget(memory.budget_gib, prepared.target.device, ranks.here).computing
-        log.warning(
-            "distilling in blocks of %d decoder layers, with a peak of %.2f GiB: with both whole "
-            "models the peak is %.2f GiB, the budget %.2f GiB",
-            BLOCK_LAYERS,
-            plan.peak_bytes / 2**30,
-            whole.peak_bytes / 2**30,
-            budget / 2**30,
-        )
+        tell_of_blocks(plan, planned(own, activations, 0), budget)
     if own is not every:
         disk = planned(every, activations, plan.block_layers).disk_bytes
         plan = replace(plan, disk_bytes=disk)
     return plan, activations
+
+
+def largest_share(windows: Tensor | None, memory: Memory, ranks: Ranks) -> Tensor | None:
+    """The calibration windows of the first process; no other has more."""
+    if windows is None:
+        return None
+    at_once = max(1, memory.micro_batch_tokens // windows.shape[1])
+    batches = micro_batches(len(windows), at_once, ranks.count)
+    return windows[: rows_of(0, batches, ranks.count)[-1].stop]
+
+
+def tell_of_blocks(plan: Plan, whole: Plan, budget: float) -> None:
+    """Log that a distillation takes blocks, and why.
+
+    Args:
+        plan: with blocks.
+        whole: with both whole models.
+        budget: bytes of the device that computes.
+    """
+    log.warning(
+        "distilling in blocks of %d decoder layers, with a peak of %.2f GiB: with both whole "
+        "models the peak is %.2f GiB, the budget %.2f GiB",
+        plan.block_layers,
+        plan.peak_bytes / 2**30,
+        whole.peak_bytes / 2**30,
+        budget / 2**30,
+    )

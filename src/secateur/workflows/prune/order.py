@@ -61,8 +61,8 @@ class WorkOrder:
     source: str
 
 
-def give(order: WorkOrder | None, ranks: Ranks) -> dict[str, Any] | None:
-    """Pass the order of the first process on to the others; None if there is nothing to do."""
+def give(order: Any | None, ranks: Ranks) -> dict[str, Any] | None:
+    """Pass an order of the first process, a dataclass, on to the others; None if there is none."""
     return ranks.once(lambda: None if order is None else asdict(order))
 
 

@@ -49,13 +49,14 @@ from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.prune.distillation import learn, once
 from secateur.workflows.prune.learning import FINAL
+from secateur.workflows.prune.order import give
 from secateur.workflows.prune.prepare import choose_device, window_plan
 from secateur.workflows.prune.self_generated_text import with_written
 from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 from secateur.workflows.structure.latency import FILE, found_latency
 from secateur.workflows.structure.learned import check_learned
 from secateur.workflows.structure.narrow import check_width
-from secateur.workflows.structure.shared_survey import give, refuse_several
+from secateur.workflows.structure.shared_survey import refuse_several
 from secateur.workflows.structure.stages import steps_of
 from secateur.workflows.structure.step_context import NOTES, StepContext
 from secateur.workflows.structure.vocabulary import check_vocabulary, trimmed_source

@@ -8,7 +8,7 @@ up. Everything else, which takes seconds, is done by the first process while the
 from __future__ import annotations
 
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.calibration.windows import load_windows
@@ -20,10 +20,10 @@ from secateur.models.sources import resolve
 from secateur.parallel.ranks import Ranks
 from secateur.progress import Silent
 from secateur.recipes.structure import StructureRecipe, WhatToCut
-from secateur.workflows.prune.order import digest_of, refuse_another_model
+from secateur.workflows.prune.order import digest_of, give, refuse_another_model
 from secateur.workflows.prune.prepare import choose_device
 
-__all__ = ["SurveyOrder", "follow", "give", "refuse_several"]
+__all__ = ["SurveyOrder", "follow", "refuse_several"]
 
 SHARED = {"model", "experts"}
 """The fields of `WhatToCut` that several processes may fill."""
@@ -40,11 +40,6 @@ class SurveyOrder:
 
     windows: str
     source: str
-
-
-def give(order: SurveyOrder | None, ranks: Ranks) -> dict[str, str] | None:
-    """Pass an order of the first process on to the others; None if there are no more."""
-    return ranks.once(lambda: None if order is None else asdict(order))
 
 
 def follow(recipe: StructureRecipe, ranks: Ranks) -> None:

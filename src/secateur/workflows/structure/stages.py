@@ -29,12 +29,12 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
-from secateur.workflows.prune.order import digest_of
+from secateur.workflows.prune.order import digest_of, give
 from secateur.workflows.structure.cut_plan import CutPlan
 from secateur.workflows.structure.learned import choose_learned
 from secateur.workflows.structure.narrow import Narrowing
 from secateur.workflows.structure.refit import RefitStep, refits
-from secateur.workflows.structure.shared_survey import SurveyOrder, give
+from secateur.workflows.structure.shared_survey import SurveyOrder
 from secateur.workflows.structure.step_context import NOTES, StepContext
 
 __all__ = ["Step", "steps_of"]
