@@ -631,6 +631,7 @@ def plan(
     tune_learning_rate: float | None = None,
     tune_remask: bool | None = None,
     distill_epochs: int | None = None,
+    distill_tokens: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
     distill_block_layers: int | None = None,
@@ -698,6 +699,9 @@ def plan(
         tune_remask: Let the mask change while a layer is tuned. [on]
         distill_epochs: Train the new model to match the dense model, in this many epochs over the
             calibration windows. 0: no distillation. [the preset's]
+        distill_tokens: An epoch of the distillation reads at least this many tokens: the
+            calibration windows, then more windows of the same text. 0: the calibration windows
+            alone. [0]
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
@@ -766,6 +770,7 @@ def prune(
     tune_learning_rate: float | None = None,
     tune_remask: bool | None = None,
     distill_epochs: int | None = None,
+    distill_tokens: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
     distill_block_layers: int | None = None,
@@ -836,6 +841,9 @@ def prune(
         tune_remask: Let the mask change while a layer is tuned. [on]
         distill_epochs: Train the new model to match the dense model, in this many epochs over the
             calibration windows. 0: no distillation. [the preset's]
+        distill_tokens: An epoch of the distillation reads at least this many tokens: the
+            calibration windows, then more windows of the same text. 0: the calibration windows
+            alone. [0]
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
@@ -1042,6 +1050,7 @@ def structure(
     packing: Literal["concatenate", "random-crop"] | None = None,
     generated_windows: int | None = None,
     distill_epochs: int | None = None,
+    distill_tokens: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
@@ -1115,6 +1124,9 @@ def structure(
         generated_windows: Extra calibration windows that the dense model generates. [the preset's]
         distill_epochs: Train the new model to match the dense model, in this many epochs over the
             calibration windows. 0: no distillation. [the preset's]
+        distill_tokens: An epoch of the distillation reads at least this many tokens: the
+            calibration windows, then more windows of the same text. 0: the calibration windows
+            alone. [0]
         distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]

@@ -16,13 +16,8 @@ from safetensors.torch import load_file, save_file
 import secateur
 from secateur.calibration.continuation import PREFIX, continue_windows
 from secateur.calibration.cutting import WindowCutter
-from secateur.calibration.windows import (
-    WindowPlan,
-    load_calibration,
-    make_windows,
-    save_windows,
-    stored_start,
-)
+from secateur.calibration.loading import load_calibration
+from secateur.calibration.windows import WindowPlan, make_windows, save_windows, stored_start
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol

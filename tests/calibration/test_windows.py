@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 import secateur
+from secateur.calibration.loading import load_calibration
 from secateur.calibration.windows import (
     PIECE_CHARACTERS,
     WindowPlan,
     cut_pieces,
-    load_calibration,
     load_windows,
     make_windows,
     save_windows,

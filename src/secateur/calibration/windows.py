@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.calibration.cutting import WindowCutter
-from secateur.calibration.documents import read_documents
-from secateur.calibration.mix import parts_of, shares
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.models.tokenizer import Tokenizer, start_tokens
+from secateur.models.tokenizer import Tokenizer
 from secateur.registry import did_you_mean
 from secateur.runs.atomic import write_bytes
 from secateur.types import Windows
 
 __all__ = [
+    "EXTRA",
     "WindowPlan",
     "check_fit",
-    "load_calibration",
     "load_windows",
     "make_windows",
     "save_windows",
+    "stored_extra",
     "stored_start",
 ]
 
@@ -39,6 +35,9 @@ PIECES_AT_ONCE = 32
 MAX_MISSES = 20_000
 START = "start_tokens"
 """The key of the start tokens in records and in the headers of window files."""
+
+EXTRA = "extra_windows"
+"""The key of the number of extra windows in records and in the headers of window files."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class WindowPlan:
         packing: `concatenate` cuts windows from a stream of shuffled documents and wastes no text;
             `random-crop` takes one window from a random place of a random document that is longer
             than a window, as the published code of Wanda does.
+        extra: number of windows after these that only a distillation reads; fewer where the text
+            has no more.
 
     Raises:
         RecipeError: a number is below one, or the packing is unknown.
@@ -61,6 +62,12 @@ class WindowPlan:
     sequence_length: int = 2048
     seed: int = 0
     packing: str = "concatenate"
+    extra: int = 0
+
+    @property
+    def all_windows(self) -> int:
+        """Number of windows with the extra ones."""
+        return self.windows + self.extra
 
     def __post_init__(self) -> None:
         for name in ("windows", "sequence_length"):
@@ -89,10 +96,10 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
     is one, replaces the first token of each.
 
     Returns:
-        Token ids [samples, sequence_length], int64.
+        Token ids [samples, sequence_length], int64, with the extra windows at the end.
 
     Raises:
-        SourceError: the text is too short for so many windows.
+        SourceError: the text is too short for so many windows, without the extra ones.
         RecipeError: the start tokens leave no room for text.
     """
     draw = crop_windows if plan.packing == "random-crop" else pack_windows
@@ -110,7 +117,7 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
 
 
 def pack_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
-    """At most `samples` windows, cut one after the other from the stream of shuffled documents."""
+    """At most `all_windows` windows, one after the other from the stream of shuffled documents."""
     cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
     pieces = cut_pieces(documents, max(PIECE_CHARACTERS, 16 * plan.sequence_length))
@@ -123,11 +130,11 @@ def pack_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
             stream.extend(ids)
             if end is not None and ids and ids[-1] != end:
                 stream.append(end)
-        if len(stream) >= plan.windows * cutter.text_length:
+        if len(stream) >= plan.all_windows * cutter.text_length:
             break
     places = cutter.places(len(stream))
     rng.shuffle(places)
-    return cutter.cut(stream, places[: plan.windows])
+    return cutter.cut(stream, places[: plan.all_windows])
 
 
 def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int]]:
@@ -149,14 +156,14 @@ def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int
 
 
 def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
-    """One window from a random place of each of at most `samples` random long documents."""
+    """One window from a random place of each of at most `all_windows` random long documents."""
     cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
     length = cutter.text_length
     too_short: set[int] = set()
     windows: list[Windows] = []
     misses = 0
-    while documents and len(windows) < plan.windows and misses < MAX_MISSES:
+    while documents and len(windows) < plan.all_windows and misses < MAX_MISSES:
         number = rng.randint(0, len(documents) - 1)
         ids = [] if number in too_short else cutter.read([documents[number]])[0]
         if len(ids) <= length:
@@ -167,127 +174,6 @@ def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
         windows.append(cutter.cut(ids, [rng.randint(0, len(ids) - length - 1)]))
         misses = 0
     return torch.cat(windows) if windows else cutter.cut([], [])
-
-
-def load_calibration(
-    source: str,
-    tokenizer: Tokenizer | None,
-    plan: WindowPlan,
-    *,
-    vocab_size: int,
-    positions: int | None = None,
-    field: str = "text",
-    split: str | None = None,
-    config: str | None = None,
-) -> tuple[Windows, dict[str, Any]]:
-    """Calibration windows from texts or a file of ready windows, with a record of both.
-
-    Args:
-        source: a source of `read_documents`, several with weights (`mix.parts_of`), or a
-            `.safetensors` file of windows. All windows of such a file are used unchanged: the file
-            decides their number and length.
-        tokenizer: of the model that will read the windows; may be None for ready windows.
-        plan: how windows are cut from a text.
-        vocab_size: of the model; token ids must be below it.
-        positions: how many tokens the model reads at once; None if it does not say.
-        field: as in `read_documents`.
-        split: as in `read_documents`.
-        config: as in `read_documents`.
-
-    Returns:
-        The windows [samples, sequence_length], and a record of JSON values: the source, the plan,
-        the start tokens if each window begins with some, and the SHA-256 of the windows, by which
-        two runs can be seen to have used the same.
-
-    Raises:
-        SourceError: the source cannot be read, has too little text, or gives tokens outside the
-            model's vocabulary.
-        RecipeError: the source is a text and there is no tokenizer, or the windows are longer than
-            the model's context.
-    """
-    parts = parts_of(source)
-    if len(parts) > 1:
-        load = partial(
-            load_calibration,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            positions=positions,
-            field=field,
-            split=split,
-            config=config,
-        )
-        return mixed(parts, plan, load)
-    record: dict[str, Any] = {"source": source}
-    source = parts[0][0]
-    if source.endswith(".safetensors"):
-        file = Path(source).expanduser()
-        windows = load_windows(file, vocab_size=vocab_size, positions=positions)
-        start = stored_start(file)
-    else:
-        if tokenizer is None:
-            raise RecipeError(
-                "calibration on a text needs a tokenizer",
-                where=source,
-                remedy="give the tokenizer, or token windows [samples, sequence_length] or a "
-                ".safetensors file of them",
-            )
-        documents = read_documents(source, field=field, split=split, config=config)
-        windows = make_windows(documents, tokenizer, plan)
-        check_fit(windows, source, vocab_size=vocab_size, positions=positions)
-        start = start_tokens(tokenizer)
-        record |= {"documents": len(documents), "seed": plan.seed, "packing": plan.packing}
-    record |= {START: list(start)} if start else {}
-    return windows, record | size_of(windows) | {"vocabulary": vocab_size}
-
-
-def mixed(
-    parts: Sequence[tuple[str, float]], plan: WindowPlan, load: Callable[..., Any]
-) -> tuple[Windows, dict[str, Any]]:
-    """Calibration windows of several texts, in an order that the seed draws.
-
-    Args:
-        parts: texts and their weights.
-        plan: of all windows together.
-        load: `load_calibration` with everything but the source and the plan.
-
-    Raises:
-        RecipeError: a text would have no window, or is a file of ready windows.
-    """
-    counts = shares(plan.windows, tuple(weight for _, weight in parts))
-    for (name, _), count in zip(parts, counts, strict=True):
-        if not count or name.endswith(".safetensors"):
-            raise RecipeError(
-                f"{name} would have none of the {plan.windows} windows"
-                if not count
-                else f"{name} has ready windows, which cannot be mixed with texts",
-                where="calibration",
-                remedy="ask for more windows, or leave this text out",
-            )
-    found = [
-        load(name, plan=replace(plan, windows=count))
-        for (name, _), count in zip(parts, counts, strict=True)
-    ]
-    order = list(range(plan.windows))
-    random.Random(plan.seed).shuffle(order)
-    windows = torch.cat([each for each, _ in found])[order]
-    records = [record for _, record in found]
-    record = records[0] | {
-        "source": ",".join(f"{name}={weight:g}" for name, weight in parts),
-        "texts": [{"source": r["source"], "samples": r["samples"]} for r in records],
-        "documents": sum(r["documents"] for r in records),
-        **size_of(windows),
-    }
-    return windows, record
-
-
-def size_of(windows: Windows) -> dict[str, Any]:
-    """The numbers and the digest of windows, for their record."""
-    return {
-        "samples": windows.shape[0],
-        "sequence_length": windows.shape[1],
-        "tokens": windows.numel(),
-        "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-    }
 
 
 def load_windows(
@@ -340,6 +226,18 @@ def stored_start(path: Path) -> tuple[int, ...]:
     return tuple(json.loads(entry))
 
 
+def stored_extra(path: Path) -> int:
+    """The number of extra windows at the end of a window file, from its header.
+
+    Args:
+        path: a file that `load_windows` has read.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return int((file.metadata() or {}).get(EXTRA, 0))
+
+
 def check_fit(ids: Tensor, where: str, *, vocab_size: int | None, positions: int | None) -> None:
     """Check that there are windows and that a model can read them, before anything runs.
 
@@ -379,6 +277,7 @@ def save_windows(
     path: Path,
     *,
     start: Sequence[int] = (),
+    extra: int = 0,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write windows to a safetensors file that `load_windows` reads, in one step.
@@ -388,10 +287,12 @@ def save_windows(
         path: the file; its folder must exist.
         start: the tokenizer's start tokens, with which each window begins; the header of the file
             stores them as `start_tokens`.
+        extra: how many of the windows, at the end, only a distillation reads.
         metadata: text for the header of the file.
     """
     from safetensors.torch import save
 
     entry = {START: json.dumps(list(start))} if start else {}
+    entry |= {EXTRA: str(extra)} if extra else {}
     tensors = {"input_ids": windows.contiguous()}
     write_bytes(path, save(tensors, metadata={**(metadata or {}), **entry}))

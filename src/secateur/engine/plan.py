@@ -180,6 +180,7 @@ def plan_run(
     output_bytes: int,
     unwritten: int = 0,
     block_layers: int = 0,
+    extra_tokens: int = 0,
 ) -> Plan:
     """Plan a run over a checkpoint whose layers are still empty.
 
@@ -193,12 +194,14 @@ def plan_run(
         output_bytes: size of the written files.
         unwritten: number of windows that the model must generate.
         block_layers: number of decoder layers that are distilled together; 0 for the whole model.
+        extra_tokens: number of tokens that only the distillation reads.
     """
     refuse_unknown(target)
     layers = target.layers
     found = layouts(target, windows.shape[1]) if windows is not None else []
     prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
     tokens = windows.numel() if windows is not None else 0
+    lessons = tokens + extra_tokens
     stored, forward, waiting, tuning, distilling = 0, 0, 0, 0, 0
     if windows is not None:
         waits_for = waits(tasks, settings)
@@ -208,12 +211,12 @@ def plan_run(
             tuning = tuning_bytes(target, windows[:size])
         if epochs:
             distilling = learning_bytes(target, tasks, windows[:1], block_layers)
-    gradients = gradient_bytes(tasks)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
     stored *= 1 + settings.dense_needed
+    gradients, states = gradient_bytes(tasks), stored * lessons // max(tokens, 1)
     solving = solving_bytes(target, tasks, found, settings)
-    passed = allocation.tokens(tokens) + tokens * passes(settings, epochs, block_layers)
+    passed = allocation.tokens(tokens) + tokens * passes(settings)
+    passed += lessons * learning_passes(epochs, block_layers)
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
@@ -228,12 +231,11 @@ def plan_run(
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         distilling_bytes=distilling,
-        loading_bytes=whole if unwritten or (epochs and not block_layers) else 0,
+        loading_bytes=whole_bytes(target) if unwritten or (epochs and not block_layers) else 0,
         disk_bytes=output_bytes
-        + 2 * stored
-        + (gradients + len(layers) * stored if gradients else 0)
+        + pruning_disk(stored, gradients, len(layers))
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
-        + bool(epochs) * learning_disk(prunable, len(layers), stored, block_layers),
+        + bool(epochs) * learning_disk(prunable, len(layers), states, block_layers),
         flops=2 * working_weights(target) * passed,
         passed_tokens=passed,
         num_hidden_layers=len(layers),
@@ -255,6 +257,16 @@ def solving_bytes(
         held = statistics_bytes(target, found, names)
         solve = replace(solve, most=solve.most + held, usual=solve.usual + held)
     return solve
+
+
+def whole_bytes(target: Target) -> int:
+    """The size of the whole model in its dtype."""
+    return sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
+
+
+def pruning_disk(stored: int, gradients: int, layers: int) -> int:
+    """The files of hidden states, which are read and written anew, and of gradients."""
+    return 2 * stored + (gradients + layers * stored if gradients else 0)
 
 
 def learning_bytes(target: Target, tasks: Tasks, window: Tensor, block_layers: int) -> int:
@@ -306,13 +318,18 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     return stored + rows * int(config.vocab_size) * (target.dtype.itemsize + 8)
 
 
-def passes(settings: Settings, epochs: int, block_layers: int = 0) -> int:
+def passes(settings: Settings) -> int:
     """Forwards of all calibration tokens; a forward with its backward counts as three."""
     plain = 1 if settings.sequential == "group" else 2
     tuned = 2 + 3 * settings.reconstruction.passes if settings.tunes else 0
+    return plain + settings.dense_needed + tuned
+
+
+def learning_passes(epochs: int, block_layers: int) -> int:
+    """Forwards of all tokens of a distillation; a forward with its backward counts as three."""
     # in blocks, which overlap by half, the dense model and the pruned one pass once
     learned = 2 + 6 * epochs if block_layers else 4 * epochs
-    return plain + settings.dense_needed + tuned + bool(epochs) * learned
+    return bool(epochs) * learned
 
 
 def waits(tasks: Tasks, settings: Settings) -> int:

@@ -41,6 +41,12 @@ class Distill(Section):
         description="Train the new model to match the dense model, in this many epochs over the "
         "calibration windows. 0: no distillation.",
     )
+    tokens: Annotated[int, Flag("distill_tokens")] = Field(
+        0,
+        ge=0,
+        description="An epoch of the distillation reads at least this many tokens: the calibration "
+        "windows, then more windows of the same text. 0: the calibration windows alone.",
+    )
     peak_learning_rate: Annotated[
         float | None, Flag("distill_learning_rate", default="0.25 / hidden size")
     ] = Field(None, gt=0, lt=1, description="Highest learning rate of the distillation.")

@@ -105,9 +105,8 @@ class BlockDistillation:
         layers: int,
         progress: Progress,
     ) -> None:
-        assert prepared.windows is not None
         self.tasks, self.work, self.progress = tasks, work, progress
-        self.recipe, self.dense, self.windows = prepared.recipe, prepared.target, prepared.windows
+        self.recipe, self.dense, self.windows = prepared.recipe, prepared.target, prepared.lessons
         self.device = self.dense.device
         trust = self.recipe.trust_remote_code
         self.student = CheckpointTarget(

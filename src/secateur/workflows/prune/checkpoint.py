@@ -249,7 +249,8 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     write_json(told, prepared.calibration)
     if prepared.windows is not None:
         start = (prepared.calibration or {}).get("start_tokens", ())
-        save_windows(prepared.windows, folder.work / WINDOWS, start=start)
+        extra = len(prepared.lessons) - len(prepared.windows)
+        save_windows(prepared.lessons, folder.work / WINDOWS, start=start, extra=extra)
     return prepared
 
 

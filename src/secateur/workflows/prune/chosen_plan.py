@@ -66,6 +66,7 @@ def choose_plan(
             prepared.output_bytes,
             prepared.unwritten,
             block_layers,
+            0 if prepared.extra is None else prepared.extra.numel(),
         )
 
     every = prepared.planned_windows

@@ -68,8 +68,7 @@ def distill_checkpoint(
         )
         student = load_whole(folder.model, device, trust_remote_code=trust)
         open_experts(student)  # its parameters get the names in the skeleton
-        assert prepared.windows is not None
-        target, windows = prepared.target, prepared.windows
+        target, windows = prepared.target, prepared.lessons
         return distill_module(student, teacher, target, tasks, windows, recipe, progress, saved)
 
     if block_layers:

@@ -6,14 +6,16 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.calibration.loading import load_calibration
 from secateur.calibration.statistics import of_gradients
-from secateur.calibration.windows import check_fit, load_calibration
+from secateur.calibration.windows import EXTRA, check_fit
 from secateur.engine.job import Job
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import reach
@@ -36,6 +38,7 @@ from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 from secateur.workflows.prune.distillation import distill_module, distills
+from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
 from secateur.workflows.prune.prepare import settings_of, window_plan, windows_needed
 from secateur.workflows.prune.self_generated_text import own_windows
 
@@ -60,9 +63,9 @@ def prune_module(
         )
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
-    windows = None
+    windows, extra = None, torch.empty(0)
     if windows_needed(recipe, method, allocation):
-        windows = module_windows(recipe, calibration, tokenizer, model)
+        windows, extra = module_windows(recipe, calibration, tokenizer, model)
     ledger = Ledger()
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     needs_disk = of_gradients(method.requires) or allocation.reach > 0
@@ -73,13 +76,9 @@ def prune_module(
     )
     was_training = model.training
     model.eval()
-    generated = recipe.calibration.generated_windows
     try:
-        if windows is not None and generated:
-            start = () if tokenizer is None else start_tokens(tokenizer)
-            seed = recipe.calibration.seed
-            own = own_windows(model, windows, generated, start, seed, progress)
-            windows = torch.cat([windows, own])
+        if windows is not None and recipe.calibration.generated_windows:
+            windows = with_generated(recipe, windows, tokenizer, model, progress)
         with opened_experts(model), scratch as folder, quiet_transformers():
             target = ModelTarget(model)
             refuse_unusable(target, progress)
@@ -95,7 +94,8 @@ def prune_module(
             done = job.carry_out(ledger, progress)
             if teacher is not None:
                 assert windows is not None
-                distill_module(model, teacher, target, done, windows, recipe, progress)
+                lessons = torch.cat([windows, extra])
+                distill_module(model, teacher, target, done, lessons, recipe, progress)
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
             matrices = target.matrices()
             left = left_by(done, matrices)
@@ -103,6 +103,16 @@ def prune_module(
     finally:
         model.train(was_training)
     return PruneResult(sparsity, ledger.layers, left=left)
+
+
+def with_generated(
+    recipe: PruneRecipe, windows: Tensor, tokenizer: Any, model: Any, progress: Progress
+) -> Tensor:
+    """Append the windows that the model generates."""
+    options = recipe.calibration
+    start = () if tokenizer is None else start_tokens(tokenizer)
+    own = own_windows(model, windows, options.generated_windows, start, options.seed, progress)
+    return torch.cat([windows, own])
 
 
 def decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> float:
@@ -116,18 +126,21 @@ def decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> floa
 
 def module_windows(
     recipe: PruneRecipe, calibration: str | Path | Tensor | None, tokenizer: Any, model: Any
-) -> Tensor:
-    """Calibration windows for a loaded model."""
+) -> tuple[Tensor, Tensor]:
+    """Calibration windows for a loaded model, and the extra ones of its distillation."""
     vocabulary, positions = text_config(model.config).vocab_size, positions_of(model.config)
     if isinstance(calibration, Tensor):
         check_fit(calibration, "calibration", vocab_size=vocabulary, positions=positions)
-        return calibration.to("cpu", torch.int64)
-    windows, _ = load_calibration(
+        return split_extra(calibration.to("cpu", torch.int64), 0)
+    plan = window_plan(recipe.calibration, model.config)
+    asked = extra_windows(plan, recipe.calibration, recipe.distillation)
+    windows, record = load_calibration(
         recipe.calibration.source,
         tokenizer,
-        window_plan(recipe.calibration, model.config),
+        replace(plan, extra=asked),
         field=recipe.calibration.field,
         vocab_size=vocabulary,
         positions=positions,
     )
-    return windows
+    tell_of_short_text(asked, record)
+    return split_extra(windows, record.get(EXTRA, 0))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
+from secateur.calibration.loading import load_calibration
+from secateur.calibration.windows import EXTRA, WindowPlan, load_windows, stored_extra
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.settings import Settings
@@ -34,6 +35,7 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
+from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
 
 __all__ = [
     "Prepared",
@@ -70,6 +72,8 @@ class Prepared:
     """Methods that replace `method` for some linears, by glob."""
     costs: Mapping[str, int] = field(default_factory=dict)
     """The cost of one unit of a linear in an allocation's budget, by name."""
+    extra: Tensor | None = None
+    """Windows of the text that only the distillation reads."""
 
     @property
     def planned_windows(self) -> Tensor | None:
@@ -78,6 +82,13 @@ class Prepared:
             return self.windows
         blank = self.windows.new_zeros(self.unwritten, self.windows.shape[1])
         return torch.cat([self.windows, blank])
+
+    @property
+    def lessons(self) -> Tensor:
+        """The windows of the distillation: those of the calibration, and the extra ones."""
+        assert self.windows is not None
+        assert self.extra is not None
+        return torch.cat([self.windows, self.extra])
 
     @property
     def output_bytes(self) -> int:
@@ -186,8 +197,8 @@ def prepare(
         trust_remote_code=recipe.trust_remote_code,
     )
     refuse_unknown(target)
-    selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     windows: Tensor | None = None
+    extra: Tensor | None = None
     calibration: dict[str, Any] | None = None
     unwritten, stored = 0, False
     if windows_needed(recipe, method, allocation):
@@ -195,11 +206,12 @@ def prepare(
         if stored:
             assert stored_windows is not None
             windows = load_windows(stored_windows, positions=positions_of(target.model.config))
+            count = stored_extra(stored_windows)
         else:
-            progress.start("reading calibration text", 1)
-            windows, calibration = windows_of(recipe, source, target, only_plan)
-            progress.finish()
+            windows, calibration = windows_of(recipe, source, target, only_plan, progress)
+            count = calibration.get(EXTRA, 0)
             unwritten = recipe.calibration.generated_windows
+        windows, extra = split_extra(windows, count)
     return Prepared(
         recipe,
         source,
@@ -207,13 +219,14 @@ def prepare(
         target,
         method,
         allocation,
-        selection,
+        Selection(recipe.include, recipe.exclude, recipe.overrides),
         sparsity,
         windows,
         calibration,
         unwritten,
         stored,
         methods,
+        extra=extra,
     )
 
 
@@ -240,17 +253,28 @@ def refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
 
 
 def windows_of(
-    recipe: PruneRecipe, source: LocalCheckpoint, target: Target, only_plan: bool
+    recipe: PruneRecipe,
+    source: LocalCheckpoint,
+    target: Target,
+    only_plan: bool,
+    progress: Progress,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return the calibration windows of a recipe, and their source."""
-    return calibration_windows(
+    """Return the calibration windows of a recipe, the extra ones at the end, and their source."""
+    plan = window_plan(recipe.calibration, target.model.config)
+    asked = extra_windows(plan, recipe.calibration, recipe.distillation)
+    progress.start("reading calibration text", 1)
+    windows, record = calibration_windows(
         recipe.calibration.source,
         recipe.calibration,
         source.folder,
         target,
+        extra=asked,
         trust_remote_code=recipe.trust_remote_code,
         only_plan=only_plan,
     )
+    progress.finish()
+    tell_of_short_text(asked, record)
+    return windows, record
 
 
 def calibration_windows(
@@ -259,6 +283,7 @@ def calibration_windows(
     folder: Path,
     target: Target,
     *,
+    extra: int = 0,
     trust_remote_code: bool = False,
     only_plan: bool = False,
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -269,12 +294,15 @@ def calibration_windows(
         options: how the text is cut.
         folder: folder of the model, with its tokenizer.
         target: the model.
+        extra: number of windows after these, as far as the text has them.
         trust_remote_code: whether code from the folder may run.
         only_plan: read no text; use blank windows of the right number and length.
     """
     plan, ready = window_plan(options, target.model.config), text.endswith(".safetensors")
+    plan = replace(plan, extra=extra)
     if only_plan and not ready:
-        return torch.zeros((plan.windows, plan.sequence_length), dtype=torch.int64), {}
+        blank = torch.zeros((plan.all_windows, plan.sequence_length), dtype=torch.int64)
+        return blank, {EXTRA: extra}
     tokenizer = None if ready else load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return load_calibration(
         text,

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from secateur.calibration.continuation import PREFIX
+from secateur.calibration.loading import load_calibration
 from secateur.calibration.mix import texts_of
-from secateur.calibration.windows import load_calibration, load_windows, save_windows
+from secateur.calibration.windows import EXTRA, load_windows, save_windows
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.architecture import text_config
@@ -48,6 +49,7 @@ from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declare
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.workflows.prune.distillation import learn, once
+from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
 from secateur.workflows.prune.learning import FINAL
 from secateur.workflows.prune.order import give
 from secateur.workflows.prune.prepare import choose_device, window_plan
@@ -169,7 +171,8 @@ def cut_into(
     trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
     if steps:
         aim = aim_of(recipe, trimmed)
-    windows, calibration = calibration_of(recipe, base, trimmed.config, folder, aim, progress)
+    lessons, calibration = calibration_of(recipe, base, trimmed.config, folder, aim, progress)
+    windows, _ = split_extra(lessons, calibration.get(EXTRA, 0))
     if recipe.decode_latency is not None:
         latency = found_latency(recipe, aim, trimmed, device, timer, progress, folder.work / FILE)
         aim = replace(aim, joint=latency["joint"])
@@ -191,7 +194,7 @@ def cut_into(
     stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
     copy_of(stored, folder.model).create(progress)
     (folder.model / NOTES).unlink(missing_ok=True)
-    distilled = distill(recipe, base, folder, windows, device, progress)
+    distilled = distill(recipe, base, folder, lessons, device, progress)
     found = verified(skeleton, source.folder, folder.model, steps, recipe)
     if found.varied:
         log.warning(VARIED)
@@ -222,18 +225,22 @@ def identity(
 
 
 def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: Any) -> Read:
-    """Return the calibration windows of the text, and the record of their source."""
+    """Return the calibration windows of the text, the extra ones at the end, and their record."""
     options, tokenizer = recipe.calibration, None
+    plan = window_plan(options, config)
+    plan = replace(plan, extra=extra_windows(plan, options, recipe.distillation))
     if not options.source.endswith(".safetensors"):
         tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
-    return load_calibration(
+    windows, record = load_calibration(
         options.source,
         tokenizer,
-        window_plan(options, config),
+        plan,
         field=options.field,
         vocab_size=text_config(config).vocab_size,
         positions=positions_of(config),
     )
+    tell_of_short_text(plan.extra, record)
+    return windows, record
 
 
 def calibration_of(
@@ -244,7 +251,7 @@ def calibration_of(
     aim: CutPlan,
     progress: Progress,
 ) -> Read:
-    """Return the windows of the text and the windows that the uncut model generates.
+    """Return the windows of the text, those that the uncut model generates, and the extra ones.
 
     Without a step that reads them there are none, and no record.
     A resumed run reads the stored windows. The record of their source is written last, so a record
@@ -256,6 +263,7 @@ def calibration_of(
     if record.exists():
         return load_windows(file), json.loads(record.read_text(encoding="utf-8"))
     windows, provenance = read_calibration(recipe, source, config)
+    windows, extra = split_extra(windows, provenance.get(EXTRA, 0))
     options = recipe.calibration
     if options.generated_windows:
         windows = with_written(
@@ -272,7 +280,9 @@ def calibration_of(
             "generated": options.generated_windows,
             "generated_prefix": PREFIX,
         }
-    save_windows(windows, file, start=provenance.get("start_tokens", ()))
+    start, count = provenance.get("start_tokens", ()), provenance.get(EXTRA, 0)
+    windows = torch.cat([windows, extra])
+    save_windows(windows, file, start=start, extra=count)
     write_json(record, provenance)
     return windows, provenance
 

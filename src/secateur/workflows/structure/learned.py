@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.calibration.windows import load_calibration, load_windows, save_windows
+from secateur.calibration.loading import load_calibration
+from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import RecipeError, SourceError
 from secateur.models.architecture import hidden_size, text_config
 from secateur.models.checkpoint import PatchedCopy

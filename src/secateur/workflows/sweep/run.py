@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.documents import JoinedText, read_text
-from secateur.calibration.windows import load_windows, save_windows
+from secateur.calibration.windows import EXTRA, load_windows, save_windows, stored_extra
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
@@ -218,12 +218,17 @@ class Work:
             prepared = prepare(self.recipe(self.needy[0], self.plan.calibration))
             assert prepared.windows is not None
             told = prepared.calibration or {}
-            save_windows(prepared.windows, self.windows_file, start=told.get("start_tokens", ()))
+            save_windows(
+                prepared.lessons,
+                self.windows_file,
+                start=told.get("start_tokens", ()),
+                extra=told.get(EXTRA, 0),
+            )
             self.save(calibration=prepared.calibration)
             return
         if (
             self.record.calibration is not None
-            and digest(load_windows(self.windows_file)) != self.record.calibration["sha256"]
+            and self.stored_digest() != self.record.calibration["sha256"]
         ):
             raise RecipeError(
                 "the calibration windows are not those that the sweep began with",
@@ -231,6 +236,11 @@ class Work:
                 remedy="choose another --output",
             )
         self.save()
+
+    def stored_digest(self) -> str:
+        """The digest of the stored calibration windows, without the extra ones."""
+        windows = load_windows(self.windows_file)
+        return digest(windows[: len(windows) - stored_extra(self.windows_file)])
 
     def recipe(self, key: PointKey, calibration: str | None = None) -> PruneRecipe:
         """Return the recipe of a point. By default it uses the calibration windows of the sweep.
