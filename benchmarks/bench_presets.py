@@ -50,7 +50,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "best, not distilled": {"effort": "best", "distill_epochs": 0},
     "best, blocks of 2": {"effort": "best", "distill_block_layers": 2},
     "best, blocks of 4": {"effort": "best", "distill_block_layers": 4},
-    "best, a third of the rate": {"effort": "best", "distill_learning_rate": 0.25 / 192 / 3},
+    "best, a quarter of the rate": {"effort": "best", "distill_learning_rate": 0.25 / 96 / 4},
+    "best, a 16th of the rate": {"effort": "best", "distill_learning_rate": 0.25 / 96 / 16},
+    "best, 128,000 tokens": {"effort": "best", "distill_tokens": 128_000},
 }
 MAIN = ("SparseGPT", "ALPS", "balanced", "best")
 LENGTH, WINDOWS = 256, 64

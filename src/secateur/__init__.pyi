@@ -702,7 +702,8 @@ def plan(
         distill_tokens: An epoch of the distillation reads at least this many tokens: the
             calibration windows, then more windows of the same text. 0: the calibration windows
             alone. [0]
-        distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
+        distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
+            hidden size, or less if that is better in short trials. [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
         distill_block_layers: Distill overlapping blocks of this many decoder layers, one after the
@@ -844,7 +845,8 @@ def prune(
         distill_tokens: An epoch of the distillation reads at least this many tokens: the
             calibration windows, then more windows of the same text. 0: the calibration windows
             alone. [0]
-        distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
+        distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
+            hidden size, or less if that is better in short trials. [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
         distill_block_layers: Distill overlapping blocks of this many decoder layers, one after the
@@ -1127,7 +1129,8 @@ def structure(
         distill_tokens: An epoch of the distillation reads at least this many tokens: the
             calibration windows, then more windows of the same text. 0: the calibration windows
             alone. [0]
-        distill_learning_rate: Highest learning rate of the distillation. [0.25 / hidden size]
+        distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
+            hidden size, or less if that is better in short trials. [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]

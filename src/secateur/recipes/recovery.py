@@ -48,8 +48,14 @@ class Distill(Section):
         "windows, then more windows of the same text. 0: the calibration windows alone.",
     )
     peak_learning_rate: Annotated[
-        float | None, Flag("distill_learning_rate", default="0.25 / hidden size")
-    ] = Field(None, gt=0, lt=1, description="Highest learning rate of the distillation.")
+        float | None, Flag("distill_learning_rate", default="chosen by short trials")
+    ] = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Highest learning rate of the distillation. The default is 0.25 / hidden size, "
+        "or less if that is better in short trials.",
+    )
     next_token: Annotated[float, Flag("distill_next_token")] = Field(
         0.0,
         ge=0,

@@ -251,7 +251,7 @@ def test_tuned_and_distilled(tmp_path: Path, windows: Path) -> None:
         asymmetric=True, tune_passes=1, distill_epochs=1, generated_windows=2,
     )  # fmt: skip
     assert report.sparsity == 0.5
-    assert set(report.manifest["distillation"]) == {"loss_before", "loss_after"}
+    assert set(report.manifest["distillation"]) == {"loss_before", "loss_after", "learning_rate"}
 
 
 def test_evaluated(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from secateur.training.blocks import (
 )
 from secateur.training.objectives import Distil, Objective
 from secateur.training.teachers import TOP_K, WrittenTeacher, write_teacher
-from secateur.workflows.prune.learning import FINAL, Pupil, pruned_layers, summary, write_layers
+from secateur.workflows.prune.learning import FINAL, Pupil, pruned_layers, write_layers
 from secateur.workflows.prune.prepare import Prepared
 
 __all__ = ["BlockDistillation", "Span", "spans"]
@@ -132,8 +132,9 @@ class BlockDistillation:
         """Distill block after block. Finished layers are in the folder of the pruned model.
 
         Returns:
-            The mean loss of the last block over the first and over the last eighth of its steps;
-            the mean error of the hidden states of the other blocks likewise; the blocks.
+            The mean loss of the last block over the first and over the last eighth of its steps,
+            and its learning rate; the mean error of the hidden states of the other blocks likewise;
+            the blocks.
         """
         if not (self.work / PREDICTIONS).exists():
             self.pass_dense()
@@ -239,7 +240,7 @@ class BlockDistillation:
                 self.take_over(whole, number - 1)
             block = LayerBlock(layers, {i: self.ends_of(i, number) for i in numbers}, inputs)
             objective = self.objective(block, span, stack)
-            log = pupil.learn(
+            return pupil.learn(
                 objective,
                 self.windows,
                 self.recipe.distillation,
@@ -248,7 +249,6 @@ class BlockDistillation:
                 saved=self.saved(number),
                 label=f"distilling layers {span.start} to {span.stop - 1}",
             )
-        return summary(log)
 
     def ends_of(self, layer: int, number: int) -> ModelEnds:
         """Return the ends that know how a layer of a block is called.

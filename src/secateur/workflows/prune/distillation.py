@@ -28,7 +28,7 @@ from secateur.training.objectives import Distil
 from secateur.training.teachers import ModelTeacher
 from secateur.types import Windows
 from secateur.workflows.prune.block_distillation import BlockDistillation
-from secateur.workflows.prune.learning import FINAL, Pupil, pruned_layers, summary, write_layers
+from secateur.workflows.prune.learning import FINAL, Pupil, pruned_layers, write_layers
 from secateur.workflows.prune.prepare import Prepared
 
 __all__ = ["distill_checkpoint", "distill_module", "distills", "learn", "once"]
@@ -128,8 +128,8 @@ def learn(
         saved: folder for the state of a resumed training; None saves nothing.
 
     Returns:
-        The mean loss over the first and over the last eighth of the steps. It is the divergence
-        alone if the next-token share is 0.
+        The mean loss over the first and over the last eighth of the steps, and the highest learning
+        rate. The loss is the divergence alone if the next-token share is 0.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
@@ -149,7 +149,7 @@ def taught(
 ) -> dict[str, float]:
     """Train a whole model on the dense one. Return its loss before and after."""
     objective = Distil.between(pupil.model, ModelTeacher(teacher), next_token=how.next_token)
-    return summary(pupil.learn(objective, windows, how, seed, progress, saved))
+    return pupil.learn(objective, windows, how, seed, progress, saved)
 
 
 def distills(recipe: PruneRecipe, target: Target, tasks: Tasks) -> bool:

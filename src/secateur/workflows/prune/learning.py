@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from secateur.engine.prune.straight_through import RoundedWeight, RoundedWeights
 from secateur.engine.prune.tasks import Tasks
+from secateur.engine.prune.tuning import in_float32
 from secateur.engine.stream.targets import Target
 from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import Linear, hidden_size
 from secateur.models.skeleton import quiet_transformers
+from secateur.precision import fast_matmuls
 from secateur.progress import Progress
 from secateur.recipes.recovery import Distill
-from secateur.training.batches import Batches
+from secateur.runs.atomic import write_json
+from secateur.training.batches import Batch, Batches
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks
 from secateur.training.objectives import Objective
+from secateur.training.process_group import ProcessGroup
+from secateur.training.saved import Saved
 from secateur.training.training_plan import RATE_TIMES_WIDTH, TrainingPlan
 from secateur.types import Windows
+from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
 
-__all__ = ["FINAL", "Pupil", "parameter_names", "pruned_layers", "summary", "write_layers"]
+__all__ = ["FINAL", "Pupil", "parameter_names", "pruned_layers", "write_layers"]
 
 FINAL = "final.safetensors"
 """The file with the weights of a finished training."""
+
+RATE = "rate.json"
+"""The file with the chosen learning rate."""
 
 WARM_UP = 1 / 16
 SAVE_MINUTES = 5.0
@@ -92,8 +104,10 @@ class Pupil:
         progress: Progress,
         saved: Path | None = None,
         label: str = "distilling",
-    ) -> list[float]:
+    ) -> dict[str, float]:
         """Train in place, one window a step.
+
+        Without a learning rate in `how`, short trials choose it; see `chosen_rate`.
 
         Args:
             objective: the loss.
@@ -105,34 +119,93 @@ class Pupil:
             label: the title of the progress bar.
 
         Returns:
-            The loss of every step.
+            The mean loss over the first and over the last eighth of the steps, and the rate.
 
         Raises:
             NumericalError: the loss is NaN or infinite.
         """
+        steps, batches = how.epochs * len(windows), Batches(windows, 1, seed)
+        with quiet_transformers(), self.rounded.in_forwards():
+            rate = how.peak_learning_rate
+            rate = rate or self.chosen_rate(objective, batches, steps, progress, saved)
+            log = self.train(objective, batches, steps, rate, progress, label, saved)
+        return {**summary(log), "learning_rate": rate}
+
+    def train(
+        self,
+        objective: Objective,
+        batches: Batches,
+        steps: int,
+        rate: float,
+        progress: Progress,
+        label: str,
+        saved: Path | None = None,
+    ) -> list[float]:
+        """Train for some steps. Return the loss of each."""
         plan = TrainingPlan(
-            steps=how.epochs * len(windows),
-            learning_rate=how.peak_learning_rate or RATE_TIMES_WIDTH / self.width,
+            steps=steps,
+            learning_rate=rate,
             warm_up=WARM_UP,
             optimizer="Adam",
             validations=0,
             save_minutes=SAVE_MINUTES,
             diverged=0.0,
         )
-        with quiet_transformers(), self.rounded.in_forwards():
-            loop = Loop(
-                self.model,
-                Batches(windows, 1, seed),
-                objective,
-                self.masks,
-                plan,
-                saved=saved,
-                hooks=[self.rounded] if self.rounded.weights else [],
-                progress=progress,
-                trained=self.trained,
-                label=label,
-            )
-            return [line["loss"] for line in loop.run().log]
+        loop = Loop(
+            self.model,
+            batches,
+            objective,
+            self.masks,
+            plan,
+            saved=saved,
+            hooks=[self.rounded] if self.rounded.weights else [],
+            progress=progress,
+            trained=self.trained,
+            label=label,
+        )
+        return [line["loss"] for line in loop.run().log]
+
+    def chosen_rate(
+        self,
+        objective: Objective,
+        batches: Batches,
+        steps: int,
+        progress: Progress,
+        saved: Path | None,
+    ) -> float:
+        """Choose the learning rate by trials, and store it for a resumed run."""
+        highest, held = RATE_TIMES_WIDTH / self.width, held_out(len(batches.windows))
+        told = None if saved is None else saved / RATE
+        if told is not None and told.exists():
+            return float(json.loads(told.read_text(encoding="utf-8"))["learning_rate"])
+        if not held:
+            return highest
+        read = replace(batches, windows=batches.windows[:-held])
+        device = next(self.model.parameters()).device
+        start = Saved(None if saved is None else saved / "start", ProcessGroup(device), {})
+        with in_float32(self.model, self.trained):
+            parameters = {name: self.model.get_parameter(name) for name in self.trained}
+            start.keep_best(parameters)
+
+            def train(rate: float) -> None:
+                short = trial_steps(steps)
+                self.train(objective, read, short, rate, progress, "choosing the learning rate")
+
+            @torch.no_grad()
+            def judge() -> float:
+                with fast_matmuls(device):  # its copies of weights last as long as the context
+                    losses = [
+                        objective(self.model, Batch(batches.windows[[i]].to(device), (i,))).item()
+                        for i in range(len(read.windows), len(batches.windows))
+                    ]
+                return sum(losses) / held
+
+            trials = RateTrials(train, judge, lambda: start.restore_best(parameters))
+            rate = trials.choose(highest)
+        if told is not None and start.folder is not None:
+            write_json(told, {"learning_rate": rate})
+            shutil.rmtree(start.folder)
+        return rate
 
 
 def summary(losses: Sequence[float]) -> dict[str, float]:
