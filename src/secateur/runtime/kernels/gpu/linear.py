@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,11 @@ from torch.nn import functional
 from secateur.errors import ShapeError
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+from secateur.runtime.kernels.gpu.timing import Call, Clock, race
 
 __all__ = ["GpuChoice", "GpuLinear", "measured"]
 
 TRIED = (1, 2, 4, 8, TOKENS)
-REPEATS, CALLS = 9, 20
 
 
 class GpuLinear(nn.Module):
@@ -67,7 +66,7 @@ class GpuChoice:
     """How matrices of one kind are multiplied.
 
     Args:
-        kernel_up_to: the most tokens for which the kernel is faster than expanding.
+        kernel_up_to: the most tokens for which the kernel is not slower than expanding.
         gain: for one token, seconds of torch on the dense matrix divided by those of the kernel.
     """
 
@@ -75,49 +74,24 @@ class GpuChoice:
     gain: float
 
 
-def measured(
-    matrix: GpuMatrix,
-    dtype: torch.dtype,
-    time: Callable[[Sequence[Callable[[], object]]], list[float]] | None = None,
-) -> GpuChoice:
+def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) -> GpuChoice:
     """Time the kernel, expanding, and the dense matrix, in turns.
 
     Args:
         matrix: one of its kind.
         dtype: of the activations.
-        time: gives seconds of some calls; None for events of the GPU.
+        clock: None for the current GPU.
     """
-    clock = time or gpu_seconds
-    dense, up_to, gain = matrix.dense(dtype), 0, 0.0
-    for tokens in TRIED:
+    dense = matrix.dense(dtype)
+
+    def ways(tokens: int) -> dict[str, Call]:
         x = torch.randn(tokens, matrix.shape[1], device=dense.device).to(dtype)
-        kernel, expanded, plain = clock(
-            [
-                lambda x=x: matrix.multiply(x),
-                lambda x=x: functional.linear(x, matrix.dense(dtype)),
-                lambda x=x: functional.linear(x, dense),
-            ]
-        )
-        if tokens == 1:
-            gain = plain / kernel
-        if kernel > expanded:
-            break
-        up_to = tokens
-    return GpuChoice(up_to, gain)
+        return {
+            "dense": lambda: functional.linear(x, dense),
+            "kernel": lambda: matrix.multiply(x),
+            "expanded": lambda: functional.linear(x, matrix.dense(dtype)),
+        }
 
-
-def gpu_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """The median seconds of each call on the current GPU, over alternating rounds."""
-    taken: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()  # compiles
-    for _ in range(REPEATS):
-        for own, call in zip(taken, calls, strict=True):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(CALLS):
-                call()
-            end.record()
-            end.synchronize()
-            own.append(begin.elapsed_time(end) / 1000 / CALLS)
-    return [median(own) for own in taken]
+    seconds = race(TRIED, "dense", ways, clock)
+    wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], TRIED)
+    return GpuChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])
