@@ -35,7 +35,7 @@ LLAMA_7B = {
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
 }  # fmt: skip
 TINY = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 

@@ -265,5 +265,5 @@ def prune_row(scale: Scale, method: str, layers: int, scratch: Path) -> dict:
         "layers": layers,
         "seconds": cost["seconds"],
         "seconds_of_layers": [json.loads(line)["seconds"] for line in told],
-        "peak_cuda_bytes": cost["peak_cuda_bytes"],
+        "peak_cuda_bytes": cost.get("peak_cuda_bytes"),
     }

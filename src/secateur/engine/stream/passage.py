@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from secateur.engine.stream.activations import Activations
@@ -35,6 +36,8 @@ class Passage:
         in_memory: whether hidden states are in memory.
         work: folder that keeps them (as well); None for a run in memory only.
         ranks: the processes that share the windows. Each has the hidden states of its own.
+        on_gpu: whether hidden states and halted forwards that are in memory stay in the memory of
+            the target's GPU. Then no layer waits for copies between host and GPU.
     """
 
     def __init__(
@@ -45,7 +48,10 @@ class Passage:
         in_memory: bool,
         work: Path | None,
         ranks: Ranks = ALONE,
+        *,
+        on_gpu: bool = False,
     ) -> None:
+        self.home = target.device if on_gpu else torch.device("cpu")
         self.target, self.windows, self.work = target, windows, work
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
         self.ranks = ranks
@@ -107,7 +113,7 @@ class Passage:
             layer: the layer with its weights.
             stream: the hidden states that pass through it.
         """
-        if self.in_memory and self.target.device.type == "cpu":
+        if self.in_memory and self.target.device == self.home:
             return None
         permanent = [*layer.parameters(), *layer.buffers(), *self.shared_tensors(index)]
         folder = None if self.in_memory else stream.folder
@@ -147,13 +153,17 @@ class Passage:
         """Empty streams, in memory or on disk."""
         (hidden,) = self.ends.embed([slice(0, 1)])
         shape = (*self.windows.shape, hidden.shape[-1])
-        self.hidden = Activations(shape, hidden.dtype, self.work, self.in_memory, self.own)
+        self.hidden = Activations(
+            shape, hidden.dtype, self.work, self.in_memory, self.own, home=self.home
+        )
         if not dense:
             return [self.hidden]
         folder = self.work / "dense" if self.work else None
         if folder:
             folder.mkdir(exist_ok=True)
-        self.dense = Activations(shape, hidden.dtype, folder, self.in_memory, self.own)
+        self.dense = Activations(
+            shape, hidden.dtype, folder, self.in_memory, self.own, home=self.home
+        )
         return [self.hidden, self.dense]
 
     def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
