@@ -24,8 +24,13 @@ from secateur.runtime.captured import Capture, CapturedGeneration, why_not_captu
 from secateur.runtime.kernels.gpu.linear import GpuLinear
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 from secateur.runtime.kernels.gpu.timing import Call, Clock, race
-from secateur.runtime.semi_structured.layout import Parts
-from secateur.runtime.semi_structured.linear import chosen_linear, measured, seconds_of
+from secateur.runtime.semi_structured.layout import StoredParts
+from secateur.runtime.semi_structured.linear import (
+    SparseLinear,
+    chosen_linear,
+    measured,
+    seconds_of,
+)
 from secateur.runtime.semi_structured.splitting import SPLITTINGS
 from secateur.runtime.stepped import SteppedGeneration
 
@@ -127,17 +132,17 @@ def sparse_core_row(scale: Scale, shape: tuple[int, int], pattern: str) -> dict:
     return {"shape": list(shape), "pattern": pattern, "seconds": seconds}
 
 
-def random_parts(weight: Tensor, pattern: str) -> Parts:
+def random_parts(weight: Tensor, pattern: str) -> StoredParts:
     """A matrix of a pattern with random zeros and the numbers of a dense one."""
     n, m = map(int, pattern.split(":"))
     blocks = weight.view(len(weight), -1, m)
     order = torch.rand(blocks.shape, device=weight.device).argsort(2)
     kept = (blocks * (order < n)).view_as(weight)
     if pattern == "2:4":
-        return Parts.of(kept, weight.shape[1])
+        return StoredParts.of(kept, weight.shape[1])
     splitting = next(one for one in SPLITTINGS if one.name == pattern)
     columns = splitting.columns(weight.shape[1]).to(weight.device)
-    return Parts.of(splitting.split(kept), weight.shape[1], columns)
+    return StoredParts.of(splitting.split(kept), weight.shape[1], columns)
 
 
 def model_row(scale: Scale, contender: str) -> dict:
@@ -228,17 +233,9 @@ def another(matrix: GpuMatrix) -> GpuMatrix:
 
 def stored_bytes(model: Any) -> int:
     """Bytes of the weights of a model."""
-    packed = sum(x.matrix.nbytes for x in model.modules() if isinstance(x, GpuLinear))
-    forms = [f for x in model.modules() for f in getattr(x, "forms", {}).values()]
-    sparse = sum(f.nbytes for f in forms if type(f) is Tensor)
-    sparse += sum(
-        part.nbytes
-        for form in forms
-        if type(form) is not Tensor
-        for part in (form.packed, form.meta)
-        if part is not None
-    )
-    return packed + sparse + sum(p.nbytes for p in model.parameters())
+    parts = (GpuLinear, SparseLinear)
+    packed = sum(x.nbytes for x in model.modules() if isinstance(x, parts))
+    return packed + sum(p.nbytes for p in model.parameters())
 
 
 def prune_row(scale: Scale, method: str, layers: int, scratch: Path) -> dict:

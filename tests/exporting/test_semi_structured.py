@@ -17,7 +17,7 @@ from secateur.errors import CheckpointError, KernelError, NumericalError, Patter
 from secateur.runtime.kernels.gpu.timing import Fastest
 from secateur.runtime.semi_structured import linear as sparse_linear
 from secateur.runtime.semi_structured import load as loading
-from secateur.runtime.semi_structured.layout import Parts, is_n_of_m
+from secateur.runtime.semi_structured.layout import StoredParts, is_n_of_m
 from secateur.runtime.semi_structured.linear import SparseLinear
 from tiny import save_tiny
 from zoo import tiny_windows
@@ -93,13 +93,15 @@ def test_linears_take_the_way_that_was_measured(
     export(sparse_model(tmp_path, pattern="6:8"), tmp_path / "out")
     kinds: list[Any] = []
 
-    def measured(parts: Parts) -> Fastest:
+    def measured(parts: StoredParts) -> Fastest:
         kinds.append(parts.packed.shape)
         return Fastest("dense", {1: way})
 
     monkeypatch.setattr(loading, "measured", measured)
     monkeypatch.setattr(loading, "refuse_device", lambda device: None)
-    monkeypatch.setattr(sparse_linear, "form", lambda way, p: p.dense if way == "dense" else p.wide)
+    monkeypatch.setattr(
+        sparse_linear, "form", lambda way, p: sparse_linear.WideForm(p.wide, p.columns, p.nbytes)
+    )
     found = secateur.load_semi_structured(tmp_path / "out", "cpu")
     assert len(kinds) == len(set(kinds))  # each kind once
     sparse = [name for name, x in found.named_modules() if isinstance(x, SparseLinear)]
@@ -129,7 +131,7 @@ def test_places_by_hand() -> None:
     """Two bits for each kept weight: its place among four. All rows alike, so any order is."""
     weight = torch.zeros(32, 64, dtype=torch.float16)
     weight[:, 0::4], weight[:, 3::4] = 1.0, 2.0
-    parts = Parts.of(weight, 64)
+    parts = StoredParts.of(weight, 64)
     packed, meta = parts.packed, parts.meta
     assert torch.equal(packed, torch.tensor([1.0, 2.0], dtype=torch.float16).repeat(32, 16))
     places = 0b1100  # first place 0, second place 3

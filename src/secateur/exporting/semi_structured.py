@@ -21,8 +21,8 @@ from secateur.runtime.semi_structured.layout import (
     COLUMNS,
     FILE_NAME,
     ROWS,
-    Parts,
     Specs,
+    StoredParts,
     is_n_of_m,
     part_specs,
 )
@@ -153,12 +153,12 @@ def lifted_columns(pattern: str, in_features: int) -> int:
     return in_features if splitting is None else splitting.lifted(in_features)
 
 
-def encoded(weight: Tensor, splitting: Splitting | None) -> Parts:
+def encoded(weight: Tensor, splitting: Splitting | None) -> StoredParts:
     """The parts of a weight."""
     columns = weight.shape[1]
     if splitting is None:
-        return Parts.of(weight, columns)
-    return Parts.of(splitting.split(weight), columns, splitting.columns(columns))
+        return StoredParts.of(weight, columns)
+    return StoredParts.of(splitting.split(weight), columns, splitting.columns(columns))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

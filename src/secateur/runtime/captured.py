@@ -92,7 +92,7 @@ class CapturedGeneration:
                 f"its steps cannot be one graph: {reason}", remedy="use SteppedGeneration"
             )
         self.model, self.capacity, self.capture = model, capacity, capture
-        self.cache = StaticCache(config=model.config, max_cache_len=capacity)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=capacity)
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.replay: Callable[[], Tensor] | None = None
         self.length = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PatternError, ShapeError
-from secateur.runtime.semi_structured.layout import Parts, is_n_of_m, lifted
+from secateur.runtime.semi_structured.layout import StoredParts, is_n_of_m, lifted
 from secateur.runtime.semi_structured.splitting import (
     SPLITTINGS,
     Splitting,
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_parts_come_back_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     splitting = BY_NAME[name]
     weight = drawn(32, 128, splitting.n, splitting.m, fewer=True).to(dtype)
-    parts = Parts.of(splitting.split(weight), 128, splitting.columns(128))
+    parts = StoredParts.of(splitting.split(weight), 128, splitting.columns(128))
     assert torch.equal(parts.dense, weight)
     named = parts.named("a")
     assert list(named) == ["a.packed", "a.meta", "a.columns"]

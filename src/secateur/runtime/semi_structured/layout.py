@@ -31,8 +31,8 @@ __all__ = [
     "FILE_NAME",
     "ROWS",
     "VALUES",
-    "Parts",
     "Specs",
+    "StoredParts",
     "is_n_of_m",
     "lifted",
     "part_specs",
@@ -50,7 +50,7 @@ Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Parts:
+class StoredParts:
     """A weight [out, in] as it is stored.
 
     Attributes:
@@ -66,7 +66,7 @@ class Parts:
     columns: Tensor | None = None
 
     @classmethod
-    def of(cls, wide: Tensor, in_features: int, columns: Tensor | None = None) -> Parts:
+    def of(cls, wide: Tensor, in_features: int, columns: Tensor | None = None) -> StoredParts:
         """Encode a 2:4 matrix, on any device.
 
         Args:
@@ -78,6 +78,11 @@ class Parts:
 
         packed, meta = theirs.sparse_semi_structured_from_dense_cutlass(wide.contiguous())
         return cls(in_features, packed, meta, columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Their memory."""
+        return sum(part.nbytes for part in self.named("").values())
 
     @property
     def wide(self) -> Tensor:

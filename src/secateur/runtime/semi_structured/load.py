@@ -15,7 +15,7 @@ from secateur.models.experts import open_experts
 from secateur.models.header import TensorEntry, read_header
 from secateur.models.skeleton import quiet_transformers, refuse_missing, without_weights
 from secateur.runtime.kernels.gpu.timing import Fastest
-from secateur.runtime.semi_structured.layout import FILE_NAME, VALUES, Parts, part_specs
+from secateur.runtime.semi_structured.layout import FILE_NAME, VALUES, StoredParts, part_specs
 from secateur.runtime.semi_structured.linear import chosen_linear, measured
 
 __all__ = ["load_semi_structured"]
@@ -68,7 +68,7 @@ def load_semi_structured(
         for name in entries.keys() - held:
             put(model, name, opened.get_tensor(name), file)
         for name in sparse:
-            linear = owners.get(name)
+            linear: Any = owners.get(name)
             parts = read_parts(name, linear, opened, entries, file)
             if expand:
                 linear.weight = nn.Parameter(parts.dense, requires_grad=False)
@@ -124,7 +124,7 @@ def first_float(entries: dict[str, TensorEntry]) -> torch.dtype:
 
 def read_parts(
     name: str, linear: Any, opened: Any, entries: Mapping[str, TensorEntry], file: Path
-) -> Parts:
+) -> StoredParts:
     """The parts of a linear.
 
     Args:
@@ -147,7 +147,7 @@ def read_parts(
         fits = told == part_specs(name, linear.out_features, lifted, dtype, split=split)
     if fits:
         tensors = {p: opened.get_tensor(f"{name}.{p}") for p in found}
-        parts = Parts(linear.in_features, **tensors)
+        parts = StoredParts(linear.in_features, **tensors)
         if parts.columns is None or in_range(parts.columns, linear.in_features):
             return parts
     raise CheckpointError(

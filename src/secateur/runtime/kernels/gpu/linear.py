@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from secateur.errors import ShapeError
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 from secateur.runtime.kernels.gpu.timing import Call, Clock, race
+from secateur.runtime.operator import numbered
 
 __all__ = ["GpuChoice", "GpuLinear", "measured"]
 
@@ -35,6 +37,12 @@ class GpuLinear(nn.Module):
         self.matrix, self.kernel_up_to = matrix, kernel_up_to
         self.out_features, self.in_features = matrix.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.number = numbered(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy its own number."""
+        super().__setstate__(state)
+        self.number = numbered(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product for activations [..., in].
@@ -45,15 +53,23 @@ class GpuLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"x {list(x.shape)} for a linear of {self.in_features} inputs")
         tokens = x.reshape(-1, self.in_features)
-        if len(tokens) == 0:
-            y = x.new_empty(0, self.out_features)
-        elif len(tokens) <= self.kernel_up_to:
-            y = self.matrix.multiply(tokens)
-        else:
-            y = functional.linear(tokens, self.matrix.dense(x.dtype))
+        y: Tensor = torch.ops.secateur.linear(tokens, self.number, self.out_features)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
+        if len(x) == 0:
+            return x.new_empty(0, self.out_features)
+        if len(x) <= self.kernel_up_to:
+            return self.matrix.multiply(x)
+        return functional.linear(x, self.matrix.dense(x.dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of W."""
+        return self.matrix.nbytes
 
     @property
     def weight(self) -> Tensor:
