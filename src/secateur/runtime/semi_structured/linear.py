@@ -222,6 +222,7 @@ def form(way: str, parts: StoredParts) -> Form:
         return DenseForm(parts.dense)
     if way == TRITON:
         return PartsForm(parts)
+    made: Tensor
     with warnings.catch_warnings():  # torch warns once that its interface is a prototype
         warnings.simplefilter("ignore")
         if way == CUSPARSELT:
