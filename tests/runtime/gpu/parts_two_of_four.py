@@ -58,7 +58,7 @@ def test_tiles_can_be_divided_among_programs(
     from secateur.runtime.kernels.gpu import matrix
 
     monkeypatch.setattr(matrix, "PROGRAMS", programs)
-    parts, weight = weight_of("2:4", (32, 320), torch.bfloat16)  # three tiles
+    parts, weight = weight_of("2:4", (32, 320), torch.bfloat16)  # five tiles
     y = form("Triton", parts).multiply(torch.eye(320)[:1].bfloat16())
     assert torch.equal(y[0], weight[:, 0])
 

@@ -20,7 +20,7 @@ __all__ = ["MOST", "multiply_two_of_four", "two_of_four_product"]
 MOST = 4
 """The most tokens of one product."""
 
-ROWS, QUADS = 32, 32
+ROWS, QUADS = 32, 16
 """Of a tile. CUTLASS stores the places of 32 rows together."""
 
 
@@ -74,6 +74,7 @@ def two_of_four_product(
     token = tl.arange(0, TOKENS)
     known = (token < tokens)[:, None, None]
     start = x + (token * width)[:, None, None]
+    own = packed + row.to(tl.int64) * (2 * quads)
     sums = tl.zeros((TOKENS, ROWS, QUADS), tl.float32)
     last = tl.minimum(tl.cdiv(quads, QUADS), (split + 1) * tiles_each)
     for tile in range(split * tiles_each, last):
@@ -82,8 +83,7 @@ def two_of_four_product(
         bits = tl.load(meta + meta_place(row, quad >> 2, rows), mask=inside, other=0).to(tl.int32)
         bits = bits >> ((quad & 3) * 4)
         for kept in tl.static_range(2):
-            place = row.to(tl.int64) * (2 * quads) + 2 * quad + kept
-            weight = tl.load(packed + place, mask=inside, other=0).to(tl.float32)
+            weight = tl.load(own + (2 * quad + kept), mask=inside, other=0).to(tl.float32)
             column = 4 * quad + ((bits >> (2 * kept)) & 3)
             if SPLIT:
                 column = tl.load(columns + column, mask=inside, other=0)
