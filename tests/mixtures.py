@@ -1,0 +1,121 @@
+"""A tiny mixture of experts that has really learned three kinds of documents, letter by letter.
+
+The text is the standard library of the Python that runs this, and one file in ten is held out:
+
+- `code`: the sources, without comments and docstrings;
+- `prose`: the docstrings;
+- `records`: one line of JSON for each function: module, name, arguments, number of the line.
+
+The form is that of Qwen3-30B-A3B, made small: normalised weights of the chosen experts, and a loss
+that balances them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from tiny import CHARACTERS, SPECIAL
+from trained import LENGTH, source_files, train
+
+EXPERTS, CHOSEN, KINDS = 16, 2, ("code", "prose", "records")
+LETTERS = 400_000
+"""Of each kind that are trained on; shorter texts are repeated."""
+
+
+@cache
+def documents(held_out: bool = False) -> dict[str, Tensor]:
+    """The token ids of each kind of text; one character is one token."""
+    ids = {c: i for i, c in enumerate([*SPECIAL, *CHARACTERS])}
+    texts: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for file in source_files(held_out):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        texts["prose"] += docstrings(tree)
+        texts["records"] += records(file.stem, tree)
+        texts["code"].append(ast.unparse(tree))
+    joined = {"code": "\n\n", "prose": "\n\n", "records": "\n"}
+    return {
+        kind: torch.tensor([ids[c] for c in joined[kind].join(texts[kind]) if c in ids])
+        for kind in KINDS
+    }
+
+
+def docstrings(tree: ast.Module) -> Iterator[str]:
+    """The docstrings of a module; they are taken out of it."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node, clean=False)
+            if text is not None:
+                node.body[:1] = [ast.Pass()]
+                yield inspect.cleandoc(text)
+
+
+def records(module: str, tree: ast.Module) -> Iterator[str]:
+    """A line of JSON for each function; without braces, which are no tokens."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            names = [argument.arg for argument in node.args.args]
+            yield json.dumps([module, node.name, names, node.lineno])
+
+
+def training_ids() -> Tensor:
+    """As much text of each kind."""
+    parts = documents().values()
+    return torch.cat([x.repeat(-(-LETTERS // len(x)))[:LETTERS] for x in parts])
+
+
+def windows_of(held_out: bool, each: int, seed: int = 0) -> dict[str, Tensor]:
+    """Windows [each, length] of each kind that do not overlap, drawn at random."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for kind, ids in documents(held_out).items():
+        cut = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+        found[kind] = cut[torch.randperm(len(cut), generator=generator)[:each]]
+    return found
+
+
+def untrained_mixture(seed: int, balance: float) -> Any:
+    """Two layers with 16 experts each, of which a token is sent to two.
+
+    Args:
+        seed: of the weights.
+        balance: the weight of the loss that balances the experts.
+    """
+    config = Qwen3MoeConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=256, num_experts=EXPERTS, num_experts_per_tok=CHOSEN,
+        norm_topk_prob=True, output_router_logits=balance > 0, router_aux_loss_coef=balance,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def trained_mixture(seed: int, steps: int, balance: float = 0.01) -> Any:
+    """The same, trained on all three kinds of text."""
+    model = untrained_mixture(seed, balance)
+    train(model, training_ids(), seed=seed, steps=steps)
+    model.config.output_router_logits = False  # the loss is that of the text alone
+    return model
+
+
+@torch.no_grad()
+def window_losses(model: Any, windows: Tensor) -> Tensor:
+    """Nats per character of each window: [windows]."""
+    found = []
+    for batch in windows.split(128):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        each = cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        found.append(each.mean(1))
+    return torch.cat(found)
