@@ -195,13 +195,13 @@ def test_the_page_makes_windows_with_a_processor(
         tiny_processor().save_pretrained("MODEL")
     made = next(b for b in blocks(ROOT / "docs" / "seeing.md") if b.language == "python")
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
-    texts = ["a <image> red one", "<image> green", "it is blue <image>", "<image>"]
+    texts = ["a <image> red one", "<image> is green", "it is blue <image>", "<image>"]
     pairs = [(Image.new("RGB", (20, 16), c), t) for c, t in zip(colours, texts, strict=True)]
     exec(made.text.replace("512", "12"), {"pairs": pairs})
     told = secateur.prune(
         "MODEL", output="SPARSE", calibration="pairs.safetensors", method="wanda", sparsity=0.5
     )
-    # the last text is shorter than a window
-    assert told.manifest["calibration"]["beside"] == {"pixel_values": [3, 1, 3, 16, 16]}
-    assert told.manifest["calibration"]["tokens"] == 3 * 12
+    # of the third text the picture is cut, and the last text is shorter than a window
+    assert told.manifest["calibration"]["beside"] == {"pixel_values": [2, 1, 3, 16, 16]}
+    assert told.manifest["calibration"]["tokens"] == 2 * 12
     assert told.sparsity == 0.5

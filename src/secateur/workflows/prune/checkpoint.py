@@ -248,11 +248,13 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
         return dataclasses.replace(prepared, calibration=provenance)
     if prepared.unwritten:
         prepared = with_own_windows(prepared, progress)
+    if prepared.beside is not None:
+        prepared.beside.save(folder.work / BESIDE)
+        record = {**(prepared.calibration or {}), "beside": prepared.beside.shapes}
+        prepared = dataclasses.replace(prepared, calibration=record)
     write_json(told, prepared.calibration)
     if prepared.windows is not None:
         start = (prepared.calibration or {}).get("start_tokens", ())
-        if prepared.beside is not None:
-            prepared.beside.save(folder.work / BESIDE)
         save_windows(prepared.windows, folder.work / WINDOWS, start=start)
     return prepared
 

@@ -197,22 +197,18 @@ def prepare(
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     windows: Tensor | None = None
     calibration: dict[str, Any] | None = None
-    unwritten, stored, beside = 0, False, None
+    unwritten, beside, kept = 0, None, None
     if windows_needed(recipe, method, allocation):
-        stored = stored_windows is not None and stored_windows.exists()
-        if stored:
-            assert stored_windows is not None
-            windows = load_windows(stored_windows, positions=positions_of(target.model.config))
+        kept = stored_windows if stored_windows and stored_windows.exists() else None
+        if kept is not None:
+            windows = load_windows(kept, positions=positions_of(target.model.config))
         else:
             progress.start("reading calibration text", 1)
             windows, calibration = windows_of(recipe, source, target, only_plan, pictures)
             progress.finish()
             unwritten = recipe.calibration.generated_windows
         if pictures:
-            kept = stored_windows if stored else None
             beside = beside_of(recipe, method, allocation, windows, kept)
-            if beside is not None and calibration is not None:
-                calibration["beside"] = beside.shapes
     return Prepared(
         recipe,
         source,
@@ -225,7 +221,7 @@ def prepare(
         windows,
         calibration,
         unwritten,
-        stored,
+        kept is not None,
         methods,
         beside=beside,
     )
