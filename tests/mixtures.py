@@ -7,7 +7,9 @@ The text is the standard library of the Python that runs this, and one file in t
 - `records`: one line of JSON for each function: module, name, arguments, number of the line.
 
 The form is that of Qwen3-30B-A3B, made small: normalised weights of the chosen experts, and a loss
-that balances them.
+that balances the experts of each layer. The loss of transformers 5.24 adds up the tokens of an
+expert's number over all layers first, so it allows that an expert has nearly none in one layer and
+very many in another.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -28,6 +30,8 @@ from tiny import CHARACTERS, SPECIAL
 from trained import LENGTH, source_files, train
 
 EXPERTS, CHOSEN, KINDS = 16, 2, ("code", "prose", "records")
+BALANCE = 0.01
+"""The weight of the loss that balances experts, as in OLMoE and Switch."""
 LETTERS = 400_000
 """Of each kind that are trained on; shorter texts are repeated."""
 
@@ -82,19 +86,36 @@ def windows_of(held_out: bool, each: int, seed: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def untrained_mixture(seed: int, balance: float) -> Any:
-    """Two layers with 16 experts each, of which a token is sent to two.
+class Balanced(nn.Module):
+    """A mixture whose loss also has E · Σ_i f_i · P_i for each layer, times `BALANCE`.
 
-    Args:
-        seed: of the weights.
-        balance: the weight of the loss that balances the experts.
+    E is the number of experts, f_i the share of the tokens that are sent to expert i, P_i the mean
+    of its probability.
+    Paper: Fedus et al. 2021, "Switch Transformers", arXiv:2101.03961, equations 4 to 6.
     """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        out = self.model(**inputs, output_router_logits=True)
+        for logits in out.router_logits:
+            chances = logits.float().softmax(-1)
+            chosen = chances.topk(CHOSEN, dim=-1).indices.flatten()
+            share = torch.bincount(chosen, minlength=EXPERTS) / len(chances)
+            out.loss = out.loss + BALANCE * EXPERTS * (share * chances.mean(0)).sum()
+        return out
+
+
+def untrained_mixture(seed: int) -> Any:
+    """Two layers with 16 experts each, of which a token is sent to two."""
     config = Qwen3MoeConfig(
         vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=48,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         max_position_embeddings=256, num_experts=EXPERTS, num_experts_per_tok=CHOSEN,
-        norm_topk_prob=True, output_router_logits=balance > 0, router_aux_loss_coef=balance,
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        norm_topk_prob=True, router_aux_loss_coef=0.0, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -102,11 +123,19 @@ def untrained_mixture(seed: int, balance: float) -> Any:
     return model
 
 
-def trained_mixture(seed: int, steps: int, balance: float = 0.01) -> Any:
-    """The same, trained on all three kinds of text."""
-    model = untrained_mixture(seed, balance)
-    train(model, training_ids(), seed=seed, steps=steps)
-    model.config.output_router_logits = False  # the loss is that of the text alone
+def trained_mixture(seed: int, steps: int, *, together: bool = False) -> Any:
+    """The same, trained on all three kinds of text.
+
+    Args:
+        seed: of the weights and of the windows.
+        steps: of the training.
+        together: take the loss of transformers, which balances the experts of all layers together.
+    """
+    model = untrained_mixture(seed)
+    if together:
+        model.config.output_router_logits, model.router_aux_loss_coef = True, BALANCE
+    train(model if together else Balanced(model), training_ids(), seed=seed, steps=steps)
+    model.config.output_router_logits = False  # from now on the loss is that of the text alone
     return model
 
 
