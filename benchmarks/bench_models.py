@@ -53,7 +53,7 @@ START, END = "<s>", "</s>"
 
 MODELS = ("gemma", "gpt2", "qwen", "experts")
 SIZES: dict[str, dict[str, int]] = {
-    "small": {"vocabulary": 512, "width": 96, "layers": 4, "steps": 2500},
+    "small": {"vocabulary": 512, "width": 96, "layers": 4, "steps": 1200},
     "large": {"vocabulary": 4096, "width": 192, "layers": 6, "steps": 10000},
 }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from secateur.reporting.wording import duration
+
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "docs" / "methods" / "presets.md"
 NAMES = {
@@ -68,3 +70,23 @@ def test_the_readme() -> None:
     assert len(compared) == 6
     for name, row in compared.items():
         assert told[name] == f"{mean(row, '50 %', 'wikitext2'):.2f}", name
+
+
+def test_the_times_of_a_newcomer() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/newcomer.json").read_text())["rows"]
+    walked = {row["command"]: row for row in rows if row["part"] == "start"}
+    told = {
+        line[0].strip("`"): line[1:]
+        for table in tables(ROOT / "docs" / "start.md")
+        for line in table
+        if line[0].startswith("`")
+    }
+    assert len(told) == 7
+    for start, cells in told.items():
+        [row] = [row for command, row in walked.items() if command.startswith(start)]
+        assert cells[:2] == [duration(row["seconds"]), duration(row["processor_seconds"])], start
+    ready = ["git clone", "python3 -m venv", "pip install", "secateur prune"]
+    seconds = [row["seconds"] for command, row in walked.items() if command.startswith((*ready,))]
+    assert len(seconds) == len(ready)
+    assert sum(seconds) < 300
+    assert 400 < sum(row["seconds"] for row in walked.values()) < 430
