@@ -6,8 +6,9 @@ The model and its text are those of `tests/mixtures.py`: two layers of 16 expert
 that read code, prose and records letter by letter. Set-ups differ in the loss that balances the
 experts: of each layer, as models are published, or of all layers together, as transformers 5.24
 computes it, which leaves some experts of a layer nearly unused. Calibration is 200 windows of 64
-letters of each kind, from the files that were trained on. Judged is the loss on windows of held-out files, as many of each kind,
-and all ways on the same ones, so the error of a difference is that of the differences of windows.
+letters of each kind, from the files that were trained on. Judged is the loss on windows of held-out
+files, as many of each kind, and all ways on the same ones, so the error of a difference is that of
+the differences of windows.
 
 `alone` removes one expert after the other, and correlates (Spearman) what that costs with the
 scores: those of REAP, the frequency, and their product. Trained models stay in DIR and are read
