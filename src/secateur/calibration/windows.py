@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.beside import refuse_beside
 from secateur.calibration.cutting import WindowCutter
 from secateur.calibration.documents import read_documents
 from secateur.calibration.mix import parts_of, shares
@@ -152,10 +153,9 @@ def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
     """One window from a random place of each of at most `samples` random long documents."""
     cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
-    length = cutter.text_length
+    length, misses = cutter.text_length, 0
     too_short: set[int] = set()
     windows: list[Windows] = []
-    misses = 0
     while documents and len(windows) < plan.windows and misses < MAX_MISSES:
         number = rng.randint(0, len(documents) - 1)
         ids = [] if number in too_short else cutter.read([documents[number]])[0]
@@ -179,6 +179,7 @@ def load_calibration(
     field: str = "text",
     split: str | None = None,
     config: str | None = None,
+    pictures: bool = False,
 ) -> tuple[Windows, dict[str, Any]]:
     """Calibration windows from texts or a file of ready windows, with a record of both.
 
@@ -193,6 +194,7 @@ def load_calibration(
         field: as in `read_documents`.
         split: as in `read_documents`.
         config: as in `read_documents`.
+        pictures: as in `load_windows`.
 
     Returns:
         The windows [samples, sequence_length], and a record of JSON values: the source, the plan,
@@ -208,20 +210,15 @@ def load_calibration(
     parts = parts_of(source)
     if len(parts) > 1:
         load = partial(
-            load_calibration,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            positions=positions,
-            field=field,
-            split=split,
-            config=config,
-        )
+            load_calibration, tokenizer=tokenizer, vocab_size=vocab_size, positions=positions,
+            field=field, split=split, config=config,
+        )  # fmt: skip
         return mixed(parts, plan, load)
     record: dict[str, Any] = {"source": source}
-    source = parts[0][0]
+    source, fit = parts[0][0], {"vocab_size": vocab_size, "positions": positions}
     if source.endswith(".safetensors"):
         file = Path(source).expanduser()
-        windows = load_windows(file, vocab_size=vocab_size, positions=positions)
+        windows = load_windows(file, **fit, pictures=pictures)
         start = stored_start(file)
     else:
         if tokenizer is None:
@@ -233,7 +230,7 @@ def load_calibration(
             )
         documents = read_documents(source, field=field, split=split, config=config)
         windows = make_windows(documents, tokenizer, plan)
-        check_fit(windows, source, vocab_size=vocab_size, positions=positions)
+        check_fit(windows, source, **fit)
         start = start_tokens(tokenizer)
         record |= {"documents": len(documents), "seed": plan.seed, "packing": plan.packing}
     record |= {START: list(start)} if start else {}
@@ -291,14 +288,19 @@ def size_of(windows: Windows) -> dict[str, Any]:
 
 
 def load_windows(
-    path: Path, *, vocab_size: int | None = None, positions: int | None = None
+    path: Path,
+    *,
+    vocab_size: int | None = None,
+    positions: int | None = None,
+    pictures: bool = False,
 ) -> Windows:
-    """Windows from a safetensors file with one tensor `input_ids` [samples, sequence_length].
+    """Windows from a safetensors file with a tensor `input_ids` [samples, sequence_length].
 
     Args:
         path: the file.
         vocab_size: token ids must be below it.
         positions: windows must not be longer.
+        pictures: whether the caller reads what the file has beside the tokens (`load_beside`).
 
     Raises:
         SourceError: there is no such file, or it contains no windows of this vocabulary.
@@ -322,6 +324,8 @@ def load_windows(
             where=str(path),
             remedy="write it with save_windows: int64 input_ids [samples, sequence_length]",
         )
+    if not pictures:
+        refuse_beside(tensors, path)
     ids = tensors["input_ids"]
     check_fit(ids, str(path), vocab_size=vocab_size, positions=positions)
     return ids.to(torch.int64)
@@ -393,5 +397,4 @@ def save_windows(
     from safetensors.torch import save
 
     entry = {START: json.dumps(list(start))} if start else {}
-    tensors = {"input_ids": windows.contiguous()}
-    write_bytes(path, save(tensors, metadata={**(metadata or {}), **entry}))
+    write_bytes(path, save({"input_ids": windows.contiguous()}, {**(metadata or {}), **entry}))

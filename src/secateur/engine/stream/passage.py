@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from secateur.calibration.beside import Beside
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall
 from secateur.engine.stream.ends import ModelEnds
@@ -36,6 +37,7 @@ class Passage:
         in_memory: whether hidden states are in memory.
         work: folder that keeps them (as well); None for a run in memory only.
         ranks: the processes that share the windows. Each has the hidden states of its own.
+        beside: what the model reads beside the tokens; then one window passes at a time.
         on_gpu: whether hidden states and halted forwards that are in memory stay in the memory of
             the target's GPU. Then no layer waits for copies between host and GPU.
     """
@@ -48,11 +50,12 @@ class Passage:
         in_memory: bool,
         work: Path | None,
         ranks: Ranks = ALONE,
+        beside: Beside | None = None,
         *,
         on_gpu: bool = False,
     ) -> None:
         self.home = target.device if on_gpu else torch.device("cpu")
-        self.target, self.windows, self.work = target, windows, work
+        self.target, self.windows, self.work, self.beside = target, windows, work, beside
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
         self.ranks = ranks
         self.hidden: Activations | None = None
@@ -62,7 +65,7 @@ class Passage:
     def ends(self) -> ModelEnds:
         """What is before and behind the layers, and how these are called."""
         folder = None if self.in_memory else self.work
-        return ModelEnds(self.target, self.windows, folder, self.own)
+        return ModelEnds(self.target, self.windows, folder, self.own, self.beside)
 
     @cached_property
     def layouts(self) -> list[LayerLayout]:
@@ -77,6 +80,8 @@ class Passage:
     def windows_at_once(self) -> int:
         """The most windows in a micro-batch; one process has so many in all but the last."""
         samples, length = self.windows.shape
+        if self.beside is not None:
+            return 1
         return min(samples, max(1, self.micro_batch_tokens // length))
 
     def batches(self) -> list[slice]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.beside import Beside
 from secateur.calibration.windows import WindowPlan, load_calibration, load_windows
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.selection import Selection
@@ -34,6 +35,7 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
+from secateur.workflows.prune.pictures import beside_of
 
 __all__ = [
     "Prepared",
@@ -70,10 +72,14 @@ class Prepared:
     """Methods that replace `method` for some linears, by glob."""
     costs: Mapping[str, int] = field(default_factory=dict)
     """The cost of one unit of a linear in an allocation's budget, by name."""
+    beside: Beside | None = None
+    """What the model reads beside the tokens of the windows, such as pictures."""
 
     @property
     def planned_windows(self) -> Tensor | None:
-        """All windows of the run. Windows that are not generated yet are blank."""
+        """All windows of the run. Those with pictures or not generated yet are blank."""
+        if self.windows is not None and self.beside is not None:
+            return torch.zeros_like(self.windows)
         if self.windows is None or not self.unwritten:
             return self.windows
         blank = self.windows.new_zeros(self.unwritten, self.windows.shape[1])
@@ -155,6 +161,7 @@ def prepare(
     stored_windows: Path | None = None,
     *,
     only_plan: bool = False,
+    pictures: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
     """Fetch, open and check everything that a recipe names. This writes no output.
@@ -164,6 +171,7 @@ def prepare(
         output: the folder of the patched copy; None to only plan.
         stored_windows: windows of an earlier run to reuse.
         only_plan: read no text; use blank windows of the recipe's number and length.
+        pictures: whether the caller passes pictures; otherwise windows with pictures are refused.
         progress: receives the steps of a download, a conversion and the reading of the text.
     """
     progress = progress or Silent()
@@ -189,17 +197,18 @@ def prepare(
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     windows: Tensor | None = None
     calibration: dict[str, Any] | None = None
-    unwritten, stored = 0, False
+    unwritten, beside, kept = 0, None, None
     if windows_needed(recipe, method, allocation):
-        stored = stored_windows is not None and stored_windows.exists()
-        if stored:
-            assert stored_windows is not None
-            windows = load_windows(stored_windows, positions=positions_of(target.model.config))
+        kept = stored_windows if stored_windows and stored_windows.exists() else None
+        if kept is not None:
+            windows = load_windows(kept, positions=positions_of(target.model.config))
         else:
             progress.start("reading calibration text", 1)
-            windows, calibration = windows_of(recipe, source, target, only_plan)
+            windows, calibration = windows_of(recipe, source, target, only_plan, pictures)
             progress.finish()
             unwritten = recipe.calibration.generated_windows
+        if pictures:
+            beside = beside_of(recipe, method, allocation, windows, kept)
     return Prepared(
         recipe,
         source,
@@ -212,8 +221,9 @@ def prepare(
         windows,
         calibration,
         unwritten,
-        stored,
+        kept is not None,
         methods,
+        beside=beside,
     )
 
 
@@ -240,7 +250,11 @@ def refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
 
 
 def windows_of(
-    recipe: PruneRecipe, source: LocalCheckpoint, target: Target, only_plan: bool
+    recipe: PruneRecipe,
+    source: LocalCheckpoint,
+    target: Target,
+    only_plan: bool,
+    pictures: bool,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the calibration windows of a recipe, and their source."""
     return calibration_windows(
@@ -250,6 +264,7 @@ def windows_of(
         target,
         trust_remote_code=recipe.trust_remote_code,
         only_plan=only_plan,
+        pictures=pictures,
     )
 
 
@@ -261,6 +276,7 @@ def calibration_windows(
     *,
     trust_remote_code: bool = False,
     only_plan: bool = False,
+    pictures: bool = False,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the windows of a text for a model, and their source.
 
@@ -271,6 +287,7 @@ def calibration_windows(
         target: the model.
         trust_remote_code: whether code from the folder may run.
         only_plan: read no text; use blank windows of the right number and length.
+        pictures: whether the caller passes what the windows have beside their tokens.
     """
     plan, ready = window_plan(options, target.model.config), text.endswith(".safetensors")
     if only_plan and not ready:
@@ -283,6 +300,7 @@ def calibration_windows(
         field=options.field,
         vocab_size=text_config(target.model.config).vocab_size,
         positions=positions_of(target.model.config),
+        pictures=pictures,
     )
 
 
